@@ -1,0 +1,81 @@
+"""The sentences in which bad input is refused: function, argument, what was expected, what came, and the remedy."""
+
+import torch
+from torch import Tensor
+
+from .ops.shape import accumulate_dtype
+
+
+def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:
+    return f"{name}: {argument} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def dims(shape: torch.Size | tuple[int, ...]) -> str:
+    return str(tuple(shape))
+
+
+def check_tensor(
+    name: str,
+    argument: str,
+    x: Tensor,
+    *,
+    like: Tensor,
+    like_name: str,
+    shape: torch.Size | tuple[int, ...],
+) -> None:
+    """x must be a tensor of this shape, with the dtype and the device of `like`."""
+    check_like(name, argument, x, like, like_name)
+    if x.shape != shape:
+        was = f"{dims(shape)} as {like_name} is {dims(like.shape)}"
+        raise ValueError(expectation(name, argument, was, dims(x.shape), f"{argument}.expand copies nothing"))
+
+
+def check_like(
+    name: str,
+    argument: str,
+    x: Tensor,
+    like: Tensor,
+    like_name: str,
+    *,
+    or_dtype: torch.dtype | None = None,
+    any_float: bool = False,
+) -> None:
+    """x must be a tensor with the dtype (or the other one named, or any floating one) and the device of `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+    if x.dtype != like.dtype and x.dtype != or_dtype and not (any_float and x.is_floating_point()):
+        as_like = f"{like.dtype} as {like_name} is"
+        raise TypeError(expectation(name, argument, as_like, str(x.dtype), f"use {argument}.to({like.dtype})"))
+    if x.device != like.device:
+        as_like = f"on {like.device} as {like_name} is"
+        raise ValueError(expectation(name, argument, as_like, f"one on {x.device}", f"use {argument}.to({str(like.device)!r})"))
+
+
+def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
+    """The state (B, 1, *) that h stands for beside a sequence (B, S, *)."""
+    check_like(name, argument, h, sequence, "the sequence", or_dtype=accumulate_dtype(sequence.dtype))
+    return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)")
+
+
+def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letters: str) -> Tensor:
+    try:
+        return h.expand(shape)
+    except RuntimeError:
+        expected = f"expandable to {letters} = {dims(shape)}"
+        raise ValueError(expectation(name, argument, expected, dims(h.shape))) from None
+
+
+def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str) -> None:
+    if reset is None:
+        return
+    if not isinstance(reset, Tensor):
+        raise TypeError(expectation(name, "reset", "a bool tensor", type(reset).__name__, "torch.as_tensor makes one"))
+    if reset.dtype != torch.bool:
+        raise TypeError(expectation(name, "reset", "of dtype torch.bool", str(reset.dtype), "use reset.bool()"))
+    if reset.shape != sequence.shape[:2]:
+        expected = f"{letters} = {dims(sequence.shape[:2])}"
+        raise ValueError(expectation(name, "reset", expected, dims(reset.shape)))
+    if reset.device != sequence.device:
+        expected = f"on {sequence.device} as the sequence is"
+        remedy = f"use reset.to({str(sequence.device)!r})"
+        raise ValueError(expectation(name, "reset", expected, f"one on {reset.device}", remedy))

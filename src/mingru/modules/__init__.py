@@ -1,0 +1,5 @@
+"""Layers: they know parameters and shapes, not devices."""
+
+from .mingru import MinGRU
+
+__all__ = ["MinGRU"]

@@ -1,0 +1,230 @@
+"""What minGRU and its siblings share: layers over layers, directions, state in and out, options.
+
+A kind of layer (see `mingru.py` beside this file) adds its recurrence and nothing else. `forward` and what it calls
+scripts, but for the checks, which a scripted module leaves to torch.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..check import check_like, check_reset, dims, expanded, expectation
+from ..ops import States
+from ..ops.activation import ACTIVATIONS, zero_state
+from ..ops.shape import accumulate_dtype
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class RecurrentLayer(nn.Module):
+    """Norm, linear, recurrence and residual of one layer, in one direction or both."""
+
+    num_gates: int
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool,
+        bidirectional: bool,
+        residual: bool,
+        norm: str | None,
+        candidate: str,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        output_dims = hidden_dims * (2 if bidirectional else 1)
+        pre_dims = hidden_dims * self.num_gates
+        self.candidate = candidate
+        self.residual = residual
+        self.norm = None if norm is None else NORMS[norm](input_dims, **factory)
+        self.linear = nn.Linear(input_dims, pre_dims, bias, **factory)
+        self.linear_reverse = nn.Linear(input_dims, pre_dims, bias, **factory) if bidirectional else None
+        self.align = None
+        if residual and input_dims != output_dims:
+            self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
+
+    def recur(self, pre: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, reverse: bool) -> States:
+        """From pre-activations (B, S, num_gates * H) and a state (B, 1, H) to all states and the last."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, batch_first: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (B, S, I) or (S, B, I), h (D, B, 1, H), initial (D, 1, 1, H): output like x, and D states (B, 1, H)."""
+        y = x
+        if self.norm is not None:
+            y = self.norm(x)
+        pre = self.linear(y)
+        out, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[0], initial[0], reset, False)
+        states = [last]
+        if self.linear_reverse is not None:
+            pre = self.linear_reverse(y)
+            # Seen from the end, the boundary before step t comes before step t - 1.
+            reset_reverse = None if reset is None else F.pad(reset[:, 1:], [0, 1], value=0.0)
+            back, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[1], initial[1], reset_reverse, True)
+            out = torch.cat([out, back], -1)
+            states.append(last)
+        if not batch_first:
+            out = out.transpose(0, 1)
+        if self.residual:
+            out = out + (x if self.align is None else self.align(x))
+        return out, states
+
+
+class Recurrent(nn.Module):
+    """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
+
+    layer_class: type[RecurrentLayer]
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        residual: bool = False,
+        norm: str | None = None,
+        candidate: str = "positive",
+        learn_initial_state: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        for argument, size in (("input_dims", input_dims), ("hidden_dims", hidden_dims), ("num_layers", num_layers)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(expectation(self.name, argument, "an int", f"{size!r}"))
+            if size < 1:
+                raise ValueError(expectation(self.name, argument, "at least 1", str(size)))
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
+        if not 0 <= dropout <= 1:
+            raise ValueError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
+        if norm is not None and norm not in NORMS:
+            raise ValueError(expectation(self.name, "norm", f"None or one of {tuple(NORMS)}", repr(norm)))
+        if candidate not in ACTIVATIONS:
+            raise ValueError(expectation(self.name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(expectation(self.name, "dtype", "a floating dtype", str(dtype)))
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"{self.name}: dropout={dropout} has no effect with num_layers=1, as the last layer's output is never "
+                "dropped; set num_layers above 1 or dropout to 0",
+                stacklevel=2,
+            )
+        self.input_dims = input_dims
+        self.hidden_dims = hidden_dims
+        self.num_layers = num_layers
+        self.bias = bool(bias)
+        self.batch_first = bool(batch_first)
+        self.dropout = float(dropout)
+        self.bidirectional = bool(bidirectional)
+        self.residual = bool(residual)
+        self.norm = norm
+        self.candidate = candidate
+        self.learn_initial_state = bool(learn_initial_state)
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_directions = 2 if bidirectional else 1
+        output_dims = self.num_directions * hidden_dims
+        self.layers = nn.ModuleList(
+            self.layer_class(
+                input_dims if index == 0 else output_dims,
+                hidden_dims,
+                self.bias,
+                self.bidirectional,
+                self.residual,
+                norm,
+                candidate,
+                factory,
+            )
+            for index in range(num_layers)
+        )
+        self.zero_state = zero_state(candidate)
+        shape = (num_layers * self.num_directions, 1, 1, hidden_dims)
+        self.initial_state = (
+            nn.Parameter(torch.full(shape, self.zero_state, **factory)) if learn_initial_state else None
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructor did."""
+        for module in self.layers.modules():
+            if isinstance(module, (nn.Linear, *NORMS.values())):
+                module.reset_parameters()
+        if self.initial_state is not None:
+            nn.init.constant_(self.initial_state, self.zero_state)
+
+    def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> States:
+        dtype = x.dtype
+        if torch.jit.is_scripting():
+            if x.dim() != 3 or x.size(2) != self.input_dims:
+                raise ValueError(f"{self.name}: x must be (B, S, {self.input_dims}), got {x.shape}")
+        else:
+            if self._check(x, h, reset):
+                dtype = accumulate_dtype(dtype)
+        count = self.num_layers * self.num_directions
+        batch = x.size(0) if self.batch_first else x.size(1)
+        initial = self.initial_state
+        if initial is None:
+            initial = torch.full([1, 1, 1, 1], self.zero_state, dtype=dtype, device=x.device)
+        initial = initial.expand(count, 1, 1, self.hidden_dims)
+        state = (initial if h is None else h).expand(count, batch, 1, self.hidden_dims)
+        if reset is not None and not self.batch_first:
+            reset = reset.transpose(0, 1)
+
+        states: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            first = index * self.num_directions
+            end = first + self.num_directions
+            x, last = layer(x, state[first:end], initial[first:end], reset, self.batch_first)
+            states += last
+            if index < self.num_layers - 1 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, torch.stack(states)
+
+    def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> bool:
+        """Refuse what does not fit; tell whether autocast is on."""
+        if not isinstance(x, Tensor):
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+        letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
+        if x.dim() != 3 or x.shape[2] != self.input_dims:
+            expected = f"{letters.format(self.input_dims)} as input_dims is {self.input_dims}"
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
+        weight = self.layers[0].linear.weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        # A quantised linear's weight is a method, and its input any floating tensor.
+        if isinstance(weight, Tensor):
+            check_like(self.name, "x", x, weight, "the layer's weight", any_float=autocast)
+        if h is not None:
+            check_like(self.name, "h", h, x, "x", any_float=autocast)
+            count = self.num_layers * self.num_directions
+            batch = x.shape[0] if self.batch_first else x.shape[1]
+            expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)")
+        check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
+        return autocast
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_dims}, {self.hidden_dims}"
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": True,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "residual": False,
+            "norm": None,
+            "candidate": "positive",
+            "learn_initial_state": False,
+        }
+        for argument, default in defaults.items():
+            if getattr(self, argument) != default:
+                text += f", {argument}={getattr(self, argument)!r}"
+        return text

@@ -1,0 +1,185 @@
+"""Gradients for the bodies that compute values alone: written once, for every such body.
+
+The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence run backwards,
+
+    delta_t = dL/dh_t + a_{t+1} delta_{t+1}
+
+and from delta all else is elementwise: dL/db_t = delta_t, dL/da_t = delta_t h_{t-1}, dL/dh_0 = a_1 delta_1. So only the
+inputs and the states are kept. The formulas below are made of differentiable operations and differentiate in turn;
+forward mode is one more scan; and as nothing mixes batch elements, `vmap` folds its dimension into the batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import activate, derivative
+from .choice import BODIES
+from .shape import States, accumulate_dtype, along
+
+
+def linear_scan(body: str, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+    states: States = _LinearScan.apply(body, a, b, h, reset, reverse)  # type: ignore[no-untyped-call]
+    return states
+
+
+def mingru(
+    body: str,
+    gate: Tensor,
+    candidate: Tensor,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    activation: str,
+    reverse: bool,
+) -> States:
+    states: States = _MinGRU.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
+    return states
+
+
+def _first(sequence: Tensor, reverse: bool) -> Tensor:
+    return sequence[:, -1:] if reverse else sequence[:, :1]
+
+
+def _met(out: Tensor, h: Tensor, initial: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    """The state that each step met: the one before it, or the initial one (None is 0) where there was a reset."""
+    met = torch.cat([out[:, 1:], h], 1) if reverse else torch.cat([h, out[:, :-1]], 1)
+    if reset is None:
+        return met
+    mask = along(reset, met)
+    return met.masked_fill(mask, 0) if initial is None else torch.where(mask, initial, met)
+
+
+def _adjoint(body: str, a: Tensor, grad: States, reset: Tensor | None, reverse: bool) -> Tensor:
+    """delta: the scan against the direction of the forward one, each step by the decay of the step after it."""
+    one = torch.ones_like(a[:, :1])
+    decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
+    if reset is not None:
+        no = torch.zeros_like(reset[:, :1])
+        reset = torch.cat([no, reset[:, :-1]] if reverse else [reset[:, 1:], no], 1)
+    grad_out, grad_last = grad
+    return linear_scan(body, decay, grad_out.to(a.dtype), grad_last.to(a.dtype), reset, not reverse)[0]
+
+
+def _grad_h(a: Tensor, delta: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    grad_h = _first(a, reverse).conj() * _first(delta, reverse)
+    return grad_h if reset is None else grad_h.masked_fill(along(_first(reset, reverse), grad_h), 0)
+
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Move the dimension that vmap maps over into the batch of each tensor."""
+    folded = []
+    for arg, dim in zip(args, in_dims, strict=True):
+        if isinstance(arg, Tensor):
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            arg = arg.flatten(0, 1)
+        folded.append(arg)
+    return folded
+
+
+def _unfold(info: Any, states: States) -> tuple[States, tuple[int, int]]:
+    out, last = (tensor.unflatten(0, (info.batch_size, -1)) for tensor in states)
+    return (out, last), (0, 0)
+
+
+class _LinearScan(torch.autograd.Function):
+    @staticmethod
+    def forward(body: str, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+        return BODIES[body].linear_scan(a, b, h, reset, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
+        ctx.body, a, _, h, reset, ctx.reverse = inputs
+        ctx.save_for_backward(a, h, reset, output[0])
+        ctx.save_for_forward(a, h, reset, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        a, h, reset, out = ctx.saved_tensors
+        dtype = accumulate_dtype(out.dtype)
+        decay = a.to(dtype)
+        delta = _adjoint(ctx.body, decay, grad, reset, ctx.reverse)
+        grad_a = grad_h = None
+        if ctx.needs_input_grad[1]:
+            met = _met(out.to(dtype), h.to(dtype), None, reset, ctx.reverse)
+            grad_a = (delta * met.conj()).to(a.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_h = _grad_h(decay, delta, reset, ctx.reverse).to(h.dtype)
+        return None, grad_a, delta.to(out.dtype), grad_h, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, da, db, dh, _, _ = tangents
+        a, h, reset, out = ctx.saved_tensors
+        drive = torch.zeros_like(out) if db is None else db
+        if da is not None:
+            drive = drive + da * _met(out, h.to(out.dtype), None, reset, ctx.reverse)
+        return linear_scan(ctx.body, a, drive, torch.zeros_like(h) if dh is None else dh, reset, ctx.reverse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _unfold(info, linear_scan(*_fold(info, in_dims, args)))
+
+
+class _MinGRU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        body: str,
+        gate: Tensor,
+        candidate: Tensor,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        activation: str,
+        reverse: bool,
+    ) -> States:
+        return BODIES[body].mingru(gate, candidate, h, initial, reset, activation, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
+        ctx.body, gate, candidate, h, initial, reset, ctx.activation, ctx.reverse = inputs
+        ctx.save_for_backward(gate, candidate, h, initial, reset, output[0])
+        ctx.save_for_forward(gate, candidate, h, initial, reset, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        gate, candidate, h, initial, reset, out = ctx.saved_tensors
+        dtype = accumulate_dtype(gate.dtype)
+        k, v = gate.to(dtype), candidate.to(dtype)
+        a, z = (-k).sigmoid(), k.sigmoid()
+        delta = _adjoint(ctx.body, a, grad, reset, ctx.reverse)
+        met = _met(out.to(dtype), h.to(dtype), initial.to(dtype), reset, ctx.reverse)
+        _, need_gate, need_candidate, need_h, need_initial, _, _, _ = ctx.needs_input_grad
+        grad_gate = grad_candidate = grad_h = grad_initial = None
+        if need_gate:
+            grad_gate = (delta * (activate(v, ctx.activation) - met) * z * a).to(gate.dtype)
+        if need_candidate:
+            grad_candidate = (delta * z * derivative(v, ctx.activation)).to(candidate.dtype)
+        if need_h:
+            grad_h = _grad_h(a, delta, reset, ctx.reverse).to(h.dtype)
+        if need_initial and reset is not None:
+            grad_initial = (a * delta).masked_fill(~along(reset, a), 0).sum(1, keepdim=True).to(initial.dtype)
+        return None, grad_gate, grad_candidate, grad_h, grad_initial, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, dgate, dcandidate, dh, dinitial, _, _, _ = tangents
+        gate, candidate, h, initial, reset, out = ctx.saved_tensors
+        dtype = accumulate_dtype(gate.dtype)
+        k, v = gate.to(dtype), candidate.to(dtype)
+        a, z = (-k).sigmoid(), k.sigmoid()
+        drive = torch.zeros_like(out, dtype=dtype)
+        if dgate is not None:
+            met = _met(out.to(dtype), h.to(dtype), initial.to(dtype), reset, ctx.reverse)
+            drive = drive + dgate * (activate(v, ctx.activation) - met) * z * a
+        if dcandidate is not None:
+            drive = drive + dcandidate * z * derivative(v, ctx.activation)
+        if dinitial is not None and reset is not None:
+            drive = drive + (a * dinitial).masked_fill(~along(reset, a), 0)
+        dout, dlast = linear_scan(ctx.body, a, drive, torch.zeros_like(h) if dh is None else dh, reset, ctx.reverse)
+        return dout.to(gate.dtype), dlast
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _unfold(info, mingru(*_fold(info, in_dims, args)))

@@ -1,0 +1,125 @@
+"""The `"torch"` body: plain tensor operations in linear space, on any device.
+
+The sequence is cut into C chunks of T steps, T about the root of S. All chunks are stepped side by side, each from a
+state of 0, while the product of their decays is kept; then the C carries are passed along one after the other; then one
+multiply-add brings each chunk its carry:
+
+    local_t = a_t local_{t-1} + b_t      P_t = a_t P_{t-1}      h_t = local_t + P_t carry
+
+That is 2 T + 2 C + a few launches instead of S. For 0 <= a <= 1 and b >= 0 only positive terms are added: nothing
+cancels. Everything happens in place, in memory made here, so these functions record no gradient: `autograd` gives it.
+"""
+
+import torch
+from torch import Tensor
+
+from .activation import activate_into_new
+from .shape import States, accumulate_dtype, along, chunks_of
+
+DIFFERENTIABLE = False
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(sequence: Tensor, activation: str | None) -> str | None:
+    return None
+
+
+def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+    dtype = accumulate_dtype(b.dtype)
+    states = _scan_in_place(
+        a.to(dtype, copy=True), b.to(dtype, copy=True), h.to(dtype).squeeze(1), reset, reverse
+    )
+    return _finish(states, b.dtype, h.dtype, reverse)
+
+
+def mingru(
+    gate: Tensor, candidate: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, activation: str, reverse: bool
+) -> States:
+    dtype = accumulate_dtype(gate.dtype)
+    k = gate.to(dtype)
+    a = k.sigmoid()
+    b = activate_into_new(candidate.to(dtype), activation).mul_(a)
+    # 1 - sigma(k) would cancel near 1; sigma(-k) does not.
+    torch.neg(k, out=a).sigmoid_()
+    if reset is not None:
+        mask = along(reset, b)
+        b = torch.where(mask, torch.addcmul(b, a, initial.to(dtype).expand_as(b)), b)
+    states = _scan_in_place(a, b, h.to(dtype).squeeze(1), reset, reverse)
+    return _finish(states, gate.dtype, h.dtype, reverse)
+
+
+def _finish(states: Tensor, dtype: torch.dtype, state_dtype: torch.dtype, reverse: bool) -> States:
+    last = states[:, :1] if reverse else states[:, -1:]
+    return states.to(dtype), last.to(state_dtype, copy=True)
+
+
+def _scan_in_place(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """Turn b (B, S, *) into the states and a into rubble; h is (B, *)."""
+    num_steps = b.shape[1]
+    count, size = chunks_of(num_steps)
+    cut = count * size
+    if reverse:
+        h = _step_in_place(a[:, cut:], b[:, cut:], h, None if reset is None else reset[:, cut:], reverse)
+    if cut:
+        h = _chunks_in_place(
+            a[:, :cut].unflatten(1, (count, size)),
+            b[:, :cut].unflatten(1, (count, size)),
+            h,
+            None if reset is None else reset[:, :cut].unflatten(1, (count, size)),
+            reverse,
+        )
+    if not reverse:
+        _step_in_place(a[:, cut:], b[:, cut:], h, None if reset is None else reset[:, cut:], reverse)
+    return b
+
+
+def _in_order(sequence: Tensor, dim: int, reverse: bool) -> list[Tensor]:
+    steps = list(sequence.unbind(dim))
+    return steps[::-1] if reverse else steps
+
+
+def _step_in_place(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """One step after the other along dimension 1; returns the state after the last."""
+    resets = [None] * b.shape[1] if reset is None else _in_order(along(reset, b), 1, reverse)
+    for a_t, b_t, reset_t in zip(_in_order(a, 1, reverse), _in_order(b, 1, reverse), resets, strict=True):
+        # Masked rather than multiplied by 0, so that not even NaN crosses a reset.
+        h = b_t.addcmul_(a_t, h if reset_t is None else h.masked_fill(reset_t, 0))
+    return h
+
+
+def _chunks_in_place(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """a, b (B, C, T, *), reset (B, C, T): the states of all chunks into b; returns the state after the last."""
+    crossed = None
+    if reset is not None:
+        mask = along(reset, b)
+        a.masked_fill_(mask, 0)
+        in_time = reset.flip(2) if reverse else reset
+        crossed = in_time.cummax(2).values
+        crossed = along(crossed.flip(2) if reverse else crossed, b)
+
+    decays, locals_ = _in_order(a, 2, reverse), _in_order(b, 2, reverse)
+    resets = [None] * len(decays) if reset is None else _in_order(mask, 2, reverse)
+    for t in range(1, len(decays)):
+        before, reset_t = locals_[t - 1], resets[t]
+        locals_[t].addcmul_(decays[t], before if reset_t is None else before.masked_fill(reset_t, 0))
+        decays[t].mul_(decays[t - 1])
+
+    carries = torch.empty_like(locals_[-1])
+    cut_off = [None] * b.shape[1] if crossed is None else _in_order(crossed.select(2, 0 if reverse else -1), 1, reverse)
+    chunks = zip(
+        _in_order(carries, 1, reverse),
+        _in_order(locals_[-1], 1, reverse),
+        _in_order(decays[-1], 1, reverse),
+        cut_off,
+        strict=True,
+    )
+    for carry, local, decay, cut in chunks:
+        carry.copy_(h)
+        h = torch.addcmul(local, decay, h if cut is None else h.masked_fill(cut, 0))
+
+    brought = carries.unsqueeze(2)
+    b.addcmul_(a, brought if crossed is None else brought.expand_as(b).masked_fill(crossed, 0))
+    return h
