@@ -1,6 +1,7 @@
-import mingru
 import pytest
 import torch
+
+import mingru
 
 
 @pytest.fixture(autouse=True)

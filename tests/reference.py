@@ -1,4 +1,4 @@
-"""The truth: plain PyTorch in float64, one step after the other. `test_reference.py` checks it by hand-worked numbers."""
+"""The truth: plain PyTorch in float64, one step after the other. `test_reference.py` checks it by hand."""
 
 import torch
 from torch import Tensor
@@ -44,10 +44,12 @@ def layers(rnn, x, h=None, reset=None):
     last = []
     for index in range(rnn.num_layers):
         y, prefix, outs = x, f"layers.{index}.", []
+        if rnn.norm is not None:
+            scale = weights[prefix + "norm.weight"]
         if rnn.norm == "layer":
-            y = torch.nn.functional.layer_norm(y, y.shape[-1:], weights[prefix + "norm.weight"], weights[prefix + "norm.bias"])
+            y = torch.nn.functional.layer_norm(y, y.shape[-1:], scale, weights[prefix + "norm.bias"])
         if rnn.norm == "rms":
-            y = y / (y.square().mean(-1, keepdim=True) + torch.finfo(weights[prefix + "norm.weight"].dtype).eps).sqrt() * weights[prefix + "norm.weight"]
+            y = y / (y.square().mean(-1, keepdim=True) + torch.finfo(scale.dtype).eps).sqrt() * scale
         for direction, name in enumerate(["linear", "linear_reverse"][: rnn.num_directions]):
             pre = y @ weights[f"{prefix}{name}.weight"].T + weights.get(f"{prefix}{name}.bias", 0.0)
             gate, candidate = pre.split(rnn.hidden_dims, -1)

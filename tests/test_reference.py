@@ -20,7 +20,9 @@ def test_linear_scan_by_hand():
     assert reference.linear_scan(a, b, torch.tensor([[5.0]]), reverse=True).tolist() == [[-4.0, -2.5, -1.0]]
     # Cut before the second step, back to 7: 11; 3*7+0.5 = 21.5; -21.5+4 = -17.5
     reset = torch.tensor([[False, True, False]])
-    assert reference.linear_scan(a, b, torch.tensor([[5.0]]), reset=reset, initial=7.0).tolist() == [[11.0, 21.5, -17.5]]
+    assert reference.linear_scan(a, b, torch.tensor([[5.0]]), reset=reset, initial=7.0).tolist() == [
+        [11.0, 21.5, -17.5]
+    ]
 
 
 def test_mingru_by_hand():

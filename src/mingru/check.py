@@ -43,12 +43,14 @@ def check_like(
     """x must be a tensor with the dtype (or the other one named, or any floating one) and the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
-    if x.dtype != like.dtype and x.dtype != or_dtype and not (any_float and x.is_floating_point()):
+    if x.dtype not in (like.dtype, or_dtype) and not (any_float and x.is_floating_point()):
         as_like = f"{like.dtype} as {like_name} is"
         raise TypeError(expectation(name, argument, as_like, str(x.dtype), f"use {argument}.to({like.dtype})"))
     if x.device != like.device:
         as_like = f"on {like.device} as {like_name} is"
-        raise ValueError(expectation(name, argument, as_like, f"one on {x.device}", f"use {argument}.to({str(like.device)!r})"))
+        raise ValueError(
+            expectation(name, argument, as_like, f"one on {x.device}", f"use {argument}.to({str(like.device)!r})")
+        )
 
 
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:

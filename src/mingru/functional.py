@@ -137,7 +137,8 @@ def linear_scan(
         a: (B, S, *), any numbers; floating, or complex where the back end is "torch" or "sequential". For a transition
             that does not depend on time, `a.expand_as(b)`, which copies nothing.
         b: (B, S, *); shape, dtype and device of `a`.
-        h: state before the first step; expands to (B, 1, *), dtype of `a` (or float32 for half-width types). Default: 0.
+        h: state before the first step; expands to (B, 1, *), dtype of `a` (or float32 for half-width
+            types). Default: 0.
         reverse: go from the last step to the first: h_t = a_t h_{t+1} + b_t, `h` coming after the last step.
         reset: (B, S) bool. Where true, the state is put to 0 before that step: h_t = b_t.
         backend: as for `mingru`.
@@ -192,7 +193,8 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
         >>> mingru.functional.parallel_scan_log(log_a, log_b)
         tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
 
-    Source: Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024, appendix B.
+    Source: Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024,
+    appendix B.
     """
     name = "parallel_scan_log"
     _check_sequence(name, "log_a", log_a)
@@ -211,4 +213,6 @@ def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = Fals
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
     if not (x.is_floating_point() or (or_complex and x.is_complex())):
-        raise TypeError(expectation(name, argument, "of a floating dtype", str(x.dtype), f"{argument}.float() makes one"))
+        raise TypeError(
+            expectation(name, argument, "of a floating dtype", str(x.dtype), f"{argument}.float() makes one")
+        )

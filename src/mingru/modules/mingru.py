@@ -13,7 +13,7 @@ class MinGRULayer(RecurrentLayer):
 
     def recur(self, pre: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, reverse: bool) -> States:
         gate, candidate = pre.chunk(2, -1)
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return scripted.mingru(gate, candidate, h, initial.expand_as(h), reset, self.candidate, reverse)
         else:
             return ops.mingru(gate, candidate, h, initial, reset, self.candidate, reverse)
@@ -44,7 +44,8 @@ class MinGRU(Recurrent):
         norm: "layer" or "rms" on the input of every layer, or None.
         candidate: "positive": g, the paper's log-space form; "linear": v itself, its plain form; "tanh".
         learn_initial_state: makes the state that stands for 'nothing seen yet' a parameter, (L * D, 1, 1, H).
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters, a floating one.
 
     Called with:
         x: (B, S, I), or (S, B, I) with `batch_first=False`; dtype and device of the parameters. S may be 0.
@@ -56,8 +57,9 @@ class MinGRU(Recurrent):
             the one before it.
 
     Returns:
-        out: (B, S, D * H), or (S, B, D * H); the last layer's output, both directions in the order of time.
-        h: (L * D, B, 1, H), each layer's state after its last step, so that `rnn(x2, h)` continues. Differentiable.
+        Two tensors. `out`, (B, S, D * H) or (S, B, D * H), is the last layer's output, both directions in the order of
+        time. `h`, (L * D, B, 1, H), is each layer's state after its last step, so that `rnn(x2, h)` continues. Both are
+        differentiable.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

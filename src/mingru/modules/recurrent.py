@@ -40,7 +40,7 @@ class RecurrentLayer(nn.Module):
         pre_dims = hidden_dims * self.num_gates
         self.candidate = candidate
         self.residual = residual
-        self.norm = None if norm is None else NORMS[norm](input_dims, **factory)
+        self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
         self.linear = nn.Linear(input_dims, pre_dims, bias, **factory)
         self.linear_reverse = nn.Linear(input_dims, pre_dims, bias, **factory) if bidirectional else None
         self.align = None
@@ -157,25 +157,25 @@ class Recurrent(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, as the constructor did."""
         for module in self.layers.modules():
-            if isinstance(module, (nn.Linear, *NORMS.values())):
+            if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> States:
         dtype = x.dtype
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if x.dim() != 3 or x.size(2) != self.input_dims:
                 raise ValueError(f"{self.name}: x must be (B, S, {self.input_dims}), got {x.shape}")
-        else:
-            if self._check(x, h, reset):
-                dtype = accumulate_dtype(dtype)
+        elif self._check(x, h, reset):
+            dtype = accumulate_dtype(dtype)
         count = self.num_layers * self.num_directions
         batch = x.size(0) if self.batch_first else x.size(1)
-        initial = self.initial_state
-        if initial is None:
-            initial = torch.full([1, 1, 1, 1], self.zero_state, dtype=dtype, device=x.device)
-        initial = initial.expand(count, 1, 1, self.hidden_dims)
+        if self.initial_state is None:
+            zero = torch.full([1, 1, 1, 1], self.zero_state, dtype=dtype, device=x.device)
+            initial = zero.expand(count, 1, 1, self.hidden_dims)
+        else:
+            initial = self.initial_state
         state = (initial if h is None else h).expand(count, batch, 1, self.hidden_dims)
         if reset is not None and not self.batch_first:
             reset = reset.transpose(0, 1)
@@ -198,7 +198,8 @@ class Recurrent(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.input_dims:
             expected = f"{letters.format(self.input_dims)} as input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
-        weight = self.layers[0].linear.weight
+        first: Any = self.layers[0]
+        weight = first.linear.weight
         autocast = torch.is_autocast_enabled(x.device.type)
         # A quantised linear's weight is a method, and its input any floating tensor.
         if isinstance(weight, Tensor):

@@ -69,17 +69,18 @@ def _grad_h(a: Tensor, delta: Tensor, reset: Tensor | None, reverse: bool) -> Te
 
 def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
     """Move the dimension that vmap maps over into the batch of each tensor."""
-    folded = []
-    for arg, dim in zip(args, in_dims, strict=True):
-        if isinstance(arg, Tensor):
-            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            arg = arg.flatten(0, 1)
-        folded.append(arg)
-    return folded
+
+    def fold(arg: Any, dim: int | None) -> Any:
+        if not isinstance(arg, Tensor):
+            return arg
+        batched = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        return batched.flatten(0, 1)
+
+    return [fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
 
 
 def _unfold(info: Any, states: States) -> tuple[States, tuple[int, int]]:
-    out, last = (tensor.unflatten(0, (info.batch_size, -1)) for tensor in states)
+    out, last = (torch.unflatten(tensor, 0, [info.batch_size, -1]) for tensor in states)
     return (out, last), (0, 0)
 
 

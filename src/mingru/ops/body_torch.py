@@ -29,9 +29,7 @@ def refuses(sequence: Tensor, activation: str | None) -> str | None:
 
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     dtype = accumulate_dtype(b.dtype)
-    states = _scan_in_place(
-        a.to(dtype, copy=True), b.to(dtype, copy=True), h.to(dtype).squeeze(1), reset, reverse
-    )
+    states = _scan_in_place(a.to(dtype, copy=True), b.to(dtype, copy=True), h.to(dtype).squeeze(1), reset, reverse)
     return _finish(states, b.dtype, h.dtype, reverse)
 
 
@@ -65,10 +63,10 @@ def _scan_in_place(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, revers
         h = _step_in_place(a[:, cut:], b[:, cut:], h, None if reset is None else reset[:, cut:], reverse)
     if cut:
         h = _chunks_in_place(
-            a[:, :cut].unflatten(1, (count, size)),
-            b[:, :cut].unflatten(1, (count, size)),
+            torch.unflatten(a[:, :cut], 1, [count, size]),
+            torch.unflatten(b[:, :cut], 1, [count, size]),
             h,
-            None if reset is None else reset[:, :cut].unflatten(1, (count, size)),
+            None if reset is None else torch.unflatten(reset[:, :cut], 1, [count, size]),
             reverse,
         )
     if not reverse:

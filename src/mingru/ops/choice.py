@@ -13,7 +13,7 @@ from .shape import States
 
 
 class Body(Protocol):
-    """A way to compute the recurrences: one module for each. Arguments are as `ops.mingru` and `ops.linear_scan` say."""
+    """A way to compute the recurrences: one module for each; `ops` tells what the arguments mean."""
 
     # Whether it is made of differentiable operations; where it isn't, `autograd` gives it its gradients.
     DIFFERENTIABLE: bool
@@ -104,7 +104,9 @@ def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     _check_name(backend, asked_by)
     why = _refusal(backend, sequence, activation)
     if why is not None:
-        raise ValueError(f"mingru: the back end {backend!r}, asked for by {asked_by}, cannot run this: {why}; use 'auto'")
+        raise ValueError(
+            f"mingru: the back end {backend!r}, asked for by {asked_by}, cannot run this: {why}; use 'auto'"
+        )
     return backend
 
 

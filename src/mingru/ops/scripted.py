@@ -44,10 +44,10 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) 
         states.append(rest)
     if cut > 0:
         chunks, h = _chunks(
-            a[:, :cut].unflatten(1, [count, size]),
-            b[:, :cut].unflatten(1, [count, size]),
+            torch.unflatten(a[:, :cut], 1, [count, size]),
+            torch.unflatten(b[:, :cut], 1, [count, size]),
             h,
-            cuts[:, :cut].unflatten(1, [count, size]),
+            torch.unflatten(cuts[:, :cut], 1, [count, size]),
             masked,
             reverse,
         )

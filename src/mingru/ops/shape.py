@@ -11,7 +11,7 @@ States = tuple[Tensor, Tensor]
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which a recurrence is computed: float32 for the half-width types, else the tensor's own."""
-    if dtype == torch.bfloat16 or dtype == torch.float16:
+    if dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return dtype
 

