@@ -1,7 +1,10 @@
 """The README's code runs as it stands, and the usage code is the one that was asked for."""
 
+import os
 import re
 from pathlib import Path
+
+import mingru
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -20,3 +23,8 @@ def test_files_that_it_names_are_there():
     root = Path(__file__).parent.parent
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (root / link).is_file(), link
+
+
+def test_kernels_were_built_where_this_project_checks_itself():
+    if os.environ.get("CI"):
+        assert mingru.backends()["native"] is True

@@ -7,8 +7,10 @@ The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence run backwards,
 and from delta all else is elementwise: dL/db_t = delta_t, dL/da_t = delta_t h_{t-1}, dL/dh_0 = a_1 delta_1. So only the
 inputs and the states are kept. The formulas below are made of differentiable operations and differentiate in turn;
 forward mode is one more scan; and as nothing mixes batch elements, `vmap` folds its dimension into the batch.
+`torch.compile` traces no function that has rules for the latter two, hence the base classes without them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from .shape import States, accumulate_dtype, along
 
 
 def linear_scan(body: str, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
-    states: States = _LinearScan.apply(body, a, b, h, reset, reverse)  # type: ignore[no-untyped-call]
+    function = _LinearScanBase if torch.compiler.is_compiling() else _LinearScan
+    states: States = function.apply(body, a, b, h, reset, reverse)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -34,8 +37,14 @@ def mingru(
     activation: str,
     reverse: bool,
 ) -> States:
-    states: States = _MinGRU.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
+    function = _MinGRUBase if torch.compiler.is_compiling() else _MinGRU
+    states: States = function.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
     return states
+
+
+def _fused(body: str, name: str) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The body's own backward kernel, which serves where no derivative of the gradient is asked for."""
+    return None if torch.is_grad_enabled() else getattr(BODIES[body], name, None)
 
 
 def _first(sequence: Tensor, reverse: bool) -> Tensor:
@@ -84,7 +93,7 @@ def _unfold(info: Any, states: States) -> tuple[States, tuple[int, int]]:
     return (out, last), (0, 0)
 
 
-class _LinearScan(torch.autograd.Function):
+class _LinearScanBase(torch.autograd.Function):
     @staticmethod
     def forward(body: str, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
         return BODIES[body].linear_scan(a, b, h, reset, reverse)
@@ -98,6 +107,9 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         a, h, reset, out = ctx.saved_tensors
+        fused = _fused(ctx.body, "linear_scan_backward")
+        if fused is not None:
+            return None, *fused(a, h, reset, out, *grad, ctx.reverse), None, None
         dtype = accumulate_dtype(out.dtype)
         decay = a.to(dtype)
         delta = _adjoint(ctx.body, decay, grad, reset, ctx.reverse)
@@ -109,6 +121,8 @@ class _LinearScan(torch.autograd.Function):
             grad_h = _grad_h(decay, delta, reset, ctx.reverse).to(h.dtype)
         return None, grad_a, delta.to(out.dtype), grad_h, None, None
 
+
+class _LinearScan(_LinearScanBase):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _, da, db, dh, _, _ = tangents
@@ -123,7 +137,7 @@ class _LinearScan(torch.autograd.Function):
         return _unfold(info, linear_scan(*_fold(info, in_dims, args)))
 
 
-class _MinGRU(torch.autograd.Function):
+class _MinGRUBase(torch.autograd.Function):
     @staticmethod
     def forward(
         body: str,
@@ -146,6 +160,10 @@ class _MinGRU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         gate, candidate, h, initial, reset, out = ctx.saved_tensors
+        fused = _fused(ctx.body, "mingru_backward")
+        if fused is not None:
+            inputs = (gate, candidate, h, initial, reset, out)
+            return None, *fused(*inputs, *grad, ctx.activation, ctx.reverse), None, None, None
         dtype = accumulate_dtype(gate.dtype)
         k, v = gate.to(dtype), candidate.to(dtype)
         a, z = (-k).sigmoid(), k.sigmoid()
@@ -163,6 +181,8 @@ class _MinGRU(torch.autograd.Function):
             grad_initial = (a * delta).masked_fill(~along(reset, a), 0).sum(1, keepdim=True).to(initial.dtype)
         return None, grad_gate, grad_candidate, grad_h, grad_initial, None, None, None
 
+
+class _MinGRU(_MinGRUBase):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _, dgate, dcandidate, dh, dinitial, _, _, _ = tangents

@@ -8,14 +8,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import body_log, body_sequential, body_torch
+from . import body_log, body_native, body_sequential, body_torch
 from .shape import States
 
 
 class Body(Protocol):
     """A way to compute the recurrences: one module for each; `ops` tells what the arguments mean."""
 
-    # Whether it is made of differentiable operations; where it isn't, `autograd` gives it its gradients.
+    # Whether it is made of differentiable operations; where it isn't, `autograd` gives it its gradients, by the body's
+    # own `linear_scan_backward` and `mingru_backward` if it has them.
     DIFFERENTIABLE: bool
 
     def unavailable(self) -> str | None:
@@ -39,9 +40,14 @@ class Body(Protocol):
     ) -> States: ...
 
 
-BODIES: dict[str, Body] = {"torch": body_torch, "log": body_log, "sequential": body_sequential}
+BODIES: dict[str, Body] = {
+    "native": body_native,
+    "torch": body_torch,
+    "log": body_log,
+    "sequential": body_sequential,
+}
 # What "auto" tries, in this order; "torch" serves everything.
-FASTEST_FIRST = ("torch",)
+FASTEST_FIRST = ("native", "torch")
 VARIABLE = "MINGRU_BACKEND"
 
 
@@ -98,7 +104,7 @@ def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     if backend == "auto":
         backend, asked_by = _chosen.name, "use_backend"
     if backend == "auto":
-        backend, asked_by = os.environ.get(VARIABLE, "auto"), f"the environment variable {VARIABLE}"
+        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
     if backend == "auto":
         return next(name for name in FASTEST_FIRST if _refusal(name, sequence, activation) is None)
     _check_name(backend, asked_by)

@@ -1,0 +1,174 @@
+#include "driver.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace mingru {
+
+namespace baseline {
+Kernel kernel(CellKind, Storage);
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx2 {
+Kernel kernel(CellKind, Storage);
+}
+namespace avx512 {
+Kernel kernel(CellKind, Storage);
+}
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  Kernel (*kernel)(CellKind, Storage);
+};
+
+InstructionSet best_here() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", avx512::kernel};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::kernel};
+#endif
+  return {"baseline", baseline::kernel};
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet set = best_here();
+  return set;
+}
+
+// Below this many values a thread costs more than it brings.
+constexpr int64_t values_per_thread = 16384;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Run {
+ public:
+  Run(const Scan& scan, bool backward)
+      : scan_(scan),
+        backward_(backward),
+        kernel_(chosen().kernel(scan.cell, scan.storage)),
+        size_(scan.storage == Storage::float64 ? 8 : 4) {
+    const int64_t values = scan.num_batch * scan.num_steps * scan.num_lanes;
+    const int64_t worthwhile = std::max<int64_t>(1, values / values_per_thread);
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
+    lanes_ = std::min(ceil_div(scan.num_lanes, group) * group, most_lanes);
+    while (lanes_ > group && num_tasks() < threads) lanes_ = ceil_div(lanes_ / 2, group) * group;
+    if (num_tasks() < threads && may_cut_time()) {
+      num_chunks_ = std::min(threads / num_tasks(), scan.num_steps / (4 * steps_per_note));
+    }
+    threads_ = threads;
+  }
+
+  void operator()() const {
+    if (num_chunks_ > 1) {
+      in_chunks();
+      return;
+    }
+    each(num_tasks(), [&](int64_t task) {
+      alignas(64) char state[most_lanes * 8];
+      start(task, state);
+      kernel_(scan_, span(task, 0, scan_.num_steps), state, backward_);
+      finish(task, state);
+    });
+  }
+
+ private:
+  int64_t num_tasks() const { return scan_.num_batch * ceil_div(scan_.num_lanes, lanes_); }
+
+  // A sum over time would be added to twice.
+  bool may_cut_time() const { return !(backward_ && scan_.grad_initial && scan_.reset); }
+
+  template <class F>
+  void each(int64_t count, const F& f) const {
+    if (threads_ == 1) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
+    }
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  }
+
+  Span span(int64_t task, int64_t begin, int64_t end) const {
+    const int64_t blocks = ceil_div(scan_.num_lanes, lanes_);
+    const int64_t lane = task % blocks * lanes_;
+    return {task / blocks, lane, std::min(lanes_, scan_.num_lanes - lane), begin, end, nullptr, false};
+  }
+
+  void copy_state(int64_t task, void* state, const void* from) const {
+    const Span at = span(task, 0, 0);
+    std::memset(state, 0, lanes_ * size_);
+    if (from == nullptr) return;
+    const char* row = static_cast<const char*>(from) + (at.batch * scan_.num_lanes + at.lane) * size_;
+    std::memcpy(state, row, at.num_lanes * size_);
+  }
+
+  void start(int64_t task, void* state) const { copy_state(task, state, backward_ ? scan_.grad_last : scan_.h); }
+
+  void finish(int64_t task, const void* state) const {
+    const Span at = span(task, 0, 0);
+    char* to = static_cast<char*>(backward_ ? scan_.grad_h : scan_.last);
+    std::memcpy(to + (at.batch * scan_.num_lanes + at.lane) * size_, state, at.num_lanes * size_);
+  }
+
+  // Fewer sequences than threads: time is cut into chunks, each run from a guess of its state at once. Then, chunk after
+  // chunk, the true state is run in again until it is, to the last bit, the one that the guess had led to: from there on
+  // all is as it stands. Decaying states forget their guess within some hundred steps; where one doesn't, its chunk is
+  // run again to its end. The numbers are those of a scan in one piece, however many chunks there are.
+  void in_chunks() const {
+    const int64_t tasks = num_tasks();
+    const int64_t length = ceil_div(ceil_div(scan_.num_steps, num_chunks_), steps_per_note) * steps_per_note;
+    const int64_t state_size = lanes_ * size_;
+    const int64_t notes_size = length / steps_per_note * state_size;
+    std::vector<char> ends(tasks * num_chunks_ * state_size);
+    std::vector<char> notes(tasks * num_chunks_ * notes_size);
+    const auto chunk = [&](int64_t task, int64_t index) {
+      const int64_t begin = std::min(index * length, scan_.num_steps);
+      Span at = span(task, begin, std::min(begin + length, scan_.num_steps));
+      at.notes = notes.data() + (task * num_chunks_ + index) * notes_size;
+      return at;
+    };
+    each(tasks * num_chunks_, [&](int64_t item) {
+      const int64_t task = item / num_chunks_, index = item % num_chunks_;
+      char* state = ends.data() + item * state_size;
+      if (index == 0) {
+        start(task, state);
+      } else {
+        copy_state(task, state, backward_ ? nullptr : scan_.initial);
+      }
+      kernel_(scan_, chunk(task, index), state, backward_);
+    });
+    each(tasks, [&](int64_t task) {
+      char* end = ends.data() + task * num_chunks_ * state_size;
+      alignas(64) char state[most_lanes * 8];
+      std::memcpy(state, end, state_size);
+      for (int64_t index = 1; index < num_chunks_; ++index) {
+        Span at = chunk(task, index);
+        at.until_met = true;
+        if (kernel_(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
+      }
+      finish(task, state);
+    });
+  }
+
+  const Scan& scan_;
+  const bool backward_;
+  const Kernel kernel_;
+  const int64_t size_;
+  int64_t lanes_ = 0, num_chunks_ = 1, threads_ = 1;
+};
+
+}  // namespace
+
+void run(const Scan& scan, bool backward) { Run(scan, backward)(); }
+
+const char* instruction_set() { return chosen().name; }
+
+}  // namespace mingru

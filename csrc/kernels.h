@@ -1,0 +1,182 @@
+// The loops, compiled once for each instruction set (kernels_*.cpp).
+//
+// Prefixes: `in_` a row of an input, `out_` a row that is written; a row is the lanes of one step.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cells.h"
+#include "scan.h"
+
+namespace mingru::MINGRU_ISA {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <class T>
+struct Computed {
+  using Type = float;
+};
+template <>
+struct Computed<double> {
+  using Type = double;
+};
+
+// Lanes beyond `count` are computed on 0 and never stored.
+template <class T, class A>
+static inline void load(const T* in_row, int64_t count, A* lanes) {
+  if (count >= group) {
+    for (int i = 0; i < group; ++i) lanes[i] = static_cast<A>(in_row[i]);
+  } else {
+    for (int i = 0; i < group; ++i) lanes[i] = i < count ? static_cast<A>(in_row[i]) : A(0);
+  }
+}
+
+template <class T, class A>
+static inline void store(const A* lanes, int64_t count, T* out_row) {
+  if (count >= group) {
+    for (int i = 0; i < group; ++i) out_row[i] = static_cast<T>(lanes[i]);
+  } else {
+    for (int i = 0; i < count; ++i) out_row[i] = static_cast<T>(lanes[i]);
+  }
+}
+
+template <class T>
+static inline T* row(const Sequence& sequence, int64_t batch, int64_t step, int64_t lane) {
+  return static_cast<T*>(sequence.data) + batch * sequence.batch_stride + step * sequence.step_stride + lane;
+}
+
+// Note the state, or compare it with what was noted; true where it is met.
+template <class A>
+static bool note(const Span& span, int64_t done, const A* state, int64_t padded) {
+  A* noted = static_cast<A*>(span.notes) + (done / steps_per_note - 1) * padded;
+  bool met = true;
+  for (int64_t i = 0; i < padded; ++i) met &= noted[i] == state[i];
+  if (span.until_met && met) return true;
+  std::memcpy(noted, state, padded * sizeof(A));
+  return false;
+}
+
+template <class Cell, class T>
+static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
+  using A = typename Computed<T>::Type;
+  constexpr int num_inputs = Cell::num_inputs;
+  const int64_t padded = (span.num_lanes + group - 1) / group * group;
+  const A* initial = static_cast<const A*>(scan.initial);
+  for (int64_t position = span.begin; position < span.end; ++position) {
+    const int64_t step = scan.reverse ? scan.num_steps - 1 - position : position;
+    if (scan.reset && scan.reset[span.batch * scan.reset_batch_stride + step * scan.reset_step_stride]) {
+      for (int64_t i = 0; i < span.num_lanes; ++i) {
+        state[i] = initial ? initial[span.batch * scan.num_lanes + span.lane + i] : A(0);
+      }
+    }
+    const T* in_rows[num_inputs];
+    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
+    T* out_row = row<T>(scan.out, span.batch, step, span.lane);
+    for (int64_t lane = 0; lane < span.num_lanes; lane += group) {
+      const int64_t count = span.num_lanes - lane;
+      A inputs[num_inputs][group];
+      for (int k = 0; k < num_inputs; ++k) load(in_rows[k] + lane, count, inputs[k]);
+      A* h = state + lane;
+      for (int i = 0; i < group; ++i) {
+        A x[num_inputs], a, b;
+        for (int k = 0; k < num_inputs; ++k) x[k] = inputs[k][i];
+        Cell::coefficients(x, a, b);
+        h[i] = a * h[i] + b;
+      }
+      store(h, count, out_row + lane);
+    }
+    const int64_t done = position + 1 - span.begin;
+    if (span.notes && done % steps_per_note == 0 && note(span, done, state, padded)) return true;
+  }
+  return false;
+}
+
+// `state` is what reaches a step from the one after it: a_{t+1} delta_{t+1}.
+template <class Cell, class T>
+static bool backward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
+  using A = typename Computed<T>::Type;
+  constexpr int num_inputs = Cell::num_inputs;
+  const int64_t padded = (span.num_lanes + group - 1) / group * group;
+  const int64_t at = span.batch * scan.num_lanes + span.lane;
+  const A* initial = scan.initial ? static_cast<const A*>(scan.initial) + at : nullptr;
+  const A* first = static_cast<const A*>(scan.h) + at;
+  A* grad_initial = scan.grad_initial ? static_cast<A*>(scan.grad_initial) + at : nullptr;
+  for (int64_t position = span.begin; position < span.end; ++position) {
+    const int64_t step = scan.reverse ? position : scan.num_steps - 1 - position;
+    const bool reset =
+        scan.reset && scan.reset[span.batch * scan.reset_batch_stride + step * scan.reset_step_stride];
+    const bool is_first = position == scan.num_steps - 1;
+    const T* in_rows[num_inputs];
+    T* out_rows[num_inputs];
+    for (int k = 0; k < num_inputs; ++k) {
+      in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
+      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, step, span.lane);
+    }
+    const T* in_grad = row<const T>(scan.grad_out, span.batch, step, span.lane);
+    const int64_t before = is_first ? step : scan.reverse ? step + 1 : step - 1;
+    const T* in_met = row<const T>(scan.out, span.batch, before, span.lane);
+    for (int64_t lane = 0; lane < span.num_lanes; lane += group) {
+      const int64_t count = span.num_lanes - lane;
+      A inputs[num_inputs][group], grads[num_inputs][group], grad_out[group], met[group];
+      for (int k = 0; k < num_inputs; ++k) load(in_rows[k] + lane, count, inputs[k]);
+      load(in_grad + lane, count, grad_out);
+      if (reset && !initial) {
+        for (int i = 0; i < group; ++i) met[i] = A(0);
+      } else if (reset || is_first) {
+        load((reset ? initial : first) + lane, count, met);
+      } else {
+        load(in_met + lane, count, met);
+      }
+      A* carry = state + lane;
+      for (int i = 0; i < group; ++i) {
+        A x[num_inputs], grad[num_inputs], a;
+        for (int k = 0; k < num_inputs; ++k) x[k] = inputs[k][i];
+        const A delta = grad_out[i] + carry[i];
+        Cell::gradients(x, delta, met[i], a, grad);
+        for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
+        carry[i] = a * delta;
+      }
+      for (int k = 0; k < num_inputs; ++k) store(grads[k], count, out_rows[k] + lane);
+      if (reset) {
+        for (int i = 0; i < group && lane + i < span.num_lanes; ++i) {
+          if (grad_initial) grad_initial[lane + i] += carry[i];
+          carry[i] = A(0);
+        }
+      }
+    }
+    const int64_t done = position + 1 - span.begin;
+    if (span.notes && done % steps_per_note == 0 && note(span, done, state, padded)) return true;
+  }
+  return false;
+}
+
+template <class Cell, class T>
+static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
+  auto* lanes = static_cast<typename Computed<T>::Type*>(state);
+  return is_backward ? backward<Cell, T>(scan, span, lanes) : forward<Cell, T>(scan, span, lanes);
+}
+
+template <class Cell>
+static Kernel of_storage(Storage storage) {
+  switch (storage) {
+    case Storage::float32: return run<Cell, float>;
+    case Storage::float64: return run<Cell, double>;
+    case Storage::bfloat16: return run<Cell, BFloat16>;
+    case Storage::float16: return run<Cell, Half>;
+  }
+  return nullptr;
+}
+
+Kernel kernel(CellKind cell, Storage storage) {
+  switch (cell) {
+    case CellKind::linear_scan: return of_storage<LinearScan>(storage);
+    case CellKind::mingru_positive: return of_storage<MinGRU<Positive>>(storage);
+    case CellKind::mingru_linear: return of_storage<MinGRU<Linear>>(storage);
+    case CellKind::mingru_tanh: return of_storage<MinGRU<Tanh>>(storage);
+  }
+  return nullptr;
+}
+
+}  // namespace mingru::MINGRU_ISA

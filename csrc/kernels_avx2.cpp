@@ -1,0 +1,15 @@
+// Intel since 2013, AMD since 2015. Nothing outside the namespace may be defined here: the linker could hand it to all.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MINGRU_ISA avx2
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,15 @@
+// Intel servers since 2017, AMD since 2022. Nothing outside the namespace may be defined here: the linker could hand it to all.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MINGRU_ISA avx512
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

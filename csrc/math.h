@@ -1,0 +1,105 @@
+// exp and the logistic function for one lane; loops over lanes turn them into vector code.
+//
+// No branch, no table, no errno, and nothing that would need -ffast-math: NaN and infinities come out as the formulas
+// say, and results below the smallest normal number are rounded once, not flushed to 0.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mingru::MINGRU_ISA {
+
+template <class A>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Int = int32_t;
+  using UInt = uint32_t;
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float lowest = -104.0f;  // its exp is below half the smallest subnormal
+  static constexpr int degree = 7;          // what is left out, r^8 / 8!, is below 6e-9 for |r| <= ln(2) / 2
+};
+
+template <>
+struct Format<double> {
+  using Int = int64_t;
+  using UInt = uint64_t;
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double lowest = -746.0;
+  static constexpr int degree = 13;  // r^14 / 14! is below 5e-18
+};
+
+template <class To, class From>
+static inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+static constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
+// exp(x) = (1 + rest) * scale * scale_too for x <= 0. Two powers of two, as one alone could not reach the subnormals.
+template <class A>
+struct Exponential {
+  A rest, scale, scale_too;
+};
+
+template <class A>
+static inline Exponential<A> exponential(A x) {
+  using F = Format<A>;
+  using Int = typename F::Int;
+  using UInt = typename F::UInt;
+  x = x < F::lowest ? F::lowest : x;  // NaN stays
+  const A shifted = x * A(1.44269504088896340736) + F::rounder;
+  const A whole = shifted - F::rounder;
+  const A r = (x - whole * F::ln2_high) - whole * F::ln2_low;
+  A rest = A(inverse_factorial(F::degree));
+  for (int n = F::degree - 1; n >= 1; --n) rest = rest * r + A(inverse_factorial(n));
+  // `whole` stands in the low bits of `shifted`.
+  const Int exponent = Int(bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)));
+  const Int half = exponent >> 1;
+  return {
+      rest * r,
+      bit_cast<A>(UInt(half + F::bias) << F::mantissa_bits),
+      bit_cast<A>(UInt(exponent - half + F::bias) << F::mantissa_bits),
+  };
+}
+
+template <class A>
+static inline A absolute(A x) {
+  return x < A(0) ? -x : x;
+}
+
+// sigma(x) and sigma(-x), each to full relative precision: 1 - sigma(x) would cancel.
+template <class A>
+struct Logistic {
+  A plus, minus;
+};
+
+template <class A>
+static inline Logistic<A> logistic(A x) {
+  const Exponential<A> e = exponential(-absolute(x));
+  const A power = (A(1) + e.rest) * e.scale * e.scale_too;
+  const A large = A(1) / (A(1) + power);
+  const A small = power * large;
+  const bool left = x < A(0);
+  return {left ? small : large, left ? large : small};
+}
+
+template <class A>
+static inline A hyperbolic_tangent(A x) {
+  // -expm1(-2|x|) / (2 + expm1(-2|x|)): no cancellation near 0.
+  const Exponential<A> e = exponential(A(-2) * absolute(x));
+  const A scale = e.scale * e.scale_too;
+  const A expm1 = e.rest * scale + (scale - A(1));
+  const A size = -expm1 / (A(2) + expm1);
+  return x < A(0) ? -size : size;
+}
+
+}  // namespace mingru::MINGRU_ISA

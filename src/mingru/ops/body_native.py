@@ -1,0 +1,143 @@
+"""The `"native"` body: C++ kernels for the CPU (`csrc/`), one pass over memory, vectorised over lanes.
+
+They take sequences (B, S, N), states in the type of computation, and dense lanes; this module puts tensors into that
+form and back. Operators are registered with torch's dispatcher when this module is imported.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import ACTIVATIONS
+from .shape import States, accumulate_dtype
+
+DIFFERENTIABLE = False
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Register the operators; the sentence that says why they are missing, or None."""
+    folder = Path(__file__).parent.parent
+    libraries = [path for path in (folder / "_kernels.so", folder / "_kernels.dll") if path.is_file()]
+    if not libraries:
+        return "the compiled kernels were not built; reinstall where a C++17 compiler is on the PATH"
+    try:
+        torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"the compiled kernels can't be loaded ({error}); reinstall for this version of torch"
+    return None
+
+
+def _register_shapes() -> None:
+    """What comes out, for graphs that are captured without data."""
+
+    def sequence(like: Tensor) -> Tensor:
+        batch, steps, lanes = like.shape
+        if like.stride(0) < like.stride(1) and batch > 1:
+            return like.new_empty(steps, batch, lanes).transpose(0, 1)
+        return like.new_empty(batch, steps, lanes)
+
+    def linear_scan_forward(a: Tensor, b: Tensor, h: Tensor, *_: Any) -> States:
+        return sequence(b), torch.empty_like(h)
+
+    def linear_scan_backward(a: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return sequence(a), sequence(a), torch.empty_like(h)
+
+    def mingru_forward(gate: Tensor, candidate: Tensor, h: Tensor, *_: Any) -> States:
+        return sequence(gate), torch.empty_like(h)
+
+    def mingru_backward(gate: Tensor, candidate: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return sequence(gate), sequence(gate), torch.empty_like(h), torch.empty_like(h)
+
+    for shapes in (linear_scan_forward, linear_scan_backward, mingru_forward, mingru_backward):
+        torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
+
+
+_WHY_NOT = _load()
+if _WHY_NOT is None:
+    _register_shapes()
+
+
+def unavailable() -> str | None:
+    return _WHY_NOT
+
+
+def refuses(sequence: Tensor, activation: str | None) -> str | None:
+    if sequence.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {sequence.device}"
+    if sequence.dtype not in _DTYPES:
+        return f"it computes real floating types, and the tensors are {sequence.dtype}"
+    return None
+
+
+def _lanes(x: Tensor) -> Tensor:
+    """(B, S, *) as (B, S, N)."""
+    return x if x.dim() == 3 else x.reshape(*x.shape[:2], -1)
+
+
+def _state(h: Tensor, sequence: Tensor) -> Tensor:
+    """(B, 1, *) as the kernels take it: dense, in the type of computation."""
+    return h.to(accumulate_dtype(sequence.dtype)).contiguous()
+
+
+def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+    out, last = torch.ops.mingru.linear_scan_forward(_lanes(a), _lanes(b), _state(h, b), reset, reverse)
+    return out.view(b.shape), last.to(h.dtype)
+
+
+def mingru(
+    gate: Tensor, candidate: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, activation: str, reverse: bool
+) -> States:
+    out, last = torch.ops.mingru.mingru_forward(
+        _lanes(gate),
+        _lanes(candidate),
+        _state(h, gate),
+        _state(initial, gate),
+        reset,
+        ACTIVATIONS.index(activation),
+        reverse,
+    )
+    return out.view(gate.shape), last.to(h.dtype)
+
+
+def linear_scan_backward(
+    a: Tensor, h: Tensor, reset: Tensor | None, out: Tensor, grad_out: Tensor, grad_last: Tensor, reverse: bool
+) -> tuple[Tensor, ...]:
+    grad_a, grad_b, grad_h = torch.ops.mingru.linear_scan_backward(
+        _lanes(a), _state(h, a), reset, _lanes(out), _lanes(grad_out), _state(grad_last, a), reverse
+    )
+    return grad_a.view(a.shape), grad_b.view(a.shape), grad_h.to(h.dtype)
+
+
+def mingru_backward(
+    gate: Tensor,
+    candidate: Tensor,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_last: Tensor,
+    activation: str,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    grad_gate, grad_candidate, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
+        _lanes(gate),
+        _lanes(candidate),
+        _state(h, gate),
+        _state(initial, gate),
+        reset,
+        _lanes(out),
+        _lanes(grad_out),
+        _state(grad_last, gate),
+        ACTIVATIONS.index(activation),
+        reverse,
+    )
+    return (
+        grad_gate.view(gate.shape),
+        grad_candidate.view(gate.shape),
+        grad_h.to(h.dtype),
+        grad_initial.to(initial.dtype),
+    )

@@ -1,0 +1,191 @@
+"""What only the C++ kernels promise; their numbers are tested with those of all other bodies."""
+
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+
+import mingru
+from mingru.ops import body_native
+
+WHY_NOT = mingru.backends()["native"]
+pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
+
+
+def run(gate, candidate, h=None, **options):
+    return mingru.functional.mingru(gate, candidate, h, backend="native", **options)
+
+
+def inputs(*shape, dtype=torch.float32):
+    return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_operators_keep_torchs_contract(with_reset, reverse):
+    gate, candidate = inputs(3, 20, 5)
+    h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
+    reset = torch.rand(3, 20) < 0.2 if with_reset else None
+    out, last = torch.ops.mingru.mingru_forward(gate, candidate, h, initial, reset, 0, reverse)
+    forward = (gate, candidate, h, initial, reset, 0, reverse)
+    backward = (gate, candidate, h, initial, reset, out, torch.randn_like(out), last, 0, reverse)
+    calls = {
+        "mingru_forward": forward,
+        "mingru_backward": backward,
+        "linear_scan_forward": (gate, candidate, h, reset, reverse),
+        "linear_scan_backward": (gate, h, reset, out, torch.randn_like(out), last, reverse),
+    }
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(torch.ops.mingru, name).default, args)
+
+
+def test_operators_refuse_what_would_read_past_the_end():
+    gate, candidate = inputs(3, 20, 5)
+    h = torch.rand(3, 1, 5)
+    for bad in [
+        (gate, candidate[:, :19], h, h, None, 0, False),
+        (gate, candidate, h[:2], h, None, 0, False),
+        (gate, candidate, h, h[:2], None, 0, False),
+        (gate, candidate, h.double(), h, None, 0, False),
+        (gate, candidate.double(), h, h, None, 0, False),
+        (gate, candidate, h, h, torch.zeros(3, 19, dtype=torch.bool), 0, False),
+        (gate, candidate, h, h, torch.zeros(3, 20), 0, False),
+        (gate, candidate, h, h, None, 3, False),
+        (gate[0], candidate[0], h, h, None, 0, False),
+        (gate[:0], candidate[:0], h[:0], h[:0], None, 0, False),
+    ]:
+        with pytest.raises(RuntimeError, match="mingru"):
+            torch.ops.mingru.mingru_forward(*bad)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 5000, 1), (1, 5000, 16), (1, 5000, 40), (3, 700, 17), (8, 512, 256), (2, 300, 1100)]
+)
+@pytest.mark.parametrize("scale", [2.0, 0.0])
+def test_threads_do_not_show_in_the_numbers(shape, scale):
+    """Also where time is cut for want of other work, and where the state (scale 0: gates of 1e-4) forgets slowly."""
+    gate, candidate = inputs(*shape)
+    gate = scale * gate - 9.0 * (scale == 0.0)
+    grad_out = torch.randn(shape)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for reverse in (False, True):
+                leaves = [gate.clone().requires_grad_(), candidate.clone().requires_grad_()]
+                h = torch.full((shape[0], 1, shape[2]), 0.5, requires_grad=True)
+                out, last = mingru.ops.mingru(*leaves, h, h.detach(), reverse=reverse, backend="native")
+                grads = torch.autograd.grad((out * grad_out).sum() + last.sum(), [*leaves, h])
+                results.append([out.detach(), last.detach(), *grads])
+    finally:
+        torch.set_num_threads(before)
+    for first, second, third in zip(
+        results[0] + results[1], results[2] + results[3], results[4] + results[5], strict=True
+    ):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def test_cut_time_passes_nan_and_infinity_as_one_piece_does():
+    gate, candidate = inputs(1, 4000, 4)
+    candidate[0, 100, 0] = float("inf")
+    candidate[0, 200, 1] = float("nan")
+    candidate[0, 3000, 2] = float("-inf")
+    out = run(gate, candidate, activation="linear")
+    steps = mingru.functional.mingru(gate, candidate, activation="linear", backend="sequential")
+    assert torch.equal(out.isnan(), steps.isnan())
+    assert torch.equal(out.isposinf(), steps.isposinf())
+    assert torch.equal(out.isneginf(), steps.isneginf())
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+def test_extreme_pre_activations(extreme, activation):
+    import reference
+
+    bad = torch.full((1, 1, 4), extreme)
+    good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
+    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
+    for gate, candidate in [(bad, good), (good, bad), (bad, bad)]:
+        out = run(gate, candidate, h, activation=activation)
+        truth = reference.mingru(gate.double(), candidate.double(), h.double(), activation=activation).float()
+        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
+
+
+def test_subnormals_are_not_flushed():
+    gate = torch.full((1, 1, 16), 100.0)
+    out = run(gate, torch.full((1, 1, 16), -95.0), torch.zeros(1, 1, 16))
+    # sigma(-95) = 5.5e-42
+    torch.testing.assert_close(out, torch.full_like(out, 5.52e-42), rtol=1e-2, atol=0)
+    assert (torch.tensor(1e-40) * torch.tensor(0.5)).item() > 0, "the process flushes subnormals"
+
+
+def test_small_numbers_keep_their_relative_precision():
+    v = torch.logspace(-30, 1, 2000).reshape(1, 1, -1)
+    for candidate in (v, -v):
+        out = run(torch.zeros_like(v), candidate, torch.zeros(1, 1, 1), activation="tanh")
+        truth = 0.5 * candidate.double().tanh()
+        assert ((out - truth).abs() / truth.abs()).max() < 4e-7
+
+
+def test_many_python_threads():
+    gate, candidate = inputs(4, 300, 64)
+    expected = run(gate, candidate)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(run(gate, candidate), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _in_child(queue, gate, candidate):
+    torch.set_num_threads(1)
+    queue.put(run(gate, candidate).sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_forked_after_use():
+    gate, candidate = inputs(1, 50, 8)
+    expected = run(gate, candidate).sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, gate, candidate))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(60)
+    assert child.exitcode == 0
+
+
+# Dynamo's own way of tracing a function, in torch 2.13.
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_a_graph_break():
+    torch.compiler.reset()
+    rnn = mingru.MinGRU(8, 16, 2, bidirectional=True)
+    x = torch.randn(3, 70, 8, requires_grad=True)
+    reset = torch.rand(3, 70) < 0.1
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x, None, reset), rnn(x, None, reset)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    (grad,) = torch.autograd.grad(got[0].sum(), x)
+    (truth,) = torch.autograd.grad(expected[0].sum(), x)
+    torch.testing.assert_close(grad, truth)
+
+
+def test_missing_library_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(body_native, "__file__", str(tmp_path / "ops" / "body_native.py"))
+    assert "not built" in body_native._load()
+    (tmp_path / "_kernels.so").write_bytes(b"not a library")
+    assert "can't be loaded" in body_native._load()
