@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import threading
+import warnings
 
 import pytest
 import torch
 
 import mingru
-from mingru.ops import body_native
+from mingru.ops import body_native, choice
 
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -189,3 +190,15 @@ def test_missing_library_is_said(tmp_path, monkeypatch):
     assert "not built" in body_native._load()
     (tmp_path / "_kernels.so").write_bytes(b"not a library")
     assert "can't be loaded" in body_native._load()
+
+
+def test_what_runs_instead_is_said_once(monkeypatch):
+    monkeypatch.setattr(body_native, "_WHY_NOT", "the compiled kernels were not built; ...")
+    choice._say_once_what_is_missing.cache_clear()
+    gate = torch.zeros(1, 3, 2)
+    with pytest.warns(RuntimeWarning, match="portable back end 'torch' on the CPU, as the compiled kernels were not"):
+        mingru.functional.mingru(gate, gate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mingru.functional.mingru(gate, gate)
+    choice._say_once_what_is_missing.cache_clear()

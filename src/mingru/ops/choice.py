@@ -1,11 +1,14 @@
 """The one place that chooses which body runs a recurrence."""
 
+import functools
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import body_log, body_native, body_sequential, body_torch
@@ -106,6 +109,8 @@ def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     if backend == "auto":
         backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
     if backend == "auto":
+        if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
+            _say_once_what_is_missing()
         return next(name for name in FASTEST_FIRST if _refusal(name, sequence, activation) is None)
     _check_name(backend, asked_by)
     why = _refusal(backend, sequence, activation)
@@ -114,6 +119,15 @@ def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
             f"mingru: the back end {backend!r}, asked for by {asked_by}, cannot run this: {why}; use 'auto'"
         )
     return backend
+
+
+@functools.cache
+def _say_once_what_is_missing() -> None:
+    why = body_native.unavailable()
+    if why is not None:
+        warnings.warn(
+            f"mingru: running its portable back end 'torch' on the CPU, as {why}", RuntimeWarning, stacklevel=2
+        )
 
 
 def _refusal(name: str, sequence: Tensor, activation: str | None) -> str | None:
