@@ -11,14 +11,14 @@ struct LinearScan {
   static constexpr int num_inputs = 2;
 
   template <class A>
-  static inline void coefficients(const A* x, A& a, A& b) {
+  MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
     a = x[0];
     b = x[1];
   }
 
   // From delta = dL/dh_t and the state that the step met: the gradients of the inputs, and a.
   template <class A>
-  static inline void gradients(const A* x, A delta, A met, A& a, A* grad) {
+  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
     a = x[0];
     grad[0] = delta * met;
     grad[1] = delta;
@@ -26,27 +26,34 @@ struct LinearScan {
 };
 
 struct Positive {
+  // g is the larger of its two halves everywhere, since sigma(v) - 0.5 lies between 0 and v. Written so, neither half can
+  // become a branch, which would keep the loop from being vectorised.
   template <class A>
-  static inline A value(A v) {
-    return v >= A(0) ? v + A(0.5) : logistic(v).plus;
+  MINGRU_INLINE A larger(A right, A left) {
+    return right > left ? right : left;
   }
 
   template <class A>
-  static inline A value(A v, A& derivative) {
+  MINGRU_INLINE A value(A v) {
+    return larger(v + A(0.5), logistic(v).plus);
+  }
+
+  template <class A>
+  MINGRU_INLINE A value(A v, A& derivative) {
     const Logistic<A> s = logistic(v);
-    derivative = v >= A(0) ? A(1) : s.plus * s.minus;
-    return v >= A(0) ? v + A(0.5) : s.plus;
+    derivative = larger(v >= A(0) ? A(1) : A(0), s.plus * s.minus);
+    return larger(v + A(0.5), s.plus);
   }
 };
 
 struct Linear {
   template <class A>
-  static inline A value(A v) {
+  MINGRU_INLINE A value(A v) {
     return v;
   }
 
   template <class A>
-  static inline A value(A v, A& derivative) {
+  MINGRU_INLINE A value(A v, A& derivative) {
     derivative = A(1);
     return v;
   }
@@ -54,12 +61,12 @@ struct Linear {
 
 struct Tanh {
   template <class A>
-  static inline A value(A v) {
+  MINGRU_INLINE A value(A v) {
     return hyperbolic_tangent(v);
   }
 
   template <class A>
-  static inline A value(A v, A& derivative) {
+  MINGRU_INLINE A value(A v, A& derivative) {
     const A t = hyperbolic_tangent(v);
     derivative = A(1) - t * t;
     return t;
@@ -72,14 +79,14 @@ struct MinGRU {
   static constexpr int num_inputs = 2;
 
   template <class A>
-  static inline void coefficients(const A* x, A& a, A& b) {
+  MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
     const Logistic<A> z = logistic(x[0]);
     a = z.minus;
     b = z.plus * Activation::value(x[1]);
   }
 
   template <class A>
-  static inline void gradients(const A* x, A delta, A met, A& a, A* grad) {
+  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
     const Logistic<A> z = logistic(x[0]);
     A derivative;
     const A candidate = Activation::value(x[1], derivative);

@@ -23,27 +23,20 @@ struct Computed<double> {
   using Type = double;
 };
 
-// Lanes beyond `count` are computed on 0 and never stored.
-template <class T, class A>
-static inline void load(const T* in_row, int64_t count, A* lanes) {
-  if (count >= group) {
-    for (int i = 0; i < group; ++i) lanes[i] = static_cast<A>(in_row[i]);
-  } else {
-    for (int i = 0; i < group; ++i) lanes[i] = i < count ? static_cast<A>(in_row[i]) : A(0);
-  }
-}
+// A row's last lanes, where they are fewer than a group: filled up with 0 on the way in, cut off on the way out.
+template <class T>
+struct Rest {
+  T lanes[group];
 
-template <class T, class A>
-static inline void store(const A* lanes, int64_t count, T* out_row) {
-  if (count >= group) {
-    for (int i = 0; i < group; ++i) out_row[i] = static_cast<T>(lanes[i]);
-  } else {
-    for (int i = 0; i < count; ++i) out_row[i] = static_cast<T>(lanes[i]);
+  const T* in(const T* in_row, int64_t count) {
+    std::memset(lanes, 0, sizeof(lanes));
+    std::memcpy(lanes, in_row, count * sizeof(T));
+    return lanes;
   }
-}
+};
 
 template <class T>
-static inline T* row(const Sequence& sequence, int64_t batch, int64_t step, int64_t lane) {
+MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t step, int64_t lane) {
   return static_cast<T*>(sequence.data) + batch * sequence.batch_stride + step * sequence.step_stride + lane;
 }
 
@@ -56,6 +49,43 @@ static bool note(const Span& span, int64_t done, const A* state, int64_t padded)
   if (span.until_met && met) return true;
   std::memcpy(noted, state, padded * sizeof(A));
   return false;
+}
+
+// One step of one group of lanes. The rows must not overlap what is written.
+template <class Cell, class T, class A>
+MINGRU_INLINE void forward_group(const T* const* in_rows, A* __restrict h, T* __restrict out_row) {
+  constexpr int num_inputs = Cell::num_inputs;
+  const T* __restrict rows[num_inputs];
+  for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k];
+  for (int i = 0; i < group; ++i) {
+    A x[num_inputs], a, b;
+    for (int k = 0; k < num_inputs; ++k) x[k] = static_cast<A>(rows[k][i]);
+    Cell::coefficients(x, a, b);
+    h[i] = a * h[i] + b;
+    out_row[i] = static_cast<T>(h[i]);
+  }
+}
+
+template <class Cell, class T, class A, class M>
+MINGRU_INLINE void backward_group(
+    const T* const* in_rows, const T* __restrict in_grad, const M* __restrict in_met, A* __restrict carry,
+    T* const* out_rows) {
+  constexpr int num_inputs = Cell::num_inputs;
+  const T* __restrict rows[num_inputs];
+  for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k];
+  // Written to the rows at the end only: compilers don't see that those don't overlap.
+  A grads[num_inputs][group];
+  for (int i = 0; i < group; ++i) {
+    A x[num_inputs], grad[num_inputs], a;
+    for (int k = 0; k < num_inputs; ++k) x[k] = static_cast<A>(rows[k][i]);
+    const A delta = static_cast<A>(in_grad[i]) + carry[i];
+    Cell::gradients(x, delta, static_cast<A>(in_met[i]), a, grad);
+    for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
+    carry[i] = a * delta;
+  }
+  for (int k = 0; k < num_inputs; ++k) {
+    for (int i = 0; i < group; ++i) out_rows[k][i] = static_cast<T>(grads[k][i]);
+  }
 }
 
 template <class Cell, class T>
@@ -74,18 +104,19 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
     const T* in_rows[num_inputs];
     for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
     T* out_row = row<T>(scan.out, span.batch, step, span.lane);
-    for (int64_t lane = 0; lane < span.num_lanes; lane += group) {
+    int64_t lane = 0;
+    for (; lane + group <= span.num_lanes; lane += group) {
+      const T* rows[num_inputs];
+      for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k] + lane;
+      forward_group<Cell>(rows, state + lane, out_row + lane);
+    }
+    if (lane < span.num_lanes) {
       const int64_t count = span.num_lanes - lane;
-      A inputs[num_inputs][group];
-      for (int k = 0; k < num_inputs; ++k) load(in_rows[k] + lane, count, inputs[k]);
-      A* h = state + lane;
-      for (int i = 0; i < group; ++i) {
-        A x[num_inputs], a, b;
-        for (int k = 0; k < num_inputs; ++k) x[k] = inputs[k][i];
-        Cell::coefficients(x, a, b);
-        h[i] = a * h[i] + b;
-      }
-      store(h, count, out_row + lane);
+      Rest<T> rest[num_inputs], rest_out;
+      const T* rows[num_inputs];
+      for (int k = 0; k < num_inputs; ++k) rows[k] = rest[k].in(in_rows[k] + lane, count);
+      forward_group<Cell>(rows, state + lane, rest_out.lanes);
+      std::memcpy(out_row + lane, rest_out.lanes, count * sizeof(T));
     }
     const int64_t done = position + 1 - span.begin;
     if (span.notes && done % steps_per_note == 0 && note(span, done, state, padded)) return true;
@@ -117,33 +148,37 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
     const T* in_grad = row<const T>(scan.grad_out, span.batch, step, span.lane);
     const int64_t before = is_first ? step : scan.reverse ? step + 1 : step - 1;
     const T* in_met = row<const T>(scan.out, span.batch, before, span.lane);
+    // The state that this step met: a row of `out`, but for the first step and for resets.
+    const bool from_out = !reset && !is_first;
+    const A* met = reset ? initial : first;
+    A no_state[group] = {};
     for (int64_t lane = 0; lane < span.num_lanes; lane += group) {
-      const int64_t count = span.num_lanes - lane;
-      A inputs[num_inputs][group], grads[num_inputs][group], grad_out[group], met[group];
-      for (int k = 0; k < num_inputs; ++k) load(in_rows[k] + lane, count, inputs[k]);
-      load(in_grad + lane, count, grad_out);
-      if (reset && !initial) {
-        for (int i = 0; i < group; ++i) met[i] = A(0);
-      } else if (reset || is_first) {
-        load((reset ? initial : first) + lane, count, met);
+      const int64_t count = group < span.num_lanes - lane ? group : span.num_lanes - lane;
+      const bool whole = count == group;
+      Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_met_out;
+      Rest<A> rest_met;
+      const T* rows[num_inputs];
+      T* grads[num_inputs];
+      for (int k = 0; k < num_inputs; ++k) {
+        rows[k] = whole ? in_rows[k] + lane : rest[k].in(in_rows[k] + lane, count);
+        grads[k] = whole ? out_rows[k] + lane : rest_out[k].lanes;
+      }
+      const T* grad = whole ? in_grad + lane : rest_grad.in(in_grad + lane, count);
+      if (from_out) {
+        const T* met_row = whole ? in_met + lane : rest_met_out.in(in_met + lane, count);
+        backward_group<Cell>(rows, grad, met_row, state + lane, grads);
       } else {
-        load(in_met + lane, count, met);
+        const A* met_row = met == nullptr ? no_state : whole ? met + lane : rest_met.in(met + lane, count);
+        backward_group<Cell>(rows, grad, met_row, state + lane, grads);
       }
-      A* carry = state + lane;
-      for (int i = 0; i < group; ++i) {
-        A x[num_inputs], grad[num_inputs], a;
-        for (int k = 0; k < num_inputs; ++k) x[k] = inputs[k][i];
-        const A delta = grad_out[i] + carry[i];
-        Cell::gradients(x, delta, met[i], a, grad);
-        for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
-        carry[i] = a * delta;
+      if (!whole) {
+        for (int k = 0; k < num_inputs; ++k) std::memcpy(out_rows[k] + lane, grads[k], count * sizeof(T));
       }
-      for (int k = 0; k < num_inputs; ++k) store(grads[k], count, out_rows[k] + lane);
-      if (reset) {
-        for (int i = 0; i < group && lane + i < span.num_lanes; ++i) {
-          if (grad_initial) grad_initial[lane + i] += carry[i];
-          carry[i] = A(0);
-        }
+    }
+    if (reset) {
+      for (int64_t i = 0; i < span.num_lanes; ++i) {
+        if (grad_initial) grad_initial[i] += state[i];
+        state[i] = A(0);
       }
     }
     const int64_t done = position + 1 - span.begin;

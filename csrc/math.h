@@ -7,6 +7,13 @@
 #include <cstdint>
 #include <cstring>
 
+// A call left standing in a loop over lanes would keep it from being vectorised.
+#if defined(_MSC_VER)
+#define MINGRU_INLINE static __forceinline
+#else
+#define MINGRU_INLINE static inline __attribute__((always_inline))
+#endif
+
 namespace mingru::MINGRU_ISA {
 
 template <class A>
@@ -35,7 +42,7 @@ struct Format<double> {
 };
 
 template <class To, class From>
-static inline To bit_cast(From from) {
+MINGRU_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(To));
@@ -51,7 +58,7 @@ struct Exponential {
 };
 
 template <class A>
-static inline Exponential<A> exponential(A x) {
+MINGRU_INLINE Exponential<A> exponential(A x) {
   using F = Format<A>;
   using Int = typename F::Int;
   using UInt = typename F::UInt;
@@ -72,7 +79,7 @@ static inline Exponential<A> exponential(A x) {
 }
 
 template <class A>
-static inline A absolute(A x) {
+MINGRU_INLINE A absolute(A x) {
   return x < A(0) ? -x : x;
 }
 
@@ -83,7 +90,7 @@ struct Logistic {
 };
 
 template <class A>
-static inline Logistic<A> logistic(A x) {
+MINGRU_INLINE Logistic<A> logistic(A x) {
   const Exponential<A> e = exponential(-absolute(x));
   const A power = (A(1) + e.rest) * e.scale * e.scale_too;
   const A large = A(1) / (A(1) + power);
@@ -93,7 +100,7 @@ static inline Logistic<A> logistic(A x) {
 }
 
 template <class A>
-static inline A hyperbolic_tangent(A x) {
+MINGRU_INLINE A hyperbolic_tangent(A x) {
   // -expm1(-2|x|) / (2 + expm1(-2|x|)): no cancellation near 0.
   const Exponential<A> e = exponential(A(-2) * absolute(x));
   const A scale = e.scale * e.scale_too;

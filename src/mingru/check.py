@@ -38,12 +38,12 @@ def check_like(
     like_name: str,
     *,
     or_dtype: torch.dtype | None = None,
-    any_float: bool = False,
+    autocast: bool = False,
 ) -> None:
-    """x must be a tensor with the dtype (or the other one named, or any floating one) and the device of `like`."""
+    """x must be a tensor with the dtype (or the one named, or any that autocast converts) and the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
-    if x.dtype not in (like.dtype, or_dtype) and not (any_float and x.is_floating_point()):
+    if x.dtype not in (like.dtype, or_dtype) and not (autocast and accumulate_dtype(x.dtype) == torch.float32):
         as_like = f"{like.dtype} as {like_name} is"
         raise TypeError(expectation(name, argument, as_like, str(x.dtype), f"use {argument}.to({like.dtype})"))
     if x.device != like.device:

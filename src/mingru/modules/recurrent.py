@@ -60,16 +60,16 @@ class RecurrentLayer(nn.Module):
             y = self.norm(x)
         pre = self.linear(y)
         out, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[0], initial[0], reset, False)
+        out = out if batch_first else out.transpose(0, 1)
         states = [last]
         if self.linear_reverse is not None:
             pre = self.linear_reverse(y)
             # Seen from the end, the boundary before step t comes before step t - 1.
             reset_reverse = None if reset is None else F.pad(reset[:, 1:], [0, 1], value=0.0)
             back, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[1], initial[1], reset_reverse, True)
-            out = torch.cat([out, back], -1)
+            # Joined in the order of x, or the copy that this makes would lie in the other one.
+            out = torch.cat([out, back if batch_first else back.transpose(0, 1)], -1)
             states.append(last)
-        if not batch_first:
-            out = out.transpose(0, 1)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
@@ -108,12 +108,12 @@ class Recurrent(nn.Module):
             raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
         if not 0 <= dropout <= 1:
             raise ValueError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
-        if norm is not None and norm not in NORMS:
+        if norm is not None and norm not in tuple(NORMS):
             raise ValueError(expectation(self.name, "norm", f"None or one of {tuple(NORMS)}", repr(norm)))
         if candidate not in ACTIVATIONS:
             raise ValueError(expectation(self.name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(expectation(self.name, "dtype", "a floating dtype", str(dtype)))
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(expectation(self.name, "dtype", "a floating dtype", repr(dtype)))
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 f"{self.name}: dropout={dropout} has no effect with num_layers=1, as the last layer's output is never "
@@ -163,12 +163,16 @@ class Recurrent(nn.Module):
             nn.init.constant_(self.initial_state, self.zero_state)
 
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> States:
-        dtype = x.dtype
+        autocast = False
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if x.dim() != 3 or x.size(2) != self.input_dims:
-                raise ValueError(f"{self.name}: x must be (B, S, {self.input_dims}), got {x.shape}")
-        elif self._check(x, h, reset):
-            dtype = accumulate_dtype(dtype)
+                letters = "(B, S, " if self.batch_first else "(S, B, "
+                raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}), got {x.shape}")
+            if reset is not None and reset.shape != x.shape[:2]:
+                raise ValueError(f"{self.name}: reset must be {x.shape[:2]}, got {reset.shape}")
+        else:
+            autocast = self._check(x, h, reset)
+        dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
         count = self.num_layers * self.num_directions
         batch = x.size(0) if self.batch_first else x.size(1)
         if self.initial_state is None:
@@ -177,6 +181,8 @@ class Recurrent(nn.Module):
         else:
             initial = self.initial_state
         state = (initial if h is None else h).expand(count, batch, 1, self.hidden_dims)
+        if autocast:
+            state = state.to(dtype)
         if reset is not None and not self.batch_first:
             reset = reset.transpose(0, 1)
 
@@ -200,12 +206,14 @@ class Recurrent(nn.Module):
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
         first: Any = self.layers[0]
         weight = first.linear.weight
-        autocast = torch.is_autocast_enabled(x.device.type)
+        # Asking about a device that has none, such as "meta", is an error in torch.
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         # A quantised linear's weight is a method, and its input any floating tensor.
         if isinstance(weight, Tensor):
-            check_like(self.name, "x", x, weight, "the layer's weight", any_float=autocast)
+            check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast)
         if h is not None:
-            check_like(self.name, "h", h, x, "x", any_float=autocast)
+            check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             count = self.num_layers * self.num_directions
             batch = x.shape[0] if self.batch_first else x.shape[1]
             expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)")

@@ -25,8 +25,9 @@ def zero_state(activation: str) -> float:
 
 
 def _left(v: Tensor) -> Tensor:
-    # v below 0, held at 0 from there on. Not clamp_max: hardtanh's gradient at its own bound is 0.
-    return F.hardtanh(v, -float("inf"), 0.0)
+    # v below 0, held at 0 from there on, with a gradient of 0 at 0 itself. So neither clamp_max nor hardtanh, whose
+    # gradient at its own bound is 0 in torch and 1 in TorchScript.
+    return -F.relu(-v)
 
 
 def g(v: Tensor) -> Tensor:

@@ -103,11 +103,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     """The name of the body that runs on this tensor."""
-    asked_by = "backend"
+    asked_by = "mingru: backend"
     if backend == "auto":
-        backend, asked_by = _chosen.name, "use_backend"
+        backend, asked_by = _chosen.name, "mingru: use_backend"
     if backend == "auto":
-        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
+        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"mingru: the environment variable {VARIABLE}"
     if backend == "auto":
         if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
             _say_once_what_is_missing()
@@ -115,9 +115,7 @@ def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     _check_name(backend, asked_by)
     why = _refusal(backend, sequence, activation)
     if why is not None:
-        raise ValueError(
-            f"mingru: the back end {backend!r}, asked for by {asked_by}, cannot run this: {why}; use 'auto'"
-        )
+        raise ValueError(f"{asked_by} asks for {backend!r}, which can't run this: {why}; use 'auto'")
     return backend
 
 
@@ -136,6 +134,6 @@ def _refusal(name: str, sequence: Tensor, activation: str | None) -> str | None:
 
 
 def _check_name(name: str, asked_by: str) -> None:
-    if name != "auto" and name not in BODIES:
+    if name not in ("auto", *BODIES):
         names = ", ".join(repr(known) for known in ("auto", *BODIES))
         raise ValueError(f"{asked_by} must be one of {names}, got {name!r}")

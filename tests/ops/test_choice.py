@@ -1,0 +1,239 @@
+"""Which body runs: the argument over `use_backend` over the environment over "auto"."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import mingru
+from mingru import functional
+from mingru.ops import choice
+
+X = torch.zeros(2, 20, 3)
+RUNNABLE = [name for name, can_run in mingru.backends().items() if can_run is True]
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the bodies that ran since the test began, one entry for each call."""
+    calls = []
+
+    def spy(name, function):
+        def spied(*args):
+            calls.append(name)
+            return function(*args)
+
+        return spied
+
+    for name, body in choice.BODIES.items():
+        for operator in ("mingru", "linear_scan"):
+            monkeypatch.setattr(body, operator, spy(name, getattr(body, operator)))
+    return calls
+
+
+def fake(*, unavailable=None, refuses=None):
+    """A body that says why it cannot run, and fails the test if it is run all the same."""
+
+    def fail(*args):
+        raise AssertionError("a body that cannot run was run")
+
+    return SimpleNamespace(
+        DIFFERENTIABLE=True,
+        unavailable=lambda: unavailable,
+        refuses=lambda *args: refuses,
+        mingru=fail,
+        linear_scan=fail,
+    )
+
+
+def test_backends_tells_what_runs_here():
+    found = mingru.backends()
+    assert {"torch", "log", "sequential"} <= found.keys()
+    assert all(found[name] is True for name in ("torch", "log", "sequential"))
+    assert all(can_run is True or (isinstance(can_run, str) and can_run) for can_run in found.values())
+    assert "auto" not in found
+    found.clear()
+    assert mingru.backends(), "the caller's dictionary is the library's own"
+
+
+def test_backends_says_why_not(monkeypatch):
+    monkeypatch.setitem(choice.BODIES, "broken", fake(unavailable="no such device found"))
+    assert mingru.backends()["broken"] == "no such device found"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_body_asked_for_is_the_one_that_runs(name, ran, monkeypatch):
+    functional.mingru(X, X, backend=name)
+    assert ran == [name]
+    with mingru.use_backend(name):
+        functional.mingru(X, X)
+    assert ran == [name] * 2
+    monkeypatch.setenv("MINGRU_BACKEND", name)
+    functional.mingru(X, X)
+    mingru.MinGRU(3, 4)(X)
+    assert ran == [name] * 4
+    if name != "log":
+        functional.linear_scan(X, X)
+        functional.linear_scan(X, X, backend=name)
+        assert ran == [name] * 6
+
+
+@pytest.mark.parametrize("name", ["torch", "sequential"])
+def test_the_backward_pass_runs_on_the_body_of_the_forward_pass(name, ran):
+    gate = X.clone().requires_grad_()
+    with mingru.use_backend("log" if name == "torch" else "torch"):
+        out = functional.mingru(gate, X, backend=name)
+    out.sum().backward()
+    assert set(ran) == {name}
+
+
+def test_auto_takes_the_first_that_serves(ran, monkeypatch):
+    functional.mingru(X, X)
+    functional.linear_scan(X, X)
+    assert ran == [choice.choose("auto", X, "positive"), choice.choose("auto", X, None)]
+    monkeypatch.setitem(choice.BODIES, "absent", fake(unavailable="not built"))
+    monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it serves nothing"))
+    monkeypatch.setattr(choice, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
+    ran.clear()
+    functional.mingru(X, X)
+    functional.linear_scan(X, X)
+    mingru.MinGRU(3, 4, candidate="tanh")(X)
+    assert ran == ["sequential"] * 3
+
+
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_never_fails(device, dtype, activation):
+    x = torch.zeros(2, 5, 3, dtype=dtype, device=device)
+    if activation is None:
+        out = functional.linear_scan(x, x)
+    elif dtype.is_complex:
+        return  # refused before there is a choice
+    else:
+        out = functional.mingru(x, x, activation=activation)
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+
+
+def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
+    def body_of(**options):
+        functional.mingru(X, X, **options)
+        return ran.pop()
+
+    fastest = body_of()
+    monkeypatch.setenv("MINGRU_BACKEND", "sequential")
+    assert body_of() == body_of(backend="auto") == "sequential"
+    with mingru.use_backend("log"):
+        assert body_of() == body_of(backend="auto") == "log"
+        assert body_of(backend="torch") == "torch"
+    assert body_of() == "sequential"
+    assert body_of(backend="log") == "log"
+    # "auto" as a choice leaves the choice to what comes after it.
+    with mingru.use_backend("auto"):
+        assert body_of() == "sequential"
+    monkeypatch.setenv("MINGRU_BACKEND", "auto")
+    assert body_of() == fastest
+    monkeypatch.delenv("MINGRU_BACKEND")
+    assert body_of() == fastest
+
+
+def test_blocks_nest_and_end_at_an_exception():
+    assert choice.choose("auto", X, "positive") != "sequential"
+    outside = choice.choose("auto", X, "positive")
+    with mingru.use_backend("sequential"):
+        with mingru.use_backend("log"):
+            assert choice.choose("auto", X, "positive") == "log"
+        assert choice.choose("auto", X, "positive") == "sequential"
+        with pytest.raises(ZeroDivisionError), mingru.use_backend("log"):
+            1 / 0  # noqa: B018
+        assert choice.choose("auto", X, "positive") == "sequential"
+        with mingru.use_backend("auto"):
+            assert choice.choose("auto", X, "positive") == outside
+    assert choice.choose("auto", X, "positive") == outside
+
+
+def test_a_block_is_its_threads_own():
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        seen.append(choice.choose("auto", X, "positive"))
+        with mingru.use_backend("log"):
+            seen.append(choice.choose("auto", X, "positive"))
+            inside.set()
+            leave.wait(10)
+
+    outside = choice.choose("auto", X, "positive")
+    with mingru.use_backend("sequential"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(10)
+        assert choice.choose("auto", X, "positive") == "sequential"
+        leave.set()
+        thread.join(10)
+    assert seen == [outside, "log"]
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "Torch", None, 3])
+def test_unknown_names_are_refused(name, monkeypatch):
+    known = r"must be one of 'auto', .*'torch', .*'sequential'.*, got "
+    with pytest.raises(ValueError, match=rf"backend {known}{name!r}"):
+        functional.mingru(X, X, backend=name)
+    before = choice.choose("auto", X, "positive")
+    with pytest.raises(ValueError, match=rf"^use_backend: name {known}{name!r}"), mingru.use_backend(name):
+        pytest.fail("the block was entered")
+    assert choice.choose("auto", X, "positive") == before
+
+
+def test_an_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setenv("MINGRU_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"the environment variable MINGRU_BACKEND must be one of .*, got 'cuda'"):
+        mingru.MinGRU(3, 4)(X)
+    # What stands over it is not asked what it says.
+    functional.mingru(X, X, backend="torch")
+    with mingru.use_backend("torch"):
+        functional.mingru(X, X)
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv("MINGRU_BACKEND", "")
+    assert choice.choose("auto", X, "positive") in RUNNABLE
+
+
+def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):
+    monkeypatch.setitem(choice.BODIES, "absent", fake(unavailable="no GPU found"))
+    monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it takes float32 alone"))
+    for name, why in (("absent", "no GPU found"), ("narrow", "it takes float32 alone")):
+        for function in (functional.mingru, functional.linear_scan):
+            with pytest.raises(
+                ValueError, match=f"mingru: backend asks for '{name}', which can't run this: {why}; use 'auto'"
+            ):
+                function(X, X, backend=name)
+        # Entering the block is fine: other tensors may be served.
+        with (
+            mingru.use_backend(name),
+            pytest.raises(ValueError, match=f"mingru: use_backend asks for '{name}', which can't run this: {why}"),
+        ):
+            mingru.MinGRU(3, 4)(X)
+        monkeypatch.setenv("MINGRU_BACKEND", name)
+        with pytest.raises(
+            ValueError, match=f"the environment variable MINGRU_BACKEND asks for '{name}', which can't run this: {why}"
+        ):
+            mingru.MinGRU(3, 4)(X)
+        monkeypatch.delenv("MINGRU_BACKEND")
+
+
+def test_the_layer_does_not_know_which_body_ran():
+    """A checkpoint, and the numbers to rounding, are the same whatever runs."""
+    rnn = mingru.MinGRU(3, 4, num_layers=2, bidirectional=True, dtype=torch.double)
+    x = torch.randn(2, 40, 3).double()
+    expected, keys = rnn(x), list(rnn.state_dict())
+    for name in RUNNABLE:
+        with mingru.use_backend(name):
+            torch.testing.assert_close(rnn(x), expected, rtol=1e-9, atol=1e-9)
+        assert list(rnn.state_dict()) == keys

@@ -1,0 +1,405 @@
+"""The functions as users call them: values at the edges, what they refuse, states and back ends. Bodies: ops/."""
+
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import mingru
+from mingru import functional
+
+INF, NAN = math.inf, math.nan
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+# g and log_g
+
+
+def test_g_by_hand():
+    v = torch.tensor([-INF, -1e30, -math.log(3.0), -0.0, 0.0, 2.0, 1e30, INF, NAN], dtype=torch.double)
+    expected = torch.tensor([0.0, 0.0, 0.25, 0.5, 0.5, 2.5, 1e30, INF, NAN], dtype=torch.double)
+    assert_close(functional.g(v), expected, rtol=1e-15, atol=0, equal_nan=True)
+
+
+def test_log_g_by_hand():
+    v = torch.tensor([-INF, -1e30, -100.0, -math.log(3.0), -0.0, 0.0, 0.5, 1e30, INF, NAN], dtype=torch.double)
+    half = -math.log(2.0)
+    values = [-INF, -1e30, -100.0, -math.log(4.0), half, half, 0.0, math.log(1e30), INF, NAN]
+    expected = torch.tensor(values, dtype=torch.double)
+    assert_close(functional.log_g(v), expected, rtol=1e-15, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_g_is_the_logarithm_of_g_and_keeps_what_that_loses(dtype):
+    v = torch.linspace(-20, 20, 401, dtype=dtype)
+    assert_close(functional.log_g(v).exp(), functional.g(v))
+    assert_close(functional.g(v), reference.g(v))
+    far = torch.tensor([-1000.0], dtype=dtype)
+    assert functional.g(far).log().item() == -INF
+    assert functional.log_g(far).item() == -1000.0
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize(("name", "slope"), [("g", 1.0), ("log_g", 2.0)])
+def test_gradient_at_0_is_that_from_the_right(name, slope, scripted):
+    function = getattr(functional, name)
+    function = torch.jit.script(function) if scripted else function
+    for _ in range(3):
+        v = torch.tensor([0.0, -0.0], requires_grad=True)
+        (grad,) = torch.autograd.grad(function(v).sum(), v)
+        assert grad.tolist() == [slope, slope]
+
+
+def test_gradients_far_out_are_finite():
+    v = torch.tensor([-1e30, -100.0, 1e30], requires_grad=True)
+    (grad,) = torch.autograd.grad(functional.g(v).sum(), v)
+    assert_close(grad, torch.tensor([0.0, math.exp(-100.0), 1.0]))
+    (grad,) = torch.autograd.grad(functional.log_g(v).sum(), v)
+    assert_close(grad, torch.tensor([1.0, 1.0, 1e-30]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["g", "log_g"])
+def test_derivatives_away_from_0(name):
+    v = torch.randn(20).double()
+    v = (v + 0.1 * v.sign()).requires_grad_()
+    assert gradcheck(getattr(functional, name), v)
+    assert gradgradcheck(getattr(functional, name), v)
+
+
+@pytest.mark.parametrize("name", ["g", "log_g"])
+def test_activations_script(name):
+    function = getattr(functional, name)
+    scripted = torch.jit.script(function)
+    for v in (torch.randn(3, 4), torch.randn(2, 3, 4), torch.tensor([-INF, 0.0, INF, NAN])):
+        assert_close(scripted(v), function(v), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["g", "log_g"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_of_half_width(name, dtype):
+    v = torch.randn(1000, dtype=dtype)
+    out = getattr(functional, name)(v)
+    exact = getattr(functional, name)(v.double())
+    assert out.dtype == dtype
+    # What the same steps, each rounded, may lose: v + 0.5 and its logarithm where v >= 0, one function below.
+    steps = {
+        "g": torch.where(v >= 0, v + 0.5, v.sigmoid()),
+        "log_g": torch.where(v >= 0, (v + 0.5).log(), F.logsigmoid(v)),
+    }
+    error, allowed = ((value.double() - exact).abs().max() for value in (out, steps[name]))
+    assert 0 < error <= 2 * allowed
+
+
+# The paper's scan
+
+
+def test_parallel_scan_log_by_hand():
+    log_a = torch.tensor([[2.0, 3.0, 0.25]]).double().log()
+    log_b = torch.tensor([[5.0, 1.0, 0.5, 4.0]]).double().log()
+    # 2*5+1 = 11; 3*11+0.5 = 33.5; 33.5/4+4 = 12.375
+    expected = torch.tensor([[5.0, 11.0, 33.5, 12.375]]).double()
+    assert_close(functional.parallel_scan_log(log_a, log_b), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("rest", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_parallel_scan_log_against_the_reference(steps, rest):
+    log_a, log_b = torch.randn(2, steps, *rest).double(), torch.randn(2, steps + 1, *rest).double()
+    weight = torch.randn_like(log_b)
+
+    def truth(log_a, log_b):
+        start = log_b[:, :1].exp()
+        return torch.cat([start, reference.linear_scan(log_a.exp(), log_b[:, 1:].exp(), start)], 1)
+
+    results = []
+    for function in (functional.parallel_scan_log, truth):
+        leaves = [log_a.clone().requires_grad_(), log_b.clone().requires_grad_()]
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    assert_close(*results, **TIGHT)
+
+
+def test_parallel_scan_log_of_no_steps_and_no_inputs():
+    log_b = torch.randn(2, 1, 3)
+    assert_close(functional.parallel_scan_log(torch.zeros(2, 0, 3), log_b), log_b.exp())
+    # A logarithm of -inf is an input of 0, and a decay's a cut.
+    out = functional.parallel_scan_log(torch.zeros(1, 2), torch.tensor([[0.0, -INF, 0.0]]))
+    assert_close(out, torch.tensor([[1.0, 1.0, 2.0]]))
+
+
+def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():
+    gate, candidate = (2 * torch.randn(4, 10_000, 8) for _ in range(2))
+    wide = gate.double(), candidate.double()
+    truth = functional.mingru(*wide, backend="torch")
+    assert_close(truth[:, :500], reference.mingru(*(pre[:, :500] for pre in wide)), rtol=1e-13, atol=0)
+    # Through the paper's own function too, whose first value is the initial state.
+    start = torch.full((4, 1, 8), 0.5).log()
+    log_b = torch.cat([start, F.logsigmoid(gate) + functional.log_g(candidate)], 1)
+    states = {
+        "log": functional.mingru(gate, candidate, backend="log"),
+        "paper": functional.parallel_scan_log(F.logsigmoid(-gate), log_b)[:, 1:],
+        "torch": functional.mingru(gate, candidate, backend="torch"),
+    }
+    for name, out in states.items():
+        short, long = (reference.relative_error(out[:, :steps], truth[:, :steps]) for steps in (100, 10_000))
+        if name == "torch":
+            assert 0 < short <= long < 2e-6
+        else:
+            assert long > 10 * short > 0, name
+            # What the docstrings say, in order of magnitude.
+            assert 1e-6 < short < 1e-4, name
+            assert 1e-4 < long < 1e-2, name
+
+
+# States and back ends
+
+
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+def test_without_a_state_the_zero_state(activation):
+    gate, candidate = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
+    out = functional.mingru(gate, candidate, activation=activation)
+    assert_close(out, reference.mingru(gate, candidate, activation=activation), **TIGHT)
+    zero = 0.5 if activation == "positive" else 0.0
+    assert torch.equal(out, functional.mingru(gate, candidate, torch.tensor(zero).double(), activation=activation))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (1, 1, 3), (2, 1, 1), (2, 1, 3), (1, 1, 1)])
+def test_h_is_what_expands(shape):
+    gate, candidate, a = (torch.randn(2, 20, 3).double() for _ in range(3))
+    for h in (torch.randn(shape).double(), torch.zeros(shape).double(), -torch.ones(shape).double()):
+        results = []
+        for mingru_form, scan_form in (
+            (functional.mingru, functional.linear_scan),
+            (reference.mingru, reference.linear_scan),
+        ):
+            leaf = h.clone().requires_grad_()
+            outs = mingru_form(gate, candidate, leaf), scan_form(a, candidate, leaf)
+            results.append([*outs, torch.autograd.grad(sum(out.square().sum() for out in outs), leaf)[0]])
+        assert_close(*results, **TIGHT)
+
+
+@pytest.mark.parametrize("backend", [name for name, can_run in mingru.backends().items() if can_run is True])
+def test_initial_state_stands_for_no_state_and_for_a_reset(backend):
+    gate, candidate = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
+    reset = torch.zeros(2, 20, dtype=torch.bool)
+    reset[0, 7] = reset[1, 0] = True
+    for h in (None, torch.randn(2, 1, 3).double()):
+        for shape in ((), (3,), (2, 1, 3)):
+            initial = torch.randn(shape).double()
+            results = []
+            for form in (
+                lambda initial, h: functional.mingru(
+                    gate, candidate, h, reset=reset, initial_state=initial, backend=backend
+                ),
+                lambda initial, h: reference.mingru(
+                    gate, candidate, initial if h is None else h, reset, initial=initial.expand(2, 1, 3)
+                ),
+            ):
+                leaf = initial.clone().requires_grad_()
+                out = form(leaf, h)
+                results.append([out, torch.autograd.grad(out.square().sum(), leaf)[0]])
+            assert_close(*results, **TIGHT)
+
+
+def test_a_reset_of_linear_scan_puts_the_state_to_0():
+    a, b = torch.tensor([[2.0, 3.0, 5.0]]), torch.tensor([[1.0, 1.0, 1.0]])
+    reset = torch.tensor([[False, True, False]])
+    # 2*4+1 = 9; cut: 1; 5*1+1 = 6. From the end: 5*4+1 = 21; cut: 1; 2*1+1 = 3
+    assert functional.linear_scan(a, b, torch.tensor(4.0), reset=reset).tolist() == [[9.0, 1.0, 6.0]]
+    assert functional.linear_scan(a, b, torch.tensor(4.0), reset=reset, reverse=True).tolist() == [[3.0, 1.0, 21.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_width_input_takes_a_state_of_its_own_dtype_or_float32(dtype):
+    gate, candidate = torch.randn(2, 20, 3, dtype=dtype), torch.randn(2, 20, 3, dtype=dtype)
+    h = torch.randn(3, dtype=dtype)
+    for function in (functional.mingru, functional.linear_scan):
+        narrow, wide = function(gate, candidate, h), function(gate, candidate, h.float())
+        assert narrow.dtype == wide.dtype == dtype
+        assert torch.equal(narrow, wide)
+    initial = functional.mingru(gate, candidate, initial_state=h.float())
+    assert torch.equal(initial, functional.mingru(gate, candidate, h))
+
+
+@pytest.mark.parametrize("backend", ["auto", *(name for name, can_run in mingru.backends().items() if can_run is True)])
+def test_every_back_end_by_its_name(backend):
+    gate, candidate = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
+    out = functional.mingru(gate, candidate, backend=backend)
+    assert_close(out, reference.mingru(gate, candidate), **TIGHT)
+    if backend != "log":
+        out = functional.linear_scan(gate, candidate, backend=backend)
+        assert_close(out, reference.linear_scan(gate, candidate), **TIGHT)
+
+
+# What is refused
+
+X = torch.zeros(2, 5, 3)
+NO = torch.zeros(2, 5, dtype=torch.bool)
+
+BAD_FOR_EACH = {
+    # For mingru (gate, candidate) and linear_scan (a, b), whose first and second argument are {0} and {1}.
+    "first no tensor": ({0: [[0.0]]}, TypeError, r"{0} must be a tensor, got list"),
+    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating dtype, got torch\.int64"),
+    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating dtype, got torch\.bool"),
+    "first without steps": ({0: torch.zeros(3)}, ValueError, r"{0} must be \(B, S, \*\), got \(3,\)"),
+    "first a scalar": ({0: torch.tensor(1.0)}, ValueError, r"{0} must be \(B, S, \*\), got \(\)"),
+    "second no tensor": ({1: 0.5}, TypeError, r"{1} must be a tensor, got float"),
+    "second None": ({1: None}, TypeError, r"{1} must be a tensor, got NoneType"),
+    "second of other shape": (
+        {1: X[:, :4]},
+        ValueError,
+        r"{1} must be \(2, 5, 3\) as {0} is \(2, 5, 3\), got \(2, 4, 3\)",
+    ),
+    "second would broadcast": (
+        {1: X[:1]},
+        ValueError,
+        r"{1} must be \(2, 5, 3\) as {0} is .*got \(1, 5, 3\); {1}\.expand",
+    ),
+    "second of other rank": ({1: X[..., None]}, ValueError, r"{1} must be \(2, 5, 3\) as {0} is .*got \(2, 5, 3, 1\)"),
+    "second of other dtype": ({1: X.double()}, TypeError, r"{1} must be torch\.float32 as {0} is, got torch\.float64"),
+    "second of half": ({1: X.half()}, TypeError, r"{1} must be torch\.float32 as {0} is, got torch\.float16"),
+    "second on meta": ({1: X.to("meta")}, ValueError, r"{1} must be on cpu as {0} is, got one on meta"),
+    "h no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
+    "h of other dtype": ({"h": X[:, :1].double()}, TypeError, r"h must be torch\.float32 .*, got torch\.float64"),
+    "h of integers": ({"h": X[:, :1].long()}, TypeError, r"h must be torch\.float32 .*, got torch\.int64"),
+    "h of half": ({"h": X[:, :1].half()}, TypeError, r"h must be torch\.float32 .*, got torch\.float16"),
+    "h on meta": ({"h": X[:, :1].to("meta")}, ValueError, r"h must be on cpu .*, got one on meta"),
+    "h without the dimension of time": (
+        {"h": X[:, 0]},
+        ValueError,
+        r"h must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 3\)",
+    ),
+    "h of all steps": ({"h": X}, ValueError, r"h must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 5, 3\)"),
+    "h of layers": ({"h": X[None, :, :1]}, ValueError, r"h must be expandable .*, got \(1, 2, 1, 3\)"),
+    "reset no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
+    "reset of numbers": ({"reset": NO.int()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.int32"),
+    "reset of other shape": ({"reset": NO[:, :1]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 1\)"),
+    "reset with features": ({"reset": X.bool()}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 5, 3\)"),
+    "reset on meta": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+}
+
+
+@pytest.mark.parametrize(("name", "names"), [("mingru", ("gate", "candidate")), ("linear_scan", ("a", "b"))])
+@pytest.mark.parametrize("case", BAD_FOR_EACH)
+def test_bad_calls(case, name, names):
+    changed, error, message = BAD_FOR_EACH[case]
+    message = message.replace("{0}", names[0]).replace("{1}", names[1])
+    args = {names[0]: X, names[1]: X, **{names[at] if isinstance(at, int) else at: arg for at, arg in changed.items()}}
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        getattr(functional, name)(**args)
+
+
+BAD_CALLS = {
+    "unknown activation": (
+        lambda: functional.mingru(X, X, activation="relu"),
+        ValueError,
+        r"mingru: activation must be one of \('positive', 'linear', 'tanh'\), got 'relu'",
+    ),
+    "complex gate": (
+        lambda: functional.mingru(X.cfloat(), X.cfloat()),
+        TypeError,
+        r"mingru: gate must be of a floating dtype, got torch\.complex64",
+    ),
+    "initial_state no tensor": (
+        lambda: functional.mingru(X, X, initial_state=0.5),
+        TypeError,
+        r"mingru: initial_state must be a tensor, got float",
+    ),
+    "initial_state of other shape": (
+        lambda: functional.mingru(X, X, initial_state=X),
+        ValueError,
+        r"mingru: initial_state must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 5, 3\)",
+    ),
+    "initial_state of other dtype, beside h": (
+        lambda: functional.mingru(X, X, X[:, :1], initial_state=X[:, :1].double()),
+        TypeError,
+        r"mingru: initial_state must be torch\.float32 .*, got torch\.float64",
+    ),
+    "unknown back end": (
+        lambda: functional.mingru(X, X, backend="cuda"),
+        ValueError,
+        r".*backend must be one of 'auto', .*'torch'.*, got 'cuda'",
+    ),
+    "unknown back end, linear_scan": (
+        lambda: functional.linear_scan(X, X, backend="Torch"),
+        ValueError,
+        r".*backend must be one of 'auto', .*'torch'.*, got 'Torch'",
+    ),
+    "unknown back end, nothing to run": (
+        lambda: functional.mingru(X[:0], X[:0], backend="cuda"),
+        ValueError,
+        r".*backend must be one of 'auto', .*'torch'.*, got 'cuda'",
+    ),
+    "log form of any a and b": (
+        lambda: functional.linear_scan(X, X, backend="log"),
+        ValueError,
+        r".*backend asks for 'log', which can't run this: it takes the logarithm of a and b.*; use 'auto'",
+    ),
+    "log form of a candidate of any sign": (
+        lambda: functional.mingru(X, X, activation="tanh", backend="log"),
+        ValueError,
+        r".*backend asks for 'log', which can't run this: .* 'tanh' may be negative; use 'auto'",
+    ),
+    "parallel_scan_log of no tensor": (
+        lambda: functional.parallel_scan_log([0.0], X),
+        TypeError,
+        r"parallel_scan_log: log_a must be a tensor, got list",
+    ),
+    "parallel_scan_log of integers": (
+        lambda: functional.parallel_scan_log(X.long(), X),
+        TypeError,
+        r"parallel_scan_log: log_a must be of a floating dtype, got torch\.int64",
+    ),
+    "parallel_scan_log of one dimension": (
+        lambda: functional.parallel_scan_log(X[0, 0], X),
+        ValueError,
+        r"parallel_scan_log: log_a must be \(B, S, \*\), got \(3,\)",
+    ),
+    "parallel_scan_log without x_0": (
+        lambda: functional.parallel_scan_log(X, X),
+        ValueError,
+        r"parallel_scan_log: log_b must be \(2, 6, 3\) as log_a is \(2, 5, 3\), got \(2, 5, 3\)",
+    ),
+    "parallel_scan_log, dtypes": (
+        lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3).double()),
+        TypeError,
+        r"parallel_scan_log: log_b must be torch\.float32 as log_a is, got torch\.float64",
+    ),
+    "parallel_scan_log, devices": (
+        lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3, device="meta")),
+        ValueError,
+        r"parallel_scan_log: log_b must be on cpu as log_a is, got one on meta",
+    ),
+    "g of a number": (lambda: functional.g(0.5), TypeError, r"g: x must be a tensor, got float"),
+    "g of integers": (lambda: functional.g(X.long()), TypeError, r"g: x must be of a floating dtype, got torch\.int64"),
+    "g of complex": (
+        lambda: functional.g(X.cfloat()),
+        TypeError,
+        r"g: x must be of a floating dtype, got torch\.complex64",
+    ),
+    "log_g of a list": (lambda: functional.log_g([0.5]), TypeError, r"log_g: x must be a tensor, got list"),
+    "log_g of bools": (
+        lambda: functional.log_g(NO),
+        TypeError,
+        r"log_g: x must be of a floating dtype, got torch\.bool",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_other_bad_calls(case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+def test_the_remedy_of_a_refused_b_works():
+    """`a must be ...; a.expand copies nothing`: it does what it says."""
+    a, b = torch.rand(1, 1, 3), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match=r"b\.expand copies nothing"):
+        functional.linear_scan(b, a)
+    assert_close(functional.linear_scan(a.expand_as(b), b), functional.linear_scan(a.expand_as(b).clone(), b))
