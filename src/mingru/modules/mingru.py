@@ -50,8 +50,8 @@ class MinGRU(Recurrent):
     Called with:
         x: (B, S, I), or (S, B, I) with `batch_first=False`; dtype and device of the parameters. S may be 0.
         h: state before the first step, any real numbers; dtype of x, or float32 beside half-width x; expands to
-            (L * D, B, 1, H). Index l * D is layer l forward, l * D + 1 backward. Default: the 'zero' state g(0) = 0.5 (0 where `candidate` is not "positive"), or the
-            learned one.
+            (L * D, B, 1, H). Index l * D is layer l forward, l * D + 1 backward. Default: the 'zero' state g(0) = 0.5
+            (0 where `candidate` is not "positive"), or the learned one.
         reset: bool, the first two dimensions of x. Where true, the state is put back to the zero or learned state
             before that step consumes its input. The backward direction is cut at the same place: between that step and
             the one before it.

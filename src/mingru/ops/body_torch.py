@@ -13,7 +13,7 @@ cancels. Everything happens in place, in memory made here, so these functions re
 import torch
 from torch import Tensor
 
-from .activation import activate_into_new
+from .activation import activate_into, derivative_into
 from .shape import States, accumulate_dtype, along, chunks_of
 
 DIFFERENTIABLE = False
@@ -37,16 +37,84 @@ def mingru(
     gate: Tensor, candidate: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, activation: str, reverse: bool
 ) -> States:
     dtype = accumulate_dtype(gate.dtype)
-    k = gate.to(dtype)
-    a = k.sigmoid()
-    b = activate_into_new(candidate.to(dtype), activation).mul_(a)
-    # 1 - sigma(k) would cancel near 1; sigma(-k) does not.
-    torch.neg(k, out=a).sigmoid_()
+    k, v = gate.to(dtype), candidate.to(dtype)
+    a, b = _empty_like(k), _empty_like(k)
+    activate_into(v, activation, b, scratch=a)
+    b.mul_(torch.sigmoid(k, out=a))
+    _decay_into(k, a)
     if reset is not None:
         mask = along(reset, b)
         b = torch.where(mask, torch.addcmul(b, a, initial.to(dtype).expand_as(b)), b)
     states = _scan_in_place(a, b, h.to(dtype).squeeze(1), reset, reverse)
     return _finish(states, gate.dtype, h.dtype, reverse)
+
+
+def mingru_backward(
+    gate: Tensor,
+    candidate: Tensor,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_last: Tensor,
+    activation: str,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """What `autograd` writes as formulas, in the memory of three sequences: fresh memory costs more than arithmetic."""
+    dtype = accumulate_dtype(gate.dtype)
+    k, v, states, before_first, before_reset = (x.to(dtype) for x in (gate, candidate, out, h, initial))
+    # In the order of the scan: all steps but the last, all but the first, the first, the last.
+    earlier, later, first, last = slice(-1), slice(1, None), slice(1), slice(-1, None)
+    if reverse:
+        earlier, later, first, last = later, earlier, last, first
+
+    # delta_t = dL/dh_t + a_{t+1} delta_{t+1}
+    delta, work, scratch = (_empty_like(states) for _ in range(3))
+    delta.copy_(grad_out)
+    _decay_into(k[:, later], work[:, earlier])
+    work[:, last] = 1.0
+    cuts = None
+    if reset is not None:
+        cuts = torch.zeros_like(reset)
+        cuts[:, earlier] = reset[:, later]
+    _scan_in_place(work, delta, grad_last.to(dtype).squeeze(1), cuts, not reverse)
+
+    met = states[:, earlier]
+    grad_met = _decay_into(k, scratch)[:, first] * delta[:, first]
+    grad_initial = torch.zeros_like(grad_met)
+    if reset is not None:
+        mask = along(reset, k)
+        met = torch.where(mask[:, later], before_reset, met)
+        before_first = torch.where(mask[:, first], before_reset, before_first)
+        grad_met = grad_met.masked_fill(mask[:, first], 0)
+        grad_initial = (scratch * delta).masked_fill(~mask, 0).sum(1, keepdim=True)
+
+    # dL/dk = delta (candidate - met) z (1 - z), dL/dv = delta z g'(v)
+    activate_into(v, activation, work, scratch)
+    work[:, later].sub_(met)
+    work[:, first].sub_(before_first)
+    delta.mul_(torch.sigmoid(k, out=scratch))
+    grad_gate = work.mul_(delta).mul_(_decay_into(k, scratch))
+    grad_candidate = delta.mul_(derivative_into(v, activation, scratch))
+    return (
+        grad_gate.to(gate.dtype),
+        grad_candidate.to(candidate.dtype),
+        grad_met.to(h.dtype),
+        grad_initial.to(initial.dtype),
+    )
+
+
+def _decay_into(k: Tensor, out: Tensor) -> Tensor:
+    """1 - z. As sigma(-k): 1 - sigma(k) would cancel near 1."""
+    return torch.neg(k, out=out).sigmoid_()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Dense, with batch and time in the order in which they lie in x; `torch.empty_like` forgets that of a slice."""
+    if x.stride(0) < x.stride(1):
+        return x.new_empty((x.shape[1], x.shape[0], *x.shape[2:])).transpose(0, 1)
+    return x.new_empty(x.shape)
 
 
 def _finish(states: Tensor, dtype: torch.dtype, state_dtype: torch.dtype, reverse: bool) -> States:
