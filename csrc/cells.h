@@ -1,6 +1,6 @@
 // The recurrences, each as h_t = a_t h_{t-1} + b_t: what a and b are, and how their gradients reach the inputs.
 //
-// A cell has `num_inputs` sequences; `x` holds one lane of each. A new recurrence (minLSTM, say) is one more cell.
+// A cell has `num_inputs` sequences; `x` holds one lane of each, its bias added where `has_bias` allows one. A new recurrence (minLSTM, say) is one more cell.
 #pragma once
 
 #include "math.h"
@@ -9,6 +9,7 @@ namespace mingru::MINGRU_ISA {
 
 struct LinearScan {
   static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -77,6 +78,7 @@ struct Tanh {
 template <class Activation>
 struct MinGRU {
   static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = true;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {

@@ -51,33 +51,51 @@ static bool note(const Span& span, int64_t done, const A* state, int64_t padded)
   return false;
 }
 
+// One lane of all inputs.
+template <class Cell, bool biased, class Rows, class Biases, class A>
+MINGRU_INLINE void gather(const Rows& rows, const Biases& biases, int i, A* x) {
+  for (int k = 0; k < Cell::num_inputs; ++k) {
+    x[k] = static_cast<A>(rows[k][i]);
+    if constexpr (biased) x[k] += biases[k][i];
+  }
+}
+
 // One step of one group of lanes. The rows must not overlap what is written.
-template <class Cell, class T, class A>
-MINGRU_INLINE void forward_group(const T* const* in_rows, A* __restrict h, T* __restrict out_row) {
+template <class Cell, bool biased, class T, class A>
+MINGRU_INLINE void forward_group(
+    const T* const* in_rows, const A* const* in_biases, A* __restrict h, T* __restrict out_row) {
   constexpr int num_inputs = Cell::num_inputs;
   const T* __restrict rows[num_inputs];
-  for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k];
+  const A* __restrict biases[num_inputs];
+  for (int k = 0; k < num_inputs; ++k) {
+    rows[k] = in_rows[k];
+    biases[k] = in_biases[k];
+  }
   for (int i = 0; i < group; ++i) {
     A x[num_inputs], a, b;
-    for (int k = 0; k < num_inputs; ++k) x[k] = static_cast<A>(rows[k][i]);
+    gather<Cell, biased>(rows, biases, i, x);
     Cell::coefficients(x, a, b);
     h[i] = a * h[i] + b;
     out_row[i] = static_cast<T>(h[i]);
   }
 }
 
-template <class Cell, class T, class A, class M>
+template <class Cell, bool biased, class T, class A, class M>
 MINGRU_INLINE void backward_group(
-    const T* const* in_rows, const T* __restrict in_grad, const M* __restrict in_met, A* __restrict carry,
-    T* const* out_rows) {
+    const T* const* in_rows, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_met,
+    A* __restrict carry, T* const* out_rows) {
   constexpr int num_inputs = Cell::num_inputs;
   const T* __restrict rows[num_inputs];
-  for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k];
+  const A* __restrict biases[num_inputs];
+  for (int k = 0; k < num_inputs; ++k) {
+    rows[k] = in_rows[k];
+    biases[k] = in_biases[k];
+  }
   // Written to the rows at the end only: compilers don't see that those don't overlap.
   A grads[num_inputs][group];
   for (int i = 0; i < group; ++i) {
     A x[num_inputs], grad[num_inputs], a;
-    for (int k = 0; k < num_inputs; ++k) x[k] = static_cast<A>(rows[k][i]);
+    gather<Cell, biased>(rows, biases, i, x);
     const A delta = static_cast<A>(in_grad[i]) + carry[i];
     Cell::gradients(x, delta, static_cast<A>(in_met[i]), a, grad);
     for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
@@ -88,7 +106,15 @@ MINGRU_INLINE void backward_group(
   }
 }
 
-template <class Cell, class T>
+// The biases of a group; where there are none, pointers that are not read.
+template <class Cell, class A>
+MINGRU_INLINE void biases_at(const Scan& scan, int64_t lane, const A** biases) {
+  for (int k = 0; k < Cell::num_inputs; ++k) {
+    biases[k] = scan.biases[k] ? static_cast<const A*>(scan.biases[k]) + lane : nullptr;
+  }
+}
+
+template <class Cell, class T, bool biased>
 static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
   using A = typename Computed<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
@@ -104,18 +130,21 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
     const T* in_rows[num_inputs];
     for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
     T* out_row = row<T>(scan.out, span.batch, step, span.lane);
+    const A* biases[num_inputs];
     int64_t lane = 0;
     for (; lane + group <= span.num_lanes; lane += group) {
       const T* rows[num_inputs];
       for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k] + lane;
-      forward_group<Cell>(rows, state + lane, out_row + lane);
+      biases_at<Cell>(scan, span.lane + lane, biases);
+      forward_group<Cell, biased>(rows, biases, state + lane, out_row + lane);
     }
     if (lane < span.num_lanes) {
       const int64_t count = span.num_lanes - lane;
       Rest<T> rest[num_inputs], rest_out;
       const T* rows[num_inputs];
       for (int k = 0; k < num_inputs; ++k) rows[k] = rest[k].in(in_rows[k] + lane, count);
-      forward_group<Cell>(rows, state + lane, rest_out.lanes);
+      biases_at<Cell>(scan, span.lane + lane, biases);
+      forward_group<Cell, biased>(rows, biases, state + lane, rest_out.lanes);
       std::memcpy(out_row + lane, rest_out.lanes, count * sizeof(T));
     }
     const int64_t done = position + 1 - span.begin;
@@ -125,7 +154,7 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
 }
 
 // `state` is what reaches a step from the one after it: a_{t+1} delta_{t+1}.
-template <class Cell, class T>
+template <class Cell, class T, bool biased>
 static bool backward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
   using A = typename Computed<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
@@ -163,13 +192,15 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
         rows[k] = whole ? in_rows[k] + lane : rest[k].in(in_rows[k] + lane, count);
         grads[k] = whole ? out_rows[k] + lane : rest_out[k].lanes;
       }
+      const A* biases[num_inputs];
+      biases_at<Cell>(scan, span.lane + lane, biases);
       const T* grad = whole ? in_grad + lane : rest_grad.in(in_grad + lane, count);
       if (from_out) {
         const T* met_row = whole ? in_met + lane : rest_met_out.in(in_met + lane, count);
-        backward_group<Cell>(rows, grad, met_row, state + lane, grads);
+        backward_group<Cell, biased>(rows, biases, grad, met_row, state + lane, grads);
       } else {
         const A* met_row = met == nullptr ? no_state : whole ? met + lane : rest_met.in(met + lane, count);
-        backward_group<Cell>(rows, grad, met_row, state + lane, grads);
+        backward_group<Cell, biased>(rows, biases, grad, met_row, state + lane, grads);
       }
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_rows[k] + lane, grads[k], count * sizeof(T));
@@ -190,7 +221,12 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
 template <class Cell, class T>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
   auto* lanes = static_cast<typename Computed<T>::Type*>(state);
-  return is_backward ? backward<Cell, T>(scan, span, lanes) : forward<Cell, T>(scan, span, lanes);
+  if constexpr (Cell::has_bias && sizeof(T) >= sizeof(float)) {
+    if (scan.biases[0]) {
+      return is_backward ? backward<Cell, T, true>(scan, span, lanes) : forward<Cell, T, true>(scan, span, lanes);
+    }
+  }
+  return is_backward ? backward<Cell, T, false>(scan, span, lanes) : forward<Cell, T, false>(scan, span, lanes);
 }
 
 template <class Cell>

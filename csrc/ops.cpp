@@ -4,8 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "driver.h"
 
@@ -31,14 +34,54 @@ Tensor with_dense_lanes(const Tensor& x) {
 
 mingru::Sequence sequence(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
-// (B, S, N) with the order of batch and time in memory that `like` has.
-Tensor empty_sequence(const Tensor& like) {
-  const int64_t batch = like.size(0), steps = like.size(1), lanes = like.size(2);
-  if (like.stride(0) < like.stride(1) && batch > 1) {
-    return torch::stable::transpose(torch::stable::new_empty(like, {steps, batch, lanes}), 0, 1);
-  }
-  return torch::stable::new_empty(like, {batch, steps, lanes});
+Tensor slice(Tensor x, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(x, dim, start, length);
 }
+
+bool time_first(const Tensor& x) { return x.size(0) > 1 && x.stride(0) < x.stride(1); }
+
+// (B, S, N) with the order of batch and time in memory that `like` has.
+Tensor empty_sequence(const Tensor& like, int64_t lanes) {
+  const int64_t batch = like.size(0), steps = like.size(1);
+  if (!time_first(like)) return torch::stable::new_empty(like, {batch, steps, lanes});
+  return torch::stable::transpose(torch::stable::new_empty(like, {steps, batch, lanes}), 0, 1);
+}
+
+// The biases of two inputs, (2 N), each filled up to whole groups.
+class Biases {
+ public:
+  Biases(const char* name, const std::optional<Tensor>& bias, ScalarType dtype, int64_t lanes) {
+    if (!bias) return;
+    STD_TORCH_CHECK(
+        bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == dtype && bias->numel() == 2 * lanes, name,
+        ": bias must be (2 N), dense, with the dtype of the sequences");
+    padded_ = (lanes + mingru::group - 1) / mingru::group * mingru::group;
+    if (dtype == ScalarType::Double) {
+      fill(doubles_, static_cast<const double*>(bias->data_ptr()), lanes);
+    } else {
+      STD_TORCH_CHECK(dtype == ScalarType::Float, name, ": half-width sequences take no bias here");
+      fill(floats_, static_cast<const float*>(bias->data_ptr()), lanes);
+    }
+  }
+
+  void add_to(mingru::Scan& scan) const {
+    for (int k = 0; k < 2; ++k) {
+      if (!floats_.empty()) scan.biases[k] = floats_.data() + k * padded_;
+      if (!doubles_.empty()) scan.biases[k] = doubles_.data() + k * padded_;
+    }
+  }
+
+ private:
+  template <class A>
+  void fill(std::vector<A>& to, const A* from, int64_t lanes) {
+    to.assign(2 * padded_, A(0));
+    for (int64_t k = 0; k < 2; ++k) std::copy_n(from + k * lanes, lanes, to.begin() + k * padded_);
+  }
+
+  int64_t padded_ = 0;
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+};
 
 // What must hold for memory to be safe; `name` is the operator.
 mingru::Scan prepare(
@@ -86,7 +129,7 @@ void add_initial(mingru::Scan& scan, const char* name, const Tensor& initial, co
 }
 
 std::tuple<Tensor, Tensor> forward(mingru::Scan& scan, const Tensor& like, const Tensor& h) {
-  Tensor out = empty_sequence(like);
+  Tensor out = empty_sequence(like, scan.num_lanes);
   Tensor last = torch::stable::empty_like(h);
   scan.out = sequence(out);
   scan.last = last.data_ptr();
@@ -94,21 +137,22 @@ std::tuple<Tensor, Tensor> forward(mingru::Scan& scan, const Tensor& like, const
   return {out, last};
 }
 
-// The gradients of both inputs and of h.
-std::tuple<Tensor, Tensor, Tensor> backward(
+// The gradients of both inputs, side by side in (B, S, 2 N), and of h.
+std::tuple<Tensor, Tensor> backward(
     mingru::Scan& scan, const Tensor& like, const Tensor& h, const Tensor& out, const Tensor& grad_out,
     const Tensor& grad_last) {
   const Tensor out_rows = with_dense_lanes(out), grad_rows = with_dense_lanes(grad_out);
-  Tensor grad_first = empty_sequence(like), grad_second = empty_sequence(like);
+  Tensor grads = empty_sequence(like, 2 * scan.num_lanes);
   Tensor grad_h = torch::stable::empty_like(h);
   scan.out = sequence(out_rows);
   scan.grad_out = sequence(grad_rows);
   scan.grad_last = grad_last.data_ptr();
-  scan.grad_inputs[0] = sequence(grad_first);
-  scan.grad_inputs[1] = sequence(grad_second);
+  for (int k = 0; k < 2; ++k) {
+    scan.grad_inputs[k] = sequence(slice(grads, 2, k * scan.num_lanes, scan.num_lanes));
+  }
   scan.grad_h = grad_h.data_ptr();
   mingru::run(scan, true);
-  return {grad_first, grad_second, grad_h};
+  return {grads, grad_h};
 }
 
 void check_gradients(
@@ -137,7 +181,7 @@ std::tuple<Tensor, Tensor> linear_scan_forward(
   return forward(scan, second, h);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(
+std::tuple<Tensor, Tensor> linear_scan_backward(
     const Tensor& a, const Tensor& h, const std::optional<Tensor>& reset, const Tensor& out, const Tensor& grad_out,
     const Tensor& grad_last, bool reverse) {
   const char* name = "linear_scan_backward";
@@ -149,29 +193,109 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(
 }
 
 std::tuple<Tensor, Tensor> mingru_forward(
-    const Tensor& gate, const Tensor& candidate, const Tensor& h, const Tensor& initial,
-    const std::optional<Tensor>& reset, int64_t activation, bool reverse) {
+    const Tensor& gate, const Tensor& candidate, const std::optional<Tensor>& bias, const Tensor& h,
+    const Tensor& initial, const std::optional<Tensor>& reset, int64_t activation, bool reverse) {
   const char* name = "mingru_forward";
   const Tensor first = with_dense_lanes(gate), second = with_dense_lanes(candidate);
   auto scan = prepare(name, cell_of(activation), first, second, h, reset, reverse);
   add_initial(scan, name, initial, h);
+  const Biases biases(name, bias, first.scalar_type(), scan.num_lanes);
+  biases.add_to(scan);
   return forward(scan, first, h);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mingru_backward(
-    const Tensor& gate, const Tensor& candidate, const Tensor& h, const Tensor& initial,
-    const std::optional<Tensor>& reset, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
-    int64_t activation, bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> mingru_backward(
+    const Tensor& gate, const Tensor& candidate, const std::optional<Tensor>& bias, const Tensor& h,
+    const Tensor& initial, const std::optional<Tensor>& reset, const Tensor& out, const Tensor& grad_out,
+    const Tensor& grad_last, int64_t activation, bool reverse) {
   const char* name = "mingru_backward";
   const Tensor first = with_dense_lanes(gate), second = with_dense_lanes(candidate);
   auto scan = prepare(name, cell_of(activation), first, second, h, reset, reverse);
   add_initial(scan, name, initial, h);
   check_gradients(name, first, h, out, grad_out, grad_last);
+  const Biases biases(name, bias, first.scalar_type(), scan.num_lanes);
+  biases.add_to(scan);
   Tensor grad_initial = torch::stable::empty_like(h);
   torch::stable::zero_(grad_initial);
   scan.grad_initial = grad_initial.data_ptr();
-  auto [grad_gate, grad_candidate, grad_h] = backward(scan, first, h, out, grad_out, grad_last);
-  return {grad_gate, grad_candidate, grad_h, grad_initial};
+  auto [grads, grad_h] = backward(scan, first, h, out, grad_out, grad_last);
+  return {grads, grad_h, grad_initial};
+}
+
+// Pre-activations of a block of rows; big enough for the matrix product to run at full speed, small enough to be still in
+// the cache when the scan reads them.
+constexpr int64_t block_values = 1 << 20;
+constexpr int64_t most_block_rows = 2048;
+
+void matrix_product_into(const Tensor& rows, const Tensor& weight_transposed, const Tensor& out) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(rows), torch::stable::detail::from(weight_transposed),
+      torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  // What comes back is `out` once more.
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The layer without a tensor of all pre-activations: block by block, matrix product and scan. For inference.
+// x is (B, S, I) and dense, or the transpose of a dense (S, B, I).
+std::tuple<Tensor, Tensor> mingru_linear_forward(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h, const Tensor& initial,
+    const std::optional<Tensor>& reset, int64_t activation, bool reverse) {
+  const char* name = "mingru_linear_forward";
+  STD_TORCH_CHECK(
+      x.dim() == 3 && weight.dim() == 2 && weight.size(0) % 2 == 0 && weight.size(1) == x.size(2) && x.numel() > 0,
+      name, ": x must be (B, S, I), not empty, and weight (2 H, I)");
+  const bool transposed = time_first(x);
+  const Tensor dense = transposed ? torch::stable::contiguous(torch::stable::transpose(x, 0, 1))
+                                  : torch::stable::contiguous(x);
+  const int64_t batch = x.size(0), steps = x.size(1), lanes = weight.size(0) / 2;
+  // Rows lie by (outer, inner): a block is whole outer indices, or a stretch of one.
+  const int64_t outer = transposed ? steps : batch, inner = transposed ? batch : steps;
+  const Tensor rows = torch::stable::view(dense, {batch * steps, x.size(2)});
+  const Tensor weight_transposed = torch::stable::transpose(weight, 0, 1);
+  const Biases biases(name, bias, x.scalar_type(), lanes);
+
+  const int64_t block_rows = std::clamp(block_values / (2 * lanes), int64_t(64), most_block_rows);
+  const int64_t outer_step = std::max(int64_t(1), block_rows / inner);
+  const int64_t inner_step = transposed || outer_step > 1 ? inner : std::min(inner, block_rows);
+  Tensor scratch = torch::stable::new_empty(x, {std::min(outer_step * inner_step, batch * steps), 2 * lanes});
+
+  Tensor out = empty_sequence(x, lanes);
+  Tensor last = torch::stable::clone(h);
+  const int64_t num_outer = (outer + outer_step - 1) / outer_step, num_inner = (inner + inner_step - 1) / inner_step;
+  for (int64_t o = 0; o < num_outer; ++o) {
+    const int64_t outer_begin = (reverse ? num_outer - 1 - o : o) * outer_step;
+    const int64_t outer_count = std::min(outer_step, outer - outer_begin);
+    for (int64_t i = 0; i < num_inner; ++i) {
+      const int64_t inner_begin = (reverse ? num_inner - 1 - i : i) * inner_step;
+      const int64_t inner_count = std::min(inner_step, inner - inner_begin);
+      const int64_t count = outer_count * inner_count;
+      const Tensor block = slice(scratch, 0, 0, count);
+      matrix_product_into(
+          slice(rows, 0, outer_begin * inner + inner_begin, count), weight_transposed, block);
+      Tensor pre = torch::stable::view(block, {outer_count, inner_count, 2 * lanes});
+      if (transposed) pre = torch::stable::transpose(pre, 0, 1);
+      const int64_t batch_begin = transposed ? 0 : outer_begin, batch_count = transposed ? batch : outer_count;
+      const int64_t step_begin = transposed ? outer_begin : inner_begin;
+      const int64_t step_count = transposed ? outer_count : inner_count;
+      const auto part = [&](const Tensor& state) { return slice(state, 0, batch_begin, batch_count); };
+      const auto piece = [&](const Tensor& sequence) {
+        return slice(part(sequence), 1, step_begin, step_count);
+      };
+      const Tensor state = part(last);
+      auto scan = prepare(
+          name, cell_of(activation), slice(pre, 2, 0, lanes),
+          slice(pre, 2, lanes, lanes), state, reset ? std::optional(piece(*reset)) : std::nullopt,
+          reverse);
+      add_initial(scan, name, part(initial), state);
+      biases.add_to(scan);
+      scan.out = sequence(piece(out));
+      // A task reads its state before it writes it.
+      scan.last = state.data_ptr();
+      mingru::run(scan, false);
+    }
+  }
+  return {out, last};
 }
 
 }  // namespace
@@ -180,13 +304,16 @@ STABLE_TORCH_LIBRARY(mingru, library) {
   library.def("linear_scan_forward(Tensor a, Tensor b, Tensor h, Tensor? reset, bool reverse) -> (Tensor, Tensor)");
   library.def(
       "linear_scan_backward(Tensor a, Tensor h, Tensor? reset, Tensor out, Tensor grad_out, Tensor grad_last, "
-      "bool reverse) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "mingru_forward(Tensor gate, Tensor candidate, Tensor h, Tensor initial, Tensor? reset, int activation, "
       "bool reverse) -> (Tensor, Tensor)");
   library.def(
-      "mingru_backward(Tensor gate, Tensor candidate, Tensor h, Tensor initial, Tensor? reset, Tensor out, "
-      "Tensor grad_out, Tensor grad_last, int activation, bool reverse) -> (Tensor, Tensor, Tensor, Tensor)");
+      "mingru_forward(Tensor gate, Tensor candidate, Tensor? bias, Tensor h, Tensor initial, Tensor? reset, "
+      "int activation, bool reverse) -> (Tensor, Tensor)");
+  library.def(
+      "mingru_backward(Tensor gate, Tensor candidate, Tensor? bias, Tensor h, Tensor initial, Tensor? reset, "
+      "Tensor out, Tensor grad_out, Tensor grad_last, int activation, bool reverse) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "mingru_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial, Tensor? reset, "
+      "int activation, bool reverse) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
@@ -194,4 +321,5 @@ STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
   library.impl("linear_scan_backward", TORCH_BOX(&linear_scan_backward));
   library.impl("mingru_forward", TORCH_BOX(&mingru_forward));
   library.impl("mingru_backward", TORCH_BOX(&mingru_backward));
+  library.impl("mingru_linear_forward", TORCH_BOX(&mingru_linear_forward));
 }

@@ -29,6 +29,8 @@ struct Scan {
   int64_t num_batch, num_steps, num_lanes;
   bool reverse;
   Sequence inputs[most_inputs];
+  // Added to each input: (N) rounded up to whole groups, in the type of computation; all null or none.
+  const void* biases[most_inputs];
   Sequence out;
   const bool* reset;  // may be null
   int64_t reset_batch_stride, reset_step_stride;

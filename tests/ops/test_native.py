@@ -25,16 +25,19 @@ def inputs(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_reset", [False, True])
-def test_operators_keep_torchs_contract(with_reset, reverse):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_operators_keep_torchs_contract(with_bias, with_reset, reverse):
     gate, candidate = inputs(3, 20, 5)
+    bias = torch.randn(10) if with_bias else None
     h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
     reset = torch.rand(3, 20) < 0.2 if with_reset else None
-    out, last = torch.ops.mingru.mingru_forward(gate, candidate, h, initial, reset, 0, reverse)
-    forward = (gate, candidate, h, initial, reset, 0, reverse)
-    backward = (gate, candidate, h, initial, reset, out, torch.randn_like(out), last, 0, reverse)
+    out, last = torch.ops.mingru.mingru_forward(gate, candidate, bias, h, initial, reset, 0, reverse)
+    forward = (gate, candidate, bias, h, initial, reset, 0, reverse)
+    backward = (gate, candidate, bias, h, initial, reset, out, torch.randn_like(out), last, 0, reverse)
     calls = {
         "mingru_forward": forward,
         "mingru_backward": backward,
+        "mingru_linear_forward": (torch.randn(3, 20, 4), torch.randn(10, 4), bias, h, initial, reset, 0, reverse),
         "linear_scan_forward": (gate, candidate, h, reset, reverse),
         "linear_scan_backward": (gate, h, reset, out, torch.randn_like(out), last, reverse),
     }
@@ -46,16 +49,16 @@ def test_operators_refuse_what_would_read_past_the_end():
     gate, candidate = inputs(3, 20, 5)
     h = torch.rand(3, 1, 5)
     for bad in [
-        (gate, candidate[:, :19], h, h, None, 0, False),
-        (gate, candidate, h[:2], h, None, 0, False),
-        (gate, candidate, h, h[:2], None, 0, False),
-        (gate, candidate, h.double(), h, None, 0, False),
-        (gate, candidate.double(), h, h, None, 0, False),
-        (gate, candidate, h, h, torch.zeros(3, 19, dtype=torch.bool), 0, False),
-        (gate, candidate, h, h, torch.zeros(3, 20), 0, False),
-        (gate, candidate, h, h, None, 3, False),
-        (gate[0], candidate[0], h, h, None, 0, False),
-        (gate[:0], candidate[:0], h[:0], h[:0], None, 0, False),
+        (gate, candidate[:, :19], None, h, h, None, 0, False),
+        (gate, candidate, None, h[:2], h, None, 0, False),
+        (gate, candidate, None, h, h[:2], None, 0, False),
+        (gate, candidate, None, h.double(), h, None, 0, False),
+        (gate, candidate.double(), None, h, h, None, 0, False),
+        (gate, candidate, None, h, h, torch.zeros(3, 19, dtype=torch.bool), 0, False),
+        (gate, candidate, None, h, h, torch.zeros(3, 20), 0, False),
+        (gate, candidate, None, h, h, None, 3, False),
+        (gate[0], candidate[0], None, h, h, None, 0, False),
+        (gate[:0], candidate[:0], None, h[:0], h[:0], None, 0, False),
     ]:
         with pytest.raises(RuntimeError, match="mingru"):
             torch.ops.mingru.mingru_forward(*bad)
@@ -202,3 +205,68 @@ def test_what_runs_instead_is_said_once(monkeypatch):
         warnings.simplefilter("error")
         mingru.functional.mingru(gate, gate)
     choice._say_once_what_is_missing.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5), (3, 40, 7, 20), (2, 5000, 4, 16), (300, 33, 4, 17), (5, 2100, 3, 300)])
+def test_linear_and_recurrence_in_one_go(shape, reverse, time_first, dtype):
+    """Several blocks of rows, whole sequences in a block and stretches of one: as the two do it one by one."""
+    batch, steps, features, lanes = shape
+    x = torch.randn(steps, batch, features, dtype=dtype).transpose(0, 1)
+    x = x if time_first else x.contiguous()
+    weight, bias = torch.randn(2 * lanes, features, dtype=dtype), torch.randn(2 * lanes, dtype=dtype)
+    h, initial = torch.randn(batch, 1, lanes, dtype=dtype), torch.randn(batch, 1, lanes, dtype=dtype)
+    reset = torch.rand(batch, steps) < 0.01
+    before = h.clone()
+    for bias_or_none in (bias, None):
+        options = (reset, "positive", reverse)
+        out, last = mingru.ops.linear_mingru(x, weight, bias_or_none, h, initial, *options)
+        pre = torch.nn.functional.linear(x, weight, bias_or_none).chunk(2, -1)
+        expected, expected_last = mingru.ops.mingru(*pre, h, initial, *options, backend="native")
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(last, expected_last)
+        assert (out.stride(0) < out.stride(1)) == (x.stride(0) < x.stride(1))
+    assert torch.equal(h, before), "the given state was written to"
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
+    x = torch.randn(9, 3, 4, dtype=torch.double).transpose(0, 1)
+    x = x if time_first else x.contiguous()
+    leaves = [x, torch.randn(10, 4).double(), torch.randn(10).double() if with_bias else None]
+    leaves += [torch.randn(3, 1, 5).double(), torch.randn(3, 1, 5).double()]
+    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    reset = torch.rand(3, 9) < 0.2
+
+    def function(*leaves):
+        return mingru.ops.linear_mingru(*leaves, reset, "tanh", True)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_a_layer_under_a_transform_or_with_a_hook_is_not_taken_in_one_go():
+    rnn = mingru.MinGRU(3, 4).double()
+    x = torch.randn(5, 7, 3).double()
+    expected = rnn(x)[0]
+    parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(rnn, parameters, (x[None],))[0].square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    whole = torch.autograd.grad(expected.square().sum(), rnn.parameters())
+    for per_sample, total in zip(each.values(), whole, strict=True):
+        torch.testing.assert_close(per_sample.sum(0), total)
+    out, tangent = torch.func.jvp(lambda x: rnn(x)[0], (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(out, expected)
+    nudged = rnn(x + 1e-7)[0]
+    torch.testing.assert_close(tangent, (nudged - expected) / 1e-7, rtol=1e-4, atol=1e-5)
+
+    seen = []
+    rnn.layers[0].linear.register_forward_hook(lambda module, args, pre: seen.append(pre.shape) or 2 * pre)
+    assert not torch.allclose(rnn(x)[0], expected)
+    assert seen == [(5, 7, 8)]

@@ -18,6 +18,18 @@ class MinGRULayer(RecurrentLayer):
         else:
             return ops.mingru(gate, candidate, h, initial, reset, self.candidate, reverse)
 
+    def linear_recur(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        reverse: bool,
+    ) -> States | None:
+        return ops.linear_mingru(x, weight, bias, h, initial, reset, self.candidate, reverse)
+
 
 class MinGRU(Recurrent):
     """Stacked minimal gated recurrent units, parallel over time.

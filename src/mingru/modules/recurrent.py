@@ -58,21 +58,71 @@ class RecurrentLayer(nn.Module):
         y = x
         if self.norm is not None:
             y = self.norm(x)
-        pre = self.linear(y)
-        out, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[0], initial[0], reset, False)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            pre = self.linear(y)
+            out, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[0], initial[0], reset, False)
+        else:
+            out, last = self._direction(self.linear, y, h[0], initial[0], reset, False, batch_first)
         out = out if batch_first else out.transpose(0, 1)
         states = [last]
         if self.linear_reverse is not None:
-            pre = self.linear_reverse(y)
             # Seen from the end, the boundary before step t comes before step t - 1.
-            reset_reverse = None if reset is None else F.pad(reset[:, 1:], [0, 1], value=0.0)
-            back, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[1], initial[1], reset_reverse, True)
+            cut = None if reset is None else F.pad(reset[:, 1:], [0, 1], value=0.0)
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                pre = self.linear_reverse(y)
+                back, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[1], initial[1], cut, True)
+            else:
+                back, last = self._direction(self.linear_reverse, y, h[1], initial[1], cut, True, batch_first)
             # Joined in the order of x, or the copy that this makes would lie in the other one.
             out = torch.cat([out, back if batch_first else back.transpose(0, 1)], -1)
             states.append(last)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
+
+    def _direction(
+        self,
+        linear: Any,
+        y: Tensor,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        reverse: bool,
+        batch_first: bool,
+    ) -> States:
+        """Linear and recurrence, in one go where that can be had; out is (B, S, H)."""
+        if _is_plain(linear):
+            x = y if batch_first else y.transpose(0, 1)
+            states = self.linear_recur(x, linear.weight, linear.bias, h, initial, reset, reverse)
+            if states is not None:
+                return states
+        pre = linear(y)
+        return self.recur(pre if batch_first else pre.transpose(0, 1), h, initial, reset, reverse)
+
+    def linear_recur(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        reverse: bool,
+    ) -> States | None:
+        """`recur` of F.linear(x, weight, bias) in one go, x (B, S, I); None where no body can."""
+        return None
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call of it comes to F.linear(x, weight, bias): no quantised or parametrised one, and nothing hooked."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and not linear._backward_hooks
+        and not linear._backward_pre_hooks
+    )
 
 
 class Recurrent(nn.Module):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activate, derivative
@@ -40,6 +41,28 @@ def mingru(
     function = _MinGRUBase if torch.compiler.is_compiling() else _MinGRU
     states: States = function.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
     return states
+
+
+def linear_mingru(
+    body: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    activation: str,
+    reverse: bool,
+) -> States:
+    """`mingru` of the pre-activations x W^T + b, by a body that has `mingru_linear` and its relatives."""
+    inputs = (x, weight, bias, h, initial, reset, activation, reverse)
+    run: Any = _LinearMinGRU.apply if torch.is_grad_enabled() else _without_gradient
+    states: States = run(body, *inputs)
+    return states
+
+
+def _without_gradient(body: str, *inputs: Any) -> Any:
+    return BODIES[body].mingru_linear(*inputs)  # type: ignore[attr-defined]
 
 
 def _fused(body: str, name: str) -> Callable[..., tuple[Tensor, ...]] | None:
@@ -204,3 +227,31 @@ class _MinGRU(_MinGRUBase):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _unfold(info, mingru(*_fold(info, in_dims, args)))
+
+
+class _LinearMinGRU(torch.autograd.Function):
+    """The first derivative by the body's own kernels; a second one by those of the linear map and of `mingru`."""
+
+    @staticmethod
+    def forward(ctx: Any, body: str, *inputs: Any) -> States:
+        *tensors, activation, reverse = inputs
+        ctx.body, ctx.options = body, (activation, reverse)
+        out, last, product = BODIES[body].mingru_linear_keeping(*inputs)  # type: ignore[attr-defined]
+        ctx.save_for_backward(*tensors, out, product)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        *inputs, reset, out, product = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:6]
+        if torch.is_grad_enabled():
+            x, weight, bias, h, initial = inputs
+            gate, candidate = F.linear(x, weight, bias).chunk(2, -1)
+            states = mingru(ctx.body, gate, candidate, h, initial, reset, *ctx.options)
+            wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True))
+            grads = [next(found) if need else None for need in needs]
+        else:
+            backward = BODIES[ctx.body].mingru_linear_backward  # type: ignore[attr-defined]
+            grads = backward(*inputs, reset, out, product, *grad, *ctx.options, needs[:3])
+        return None, *grads, None, None, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .activation import ACTIVATIONS
-from .shape import States, accumulate_dtype
+from .shape import States, accumulate_dtype, time_first
 
 DIFFERENTIABLE = False
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,25 +33,29 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """What comes out, for graphs that are captured without data."""
 
-    def sequence(like: Tensor) -> Tensor:
-        batch, steps, lanes = like.shape
-        if like.stride(0) < like.stride(1) and batch > 1:
+    def sequence(like: Tensor, lanes: int) -> Tensor:
+        batch, steps, _ = like.shape
+        if time_first(like):
             return like.new_empty(steps, batch, lanes).transpose(0, 1)
         return like.new_empty(batch, steps, lanes)
 
     def linear_scan_forward(a: Tensor, b: Tensor, h: Tensor, *_: Any) -> States:
-        return sequence(b), torch.empty_like(h)
+        return sequence(b, b.shape[2]), torch.empty_like(h)
 
     def linear_scan_backward(a: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return sequence(a), sequence(a), torch.empty_like(h)
+        return sequence(a, 2 * a.shape[2]), torch.empty_like(h)
 
-    def mingru_forward(gate: Tensor, candidate: Tensor, h: Tensor, *_: Any) -> States:
-        return sequence(gate), torch.empty_like(h)
+    def mingru_forward(gate: Tensor, candidate: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> States:
+        return sequence(gate, gate.shape[2]), torch.empty_like(h)
 
-    def mingru_backward(gate: Tensor, candidate: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return sequence(gate), sequence(gate), torch.empty_like(h), torch.empty_like(h)
+    def mingru_backward(gate: Tensor, candidate: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return sequence(gate, 2 * gate.shape[2]), torch.empty_like(h), torch.empty_like(h)
 
-    for shapes in (linear_scan_forward, linear_scan_backward, mingru_forward, mingru_backward):
+    def mingru_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> States:
+        return sequence(x, weight.shape[0] // 2), torch.empty_like(h)
+
+    operators = (linear_scan_forward, linear_scan_backward, mingru_forward, mingru_backward, mingru_linear_forward)
+    for shapes in operators:
         torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
 
 
@@ -93,6 +97,7 @@ def mingru(
     out, last = torch.ops.mingru.mingru_forward(
         _lanes(gate),
         _lanes(candidate),
+        None,
         _state(h, gate),
         _state(initial, gate),
         reset,
@@ -105,10 +110,10 @@ def mingru(
 def linear_scan_backward(
     a: Tensor, h: Tensor, reset: Tensor | None, out: Tensor, grad_out: Tensor, grad_last: Tensor, reverse: bool
 ) -> tuple[Tensor, ...]:
-    grad_a, grad_b, grad_h = torch.ops.mingru.linear_scan_backward(
+    grads, grad_h = torch.ops.mingru.linear_scan_backward(
         _lanes(a), _state(h, a), reset, _lanes(out), _lanes(grad_out), _state(grad_last, a), reverse
     )
-    return grad_a.view(a.shape), grad_b.view(a.shape), grad_h.to(h.dtype)
+    return *_apart(grads, a), grad_h.to(h.dtype)
 
 
 def mingru_backward(
@@ -123,9 +128,10 @@ def mingru_backward(
     activation: str,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    grad_gate, grad_candidate, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
+    grads, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
         _lanes(gate),
         _lanes(candidate),
+        None,
         _state(h, gate),
         _state(initial, gate),
         reset,
@@ -135,9 +141,97 @@ def mingru_backward(
         ACTIVATIONS.index(activation),
         reverse,
     )
-    return (
-        grad_gate.view(gate.shape),
-        grad_candidate.view(gate.shape),
-        grad_h.to(h.dtype),
-        grad_initial.to(initial.dtype),
+    return *_apart(grads, gate), grad_h.to(h.dtype), grad_initial.to(initial.dtype)
+
+
+def mingru_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    activation: str,
+    reverse: bool,
+) -> States:
+    """`mingru` of a linear map of x (B, S, I), block by block, without a tensor of all pre-activations."""
+    out, last = torch.ops.mingru.mingru_linear_forward(
+        x, weight, bias, _state(h, x), _state(initial, x), reset, ACTIVATIONS.index(activation), reverse
     )
+    return out, last.to(h.dtype)
+
+
+def mingru_linear_keeping(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    activation: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the products x W^T, which backward needs; the bias is added by the kernels."""
+    product = _from_rows(_rows(x, x) @ weight.t(), x)
+    gate, candidate = product.chunk(2, -1)
+    out, last = torch.ops.mingru.mingru_forward(
+        gate, candidate, bias, _state(h, x), _state(initial, x), reset, ACTIVATIONS.index(activation), reverse
+    )
+    return out, last.to(h.dtype), product
+
+
+def mingru_linear_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    out: Tensor,
+    product: Tensor,
+    grad_out: Tensor,
+    grad_last: Tensor,
+    activation: str,
+    reverse: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias (where needed), h and initial."""
+    gate, candidate = product.chunk(2, -1)
+    grads, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
+        gate,
+        candidate,
+        bias,
+        _state(h, x),
+        _state(initial, x),
+        reset,
+        out,
+        grad_out,
+        _state(grad_last, x),
+        ACTIVATIONS.index(activation),
+        reverse,
+    )
+    rows = _rows(grads, grads)
+    grad_x = grad_weight = grad_bias = None
+    if needs[0]:
+        grad_x = _from_rows(rows @ weight, grads)
+    if needs[1]:
+        grad_weight = rows.t() @ _rows(x, grads)
+    if needs[2]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias, grad_h.to(h.dtype), grad_initial.to(initial.dtype)
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """(B, S, *) as dense (B * S, *), batch and time in the order in which they lie in the memory of `order`."""
+    return (x.transpose(0, 1) if time_first(order) else x).reshape(-1, x.shape[2])
+
+
+def _from_rows(rows: Tensor, order: Tensor) -> Tensor:
+    """Back to (B, S, *)."""
+    batch, steps, _ = order.shape
+    return rows.view(steps, batch, -1).transpose(0, 1) if time_first(order) else rows.view(batch, steps, -1)
+
+
+def _apart(grads: Tensor, like: Tensor) -> list[Tensor]:
+    """The gradients of two inputs, (B, S, 2 N) side by side, each in its input's shape."""
+    return [half.view(like.shape) for half in grads.chunk(2, -1)]

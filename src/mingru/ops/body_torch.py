@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activation import activate_into, derivative_into
-from .shape import States, accumulate_dtype, along, chunks_of
+from .shape import States, accumulate_dtype, along, chunks_of, time_first
 
 DIFFERENTIABLE = False
 
@@ -112,7 +112,7 @@ def _decay_into(k: Tensor, out: Tensor) -> Tensor:
 
 def _empty_like(x: Tensor) -> Tensor:
     """Dense, with batch and time in the order in which they lie in x; `torch.empty_like` forgets that of a slice."""
-    if x.stride(0) < x.stride(1):
+    if time_first(x):
         return x.new_empty((x.shape[1], x.shape[0], *x.shape[2:])).transpose(0, 1)
     return x.new_empty(x.shape)
 

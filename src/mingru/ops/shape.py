@@ -16,6 +16,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def time_first(x: Tensor) -> bool:
+    """Whether a (B, S, *) tensor lies in memory as (S, B, *)."""
+    return x.shape[0] > 1 and x.stride(0) < x.stride(1)
+
+
 def along(reset: Tensor, like: Tensor) -> Tensor:
     """A mask over the leading dimensions of `like`, made to broadcast over the trailing ones."""
     for _ in range(like.dim() - reset.dim()):
