@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "driver.h"
@@ -246,22 +247,33 @@ std::tuple<Tensor, Tensor> mingru_linear_forward(
       x.dim() == 3 && weight.dim() == 2 && weight.size(0) % 2 == 0 && weight.size(1) == x.size(2) && x.numel() > 0,
       name, ": x must be (B, S, I), not empty, and weight (2 H, I)");
   const bool transposed = time_first(x);
-  const Tensor dense = transposed ? torch::stable::contiguous(torch::stable::transpose(x, 0, 1))
-                                  : torch::stable::contiguous(x);
+  const Tensor dense = torch::stable::contiguous(transposed ? torch::stable::transpose(x, 0, 1) : x);
   const int64_t batch = x.size(0), steps = x.size(1), lanes = weight.size(0) / 2;
   // Rows lie by (outer, inner): a block is whole outer indices, or a stretch of one.
   const int64_t outer = transposed ? steps : batch, inner = transposed ? batch : steps;
+  const int64_t block_rows = std::clamp(block_values / (2 * lanes), int64_t(64), most_block_rows);
+  const int64_t outer_step = std::min(outer, std::max(int64_t(1), block_rows / inner));
+  const int64_t inner_step = transposed || outer_step > 1 ? inner : std::min(inner, block_rows);
+
   const Tensor rows = torch::stable::view(dense, {batch * steps, x.size(2)});
   const Tensor weight_transposed = torch::stable::transpose(weight, 0, 1);
-  const Biases biases(name, bias, x.scalar_type(), lanes);
-
-  const int64_t block_rows = std::clamp(block_values / (2 * lanes), int64_t(64), most_block_rows);
-  const int64_t outer_step = std::max(int64_t(1), block_rows / inner);
-  const int64_t inner_step = transposed || outer_step > 1 ? inner : std::min(inner, block_rows);
-  Tensor scratch = torch::stable::new_empty(x, {std::min(outer_step * inner_step, batch * steps), 2 * lanes});
-
+  const Tensor scratch = torch::stable::new_empty(x, {outer_step * inner_step, 2 * lanes});
   Tensor out = empty_sequence(x, lanes);
-  Tensor last = torch::stable::clone(h);
+  Tensor last = torch::stable::empty_like(h);
+
+  // The scan as a whole, with `out` in place of inputs that are never there as a whole.
+  auto whole = prepare(name, cell_of(activation), out, out, h, reset, reverse);
+  add_initial(whole, name, initial, h);
+  const Biases biases(name, bias, x.scalar_type(), lanes);
+  biases.add_to(whole);
+  whole.out = sequence(out);
+  whole.last = last.data_ptr();
+  const int64_t size = static_cast<int64_t>(x.element_size());
+  const auto shifted = [](auto* data, int64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const char, char>;
+    return static_cast<decltype(data)>(static_cast<Byte*>(data) + bytes);
+  };
+
   const int64_t num_outer = (outer + outer_step - 1) / outer_step, num_inner = (inner + inner_step - 1) / inner_step;
   for (int64_t o = 0; o < num_outer; ++o) {
     const int64_t outer_begin = (reverse ? num_outer - 1 - o : o) * outer_step;
@@ -269,29 +281,30 @@ std::tuple<Tensor, Tensor> mingru_linear_forward(
     for (int64_t i = 0; i < num_inner; ++i) {
       const int64_t inner_begin = (reverse ? num_inner - 1 - i : i) * inner_step;
       const int64_t inner_count = std::min(inner_step, inner - inner_begin);
-      const int64_t count = outer_count * inner_count;
-      const Tensor block = slice(scratch, 0, 0, count);
+      const int64_t row = outer_begin * inner + inner_begin, count = outer_count * inner_count;
+      const bool only = count == batch * steps;
       matrix_product_into(
-          slice(rows, 0, outer_begin * inner + inner_begin, count), weight_transposed, block);
-      Tensor pre = torch::stable::view(block, {outer_count, inner_count, 2 * lanes});
-      if (transposed) pre = torch::stable::transpose(pre, 0, 1);
-      const int64_t batch_begin = transposed ? 0 : outer_begin, batch_count = transposed ? batch : outer_count;
-      const int64_t step_begin = transposed ? outer_begin : inner_begin;
-      const int64_t step_count = transposed ? outer_count : inner_count;
-      const auto part = [&](const Tensor& state) { return slice(state, 0, batch_begin, batch_count); };
-      const auto piece = [&](const Tensor& sequence) {
-        return slice(part(sequence), 1, step_begin, step_count);
-      };
-      const Tensor state = part(last);
-      auto scan = prepare(
-          name, cell_of(activation), slice(pre, 2, 0, lanes),
-          slice(pre, 2, lanes, lanes), state, reset ? std::optional(piece(*reset)) : std::nullopt,
-          reverse);
-      add_initial(scan, name, part(initial), state);
-      biases.add_to(scan);
-      scan.out = sequence(piece(out));
-      // A task reads its state before it writes it.
-      scan.last = state.data_ptr();
+          only ? rows : slice(rows, 0, row, count), weight_transposed, only ? scratch : slice(scratch, 0, 0, count));
+
+      mingru::Scan scan = whole;
+      const int64_t batch_begin = transposed ? 0 : outer_begin, step_begin = transposed ? outer_begin : inner_begin;
+      scan.num_batch = transposed ? batch : outer_count;
+      scan.num_steps = transposed ? outer_count : inner_count;
+      const int64_t outer_stride = 2 * lanes * inner_count, inner_stride = 2 * lanes;
+      for (int k = 0; k < 2; ++k) {
+        scan.inputs[k] = {
+            shifted(scratch.data_ptr(), k * lanes * size), transposed ? inner_stride : outer_stride,
+            transposed ? outer_stride : inner_stride};
+      }
+      scan.out.data = shifted(
+          whole.out.data, (batch_begin * whole.out.batch_stride + step_begin * whole.out.step_stride) * size);
+      if (reset) scan.reset += batch_begin * whole.reset_batch_stride + step_begin * whole.reset_step_stride;
+      const int64_t state_bytes = batch_begin * lanes * size;
+      const bool is_first = transposed ? o == 0 : i == 0;
+      scan.last = shifted(whole.last, state_bytes);
+      // From the second stretch on, the state is where the one before left it; a task reads it before it writes it.
+      scan.h = is_first ? shifted(whole.h, state_bytes) : scan.last;
+      scan.initial = shifted(whole.initial, state_bytes);
       mingru::run(scan, false);
     }
   }

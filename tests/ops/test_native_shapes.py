@@ -72,5 +72,6 @@ def test_block_edges(dtype, layout):
             if expected is None or got[name] is None:
                 assert all(grad is None or not grad.any() for grad in (expected, got[name])), (name, case)
                 continue
-            error = (got[name].double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+            # All that is added up is of the order of 1 or more, whatever is left of it: 1 - tanh(v)^2, say.
+            error = (got[name].double() - expected).abs().max() / expected.abs().max().clamp_min(1.0)
             assert error <= 8 * torch.finfo(dtype).eps, (name, batch, steps, lanes, *case)

@@ -52,9 +52,9 @@ class RecurrentLayer(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, batch_first: bool
+        self, x: Tensor, h: list[Tensor], initial: list[Tensor], reset: Tensor | None, batch_first: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """x (B, S, I) or (S, B, I), h (D, B, 1, H), initial (D, 1, 1, H): output like x, and D states (B, 1, H)."""
+        """x (B, S, I) or (S, B, I), for each direction h (B, 1, H) and initial (1, 1, H): output like x, and states."""
         y = x
         if self.norm is not None:
             y = self.norm(x)
@@ -236,11 +236,12 @@ class Recurrent(nn.Module):
         if reset is not None and not self.batch_first:
             reset = reset.transpose(0, 1)
 
+        before, initials = list(state.unbind(0)), list(initial.unbind(0))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
             end = first + self.num_directions
-            x, last = layer(x, state[first:end], initial[first:end], reset, self.batch_first)
+            x, last = layer(x, before[first:end], initials[first:end], reset, self.batch_first)
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)

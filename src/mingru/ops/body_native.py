@@ -86,6 +86,12 @@ def _state(h: Tensor, sequence: Tensor) -> Tensor:
     return h.to(accumulate_dtype(sequence.dtype)).contiguous()
 
 
+def _states(h: Tensor, initial: Tensor, reset: Tensor | None, sequence: Tensor) -> States:
+    """Both states likewise; without resets the initial one is not used, and need not be made dense."""
+    h = _state(h, sequence)
+    return h, h if reset is None else _state(initial, sequence)
+
+
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     out, last = torch.ops.mingru.linear_scan_forward(_lanes(a), _lanes(b), _state(h, b), reset, reverse)
     return out.view(b.shape), last.to(h.dtype)
@@ -98,8 +104,7 @@ def mingru(
         _lanes(gate),
         _lanes(candidate),
         None,
-        _state(h, gate),
-        _state(initial, gate),
+        *_states(h, initial, reset, gate),
         reset,
         ACTIVATIONS.index(activation),
         reverse,
@@ -132,8 +137,7 @@ def mingru_backward(
         _lanes(gate),
         _lanes(candidate),
         None,
-        _state(h, gate),
-        _state(initial, gate),
+        *_states(h, initial, reset, gate),
         reset,
         _lanes(out),
         _lanes(grad_out),
@@ -156,7 +160,7 @@ def mingru_linear(
 ) -> States:
     """`mingru` of a linear map of x (B, S, I), block by block, without a tensor of all pre-activations."""
     out, last = torch.ops.mingru.mingru_linear_forward(
-        x, weight, bias, _state(h, x), _state(initial, x), reset, ACTIVATIONS.index(activation), reverse
+        x, weight, bias, *_states(h, initial, reset, x), reset, ACTIVATIONS.index(activation), reverse
     )
     return out, last.to(h.dtype)
 
@@ -175,7 +179,7 @@ def mingru_linear_keeping(
     product = _from_rows(_rows(x, x) @ weight.t(), x)
     gate, candidate = product.chunk(2, -1)
     out, last = torch.ops.mingru.mingru_forward(
-        gate, candidate, bias, _state(h, x), _state(initial, x), reset, ACTIVATIONS.index(activation), reverse
+        gate, candidate, bias, *_states(h, initial, reset, x), reset, ACTIVATIONS.index(activation), reverse
     )
     return out, last.to(h.dtype), product
 
@@ -201,8 +205,7 @@ def mingru_linear_backward(
         gate,
         candidate,
         bias,
-        _state(h, x),
-        _state(initial, x),
+        *_states(h, initial, reset, x),
         reset,
         out,
         grad_out,
