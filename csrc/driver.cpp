@@ -33,7 +33,9 @@ InstructionSet best_here() {
       __builtin_cpu_supports("avx512vl")) {
     return {"avx512", avx512::kernel};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::kernel};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return {"avx2", avx2::kernel};
+  }
 #endif
   return {"baseline", baseline::kernel};
 }

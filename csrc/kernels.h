@@ -44,9 +44,7 @@ MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t step, int6
 template <class A>
 static bool note(const Span& span, int64_t done, const A* state, int64_t padded) {
   A* noted = static_cast<A*>(span.notes) + (done / steps_per_note - 1) * padded;
-  bool met = true;
-  for (int64_t i = 0; i < padded; ++i) met &= noted[i] == state[i];
-  if (span.until_met && met) return true;
+  if (span.until_met && std::memcmp(noted, state, padded * sizeof(A)) == 0) return true;
   std::memcpy(noted, state, padded * sizeof(A));
   return false;
 }

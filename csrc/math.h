@@ -49,7 +49,10 @@ MINGRU_INLINE To bit_cast(From from) {
   return to;
 }
 
-static constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+// 1/n! for the polynomial.
+constexpr double inverse_factorial[] = {
+    1.0,           1.0,            1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,         1.0 / 720,
+    1.0 / 5040,    1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,    1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800};
 
 // exp(x) = (1 + rest) * scale * scale_too for x <= 0. Two powers of two, as one alone could not reach the subnormals.
 template <class A>
@@ -66,8 +69,8 @@ MINGRU_INLINE Exponential<A> exponential(A x) {
   const A shifted = x * A(1.44269504088896340736) + F::rounder;
   const A whole = shifted - F::rounder;
   const A r = (x - whole * F::ln2_high) - whole * F::ln2_low;
-  A rest = A(inverse_factorial(F::degree));
-  for (int n = F::degree - 1; n >= 1; --n) rest = rest * r + A(inverse_factorial(n));
+  A rest = A(inverse_factorial[F::degree]);
+  for (int n = F::degree - 1; n >= 1; --n) rest = rest * r + A(inverse_factorial[n]);
   // `whole` stands in the low bits of `shifted`.
   const Int exponent = Int(bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)));
   const Int half = exponent >> 1;

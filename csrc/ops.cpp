@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> linear_scan_forward(
     const Tensor& a, const Tensor& b, const Tensor& h, const std::optional<Tensor>& reset, bool reverse) {
   const Tensor first = with_dense_lanes(a), second = with_dense_lanes(b);
   auto scan = prepare("linear_scan_forward", mingru::CellKind::linear_scan, first, second, h, reset, reverse);
-  return forward(scan, second, h);
+  return forward(scan, b, h);
 }
 
 std::tuple<Tensor, Tensor> linear_scan_backward(
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> linear_scan_backward(
   // The gradients don't depend on b.
   auto scan = prepare(name, mingru::CellKind::linear_scan, first, first, h, reset, reverse);
   check_gradients(name, first, h, out, grad_out, grad_last);
-  return backward(scan, first, h, out, grad_out, grad_last);
+  return backward(scan, a, h, out, grad_out, grad_last);
 }
 
 std::tuple<Tensor, Tensor> mingru_forward(
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor> mingru_forward(
   add_initial(scan, name, initial, h);
   const Biases biases(name, bias, first.scalar_type(), scan.num_lanes);
   biases.add_to(scan);
-  return forward(scan, first, h);
+  return forward(scan, gate, h);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mingru_backward(
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> mingru_backward(
   Tensor grad_initial = torch::stable::empty_like(h);
   torch::stable::zero_(grad_initial);
   scan.grad_initial = grad_initial.data_ptr();
-  auto [grads, grad_h] = backward(scan, first, h, out, grad_out, grad_last);
+  auto [grads, grad_h] = backward(scan, gate, h, out, grad_out, grad_last);
   return {grads, grad_h, grad_initial};
 }
 

@@ -59,12 +59,12 @@ def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor
     return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)")
 
 
-def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letters: str) -> Tensor:
+def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letters: str, remedy: str = "") -> Tensor:
     try:
         return h.expand(shape)
     except RuntimeError:
         expected = f"expandable to {letters} = {dims(shape)}"
-        raise ValueError(expectation(name, argument, expected, dims(h.shape))) from None
+        raise ValueError(expectation(name, argument, expected, dims(h.shape), remedy)) from None
 
 
 def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str) -> None:

@@ -953,3 +953,22 @@ def test_bad_options(case):
 def test_dropout_may_be_an_integer_and_sits_at_the_bounds():
     for dropout in (0, 1, 0.0, 1.0):
         assert mingru.MinGRU(3, 8, 2, dropout=dropout).dropout == dropout
+
+
+@pytest.mark.parametrize("backend", [name for name, can_run in mingru.backends().items() if can_run is True])
+def test_gradients_when_one_input_is_made_from_another(backend):
+    """With `create_graph`, each path is counted once."""
+    rnn = mingru.MinGRU(3, 4).double()
+    encoder = torch.nn.Linear(3, 4).double()
+    x = torch.randn(2, 7, 3, dtype=torch.double, requires_grad=True)
+    with mingru.use_backend(backend):
+        loss = rnn(x, encoder(x.mean(1))[None, :, None])[0].square().sum()
+        (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (graphed,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(graphed.square().sum(), x)
+    torch.testing.assert_close(graphed, plain)
+    with mingru.use_backend("sequential"):
+        loss = rnn(x, encoder(x.mean(1))[None, :, None])[0].square().sum()
+        (graphed,) = torch.autograd.grad(loss, x, create_graph=True)
+        (truth,) = torch.autograd.grad(graphed.square().sum(), x)
+    torch.testing.assert_close(second, truth)

@@ -32,7 +32,8 @@ def ran(monkeypatch):
         return spied
 
     for name, body in choice.BODIES.items():
-        operators = ("mingru", "linear_scan", "mingru_linear", "mingru_linear_keeping")
+        forward = ("mingru", "linear_scan", "mingru_linear", "mingru_linear_keeping")
+        operators = (*forward, "mingru_backward", "linear_scan_backward", "mingru_linear_backward")
         for operator in filter(body.__dict__.__contains__, operators):
             monkeypatch.setattr(body, operator, spy(name, getattr(body, operator)))
     return calls
@@ -211,9 +212,8 @@ def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):
     monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it takes float32 alone"))
     for name, why in (("absent", "no GPU found"), ("narrow", "it takes float32 alone")):
         for function in (functional.mingru, functional.linear_scan):
-            with pytest.raises(
-                ValueError, match=f"mingru: backend asks for '{name}', which can't run this: {why}; use 'auto'"
-            ):
+            asks = f"{function.__name__}: backend asks for '{name}', which can't run this: {why}; use 'auto'"
+            with pytest.raises(ValueError, match=asks):
                 function(X, X, backend=name)
         # Entering the block is fine: other tensors may be served.
         with (

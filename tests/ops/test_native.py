@@ -41,6 +41,8 @@ def test_operators_keep_torchs_contract(with_bias, with_reset, reverse):
         "linear_scan_forward": (gate, candidate, h, reset, reverse),
         "linear_scan_backward": (gate, h, reset, out, torch.randn_like(out), last, reverse),
     }
+    apart = [torch.randn(20, 3, 10)[..., ::2].transpose(0, 1) for _ in range(2)]
+    torch.library.opcheck(torch.ops.mingru.mingru_forward.default, (*apart, bias, h, initial, reset, 0, reverse))
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.mingru, name).default, args)
 

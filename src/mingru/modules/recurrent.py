@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..check import check_like, check_reset, dims, expanded, expectation
 from ..ops import States
@@ -117,6 +118,7 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether a call of it comes to F.linear(x, weight, bias): no quantised or parametrised one, and nothing hooked."""
     return (
         type(linear) is nn.Linear
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
         and "forward" not in linear.__dict__
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
@@ -267,7 +269,8 @@ class Recurrent(nn.Module):
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             count = self.num_layers * self.num_directions
             batch = x.shape[0] if self.batch_first else x.shape[1]
-            expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)")
+            remedy = "a state of nn.GRU, (L * D, B, H), becomes one by h.unsqueeze(2)"
+            expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)", remedy)
         check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
         return autocast
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import eager_transforms
 
 from .activation import activate, derivative
 from .choice import BODIES
@@ -63,6 +64,15 @@ def linear_mingru(
 
 def _without_gradient(body: str, *inputs: Any) -> Any:
     return BODIES[body].mingru_linear(*inputs)  # type: ignore[attr-defined]
+
+
+def _refuse_forward_over_forward() -> None:
+    # torch drops the inner tangent of a function with a rule of its own, and says nothing.
+    if eager_transforms.JVP_NESTING > 1:
+        raise RuntimeError(
+            "mingru: forward mode over forward mode would give wrong numbers here; take jacfwd over jacrev, or the "
+            "back end 'sequential'"
+        )
 
 
 def _fused(body: str, name: str) -> Callable[..., tuple[Tensor, ...]] | None:
@@ -148,6 +158,7 @@ class _LinearScanBase(torch.autograd.Function):
 class _LinearScan(_LinearScanBase):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        _refuse_forward_over_forward()
         _, da, db, dh, _, _ = tangents
         a, h, reset, out = ctx.saved_tensors
         drive = torch.zeros_like(out) if db is None else db
@@ -208,6 +219,7 @@ class _MinGRUBase(torch.autograd.Function):
 class _MinGRU(_MinGRUBase):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        _refuse_forward_over_forward()
         _, dgate, dcandidate, dh, dinitial, _, _, _ = tangents
         gate, candidate, h, initial, reset, out = ctx.saved_tensors
         dtype = accumulate_dtype(gate.dtype)
@@ -245,6 +257,8 @@ class _LinearMinGRU(torch.autograd.Function):
         *inputs, reset, out, product = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:6]
         if torch.is_grad_enabled():
+            # Views, so that no gradient runs on from one input into another that it was made from.
+            inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             x, weight, bias, h, initial = inputs
             gate, candidate = F.linear(x, weight, bias).chunk(2, -1)
             states = mingru(ctx.body, gate, candidate, h, initial, reset, *ctx.options)

@@ -29,8 +29,22 @@ def refuses(sequence: Tensor, activation: str | None) -> str | None:
 
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     dtype = accumulate_dtype(b.dtype)
-    states = _scan_in_place(a.to(dtype, copy=True), b.to(dtype, copy=True), h.to(dtype).squeeze(1), reset, reverse)
+    own_a, own_b = a.to(dtype, copy=True), b.to(dtype, copy=True)
+    states = _scan_in_place(own_a, own_b, h.to(dtype).squeeze(1), reset, reverse, in_chunks=not _may_overflow(a))
     return _finish(states, b.dtype, h.dtype, reverse)
+
+
+def _may_overflow(a: Tensor) -> bool:
+    """Whether a chunk's product of decays may leave the numbers, as it can for |a| > 1 alone.
+
+    Then all must be stepped through: infinity times a carry of 0 is NaN. A graph that is captured sees no numbers, and
+    goes by chunks.
+    """
+    if torch.compiler.is_compiling() or a.is_meta:
+        return False
+    _, size = chunks_of(a.shape[1])
+    most = torch.finfo(accumulate_dtype(a.dtype)).max ** (0.5 / size)
+    return not bool((a.detach().abs() <= most).all())
 
 
 def mingru(
@@ -122,10 +136,12 @@ def _finish(states: Tensor, dtype: torch.dtype, state_dtype: torch.dtype, revers
     return states.to(dtype), last.to(state_dtype, copy=True)
 
 
-def _scan_in_place(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+def _scan_in_place(
+    a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, in_chunks: bool = True
+) -> Tensor:
     """Turn b (B, S, *) into the states and a into rubble; h is (B, *)."""
     num_steps = b.shape[1]
-    count, size = chunks_of(num_steps)
+    count, size = chunks_of(num_steps) if in_chunks else (0, num_steps)
     cut = count * size
     if reverse:
         h = _step_in_place(a[:, cut:], b[:, cut:], h, None if reset is None else reset[:, cut:], reverse)

@@ -103,11 +103,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
     """The name of the body that runs on this tensor."""
-    asked_by = "mingru: backend"
+    function = "linear_scan" if activation is None else "mingru"
+    asked_by = f"{function}: backend"
     if backend == "auto":
-        backend, asked_by = _chosen.name, "mingru: use_backend"
+        backend, asked_by = _chosen.name, f"{function}: use_backend"
     if backend == "auto":
-        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"mingru: the environment variable {VARIABLE}"
+        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"{function}: the environment variable {VARIABLE}"
     if backend == "auto":
         if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
             _say_once_what_is_missing()
