@@ -25,7 +25,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,7 +44,7 @@ PRINT_EVERY = 20
 # Seeds end here, and validation's are moved by as much: no training run has ever seen another's validation data.
 MAX_SEED = 2**31
 CHOICES = {"norm": ("layer", "rms", "none"), "precision": ("32-true", "bf16-mixed")}
-MAY_BE_ZERO = ("seed", "weight_decay")
+MAY_BE_ZERO = ("seed", "warmup", "weight_decay")
 
 
 class UserError(Exception):
@@ -189,26 +188,38 @@ def load_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Refuse, before hours of training, a path that can't be written after it."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if target(path).is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"cannot write {path}: it is read-only")
+        # The very name that will be written first, which may be too long.
+        temporary(path).touch()
+        temporary(path).unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def target(path: Path) -> Path:
+    """The file itself, where the path is a link to it."""
+    return Path(os.path.realpath(path))
+
+
+def temporary(path: Path) -> Path:
+    return target(path).with_name(f"{target(path).name}.{os.getpid()}.part")
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """All of the content or, should anything fail, the old file."""
-    path = path.resolve()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary(path).write_bytes(content)
+        os.replace(temporary(path), target(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
 
 
 def check_plot(path: Path) -> None:
@@ -287,6 +298,8 @@ def run(given: Config) -> None:
     plot_path, save_path, load_path = (given.pop(name, None) for name in ("plot", "save", "load"))
     if load_path and (plot_path or save_path):
         raise UserError("--load does not train: neither --save nor --plot goes with it")
+    if save_path and plot_path and target(save_path) == target(plot_path):
+        raise UserError(f"--save and --plot must be two files, got {save_path} for both")
     loaded, tensors = load(load_path) if load_path else ({}, {})
     config = {**cfg, **loaded, **given}
     check(config)

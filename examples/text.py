@@ -23,7 +23,6 @@ import importlib.util
 import itertools
 import math
 import os
-import pickle
 import sys
 import zipfile
 import zlib
@@ -40,6 +39,7 @@ from tqdm import tqdm
 
 import mingru
 
+MAX_SEED = 2**32 - 1
 HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comedy
 
 
@@ -195,19 +195,35 @@ def sample(model: nn.Module, prompt: Tensor, temperature: float, top_k: int, see
 
 def check_writable(path: Path) -> None:
     try:
-        if path.is_dir():
+        if target(path).is_dir():
             raise IsADirectoryError(21, "Is a directory")
+        if path.exists() and not path.is_file():
+            raise OSError(22, "no regular file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "read-only")
         temporary(path).touch()
-        temporary(path).unlink()
+        temporary(path).unlink(missing_ok=True)  # other ranks do so too
     except OSError as error:
         refuse("--checkpoint", "a file that can be written", f"{path} ({error.strerror})", "name another place")
 
 
+def target(path: Path) -> Path:
+    """The file itself, where the path is a link to it."""
+    return Path(os.path.realpath(path))
+
+
 def temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    return target(path).with_name(target(path).name + ".tmp")
 
 
-def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def outline(contents: Any) -> Any:
+    """What it is made of: sizes of tensors, types of all else."""
+    if isinstance(contents, dict):
+        return {key: outline(value) for key, value in contents.items()}
+    return contents.shape if isinstance(contents, Tensor) else type(contents)
+
+
+def load(path: Path, settings: dict[str, Any], symbols: str) -> dict[str, Any]:
     """The checkpoint of a run with these settings."""
     remedy = "name a checkpoint of this program, or start anew without --resume"
     if not path.exists():
@@ -217,27 +233,45 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         refuse("--checkpoint", "a whole checkpoint", f"{path}, which is truncated or something else", remedy)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError):
+    except Exception:  # damaged files raise all kinds
         refuse("--checkpoint", "a checkpoint of text.py", f"{path}, which torch can't load", remedy)
-    keys = {"settings", "symbols", "step", "running", "h", "model", "optimizer"}
-    if (
-        not isinstance(checkpoint, dict)
-        or checkpoint.keys() != keys
-        or checkpoint["settings"].keys() != settings.keys()
-    ):
-        refuse("--checkpoint", "a checkpoint of text.py", f"{path}, which has other contents", remedy)
+    other = ("--checkpoint", "a checkpoint of text.py", f"{path}, which has other contents", remedy)
+    if not isinstance(checkpoint, dict) or outline(checkpoint.get("settings")) != outline(settings):
+        refuse(*other)
     for name, value in checkpoint["settings"].items():
         if value != settings[name]:
             option = "--" + name.replace("_", "-")
             refuse(option, f"{value} as in {path}", str(settings[name]), f"give the {option} of that run")
+    hidden_dims, num_layers = settings["hidden_dims"], settings["num_layers"]
+    model = TextModel(len(symbols), hidden_dims, num_layers, settings["dropout"])
+    moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
+    expected = {
+        "settings": settings,
+        "symbols": symbols,
+        "step": 0,
+        "running": torch.zeros(()),
+        "summed": 0,
+        "h": torch.zeros(num_layers, settings["batch"], 1, hidden_dims),
+        "model": dict(model.state_dict()),
+        "optimizer": {"state": dict(enumerate(moments)), "param_groups": []},
+    }
+    if outline(checkpoint) != outline(expected):
+        refuse(*other)
     return checkpoint
 
 
 def save(fabric: Fabric, path: Path, contents: dict[str, Any]) -> None:
     """All at once: whoever is killed here leaves the old checkpoint or the new one."""
-    fabric.save(temporary(path), contents)
-    if fabric.is_global_zero:
-        os.replace(temporary(path), path)
+    try:
+        fabric.save(temporary(path), contents)
+        if fabric.is_global_zero:
+            os.replace(temporary(path), target(path))
+    except OSError as error:
+        got = f"{path} ({error.strerror or error})"
+        refuse("--checkpoint", "a file that can be written", got, "make room for it")
+    finally:
+        if fabric.is_global_zero:
+            temporary(path).unlink(missing_ok=True)
 
 
 def report(fabric: Fabric, what: str, nats: float) -> None:
@@ -267,11 +301,12 @@ def train(
     starts = torch.arange(args.batch, device=fabric.device)[mine] * len(codes) // args.batch
     window = starts[:, None] + torch.arange(args.length + 1, device=fabric.device)
 
-    first, h, running = 0, None, torch.zeros((), device=fabric.device)
+    first, h, running, summed = 0, None, torch.zeros((), device=fabric.device), 0
     if resumed:
         model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        first = resumed["step"]
+        # The rest of the optimizer's state is options, which are the same.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
+        first, summed = resumed["step"], resumed["summed"]
         h, running = fabric.to_device((resumed["h"][:, mine], resumed["running"]))
 
     progress = tqdm(
@@ -292,11 +327,13 @@ def train(
         fabric.clip_gradients(model, optimizer, max_norm=args.clip)
         optimizer.step()
         running += loss.detach()
+        summed += 1
 
         done, last = step + 1, step + 1 == args.steps
         if done % args.eval_every == 0 or last:
-            mean = fabric.all_reduce(running).item() / (1 + step % args.eval_every)
+            mean = fabric.all_reduce(running).item() / summed
             running.zero_()
+            summed = 0
             progress.clear()
             report(fabric, f"step {done}  training", mean)
             report(fabric, f"step {done}  held out", heldout_loss(model, heldout))
@@ -306,6 +343,7 @@ def train(
                 "symbols": symbols,
                 "step": done,
                 "running": fabric.all_reduce(running),
+                "summed": summed,
                 "h": fabric.all_gather(h.transpose(0, 1)).flatten(0, -4).transpose(0, 1),
                 "model": model,
                 "optimizer": optimizer,
@@ -314,9 +352,13 @@ def train(
     return model
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+def number(kind: type, least: float, most: float = math.inf, *, inside: bool = False) -> Callable[[str], Any]:
+    """A parser that refuses what is out of bounds; with `inside`, the bounds too."""
+
     def parse(text: str) -> Any:
         value = kind(text)
+        if inside and not least < value < most:
+            raise argparse.ArgumentTypeError(f"must be above {least} and below {most}, got {text}")
         if not least <= value <= most:
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
@@ -340,20 +382,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=number(int, 1), default=16, help="pieces of text read side by side, on all devices together")
     add("--length", type=number(int, 1), default=128, help="characters of each that a step reads")
     add("--steps", type=number(int, 1), default=3000, help="updates of the weights")
-    add("--lr", type=number(float, 0), default=1e-2, help="highest learning rate; falls to 0 as a cosine does")
+    add(
+        "--lr",
+        type=number(float, 0, inside=True),
+        default=1e-2,
+        help="highest learning rate; falls to 0 as a cosine does",
+    )
     add("--warmup", type=number(int, 1), default=100, help="steps in which the learning rate rises")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of weights and dropout")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="of weights and dropout")
     add("--eval-every", type=number(int, 1), default=500, help="steps between losses printed")
     add("--checkpoint", type=Path, help="file to save to and, with --resume, to go on from")
     add("--save-every", type=number(int, 1), default=250, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from --checkpoint; a finished run is only sampled from")
     add("--sample", type=number(int, 0), default=0, help="characters to write when trained")
-    add("--prompt", default="\n", help="text that the sample continues")
+    add("--prompt", help="text that the sample continues; without one, a line feed or the text's first character")
     add("--temperature", type=number(float, 1e-3), default=0.8, help="of the sample; below 1 it is more cautious")
     add("--top-k", type=number(int, 0), default=0, help="sample from the k likeliest characters; 0: from all")
-    add("--sample-seed", type=int, default=0, help="another one gives another sample")
+    add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="another one gives another sample")
     add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what to compute on")
     add("--devices", type=number(int, 1), default=1, help="how many of them; each takes its share of the batch")
     add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="of the numbers")
@@ -363,7 +410,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # What has to be the same for a run to go on.
 SETTINGS = (
     *("hidden_dims", "num_layers", "dropout", "batch", "length"),
-    *("steps", "lr", "warmup", "weight_decay", "clip", "seed"),
+    *("steps", "lr", "warmup", "weight_decay", "clip", "seed", "precision"),
 )
 
 
@@ -373,9 +420,12 @@ def main(argv: list[str] | None = None) -> None:
         refuse("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change one of them")
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
     symbols = "".join(sorted(set("".join(texts))))
-    if strange := set(args.prompt) - set(symbols):
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "\n" if "\n" in symbols else texts[0][0]
+    if args.sample and (strange := set(prompt) - set(symbols)):
         refuse("--prompt", "of the text's own characters", repr("".join(sorted(strange))), "leave these out")
-    if not args.prompt:
+    if args.sample and not prompt:
         refuse("--prompt", "at least one character", "none", "leave it out for a line's beginning")
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["text"] = f"one of CRC-32 {zlib.crc32(''.join(texts).encode()):08x} and {len(symbols)} symbols"
@@ -385,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         if not args.checkpoint:
             refuse("--checkpoint", "given with --resume", "none", "name the file to go on from")
-        resumed = load(args.checkpoint, settings)
+        resumed = load(args.checkpoint, settings, symbols)
     elif args.checkpoint and args.checkpoint.exists():
         refuse("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume, or name another")
 
@@ -398,9 +448,9 @@ def main(argv: list[str] | None = None) -> None:
         report(fabric, *baseline(codes.numpy(), heldout.numpy(), len(symbols)))
     model = train(fabric, args, codes=codes, heldout=heldout, symbols=symbols, settings=settings, resumed=resumed)
     if args.sample:
-        prompt = fabric.to_device(encode(args.prompt, symbols))
-        written = sample(model, prompt, args.temperature, args.top_k, args.sample_seed)
-        fabric.print(args.prompt + decode(torch.cat(list(itertools.islice(written, args.sample))), symbols))
+        start = fabric.to_device(encode(prompt, symbols))
+        written = sample(model, start, args.temperature, args.top_k, args.sample_seed)
+        fabric.print(prompt + decode(torch.cat(list(itertools.islice(written, args.sample))), symbols))
 
 
 if __name__ == "__main__":

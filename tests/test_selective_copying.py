@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -224,6 +225,7 @@ def test_plot_writes_a_picture(tmp_path, capsys):
         ("--norm batch", "argument --norm: invalid choice: 'batch'"),
         ("--colour red", "unrecognized arguments: --colour red"),
         ("--load a --save b", "--load does not train: neither --save nor --plot goes with it"),
+        ("--save a.png --plot ./a.png", "--save and --plot must be two files, got a.png for both"),
         ("--plot curves.xyz", "--plot must end in one of .avif, "),
     ],
 )
@@ -239,6 +241,37 @@ def test_unwritable_paths_are_refused_before_training(tmp_path, capsys, option):
     assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: No such file or directory\n"
     path = tmp_path / "file" / "x.png"
     assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: Not a directory\n"
+    path = tmp_path / f"{'x' * 252}.png"
+    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: File name too long\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+def test_what_is_no_file_or_read_only_is_refused_and_left_alone(tmp_path, capsys, monkeypatch, option):
+    path = tmp_path / "x.png"
+    os.mkfifo(path)
+    message = f"selective_copying.py: cannot write {path}: it is no regular file\n"
+    assert refused(capsys, option, path) == message
+    assert path.is_fifo()
+    path.unlink()
+    path.write_text("old")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
+    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: it is read-only\n"
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_written_through(tmp_path, capsys):
+    path, link = tmp_path / "model", tmp_path / "link"
+    link.symlink_to(path)
+    run(capsys, "--num-steps", 1, "--warmup", 0, "--save", link)
+    assert link.is_symlink()
+    assert script.load(path)[0]["warmup"] == 0
+
+
+def test_without_warm_up_the_first_step_has_the_full_learning_rate():
+    script.check(config(warmup=0))
+    assert script.learning_rate_factor(0, config(warmup=0)) == 1
 
 
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, capsys):

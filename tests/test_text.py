@@ -192,6 +192,71 @@ def test_checkpoint_survives_a_failing_save(checkpoint, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         text.save(fabric, checkpoint, {})
     assert checkpoint.read_bytes() == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_full_disk_is_told_in_one_line(checkpoint, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def save(path, contents):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    fabric = text.Fabric(accelerator="cpu", devices=1)
+    monkeypatch.setattr(fabric, "save", save)
+    with pytest.raises(SystemExit) as caught:
+        text.save(fabric, checkpoint, {})
+    assert caught.value.code == (
+        f"text.py: --checkpoint must be a file that can be written, got {checkpoint} (No space left on device); "
+        "make room for it"
+    )
+    assert checkpoint.read_bytes() == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_linked_checkpoint_is_written_through(tmp_path):
+    path, link = tmp_path / "run.pt", tmp_path / "elsewhere" / "link.pt"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    text.check_writable(link)
+    text.save(text.Fabric(accelerator="cpu", devices=1), link, {"step": 1})
+    assert link.is_symlink()
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_training_loss_is_a_mean_whatever_the_interval(tmp_path, capsys, monkeypatch):
+    file, path = tmp_path / "a.txt", tmp_path / "run.pt"
+    file.write_text("no line feed in here, " * 30)
+    # A learning rate too small to learn and a text of equal pieces: each step's loss is about the same.
+    small = "--accelerator cpu --hidden-dims 8 --num-layers 1 --batch 2 --length 22 --lr 1e-9 --steps 8 --save-every 3"
+    arguments = [*small.split(), "--text", str(file), "--checkpoint", str(path)]
+    text.main([*arguments, "--eval-every", "8"])
+    whole = losses(capsys.readouterr().out)
+    assert torch.load(path, weights_only=True)["summed"] == 0
+
+    path.unlink()
+    kept = text.save
+
+    def save(fabric, path, contents):
+        kept(fabric, path, contents)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        text.main([*arguments, "--eval-every", "8"])
+    monkeypatch.setattr(text, "save", kept)
+    capsys.readouterr()
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["step"], checkpoint["summed"]) == (3, 3)
+    text.main([*arguments, "--eval-every", "2", "--resume", "--sample", "3", "--temperature", "9"])
+    out = capsys.readouterr().out
+    means = [float(line.split()[3]) for line in losses(out) if "training" in line]
+    expected = float(whole[0].split()[3])
+    assert means == pytest.approx([expected] * 3, rel=0.05)
+    # The prompt is the text's first character, as there is no line feed.
+    written = out.split("\n")[-2]
+    assert written[0] == "n" and len(written) == 4
 
 
 def test_finished_run_is_sampled_from(hamlet, checkpoint, capsys):
@@ -285,6 +350,16 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def change(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def emptied(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run/version", "3")
+        archive.writestr("run/data.pkl", b"")
+
+
 def zipped(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "a")
@@ -296,10 +371,18 @@ def zipped(path):
         (Path.unlink, "a file to resume from, got .*run.pt, which is missing; "),
         (truncate, "a whole checkpoint, got .*run.pt, which is truncated or something else; "),
         (lambda path: path.write_text("not a checkpoint"), "a whole checkpoint, got .*run.pt"),
+        (emptied, "which torch can't load; "),
         (zipped, "a checkpoint of text.py, got .*run.pt, which torch can't load; "),
         (lambda path: torch.save(torch.nn.Linear(2, 2), path), "which torch can't load; "),
         (lambda path: torch.save({"model": {}}, path), "which has other contents; "),
         (lambda path: torch.save([1], path), "which has other contents; "),
+        (lambda path: change(path, settings=None), "which has other contents; "),
+        (lambda path: change(path, settings={"lr": 1}), "which has other contents; "),
+        (lambda path: change(path, model={}), "which has other contents; "),
+        (lambda path: change(path, optimizer={"state": {}, "param_groups": []}), "which has other contents; "),
+        (lambda path: change(path, h=torch.zeros(2)), "which has other contents; "),
+        (lambda path: change(path, step="1"), "which has other contents; "),
+        (lambda path: change(path, more=1), "which has other contents; "),
     ],
 )
 def test_bad_checkpoint_is_refused_and_left_alone(hamlet, checkpoint, spoil, message):
@@ -317,6 +400,8 @@ def test_checkpoint_of_another_run_is_refused_and_left_alone(hamlet, checkpoint,
     assert found == f"text.py: --hidden-dims must be 48 as in {checkpoint}, got 32; give the --hidden-dims of that run"
     found = refusal(options(hamlet, checkpoint, "--resume", "--steps", "151"))
     assert found.startswith("text.py: --steps must be 150 as in")
+    found = refusal(options(hamlet, checkpoint, "--resume", "--precision", "bf16-true"))
+    assert found.startswith("text.py: --precision must be 32-true as in")
     other = tmp_path / "other.txt"
     other.write_text(hamlet.read_text(encoding="utf-8") + "€", encoding="utf-8")
     found = refusal(options(other, checkpoint, "--resume"))
@@ -337,11 +422,28 @@ def test_unwritable_checkpoint_is_refused_before_training(hamlet, tmp_path, caps
     assert capsys.readouterr().out == ""
 
 
+def test_checkpoint_that_is_no_file_or_read_only_is_refused_and_left_alone(tmp_path, monkeypatch):
+    def why(path):
+        with pytest.raises(SystemExit) as caught:
+            text.check_writable(path)
+        return caught.value.code.split(f"got {path} ")[1]
+
+    path = tmp_path / "run.pt"
+    os.mkfifo(path)
+    assert why(path) == "(no regular file); name another place"
+    assert path.is_fifo()
+    path.unlink()
+    assert why(tmp_path / ("x" * 254)) == "(File name too long); name another place"
+    path.touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
+    assert why(path) == "(read-only); name another place"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--prompt", "€uro"], "--prompt must be of the text's own characters, got '€'; "),
-        (["--prompt", ""], "--prompt must be at least one character, got none; "),
+        (["--sample", "1", "--prompt", "€uro"], "--prompt must be of the text's own characters, got '€'; "),
+        (["--sample", "1", "--prompt", ""], "--prompt must be at least one character, got none; "),
         (["--devices", "3"], "--batch must be a multiple of --devices 3, got 8; "),
         (["--resume"], "--checkpoint must be given with --resume, got none; "),
     ],
@@ -355,5 +457,17 @@ def test_options_that_do_not_fit_are_refused(hamlet, tmp_path, more, message):
 def test_numbers_out_of_range_are_refused(option, capsys):
     with pytest.raises(SystemExit) as caught:
         text.main([option, "-1"])
+    assert caught.value.code == 2
+    assert f"argument {option}: must be " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(option, value) for option in ("--seed", "--sample-seed") for value in ("-1", str(2**32), str(10**30))]
+    + [("--lr", value) for value in ("inf", "nan", "0")],
+)
+def test_seeds_and_learning_rates_out_of_range_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as caught:
+        text.main([option, value, "--text", "no such file"])
     assert caught.value.code == 2
     assert f"argument {option}: must be " in capsys.readouterr().err
