@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples selective_copying.py conftest.py
 
-.PHONY: setup format check test bench picture docs
+.PHONY: setup format check test bench seeds picture docs sanitize wheel
 
 setup:
 	python3 -m venv .venv
@@ -26,8 +26,20 @@ bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 
+# What the front door reaches, seed by seed.
+seeds:
+	for seed in 0 1 2 3 4; do $(PYTHON) selective_copying.py --seed $$seed | tail -n 1; done
+
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
 
 docs:
 	$(PYTHON) -m mkdocs build --strict
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
+sanitize:
+	PYTHON="$(abspath $(PYTHON))" csrc/sanitize
+
+# The Linux wheel, and the sources, where no compiler is. What isn't committed takes no part.
+wheel:
+	.ci/wheel

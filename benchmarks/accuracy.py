@@ -6,9 +6,9 @@ Pre-activations are drawn from N(0, 2^2), the state is positive; the worst of al
 """
 
 import torch
-from measure import print_table
 
 import mingru
+from mingru.bench import print_table
 
 LENGTHS = [100, 1000, 10_000, 100_000, 1_000_000]
 # One step after the other takes a minute for the longest; its error does not depend on length.

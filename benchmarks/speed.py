@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import forward, forward_backward, medians_ms, print_table, where, write_json
+from measure import where, write_json
 from torch import nn
 
 import mingru
+from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
 BODIES = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "sequential")]
@@ -31,10 +32,6 @@ def layers(input_dims: int, hidden_dims: int) -> dict[str, nn.Module]:
         "nn.GRU": nn.GRU(input_dims, hidden_dims, batch_first=True),
         "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True),
     }
-
-
-def output(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def both_ways(

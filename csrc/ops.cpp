@@ -115,7 +115,7 @@ mingru::Scan prepare(
         reset->is_cpu() && reset->dim() == 2 && reset->scalar_type() == ScalarType::Bool &&
             reset->size(0) == scan.num_batch && reset->size(1) == scan.num_steps,
         name, ": reset must be (B, S) bool");
-    scan.reset = static_cast<const bool*>(reset->data_ptr());
+    scan.reset = static_cast<const uint8_t*>(reset->data_ptr());
     scan.reset_batch_stride = reset->stride(0);
     scan.reset_step_stride = reset->stride(1);
   }

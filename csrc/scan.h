@@ -32,7 +32,7 @@ struct Scan {
   // Added to each input: (N) rounded up to whole groups, in the type of computation; all null or none.
   const void* biases[most_inputs];
   Sequence out;
-  const bool* reset;  // may be null
+  const uint8_t* reset;  // may be null; not bool, as a bool tensor viewed from bytes may hold others than 0 and 1
   int64_t reset_batch_stride, reset_step_stride;
   const void* h;
   const void* initial;  // null: 0

@@ -10,6 +10,7 @@ import torch
 
 import mingru
 from mingru import ops
+from mingru.ops.shape import accumulate_dtype
 
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -52,6 +53,8 @@ def graded(body, sequences, states, reset, activation, reverse, weights):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_block_edges(dtype, layout):
     options = itertools.cycle(OPTIONS)
+    # Some roundings on the way, along up to 130 steps, and a rounding of what is stored or was.
+    allowed = 64 * torch.finfo(accumulate_dtype(dtype)).eps + 2 * torch.finfo(dtype).eps
     for lanes, steps in itertools.product(LANES, STEPS):
         batch = 1 + (lanes + steps) % 3
         activation, reverse, with_reset = case = next(options)
@@ -74,4 +77,4 @@ def test_block_edges(dtype, layout):
                 continue
             # All that is added up is of the order of 1 or more, whatever is left of it: 1 - tanh(v)^2, say.
             error = (got[name].double() - expected).abs().max() / expected.abs().max().clamp_min(1.0)
-            assert error <= 8 * torch.finfo(dtype).eps, (name, batch, steps, lanes, *case)
+            assert error <= allowed, (name, batch, steps, lanes, *case)

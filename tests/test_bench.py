@@ -1,0 +1,109 @@
+"""`python -m mingru.bench`: it runs, its numbers fit together, and bad options are refused in one line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mingru import bench
+
+
+def run(*options):
+    command = [sys.executable, "-m", "mingru.bench", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_it_runs_and_prints_numbers():
+    shapes = [(2, 7, 3, 5), (1, 1, 4, 4)]
+    options = [word for shape in shapes for word in ("--shape", *map(str, shape))]
+    result = run("--seconds", "0.05", "--threads", "1", *options)
+    assert result.returncode == 0, result.stderr
+    head, *tables = result.stdout.split("\n\n")
+    facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
+    assert facts["threads"] == "1"
+    assert facts["torch"] == torch.__version__
+    assert facts["back end torch"] == "can run"
+    assert {"processor", "back end native"} <= set(facts)
+    assert len(tables) == len(shapes)
+    for shape, table in zip(shapes, tables, strict=True):
+        title, _, *rows = table.splitlines()
+        assert title == f"(B, S, I, H) = {shape}"
+        figures = {}
+        for row in rows:
+            name, *numbers = row.rsplit(maxsplit=6)
+            figures[name] = [float(number) for number in numbers]
+        assert list(figures) == ["mingru", "nn.Linear(I, 2H)", "nn.GRU", "nn.LSTM"]
+        for numbers in figures.values():
+            assert all(0.0 < number < 1e5 for number in numbers)
+            for way in (0, 1):
+                # All figures have three digits.
+                ms, faster, longer = numbers[way::2]
+                assert ms * faster == pytest.approx(figures["nn.GRU"][way], rel=0.02)
+                assert ms / longer == pytest.approx(figures["nn.Linear(I, 2H)"][way], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--threads", "0"], "argument --threads: must be a whole number above 0, got '0'"),
+        (["--threads", "two"], "argument --threads: must be a whole number above 0, got 'two'"),
+        (["--seconds", "-1"], "argument --seconds: must be a number above 0, got '-1'"),
+        (["--seconds", "nan"], "argument --seconds: must be a number above 0, got 'nan'"),
+        (["--shape", "1", "2", "3", "0"], "argument --shape: must be a whole number above 0, got '0'"),
+        (["--shape", "1", "2"], "argument --shape: expected 4 arguments"),
+        (["--device", "toaster"], "argument --device: torch can't compute on 'toaster' here"),
+        (["--device", "meta"], "argument --device: torch can't compute on 'meta' here"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_options_are_refused(options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(options)
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"python -m mingru.bench: {says}")
+    assert error.count("\n") == 1
+
+
+def test_a_refusal_reaches_the_shell():
+    result = run("--threads", "0")
+    assert result.returncode == 2
+    assert result.stdout == ""
+
+
+def test_calls_take_turns():
+    order = []
+    taken = bench.medians_ms({name: (lambda name=name: order.append(name)) for name in "abc"}, seconds=0.0, least=4)
+    assert "".join(order) == "abc" * 5, "one round to warm up and four to time"
+    assert list(taken) == ["a", "b", "c"]
+
+
+def test_medians_in_milliseconds(monkeypatch):
+    # The clock is read once for the end, then before each round, and before and after each call.
+    readings = iter([0.0, 0.0, 10.0, 10.5, 0.0, 20.0, 20.1, 0.0, 30.0, 39.0, 5.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(readings))
+    taken = bench.medians_ms({"a": lambda: None}, seconds=4.0, least=1)
+    assert taken == {"a": pytest.approx(500.0)}
+
+
+def test_what_is_timed():
+    x = torch.randn(3, requires_grad=True)
+    seen = []
+
+    def function():
+        seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return x * 2
+
+    bench.forward(function)()
+    bench.forward_backward(function, [x])()
+    assert seen == [(True, False), (False, True), (False, True)]
+    assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.001234, "0.00123"), (1.0, "1.00"), (9.5, "9.50"), (123.4, "123"), (4321.0, "4321")]
+)
+def test_figures_have_three_digits(number, text):
+    assert bench._figure(number) == text
