@@ -16,7 +16,9 @@ WINDOWS = sys.platform == "win32"
 # The oldest torch whose stable ABI has all that csrc uses; the built library runs on it and on later ones.
 TORCH_TARGET = "0x020a000000000000"
 # No -ffast-math: it would break NaN, and switch subnormals off in the whole process.
-COMPILE = ["/std:c++17", "/O2"] if WINDOWS else ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = (
+    ["/std:c++17", "/O2", "/EHsc"] if WINDOWS else ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+)
 
 
 class Build(build_ext):
