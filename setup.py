@@ -16,9 +16,8 @@ WINDOWS = sys.platform == "win32"
 # The oldest torch whose stable ABI has all that csrc uses; the built library runs on it and on later ones.
 TORCH_TARGET = "0x020a000000000000"
 # No -ffast-math: it would break NaN, and switch subnormals off in the whole process.
-COMPILE = (
-    ["/std:c++17", "/O2", "/EHsc"] if WINDOWS else ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-)
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE_ON_WINDOWS = ["/std:c++17", "/O2", "/EHsc"]
 
 
 class Build(build_ext):
@@ -48,7 +47,7 @@ setup(
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch", "torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=COMPILE,
+            extra_compile_args=COMPILE_ON_WINDOWS if WINDOWS else COMPILE,
             language="c++",
             optional=not os.environ.get("MINGRU_REQUIRE_KERNELS"),
             py_limited_api=True,

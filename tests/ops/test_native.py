@@ -277,7 +277,6 @@ def test_a_layer_under_a_transform_or_with_a_hook_is_not_taken_in_one_go():
 def test_a_reset_that_was_viewed_from_bytes():
     """Its bytes may be others than 0 and 1."""
     gate, candidate = inputs(2, 30, 5)
-    byte = torch.full((2, 30), 2, dtype=torch.uint8).view(torch.bool)
-    assert torch.equal(
-        run(gate, candidate, reset=byte), run(gate, candidate, reset=torch.ones(2, 30, dtype=torch.bool))
-    )
+    twos = torch.full((2, 30), 2, dtype=torch.uint8).view(torch.bool)
+    ones = torch.ones(2, 30, dtype=torch.bool)
+    assert torch.equal(run(gate, candidate, reset=twos), run(gate, candidate, reset=ones))
