@@ -1,6 +1,6 @@
 // The recurrences, each as h_t = a_t h_{t-1} + b_t: what a and b are, and how their gradients reach the inputs.
 //
-// A cell has `num_inputs` sequences; `x` holds one lane of each, its bias added where `has_bias` allows one. A new recurrence (minLSTM, say) is one more cell.
+// A cell has `num_inputs` sequences; `x` holds one lane of each, its bias added where `has_bias` allows one.
 #pragma once
 
 #include "math.h"
@@ -63,14 +63,13 @@ struct Linear {
 struct Tanh {
   template <class A>
   MINGRU_INLINE A value(A v) {
-    return hyperbolic_tangent(v);
+    A unused;
+    return hyperbolic_tangent(v, unused);
   }
 
   template <class A>
   MINGRU_INLINE A value(A v, A& derivative) {
-    const A t = hyperbolic_tangent(v);
-    derivative = A(1) - t * t;
-    return t;
+    return hyperbolic_tangent(v, derivative);
   }
 };
 
@@ -95,6 +94,61 @@ struct MinGRU {
     a = z.minus;
     grad[0] = delta * (candidate - met) * z.plus * z.minus;
     grad[1] = delta * z.plus * derivative;
+  }
+};
+
+// Inputs: the pre-activations of forget gate, input gate and candidate. The gates share 1 between them:
+//
+//   a = sigma(f) / (sigma(f) + sigma(i)), b = sigma(i) / (sigma(f) + sigma(i)) candidate
+//
+// With sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)), and the larger power divided out, nothing overflows or cancels, and
+// gates that are both shut still share 1.
+template <class Activation>
+struct MinLSTM {
+  static constexpr int num_inputs = 3;
+  static constexpr bool has_bias = true;
+
+  template <class A>
+  struct Shares {
+    A forget, input;
+    A forget_power, input_power;  // exp(-|f|), exp(-|i|)
+  };
+
+  template <class A>
+  MINGRU_INLINE Shares<A> shares(A forget, A input) {
+    const A forget_power = power(-absolute(forget)), input_power = power(-absolute(input));
+    const A ahead = (forget < A(0) ? forget : A(0)) - (input < A(0) ? input : A(0));
+    const A behind = power(-absolute(ahead));
+    const bool left = ahead < A(0);
+    const A forget_weight = (left ? behind : A(1)) * (A(1) + input_power);
+    const A input_weight = (left ? A(1) : behind) * (A(1) + forget_power);
+    const A scale = A(1) / (forget_weight + input_weight);
+    return {forget_weight * scale, input_weight * scale, forget_power, input_power};
+  }
+
+  template <class A>
+  MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
+    const Shares<A> s = shares(x[0], x[1]);
+    a = s.forget;
+    b = s.input * Activation::value(x[2]);
+  }
+
+  // sigma(-x), from x and exp(-|x|)
+  template <class A>
+  MINGRU_INLINE A logistic_of_minus(A x, A power) {
+    return (x < A(0) ? A(1) : power) / (A(1) + power);
+  }
+
+  template <class A>
+  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
+    const Shares<A> s = shares(x[0], x[1]);
+    A derivative;
+    const A candidate = Activation::value(x[2], derivative);
+    a = s.forget;
+    const A shifted = delta * (candidate - met) * s.forget * s.input;
+    grad[0] = -shifted * logistic_of_minus(x[0], s.forget_power);
+    grad[1] = shifted * logistic_of_minus(x[1], s.input_power);
+    grad[2] = delta * s.input * derivative;
   }
 };
 

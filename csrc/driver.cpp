@@ -52,18 +52,21 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Run {
  public:
-  Run(const Scan& scan, bool backward)
+  Run(const Scan& scan, const Part& part, bool backward)
       : scan_(scan),
+        part_(part),
         backward_(backward),
+        forward_in_time_(scan.reverse == backward),
         kernel_(chosen().kernel(scan.cell, scan.storage)),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
-    const int64_t values = scan.num_batch * scan.num_steps * scan.num_lanes;
+    const int64_t num_steps = part.end - part.begin;
+    const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_lanes;
     const int64_t worthwhile = std::max<int64_t>(1, values / values_per_thread);
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
     lanes_ = std::min(ceil_div(scan.num_lanes, group) * group, most_lanes);
     while (lanes_ > group && num_tasks() < threads) lanes_ = ceil_div(lanes_ / 2, group) * group;
     if (num_tasks() < threads && may_cut_time()) {
-      num_chunks_ = std::min(threads / num_tasks(), scan.num_steps / (4 * steps_per_note));
+      num_chunks_ = std::min(threads / num_tasks(), num_steps / (4 * steps_per_note));
     }
     threads_ = threads;
   }
@@ -76,32 +79,40 @@ class Run {
     each(num_tasks(), [&](int64_t task) {
       alignas(64) char state[most_lanes * 8];
       start(task, state);
-      kernel_(scan_, span(task, 0, scan_.num_steps), state, backward_);
+      kernel_(scan_, span(task, part_.begin, part_.end), state, backward_);
       finish(task, state);
     });
   }
 
  private:
-  int64_t num_tasks() const { return scan_.num_batch * ceil_div(scan_.num_lanes, lanes_); }
+  int64_t num_tasks() const {
+    return (part_.batch_end - part_.batch_begin) * ceil_div(scan_.num_lanes, lanes_);
+  }
 
   // A sum over time would be added to twice.
   bool may_cut_time() const { return !(backward_ && scan_.grad_initial && scan_.reset); }
 
+  // Thread k takes items k, k + T, ...: of packed sequences, each then has long and short ones.
   template <class F>
   void each(int64_t count, const F& f) const {
+    const auto share = [&](int64_t first) {
+      for (int64_t i = first; i < count; i += threads_) f(i);
+    };
     if (threads_ == 1) {
-      for (int64_t i = 0; i < count; ++i) f(i);
+      share(0);
       return;
     }
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
+    torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) share(thread);
     });
   }
 
+  // A task's steps from `begin` to `end`, as far as its sequence has them.
   Span span(int64_t task, int64_t begin, int64_t end) const {
     const int64_t blocks = ceil_div(scan_.num_lanes, lanes_);
-    const int64_t lane = task % blocks * lanes_;
-    return {task / blocks, lane, std::min(lanes_, scan_.num_lanes - lane), begin, end, nullptr, false};
+    const int64_t batch = part_.batch_begin + task / blocks, lane = task % blocks * lanes_;
+    if (scan_.lengths) end = std::min(end, scan_.lengths[batch]);
+    return {batch, lane, std::min(lanes_, scan_.num_lanes - lane), begin, end, nullptr, false};
   }
 
   void copy_state(int64_t task, void* state, const void* from) const {
@@ -112,7 +123,12 @@ class Run {
     std::memcpy(state, row, at.num_lanes * size_);
   }
 
-  void start(int64_t task, void* state) const { copy_state(task, state, backward_ ? scan_.grad_last : scan_.h); }
+  // From where the part before this one left it, or from what was given.
+  void start(int64_t task, void* state) const {
+    const bool is_first = forward_in_time_ ? part_.begin == 0 : part_.end == scan_.num_steps;
+    const void* given = backward_ ? scan_.grad_last : scan_.h;
+    copy_state(task, state, is_first ? given : backward_ ? scan_.grad_h : scan_.last);
+  }
 
   void finish(int64_t task, const void* state) const {
     const Span at = span(task, 0, 0);
@@ -126,14 +142,16 @@ class Run {
   // run again to its end. The numbers are those of a scan in one piece, however many chunks there are.
   void in_chunks() const {
     const int64_t tasks = num_tasks();
-    const int64_t length = ceil_div(ceil_div(scan_.num_steps, num_chunks_), steps_per_note) * steps_per_note;
+    const int64_t num_steps = part_.end - part_.begin;
+    const int64_t length = ceil_div(ceil_div(num_steps, num_chunks_), steps_per_note) * steps_per_note;
     const int64_t state_size = lanes_ * size_;
     const int64_t notes_size = length / steps_per_note * state_size;
     std::vector<char> ends(tasks * num_chunks_ * state_size);
     std::vector<char> notes(tasks * num_chunks_ * notes_size);
     const auto chunk = [&](int64_t task, int64_t index) {
-      const int64_t begin = std::min(index * length, scan_.num_steps);
-      Span at = span(task, begin, std::min(begin + length, scan_.num_steps));
+      const int64_t begin = std::min(index * length, num_steps), end = std::min(begin + length, num_steps);
+      Span at = forward_in_time_ ? span(task, part_.begin + begin, part_.begin + end)
+                                 : span(task, part_.end - end, part_.end - begin);
       at.notes = notes.data() + (task * num_chunks_ + index) * notes_size;
       return at;
     };
@@ -161,7 +179,9 @@ class Run {
   }
 
   const Scan& scan_;
+  const Part part_;
   const bool backward_;
+  const bool forward_in_time_;
   const Kernel kernel_;
   const int64_t size_;
   int64_t lanes_ = 0, num_chunks_ = 1, threads_ = 1;
@@ -169,7 +189,7 @@ class Run {
 
 }  // namespace
 
-void run(const Scan& scan, bool backward) { Run(scan, backward)(); }
+void run(const Scan& scan, const Part& part, bool backward) { Run(scan, part, backward)(); }
 
 const char* instruction_set() { return chosen().name; }
 

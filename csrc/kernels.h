@@ -36,8 +36,16 @@ struct Rest {
 };
 
 template <class T>
-MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t step, int64_t lane) {
-  return static_cast<T*>(sequence.data) + batch * sequence.batch_stride + step * sequence.step_stride + lane;
+MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t place, int64_t lane) {
+  const int64_t at = batch * sequence.batch_stride + place * sequence.step_stride + lane;
+  return static_cast<T*>(sequence.data) + (at - sequence.skipped);
+}
+
+// The place of a step along the dimension of time.
+MINGRU_INLINE int64_t place_of(const Scan& scan, int64_t step) { return scan.step_rows ? scan.step_rows[step] : step; }
+
+MINGRU_INLINE bool is_reset(const Scan& scan, int64_t batch, int64_t place) {
+  return scan.reset && scan.reset[batch * scan.reset_batch_stride + place * scan.reset_step_stride];
 }
 
 // Note the state, or compare it with what was noted; true where it is met.
@@ -118,16 +126,16 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
   constexpr int num_inputs = Cell::num_inputs;
   const int64_t padded = (span.num_lanes + group - 1) / group * group;
   const A* initial = static_cast<const A*>(scan.initial);
-  for (int64_t position = span.begin; position < span.end; ++position) {
-    const int64_t step = scan.reverse ? scan.num_steps - 1 - position : position;
-    if (scan.reset && scan.reset[span.batch * scan.reset_batch_stride + step * scan.reset_step_stride]) {
+  for (int64_t done = 0; done < span.end - span.begin; ++done) {
+    const int64_t place = place_of(scan, scan.reverse ? span.end - 1 - done : span.begin + done);
+    if (is_reset(scan, span.batch, place)) {
       for (int64_t i = 0; i < span.num_lanes; ++i) {
         state[i] = initial ? initial[span.batch * scan.num_lanes + span.lane + i] : A(0);
       }
     }
     const T* in_rows[num_inputs];
-    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
-    T* out_row = row<T>(scan.out, span.batch, step, span.lane);
+    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, place, span.lane);
+    T* out_row = row<T>(scan.out, span.batch, place, span.lane);
     const A* biases[num_inputs];
     int64_t lane = 0;
     for (; lane + group <= span.num_lanes; lane += group) {
@@ -145,8 +153,7 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
       forward_group<Cell, biased>(rows, biases, state + lane, rest_out.lanes);
       std::memcpy(out_row + lane, rest_out.lanes, count * sizeof(T));
     }
-    const int64_t done = position + 1 - span.begin;
-    if (span.notes && done % steps_per_note == 0 && note(span, done, state, padded)) return true;
+    if (span.notes && (done + 1) % steps_per_note == 0 && note(span, done + 1, state, padded)) return true;
   }
   return false;
 }
@@ -161,19 +168,20 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
   const A* initial = scan.initial ? static_cast<const A*>(scan.initial) + at : nullptr;
   const A* first = static_cast<const A*>(scan.h) + at;
   A* grad_initial = scan.grad_initial ? static_cast<A*>(scan.grad_initial) + at : nullptr;
-  for (int64_t position = span.begin; position < span.end; ++position) {
-    const int64_t step = scan.reverse ? position : scan.num_steps - 1 - position;
-    const bool reset =
-        scan.reset && scan.reset[span.batch * scan.reset_batch_stride + step * scan.reset_step_stride];
-    const bool is_first = position == scan.num_steps - 1;
+  const int64_t num_steps = scan.lengths ? scan.lengths[span.batch] : scan.num_steps;
+  for (int64_t done = 0; done < span.end - span.begin; ++done) {
+    const int64_t step = scan.reverse ? span.begin + done : span.end - 1 - done;
+    const int64_t place = place_of(scan, step);
+    const bool reset = is_reset(scan, span.batch, place);
+    const bool is_first = step == (scan.reverse ? num_steps - 1 : 0);
     const T* in_rows[num_inputs];
     T* out_rows[num_inputs];
     for (int k = 0; k < num_inputs; ++k) {
-      in_rows[k] = row<const T>(scan.inputs[k], span.batch, step, span.lane);
-      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, step, span.lane);
+      in_rows[k] = row<const T>(scan.inputs[k], span.batch, place, span.lane);
+      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, place, span.lane);
     }
-    const T* in_grad = row<const T>(scan.grad_out, span.batch, step, span.lane);
-    const int64_t before = is_first ? step : scan.reverse ? step + 1 : step - 1;
+    const T* in_grad = row<const T>(scan.grad_out, span.batch, place, span.lane);
+    const int64_t before = is_first ? place : place_of(scan, scan.reverse ? step + 1 : step - 1);
     const T* in_met = row<const T>(scan.out, span.batch, before, span.lane);
     // The state that this step met: a row of `out`, but for the first step and for resets.
     const bool from_out = !reset && !is_first;
@@ -210,8 +218,7 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
         state[i] = A(0);
       }
     }
-    const int64_t done = position + 1 - span.begin;
-    if (span.notes && done % steps_per_note == 0 && note(span, done, state, padded)) return true;
+    if (span.notes && (done + 1) % steps_per_note == 0 && note(span, done + 1, state, padded)) return true;
   }
   return false;
 }
@@ -244,6 +251,9 @@ Kernel kernel(CellKind cell, Storage storage) {
     case CellKind::mingru_positive: return of_storage<MinGRU<Positive>>(storage);
     case CellKind::mingru_linear: return of_storage<MinGRU<Linear>>(storage);
     case CellKind::mingru_tanh: return of_storage<MinGRU<Tanh>>(storage);
+    case CellKind::minlstm_positive: return of_storage<MinLSTM<Positive>>(storage);
+    case CellKind::minlstm_linear: return of_storage<MinLSTM<Linear>>(storage);
+    case CellKind::minlstm_tanh: return of_storage<MinLSTM<Tanh>>(storage);
   }
   return nullptr;
 }

@@ -86,6 +86,12 @@ MINGRU_INLINE A absolute(A x) {
   return x < A(0) ? -x : x;
 }
 
+template <class A>
+MINGRU_INLINE A power(A x) {
+  const Exponential<A> e = exponential(x);
+  return (A(1) + e.rest) * e.scale * e.scale_too;
+}
+
 // sigma(x) and sigma(-x), each to full relative precision: 1 - sigma(x) would cancel.
 template <class A>
 struct Logistic {
@@ -94,21 +100,24 @@ struct Logistic {
 
 template <class A>
 MINGRU_INLINE Logistic<A> logistic(A x) {
-  const Exponential<A> e = exponential(-absolute(x));
-  const A power = (A(1) + e.rest) * e.scale * e.scale_too;
-  const A large = A(1) / (A(1) + power);
-  const A small = power * large;
+  const A p = power(-absolute(x));
+  const A large = A(1) / (A(1) + p);
+  const A small = p * large;
   const bool left = x < A(0);
   return {left ? small : large, left ? large : small};
 }
 
+// The derivative where 1 - tanh(x)^2 would cancel: 4 p / (1 + p)^2 with p = exp(-2|x|).
 template <class A>
-MINGRU_INLINE A hyperbolic_tangent(A x) {
+MINGRU_INLINE A hyperbolic_tangent(A x, A& derivative) {
   // -expm1(-2|x|) / (2 + expm1(-2|x|)): no cancellation near 0.
   const Exponential<A> e = exponential(A(-2) * absolute(x));
   const A scale = e.scale * e.scale_too;
   const A expm1 = e.rest * scale + (scale - A(1));
-  const A size = -expm1 / (A(2) + expm1);
+  const A inverse = A(1) / (A(2) + expm1);
+  const A size = -expm1 * inverse;
+  const A far = A(4) * ((A(1) + e.rest) * scale) * (inverse * inverse);
+  derivative = size < A(0.5) ? A(1) - size * size : far;
   return x < A(0) ? -size : size;
 }
 

@@ -6,7 +6,16 @@
 namespace mingru {
 
 enum class Storage { float32, float64, bfloat16, float16 };
-enum class CellKind { linear_scan, mingru_positive, mingru_linear, mingru_tanh };
+// In this order Python numbers them (body_native.py).
+enum class CellKind {
+  linear_scan,
+  mingru_positive,
+  mingru_linear,
+  mingru_tanh,
+  minlstm_positive,
+  minlstm_linear,
+  minlstm_tanh,
+};
 
 constexpr int most_inputs = 3;
 // State of this many lanes stays in the first-level cache beside the rows that pass through.
@@ -16,10 +25,11 @@ constexpr int64_t group = 16;
 // Where time is cut for want of other work, the state is noted after this many steps.
 constexpr int64_t steps_per_note = 64;
 
-// A sequence (B, S, N) in memory; lanes lie side by side. Strides count elements.
+// A sequence (B, S, N) in memory, or what is there of it; lanes lie side by side. Strides count elements.
 struct Sequence {
   void* data = nullptr;
   int64_t batch_stride = 0, step_stride = 0;
+  int64_t skipped = 0;  // elements of the whole that come before `data`
 };
 
 // States (B, N) in the type of computation, dense.
@@ -28,6 +38,10 @@ struct Scan {
   Storage storage;
   int64_t num_batch, num_steps, num_lanes;
   bool reverse;
+  // Sequences of different lengths, packed as torch packs them, the longest first: step t of all that have one lies in
+  // the rows from step_rows[t] on. Both null: (B, S).
+  const int64_t* step_rows;
+  const int64_t* lengths;
   Sequence inputs[most_inputs];
   // Added to each input: (N) rounded up to whole groups, in the type of computation; all null or none.
   const void* biases[most_inputs];
@@ -45,7 +59,12 @@ struct Scan {
   void* grad_initial;  // may be null
 };
 
-// One batch element's lanes [lane, lane + num_lanes), and its steps [begin, end) in the order of the scan.
+// Batch elements and steps of a scan, both in the order of memory.
+struct Part {
+  int64_t batch_begin, batch_end, begin, end;
+};
+
+// One batch element's lanes [lane, lane + num_lanes), and its steps [begin, end), whichever way they are gone through.
 // `state` goes in and comes out. `notes` (a row of lanes after every `steps_per_note` steps, may be null) is written, or,
 // with `until_met`, compared: the run ends early where the state is the noted one, as all that follows is then the same.
 // Returns whether it ended early.

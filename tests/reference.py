@@ -33,8 +33,17 @@ def mingru(gate, candidate, h=None, reset=None, activation="positive", initial=N
     return linear_scan(torch.sigmoid(-gate), z * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
+def minlstm(forget, admit, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+    f, i = torch.sigmoid(forget), torch.sigmoid(admit)
+    initial = ZERO[activation] if initial is None else initial
+    return linear_scan(f / (f + i), i / (f + i) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+
+
+CELLS = {"mingru": mingru, "minlstm": minlstm}
+
+
 def layers(rnn, x, h=None, reset=None):
-    """`MinGRU.forward`, from a module's weights, in float64 and with batch first; no dropout."""
+    """What a `MinGRU` or a `MinLSTM` computes, from a module's weights, in float64 and with batch first; no dropout."""
     x = x.double()
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     count = rnn.num_layers * rnn.num_directions
@@ -52,12 +61,12 @@ def layers(rnn, x, h=None, reset=None):
             y = y / (y.square().mean(-1, keepdim=True) + torch.finfo(scale.dtype).eps).sqrt() * scale
         for direction, name in enumerate(["linear", "linear_reverse"][: rnn.num_directions]):
             pre = y @ weights[f"{prefix}{name}.weight"].T + weights.get(f"{prefix}{name}.bias", 0.0)
-            gate, candidate = pre.split(rnn.hidden_dims, -1)
             at = index * rnn.num_directions + direction
             cut = reset
             if direction == 1:
                 cut = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
-            out = mingru(gate, candidate, h[at], cut, rnn.candidate, initial[at], reverse=direction == 1)
+            inputs = pre.split(rnn.hidden_dims, -1)
+            out = CELLS[rnn.cell](*inputs, h[at], cut, rnn.candidate, initial[at], reverse=direction == 1)
             last.append(out[:, :1] if direction else out[:, -1:])
             outs.append(out)
         out = torch.cat(outs, -1)

@@ -2,7 +2,7 @@
 
 from . import functional
 from ._version import __version__
-from .modules import MinGRU
+from .modules import MinGRU, MinLSTM
 from .ops import backends, use_backend
 
-__all__ = ["MinGRU", "__version__", "backends", "functional", "use_backend"]
+__all__ = ["MinGRU", "MinLSTM", "__version__", "backends", "functional", "use_backend"]

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"back end {name}: {'can run' if can_run is True else can_run}")
-    auto = choose("auto", torch.zeros(1, 1, 1, device=args.device), "positive")
+    auto = choose("mingru", "auto", torch.zeros(1, 1, 1, device=args.device), "positive")
     print(f"device {args.device}, where mingru takes its back end {auto!r}")
     for shape in args.shape or SHAPES:
         show(shape, whole_layer(shape, args.device, args.seconds))

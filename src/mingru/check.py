@@ -81,3 +81,19 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
         expected = f"on {sequence.device} as the sequence is"
         remedy = f"use reset.to({str(sequence.device)!r})"
         raise ValueError(expectation(name, "reset", expected, f"one on {reset.device}", remedy))
+
+
+def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:
+    if not isinstance(lengths, Tensor):
+        remedy = "torch.as_tensor makes one"
+        raise TypeError(expectation(name, "lengths", "an integer tensor (B,)", type(lengths).__name__, remedy))
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        remedy = "use lengths.long()"
+        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
+    if lengths.shape != (batch,):
+        raise ValueError(expectation(name, "lengths", f"(B,) = ({batch},)", dims(lengths.shape)))
+    if lengths.device.type != "cpu" and lengths.device != device:
+        expected = f"on the CPU or on {device} as x is"
+        raise ValueError(expectation(name, "lengths", expected, f"one on {lengths.device}", "use lengths.cpu()"))
+    if batch and not bool(((lengths >= 1) & (lengths <= steps)).all()):
+        raise ValueError(expectation(name, "lengths", f"from 1 to S = {steps}", str(lengths.tolist())))

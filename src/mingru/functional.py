@@ -11,7 +11,7 @@ from .check import check_reset, check_state, check_tensor, dims, expectation
 from .ops import activation as _activation
 from .ops import body_log as _body_log
 
-__all__ = ["g", "linear_scan", "log_g", "mingru", "parallel_scan_log"]
+__all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log"]
 
 
 def g(x: Tensor) -> Tensor:
@@ -106,18 +106,77 @@ def mingru(
 
     Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
-    name = "mingru"
-    _check_sequence(name, "gate", gate)
-    check_tensor(name, "candidate", candidate, like=gate, like_name="gate", shape=gate.shape)
+    inputs = {"gate": gate, "candidate": candidate}
+    return _recurrence("mingru", inputs, h, reset, backend, activation, initial_state)
+
+
+def minlstm(
+    forget: Tensor,
+    input: Tensor,
+    candidate: Tensor,
+    h: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    backend: str = "auto",
+    activation: str = "positive",
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    """Run the minLSTM recurrence over pre-activations.
+
+        f_t = sigma(forget_t)      i_t = sigma(input_t)
+        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)
+
+    Args:
+        forget: (B, S, *), pre-activation of the gate that keeps the state. float32, float64, bfloat16 or float16.
+        input: (B, S, *), pre-activation of the gate that admits the candidate; shape, dtype and device of `forget`.
+        candidate: (B, S, *), pre-activation of the candidate state; likewise.
+        h: as for `mingru`, and so are `reset`, `backend`, `activation` and `initial_state`.
+
+    Returns:
+        h_1 ... h_S, (B, S, *), dtype of `forget`.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another dtype.
+        ValueError: a shape or device that does not fit, or a back end that cannot run this.
+
+    Numerics: as of `mingru`, which this is with a gate of log sigma(input) - log sigma(forget). Gates that are both
+    shut still share 1.
+
+    Differs from `torch.nn.LSTM`: no output gate, and no cell state beside h.
+
+    Example:
+        >>> forget, input, candidate = torch.randn(3, 2, 10, 8).unbind()
+        >>> mingru.functional.minlstm(forget, input, candidate).shape
+        torch.Size([2, 10, 8])
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+    """
+    inputs = {"forget": forget, "input": input, "candidate": candidate}
+    return _recurrence("minlstm", inputs, h, reset, backend, activation, initial_state)
+
+
+def _recurrence(
+    name: str,
+    inputs: dict[str, Tensor],
+    h: Tensor | None,
+    reset: Tensor | None,
+    backend: str,
+    activation: str,
+    initial_state: Tensor | None,
+) -> Tensor:
+    (first_name, first), *others = inputs.items()
+    _check_sequence(name, first_name, first)
+    for argument, sequence in others:
+        check_tensor(name, argument, sequence, like=first, like_name=first_name, shape=first.shape)
     if activation not in _activation.ACTIVATIONS:
         raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
-    check_reset(name, reset, gate, "(B, S)")
+    check_reset(name, reset, first, "(B, S)")
     if initial_state is None:
         zero = _activation.zero_state(activation)
-        initial_state = torch.full((), zero, dtype=gate.dtype, device=gate.device)
-    initial = check_state(name, "initial_state", initial_state, gate)
-    state = initial if h is None else check_state(name, "h", h, gate)
-    return ops.mingru(gate, candidate, state, initial, reset, activation, backend=backend)[0]
+        initial_state = torch.full((), zero, dtype=first.dtype, device=first.device)
+    initial = check_state(name, "initial_state", initial_state, first)
+    state = initial if h is None else check_state(name, "h", h, first)
+    return ops.recurrence(name, list(inputs.values()), state, initial, reset, activation, backend=backend)[0]
 
 
 def linear_scan(

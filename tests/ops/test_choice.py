@@ -32,8 +32,8 @@ def ran(monkeypatch):
         return spied
 
     for name, body in choice.BODIES.items():
-        forward = ("mingru", "linear_scan", "mingru_linear", "mingru_linear_keeping")
-        operators = (*forward, "mingru_backward", "linear_scan_backward", "mingru_linear_backward")
+        operators = ("mingru", "linear_scan", "linear_recurrence")
+        operators = (*operators, *(f"{operator}_backward" for operator in operators))
         for operator in filter(body.__dict__.__contains__, operators):
             monkeypatch.setattr(body, operator, spy(name, getattr(body, operator)))
     return calls
@@ -98,7 +98,7 @@ def test_the_backward_pass_runs_on_the_body_of_the_forward_pass(name, ran):
 def test_auto_takes_the_first_that_serves(ran, monkeypatch):
     functional.mingru(X, X)
     functional.linear_scan(X, X)
-    assert ran == [choice.choose("auto", X, "positive"), choice.choose("auto", X, None)]
+    assert ran == [choice.choose("mingru", "auto", X, "positive"), choice.choose("linear_scan", "auto", X, None)]
     monkeypatch.setitem(choice.BODIES, "absent", fake(unavailable="not built"))
     monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it serves nothing"))
     monkeypatch.setattr(choice, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
@@ -146,36 +146,36 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
 
 
 def test_blocks_nest_and_end_at_an_exception():
-    assert choice.choose("auto", X, "positive") != "sequential"
-    outside = choice.choose("auto", X, "positive")
+    assert choice.choose("mingru", "auto", X, "positive") != "sequential"
+    outside = choice.choose("mingru", "auto", X, "positive")
     with mingru.use_backend("sequential"):
         with mingru.use_backend("log"):
-            assert choice.choose("auto", X, "positive") == "log"
-        assert choice.choose("auto", X, "positive") == "sequential"
+            assert choice.choose("mingru", "auto", X, "positive") == "log"
+        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
         with pytest.raises(ZeroDivisionError), mingru.use_backend("log"):
             1 / 0  # noqa: B018
-        assert choice.choose("auto", X, "positive") == "sequential"
+        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
         with mingru.use_backend("auto"):
-            assert choice.choose("auto", X, "positive") == outside
-    assert choice.choose("auto", X, "positive") == outside
+            assert choice.choose("mingru", "auto", X, "positive") == outside
+    assert choice.choose("mingru", "auto", X, "positive") == outside
 
 
 def test_a_block_is_its_threads_own():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
-        seen.append(choice.choose("auto", X, "positive"))
+        seen.append(choice.choose("mingru", "auto", X, "positive"))
         with mingru.use_backend("log"):
-            seen.append(choice.choose("auto", X, "positive"))
+            seen.append(choice.choose("mingru", "auto", X, "positive"))
             inside.set()
             leave.wait(10)
 
-    outside = choice.choose("auto", X, "positive")
+    outside = choice.choose("mingru", "auto", X, "positive")
     with mingru.use_backend("sequential"):
         thread = threading.Thread(target=other)
         thread.start()
         assert inside.wait(10)
-        assert choice.choose("auto", X, "positive") == "sequential"
+        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
         leave.set()
         thread.join(10)
     assert seen == [outside, "log"]
@@ -186,10 +186,10 @@ def test_unknown_names_are_refused(name, monkeypatch):
     known = r"must be one of 'auto', .*'torch', .*'sequential'.*, got "
     with pytest.raises(ValueError, match=rf"backend {known}{name!r}"):
         functional.mingru(X, X, backend=name)
-    before = choice.choose("auto", X, "positive")
+    before = choice.choose("mingru", "auto", X, "positive")
     with pytest.raises(ValueError, match=rf"^use_backend: name {known}{name!r}"), mingru.use_backend(name):
         pytest.fail("the block was entered")
-    assert choice.choose("auto", X, "positive") == before
+    assert choice.choose("mingru", "auto", X, "positive") == before
 
 
 def test_an_unknown_name_in_the_environment(monkeypatch):
@@ -204,7 +204,7 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 
 def test_an_empty_variable_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("MINGRU_BACKEND", "")
-    assert choice.choose("auto", X, "positive") in RUNNABLE
+    assert choice.choose("mingru", "auto", X, "positive") in RUNNABLE
 
 
 def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mingru
+from mingru import ops
 from mingru.ops import body_native, choice
 
 WHY_NOT = mingru.backends()["native"]
@@ -23,47 +24,72 @@ def inputs(*shape, dtype=torch.float32):
     return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
 
 
+POSITIVE = {"mingru": 1, "minlstm": 4}  # as the kernels number the cells
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_operators_keep_torchs_contract(with_bias, with_reset, reverse):
-    gate, candidate = inputs(3, 20, 5)
-    bias = torch.randn(10) if with_bias else None
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+def test_operators_keep_torchs_contract(cell, is_packed, with_bias, with_reset, reverse):
+    count, number = ops.NUM_INPUTS[cell], POSITIVE[cell]
+    batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if is_packed else None
+    batch, rows = (1, 11) if is_packed else (3, 20)
+    pre = [torch.randn(batch, rows, 5) for _ in range(count)]
+    bias = torch.randn(count * 5) if with_bias else None
     h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
-    reset = torch.rand(3, 20) < 0.2 if with_reset else None
-    out, last = torch.ops.mingru.mingru_forward(gate, candidate, bias, h, initial, reset, 0, reverse)
-    forward = (gate, candidate, bias, h, initial, reset, 0, reverse)
-    backward = (gate, candidate, bias, h, initial, reset, out, torch.randn_like(out), last, 0, reverse)
+    reset = torch.rand(batch, rows) < 0.2 if with_reset else None
+    beside = (bias, h, initial, reset, batch_sizes)
+    out, last = torch.ops.mingru.recurrence_forward(pre, *beside, number, reverse)
+    x, weight = torch.randn(batch, rows, 4), torch.randn(count * 5, 4)
+    product = torch.randn(batch * rows, count * 5)
+    grad = (torch.randn_like(out), last)
     calls = {
-        "mingru_forward": forward,
-        "mingru_backward": backward,
-        "mingru_linear_forward": (torch.randn(3, 20, 4), torch.randn(10, 4), bias, h, initial, reset, 0, reverse),
-        "linear_scan_forward": (gate, candidate, h, reset, reverse),
-        "linear_scan_backward": (gate, h, reset, out, torch.randn_like(out), last, reverse),
+        "recurrence_forward": (pre, *beside, number, reverse),
+        "recurrence_backward": (pre, *beside, out, *grad, number, reverse),
+        "linear_recurrence_forward": (x, weight, *beside, number, reverse, with_bias),
+        "linear_recurrence_backward": (
+            *(x, weight, *beside, out, product, *grad, number, reverse),
+            *(with_bias, with_reset, reverse),
+        ),
     }
-    apart = [torch.randn(20, 3, 10)[..., ::2].transpose(0, 1) for _ in range(2)]
-    torch.library.opcheck(torch.ops.mingru.mingru_forward.default, (*apart, bias, h, initial, reset, 0, reverse))
+    if not is_packed:
+        calls["linear_scan_forward"] = (*pre[:2], h, reset, reverse)
+        calls["linear_scan_backward"] = (pre[0], h, reset, out, *grad, reverse)
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.mingru, name).default, args)
+    apart = [torch.randn(rows, batch, 10)[..., ::2].transpose(0, 1) for _ in range(count)]
+    torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *beside, number, reverse))
 
 
 def test_operators_refuse_what_would_read_past_the_end():
     gate, candidate = inputs(3, 20, 5)
     h = torch.rand(3, 1, 5)
+    pair, packed_pair = [gate, candidate], [gate[:1], candidate[:1]]
     for bad in [
-        (gate, candidate[:, :19], None, h, h, None, 0, False),
-        (gate, candidate, None, h[:2], h, None, 0, False),
-        (gate, candidate, None, h, h[:2], None, 0, False),
-        (gate, candidate, None, h.double(), h, None, 0, False),
-        (gate, candidate.double(), None, h, h, None, 0, False),
-        (gate, candidate, None, h, h, torch.zeros(3, 19, dtype=torch.bool), 0, False),
-        (gate, candidate, None, h, h, torch.zeros(3, 20), 0, False),
-        (gate, candidate, None, h, h, None, 3, False),
-        (gate[0], candidate[0], None, h, h, None, 0, False),
-        (gate[:0], candidate[:0], None, h[:0], h[:0], None, 0, False),
+        ([gate, candidate[:, :19]], None, h, h, None, None, 1, False),
+        (pair, None, h[:2], h, None, None, 1, False),
+        (pair, None, h, h[:2], None, None, 1, False),
+        (pair, None, h.double(), h, None, None, 1, False),
+        ([gate, candidate.double()], None, h, h, None, None, 1, False),
+        (pair, None, h, h, torch.zeros(3, 19, dtype=torch.bool), None, 1, False),
+        (pair, None, h, h, torch.zeros(3, 20), None, 1, False),
+        (pair, None, h, h, None, None, 0, False),
+        (pair, None, h, h, None, None, 7, False),
+        (pair, None, h, h, None, None, 4, False),
+        ([], None, h, h, None, None, 1, False),
+        (pair, torch.zeros(9), h, h, None, None, 1, False),
+        ([gate[0], candidate[0]], None, h, h, None, None, 1, False),
+        ([gate[:0], candidate[:0]], None, h[:0], h[:0], None, None, 1, False),
+        (packed_pair, None, h, h, None, torch.tensor([3, 4, 13]), 1, False),
+        (packed_pair, None, h, h, None, torch.tensor([3, 3, 3]), 1, False),
+        (packed_pair, None, h, h, None, torch.tensor([20, 0]), 1, False),
+        (packed_pair, None, h, h, None, torch.tensor([10, 10], dtype=torch.int32), 1, False),
+        (pair, None, h, h, None, torch.tensor([20]), 1, False),
     ]:
-        with pytest.raises(RuntimeError, match="mingru"):
-            torch.ops.mingru.mingru_forward(*bad)
+        with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
+            torch.ops.mingru.recurrence_forward(*bad)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +109,7 @@ def test_threads_do_not_show_in_the_numbers(shape, scale):
             for reverse in (False, True):
                 leaves = [gate.clone().requires_grad_(), candidate.clone().requires_grad_()]
                 h = torch.full((shape[0], 1, shape[2]), 0.5, requires_grad=True)
-                out, last = mingru.ops.mingru(*leaves, h, h.detach(), reverse=reverse, backend="native")
+                out, last = ops.recurrence("mingru", leaves, h, h.detach(), reverse=reverse, backend="native")
                 grads = torch.autograd.grad((out * grad_out).sum() + last.sum(), [*leaves, h])
                 results.append([out.detach(), last.detach(), *grads])
     finally:
@@ -224,9 +250,9 @@ def test_linear_and_recurrence_in_one_go(shape, reverse, time_first, dtype):
     before = h.clone()
     for bias_or_none in (bias, None):
         options = (reset, "positive", reverse)
-        out, last = mingru.ops.linear_mingru(x, weight, bias_or_none, h, initial, *options)
+        out, last = ops.linear_recurrence("mingru", x, weight, bias_or_none, h, initial, *options)
         pre = torch.nn.functional.linear(x, weight, bias_or_none).chunk(2, -1)
-        expected, expected_last = mingru.ops.mingru(*pre, h, initial, *options, backend="native")
+        expected, expected_last = ops.recurrence("mingru", pre, h, initial, *options, backend="native")
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(last, expected_last)
         assert (out.stride(0) < out.stride(1)) == (x.stride(0) < x.stride(1))
@@ -244,7 +270,7 @@ def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
     reset = torch.rand(3, 9) < 0.2
 
     def function(*leaves):
-        return mingru.ops.linear_mingru(*leaves, reset, "tanh", True)
+        return ops.linear_recurrence("mingru", *leaves, reset, "tanh", True)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)

@@ -23,7 +23,14 @@ LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 257]
 def run_mingru(body, gate, candidate, h, initial, reset=None, activation="positive", reverse=False):
     if body == "scripted":
         return scripted.mingru(gate, candidate, h, initial.expand_as(h), reset, activation, reverse)
-    return ops.mingru(gate, candidate, h, initial, reset, activation, reverse, backend=body)
+    return ops.recurrence("mingru", [gate, candidate], h, initial, reset, activation, reverse, backend=body)
+
+
+def run_minlstm(body, forget, admit, candidate, h, initial, reset=None, activation="positive", reverse=False):
+    inputs = [forget, admit, candidate]
+    if body == "scripted":
+        return scripted.recurrence("minlstm", inputs, h, initial.expand_as(h), reset, activation, reverse, None)
+    return ops.recurrence("minlstm", inputs, h, initial, reset, activation, reverse, backend=body)
 
 
 def serves(body, activation):
@@ -42,33 +49,39 @@ def make_mingru(batch, steps, *rest, dtype=torch.double, scale=2.0, reset=False)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
 @pytest.mark.parametrize("body", ALL_BODIES)
-def test_mingru_values_and_gradients(body, activation, with_reset, reverse, steps):
+def test_values_and_gradients(body, cell, activation, with_reset, reverse, steps):
     if not serves(body, activation):
         with pytest.raises(ValueError, match="may be negative"):
             mingru.functional.mingru(torch.zeros(1, 1), torch.zeros(1, 1), activation=activation, backend=body)
         return
     gate, candidate, h, initial, reset = make_mingru(3, steps, 5, reset=with_reset)
+    gates = [gate] if cell == "mingru" else [gate, 2 * torch.randn_like(gate)]
+    run, by_steps = {"mingru": (run_mingru, reference.mingru), "minlstm": (run_minlstm, reference.minlstm)}[cell]
     weight, weight_last = torch.randn(3, steps, 5).double(), torch.randn(3, 1, 5).double()
 
     def graded(function):
-        leaves = [tensor.clone().requires_grad_() for tensor in (gate, candidate, h, initial)]
+        leaves = [tensor.clone().requires_grad_() for tensor in (h, initial, candidate, *gates)]
         out, last = function(*leaves)
         loss = (out * weight).sum() + (last.square() * weight_last).sum()
         return out, last, *torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    def truth(gate, candidate, h, initial):
-        out = reference.mingru(gate, candidate, h, reset, activation, initial, reverse)
+    def truth(h, initial, candidate, *gates):
+        out = by_steps(*gates, candidate, h, reset, activation, initial, reverse)
         return out, out[:, :1] if reverse else out[:, -1:]
 
-    got = graded(lambda *leaves: run_mingru(body, *leaves, reset, activation, reverse))
-    expected = graded(truth)
-    for name, one, other in zip(["out", "last", "gate", "candidate", "h", "initial"], got, expected, strict=True):
+    def got_by(h, initial, candidate, *gates):
+        return run(body, *gates, candidate, h, initial, reset, activation, reverse)
+
+    got, expected = graded(got_by), graded(truth)
+    for name, one, other in zip(["out", "last", "h", "initial", "candidate", 0, 1], got, expected, strict=False):
         if other is None or one is None:
             # A leaf that took no part: no gradient and a gradient of 0 mean the same.
             assert (other is None or not other.any()) and (one is None or not one.any()), name
         else:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    assert len(got) == len(expected) == 5 + len(gates)
 
 
 @pytest.mark.parametrize("steps", LENGTHS)

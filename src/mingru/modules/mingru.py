@@ -1,34 +1,6 @@
 """minGRU."""
 
-import torch
-from torch import Tensor
-
-from .. import ops
-from ..ops import States, scripted
-from .recurrent import Recurrent, RecurrentLayer
-
-
-class MinGRULayer(RecurrentLayer):
-    num_gates = 2
-
-    def recur(self, pre: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, reverse: bool) -> States:
-        gate, candidate = pre.chunk(2, -1)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return scripted.mingru(gate, candidate, h, initial.expand_as(h), reset, self.candidate, reverse)
-        else:
-            return ops.mingru(gate, candidate, h, initial, reset, self.candidate, reverse)
-
-    def linear_recur(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h: Tensor,
-        initial: Tensor,
-        reset: Tensor | None,
-        reverse: bool,
-    ) -> States | None:
-        return ops.linear_mingru(x, weight, bias, h, initial, reset, self.candidate, reverse)
+from .recurrent import Recurrent
 
 
 class MinGRU(Recurrent):
@@ -67,6 +39,11 @@ class MinGRU(Recurrent):
         reset: bool, the first two dimensions of x. Where true, the state is put back to the zero or learned state
             before that step consumes its input. The backward direction is cut at the same place: between that step and
             the one before it.
+        lengths: integers (B,) from 1 to S, by keyword: how many steps of each sequence are real. Nothing is computed on
+            the others; `out` is 0 there.
+
+    Instead of a tensor, x may be a `torch.nn.utils.rnn.PackedSequence`, sorted or not, and `reset` then one too. It
+    comes out packed, and states are in the order of the batch before packing, each from its sequence's own end.
 
     Returns:
         Two tensors. `out`, (B, S, D * H) or (S, B, D * H), is the last layer's output, both directions in the order of
@@ -75,7 +52,7 @@ class MinGRU(Recurrent):
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a size, shape, device, norm, candidate or dropout that does not fit.
+        ValueError: a size, shape, device, length, norm, candidate or dropout that does not fit.
 
     Parameters: `layers.{l}.linear.weight` (2H, I), gate rows first, candidate rows second, and `.bias` (2H);
     `layers.{l}.linear_reverse`, `.norm`, `.align` (the residual's map) and `initial_state` where asked for. Drawn as
@@ -98,4 +75,4 @@ class MinGRU(Recurrent):
     Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
 
-    layer_class = MinGRULayer
+    cell = "mingru"

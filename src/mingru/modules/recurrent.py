@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_like, check_reset, dims, expanded, expectation
-from ..ops import States
+from .. import ops
+from ..check import check_lengths, check_like, check_reset, dims, expanded, expectation
+from ..ops import States, packed, scripted
 from ..ops.activation import ACTIVATIONS, zero_state
 from ..ops.shape import accumulate_dtype
 
@@ -23,10 +25,9 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class RecurrentLayer(nn.Module):
     """Norm, linear, recurrence and residual of one layer, in one direction or both."""
 
-    num_gates: int
-
     def __init__(
         self,
+        cell: str,
         input_dims: int,
         hidden_dims: int,
         bias: bool,
@@ -38,7 +39,9 @@ class RecurrentLayer(nn.Module):
     ) -> None:
         super().__init__()
         output_dims = hidden_dims * (2 if bidirectional else 1)
-        pre_dims = hidden_dims * self.num_gates
+        self.cell = cell
+        self.num_inputs = ops.NUM_INPUTS[cell]
+        pre_dims = hidden_dims * self.num_inputs
         self.candidate = candidate
         self.residual = residual
         self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
@@ -48,32 +51,35 @@ class RecurrentLayer(nn.Module):
         if residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
 
-    def recur(self, pre: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, reverse: bool) -> States:
-        """From pre-activations (B, S, num_gates * H) and a state (B, 1, H) to all states and the last."""
-        raise NotImplementedError
-
     def forward(
-        self, x: Tensor, h: list[Tensor], initial: list[Tensor], reset: Tensor | None, batch_first: bool
+        self,
+        x: Tensor,
+        h: list[Tensor],
+        initial: list[Tensor],
+        reset: Tensor | None,
+        batch_first: bool,
+        batch_sizes: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """x (B, S, I) or (S, B, I), for each direction h (B, 1, H) and initial (1, 1, H): output like x, and states."""
+        """Output like x, and states.
+
+        x is (B, S, I) or (S, B, I), or packed, (1, rows, I), with `batch_sizes`; h (B, 1, H) and initial (1, 1, H) for
+        each direction.
+        """
         y = x
         if self.norm is not None:
             y = self.norm(x)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            pre = self.linear(y)
-            out, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[0], initial[0], reset, False)
-        else:
-            out, last = self._direction(self.linear, y, h[0], initial[0], reset, False, batch_first)
+        out, last = self._direction(y, h[0], initial[0], reset, batch_first, batch_sizes, False)
         out = out if batch_first else out.transpose(0, 1)
         states = [last]
         if self.linear_reverse is not None:
             # Seen from the end, the boundary before step t comes before step t - 1.
-            cut = None if reset is None else F.pad(reset[:, 1:], [0, 1], value=0.0)
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                pre = self.linear_reverse(y)
-                back, last = self.recur(pre if batch_first else pre.transpose(0, 1), h[1], initial[1], cut, True)
-            else:
-                back, last = self._direction(self.linear_reverse, y, h[1], initial[1], cut, True, batch_first)
+            cut = reset
+            if reset is not None:
+                if batch_sizes is None:
+                    cut = F.pad(reset[:, 1:], [0, 1], value=0.0)
+                else:
+                    cut = packed.one_step_on(reset, batch_sizes)
+            back, last = self._direction(y, h[1], initial[1], cut, batch_first, batch_sizes, True)
             # Joined in the order of x, or the copy that this makes would lie in the other one.
             out = torch.cat([out, back if batch_first else back.transpose(0, 1)], -1)
             states.append(last)
@@ -83,35 +89,44 @@ class RecurrentLayer(nn.Module):
 
     def _direction(
         self,
-        linear: Any,
         y: Tensor,
         h: Tensor,
         initial: Tensor,
         reset: Tensor | None,
-        reverse: bool,
         batch_first: bool,
+        batch_sizes: Tensor | None,
+        reverse: bool,
     ) -> States:
         """Linear and recurrence, in one go where that can be had; out is (B, S, H)."""
-        if _is_plain(linear):
-            x = y if batch_first else y.transpose(0, 1)
-            states = self.linear_recur(x, linear.weight, linear.bias, h, initial, reset, reverse)
-            if states is not None:
-                return states
-        pre = linear(y)
-        return self.recur(pre if batch_first else pre.transpose(0, 1), h, initial, reset, reverse)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            linear: Any = self.linear_reverse if reverse else self.linear
+            if _is_plain(linear):
+                x = y if batch_first else y.transpose(0, 1)
+                tensors = (x, linear.weight, linear.bias, h, initial, reset)
+                states = ops.linear_recurrence(self.cell, *tensors, self.candidate, reverse, batch_sizes)
+                if states is not None:
+                    return states
+        pre = self._pre_activations(y, reverse)
+        inputs = list((pre if batch_first else pre.transpose(0, 1)).chunk(self.num_inputs, -1))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            initial = initial.expand_as(h)
+            return scripted.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
+        else:
+            return ops.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
 
-    def linear_recur(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h: Tensor,
-        initial: Tensor,
-        reset: Tensor | None,
-        reverse: bool,
-    ) -> States | None:
-        """`recur` of F.linear(x, weight, bias) in one go, x (B, S, I); None where no body can."""
-        return None
+    def _pre_activations(self, y: Tensor, reverse: bool) -> Tensor:
+        pre = y
+        if not reverse:
+            pre = self.linear(y)
+        elif self.linear_reverse is not None:
+            pre = self.linear_reverse(y)
+        return pre
+
+
+def is_autocast(x: Tensor) -> bool:
+    # Asking about a device that has none, such as "meta", is an error in torch.
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -130,7 +145,7 @@ def _is_plain(linear: nn.Module) -> bool:
 class Recurrent(nn.Module):
     """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
 
-    layer_class: type[RecurrentLayer]
+    cell: str
 
     def __init__(
         self,
@@ -188,7 +203,8 @@ class Recurrent(nn.Module):
         self.num_directions = 2 if bidirectional else 1
         output_dims = self.num_directions * hidden_dims
         self.layers = nn.ModuleList(
-            self.layer_class(
+            RecurrentLayer(
+                self.cell,
                 input_dims if index == 0 else output_dims,
                 hidden_dims,
                 self.bias,
@@ -214,8 +230,9 @@ class Recurrent(nn.Module):
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 
-    def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> States:
-        autocast = False
+    def forward(
+        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> States:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if x.dim() != 3 or x.size(2) != self.input_dims:
                 letters = "(B, S, " if self.batch_first else "(S, B, "
@@ -223,56 +240,125 @@ class Recurrent(nn.Module):
             if reset is not None and reset.shape != x.shape[:2]:
                 raise ValueError(f"{self.name}: reset must be {x.shape[:2]}, got {reset.shape}")
         else:
-            autocast = self._check(x, h, reset)
-        dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
-        count = self.num_layers * self.num_directions
-        batch = x.size(0) if self.batch_first else x.size(1)
-        if self.initial_state is None:
-            zero = torch.full([1, 1, 1, 1], self.zero_state, dtype=dtype, device=x.device)
-            initial = zero.expand(count, 1, 1, self.hidden_dims)
-        else:
-            initial = self.initial_state
-        state = (initial if h is None else h).expand(count, batch, 1, self.hidden_dims)
-        if autocast:
-            state = state.to(dtype)
-        if reset is not None and not self.batch_first:
-            reset = reset.transpose(0, 1)
+            if isinstance(x, PackedSequence):
+                return self._packed(x, h, reset, lengths)
+            self._check(x, h, reset, lengths)
+        time = 1 if self.batch_first else 0
+        batch = x.size(1 - time)
+        if lengths is None:
+            if reset is not None and not self.batch_first:
+                reset = reset.transpose(0, 1)
+            return self._run(x, self._state(x, h, batch), reset, self.batch_first, None)
+        batch_sizes, order, places = packed.pack_index(lengths, x.size(time), self.batch_first)
+        places = places.to(x.device)
+        order = order.to(x.device)
+        rows = x.flatten(0, 1).index_select(0, places).unsqueeze(0)
+        cuts = None if reset is None else reset.flatten().index_select(0, places).unsqueeze(0)
+        state = self._state(x, h, batch).index_select(1, order)
+        out, last = self._run(rows, state, cuts, True, batch_sizes)
+        padded = out.new_zeros([x.size(0) * x.size(1), out.size(2)]).index_copy(0, places, out.squeeze(0))
+        return torch.unflatten(padded, 0, [x.size(0), x.size(1)]), last.index_select(1, order.argsort())
 
-        before, initials = list(state.unbind(0)), list(initial.unbind(0))
+    def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
+        """A PackedSequence comes out for the one that goes in; states are in the order of before packing."""
+        rows, batch_sizes, order, back = x
+        rows = rows.unsqueeze(0)
+        cuts = self._check_packed(x, h, reset, lengths)
+        state = self._state(rows, h, int(batch_sizes[0]))
+        state = state if order is None else state.index_select(1, order)
+        out, last = self._run(rows, state, cuts, True, batch_sizes)
+        packed_out = PackedSequence(out.squeeze(0), batch_sizes, order, back)
+        return packed_out, last if back is None else last.index_select(1, back)
+
+    def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
+        """The state (L * D, B, 1, H) that h, or its absence, stands for."""
+        shape = [self.num_layers * self.num_directions, batch, 1, self.hidden_dims]
+        dtype = self._state_dtype(x)
+        if h is None and self.initial_state is None:
+            return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
+        if h is None:
+            h = self.initial_state
+        assert h is not None
+        state = h.expand(shape)
+        return state.to(dtype) if dtype != x.dtype else state
+
+    def _state_dtype(self, x: Tensor) -> torch.dtype:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return x.dtype
+        else:
+            return accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
+
+    def _initial(self, state: Tensor) -> Tensor:
+        """What a reset means, (L * D, 1, 1, H)."""
+        if self.initial_state is not None:
+            return self.initial_state
+        zero = torch.full([1, 1, 1, 1], self.zero_state, dtype=state.dtype, device=state.device)
+        return zero.expand(state.size(0), 1, 1, state.size(3))
+
+    def _run(
+        self, x: Tensor, state: Tensor, reset: Tensor | None, batch_first: bool, batch_sizes: Tensor | None
+    ) -> States:
+        """All layers; reset is (B, S), or (1, rows) as x is where there are `batch_sizes`."""
+        before = state.unbind(0)
+        initials = before if reset is None else self._initial(state).unbind(0)
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
             end = first + self.num_directions
-            x, last = layer(x, before[first:end], initials[first:end], reset, self.batch_first)
+            x, last = layer(x, before[first:end], initials[first:end], reset, batch_first, batch_sizes)
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, torch.stack(states)
+        return x, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
-    def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> bool:
-        """Refuse what does not fit; tell whether autocast is on."""
+    def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
+        """Refuse what does not fit."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
         letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
         if x.dim() != 3 or x.shape[2] != self.input_dims:
             expected = f"{letters.format(self.input_dims)} as input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
-        first: Any = self.layers[0]
-        weight = first.linear.weight
-        # Asking about a device that has none, such as "meta", is an error in torch.
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+        self._check_beside(x, h, batch)
+        check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
+        if lengths is not None:
+            check_lengths(self.name, lengths, batch, steps, x.device)
+
+    def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
+        """Likewise; returns the mask of resets, (1, rows)."""
+        if lengths is not None:
+            expected = "None beside a PackedSequence, which has its own"
+            raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
+        if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
+            expected = f"packed rows of {self.input_dims} features as input_dims is {self.input_dims}"
+            raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape)))
+        self._check_beside(x.data, h, int(x.batch_sizes[0]))
+        if reset is None:
+            return None
+        if not isinstance(reset, PackedSequence):
+            expected = "a PackedSequence as x is"
+            remedy = "pack it with the lengths of x"
+            raise TypeError(expectation(self.name, "reset", expected, type(reset).__name__, remedy))
+        if not torch.equal(reset.batch_sizes, x.batch_sizes):
+            raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
+        cuts: Tensor = reset.data.unsqueeze(0)
+        check_reset(self.name, cuts, x.data.unsqueeze(0), "(1, rows)")
+        return cuts
+
+    def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
+        """Refuse an x that does not fit to the weights, and an h that does not fit to x."""
+        autocast = is_autocast(x)
+        layer: Any = self.layers[0]
+        weight = layer.linear.weight
         # A quantised linear's weight is a method, and its input any floating tensor.
         if isinstance(weight, Tensor):
             check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast)
         if h is not None:
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             count = self.num_layers * self.num_directions
-            batch = x.shape[0] if self.batch_first else x.shape[1]
             remedy = "a state of nn.GRU, (L * D, B, H), becomes one by h.unsqueeze(2)"
             expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)", remedy)
-        check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
-        return autocast
 
     def extra_repr(self) -> str:
         text = f"{self.input_dims}, {self.hidden_dims}"
@@ -286,8 +372,9 @@ class Recurrent(nn.Module):
             "norm": None,
             "candidate": "positive",
             "learn_initial_state": False,
+            "forget_bias": 0.0,
         }
         for argument, default in defaults.items():
-            if getattr(self, argument) != default:
+            if getattr(self, argument, default) != default:
                 text += f", {argument}={getattr(self, argument)!r}"
         return text

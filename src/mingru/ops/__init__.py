@@ -4,22 +4,25 @@ Shapes here and below: sequences (B, S, *), states (B, 1, *), `reset` (B, S) boo
 callers, `functional` and `modules`, have checked them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import autograd
+from .cell import NUM_INPUTS, Kind
 from .choice import BODIES, backends, choose, use_backend
 from .shape import States
 
-__all__ = ["States", "backends", "linear_mingru", "linear_scan", "mingru", "use_backend"]
+__all__ = ["NUM_INPUTS", "States", "backends", "linear_recurrence", "linear_scan", "recurrence", "use_backend"]
 
 
 def linear_scan(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> States:
     """h_t = a_t h_{t-1} + b_t, from the last step to the first if `reverse`; a reset puts h_{t-1} to 0."""
-    name = choose(backend, b, None)
+    name = choose("linear_scan", backend, b, None)
     if b.numel() == 0:
         return a * b, h.clone()
     if BODIES[name].DIFFERENTIABLE:
@@ -27,27 +30,37 @@ def linear_scan(
     return autograd.linear_scan(name, a, b, h, reset, reverse)
 
 
-def mingru(
-    gate: Tensor,
-    candidate: Tensor,
+def recurrence(
+    cell: str,
+    inputs: Sequence[Tensor],
     h: Tensor,
     initial: Tensor,
     reset: Tensor | None = None,
     activation: str = "positive",
     reverse: bool = False,
+    batch_sizes: Tensor | None = None,
     backend: str = "auto",
 ) -> States:
-    """h_t = (1 - z_t) h_{t-1} + z_t activate(value_t), z = sigma(gate); a reset puts h_{t-1} to `initial`."""
-    name = choose(backend, gate, activation)
-    if gate.numel() == 0:
-        return gate * candidate, h.clone()
+    """The recurrence of a cell from its pre-activations; a reset puts h_{t-1} to `initial`.
+
+    mingru, of gate and candidate:            h_t = (1 - z_t) h_{t-1} + z_t activate(value_t), z = sigma(gate)
+    minlstm, of forget, input and candidate:  h_t = f_t h_{t-1} + i_t activate(value_t), the gates normalised
+
+    With `batch_sizes`, sequences and `reset` are packed: (1, rows, *), see `packed`.
+    """
+    first = inputs[0]
+    name = choose(cell, backend, first, activation)
+    if first.numel() == 0:
+        return sum(inputs[1:], first), h.clone()
     initial = initial.expand_as(h)
-    if BODIES[name].DIFFERENTIABLE:
-        return BODIES[name].mingru(gate, candidate, h, initial, reset, activation, reverse)
-    return autograd.mingru(name, gate, candidate, h, initial, reset, activation, reverse)
+    kind = Kind(cell, activation, reverse)
+    has_kernel = hasattr(BODIES[name], "recurrence") and (cell != "mingru" or batch_sizes is not None)
+    run = autograd.recurrence if has_kernel and _plain(*inputs) else autograd.composed
+    return run(name, inputs, h, initial, reset, batch_sizes, kind)
 
 
-def linear_mingru(
+def linear_recurrence(
+    cell: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -56,25 +69,25 @@ def linear_mingru(
     reset: Tensor | None = None,
     activation: str = "positive",
     reverse: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> States | None:
-    """`mingru` of the pre-activations x W^T + b, gate rows first, in one go; None where no body can do that here."""
-    name = choose("auto", x, activation)
-    if not hasattr(BODIES[name], "mingru_linear") or x.numel() == 0 or not _plain(x, weight):
+    """`recurrence` of the pre-activations x W^T + b in one go; None where no body can do that here."""
+    name = choose(cell, "auto", x, activation)
+    # Half-width products are rounded with their bias, as `Linear` does it.
+    fits = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if not (fits and hasattr(BODIES[name], "linear_recurrence") and x.numel() > 0 and _plain(x, weight)):
         return None
-    return autograd.linear_mingru(name, x, weight, bias, h, initial.expand_as(h), reset, activation, reverse)
+    kind = Kind(cell, activation, reverse)
+    return autograd.linear_recurrence(name, x, weight, bias, h, initial.expand_as(h), reset, batch_sizes, kind)
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
+def _plain(*tensors: Tensor) -> bool:
     """Whether nothing stands between these tensors and a kernel: no capture, no transform, no tensor type of its own.
 
-    What stands there knows the linear map and the recurrence apart, and has rules for each.
+    What stands there knows the operations apart, and has rules for each.
     """
     return (
-        type(x) is Tensor
-        and type(weight) in (nn.Parameter, Tensor)
-        and x.dtype == weight.dtype
-        # Half-width products are rounded with their bias, as `Linear` does it.
-        and x.dtype in (torch.float32, torch.float64)
+        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

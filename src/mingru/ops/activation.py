@@ -5,7 +5,7 @@ activation     value                                      derivative
 =============  =========================================  ==========================
 ``positive``   g(v) = v + 0.5 for v >= 0, sigma(v) below  1, sigma(v) sigma(-v) below
 ``linear``     v                                          1
-``tanh``       tanh(v)                                    1 - tanh(v)^2
+``tanh``       tanh(v)                                    4 sigma(2v) sigma(-2v)
 =============  =========================================  ==========================
 
 ``torch.where`` is not vectorised on the CPU (3 ms for a million elements where a sigmoid takes 0.3, torch 2.13), so the
@@ -66,7 +66,8 @@ def derivative_into(v: Tensor, activation: str, out: Tensor) -> Tensor:
         torch.clamp_max(v, 0.0, out=out).sigmoid_()
         return out.addcmul_(out, out, value=-1.0).add_(v >= 0, alpha=0.75)
     if activation == "tanh":
-        return torch.tanh(v, out=out).square_().neg_().add_(1.0)
+        torch.abs(v, out=out).mul_(-2.0).sigmoid_()
+        return out.addcmul_(out, out, value=-1.0).mul_(4.0)
     return out.fill_(1.0)
 
 
@@ -75,5 +76,6 @@ def derivative(v: Tensor, activation: str) -> Tensor:
         s = _left(v).sigmoid()
         return s * (1.0 - s) + 0.75 * (v >= 0).to(v.dtype)
     if activation == "tanh":
-        return 1.0 - v.tanh().square()
+        # 1 - tanh(v)^2 would cancel.
+        return 4.0 * (2.0 * v).sigmoid() * (-2.0 * v).sigmoid()
     return torch.ones_like(v)

@@ -10,7 +10,8 @@ forward mode is one more scan; and as nothing mixes batch elements, `vmap` folds
 `torch.compile` traces no function that has rules for the latter two, hence the base classes without them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms
 
+from . import packed
 from .activation import activate, derivative
+from .cell import NUM_INPUTS, Kind, as_mingru
 from .choice import BODIES
 from .shape import States, accumulate_dtype, along
+
+# From this many input features on, products are kept for backward; below, it is quicker to compute them again than to
+# write and read them.
+_WIDE = 64
 
 
 def linear_scan(body: str, a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
@@ -44,7 +51,21 @@ def mingru(
     return states
 
 
-def linear_mingru(
+def recurrence(
+    body: str,
+    inputs: Sequence[Tensor],
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    kind: Kind,
+) -> States:
+    """Any cell, packed or not, by a body that has `recurrence`."""
+    states: States = _Recurrence.apply(body, kind, h, initial, reset, batch_sizes, *inputs)  # type: ignore[no-untyped-call]
+    return states
+
+
+def linear_recurrence(
     body: str,
     x: Tensor,
     weight: Tensor,
@@ -52,18 +73,43 @@ def linear_mingru(
     h: Tensor,
     initial: Tensor,
     reset: Tensor | None,
-    activation: str,
-    reverse: bool,
+    batch_sizes: Tensor | None,
+    kind: Kind,
 ) -> States:
-    """`mingru` of the pre-activations x W^T + b, by a body that has `mingru_linear` and its relatives."""
-    inputs = (x, weight, bias, h, initial, reset, activation, reverse)
-    run: Any = _LinearMinGRU.apply if torch.is_grad_enabled() else _without_gradient
-    states: States = run(body, *inputs)
-    return states
+    """The same of the pre-activations x W^T + b, by a body that has `linear_recurrence`."""
+    inputs = (x, weight, bias, h, initial, reset, batch_sizes)
+    if torch.is_grad_enabled():
+        states: States = _LinearRecurrence.apply(body, kind, *inputs)  # type: ignore[no-untyped-call]
+        return states
+    out, last, _ = BODIES[body].linear_recurrence(*inputs, kind, False)  # type: ignore[attr-defined]
+    return out, last
 
 
-def _without_gradient(body: str, *inputs: Any) -> Any:
-    return BODIES[body].mingru_linear(*inputs)  # type: ignore[attr-defined]
+def composed(
+    body: str,
+    inputs: Sequence[Tensor],
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    kind: Kind,
+) -> States:
+    """`recurrence` made of `mingru` and differentiable operations around it: for every body, and every derivative."""
+    gate, candidate = as_mingru(kind.cell, list(inputs))
+    if batch_sizes is None:
+        return _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, kind.reverse)
+    rows, missing = packed.spread_index(batch_sizes, kind.reverse)
+    # Where a sequence has ended, a shut gate keeps its state.
+    gate, candidate = packed.spread(gate, rows, missing, -math.inf), packed.spread(candidate, rows, missing, 0.0)
+    reset = None if reset is None else packed.spread(reset, rows, missing, False)
+    out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, False)
+    return packed.gather(out, packed.gather_index(rows, missing)), last
+
+
+def _any_mingru(body: str, *inputs: Any) -> States:
+    if BODIES[body].DIFFERENTIABLE:
+        return BODIES[body].mingru(*inputs)
+    return mingru(body, *inputs)
 
 
 def _refuse_forward_over_forward() -> None:
@@ -241,31 +287,90 @@ class _MinGRU(_MinGRUBase):
         return _unfold(info, mingru(*_fold(info, in_dims, args)))
 
 
-class _LinearMinGRU(torch.autograd.Function):
-    """The first derivative by the body's own kernels; a second one by those of the linear map and of `mingru`."""
+class _Recurrence(torch.autograd.Function):
+    """The first derivative by the body's own kernels; a second one by those of `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, body: str, *inputs: Any) -> States:
-        *tensors, activation, reverse = inputs
-        ctx.body, ctx.options = body, (activation, reverse)
-        out, last, product = BODIES[body].mingru_linear_keeping(*inputs)  # type: ignore[attr-defined]
-        ctx.save_for_backward(*tensors, out, product)
+    def forward(
+        ctx: Any,
+        body: str,
+        kind: Kind,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        batch_sizes: Tensor | None,
+        *inputs: Tensor,
+    ) -> States:
+        ctx.body, ctx.kind = body, kind
+        out, last = BODIES[body].recurrence(inputs, h, initial, reset, batch_sizes, kind)  # type: ignore[attr-defined]
+        ctx.save_for_backward(reset, batch_sizes, out, h, initial, *inputs)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        *inputs, reset, out, product = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:6]
+        reset, batch_sizes, out, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+
+        def again(h: Tensor, initial: Tensor, *inputs: Tensor) -> States:
+            return composed(ctx.body, inputs, h, initial, reset, batch_sizes, ctx.kind)
+
         if torch.is_grad_enabled():
-            # Views, so that no gradient runs on from one input into another that it was made from.
-            inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-            x, weight, bias, h, initial = inputs
-            gate, candidate = F.linear(x, weight, bias).chunk(2, -1)
-            states = mingru(ctx.body, gate, candidate, h, initial, reset, *ctx.options)
-            wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True))
-            grads = [next(found) if need else None for need in needs]
+            grads = _differentiable(again, tensors, [*needs[2:4], *needs[6:]], grad)
         else:
-            backward = BODIES[ctx.body].mingru_linear_backward  # type: ignore[attr-defined]
-            grads = backward(*inputs, reset, out, product, *grad, *ctx.options, needs[:3])
-        return None, *grads, None, None, None
+            h, initial, *inputs = tensors
+            backward = BODIES[ctx.body].recurrence_backward  # type: ignore[attr-defined]
+            *grads, grad_h, grad_initial = backward(inputs, h, initial, reset, batch_sizes, out, grad, ctx.kind)
+            grads = [grad_h, grad_initial, *grads]
+        return None, None, *grads[:2], None, None, *grads[2:]
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """Likewise, with the linear map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        body: str,
+        kind: Kind,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        initial: Tensor,
+        reset: Tensor | None,
+        batch_sizes: Tensor | None,
+    ) -> States:
+        ctx.body, ctx.kind = body, kind
+        tensors = (x, weight, bias, h, initial)
+        keep = x.shape[-1] >= _WIDE
+        out, last, product = BODIES[body].linear_recurrence(*tensors, reset, batch_sizes, kind, keep)  # type: ignore[attr-defined]
+        ctx.save_for_backward(reset, batch_sizes, out, product, *tensors)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        reset, batch_sizes, out, product, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:7]
+
+        def again(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, initial: Tensor) -> States:
+            inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.kind.cell], -1)
+            return composed(ctx.body, inputs, h, initial, reset, batch_sizes, ctx.kind)
+
+        if torch.is_grad_enabled():
+            grads = _differentiable(again, tensors, needs, grad)
+        else:
+            backward = BODIES[ctx.body].linear_recurrence_backward  # type: ignore[attr-defined]
+            grads = backward(*tensors, reset, batch_sizes, out, product, grad, ctx.kind, needs[:3])
+        return None, None, *grads, None, None
+
+
+def _differentiable(
+    function: Callable[..., States], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Any
+) -> list[Tensor | None]:
+    """The gradients of those tensors that need one, themselves differentiable, from a second run of the function."""
+    # Views, so that no gradient runs on from one tensor into another that it was made from.
+    views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    wanted = [view for view, need in zip(views, needs, strict=True) if need]
+    states = function(*views)
+    found = iter(torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if need else None for need in needs]

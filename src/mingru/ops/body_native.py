@@ -4,6 +4,7 @@ They take sequences (B, S, N), states in the type of computation, and dense lane
 form and back. Operators are registered with torch's dispatcher when this module is imported.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .activation import ACTIVATIONS
+from .cell import NUM_INPUTS, Kind
 from .shape import States, accumulate_dtype, time_first
 
 DIFFERENTIABLE = False
@@ -45,18 +47,51 @@ def _register_shapes() -> None:
     def linear_scan_backward(a: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
         return sequence(a, 2 * a.shape[2]), torch.empty_like(h)
 
-    def mingru_forward(gate: Tensor, candidate: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> States:
-        return sequence(gate, gate.shape[2]), torch.empty_like(h)
+    def recurrence_forward(inputs: list[Tensor], bias: Tensor | None, h: Tensor, *_: Any) -> States:
+        return sequence(inputs[0], inputs[0].shape[2]), torch.empty_like(h)
 
-    def mingru_backward(gate: Tensor, candidate: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return sequence(gate, 2 * gate.shape[2]), torch.empty_like(h), torch.empty_like(h)
+    def recurrence_backward(inputs: list[Tensor], bias: Tensor | None, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        grads = sequence(inputs[0], len(inputs) * inputs[0].shape[2])
+        return grads, torch.empty_like(h), torch.empty_like(h)
 
-    def mingru_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *_: Any) -> States:
-        return sequence(x, weight.shape[0] // 2), torch.empty_like(h)
+    def linear_recurrence_forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *_, cell, _, keep = rest
+        num_columns = weight.shape[0]
+        product = x.new_empty(x.shape[0] * x.shape[1] if keep else 0, num_columns)
+        return sequence(x, num_columns // _num_inputs(cell)), torch.empty_like(h), product
 
-    operators = (linear_scan_forward, linear_scan_backward, mingru_forward, mingru_backward, mingru_linear_forward)
-    for shapes in operators:
+    def linear_recurrence_backward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *_, needs_x, needs_weight, needs_bias = rest
+        grad_x = sequence(x, x.shape[2]) if needs_x else x.new_empty(0)
+        grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
+        grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
+        return grad_x, grad_weight, grad_bias, torch.empty_like(h), torch.empty_like(h)
+
+    for shapes in (
+        linear_scan_forward,
+        linear_scan_backward,
+        recurrence_forward,
+        recurrence_backward,
+        linear_recurrence_forward,
+        linear_recurrence_backward,
+    ):
         torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
+
+
+# The cells as the kernels number them (csrc/scan.h); 0 is the linear scan.
+_CELLS = [(cell, activation) for cell in NUM_INPUTS for activation in ACTIVATIONS]
+
+
+def _number(kind: Kind) -> int:
+    return 1 + _CELLS.index((kind.cell, kind.activation))
+
+
+def _num_inputs(number: int) -> int:
+    return NUM_INPUTS[_CELLS[number - 1][0]]
 
 
 _WHY_NOT = _load()
@@ -97,28 +132,19 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: 
     return out.view(b.shape), last.to(h.dtype)
 
 
-def mingru(
-    gate: Tensor, candidate: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, activation: str, reverse: bool
-) -> States:
-    out, last = torch.ops.mingru.mingru_forward(
-        _lanes(gate),
-        _lanes(candidate),
-        None,
-        *_states(h, initial, reset, gate),
-        reset,
-        ACTIVATIONS.index(activation),
-        reverse,
-    )
-    return out.view(gate.shape), last.to(h.dtype)
-
-
 def linear_scan_backward(
     a: Tensor, h: Tensor, reset: Tensor | None, out: Tensor, grad_out: Tensor, grad_last: Tensor, reverse: bool
 ) -> tuple[Tensor, ...]:
     grads, grad_h = torch.ops.mingru.linear_scan_backward(
         _lanes(a), _state(h, a), reset, _lanes(out), _lanes(grad_out), _state(grad_last, a), reverse
     )
-    return *_apart(grads, a), grad_h.to(h.dtype)
+    return *_apart(grads, [a, a]), grad_h.to(h.dtype)
+
+
+def mingru(
+    gate: Tensor, candidate: Tensor, h: Tensor, initial: Tensor, reset: Tensor | None, activation: str, reverse: bool
+) -> States:
+    return recurrence([gate, candidate], h, initial, reset, None, Kind("mingru", activation, reverse))
 
 
 def mingru_backward(
@@ -133,108 +159,124 @@ def mingru_backward(
     activation: str,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    grads, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
-        _lanes(gate),
-        _lanes(candidate),
-        None,
-        *_states(h, initial, reset, gate),
-        reset,
-        _lanes(out),
-        _lanes(grad_out),
-        _state(grad_last, gate),
-        ACTIVATIONS.index(activation),
-        reverse,
-    )
-    return *_apart(grads, gate), grad_h.to(h.dtype), grad_initial.to(initial.dtype)
+    grad = (grad_out, grad_last)
+    kind = Kind("mingru", activation, reverse)
+    return recurrence_backward([gate, candidate], h, initial, reset, None, out, grad, kind)
 
 
-def mingru_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def recurrence(
+    inputs: Sequence[Tensor],
     h: Tensor,
     initial: Tensor,
     reset: Tensor | None,
-    activation: str,
-    reverse: bool,
+    batch_sizes: Tensor | None,
+    kind: Kind,
 ) -> States:
-    """`mingru` of a linear map of x (B, S, I), block by block, without a tensor of all pre-activations."""
-    out, last = torch.ops.mingru.mingru_linear_forward(
-        x, weight, bias, *_states(h, initial, reset, x), reset, ACTIVATIONS.index(activation), reverse
+    """Any cell from its pre-activations, packed or not."""
+    out, last = torch.ops.mingru.recurrence_forward(
+        [_lanes(x) for x in inputs],
+        None,
+        *_states(h, initial, reset, inputs[0]),
+        reset,
+        batch_sizes,
+        _number(kind),
+        kind.reverse,
     )
-    return out, last.to(h.dtype)
+    return out.view(inputs[0].shape), last.view(h.shape).to(h.dtype)
 
 
-def mingru_linear_keeping(
+def recurrence_backward(
+    inputs: Sequence[Tensor],
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    out: Tensor,
+    grad: States,
+    kind: Kind,
+) -> tuple[Tensor, ...]:
+    """The gradients of all inputs, h and initial."""
+    grads, grad_h, grad_initial = torch.ops.mingru.recurrence_backward(
+        [_lanes(x) for x in inputs],
+        None,
+        *_states(h, initial, reset, inputs[0]),
+        reset,
+        batch_sizes,
+        _lanes(out),
+        _lanes(grad[0]),
+        _state(grad[1], inputs[0]),
+        _number(kind),
+        kind.reverse,
+    )
+    return *_apart(grads, inputs), grad_h.to(h.dtype), grad_initial.to(initial.dtype)
+
+
+def linear_recurrence(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     h: Tensor,
     initial: Tensor,
     reset: Tensor | None,
-    activation: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the products x W^T, which backward needs; the bias is added by the kernels."""
-    product = _from_rows(_rows(x, x) @ weight.t(), x)
-    gate, candidate = product.chunk(2, -1)
-    out, last = torch.ops.mingru.mingru_forward(
-        gate, candidate, bias, *_states(h, initial, reset, x), reset, ACTIVATIONS.index(activation), reverse
+    batch_sizes: Tensor | None,
+    kind: Kind,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """`recurrence` of a linear map of x (B, S, I), block by block; if `keep`, also the products x W^T."""
+    out, last, product = torch.ops.mingru.linear_recurrence_forward(
+        x,
+        weight,
+        bias,
+        *_states(h, initial, reset, x),
+        reset,
+        batch_sizes,
+        _number(kind),
+        kind.reverse,
+        keep,
     )
     return out, last.to(h.dtype), product
 
 
-def mingru_linear_backward(
+def linear_recurrence_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     h: Tensor,
     initial: Tensor,
     reset: Tensor | None,
+    batch_sizes: Tensor | None,
     out: Tensor,
     product: Tensor,
-    grad_out: Tensor,
-    grad_last: Tensor,
-    activation: str,
-    reverse: bool,
+    grad: States,
+    kind: Kind,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias (where needed), h and initial."""
-    gate, candidate = product.chunk(2, -1)
-    grads, grad_h, grad_initial = torch.ops.mingru.mingru_backward(
-        gate,
-        candidate,
+    *grads, grad_h, grad_initial = torch.ops.mingru.linear_recurrence_backward(
+        x,
+        weight,
         bias,
         *_states(h, initial, reset, x),
         reset,
+        batch_sizes,
         out,
-        grad_out,
-        _state(grad_last, x),
-        ACTIVATIONS.index(activation),
-        reverse,
+        product,
+        grad[0],
+        _state(grad[1], x),
+        _number(kind),
+        kind.reverse,
+        *needs,
     )
-    rows = _rows(grads, grads)
-    grad_x = grad_weight = grad_bias = None
-    if needs[0]:
-        grad_x = _from_rows(rows @ weight, grads)
-    if needs[1]:
-        grad_weight = rows.t() @ _rows(x, grads)
-    if needs[2]:
-        grad_bias = rows.sum(0)
-    return grad_x, grad_weight, grad_bias, grad_h.to(h.dtype), grad_initial.to(initial.dtype)
+    grad_x, grad_weight, grad_bias = (found if need else None for found, need in zip(grads, needs, strict=True))
+    return (
+        grad_x,
+        grad_weight,
+        None if grad_bias is None else grad_bias.squeeze(0),
+        grad_h.to(h.dtype),
+        grad_initial.to(initial.dtype),
+    )
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """(B, S, *) as dense (B * S, *), batch and time in the order in which they lie in the memory of `order`."""
-    return (x.transpose(0, 1) if time_first(order) else x).reshape(-1, x.shape[2])
-
-
-def _from_rows(rows: Tensor, order: Tensor) -> Tensor:
-    """Back to (B, S, *)."""
-    batch, steps, _ = order.shape
-    return rows.view(steps, batch, -1).transpose(0, 1) if time_first(order) else rows.view(batch, steps, -1)
-
-
-def _apart(grads: Tensor, like: Tensor) -> list[Tensor]:
-    """The gradients of two inputs, (B, S, 2 N) side by side, each in its input's shape."""
-    return [half.view(like.shape) for half in grads.chunk(2, -1)]
+def _apart(grads: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all inputs, side by side in the last dimension, each in its input's shape."""
+    return [part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True)]

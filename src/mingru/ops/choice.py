@@ -101,9 +101,8 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
-def choose(backend: str, sequence: Tensor, activation: str | None) -> str:
-    """The name of the body that runs on this tensor."""
-    function = "linear_scan" if activation is None else "mingru"
+def choose(function: str, backend: str, sequence: Tensor, activation: str | None) -> str:
+    """The name of the body that runs this function on this tensor."""
     asked_by = f"{function}: backend"
     if backend == "auto":
         backend, asked_by = _chosen.name, f"{function}: use_backend"

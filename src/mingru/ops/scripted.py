@@ -5,13 +5,39 @@ here. `body_torch` explains the method; where memory is not the caller's own, st
 from their carries is as quick as keeping the products of the decays.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from . import packed
 from .activation import activate
+from .cell import as_mingru
 from .shape import States, accumulate_dtype, along, chunks_of
 
 Step = tuple[Tensor, Tensor, Tensor]
+
+
+def recurrence(
+    cell: str,
+    inputs: list[Tensor],
+    h: Tensor,
+    initial: Tensor,
+    reset: Tensor | None,
+    activation: str,
+    reverse: bool,
+    batch_sizes: Tensor | None,
+) -> States:
+    gate, candidate = as_mingru(cell, inputs)
+    if batch_sizes is None:
+        return mingru(gate, candidate, h, initial, reset, activation, reverse)
+    rows, missing = packed.spread_index(batch_sizes, reverse)
+    # Where a sequence has ended, a shut gate keeps its state.
+    gate = packed.spread(gate, rows, missing, -math.inf)
+    candidate = packed.spread(candidate, rows, missing, 0.0)
+    reset = None if reset is None else packed.spread(reset, rows, missing, 0.0)
+    out, last = mingru(gate, candidate, h, initial, reset, activation, False)
+    return packed.gather(out, packed.gather_index(rows, missing)), last
 
 
 def mingru(

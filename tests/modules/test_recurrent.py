@@ -31,6 +31,8 @@ OPTIONS = [
     {"candidate": "linear"},
     {"candidate": "tanh"},
     {"learn_initial_state": True},
+    {"cell": "minlstm"},
+    {"cell": "minlstm", "bias": False, "bidirectional": True},
     {
         "num_layers": 2,
         "batch_first": False,
@@ -41,7 +43,10 @@ OPTIONS = [
     },
 ]
 
+KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
+
 FACTORS = {
+    "cell": list(KINDS),
     "num_layers": [1, 2, 3],
     "bias": [True, False],
     "batch_first": [True, False],
@@ -80,8 +85,12 @@ def named(options):
     return " ".join(f"{name}={value}" for name, value in options.items()) or "plain"
 
 
+def build(hidden_dims=H, *, cell="mingru", **options):
+    return KINDS[cell](IN, hidden_dims, **options)
+
+
 def make(dtype=torch.double, **options):
-    rnn = mingru.MinGRU(IN, H, **options, dtype=dtype)
+    rnn = build(**options, dtype=dtype)
     with torch.no_grad():
         # Away from the values where a forgotten norm weight or a forgotten initial state would not show.
         for name, weight in rnn.named_parameters():
@@ -643,9 +652,10 @@ def test_time_first_is_not_copied_to_batch_first(body, steps, options, with_rese
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("hidden", [32, 64])
 @pytest.mark.parametrize("body", FAST)
-def test_what_is_kept_for_the_backward_pass(body, num_layers, batch_first):
-    batch, steps, hidden = 4, 256, 32
+def test_what_is_kept_for_the_backward_pass(body, hidden, num_layers, batch_first):
+    batch, steps = 4, 256
     rnn = mingru.MinGRU(hidden, hidden, num_layers, batch_first=batch_first)
     x = torch.randn(batch, steps, hidden)
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *rnn.parameters())}
@@ -659,9 +669,10 @@ def test_what_is_kept_for_the_backward_pass(body, num_layers, batch_first):
 
     with mingru.use_backend(body), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out, _ = rnn(x if batch_first else x.view(steps, batch, hidden))
-    # Per layer the two pre-activations and the states.
+    # Per layer the states and, unless they are quicker computed again, the two pre-activations.
+    values = 1 if body == "native" and hidden < 64 else 3
     assert out.requires_grad
-    assert 3 <= sum(kept.values()) / (num_layers * batch * steps * hidden) <= 3.1
+    assert values <= sum(kept.values()) / (num_layers * batch * steps * hidden) <= values + 0.1
 
 
 def test_threads_give_the_same_numbers():
@@ -746,7 +757,7 @@ def test_copies_and_state_dicts(options):
     scripted = torch.jit.script(rnn)
     assert scripted.state_dict().keys() == rnn.state_dict().keys()
     with pytest.raises(RuntimeError, match="size mismatch"):
-        mingru.MinGRU(IN, H + 1, **options).load_state_dict(rnn.state_dict(), strict=True)
+        build(H + 1, **options).load_state_dict(rnn.state_dict(), strict=True)
 
 
 def test_to_another_dtype():
@@ -762,9 +773,9 @@ def test_to_another_dtype():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
 def test_meta_device(options):
-    rnn = mingru.MinGRU(IN, H, **options, device="meta")
+    rnn = build(**options, device="meta")
     with torch.device("meta"):
-        other = mingru.MinGRU(IN, H, **options)
+        other = build(**options)
         x = in_order(rnn, torch.zeros(B, S, IN))
         reset = in_order(rnn, torch.zeros(B, S, dtype=torch.bool))
         h = torch.zeros(1, 1, H)
@@ -779,14 +790,14 @@ def test_meta_device(options):
     torch.manual_seed(5)
     real.reset_parameters()
     torch.manual_seed(5)
-    fresh = mingru.MinGRU(IN, H, **options)
+    fresh = build(**options)
     assert_close(dict(real.named_parameters()), dict(fresh.named_parameters()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
 def test_reset_parameters_draws_as_the_constructor_did(options):
     torch.manual_seed(5)
-    rnn = mingru.MinGRU(IN, H, **options)
+    rnn = build(**options)
     drawn = copy.deepcopy(rnn.state_dict())
     rnn.reset_parameters()
     assert any(not torch.equal(weight, drawn[name]) for name, weight in rnn.named_parameters())
