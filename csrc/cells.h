@@ -36,14 +36,18 @@ struct Positive {
 
   template <class A>
   MINGRU_INLINE A value(A v) {
-    return larger(v + A(0.5), logistic(v).plus);
+    // Right of 0, where the other half is the larger, that of 0 will do. NaN stays.
+    const A p = power(v > A(0) ? A(0) : v);
+    return larger(v + A(0.5), p / (A(1) + p));
   }
 
   template <class A>
   MINGRU_INLINE A value(A v, A& derivative) {
-    const Logistic<A> s = logistic(v);
-    derivative = larger(v >= A(0) ? A(1) : A(0), s.plus * s.minus);
-    return larger(v + A(0.5), s.plus);
+    const A p = power(v > A(0) ? A(0) : v);
+    const A inverse = A(1) / (A(1) + p);
+    const A left = p * inverse;
+    derivative = larger(v >= A(0) ? A(1) : A(0), left * inverse);
+    return larger(v + A(0.5), left);
   }
 };
 
@@ -116,9 +120,9 @@ struct MinLSTM {
 
   template <class A>
   MINGRU_INLINE Shares<A> shares(A forget, A input) {
-    const A forget_power = power(-absolute(forget)), input_power = power(-absolute(input));
+    const A forget_power = power(minus_absolute(forget)), input_power = power(minus_absolute(input));
     const A ahead = (forget < A(0) ? forget : A(0)) - (input < A(0) ? input : A(0));
-    const A behind = power(-absolute(ahead));
+    const A behind = power(minus_absolute(ahead));
     const bool left = ahead < A(0);
     const A forget_weight = (left ? behind : A(1)) * (A(1) + input_power);
     const A input_weight = (left ? A(1) : behind) * (A(1) + forget_power);

@@ -92,18 +92,21 @@ class Run {
   // A sum over time would be added to twice.
   bool may_cut_time() const { return !(backward_ && scan_.grad_initial && scan_.reset); }
 
-  // Thread k takes items k, k + T, ...: of packed sequences, each then has long and short ones.
+  // Neighbours to one thread, which has their rows in its cache, more likely than not. Of packed sequences each thread
+  // takes every T-th, so that it has long ones and short ones.
   template <class F>
   void each(int64_t count, const F& f) const {
-    const auto share = [&](int64_t first) {
-      for (int64_t i = first; i < count; i += threads_) f(i);
-    };
     if (threads_ == 1) {
-      share(0);
+      for (int64_t i = 0; i < count; ++i) f(i);
       return;
     }
+    const int64_t stride = scan_.lengths ? threads_ : 1;
+    const int64_t share = scan_.lengths ? 1 : ceil_div(count, threads_);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) share(thread);
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const int64_t last = stride > 1 ? count : std::min(count, (thread + 1) * share);
+        for (int64_t i = thread * share; i < last; i += stride) f(i);
+      }
     });
   }
 

@@ -371,7 +371,7 @@ class Rows {
  public:
   Rows(const char* name, const Tensor& x, const Tensor& weight, int64_t num_inputs)
       : transposed_(x.dim() == 3 && time_first(x)),
-        dense_(torch::stable::contiguous(transposed_ ? torch::stable::transpose(x, 0, 1) : x)),
+        dense_(dense(transposed_ ? torch::stable::transpose(x, 0, 1) : x)),
         data_(static_cast<char*>(dense_.data_ptr())),
         num_features_(x.size(-1)),
         num_columns_(weight.size(0)) {
@@ -394,6 +394,8 @@ class Rows {
   }
 
  private:
+  static Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
   bool transposed_;
   Tensor dense_;
   char* data_;

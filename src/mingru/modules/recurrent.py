@@ -142,6 +142,12 @@ def _is_plain(linear: nn.Module) -> bool:
     )
 
 
+def _order_of(packed_x: PackedSequence) -> Tensor:
+    """Which element of the batch each of the sorted sequences is."""
+    order = packed_x.sorted_indices
+    return torch.arange(int(packed_x.batch_sizes[0])) if order is None else order.cpu()
+
+
 class Recurrent(nn.Module):
     """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
 
@@ -245,7 +251,8 @@ class Recurrent(nn.Module):
             self._check(x, h, reset, lengths)
         time = 1 if self.batch_first else 0
         batch = x.size(1 - time)
-        if lengths is None:
+        # Where there is no sequence, there is none to pack.
+        if lengths is None or batch == 0:
             if reset is not None and not self.batch_first:
                 reset = reset.transpose(0, 1)
             return self._run(x, self._state(x, h, batch), reset, self.batch_first, None)
@@ -279,7 +286,7 @@ class Recurrent(nn.Module):
         if h is None:
             h = self.initial_state
         assert h is not None
-        state = h.expand(shape)
+        state = h if h.shape == shape else h.expand(shape)
         return state.to(dtype) if dtype != x.dtype else state
 
     def _state_dtype(self, x: Tensor) -> torch.dtype:
@@ -342,6 +349,8 @@ class Recurrent(nn.Module):
             raise TypeError(expectation(self.name, "reset", expected, type(reset).__name__, remedy))
         if not torch.equal(reset.batch_sizes, x.batch_sizes):
             raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
+        if not torch.equal(_order_of(reset), _order_of(x)):
+            raise ValueError(expectation(self.name, "reset", "packed in the order of x", "another order"))
         cuts: Tensor = reset.data.unsqueeze(0)
         check_reset(self.name, cuts, x.data.unsqueeze(0), "(1, rows)")
         return cuts
@@ -349,16 +358,17 @@ class Recurrent(nn.Module):
     def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
         """Refuse an x that does not fit to the weights, and an h that does not fit to x."""
         autocast = is_autocast(x)
-        layer: Any = self.layers[0]
+        layer: Any = next(iter(self.layers))
         weight = layer.linear.weight
         # A quantised linear's weight is a method, and its input any floating tensor.
         if isinstance(weight, Tensor):
             check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast)
         if h is not None:
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
-            count = self.num_layers * self.num_directions
-            remedy = "a state of nn.GRU, (L * D, B, H), becomes one by h.unsqueeze(2)"
-            expanded(self.name, "h", h, (count, batch, 1, self.hidden_dims), "(L * D, B, 1, H)", remedy)
+            shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
+            if h.shape != shape:
+                remedy = "a state of nn.GRU, (L * D, B, H), becomes one by h.unsqueeze(2)"
+                expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
     def extra_repr(self) -> str:
         text = f"{self.input_dims}, {self.hidden_dims}"

@@ -78,7 +78,8 @@ def linear_recurrence(
     if not (fits and hasattr(BODIES[name], "linear_recurrence") and x.numel() > 0 and _plain(x, weight)):
         return None
     kind = Kind(cell, activation, reverse)
-    return autograd.linear_recurrence(name, x, weight, bias, h, initial.expand_as(h), reset, batch_sizes, kind)
+    initial = h if reset is None else initial.expand_as(h)
+    return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind)
 
 
 def _plain(*tensors: Tensor) -> bool:

@@ -86,8 +86,11 @@ def _register_shapes() -> None:
 _CELLS = [(cell, activation) for cell in NUM_INPUTS for activation in ACTIVATIONS]
 
 
+_NUMBERS = {pair: 1 + index for index, pair in enumerate(_CELLS)}
+
+
 def _number(kind: Kind) -> int:
-    return 1 + _CELLS.index((kind.cell, kind.activation))
+    return _NUMBERS[kind.cell, kind.activation]
 
 
 def _num_inputs(number: int) -> int:
@@ -118,7 +121,8 @@ def _lanes(x: Tensor) -> Tensor:
 
 def _state(h: Tensor, sequence: Tensor) -> Tensor:
     """(B, 1, *) as the kernels take it: dense, in the type of computation."""
-    return h.to(accumulate_dtype(sequence.dtype)).contiguous()
+    dtype = accumulate_dtype(sequence.dtype)
+    return (h if h.dtype == dtype else h.to(dtype)).contiguous()
 
 
 def _states(h: Tensor, initial: Tensor, reset: Tensor | None, sequence: Tensor) -> States:

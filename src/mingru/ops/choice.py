@@ -103,15 +103,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(function: str, backend: str, sequence: Tensor, activation: str | None) -> str:
     """The name of the body that runs this function on this tensor."""
-    asked_by = f"{function}: backend"
+    asked_by = "backend"
     if backend == "auto":
-        backend, asked_by = _chosen.name, f"{function}: use_backend"
+        backend, asked_by = _chosen.name, "use_backend"
     if backend == "auto":
-        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"{function}: the environment variable {VARIABLE}"
+        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
     if backend == "auto":
         if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
             _say_once_what_is_missing()
-        return next(name for name in FASTEST_FIRST if _refusal(name, sequence, activation) is None)
+        for name in FASTEST_FIRST:
+            if _refusal(name, sequence, activation) is None:
+                return name
+    asked_by = f"{function}: {asked_by}"
     _check_name(backend, asked_by)
     why = _refusal(backend, sequence, activation)
     if why is not None:
