@@ -11,30 +11,71 @@ import pytest
 
 import mingru
 
+CONV = (
+    "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
+    "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate='positive', learn_initial_state=False, "
+    "batch_first=True, device=None, dtype=None"
+)
+CONV_CELL = (
+    "input_dims, hidden_dims, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None, "
+    "candidate='positive', learn_initial_state=False, device=None, dtype=None"
+)
+FORWARD = "self, x, h=None, reset=None"
 # Name, and what stands between the brackets of its signature.
 CONTRACT = {
     "MinGRU": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, residual=False, norm=None, candidate='positive', learn_initial_state=False, device=None, dtype=None"
-    ),
-    "MinGRU.forward": "self, x, h=None, reset=None, lengths=None",
-    "MinLSTM": (
-        "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, forget_bias=0.0, residual=False, norm=None, candidate='positive', learn_initial_state=False, device=None, "
+        "*, residual=False, norm=None, candidate='positive', learn_initial_state=False, recompute=None, device=None, "
         "dtype=None"
     ),
-    "MinLSTM.forward": "self, x, h=None, reset=None, lengths=None",
+    "MinGRU.forward": f"{FORWARD}, lengths=None",
+    "MinLSTM": (
+        "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
+        "*, forget_bias=0.0, residual=False, norm=None, candidate='positive', learn_initial_state=False, "
+        "recompute=None, device=None, dtype=None"
+    ),
+    "MinLSTM.forward": f"{FORWARD}, lengths=None",
+    "MinGRUCell": (
+        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', learn_initial_state=False, "
+        "device=None, dtype=None"
+    ),
+    "MinGRUCell.forward": FORWARD,
+    "MinLSTMCell": (
+        "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, norm=None, candidate='positive', "
+        "learn_initial_state=False, device=None, dtype=None"
+    ),
+    "MinLSTMCell.forward": FORWARD,
+    **{f"MinConv{dims}dGRU": CONV for dims in (1, 2, 3)},
+    **{f"MinConv{dims}dGRU.forward": FORWARD for dims in (1, 2, 3)},
+    **{f"MinConv{dims}dGRUCell": CONV_CELL for dims in (1, 2, 3)},
+    **{f"MinConv{dims}dGRUCell.forward": FORWARD for dims in (1, 2, 3)},
+    "Stack": "layers, *, dropout=0.0, residual=False",
+    "Stack.forward": f"{FORWARD}, lengths=None",
+    "drop_in.GRU": (
+        "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
+        "device=None, dtype=None, *, proj_size=None, residual=False, norm=None, candidate='positive'"
+    ),
+    "drop_in.GRUCell": (
+        "input_size, hidden_size, bias=True, device=None, dtype=None, *, norm=None, candidate='positive'"
+    ),
+    "drop_in.replace": "module",
+    "convert.from_lucidrains": "state_dict, prefix=''",
+    "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
     "functional.g": "x",
     "functional.log_g": "x",
     "functional.mingru": "gate, candidate, h=None, *, reset=None, backend='auto'",
     "functional.minlstm": "forget, input, candidate, h=None, *, reset=None, backend='auto'",
     "functional.linear_scan": "a, b, h=None, *, reverse=False, reset=None, backend='auto'",
     "functional.parallel_scan_log": "log_a, log_b",
+    "functional.reset_from_lengths": "lengths, num_steps=None",
     "backends": "",
     "use_backend": "name",
 }
 # Keywords that the library adds behind those of the contract.
 ADDED = dict.fromkeys(["functional.mingru", "functional.minlstm"], "*, activation='positive', initial_state=None")
+# Their arguments are those of another class, which tells them.
+THIN = {f"MinConv{dims}dGRU{end}" for dims in (1, 3) for end in ("", "Cell")} | {"MinConv2dGRUCell"}
+MODULES = ("convert", "drop_in", "functional")
 
 
 def parameters(text):
@@ -59,10 +100,10 @@ def test_signatures(name):
 
 
 def test_public_names():
-    assert set(mingru.__all__) == {"MinGRU", "MinLSTM", "__version__", "backends", "functional", "use_backend"}
-    assert set(mingru.functional.__all__) == {"g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log"}
     assert {name.partition(".")[0] for name in CONTRACT} | {"__version__"} == set(mingru.__all__)
-    for module in (mingru, mingru.functional):
+    functions = {name.partition(".")[2] for name in CONTRACT if name.startswith("functional.")}
+    assert functions == set(mingru.functional.__all__)
+    for module in (mingru, *(getattr(mingru, name) for name in MODULES)):
         assert list(module.__all__) == sorted(module.__all__)
         for name in module.__all__:
             assert getattr(module, name) is not None
@@ -72,7 +113,7 @@ def test_nothing_else_is_in_the_package():
     public = {
         name
         for name, value in vars(mingru).items()
-        if not name.startswith("_") and not (isinstance(value, types.ModuleType) and name != "functional")
+        if not name.startswith("_") and not (isinstance(value, types.ModuleType) and name not in MODULES)
     }
     assert public == set(mingru.__all__) - {"__version__"}
 
@@ -83,6 +124,9 @@ def test_public_names_are_documented(name):
     value = found(name)
     text = inspect.getdoc(value)
     assert ">>> " in text
+    if name in THIN:
+        assert "MinConv2dGRU" in text
+        return
     for parameter in inspect.signature(value).parameters:
         assert parameter in text.partition("Args:")[2], parameter
 

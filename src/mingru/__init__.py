@@ -1,8 +1,38 @@
 """Minimal gated recurrent layers for PyTorch, after Feng et al. 2024, "Were RNNs All We Needed?"."""
 
-from . import functional
+from . import convert, drop_in, functional
 from ._version import __version__
-from .modules import MinGRU, MinLSTM
+from .modules import (
+    MinConv1dGRU,
+    MinConv1dGRUCell,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinConv3dGRUCell,
+    MinGRU,
+    MinGRUCell,
+    MinLSTM,
+    MinLSTMCell,
+    Stack,
+)
 from .ops import backends, use_backend
 
-__all__ = ["MinGRU", "MinLSTM", "__version__", "backends", "functional", "use_backend"]
+__all__ = [
+    "MinConv1dGRU",
+    "MinConv1dGRUCell",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
+    "MinConv3dGRU",
+    "MinConv3dGRUCell",
+    "MinGRU",
+    "MinGRUCell",
+    "MinLSTM",
+    "MinLSTMCell",
+    "Stack",
+    "__version__",
+    "backends",
+    "convert",
+    "drop_in",
+    "functional",
+    "use_backend",
+]

@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,10 @@ LINEAR, GRU = "nn.Linear(I, 2H)", "nn.GRU"
 def medians_ms(
     calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
 ) -> dict[str, float]:
-    """Run all calls in turn, round after round, so that a slow spell of the machine meets them all alike."""
+    """Run all calls, round after round, so that a slow spell of the machine meets them all alike.
+
+    Each round has an order of its own: what ran before leaves caches and memory warm or cold.
+    """
     wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else _nothing
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -41,8 +45,10 @@ def medians_ms(
     wait()
     end = time.perf_counter() + seconds
     rounds = 0
+    order, draw = list(calls.items()), random.Random(0)
     while time.perf_counter() < end or rounds < least:
-        for name, call in calls.items():
+        draw.shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
             call()
             wait()

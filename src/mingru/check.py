@@ -1,8 +1,12 @@
 """The sentences in which bad input is refused: function, argument, what was expected, what came, and the remedy."""
 
+import warnings
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
+from .ops.activation import ACTIVATIONS
 from .ops.shape import accumulate_dtype
 
 
@@ -12,6 +16,29 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
 
 def dims(shape: torch.Size | tuple[int, ...]) -> str:
     return str(tuple(shape))
+
+
+def check_dropout(name: str, dropout: float, num_layers: int) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+    if not 0 <= dropout <= 1:
+        raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            f"{name}: dropout={dropout} has no effect on one layer, as the last layer's output is never dropped; add "
+            "layers or set dropout to 0",
+            stacklevel=3,
+        )
+
+
+def check_options(name: str, norm: str | None, norms: Collection[str], candidate: str, dtype: object) -> None:
+    if norm is not None and norm not in tuple(norms):
+        known = ", ".join(repr(each) for each in (None, *norms))
+        raise ValueError(expectation(name, "norm", f"one of {known}", repr(norm)))
+    if candidate not in ACTIVATIONS:
+        raise ValueError(expectation(name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(expectation(name, "dtype", "a floating dtype", repr(dtype)))
 
 
 def check_tensor(

@@ -11,7 +11,7 @@ from .check import check_reset, check_state, check_tensor, dims, expectation
 from .ops import activation as _activation
 from .ops import body_log as _body_log
 
-__all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log"]
+__all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
 
 
 def g(x: Tensor) -> Tensor:
@@ -260,6 +260,60 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     shape = (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:])
     check_tensor(name, "log_b", log_b, like=log_a, like_name="log_a", shape=shape)
     return _body_log.parallel_scan_log(log_a, log_b)
+
+
+def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
+    """Make the mask of resets for sequences that are laid end to end in one row.
+
+        reset_t = true where t = lengths_0 + ... + lengths_{n-1} for an n from 0 to N
+
+    With it, one long row computes what N rows of different lengths would, in both directions and without padding.
+
+    Args:
+        lengths: (N,), integers from 1 on: how many steps each sequence has.
+        num_steps: S, at least the sum of `lengths`. Default: that sum. The steps beyond it are cut off too, so that
+            padding reaches no sequence from behind either.
+
+    Returns:
+        (1, S) bool, on the device of `lengths`: the `reset` of a layer or of the functions above. On a GPU it waits for
+        the numbers.
+
+    Raises:
+        TypeError: `lengths` that are no integer tensor, or a `num_steps` that is no int.
+        ValueError: `lengths` of another shape, or below 1; a `num_steps` below their sum.
+
+    Example:
+        >>> sequences = [torch.randn(length, 3) for length in (2, 1, 3)]
+        >>> reset = mingru.functional.reset_from_lengths(torch.tensor([2, 1, 3]))
+        >>> reset
+        tensor([[ True, False,  True,  True, False, False]])
+        >>> rnn = mingru.MinGRU(3, 8, bidirectional=True)
+        >>> out, h = rnn(torch.cat(sequences)[None], reset=reset)
+        >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2][None])[0])
+    """
+    name = "reset_from_lengths"
+    if not isinstance(lengths, Tensor):
+        remedy = "torch.as_tensor makes one"
+        raise TypeError(expectation(name, "lengths", "an integer tensor (N,)", type(lengths).__name__, remedy))
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), "use lengths.long()"))
+    if lengths.dim() != 1:
+        raise ValueError(expectation(name, "lengths", "(N,)", dims(lengths.shape)))
+    count = lengths.numel()
+    if count and int(lengths.min()) < 1:
+        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
+    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
+        raise TypeError(expectation(name, "num_steps", "an int", repr(num_steps)))
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if count else 0
+    num_steps = total if num_steps is None else num_steps
+    if num_steps < total:
+        raise ValueError(expectation(name, "num_steps", f"at least {total}, the sum of lengths", str(num_steps)))
+    # One place more, for the cut behind the last sequence.
+    reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
+    reset[0, ends - lengths] = True
+    reset[0, total] = True
+    return reset[:, :num_steps]
 
 
 def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False) -> None:

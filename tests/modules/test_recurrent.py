@@ -31,6 +31,8 @@ OPTIONS = [
     {"candidate": "linear"},
     {"candidate": "tanh"},
     {"learn_initial_state": True},
+    {"recompute": True},
+    {"recompute": False, "num_layers": 2},
     {"cell": "minlstm"},
     {"cell": "minlstm", "bias": False, "bidirectional": True},
     {
@@ -55,6 +57,7 @@ FACTORS = {
     "norm": [None, "layer", "rms"],
     "candidate": ["positive", "linear", "tanh"],
     "learn_initial_state": [False, True],
+    "recompute": [None, False, True],
     "h": [None, "full", "zero", "negative", "batch", "one", "layer"],
     "reset": [False, True],
 }
@@ -398,7 +401,7 @@ def test_dropout_of_everything_gives_the_next_layer_zeros():
 
 
 def test_dropout_without_a_layer_to_drop_warns():
-    with pytest.warns(UserWarning, match=r"^MinGRU: dropout=0\.5 has no effect with num_layers=1") as seen:
+    with pytest.warns(UserWarning, match=r"^MinGRU: dropout=0\.5 has no effect on one layer") as seen:
         rnn = mingru.MinGRU(IN, H, dropout=0.5)
     assert [warning.filename for warning in seen] == [__file__]
     x = torch.randn(B, S, IN)
@@ -569,6 +572,8 @@ def test_autocast_keeps_the_state_in_float32(dtype):
         assert reference.relative_error(got, truth[:, -1:]) <= 2e-6
     assert_close(torch.cat(pieces, 1), out)
     assert_close(state, h, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rnn(x, h.bfloat16())[1].dtype == torch.float32
 
 
 def test_autocast_trains():
@@ -652,11 +657,12 @@ def test_time_first_is_not_copied_to_batch_first(body, steps, options, with_rese
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("recompute", [None, False, True])
 @pytest.mark.parametrize("hidden", [32, 64])
 @pytest.mark.parametrize("body", FAST)
-def test_what_is_kept_for_the_backward_pass(body, hidden, num_layers, batch_first):
+def test_what_is_kept_for_the_backward_pass(body, hidden, recompute, num_layers, batch_first):
     batch, steps = 4, 256
-    rnn = mingru.MinGRU(hidden, hidden, num_layers, batch_first=batch_first)
+    rnn = mingru.MinGRU(hidden, hidden, num_layers, batch_first=batch_first, recompute=recompute)
     x = torch.randn(batch, steps, hidden)
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *rnn.parameters())}
     kept = {}
@@ -670,7 +676,7 @@ def test_what_is_kept_for_the_backward_pass(body, hidden, num_layers, batch_firs
     with mingru.use_backend(body), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out, _ = rnn(x if batch_first else x.view(steps, batch, hidden))
     # Per layer the states and, unless they are quicker computed again, the two pre-activations.
-    values = 1 if body == "native" and hidden < 64 else 3
+    values = 1 if body == "native" and (hidden < 64 if recompute is None else recompute) else 3
     assert out.requires_grad
     assert values <= sum(kept.values()) / (num_layers * batch * steps * hidden) <= values + 0.1
 
@@ -940,8 +946,8 @@ BAD_OPTIONS = {
     "dropout NaN": ({"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1, got nan"),
     "dropout a string": ({"dropout": "0.5"}, TypeError, r"dropout must be a number from 0 to 1, got '0\.5'"),
     "dropout True": ({"dropout": True}, TypeError, r"dropout must be a number from 0 to 1, got True"),
-    "unknown norm": ({"norm": "batch"}, ValueError, r"norm must be None or one of \('layer', 'rms'\), got 'batch'"),
-    "norm True": ({"norm": True}, ValueError, r"norm must be None or one of \('layer', 'rms'\), got True"),
+    "unknown norm": ({"norm": "batch"}, ValueError, r"norm must be one of None, 'layer', 'rms', got 'batch'"),
+    "norm True": ({"norm": True}, ValueError, r"norm must be one of None, 'layer', 'rms', got True"),
     "unknown candidate": (
         {"candidate": "relu"},
         ValueError,

@@ -235,6 +235,19 @@ def test_half_width_types_are_float32_inside(body, dtype):
 
 
 @pytest.mark.parametrize("body", ALL_BODIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_width_minlstm_is_float32_inside(body, dtype):
+    forget, candidate, h, initial, reset = make_mingru(2, 300, 4, dtype=dtype, reset=True)
+    admit, h, initial = (3 * torch.randn(2, 300, 4)).to(dtype), h.abs(), initial.abs()
+    out, last = run_minlstm(body, forget, admit, candidate, h, initial, reset)
+    assert out.dtype == last.dtype == dtype
+    wide = [tensor.double() for tensor in (forget, admit, candidate, h)]
+    exact = reference.minlstm(*wide, reset, initial=initial.double())
+    allowed = torch.finfo(dtype).eps / 2 * (1.001 if body != "log" else 1.1)
+    assert reference.relative_error(out, exact) <= allowed
+
+
+@pytest.mark.parametrize("body", ALL_BODIES)
 def test_layouts_give_the_same_numbers(body):
     gate, candidate, h, initial, reset = make_mingru(3, 40, 4, reset=True)
     expected, _ = run_mingru(body, gate, candidate, h, initial, reset)

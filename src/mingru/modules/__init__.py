@@ -1,6 +1,28 @@
 """Layers: they know parameters and shapes, not devices."""
 
+from .cells import MinGRUCell, MinLSTMCell
+from .conv import (
+    MinConv1dGRU,
+    MinConv1dGRUCell,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinConv3dGRUCell,
+)
 from .mingru import MinGRU
 from .minlstm import MinLSTM
+from .stack import Stack
 
-__all__ = ["MinGRU", "MinLSTM"]
+__all__ = [
+    "MinConv1dGRU",
+    "MinConv1dGRUCell",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
+    "MinConv3dGRU",
+    "MinConv3dGRUCell",
+    "MinGRU",
+    "MinGRUCell",
+    "MinLSTM",
+    "MinLSTMCell",
+    "Stack",
+]

@@ -28,6 +28,8 @@ class MinGRU(Recurrent):
         norm: "layer" or "rms" on the input of every layer, or None.
         candidate: "positive": g, the paper's log-space form; "linear": v itself, its plain form; "tanh".
         learn_initial_state: makes the state that stands for 'nothing seen yet' a parameter, (L * D, 1, 1, H).
+        recompute: whether backward computes pre-activations once more rather than keep them, which saves two thirds of
+            the memory that training needs. Default: whichever is quicker. For the back end "native"; the others keep.
         device: of the parameters.
         dtype: of the parameters, a floating one.
 

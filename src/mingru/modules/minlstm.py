@@ -23,7 +23,7 @@ class MinLSTM(Recurrent):
 
     Args:
         input_dims, hidden_dims, num_layers, bias, batch_first, dropout, bidirectional: as of `mingru.MinGRU`.
-        residual, norm, candidate, learn_initial_state, device, dtype: likewise.
+        residual, norm, candidate, learn_initial_state, recompute, device, dtype: likewise.
         forget_bias: added to the bias of the forget gate where parameters are drawn; 1, say, has the layer remember
             longer at first. Needs `bias`.
 
@@ -61,6 +61,7 @@ class MinLSTM(Recurrent):
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
+        recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,6 +77,7 @@ class MinLSTM(Recurrent):
             norm=norm,
             candidate=candidate,
             learn_initial_state=learn_initial_state,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )

@@ -4,7 +4,6 @@ A kind of layer (see `mingru.py` beside this file) adds its recurrence and nothi
 scripts, but for the checks, which a scripted module leaves to torch.
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..check import check_lengths, check_like, check_reset, dims, expanded, expectation
+from ..check import check_dropout, check_lengths, check_like, check_options, check_reset, dims, expanded, expectation
 from ..ops import States, packed, scripted
-from ..ops.activation import ACTIVATIONS, zero_state
+from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -35,6 +34,7 @@ class RecurrentLayer(nn.Module):
         residual: bool,
         norm: str | None,
         candidate: str,
+        recompute: bool | None,
         factory: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class RecurrentLayer(nn.Module):
         self.num_inputs = ops.NUM_INPUTS[cell]
         pre_dims = hidden_dims * self.num_inputs
         self.candidate = candidate
+        self.recompute = recompute
         self.residual = residual
         self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
         self.linear = nn.Linear(input_dims, pre_dims, bias, **factory)
@@ -73,12 +74,7 @@ class RecurrentLayer(nn.Module):
         states = [last]
         if self.linear_reverse is not None:
             # Seen from the end, the boundary before step t comes before step t - 1.
-            cut = reset
-            if reset is not None:
-                if batch_sizes is None:
-                    cut = F.pad(reset[:, 1:], [0, 1], value=0.0)
-                else:
-                    cut = packed.one_step_on(reset, batch_sizes)
+            cut = None if reset is None else packed.one_step_on(reset, batch_sizes)
             back, last = self._direction(y, h[1], initial[1], cut, batch_first, batch_sizes, True)
             # Joined in the order of x, or the copy that this makes would lie in the other one.
             out = torch.cat([out, back if batch_first else back.transpose(0, 1)], -1)
@@ -103,7 +99,8 @@ class RecurrentLayer(nn.Module):
             if _is_plain(linear):
                 x = y if batch_first else y.transpose(0, 1)
                 tensors = (x, linear.weight, linear.bias, h, initial, reset)
-                states = ops.linear_recurrence(self.cell, *tensors, self.candidate, reverse, batch_sizes)
+                how = (self.candidate, reverse, batch_sizes, self.recompute)
+                states = ops.linear_recurrence(self.cell, *tensors, *how)
                 if states is not None:
                     return states
         pre = self._pre_activations(y, reverse)
@@ -129,23 +126,27 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class's `forward`."""
+    return bool(
+        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a call of it comes to F.linear(x, weight, bias): no quantised or parametrised one, and nothing hooked."""
-    return (
-        type(linear) is nn.Linear
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-        and "forward" not in linear.__dict__
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and not linear._backward_hooks
-        and not linear._backward_pre_hooks
-    )
+    return type(linear) is nn.Linear and not is_hooked(linear)
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:
     """Which element of the batch each of the sorted sequences is."""
     order = packed_x.sorted_indices
-    return torch.arange(int(packed_x.batch_sizes[0])) if order is None else order.cpu()
+    return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
 
 
 class Recurrent(nn.Module):
@@ -167,6 +168,7 @@ class Recurrent(nn.Module):
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
+        recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -177,22 +179,8 @@ class Recurrent(nn.Module):
                 raise TypeError(expectation(self.name, argument, "an int", f"{size!r}"))
             if size < 1:
                 raise ValueError(expectation(self.name, argument, "at least 1", str(size)))
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
-        if not 0 <= dropout <= 1:
-            raise ValueError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
-        if norm is not None and norm not in tuple(NORMS):
-            raise ValueError(expectation(self.name, "norm", f"None or one of {tuple(NORMS)}", repr(norm)))
-        if candidate not in ACTIVATIONS:
-            raise ValueError(expectation(self.name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(expectation(self.name, "dtype", "a floating dtype", repr(dtype)))
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(
-                f"{self.name}: dropout={dropout} has no effect with num_layers=1, as the last layer's output is never "
-                "dropped; set num_layers above 1 or dropout to 0",
-                stacklevel=2,
-            )
+        check_dropout(self.name, dropout, num_layers)
+        check_options(self.name, norm, NORMS, candidate, dtype)
         self.input_dims = input_dims
         self.hidden_dims = hidden_dims
         self.num_layers = num_layers
@@ -204,6 +192,7 @@ class Recurrent(nn.Module):
         self.norm = norm
         self.candidate = candidate
         self.learn_initial_state = bool(learn_initial_state)
+        self.recompute = None if recompute is None else bool(recompute)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_directions = 2 if bidirectional else 1
@@ -218,6 +207,7 @@ class Recurrent(nn.Module):
                 self.residual,
                 norm,
                 candidate,
+                self.recompute,
                 factory,
             )
             for index in range(num_layers)
@@ -263,7 +253,8 @@ class Recurrent(nn.Module):
         cuts = None if reset is None else reset.flatten().index_select(0, places).unsqueeze(0)
         state = self._state(x, h, batch).index_select(1, order)
         out, last = self._run(rows, state, cuts, True, batch_sizes)
-        padded = out.new_zeros([x.size(0) * x.size(1), out.size(2)]).index_copy(0, places, out.squeeze(0))
+        padded = out.new_zeros([x.size(0) * x.size(1), out.size(2)])
+        padded[places] = out.squeeze(0)
         return torch.unflatten(padded, 0, [x.size(0), x.size(1)]), last.index_select(1, order.argsort())
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
@@ -279,21 +270,18 @@ class Recurrent(nn.Module):
 
     def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
         """The state (L * D, B, 1, H) that h, or its absence, stands for."""
-        shape = [self.num_layers * self.num_directions, batch, 1, self.hidden_dims]
-        dtype = self._state_dtype(x)
+        shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
+        autocast = False
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            autocast = is_autocast(x)
+        dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
         if h is None and self.initial_state is None:
             return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
         if h is None:
             h = self.initial_state
         assert h is not None
         state = h if h.shape == shape else h.expand(shape)
-        return state.to(dtype) if dtype != x.dtype else state
-
-    def _state_dtype(self, x: Tensor) -> torch.dtype:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return x.dtype
-        else:
-            return accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
+        return state.to(dtype) if autocast else state
 
     def _initial(self, state: Tensor) -> Tensor:
         """What a reset means, (L * D, 1, 1, H)."""
@@ -382,6 +370,7 @@ class Recurrent(nn.Module):
             "norm": None,
             "candidate": "positive",
             "learn_initial_state": False,
+            "recompute": None,
             "forget_bias": 0.0,
         }
         for argument, default in defaults.items():

@@ -15,7 +15,16 @@ from .cell import NUM_INPUTS, Kind
 from .choice import BODIES, backends, choose, use_backend
 from .shape import States
 
-__all__ = ["NUM_INPUTS", "States", "backends", "linear_recurrence", "linear_scan", "recurrence", "use_backend"]
+__all__ = [
+    "NUM_INPUTS",
+    "States",
+    "are_plain",
+    "backends",
+    "linear_recurrence",
+    "linear_scan",
+    "recurrence",
+    "use_backend",
+]
 
 
 def linear_scan(
@@ -55,7 +64,7 @@ def recurrence(
     initial = initial.expand_as(h)
     kind = Kind(cell, activation, reverse)
     has_kernel = hasattr(BODIES[name], "recurrence") and (cell != "mingru" or batch_sizes is not None)
-    run = autograd.recurrence if has_kernel and _plain(*inputs) else autograd.composed
+    run = autograd.recurrence if has_kernel and are_plain(*inputs) else autograd.composed
     return run(name, inputs, h, initial, reset, batch_sizes, kind)
 
 
@@ -70,19 +79,23 @@ def linear_recurrence(
     activation: str = "positive",
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool | None = None,
 ) -> States | None:
-    """`recurrence` of the pre-activations x W^T + b in one go; None where no body can do that here."""
+    """`recurrence` of the pre-activations x W^T + b in one go; None where no body can do that here.
+
+    Backward computes them once more if `recompute`, or keeps them; by default it does what is quicker.
+    """
     name = choose(cell, "auto", x, activation)
     # Half-width products are rounded with their bias, as `Linear` does it.
     fits = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if not (fits and hasattr(BODIES[name], "linear_recurrence") and x.numel() > 0 and _plain(x, weight)):
+    if not (fits and hasattr(BODIES[name], "linear_recurrence") and x.numel() > 0 and are_plain(x, weight)):
         return None
     kind = Kind(cell, activation, reverse)
     initial = h if reset is None else initial.expand_as(h)
-    return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind)
+    return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind, recompute)
 
 
-def _plain(*tensors: Tensor) -> bool:
+def are_plain(*tensors: Tensor) -> bool:
     """Whether nothing stands between these tensors and a kernel: no capture, no transform, no tensor type of its own.
 
     What stands there knows the operations apart, and has rules for each.

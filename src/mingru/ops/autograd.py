@@ -75,11 +75,13 @@ def linear_recurrence(
     reset: Tensor | None,
     batch_sizes: Tensor | None,
     kind: Kind,
+    recompute: bool | None,
 ) -> States:
     """The same of the pre-activations x W^T + b, by a body that has `linear_recurrence`."""
     inputs = (x, weight, bias, h, initial, reset, batch_sizes)
     if torch.is_grad_enabled():
-        states: States = _LinearRecurrence.apply(body, kind, *inputs)  # type: ignore[no-untyped-call]
+        keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
+        states: States = _LinearRecurrence.apply(body, kind, keep, *inputs)  # type: ignore[no-untyped-call]
         return states
     out, last, _ = BODIES[body].linear_recurrence(*inputs, kind, False)  # type: ignore[attr-defined]
     return out, last
@@ -97,13 +99,15 @@ def composed(
     """`recurrence` made of `mingru` and differentiable operations around it: for every body, and every derivative."""
     gate, candidate = as_mingru(kind.cell, list(inputs))
     if batch_sizes is None:
-        return _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, kind.reverse)
-    rows, missing = packed.spread_index(batch_sizes, kind.reverse)
-    # Where a sequence has ended, a shut gate keeps its state.
-    gate, candidate = packed.spread(gate, rows, missing, -math.inf), packed.spread(candidate, rows, missing, 0.0)
-    reset = None if reset is None else packed.spread(reset, rows, missing, False)
-    out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, False)
-    return packed.gather(out, packed.gather_index(rows, missing)), last
+        out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, kind.reverse)
+    else:
+        rows, missing = packed.spread_index(batch_sizes, kind.reverse)
+        # Where a sequence has ended, a shut gate keeps its state.
+        gate, candidate = packed.spread(gate, rows, missing, -math.inf), packed.spread(candidate, rows, missing, 0.0)
+        reset = None if reset is None else packed.spread(reset, rows, missing, False)
+        out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, False)
+        out = packed.gather(out, packed.gather_index(rows, missing))
+    return out.to(inputs[0].dtype), last
 
 
 def _any_mingru(body: str, *inputs: Any) -> States:
@@ -332,6 +336,7 @@ class _LinearRecurrence(torch.autograd.Function):
         ctx: Any,
         body: str,
         kind: Kind,
+        keep: bool,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -342,7 +347,6 @@ class _LinearRecurrence(torch.autograd.Function):
     ) -> States:
         ctx.body, ctx.kind = body, kind
         tensors = (x, weight, bias, h, initial)
-        keep = x.shape[-1] >= _WIDE
         out, last, product = BODIES[body].linear_recurrence(*tensors, reset, batch_sizes, kind, keep)  # type: ignore[attr-defined]
         ctx.save_for_backward(reset, batch_sizes, out, product, *tensors)
         return out, last
@@ -350,7 +354,7 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         reset, batch_sizes, out, product, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:7]
+        needs = ctx.needs_input_grad[3:8]
 
         def again(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, initial: Tensor) -> States:
             inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.kind.cell], -1)
@@ -361,7 +365,7 @@ class _LinearRecurrence(torch.autograd.Function):
         else:
             backward = BODIES[ctx.body].linear_recurrence_backward  # type: ignore[attr-defined]
             grads = backward(*tensors, reset, batch_sizes, out, product, grad, ctx.kind, needs[:3])
-        return None, None, *grads, None, None
+        return None, None, None, *grads, None, None
 
 
 def _differentiable(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shape import accumulate_dtype
+
 # Pre-activations of each, in the order of the weights' rows: gate, candidate; forget, input, candidate.
 NUM_INPUTS = {"mingru": 2, "minlstm": 3}
 
@@ -23,7 +25,10 @@ def as_mingru(cell: str, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     minLSTM's gates share 1 between them, which makes them one gate of the difference of their logarithms:
 
         sigma(i) / (sigma(f) + sigma(i)) = sigma(log sigma(i) - log sigma(f))
+
+    In the type of computation, as a gate rounded to half its width would be another one; outputs are so too.
     """
     if cell == "minlstm":
-        return F.logsigmoid(inputs[1]) - F.logsigmoid(inputs[0]), inputs[2]
+        forget, admit, candidate = [x.to(accumulate_dtype(x.dtype)) for x in inputs]
+        return F.logsigmoid(admit) - F.logsigmoid(forget), candidate
     return inputs[0], inputs[1]

@@ -6,6 +6,7 @@ CPU, counts them; the longest sequence is the first. For the bodies that know no
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .shape import along
@@ -14,7 +15,7 @@ from .shape import along
 def pack_index(lengths: Tensor, num_steps: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_sizes`, the order of the batch, and for each row its place in the flat padded (B, S, *), or (S, B, *)."""
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    steps = torch.arange(num_steps).unsqueeze(1)
+    steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)
     there = steps < lengths
     batch_sizes = there.sum(1)[: int(lengths[0])]
     places = order * num_steps + steps if batch_first else steps * lengths.numel() + order
@@ -23,18 +24,19 @@ def pack_index(lengths: Tensor, num_steps: int, batch_first: bool) -> tuple[Tens
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
     """(B)"""
-    return (batch_sizes > torch.arange(int(batch_sizes[0])).unsqueeze(1)).sum(1)
+    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(1)
+    return (batch_sizes > batch).sum(1)
 
 
 def spread_index(batch_sizes: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """(B, S): the row of each step, turned round within each sequence if `reverse`; and where there is none (row 0)."""
     lengths = lengths_of(batch_sizes).unsqueeze(1)
-    steps = torch.arange(batch_sizes.numel()).unsqueeze(0)
+    steps = torch.arange(batch_sizes.numel(), device=batch_sizes.device).unsqueeze(0)
     missing = steps >= lengths
     if reverse:
         steps = lengths - 1 - steps
     first_rows = batch_sizes.cumsum(0) - batch_sizes
-    rows = first_rows[steps.clamp_min(0)] + torch.arange(lengths.numel()).unsqueeze(1)
+    rows = first_rows[steps.clamp_min(0)] + torch.arange(lengths.numel(), device=lengths.device).unsqueeze(1)
     return rows.masked_fill(missing, 0), missing
 
 
@@ -58,11 +60,13 @@ def gather(padded: Tensor, index: Tensor) -> Tensor:
     return padded.flatten(0, 1).index_select(0, index.to(padded.device)).unsqueeze(0)
 
 
-def one_step_on(reset: Tensor, batch_sizes: Tensor) -> Tensor:
-    """The mask (1, rows) whose step t is step t + 1 of this one, and false at each sequence's end."""
+def one_step_on(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """The mask, (B, S) or (1, rows), whose step t is step t + 1 of this one, and false at each sequence's end."""
+    if batch_sizes is None:
+        return F.pad(reset[:, 1:], [0, 1], value=0.0)
     following = batch_sizes[1:]
     first_rows = batch_sizes.cumsum(0) - batch_sizes
-    batch = torch.arange(int(batch_sizes[0])).unsqueeze(0)
+    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
     there = batch < following.unsqueeze(1)
     before = (first_rows[:-1].unsqueeze(1) + batch)[there]
     after = (first_rows[1:].unsqueeze(1) + batch)[there]

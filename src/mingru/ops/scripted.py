@@ -30,14 +30,16 @@ def recurrence(
 ) -> States:
     gate, candidate = as_mingru(cell, inputs)
     if batch_sizes is None:
-        return mingru(gate, candidate, h, initial, reset, activation, reverse)
-    rows, missing = packed.spread_index(batch_sizes, reverse)
-    # Where a sequence has ended, a shut gate keeps its state.
-    gate = packed.spread(gate, rows, missing, -math.inf)
-    candidate = packed.spread(candidate, rows, missing, 0.0)
-    reset = None if reset is None else packed.spread(reset, rows, missing, 0.0)
-    out, last = mingru(gate, candidate, h, initial, reset, activation, False)
-    return packed.gather(out, packed.gather_index(rows, missing)), last
+        out, last = mingru(gate, candidate, h, initial, reset, activation, reverse)
+    else:
+        rows, missing = packed.spread_index(batch_sizes, reverse)
+        # Where a sequence has ended, a shut gate keeps its state.
+        gate = packed.spread(gate, rows, missing, -math.inf)
+        candidate = packed.spread(candidate, rows, missing, 0.0)
+        reset = None if reset is None else packed.spread(reset, rows, missing, 0.0)
+        out, last = mingru(gate, candidate, h, initial, reset, activation, False)
+        out = packed.gather(out, packed.gather_index(rows, missing))
+    return out.to(inputs[0].dtype), last
 
 
 def mingru(

@@ -1,0 +1,217 @@
+"""Dates as people write them to ISO dates, by an encoder and a decoder that were written for nn.GRU.
+
+    pip install torch-mingru[examples]
+    python examples/encoder_decoder.py            # minGRU, from mingru.drop_in
+    python examples/encoder_decoder.py --torch    # nn.GRU: another import, and no other change
+    python examples/encoder_decoder.py --both     # one after the other
+
+    Wednesday, the 12th of March 1997  ->  1997-03-12
+
+The encoder reads packed sequences of different lengths in both directions. The decoder starts from its last states; in
+training it is told the right characters, in a test it goes on from its own. Tests are on dates that training never saw.
+
+With the defaults on two CPU cores, minGRU gets 98.3 % of unseen dates right after 14 s (seeds 1 and 2: 99.1 %), nn.GRU
+100 % after 54 s. nn.GRU learns this task in fewer steps, minGRU takes a quarter of the time for each: it is at 100 %
+with `--steps 3000`, after 43 s.
+"""
+
+import argparse
+import datetime
+import random
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from tqdm import tqdm
+
+MONTHS = "January February March April May June July August September October November December".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+FORMS = (
+    "{day} {month} {year}",
+    "{month} {day}, {year}",
+    "{month:.3} {day} {year}",
+    "{day}-{month:.3}-{year}",
+    "{day}.{number}.{year}",
+    "{weekday}, {day} {month} {year}",
+    "{weekday}, the {day}{th} of {month} {year}",
+    "the {day}{th} of {month} in the year {year}",
+)
+FIRST, LAST = datetime.date(1900, 1, 1).toordinal(), datetime.date(2099, 12, 31).toordinal()
+EPOCH = 200  # steps between tests
+DIGITS = "0123456789-"
+BEGIN = len(DIGITS)
+LENGTH = len("1997-03-12")
+
+
+def import_gru(use_torch: bool) -> type[nn.Module]:
+    """All that changes."""
+    if use_torch:
+        from torch.nn import GRU
+    else:
+        from mingru.drop_in import GRU
+    return GRU
+
+
+def draw(size: int, held_out: bool, generator: random.Random) -> tuple[list[Tensor], Tensor]:
+    """Characters of dates in some form, each (S,), and of the same in ISO form, (B, LENGTH)."""
+    texts, isos = [], []
+    for _ in range(size):
+        # Every tenth date is for tests.
+        tenth = FIRST + 10 * generator.randrange((LAST - FIRST) // 10)
+        date = datetime.date.fromordinal(tenth if held_out else tenth + generator.randrange(1, 10))
+        ending = "th" if date.day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(date.day % 10, "th")
+        text = generator.choice(FORMS).format(
+            day=date.day,
+            th=ending,
+            weekday=DAYS[date.weekday()],
+            month=MONTHS[date.month - 1],
+            number=date.month,
+            year=date.year,
+        )
+        texts.append(torch.tensor(list(text.encode("ascii"))))
+        isos.append([DIGITS.index(character) for character in date.isoformat()])
+    return texts, torch.tensor(isos)
+
+
+class Encoder(nn.Module):
+    def __init__(self, gru: type[nn.Module], hidden_dims: int, num_layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, hidden_dims)
+        self.rnn = gru(hidden_dims, hidden_dims, num_layers, batch_first=True, bidirectional=True)
+        self.join = nn.Linear(2 * hidden_dims, hidden_dims)
+
+    def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
+        """Padded (B, S) to the states (L, B, H) after both directions' last steps."""
+        self.rnn.flatten_parameters()
+        embedded = self.embedding(characters)
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        _, h_n = self.rnn(packed)
+        layers = h_n.view(self.rnn.num_layers, 2, -1, self.rnn.hidden_size)
+        return torch.tanh(self.join(torch.cat([layers[:, 0], layers[:, 1]], -1)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, gru: type[nn.Module], hidden_dims: int, num_layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(DIGITS) + 1, hidden_dims)
+        self.rnn = gru(2 * hidden_dims, hidden_dims, num_layers, batch_first=True)
+        self.head = nn.Linear(hidden_dims, len(DIGITS))
+
+    def forward(self, digits: Tensor, h: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Digits (B, S), states (L, B, H) and context (B, H) to the logits of the next digits, and states."""
+        embedded = self.embedding(digits)
+        seen = torch.cat([embedded, context.unsqueeze(1).expand(-1, digits.size(1), -1)], -1)
+        out, h = self.rnn(seen, h)
+        return self.head(out), h
+
+
+class Translator(nn.Module):
+    def __init__(self, gru: type[nn.Module], hidden_dims: int, num_layers: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(gru, hidden_dims, num_layers)
+        self.decoder = Decoder(gru, hidden_dims, num_layers)
+
+    def forward(self, characters: Tensor, lengths: Tensor, digits: Tensor | None = None) -> Tensor:
+        """Logits (B, LENGTH, digits): of each given those before it, if told, or after the likeliest so far."""
+        h = self.encoder(characters, lengths)
+        context = h[-1]
+        digit = torch.full_like(characters[:, :1], BEGIN)
+        if digits is not None:
+            return self.decoder(torch.cat([digit, digits[:, :-1]], 1), h, context)[0]
+        steps = []
+        for _ in range(LENGTH):
+            logits, h = self.decoder(digit, h, context)
+            steps.append(logits)
+            digit = logits.argmax(-1)
+        return torch.cat(steps, 1)
+
+
+def batch(size: int, held_out: bool, generator: random.Random, fabric: Fabric) -> tuple[Tensor, Tensor, Tensor]:
+    texts, isos = draw(size, held_out, generator)
+    # pack_padded_sequence takes lengths on the CPU.
+    lengths = torch.tensor([len(text) for text in texts])
+    return fabric.to_device(pad_sequence(texts, batch_first=True)), lengths, fabric.to_device(isos)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, num_tests: int, fabric: Fabric) -> float:
+    """Share of dates that come out right in all characters."""
+    model.eval()
+    characters, lengths, isos = batch(num_tests, True, random.Random(1), fabric)
+    right = (model(characters, lengths).argmax(-1) == isos).all(1)
+    model.train()
+    return right.float().mean().item()
+
+
+def run(use_torch: bool, args: argparse.Namespace) -> None:
+    name = "nn.GRU" if use_torch else "minGRU"
+    fabric = Fabric(accelerator=args.accelerator, devices=1)
+    torch.manual_seed(args.seed)
+    generator = random.Random(args.seed)
+    model = Translator(import_gru(use_torch), args.hidden_dims, args.num_layers)
+    print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters in encoder and decoder")
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(args.steps, 2), pct_start=0.1)
+    model, optimizer = fabric.setup(model, optimizer)
+
+    losses, started = [], time.perf_counter()
+    for step in tqdm(range(1, args.steps + 1), desc=name, unit="step", leave=False, disable=None):
+        characters, lengths, isos = batch(args.batch, False, generator, fabric)
+        loss = F.cross_entropy(model(characters, lengths, isos).flatten(0, 1), isos.flatten())
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        if step % EPOCH == 0 or step == args.steps:
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - started
+            right = accuracy(model, args.num_tests, fabric)
+            tqdm.write(
+                f"{name}: step {step}, training loss {mean:.4f}, {right:.2%} of unseen dates right, "
+                f"{seconds:.1f} s for {len(losses)} steps",
+                sys.stdout,
+            )
+            losses, started = [], time.perf_counter()
+
+
+def whole(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="encoder_decoder.py",
+        description="Train an encoder and a decoder that were written for nn.GRU, with minGRU or with nn.GRU inside.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--torch", action="store_true", help="nn.GRU in place of minGRU")
+    which.add_argument("--both", action="store_true", help="minGRU, then nn.GRU")
+    parser.add_argument("--steps", type=whole, default=1000, help="updates of the weights")
+    parser.add_argument("--batch", type=whole, default=64, help="dates in each")
+    parser.add_argument("--num-tests", type=whole, default=2000, help="unseen dates to test on")
+    parser.add_argument("--hidden-dims", type=whole, default=64, help="features of embeddings and states")
+    parser.add_argument("--num-layers", type=whole, default=2, help="of the encoder and of the decoder")
+    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and dates")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    for use_torch in (False, True) if args.both else (args.torch,):
+        run(use_torch, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""minGRU under the names, shapes and errors of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
+
+    from mingru.drop_in import GRU      # was: from torch.nn import GRU
+
+`replace` does so inside a model that exists. Neither carries weights over: the mathematics are others.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .check import check_like, dims, expectation
+from .modules import MinGRU
+from .modules.recurrent import is_autocast
+from .ops import States
+
+__all__ = ["GRU", "GRUCell", "Report", "replace"]
+
+
+class _DropIn(MinGRU):
+    """What `GRU` and `GRUCell` share: torch's names and repr, 0 as initial state, and the kinds of torch's errors."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        too_small: type[Exception],
+        dtype: torch.dtype | None,
+        **options: Any,
+    ) -> None:
+        name = type(self).__name__
+        for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(expectation(name, argument, "an int", repr(size)))
+            if size < 1:
+                raise too_small(expectation(name, argument, "at least 1", str(size)))
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise RuntimeError(expectation(name, "dtype", "a floating dtype", str(dtype)))
+        super().__init__(input_size, hidden_size, dtype=dtype, **options)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.zero_state = 0.0
+
+    def _check_tensor(self, argument: str, x: Any) -> None:
+        """What torch meets with an AttributeError, as it asks for the dimensions of anything."""
+        if isinstance(x, Tensor):
+            return
+        remedy = "torch.as_tensor makes one"
+        if isinstance(x, tuple):
+            remedy = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
+        raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
+
+    def _check_input(self, x: Tensor, wrong_dtype: type[Exception]) -> None:
+        if x.shape[-1] != self.input_size:
+            expected = f"of {self.input_size} features as input_size is {self.input_size}"
+            raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape)))
+        layer: Any = self.layers[0]
+        weight = layer.linear.weight
+        # A quantised linear's weight is a method, and its input any floating tensor.
+        if isinstance(weight, Tensor):
+            self._check_as("input", x, weight, "the layer's weight", wrong_dtype)
+
+    def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+        if hx.shape != shape:
+            expected = f"({letters}) = {dims(shape)}"
+            remedy = ""
+            if hx.dim() == len(shape) + 1 and hx.shape[-2] == 1:
+                remedy = "a state of mingru's own layers becomes one by hx.squeeze(-2)"
+            elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
+                remedy = "batch_first is about the input, states are never so"
+            raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
+        self._check_as("hx", hx, x, "input", RuntimeError)
+
+    def _check_as(self, argument: str, x: Tensor, like: Tensor, like_name: str, wrong_dtype: type[Exception]) -> None:
+        if x.dtype == like.dtype and x.device == like.device:
+            return
+        autocast = is_autocast(x)
+        try:
+            check_like(self.name, argument, x, like, like_name, autocast=autocast)
+        except TypeError as error:
+            raise (RuntimeError if autocast else wrong_dtype)(str(error)) from None
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+
+    def __repr__(self) -> str:
+        # On one line as torch's, which have no modules inside.
+        return f"{self.name}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}"
+        constructor = GRU if isinstance(self, GRU) else GRUCell
+        for argument, parameter in list(inspect.signature(constructor).parameters.items())[2:]:
+            value = getattr(self, argument, parameter.default)
+            if value != parameter.default:
+                text += f", {argument}={value!r}"
+        return text
+
+
+class GRU(_DropIn):
+    """`torch.nn.GRU` with minGRU inside: all steps in parallel, since no gate sees the state.
+
+    Args:
+        input_size: I, features of the input; at least 1.
+        hidden_size: H, features of the state; at least 1.
+        num_layers: L.
+        bias: whether the linear maps have one (one, where torch has two).
+        batch_first: x is (B, S, I), as against (S, B, I). States don't change with it.
+        dropout: probability with which each element of each layer's output but the last's is dropped in training.
+        bidirectional: a second direction in each layer; D = 2, else 1.
+        device: of the parameters.
+        dtype: of the parameters, a floating one.
+        proj_size: refused, as by torch.
+        residual, norm, candidate: what torch has not; as of `mingru.MinGRU`.
+
+    Called with:
+        input: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
+            `torch.nn.utils.rnn.PackedSequence`; dtype and device of the parameters; S at least 1.
+        hx: state before the first step, any real numbers, (L * D, B, H), or (L * D, H) without a batch. Index l * D is
+            layer l forward, l * D + 1 backward. Default: 0.
+
+    Returns:
+        Two tensors. `output`, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, as input is; `h_n`, like hx, is each
+        layer's state after its sequence's last step.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: where torch.nn.GRU raises the same.
+
+    Parameters: those of `mingru.MinGRU` by the same names; state dicts go from one to the other. `reset_parameters`
+    draws as `torch.nn.Linear` does.
+
+    Differs from `torch.nn.GRU` in the mathematics, so that its weights can't be loaded and `weight_ih_l0` and the like
+    are not there; and from `mingru.MinGRU` in the names, the order of input, the shape of states and their default.
+    Under autocast, `output` has autocast's dtype and `h_n` is float32. `flatten_parameters` does nothing.
+
+    Example:
+        >>> rnn = mingru.drop_in.GRU(10, 20, num_layers=2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.zeros(2, 3, 20))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+        >>> rnn
+        GRU(10, 20, num_layers=2)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int | None = None,
+        residual: bool = False,
+        norm: str | None = None,
+        candidate: str = "positive",
+    ) -> None:
+        name = type(self).__name__
+        if proj_size is not None:
+            remedy = "put a linear layer behind this one"
+            raise ValueError(expectation(name, "proj_size", "left out", repr(proj_size), remedy))
+        for argument, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if not isinstance(flag, bool):
+                raise TypeError(expectation(name, argument, "a bool", repr(flag)))
+        if isinstance(dropout, (bool, str)):
+            raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+        super().__init__(
+            input_size,
+            hidden_size,
+            ValueError,
+            dtype,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            residual=residual,
+            norm=norm,
+            candidate=candidate,
+            device=device,
+        )
+        self.mode = "GRU"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> States:  # type: ignore[override]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if input.dim() not in (2, 3) or input.size(-1) != self.input_size or input.size(self._time(input)) == 0:
+                letters = "(B, S, " if self.batch_first else "(S, B, "
+                raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {input.shape}")
+            if hx is not None and list(hx.shape) != self._state_shape(input):
+                raise ValueError(f"{self.name}: hx must be {self._state_shape(input)}, got {hx.shape}")
+        else:
+            if isinstance(input, PackedSequence):
+                return self._packed_call(input, hx)
+            self._check_call(input, hx)
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        h = hx
+        if hx is not None:
+            h = (hx if batched else hx.unsqueeze(1)).unsqueeze(2)
+        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, self.batch_first, None)
+        if batched:
+            return out, last.squeeze(2)
+        else:
+            return out.squeeze(batch_dim), last[:, 0, 0]
+
+    def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
+        rows = input.data
+        if rows.dim() != 2:
+            raise RuntimeError(expectation(self.name, "input", "packed rows (rows, I)", dims(rows.shape)))
+        self._check_input(rows, ValueError)
+        if hx is not None:
+            self._check_tensor("hx", hx)
+            shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
+            self._check_hx(hx, rows, shape, "L * D, B, H")
+        out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
+        return out, last.squeeze(2)
+
+    def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
+        self._check_tensor("input", input)
+        if input.dim() not in (2, 3):
+            letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
+            expected = f"{letters} or (S, {{}})".format(*[self.input_size] * 2)
+            raise ValueError(expectation(self.name, "input", expected, dims(input.shape)))
+        self._check_input(input, ValueError)
+        if input.shape[self._time(input)] == 0:
+            raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(input.shape)))
+        if hx is not None:
+            self._check_tensor("hx", hx)
+            letters = "L * D, B, H" if input.dim() == 3 else "L * D, H"
+            self._check_hx(hx, input, tuple(self._state_shape(input)), letters)
+
+    def _time(self, input: Tensor) -> int:
+        return 1 if self.batch_first and input.dim() == 3 else 0
+
+    def _state_shape(self, input: Tensor) -> list[int]:
+        count = self.num_layers * self.num_directions
+        if input.dim() == 2:
+            return [count, self.hidden_size]
+        else:
+            return [count, input.size(0 if self.batch_first else 1), self.hidden_size]
+
+    def flatten_parameters(self) -> None:
+        """Nothing: there is no other order of the weights."""
+
+
+class GRUCell(_DropIn):
+    """`torch.nn.GRUCell` with minGRU inside: one step of a one-layer `GRU`.
+
+    Args:
+        input_size: I, features of the input; at least 1.
+        hidden_size: H, features of the state; at least 1.
+        bias: whether the linear map has one.
+        device: of the parameters.
+        dtype: of the parameters, a floating one.
+        norm, candidate: what torch has not; as of `mingru.MinGRU`.
+
+    Called with:
+        input: (B, I), or (I,) without a batch; dtype and device of the parameters.
+        hx: state before the step, any real numbers, (B, H) or (H,). Default: 0.
+
+    Returns:
+        The state after the step, like hx; float32 under autocast.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: where torch.nn.GRUCell raises the same; RuntimeError too
+            for a size of 0, which torch takes.
+
+    Parameters: those of a one-layer `GRU` by the same names; state dicts go from one to the other.
+
+    Example:
+        >>> cell = mingru.drop_in.GRUCell(10, 20)
+        >>> hx = None
+        >>> for x in torch.randn(6, 3, 10):  # six steps
+        ...     hx = cell(x, hx)
+        >>> hx.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | None = None,
+        candidate: str = "positive",
+    ) -> None:
+        options = {"bias": bias, "norm": norm, "candidate": candidate, "device": device}
+        super().__init__(input_size, hidden_size, RuntimeError, dtype, **options)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
+                raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {input.shape}")
+            if hx is not None and (hx.shape[:-1] != input.shape[:-1] or hx.size(-1) != self.hidden_size):
+                raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) as input has B, got {hx.shape}")
+        else:
+            self._check_call(input, hx)
+        batched = input.dim() == 2
+        x = input.unsqueeze(1) if batched else input.unsqueeze(0).unsqueeze(0)
+        h = hx
+        if hx is not None:
+            h = (hx if batched else hx.unsqueeze(0)).unsqueeze(1)
+        _, last = self._run(x, self._state(x, h, x.size(0)), None, True, None)
+        return last[0, :, 0] if batched else last[0, 0, 0]
+
+    def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
+        self._check_tensor("input", input)
+        if input.dim() not in (1, 2):
+            expected = f"(B, {self.input_size}) or ({self.input_size},)"
+            raise ValueError(expectation(self.name, "input", expected, dims(input.shape)))
+        self._check_input(input, RuntimeError)
+        if hx is not None:
+            self._check_tensor("hx", hx)
+            if hx.dim() not in (1, 2):
+                raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(hx.shape)))
+            self._check_hx(hx, input, (*input.shape[:-1], self.hidden_size), "B, H" if input.dim() == 2 else "H,")
+
+
+class Report(NamedTuple):
+    """What `replace` did; `print` it."""
+
+    replaced: list[tuple[str, str, str]]
+    """Qualified name, what was there, what is there now."""
+    left: list[tuple[str, str, str]]
+    """Qualified name, what is there, why it was left."""
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {old} -> {new}" for name, old, new in self.replaced]
+        lines += [f"{name}: {old} left as it is: {why}" for name, old, why in self.left]
+        return "\n".join(lines) or "nothing to replace"
+
+
+def replace(module: nn.Module) -> Report:
+    """Swap every `torch.nn.GRU` and `torch.nn.GRUCell` inside a model, in place, for those of this module.
+
+    The new layers have the options, device, dtype and mode (training or not) of the old ones, and are shared where
+    those were. Their weights are fresh, and all of them learn, since those of a GRU have no meaning in a minGRU: train
+    the model, with an optimizer made after this call.
+
+    Args:
+        module: a model. Layers are found where it has them as submodules, not in its lists and other attributes.
+
+    Returns:
+        A `Report`, which prints well. `replaced` has a (qualified name, what was there, what is there now) for each
+        place; `left` a (qualified name, what is there, why) for each subclass of torch's layers, which are left alone.
+
+    Raises:
+        TypeError: module is none.
+        ValueError: module is itself such a layer, which can't be swapped in place; or a layer has hooks, whose meaning
+            for other weights is unknown. Nothing has been replaced then.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
+        >>> print(mingru.drop_in.replace(model))
+        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(expectation("replace", "module", "a torch.nn.Module", type(module).__name__))
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        got = f"{_described(module)} itself"
+        remedy = "where it is made, make a mingru.drop_in layer instead"
+        raise ValueError(expectation("replace", "module", "a model that holds the layers", got, remedy))
+    places = [
+        (parent, key, f"{prefix}.{key}" if prefix else key, layer)
+        for prefix, parent in module.named_modules()
+        for key, layer in parent._modules.items()
+        if isinstance(layer, (nn.GRU, nn.GRUCell))
+    ]
+    made: dict[nn.Module, nn.Module] = {}
+    for _, _, name, layer in places:
+        if type(layer) not in MAKERS:
+            continue
+        if any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks")):
+            remedy = "remove them, and register those that make sense on the new layer"
+            raise ValueError(expectation("replace", name, "without hooks", "some", remedy))
+        if layer not in made:
+            made[layer] = MAKERS[type(layer)](layer)
+    report = Report([], [])
+    for parent, key, name, layer in places:
+        if layer in made:
+            parent._modules[key] = made[layer]
+            report.replaced.append((name, _described(layer), _described(made[layer])))
+        else:
+            report.left.append((name, _described(layer), "a subclass, whose forward may be anything"))
+    return report
+
+
+def _make_layer(old: Any) -> GRU:
+    sizes = (old.input_size, old.hidden_size, old.num_layers, old.bias, old.batch_first)
+    weight = old.weight_ih_l0
+    new = GRU(*sizes, bidirectional=bool(old.bidirectional), device=weight.device, dtype=weight.dtype)
+    # Not through the constructor, which would warn again of a dropout without effect.
+    new.dropout = old.dropout
+    return new.train(old.training)
+
+
+def _make_cell(old: Any) -> GRUCell:
+    weight = old.weight_ih
+    return GRUCell(old.input_size, old.hidden_size, old.bias, weight.device, weight.dtype).train(old.training)
+
+
+MAKERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.GRU: _make_layer, nn.GRUCell: _make_cell}
+
+
+def _described(layer: nn.Module) -> str:
+    """Its repr on one line, with where it is from."""
+    kind = type(layer)
+    return f"{'torch.nn' if kind in MAKERS else kind.__module__}.{kind.__name__}({layer.extra_repr()})"

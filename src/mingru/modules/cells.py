@@ -1,0 +1,177 @@
+"""The layers one step at a time, for loops of the caller's own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import check_like, check_reset, dims, expectation
+from ..ops.shape import accumulate_dtype
+from .mingru import MinGRU
+from .minlstm import MinLSTM
+from .recurrent import Recurrent, is_autocast
+
+
+class RecurrentCell(Recurrent):
+    """A layer's `forward` for one step; mixed into the layer, whose weights and options it has."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if x.dim() not in (1, 2) or x.size(-1) != self.input_dims:
+                raise ValueError(f"{self.name}: x must be (B, {self.input_dims}), got {x.shape}")
+            shape = list(x.shape)
+            shape[-1] = self.hidden_dims
+            if h is not None and list(h.shape) != shape:
+                raise ValueError(f"{self.name}: h must be {shape}, got {h.shape}")
+            if reset is not None and reset.shape != x.shape[:-1]:
+                raise ValueError(f"{self.name}: reset must be {x.shape[:-1]}, got {reset.shape}")
+        else:
+            self._check_step(x, h, reset)
+        batched = x.dim() == 2
+        if not batched:
+            x = x.unsqueeze(0)
+            h = None if h is None else h.unsqueeze(0)
+            reset = None if reset is None else reset.unsqueeze(0)
+        state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
+        cut = None if reset is None else reset.unsqueeze(1)
+        out, last = self._run(x.unsqueeze(1), state, cut, True, None)
+        # The state, not the output: under autocast it stays in float32. An empty one was not made from x.
+        if x.size(0) == 0:
+            last = out.unsqueeze(0).to(last.dtype)
+        return last[0, :, 0] if batched else last[0, 0, 0]
+
+    def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
+        """Refuse what does not fit."""
+        if not isinstance(x, Tensor):
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+        if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
+            expected = f"(B, {self.input_dims}) or ({self.input_dims},) as input_dims is {self.input_dims}"
+            remedy = "the layer takes sequences" if x.dim() == 3 else ""
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy))
+        self._check_beside(x, None, 1)
+        batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
+        if h is not None:
+            check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
+            if h.shape != (*batch, self.hidden_dims):
+                expected = f"({letters}H) = {dims((*batch, self.hidden_dims))}"
+                raise ValueError(expectation(self.name, "h", expected, dims(h.shape)))
+        if reset is not None:
+            check_reset(self.name, reset, x.select(-1, 0), "(B,)" if batch else "a scalar")
+
+
+class MinGRUCell(RecurrentCell, MinGRU):
+    """One step of a minimal gated recurrent unit: arithmetic, weights and options of a one-layer `mingru.MinGRU`.
+
+        z = sigma(W_z x + b_z)
+        h' = (1 - z) h + z g(W_h x + b_h)
+
+    Args:
+        input_dims, hidden_dims, bias, norm, candidate, learn_initial_state, device, dtype: as of `mingru.MinGRU`.
+
+    Called with:
+        x: (B, I), or (I,) for one element without a batch; dtype and device of the parameters.
+        h: state before the step, (B, H) or (H,), any real numbers; dtype of x, or float32 beside half-width x.
+            Default: the 'zero' state g(0) = 0.5 (0 where `candidate` is not "positive"), or the learned one.
+        reset: bool, (B,) or a scalar. Where true, the state is put back to the zero or learned state before the step.
+
+    Returns:
+        The state after the step, (B, H) or (H,), differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a size, shape, device, norm or candidate that does not fit.
+
+    Parameters: those of the layer, by the same names, so that the state dict of one loads into the other.
+
+    Numerics: as of `mingru.MinGRU`; under autocast the state stays in float32.
+
+    Differs from `torch.nn.GRUCell` as the layer does from `torch.nn.GRU`; `h=None` means 0.5 here, not 0.
+
+    Example:
+        >>> cell = mingru.MinGRUCell(input_dims=3, hidden_dims=64)
+        >>> h = None
+        >>> for x in torch.randn(5, 10, 3):  # five steps
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([10, 64])
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        norm: str | None = None,
+        candidate: str = "positive",
+        learn_initial_state: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_dims,
+            hidden_dims,
+            bias=bias,
+            norm=norm,
+            candidate=candidate,
+            learn_initial_state=learn_initial_state,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class MinLSTMCell(RecurrentCell, MinLSTM):
+    """One step of a minimal long short-term memory: arithmetic, weights and options of a one-layer `mingru.MinLSTM`.
+
+        f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
+        h' = f / (f + i) h + i / (f + i) g(W_h x + b_h)
+
+    Called with x, h and reset as `mingru.MinGRUCell` is; returns and raises the same.
+
+    Args:
+        input_dims, hidden_dims, bias, norm, candidate, learn_initial_state, device, dtype: as of `mingru.MinGRU`.
+        forget_bias: as of `mingru.MinLSTM`.
+
+    Parameters: those of the layer, by the same names, so that the state dict of one loads into the other.
+
+    Numerics: as of `mingru.MinGRUCell`.
+
+    Differs from `torch.nn.LSTMCell` in that the state is one tensor, without a cell state beside it.
+
+    Example:
+        >>> cell = mingru.MinLSTMCell(input_dims=3, hidden_dims=64, forget_bias=1.0)
+        >>> h = cell(torch.randn(10, 3))
+        >>> cell(torch.randn(10, 3), h).shape
+        torch.Size([10, 64])
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        forget_bias: float = 0.0,
+        norm: str | None = None,
+        candidate: str = "positive",
+        learn_initial_state: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_dims,
+            hidden_dims,
+            bias=bias,
+            forget_bias=forget_bias,
+            norm=norm,
+            candidate=candidate,
+            learn_initial_state=learn_initial_state,
+            device=device,
+            dtype=dtype,
+        )

@@ -1,0 +1,237 @@
+"""Layers of any kinds and sizes, one over the other."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..check import check_dropout, dims, expectation
+from .conv import MinConv
+from .recurrent import Recurrent
+
+
+class Stack(nn.Module):
+    """Layers of any kinds and sizes, each taking the output of the one before it.
+
+        x_0 = x      x_{i+1} = layer_i(x_i)
+
+    With `residual`, x_{i+1} = layer_i(x_i) + A_i x_i, where A_i is a linear map without bias if the features differ and
+    the identity if they don't.
+
+    Args:
+        layers: `MinGRU`, `MinLSTM`, `MinConv1dGRU` and its siblings, or other stacks; at least one. Each has as many
+            input features as the one before it has output features, D * H, and all have the same `batch_first` and
+            the same number of space dimensions.
+        dropout: probability in [0, 1] with which each element of each layer's output but the last's is dropped, in
+            training only. It comes on top of what a layer of several layers drops between its own.
+        residual: adds each layer's input to its output, which must have the same shape where the layer is
+            convolutional. States are those without it.
+
+    Called with:
+        x: as the first layer takes it; so are `reset` and `lengths`, which all layers share. A
+            `torch.nn.utils.rnn.PackedSequence` goes in, and comes out, where no layer is convolutional; `lengths`
+            likewise.
+        h: the states before the first step, a list as it is returned. Default: each layer's own.
+
+    Returns:
+        `out`, the last layer's output, and the list of the states after the last step, so that `stack(x2, h)`
+        continues. The list is flat, and has for each layer in turn
+
+        - one tensor of `MinGRU` or `MinLSTM`, (L * D, B, 1, H);
+        - L * D tensors of a convolutional layer, (B, 1, H, *space), as it returns them;
+        - all those of a stack;
+
+        `num_states` in all. TorchScript, which knows lists of tensors but none of lists and tensors, takes the same.
+
+    Raises:
+        TypeError: layers, or states, that are none.
+        ValueError: no layer; layers that don't fit over each other; a number of states, shape, device or dropout that
+            does not fit; and what the layers raise.
+
+    Parameters: the layers' under `layers.{i}.`, and `aligns.{i}.weight` (output features, input features) where
+    `residual` needs one, drawn as `torch.nn.Linear` draws it, on the device and in the dtype of its layer.
+
+    Example:
+        >>> stack = mingru.Stack([mingru.MinGRU(3, 32, bidirectional=True), mingru.MinLSTM(64, 16)], dropout=0.1)
+        >>> out, h = stack(torch.randn(10, 128, 3))
+        >>> out.shape, [state.shape for state in h]
+        (torch.Size([10, 128, 16]), [torch.Size([2, 10, 1, 32]), torch.Size([1, 10, 1, 16])])
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        found: list[Any] = self._checked(layers)
+        check_dropout(self.name, dropout, len(found))
+        self.layers = nn.ModuleList(found)
+        self.dropout = float(dropout)
+        self.residual = bool(residual)
+        self.batch_first: bool = found[0].batch_first
+        self.num_space_dims = _num_space_dims(found[0])
+        self.input_dims: int = found[0].input_dims
+        self.output_dims = _output_dims(found[-1])
+        # The states of layer i are those from ends[i] to ends[i + 1].
+        self.ends = [0]
+        for layer in found:
+            self.ends.append(self.ends[-1] + _num_states(layer))
+        self.num_states = self.ends[-1]
+        self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
+
+    def _checked(self, layers: Any) -> list[Any]:
+        """The layers, which fit over each other."""
+        if not isinstance(layers, Iterable):
+            raise TypeError(expectation(self.name, "layers", "a list of layers", type(layers).__name__))
+        found = list(layers)
+        if not found:
+            raise ValueError(expectation(self.name, "layers", "at least one", "none"))
+        for index, layer in enumerate(found):
+            # By its forward, as cells are layers with another one.
+            if getattr(type(layer), "forward", None) not in (Recurrent.forward, MinConv.forward, Stack.forward):
+                expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU or Stack"
+                raise TypeError(expectation(self.name, f"layers[{index}]", expected, type(layer).__name__))
+        for index, (below, layer) in enumerate(pairwise(found)):
+            argument, beside = f"layers[{index + 1}]", f"layers[{index}]"
+            if layer.batch_first != below.batch_first:
+                expected = f"of batch_first={below.batch_first} as {beside} is"
+                raise ValueError(expectation(self.name, argument, expected, str(layer.batch_first)))
+            if _num_space_dims(layer) != _num_space_dims(below):
+                expected = f"of {_num_space_dims(below)} space dimensions as {beside} is"
+                raise ValueError(expectation(self.name, argument, expected, str(_num_space_dims(layer))))
+            if layer.input_dims != _output_dims(below):
+                expected = f"of input_dims {_output_dims(below)} as {beside} puts out"
+                raise ValueError(expectation(self.name, argument, expected, str(layer.input_dims)))
+        return found
+
+    def _align(self, index: int, layer: Any) -> nn.Module:
+        """What brings the layer's input to the shape of its output, for `residual`."""
+        if not self.residual or layer.input_dims == _output_dims(layer):
+            return nn.Identity()
+        if _num_space_dims(layer) > 0:
+            argument, expected = f"layers[{index}]", "of as many output as input channels, as residual is True"
+            got = f"{layer.input_dims} to {_output_dims(layer)}"
+            remedy = "let the layer add its own by its option residual"
+            raise ValueError(expectation(self.name, argument, expected, got, remedy))
+        weight = next(layer.parameters())
+        return nn.Linear(layer.input_dims, _output_dims(layer), bias=False, device=weight.device, dtype=weight.dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructors did."""
+        for module in [*self.layers, *self.aligns]:
+            if not isinstance(module, nn.Identity):
+                module.reset_parameters()
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if h is not None and len(h) != self.num_states:
+                raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
+        else:
+            self._check(h)
+        states: list[Tensor] = []
+        for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
+            before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
+            # TorchScript answers hasattr while it compiles, and so compiles for each layer the one call that fits it.
+            if hasattr(layer, "aligns"):
+                out, after = layer(x, before, reset, lengths)
+                states += after
+            elif hasattr(layer, "num_space_dims"):
+                if lengths is not None:
+                    raise ValueError(f"{self.name}: lengths must be None, as convolutional layers take none")
+                out, after = layer(x, before, reset)
+                states += after
+            else:
+                out, last = layer(x, None if before is None else before[0], reset, lengths)
+                states.append(last)
+            rows = _rows(out)
+            if self.residual:
+                met = _rows(x)
+                if index == 0 and lengths is not None:
+                    # The outputs are 0 in the padding, and stay so.
+                    met = met.masked_fill(_padding(lengths, met, self.batch_first), 0.0)
+                added = align(met)
+                if added.shape != rows.shape:
+                    shapes = f"from {_dims(added)} to {_dims(rows)}"
+                    raise ValueError(
+                        f"{self.name}: layers[{index}] must keep the shape of x, as residual is True, got {shapes}; "
+                        "let the layer add its own by its option residual"
+                    )
+                rows = rows + added
+            if index < len(self.layers) - 1 and self.dropout > 0:
+                rows = F.dropout(rows, self.dropout, self.training)
+            x = _with_rows(out, rows)
+        return x, states
+
+    def _check(self, h: Any) -> None:
+        """Refuse a list of states that is none; what is in it, its layer refuses."""
+        if h is None:
+            return
+        if not isinstance(h, list):
+            expected = f"a list of {self.num_states} tensors"
+            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, self._whose()))
+        if len(h) != self.num_states:
+            expected = f"{self.num_states} tensors"
+            raise ValueError(expectation(self.name, "h", expected, str(len(h)), self._whose()))
+        for index, state in enumerate(h):
+            if not isinstance(state, Tensor):
+                raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._whose()))
+
+    def _whose(self) -> str:
+        counts = [end - start for start, end in pairwise(self.ends)]
+        names = [type(layer).__name__ for layer in self.layers]
+        return "they are " + ", ".join(f"{count} of {name}" for count, name in zip(counts, names, strict=True))
+
+    def extra_repr(self) -> str:
+        options = {"dropout": 0.0, "residual": False}
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) != options[name])
+
+
+def _output_dims(layer: Any) -> int:
+    if isinstance(layer, Stack):
+        return layer.output_dims
+    top: Any = layer.layers[-1] if isinstance(layer, MinConv) else layer
+    return int(top.hidden_dims * layer.num_directions)
+
+
+def _num_states(layer: Any) -> int:
+    if isinstance(layer, Stack):
+        return layer.num_states
+    return layer.num_layers * int(layer.num_directions) if isinstance(layer, MinConv) else 1
+
+
+def _num_space_dims(layer: Any) -> int:
+    return int(getattr(layer, "num_space_dims", 0))
+
+
+def _padding(lengths: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    """Where x (B, S, F), or (S, B, F), has no step: the same with F = 1."""
+    steps = torch.arange(x.size(1 if batch_first else 0), device=x.device)
+    missing = (steps >= lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
+    return missing if batch_first else missing.transpose(0, 1)
+
+
+def _dims(x: Tensor) -> str:
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return str(x.shape)
+    else:
+        return dims(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor as it is, and the data of a PackedSequence."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return x
+    else:
+        return x.data if isinstance(x, PackedSequence) else x
+
+
+def _with_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Other rows, packed as those of x are."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return rows
+    else:
+        return PackedSequence(rows, *x[1:]) if isinstance(x, PackedSequence) else rows

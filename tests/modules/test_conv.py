@@ -1,0 +1,1306 @@
+"""The convolutional layers and cells: against a float64 reference, step by step, and each way of running them."""
+
+import copy
+import io
+import itertools
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from test_recurrent import TIGHT, WITHOUT_MINGRU, assert_same, cover, named
+from torch import nn
+from torch.testing import assert_close
+
+from mingru.modules import conv
+from mingru.modules.conv import (
+    MinConv1dGRU,
+    MinConv1dGRUCell,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinConv3dGRUCell,
+)
+from mingru.ops import body_native
+
+B, S, IN = 3, 5, 4
+
+# By the number of space dimensions.
+LAYERS = {1: MinConv1dGRU, 2: MinConv2dGRU, 3: MinConv3dGRU}
+CELLS = {1: MinConv1dGRUCell, 2: MinConv2dGRUCell, 3: MinConv3dGRUCell}
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Every option on its own, and together.
+OPTIONS = [
+    {},
+    {"space": 1},
+    {"space": 3},
+    {"num_layers": 2},
+    {"num_layers": 2, "hidden_dims": [4, 6]},
+    {"num_layers": 2, "kernel_size": [(1, 3), 2]},
+    {"stride": (1, 2)},
+    {"padding": 1},
+    {"padding": "same"},
+    {"dilation": (2, 1)},
+    {"groups": 2},
+    {"bias": False},
+    {"batch_first": False},
+    {"bidirectional": True},
+    {"residual": True},
+    {"residual": True, "padding": 1, "hidden_dims": IN},
+    {"norm": "group"},
+    {"candidate": "linear"},
+    {"candidate": "tanh"},
+    {"learn_initial_state": True},
+    {
+        "num_layers": 2,
+        "hidden_dims": [4, 6],
+        "kernel_size": [3, (2, 1)],
+        "stride": [1, 2],
+        "padding": ["same", (1, 0)],
+        "groups": 2,
+        "batch_first": False,
+        "bidirectional": True,
+        "residual": True,
+        "norm": "group",
+        "learn_initial_state": True,
+    },
+]
+ALL = OPTIONS[-1]
+
+# What "tuple" and "list" stand for depends on the number of dimensions and of layers.
+TUPLES = {"kernel_size": (2, 1, 3), "stride": (1, 2, 1), "padding": (1, 0, 2), "dilation": (2, 1, 1)}
+LISTS = {"hidden_dims": [4, 6], "kernel_size": [3, TUPLES["kernel_size"]], "stride": [2, 1], "padding": [0, "same"]}
+LISTS["dilation"] = [1, TUPLES["dilation"]]
+FACTORS = {
+    "space": [1, 2, 3],
+    "num_layers": [1, 2],
+    "hidden_dims": [IN, 2, "list"],
+    "kernel_size": [1, 3, "tuple", "list"],
+    "stride": [1, 2, "tuple", "list"],
+    "padding": [0, 1, "same", "tuple", "list"],
+    "dilation": [1, 2, "tuple", "list"],
+    "groups": [1, 2],
+    "bias": [True, False],
+    "batch_first": [True, False],
+    "bidirectional": [False, True],
+    "residual": [False, True],
+    "norm": [None, "group"],
+    "candidate": ["positive", "linear", "tanh"],
+    "learn_initial_state": [False, True],
+    "h": [None, "full", "zero", "negative", "one", "channels"],
+    "reset": [False, True],
+}
+
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
+scripted_or_not = pytest.mark.parametrize("scripted", [False, True])
+both_orders = pytest.mark.parametrize("batch_first", [True, False])
+
+
+def spelled_out(case):
+    """The options that a row of FACTORS stands for, those that contradict one another put right."""
+    count, options = case["space"], dict(case)
+    for name, value in case.items():
+        if value == "tuple":
+            options[name] = TUPLES[name][:count]
+        if value == "list":
+            entries = LISTS[name][: case["num_layers"]]
+            options[name] = [entry[:count] if isinstance(entry, tuple) else entry for entry in entries]
+    for layer in range(case["num_layers"]):
+        if of_layer(options["padding"], layer) == "same" and of_layer(options["stride"], layer) != 1:
+            options["stride"] = 1
+        # Torch warns where one side is padded more than the other.
+        if of_layer(options["padding"], layer) == "same" and any(
+            size % 2 == 0 for size in of_each(of_layer(options["kernel_size"], layer), count)
+        ):
+            options["kernel_size"] = 3
+    return options
+
+
+def of_layer(value, layer):
+    return value[layer] if isinstance(value, list) else value
+
+
+def of_each(value, count):
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def build(space=2, hidden_dims=6, kernel_size=3, num_layers=1, *, kinds=LAYERS, **options):
+    many = {"num_layers": num_layers} if kinds is LAYERS else {}
+    return kinds[space](IN, hidden_dims, kernel_size, **many, **options)
+
+
+def make(dtype=torch.double, **options):
+    rnn = build(**options, dtype=dtype)
+    with torch.no_grad():
+        # Away from the values where a forgotten norm weight or a forgotten initial state would not show.
+        for name, weight in rnn.named_parameters():
+            if "norm" in name or "initial_state" in name:
+                weight.add_(torch.randn_like(weight) / 4)
+    return rnn
+
+
+def make_space(rnn):
+    """The smallest space of which the last layer makes 2 x 3 x 2 places."""
+    count = rnn.num_space_dims
+    sizes = [2, 3, 2][:count]
+    for layer in reversed(range(rnn.num_layers)):
+        kernel, stride, dilation, padding = (
+            of_each(of_layer(getattr(rnn, option), layer), count)
+            for option in ("kernel_size", "stride", "dilation", "padding")
+        )
+        for at in range(count):
+            span = dilation[at] * (kernel[at] - 1)
+            padded = span if padding[at] == "same" else 2 * padding[at]
+            sizes[at] = max(1, (sizes[at] - 1) * stride[at] + span + 1 - padded)
+    return sizes
+
+
+def make_input(rnn, dtype=torch.double, batch=B, steps=S):
+    """x and reset in the module's own order."""
+    x = torch.randn(batch, steps, IN, *make_space(rnn), dtype=dtype)
+    reset = torch.rand(batch, steps) < 0.3
+    reset[:1, :1] = reset[1:2, -1:] = True
+    return in_order(rnn, x), in_order(rnn, reset)
+
+
+def make_states(rnn, x, kind="full"):
+    with torch.no_grad():
+        states = [torch.randn_like(state) for state in rnn(x)[1]]
+    if kind == "zero":
+        return [torch.zeros_like(state) for state in states]
+    if kind == "negative":
+        return [-state.abs() for state in states]
+    if kind == "one":
+        return [state[:1, 0] for state in states]
+    if kind == "channels":
+        return [state.flatten(3)[0, 0, :, 0].reshape(-1, *[1] * rnn.num_space_dims) for state in states]
+    return states
+
+
+def in_order(rnn, sequence):
+    return sequence if rnn.batch_first else sequence.transpose(0, 1)
+
+
+def graded(function, rnn, x, h, reset):
+    """out, states and the gradients of x, h and all weights, through out and through the returned states."""
+    x = x.detach().clone().requires_grad_()
+    h = None if h is None else [state.detach().clone().requires_grad_() for state in h]
+    out, last = function(x, h, reset)
+    loss = 0
+    for power, result in enumerate([out, *last], 1):
+        # Not all alike, so that no two outputs can be swapped, and made without a seed of its own.
+        weight = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
+        loss = loss + (result.pow(power) * weight).sum()
+    leaves = {"x": x, **{f"h[{at}]": state for at, state in enumerate(h or [])}, **dict(rnn.named_parameters())}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    got = {"out": out, **{f"last[{at}]": state for at, state in enumerate(last)}}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        # A leaf that took no part: no gradient and a gradient of 0 mean the same.
+        got["grad of " + name] = torch.zeros_like(leaf) if grad is None else grad
+    return got
+
+
+def truth(rnn, x, h=None, reset=None):
+    """What a layer computes, one step and one part of the channels after the other, in float64, batch first."""
+    weights = {name: weight.double() for name, weight in rnn.named_parameters()}
+    convolve, groups = CONVOLVE[rnn.num_space_dims], rnn.groups
+    x, last = x.double(), []
+    for layer in range(rnn.num_layers):
+        prefix = f"layers.{layer}."
+        geometry = {name: of_layer(getattr(rnn, name), layer) for name in ("stride", "padding", "dilation")}
+        hidden, num_directions = of_layer(rnn.hidden_dims, layer), rnn.num_directions
+
+        def parts(y, name, count, prefix=prefix, geometry=geometry):
+            """The `count` results of a convolution, each for all steps and with all its channels."""
+            weight, bias = weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias")
+            rows = weight.shape[0] // (groups * count)
+            found = [[] for _ in range(count)]
+            for group, part in itertools.product(range(groups), range(count)):
+                at = (group * count + part) * rows
+                own = y.chunk(groups, 2)[group]
+                bias_rows = None if bias is None else bias[at : at + rows]
+                steps = [convolve(own[:, t], weight[at : at + rows], bias_rows, **geometry) for t in range(y.shape[1])]
+                found[part].append(torch.stack(steps, 1))
+            return [torch.cat(of_part, 2) for of_part in found]
+
+        y = x
+        if rnn.norm == "group":
+            count = rnn.layers[layer].norm.num_groups
+            apart = y.reshape(*y.shape[:2], count, -1)
+            deviation = apart - apart.mean(-1, keepdim=True)
+            y = (deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(y.shape)
+            over_space = (-1, *[1] * rnn.num_space_dims)
+            y = y * weights[prefix + "norm.weight"].view(over_space) + weights[prefix + "norm.bias"].view(over_space)
+        outs = []
+        for direction, name in enumerate(["conv", "conv_reverse"][:num_directions]):
+            gate, candidate = parts(y, name, 2)
+            assert gate.shape[2] == hidden
+            initial = weights.get(prefix + "initial_state")
+            if initial is not None:
+                initial = initial[direction]
+            before = initial if h is None else h[layer * num_directions + direction].double()
+            cut = reset
+            if direction == 1 and reset is not None:
+                cut = torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
+            out = reference.mingru(gate, candidate, before, cut, rnn.candidate, initial, reverse=direction == 1)
+            outs.append(out)
+            last.append(out[:, :1] if direction else out[:, -1:])
+        out = torch.cat(outs, 2)
+        if rnn.residual:
+            aligned = prefix + "align.weight" in weights
+            out = out + (torch.cat(parts(x, "align", num_directions), 2) if aligned else x)
+        x = out
+    return x, last
+
+
+def true_of(rnn):
+    """`truth` in the module's own order."""
+
+    def function(x, h=None, reset=None):
+        out, last = truth(rnn, in_order(rnn, x), h, None if reset is None else in_order(rnn, reset))
+        return in_order(rnn, out), last
+
+    return function
+
+
+# The reference
+
+
+@pytest.mark.parametrize("case", cover(FACTORS), ids=lambda case: named(spelled_out(case)))
+def test_equals_the_reference(case):
+    options = {name: value for name, value in spelled_out(case).items() if name not in ("h", "reset")}
+    rnn = make(**options)
+    x, reset = make_input(rnn)
+    h = None if case["h"] is None else make_states(rnn, x, case["h"])
+    reset = reset if case["reset"] else None
+    got = graded(rnn, rnn, x, h, reset)
+    assert got["out"].dtype == got["last[0]"].dtype == torch.double
+    assert_same(got, graded(true_of(rnn), rnn, x, h, reset), **TIGHT)
+
+
+@each_option
+def test_each_option_equals_the_reference_however_it_is_run(options):
+    """Eager and scripted; S is enough for the chunks of TorchScript's own scan."""
+    rnn = make(**options)
+    scripted = torch.jit.script(rnn)
+    x, reset = make_input(rnn, steps=18)
+    h = make_states(rnn, x)
+    assert_close(scripted(x), rnn(x), **TIGHT)
+    expected = graded(true_of(rnn), rnn, x, h, reset)
+    assert_same(graded(rnn, rnn, x, h, reset), expected, **TIGHT)
+    # Twice: TorchScript runs other code once it has seen the shapes.
+    for _ in range(2):
+        assert_same(graded(scripted, scripted, x, h, reset), expected, **TIGHT)
+
+
+def test_the_comparison_with_the_reference_can_fail():
+    rnn = make(**ALL)
+    x, reset = make_input(rnn)
+    expected = graded(true_of(rnn), rnn, x, None, reset)
+    with torch.no_grad():
+        rnn.layers[1].conv_reverse.bias[0] += 1e-6
+    with pytest.raises(AssertionError, match="out"):
+        assert_same(graded(rnn, rnn, x, None, reset), expected, **TIGHT)
+
+
+def test_float32_is_as_exact_as_plain_float32():
+    rnn = make(torch.float32, num_layers=2, padding=1)
+    x = torch.randn(B, 200, IN, 4, 4)
+    reset = torch.rand(B, 200) < 0.01
+
+    def plain(x):
+        for layer in rnn.layers:
+            gate, candidate = layer.conv(x.flatten(0, 1)).view(B, 200, 2, 6, 4, 4).unbind(2)
+            x = reference.mingru(gate, candidate, reset=reset)
+        return x
+
+    exact, _ = truth(rnn, x, reset=reset)
+    error, allowed = ((got.double() - exact).abs().max() for got in (rnn(x, reset=reset)[0], plain(x)))
+    assert 0 < error <= 2 * allowed
+
+
+def test_gradient_penalty():
+    """A second derivative by way of a first one, as trainers take it."""
+    rnn = make(**ALL)
+    x, reset = make_input(rnn, steps=3)
+
+    def penalty(function):
+        leaf = x.clone().requires_grad_()
+        out, h = function(leaf, None, reset)
+        (grad,) = torch.autograd.grad(out.square().sum() + h[0].sum(), leaf, create_graph=True)
+        return torch.autograd.grad((grad.norm(dim=2) - 1).square().sum(), list(rnn.parameters()))
+
+    for got, expected in zip(penalty(rnn), penalty(true_of(rnn)), strict=True):
+        assert expected.any()
+        assert_close(got, expected, **TIGHT)
+
+
+# Blocks, which stand in for the whole where no gradient is wanted
+
+
+def count_convolutions(module, monkeypatch):
+    """A list to which each call's batch is added."""
+    seen = []
+    inner = type(module).forward
+
+    def counted(self, x):
+        if self is module:
+            seen.append(len(x))
+        return inner(self, x)
+
+    # Of the class: a module with a `forward` of its own is not taken apart.
+    monkeypatch.setattr(type(module), "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("images", "with_reset"), [(2, True), (3, False), (10, True)])
+@each_option
+def test_blocks_equal_the_whole(options, with_reset, images, monkeypatch):
+    rnn = make(**options)
+    x, reset = make_input(rnn, steps=9, batch=5)
+    h = make_states(rnn, x)
+    args = (x, h, reset) if with_reset else (x, None, None)
+    whole = rnn(*args)
+    # So many images of the first layer's pre-activations are a block.
+    last = whole[1][0]
+    monkeypatch.setattr(conv, "_BLOCK_BYTES", images * 2 * last[0].numel() * last.element_size())
+    seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
+    with torch.inference_mode():
+        blocks = rnn(*args)
+    assert len(seen) > 1
+    assert sum(seen) == 45
+    assert max(seen) <= images
+    assert_close(blocks, whole, **TIGHT)
+    seen.clear()
+    rnn(*args)
+    assert seen == [45], "with a gradient"
+
+
+def test_blocks_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monkeypatch):
+    rnn = build(padding=1)
+    x = torch.randn(4, 8, IN, 5, 5)
+    size = 4 * 12 * 25
+    seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
+    # Four images in a block; fewer than four blocks; two images of half the size; of twice; far too large.
+    for block, batches in ((4 * size, [4] * 8), (9 * size, [32]), (size, [2] * 16), (size / 2, [2] * 16), (1, [32])):
+        monkeypatch.setattr(conv, "_BLOCK_BYTES", block)
+        seen.clear()
+        with torch.no_grad():
+            rnn(x)
+        assert seen == batches
+
+
+def test_a_state_is_not_rounded_between_blocks(monkeypatch):
+    rnn = make(torch.bfloat16, kernel_size=1)
+    x = torch.randn(2, 300, IN, 2, 2, dtype=torch.bfloat16)
+    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 10)
+    seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
+    with torch.no_grad():
+        out, states = rnn(x)
+        assert len(seen) > 50
+        gate, candidate = rnn.layers[0].conv(x.flatten(0, 1)).double().view(2, 300, 2, 6, 2, 2).unbind(2)
+    assert out.dtype == states[0].dtype == torch.bfloat16
+    truth = reference.mingru(gate, candidate)
+    assert reference.relative_error(out, truth) <= 1.001 * torch.finfo(torch.bfloat16).eps / 2
+    with torch.no_grad():
+        _, states = rnn(x, [torch.full((1,), 0.5)])
+    assert states[0].dtype == torch.float32
+    assert reference.relative_error(states[0], truth[:, -1:]) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_see_the_whole_batch(kind, monkeypatch):
+    rnn = build(padding=1)
+    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 12)
+    seen = []
+    getattr(rnn.layers[0].conv, kind)(lambda module, args, *_: seen.append(len(args[0])))
+    with torch.no_grad():
+        rnn(torch.randn(4, 8, IN, 5, 5))
+    assert seen == [32]
+
+
+def test_blocks_make_way_for_transforms_autocast_and_traces(monkeypatch):
+    rnn = make(padding=1)
+    x = torch.randn(2, 4, 8, IN, 5, 5).double()
+    expected = torch.stack([rnn(one)[0] for one in x])
+    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 13)
+    with torch.no_grad():
+        assert_close(torch.func.vmap(lambda one: rnn(one)[0])(x), expected, **TIGHT)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert copy.deepcopy(rnn).float()(x[0].float())[0].dtype == torch.bfloat16
+        with warnings.catch_warnings():
+            # Of the checks, that they are not traced.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(rnn, (x[0],))
+        longer = torch.randn(5, 9, IN, 5, 5).double()
+        assert_close(traced(longer), rnn(longer), **TIGHT)
+
+
+# What the states and outputs mean
+
+
+@each_option
+def test_states_are_those_after_the_last_step(options):
+    rnn = make(**{**options, "residual": False})
+    x, reset = make_input(rnn)
+    out, states = rnn(x, reset=reset)
+    assert isinstance(states, list)
+    assert len(states) == rnn.num_layers * rnn.num_directions
+    for index, state in enumerate(states):
+        assert state.shape[:3] == (B, 1, of_layer(rnn.hidden_dims, index // rnn.num_directions))
+    ahead, *back = in_order(rnn, out).chunk(rnn.num_directions, 2)
+    assert torch.equal(ahead[:, -1:], states[-rnn.num_directions])
+    for half in back:
+        assert torch.equal(half[:, :1], states[-1])
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize("options", [{**one, "bidirectional": False} for one in OPTIONS], ids=named)
+def test_pieces_and_steps_equal_the_whole(options, with_reset):
+    rnn = make(**options)
+    x, reset = make_input(rnn)
+    h = make_states(rnn, x)
+    time = 1 if rnn.batch_first else 0
+
+    def joined(sizes):
+        def function(x, h, reset):
+            outs = []
+            resets = [None] * len(sizes) if reset is None else reset.split(sizes, time)
+            for piece, reset_piece in zip(x.split(sizes, time), resets, strict=True):
+                out, h = rnn(piece, h, reset_piece)
+                outs.append(out)
+            return torch.cat(outs, time), h
+
+        return function
+
+    reset = reset if with_reset else None
+    expected = graded(rnn, rnn, x, h, reset)
+    for sizes in ([1] * S, [3, 0, 2]):
+        assert_same(graded(joined(sizes), rnn, x, h, reset), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=named)
+def test_batch_elements_do_not_know_each_other(options):
+    rnn = make(**options)
+    x, reset = make_input(rnn)
+    h = make_states(rnn, x)
+    out, last = rnn(x, h, reset)
+    other_x, other_h, other_reset = x.clone(), [state.clone() for state in h], reset.clone()
+    in_order(rnn, other_x)[1] += 1
+    in_order(rnn, other_reset)[1].logical_not_()
+    for state in other_h:
+        state[1] -= 1
+    other_out, other_last = rnn(other_x, other_h, other_reset)
+    for one, other in [(in_order(rnn, out), in_order(rnn, other_out)), *zip(last, other_last, strict=True)]:
+        assert (one != other).flatten(1).any(1).tolist() == [False, True, False]
+
+
+@both_orders
+def test_the_backward_half_is_a_forward_layer_on_flipped_input(batch_first):
+    rnn = make(bidirectional=True, batch_first=batch_first)
+    ahead, back = (make(batch_first=batch_first) for _ in range(2))
+    ahead.layers[0].conv.load_state_dict(rnn.layers[0].conv.state_dict())
+    back.layers[0].conv.load_state_dict(rnn.layers[0].conv_reverse.state_dict())
+    x, _ = make_input(rnn)
+    h = make_states(rnn, x)
+    time = 1 if batch_first else 0
+    out, last = rnn(x, h)
+    out_ahead, last_ahead = ahead(x, h[:1])
+    out_back, last_back = back(x.flip(time), h[1:])
+    assert_close(out, torch.cat([out_ahead, out_back.flip(time)], 2), **TIGHT)
+    assert_close(last, last_ahead + last_back, **TIGHT)
+
+
+@scripted_or_not
+@both_orders
+def test_nothing_crosses_a_reset_in_either_direction(batch_first, scripted):
+    rnn = make(num_layers=2, bidirectional=True, batch_first=batch_first, space=1)
+    run = torch.jit.script(rnn) if scripted else rnn
+    steps, cuts = 17, [0, 4, 13, 17]  # three stretches
+    reset = torch.zeros(B, steps, dtype=torch.bool)
+    reset[1, cuts[1:-1]] = True
+    x = torch.randn(B, steps, IN, *make_space(rnn)).double()
+
+    def outputs(x):
+        return in_order(rnn, run(in_order(rnn, x), reset=in_order(rnn, reset))[0]).flatten(2)
+
+    before = outputs(x)
+    for start, end in itertools.pairwise(cuts):
+        for at in (start, end - 1):
+            other = x.clone()
+            other[1, at] += 1
+            changed = (outputs(other) != before).any(-1)
+            expected = torch.zeros_like(changed)
+            expected[1, start:end] = True
+            assert torch.equal(changed, expected), at
+    # Without a reset all of it changes: the test sees what it looks for.
+    reset.zero_()
+    before, other = outputs(x), x.clone()
+    other[1, 9] += 1
+    assert (outputs(other) != before).any(-1)[1].all()
+
+
+@pytest.mark.parametrize("candidate", ["positive", "linear", "tanh"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_no_state_means_the_zero_or_the_learned_one(candidate, learned):
+    rnn = make(candidate=candidate, learn_initial_state=learned, num_layers=2, bidirectional=True)
+    x, _ = make_input(rnn)
+    zero = torch.full((1, 1, 1, 1), 0.5 if candidate == "positive" else 0.0).double()
+    given = [layer.initial_state[at] if learned else zero for layer in rnn.layers for at in range(2)]
+    expected = rnn(x, given)
+    assert_close(rnn(x), expected, rtol=0, atol=0)
+    # A reset before the first step forgets whatever is given forward.
+    reset = torch.zeros(B, S, dtype=torch.bool)
+    reset[:, 0] = True
+    assert_close(rnn(x, make_states(rnn, x)[:1] + given[1:2] + make_states(rnn, x)[2:3] + given[3:], reset), expected)
+
+
+def test_each_group_of_channels_is_a_layer_of_its_own():
+    """Weights and all: the rows of a group lie together, its gates before its candidates."""
+    rnn = make(groups=2, bidirectional=True, residual=True)
+    x, _ = make_input(rnn)
+    out, states = rnn(x)
+    for group in range(2):
+        one = MinConv2dGRU(2, 3, 3, bidirectional=True, residual=True, dtype=torch.double)
+        state_dict = {name: weight.chunk(2)[group] for name, weight in rnn.state_dict().items()}
+        one.load_state_dict(state_dict)
+        out_of_group, states_of_group = one(x.chunk(2, 2)[group])
+        # Forward channels first, then backward ones; each in the order of groups.
+        halves = [half.chunk(2, 2)[group] for half in out.chunk(2, 2)]
+        assert_close(torch.cat(halves, 2), out_of_group, **TIGHT)
+        assert_close([state.chunk(2, 2)[group] for state in states], states_of_group, **TIGHT)
+
+
+def test_gate_rows_come_first():
+    rnn = MinConv1dGRU(1, 1, 1)
+    with torch.no_grad():
+        rnn.layers[0].conv.weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1))
+        rnn.layers[0].conv.bias.copy_(torch.tensor([-100.0, 0.0]))
+    x, h = torch.full((1, 1, 1, 1), 3.0), [torch.tensor([7.0])]
+    # A gate of 0 keeps the state, whatever the candidate.
+    assert rnn(x, h)[0].item() == 7.0
+    with torch.no_grad():
+        rnn.layers[0].conv.bias[0] = 100.0
+    # A gate of 1 takes g(3).
+    assert rnn(x, h)[0].item() == 3.5
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, (1, 2), "same"])
+@pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
+def test_space_is_what_the_convolution_makes(dilation, padding):
+    for stride, kernel_size in itertools.product([1] if padding == "same" else [1, 2, (2, 1)], [1, 3, (3, 5)]):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "device": "meta"}
+        module = nn.Conv2d(1, 1, kernel_size, **options)
+        layer = MinConv2dGRU(1, 1, kernel_size, residual=True, **options).layers[0]
+        made = {}
+        for size in range(1, 17):
+            for space in ((size, 20), (20, size)):
+                try:
+                    made[space] = tuple(module(torch.empty(1, 1, *space, device="meta")).shape[2:])
+                except RuntimeError:
+                    made[space] = None
+        for space, expected in made.items():
+            fits = all(size >= reach for size, reach in zip(space, layer.geometry.reach(), strict=True))
+            assert (layer.geometry.space(space) if fits else None) == expected
+        # The residual needs no map where no space comes out in another size.
+        assert (layer.align is None) == all(space == expected for space, expected in made.items())
+
+
+def test_even_kernels_that_keep_their_space():
+    rnn = MinConv1dGRU(IN, IN, 2, padding="same", residual=True, dtype=torch.double)
+    assert rnn.layers[0].align is None
+    x = torch.randn(B, S, IN, 7).double()
+    with warnings.catch_warnings():
+        # Torch says that it copies.
+        warnings.simplefilter("ignore")
+        out, states = rnn(x)
+        assert_close((out, states), truth(rnn, x), **TIGHT)
+    assert out.shape == x.shape
+
+
+def test_norm_has_groups_of_sixteen_channels_or_more():
+    # By hand: one for few channels; then as many as divide evenly; 32 at most.
+    for channels, groups in (
+        (1, 1),
+        (3, 1),
+        (31, 1),
+        (32, 2),
+        (37, 1),
+        (48, 3),
+        (50, 2),
+        (64, 4),
+        (512, 32),
+        (2048, 32),
+    ):
+        rnn = MinConv1dGRU(channels, 1, 1, norm="group", device="meta")
+        assert (rnn.layers[0].norm.num_groups, rnn.layers[0].norm.num_channels) == (groups, channels)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("space", [1, 2, 3])
+@both_orders
+def test_gates_and_candidates_are_views_of_the_convolution(batch_first, space, grad, monkeypatch):
+    rnn = build(space=space, batch_first=batch_first)
+    x = torch.randn(B, S, IN, *make_space(rnn))
+    made, given = [], []
+    inner_conv, inner_recurrence = rnn.layers[0].conv.forward, conv.ops.recurrence
+    monkeypatch.setattr(rnn.layers[0].conv, "forward", lambda x: made.append((x, inner_conv(x))) or made[-1][1])
+    monkeypatch.setattr(
+        conv.ops,
+        "recurrence",
+        lambda cell, inputs, *rest: given.append(inputs) or inner_recurrence(cell, inputs, *rest),
+    )
+    x = in_order(rnn, x).contiguous()
+    with torch.set_grad_enabled(grad):
+        out, _ = rnn(x)
+    ((images, pre),), (inputs,) = made, given
+    assert images.data_ptr() == x.data_ptr(), "x was copied"
+    for index, half in enumerate(inputs):
+        lanes = body_native._lanes(half)
+        assert lanes.data_ptr() == half.data_ptr() == pre[:, 6 * index].data_ptr(), "copied"
+        assert lanes.stride(2) == 1
+        assert half.shape[:2] == (B, S)
+    assert out.is_contiguous(), "the output lies in another order than the input"
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=named)
+def test_strided_and_expanded_input(options):
+    rnn = make(**options)
+    space = make_space(rnn)
+    x = torch.randn(2 * B, 2 * S, 2 * IN, *space).double()
+    own = x[:B, :S, :IN]
+    strided = x[::2, ::2, ::2]
+    swapped = own.transpose(0, 1).contiguous().transpose(0, 1)
+    channels_last = own.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    expanded = x[:1, :1, :IN].expand(B, S, IN, *space)
+    reset = in_order(rnn, (torch.rand(1, 2 * S) < 0.3)[:, ::2].expand(B, S))
+    for given in (strided, swapped, channels_last, expanded):
+        one = in_order(rnn, given).requires_grad_()
+        dense = one.detach().contiguous().requires_grad_()
+        results = rnn(one, reset=reset), rnn(dense, reset=reset.contiguous())
+        assert_close(*results, **TIGHT)
+        leaves = [[leaf, *rnn.parameters()] for leaf in (one, dense)]
+        grads = [
+            torch.autograd.grad(out.square().sum() + h[0].sum(), of_case, allow_unused=True)
+            for (out, h), of_case in zip(results, leaves, strict=True)
+        ]
+        assert_close(*grads, **TIGHT)
+        with torch.no_grad():
+            assert_close(rnn(one, reset=reset), results[1], **TIGHT)
+        assert torch.equal(one, dense), "the input was written to"
+
+
+# Dropout
+
+
+@scripted_or_not
+def test_dropout_is_on_every_layers_output_but_the_last(scripted):
+    rnn = make(num_layers=3, dropout=0.4, kernel_size=1, bidirectional=True)
+    run = torch.jit.script(rnn) if scripted else rnn
+    singles = []
+    for layer in rnn.layers:
+        single = MinConv2dGRU(layer.conv.in_channels, 6, 1, bidirectional=True, dtype=torch.double)
+        single.layers[0].load_state_dict(layer.state_dict())
+        singles.append(single)
+    x, reset = make_input(rnn)
+
+    def by_hand(x):
+        for single in singles[:-1]:
+            x, _ = single(x, reset=reset)
+            # As nn.GRU drops: each element kept with probability 0.6, and divided by it.
+            x = x * torch.empty_like(x).bernoulli_(0.6) / 0.6
+        return singles[-1](x, reset=reset)[0]
+
+    outs = []
+    for function in (by_hand, lambda x: run(x, reset=reset)[0], lambda x: run(x, reset=reset)[0]):
+        torch.manual_seed(3)
+        outs.append(function(x))
+    assert_close(outs[1], outs[0], **TIGHT)
+    assert_close(outs[2], outs[0], **TIGHT)
+    assert not torch.equal(run(x, reset=reset)[0], outs[1]), "another seed gave the same mask"
+    run.eval()
+    assert torch.equal(run(x)[0], run(x)[0])
+
+
+def test_dropout_without_a_layer_to_drop_warns():
+    with pytest.warns(UserWarning, match=r"^MinConv2dGRU: dropout=0\.5 has no effect on one layer") as seen:
+        MinConv2dGRU(IN, 4, 1, dropout=0.5)
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+# Cells
+
+CELL_OPTIONS = [
+    {},
+    {"space": 1, "padding": "same"},
+    {"space": 3},
+    {"stride": (1, 2), "padding": 1, "dilation": (2, 1)},
+    {"groups": 2},
+    {"bias": False, "candidate": "tanh"},
+    {"norm": "group", "learn_initial_state": True},
+]
+
+
+def pair(dtype=torch.double, **options):
+    """A cell, and the layer with its weights."""
+    cell, layer = make(dtype, kinds=CELLS, **options), make(dtype, **options)
+    assert cell.state_dict().keys() == layer.state_dict().keys()
+    layer.load_state_dict(cell.state_dict())
+    return cell, layer
+
+
+def looped(cell):
+    def function(x, h, reset):
+        state, outs = None if h is None else h[0].squeeze(1), []
+        for t in range(x.shape[1]):
+            state = cell(x[:, t], state, None if reset is None else reset[:, t])
+            outs.append(state)
+        return torch.stack(outs, 1), [state.unsqueeze(1)]
+
+    return function
+
+
+@scripted_or_not
+@pytest.mark.parametrize("options", CELL_OPTIONS, ids=named)
+def test_a_cell_is_the_layer_step_by_step(options, scripted):
+    cell, layer = pair(**options)
+    run = torch.jit.script(cell) if scripted else cell
+    x, reset = make_input(layer)
+    h = make_states(layer, x)
+    for args in ((x, None, None), (x, h, reset), (x, h, None), (x, None, reset)):
+        expected = graded(true_of(layer), layer, *args)
+        assert_same(graded(looped(run), run, *args), expected, **TIGHT)
+
+
+@scripted_or_not
+def test_a_cell_without_a_batch(scripted):
+    cell, layer = pair(learn_initial_state=True)
+    run = torch.jit.script(cell) if scripted else cell
+    x, _ = make_input(layer)
+    h = make_states(layer, x)[0][:, 0]
+    for reset in (None, torch.tensor([True, False, True])):
+        for state in (None, h):
+            together = run(x[:, 0], state, reset)
+            assert together.shape == h.shape
+            for at in range(B):
+                one = run(x[at, 0], None if state is None else state[at], None if reset is None else reset[at])
+                assert_close(one, together[at], **TIGHT)
+
+
+def test_a_cell_without_a_batch_is_told_from_one():
+    """A batch of IN images, and one image with IN channels, have their channels in different places."""
+    cell = build(kinds=CELLS, space=1, kernel_size=1)
+    assert cell(torch.zeros(IN, IN, 7)).shape == (IN, 6, 7)
+    assert cell(torch.zeros(IN, 7)).shape == (6, 7)
+
+
+def test_weights_go_from_cell_to_layer_and_back():
+    cell, layer = pair(norm="group", learn_initial_state=True)
+    x, _ = make_input(layer)
+    assert_close(cell(x[:, 0]), layer(x[:, :1])[1][0][:, 0], **TIGHT)
+    other = make(norm="group", learn_initial_state=True)
+    cell.load_state_dict(other.state_dict())
+    assert_close(cell(x[:, 0]), other(x[:, :1])[1][0][:, 0], **TIGHT)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_cells_state_stays_in_float32_under_autocast(scripted):
+    cell = make(torch.float32, kinds=CELLS, padding=1)
+    run = torch.jit.script(cell) if scripted else cell
+    h = None
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in torch.randn(3, B, IN, 4, 4):
+            h = run(x, h)
+            assert h.dtype == torch.float32
+            assert (h != h.bfloat16()).any(), "rounded"
+
+
+@scripted_or_not
+def test_an_empty_batch_of_a_cell(scripted):
+    cell = build(kinds=CELLS, padding=1)
+    run = torch.jit.script(cell) if scripted else cell
+    x = torch.randn(0, IN, 5, 5)
+    assert run(x).shape == (0, 6, 5, 5)
+    run(x, run(x), torch.zeros(0, dtype=torch.bool)).sum().backward()
+    assert not cell.layers[0].conv.weight.grad.any()
+
+
+# Scripting, copies, dtypes, devices
+
+
+def test_saved_modules_run_without_the_package(tmp_path):
+    expected = {}
+    for index, options in enumerate([{}, {"space": 1}, {"space": 3}, {"residual": True, "bidirectional": True}, ALL]):
+        rnn = make(torch.float32, **options)
+        path = str(tmp_path / f"{index}.pt")
+        torch.jit.save(torch.jit.script(rnn), path)
+        x, reset = make_input(rnn, torch.float32)
+        h = make_states(rnn, x)
+        calls = [(x, None, None), (x, h, reset), (x, [state[:1] for state in h], None)]
+        torch.save(calls, path + ".in")
+        expected[path] = [rnn(*call) for call in calls for _ in range(2)]
+    for space in CELLS:
+        cell = make(torch.float32, kinds=CELLS, space=space)
+        path = str(tmp_path / f"cell{space}.pt")
+        torch.jit.save(torch.jit.script(cell), path)
+        x = torch.randn(B, IN, *make_space(cell))
+        calls = [(x, None, None), (x, cell(x).detach(), torch.tensor([True, False, False]))]
+        torch.save(calls, path + ".in")
+        expected[path] = [cell(*call) for call in calls for _ in range(2)]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_MINGRU, *expected]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["no mingru"]
+    for path, results in expected.items():
+        for got, result in zip(torch.load(path + ".out"), results, strict=True):
+            assert_close(got, result)
+
+
+def test_scripted_refuses_what_would_pass_unseen():
+    x = torch.zeros(2, 3, IN, 5, 5)
+    for batch_first, letters in ((True, "(B, S, 4"), (False, "(S, B, 4")):
+        scripted = torch.jit.script(build(batch_first=batch_first, bidirectional=True))
+        reset = torch.zeros(1, 3, dtype=torch.bool)
+        for args, message in (
+            ((torch.zeros(2, 3, 7, 5, 5),), f"MinConv2dGRU: x must be {letters}"),
+            ((x[0],), f"MinConv2dGRU: x must be {letters}"),
+            ((x, [torch.zeros(1)]), "MinConv2dGRU: h must have one state per layer and direction"),
+            ((x, None, reset), "MinConv2dGRU: reset must be"),
+        ):
+            with pytest.raises(torch.jit.Error) as caught:
+                scripted(*args)
+            assert message in str(caught.value)
+    cell = torch.jit.script(build(kinds=CELLS))
+    for args, message in (
+        ((x,), "MinConv2dGRUCell: x must be (B, 4, *space)"),
+        ((torch.zeros(2, 7, 5, 5),), "MinConv2dGRUCell: x must be (B, 4, *space)"),
+        ((x[0], torch.zeros(6, 3, 3)), "MinConv2dGRUCell: h must be (B, H, *space)"),
+        ((x[0], None, torch.zeros(2, dtype=torch.bool)), "MinConv2dGRUCell: reset must be"),
+    ):
+        with pytest.raises(torch.jit.Error) as caught:
+            cell(*args)
+        assert message in str(caught.value)
+
+
+@scripted_or_not
+@pytest.mark.parametrize("options", [{}, ALL], ids=named)
+@pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
+def test_empty(batch, steps, options, scripted):
+    rnn = make(torch.float32, **options)
+    run = torch.jit.script(rnn) if scripted else rnn
+    x, reset = make_input(rnn, torch.float32, batch, steps)
+    full = torch.randn(1, 1, *x.shape[2:])
+    h = [torch.randn(batch, *state.shape[1:]).requires_grad_() for state in rnn(full)[1]]
+    for _ in range(2):
+        out, last = run(x.clone().requires_grad_(), h, reset)
+        assert in_order(rnn, out).shape == (batch, steps, *rnn(full)[0].shape[2:])
+        # With no step taken, not even a reset changes the state.
+        assert_close(last, h, rtol=0, atol=0)
+        grads = torch.autograd.grad(sum(state.sum() for state in last) + out.sum(), h)
+        assert all((grad == 1).all() for grad in grads)
+    _, last = run(x)
+    assert [state.shape for state in last] == [state.shape for state in h]
+
+
+@scripted_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_what_goes_in_comes_out_in_each_dtype(space, dtype, scripted):
+    rnn = make(dtype, space=space, residual=True, norm="group", learn_initial_state=True, bidirectional=True)
+    run = torch.jit.script(rnn) if scripted else rnn
+    x, reset = make_input(rnn, dtype)
+    for h in (None, make_states(rnn, x)):
+        got = graded(run, run, x, h, reset)
+        assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(got, dtype)
+        assert all(tensor.isfinite().all() for tensor in got.values())
+
+
+@scripted_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_width_layers_round_once_after_the_convolution(dtype, scripted):
+    rnn = make(dtype, kernel_size=1)
+    run = torch.jit.script(rnn) if scripted else rnn
+    x = torch.randn(2, 300, IN, 2, 2, dtype=dtype)
+    out, _ = run(x)
+    gate, candidate = rnn.layers[0].conv(x.flatten(0, 1)).double().view(2, 300, 2, 6, 2, 2).unbind(2)
+    assert reference.relative_error(out, reference.mingru(gate, candidate)) <= 1.001 * torch.finfo(dtype).eps / 2
+
+
+@scripted_or_not
+@pytest.mark.parametrize("learned", [False, True])
+def test_autocast_keeps_the_states_in_float32(scripted, learned):
+    rnn = make(torch.float32, num_layers=2, kernel_size=1, learn_initial_state=learned)
+    run = torch.jit.script(rnn) if scripted else rnn
+    for dtype in [torch.float32] if scripted else [torch.float32, torch.bfloat16]:
+        x = torch.randn(2, 200, IN, 2, 2, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, states = run(x)
+            gate, candidate = rnn.layers[0].conv(x.flatten(0, 1)).double().view(2, 200, 2, 6, 2, 2).unbind(2)
+            pieces = None
+            for piece in x.split([100, 1, 99], 1):
+                _, pieces = run(piece, pieces)
+        assert out.dtype == torch.bfloat16
+        assert {state.dtype for state in states} == {torch.float32}
+        initial = rnn.layers[0].initial_state[0].double() if learned else 0.5
+        true_state = reference.mingru(gate, candidate, None, None, "positive", initial)[:, -1:]
+        # Float32 in more than name: nothing was rounded to half width on the way.
+        assert reference.relative_error(states[0], true_state) <= 2e-6
+        assert_close(pieces[0], states[0])
+    if not scripted:
+        with torch.autocast("cpu", torch.bfloat16):
+            _, states = rnn(x, [state.bfloat16() for state in states])
+        assert {state.dtype for state in states} == {torch.float32}
+
+
+@each_option
+def test_copies_and_state_dicts(options):
+    rnn = make(**options).eval()
+    x, reset = make_input(rnn)
+    expected = rnn(x, reset=reset)
+    saved = io.BytesIO()
+    torch.save(rnn.state_dict(), saved)
+    saved.seek(0)
+    other = make(**options)
+    assert not torch.equal(other(x, reset=reset)[0], expected[0])
+    other.load_state_dict(torch.load(saved), strict=True)
+    for twin in (other, copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert_close(twin(x, reset=reset), expected, rtol=0, atol=0)
+        assert repr(twin) == repr(rnn)
+        assert not {weight.data_ptr() for weight in twin.parameters()} & {
+            weight.data_ptr() for weight in rnn.parameters()
+        }
+    assert torch.jit.script(rnn).state_dict().keys() == rnn.state_dict().keys()
+
+
+@pytest.mark.parametrize("kinds", [LAYERS, CELLS], ids=["layers", "cells"])
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_cells_and_layers_are_copied_and_scripted(kinds, space):
+    module = make(kinds=kinds, space=space)
+    x = torch.randn(B, *[S] * (kinds is LAYERS), IN, *make_space(module)).double()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.jit.script(module)):
+        assert_close(twin(x), module(x), **TIGHT)
+
+
+@each_option
+def test_meta_device(options):
+    rnn = build(**options, device="meta")
+    x, reset = make_input(rnn)
+    x, reset = x.float().to("meta"), reset.to("meta")
+    shape_of = build(**options)(torch.zeros(x.shape))
+    for args in ((x,), (x, [torch.zeros(1, device="meta")] * len(shape_of[1]), reset)):
+        out, last = rnn(*args)
+        assert out.is_meta
+        assert out.shape == shape_of[0].shape
+        assert [state.shape for state in last] == [state.shape for state in shape_of[1]]
+    real = rnn.to_empty(device="cpu")
+    torch.manual_seed(5)
+    real.reset_parameters()
+    torch.manual_seed(5)
+    fresh = build(**options)
+    assert_close(dict(real.named_parameters()), dict(fresh.named_parameters()), rtol=0, atol=0)
+
+
+def test_parameter_names_and_shapes():
+    def shapes(hidden_dims=8, kernel_size=(3, 5), **options):
+        rnn = MinConv2dGRU(4, hidden_dims, kernel_size, **options)
+        assert list(rnn.state_dict()) == [name for name, _ in rnn.named_parameters()]
+        return {name.removeprefix("layers."): tuple(weight.shape) for name, weight in rnn.named_parameters()}
+
+    first = {"0.conv.weight": (16, 4, 3, 5), "0.conv.bias": (16,)}
+    assert shapes() == first
+    assert shapes(bias=False) == {"0.conv.weight": (16, 4, 3, 5)}
+    assert shapes(groups=2) == {"0.conv.weight": (16, 2, 3, 5), "0.conv.bias": (16,)}
+    second = {"1.conv.weight": (12, 8, 1, 1), "1.conv.bias": (12,)}
+    assert shapes([8, 6], [(3, 5), 1], num_layers=2) == {**first, **second}
+    back = {"0.conv_reverse.weight": (16, 4, 3, 5), "0.conv_reverse.bias": (16,)}
+    assert shapes(bidirectional=True) == {**first, **back}
+    align = {"0.align.weight": (8, 4, 3, 5)}
+    assert shapes(residual=True) == {**first, **align}
+    assert shapes(residual=True, groups=2)["0.align.weight"] == (8, 2, 3, 5)
+    assert shapes(residual=True, bidirectional=True)["0.align.weight"] == (16, 4, 3, 5)
+    assert shapes(residual=True, padding="same")["0.align.weight"] == (8, 4, 3, 5)
+    # Channels and space as they were: no map. A kernel of 1 with padding makes space grow.
+    assert "0.align.weight" not in shapes(4, residual=True, padding="same")
+    assert "0.align.weight" not in shapes(4, residual=True, padding=(1, 2))
+    assert "0.align.weight" not in shapes(2, residual=True, padding=(1, 2), bidirectional=True)
+    assert "0.align.weight" in shapes(4, residual=True, padding=(1, 1))
+    assert "0.align.weight" in shapes(4, 1, residual=True, padding=1)
+    assert "0.align.weight" in shapes(4, 1, residual=True, stride=(1, 2))
+    assert shapes(norm="group") == {"0.norm.weight": (4,), "0.norm.bias": (4,), **first}
+    assert shapes(learn_initial_state=True) == {"0.initial_state": (1, 1, 1, 8, 1, 1), **first}
+    learned = shapes([8, 6], [(3, 5), 1], num_layers=2, bidirectional=True, learn_initial_state=True)
+    assert learned["0.initial_state"] == (2, 1, 1, 8, 1, 1)
+    assert learned["1.initial_state"] == (2, 1, 1, 6, 1, 1)
+    assert shapes(candidate="tanh", batch_first=False) == shapes()
+
+
+@pytest.mark.parametrize("kinds", [LAYERS, CELLS], ids=["layers", "cells"])
+def test_repr_says_what_is_not_default(kinds):
+    assert kinds[2](3, 8, 3).extra_repr() == "3, 8, 3"
+    options = {"stride": (1, 2), "padding": 1, "dilation": (2, 1), "groups": 2, "bias": False}
+    if kinds is LAYERS:
+        options = {"num_layers": 2, **options, "dropout": 0.25, "bidirectional": True, "residual": True}
+        options["stride"], options["padding"] = [(1, 2), 1], [1, "same"]
+    options |= {"norm": "group", "candidate": "tanh", "learn_initial_state": True}
+    if kinds is LAYERS:
+        options["batch_first"] = False
+    rnn = kinds[2](4, [8, 6][: options.get("num_layers", 1)], 3, **options)
+    hidden = [8, 6][: options.get("num_layers", 1)]
+    assert rnn.extra_repr() == f"4, {hidden}, 3, " + ", ".join(f"{name}={value!r}" for name, value in options.items())
+    again = eval(f"kinds[2]({rnn.extra_repr()})", {"kinds": kinds})
+    assert repr(again) == repr(rnn)
+
+
+def test_lists_are_the_callers_own():
+    stride = [1, 2]
+    rnn = MinConv1dGRU(2, 2, 1, 2, stride=stride)
+    before = repr(rnn)
+    stride[0] = 5
+    assert repr(rnn) == before
+
+
+def test_threads_give_the_same_numbers():
+    rnn = make(padding=1, bidirectional=True)
+    x, reset = torch.randn(4, 16, IN, 8, 8).double(), torch.rand(4, 16) < 0.1
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(graded(rnn, rnn, x, None, reset))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(*results, **TIGHT)
+
+
+# What is refused
+
+X = torch.zeros(2, 5, 3, 6, 6)
+NO = torch.zeros(2, 5, dtype=torch.bool)
+H = torch.zeros(2, 1, 8, 6, 6)
+
+BAD_CALLS = {
+    "x without batch": (
+        {"x": X[0]},
+        ValueError,
+        r"x must be \(B, S, 3, \*space\) as input_dims is 3 and space 2-dimensional, got \(5, 3, 6, 6\)",
+    ),
+    "x of other channels": (
+        {"x": X[:, :, :2]},
+        ValueError,
+        r"x must be \(B, S, 3, \*space\) .*, got \(2, 5, 2, 6, 6\)",
+    ),
+    "x with channels last": ({"x": X.movedim(2, -1)}, ValueError, r"x must be .*, got \(2, 5, 6, 6, 3\)"),
+    "x is no tensor": ({"x": [1.0]}, TypeError, r"x must be a tensor, got list"),
+    "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
+    "x of float64": ({"x": X.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64; use x\.to"),
+    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got one on meta"),
+    "x too small for the first layer": (
+        {"x": X[..., :0]},
+        ValueError,
+        r"x must be at least \(1, 1\) in space where it enters layer 0, .*, got \(6, 0\); pad more",
+    ),
+    "x too small for the second layer": (
+        {"x": X[..., :3]},
+        ValueError,
+        r"x must be at least \(3, 5\) in space where it enters layer 1, which has kernel_size \(3, 5\), "
+        r"stride \(1, 1\), padding \(0, 0\), dilation \(1, 1\), got \(6, 3\)",
+    ),
+    "h is a tensor": (
+        {"h": H},
+        TypeError,
+        r"h must be a list of 2 states, one for each layer and direction, got Tensor",
+    ),
+    "h is a number": ({"h": 0.5}, TypeError, r"h must be a list of 2 states, .*, got float"),
+    "h of one layer": ({"h": [H]}, ValueError, r"h must be a list of 2 states, .*, got 1"),
+    "h of three layers": ({"h": [H] * 3}, ValueError, r"h must be a list of 2 states, .*, got 3"),
+    "h with None": ({"h": [H, None]}, TypeError, r"h\[1\] must be a tensor, got NoneType"),
+    "h of another layer": (
+        {"h": [H, H]},
+        ValueError,
+        r"h\[1\] must be expandable to \(B, 1, H, \*space\) = \(2, 1, 4, 4, 2\), got \(2, 1, 8, 6, 6\)",
+    ),
+    "h of other batch": ({"h": [H[:1].expand(3, 1, 8, 6, 6)] * 2}, ValueError, r"h\[0\] must be expandable to"),
+    "h of too many dimensions": ({"h": [H[None]] * 2}, ValueError, r"h\[0\] must be expandable to"),
+    "h of float64": ({"h": [H.double()] * 2}, TypeError, r"h\[0\] must be torch\.float32 as x is, got torch\.float64"),
+    "h on another device": ({"h": [H.to("meta")] * 2}, ValueError, r"h\[0\] must be on cpu as x is, .*meta"),
+    "reset is no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
+    "reset of other length": ({"reset": NO[:, :4]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 4\)"),
+    "reset of numbers": ({"reset": NO.float()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.float32"),
+    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case):
+    args, error, message = BAD_CALLS[case]
+    rnn = MinConv2dGRU(3, [8, 4], [3, (3, 5)], 2, padding=[1, 0])
+    x = torch.randn(2, 5, 3, 6, 6)
+    expected = rnn(x)
+    with pytest.raises(error, match="^MinConv2dGRU: " + message):
+        rnn(**{"x": x, **args})
+    assert_close(rnn(x), expected, rtol=0, atol=0)
+    # And the good states are no more refused than a tuple of them.
+    assert_close(rnn(x, tuple(expected[1])), rnn(x, expected[1]), rtol=0, atol=0)
+
+
+def test_bad_calls_in_the_order_of_time():
+    rnn = MinConv1dGRU(3, 8, 1, batch_first=False)
+    with pytest.raises(
+        ValueError, match=r"^MinConv1dGRU: x must be \(S, B, 3, \*space\) as input_dims is 3 and space 1-"
+    ):
+        rnn(torch.zeros(5, 3, 6))
+    with pytest.raises(ValueError, match=r"^MinConv1dGRU: reset must be \(S, B\) = \(5, 2\), got \(2, 5\)"):
+        rnn(torch.zeros(5, 2, 3, 6), reset=NO)
+    with pytest.raises(ValueError, match=r"^MinConv1dGRU: h\[0\] must be .* = \(2, 1, 8, 6\), got \(5, 1, 8, 6\)"):
+        rnn(torch.zeros(5, 2, 3, 6), [torch.zeros(5, 1, 8, 6)])
+
+
+BAD_CELL_CALLS = {
+    "x of a sequence": (
+        {"x": torch.zeros(2, 5, 3, 6, 6)},
+        ValueError,
+        r"x must be \(B, 3, \*space\) as input_dims is 3 and space 2-dimensional, got \(2, 5, 3, 6, 6\)",
+    ),
+    "x of other channels": (
+        {"x": torch.zeros(2, 4, 6, 6)},
+        ValueError,
+        r"x must be \(B, 3, \*space\) .*, got \(2, 4, 6, 6\)",
+    ),
+    "x of other channels, unbatched": (
+        {"x": torch.zeros(4, 6, 6)},
+        ValueError,
+        r"x must be \(3, \*space\) .*, got \(4, 6, 6\)",
+    ),
+    "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
+    "x too small": (
+        {"x": torch.zeros(2, 3, 2, 6)},
+        ValueError,
+        r"x must be at least \(3, 3\) in space .*, got \(2, 6\)",
+    ),
+    "h of a layer": (
+        {"h": torch.zeros(2, 1, 8, 4, 4)},
+        ValueError,
+        r"h must be \(B, H, \*space\) = \(2, 8, 4, 4\), got \(2, 1, 8, 4, 4\)",
+    ),
+    "h of the input's space": (
+        {"h": torch.zeros(2, 8, 6, 6)},
+        ValueError,
+        r"h must be .* = \(2, 8, 4, 4\), got \(2, 8, 6, 6\)",
+    ),
+    "h of float64": ({"h": torch.zeros(2, 8, 4, 4).double()}, TypeError, r"h must be torch\.float32 as x is"),
+    "h with a batch beside x without": (
+        {"x": torch.zeros(3, 6, 6), "h": torch.zeros(1, 8, 4, 4)},
+        ValueError,
+        r"h must be \(H, \*space\) = \(8, 4, 4\), got \(1, 8, 4, 4\)",
+    ),
+    "h is a list": ({"h": [torch.zeros(2, 8, 4, 4)]}, TypeError, r"h must be a tensor, got list"),
+    "reset of other batch": ({"reset": NO[0, :3]}, ValueError, r"reset must be \(B,\) = \(2,\), got \(3,\)"),
+    "reset of a sequence": ({"reset": NO[:, :1]}, ValueError, r"reset must be \(B,\) = \(2,\), got \(2, 1\)"),
+    "reset of numbers": ({"reset": torch.zeros(2)}, TypeError, r"reset must be of dtype torch\.bool"),
+    "reset with a batch beside x without": (
+        {"x": torch.zeros(3, 6, 6), "reset": NO[0, :1]},
+        ValueError,
+        r"reset must be a scalar = \(\), got \(1,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CELL_CALLS)
+def test_bad_calls_of_a_cell(case):
+    args, error, message = BAD_CELL_CALLS[case]
+    with pytest.raises(error, match="^MinConv2dGRUCell: " + message):
+        MinConv2dGRUCell(3, 8, 3)(**{"x": torch.zeros(2, 3, 6, 6), **args})
+
+
+BAD_OPTIONS = {
+    "input_dims of 0": ({"input_dims": 0}, ValueError, r"input_dims must be at least 1, got 0"),
+    "input_dims of 3.0": ({"input_dims": 3.0}, TypeError, r"input_dims must be an int, got 3\.0"),
+    "no layers": ({"num_layers": 0}, ValueError, r"num_layers must be at least 1, got 0"),
+    "num_layers True": ({"num_layers": True}, TypeError, r"num_layers must be an int, got True"),
+    "hidden_dims of 0": ({"hidden_dims": [8, 0]}, ValueError, r"hidden_dims must be at least 1, got 0"),
+    "hidden_dims a tuple": (
+        {"hidden_dims": (8, 8)},
+        TypeError,
+        r"hidden_dims must be an int, or a list of ints with one for each layer, got \(8, 8\)",
+    ),
+    "hidden_dims of other layers": (
+        {"hidden_dims": [8]},
+        ValueError,
+        r"hidden_dims must be a list with one entry for each layer as num_layers is 2, got \[8\]; a tuple",
+    ),
+    "kernel_size of other layers": (
+        {"kernel_size": [3, 3, 3]},
+        ValueError,
+        r"kernel_size must be a list with one entry",
+    ),
+    "stride of other layers": ({"stride": [1]}, ValueError, r"stride must be a list with one entry"),
+    "padding of other layers": ({"padding": ["same"]}, ValueError, r"padding must be a list with one entry"),
+    "dilation of no layers": ({"dilation": []}, ValueError, r"dilation must be a list with one entry .*, got \[\]"),
+    "kernel_size of other space": (
+        {"kernel_size": (3, 3, 3)},
+        ValueError,
+        r"kernel_size must be an int, a tuple of 2 ints, or a list of these with one for each layer, got \(3, 3, 3\)",
+    ),
+    "kernel_size of 0": ({"kernel_size": (3, 0)}, ValueError, r"kernel_size must be at least 1, got 0"),
+    "kernel_size a number": ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an int, a tuple .*, got 3\.0"),
+    "kernel_size None": ({"kernel_size": None}, TypeError, r"kernel_size must be an int, a tuple .*, got None"),
+    "kernel_size 'same'": ({"kernel_size": "same"}, TypeError, r"kernel_size must be an int, a tuple .*, got 'same'"),
+    "kernel_size twice listed": ({"kernel_size": [[3, 3], 3]}, TypeError, r"kernel_size must be .*, got \[3, 3\]"),
+    "stride of 0": ({"stride": [1, (0, 1)]}, ValueError, r"stride must be at least 1, got 0"),
+    "padding below 0": ({"padding": -1}, ValueError, r"padding must be at least 0, got -1"),
+    "padding 'full'": ({"padding": "full"}, TypeError, r"padding must be an int, a tuple .*, got 'full'"),
+    "padding 'same' with a stride": (
+        {"padding": [0, "same"], "stride": [2, (1, 2)]},
+        ValueError,
+        r"padding must be a number where stride is \(1, 2\), got 'same', which needs a stride of 1",
+    ),
+    "groups of 0": ({"groups": 0}, ValueError, r"groups must be at least 1, got 0"),
+    "groups that don't divide": (
+        {"groups": 3},
+        ValueError,
+        r"groups must be a divisor of input_dims and hidden_dims, got 3; they are 4 and 8",
+    ),
+    "groups that divide one layer": (
+        {"hidden_dims": [8, 5], "groups": 2},
+        ValueError,
+        r"groups must be a divisor .*\[8, 5\]",
+    ),
+    "dropout above 1": ({"dropout": 1.5}, ValueError, r"dropout must be a number from 0 to 1, got 1\.5"),
+    "dropout NaN": ({"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1, got nan"),
+    "dropout a string": ({"dropout": "0.5"}, TypeError, r"dropout must be a number from 0 to 1, got '0\.5'"),
+    "dropout True": ({"dropout": True}, TypeError, r"dropout must be a number from 0 to 1, got True"),
+    "norm of other layers": ({"norm": "layer"}, ValueError, r"norm must be one of None, 'group', got 'layer'"),
+    "norm True": ({"norm": True}, ValueError, r"norm must be one of None, 'group', got True"),
+    "unknown candidate": (
+        {"candidate": "relu"},
+        ValueError,
+        r"candidate must be one of \('positive', .*\), got 'relu'",
+    ),
+    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype, got torch\.int64"),
+    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating dtype, got 'float32'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(case):
+    options, error, message = BAD_OPTIONS[case]
+    with pytest.raises(error, match="^MinConv2dGRU: " + message):
+        MinConv2dGRU(**{"input_dims": 4, "hidden_dims": 8, "kernel_size": 1, "num_layers": 2, **options})
+
+
+def test_space_of_one_dimension_takes_a_tuple_of_one():
+    assert repr(MinConv1dGRU(2, 2, (3,), padding=(1,)).layers) == repr(MinConv1dGRU(2, 2, 3, padding=1).layers)
+    with pytest.raises(ValueError, match=r"kernel_size must be an int, or a list of these .*, got \(3, 3\)"):
+        MinConv1dGRU(2, 2, (3, 3))
