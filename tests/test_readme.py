@@ -14,7 +14,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert hashlib.sha256(blocks[0].encode()).hexdigest() == ASKED_FOR
     names = {}
     for block in blocks:

@@ -114,7 +114,9 @@ class GRU(_DropIn):
         device: of the parameters.
         dtype: of the parameters, a floating one.
         proj_size: refused, as by torch.
-        residual, norm, candidate: what torch has not; as of `mingru.MinGRU`.
+        residual: what torch has not; as of `mingru.MinGRU`.
+        norm: what torch has not; as of `mingru.MinGRU`.
+        candidate: what torch has not; as of `mingru.MinGRU`.
 
     Called with:
         input: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
@@ -260,7 +262,8 @@ class GRUCell(_DropIn):
         bias: whether the linear map has one.
         device: of the parameters.
         dtype: of the parameters, a floating one.
-        norm, candidate: what torch has not; as of `mingru.MinGRU`.
+        norm: what torch has not; as of `mingru.MinGRU`.
+        candidate: what torch has not; as of `mingru.MinGRU`.
 
     Called with:
         input: (B, I), or (I,) without a batch; dtype and device of the parameters.

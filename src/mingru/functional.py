@@ -288,8 +288,8 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
         >>> reset
         tensor([[ True, False,  True,  True, False, False]])
         >>> rnn = mingru.MinGRU(3, 8, bidirectional=True)
-        >>> out, h = rnn(torch.cat(sequences)[None], reset=reset)
-        >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2][None])[0])
+        >>> out, h = rnn(torch.cat(sequences).unsqueeze(0), reset=reset)
+        >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
     """
     name = "reset_from_lengths"
     if not isinstance(lengths, Tensor):

@@ -68,7 +68,14 @@ class MinGRUCell(RecurrentCell, MinGRU):
         h' = (1 - z) h + z g(W_h x + b_h)
 
     Args:
-        input_dims, hidden_dims, bias, norm, candidate, learn_initial_state, device, dtype: as of `mingru.MinGRU`.
+        input_dims: as of `mingru.MinGRU`.
+        hidden_dims: as of `mingru.MinGRU`.
+        bias: as of `mingru.MinGRU`.
+        norm: as of `mingru.MinGRU`.
+        candidate: as of `mingru.MinGRU`.
+        learn_initial_state: as of `mingru.MinGRU`.
+        device: as of `mingru.MinGRU`.
+        dtype: as of `mingru.MinGRU`.
 
     Called with:
         x: (B, I), or (I,) for one element without a batch; dtype and device of the parameters.
@@ -133,7 +140,14 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
     Called with x, h and reset as `mingru.MinGRUCell` is; returns and raises the same.
 
     Args:
-        input_dims, hidden_dims, bias, norm, candidate, learn_initial_state, device, dtype: as of `mingru.MinGRU`.
+        input_dims: as of `mingru.MinGRU`.
+        hidden_dims: as of `mingru.MinGRU`.
+        bias: as of `mingru.MinGRU`.
+        norm: as of `mingru.MinGRU`.
+        candidate: as of `mingru.MinGRU`.
+        learn_initial_state: as of `mingru.MinGRU`.
+        device: as of `mingru.MinGRU`.
+        dtype: as of `mingru.MinGRU`.
         forget_bias: as of `mingru.MinLSTM`.
 
     Parameters: those of the layer, by the same names, so that the state dict of one loads into the other.

@@ -668,9 +668,19 @@ class MinConv2dGRUCell(MinConvCell):
     """One step of a one-layer `mingru.MinConv2dGRU`, for loops of the caller's own.
 
     Args:
-        input_dims, hidden_dims, kernel_size, stride, padding, dilation, groups, bias: as of `mingru.MinConv2dGRU`, for
-            its only layer.
-        norm, candidate, learn_initial_state, device, dtype: likewise.
+        input_dims: as of `mingru.MinConv2dGRU`, for its only layer.
+        hidden_dims: as of `mingru.MinConv2dGRU`, for its only layer.
+        kernel_size: as of `mingru.MinConv2dGRU`, for its only layer.
+        stride: as of `mingru.MinConv2dGRU`, for its only layer.
+        padding: as of `mingru.MinConv2dGRU`, for its only layer.
+        dilation: as of `mingru.MinConv2dGRU`, for its only layer.
+        groups: as of `mingru.MinConv2dGRU`, for its only layer.
+        bias: as of `mingru.MinConv2dGRU`, for its only layer.
+        norm: as of `mingru.MinConv2dGRU`.
+        candidate: as of `mingru.MinConv2dGRU`.
+        learn_initial_state: as of `mingru.MinConv2dGRU`.
+        device: as of `mingru.MinConv2dGRU`.
+        dtype: as of `mingru.MinConv2dGRU`.
 
     Called with:
         x: (B, C, *space), or (C, *space) without a batch.

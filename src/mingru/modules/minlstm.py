@@ -22,8 +22,20 @@ class MinLSTM(Recurrent):
     Called with x, h, reset and lengths as `mingru.MinGRU` is; returns and raises the same.
 
     Args:
-        input_dims, hidden_dims, num_layers, bias, batch_first, dropout, bidirectional: as of `mingru.MinGRU`.
-        residual, norm, candidate, learn_initial_state, recompute, device, dtype: likewise.
+        input_dims: as of `mingru.MinGRU`.
+        hidden_dims: as of `mingru.MinGRU`.
+        num_layers: as of `mingru.MinGRU`.
+        bias: as of `mingru.MinGRU`.
+        batch_first: as of `mingru.MinGRU`.
+        dropout: as of `mingru.MinGRU`.
+        bidirectional: as of `mingru.MinGRU`.
+        residual: as of `mingru.MinGRU`.
+        norm: as of `mingru.MinGRU`.
+        candidate: as of `mingru.MinGRU`.
+        learn_initial_state: as of `mingru.MinGRU`.
+        recompute: as of `mingru.MinGRU`.
+        device: as of `mingru.MinGRU`.
+        dtype: as of `mingru.MinGRU`.
         forget_bias: added to the bias of the forget gate where parameters are drawn; 1, say, has the layer remember
             longer at first. Needs `bias`.
 
