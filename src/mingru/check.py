@@ -122,5 +122,7 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
     if lengths.device.type != "cpu" and lengths.device != device:
         expected = f"on the CPU or on {device} as x is"
         raise ValueError(expectation(name, "lengths", expected, f"one on {lengths.device}", "use lengths.cpu()"))
-    if batch and not bool(((lengths >= 1) & (lengths <= steps)).all()):
+    # Wide enough for S itself.
+    long = lengths.long()
+    if batch and not bool(((long >= 1) & (long <= steps)).all()):
         raise ValueError(expectation(name, "lengths", f"from 1 to S = {steps}", str(lengths.tolist())))

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .check import check_like, dims, expectation
 from .modules import MinGRU
-from .modules.recurrent import is_autocast
+from .modules.recurrent import is_autocast, weight_of
 from .ops import States
 
 __all__ = ["GRU", "GRUCell", "Report", "replace"]
@@ -59,9 +59,8 @@ class _DropIn(MinGRU):
             expected = f"of {self.input_size} features as input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape)))
         layer: Any = self.layers[0]
-        weight = layer.linear.weight
-        # A quantised linear's weight is a method, and its input any floating tensor.
-        if isinstance(weight, Tensor):
+        weight = weight_of(layer.linear)
+        if weight is not None:
             self._check_as("input", x, weight, "the layer's weight", wrong_dtype)
 
     def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:

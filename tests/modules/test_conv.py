@@ -1304,3 +1304,19 @@ def test_space_of_one_dimension_takes_a_tuple_of_one():
     assert repr(MinConv1dGRU(2, 2, (3,), padding=(1,)).layers) == repr(MinConv1dGRU(2, 2, 3, padding=1).layers)
     with pytest.raises(ValueError, match=r"kernel_size must be an int, or a list of these .*, got \(3, 3\)"):
         MinConv1dGRU(2, 2, (3, 3))
+
+
+def test_a_convolution_of_another_class_sees_the_whole_batch(monkeypatch):
+    class Centred(torch.nn.Conv2d):
+        def forward(self, x):
+            out = super().forward(x)
+            return out - out.mean(0, keepdim=True)
+
+    rnn = build(padding=1)
+    old = rnn.layers[0].conv
+    rnn.layers[0].conv = Centred(old.in_channels, old.out_channels, old.kernel_size, padding=1).to(old.weight.dtype)
+    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 12)
+    x = torch.randn(4, 8, IN, 5, 5, dtype=old.weight.dtype)
+    expected, _ = rnn(x)
+    with torch.no_grad():
+        assert_close(rnn(x)[0], expected)

@@ -738,3 +738,11 @@ def test_reset_from_lengths():
 def test_bad_arguments_of_reset_from_lengths(args, error, message):
     with pytest.raises(error, match="^reset_from_lengths: " + message):
         reset_from_lengths(*args)
+
+
+@pytest.mark.parametrize(("dtype", "steps", "length"), [(torch.uint8, 600, 200), (torch.int16, 40_000, 30_000)])
+def test_lengths_of_a_dtype_that_could_not_hold_s(dtype, steps, length):
+    rnn, x = mingru.MinGRU(1, 1), torch.randn(1, steps, 1)
+    out, h = rnn(x, lengths=torch.tensor([length], dtype=dtype))
+    torch.testing.assert_close(h[0], rnn(x[:, :length])[1][0])
+    assert not out[:, length:].any()

@@ -989,3 +989,45 @@ def test_gradients_when_one_input_is_made_from_another(backend):
         (graphed,) = torch.autograd.grad(loss, x, create_graph=True)
         (truth,) = torch.autograd.grad(graphed.square().sum(), x)
     torch.testing.assert_close(second, truth)
+
+
+def test_a_saved_tensor_hook_may_lay_tensors_out_anew():
+    rnn = mingru.MinGRU(64, H, batch_first=False)
+    x = torch.randn(S, B, 64)
+
+    def grads(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out, _ = rnn(x)
+        return torch.autograd.grad(out.square().sum(), list(rnn.parameters()))
+
+    assert_close(grads(lambda tensor: tensor.contiguous()), grads(lambda tensor: tensor))
+
+
+def test_weights_that_do_not_lie_dense():
+    rnn, twin = make(torch.float32), make(torch.float32)
+    twin.load_state_dict(rnn.state_dict())
+    linear = twin.layers[0].linear
+    linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t())
+    linear.bias = torch.nn.Parameter(torch.stack([linear.bias.detach()] * 2, 1)[:, 0])
+    assert not linear.weight.is_contiguous()
+    assert not linear.bias.is_contiguous()
+    x, reset = make_input(rnn, torch.float32)
+    for got, expected in zip(
+        graded(twin, twin, x, None, reset).values(), graded(rnn, rnn, x, None, reset).values(), strict=True
+    ):
+        assert_close(got, expected)
+
+
+def test_a_parametrised_weight_is_computed_once():
+    rnn = make(torch.float32)
+    count = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, weight):
+            count.append(1)
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(rnn.layers[0].linear, "weight", Counted())
+    count.clear()
+    rnn(torch.randn(B, S, IN))
+    assert len(count) == 1

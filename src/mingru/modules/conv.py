@@ -16,7 +16,7 @@ from ..check import check_dropout, check_like, check_options, check_reset, dims,
 from ..ops import States, packed, scripted
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
-from .recurrent import is_autocast, is_hooked
+from .recurrent import is_autocast, is_hooked, weight_of
 
 # By the number of space dimensions.
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -137,8 +137,11 @@ class MinConvLayer(nn.Module):
         if self.initial_state is not None:
             initial = self.initial_state[1 if reverse else 0]
         else:
-            # Of the parameters' dtype, which under autocast is not that of what another layer puts out.
-            initial = torch.full([1] * y.dim(), self.zero_state, dtype=self.conv.weight.dtype, device=y.device)
+            dtype = y.dtype
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                # Nobody tells a scripted layer of autocast, and there y's is that of what the layer before puts out.
+                dtype = self.conv.weight.dtype
+            initial = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
         state = initial if h is None else h
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._whole(y, state, initial, reset, batch_first, reverse)
@@ -177,7 +180,7 @@ class MinConvLayer(nn.Module):
         if y.device.type != "cpu" or torch.is_grad_enabled() or tracing:
             return None
         # A hook is promised the whole batch.
-        if is_hooked(conv) or not ops.are_plain(y, conv.weight):
+        if type(conv) not in CONVOLUTIONS.values() or is_hooked(conv) or not ops.are_plain(y, conv.weight):
             return None
         outer, inner, _, *space = y.shape
         size = 2 * self.hidden_dims * math.prod(self.geometry.space(tuple(space))) * y.element_size()
@@ -414,7 +417,9 @@ class MinConv(nn.Module):
             expected = f"{letters} as input_dims is {self.input_dims} and space {count}-dimensional"
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
         layers: Any = self.layers
-        check_like(self.name, "x", x, layers[0].conv.weight, "the layer's weight", autocast=is_autocast(x))
+        weight = weight_of(layers[0].conv)
+        if weight is not None:
+            check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x))
         states: list[tuple[int, ...]] = []
         space = tuple(x.shape[leading + 1 :])
         for index, layer in enumerate(layers):

@@ -126,6 +126,15 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def weight_of(module: nn.Module) -> Tensor | None:
+    """A tensor with the dtype and device of its weight; None where it has no parameters, as a quantised one.
+
+    Asked for `.weight`, a parametrised module would compute it anew, and some count how often.
+    """
+    weight = module._parameters.get("weight")
+    return next(module.parameters(), None) if weight is None else weight
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its class's `forward`."""
     return bool(
@@ -347,9 +356,8 @@ class Recurrent(nn.Module):
         """Refuse an x that does not fit to the weights, and an h that does not fit to x."""
         autocast = is_autocast(x)
         layer: Any = next(iter(self.layers))
-        weight = layer.linear.weight
-        # A quantised linear's weight is a method, and its input any floating tensor.
-        if isinstance(weight, Tensor):
+        weight = weight_of(layer.linear)
+        if weight is not None:
             check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast)
         if h is not None:
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)

@@ -23,7 +23,7 @@ from . import packed
 from .activation import activate, derivative
 from .cell import NUM_INPUTS, Kind, as_mingru
 from .choice import BODIES
-from .shape import States, accumulate_dtype, along
+from .shape import States, accumulate_dtype, along, time_first
 
 # From this many input features on, products are kept for backward; below, it is quicker to compute them again than to
 # write and read them.
@@ -349,6 +349,7 @@ class _LinearRecurrence(torch.autograd.Function):
         tensors = (x, weight, bias, h, initial)
         out, last, product = BODIES[body].linear_recurrence(*tensors, reset, batch_sizes, kind, keep)  # type: ignore[attr-defined]
         ctx.save_for_backward(reset, batch_sizes, out, product, *tensors)
+        ctx.time_first = time_first(x)
         return out, last
 
     @staticmethod
@@ -363,6 +364,9 @@ class _LinearRecurrence(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable(again, tensors, needs, grad)
         else:
+            if time_first(tensors[0]) != ctx.time_first:
+                # A saved-tensor hook laid x out anew: the products' rows are in the order of before.
+                product = product.new_empty(0)
             backward = BODIES[ctx.body].linear_recurrence_backward  # type: ignore[attr-defined]
             grads = backward(*tensors, reset, batch_sizes, out, product, grad, ctx.kind, needs[:3])
         return None, None, None, *grads, None, None

@@ -229,8 +229,8 @@ def linear_recurrence(
     """`recurrence` of a linear map of x (B, S, I), block by block; if `keep`, also the products x W^T."""
     out, last, product = torch.ops.mingru.linear_recurrence_forward(
         x,
-        weight,
-        bias,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         *_states(h, initial, reset, x),
         reset,
         batch_sizes,
@@ -258,8 +258,8 @@ def linear_recurrence_backward(
     """The gradients of x, weight and bias (where needed), h and initial."""
     *grads, grad_h, grad_initial = torch.ops.mingru.linear_recurrence_backward(
         x,
-        weight,
-        bias,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         *_states(h, initial, reset, x),
         reset,
         batch_sizes,
