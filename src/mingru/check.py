@@ -18,6 +18,13 @@ def dims(shape: torch.Size | tuple[int, ...]) -> str:
     return str(tuple(shape))
 
 
+def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(expectation(name, argument, expected, repr(size)))
+    if size < least:
+        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
+
+
 def check_dropout(name: str, dropout: float, num_layers: int) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))

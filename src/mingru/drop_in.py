@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .check import check_like, dims, expectation
 from .modules import MinGRU
-from .modules.recurrent import is_autocast, weight_of
+from .modules.recurrent import is_autocast, not_default, weight_of
 from .ops import States
 
 __all__ = ["GRU", "GRUCell", "Report", "replace"]
@@ -90,13 +90,10 @@ class _DropIn(MinGRU):
         return f"{self.name}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        text = f"{self.input_size}, {self.hidden_size}"
         constructor = GRU if isinstance(self, GRU) else GRUCell
-        for argument, parameter in list(inspect.signature(constructor).parameters.items())[2:]:
-            value = getattr(self, argument, parameter.default)
-            if value != parameter.default:
-                text += f", {argument}={value!r}"
-        return text
+        options = list(inspect.signature(constructor).parameters.items())[2:]
+        defaults = {argument: parameter.default for argument, parameter in options}
+        return f"{self.input_size}, {self.hidden_size}" + not_default(self, defaults)
 
 
 class GRU(_DropIn):

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_dropout, check_like, check_options, check_reset, dims, expanded, expectation
+from ..check import check_dropout, check_int, check_like, check_options, check_reset, dims, expanded, expectation
 from ..ops import States, packed, scripted
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
-from .recurrent import is_autocast, is_hooked, weight_of
+from .recurrent import is_autocast, is_hooked, not_default, weight_of
 
 # By the number of space dimensions.
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -267,12 +267,12 @@ class MinConv(nn.Module):
         super().__init__()
         self.name = type(self).__name__
         for argument, size in (("input_dims", input_dims), ("num_layers", num_layers), ("groups", groups)):
-            self._check_int(argument, size, "an int")
+            check_int(self.name, argument, size)
         check_dropout(self.name, dropout, num_layers)
         check_options(self.name, norm, ("group",), candidate, dtype)
         widths = self._per_layer("hidden_dims", hidden_dims, num_layers)
         for width in widths:
-            self._check_int("hidden_dims", width, "an int, or a list of ints with one for each layer")
+            check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
         if any(width % groups for width in [input_dims, *widths]):
             remedy = f"they are {input_dims} and {hidden_dims}"
             raise ValueError(
@@ -348,12 +348,6 @@ class MinConv(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
         return x, states
 
-    def _check_int(self, argument: str, size: Any, expected: str, least: int = 1) -> None:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(expectation(self.name, argument, expected, f"{size!r}"))
-        if size < least:
-            raise ValueError(expectation(self.name, argument, f"at least {least}", str(size)))
-
     def _per_layer(self, argument: str, sizes: Any, num_layers: int) -> list[Any]:
         if not isinstance(sizes, list):
             return [sizes] * num_layers
@@ -385,7 +379,7 @@ class MinConv(nn.Module):
         if len(numbers) != count:
             raise ValueError(expectation(self.name, argument, expected, f"{size!r}"))
         for number in numbers:
-            self._check_int(argument, number, expected, 0 if argument == "padding" else 1)
+            check_int(self.name, argument, number, expected, 0 if argument == "padding" else 1)
         return numbers
 
     def _check(self, x: Tensor, h: Any, reset: Tensor | None) -> None:
@@ -449,10 +443,7 @@ class MinConv(nn.Module):
             "learn_initial_state": False,
             "batch_first": True,
         }
-        for argument, default in defaults.items():
-            if getattr(self, argument) != default:
-                text += f", {argument}={getattr(self, argument)!r}"
-        return text
+        return text + not_default(self, defaults)
 
 
 def _kept(sizes: Any) -> Any:

@@ -13,7 +13,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..check import check_dropout, check_lengths, check_like, check_options, check_reset, dims, expanded, expectation
+from ..check import (
+    check_dropout,
+    check_int,
+    check_lengths,
+    check_like,
+    check_options,
+    check_reset,
+    dims,
+    expanded,
+    expectation,
+)
 from ..ops import States, packed, scripted
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
@@ -126,6 +136,12 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
+    """The options that differ from their defaults, as a repr has them behind the sizes; a missing one does not."""
+    options = {name: getattr(module, name, default) for name, default in defaults.items()}
+    return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
+
+
 def weight_of(module: nn.Module) -> Tensor | None:
     """A tensor with the dtype and device of its weight; None where it has no parameters, as a quantised one.
 
@@ -184,10 +200,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.name = type(self).__name__
         for argument, size in (("input_dims", input_dims), ("hidden_dims", hidden_dims), ("num_layers", num_layers)):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(expectation(self.name, argument, "an int", f"{size!r}"))
-            if size < 1:
-                raise ValueError(expectation(self.name, argument, "at least 1", str(size)))
+            check_int(self.name, argument, size)
         check_dropout(self.name, dropout, num_layers)
         check_options(self.name, norm, NORMS, candidate, dtype)
         self.input_dims = input_dims
@@ -381,7 +394,4 @@ class Recurrent(nn.Module):
             "recompute": None,
             "forget_bias": 0.0,
         }
-        for argument, default in defaults.items():
-            if getattr(self, argument, default) != default:
-                text += f", {argument}={getattr(self, argument)!r}"
-        return text
+        return text + not_default(self, defaults)

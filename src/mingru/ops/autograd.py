@@ -10,7 +10,6 @@ forward mode is one more scan; and as nothing mixes batch elements, `vmap` folds
 `torch.compile` traces no function that has rules for the latter two, hence the base classes without them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,12 +100,9 @@ def composed(
     if batch_sizes is None:
         out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, kind.reverse)
     else:
-        rows, missing = packed.spread_index(batch_sizes, kind.reverse)
-        # Where a sequence has ended, a shut gate keeps its state.
-        gate, candidate = packed.spread(gate, rows, missing, -math.inf), packed.spread(candidate, rows, missing, 0.0)
-        reset = None if reset is None else packed.spread(reset, rows, missing, False)
+        gate, candidate, reset, index = packed.spread_mingru(gate, candidate, reset, batch_sizes, kind.reverse)
         out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, False)
-        out = packed.gather(out, packed.gather_index(rows, missing))
+        out = packed.gather(out, index)
     return out.to(inputs[0].dtype), last
 
 

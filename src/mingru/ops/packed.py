@@ -5,6 +5,8 @@ CPU, counts them; the longest sequence is the first. For the bodies that know no
 (B, S, *) and gathered again. All of it scripts.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,18 @@ def spread(sequence: Tensor, rows: Tensor, missing: Tensor, fill: float) -> Tens
     flat = sequence.squeeze(0).index_select(0, rows.flatten().to(sequence.device))
     padded = torch.unflatten(flat, 0, [rows.size(0), rows.size(1)])
     return padded.masked_fill(along(missing.to(sequence.device), padded), fill)
+
+
+def spread_mingru(
+    gate: Tensor, candidate: Tensor, reset: Tensor | None, batch_sizes: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What a minGRU that goes forward takes for packed rows in either direction, and the index for `gather`."""
+    rows, missing = spread_index(batch_sizes, reverse)
+    # Where a sequence has ended, a shut gate keeps its state.
+    gate = spread(gate, rows, missing, -math.inf)
+    candidate = spread(candidate, rows, missing, 0.0)
+    reset = None if reset is None else spread(reset, rows, missing, 0.0)
+    return gate, candidate, reset, gather_index(rows, missing)
 
 
 def gather(padded: Tensor, index: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ here. `body_torch` explains the method; where memory is not the caller's own, st
 from their carries is as quick as keeping the products of the decays.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,13 +30,9 @@ def recurrence(
     if batch_sizes is None:
         out, last = mingru(gate, candidate, h, initial, reset, activation, reverse)
     else:
-        rows, missing = packed.spread_index(batch_sizes, reverse)
-        # Where a sequence has ended, a shut gate keeps its state.
-        gate = packed.spread(gate, rows, missing, -math.inf)
-        candidate = packed.spread(candidate, rows, missing, 0.0)
-        reset = None if reset is None else packed.spread(reset, rows, missing, 0.0)
+        gate, candidate, reset, index = packed.spread_mingru(gate, candidate, reset, batch_sizes, reverse)
         out, last = mingru(gate, candidate, h, initial, reset, activation, False)
-        out = packed.gather(out, packed.gather_index(rows, missing))
+        out = packed.gather(out, index)
     return out.to(inputs[0].dtype), last
 
 
