@@ -1,0 +1,189 @@
+"""What every mode is tried on: each class of the library, and a model that contains them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import mingru
+
+# Features in, features of the state, and a space of so many places in each dimension.
+INPUT, HIDDEN, SPACE = 3, 4, 5
+
+
+class Case(NamedTuple):
+    """A class, made small, and how it is called: `make(**factory)(x, h, reset)`."""
+
+    name: str
+    make: Callable[..., nn.Module]
+    # Sizes of x behind batch and steps.
+    features: tuple[int, ...] = (INPUT,)
+    # Sizes of each state for a batch of B; one tensor if there is no list of them.
+    states: Callable[[int], Any] = lambda batch: (2, batch, 1, HIDDEN)
+    # Which dimension of x is batch, and which is time, if any; states have theirs in the dimension of B.
+    batch_dim: int = 0
+    time_dim: int | None = 1
+    resets: bool = True
+
+    def x(self, batch: int = 2, steps: int = 7, **factory: Any) -> Tensor:
+        leading = {self.batch_dim: batch}
+        if self.time_dim is not None:
+            leading[self.time_dim] = steps
+        return torch.randn(*(leading[dim] for dim in sorted(leading)), *self.features, **factory)
+
+    def h(self, batch: int = 2, **factory: Any) -> Any:
+        sizes = self.states(batch)
+        if isinstance(sizes, list):
+            return [torch.randn(each, **factory) for each in sizes]
+        return torch.randn(sizes, **factory)
+
+    def reset(self, batch: int = 2, steps: int = 7) -> Tensor:
+        leading = {self.batch_dim: batch}
+        if self.time_dim is not None:
+            leading[self.time_dim] = steps
+        return torch.rand(*(leading[dim] for dim in sorted(leading))) < 0.3
+
+    def dynamic(self, batch: Any, steps: Any) -> tuple[Any, Any]:
+        """For x and h, which dimension is which: as `dynamic_shapes` of `torch.export` takes it."""
+        of_x = {self.batch_dim: batch}
+        if self.time_dim is not None:
+            of_x[self.time_dim] = steps
+        # The batch is where two batches differ.
+        one, two = self.states(2), self.states(3)
+        if isinstance(one, list):
+            return of_x, [_differing(*pair, batch) for pair in zip(one, two, strict=True)]
+        return of_x, _differing(one, two, batch)
+
+
+def _differing(one: tuple[int, ...], two: tuple[int, ...], batch: Any) -> dict[int, Any]:
+    return {dim: batch for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """All tensors of what a module returns, in order."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def assert_equal(got: Any, expected: Any, **tolerance: Any) -> None:
+    """Each tensor of one as in the other, which has as many."""
+    pairs = list(zip(tensors(got), tensors(expected), strict=True))
+    assert pairs
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+class Model(nn.Module):
+    """One that contains them all, with state in and out."""
+
+    def __init__(self, **factory: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(INPUT, 6, **factory)
+        self.images = mingru.MinConv1dGRU(1, 2, 3, padding=1, **factory)
+        self.stack = mingru.Stack(
+            [mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory), mingru.MinLSTM(8, HIDDEN, **factory)],
+            residual=True,
+        )
+        self.rnn = mingru.drop_in.GRU(HIDDEN, HIDDEN, batch_first=True, **factory)
+        self.cell = mingru.MinGRUCell(HIDDEN, HIDDEN, norm="layer", **factory)
+        self.head = nn.Linear(2 * HIDDEN, 2, **factory)
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        images: list[Tensor] | None = None
+        stack: list[Tensor] | None = None
+        rnn: Tensor | None = None
+        cell: Tensor | None = None
+        if h is not None:
+            images, stack, rnn, cell = h[:1], h[1:3], h[3], h[4]
+        y = self.encoder(x).unsqueeze(2)
+        y, after_images = self.images(y, images, reset)
+        y, after_stack = self.stack(y.flatten(2, 3), stack, reset)
+        y, after_rnn = self.rnn(y, rnn)
+        state = self.cell(y.mean(1), cell)
+        y = torch.cat([y, state.unsqueeze(1).expand_as(y)], 2)
+        return self.head(y), after_images + after_stack + [after_rnn, state]
+
+
+def _conv(dims: int) -> Case:
+    space = (SPACE,) * dims
+    return Case(
+        f"MinConv{dims}dGRU",
+        lambda **factory: getattr(mingru, f"MinConv{dims}dGRU")(
+            INPUT, HIDDEN, 3, num_layers=2, stride=[1, 2], padding=1, norm="group", **factory
+        ),
+        (INPUT, *space),
+        lambda batch: [(batch, 1, HIDDEN, *space), (batch, 1, HIDDEN, *((SPACE + 1) // 2,) * dims)],
+    )
+
+
+def _conv_cell(dims: int) -> Case:
+    space = (SPACE,) * dims
+    return Case(
+        f"MinConv{dims}dGRUCell",
+        lambda **factory: getattr(mingru, f"MinConv{dims}dGRUCell")(INPUT, HIDDEN, 3, padding=1, **factory),
+        (INPUT, *space),
+        lambda batch: (batch, HIDDEN, *space),
+        time_dim=None,
+    )
+
+
+CASES = [
+    Case("MinGRU", lambda **factory: mingru.MinGRU(INPUT, HIDDEN, 2, residual=True, norm="layer", **factory)),
+    Case(
+        "MinLSTM",
+        lambda **factory: mingru.MinLSTM(INPUT, HIDDEN, bidirectional=True, learn_initial_state=True, **factory),
+    ),
+    *(_conv(dims) for dims in (1, 2, 3)),
+    Case(
+        "Stack",
+        lambda **factory: mingru.Stack(
+            [mingru.MinGRU(INPUT, HIDDEN, 2, **factory), mingru.MinLSTM(HIDDEN, 5, **factory)], residual=True
+        ),
+        states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5)],
+    ),
+    Case(
+        "MinGRUCell",
+        lambda **factory: mingru.MinGRUCell(INPUT, HIDDEN, **factory),
+        states=lambda batch: (batch, HIDDEN),
+        time_dim=None,
+    ),
+    Case(
+        "MinLSTMCell",
+        lambda **factory: mingru.MinLSTMCell(INPUT, HIDDEN, candidate="tanh", **factory),
+        states=lambda batch: (batch, HIDDEN),
+        time_dim=None,
+    ),
+    *(_conv_cell(dims) for dims in (1, 2, 3)),
+    Case(
+        "drop_in.GRU",
+        lambda **factory: mingru.drop_in.GRU(INPUT, HIDDEN, 2, **factory),
+        states=lambda batch: (2, batch, HIDDEN),
+        batch_dim=1,
+        time_dim=0,
+        resets=False,
+    ),
+    Case(
+        "drop_in.GRUCell",
+        lambda **factory: mingru.drop_in.GRUCell(INPUT, HIDDEN, **factory),
+        states=lambda batch: (batch, HIDDEN),
+        time_dim=None,
+        resets=False,
+    ),
+    Case(
+        "a model of them",
+        Model,
+        states=lambda batch: [
+            (batch, 1, 2, 6),
+            (2, batch, 1, HIDDEN),
+            (1, batch, 1, HIDDEN),
+            (1, batch, HIDDEN),
+            (batch, HIDDEN),
+        ],
+    ),
+]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
