@@ -129,6 +129,8 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
     if lengths.device.type != "cpu" and lengths.device != device:
         expected = f"on the CPU or on {device} as x is"
         raise ValueError(expectation(name, "lengths", expected, f"one on {lengths.device}", "use lengths.cpu()"))
+    if torch.compiler.is_compiling():
+        return  # A graph that is captured knows no values.
     # Wide enough for S itself.
     long = lengths.long()
     if batch and not bool(((long >= 1) & (long <= steps)).all()):

@@ -17,6 +17,7 @@ from .check import check_like, dims, expectation
 from .modules import MinGRU
 from .modules.recurrent import is_autocast, not_default, weight_of
 from .ops import States
+from .ops.tracing import untraced
 
 __all__ = ["GRU", "GRUCell", "Report", "replace"]
 
@@ -221,6 +222,7 @@ class GRU(_DropIn):
         out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
         return out, last.squeeze(2)
 
+    @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
         self._check_tensor("input", input)
         if input.dim() not in (2, 3):
@@ -313,6 +315,7 @@ class GRUCell(_DropIn):
         _, last = self._run(x, self._state(x, h, x.size(0)), None, True, None)
         return last[0, :, 0] if batched else last[0, 0, 0]
 
+    @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
         self._check_tensor("input", input)
         if input.dim() not in (1, 2):

@@ -83,7 +83,10 @@ class Model(nn.Module):
         self.encoder = nn.Linear(INPUT, 6, **factory)
         self.images = mingru.MinConv1dGRU(1, 2, 3, padding=1, **factory)
         self.stack = mingru.Stack(
-            [mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory), mingru.MinLSTM(8, HIDDEN, **factory)],
+            [
+                mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory),
+                mingru.MinLSTM(8, HIDDEN, **factory),
+            ],
             residual=True,
         )
         self.rnn = mingru.drop_in.GRU(HIDDEN, HIDDEN, batch_first=True, **factory)

@@ -12,24 +12,24 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mingru
 from mingru import ops
-from mingru.ops import scripted
+from mingru.ops import portable
 
 BODIES = [name for name, can_run in mingru.backends().items() if can_run is True]
 # The twin for TorchScript is a body too, though no back end.
-ALL_BODIES = [*BODIES, "scripted"]
+ALL_BODIES = [*BODIES, "portable"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 257]
 
 
 def run_mingru(body, gate, candidate, h, initial, reset=None, activation="positive", reverse=False):
-    if body == "scripted":
-        return scripted.mingru(gate, candidate, h, initial.expand_as(h), reset, activation, reverse)
+    if body == "portable":
+        return portable.mingru(gate, candidate, h, initial.expand_as(h), reset, activation, reverse)
     return ops.recurrence("mingru", [gate, candidate], h, initial, reset, activation, reverse, backend=body)
 
 
 def run_minlstm(body, forget, admit, candidate, h, initial, reset=None, activation="positive", reverse=False):
     inputs = [forget, admit, candidate]
-    if body == "scripted":
-        return scripted.recurrence("minlstm", inputs, h, initial.expand_as(h), reset, activation, reverse, None)
+    if body == "portable":
+        return portable.recurrence("minlstm", inputs, h, initial.expand_as(h), reset, activation, reverse, None)
     return ops.recurrence("minlstm", inputs, h, initial, reset, activation, reverse, backend=body)
 
 
@@ -351,7 +351,7 @@ def test_threads_give_the_same_numbers():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append([run_mingru(body, gate, candidate, h, initial)[0] for body in ("torch", "scripted")])
+            results.append([run_mingru(body, gate, candidate, h, initial)[0] for body in ("torch", "portable")])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):

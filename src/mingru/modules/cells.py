@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..check import check_like, check_reset, dims, expectation
 from ..ops.shape import accumulate_dtype
+from ..ops.tracing import untraced
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent, is_autocast
@@ -36,12 +37,11 @@ class RecurrentCell(Recurrent):
             reset = None if reset is None else reset.unsqueeze(0)
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
         cut = None if reset is None else reset.unsqueeze(1)
-        out, last = self._run(x.unsqueeze(1), state, cut, True, None)
-        # The state, not the output: under autocast it stays in float32. An empty one was not made from x.
-        if x.size(0) == 0:
-            last = out.unsqueeze(0).to(last.dtype)
+        # The state, not the output: under autocast it stays in float32.
+        _, last = self._run(x.unsqueeze(1), state, cut, True, None)
         return last[0, :, 0] if batched else last[0, 0, 0]
 
+    @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
         """Refuse what does not fit."""
         if not isinstance(x, Tensor):

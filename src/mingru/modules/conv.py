@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check import check_dropout, check_int, check_like, check_options, check_reset, dims, expanded, expectation
-from ..ops import States, packed, scripted
+from ..ops import States, packed, portable
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
+from ..ops.tracing import untraced
 from .recurrent import is_autocast, is_hooked, not_default, weight_of
 
 # By the number of space dimensions.
@@ -112,10 +113,9 @@ class MinConvLayer(nn.Module):
         x is (B, S, C, *space) or (S, B, C, *space), reset (B, S); h expands to (B, 1, H, *space), for each direction.
         """
         steps = x.flatten(0, 1)
-        y = steps
+        y = x
         if self.norm is not None:
-            y = self.norm(steps)
-        y = torch.unflatten(y, 0, [x.size(0), x.size(1)])
+            y = torch.unflatten(self.norm(steps), 0, [x.size(0), x.size(1)])
         out, last = self._direction(y, None if h is None else h[0], reset, batch_first, False)
         states = [last]
         if self.conv_reverse is not None:
@@ -169,15 +169,14 @@ class MinConvLayer(nn.Module):
         state = state.expand(shape)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             initial = initial.expand_as(state)
-            out, last = scripted.recurrence("mingru", inputs, state, initial, reset, self.candidate, reverse, None)
+            out, last = portable.recurrence("mingru", inputs, state, initial, reset, self.candidate, reverse, None)
         else:
             out, last = ops.recurrence("mingru", inputs, state, initial, reset, self.candidate, reverse)
         return out if batch_first else out.transpose(0, 1), last
 
     def _block_sizes(self, y: Tensor, conv: Any) -> tuple[int, int] | None:
         """How much of y's first two dimensions goes into one block, neighbours in memory; None for no blocks."""
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if y.device.type != "cpu" or torch.is_grad_enabled() or tracing:
+        if y.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         # A hook is promised the whole batch.
         if type(conv) not in CONVOLUTIONS.values() or is_hooked(conv) or not ops.are_plain(y, conv.weight):
@@ -382,6 +381,7 @@ class MinConv(nn.Module):
             check_int(self.name, argument, number, expected, 0 if argument == "padding" else 1)
         return numbers
 
+    @untraced
     def _check(self, x: Tensor, h: Any, reset: Tensor | None) -> None:
         """Refuse what does not fit."""
         order = "B, S" if self.batch_first else "S, B"
@@ -509,13 +509,11 @@ class MinConvCell(MinConv):
         cut = None if reset is None else reset.unsqueeze(1)
         states: list[Tensor] = []
         for layer in self.layers:
-            out, states = layer(x.unsqueeze(1), before, cut, True)
-            if x.size(0) == 0:
-                # An empty state was not made from x.
-                states = [out]
+            _, states = layer(x.unsqueeze(1), before, cut, True)
         last = states[0].squeeze(1)
         return last if batched else last.squeeze(0)
 
+    @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
         """Refuse what does not fit."""
         batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims

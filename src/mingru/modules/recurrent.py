@@ -24,9 +24,10 @@ from ..check import (
     expanded,
     expectation,
 )
-from ..ops import States, packed, scripted
+from ..ops import States, packed, portable
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
+from ..ops.tracing import for_trace, is_tracing, untraced
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -104,9 +105,10 @@ class RecurrentLayer(nn.Module):
         reverse: bool,
     ) -> States:
         """Linear and recurrence, in one go where that can be had; out is (B, S, H)."""
+        missing = batch_sizes if batch_sizes is not None and batch_sizes.dtype == torch.bool else None
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             linear: Any = self.linear_reverse if reverse else self.linear
-            if _is_plain(linear):
+            if missing is None and _is_plain(linear):
                 x = y if batch_first else y.transpose(0, 1)
                 tensors = (x, linear.weight, linear.bias, h, initial, reset)
                 how = (self.candidate, reverse, batch_sizes, self.recompute)
@@ -115,9 +117,11 @@ class RecurrentLayer(nn.Module):
                     return states
         pre = self._pre_activations(y, reverse)
         inputs = list((pre if batch_first else pre.transpose(0, 1)).chunk(self.num_inputs, -1))
+        if missing is not None:
+            inputs, batch_sizes = packed.shut(self.cell, inputs, missing), None
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             initial = initial.expand_as(h)
-            return scripted.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
+            return portable.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
         else:
             return ops.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
 
@@ -263,12 +267,17 @@ class Recurrent(nn.Module):
             self._check(x, h, reset, lengths)
         time = 1 if self.batch_first else 0
         batch = x.size(1 - time)
-        # Where there is no sequence, there is none to pack.
-        if lengths is None or batch == 0:
+        # Where there is no sequence, there is none to pack; and a trace can't ask.
+        if lengths is None or ((torch.jit.is_scripting() or not is_tracing()) and batch == 0):  # type: ignore[attr-defined]
             if reset is not None and not self.batch_first:
                 reset = reset.transpose(0, 1)
             return self._run(x, self._state(x, h, batch), reset, self.batch_first, None)
-        batch_sizes, order, places = packed.pack_index(lengths, x.size(time), self.batch_first)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            batch_sizes, order, places = packed.pack_index(lengths, x, self.batch_first)
+        elif torch.compiler.is_compiling():
+            return self._padded(x, h, reset, lengths)
+        else:
+            batch_sizes, order, places = for_trace(packed.pack_index)(lengths, x, self.batch_first)
         places = places.to(x.device)
         order = order.to(x.device)
         rows = x.flatten(0, 1).index_select(0, places).unsqueeze(0)
@@ -278,6 +287,18 @@ class Recurrent(nn.Module):
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(2)])
         padded[places] = out.squeeze(0)
         return torch.unflatten(padded, 0, [x.size(0), x.size(1)]), last.index_select(1, order.argsort())
+
+    def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor) -> States:
+        """With padding and all, for a captured graph, which can't know how many steps are real: none shows there."""
+        missing = packed.padding(lengths, x, self.batch_first)
+        x = x.masked_fill(missing, 0.0)
+        if reset is not None and not self.batch_first:
+            reset = reset.transpose(0, 1)
+        by_batch = missing if self.batch_first else missing.transpose(0, 1)
+        cuts = None if reset is None else reset & ~by_batch.squeeze(2)
+        state = self._state(x, h, lengths.size(0))
+        out, last = self._run(x, state, cuts, self.batch_first, by_batch)
+        return out.masked_fill(missing, 0.0), last
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
         """A PackedSequence comes out for the one that goes in; states are in the order of before packing."""
@@ -302,7 +323,10 @@ class Recurrent(nn.Module):
         if h is None:
             h = self.initial_state
         assert h is not None
-        state = h if h.shape == shape else h.expand(shape)
+        state = h
+        # Without an answer about sizes, which a trace would take for all sizes.
+        if torch.jit.is_scripting() or is_tracing() or h.shape != shape:  # type: ignore[attr-defined]
+            state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
     def _initial(self, state: Tensor) -> Tensor:
@@ -315,7 +339,10 @@ class Recurrent(nn.Module):
     def _run(
         self, x: Tensor, state: Tensor, reset: Tensor | None, batch_first: bool, batch_sizes: Tensor | None
     ) -> States:
-        """All layers; reset is (B, S), or (1, rows) as x is where there are `batch_sizes`."""
+        """All layers; reset is (B, S), or (1, rows) as x is where there are `batch_sizes`.
+
+        In their place, a mask (B, S, 1) tells where there is no step.
+        """
         before = state.unbind(0)
         initials = before if reset is None else self._initial(state).unbind(0)
         states: list[Tensor] = []
@@ -328,6 +355,7 @@ class Recurrent(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
         return x, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
+    @untraced
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
         """Refuse what does not fit."""
         if not isinstance(x, Tensor):

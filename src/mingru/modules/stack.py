@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check import check_dropout, dims, expectation
+from ..ops import packed
+from ..ops.tracing import is_tracing, untraced
 from .conv import MinConv
 from .recurrent import Recurrent
 
@@ -152,9 +154,9 @@ class Stack(nn.Module):
                 met = _rows(x)
                 if index == 0 and lengths is not None:
                     # The outputs are 0 in the padding, and stay so.
-                    met = met.masked_fill(_padding(lengths, met, self.batch_first), 0.0)
+                    met = met.masked_fill(packed.padding(lengths, met, self.batch_first), 0.0)
                 added = align(met)
-                if added.shape != rows.shape:
+                if (torch.jit.is_scripting() or not is_tracing()) and added.shape != rows.shape:  # type: ignore[attr-defined]
                     shapes = f"from {_dims(added)} to {_dims(rows)}"
                     raise ValueError(
                         f"{self.name}: layers[{index}] must keep the shape of x, as residual is True, got {shapes}; "
@@ -166,6 +168,7 @@ class Stack(nn.Module):
             x = _with_rows(out, rows)
         return x, states
 
+    @untraced
     def _check(self, h: Any) -> None:
         """Refuse a list of states that is none; what is in it, its layer refuses."""
         if h is None:
@@ -205,13 +208,6 @@ def _num_states(layer: Any) -> int:
 
 def _num_space_dims(layer: Any) -> int:
     return int(getattr(layer, "num_space_dims", 0))
-
-
-def _padding(lengths: Tensor, x: Tensor, batch_first: bool) -> Tensor:
-    """Where x (B, S, F), or (S, B, F), has no step: the same with F = 1."""
-    steps = torch.arange(x.size(1 if batch_first else 0), device=x.device)
-    missing = (steps >= lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
-    return missing if batch_first else missing.transpose(0, 1)
 
 
 def _dims(x: Tensor) -> str:

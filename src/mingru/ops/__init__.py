@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import autograd
+from . import autograd, portable
 from .cell import NUM_INPUTS, Kind
-from .choice import BODIES, backends, choose, use_backend
-from .shape import States
+from .choice import BODIES, backends, body, choose, use_backend
+from .shape import States, empty_states
+from .tracing import for_trace, is_tracing
 
 __all__ = [
     "NUM_INPUTS",
@@ -31,11 +32,13 @@ def linear_scan(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> States:
     """h_t = a_t h_{t-1} + b_t, from the last step to the first if `reverse`; a reset puts h_{t-1} to 0."""
+    if is_tracing():
+        return for_trace(portable.linear_scan)(a, b, h, reset, reverse)
     name = choose("linear_scan", backend, b, None)
     if b.numel() == 0:
-        return a * b, h.clone()
-    if BODIES[name].DIFFERENTIABLE:
-        return BODIES[name].linear_scan(a, b, h, reset, reverse)
+        return empty_states(a * b, h)
+    if body(name).DIFFERENTIABLE:
+        return body(name).linear_scan(a, b, h, reset, reverse)
     return autograd.linear_scan(name, a, b, h, reset, reverse)
 
 
@@ -58,9 +61,12 @@ def recurrence(
     With `batch_sizes`, sequences and `reset` are packed: (1, rows, *), see `packed`.
     """
     first = inputs[0]
+    if is_tracing():
+        inputs, initial = list(inputs), initial.expand_as(h)
+        return for_trace(portable.recurrence)(cell, inputs, h, initial, reset, activation, reverse, batch_sizes)
     name = choose(cell, backend, first, activation)
     if first.numel() == 0:
-        return sum(inputs[1:], first), h.clone()
+        return empty_states(sum(inputs[1:], first), h)
     initial = initial.expand_as(h)
     kind = Kind(cell, activation, reverse)
     has_kernel = hasattr(BODIES[name], "recurrence") and (cell != "mingru" or batch_sizes is not None)
@@ -85,25 +91,28 @@ def linear_recurrence(
 
     Backward computes them once more if `recompute`, or keeps them; by default it does what is quicker.
     """
+    if is_tracing():
+        return None
     name = choose(cell, "auto", x, activation)
     # Half-width products are rounded with their bias, as `Linear` does it.
     fits = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if not (fits and hasattr(BODIES[name], "linear_recurrence") and x.numel() > 0 and are_plain(x, weight)):
+    if not (fits and hasattr(BODIES[name], "linear_recurrence") and are_plain(x, weight) and x.numel() > 0):
         return None
     kind = Kind(cell, activation, reverse)
-    initial = h if reset is None else initial.expand_as(h)
+    # A view even where it is h itself: dynamo refuses one tensor in two places.
+    initial = initial.expand_as(h)
     return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind, recompute)
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether nothing stands between these tensors and a kernel: no capture, no transform, no tensor type of its own.
+    """Whether nothing stands between these tensors and a kernel: no trace, no transform, no tensor type of its own.
 
     What stands there knows the operations apart, and has rules for each.
     """
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        not is_tracing()
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

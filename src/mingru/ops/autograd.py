@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms
 
-from . import packed
+from . import choice, packed
 from .activation import activate, derivative
 from .cell import NUM_INPUTS, Kind, as_mingru
 from .choice import BODIES
-from .shape import States, accumulate_dtype, along, time_first
+from .shape import States, accumulate_dtype, along, as_dtype, time_first
 
 # From this many input features on, products are kept for backward; below, it is quicker to compute them again than to
 # write and read them.
@@ -45,8 +45,12 @@ def mingru(
     activation: str,
     reverse: bool,
 ) -> States:
-    function = _MinGRUBase if torch.compiler.is_compiling() else _MinGRU
-    states: States = function.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        # Inductor takes more dimensions for an image's, and lays out what is kept for backward in its own way.
+        tensors = [x.flatten(2).contiguous() if x.dim() > 3 else x for x in (gate, candidate, h, initial)]
+        out, last = _MinGRUBase.apply(body, *tensors, reset, activation, reverse)  # type: ignore[no-untyped-call]
+        return out.view(gate.shape), last.view(h.shape)
+    states: States = _MinGRU.apply(body, gate, candidate, h, initial, reset, activation, reverse)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -103,12 +107,12 @@ def composed(
         gate, candidate, reset, index = packed.spread_mingru(gate, candidate, reset, batch_sizes, kind.reverse)
         out, last = _any_mingru(body, gate, candidate, h, initial, reset, kind.activation, False)
         out = packed.gather(out, index)
-    return out.to(inputs[0].dtype), last
+    return as_dtype(out, inputs[0].dtype), last
 
 
 def _any_mingru(body: str, *inputs: Any) -> States:
-    if BODIES[body].DIFFERENTIABLE:
-        return BODIES[body].mingru(*inputs)
+    if choice.body(body).DIFFERENTIABLE:
+        return choice.body(body).mingru(*inputs)
     return mingru(body, *inputs)
 
 
@@ -375,6 +379,9 @@ def _differentiable(
     # Views, so that no gradient runs on from one tensor into another that it was made from.
     views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
-    states = function(*views)
-    found = iter(torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    # The forward pass ran outside of autocast, or had not come here.
+    with torch.autocast("cpu", enabled=False):
+        states = function(*views)
+        grads = torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    found = iter(grads)
     return [next(found) if need else None for need in needs]

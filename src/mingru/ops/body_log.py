@@ -8,14 +8,12 @@ here the initial state's share, exp(a*_t) h_0, is added outside of the logarithm
 torch's own; its second derivative of `logcumsumexp` is NaN where the first is exactly 0.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import log_g
-from .shape import States, accumulate_dtype
+from .shape import States, accumulate_dtype, along
 
 DIFFERENTIABLE = True
 
@@ -61,14 +59,28 @@ def _scan(log_a: Tensor, log_b: Tensor, h: Tensor) -> Tensor:
 
 
 def _scan_stretches(log_a: Tensor, log_b: Tensor, h: Tensor, initial: Tensor, reset: Tensor) -> Tensor:
-    """Each stretch between resets as a sequence of its own: a decay of 0 has no finite logarithm."""
-    rows = []
-    for row in range(reset.shape[0]):
-        at = slice(row, row + 1)
-        cuts = sorted({0, *reset[row].nonzero().flatten().tolist(), reset.shape[1]})
-        stretches = [
-            _scan(log_a[at, start:end], log_b[at, start:end], (initial if reset[row, start] else h)[at])
-            for start, end in pairwise(cuts)
-        ]
-        rows.append(torch.cat(stretches, 1))
-    return torch.cat(rows)
+    """Each stretch between resets as a sequence of its own: a decay of 0 has no finite logarithm.
+
+    Every step takes up what the 1, 2, 4, ... steps before it have taken up, until its stretch begins; where that is,
+    only the mask tells, and so this maps and is captured as all else is.
+    """
+    cut = along(reset, log_b)
+    # Where a gate is shut entirely: finite, as two numbers that are -inf have no difference.
+    log_b = log_b.clamp_min(torch.finfo(log_b.dtype).min / 4)
+    span, begun = 1, cut
+    while span < log_b.shape[1]:
+        joined = _log_sum(log_b[:, span:], log_a[:, span:] + log_b[:, :-span])
+        decay = log_a[:, span:] + log_a[:, :-span]
+        now, stop = slice(span, None), begun[:, span:]
+        log_b = torch.cat([log_b[:, :span], torch.where(stop, log_b[:, now], joined)], 1)
+        log_a = torch.cat([log_a[:, :span], torch.where(stop, log_a[:, now], decay)], 1)
+        begun = torch.cat([begun[:, :span], stop | begun[:, :-span]], 1)
+        span *= 2
+    return log_b.exp() + log_a.exp() * torch.where(begun, initial, h)
+
+
+def _log_sum(one: Tensor, other: Tensor) -> Tensor:
+    """`torch.logaddexp`, whose second derivative overflows to NaN where its arguments lie far apart."""
+    swap = one < other
+    more, less = torch.where(swap, other, one), torch.where(swap, one, other)
+    return more - F.logsigmoid(more - less)

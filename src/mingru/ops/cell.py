@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shape import accumulate_dtype
+from .shape import accumulate_dtype, as_dtype
 
 # Pre-activations of each, in the order of the weights' rows: gate, candidate; forget, input, candidate.
 NUM_INPUTS = {"mingru": 2, "minlstm": 3}
@@ -29,6 +29,6 @@ def as_mingru(cell: str, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     In the type of computation, as a gate rounded to half its width would be another one; outputs are so too.
     """
     if cell == "minlstm":
-        forget, admit, candidate = [x.to(accumulate_dtype(x.dtype)) for x in inputs]
+        forget, admit, candidate = [as_dtype(x, accumulate_dtype(x.dtype)) for x in inputs]
         return F.logsigmoid(admit) - F.logsigmoid(forget), candidate
     return inputs[0], inputs[1]

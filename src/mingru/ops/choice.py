@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import body_log, body_native, body_sequential, body_torch
+from . import body_log, body_native, body_sequential, body_torch, portable
 from .shape import States
 
 
@@ -101,6 +101,11 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
+def body(name: str) -> Body:
+    """The body of this name; while a graph is captured, "torch" is `portable`, which every graph can hold."""
+    return portable if name == "torch" and torch.compiler.is_compiling() else BODIES[name]
+
+
 def choose(function: str, backend: str, sequence: Tensor, activation: str | None) -> str:
     """The name of the body that runs this function on this tensor."""
     asked_by = "backend"
@@ -109,6 +114,9 @@ def choose(function: str, backend: str, sequence: Tensor, activation: str | None
     if backend == "auto":
         backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
     if backend == "auto":
+        if torch.compiler.is_exporting():
+            # It leaves this process, for one that may not have our kernels.
+            return "torch"
         if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
             _say_once_what_is_missing()
         for name in FASTEST_FIRST:

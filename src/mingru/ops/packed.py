@@ -12,16 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shape import along
+from .tracing import for_trace, is_tracing
 
 
-def pack_index(lengths: Tensor, num_steps: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_sizes`, the order of the batch, and for each row its place in the flat padded (B, S, *), or (S, B, *)."""
+def pack_index(lengths: Tensor, x: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_sizes`, the order of the batch, and for each row its place in the flat (B, S, *), or (S, B, *), x."""
+    num_steps = x.size(1 if batch_first else 0)
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)
     there = steps < lengths
     batch_sizes = there.sum(1)[: int(lengths[0])]
     places = order * num_steps + steps if batch_first else steps * lengths.numel() + order
     return batch_sizes, order, places[there]
+
+
+def padding(lengths: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    """Where the padded x, (B, S, F) or (S, B, F), has no step: the same with F = 1."""
+    steps = torch.arange(x.size(1 if batch_first else 0), device=x.device)
+    missing = (steps >= lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
+    return missing if batch_first else missing.transpose(0, 1)
+
+
+def shut(cell: str, inputs: list[Tensor], missing: Tensor) -> list[Tensor]:
+    """Pre-activations that keep the state where there is no step (B, S, 1), as the gate to the candidate is shut."""
+    admits = 1 if cell == "minlstm" else 0
+    return [x.masked_fill(missing, -math.inf if index == admits else 0.0) for index, x in enumerate(inputs)]
 
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
@@ -76,8 +91,11 @@ def gather(padded: Tensor, index: Tensor) -> Tensor:
 
 def one_step_on(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     """The mask, (B, S) or (1, rows), whose step t is step t + 1 of this one, and false at each sequence's end."""
-    if batch_sizes is None:
-        return F.pad(reset[:, 1:], [0, 1], value=0.0)
+    if batch_sizes is None or batch_sizes.dtype == torch.bool:
+        return F.pad(reset, [0, 1], value=0.0)[:, 1:]
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_tracing():
+            return for_trace(one_step_on)(reset, batch_sizes)
     following = batch_sizes[1:]
     first_rows = batch_sizes.cumsum(0) - batch_sizes
     batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)

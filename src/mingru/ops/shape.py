@@ -16,6 +16,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself where it has this type already: of a conversion to the same, exported graphs keep a trace."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def empty_states(out: Tensor, h: Tensor) -> States:
+    """Of no step, or no sequence: the last state is h, and comes from the inputs all the same, as gradients have it."""
+    return out, h + out.sum(1, keepdim=True).to(h.dtype)
+
+
 def time_first(x: Tensor) -> bool:
     """Whether a (B, S, *) tensor lies in memory as (S, B, *)."""
     return x.shape[0] > 1 and x.stride(0) < x.stride(1)

@@ -1,0 +1,573 @@
+"""Transforms of torch.func, and the ways of autograd, over the kernels; the truth is the back end "sequential".
+
+That one is plain operations under torch's own autograd, and is called in loops, one sample or one model at a time.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, HIDDEN, INPUT, Case, assert_equal, every_case, tensors
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+import mingru
+from mingru.ops import body_native
+
+BATCH, STEPS = 2, 5
+DOUBLE = {"dtype": torch.double}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run(monkeypatch):
+    """Where there are kernels, they have run when a test is over."""
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+    calls = []
+
+    def counted(function):
+        return lambda *args: calls.append(function) or function(*args)
+
+    for name in ("linear_scan", "recurrence", "linear_recurrence"):
+        monkeypatch.setattr(body_native, name, counted(getattr(body_native, name)))
+    yield
+    assert calls or mingru.backends()["native"] is not True
+
+
+def plainly(function, *args: Any) -> Any:
+    with mingru.use_backend("sequential"):
+        return function(*args)
+
+
+def given(case: Case, batch: int = BATCH, steps: int = STEPS) -> tuple[Any, ...]:
+    """What the module is called with: x, states and, if it knows them, resets."""
+    args = (case.x(batch, steps, **DOUBLE), case.h(batch, **DOUBLE))
+    return (*args, case.reset(batch, steps)) if case.resets else args
+
+
+def batch_dims(case: Case) -> tuple[Any, ...]:
+    """Where each of these has its batch."""
+    _, of_h = case.dynamic("batch", "steps")
+    dims = [next(iter(each)) for each in of_h] if isinstance(of_h, list) else next(iter(of_h))
+    return (case.batch_dim, dims, case.batch_dim) if case.resets else (case.batch_dim, dims)
+
+
+def alone(case: Case, call):
+    """The call for one sample, whose tensors have no batch."""
+    if case.time_dim is None or case.name == "drop_in.GRU":
+        return call
+    return lambda *args: call(*pytree.tree_map(torch.unsqueeze, args, batch_dims(case)))
+
+
+def samples(case: Case, args: tuple[Any, ...], batch: int = BATCH) -> list[Any]:
+    dims = batch_dims(case)
+    return [pytree.tree_map(lambda tensor, dim: tensor.select(dim, i), args, dims) for i in range(batch)]  # noqa: B023
+
+
+def stacked(results: list[Any]) -> Any:
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def loss(outputs: Any) -> Tensor:
+    return sum(each.square().sum() for each in tensors(outputs))
+
+
+def leaves(args: Any) -> list[Tensor]:
+    return [each for each in tensors(args) if each.is_floating_point()]
+
+
+def with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return pytree.tree_map(lambda each: each.requires_grad_(each.is_floating_point()), args)
+
+
+def gradients(module: nn.Module, args: tuple[Any, ...], call=None) -> list[Tensor]:
+    """Of x, the states and all parameters, by backward()."""
+    args = with_gradients(pytree.tree_map(lambda each: each.detach().clone(), args))
+    module.zero_grad()
+    loss((call or module)(*args)).backward()
+    found = [each.grad for each in [*leaves(args), *module.parameters()]]
+    assert all(each is not None for each in found)
+    return found
+
+
+def of_weights(module: nn.Module):
+    """The module as a function of its parameters too."""
+    return lambda weights, *args: functional_call(module, weights, args)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in module.named_parameters()}
+
+
+@pytest.mark.mode("torch.func.grad")
+@every_case
+def test_func_grad_is_backward(case):
+    module, args = case.make(**DOUBLE), given(case)
+    call = of_weights(module)
+    found = grad(lambda weights, x, h: loss(call(weights, x, h, *args[2:])), (0, 1, 2))(weights_of(module), *args[:2])
+    of_module, *of_inputs = found
+    assert_equal([of_inputs, of_module], plainly(gradients, module, args))
+    assert_equal([of_inputs, of_module], gradients(module, args))
+
+
+@pytest.mark.mode("vmap over the batch")
+@every_case
+def test_vmap_over_the_batch(case):
+    module, args = case.make(**DOUBLE), given(case, batch=3)
+    one = alone(case, module)
+    found = vmap(one, batch_dims(case))(*args)
+    assert_equal(found, plainly(lambda: stacked([one(*each) for each in samples(case, args, 3)])))
+
+
+@pytest.mark.mode("vmap over the batch")
+@every_case
+def test_vmap_over_the_last_dimension(case):
+    module, args = case.make(**DOUBLE), given(case, batch=3)
+    one = alone(case, module)
+    moved = pytree.tree_map(lambda each, dim: each.movedim(dim, -1), args, batch_dims(case))
+    found = vmap(one, -1, -1)(*moved)
+    truth = plainly(lambda: stacked([one(*each) for each in samples(case, args, 3)]))
+    assert_equal(found, pytree.tree_map(lambda each: each.movedim(0, -1), truth))
+
+
+def models(case: Case, count: int = 3):
+    """Some models, their weights, stacked, and a function of one's weights, by a model that has no numbers at all."""
+    made = [case.make(**DOUBLE) for _ in range(count)]
+    weights, _ = stack_module_state(made)
+    return made, weights, of_weights(case.make(device="meta", **DOUBLE))
+
+
+@pytest.mark.mode("vmap over parameters (stack_module_state)")
+@every_case
+def test_vmap_over_parameters(case):
+    made, weights, call = models(case)
+    args = given(case)
+    found = vmap(call, (0, *[None] * len(args)))(weights, *args)
+    assert_equal(found, plainly(lambda: stacked([module(*args) for module in made])))
+
+
+@pytest.mark.mode("vmap over both")
+@every_case
+def test_vmap_over_parameters_and_batch_at_once(case):
+    made, weights, call = models(case)
+    args = given(case, batch=3)
+    found = vmap(lambda weights, *args: alone(case, functools.partial(call, weights))(*args), (0, *batch_dims(case)))(
+        weights, *args
+    )
+    pairs = list(zip(made, samples(case, args, 3), strict=True))
+    assert_equal(found, plainly(lambda: stacked([alone(case, module)(*each) for module, each in pairs])))
+
+
+@pytest.mark.mode("vmap over both")
+@every_case
+def test_vmap_over_parameters_and_each_over_the_batch(case):
+    made, weights, call = models(case)
+    args = given(case)
+
+    def over_batch(weights, *args):
+        return vmap(alone(case, functools.partial(call, weights)), batch_dims(case))(*args)
+
+    found = vmap(over_batch, (0, *[None] * len(args)))(weights, *args)
+    each = samples(case, args)
+    truth = plainly(lambda: stacked([stacked([alone(case, module)(*one) for one in each]) for module in made]))
+    assert_equal(found, truth)
+
+
+@pytest.mark.mode("vmap over the batch")
+@every_case
+def test_vmap_over_inputs_alone(case):
+    module, x = case.make(**DOUBLE), case.x(3, STEPS, **DOUBLE)
+    at = case.batch_dim
+    found = vmap(lambda one: module(one.unsqueeze(at)), at)(x)
+    assert_equal(found, plainly(lambda: stacked([module(one) for one in x.split(1, at)])))
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_vmap_draws_dropout_as_it_is_told(randomness):
+    module, x = mingru.MinGRU(INPUT, HIDDEN, 2, dropout=0.5, **DOUBLE), torch.randn(1, STEPS, INPUT, **DOUBLE)
+    lower, upper = (mingru.MinGRU(size, HIDDEN, **DOUBLE) for size in (INPUT, HIDDEN))
+    for layer, own in zip((lower, upper), module.layers, strict=True):
+        layer.layers[0].load_state_dict(own.state_dict())
+    seen = []
+    module.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0] != 0))
+    out, kept = vmap(lambda x: (module(x)[0], seen[0]), randomness=randomness)(x.expand(3, 1, STEPS, INPUT))
+    assert kept.any() and not kept.all()
+    assert torch.equal(kept[0], kept[1]) == (randomness == "same")
+    # The states are positive, so that a 0 is one that was dropped.
+    truth = plainly(lambda: torch.stack([upper(torch.where(each, 2 * lower(x)[0], 0.0))[0] for each in kept]))
+    assert_equal(out, truth)
+
+
+def test_vmap_draws_no_dropout_unless_it_is_told():
+    module = mingru.MinGRU(INPUT, HIDDEN, 2, dropout=0.5)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(module)(torch.randn(3, 1, STEPS, INPUT))
+
+
+def some_directions(*groups: Any) -> tuple[Any, ...]:
+    return pytree.tree_map(torch.randn_like, groups)
+
+
+@pytest.mark.mode("jvp (forward mode)")
+@every_case
+def test_jvp_of_parameters_inputs_and_states(case):
+    module, args = case.make(**DOUBLE), given(case)
+
+    def function(weights, x, h):
+        return tuple(tensors(of_weights(module)(weights, x, h, *args[2:])))
+
+    primals = (weights_of(module), *args[:2])
+    tangents = some_directions(*primals)
+    outputs, found = jvp(function, primals, tangents)
+    assert_equal(outputs, plainly(function, *primals))
+
+    def nudged(by):
+        return plainly(function, *pytree.tree_map(lambda at, along: at + by * along, primals, tangents))
+
+    step = 1e-6
+    truth = [(after - before) / (2 * step) for after, before in zip(nudged(step), nudged(-step), strict=True)]
+    assert_equal(found, truth, rtol=1e-6, atol=1e-7)
+
+    cotangents = some_directions(*outputs)
+    _, pull = vjp(function, *primals)
+    pulled = sum((one * other).sum() for one, other in zip(tensors(pull(cotangents)), tensors(tangents), strict=True))
+    pushed = sum((one * other).sum() for one, other in zip(cotangents, found, strict=True))
+    assert_equal(pushed, pulled)
+
+
+@pytest.mark.mode("jvp (forward mode)")
+@every_case
+def test_dual_numbers(case):
+    module, args = case.make(**DOUBLE), given(case)
+    primals = (weights_of(module), *args[:2])
+    tangents = some_directions(*primals)
+    call = of_weights(module)
+    _, truth = plainly(jvp, lambda *primals: tuple(tensors(call(*primals, *args[2:]))), primals, tangents)
+    with forward_ad.dual_level():
+        duals = pytree.tree_map(forward_ad.make_dual, primals, tangents)
+        found = [forward_ad.unpack_dual(each).tangent for each in tensors(call(*duals, *args[2:]))]
+    assert_equal(found, truth)
+
+
+def test_forward_mode_over_forward_mode_is_refused():
+    module, x = mingru.MinGRU(INPUT, HIDDEN, **DOUBLE), torch.randn(BATCH, STEPS, INPUT, **DOUBLE)
+    with pytest.raises(RuntimeError, match="forward mode over forward mode would give wrong numbers here"):
+        jacfwd(jacfwd(lambda x: module(x)[0].sum()))(x)
+
+
+def mixed(case: Case, module: nn.Module, args: tuple[Any, ...], count: int = 3):
+    """Some numbers of all outputs, as a function of a few: coordinates along directions of weights, x and states."""
+    origin = (weights_of(module), *args[:2])
+    axes = [some_directions(*origin) for _ in range(count)]
+    sizes = sum(each.numel() for each in tensors(module(*args)))
+    into = torch.randn(count, sizes, **DOUBLE) / sizes**0.5
+
+    def function(coordinates):
+        at = pytree.tree_map(lambda start, *along: start + sum(map(torch.mul, coordinates, along)), origin, *axes)
+        outputs = of_weights(module)(*at, *args[2:])
+        return into @ torch.cat([each.flatten() for each in tensors(outputs)]).sin()
+
+    return function, torch.zeros(count, **DOUBLE)
+
+
+def rows(function, at: Tensor) -> Tensor:
+    """The Jacobian, row by row, by plain autograd."""
+    at = at.detach().requires_grad_()
+    return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in function(at)])
+
+
+def turns(function, at: Tensor) -> Tensor:
+    """The Hessian of a number, likewise."""
+    at = at.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(function(at), at, create_graph=True)
+    return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in slope])
+
+
+@pytest.mark.mode("jacrev")
+@every_case
+def test_jacobians_along_directions(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    function, at = mixed(case, module, args)
+    truth = plainly(rows, function, at)
+    assert_equal(jacrev(function)(at), truth)
+    assert_equal(jacfwd(function)(at), truth)
+
+
+@pytest.mark.mode("jacrev")
+@every_case
+def test_second_derivatives_by_grad(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    function, at = mixed(case, module, args)
+
+    def number(at):
+        return function(at).square().sum()
+
+    truth = plainly(turns, number, at)
+    assert_equal(jacfwd(grad(number))(at), truth)
+    assert_equal(jacrev(grad(number))(at), truth)
+
+
+def every_case_but_layer_norm(reason: str):
+    """`every_case`, where torch's own layer_norm gives wrong numbers."""
+    wrong = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
+    marks = {"MinGRU": wrong, "a model of them": wrong}
+    cases = [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in CASES]
+    return pytest.mark.parametrize("case", cases)
+
+
+@pytest.mark.mode("jacrev")
+@every_case_but_layer_norm(
+    "vmap's rule for layer_norm's backward, which jacrev maps, takes mean and deviation for constants, so that torch's "
+    "layer_norm alone has wrong derivatives there; jacfwd(grad(...)) is right: "
+    "https://github.com/pytorch/functorch/issues/534"
+)
+def test_jacobian_of_jacrev(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    function, at = mixed(case, module, args)
+
+    def number(at):
+        return function(at).square().sum()
+
+    truth = plainly(turns, number, at)
+    assert_equal(hessian(number)(at), truth)
+    assert_equal(jacrev(jacrev(number))(at), truth)
+
+
+@pytest.mark.mode("jvp (forward mode)")
+@every_case_but_layer_norm(
+    "the derivative of layer_norm's forward mode takes mean and deviation for constants: "
+    "https://github.com/pytorch/pytorch/issues/196700"
+)
+def test_gradient_of_forward_mode(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    function, at = mixed(case, module, args)
+
+    def number(at):
+        return function(at).square().sum()
+
+    along = torch.randn_like(at)
+    found = grad(lambda at: jvp(number, (at,), (along,))[1])(at)
+    assert_equal(found, plainly(turns, number, at) @ along)
+
+
+@pytest.mark.mode("jacrev")
+@every_case
+def test_jacrev_of_inputs_and_parameters(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    call, weights = of_weights(module), weights_of(module)
+
+    def few(weights, x, h):
+        return torch.stack([each.square().sum() for each in tensors(call(weights, x, h, *args[2:]))])
+
+    found = jacrev(few, (0, 1, 2))(weights, *args[:2])
+    fresh = with_gradients(pytree.tree_map(lambda each: each.clone(), (weights, *args[:2])))
+    numbers = plainly(few, *fresh)
+    each = [
+        torch.autograd.grad(number, tensors(fresh), retain_graph=True, materialize_grads=True) for number in numbers
+    ]
+    assert_equal(found, stacked(each))
+
+
+@pytest.mark.mode("per-sample gradients")
+@every_case
+def test_per_sample_gradients(case):
+    module, args = case.make(**DOUBLE), given(case, batch=3)
+    call = of_weights(module)
+
+    def of_one(weights, *args):
+        return loss(alone(case, functools.partial(call, weights))(*args))
+
+    found = vmap(grad(of_one), (None, *batch_dims(case)))(weights_of(module), *args)
+    one = alone(case, module)
+
+    def by_hand(args):
+        return torch.autograd.grad(loss(one(*args)), list(module.parameters()))
+
+    assert_equal(found, plainly(lambda: stacked([by_hand(each) for each in samples(case, args, 3)])))
+
+
+@pytest.mark.mode("double backward")
+@every_case
+def test_second_derivatives(case):
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+    call = of_weights(module)
+    flat, form = pytree.tree_flatten((dict(module.named_parameters()), *args[:2]))
+    flat = [each.detach().requires_grad_() for each in flat]
+
+    def function(*flat):
+        weights, x, h = pytree.tree_unflatten(flat, form)
+        return tuple(tensors([call(weights, x), call(weights, x, h, *args[2:])]))
+
+    assert torch.autograd.gradgradcheck(function, flat, fast_mode=True)
+
+
+@pytest.mark.mode("double backward")
+@every_case
+def test_gradient_penalty(case):
+    module, args = case.make(**DOUBLE), with_gradients(given(case))
+
+    def found():
+        slopes = torch.autograd.grad(loss(module(*args)), leaves(args), create_graph=True)
+        penalty = sum((each.square().sum().sqrt() - 1).square() for each in slopes)
+        return torch.autograd.grad(penalty, [*module.parameters(), *leaves(args)])
+
+    assert_equal(found(), plainly(found))
+
+
+@pytest.mark.mode("checkpoint, reentrant and not")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@every_case
+def test_checkpoint(case, use_reentrant):
+    module, args = case.make(**DOUBLE), given(case)
+    runs = []
+    module.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    truth = plainly(gradients, module, args)
+    _, form = pytree.tree_flatten(args)
+
+    # Flat, as the reentrant kind sees no tensors inside lists.
+    def inside(*flat):
+        return tuple(tensors(module(*pytree.tree_unflatten(flat, form))))
+
+    def call(*args):
+        return checkpoint(inside, *pytree.tree_leaves(args), use_reentrant=use_reentrant)
+
+    runs.clear()
+    assert_equal(gradients(module, args, call), truth)
+    assert runs == [not use_reentrant, True]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_drops_the_same_again(use_reentrant):
+    module, x = mingru.MinGRU(INPUT, HIDDEN, 2, dropout=0.5, **DOUBLE), torch.randn(BATCH, STEPS, INPUT, **DOUBLE)
+    torch.manual_seed(1)
+    truth = plainly(gradients, module, (x,))
+    torch.manual_seed(1)
+    found = gradients(module, (x,), lambda x: checkpoint(module, x, use_reentrant=use_reentrant))
+    assert_equal(found, truth)
+
+
+@pytest.mark.mode("saved-tensor hooks")
+@every_case
+def test_tensors_saved_elsewhere(case):
+    module, args = case.make(**DOUBLE), given(case)
+    truth = plainly(gradients, module, args)
+    with torch.autograd.graph.save_on_cpu():
+        assert_equal(gradients(module, args), truth)
+
+
+@pytest.mark.mode("saved-tensor hooks")
+@every_case
+def test_tensors_packed_by_a_hook(case):
+    module, args = case.make(**DOUBLE), given(case)
+    truth = plainly(gradients, module, args)
+    packed, unpacked = [], []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor.tolist(), tensor.shape, tensor.dtype
+
+    def unpack(kept):
+        numbers, shape, dtype = kept
+        unpacked.append(shape)
+        return torch.tensor(numbers, dtype=dtype).view(shape)
+
+    def zeroed(kept):
+        return torch.zeros_like(unpack(kept))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert_equal(gradients(module, args), truth)
+    assert packed and len(unpacked) == len(packed)
+    # What they saved came from the hook: other numbers give other gradients.
+    with torch.autograd.graph.saved_tensors_hooks(pack, zeroed):
+        others = gradients(module, args)
+    assert not torch.allclose(others[0], truth[0])
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * torch.nan
+
+
+anomaly = pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+
+
+@pytest.mark.mode("anomaly mode")
+@anomaly
+@every_case
+def test_anomaly_mode(case):
+    module, args = case.make(**DOUBLE), given(case)
+    truth = plainly(gradients, module, args)
+    with torch.autograd.detect_anomaly():
+        assert_equal(gradients(module, args), truth)
+
+
+@pytest.mark.mode("anomaly mode")
+@anomaly
+@every_case
+def test_anomaly_mode_tells_where_a_nan_is_from(case):
+    module, args = case.make(**DOUBLE), with_gradients(given(case))
+    with torch.autograd.detect_anomaly():
+        x = args[0] + 0
+        with torch.no_grad():
+            x.view(-1)[0] = torch.nan
+        outputs = module(x, *args[1:])
+        with (
+            pytest.warns(UserWarning, match=r"(?s)Error detected in .*outputs = module\(x.*ops/autograd.py"),
+            pytest.raises(RuntimeError, match=r"_(LinearRecurrence|MinGRU)Backward' returned nan values"),
+        ):
+            tensors(outputs)[-1].sum().backward()
+
+
+@pytest.mark.mode("anomaly mode")
+@anomaly
+@every_case
+def test_anomaly_mode_names_a_neighbour(case):
+    module, args = case.make(**DOUBLE), with_gradients(given(case))
+    with torch.autograd.detect_anomaly():
+        outputs = module(Poison.apply(args[0]), *args[1:])
+        with (
+            pytest.warns(UserWarning, match="Error detected in PoisonBackward"),
+            pytest.raises(RuntimeError, match="'PoisonBackward' returned nan"),
+        ):
+            loss(outputs).backward()
+
+
+@pytest.mark.mode("inference_mode")
+@every_case
+def test_inference_mode(case):
+    module, args = case.make(**DOUBLE), given(case)
+    truth = plainly(module, *args)
+    with torch.inference_mode():
+        outputs = module(*args)
+        again = module(*pytree.tree_map(torch.clone, args))
+        inside = case.make(**DOUBLE)
+        inside.load_state_dict(module.state_dict())
+        of_inside = inside(*args)
+    for found in (outputs, again, of_inside):
+        assert_equal(found, truth)
+        assert all(each.is_inference() for each in tensors(found))
+    assert not any(each.is_inference() for each in leaves(args))
+    # The module learns afterwards as before.
+    assert_equal(gradients(module, args), plainly(gradients, module, args))
+
+
+@pytest.mark.mode("inference_mode")
+@every_case
+def test_tensors_of_inference_mode_outside(case):
+    module = case.make(**DOUBLE)
+    with torch.inference_mode():
+        args = given(case)
+    with torch.no_grad():
+        assert_equal(module(*args), plainly(module, *args))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        module(*args)
