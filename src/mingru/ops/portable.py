@@ -111,6 +111,17 @@ def _is_known(condition: bool) -> bool:
         return statically_known_true(condition)
 
 
+def _reaches(distance: int, count: int) -> bool:
+    """Whether joining has gone as far as there are chunks."""
+    known = _is_known(distance >= count)
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return known
+    else:
+        # What is compiled may ask, at the price of another graph for longer sequences: over 4096 steps, over a million.
+        asks = distance in (1 << 8, 1 << 16) and not torch.compiler.is_exporting()
+        return known or (asks and distance >= count)
+
+
 def _no_tensors() -> list[Tensor]:
     empty: list[Tensor] = []
     return empty
@@ -185,7 +196,7 @@ def _joined(
     count = state.size(1)
     places = torch.arange(count, device=state.device)
     distance = 1
-    while distance < most_chunks and not _is_known(distance >= count):
+    while distance < most_chunks and not _reaches(distance, count):
         sources = places + distance if reverse else places - distance
         # Where nothing lies so far back, all has come in; its decay no longer counts.
         stop = (sources != sources.clamp(0, count - 1)).unsqueeze(0)

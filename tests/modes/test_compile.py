@@ -1,0 +1,165 @@
+"""`torch.compile`: one graph, whatever the batch and the length, and the numbers of eager."""
+
+import pytest
+import torch
+from cases import CASES, assert_equal, every_case, tensors
+from torch import nn
+from torch._dynamo.utils import counters
+
+import mingru
+
+SIZES = [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)]
+
+pytestmark = [
+    # Dynamo makes a context for each autograd function, in a way that torch warns of.
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
+    # Inductor imports modules of torch that script functions.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def losses(run, inputs):
+    return sum(tensor.square().sum() for tensor in tensors(run(*inputs)))
+
+
+def assert_equal_with_gradients(case, module, compiled, sizes, reset=False):
+    """At all sizes: outputs, and gradients of x, the states and the parameters."""
+    for batch, steps in sizes:
+        x, h = case.x(batch, steps, dtype=torch.double), case.h(batch, dtype=torch.double)
+        inputs = [x, h, case.reset(batch, steps)] if reset else [x, h]
+        leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
+        assert_equal(compiled(*inputs), module(*inputs))
+        # Without a reset, a learned initial state has no part in it.
+        got, expected = (
+            torch.autograd.grad(losses(run, inputs), leaves, allow_unused=True) for run in (compiled, module)
+        )
+        assert_equal(got, expected)
+
+
+@pytest.mark.mode("torch.compile, one graph, any batch and length")
+@every_case
+@pytest.mark.parametrize("reset", [False, True])
+def test_any_size(case, reset):
+    if reset and not case.resets:
+        pytest.skip("nn.GRU, whose arguments it has, takes no reset")
+    module = case.make(dtype=torch.double)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_equal_with_gradients(case, module, compiled, SIZES, reset)
+    # One for the first sizes, one for all.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.mode("torch.compile, inductor, training")
+@every_case
+def test_inductor(case):
+    module = case.make(dtype=torch.double)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    assert_equal_with_gradients(case, module, compiled, SIZES[:3])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(*inputs)
+
+
+@pytest.mark.mode("torch.compile, reduce-overhead, autocast inside")
+@every_case
+def test_autocast_inside(case):
+    module = UnderAutocast(case.make())
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for batch, steps in SIZES[:3]:
+            inputs = case.x(batch, steps), case.h(batch)
+            got, expected = tensors(compiled(*inputs)), tensors(module(*inputs))
+            assert [each.dtype for each in got] == [each.dtype for each in expected]
+            # Products are rounded to 8 bits, in whatever order they are added up.
+            assert_equal(got, expected, rtol=2**-6, atol=2**-6)
+            if case.name not in ("drop_in.GRUCell", "MinGRUCell", "MinLSTMCell") and "Conv" not in case.name:
+                assert torch.bfloat16 in {each.dtype for each in got}
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_functions(name, reverse):
+    """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""
+
+    def run(a, b, gate, candidate, h, reset):
+        scanned = mingru.functional.linear_scan(a, b, h, reverse=reverse, reset=reset, backend=name)
+        return scanned, mingru.functional.mingru(gate, candidate, h, reset=reset, backend=name)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for batch, steps in SIZES[:3]:
+        sequences = [torch.rand(batch, steps, 2, 3, dtype=torch.double) for _ in range(4)]
+        inputs = [each.requires_grad_() for each in [*sequences, torch.randn(batch, 1, 2, 3, dtype=torch.double)]]
+        reset = torch.rand(batch, steps) < 0.2
+        assert_equal(compiled(*inputs, reset), run(*inputs, reset))
+        assert_equal(*(torch.autograd.grad(losses(each, [*inputs, reset]), inputs) for each in (compiled, run)))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_one_more_graph_over_4096_steps():
+    """Where the portable body is compiled, a bound on the length makes most of its graph."""
+
+    def run(a, b):
+        return mingru.functional.linear_scan(a, b, backend="torch")
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    for steps, num_graphs in [(40, 1), (4000, 1), (5000, 2), (300, 2)]:
+        inputs = [torch.rand(1, steps, 1, dtype=torch.double) for _ in range(2)]
+        assert_equal(compiled(*inputs), run(*inputs))
+        assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+@pytest.mark.mode("torch.compile, lengths")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")], ids=lambda case: case.name
+)
+def test_lengths(case):
+    """Padding takes no part, whatever lies there, and gradients know nothing of it."""
+    module = case.make(dtype=torch.double)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch, steps in SIZES:
+        x, h, reset = (
+            case.x(batch, steps, dtype=torch.double),
+            case.h(batch, dtype=torch.double),
+            case.reset(batch, steps),
+        )
+        lengths = torch.randint(1, steps, (batch,))
+        x[0, lengths[0] :] = torch.nan
+        leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
+        results = []
+        for run in (compiled, module):
+            out = run(x, h, reset, lengths=lengths)
+            loss = sum(tensor.square().sum() for tensor in tensors(out))
+            results.append((out, torch.autograd.grad(loss, leaves)))
+        assert_equal(*results)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_fused_kernel_is_in_the_graph():
+    """A compiled layer calls the same kernel as eager, products and recurrence in one."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(str(graph))
+        return graph
+
+    rnn = mingru.MinGRU(3, 4)
+    with torch.no_grad():
+        torch.compile(rnn, fullgraph=True, backend=backend)(torch.randn(2, 5, 3))
+    assert any("mingru.linear_recurrence_forward" in graph for graph in graphs)
