@@ -61,6 +61,7 @@ CONTRACT = {
     "drop_in.replace": "module",
     "convert.from_lucidrains": "state_dict, prefix=''",
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
+    "export.onnx": "model, example_inputs, path, *, kind='sequence'",
     "functional.g": "x",
     "functional.log_g": "x",
     "functional.mingru": "gate, candidate, h=None, *, reset=None, backend='auto'",
@@ -72,10 +73,13 @@ CONTRACT = {
     "use_backend": "name",
 }
 # Keywords that the library adds behind those of the contract.
-ADDED = dict.fromkeys(["functional.mingru", "functional.minlstm"], "*, activation='positive', initial_state=None")
+ADDED = {
+    **dict.fromkeys(["functional.mingru", "functional.minlstm"], "*, activation='positive', initial_state=None"),
+    "export.onnx": "*, max_steps=None, dynamic_shapes=None",
+}
 # Their arguments are those of another class, which tells them.
 THIN = {f"MinConv{dims}dGRU{end}" for dims in (1, 3) for end in ("", "Cell")} | {"MinConv2dGRUCell"}
-MODULES = ("convert", "drop_in", "functional")
+MODULES = ("convert", "drop_in", "export", "functional")
 
 
 def parameters(text):

@@ -5,7 +5,6 @@ import io
 import pickle
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import reference
@@ -19,7 +18,6 @@ from mingru import drop_in
 
 S, B, IN, H = 5, 2, 3, 4
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-GUIDE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
 
 # Calls, written with GRU, GRUCell and the names below. Behind a bad one stands the argument that ours complains of, or
 # "" where Python or torch itself speaks.
@@ -812,16 +810,3 @@ def test_replaced_models_run_as_before():
 
 
 # The guide
-
-
-def test_the_guides_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 5
-    names = {}
-    for block in blocks:
-        exec(compile(block, GUIDE.name, "exec"), names)
-
-
-def test_the_guides_links_are_there():
-    for link in re.findall(r"\]\(([^)#:]+)\)", GUIDE.read_text(encoding="utf-8")):
-        assert (GUIDE.parent / link).is_file(), link

@@ -1,6 +1,6 @@
 """Minimal gated recurrent layers for PyTorch, after Feng et al. 2024, "Were RNNs All We Needed?"."""
 
-from . import convert, drop_in, functional
+from . import convert, drop_in, export, functional
 from ._version import __version__
 from .modules import (
     MinConv1dGRU,
@@ -33,6 +33,7 @@ __all__ = [
     "backends",
     "convert",
     "drop_in",
+    "export",
     "functional",
     "use_backend",
 ]

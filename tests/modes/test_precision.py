@@ -254,3 +254,20 @@ def test_grad_scaler(case):
     assert not all(grad.isfinite().all() for grad in grads)
     assert scale == 2.0**59
     assert_equal(list(twin.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.mode("autocast to bf16 on the CPU")
+@pytest.mark.parametrize("layer", [mingru.MinGRU, mingru.MinLSTM])
+def test_a_gradient_taken_inside_autocast_of_a_forward_outside(layer):
+    """It is computed as the forward was."""
+    rnn = layer(3, 4)
+    x = torch.randn(2, 7, 3)
+
+    def gradient(rnn, x, autocast):
+        x = x.requires_grad_()
+        loss = rnn(x)[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(loss, x, create_graph=True)[0]
+
+    truth = gradient(copy.deepcopy(rnn).double(), x.double(), False)
+    assert (gradient(rnn, x, True) - truth).norm() <= 1e-6 * truth.norm()

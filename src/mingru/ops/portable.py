@@ -78,7 +78,7 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: 
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, chunk: int = 16) -> States:
     """The states (B, S, *), and the last of them (B, *), from a state h (B, *). At a reset, h_{t-1} is 0."""
     num_steps = b.size(1)
-    if _is_known(num_steps <= chunk):
+    if _is_short(num_steps, chunk):
         cuts = _no_tensors() if reset is None else _turned(list(reset.unbind(1)), reverse)
         states = _step(_turned(list(a.unbind(1)), reverse), _turned(list(b.unbind(1)), reverse), cuts, h)
         return torch.stack(_turned(states, reverse), 1), states[-1]
@@ -101,6 +101,14 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
         brought = torch.where(mask, 0.0, brought)
     out = torch.addcmul(torch.stack(_turned(local, reverse), 2), torch.stack(_turned(decay, reverse), 2), brought)
     return _padded(out.flatten(1, 2), -more, 0.0), last
+
+
+def _is_short(num_steps: int, chunk: int) -> bool:
+    """Whether the steps are few, and as many wherever a captured graph runs."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return num_steps <= chunk
+    else:
+        return any(_is_known(num_steps == count) for count in range(chunk + 1))
 
 
 def _is_known(condition: bool) -> bool:

@@ -1,0 +1,194 @@
+"""`torch.export` and what is made of it, run where this package is not."""
+
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from cases import CASES, assert_equal, every_case, tensors
+from torch._inductor import aoti_compile_and_package
+from torch.export import Dim
+
+import mingru
+
+BATCH, STEPS = Dim("batch"), Dim("steps", max=40)
+# Beside the sizes that were exported: one alone, one chunk of 16 steps and its neighbours, many chunks.
+SIZES = [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
+]
+
+
+def export(case, module, reset=False, strict=False):
+    inputs, shapes = [case.x(), case.h()], list(case.dynamic(BATCH, STEPS))
+    if reset:
+        inputs.append(case.reset())
+        shapes.append(shapes[0])
+    return torch.export.export(module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=strict)
+
+
+def inputs_of(case, size, reset=False):
+    return [case.x(*size), case.h(size[0]), *([case.reset(*size)] if reset else [])]
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """What was exported of each case, with its module; made once, when asked for."""
+    made = {}
+
+    def of(case):
+        if case.name not in made:
+            module = case.make().eval()
+            made[case.name] = module, export(case, module)
+        return made[case.name]
+
+    return of
+
+
+def run_without_mingru(script, folder):
+    """In a process that can't import it; what the script leaves in `results`, a dictionary."""
+    prologue = """
+        import pickle, sys
+        class NoMingru:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "mingru":
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, NoMingru())
+        import torch
+        results, cases = {}, pickle.load(open("cases.pickle", "rb"))
+    """
+    epilogue = """
+        assert "mingru" not in sys.modules and not torch.ops.loaded_libraries
+        pickle.dump(results, open("results.pickle", "wb"))
+    """
+    text = "".join(textwrap.dedent(part) for part in (prologue, script, epilogue))
+    done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((folder / "results.pickle").read_bytes())
+
+
+@pytest.mark.mode("torch.export, any batch and length")
+@every_case
+def test_export(case, exported):
+    module, program = exported(case)
+    run = program.module()
+    for size in SIZES:
+        inputs = inputs_of(case, size)
+        assert_equal(run(*inputs), module(*inputs))
+
+
+@pytest.mark.mode("torch.export, strict, with resets")
+@every_case
+def test_export_strictly(case):
+    module = case.make()
+    run = export(case, module, case.resets, strict=True).module()
+    for size in SIZES:
+        inputs = inputs_of(case, size, case.resets)
+        assert_equal(run(*inputs), module(*inputs))
+
+
+@pytest.mark.mode("torch.export, core ATen")
+@every_case
+def test_core_aten(case, exported):
+    """No operator of ours is left, and none that a runtime for core ATen would not know."""
+    module, program = exported(case)
+    core = program.run_decompositions()
+    operators = {node.target for node in core.graph.nodes if node.op == "call_function"}
+    of_torch = {each for each in operators if isinstance(each, torch._ops.OperatorBase)}
+    # The others count sizes.
+    assert of_torch and {each.__module__ for each in operators - of_torch} <= {"_operator", "math"}
+    assert not [each for each in of_torch if torch.Tag.core not in each.tags]
+    inputs = inputs_of(case, (3, 40))
+    assert_equal(core.module()(*inputs), module(*inputs))
+
+
+@pytest.fixture(scope="module")
+def loaded(exported, tmp_path_factory):
+    """What a process without this package computes with each case's saved program."""
+    folder = tmp_path_factory.mktemp("exported")
+    inputs = {}
+    for index, case in enumerate(CASES):
+        torch.export.save(exported(case)[1], folder / f"{index}.pt2")
+        inputs[case.name] = [inputs_of(case, size) for size in SIZES]
+    (folder / "cases.pickle").write_bytes(pickle.dumps(inputs))
+    script = """
+        for index, (name, examples) in enumerate(cases.items()):
+            run = torch.export.load(f"{index}.pt2").module()
+            results[name] = [run(*inputs) for inputs in examples]
+    """
+    return inputs, run_without_mingru(script, folder)
+
+
+@pytest.mark.mode("torch.export, saved, run without mingru")
+@every_case
+def test_saved(case, exported, loaded):
+    inputs, results = loaded
+    module, _ = exported(case)
+    for example, result in zip(inputs[case.name], results[case.name], strict=True):
+        assert_equal(result, module(*example))
+
+
+@pytest.mark.mode("AOTInductor, run without mingru")
+@every_case
+def test_aot_inductor(case, exported, tmp_path):
+    module, program = exported(case)
+    # Not vectorised, which takes g++ half the time.
+    plain = {"cpp.simdlen": 1}
+    aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"), inductor_configs=plain)
+    examples = [inputs_of(case, size) for size in SIZES]
+    (tmp_path / "cases.pickle").write_bytes(pickle.dumps(examples))
+    script = """
+        run = torch._inductor.aoti_load_package("model.pt2")
+        results["all"] = [run(*inputs) for inputs in cases]
+    """
+    results = run_without_mingru(script, tmp_path)["all"]
+    for example, result in zip(examples, results, strict=True):
+        assert_equal(result, module(*example))
+
+
+def test_no_bound_on_the_length():
+    module = mingru.MinGRU(3, 4)
+    program = torch.export.export(module, (torch.randn(2, 7, 3),), dynamic_shapes=({1: Dim("steps")},))
+    for steps in (1, 40, 5000):
+        x = torch.randn(2, steps, 3)
+        assert_equal(program.module()(x), module(x))
+
+
+def test_kernels_stay_where_they_are_asked_for():
+    """`use_backend` is the switch: kernels in the graph, for processes that have this package."""
+    module, x = mingru.MinLSTM(3, 4), torch.randn(2, 7, 3)
+    targets = {}
+    for name in ("auto", "torch", "native"):
+        with mingru.use_backend(name):
+            program = torch.export.export(module, (x,), dynamic_shapes=({1: Dim("steps")},))
+        targets[name] = {str(node.target).partition(".")[0] for node in program.graph.nodes}
+        x2 = torch.randn(2, 40, 3)
+        assert_equal(program.module()(x2), module(x2))
+    assert "mingru" in targets["native"]
+    assert "mingru" not in targets["torch"] | targets["auto"]
+
+
+@pytest.mark.mode("torch.export, lengths")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")], ids=lambda case: case.name
+)
+def test_lengths(case):
+    module = case.make()
+    shapes = case.dynamic(BATCH, STEPS)
+    program = torch.export.export(
+        module,
+        (case.x(), case.h()),
+        {"lengths": torch.tensor([3, 7])},
+        dynamic_shapes={"x": shapes[0], "h": shapes[1], "lengths": {0: BATCH}},
+    )
+    for batch, steps in SIZES:
+        x, h = case.x(batch, steps), case.h(batch)
+        lengths = torch.randint(1, steps + 1, (batch,))
+        x[0, lengths[0] :] = torch.nan
+        assert_equal(program.module()(x, h, lengths=lengths), module(x, h, lengths=lengths))
+    assert tensors(program.module()(x, h, lengths=lengths))

@@ -1,0 +1,30 @@
+"""The guides: their code runs as it stands, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+# With the least number of blocks of code.
+GUIDES = {"coming_from_gru.md": 5, "deploying.md": 8}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+# What torch's own tools say of torch.
+@pytest.mark.filterwarnings("ignore:`torch.jit.(script_method|optimize_for_inference)` is deprecated")
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_the_code_runs(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / guide).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= GUIDES[guide]
+    names = {}
+    for block in blocks:
+        exec(compile(block, guide, "exec"), names)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_links_are_there(guide):
+    for link in re.findall(r"\]\(([^)#:]+)\)", (DOCS / guide).read_text(encoding="utf-8")):
+        assert (DOCS / link).is_file(), link
