@@ -55,8 +55,8 @@ def onnx(
             for a cell, and the state goes in and comes out. Where `example_inputs` has no h, the one that the model
             returns is its example. Cells are the same in either but for that state.
         max_steps: the longest sequence that the file has to serve, at least 2. The fewer, the smaller and quicker it
-            is: each doubling costs some twelve operations for each layer and direction. Longer ones come out wrong, and
-            no runtime tells. Default: as many as 268 million. For "sequence".
+            is: each doubling costs some twelve operations for each layer and direction. What is longer may come out as
+            NaN. Default: as many as 268 million. For "sequence".
         dynamic_shapes: which sizes are free, as `torch.export.export` takes it, for all inputs, h included where it is
             made. Default: of this library's own classes, what is batch and time; of other models, the first dimension
             of x, the second in a sequence, and those of other inputs that have the size of one of these in the example

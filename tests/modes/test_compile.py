@@ -8,6 +8,9 @@ from torch._dynamo.utils import counters
 
 import mingru
 
+# Inductor takes a batch of sequences of signals for a batch of images where a convolution follows, lays it out for that,
+# and then compiles anew for each longer sequence.
+OPTIONS = {"MinConv1dGRU": {"layout_optimization": False}}
 SIZES = [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)]
 
 pytestmark = [
@@ -76,7 +79,7 @@ def test_any_size(case):
 @every_case
 def test_inductor(case):
     module = case.make(dtype=torch.double)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, options=OPTIONS.get(case.name))
     assert_equal_with_gradients(case, module, compiled, SIZES[:3], free=True)
     assert counters["stats"]["unique_graphs"] == 1
 

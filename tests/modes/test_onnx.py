@@ -67,6 +67,20 @@ def test_long_and_both_ways(path):
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path):
+    module = mingru.MinGRU(3, 4, bidirectional=bidirectional).requires_grad_(False)
+    session = Session(path, module, torch.randn(1, 7, 3), max_steps=60)
+    for steps in (60, 100, 1000):
+        x = torch.randn(1, steps, 3)
+        out, last = session(x)
+        if steps == 1000:
+            assert last.isnan().all()
+            assert out.isnan().any()
+        if not out.isnan().any():
+            assert_equal([out, last], tensors(module(x)), **TOLERANCE)
+
+
 @pytest.mark.mode("ONNX, whole sequence")
 def test_without_a_bound_and_without_a_state(path):
     module = mingru.MinGRU(3, 4, batch_first=False).requires_grad_(False)

@@ -14,7 +14,6 @@ chunk what came before it. As in `body_torch`, only positive terms are added, an
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import packed
 from .activation import activate
@@ -116,6 +115,9 @@ def _is_known(condition: bool) -> bool:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return condition
     else:
+        # Here, as it brings up all of sympy.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         return statically_known_true(condition)
 
 
@@ -217,6 +219,10 @@ def _joined(
             decay = decay.masked_fill(along(cut, decay), 0.0)
             cut = cut | cut.index_select(1, sources)
         distance *= 2
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch.compiler.is_exporting():
+            # Nothing else would tell that a sequence is longer than the graph was made for.
+            state = state.masked_fill(places[-1] >= distance, torch.nan)
     if reverse:
         return state[:, 1:], state[:, 0]
     else:
