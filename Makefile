@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples selective_copying.py conftest.py
 
-.PHONY: setup format check test bench seeds picture docs sanitize wheel
+.PHONY: setup format check test bench seeds picture modes docs sanitize wheel
 
 setup:
 	python3 -m venv .venv
@@ -19,7 +19,7 @@ check:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadscope
 
 # No speed is reported while a test is red.
 bench: test
@@ -27,6 +27,7 @@ bench: test
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 	$(PYTHON) benchmarks/family.py --json out/family.json
 	$(PYTHON) benchmarks/compiled.py --json out/compiled.json
+	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
 	$(PYTHON) benchmarks/scaling.py --json out/scaling.json
 
 # What the front door reaches, seed by seed.
@@ -35,6 +36,10 @@ seeds:
 
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
+
+# The table of docs/modes.md, from a run of every class in every mode.
+modes:
+	$(PYTHON) tests/modes/matrix.py --write
 
 docs:
 	$(PYTHON) -m mkdocs build --strict

@@ -1,7 +1,16 @@
+import os
+
 import pytest
 import torch
 
 import mingru
+
+
+def pytest_configure():
+    # Tests that run side by side share the processors.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(autouse=True)
