@@ -1,4 +1,4 @@
-"""Time of a layer under torch.compile beside the same in eager, at the shapes of benchmarks/speed.py.
+"""Time of a layer under torch.compile beside the same in eager, and of its linear map alone likewise.
 
     python benchmarks/compiled.py
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from measure import where, write_json
+from torch import nn
 
 import mingru
 from mingru.bench import SHAPES, forward, forward_backward, medians_ms, output, print_table
@@ -26,25 +27,28 @@ def main() -> None:
     torch.manual_seed(0)
     print(where())
     rows, results = [], []
-    for batch, steps, input_dims, hidden_dims in [*SHAPES, (16, 1024, 512, 512)]:
+    for shape in [*SHAPES, (16, 1024, 512, 512)]:
+        batch, steps, input_dims, hidden_dims = shape
         torch._dynamo.reset()
-        rnn = mingru.MinGRU(input_dims, hidden_dims)
-        compiled = torch.compile(rnn, fullgraph=True)
-        x = torch.randn(batch, steps, input_dims, requires_grad=True)
-        functions = {
-            "eager": lambda rnn=rnn, x=x: output(rnn(x)),
-            "compiled": lambda compiled=compiled, x=x: output(compiled(x)),
+        modules = {
+            "MinGRU": mingru.MinGRU(input_dims, hidden_dims),
+            "nn.Linear": nn.Linear(input_dims, 2 * hidden_dims),
         }
-        leaves = [x, *rnn.parameters()]
-        there = medians_ms({name: forward(function) for name, function in functions.items()}, args.seconds)
-        back = medians_ms(
-            {name: forward_backward(function, leaves) for name, function in functions.items()}, args.seconds
-        )
-        shape = (batch, steps, input_dims, hidden_dims)
+        x = torch.randn(batch, steps, input_dims, requires_grad=True)
+        calls, leaves = {}, {}
+        for name, module in modules.items():
+            compiled = torch.compile(module, fullgraph=True)
+            for how, run in ((f"{name}, eager", module), (f"{name}, compiled", compiled)):
+                calls[how] = lambda run=run, x=x: output(run(x))
+                leaves[how] = [x, *module.parameters()]
+        there = medians_ms({how: forward(call) for how, call in calls.items()}, args.seconds)
+        back = medians_ms({how: forward_backward(call, leaves[how]) for how, call in calls.items()}, args.seconds)
         results.append({"shape": shape, "forward": there, "forward_backward": back})
-        ratios = [f"{ms['compiled'] / ms['eager']:.2f}" for ms in (there, back)]
-        rows.append([str(shape), *(f"{ms[name]:.3f}" for ms in (there, back) for name in functions), *ratios])
-    columns = ["(B, S, I, H)", "eager", "compiled", "eager, fwd + bwd", "compiled, fwd + bwd", "ratio", "fwd + bwd"]
+        row = [str(shape), *(f"{ms[f'MinGRU, {how}']:.3f}" for ms in (there, back) for how in ("eager", "compiled"))]
+        row += [f"{ms[f'{name}, compiled'] / ms[f'{name}, eager']:.2f}" for name in modules for ms in (there, back)]
+        rows.append(row)
+    columns = ["(B, S, I, H)", "eager", "compiled", "eager, fwd + bwd", "compiled, fwd + bwd"]
+    columns += ["ratio", "fwd + bwd", "ratio of nn.Linear", "fwd + bwd"]
     print_table("torch.compile, ms, medians", columns, rows)
     if args.json:
         write_json(args.json, results)

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import mingru
 
-# Inductor takes a batch of sequences of signals for a batch of images where a convolution follows, lays it out for that,
+# Where a convolution follows, inductor takes sequences of signals for images, lays them out for that,
 # and then compiles anew for each longer sequence.
 OPTIONS = {"MinConv1dGRU": {"layout_optimization": False}}
 SIZES = [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)]
