@@ -115,10 +115,14 @@ def _is_known(condition: bool) -> bool:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return condition
     else:
-        # Here, as it brings up all of sympy.
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+        return _is_known_of_symbols(condition)
 
-        return statically_known_true(condition)
+
+def _is_known_of_symbols(condition: bool) -> bool:
+    # Here, as it brings up all of sympy; and on its own, as TorchScript reads no such line, even where it doesn't run.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _reaches(distance: int, count: int) -> bool:
