@@ -188,6 +188,17 @@ class Alone(nn.Module):
         return x if h is None else x + h
 
 
+class Masked(nn.Module):
+    """Its second argument is no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = mingru.MinGRU(3, 4)
+
+    def forward(self, x, mask=None, h=None):
+        return self.rnn(x if mask is None else x * mask, h)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "model", "example", "options"),
     [
@@ -228,6 +239,7 @@ class Alone(nn.Module):
             {},
         ),
         (ValueError, r"must be \(x, h\) for kind='step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
+        (ValueError, r"must be \(x, h\) for kind='step', as .* forward\(x, h\)", Masked(), X[:, :1], {"kind": "step"}),
     ],
 )
 def test_bad_input(error, message, model, example, options, path):
@@ -246,9 +258,10 @@ def test_bad_paths(tmp_path):
         onnx(RNN, X, io.BytesIO())
 
 
-def test_a_scripted_model(path):
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .*; export the module that was scripted"):
-        onnx(torch.jit.script(RNN), X, path)
+@pytest.mark.parametrize("wrap", [torch.jit.script, torch.compile])
+def test_a_scripted_or_compiled_model(wrap, path):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .*; export the module that was scripted or"):
+        onnx(wrap(RNN), X, path)
 
 
 def test_what_the_model_refuses(path):

@@ -46,14 +46,15 @@ def onnx(
     Args:
         model: a layer, cell or stack of this library, one of `mingru.drop_in`, or a model of your own that contains
             any. Parameters become constants.
-        example_inputs: x, or a tuple of what `forward` takes in its order: (x, h), or (x, h, reset); tensors, None,
-            lists of tensors where a state is one. Each that is given is an input of the file. The numbers don't
+        example_inputs: x, or a tuple of what `forward` takes in its order, (x, h, reset, lengths) or less; tensors,
+            None, lists of tensors where a state is one. Each that is given is an input of the file. The numbers don't
             matter, nor does the size of batch and time.
         path: of the file, in a folder that exists. What was there is replaced when all is done, and stays if anything
             fails. Beyond 2 GB, weights are beside it, in a file of the same name and `.data`.
         kind: "sequence": all steps of x, of any number of them. "step": x is one step, (B, 1, I) for a layer and (B, I)
             for a cell, and the state goes in and comes out. Where `example_inputs` has no h, the one that the model
-            returns is its example. Cells are the same in either but for that state.
+            returns is its example; a model of your own must call it `h`, `hx`, `state` or `hidden` then. Cells are the
+            same in either but for that state. A backward direction sees the one step alone, as it does here.
         max_steps: the longest sequence that the file has to serve, at least 2. The fewer, the smaller and quicker it
             is: each doubling costs some twelve operations for each layer and direction. What is longer may come out as
             NaN. Default: as many as 268 million. For "sequence".
@@ -78,6 +79,7 @@ def onnx(
         torch.onnx.errors.OnnxExporterError: the model can't be exported, by reasons of its own.
 
     Numerics: those of the back end "torch" in the dtype of the parameters; outputs differ from the model's by rounding.
+    ONNX Runtime has no bfloat16 on the CPU: write `model.float()` for it. Values of `lengths` are not checked there.
 
     Differs from an exported `torch.nn.GRU` in that a sequence isn't a loop over its steps.
 
@@ -187,7 +189,8 @@ def _with_free_sizes(
             sizes = [args[0].shape[dim] for dim in of_x]
             found = [dim for dim, size in enumerate(other.shape) if size in sizes]
         else:
-            found = [*of_x] if index > 1 else [] if layout.state is None else [layout.state]
+            of_states = [] if layout.state is None else [layout.state]
+            found = {1: of_states, 2: [*of_x], 3: [0]}[index]
         # Named in x alone, as the exporter warns of two of one name; these turn out the same.
         return dict.fromkeys(found, Dim.AUTO)
 
@@ -229,6 +232,8 @@ def _enlarged(args: tuple[Any, ...], state: Any, layout: _Layout, kind: str) -> 
                 enlarged[index] = _at_least_two(enlarged[index], layout.batch)
             if layout.time is not None and kind == "sequence":
                 enlarged[index] = _at_least_two(enlarged[index], layout.time)
+    if len(args) > 3 and args[3] is not None:
+        enlarged[3] = _at_least_two(args[3], 0)
     return tuple(enlarged)
 
 
@@ -242,8 +247,10 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
     if kind == "sequence" or (len(args) > 1 and args[1] is not None):
         return args
     state = _state_of(model(*args))
+    if not _is_ours(model) and _parameters(model, (None, None))[1:] not in [["h"], ["hx"], ["state"], ["hidden"]]:
+        state = None
     if state is None:
-        expected = "(x, h) for kind='step', as forward returns no pair (out, h) with a state to begin with"
+        expected = "(x, h) for kind='step', as forward has not the form forward(x, h) -> (out, h)"
         raise ValueError(expectation(_NAME, "example_inputs", expected, "x alone"))
     return (args[0], state, *args[2:])
 
@@ -324,8 +331,9 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     """Refuse what does not fit; the file's path."""
     if kind not in ("sequence", "step"):
         raise ValueError(expectation(_NAME, "kind", "'sequence' or 'step'", repr(kind)))
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        remedy = "export the module that was scripted" if isinstance(model, nn.Module) else ""
+    wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
+    if not isinstance(model, nn.Module) or wrapped:
+        remedy = "export the module that was scripted or compiled" if wrapped else ""
         raise TypeError(expectation(_NAME, "model", "a torch.nn.Module", type(model).__name__, remedy))
     _check_example(example_inputs)
     if max_steps is not None:

@@ -67,6 +67,16 @@ def test_long_and_both_ways(path):
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
 
 
+def test_lengths(path, monkeypatch):
+    monkeypatch.setattr(portable._scan, "__defaults__", (4,))
+    module = mingru.MinGRU(3, 4, bidirectional=True).requires_grad_(False)
+    session = Session(path, module, (torch.randn(1, 7, 3), None, None, torch.tensor([3])), max_steps=20)
+    assert session.inputs == {"x": ["batch", "time", 3], "lengths": ["batch"]}
+    for batch, steps in [(1, 1), (3, 17), (2, 20)]:
+        x, lengths = torch.randn(batch, steps, 3), torch.randint(1, steps + 1, (batch,))
+        assert_equal(session(x, lengths), tensors(module(x, lengths=lengths)), **TOLERANCE)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path):
     module = mingru.MinGRU(3, 4, bidirectional=bidirectional).requires_grad_(False)
