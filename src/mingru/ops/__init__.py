@@ -91,16 +91,14 @@ def linear_recurrence(
 
     Backward computes them once more if `recompute`, or keeps them; by default it does what is quicker.
     """
-    if is_tracing():
-        return None
     name = choose(cell, "auto", x, activation)
     # Half-width products are rounded with their bias, as `Linear` does it.
     fits = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     if not (fits and hasattr(BODIES[name], "linear_recurrence") and are_plain(x, weight) and x.numel() > 0):
         return None
     kind = Kind(cell, activation, reverse)
-    # A view even where it is h itself: dynamo refuses one tensor in two places.
-    initial = initial.expand_as(h)
+    # Without resets it is not asked for; but dynamo refuses one tensor in two places, and gets a view.
+    initial = h if reset is None and not torch.compiler.is_compiling() else initial.expand_as(h)
     return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind, recompute)
 
 
