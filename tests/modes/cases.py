@@ -1,6 +1,7 @@
 """What every mode is tried on: each class of the library, and a model that contains them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mingru
+from mingru.ops import portable
 
 # Features in, features of the state, and a space of so many places in each dimension.
 INPUT, HIDDEN, SPACE = 3, 4, 5
@@ -189,4 +191,18 @@ CASES = [
     ),
 ]
 
-every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+def _parametrized(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+every_case = _parametrized(CASES)
+every_case_with_lengths = _parametrized([case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")])
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """What is exported here is cut into chunks of 4 steps, not 16: a graph that is made in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable._scan, "__defaults__", (4,))
+        yield

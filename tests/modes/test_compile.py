@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, assert_equal, every_case, tensors
+from cases import assert_equal, every_case, every_case_with_lengths, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -143,9 +143,7 @@ def test_one_more_graph_over_4096_steps():
 
 
 @pytest.mark.mode("torch.compile, lengths")
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")], ids=lambda case: case.name
-)
+@every_case_with_lengths
 def test_lengths(case):
     """Padding takes no part, whatever lies there, and gradients know nothing of it."""
     module = case.make(dtype=torch.double)

@@ -1,18 +1,13 @@
 """`torch.export` and what is made of it, run where this package is not."""
 
-import pickle
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-from cases import CASES, assert_equal, every_case, tensors
+from cases import CASES, assert_equal, every_case, every_case_with_lengths, small_chunks, tensors
+from elsewhere import run_without_mingru
 from torch._inductor import aoti_compile_and_package
 from torch.export import Dim
 
 import mingru
-from mingru.ops import portable
 
 BATCH, STEPS = Dim("batch"), Dim("steps", max=20)
 # Beside the sizes that were exported: one alone, one chunk of steps and its neighbour, many chunks.
@@ -25,20 +20,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def small_chunks():
-    """Chunks of 4 steps, for graphs that are made in a third of the time; some tests have them as they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portable._scan, "__defaults__", (4,))
-        yield
-
-
 def export(case, module, reset=False, strict=False):
     inputs, shapes = [case.x(), case.h()], list(case.dynamic(BATCH, STEPS))
     if reset:
         inputs.append(case.reset())
         shapes.append(shapes[0])
-    return torch.export.export(module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=strict)
+    with small_chunks():
+        return torch.export.export(module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=strict)
 
 
 def inputs_of(case, size, reset=False):
@@ -46,7 +34,7 @@ def inputs_of(case, size, reset=False):
 
 
 @pytest.fixture(scope="module")
-def exported(small_chunks):
+def exported():
     """What was exported of each case, with its module; made once, when asked for."""
     made = {}
 
@@ -57,28 +45,6 @@ def exported(small_chunks):
         return made[case.name]
 
     return of
-
-
-def run_without_mingru(script, folder):
-    """In a process that can't import it; what the script leaves in `results`, a dictionary."""
-    prologue = """
-        import pickle, sys
-        class NoMingru:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] == "mingru":
-                    raise ModuleNotFoundError(name)
-        sys.meta_path.insert(0, NoMingru())
-        import torch
-        results, cases = {}, pickle.load(open("cases.pickle", "rb"))
-    """
-    epilogue = """
-        assert "mingru" not in sys.modules and not torch.ops.loaded_libraries
-        pickle.dump(results, open("results.pickle", "wb"))
-    """
-    text = "".join(textwrap.dedent(part) for part in (prologue, script, epilogue))
-    done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return pickle.loads((folder / "results.pickle").read_bytes())
 
 
 @pytest.mark.mode("torch.export, any batch and length")
@@ -93,7 +59,7 @@ def test_export(case, exported):
 
 @pytest.mark.mode("torch.export, strict, with resets")
 @every_case
-def test_export_strictly(case, small_chunks):
+def test_export_strictly(case):
     module = case.make()
     run = export(case, module, case.resets, strict=True).module()
     for size in SIZES:
@@ -124,13 +90,12 @@ def loaded(exported, tmp_path_factory):
     for index, case in enumerate(CASES):
         torch.export.save(exported(case)[1], folder / f"{index}.pt2")
         inputs[case.name] = [inputs_of(case, size) for size in SIZES]
-    (folder / "cases.pickle").write_bytes(pickle.dumps(inputs))
     script = """
-        for index, (name, examples) in enumerate(cases.items()):
+        for index, (name, examples) in enumerate(given.items()):
             run = torch.export.load(f"{index}.pt2").module()
             results[name] = [run(*inputs) for inputs in examples]
     """
-    return inputs, run_without_mingru(script, folder)
+    return inputs, run_without_mingru(script, folder, inputs)
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
@@ -150,24 +115,16 @@ def test_aot_inductor(case, exported, tmp_path):
     plain = {"cpp.simdlen": 1}
     aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"), inductor_configs=plain)
     examples = [inputs_of(case, size) for size in SIZES]
-    (tmp_path / "cases.pickle").write_bytes(pickle.dumps(examples))
     script = """
         run = torch._inductor.aoti_load_package("model.pt2")
-        results["all"] = [run(*inputs) for inputs in cases]
+        results["all"] = [run(*inputs) for inputs in given]
     """
-    results = run_without_mingru(script, tmp_path)["all"]
+    results = run_without_mingru(script, tmp_path, examples)["all"]
     for example, result in zip(examples, results, strict=True):
         assert_equal(result, module(*example))
 
 
-@pytest.fixture
-def chunks_as_they_are():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portable._scan, "__defaults__", (16,))
-        yield
-
-
-def test_no_bound_on_the_length(chunks_as_they_are):
+def test_no_bound_on_the_length():
     module = mingru.MinGRU(3, 4)
     program = torch.export.export(module, (torch.randn(2, 7, 3),), dynamic_shapes=({1: Dim("steps")},))
     for steps in (1, 40, 5000):
@@ -175,7 +132,7 @@ def test_no_bound_on_the_length(chunks_as_they_are):
         assert_equal(program.module()(x), module(x))
 
 
-def test_kernels_stay_where_they_are_asked_for(chunks_as_they_are):
+def test_kernels_stay_where_they_are_asked_for():
     """`use_backend` is the switch: kernels in the graph, for processes that have this package."""
     module, x = mingru.MinLSTM(3, 4), torch.randn(2, 7, 3)
     targets = {}
@@ -190,10 +147,8 @@ def test_kernels_stay_where_they_are_asked_for(chunks_as_they_are):
 
 
 @pytest.mark.mode("torch.export, lengths")
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")], ids=lambda case: case.name
-)
-def test_lengths(case, chunks_as_they_are):
+@every_case_with_lengths
+def test_lengths(case):
     module = case.make()
     shapes = case.dynamic(BATCH, Dim("steps", max=40))
     program = torch.export.export(

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from cases import assert_equal, every_case, tensors
+from cases import assert_equal, every_case, small_chunks, tensors
 
 import mingru
-from mingru.ops import portable
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -48,11 +47,10 @@ def in_use(case):
 
 @pytest.mark.mode("ONNX, whole sequence")
 @every_case
-def test_any_batch_and_any_length(case, path, monkeypatch):
-    # Chunks of 4 steps, for a graph that is exported in a third of the time; those below have them as they are.
-    monkeypatch.setattr(portable._scan, "__defaults__", (4,))
+def test_any_batch_and_any_length(case, path):
     module = in_use(case)
-    session = Session(path, module, (case.x(), case.h()), max_steps=None if case.time_dim is None else 20)
+    with small_chunks():
+        session = Session(path, module, (case.x(), case.h()), max_steps=None if case.time_dim is None else 20)
     for batch, steps in [(1, 1), (3, 17), (2, 20)]:
         x, h = case.x(batch, steps), case.h(batch)
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
@@ -67,10 +65,10 @@ def test_long_and_both_ways(path):
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
 
 
-def test_lengths(path, monkeypatch):
-    monkeypatch.setattr(portable._scan, "__defaults__", (4,))
+def test_lengths(path):
     module = mingru.MinGRU(3, 4, bidirectional=True).requires_grad_(False)
-    session = Session(path, module, (torch.randn(1, 7, 3), None, None, torch.tensor([3])), max_steps=20)
+    with small_chunks():
+        session = Session(path, module, (torch.randn(1, 7, 3), None, None, torch.tensor([3])), max_steps=20)
     assert session.inputs == {"x": ["batch", "time", 3], "lengths": ["batch"]}
     for batch, steps in [(1, 1), (3, 17), (2, 20)]:
         x, lengths = torch.randn(batch, steps, 3), torch.randint(1, steps + 1, (batch,))
@@ -103,11 +101,11 @@ def test_without_a_bound_and_without_a_state(path):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
-def test_with_a_reset(path, monkeypatch):
-    monkeypatch.setattr(portable._scan, "__defaults__", (4,))
+def test_with_a_reset(path):
     module = mingru.MinGRU(3, 4, learn_initial_state=True).requires_grad_(False)
     args = torch.randn(1, 7, 3), torch.randn(1, 1, 1, 4), torch.ones(1, 7, dtype=torch.bool)
-    session = Session(path, module, args, max_steps=100)
+    with small_chunks():
+        session = Session(path, module, args, max_steps=100)
     assert list(session.inputs) == ["x", "h", "reset"]
     for batch, steps in [(1, 1), (3, 17), (2, 100)]:
         x, h, reset = torch.randn(batch, steps, 3), torch.randn(1, batch, 1, 4), torch.rand(batch, steps) < 0.1

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import CASES, assert_equal, every_case, tensors
+from elsewhere import run_without_mingru
 
 DOUBLE = {"dtype": torch.float64}
 GRADED = {**DOUBLE, "requires_grad": True}
@@ -169,35 +168,18 @@ def test_frozen(case, change):
 # Saved
 
 
-ELSEWHERE = """
-import sys
+# Each error is for its own cell to tell, which is one of many.
+LOAD_AND_RUN = """
 import warnings
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "mingru":
-            raise ModuleNotFoundError("there is no mingru here")
-
-sys.meta_path.insert(0, Blocker())
-import torch
 
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "`torch.jit.load` is (deprecated|not supported)", DeprecationWarning)
-for path in sys.argv[1:]:
+for key, (path, inputs) in given.items():
     try:
         run = torch.jit.load(path)
-        outcome = [run(*args) for args in torch.load(path + ".in")]
+        results[key] = [run(*args) for args in inputs]
     except Exception as error:
-        outcome = f"{type(error).__name__}: {error}"
-    torch.save(outcome, path + ".out")
-try:
-    import mingru
-except ModuleNotFoundError:
-    print("no module")
-assert not any(name.partition(".")[0] == "mingru" for name in sys.modules)
-assert not torch.ops.loaded_libraries and not hasattr(torch.ops.mingru, "recurrence_forward")
-assert not any(schema.name.startswith("mingru::") for schema in torch._C._jit_get_all_schemas())
-print("no kernels")
+        results[key] = f"{type(error).__name__}: {error}"
 """
 
 
@@ -206,28 +188,22 @@ def elsewhere(tmp_path_factory):
     """For each form and case: what comes out in a process without mingru, and what should."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved")
-    expected, outcomes = {}, {}
+    expected, outcomes, saved = {}, {}, {}
     for index, case in enumerate(CASES):
         for form in ("script", "trace"):
-            path = str(folder / f"{form}{index}.pt")
+            key, path = (form, case.name), f"{form}{index}.pt"
             module = case.make(**DOUBLE).eval()
             inputs = calls(case, ALL, [(2, 7), (2, 7), (3, 17)], **DOUBLE)
-            expected[form, case.name] = path, [module(*args) for args in inputs]
-            torch.save(inputs, f"{path}.in")
+            expected[key] = [module(*args) for args in inputs]
             try:
                 with nothing_of_ours_warns():
                     run = torch.jit.script(module) if form == "script" else trace(case, module, ALL, FEW[0], **DOUBLE)
-                    torch.jit.save(run, path)
+                    torch.jit.save(run, str(folder / path))
+                saved[key] = path, inputs
             except Exception as error:
-                # For its own cell to tell, which is one of many.
-                outcomes[form, case.name] = repr(error)
-    paths = [path for key, (path, _) in expected.items() if key not in outcomes]
-    command = [sys.executable, "-c", ELSEWHERE, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["no module", "no kernels"]
-    outcomes = {key: outcomes.get(key) or torch.load(f"{path}.out") for key, (path, _) in expected.items()}
-    return {key: (outcomes[key], result) for key, (_, result) in expected.items()}
+                outcomes[key] = repr(error)
+    outcomes |= run_without_mingru(LOAD_AND_RUN, folder, saved)
+    return {key: (outcomes[key], result) for key, result in expected.items()}
 
 
 @pytest.mark.parametrize(
