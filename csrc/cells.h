@@ -1,6 +1,7 @@
 // The recurrences, each as h_t = a_t h_{t-1} + b_t: what a and b are, and how their gradients reach the inputs.
 //
-// A cell has `num_inputs` sequences; `x` holds one lane of each, its bias added where `has_bias` allows one.
+// A cell has `num_inputs` sequences; `x` holds one feature of each, with its bias added if `has_bias`. The list of cells is
+// MINGRU_CELLS in scan.h; `coefficients` in src/mingru/ops/cells.py says the same in Python.
 #pragma once
 
 #include "math.h"
@@ -17,11 +18,11 @@ struct LinearScan {
     b = x[1];
   }
 
-  // From delta = dL/dh_t and the state that the step met: the gradients of the inputs, and a.
+  // From delta = dL/dh_t and the previous state: the gradients of the inputs, and a.
   template <class A>
-  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
+  MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
     a = x[0];
-    grad[0] = delta * met;
+    grad[0] = delta * previous;
     grad[1] = delta;
   }
 };
@@ -91,12 +92,12 @@ struct MinGRU {
   }
 
   template <class A>
-  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
+  MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
     const Logistic<A> z = logistic(x[0]);
     A derivative;
     const A candidate = Activation::value(x[1], derivative);
     a = z.minus;
-    grad[0] = delta * (candidate - met) * z.plus * z.minus;
+    grad[0] = delta * (candidate - previous) * z.plus * z.minus;
     grad[1] = delta * z.plus * derivative;
   }
 };
@@ -144,12 +145,12 @@ struct MinLSTM {
   }
 
   template <class A>
-  MINGRU_INLINE void gradients(const A* x, A delta, A met, A& a, A* grad) {
+  MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
     const Shares<A> s = shares(x[0], x[1]);
     A derivative;
     const A candidate = Activation::value(x[2], derivative);
     a = s.forget;
-    const A shifted = delta * (candidate - met) * s.forget * s.input;
+    const A shifted = delta * (candidate - previous) * s.forget * s.input;
     grad[0] = -shifted * logistic_of_minus(x[0], s.forget_power);
     grad[1] = shifted * logistic_of_minus(x[1], s.input_power);
     grad[2] = delta * s.input * derivative;

@@ -60,13 +60,13 @@ class Run {
         kernel_(chosen().kernel(scan.cell, scan.storage)),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
-    const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_lanes;
+    const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_features;
     const int64_t worthwhile = std::max<int64_t>(1, values / values_per_thread);
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
-    lanes_ = std::min(ceil_div(scan.num_lanes, group) * group, most_lanes);
-    while (lanes_ > group && num_tasks() < threads) lanes_ = ceil_div(lanes_ / 2, group) * group;
-    if (num_tasks() < threads && may_cut_time()) {
-      num_chunks_ = std::min(threads / num_tasks(), num_steps / (4 * steps_per_note));
+    features_ = std::min(ceil_div(scan.num_features, group) * group, most_features);
+    while (features_ > group && num_tasks() < threads) features_ = ceil_div(features_ / 2, group) * group;
+    if (num_tasks() < threads && may_split_time()) {
+      num_chunks_ = std::min(threads / num_tasks(), num_steps / (4 * steps_per_checkpoint));
     }
     threads_ = threads;
   }
@@ -77,7 +77,7 @@ class Run {
       return;
     }
     each(num_tasks(), [&](int64_t task) {
-      alignas(64) char state[most_lanes * 8];
+      alignas(64) char state[most_features * 8];
       start(task, state);
       kernel_(scan_, span(task, part_.begin, part_.end), state, backward_);
       finish(task, state);
@@ -86,14 +86,14 @@ class Run {
 
  private:
   int64_t num_tasks() const {
-    return (part_.batch_end - part_.batch_begin) * ceil_div(scan_.num_lanes, lanes_);
+    return (part_.batch_end - part_.batch_begin) * ceil_div(scan_.num_features, features_);
   }
 
-  // A sum over time would be added to twice.
-  bool may_cut_time() const { return !(backward_ && scan_.grad_initial && scan_.reset); }
+  // A chunk that is run again would add its part of the gradient twice.
+  bool may_split_time() const { return !(backward_ && scan_.grad_initial_state && scan_.reset); }
 
-  // Neighbours to one thread, which has their rows in its cache, more likely than not. Of packed sequences each thread
-  // takes every T-th, so that it has long ones and short ones.
+  // Neighboring tasks go to one thread, whose cache probably holds their rows. Packed sequences are sorted by length, so
+  // each thread takes every T-th of them and has long and short ones.
   template <class F>
   void each(int64_t count, const F& f) const {
     if (threads_ == 1) {
@@ -110,23 +110,23 @@ class Run {
     });
   }
 
-  // A task's steps from `begin` to `end`, as far as its sequence has them.
+  // The steps of a task from `begin` to `end`, or to the end of its sequence.
   Span span(int64_t task, int64_t begin, int64_t end) const {
-    const int64_t blocks = ceil_div(scan_.num_lanes, lanes_);
-    const int64_t batch = part_.batch_begin + task / blocks, lane = task % blocks * lanes_;
+    const int64_t blocks = ceil_div(scan_.num_features, features_);
+    const int64_t batch = part_.batch_begin + task / blocks, feature = task % blocks * features_;
     if (scan_.lengths) end = std::min(end, scan_.lengths[batch]);
-    return {batch, lane, std::min(lanes_, scan_.num_lanes - lane), begin, end, nullptr, false};
+    return {batch, feature, std::min(features_, scan_.num_features - feature), begin, end, nullptr, false};
   }
 
   void copy_state(int64_t task, void* state, const void* from) const {
     const Span at = span(task, 0, 0);
-    std::memset(state, 0, lanes_ * size_);
+    std::memset(state, 0, features_ * size_);
     if (from == nullptr) return;
-    const char* row = static_cast<const char*>(from) + (at.batch * scan_.num_lanes + at.lane) * size_;
-    std::memcpy(state, row, at.num_lanes * size_);
+    const char* row = static_cast<const char*>(from) + (at.batch * scan_.num_features + at.feature) * size_;
+    std::memcpy(state, row, at.num_features * size_);
   }
 
-  // From where the part before this one left it, or from what was given.
+  // The state that the part before this one left, or the given one.
   void start(int64_t task, void* state) const {
     const bool is_first = forward_in_time_ ? part_.begin == 0 : part_.end == scan_.num_steps;
     const void* given = backward_ ? scan_.grad_last : scan_.h;
@@ -136,26 +136,26 @@ class Run {
   void finish(int64_t task, const void* state) const {
     const Span at = span(task, 0, 0);
     char* to = static_cast<char*>(backward_ ? scan_.grad_h : scan_.last);
-    std::memcpy(to + (at.batch * scan_.num_lanes + at.lane) * size_, state, at.num_lanes * size_);
+    std::memcpy(to + (at.batch * scan_.num_features + at.feature) * size_, state, at.num_features * size_);
   }
 
-  // Fewer sequences than threads: time is cut into chunks, each run from a guess of its state at once. Then, chunk after
-  // chunk, the true state is run in again until it is, to the last bit, the one that the guess had led to: from there on
-  // all is as it stands. Decaying states forget their guess within some hundred steps; where one doesn't, its chunk is
-  // run again to its end. The numbers are those of a scan in one piece, however many chunks there are.
+  // With fewer tasks than threads, time is split into chunks that run at once, each from a guessed state. Then the chunks
+  // are run again in order, from the true state; such a run stops as soon as its state is bit-identical to the recorded
+  // one, because the rest is already right. A decaying state usually forgets the guess within a few hundred steps; if it
+  // does not, its chunk is run again to the end. The result is bit-identical to a single pass for any number of chunks.
   void in_chunks() const {
     const int64_t tasks = num_tasks();
     const int64_t num_steps = part_.end - part_.begin;
-    const int64_t length = ceil_div(ceil_div(num_steps, num_chunks_), steps_per_note) * steps_per_note;
-    const int64_t state_size = lanes_ * size_;
-    const int64_t notes_size = length / steps_per_note * state_size;
+    const int64_t length = ceil_div(ceil_div(num_steps, num_chunks_), steps_per_checkpoint) * steps_per_checkpoint;
+    const int64_t state_size = features_ * size_;
+    const int64_t checkpoints_size = length / steps_per_checkpoint * state_size;
     std::vector<char> ends(tasks * num_chunks_ * state_size);
-    std::vector<char> notes(tasks * num_chunks_ * notes_size);
+    std::vector<char> checkpoints(tasks * num_chunks_ * checkpoints_size);
     const auto chunk = [&](int64_t task, int64_t index) {
       const int64_t begin = std::min(index * length, num_steps), end = std::min(begin + length, num_steps);
       Span at = forward_in_time_ ? span(task, part_.begin + begin, part_.begin + end)
                                  : span(task, part_.end - end, part_.end - begin);
-      at.notes = notes.data() + (task * num_chunks_ + index) * notes_size;
+      at.checkpoints = checkpoints.data() + (task * num_chunks_ + index) * checkpoints_size;
       return at;
     };
     each(tasks * num_chunks_, [&](int64_t item) {
@@ -164,17 +164,17 @@ class Run {
       if (index == 0) {
         start(task, state);
       } else {
-        copy_state(task, state, backward_ ? nullptr : scan_.initial);
+        copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
       }
       kernel_(scan_, chunk(task, index), state, backward_);
     });
     each(tasks, [&](int64_t task) {
       char* end = ends.data() + task * num_chunks_ * state_size;
-      alignas(64) char state[most_lanes * 8];
+      alignas(64) char state[most_features * 8];
       std::memcpy(state, end, state_size);
       for (int64_t index = 1; index < num_chunks_; ++index) {
         Span at = chunk(task, index);
-        at.until_met = true;
+        at.stop_at_match = true;
         if (kernel_(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
       }
       finish(task, state);
@@ -187,7 +187,7 @@ class Run {
   const bool forward_in_time_;
   const Kernel kernel_;
   const int64_t size_;
-  int64_t lanes_ = 0, num_chunks_ = 1, threads_ = 1;
+  int64_t features_ = 0, num_chunks_ = 1, threads_ = 1;
 };
 
 }  // namespace

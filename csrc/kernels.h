@@ -1,6 +1,6 @@
 // The loops, compiled once for each instruction set (kernels_*.cpp).
 //
-// Prefixes: `in_` a row of an input, `out_` a row that is written; a row is the lanes of one step.
+// Prefixes: `in_` a row that is read, `out_` a row that is written; a row is the features of one step.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -23,41 +23,41 @@ struct Computed<double> {
   using Type = double;
 };
 
-// A row's last lanes, where they are fewer than a group: filled up with 0 on the way in, cut off on the way out.
+// The last features of a row when they are fewer than a group: padded with 0 when read, cropped when written.
 template <class T>
 struct Rest {
-  T lanes[group];
+  T features[group];
 
   const T* in(const T* in_row, int64_t count) {
-    std::memset(lanes, 0, sizeof(lanes));
-    std::memcpy(lanes, in_row, count * sizeof(T));
-    return lanes;
+    std::memset(features, 0, sizeof(features));
+    std::memcpy(features, in_row, count * sizeof(T));
+    return features;
   }
 };
 
 template <class T>
-MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t place, int64_t lane) {
-  const int64_t at = batch * sequence.batch_stride + place * sequence.step_stride + lane;
+MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t position, int64_t feature) {
+  const int64_t at = batch * sequence.batch_stride + position * sequence.step_stride + feature;
   return static_cast<T*>(sequence.data) + (at - sequence.skipped);
 }
 
-// The place of a step along the dimension of time.
-MINGRU_INLINE int64_t place_of(const Scan& scan, int64_t step) { return scan.step_rows ? scan.step_rows[step] : step; }
+// The position of a step along the dimension of time.
+MINGRU_INLINE int64_t position_of(const Scan& scan, int64_t step) { return scan.step_rows ? scan.step_rows[step] : step; }
 
-MINGRU_INLINE bool is_reset(const Scan& scan, int64_t batch, int64_t place) {
-  return scan.reset && scan.reset[batch * scan.reset_batch_stride + place * scan.reset_step_stride];
+MINGRU_INLINE bool is_reset(const Scan& scan, int64_t batch, int64_t position) {
+  return scan.reset && scan.reset[batch * scan.reset_batch_stride + position * scan.reset_step_stride];
 }
 
-// Note the state, or compare it with what was noted; true where it is met.
+// Record the state, or compare it with the recorded one. Returns true if they are equal.
 template <class A>
-static bool note(const Span& span, int64_t done, const A* state, int64_t padded) {
-  A* noted = static_cast<A*>(span.notes) + (done / steps_per_note - 1) * padded;
-  if (span.until_met && std::memcmp(noted, state, padded * sizeof(A)) == 0) return true;
-  std::memcpy(noted, state, padded * sizeof(A));
+static bool record(const Span& span, int64_t done, const A* state, int64_t padded) {
+  A* recorded = static_cast<A*>(span.checkpoints) + (done / steps_per_checkpoint - 1) * padded;
+  if (span.stop_at_match && std::memcmp(recorded, state, padded * sizeof(A)) == 0) return true;
+  std::memcpy(recorded, state, padded * sizeof(A));
   return false;
 }
 
-// One lane of all inputs.
+// One feature of all inputs.
 template <class Cell, bool biased, class Rows, class Biases, class A>
 MINGRU_INLINE void gather(const Rows& rows, const Biases& biases, int i, A* x) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
@@ -66,7 +66,7 @@ MINGRU_INLINE void gather(const Rows& rows, const Biases& biases, int i, A* x) {
   }
 }
 
-// One step of one group of lanes. The rows must not overlap what is written.
+// One step of one group of features. The rows must not overlap what is written.
 template <class Cell, bool biased, class T, class A>
 MINGRU_INLINE void forward_group(
     const T* const* in_rows, const A* const* in_biases, A* __restrict h, T* __restrict out_row) {
@@ -88,7 +88,7 @@ MINGRU_INLINE void forward_group(
 
 template <class Cell, bool biased, class T, class A, class M>
 MINGRU_INLINE void backward_group(
-    const T* const* in_rows, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_met,
+    const T* const* in_rows, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_previous,
     A* __restrict carry, T* const* out_rows) {
   constexpr int num_inputs = Cell::num_inputs;
   const T* __restrict rows[num_inputs];
@@ -103,7 +103,7 @@ MINGRU_INLINE void backward_group(
     A x[num_inputs], grad[num_inputs], a;
     gather<Cell, biased>(rows, biases, i, x);
     const A delta = static_cast<A>(in_grad[i]) + carry[i];
-    Cell::gradients(x, delta, static_cast<A>(in_met[i]), a, grad);
+    Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
     for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
     carry[i] = a * delta;
   }
@@ -114,9 +114,9 @@ MINGRU_INLINE void backward_group(
 
 // The biases of a group; where there are none, pointers that are not read.
 template <class Cell, class A>
-MINGRU_INLINE void biases_at(const Scan& scan, int64_t lane, const A** biases) {
+MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
-    biases[k] = scan.biases[k] ? static_cast<const A*>(scan.biases[k]) + lane : nullptr;
+    biases[k] = scan.biases[k] ? static_cast<const A*>(scan.biases[k]) + feature : nullptr;
   }
 }
 
@@ -124,36 +124,36 @@ template <class Cell, class T, bool biased>
 static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
   using A = typename Computed<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
-  const int64_t padded = (span.num_lanes + group - 1) / group * group;
-  const A* initial = static_cast<const A*>(scan.initial);
+  const int64_t padded = (span.num_features + group - 1) / group * group;
+  const A* initial_state = static_cast<const A*>(scan.initial_state);
   for (int64_t done = 0; done < span.end - span.begin; ++done) {
-    const int64_t place = place_of(scan, scan.reverse ? span.end - 1 - done : span.begin + done);
-    if (is_reset(scan, span.batch, place)) {
-      for (int64_t i = 0; i < span.num_lanes; ++i) {
-        state[i] = initial ? initial[span.batch * scan.num_lanes + span.lane + i] : A(0);
+    const int64_t position = position_of(scan, scan.reverse ? span.end - 1 - done : span.begin + done);
+    if (is_reset(scan, span.batch, position)) {
+      for (int64_t i = 0; i < span.num_features; ++i) {
+        state[i] = initial_state ? initial_state[span.batch * scan.num_features + span.feature + i] : A(0);
       }
     }
     const T* in_rows[num_inputs];
-    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, place, span.lane);
-    T* out_row = row<T>(scan.out, span.batch, place, span.lane);
+    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, position, span.feature);
+    T* out_row = row<T>(scan.out, span.batch, position, span.feature);
     const A* biases[num_inputs];
-    int64_t lane = 0;
-    for (; lane + group <= span.num_lanes; lane += group) {
+    int64_t feature = 0;
+    for (; feature + group <= span.num_features; feature += group) {
       const T* rows[num_inputs];
-      for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k] + lane;
-      biases_at<Cell>(scan, span.lane + lane, biases);
-      forward_group<Cell, biased>(rows, biases, state + lane, out_row + lane);
+      for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k] + feature;
+      biases_at<Cell>(scan, span.feature + feature, biases);
+      forward_group<Cell, biased>(rows, biases, state + feature, out_row + feature);
     }
-    if (lane < span.num_lanes) {
-      const int64_t count = span.num_lanes - lane;
+    if (feature < span.num_features) {
+      const int64_t count = span.num_features - feature;
       Rest<T> rest[num_inputs], rest_out;
       const T* rows[num_inputs];
-      for (int k = 0; k < num_inputs; ++k) rows[k] = rest[k].in(in_rows[k] + lane, count);
-      biases_at<Cell>(scan, span.lane + lane, biases);
-      forward_group<Cell, biased>(rows, biases, state + lane, rest_out.lanes);
-      std::memcpy(out_row + lane, rest_out.lanes, count * sizeof(T));
+      for (int k = 0; k < num_inputs; ++k) rows[k] = rest[k].in(in_rows[k] + feature, count);
+      biases_at<Cell>(scan, span.feature + feature, biases);
+      forward_group<Cell, biased>(rows, biases, state + feature, rest_out.features);
+      std::memcpy(out_row + feature, rest_out.features, count * sizeof(T));
     }
-    if (span.notes && (done + 1) % steps_per_note == 0 && note(span, done + 1, state, padded)) return true;
+    if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
   }
   return false;
 }
@@ -163,75 +163,77 @@ template <class Cell, class T, bool biased>
 static bool backward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
   using A = typename Computed<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
-  const int64_t padded = (span.num_lanes + group - 1) / group * group;
-  const int64_t at = span.batch * scan.num_lanes + span.lane;
-  const A* initial = scan.initial ? static_cast<const A*>(scan.initial) + at : nullptr;
+  const int64_t padded = (span.num_features + group - 1) / group * group;
+  const int64_t at = span.batch * scan.num_features + span.feature;
+  const A* initial_state = scan.initial_state ? static_cast<const A*>(scan.initial_state) + at : nullptr;
   const A* first = static_cast<const A*>(scan.h) + at;
-  A* grad_initial = scan.grad_initial ? static_cast<A*>(scan.grad_initial) + at : nullptr;
+  A* grad_initial_state = scan.grad_initial_state ? static_cast<A*>(scan.grad_initial_state) + at : nullptr;
   const int64_t num_steps = scan.lengths ? scan.lengths[span.batch] : scan.num_steps;
   for (int64_t done = 0; done < span.end - span.begin; ++done) {
     const int64_t step = scan.reverse ? span.begin + done : span.end - 1 - done;
-    const int64_t place = place_of(scan, step);
-    const bool reset = is_reset(scan, span.batch, place);
+    const int64_t position = position_of(scan, step);
+    const bool reset = is_reset(scan, span.batch, position);
     const bool is_first = step == (scan.reverse ? num_steps - 1 : 0);
     const T* in_rows[num_inputs];
     T* out_rows[num_inputs];
     for (int k = 0; k < num_inputs; ++k) {
-      in_rows[k] = row<const T>(scan.inputs[k], span.batch, place, span.lane);
-      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, place, span.lane);
+      in_rows[k] = row<const T>(scan.inputs[k], span.batch, position, span.feature);
+      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, position, span.feature);
     }
-    const T* in_grad = row<const T>(scan.grad_out, span.batch, place, span.lane);
-    const int64_t before = is_first ? place : place_of(scan, scan.reverse ? step + 1 : step - 1);
-    const T* in_met = row<const T>(scan.out, span.batch, before, span.lane);
-    // The state that this step met: a row of `out`, but for the first step and for resets.
+    const T* in_grad = row<const T>(scan.grad_out, span.batch, position, span.feature);
+    const int64_t before = is_first ? position : position_of(scan, scan.reverse ? step + 1 : step - 1);
+    const T* in_previous = row<const T>(scan.out, span.batch, before, span.feature);
+    // The previous state: a row of `out`, except at the first step and at resets.
     const bool from_out = !reset && !is_first;
-    const A* met = reset ? initial : first;
+    const A* previous = reset ? initial_state : first;
     A no_state[group] = {};
-    for (int64_t lane = 0; lane < span.num_lanes; lane += group) {
-      const int64_t count = group < span.num_lanes - lane ? group : span.num_lanes - lane;
+    for (int64_t feature = 0; feature < span.num_features; feature += group) {
+      const int64_t count = group < span.num_features - feature ? group : span.num_features - feature;
       const bool whole = count == group;
-      Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_met_out;
-      Rest<A> rest_met;
+      Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_previous_out;
+      Rest<A> rest_previous;
       const T* rows[num_inputs];
       T* grads[num_inputs];
       for (int k = 0; k < num_inputs; ++k) {
-        rows[k] = whole ? in_rows[k] + lane : rest[k].in(in_rows[k] + lane, count);
-        grads[k] = whole ? out_rows[k] + lane : rest_out[k].lanes;
+        rows[k] = whole ? in_rows[k] + feature : rest[k].in(in_rows[k] + feature, count);
+        grads[k] = whole ? out_rows[k] + feature : rest_out[k].features;
       }
       const A* biases[num_inputs];
-      biases_at<Cell>(scan, span.lane + lane, biases);
-      const T* grad = whole ? in_grad + lane : rest_grad.in(in_grad + lane, count);
+      biases_at<Cell>(scan, span.feature + feature, biases);
+      const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       if (from_out) {
-        const T* met_row = whole ? in_met + lane : rest_met_out.in(in_met + lane, count);
-        backward_group<Cell, biased>(rows, biases, grad, met_row, state + lane, grads);
+        const T* previous_row = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
+        backward_group<Cell, biased>(rows, biases, grad, previous_row, state + feature, grads);
       } else {
-        const A* met_row = met == nullptr ? no_state : whole ? met + lane : rest_met.in(met + lane, count);
-        backward_group<Cell, biased>(rows, biases, grad, met_row, state + lane, grads);
+        const A* previous_row = previous == nullptr ? no_state
+                                : whole             ? previous + feature
+                                                    : rest_previous.in(previous + feature, count);
+        backward_group<Cell, biased>(rows, biases, grad, previous_row, state + feature, grads);
       }
       if (!whole) {
-        for (int k = 0; k < num_inputs; ++k) std::memcpy(out_rows[k] + lane, grads[k], count * sizeof(T));
+        for (int k = 0; k < num_inputs; ++k) std::memcpy(out_rows[k] + feature, grads[k], count * sizeof(T));
       }
     }
     if (reset) {
-      for (int64_t i = 0; i < span.num_lanes; ++i) {
-        if (grad_initial) grad_initial[i] += state[i];
+      for (int64_t i = 0; i < span.num_features; ++i) {
+        if (grad_initial_state) grad_initial_state[i] += state[i];
         state[i] = A(0);
       }
     }
-    if (span.notes && (done + 1) % steps_per_note == 0 && note(span, done + 1, state, padded)) return true;
+    if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
   }
   return false;
 }
 
 template <class Cell, class T>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
-  auto* lanes = static_cast<typename Computed<T>::Type*>(state);
+  auto* at = static_cast<typename Computed<T>::Type*>(state);
   if constexpr (Cell::has_bias && sizeof(T) >= sizeof(float)) {
     if (scan.biases[0]) {
-      return is_backward ? backward<Cell, T, true>(scan, span, lanes) : forward<Cell, T, true>(scan, span, lanes);
+      return is_backward ? backward<Cell, T, true>(scan, span, at) : forward<Cell, T, true>(scan, span, at);
     }
   }
-  return is_backward ? backward<Cell, T, false>(scan, span, lanes) : forward<Cell, T, false>(scan, span, lanes);
+  return is_backward ? backward<Cell, T, false>(scan, span, at) : forward<Cell, T, false>(scan, span, at);
 }
 
 template <class Cell>
@@ -246,15 +248,10 @@ static Kernel of_storage(Storage storage) {
 }
 
 Kernel kernel(CellKind cell, Storage storage) {
-  switch (cell) {
-    case CellKind::linear_scan: return of_storage<LinearScan>(storage);
-    case CellKind::mingru_positive: return of_storage<MinGRU<Positive>>(storage);
-    case CellKind::mingru_linear: return of_storage<MinGRU<Linear>>(storage);
-    case CellKind::mingru_tanh: return of_storage<MinGRU<Tanh>>(storage);
-    case CellKind::minlstm_positive: return of_storage<MinLSTM<Positive>>(storage);
-    case CellKind::minlstm_linear: return of_storage<MinLSTM<Linear>>(storage);
-    case CellKind::minlstm_tanh: return of_storage<MinLSTM<Tanh>>(storage);
-  }
+#define MINGRU_CASE(name, num_inputs, type) \
+  case CellKind::name: return of_storage<type>(storage);
+  switch (cell) { MINGRU_CELLS(MINGRU_CASE) }
+#undef MINGRU_CASE
   return nullptr;
 }
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules import MinGRU
-from .ops import backends
-from .ops.choice import choose
+from .ops import Spec, backends
+from .ops.route import choose
 
 # Each is batch, steps, input features, hidden features.
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (64, 1000, 10, 100), (32, 64, 64, 64), (1, 1, 256, 256)]
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"back end {name}: {'can run' if can_run is True else can_run}")
-    auto = choose("mingru", "auto", torch.zeros(1, 1, 1, device=args.device), "positive")
+    auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device))
     print(f"device {args.device}, where mingru takes its back end {auto!r}")
     for shape in args.shape or SHAPES:
         show(shape, whole_layer(shape, args.device, args.seconds))

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .check import check_like, dims, expectation
 from .modules import MinGRU
-from .modules.recurrent import is_autocast, not_default, weight_of
-from .ops import States
-from .ops.tracing import untraced
+from .modules.recurrent import not_default, weight_of, without_dims
+from .ops import Layout, States
+from .ops.graph import is_autocast, is_scripting, untraced
 
 __all__ = ["GRU", "GRUCell", "Report", "replace"]
 
@@ -188,7 +188,7 @@ class GRU(_DropIn):
         self.mode = "GRU"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> States:  # type: ignore[override]
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if input.dim() not in (2, 3) or input.size(-1) != self.input_size or input.size(self._time(input)) == 0:
                 letters = "(B, S, " if self.batch_first else "(S, B, "
                 raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {input.shape}")
@@ -204,11 +204,12 @@ class GRU(_DropIn):
         h = hx
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(1)).unsqueeze(2)
-        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, self.batch_first, None)
+        order = Layout(not self.batch_first, None, None)
+        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, order)
         if batched:
-            return out, last.squeeze(2)
-        else:
-            return out.squeeze(batch_dim), last[:, 0, 0]
+            return out, without_dims(last, [2])
+        # A copy, because backward keeps `out`, and no output is a view.
+        return out.squeeze(batch_dim).clone(), without_dims(last, [2, 1])
 
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
         rows = input.data
@@ -220,7 +221,7 @@ class GRU(_DropIn):
             shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
             self._check_hx(hx, rows, shape, "L * D, B, H")
         out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
-        return out, last.squeeze(2)
+        return out, without_dims(last, [2])
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
@@ -300,7 +301,7 @@ class GRUCell(_DropIn):
         super().__init__(input_size, hidden_size, RuntimeError, dtype, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
                 raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {input.shape}")
             if hx is not None and (hx.shape[:-1] != input.shape[:-1] or hx.size(-1) != self.hidden_size):
@@ -312,8 +313,8 @@ class GRUCell(_DropIn):
         h = hx
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(0)).unsqueeze(1)
-        _, last = self._run(x, self._state(x, h, x.size(0)), None, True, None)
-        return last[0, :, 0] if batched else last[0, 0, 0]
+        _, last = self._run(x, self._state(x, h, x.size(0)), None, Layout(False, None, None))
+        return without_dims(last, [2, 0] if batched else [2, 1, 0])
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import ops
 from .check import check_reset, check_state, check_tensor, dims, expectation
 from .ops import activation as _activation
-from .ops import body_log as _body_log
+from .ops.backends import in_log_space as _in_log_space
 
 __all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
 
@@ -176,7 +176,8 @@ def _recurrence(
         initial_state = torch.full((), zero, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
-    return ops.recurrence(name, list(inputs.values()), state, initial, reset, activation, backend=backend)[0]
+    spec, start = ops.Spec(name, activation, False), ops.Start(state, initial, reset)
+    return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
 
 
 def linear_scan(
@@ -259,7 +260,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     _check_sequence(name, "log_a", log_a)
     shape = (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:])
     check_tensor(name, "log_b", log_b, like=log_a, like_name="log_a", shape=shape)
-    return _body_log.parallel_scan_log(log_a, log_b)
+    return _in_log_space.parallel_scan_log(log_a, log_b)
 
 
 def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:

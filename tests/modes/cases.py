@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mingru
-from mingru.ops import portable
+from mingru.ops.backends import traceable
 
 # Features in, features of the state, and a space of so many places in each dimension.
 INPUT, HIDDEN, SPACE = 3, 4, 5
@@ -200,9 +200,13 @@ every_case = _parametrized(CASES)
 every_case_with_lengths = _parametrized([case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")])
 
 
+def _four() -> int:
+    return 4
+
+
 @contextmanager
 def small_chunks() -> Iterator[None]:
     """What is exported here is cut into chunks of 4 steps, not 16: a graph that is made in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portable._scan, "__defaults__", (4,))
+        patch.setattr(traceable, "chunk_size", _four)
         yield

@@ -3,6 +3,7 @@
 That one is plain operations under torch's own autograd, and is called in loops, one sample or one model at a time.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import mingru
-from mingru.ops import body_native
+from mingru.ops import route
 
 BATCH, STEPS = 2, 5
 DOUBLE = {"dtype": torch.double}
@@ -31,8 +32,12 @@ def _kernels_run(monkeypatch):
     def counted(function):
         return lambda *args: calls.append(function) or function(*args)
 
-    for name in ("linear_scan", "recurrence", "linear_recurrence"):
-        monkeypatch.setattr(body_native, name, counted(getattr(body_native, name)))
+    native = route.BACKENDS["native"]
+    counting = {"scan": counted(native.scan)}
+    for name in ("kernel", "linear_kernel"):
+        kernel = getattr(native, name)
+        counting[name] = dataclasses.replace(kernel, forward=counted(kernel.forward))
+    monkeypatch.setitem(route.BACKENDS, "native", dataclasses.replace(native, **counting))
     yield
     assert calls or mingru.backends()["native"] is not True
 
@@ -523,7 +528,7 @@ def test_anomaly_mode_tells_where_a_nan_is_from(case):
         outputs = module(x, *args[1:])
         with (
             pytest.warns(UserWarning, match=r"(?s)Error detected in .*outputs = module\(x.*ops/autograd.py"),
-            pytest.raises(RuntimeError, match=r"_(LinearRecurrence|MinGRU)Backward' returned nan values"),
+            pytest.raises(RuntimeError, match=r"RecurrenceBackward' returned nan values"),
         ):
             tensors(outputs)[-1].sum().backward()
 

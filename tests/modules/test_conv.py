@@ -16,7 +16,7 @@ from test_recurrent import TIGHT, WITHOUT_MINGRU, assert_same, cover, named
 from torch import nn
 from torch.testing import assert_close
 
-from mingru.modules import conv
+from mingru import ops
 from mingru.modules.conv import (
     MinConv1dGRU,
     MinConv1dGRUCell,
@@ -25,7 +25,7 @@ from mingru.modules.conv import (
     MinConv3dGRU,
     MinConv3dGRUCell,
 )
-from mingru.ops import body_native
+from mingru.ops import blocks
 
 B, S, IN = 3, 5, 4
 
@@ -368,14 +368,14 @@ def test_blocks_equal_the_whole(options, with_reset, images, monkeypatch):
     whole = rnn(*args)
     # So many images of the first layer's pre-activations are a block.
     last = whole[1][0]
-    monkeypatch.setattr(conv, "_BLOCK_BYTES", images * 2 * last[0].numel() * last.element_size())
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", images * 2 * last[0].numel() * last.element_size())
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     with torch.inference_mode():
-        blocks = rnn(*args)
+        in_blocks = rnn(*args)
     assert len(seen) > 1
     assert sum(seen) == 45
     assert max(seen) <= images
-    assert_close(blocks, whole, **TIGHT)
+    assert_close(in_blocks, whole, **TIGHT)
     seen.clear()
     rnn(*args)
     assert seen == [45], "with a gradient"
@@ -388,7 +388,7 @@ def test_blocks_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monk
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     # Four images in a block; fewer than four blocks; two images of half the size; of twice; far too large.
     for block, batches in ((4 * size, [4] * 8), (9 * size, [32]), (size, [2] * 16), (size / 2, [2] * 16), (1, [32])):
-        monkeypatch.setattr(conv, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(blocks, "_BLOCK_BYTES", block)
         seen.clear()
         with torch.no_grad():
             rnn(x)
@@ -398,7 +398,7 @@ def test_blocks_are_no_smaller_than_two_images_and_no_larger_than_the_cache(monk
 def test_a_state_is_not_rounded_between_blocks(monkeypatch):
     rnn = make(torch.bfloat16, kernel_size=1)
     x = torch.randn(2, 300, IN, 2, 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1 << 10)
     seen = count_convolutions(rnn.layers[0].conv, monkeypatch)
     with torch.no_grad():
         out, states = rnn(x)
@@ -416,7 +416,7 @@ def test_a_state_is_not_rounded_between_blocks(monkeypatch):
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_see_the_whole_batch(kind, monkeypatch):
     rnn = build(padding=1)
-    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1 << 12)
     seen = []
     getattr(rnn.layers[0].conv, kind)(lambda module, args, *_: seen.append(len(args[0])))
     with torch.no_grad():
@@ -428,7 +428,7 @@ def test_blocks_make_way_for_transforms_autocast_and_traces(monkeypatch):
     rnn = make(padding=1)
     x = torch.randn(2, 4, 8, IN, 5, 5).double()
     expected = torch.stack([rnn(one)[0] for one in x])
-    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1 << 13)
     with torch.no_grad():
         assert_close(torch.func.vmap(lambda one: rnn(one)[0])(x), expected, **TIGHT)
         with torch.autocast("cpu", torch.bfloat16):
@@ -654,12 +654,12 @@ def test_gates_and_candidates_are_views_of_the_convolution(batch_first, space, g
     rnn = build(space=space, batch_first=batch_first)
     x = torch.randn(B, S, IN, *make_space(rnn))
     made, given = [], []
-    inner_conv, inner_recurrence = rnn.layers[0].conv.forward, conv.ops.recurrence
+    inner_conv, inner_run = rnn.layers[0].conv.forward, ops.autograd.run_kernel
     monkeypatch.setattr(rnn.layers[0].conv, "forward", lambda x: made.append((x, inner_conv(x))) or made[-1][1])
     monkeypatch.setattr(
-        conv.ops,
-        "recurrence",
-        lambda cell, inputs, *rest: given.append(inputs) or inner_recurrence(cell, inputs, *rest),
+        ops.autograd,
+        "run_kernel",
+        lambda which, spec, inputs, *rest: given.append(inputs) or inner_run(which, spec, inputs, *rest),
     )
     x = in_order(rnn, x).contiguous()
     with torch.set_grad_enabled(grad):
@@ -667,10 +667,9 @@ def test_gates_and_candidates_are_views_of_the_convolution(batch_first, space, g
     ((images, pre),), (inputs,) = made, given
     assert images.data_ptr() == x.data_ptr(), "x was copied"
     for index, half in enumerate(inputs):
-        lanes = body_native._lanes(half)
-        assert lanes.data_ptr() == half.data_ptr() == pre[:, 6 * index].data_ptr(), "copied"
-        assert lanes.stride(2) == 1
-        assert half.shape[:2] == (B, S)
+        assert half.data_ptr() == pre[:, 6 * index].data_ptr(), "copied"
+        assert half[0, 0].is_contiguous()
+        assert half.shape[:2] == x.shape[:2]
     assert out.is_contiguous(), "the output lies in another order than the input"
 
 
@@ -1315,7 +1314,7 @@ def test_a_convolution_of_another_class_sees_the_whole_batch(monkeypatch):
     rnn = build(padding=1)
     old = rnn.layers[0].conv
     rnn.layers[0].conv = Centred(old.in_channels, old.out_channels, old.kernel_size, padding=1).to(old.weight.dtype)
-    monkeypatch.setattr(conv, "_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1 << 12)
     x = torch.randn(4, 8, IN, 5, 5, dtype=old.weight.dtype)
     expected, _ = rnn(x)
     with torch.no_grad():

@@ -10,7 +10,8 @@ import torch
 
 import mingru
 from mingru import ops
-from mingru.ops import body_native, choice
+from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops.backends import native
 
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -24,69 +25,68 @@ def inputs(*shape, dtype=torch.float32):
     return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
 
 
-POSITIVE = {"mingru": 1, "minlstm": 4}  # as the kernels number the cells
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
 @pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-def test_operators_keep_torchs_contract(cell, is_packed, with_bias, with_reset, reverse):
-    count, number = ops.NUM_INPUTS[cell], POSITIVE[cell]
-    batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if is_packed else None
-    batch, rows = (1, 11) if is_packed else (3, 20)
-    pre = [torch.randn(batch, rows, 5) for _ in range(count)]
+def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
+    count, name = ops.NUM_INPUTS[cell], f"{cell}_positive"
+    batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
+    leading = {"batch first": (3, 20), "time first": (20, 3), "packed": (11,)}[layout]
+    pre = [torch.randn(*leading, 5) for _ in range(count)]
     bias = torch.randn(count * 5) if with_bias else None
     h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
-    reset = torch.rand(batch, rows) < 0.2 if with_reset else None
-    beside = (bias, h, initial, reset, batch_sizes)
-    out, last = torch.ops.mingru.recurrence_forward(pre, *beside, number, reverse)
-    x, weight = torch.randn(batch, rows, 4), torch.randn(count * 5, 4)
-    product = torch.randn(batch * rows, count * 5)
+    reset = torch.rand(*leading) < 0.2 if with_reset else None
+    beside, behind = (h, initial, reset, batch_sizes), (name, reverse, layout == "time first")
+    out, last = torch.ops.mingru.recurrence_forward(pre, *beside, *behind)
+    x, weight = torch.randn(*leading, 4), torch.randn(count * 5, 4)
+    product = torch.randn(out[..., 0].numel(), count * 5)
     grad = (torch.randn_like(out), last)
     calls = {
-        "recurrence_forward": (pre, *beside, number, reverse),
-        "recurrence_backward": (pre, *beside, out, *grad, number, reverse),
-        "linear_recurrence_forward": (x, weight, *beside, number, reverse, with_bias),
+        "recurrence_forward": (pre, *beside, *behind),
+        "recurrence_backward": (pre, *beside, out, *grad, *behind),
+        "linear_recurrence_forward": (x, weight, bias, *beside, *behind, with_bias),
         "linear_recurrence_backward": (
-            *(x, weight, *beside, out, product, *grad, number, reverse),
+            *(x, weight, bias, *beside, out, product, *grad, *behind),
             *(with_bias, with_reset, reverse),
         ),
     }
-    if not is_packed:
-        calls["linear_scan_forward"] = (*pre[:2], h, reset, reverse)
-        calls["linear_scan_backward"] = (pre[0], h, reset, out, *grad, reverse)
-    for name, args in calls.items():
-        torch.library.opcheck(getattr(torch.ops.mingru, name).default, args)
-    apart = [torch.randn(rows, batch, 10)[..., ::2].transpose(0, 1) for _ in range(count)]
-    torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *beside, number, reverse))
+    if layout != "packed":
+        scanned = (pre[:2], h, h, reset, None)
+        calls["recurrence_forward"] = (*scanned, "linear_scan", *behind[1:])
+    for operator, args in calls.items():
+        torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args)
+    apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
+    torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *beside, *behind))
 
 
 def test_operators_refuse_what_would_read_past_the_end():
     gate, candidate = inputs(3, 20, 5)
     h = torch.rand(3, 1, 5)
-    pair, packed_pair = [gate, candidate], [gate[:1], candidate[:1]]
+    pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
+    name = "mingru_positive"
     for bad in [
-        ([gate, candidate[:, :19]], None, h, h, None, None, 1, False),
-        (pair, None, h[:2], h, None, None, 1, False),
-        (pair, None, h, h[:2], None, None, 1, False),
-        (pair, None, h.double(), h, None, None, 1, False),
-        ([gate, candidate.double()], None, h, h, None, None, 1, False),
-        (pair, None, h, h, torch.zeros(3, 19, dtype=torch.bool), None, 1, False),
-        (pair, None, h, h, torch.zeros(3, 20), None, 1, False),
-        (pair, None, h, h, None, None, 0, False),
-        (pair, None, h, h, None, None, 7, False),
-        (pair, None, h, h, None, None, 4, False),
-        ([], None, h, h, None, None, 1, False),
-        (pair, torch.zeros(9), h, h, None, None, 1, False),
-        ([gate[0], candidate[0]], None, h, h, None, None, 1, False),
-        ([gate[:0], candidate[:0]], None, h[:0], h[:0], None, None, 1, False),
-        (packed_pair, None, h, h, None, torch.tensor([3, 4, 13]), 1, False),
-        (packed_pair, None, h, h, None, torch.tensor([3, 3, 3]), 1, False),
-        (packed_pair, None, h, h, None, torch.tensor([20, 0]), 1, False),
-        (packed_pair, None, h, h, None, torch.tensor([10, 10], dtype=torch.int32), 1, False),
-        (pair, None, h, h, None, torch.tensor([20]), 1, False),
+        ([gate, candidate[:, :19]], h, h, None, None, name, False, False),
+        (pair, h[:2], h, None, None, name, False, False),
+        (pair, h, h[:2], None, None, name, False, False),
+        (pair, h.double(), h, None, None, name, False, False),
+        ([gate, candidate.double()], h, h, None, None, name, False, False),
+        (pair, h, h, torch.zeros(3, 19, dtype=torch.bool), None, name, False, False),
+        (pair, h, h, torch.zeros(20, 3, dtype=torch.bool), None, name, False, False),
+        (pair, h, h, torch.zeros(3, 20), None, name, False, False),
+        (pair, h, h, None, None, "mingru", False, False),
+        (pair, h, h, None, None, "", False, False),
+        (pair, h, h, None, None, "minlstm_positive", False, False),
+        (pair, h, h, None, None, name, False, True),
+        ([], h, h, None, None, name, False, False),
+        ([gate[0, 0], candidate[0, 0]], h, h, None, None, name, False, False),
+        ([gate[:0], candidate[:0]], h[:0], h[:0], None, None, name, False, False),
+        (packed_pair, h, h, None, torch.tensor([3, 4, 13]), name, False, False),
+        (packed_pair, h, h, None, torch.tensor([3, 3, 3]), name, False, False),
+        (packed_pair, h, h, None, torch.tensor([20, 0]), name, False, False),
+        (packed_pair, h, h, None, torch.tensor([10, 10], dtype=torch.int32), name, False, False),
+        (pair, h, h, None, torch.tensor([20]), name, False, False),
     ]:
         with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
             torch.ops.mingru.recurrence_forward(*bad)
@@ -109,7 +109,8 @@ def test_threads_do_not_show_in_the_numbers(shape, scale):
             for reverse in (False, True):
                 leaves = [gate.clone().requires_grad_(), candidate.clone().requires_grad_()]
                 h = torch.full((shape[0], 1, shape[2]), 0.5, requires_grad=True)
-                out, last = ops.recurrence("mingru", leaves, h, h.detach(), reverse=reverse, backend="native")
+                spec, start = Spec("mingru", "positive", reverse), Start(h, h.detach(), None)
+                out, last = ops.recurrence(spec, leaves, start, backend="native")
                 grads = torch.autograd.grad((out * grad_out).sum() + last.sum(), [*leaves, h])
                 results.append([out.detach(), last.detach(), *grads])
     finally:
@@ -217,22 +218,22 @@ def test_compiles_without_a_graph_break():
 
 
 def test_missing_library_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(body_native, "__file__", str(tmp_path / "ops" / "body_native.py"))
-    assert "not built" in body_native._load()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "backends" / "native.py"))
+    assert "not built" in native._load()
     (tmp_path / "_kernels.so").write_bytes(b"not a library")
-    assert "can't be loaded" in body_native._load()
+    assert "can't be loaded" in native._load()
 
 
 def test_what_runs_instead_is_said_once(monkeypatch):
-    monkeypatch.setattr(body_native, "_WHY_NOT", "the compiled kernels were not built; ...")
-    choice._say_once_what_is_missing.cache_clear()
+    monkeypatch.setattr(native, "_WHY_NOT", "the compiled kernels were not built; ...")
+    route._warn_once_if_kernels_are_missing.cache_clear()
     gate = torch.zeros(1, 3, 2)
     with pytest.warns(RuntimeWarning, match="portable back end 'torch' on the CPU, as the compiled kernels were not"):
         mingru.functional.mingru(gate, gate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mingru.functional.mingru(gate, gate)
-    choice._say_once_what_is_missing.cache_clear()
+    route._warn_once_if_kernels_are_missing.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -242,36 +243,39 @@ def test_what_runs_instead_is_said_once(monkeypatch):
 def test_linear_and_recurrence_in_one_go(shape, reverse, time_first, dtype):
     """Several blocks of rows, whole sequences in a block and stretches of one: as the two do it one by one."""
     batch, steps, features, lanes = shape
-    x = torch.randn(steps, batch, features, dtype=dtype).transpose(0, 1)
-    x = x if time_first else x.contiguous()
-    weight, bias = torch.randn(2 * lanes, features, dtype=dtype), torch.randn(2 * lanes, dtype=dtype)
+    x = torch.randn(steps, batch, features, dtype=dtype)
+    x = x if time_first else x.transpose(0, 1).contiguous()
+    linear = torch.nn.Linear(features, 2 * lanes, dtype=dtype)
     h, initial = torch.randn(batch, 1, lanes, dtype=dtype), torch.randn(batch, 1, lanes, dtype=dtype)
-    reset = torch.rand(batch, steps) < 0.01
+    reset = torch.rand(x.shape[:2]) < 0.01
     before = h.clone()
-    for bias_or_none in (bias, None):
-        options = (reset, "positive", reverse)
-        out, last = ops.linear_recurrence("mingru", x, weight, bias_or_none, h, initial, *options)
-        pre = torch.nn.functional.linear(x, weight, bias_or_none).chunk(2, -1)
-        expected, expected_last = ops.recurrence("mingru", pre, h, initial, *options, backend="native")
-        torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(last, expected_last)
-        assert (out.stride(0) < out.stride(1)) == (x.stride(0) < x.stride(1))
+    spec, start, layout = Spec("mingru", "positive", reverse), Start(h, initial, reset), Layout(time_first, None, None)
+    for bias in (linear.bias, None):
+        linear.bias = bias
+        for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+            out, last = ops.linear_recurrence(spec, given, linear, start, layout)
+            pre = linear(x).chunk(2, -1)
+            expected, expected_last = ops.recurrence(spec, pre, start, layout, backend="native")
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(last, expected_last)
+            assert out.is_contiguous()
     assert torch.equal(h, before), "the given state was written to"
 
 
 @pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
-    x = torch.randn(9, 3, 4, dtype=torch.double).transpose(0, 1)
-    x = x if time_first else x.contiguous()
-    leaves = [x, torch.randn(10, 4).double(), torch.randn(10).double() if with_bias else None]
-    leaves += [torch.randn(3, 1, 5).double(), torch.randn(3, 1, 5).double()]
-    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
-    reset = torch.rand(3, 9) < 0.2
+    linear = torch.nn.Linear(4, 10, with_bias, dtype=torch.double)
+    x, h, initial = torch.randn(9, 3, 4).double(), torch.randn(3, 1, 5).double(), torch.randn(1, 1, 5).double()
+    x = x if time_first else x.transpose(0, 1).contiguous()
+    reset = torch.rand(x.shape[:2]) < 0.2
+    spec, layout = Spec("mingru", "tanh", True), Layout(time_first, None, None)
 
-    def function(*leaves):
-        return ops.linear_recurrence("mingru", *leaves, reset, "tanh", True)
+    def function(x, h, initial, weight, *bias):
+        args = (x, weight, *bias, *[None] * (1 - len(bias)))
+        return autograd.run_kernel(("native", "linear_kernel"), spec, args, Start(h, initial, reset), layout, True)
 
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, h, initial, *linear.parameters())]
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 

@@ -44,7 +44,8 @@ def graded(body, sequences, states, reset, activation, reverse, weights):
     if activation is None:
         out, last = ops.linear_scan(first, second, h, reset, reverse, backend=body)
     else:
-        out, last = ops.recurrence("mingru", [first, second], h, initial, reset, activation, reverse, backend=body)
+        spec, start = ops.Spec("mingru", activation, reverse), ops.Start(h, initial, reset)
+        out, last = ops.recurrence(spec, [first, second], start, backend=body)
     grads = torch.autograd.grad([out, last], leaves, [weight.to(out.dtype) for weight in weights], allow_unused=True)
     return {"out": out, "last": last, **dict(zip(["first", "second", "h", "initial"], grads, strict=True))}
 

@@ -12,25 +12,27 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mingru
 from mingru import ops
-from mingru.ops import portable
+from mingru.ops.backends import traceable
 
 BODIES = [name for name, can_run in mingru.backends().items() if can_run is True]
-# The twin for TorchScript is a body too, though no back end.
-ALL_BODIES = [*BODIES, "portable"]
+# The form of "torch" for graphs, which is no backend of its own.
+ALL_BODIES = [*BODIES, "traceable"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 257]
 
 
-def run_mingru(body, gate, candidate, h, initial, reset=None, activation="positive", reverse=False):
-    if body == "portable":
-        return portable.mingru(gate, candidate, h, initial.expand_as(h), reset, activation, reverse)
-    return ops.recurrence("mingru", [gate, candidate], h, initial, reset, activation, reverse, backend=body)
+def run_cell(body, cell, inputs, h, initial, reset=None, activation="positive", reverse=False, layout=ops.BATCH_FIRST):
+    spec, start = ops.Spec(cell, activation, reverse), ops.Start(h, initial, reset)
+    if body == "traceable":
+        return traceable.recurrence(spec, inputs, start, layout)
+    return ops.recurrence(spec, inputs, start, layout, body)
 
 
-def run_minlstm(body, forget, admit, candidate, h, initial, reset=None, activation="positive", reverse=False):
-    inputs = [forget, admit, candidate]
-    if body == "portable":
-        return portable.recurrence("minlstm", inputs, h, initial.expand_as(h), reset, activation, reverse, None)
-    return ops.recurrence("minlstm", inputs, h, initial, reset, activation, reverse, backend=body)
+def run_mingru(body, gate, candidate, *rest, **options):
+    return run_cell(body, "mingru", [gate, candidate], *rest, **options)
+
+
+def run_minlstm(body, forget, admit, candidate, *rest, **options):
+    return run_cell(body, "minlstm", [forget, admit, candidate], *rest, **options)
 
 
 def serves(body, activation):
@@ -258,10 +260,13 @@ def test_layouts_give_the_same_numbers(body):
     for pair in (time_first, interleaved, flipped, halves):
         torch.testing.assert_close(run_mingru(body, *pair, h, initial, reset)[0], expected)
     before = time_first[0].clone()
-    out, _ = run_mingru(body, *time_first, h, initial)
+    assert run_mingru(body, *time_first, h, initial)[0].is_contiguous()
     assert torch.equal(time_first[0], before), "the input was written to"
-    if body == "torch":
-        assert out.stride() == time_first[0].stride(), "time-first input was copied to batch-first order"
+    swapped = [tensor.transpose(0, 1) for tensor in (gate, candidate, reset)]
+    for pair in (swapped[:2], [tensor.contiguous() for tensor in swapped[:2]]):
+        out, _ = run_cell(body, "mingru", pair, h, initial, swapped[2], layout=ops.Layout(True, None, None))
+        torch.testing.assert_close(out.transpose(0, 1), expected)
+        assert out.is_contiguous() or body == "traceable"
     one = gate[:1, :1, :1].expand(3, 40, 4)
     torch.testing.assert_close(
         run_mingru(body, one, candidate, h, initial)[0], run_mingru(body, one.clone(), candidate, h, initial)[0]
@@ -351,7 +356,7 @@ def test_threads_give_the_same_numbers():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append([run_mingru(body, gate, candidate, h, initial)[0] for body in ("torch", "portable")])
+            results.append([run_mingru(body, gate, candidate, h, initial)[0] for body in ("torch", "traceable")])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):

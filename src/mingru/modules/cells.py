@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..check import check_like, check_reset, dims, expectation
+from ..ops import Layout
+from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
-from ..ops.tracing import untraced
 from .mingru import MinGRU
 from .minlstm import MinLSTM
-from .recurrent import Recurrent, is_autocast
+from .recurrent import Recurrent, without_dims
 
 
 class RecurrentCell(Recurrent):
@@ -19,7 +20,7 @@ class RecurrentCell(Recurrent):
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
     ) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if x.dim() not in (1, 2) or x.size(-1) != self.input_dims:
                 raise ValueError(f"{self.name}: x must be (B, {self.input_dims}), got {x.shape}")
             shape = list(x.shape)
@@ -36,10 +37,10 @@ class RecurrentCell(Recurrent):
             h = None if h is None else h.unsqueeze(0)
             reset = None if reset is None else reset.unsqueeze(0)
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
-        cut = None if reset is None else reset.unsqueeze(1)
+        reset = None if reset is None else reset.unsqueeze(1)
         # The state, not the output: under autocast it stays in float32.
-        _, last = self._run(x.unsqueeze(1), state, cut, True, None)
-        return last[0, :, 0] if batched else last[0, 0, 0]
+        _, last = self._run(x.unsqueeze(1), state, reset, Layout(False, None, None))
+        return without_dims(last, [2, 0] if batched else [2, 1, 0])
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:

@@ -4,7 +4,6 @@ Every class is thin: the number of its space dimensions, and what it tells. `for
 the checks, which a scripted module leaves to torch.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check import check_dropout, check_int, check_like, check_options, check_reset, dims, expanded, expectation
-from ..ops import States, packed, portable
+from ..ops import Layout, Map, Spec, Start, States, traceable
 from ..ops.activation import zero_state
+from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
-from ..ops.tracing import untraced
-from .recurrent import is_autocast, is_hooked, not_default, weight_of
+from .recurrent import in_reverse, not_default, weight_of, without_dims
 
 # By the number of space dimensions.
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -25,12 +24,6 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
-
-# Without a gradient, pre-activations are made block by block: of this size they stay in the cache, and whole they would
-# cost fresh memory, which is dearer than arithmetic. A layer over (4, 16, 32, 64, 64) with a kernel of 3 takes 61 to 82
-# ms so, as malloc keeps memory or doesn't, and 98 otherwise; its convolution alone, over all of it, takes 77 (two cores
-# of a Xeon with AVX-512, torch 2.13).
-_BLOCK_BYTES = 4 << 20
 
 # A list is for the layers, a tuple for the dimensions of space.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -106,22 +99,20 @@ class MinConvLayer(nn.Module):
             nn.init.constant_(self.initial_state, self.zero_state)
 
     def forward(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, batch_first: bool
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output like x, and states.
+        """Return the output, in the layout of x, and the last states.
 
-        x is (B, S, C, *space) or (S, B, C, *space), reset (B, S); h expands to (B, 1, H, *space), for each direction.
+        x is (B, S, C, *space) or (S, B, C, *space); h expands to (B, 1, H, *space), for each direction.
         """
         steps = x.flatten(0, 1)
         y = x
         if self.norm is not None:
             y = torch.unflatten(self.norm(steps), 0, [x.size(0), x.size(1)])
-        out, last = self._direction(y, None if h is None else h[0], reset, batch_first, False)
+        out, last = self._direction(y, h, reset, order, False)
         states = [last]
         if self.conv_reverse is not None:
-            # Seen from the end, the boundary before step t comes before step t - 1.
-            cut = None if reset is None else packed.one_step_on(reset, None)
-            back, last = self._direction(y, None if h is None else h[1], cut, batch_first, True)
+            back, last = self._direction(y, h, reset, order, True)
             out = torch.cat([out, back], 2)
             states.append(last)
         if self.residual:
@@ -132,91 +123,48 @@ class MinConvLayer(nn.Module):
             out = out + added
         return out, states
 
-    def _direction(self, y: Tensor, h: Tensor | None, reset: Tensor | None, batch_first: bool, reverse: bool) -> States:
-        """Convolution and recurrence; out is in the order of y."""
+    def _direction(
+        self, y: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout, reverse: bool
+    ) -> States:
+        spec = Spec("mingru", self.candidate, reverse)
+        index = 1 if reverse else 0
         if self.initial_state is not None:
-            initial = self.initial_state[1 if reverse else 0]
+            initial_state = self.initial_state[index]
         else:
             dtype = y.dtype
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                # Nobody tells a scripted layer of autocast, and there y's is that of what the layer before puts out.
+            if is_scripting():
+                # A scripted layer cannot detect autocast; y may have the autocast dtype of the previous layer's output.
                 dtype = self.conv.weight.dtype
-            initial = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
-        state = initial if h is None else h
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._whole(y, state, initial, reset, batch_first, reverse)
+            initial_state = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
+        start = Start(initial_state if h is None else h[index], initial_state, reset)
+        if reverse:
+            start = in_reverse(start, order)
+        if is_scripting():
+            inputs = self._inputs(y, reverse)
+            shape = list(inputs[0].shape)
+            batch = [shape[1 if order.time_first else 0], 1]
+            start = Start(start.h.expand(batch + shape[2:]), initial_state, start.reset)
+            return traceable.recurrence(spec, inputs, start, order)
         else:
-            if is_autocast(y):
-                state = state.to(accumulate_dtype(y.dtype))
-            sizes = self._block_sizes(y, self.conv_reverse if reverse else self.conv)
-            if sizes is None:
-                return self._whole(y, state, initial, reset, batch_first, reverse)
-            return self._in_blocks(y, state, initial, reset, batch_first, reverse, sizes)
+            return self._mapped(spec, y, start, order)
 
-    def _whole(
-        self, y: Tensor, state: Tensor, initial: Tensor, reset: Tensor | None, batch_first: bool, reverse: bool
-    ) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        if is_autocast(y):
+            start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
+        conv: Any = self.conv_reverse if spec.reverse else self.conv
+        shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
+        of = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
+        return ops.mapped_recurrence(spec, y, of, start, order)
+
+    def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
+        """Return the pre-activations of gate and candidate, whose channels and space are contiguous."""
         pre = y.flatten(0, 1)
         if not reverse:
             pre = self.conv(pre)
         elif self.conv_reverse is not None:
             pre = self.conv_reverse(pre)
         pre = _ungrouped(torch.unflatten(pre, 0, [y.size(0), y.size(1)]), self.groups, 2)
-        # Views whose lanes, channels and space, lie dense: no body copies them.
-        inputs = list((pre if batch_first else pre.transpose(0, 1)).chunk(2, 2))
-        shape = list(inputs[0].shape)
-        shape[1] = 1
-        state = state.expand(shape)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            initial = initial.expand_as(state)
-            out, last = portable.recurrence("mingru", inputs, state, initial, reset, self.candidate, reverse, None)
-        else:
-            out, last = ops.recurrence("mingru", inputs, state, initial, reset, self.candidate, reverse)
-        return out if batch_first else out.transpose(0, 1), last
-
-    def _block_sizes(self, y: Tensor, conv: Any) -> tuple[int, int] | None:
-        """How much of y's first two dimensions goes into one block, neighbours in memory; None for no blocks."""
-        if y.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        # A hook is promised the whole batch.
-        if type(conv) not in CONVOLUTIONS.values() or is_hooked(conv) or not ops.are_plain(y, conv.weight):
-            return None
-        outer, inner, _, *space = y.shape
-        size = 2 * self.hidden_dims * math.prod(self.geometry.space(tuple(space))) * y.element_size()
-        # Torch has slow ways for one volume alone.
-        count = max(2, _BLOCK_BYTES // size)
-        if count * size > 4 * _BLOCK_BYTES or outer * inner < 4 * count:
-            return None
-        return max(1, count // inner), min(inner, count)
-
-    def _in_blocks(
-        self,
-        y: Tensor,
-        state: Tensor,
-        initial: Tensor,
-        reset: Tensor | None,
-        batch_first: bool,
-        reverse: bool,
-        sizes: tuple[int, int],
-    ) -> States:
-        """As `_whole`, but that pre-activations exist for one block at a time."""
-        time, batch = (1, 0) if batch_first else (0, 1)
-        shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
-        out = y.new_empty((*y.shape[:2], *shape))
-        # Between blocks, a state is not rounded.
-        states = state.expand((y.shape[batch], 1, *shape)).to(accumulate_dtype(y.dtype))
-        lasts = []
-        for first in range(0, y.shape[batch], sizes[batch]):
-            rows = slice(first, first + sizes[batch])
-            last = states[rows]
-            starts = range(0, y.shape[time], sizes[time])
-            for start in reversed(starts) if reverse else starts:
-                steps = slice(start, start + sizes[time])
-                at = (rows, steps) if batch_first else (steps, rows)
-                cut = None if reset is None else reset[rows, steps]
-                out[at], last = self._whole(y[at], last, initial, cut, batch_first, reverse)
-            lasts.append(last)
-        return out, torch.cat(lasts).to(state.dtype)
+        return list(pre.chunk(2, 2))
 
 
 def _num_groups(channels: int) -> int:
@@ -325,7 +273,7 @@ class MinConv(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if x.dim() != 3 + self.num_space_dims or x.size(2) != self.input_dims:
                 letters = "(B, S, " if self.batch_first else "(S, B, "
                 raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}, *space), got {x.shape}")
@@ -335,13 +283,12 @@ class MinConv(nn.Module):
                 raise ValueError(f"{self.name}: h must have one state per layer and direction, got {len(h)}")
         else:
             self._check(x, h, reset)
-        if reset is not None and not self.batch_first:
-            reset = reset.transpose(0, 1)
+        order = Layout(not self.batch_first, None, None)
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
             before = None if h is None else h[first : first + self.num_directions]
-            x, last = layer(x, before, reset, self.batch_first)
+            x, last = layer(x, before, reset, order)
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
@@ -488,7 +435,7 @@ class MinConvCell(MinConv):
         )
 
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             leading = x.dim() - 1 - self.num_space_dims
             if leading not in (0, 1) or x.size(leading) != self.input_dims:
                 raise ValueError(f"{self.name}: x must be (B, {self.input_dims}, *space), got {x.shape}")
@@ -506,12 +453,11 @@ class MinConvCell(MinConv):
         before: list[Tensor] | None = None
         if h is not None:
             before = [h.unsqueeze(1)]
-        cut = None if reset is None else reset.unsqueeze(1)
+        reset = None if reset is None else reset.unsqueeze(1)
         states: list[Tensor] = []
         for layer in self.layers:
-            _, states = layer(x.unsqueeze(1), before, cut, True)
-        last = states[0].squeeze(1)
-        return last if batched else last.squeeze(0)
+            _, states = layer(x.unsqueeze(1), before, reset, Layout(False, None, None))
+        return without_dims(states[0], [1] if batched else [1, 0])
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:

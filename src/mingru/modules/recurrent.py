@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
@@ -24,10 +23,10 @@ from ..check import (
     expanded,
     expectation,
 )
-from ..ops import States, packed, portable
+from ..ops import Layout, Spec, Start, States, layout, traceable
 from ..ops.activation import zero_state
+from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
-from ..ops.tracing import for_trace, is_tracing, untraced
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -63,81 +62,57 @@ class RecurrentLayer(nn.Module):
         if residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor],
-        initial: list[Tensor],
-        reset: Tensor | None,
-        batch_first: bool,
-        batch_sizes: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Output like x, and states.
-
-        x is (B, S, I) or (S, B, I), or packed, (1, rows, I), with `batch_sizes`; h (B, 1, H) and initial (1, 1, H) for
-        each direction.
-        """
+    def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Return the output, in the layout of x, and the last states; `starts` has one entry for each direction."""
         y = x
         if self.norm is not None:
             y = self.norm(x)
-        out, last = self._direction(y, h[0], initial[0], reset, batch_first, batch_sizes, False)
-        out = out if batch_first else out.transpose(0, 1)
+        out, last = self._direction(y, starts[0], order, False)
         states = [last]
         if self.linear_reverse is not None:
-            # Seen from the end, the boundary before step t comes before step t - 1.
-            cut = None if reset is None else packed.one_step_on(reset, batch_sizes)
-            back, last = self._direction(y, h[1], initial[1], cut, batch_first, batch_sizes, True)
-            # Joined in the order of x, or the copy that this makes would lie in the other one.
-            out = torch.cat([out, back if batch_first else back.transpose(0, 1)], -1)
+            back, last = self._direction(y, in_reverse(starts[1], order), order, True)
+            out = torch.cat([out, back], -1)
             states.append(last)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def _direction(
-        self,
-        y: Tensor,
-        h: Tensor,
-        initial: Tensor,
-        reset: Tensor | None,
-        batch_first: bool,
-        batch_sizes: Tensor | None,
-        reverse: bool,
-    ) -> States:
-        """Linear and recurrence, in one go where that can be had; out is (B, S, H)."""
-        missing = batch_sizes if batch_sizes is not None and batch_sizes.dtype == torch.bool else None
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            linear: Any = self.linear_reverse if reverse else self.linear
-            if missing is None and _is_plain(linear):
-                x = y if batch_first else y.transpose(0, 1)
-                tensors = (x, linear.weight, linear.bias, h, initial, reset)
-                how = (self.candidate, reverse, batch_sizes, self.recompute)
-                states = ops.linear_recurrence(self.cell, *tensors, *how)
-                if states is not None:
-                    return states
-        pre = self._pre_activations(y, reverse)
-        inputs = list((pre if batch_first else pre.transpose(0, 1)).chunk(self.num_inputs, -1))
-        if missing is not None:
-            inputs, batch_sizes = packed.shut(self.cell, inputs, missing), None
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            initial = initial.expand_as(h)
-            return portable.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
+    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+        spec = Spec(self.cell, self.candidate, reverse)
+        if is_scripting():
+            pre = y
+            if not reverse:
+                pre = self.linear(y)
+            elif self.linear_reverse is not None:
+                pre = self.linear_reverse(y)
+            return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
         else:
-            return ops.recurrence(self.cell, inputs, h, initial, reset, self.candidate, reverse, batch_sizes)
-
-    def _pre_activations(self, y: Tensor, reverse: bool) -> Tensor:
-        pre = y
-        if not reverse:
-            pre = self.linear(y)
-        elif self.linear_reverse is not None:
-            pre = self.linear_reverse(y)
-        return pre
+            linear: Any = self.linear_reverse if reverse else self.linear
+            return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
-def is_autocast(x: Tensor) -> bool:
-    # Asking about a device that has none, such as "meta", is an error in torch.
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def stacked(states: list[Tensor]) -> Tensor:
+    """Return the states (B, 1, H) of all layers and directions as one tensor that is not a view."""
+    if is_scripting():
+        return torch.stack(states)
+    else:
+        # In place, because a view could not be detached in place. Nothing keeps this tensor for backward.
+        return torch.stack(states) if len(states) > 1 or is_tracing() else states[0].unsqueeze_(0)
+
+
+def own_view(x: Tensor, shape: list[int]) -> Tensor:
+    """Return x in another shape and not as a view, so that it can be detached in place. x must not be used any more."""
+    if is_scripting():
+        return x.view(shape)
+    else:
+        return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
+
+
+def without_dims(x: Tensor, sizes_of_1: list[int]) -> Tensor:
+    """Return x without these dimensions, the last one first; not as a view. x must not be used any more."""
+    for dim in sizes_of_1:
+        x = x.squeeze(dim) if is_scripting() or is_tracing() else x.squeeze_(dim)
+    return x
 
 
 def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
@@ -155,21 +130,12 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return next(module.parameters(), None) if weight is None else weight
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class's `forward`."""
-    return bool(
-        _has_any_global_hook()  # type: ignore[no-untyped-call]
-        or "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a call of it comes to F.linear(x, weight, bias): no quantised or parametrised one, and nothing hooked."""
-    return type(linear) is nn.Linear and not is_hooked(linear)
+def in_reverse(start: Start, order: Layout) -> Start:
+    """Return what the reverse direction starts from."""
+    reset = start.reset
+    if reset is not None:
+        reset = layout.reset_seen_in_reverse(reset, order)
+    return Start(start.h, start.initial_state, reset)
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:
@@ -255,7 +221,7 @@ class Recurrent(nn.Module):
     def forward(
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> States:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if x.dim() != 3 or x.size(2) != self.input_dims:
                 letters = "(B, S, " if self.batch_first else "(S, B, "
                 raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}), got {x.shape}")
@@ -265,57 +231,49 @@ class Recurrent(nn.Module):
             if isinstance(x, PackedSequence):
                 return self._packed(x, h, reset, lengths)
             self._check(x, h, reset, lengths)
-        time = 1 if self.batch_first else 0
-        batch = x.size(1 - time)
-        # Where there is no sequence, there is none to pack; and a trace can't ask.
-        if lengths is None or ((torch.jit.is_scripting() or not is_tracing()) and batch == 0):  # type: ignore[attr-defined]
-            if reset is not None and not self.batch_first:
-                reset = reset.transpose(0, 1)
-            return self._run(x, self._state(x, h, batch), reset, self.batch_first, None)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            batch_sizes, order, places = packed.pack_index(lengths, x, self.batch_first)
-        elif torch.compiler.is_compiling():
+        batch = x.size(0 if self.batch_first else 1)
+        # An empty batch cannot be packed. Not tested while tracing, which would fix the batch size.
+        if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
+            return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
+        if is_scripting():
+            batch_sizes, order, index = layout.rows_from_lengths(lengths, x, not self.batch_first)
+        elif is_compiling():
             return self._padded(x, h, reset, lengths)
         else:
-            batch_sizes, order, places = for_trace(packed.pack_index)(lengths, x, self.batch_first)
-        places = places.to(x.device)
+            batch_sizes, order, index = for_trace(layout.rows_from_lengths)(lengths, x, not self.batch_first)
+        index = index.to(x.device)
         order = order.to(x.device)
-        rows = x.flatten(0, 1).index_select(0, places).unsqueeze(0)
-        cuts = None if reset is None else reset.flatten().index_select(0, places).unsqueeze(0)
+        rows = x.flatten(0, 1).index_select(0, index)
+        if reset is not None:
+            reset = reset.flatten().index_select(0, index)
         state = self._state(x, h, batch).index_select(1, order)
-        out, last = self._run(rows, state, cuts, True, batch_sizes)
-        padded = out.new_zeros([x.size(0) * x.size(1), out.size(2)])
-        padded[places] = out.squeeze(0)
-        return torch.unflatten(padded, 0, [x.size(0), x.size(1)]), last.index_select(1, order.argsort())
+        out, last = self._run(rows, state, reset, Layout(False, batch_sizes, None))
+        padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
+        padded[index] = out
+        return own_view(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
 
     def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor) -> States:
-        """With padding and all, for a captured graph, which can't know how many steps are real: none shows there."""
-        missing = packed.padding(lengths, x, self.batch_first)
-        x = x.masked_fill(missing, 0.0)
-        if reset is not None and not self.batch_first:
-            reset = reset.transpose(0, 1)
-        by_batch = missing if self.batch_first else missing.transpose(0, 1)
-        cuts = None if reset is None else reset & ~by_batch.squeeze(2)
-        state = self._state(x, h, lengths.size(0))
-        out, last = self._run(x, state, cuts, self.batch_first, by_batch)
-        return out.masked_fill(missing, 0.0), last
+        """Run on the padded batch and mask the padding: a captured graph cannot depend on the number of valid steps."""
+        padding = layout.padding_from_lengths(lengths, x, not self.batch_first)
+        x = x.masked_fill(padding.unsqueeze(2), 0.0)
+        reset = None if reset is None else reset & ~padding
+        out, last = self._run(x, self._state(x, h, lengths.size(0)), reset, Layout(not self.batch_first, None, padding))
+        return out.masked_fill(padding.unsqueeze(2), 0.0), last
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
-        """A PackedSequence comes out for the one that goes in; states are in the order of before packing."""
+        """Return a PackedSequence and the states, which are in the order of the batch before packing."""
         rows, batch_sizes, order, back = x
-        rows = rows.unsqueeze(0)
-        cuts = self._check_packed(x, h, reset, lengths)
+        row_reset = self._check_packed(x, h, reset, lengths)
         state = self._state(rows, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(rows, state, cuts, True, batch_sizes)
-        packed_out = PackedSequence(out.squeeze(0), batch_sizes, order, back)
-        return packed_out, last if back is None else last.index_select(1, back)
+        out, last = self._run(rows, state, row_reset, Layout(False, batch_sizes, None))
+        return PackedSequence(out, batch_sizes, order, back), last if back is None else last.index_select(1, back)
 
     def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
-        """The state (L * D, B, 1, H) that h, or its absence, stands for."""
+        """Return the state (L * D, B, 1, H) that h stands for; the default one if h is None."""
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
         autocast = False
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             autocast = is_autocast(x)
         dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
         if h is None and self.initial_state is None:
@@ -324,36 +282,30 @@ class Recurrent(nn.Module):
             h = self.initial_state
         assert h is not None
         state = h
-        # Without an answer about sizes, which a trace would take for all sizes.
-        if torch.jit.is_scripting() or is_tracing() or h.shape != shape:  # type: ignore[attr-defined]
+        # A trace would record the answer of the comparison for all sizes.
+        if is_scripting() or is_tracing() or h.shape != shape:
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
-    def _initial(self, state: Tensor) -> Tensor:
-        """What a reset means, (L * D, 1, 1, H)."""
-        if self.initial_state is not None:
-            return self.initial_state
-        zero = torch.full([1, 1, 1, 1], self.zero_state, dtype=state.dtype, device=state.device)
-        return zero.expand(state.size(0), 1, 1, state.size(3))
-
-    def _run(
-        self, x: Tensor, state: Tensor, reset: Tensor | None, batch_first: bool, batch_sizes: Tensor | None
-    ) -> States:
-        """All layers; reset is (B, S), or (1, rows) as x is where there are `batch_sizes`.
-
-        In their place, a mask (B, S, 1) tells where there is no step.
-        """
+    def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> States:
+        """Run all layers; reset has the leading dimensions of x."""
         before = state.unbind(0)
-        initials = before if reset is None else self._initial(state).unbind(0)
+        after_reset = list(before)
+        if reset is not None:
+            if self.initial_state is not None:
+                after_reset = list(self.initial_state.unbind(0))
+            else:
+                zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
+                after_reset = [zero for _ in before]
+        starts = [Start(h, initial_state, reset) for h, initial_state in zip(before, after_reset)]  # noqa: B905
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
-            end = first + self.num_directions
-            x, last = layer(x, before[first:end], initials[first:end], reset, batch_first, batch_sizes)
+            x, last = layer(x, starts[first : first + self.num_directions], order)
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+        return x, stacked(states)
 
     @untraced
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
@@ -371,7 +323,7 @@ class Recurrent(nn.Module):
             check_lengths(self.name, lengths, batch, steps, x.device)
 
     def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
-        """Likewise; returns the mask of resets, (1, rows)."""
+        """Likewise; returns the reset mask, (rows)."""
         if lengths is not None:
             expected = "None beside a PackedSequence, which has its own"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
@@ -389,9 +341,9 @@ class Recurrent(nn.Module):
             raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
         if not torch.equal(_order_of(reset), _order_of(x)):
             raise ValueError(expectation(self.name, "reset", "packed in the order of x", "another order"))
-        cuts: Tensor = reset.data.unsqueeze(0)
-        check_reset(self.name, cuts, x.data.unsqueeze(0), "(1, rows)")
-        return cuts
+        row_reset: Tensor = reset.data
+        check_reset(self.name, row_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, rows)")
+        return row_reset
 
     def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
         """Refuse an x that does not fit to the weights, and an h that does not fit to x."""

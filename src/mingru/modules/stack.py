@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check import check_dropout, dims, expectation
-from ..ops import packed
-from ..ops.tracing import is_tracing, untraced
+from ..ops import layout
+from ..ops.graph import is_scripting, is_tracing, untraced
 from .conv import MinConv
 from .recurrent import Recurrent
 
@@ -129,7 +128,7 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             if h is not None and len(h) != self.num_states:
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
         else:
@@ -151,12 +150,13 @@ class Stack(nn.Module):
                 states.append(last)
             rows = _rows(out)
             if self.residual:
-                met = _rows(x)
+                residual_input = _rows(x)
                 if index == 0 and lengths is not None:
-                    # The outputs are 0 in the padding, and stay so.
-                    met = met.masked_fill(packed.padding(lengths, met, self.batch_first), 0.0)
-                added = align(met)
-                if (torch.jit.is_scripting() or not is_tracing()) and added.shape != rows.shape:  # type: ignore[attr-defined]
+                    # The outputs are 0 in the padding, and stay 0.
+                    padding = layout.padding_from_lengths(lengths, residual_input, not self.batch_first)
+                    residual_input = residual_input.masked_fill(padding.unsqueeze(2), 0.0)
+                added = align(residual_input)
+                if (is_scripting() or not is_tracing()) and added.shape != rows.shape:
                     shapes = f"from {_dims(added)} to {_dims(rows)}"
                     raise ValueError(
                         f"{self.name}: layers[{index}] must keep the shape of x, as residual is True, got {shapes}; "
@@ -211,7 +211,7 @@ def _num_space_dims(layer: Any) -> int:
 
 
 def _dims(x: Tensor) -> str:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if is_scripting():
         return str(x.shape)
     else:
         return dims(x.shape)
@@ -219,7 +219,7 @@ def _dims(x: Tensor) -> str:
 
 def _rows(x: Tensor) -> Tensor:
     """A tensor as it is, and the data of a PackedSequence."""
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if is_scripting():
         return x
     else:
         return x.data if isinstance(x, PackedSequence) else x
@@ -227,7 +227,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _with_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Other rows, packed as those of x are."""
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if is_scripting():
         return rows
     else:
         return PackedSequence(rows, *x[1:]) if isinstance(x, PackedSequence) else rows

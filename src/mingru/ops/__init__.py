@@ -1,116 +1,117 @@
-"""The recurrences: one meaning each, several bodies, one choice between them.
+"""The recurrences: one meaning each, several backends, one choice between them.
 
-Shapes here and below: sequences (B, S, *), states (B, 1, *), `reset` (B, S) bool; B batch, S steps, * any sizes. The
-callers, `functional` and `modules`, have checked them.
+A call is a value: `Spec` says what is computed, `Start` what it starts from, `Layout` how its steps lie in memory. The
+callers, `functional` and `modules`, have checked the tensors.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from . import autograd, portable
-from .cell import NUM_INPUTS, Kind
-from .choice import BODIES, backends, body, choose, use_backend
-from .shape import States, empty_states
-from .tracing import for_trace, is_tracing
+from . import autograd, blocks, layout, route
+from .backends import traceable
+from .blocks import Map
+from .call import BATCH_FIRST, Layout, Spec, Start
+from .cells import NUM_INPUTS
+from .graph import for_trace, is_tracing
+from .route import backends, use_backend
+from .shape import States, accumulate_dtype, as_dtype, empty_states
 
 __all__ = [
+    "BATCH_FIRST",
     "NUM_INPUTS",
+    "Layout",
+    "Map",
+    "Spec",
+    "Start",
     "States",
-    "are_plain",
     "backends",
+    "layout",
     "linear_recurrence",
     "linear_scan",
+    "mapped_recurrence",
     "recurrence",
+    "traceable",
     "use_backend",
 ]
+
+# From this many input features on, pre-activations are kept for backward. Below, computing them again is faster than
+# writing and reading them.
+_WIDE = 64
 
 
 def linear_scan(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> States:
-    """h_t = a_t h_{t-1} + b_t, from the last step to the first if `reverse`; a reset puts h_{t-1} to 0."""
+    """Compute h_t = a_t h_{t-1} + b_t of (B, S, *) sequences; a reset sets h_{t-1} to 0."""
+    dtype = accumulate_dtype(b.dtype)
     if is_tracing():
-        return for_trace(portable.linear_scan)(a, b, h, reset, reverse)
-    name = choose("linear_scan", backend, b, None)
-    if b.numel() == 0:
-        return empty_states(a * b, h)
-    if body(name).DIFFERENTIABLE:
-        return body(name).linear_scan(a, b, h, reset, reverse)
-    return autograd.linear_scan(name, a, b, h, reset, reverse)
+        call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
+        out, last = for_trace(traceable.linear_scan)(*call, reset, reverse)
+    else:
+        name = route.choose(Spec("linear_scan", "linear", reverse), b, backend)
+        if b.numel() == 0:
+            return empty_states(a * b, h, 1)
+        call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
+        out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
+    return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
 def recurrence(
-    cell: str,
-    inputs: Sequence[Tensor],
-    h: Tensor,
-    initial: Tensor,
-    reset: Tensor | None = None,
-    activation: str = "positive",
-    reverse: bool = False,
-    batch_sizes: Tensor | None = None,
-    backend: str = "auto",
+    spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
-    """The recurrence of a cell from its pre-activations; a reset puts h_{t-1} to `initial`.
-
-    mingru, of gate and candidate:            h_t = (1 - z_t) h_{t-1} + z_t activate(value_t), z = sigma(gate)
-    minlstm, of forget, input and candidate:  h_t = f_t h_{t-1} + i_t activate(value_t), the gates normalised
-
-    With `batch_sizes`, sequences and `reset` are packed: (1, rows, *), see `packed`.
-    """
-    first = inputs[0]
+    """Compute the recurrence of a cell from its pre-activations."""
     if is_tracing():
-        inputs, initial = list(inputs), initial.expand_as(h)
-        return for_trace(portable.recurrence)(cell, inputs, h, initial, reset, activation, reverse, batch_sizes)
-    name = choose(cell, backend, first, activation)
-    if first.numel() == 0:
-        return empty_states(sum(inputs[1:], first), h)
-    initial = initial.expand_as(h)
-    kind = Kind(cell, activation, reverse)
-    has_kernel = hasattr(BODIES[name], "recurrence") and (cell != "mingru" or batch_sizes is not None)
-    run = autograd.recurrence if has_kernel and are_plain(*inputs) else autograd.composed
-    return run(name, inputs, h, initial, reset, batch_sizes, kind)
+        return _traced(spec, inputs, start, order)
+    return _run(route.choose(spec, inputs[0], backend), spec, list(inputs), start, order)
 
 
 def linear_recurrence(
-    cell: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    initial: Tensor,
-    reset: Tensor | None = None,
-    activation: str = "positive",
-    reverse: bool = False,
-    batch_sizes: Tensor | None = None,
-    recompute: bool | None = None,
-) -> States | None:
-    """`recurrence` of the pre-activations x W^T + b in one go; None where no body can do that here.
+    spec: Spec, x: Tensor, linear: nn.Module, start: Start, order: Layout, recompute: bool | None = None
+) -> States:
+    """Compute the recurrence of the pre-activations linear(x), in one kernel if there is one.
 
-    Backward computes them once more if `recompute`, or keeps them; by default it does what is quicker.
+    Backward computes the pre-activations again if `recompute`, or keeps them; by default, whichever is faster.
     """
-    name = choose(cell, "auto", x, activation)
-    # Half-width products are rounded with their bias, as `Linear` does it.
-    fits = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if not (fits and hasattr(BODIES[name], "linear_recurrence") and are_plain(x, weight) and x.numel() > 0):
-        return None
-    kind = Kind(cell, activation, reverse)
-    # Without resets it is not asked for; but dynamo refuses one tensor in two places, and gets a view.
-    initial = h if reset is None and not torch.compiler.is_compiling() else initial.expand_as(h)
-    return autograd.linear_recurrence(name, x, weight, bias, h, initial, reset, batch_sizes, kind, recompute)
+    if is_tracing():
+        return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
+    name = route.choose(spec, x)
+    if route.linear_kernel_of(name, x, linear, order) is not None:
+        keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
+        tensors = (x, linear.weight, linear.bias)
+        return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
+    return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
 
 
-def are_plain(*tensors: Tensor) -> bool:
-    """Whether nothing stands between these tensors and a kernel: no trace, no transform, no tensor type of its own.
+def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
+    """Compute the recurrence of the pre-activations that a map makes of x; the state is expanded to their shape."""
+    batch = x.shape[1 if order.time_first else 0]
+    start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
+    if is_tracing():
+        return _traced(spec, of.inputs(x), start, order)
+    name = route.choose(spec, x)
+    sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
-    What stands there knows the operations apart, and has rules for each.
-    """
-    return (
-        not is_tracing()
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    def run(part: Tensor, part_start: Start) -> States:
+        return _run(name, spec, of.inputs(part), part_start, order)
+
+    return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
+
+
+def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+    if inputs[0].numel() == 0:
+        return empty_states(traceable.sum_of(inputs), start.h, 0 if order.time_first else 1)
+    kernel = route.kernel_of(name, inputs, order)
+    if kernel is None:
+        return autograd.composed(name, spec, inputs, start, order)
+    if order.batch_sizes is None or kernel.packed:
+        return autograd.run_kernel((name, "kernel"), spec, inputs, start, order, False)
+    states = autograd.run_kernel((name, "kernel"), *layout.padded_call(spec, inputs, start, order), False)
+    return layout.in_layout(spec, states, inputs[0], start.h, order)
+
+
+def _traced(spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout) -> States:
+    run: Any = for_trace(traceable.flat_recurrence)
+    states: States = run(*spec, list(inputs), *start, order.time_first, order.batch_sizes)
+    return states

@@ -1,16 +1,18 @@
 """Which body runs: the argument over `use_backend` over the environment over "auto"."""
 
+import dataclasses
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mingru
 from mingru import functional
-from mingru.ops import choice
+from mingru.ops import Spec, route
+from mingru.ops.backend import Backend
 
 X = torch.zeros(2, 20, 3)
+MINGRU = Spec("mingru", "positive", False)
 RUNNABLE = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 
@@ -31,27 +33,25 @@ def ran(monkeypatch):
 
         return spied
 
-    for name, body in choice.BODIES.items():
-        operators = ("mingru", "linear_scan", "linear_recurrence")
-        operators = (*operators, *(f"{operator}_backward" for operator in operators))
-        for operator in filter(body.__dict__.__contains__, operators):
-            monkeypatch.setattr(body, operator, spy(name, getattr(body, operator)))
+    for name, backend in route.BACKENDS.items():
+        spied = {field: getattr(backend, field) for field in ("scan", "scan_backward", "recurrence")}
+        spied = {field: function and spy(name, function) for field, function in spied.items()}
+        for field in ("kernel", "linear_kernel"):
+            kernel = getattr(backend, field)
+            functions = {} if kernel is None else {"forward": kernel.forward, "backward": kernel.backward}
+            functions = {way: spy(name, function) for way, function in functions.items()}
+            spied[field] = kernel and dataclasses.replace(kernel, **functions)
+        monkeypatch.setitem(route.BACKENDS, name, dataclasses.replace(backend, **spied))
     return calls
 
 
 def fake(*, unavailable=None, refuses=None):
-    """A body that says why it cannot run, and fails the test if it is run all the same."""
+    """A backend that says why it cannot run, and fails the test if it is run all the same."""
 
     def fail(*args):
         raise AssertionError("a body that cannot run was run")
 
-    return SimpleNamespace(
-        DIFFERENTIABLE=True,
-        unavailable=lambda: unavailable,
-        refuses=lambda *args: refuses,
-        mingru=fail,
-        linear_scan=fail,
-    )
+    return Backend(unavailable=lambda: unavailable, unsupported=lambda *args: refuses, scan=fail, recurrence=fail)
 
 
 def test_backends_tells_what_runs_here():
@@ -65,7 +65,7 @@ def test_backends_tells_what_runs_here():
 
 
 def test_backends_says_why_not(monkeypatch):
-    monkeypatch.setitem(choice.BODIES, "broken", fake(unavailable="no such device found"))
+    monkeypatch.setitem(route.BACKENDS, "broken", fake(unavailable="no such device found"))
     assert mingru.backends()["broken"] == "no such device found"
 
 
@@ -98,10 +98,10 @@ def test_the_backward_pass_runs_on_the_body_of_the_forward_pass(name, ran):
 def test_auto_takes_the_first_that_serves(ran, monkeypatch):
     functional.mingru(X, X)
     functional.linear_scan(X, X)
-    assert ran == [choice.choose("mingru", "auto", X, "positive"), choice.choose("linear_scan", "auto", X, None)]
-    monkeypatch.setitem(choice.BODIES, "absent", fake(unavailable="not built"))
-    monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it serves nothing"))
-    monkeypatch.setattr(choice, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
+    assert ran == [route.choose(MINGRU, X), route.choose(Spec("linear_scan", "linear", False), X)]
+    monkeypatch.setitem(route.BACKENDS, "absent", fake(unavailable="not built"))
+    monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it serves nothing"))
+    monkeypatch.setattr(route, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
     ran.clear()
     functional.mingru(X, X)
     functional.linear_scan(X, X)
@@ -146,36 +146,36 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
 
 
 def test_blocks_nest_and_end_at_an_exception():
-    assert choice.choose("mingru", "auto", X, "positive") != "sequential"
-    outside = choice.choose("mingru", "auto", X, "positive")
+    assert route.choose(MINGRU, X) != "sequential"
+    outside = route.choose(MINGRU, X)
     with mingru.use_backend("sequential"):
         with mingru.use_backend("log"):
-            assert choice.choose("mingru", "auto", X, "positive") == "log"
-        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
+            assert route.choose(MINGRU, X) == "log"
+        assert route.choose(MINGRU, X) == "sequential"
         with pytest.raises(ZeroDivisionError), mingru.use_backend("log"):
             1 / 0  # noqa: B018
-        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
+        assert route.choose(MINGRU, X) == "sequential"
         with mingru.use_backend("auto"):
-            assert choice.choose("mingru", "auto", X, "positive") == outside
-    assert choice.choose("mingru", "auto", X, "positive") == outside
+            assert route.choose(MINGRU, X) == outside
+    assert route.choose(MINGRU, X) == outside
 
 
 def test_a_block_is_its_threads_own():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
-        seen.append(choice.choose("mingru", "auto", X, "positive"))
+        seen.append(route.choose(MINGRU, X))
         with mingru.use_backend("log"):
-            seen.append(choice.choose("mingru", "auto", X, "positive"))
+            seen.append(route.choose(MINGRU, X))
             inside.set()
             leave.wait(10)
 
-    outside = choice.choose("mingru", "auto", X, "positive")
+    outside = route.choose(MINGRU, X)
     with mingru.use_backend("sequential"):
         thread = threading.Thread(target=other)
         thread.start()
         assert inside.wait(10)
-        assert choice.choose("mingru", "auto", X, "positive") == "sequential"
+        assert route.choose(MINGRU, X) == "sequential"
         leave.set()
         thread.join(10)
     assert seen == [outside, "log"]
@@ -186,10 +186,10 @@ def test_unknown_names_are_refused(name, monkeypatch):
     known = r"must be one of 'auto', .*'torch', .*'sequential'.*, got "
     with pytest.raises(ValueError, match=rf"backend {known}{name!r}"):
         functional.mingru(X, X, backend=name)
-    before = choice.choose("mingru", "auto", X, "positive")
+    before = route.choose(MINGRU, X)
     with pytest.raises(ValueError, match=rf"^use_backend: name {known}{name!r}"), mingru.use_backend(name):
         pytest.fail("the block was entered")
-    assert choice.choose("mingru", "auto", X, "positive") == before
+    assert route.choose(MINGRU, X) == before
 
 
 def test_an_unknown_name_in_the_environment(monkeypatch):
@@ -204,12 +204,12 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 
 def test_an_empty_variable_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("MINGRU_BACKEND", "")
-    assert choice.choose("mingru", "auto", X, "positive") in RUNNABLE
+    assert route.choose(MINGRU, X) in RUNNABLE
 
 
 def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):
-    monkeypatch.setitem(choice.BODIES, "absent", fake(unavailable="no GPU found"))
-    monkeypatch.setitem(choice.BODIES, "narrow", fake(refuses="it takes float32 alone"))
+    monkeypatch.setitem(route.BACKENDS, "absent", fake(unavailable="no GPU found"))
+    monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it takes float32 alone"))
     for name, why in (("absent", "no GPU found"), ("narrow", "it takes float32 alone")):
         for function in (functional.mingru, functional.linear_scan):
             asks = f"{function.__name__}: backend asks for '{name}', which can't run this: {why}; use 'auto'"

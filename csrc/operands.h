@@ -1,0 +1,223 @@
+// Tensors as a `Scan`: checked, so that memory is safe, and kept alive while the scan points into them.
+//
+// A sequence is (B, S, *), or (S, B, *) if `time_first`. With `batch_sizes` (S), int64, sequences are packed as
+// torch.nn.utils.rnn.PackedSequence packs them, (rows, *): first step 0 of all batch elements, then step 1 of those that
+// have one, and so on, batch_sizes[t] of them at step t, the longest first. N is the product of the trailing sizes *.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+
+namespace mingru {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#define MINGRU_NAME(name, num_inputs, type) #name,
+#define MINGRU_COUNT(name, num_inputs, type) num_inputs,
+constexpr const char* cell_names[] = {MINGRU_CELLS(MINGRU_NAME)};
+constexpr int64_t cell_inputs[] = {MINGRU_CELLS(MINGRU_COUNT)};
+#undef MINGRU_NAME
+#undef MINGRU_COUNT
+
+CellKind cell_of(const std::string& name) {
+  const auto* found = std::find(std::begin(cell_names), std::end(cell_names), name);
+  STD_TORCH_CHECK(found != std::end(cell_names), "mingru: there is no cell ", name);
+  return static_cast<CellKind>(found - std::begin(cell_names));
+}
+
+int64_t num_inputs_of(CellKind cell) { return cell_inputs[static_cast<int>(cell)]; }
+
+Storage storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    default: STD_TORCH_CHECK(false, "mingru: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// What a recurrence starts from and how its sequences lie in memory, as every operator takes it.
+struct Given {
+  const char* name;  // of the operator
+  const Tensor& h;
+  const Tensor& initial_state;
+  const MaybeTensor& reset;
+  const MaybeTensor& batch_sizes;
+  const std::string& cell;
+  bool reverse, time_first;
+};
+
+class Operands {
+ public:
+  Scan scan{};
+
+  // `shape` is a sequence that has the leading dimensions and the dtype of all sequences.
+  Operands(const Given& given, const Tensor& shape, int64_t num_features)
+      : name_(given.name), batch_dim_(given.time_first ? 1 : 0), step_dim_(given.time_first ? 0 : 1) {
+    STD_TORCH_CHECK(shape.is_cpu(), name_, ": sequences must be on the CPU");
+    scan.cell = cell_of(given.cell);
+    scan.storage = storage_of(shape);
+    scan.num_features = num_features;
+    scan.reverse = given.reverse;
+    if (given.batch_sizes) {
+      unpack(*given.batch_sizes, shape);
+    } else {
+      STD_TORCH_CHECK(shape.dim() >= 2, name_, ": sequences must be (B, S, *)");
+      scan.num_batch = shape.size(batch_dim_);
+      scan.num_steps = shape.size(step_dim_);
+    }
+    leading_.assign(shape.sizes().begin(), shape.sizes().begin() + num_leading());
+    STD_TORCH_CHECK(
+        scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
+    scan.h = state(given.h, "h");
+    // A reset of the linear scan sets the state to 0.
+    if (scan.cell != CellKind::linear_scan) scan.initial_state = state(given.initial_state, "initial_state");
+    if (given.reset) add_reset(*given.reset);
+  }
+
+  Operands(const Operands&) = delete;  // `scan` points into this object
+
+  bool is_packed() const { return !step_rows_.empty(); }
+  bool time_first() const { return step_dim_ == 0; }
+  const char* name() const { return name_; }
+  Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
+
+  // The row at which a step begins; for packed sequences only.
+  int64_t first_row(int64_t step) const { return step < scan.num_steps ? scan.step_rows[step] : leading_[0]; }
+
+  // The leading sizes of a sequence, followed by `trailing` features.
+  std::vector<int64_t> sizes(int64_t trailing) const {
+    std::vector<int64_t> sizes = leading_;
+    sizes.push_back(trailing);
+    return sizes;
+  }
+
+  // A sequence that the kernels can read, x itself if its features are contiguous. Kept alive.
+  Sequence readable(const Tensor& x) {
+    kept_.push_back(has_contiguous_features(x) ? x : torch::stable::contiguous(x));
+    return sequence(kept_.back());
+  }
+
+  Sequence sequence(const Tensor& x) const {
+    const bool fits = x.is_cpu() && x.dim() >= num_leading() && storage_of(x) == scan.storage &&
+                      std::equal(leading_.begin(), leading_.end(), x.sizes().begin()) &&
+                      x.numel() == num_leading_elements() * scan.num_features && has_contiguous_features(x);
+    STD_TORCH_CHECK(fits, name_, ": sequences must be on the CPU, of one shape and dtype, with contiguous features");
+    if (is_packed()) return {x.data_ptr(), x.stride(0), x.stride(0)};
+    return {x.data_ptr(), x.stride(batch_dim_), x.stride(step_dim_)};
+  }
+
+  void* state(const Tensor& x, const char* what) const {
+    const auto computed = scan.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(
+        x.is_cpu() && x.is_contiguous() && x.scalar_type() == computed &&
+            x.numel() == scan.num_batch * scan.num_features,
+        name_, ": ", what, " must be (B, 1, *), contiguous, in the accumulation dtype");
+    return x.data_ptr();
+  }
+
+  // bias is (num_inputs N); the part of each input is filled up to whole groups.
+  void add_biases(const MaybeTensor& bias) {
+    if (!bias) return;
+    const int64_t count = num_inputs_of(scan.cell), features = scan.num_features;
+    STD_TORCH_CHECK(
+        bias->is_cpu() && bias->is_contiguous() && storage_of(*bias) == scan.storage &&
+            bias->numel() == count * features,
+        name_, ": bias must be (num_inputs N), contiguous, with the dtype of the sequences");
+    STD_TORCH_CHECK(bias->element_size() >= 4, name_, ": the bias of bfloat16 and float16 is not added here");
+    const int64_t size = bias->element_size();
+    const int64_t padded = (features + group - 1) / group * group;
+    const char* data = static_cast<const char*>(bias->data_ptr());
+    if (padded != features) {
+      biases_.assign(count * padded * size, 0);
+      for (int64_t k = 0; k < count; ++k) {
+        std::copy_n(data + k * features * size, features * size, biases_.data() + k * padded * size);
+      }
+      data = biases_.data();
+    }
+    for (int64_t k = 0; k < count; ++k) scan.biases[k] = data + k * padded * size;
+  }
+
+  // What backward reads and writes beside the inputs and their gradients. Returns the gradients of h and initial_state.
+  std::tuple<Tensor, Tensor> add_gradients(
+      const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
+    scan.out = readable(out);
+    scan.grad_out = readable(grad_out);
+    scan.grad_last = state(grad_last, "the gradient of the last state");
+    Tensor grad_h = torch::stable::empty_like(h), grad_initial_state = torch::stable::empty_like(h);
+    torch::stable::zero_(grad_initial_state);
+    scan.grad_h = grad_h.data_ptr();
+    scan.grad_initial_state = grad_initial_state.data_ptr();
+    return {grad_h, grad_initial_state};
+  }
+
+ private:
+  int64_t num_leading() const { return is_packed() ? 1 : 2; }
+  int64_t num_leading_elements() const { return is_packed() ? leading_[0] : leading_[0] * leading_[1]; }
+
+  bool has_contiguous_features(const Tensor& x) const {
+    int64_t expected = 1;
+    for (int64_t dim = x.dim() - 1; dim >= num_leading(); --dim) {
+      if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+      expected *= x.size(dim);
+    }
+    return true;
+  }
+
+  void add_reset(const Tensor& reset) {
+    STD_TORCH_CHECK(
+        reset.is_cpu() && reset.scalar_type() == ScalarType::Bool && reset.dim() == num_leading() &&
+            std::equal(leading_.begin(), leading_.end(), reset.sizes().begin()),
+        name_, ": reset must be bool, with the leading dimensions of the sequences");
+    scan.reset = static_cast<const uint8_t*>(reset.data_ptr());
+    scan.reset_batch_stride = reset.stride(is_packed() ? 0 : batch_dim_);
+    scan.reset_step_stride = reset.stride(is_packed() ? 0 : step_dim_);
+  }
+
+  void unpack(const Tensor& batch_sizes, const Tensor& shape) {
+    STD_TORCH_CHECK(
+        shape.dim() >= 1 && batch_sizes.is_cpu() && batch_sizes.dim() == 1 && batch_sizes.is_contiguous() &&
+            batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.numel() > 0,
+        name_, ": packed sequences must be (rows, *), with int64 batch_sizes (S) on the CPU");
+    const auto* sizes = static_cast<const int64_t*>(batch_sizes.data_ptr());
+    const int64_t steps = batch_sizes.numel();
+    int64_t row = 0;
+    for (int64_t t = 0; t < steps; ++t) {
+      STD_TORCH_CHECK(
+          sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), name_, ": batch_sizes must be above 0 and never grow");
+      step_rows_.push_back(row);
+      row += sizes[t];
+    }
+    STD_TORCH_CHECK(row == shape.size(0), name_, ": batch_sizes must sum up to the number of rows");
+    lengths_.resize(sizes[0]);
+    for (int64_t t = 0; t < steps; ++t) {
+      // Sequences that have no next step end here.
+      for (int64_t b = t + 1 < steps ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths_[b] = t + 1;
+    }
+    scan.num_batch = sizes[0];
+    scan.num_steps = steps;
+    scan.step_rows = step_rows_.data();
+    scan.lengths = lengths_.data();
+  }
+
+  const char* name_;
+  int64_t batch_dim_, step_dim_;
+  std::vector<int64_t> leading_, step_rows_, lengths_;
+  std::vector<Tensor> kept_;
+  std::vector<char> biases_;
+};
+
+}  // namespace
+}  // namespace mingru

@@ -1,0 +1,73 @@
+// The recurrence of a cell from its pre-activations. The one caller is src/mingru/ops/backends/native.py.
+#include "operands.h"
+
+namespace {
+
+using namespace mingru;
+
+void add_inputs(Operands& operands, const std::vector<Tensor>& inputs) {
+  for (size_t k = 0; k < inputs.size(); ++k) operands.scan.inputs[k] = operands.readable(inputs[k]);
+}
+
+int64_t num_features(const Given& given, const std::vector<Tensor>& inputs) {
+  const int64_t count = num_inputs_of(cell_of(given.cell));
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(inputs.size()) == count, given.name, ": the cell ", given.cell, " takes ", count,
+      " inputs, got ", inputs.size());
+  const int64_t first = given.batch_sizes ? 1 : 2;
+  int64_t product = 1;
+  for (int64_t dim = first; dim < inputs[0].dim(); ++dim) product *= inputs[0].size(dim);
+  return product;
+}
+
+// The states of all steps, and the last one.
+std::tuple<Tensor, Tensor> recurrence_forward(
+    const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
+    const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first) {
+  const Given given{"recurrence_forward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const int64_t features = num_features(given, inputs);
+  Operands operands(given, inputs[0], features);
+  add_inputs(operands, inputs);
+  Tensor out = torch::stable::new_empty(inputs[0], inputs[0].sizes());
+  Tensor last = torch::stable::empty_like(h);
+  operands.scan.out = operands.sequence(out);
+  operands.scan.last = last.data_ptr();
+  run(operands.scan, operands.whole(), false);
+  return {out, last};
+}
+
+// The gradients of all inputs, side by side in one sequence of num_inputs N features, of h and of initial_state.
+std::tuple<Tensor, Tensor, Tensor> recurrence_backward(
+    const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
+    const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
+    const std::string& cell, bool reverse, bool time_first) {
+  const Given given{"recurrence_backward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const int64_t features = num_features(given, inputs), count = static_cast<int64_t>(inputs.size());
+  Operands operands(given, inputs[0], features);
+  add_inputs(operands, inputs);
+  auto [grad_h, grad_initial_state] = operands.add_gradients(h, out, grad_out, grad_last);
+  Tensor grads = torch::stable::new_empty(inputs[0], operands.sizes(count * features));
+  for (int64_t k = 0; k < count; ++k) {
+    operands.scan.grad_inputs[k] =
+        operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
+  }
+  run(operands.scan, operands.whole(), true);
+  return {grads, grad_h, grad_initial_state};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
+  library.def(
+      "recurrence_forward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? batch_sizes, "
+      "str cell, bool reverse, bool time_first) -> (Tensor, Tensor)");
+  library.def(
+      "recurrence_backward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? batch_sizes, "
+      "Tensor out, Tensor grad_out, Tensor grad_last, str cell, bool reverse, bool time_first) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
+  library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
+  library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+}

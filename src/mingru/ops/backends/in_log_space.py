@@ -1,0 +1,82 @@
+"""The `"log"` backend: the paper's parallel form, in log space (Feng et al. 2024, appendix B; Heinsen 2023).
+
+    a*_t = sum_{i<=t} log a_i      log h_t = a*_t + logcumsumexp(log b - a*)_t
+
+It is kept because the paper's form is what people come to study. It needs a positive candidate, and it loses accuracy
+with length, because a* grows without bound. The paper puts log h_0 in front of log b, which needs h_0 > 0 and has a NaN
+gradient at 0. Here exp(a*_t) h_0, the part of the initial state, is added outside of the logarithm: any h_0 is allowed.
+Gradients are PyTorch's own; its second derivative of `logcumsumexp` is NaN where the first is exactly 0.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import Backend
+from ..call import Layout, Spec, Start
+from ..cells import log_coefficients
+from ..shape import States, along
+
+
+def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
+    if spec.cell == "linear_scan":
+        return "it takes the logarithm of a and b, and linear_scan allows any a and b"
+    if spec.activation != "positive":
+        return f"it takes the logarithm of the candidate, and a candidate that is {spec.activation!r} may be negative"
+    return None
+
+
+def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
+    decay = torch.cat([torch.zeros_like(log_b[:, :1]), log_a.cumsum(1)], 1)
+    return (decay + (log_b - decay).logcumsumexp(1)).exp()
+
+
+def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+    log_a, log_b = log_coefficients(spec, inputs)
+    if layout.padding is not None:
+        mask = along(layout.padding, log_a)
+        log_a, log_b = log_a.masked_fill(mask, 0.0), log_b.masked_fill(mask, -math.inf)
+    reset = start.reset
+    if spec.reverse:
+        log_a, log_b = log_a.flip(1), log_b.flip(1)
+        reset = None if reset is None else reset.flip(1)
+    h, initial_state = start.h.to(log_b.dtype), start.initial_state.to(log_b.dtype)
+    if reset is None:
+        out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * h
+    else:
+        out = _scan_segments(log_a, log_b, h, initial_state, reset)
+    last = out[:, -1:].clone()
+    return out.flip(1) if spec.reverse else out, last
+
+
+def _scan_segments(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
+    """Scan each segment between resets by itself, because a decay of 0 has no finite logarithm.
+
+    By recursive doubling, every step is combined with the 1, 2, 4, ... steps before it, until its segment begins. Only
+    the mask says where that is, so this can be mapped and captured.
+    """
+    seen_reset = along(reset, log_b)
+    # Finite even if a gate is 0, because the difference of two numbers that are -inf is NaN.
+    log_b = log_b.clamp_min(torch.finfo(log_b.dtype).min / 4)
+    span = 1
+    while span < log_b.shape[1]:
+        combined = _log_sum(log_b[:, span:], log_a[:, span:] + log_b[:, :-span])
+        decay = log_a[:, span:] + log_a[:, :-span]
+        now, stop = slice(span, None), seen_reset[:, span:]
+        log_b = torch.cat([log_b[:, :span], torch.where(stop, log_b[:, now], combined)], 1)
+        log_a = torch.cat([log_a[:, :span], torch.where(stop, log_a[:, now], decay)], 1)
+        seen_reset = torch.cat([seen_reset[:, :span], stop | seen_reset[:, :-span]], 1)
+        span *= 2
+    return log_b.exp() + log_a.exp() * torch.where(seen_reset, initial_state, h)
+
+
+def _log_sum(one: Tensor, other: Tensor) -> Tensor:
+    """Compute `torch.logaddexp`, whose second derivative overflows to NaN if its arguments are far apart."""
+    swap = one < other
+    more, less = torch.where(swap, other, one), torch.where(swap, one, other)
+    return more - F.logsigmoid(more - less)
+
+
+BACKEND = Backend(unsupported=_unsupported, recurrence=_recurrence)

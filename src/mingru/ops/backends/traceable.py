@@ -1,0 +1,216 @@
+"""The `"torch"` backend for graphs: tensor operations out of place, captured once and run at any length.
+
+TorchScript, `torch.export`, ONNX and `torch.compile` follow these functions, and differentiate them. A captured graph
+cannot loop over a length that it does not know, so the number of operations must not depend on it. The sequence is
+split into C chunks of 16 steps. All chunks are processed in parallel, one step at a time, each from a state of 0, while
+the cumulative decay is kept. Then the ends of the chunks are combined by recursive doubling,
+
+    h_c <- h_c + P_c h_{c-d}      P_c <- P_c P_{c-d}      d = 1, 2, 4, ... below C
+
+where the state and the decay of a chunk stand for that chunk alone at first, then for 2, 4, ... chunks. At last one
+multiply-add gives each chunk its carry-in. As in `tensors.py`, only positive terms are added, and nothing cancels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..call import Layout, Spec, Start
+from ..graph import is_exporting, is_scripting, is_true_for_all_sizes
+from ..layout import LinearScan, as_linear_scan, in_layout, padded_call
+from ..shape import States, along, empty_states
+
+
+def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+    """Compute what `ops.recurrence` computes. A scripted module runs it without this package."""
+    if inputs[0].numel() == 0:
+        return empty_states(sum_of(inputs), start.h, 0 if layout.time_first else 1)
+    padded_spec, padded, padded_start, padded_layout = padded_call(spec, inputs, start, layout)
+    states = scan(as_linear_scan(padded_spec, padded, padded_start, padded_layout))
+    return in_layout(spec, states, inputs[0], start.h, layout)
+
+
+def flat_recurrence(
+    cell: str,
+    activation: str,
+    reverse: bool,
+    inputs: list[Tensor],
+    h: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    time_first: bool,
+    batch_sizes: Tensor | None,
+) -> States:
+    """Call `recurrence` from a trace, which cannot pass a NamedTuple to a scripted function."""
+    spec, start = Spec(cell, activation, reverse), Start(h, initial_state, reset)
+    return recurrence(spec, inputs, start, Layout(time_first, batch_sizes, None))
+
+
+def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+    """Compute h_t = a_t h_{t-1} + b_t; a, b and h have one dtype."""
+    if b.numel() == 0:
+        return empty_states(a * b, h, 1)
+    return scan(LinearScan(a, b, h, reset, reverse))
+
+
+def sum_of(inputs: list[Tensor]) -> Tensor:
+    total = inputs[0]
+    for x in inputs[1:]:
+        total = total + x
+    return total
+
+
+def scan(call: LinearScan) -> States:
+    out, last = _scan(call.a, call.b, call.h.squeeze(1), call.reset, call.reverse)
+    return out, last.unsqueeze(1)
+
+
+def chunk_size() -> int:
+    """Return the number of steps of a chunk. A function, because TorchScript reads no global numbers."""
+    return 16
+
+
+def most_chunks() -> int:
+    """Return how many chunks a graph without a bound on its length supports: 268 million steps."""
+    return 1 << 24
+
+
+def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
+    """Return the states (B, S, *), and the last of them (B, *), from a state h (B, *). At a reset, h_{t-1} is 0."""
+    num_steps, chunk = b.size(1), chunk_size()
+    if _is_short(num_steps, chunk):
+        resets = _no_tensors() if reset is None else _in_order(list(reset.unbind(1)), reverse)
+        states = _step(_in_order(list(a.unbind(1)), reverse), _in_order(list(b.unbind(1)), reverse), resets, h)
+        return torch.stack(_in_order(states, reverse), 1), states[-1]
+
+    # One or two chunks more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
+    num_chunks = num_steps // chunk + 2
+    more = num_chunks * chunk - num_steps
+    # A decay of 1 and an input of 0 keep the state.
+    a_t = _step_by_step(_padded(a, more, 1.0), num_chunks, chunk, reverse)
+    b_t = _step_by_step(_padded(b, more, 0.0), num_chunks, chunk, reverse)
+    resets = _no_tensors()
+    if reset is not None:
+        resets = _step_by_step(_padded(reset, more, 0.0), num_chunks, chunk, reverse)
+    local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0])  # noqa: RUF005 (not in TorchScript)
+    decay, seen_reset = _cumulative_decays(a_t, resets)
+    before, last = _combined(decay[-1], local[-1], None if reset is None else seen_reset[-1], h, reverse)
+    carry_in = before.unsqueeze(2)
+    if reset is not None:
+        mask = along(torch.stack(_in_order(seen_reset, reverse), 2), carry_in)
+        carry_in = torch.where(mask, 0.0, carry_in)
+    out = torch.addcmul(torch.stack(_in_order(local, reverse), 2), torch.stack(_in_order(decay, reverse), 2), carry_in)
+    return _padded(out.flatten(1, 2), -more, 0.0), last
+
+
+def _is_short(num_steps: int, chunk: int) -> bool:
+    """Whether the steps are few, and equally many wherever a captured graph runs."""
+    if is_scripting():
+        return num_steps <= chunk
+    else:
+        return any(is_true_for_all_sizes(num_steps == count) for count in range(chunk + 1))
+
+
+def _reaches(distance: int, count: int) -> bool:
+    """Whether recursive doubling has covered all chunks."""
+    known = is_true_for_all_sizes(distance >= count)
+    if is_scripting():
+        return known
+    else:
+        # A compiled graph may add a guard: one more graph for sequences over 4096 steps, and one over a million.
+        may_guard = distance in (1 << 8, 1 << 16) and not is_exporting()
+        return known or (may_guard and distance >= count)
+
+
+def _no_tensors() -> list[Tensor]:
+    empty: list[Tensor] = []
+    return empty
+
+
+def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
+    """Return the steps in the order of the scan; or the other way round, in the order of time."""
+    in_order: list[Tensor] = []
+    for index in range(len(steps)):
+        in_order.append(steps[len(steps) - 1 - index if reverse else index])
+    return in_order
+
+
+def _padded(x: Tensor, more: int, value: float) -> Tensor:
+    """Return x with `more` steps added at the end of dimension 1, or taken away if it is negative."""
+    # F.pad takes the last dimension first. A slice would have to know which of two lengths is smaller.
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, more], value=value)
+
+
+def _step_by_step(x: Tensor, num_chunks: int, chunk: int, reverse: bool) -> list[Tensor]:
+    """Return the first steps of all chunks of (B, C * chunk, *), each (B, C, *), then the second ones, and so on."""
+    if is_scripting():
+        # The gradient of one view is one copy.
+        return _in_order(list(torch.unflatten(x, 1, [num_chunks, chunk]).unbind(2)), reverse)
+    else:
+        # A captured graph cannot show that this view is possible for every C.
+        return _in_order([x[:, step::chunk] for step in range(chunk)], reverse)
+
+
+def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor) -> list[Tensor]:
+    """Return the states, one after the other. An empty `resets` means no reset."""
+    states: list[Tensor] = []
+    for index in range(len(b)):
+        if len(resets) > 0:
+            # Masked rather than multiplied by 0, so that not even NaN passes a reset.
+            h = h.masked_fill(along(resets[index], h), 0.0)
+        h = torch.addcmul(b[index], a[index], h)
+        states.append(h)
+    return states
+
+
+def _cumulative_decays(a: list[Tensor], resets: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the product of all decays up to each step, and whether there was a reset up to it."""
+    decays = [a[0]]
+    seen_reset = _no_tensors()
+    if len(resets) > 0:
+        decays = [a[0].masked_fill(along(resets[0], a[0]), 0.0)]
+        seen_reset = [resets[0]]
+    for index in range(1, len(a)):
+        decay = decays[-1] * a[index]
+        if len(resets) > 0:
+            decay = decay.masked_fill(along(resets[index], decay), 0.0)
+            seen_reset.append(seen_reset[-1] | resets[index])
+        decays.append(decay)
+    return decays, seen_reset
+
+
+def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool) -> States:
+    """Return the state before each chunk (B, C, *), and the last one (B, *), from those at the ends of the chunks.
+
+    decay and state are (B, C, *), each for its chunk alone; `seen_reset` (B, C) marks the chunks with a reset.
+    """
+    first = h.unsqueeze(1)
+    state = torch.cat([state, first] if reverse else [first, state], 1)
+    decay = torch.cat([decay, torch.ones_like(first)] if reverse else [torch.ones_like(first), decay], 1)
+    if seen_reset is not None:
+        no = torch.zeros_like(seen_reset[:, :1])
+        seen_reset = torch.cat([seen_reset, no] if reverse else [no, seen_reset], 1)
+    count = state.size(1)
+    positions = torch.arange(count, device=state.device)
+    distance = 1
+    while distance < most_chunks() and not _reaches(distance, count):
+        sources = positions + distance if reverse else positions - distance
+        # Chunks with no chunk `distance` back are complete; their decay is no longer used.
+        stop = (sources != sources.clamp(0, count - 1)).unsqueeze(0)
+        sources = sources.clamp(0, count - 1)
+        if seen_reset is not None:
+            stop = stop | seen_reset
+        state = torch.addcmul(state, decay, state.index_select(1, sources).masked_fill(along(stop, state), 0.0))
+        decay = decay * decay.index_select(1, sources)
+        if seen_reset is not None:
+            decay = decay.masked_fill(along(seen_reset, decay), 0.0)
+            seen_reset = seen_reset | seen_reset.index_select(1, sources)
+        distance *= 2
+    if not is_scripting():
+        if is_exporting():
+            # Nothing else would show that a sequence is longer than the graph was made for.
+            state = state.masked_fill(positions[-1] >= distance, torch.nan)
+    if reverse:
+        return state[:, 1:], state[:, 0]
+    else:
+        return state[:, :-1], state[:, -1]

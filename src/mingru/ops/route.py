@@ -1,0 +1,154 @@
+"""The one place that chooses what runs a recurrence: which backend, and which of its kernels.
+
+A new backend is one module in `backends/` that ends in a `Backend`, and one entry in `BACKENDS` (and one in
+`FASTEST_FIRST`, if "auto" is to take it). The tests in tests/ops take it up from there.
+"""
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .backend import Backend, Kernel
+from .backends import in_log_space, native, sequential, tensors
+from .call import Layout, Spec
+from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
+
+BACKENDS: dict[str, Backend] = {
+    "native": native.BACKEND,
+    "torch": tensors.BACKEND,
+    "log": in_log_space.BACKEND,
+    "sequential": sequential.BACKEND,
+}
+# What "auto" tries, in this order; "torch" serves everything.
+FASTEST_FIRST = ("native", "torch")
+VARIABLE = "MINGRU_BACKEND"
+
+
+class _Chosen(threading.local):
+    """What `use_backend` says in this thread."""
+
+    name = "auto"
+
+
+_chosen = _Chosen()
+
+
+def backends() -> dict[str, bool | str]:
+    """Return which backends can run here.
+
+    Returns:
+        For each name, `True`, or a sentence that says why not.
+
+    Example:
+        >>> mingru.backends()["torch"]
+        True
+    """
+    return {name: backend.unavailable() or True for name, backend in BACKENDS.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let `"auto"` mean this backend, in this thread, until the block ends.
+
+    It takes precedence over the environment variable `MINGRU_BACKEND`, which sets the backend for the whole process.
+
+    Args:
+        name: One of the names that `backends` lists, or `"auto"`.
+
+    Raises:
+        ValueError: there is no such backend.
+
+    Example:
+        >>> rnn = mingru.MinGRU(3, 8)
+        >>> with mingru.use_backend("sequential"):
+        ...     out, h = rnn(torch.zeros(2, 5, 3))
+    """
+    _check_name(name, "use_backend: name")
+    before, _chosen.name = _chosen.name, name
+    try:
+        yield
+    finally:
+        _chosen.name = before
+
+
+def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
+    """Return the name of the backend that runs this spec on this tensor. Asked once for each call."""
+    asked_by = "backend"
+    if backend == "auto":
+        backend, asked_by = _chosen.name, "use_backend"
+    if backend == "auto":
+        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
+    if backend == "auto":
+        if is_exporting():
+            # The graph leaves this process, for one that may not have our kernels.
+            return "torch"
+        if sequence.device.type == "cpu" and not is_compiling():
+            _warn_once_if_kernels_are_missing()
+        for name in FASTEST_FIRST:
+            if _why_not(name, sequence, spec) is None:
+                return name
+    asked_by = f"{spec.cell}: {asked_by}"
+    _check_name(backend, asked_by)
+    why = _why_not(backend, sequence, spec)
+    if why is not None:
+        raise ValueError(f"{asked_by} asks for {backend!r}, which can't run this: {why}; use 'auto'")
+    return backend
+
+
+def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
+    """Return the fused kernel that can compute the recurrence from these pre-activations."""
+    kernel = BACKENDS[name].kernel
+    if kernel is None or not are_ordinary(*inputs) or (is_compiling() and name == "torch"):
+        return None
+    # A kernel takes either packed or padded sequences.
+    return None if layout.padding is not None and kernel.packed else kernel
+
+
+def linear_kernel_of(name: str, x: Tensor, linear: nn.Module, layout: Layout) -> Kernel | None:
+    """Return the fused kernel that can compute the recurrence together with this linear map."""
+    kernel = BACKENDS[name].linear_kernel
+    if kernel is None or layout.padding is not None or type(linear) is not nn.Linear or is_hooked(linear):
+        return None
+    # bfloat16 and float16 pre-activations are rounded with their bias, as `torch.nn.Linear` does it.
+    fits = x.dtype == linear.weight.dtype and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    return kernel if fits and are_ordinary(x, linear.weight) and not is_autocast(x) else None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than the `forward` of its class."""
+    return bool(
+        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+@functools.cache
+def _warn_once_if_kernels_are_missing() -> None:
+    why = BACKENDS["native"].unavailable()
+    if why is not None:
+        warnings.warn(
+            f"mingru: running its portable back end 'torch' on the CPU, as {why}", RuntimeWarning, stacklevel=2
+        )
+
+
+def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
+    backend = BACKENDS[name]
+    return backend.unavailable() or backend.unsupported(sequence, spec)
+
+
+def _check_name(name: Any, asked_by: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        names = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"{asked_by} must be one of {names}, got {name!r}")
