@@ -17,6 +17,7 @@ from ..ops import States, packed, portable
 from ..ops.activation import zero_state
 from ..ops.shape import accumulate_dtype
 from ..ops.tracing import untraced
+from .group_norm import GroupNorm
 from .recurrent import is_autocast, is_hooked, not_default, weight_of
 
 # By the number of space dimensions.
@@ -87,7 +88,7 @@ class MinConvLayer(nn.Module):
         self.residual = residual
         convolution: Any = CONVOLUTIONS[len(geometry.kernel_size)]
         common: dict[str, Any] = {**geometry._asdict(), "groups": groups, **factory}
-        self.norm = nn.GroupNorm(_num_groups(input_dims), input_dims, **factory) if norm == "group" else None
+        self.norm = GroupNorm(_num_groups(input_dims), input_dims, **factory) if norm == "group" else None
         self.conv = convolution(input_dims, 2 * hidden_dims, bias=bias, **common)
         self.conv_reverse = convolution(input_dims, 2 * hidden_dims, bias=bias, **common) if bidirectional else None
         self.align = None
