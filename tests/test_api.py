@@ -59,6 +59,9 @@ CONTRACT = {
         "input_size, hidden_size, bias=True, device=None, dtype=None, *, norm=None, candidate='positive'"
     ),
     "drop_in.replace": "module",
+    "convert.from_cheind": (
+        "state_dict, prefix='', *, residual=None, dropout=0.0, stride=None, padding=None, num_groups=None"
+    ),
     "convert.from_lucidrains": "state_dict, prefix=''",
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
     "export.onnx": "model, example_inputs, path, *, kind='sequence'",

@@ -1,7 +1,10 @@
-"""Weights of other code bases: against the package of the one, against a restatement of the other's formulas."""
+"""Weights of other code bases: against the package itself, its recorded outputs, or a restatement of its formulas."""
 
 import copy
 import io
+import json
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru.convert import Projected, from_lucidrains, from_minrnns
+from mingru.convert import Projected, from_cheind, from_lucidrains, from_minrnns
 
 B = 3
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -319,7 +322,7 @@ def test_a_layer_inside_a_model(source):
     convert = from_lucidrains if source is Lucidrains else from_minrnns
     inner = convert(model.state_dict(), "layers.1.")
     assert torch.equal(inner(x)[0], layer(x)[0])
-    with pytest.raises(ValueError, match=r"got embed\.weight, layers\..*; a layer of theirs has prefix='layers\.1\.'$"):
+    with pytest.raises(ValueError, match=r"got the key embed\.weight; a layer of theirs has prefix='layers\.1\.'$"):
         convert(model.state_dict())
 
 
@@ -346,14 +349,14 @@ def zeros(*shape):
     [
         (
             {GATES + "weight": None},
-            "state_dict must be of the keys to_hidden_and_gate.weight or to_hidden_and_f_i_gate.weight and perhaps "
-            "to_out.weight, got to_out.weight",
+            "state_dict must be of keys such as to_hidden_and_gate.weight or to_hidden_and_f_i_gate.weight, "
+            "got the key to_out.weight",
         ),
-        ({"to_out.bias": zeros(4)}, "got to_hidden_and_gate.weight, to_out.weight, to_out.bias"),
         (
-            {"to_hidden_and_f_i_gate.weight": zeros(9, 4)},
-            "got to_hidden_and_gate.weight, to_out.weight, to_hidden",
+            {"to_out.bias": zeros(4)},
+            "of the keys to_hidden_and_gate.weight and perhaps to_out.weight, got the key to_out.bias",
         ),
+        ({"to_hidden_and_f_i_gate.weight": zeros(9, 4)}, "got the key to_hidden_and_f_i_gate.weight"),
         ({GATES + "weight": zeros(7, 4)}, "to_hidden_and_gate.weight must be (2 * H, I), got (7, 4)"),
         ({GATES + "weight": zeros(0, 4)}, "to_hidden_and_gate.weight must be (2 * H, I), got (0, 4)"),
         ({GATES + "weight": zeros(12)}, "to_hidden_and_gate.weight must be (2 * H, I), got (12,)"),
@@ -365,7 +368,7 @@ def zeros(*shape):
             {"to_out.weight": zeros(4, 6).to("meta")},
             "to_out.weight must be on cpu as to_hidden_and_gate",
         ),
-        ({str(index): zeros(1) for index in range(9)}, "to_out.weight, 0, 1, 2, 3, 4, 5 and 3 more"),
+        ({str(index): zeros(1) for index in range(9)}, "got the key 0"),
     ],
 )
 def test_lucidrains_weights_that_do_not_fit(changes, message):
@@ -381,10 +384,10 @@ def test_lucidrains_weights_that_do_not_fit(changes, message):
         (
             {"to_out.bias": None, GATES + "bias": None},
             "state_dict must be of the keys a.to_hidden_and_gate.weight, a.to_hidden_and_gate.bias, a.to_out.weight, "
-            "a.to_out.bias and perhaps a.init_hidden_state, got a.init_hidden_state, a.to_hidden_and_gate.weight, "
-            "a.to_out.weight",
+            "a.to_out.bias and perhaps a.init_hidden_state, got no key a.to_hidden_and_gate.bias",
         ),
-        ({"conv.weight": zeros(4)}, "a.to_out.bias, a.conv.weight"),
+        ({"to_out.bias": None}, "got no key a.to_out.bias"),
+        ({"conv.weight": zeros(4)}, "got the key a.conv.weight"),
         (
             {GATES + "weight": zeros(24, 4)},
             "a.to_hidden_and_gate.weight must be (2 * H, I) or (3 * H, I) with a.to_out.weight (I, H), "
@@ -409,8 +412,10 @@ def test_authors_weights_that_do_not_fit(changes, message):
 
 
 def test_a_prefix_of_nothing():
-    with pytest.raises(ValueError, match=r"keys b\.to_hidden_and_gate.*, got none that begins with 'b\.'$"):
+    with pytest.raises(ValueError, match=r"with keys that begin with 'b\.', got the key to_hidden_and_gate\.weight$"):
         from_lucidrains(lucidrains_weights(), "b.")
+    with pytest.raises(ValueError, match=r"got an empty one$"):
+        from_lucidrains({})
 
 
 @pytest.mark.parametrize("use_coeff_norm", [None, False, "True"])
@@ -441,3 +446,516 @@ def test_wrong_types(convert, weights):
     assert why(listed).startswith("to_hidden_and_gate.weight must be a tensor, got list")
     whole = {key: weight.long() for key, weight in weights.items()}
     assert why(whole) == "to_hidden_and_gate.weight must be of a floating dtype, got torch.int64"
+
+
+# cheind/mingru
+
+# In the file: how its numbers were made.
+RECORDED = json.loads((Path(__file__).parent / "data/cheind.json").read_text(encoding="utf-8"))["cases"]
+# The names of linear map, residual map and norm of layer i, by version.
+NAMES = {
+    "1.4.2": lambda i: ([f"layers.{i}.gate_hidden"], f"layers.{i}.res_align", f"layers.{i}.norm"),
+    "1.4.0": lambda i: ([f"to_gate_hidden.{i}"], f"residual_layers.{i}", ""),
+    "cell": lambda i: (["to_gate_hidden"], "", ""),
+    "1.3.0": lambda i: ([f"linear_gate_hidden.{i}"], "input_residual_align", ""),
+    "1.2.0": lambda i: ([f"linear_z.{i}", f"linear_h.{i}"], "input_residual_align", ""),
+}
+OLD = ("1.3.0", "1.2.0")
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.double)
+
+
+class Cheind:
+    """Layers of https://github.com/cheind/mingru in linear space, step by step, with weights drawn here.
+
+    There: gate rows first, candidate rows second; from g(0); norm on the layer's input; the layer's input, before the
+    norm, added to its output, not to its state. Until version 1.3.0 the first layer's input always goes through a map,
+    with bias, later only where sizes differ, without.
+    """
+
+    def __init__(
+        self, version, sizes, *, bias=True, norm=False, residual=False, kernels=None, stride=None, padding=None
+    ):
+        self.residual, self.norm, self.stride, self.padding = residual, norm, stride, padding
+        self.state_dict = {}
+        self.layers = []
+        for i, (input_dims, hidden_dims) in enumerate(pairwise(sizes)):
+            kernel = (kernels[i], kernels[i]) if kernels else ()
+            keeps = not kernels or (stride[i] == 1 and kernels[i] == 1 + 2 * padding[i])
+            weights = {"linear": double(2 * hidden_dims, input_dims, *kernel)}
+            if bias:
+                weights["linear bias"] = double(2 * hidden_dims)
+            if norm:
+                weights |= {"norm": double(input_dims), "norm bias": double(input_dims)}
+            if residual and (i == 0 if version in OLD else input_dims != hidden_dims or not keeps):
+                weights["align"] = double(hidden_dims, input_dims, *kernel)
+                if bias and version in OLD:
+                    weights["align bias"] = double(hidden_dims)
+            self.layers.append(weights)
+            linears, align, norm_name = NAMES[version](i)
+            for name, weight in weights.items():
+                part, _, kind = name.partition(" ")
+                names = {"linear": linears, "align": [align], "norm": [norm_name]}[part]
+                pieces = zip(names, weight.chunk(len(names)), strict=True)
+                self.state_dict |= {f"{name}.{kind or 'weight'}": piece for name, piece in pieces}
+
+    def converted(self, **options):
+        options = {"residual": self.residual, "stride": self.stride, "padding": self.padding, **options}
+        return from_cheind(self.state_dict, **options)
+
+    def __call__(self, x, h=None, num_groups=None):
+        states = []
+        for i, weights in enumerate(self.layers):
+            pre = self.linear(i, "linear", self.normalized(weights, x, num_groups and num_groups[i]))
+            gate, candidate = pre.chunk(2, 2)
+            state = torch.full_like(gate[:, 0], 0.5) if h is None else h[i].squeeze(1)
+            out = []
+            for t in range(x.shape[1]):
+                z = gate[:, t].sigmoid()
+                state = (1 - z) * state + z * AuthorsLayer.g(candidate[:, t])
+                out.append(state)
+            states.append(state.unsqueeze(1))
+            out = torch.stack(out, 1)
+            if self.residual:
+                out = out + (self.linear(i, "align", x) if "align" in weights else x)
+            x = out
+        return x, states
+
+    def linear(self, i, name, x):
+        weight, bias = self.layers[i][name], self.layers[i].get(name + " bias")
+        if x.dim() == 3:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x.flatten(0, 1), weight, bias, self.stride[i], self.padding[i]).unflatten(0, x.shape[:2])
+
+    def normalized(self, weights, x, num_groups):
+        """Of mean 0 and variance 1: the features, or a group of channels over space, then scaled and shifted."""
+        if not self.norm:
+            return x
+        channels = x.shape[2]
+        groups = 1
+        if x.dim() == 5:
+            # Their rule.
+            possible = [n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels)]
+            groups = num_groups or possible[0]
+        rows = x.reshape(*x.shape[:2], groups, -1)
+        rows = (rows - rows.mean(-1, True)) / (rows.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        shape = (channels, *(1 for _ in x.shape[3:]))
+        return rows.view(x.shape) * weights["norm"].view(shape) + weights["norm bias"].view(shape)
+
+
+def as_ours(layer, h):
+    """Their state for our layer; a list of tensors is stacked for a MinGRU."""
+    return torch.stack(h) if isinstance(layer, mingru.MinGRU) and isinstance(h, list) else h
+
+
+def assert_states(ours, theirs):
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our.reshape(their.shape), their, **TIGHT)
+
+
+CASES = [
+    *((version, (3, 5), {"bias": bias}) for version in NAMES for bias in (True, False)),
+    *((version, sizes, {"residual": True}) for version in OLD for sizes in [(3, 5, 5), (4, 4), (4, 4, 4)]),
+    ("1.3.0", (3, 5, 5), {"residual": True, "bias": False}),
+    ("1.2.0", (4, 4, 4), {}),
+    *(
+        (version, sizes, {"residual": residual, "bias": bias})
+        for version in ("1.4.2", "1.4.0")
+        for sizes in [(3, 5, 5), (4, 4, 4), (3, 5, 2), (5, 5, 3), (3, 3)]
+        for residual, bias in [(True, True), (False, True), (True, False)]
+    ),
+    *(
+        ("1.4.2", sizes, {"norm": True, "residual": residual})
+        for sizes in [(3, 5, 2), (4, 4, 4)]
+        for residual in (True, False)
+    ),
+]
+IMAGES = [
+    ("cell", (2, 3), {"kernels": [2], "stride": [1], "padding": [0]}),
+    ("1.4.0", (2, 3, 3), {"kernels": [3, 1], "stride": [2, 1], "padding": [1, 0], "residual": True}),
+    ("1.4.2", (3, 3), {"kernels": [3], "stride": [1], "padding": [1], "residual": True, "bias": False}),
+    ("1.4.2", (3, 3), {"kernels": [3], "stride": [1], "padding": [0], "residual": True}),
+    ("1.4.2", (32, 4, 8), {"kernels": [3, 1], "stride": [1, 2], "padding": [1, 1], "residual": True, "norm": True}),
+    ("1.4.2", (64, 12), {"kernels": [1], "stride": [1], "padding": [0], "norm": True}),
+]
+# A residual with bias, layers of different sizes, and convolutions.
+SOME_CHEIND = [
+    ("1.3.0", (3, 5, 5), {"residual": True}),
+    ("1.4.2", (3, 5, 2), {"residual": True, "norm": True}),
+    IMAGES[1],
+    IMAGES[4],
+]
+
+
+def sequence(sizes, options, length):
+    return double(B, length, sizes[0], *((5, 6) if "kernels" in options else ()))
+
+
+@pytest.mark.parametrize(
+    ("run", "scripted"), [(0, False), (1, False), (1, True)], ids=["default state", "given state", "scripted"]
+)
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["name"])
+def test_recorded_outputs(case, run, scripted):
+    weights = {name: torch.tensor(weight, dtype=torch.double) for name, weight in case["weights"].items()}
+    x, found = torch.tensor(case["x"], dtype=torch.double), case["runs"][run]
+
+    def state(h):
+        """As it was returned: one tensor until version 1.3.0, later a list with one for each layer."""
+        if h is None:
+            return None
+        is_one = next(iter(weights)).startswith("linear_")
+        return torch.tensor(h, dtype=torch.double) if is_one else [torch.tensor(each, dtype=torch.double) for each in h]
+
+    h, last = state(found["h"]), state(found["last"])
+    both = next(iter(weights)).startswith("rnn.")
+    layer = from_cheind(weights, "rnn." if both else "", **case["options"])
+    call = torch.jit.script(layer) if scripted else layer
+    if both:
+        half = len(last) // 2
+        forward, ours = call(x, None if h is None else as_ours(layer, h[:half]))
+        backward, more = call(x.flip(1), None if h is None else as_ours(layer, h[half:]))
+        out, ours = torch.cat([forward, backward], 2), [*ours, *more]
+    else:
+        out, ours = call(x, None if h is None else as_ours(layer, h))
+    assert_close(out, torch.tensor(found["out"], dtype=torch.double), **TIGHT)
+    assert_states(ours, last)
+
+
+def test_every_kind_is_recorded():
+    """The two runs of each differ, and each version and kind is there."""
+    assert {case["commit"] for case in RECORDED} == {"e6fed96", "d0c19c3", "3c16719", "aa35d42"}
+    assert len(RECORDED) == 13
+    for case in RECORDED:
+        first, second = case["runs"]
+        assert first["h"] is None and second["h"] is not None
+        assert first["out"] != second["out"]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("version", "sizes", "options"), CASES + IMAGES)
+def test_cheind_one_pass(version, sizes, options, length):
+    peer = Cheind(version, sizes, **options)
+    layer, x = peer.converted(), sequence(sizes, options, length)
+    out, h = layer(x)
+    expected, states = peer(x)
+    assert_close(out, expected, **TIGHT)
+    assert_states(h, states)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize(("version", "sizes", "options"), SOME_CHEIND)
+def test_cheind_pieces_from_a_given_state(version, sizes, options, scripted):
+    peer = Cheind(version, sizes, **options)
+    layer, x = peer.converted(), sequence(sizes, options, 6)
+    call = torch.jit.script(layer) if scripted else layer
+    start = [torch.rand_like(state) + 0.1 for state in peer(x)[1]]
+    expected, last = peer(x, start)
+    h, outs = as_ours(layer, start), []
+    for piece in x.split([1, 3, 2], 1):
+        out, h = call(piece, h)
+        outs.append(out)
+    assert_close(torch.cat(outs, 1), expected, **TIGHT)
+    assert_states(h, last)
+
+
+@pytest.mark.parametrize(
+    ("version", "sizes", "options", "place"),
+    [
+        ("1.3.0", (3, 4, 4), {"residual": True}, "layers.0.align.bias"),
+        ("1.3.0", (4, 4, 4), {"residual": True}, "layers.0.align.weight"),
+        ("1.4.2", (3, 4, 2), {"norm": True, "residual": True}, "layers.1.layers.0.align.weight"),
+        ("1.4.2", (3, 4, 2), {"norm": True, "residual": True}, "layers.0.layers.0.norm.bias"),
+        (*IMAGES[4][:2], IMAGES[4][2], "layers.1.norm.weight"),
+    ],
+)
+def test_the_comparison_with_cheind_can_fail(version, sizes, options, place):
+    peer = Cheind(version, sizes, **options)
+    layer, x = peer.converted(), sequence(sizes, options, 4)
+    with torch.no_grad():
+        layer.get_parameter(place).flatten()[0].add_(1e-6)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(layer(x)[0], peer(x)[0], **TIGHT)
+
+
+@pytest.mark.parametrize(("version", "sizes", "options"), SOME_CHEIND)
+def test_cheind_gradients(version, sizes, options):
+    peer = Cheind(version, sizes, **options)
+    leaf = sequence(sizes, options, 5).requires_grad_()
+    grads = [torch.autograd.grad((call(leaf)[0] ** 2).sum(), leaf)[0] for call in (peer, peer.converted())]
+    assert grads[0].any()
+    assert_close(grads[1], grads[0], rtol=1e-8, atol=1e-8)
+
+
+def test_kinds_of_layers():
+    stack = Cheind("1.4.2", (3, 5, 2), residual=True).converted(dropout=0.25)
+    assert type(stack) is mingru.Stack
+    assert [(type(each), each.input_dims, each.hidden_dims, each.residual) for each in stack.layers] == [
+        (mingru.MinGRU, 3, 5, True),
+        (mingru.MinGRU, 5, 2, True),
+    ]
+    assert stack.dropout == 0.25 and not stack.residual
+    rnn = Cheind("1.4.2", (3, 5, 5), norm=True, bias=False).converted(dropout=0.25)
+    assert type(rnn) is mingru.MinGRU
+    assert (rnn.num_layers, rnn.norm, rnn.bias, rnn.residual, rnn.dropout) == (2, "layer", False, False, 0.25)
+    conv = Cheind(*IMAGES[1][:2], **IMAGES[1][2]).converted()
+    assert type(conv) is mingru.MinConv2dGRU
+    assert (conv.hidden_dims, conv.stride, conv.padding) == (3, [2, 1], [1, 0])
+
+
+def test_a_cell_of_ours_takes_what_a_cell_of_theirs_becomes():
+    peer = Cheind("cell", (3, 5))
+    cell = mingru.MinGRUCell(3, 5, dtype=torch.double)
+    cell.load_state_dict(peer.converted().state_dict())
+    x = double(B, 1, 3)
+    assert_close(cell(x[:, 0]), peer(x)[0][:, 0], **TIGHT)
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_cheind_weights_are_copies_and_nothing_is_drawn(version):
+    peer = Cheind(version, (3, 5))
+    seed = torch.get_rng_state()
+    peer.state_dict = {name: weight.float().requires_grad_() for name, weight in peer.state_dict.items()}
+    before = copy.deepcopy(peer.state_dict)
+    layer = peer.converted()
+    assert torch.equal(torch.get_rng_state(), seed)
+    for weight in layer.parameters():
+        assert weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32
+        nn.init.zeros_(weight)
+    for name, weight in peer.state_dict.items():
+        assert torch.equal(weight, before[name])
+    meta = {name: weight.to("meta") for name, weight in before.items()}
+    assert {weight.device.type for weight in from_cheind(meta, residual=False).parameters()} == {"meta"}
+
+
+def test_a_residual_that_the_weights_do_not_show():
+    peer = Cheind("1.4.2", (4, 4, 4), residual=True)
+    with pytest.raises(
+        ValueError, match=r"from_cheind: residual must be True or False, got None; the weights don't show"
+    ):
+        peer.converted(residual=None)
+    x = double(B, 4, 4)
+    assert (peer.converted(residual=False)(x)[0] - peer(x)[0]).abs().max() > 0.1
+    for version, sizes, options in [
+        ("1.4.2", (3, 4, 4), {"residual": True}),
+        ("1.4.2", (3, 4, 4), {}),
+        ("1.3.0", (4, 4, 4), {"residual": True}),
+        ("1.3.0", (4, 4, 4), {}),
+        ("cell", (4, 4), {}),
+    ]:
+        peer = Cheind(version, sizes, **options)
+        x = double(B, 4, sizes[0])
+        assert_close(peer.converted(residual=None)(x)[0], peer(x)[0], **TIGHT)
+
+
+# What does not fit a layer as its constructor makes it
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 4), (4, 4, 4)])
+def test_a_residual_with_bias_through_a_state_dict(sizes):
+    peer = Cheind("1.3.0", sizes, residual=True)
+    layer, x = peer.converted(), double(B, 5, sizes[0])
+    assert_close(copy.deepcopy(layer)(x)[0], peer(x)[0], **TIGHT)
+    fresh = mingru.MinGRU(sizes[0], 4, 2, residual=True, dtype=torch.double)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*layers\.0\.align\.bias"):
+        fresh.load_state_dict(layer.state_dict())
+    fresh.layers[0].align = nn.Linear(sizes[0], 4, dtype=torch.double)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x)[0], layer(x)[0])
+    layer.reset_parameters()
+    assert not torch.equal(fresh(x)[0], layer(x)[0])
+
+
+def normed(**options):
+    """Theirs has 8 groups in the first layer and 1 in the second, ours would have 2 and 1."""
+    peer = Cheind(*IMAGES[4][:2], **IMAGES[4][2])
+    return peer, peer.converted(**options), sequence(*IMAGES[4][1:], 3)
+
+
+FRESH = {"stride": [1, 2], "padding": 1, "residual": True, "norm": "group", "dtype": torch.double}
+
+
+def fresh_conv():
+    return mingru.MinConv2dGRU(32, [4, 8], [3, 1], 2, **FRESH)
+
+
+def test_groups_travel_in_the_state_dict():
+    peer, layer, x = normed()
+    assert [each.norm.num_groups for each in layer.layers] == [8, 1]
+    assert [each.norm.num_groups for each in fresh_conv().layers] == [2, 1]
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    fresh = fresh_conv()
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert_close(fresh(x)[0], peer(x)[0], **TIGHT)
+    assert fresh.state_dict().keys() == layer.state_dict().keys()
+    assert_close(copy.deepcopy(fresh)(x)[0], peer(x)[0], **TIGHT)
+    assert_close(torch.jit.script(fresh)(x)[0], peer(x)[0], **TIGHT)
+    exported = torch.export.export(fresh, (x,)).module()
+    assert_close(exported(x)[0], peer(x)[0], **TIGHT)
+
+
+def test_other_groups_never_load_silently():
+    peer, layer, x = normed()
+    plain = fresh_conv()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"layers\.0\.norm\.groups\""):
+        layer.load_state_dict(plain.state_dict())
+    plain.layers[0].norm = nn.GroupNorm(2, 32, dtype=torch.double)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"layers\.0\.norm\.groups\""):
+        plain.load_state_dict(layer.state_dict())
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    # What loading them used to do.
+    assert (plain(x)[0] - peer(x)[0]).abs().max() > 0.01
+    state_dict = layer.state_dict()
+    state_dict["layers.0.norm.groups"] = torch.tensor(5)
+    with pytest.raises(ValueError, match="num_groups must be a divisor of the number of channels, 32, got 5"):
+        layer.load_state_dict(state_dict)
+
+
+def test_layers_without_other_groups_have_the_state_dict_of_before():
+    assert not any("groups" in name for name in fresh_conv().state_dict())
+    layer = Cheind("1.4.2", (8, 4), kernels=[1], stride=[1], padding=[0], norm=True).converted()
+    assert not any("groups" in name for name in layer.state_dict())
+
+
+@pytest.mark.parametrize(("num_groups", "expected"), [(4, [4, 4]), (1, [1, 1]), ([16, 2], [16, 2])])
+def test_other_groups_than_by_their_rule(num_groups, expected):
+    peer, layer, x = normed(num_groups=num_groups)
+    assert [each.norm.num_groups for each in layer.layers] == expected
+    assert_close(layer(x)[0], peer(x, num_groups=expected)[0], **TIGHT)
+
+
+# What from_cheind refuses
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "changes", "message"),
+    [
+        ("1.4.2", {}, {"head.weight": zeros(2, 2)}, "got the key a.head.weight"),
+        ("1.4.2", {}, {"layers.1.gate_hidden.weight": None}, "got the key a.layers.1.gate_hidden.bias"),
+        (
+            "1.4.2",
+            {},
+            {"layers.0.gate_hidden.weight": None},
+            "state_dict must be of the keys a.layers.0.gate_hidden.weight, got no key a.layers.0.gate_hidden.weight",
+        ),
+        (
+            "1.4.2",
+            {},
+            {"layers.1.gate_hidden.bias": None},
+            "state_dict must be of the keys a.layers.0.gate_hidden.weight, a.layers.0.gate_hidden.bias, "
+            "a.layers.1.gate_hidden.weight, a.layers.1.gate_hidden.bias, got no key a.layers.1.gate_hidden.bias",
+        ),
+        ("1.4.2", {"norm": True}, {"layers.1.norm.bias": None}, "got no key a.layers.1.norm.bias"),
+        ("1.4.2", {"norm": True}, {"layers.1.norm.running_mean": zeros(4)}, "got the key a.layers.1.norm.running_mean"),
+        ("1.4.2", {"residual": True}, {"layers.0.res_align.weight": None}, "got no key a.layers.0.res_align.weight"),
+        ("1.4.2", {}, {"layers.0.res_align.weight": zeros(4, 3)}, "got the key a.layers.0.res_align.weight"),
+        ("1.4.2", {}, {"to_gate_hidden.0.weight": zeros(8, 3)}, "got the key a.to_gate_hidden.0.weight"),
+        ("1.4.2", {}, {"linear_gate_hidden.0.weight": zeros(8, 3)}, "got the key a.linear_gate_hidden.0.weight"),
+        (
+            "1.4.2",
+            {},
+            {"layers.0.gate_hidden.weight": zeros(7, 3)},
+            "gate_hidden.weight must be (2 * H, I), got (7, 3)",
+        ),
+        (
+            "1.4.2",
+            {},
+            {"layers.0.gate_hidden.weight": zeros(8)},
+            "(2 * H, I) or (2 * H, I, kernel_h, kernel_w), got (8,)",
+        ),
+        ("1.4.2", {}, {"layers.1.gate_hidden.weight": zeros(8, 4, 1, 1)}, "must be (2 * H, I), got (8, 4, 1, 1)"),
+        ("1.4.2", {}, {"layers.0.gate_hidden.weight": zeros(8, 0)}, "must be (2 * H, I), got (8, 0)"),
+        (
+            "1.4.2",
+            {},
+            {"layers.1.gate_hidden.weight": zeros(8, 5)},
+            "a.layers.1.gate_hidden.weight must be (8, 4) as a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)",
+        ),
+        ("1.4.2", {}, {"layers.1.gate_hidden.bias": zeros(4)}, "a.layers.1.gate_hidden.bias must be (8,) as"),
+        (
+            "1.4.2",
+            {},
+            {"layers.1.gate_hidden.bias": zeros(8).to("meta")},
+            "bias must be on cpu as a.layers.0.gate_hidden",
+        ),
+        ("1.3.0", {"residual": True}, {"input_residual_align.bias": None}, "got no key a.input_residual_align.bias"),
+        (
+            "1.3.0",
+            {"residual": True},
+            {"input_residual_align.weight": None},
+            "got no key a.input_residual_align.weight",
+        ),
+        ("1.3.0", {}, {"linear_gate_hidden.1.weight": zeros(10, 4)}, "weight must be (8, 4) as a.linear_gate_hidden.0"),
+        ("1.3.0", {}, {"layer_transforms.0.weight": zeros(4, 4)}, "got the key a.layer_transforms.0.weight"),
+        ("1.2.0", {}, {"linear_h.1.weight": None}, "got no key a.linear_h.1.weight"),
+        (
+            "1.2.0",
+            {},
+            {"linear_h.1.weight": zeros(5, 4)},
+            "a.linear_h.1.weight must be (4, 4) as a.linear_z.1.weight is",
+        ),
+        ("1.2.0", {}, {"linear_h.0.weight": zeros(4)}, "a.linear_h.0.weight must be (H, I), got (4,)"),
+    ],
+)
+def test_cheind_weights_that_do_not_fit(version, options, changes, message):
+    state_dict = {**Cheind(version, (3, 4, 4), **options).state_dict, **changes}
+    state_dict = {"a." + key: weight for key, weight in state_dict.items() if weight is not None}
+    with pytest.raises(ValueError, match="from_cheind: ") as caught:
+        from_cheind(state_dict, "a.", residual=options.get("residual", False))
+    assert message in str(caught.value)
+
+
+def test_a_missing_layer_is_named():
+    state_dict = Cheind("1.4.2", (3, 4, 4, 4)).state_dict
+    left = {key: weight for key, weight in state_dict.items() if not key.startswith("layers.1.")}
+    with pytest.raises(ValueError, match=r"got no key layers\.1\.gate_hidden\.weight$"):
+        from_cheind(left)
+
+
+def test_foreign_weights():
+    with pytest.raises(
+        ValueError, match=r"keys such as layers\.0\.gate_hidden\.weight or .*, got the key to_hidden_and_gate"
+    ):
+        from_cheind(lucidrains_weights())
+    both = {f"model.rnn.{key}": weight for key, weight in Cheind("1.4.2", (3, 4)).state_dict.items()}
+    with pytest.raises(ValueError, match=r"a layer of theirs has prefix='model\.rnn\.'$"):
+        from_cheind(both)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": None}, "stride must be given, got None; the weights of a convolution don't show it"),
+        ({"padding": None}, "padding must be given, got None"),
+        ({"num_groups": [8]}, "num_groups must be a number or a list of 2, one for each layer, got [8]"),
+        ({"num_groups": 3}, "num_groups must be a divisor of the number of channels, 32, got 3"),
+        ({"residual": False}, "got the key layers.0.res_align.weight"),
+    ],
+)
+def test_options_of_convolutions_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match="must be") as caught:
+        normed(**options)
+    assert message in str(caught.value)
+
+
+def test_options_that_do_not_fit():
+    rnn = Cheind("1.4.2", (3, 4))
+    with pytest.raises(ValueError, match=r"stride must be None for weights without a convolution, got 1$"):
+        rnn.converted(stride=1)
+    with pytest.raises(ValueError, match="num_groups must be None for weights without a convolution, got 1"):
+        rnn.converted(num_groups=1)
+    with pytest.raises(ValueError, match="num_groups must be None for weights without a group norm, got 1"):
+        Cheind(*IMAGES[1][:2], **IMAGES[1][2]).converted(num_groups=1)
+    with pytest.raises(ValueError, match="residual must be False or None, as a cell has no residual, got True"):
+        Cheind("cell", (4, 4)).converted(residual=True)
+    with pytest.raises(TypeError, match="residual must be a bool, got 1"):
+        rnn.converted(residual=1)
+    half = {**rnn.state_dict, "layers.0.gate_hidden.bias": zeros(8).half()}
+    with pytest.raises(
+        TypeError, match=r"gate_hidden\.bias must be torch\.float64 as layers\.0\.gate_hidden\.weight is"
+    ):
+        from_cheind(half)

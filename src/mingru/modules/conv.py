@@ -16,6 +16,7 @@ from ..ops import Layout, Map, Spec, Start, States, traceable
 from ..ops.activation import zero_state
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
+from .group_norm import GroupNorm
 from .recurrent import in_reverse, not_default, weight_of, without_dims
 
 # By the number of space dimensions.
@@ -80,7 +81,7 @@ class MinConvLayer(nn.Module):
         self.residual = residual
         convolution: Any = CONVOLUTIONS[len(geometry.kernel_size)]
         common: dict[str, Any] = {**geometry._asdict(), "groups": groups, **factory}
-        self.norm = nn.GroupNorm(_num_groups(input_dims), input_dims, **factory) if norm == "group" else None
+        self.norm = GroupNorm(_num_groups(input_dims), input_dims, **factory) if norm == "group" else None
         self.conv = convolution(input_dims, 2 * hidden_dims, bias=bias, **common)
         self.conv_reverse = convolution(input_dims, 2 * hidden_dims, bias=bias, **common) if bidirectional else None
         self.align = None

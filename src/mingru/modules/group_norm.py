@@ -1,0 +1,37 @@
+"""Group normalization whose number of groups can differ from the one that a layer chooses."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check_int, expectation
+
+
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm` whose state_dict has the number of groups, as `groups`, if `regroup` set it.
+
+    The weights fit any number of groups. Without that entry, weights that were trained with one number would load
+    without an error into a module that has another, and the outputs would be wrong.
+    """
+
+    groups: Tensor | None
+
+    def __init__(self, num_groups: int, num_channels: int, **factory: Any) -> None:
+        super().__init__(num_groups, num_channels, **factory)
+        self.register_buffer("groups", None)
+
+    def regroup(self, num_groups: int) -> None:
+        """Change the number of groups."""
+        check_int("GroupNorm", "num_groups", num_groups)
+        if self.num_channels % num_groups:
+            expected = f"a divisor of the number of channels, {self.num_channels}"
+            raise ValueError(expectation("GroupNorm", "num_groups", expected, str(num_groups)))
+        self.num_groups = num_groups
+        self.groups = torch.tensor(num_groups, device=self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        groups = state_dict.get(prefix + "groups")
+        if groups is not None:
+            self.regroup(int(groups))
+        super()._load_from_state_dict(state_dict, prefix, *args)
