@@ -40,7 +40,8 @@ class Stack(Base):
         x: as the first layer takes it; so are `reset` and `lengths`, which all layers share. A
             `torch.nn.utils.rnn.PackedSequence` goes in, and comes out, where no layer is convolutional; `lengths`
             likewise.
-        h: the states before the first step, a list as it is returned, or a tuple. Default: each layer's own.
+        h: the states before the first step, a list as it is returned, or a tuple; in TorchScript, a list.
+            Default: each layer's own.
 
     Returns:
         `out`, the last layer's output, and the list of the states after the last step, so that `stack(x2, h)`
