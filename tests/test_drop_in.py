@@ -259,6 +259,7 @@ STRICTER = {
     "GRU(True, 4)": TypeError,
     "GRU(3, 4, True)": TypeError,
     "GRU(3, 4, bidirectional=1)": TypeError,
+    "GRUCell(3, 4, 1)": TypeError,
     "GRU(3, 4, dtype=torch.complex64)": RuntimeError,
     "GRUCell(0, 4)": RuntimeError,
     "GRUCell(3, 0)": RuntimeError,

@@ -1,13 +1,47 @@
 """The sentences in which bad input is refused: function, argument, what was expected, what came, and the remedy."""
 
+import difflib
+import functools
+import inspect
+import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
 from .ops.shape import accumulate_dtype
+
+P = ParamSpec("P")
+
+# What an argument is called elsewhere, and here: in torch's recurrent and convolutional layers, in lucidrains'
+# minGRU-pytorch, in this package before its names of today, and in convolutional GRUs. `drop_in` has torch's names.
+COUNTERPARTS = {
+    "input_size": ("input_dims",),
+    "in_channels": ("input_dims",),
+    "input_dims": ("input_size",),
+    "hidden_size": ("hidden_dims",),
+    "hidden_sizes": ("hidden_dims",),
+    "out_channels": ("hidden_dims",),
+    "hidden_dims": ("hidden_size",),
+    "dim": ("input_dims", "hidden_dims"),
+    "expansion_factor": ("hidden_dims",),
+    "n_layers": ("num_layers",),
+    "kernel_sizes": ("kernel_size",),
+    "strides": ("stride",),
+    "paddings": ("padding",),
+    "batch_norm": ("norm",),
+    "input": ("x",),
+    "x": ("input",),
+    **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
+}
+LINEAR_BEHIND = "put a linear layer behind this one"
+REMEDIES = {"proj_size": LINEAR_BEHIND, "proj_out": LINEAR_BEHIND}
+
+EMBED = "embed token ids first (torch.nn.Embedding)"
 
 
 def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:
@@ -16,6 +50,71 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
 
 def dims(shape: torch.Size | tuple[int, ...]) -> str:
     return str(tuple(shape))
+
+
+def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """For a constructor: arguments that don't fit are refused under the name of the class that is made.
+
+    Python would name the base that the constructor is from. The remedy is for too many arguments.
+    """
+
+    def decorated(init: Callable[P, None]) -> Callable[P, None]:
+        signature = inspect.signature(init)
+
+        @functools.wraps(init)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            problem = misfit(type(args[0]).__name__, signature, args, kwargs, remedy)
+            if problem:
+                raise TypeError(problem)
+            init(*args, **kwargs)
+
+        return run
+
+    return decorated
+
+
+def misfit(
+    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
+) -> str:
+    """Why a method can't be called so, self being the first of args; "" if it can."""
+    known = list(signature.parameters.values())[1:]
+    names = [parameter.name for parameter in known]
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        for argument in kwargs:
+            if argument not in names:
+                return f"{name}: no argument {argument!r}; {_meant(argument, names)}"
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        by_position = [parameter.name for parameter in known if parameter.kind is not parameter.KEYWORD_ONLY]
+        return f"{name}: {error}; {remedy or 'by position it takes ' + ', '.join(by_position)}"
+    return ""
+
+
+def _meant(argument: str, names: list[str]) -> str:
+    meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names]
+    # Near enough for a slip of the keyboard, and for no more.
+    meant = meant or difflib.get_close_matches(argument, names, 1, 0.8)
+    if meant:
+        return f"you mean {' and '.join(meant)}"
+    return REMEDIES.get(argument) or f"it takes {', '.join(names)}"
+
+
+def check_flags(name: str, **flags: object) -> None:
+    for argument, flag in flags.items():
+        check_flag(name, argument, flag)
+
+
+def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
+
+
+def check_bias(name: str, bias: object) -> None:
+    """Of a layer, where other numbers may be taken for it."""
+    is_number = isinstance(bias, (int, float))
+    after = "after num_layers come bias, batch_first, dropout and bidirectional; pass dropout by keyword"
+    check_flag(name, "bias", bias, after if is_number else "")
 
 
 def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
@@ -34,8 +133,19 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
         warnings.warn(
             f"{name}: dropout={dropout} has no effect on one layer, as the last layer's output is never dropped; add "
             "layers or set dropout to 0",
-            stacklevel=3,
+            stacklevel=_level_of_the_caller(),
         )
+
+
+def _level_of_the_caller() -> int:
+    """The `stacklevel` with which the function that calls this one blames the first line outside of the package."""
+    package = __name__.partition(".")[0]
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def check_options(name: str, norm: str | None, norms: Collection[str], candidate: str, dtype: object) -> None:
@@ -73,18 +183,40 @@ def check_like(
     *,
     or_dtype: torch.dtype | None = None,
     autocast: bool = False,
+    ids: bool = False,
 ) -> None:
-    """x must be a tensor with the dtype (or the one named, or any that autocast converts) and the device of `like`."""
+    """x must be a tensor with the dtype (or the one named, or any that autocast converts) and the device of `like`.
+
+    With `ids`, integers may be token ids that were not embedded.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
     if x.dtype not in (like.dtype, or_dtype) and not (autocast and accumulate_dtype(x.dtype) == torch.float32):
         as_like = f"{like.dtype} as {like_name} is"
-        raise TypeError(expectation(name, argument, as_like, str(x.dtype), f"use {argument}.to({like.dtype})"))
+        remedy = f"use {argument}.to({like.dtype})"
+        if ids and embed_remedy(x):
+            remedy = f"{EMBED}, or {remedy} for numbers"
+        raise TypeError(expectation(name, argument, as_like, str(x.dtype), remedy))
     if x.device != like.device:
         as_like = f"on {like.device} as {like_name} is"
         raise ValueError(
             expectation(name, argument, as_like, f"one on {x.device}", f"use {argument}.to({str(like.device)!r})")
         )
+
+
+def embed_remedy(x: Tensor) -> str:
+    """Of the integers that an embedding takes."""
+    return EMBED if x.dtype in (torch.int64, torch.int32) else ""
+
+
+def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
+    """h must not be a list of states, or with the cell state of an LSTM."""
+    if not isinstance(h, (list, tuple)):
+        return
+    remedy = f"a minGRU's state is one tensor h, {letters}"
+    if cell == "minlstm":
+        remedy = f"a minLSTM's state is one tensor h, {letters}, without a cell state"
+    raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
 
 
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import check_like, dims, expectation
+from .check import (
+    LINEAR_BEHIND,
+    arguments_checked,
+    check_bias,
+    check_flags,
+    check_like,
+    dims,
+    embed_remedy,
+    expectation,
+)
 from .modules import MinGRU
 from .modules.recurrent import not_default, weight_of, without_dims
 from .ops import Layout, States
@@ -58,7 +67,7 @@ class _DropIn(MinGRU):
     def _check_input(self, x: Tensor, wrong_dtype: type[Exception]) -> None:
         if x.shape[-1] != self.input_size:
             expected = f"of {self.input_size} features as input_size is {self.input_size}"
-            raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape)))
+            raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
         layer: Any = self.layers[0]
         weight = weight_of(layer.linear)
         if weight is not None:
@@ -80,7 +89,7 @@ class _DropIn(MinGRU):
             return
         autocast = is_autocast(x)
         try:
-            check_like(self.name, argument, x, like, like_name, autocast=autocast)
+            check_like(self.name, argument, x, like, like_name, autocast=autocast, ids=argument == "input")
         except TypeError as error:
             raise (RuntimeError if autocast else wrong_dtype)(str(error)) from None
         except ValueError as error:
@@ -144,6 +153,7 @@ class GRU(_DropIn):
         GRU(10, 20, num_layers=2)
     """
 
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -163,11 +173,9 @@ class GRU(_DropIn):
     ) -> None:
         name = type(self).__name__
         if proj_size is not None:
-            remedy = "put a linear layer behind this one"
-            raise ValueError(expectation(name, "proj_size", "left out", repr(proj_size), remedy))
-        for argument, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(flag, bool):
-                raise TypeError(expectation(name, argument, "a bool", repr(flag)))
+            raise ValueError(expectation(name, "proj_size", "left out", repr(proj_size), LINEAR_BEHIND))
+        check_bias(name, bias)
+        check_flags(name, batch_first=batch_first, bidirectional=bidirectional, residual=residual)
         if isinstance(dropout, (bool, str)):
             raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
         super().__init__(
@@ -214,7 +222,9 @@ class GRU(_DropIn):
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
         rows = input.data
         if rows.dim() != 2:
-            raise RuntimeError(expectation(self.name, "input", "packed rows (rows, I)", dims(rows.shape)))
+            raise RuntimeError(
+                expectation(self.name, "input", "packed rows (rows, I)", dims(rows.shape), embed_remedy(rows))
+            )
         self._check_input(rows, ValueError)
         if hx is not None:
             self._check_tensor("hx", hx)
@@ -229,7 +239,7 @@ class GRU(_DropIn):
         if input.dim() not in (2, 3):
             letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
             expected = f"{letters} or (S, {{}})".format(*[self.input_size] * 2)
-            raise ValueError(expectation(self.name, "input", expected, dims(input.shape)))
+            raise ValueError(expectation(self.name, "input", expected, dims(input.shape), embed_remedy(input)))
         self._check_input(input, ValueError)
         if input.shape[self._time(input)] == 0:
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(input.shape)))
@@ -286,6 +296,7 @@ class GRUCell(_DropIn):
         torch.Size([3, 20])
     """
 
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -297,6 +308,7 @@ class GRUCell(_DropIn):
         norm: str | None = None,
         candidate: str = "positive",
     ) -> None:
+        check_flags(type(self).__name__, bias=bias)
         options = {"bias": bias, "norm": norm, "candidate": candidate, "device": device}
         super().__init__(input_size, hidden_size, RuntimeError, dtype, **options)
 
@@ -321,7 +333,7 @@ class GRUCell(_DropIn):
         self._check_tensor("input", input)
         if input.dim() not in (1, 2):
             expected = f"(B, {self.input_size}) or ({self.input_size},)"
-            raise ValueError(expectation(self.name, "input", expected, dims(input.shape)))
+            raise ValueError(expectation(self.name, "input", expected, dims(input.shape), embed_remedy(input)))
         self._check_input(input, RuntimeError)
         if hx is not None:
             self._check_tensor("hx", hx)
@@ -410,7 +422,7 @@ def _make_layer(old: Any) -> GRU:
 
 def _make_cell(old: Any) -> GRUCell:
     weight = old.weight_ih
-    return GRUCell(old.input_size, old.hidden_size, old.bias, weight.device, weight.dtype).train(old.training)
+    return GRUCell(old.input_size, old.hidden_size, bool(old.bias), weight.device, weight.dtype).train(old.training)
 
 
 MAKERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.GRU: _make_layer, nn.GRUCell: _make_cell}

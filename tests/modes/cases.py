@@ -197,6 +197,7 @@ def _parametrized(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 every_case = _parametrized(CASES)
+every_convolution = _parametrized([case for case in CASES if "Conv" in case.name])
 every_case_with_lengths = _parametrized([case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")])
 
 

@@ -783,6 +783,34 @@ def test_a_cell_is_the_layer_step_by_step(options, scripted):
 
 
 @scripted_or_not
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_a_cells_state_expands(space, learned, scripted):
+    cell, _ = pair(space=space, stride=2, padding=1, learn_initial_state=learned)
+    run = torch.jit.script(cell) if scripted else cell
+    x = make_input(cell)[0][:, 0]
+    shape, reset = cell(x).shape, torch.tensor([False, True, False])
+    full = torch.randn(shape).double()
+    places = [1] * space
+    for h in (
+        full,
+        full[:1],
+        full[:, :1],
+        full[0],
+        full[0].flatten(1)[:, 0].reshape(-1, *places),
+        full[:1].flatten(2)[:, :, 0].reshape(1, -1, *places),
+        full[0, 0],
+        full.flatten()[0],
+    ):
+        for cut in (None, reset):
+            assert_close(run(x, h, cut), cell(x, h.expand(shape).clone(), cut), **TIGHT)
+        if h.dim() <= space + 1:
+            expected = cell(x[0], h.expand(shape[1:]).clone())
+            assert expected.shape == shape[1:]
+            assert_close(run(x[0], h), expected, **TIGHT)
+
+
+@scripted_or_not
 def test_a_cell_without_a_batch(scripted):
     cell, layer = pair(learn_initial_state=True)
     run = torch.jit.script(cell) if scripted else cell
@@ -884,7 +912,8 @@ def test_scripted_refuses_what_would_pass_unseen():
     for args, message in (
         ((x,), "MinConv2dGRUCell: x must be (B, 4, *space)"),
         ((torch.zeros(2, 7, 5, 5),), "MinConv2dGRUCell: x must be (B, 4, *space)"),
-        ((x[0], torch.zeros(6, 3, 3)), "MinConv2dGRUCell: h must be (B, H, *space)"),
+        ((x[0], torch.zeros(1, 3, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
+        ((x[0, 0], torch.zeros(1, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
         ((x[0], None, torch.zeros(2, dtype=torch.bool)), "MinConv2dGRUCell: reset must be"),
     ):
         with pytest.raises(torch.jit.Error) as caught:
@@ -1191,7 +1220,7 @@ BAD_CELL_CALLS = {
     "h of a layer": (
         {"h": torch.zeros(2, 1, 8, 4, 4)},
         ValueError,
-        r"h must be \(B, H, \*space\) = \(2, 8, 4, 4\), got \(2, 1, 8, 4, 4\)",
+        r"h must be expandable to \(B, H, \*space\) = \(2, 8, 4, 4\), got \(2, 1, 8, 4, 4\)",
     ),
     "h of the input's space": (
         {"h": torch.zeros(2, 8, 6, 6)},
@@ -1202,7 +1231,7 @@ BAD_CELL_CALLS = {
     "h with a batch beside x without": (
         {"x": torch.zeros(3, 6, 6), "h": torch.zeros(1, 8, 4, 4)},
         ValueError,
-        r"h must be \(H, \*space\) = \(8, 4, 4\), got \(1, 8, 4, 4\)",
+        r"h must be expandable to \(H, \*space\) = \(8, 4, 4\), got \(1, 8, 4, 4\)",
     ),
     "h is a list": ({"h": [torch.zeros(2, 8, 4, 4)]}, TypeError, r"h must be a tensor, got list"),
     "reset of other batch": ({"reset": NO[0, :3]}, ValueError, r"reset must be \(B,\) = \(2,\), got \(3,\)"),

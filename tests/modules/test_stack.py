@@ -572,6 +572,24 @@ BAD_CALLS = {
 }
 
 
+@each_stack
+def test_states_may_be_a_tuple(layers):
+    stack = Stack(layers())
+    x, h, reset = inputs(stack)
+    expected = stack(x, h, reset)
+    assert_close(stack(x, tuple(h), reset), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"^Stack: h must be {stack.num_states} tensors, got {stack.num_states + 1}; "):
+        stack(x, (*h, h[0]))
+
+
+def test_layers_go_into_one_list():
+    for layers in ((MinGRU(3, 4), MinLSTM(4, 5)), (MinGRU(3, 4), MinGRU(4, 4), MinGRU(4, 4))):
+        with pytest.raises(TypeError, match=r"^Stack: too many positional arguments; pass the layers in one list$"):
+            Stack(*layers)
+    with pytest.raises(TypeError, match=r"^Stack: layers must be a list .*, got MinGRU; pass the layers in one list$"):
+        Stack(MinGRU(3, 4))
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls(case, residual):

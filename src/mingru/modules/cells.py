@@ -5,13 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check_like, check_reset, dims, expectation
+from ..check import (
+    arguments_checked,
+    check_flag,
+    check_like,
+    check_one_state,
+    check_reset,
+    dims,
+    embed_remedy,
+    expectation,
+)
 from ..ops import Layout
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent, without_dims
+
+ONE_LAYER = "a cell has one layer, so that bias comes after hidden_dims"
 
 
 class RecurrentCell(Recurrent):
@@ -49,11 +60,12 @@ class RecurrentCell(Recurrent):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
             expected = f"(B, {self.input_dims}) or ({self.input_dims},) as input_dims is {self.input_dims}"
-            remedy = "the layer takes sequences" if x.dim() == 3 else ""
+            remedy = "the layer takes sequences" if x.dim() == 3 else embed_remedy(x)
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy))
         self._check_beside(x, None, 1)
         batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
         if h is not None:
+            check_one_state(self.name, h, f"({letters}H)", self.cell)
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
             if h.shape != (*batch, self.hidden_dims):
                 expected = f"({letters}H) = {dims((*batch, self.hidden_dims))}"
@@ -108,6 +120,7 @@ class MinGRUCell(RecurrentCell, MinGRU):
     Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -120,6 +133,7 @@ class MinGRUCell(RecurrentCell, MinGRU):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
         super().__init__(
             input_dims,
             hidden_dims,
@@ -166,6 +180,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
     Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -179,6 +194,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
         super().__init__(
             input_dims,
             hidden_dims,

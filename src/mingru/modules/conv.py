@@ -11,11 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_dropout, check_int, check_like, check_options, check_reset, dims, expanded, expectation
+from ..check import (
+    arguments_checked,
+    check_dropout,
+    check_flags,
+    check_int,
+    check_like,
+    check_one_state,
+    check_options,
+    check_reset,
+    dims,
+    embed_remedy,
+    expanded,
+    expectation,
+)
 from ..ops import Layout, Map, Spec, Start, States, traceable
 from ..ops.activation import zero_state
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
+from .base import Base
 from .group_norm import GroupNorm
 from .recurrent import in_reverse, not_default, weight_of, without_dims
 
@@ -185,11 +199,12 @@ def _ungrouped(x: Tensor, groups: int, parts: int) -> Tensor:
     return x.transpose(2, 3).flatten(2, 4)
 
 
-class MinConv(nn.Module):
+class MinConv(Base):
     """Layers, one over the other, in any number of space dimensions; the base of `MinConv2dGRU` and its siblings."""
 
     num_space_dims: int
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -216,6 +231,8 @@ class MinConv(nn.Module):
         self.name = type(self).__name__
         for argument, size in (("input_dims", input_dims), ("num_layers", num_layers), ("groups", groups)):
             check_int(self.name, argument, size)
+        check_flags(self.name, bias=bias, bidirectional=bidirectional, residual=residual, batch_first=batch_first)
+        check_flags(self.name, learn_initial_state=learn_initial_state)
         check_dropout(self.name, dropout, num_layers)
         check_options(self.name, norm, ("group",), candidate, dtype)
         widths = self._per_layer("hidden_dims", hidden_dims, num_layers)
@@ -236,14 +253,14 @@ class MinConv(nn.Module):
         self.padding = _kept(padding)
         self.dilation = _kept(dilation)
         self.groups = groups
-        self.bias = bool(bias)
+        self.bias = bias
         self.dropout = float(dropout)
-        self.bidirectional = bool(bidirectional)
-        self.residual = bool(residual)
+        self.bidirectional = bidirectional
+        self.residual = residual
         self.norm = norm
         self.candidate = candidate
-        self.learn_initial_state = bool(learn_initial_state)
-        self.batch_first = bool(batch_first)
+        self.learn_initial_state = learn_initial_state
+        self.batch_first = batch_first
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_directions = 2 if bidirectional else 1
@@ -357,11 +374,11 @@ class MinConv(nn.Module):
         if x.dim() != leading + 1 + count or x.shape[leading] != self.input_dims:
             letters = f"({order}, {self.input_dims}, *space)" if order else f"({self.input_dims}, *space)"
             expected = f"{letters} as input_dims is {self.input_dims} and space {count}-dimensional"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
         layers: Any = self.layers
         weight = weight_of(layers[0].conv)
         if weight is not None:
-            check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x))
+            check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x), ids=True)
         states: list[tuple[int, ...]] = []
         space = tuple(x.shape[leading + 1 :])
         for index, layer in enumerate(layers):
@@ -402,6 +419,7 @@ def _kept(sizes: Any) -> Any:
 class MinConvCell(MinConv):
     """One step of one layer; the base of `MinConv2dGRUCell` and its siblings."""
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -440,13 +458,17 @@ class MinConvCell(MinConv):
             leading = x.dim() - 1 - self.num_space_dims
             if leading not in (0, 1) or x.size(leading) != self.input_dims:
                 raise ValueError(f"{self.name}: x must be (B, {self.input_dims}, *space), got {x.shape}")
-            if h is not None and h.dim() != x.dim():
-                raise ValueError(f"{self.name}: h must be (B, H, *space) beside x {x.shape}, got {h.shape}")
+            if h is not None and h.dim() > x.dim():
+                raise ValueError(f"{self.name}: h must expand to (B, H, *space) beside x {x.shape}, got {h.shape}")
             if reset is not None and reset.shape != x.shape[:leading]:
                 raise ValueError(f"{self.name}: reset must be {x.shape[:leading]}, got {reset.shape}")
         else:
             self._check_step(x, h, reset)
         batched = x.dim() == 2 + self.num_space_dims
+        if h is not None:
+            # The layer expands it, but to a shape with one more dimension, that of time, behind the batch.
+            while h.dim() < x.dim():
+                h = h.unsqueeze(0)
         if not batched:
             x = x.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
@@ -467,10 +489,10 @@ class MinConvCell(MinConv):
         (state,) = self._check_x(x, "B" if batched else "", int(batched))
         batch = x.shape[: int(batched)]
         if h is not None:
+            letters = "(B, H, *space)" if batched else "(H, *space)"
+            check_one_state(self.name, h, letters)
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
-            if h.shape != (*batch, *state):
-                letters = "(B, H, *space)" if batched else "(H, *space)"
-                raise ValueError(expectation(self.name, "h", f"{letters} = {dims((*batch, *state))}", dims(h.shape)))
+            expanded(self.name, "h", h, (*batch, *state), letters)
         # One value for each sequence.
         check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")
 
@@ -625,7 +647,9 @@ class MinConv2dGRUCell(MinConvCell):
 
     Called with:
         x: (B, C, *space), or (C, *space) without a batch.
-        h: the state before this step, which expands to (B, H, *space), or (H, *space); None as in `MinConv2dGRU`.
+        h: the state before this step, any real numbers, which expands to (B, H, *space), or to (H, *space) without a
+            batch, where space is that of the output; dtype of x, or float32 beside half-width x. Default: as of
+            `MinConv2dGRU`.
         reset: bool (B), or () without a batch: where true, the state is put back before this step.
 
     Returns:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import expectation
+from ..check import arguments_checked, expectation
 from .recurrent import Recurrent
 
 
@@ -58,6 +58,7 @@ class MinLSTM(Recurrent):
 
     cell = "minlstm"
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,

@@ -13,13 +13,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
 from ..check import (
+    arguments_checked,
+    check_bias,
     check_dropout,
+    check_flag,
+    check_flags,
     check_int,
     check_lengths,
     check_like,
+    check_one_state,
     check_options,
     check_reset,
     dims,
+    embed_remedy,
     expanded,
     expectation,
 )
@@ -27,6 +33,7 @@ from ..ops import Layout, Spec, Start, States, layout, traceable
 from ..ops.activation import zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
+from .base import Base
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -144,11 +151,12 @@ def _order_of(packed_x: PackedSequence) -> Tensor:
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
 
 
-class Recurrent(nn.Module):
+class Recurrent(Base):
     """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
 
     cell: str
 
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -171,20 +179,25 @@ class Recurrent(nn.Module):
         self.name = type(self).__name__
         for argument, size in (("input_dims", input_dims), ("hidden_dims", hidden_dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
+        check_bias(self.name, bias)
+        check_flags(self.name, batch_first=batch_first, bidirectional=bidirectional, residual=residual)
+        check_flags(self.name, learn_initial_state=learn_initial_state)
+        if recompute is not None:
+            check_flag(self.name, "recompute", recompute, expected="a bool or None")
         check_dropout(self.name, dropout, num_layers)
         check_options(self.name, norm, NORMS, candidate, dtype)
         self.input_dims = input_dims
         self.hidden_dims = hidden_dims
         self.num_layers = num_layers
-        self.bias = bool(bias)
-        self.batch_first = bool(batch_first)
+        self.bias = bias
+        self.batch_first = batch_first
         self.dropout = float(dropout)
-        self.bidirectional = bool(bidirectional)
-        self.residual = bool(residual)
+        self.bidirectional = bidirectional
+        self.residual = residual
         self.norm = norm
         self.candidate = candidate
-        self.learn_initial_state = bool(learn_initial_state)
-        self.recompute = None if recompute is None else bool(recompute)
+        self.learn_initial_state = learn_initial_state
+        self.recompute = recompute
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_directions = 2 if bidirectional else 1
@@ -315,7 +328,7 @@ class Recurrent(nn.Module):
         letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
         if x.dim() != 3 or x.shape[2] != self.input_dims:
             expected = f"{letters.format(self.input_dims)} as input_dims is {self.input_dims}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape)))
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         self._check_beside(x, h, batch)
         check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
@@ -329,7 +342,7 @@ class Recurrent(nn.Module):
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
         if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
             expected = f"packed rows of {self.input_dims} features as input_dims is {self.input_dims}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape)))
+            raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
         self._check_beside(x.data, h, int(x.batch_sizes[0]))
         if reset is None:
             return None
@@ -351,8 +364,9 @@ class Recurrent(nn.Module):
         layer: Any = next(iter(self.layers))
         weight = weight_of(layer.linear)
         if weight is not None:
-            check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast)
+            check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast, ids=True)
         if h is not None:
+            check_one_state(self.name, h, "(L * D, B, 1, H)", self.cell)
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
             if h.shape != shape:

@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_dropout, dims, expectation
+from ..check import arguments_checked, check_dropout, check_flags, dims, expectation
 from ..ops import layout
 from ..ops.graph import is_scripting, is_tracing, untraced
+from .base import Base
 from .conv import MinConv
 from .recurrent import Recurrent
 
+PASS_A_LIST = "pass the layers in one list"
 
-class Stack(nn.Module):
+
+class Stack(Base):
     """Layers of any kinds and sizes, each taking the output of the one before it.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -36,7 +39,8 @@ class Stack(nn.Module):
         x: as the first layer takes it; so are `reset` and `lengths`, which all layers share. A
             `torch.nn.utils.rnn.PackedSequence` goes in, and comes out, where no layer is convolutional; `lengths`
             likewise.
-        h: the states before the first step, a list as it is returned. Default: each layer's own.
+        h: the states before the first step, a list as it is returned, or a tuple; in TorchScript, a list.
+            Default: each layer's own.
 
     Returns:
         `out`, the last layer's output, and the list of the states after the last step, so that `stack(x2, h)`
@@ -63,14 +67,16 @@ class Stack(nn.Module):
         (torch.Size([10, 128, 16]), [torch.Size([2, 10, 1, 32]), torch.Size([1, 10, 1, 16])])
     """
 
+    @arguments_checked(PASS_A_LIST)
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
         self.name = type(self).__name__
         found: list[Any] = self._checked(layers)
+        check_flags(self.name, residual=residual)
         check_dropout(self.name, dropout, len(found))
         self.layers = nn.ModuleList(found)
         self.dropout = float(dropout)
-        self.residual = bool(residual)
+        self.residual = residual
         self.batch_first: bool = found[0].batch_first
         self.num_space_dims = _num_space_dims(found[0])
         self.input_dims: int = found[0].input_dims
@@ -85,7 +91,7 @@ class Stack(nn.Module):
     def _checked(self, layers: Any) -> list[Any]:
         """The layers, which fit over each other."""
         if not isinstance(layers, Iterable):
-            raise TypeError(expectation(self.name, "layers", "a list of layers", type(layers).__name__))
+            raise TypeError(expectation(self.name, "layers", "a list of layers", type(layers).__name__, PASS_A_LIST))
         found = list(layers)
         if not found:
             raise ValueError(expectation(self.name, "layers", "at least one", "none"))
@@ -173,7 +179,7 @@ class Stack(nn.Module):
         """Refuse a list of states that is none; what is in it, its layer refuses."""
         if h is None:
             return
-        if not isinstance(h, list):
+        if not isinstance(h, (list, tuple)):
             expected = f"a list of {self.num_states} tensors"
             raise TypeError(expectation(self.name, "h", expected, type(h).__name__, self._whose()))
         if len(h) != self.num_states:
