@@ -73,6 +73,7 @@ CONTRACT = {
     "functional.parallel_scan_log": "log_a, log_b",
     "functional.reset_from_lengths": "lengths, num_steps=None",
     "backends": "",
+    "safe_globals": "",
     "use_backend": "name",
 }
 # Keywords that the library adds behind those of the contract.

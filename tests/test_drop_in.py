@@ -665,13 +665,97 @@ def test_attributes():
     options = {"num_layers": 2, "bias": False, "batch_first": True, "dropout": 0.25, "bidirectional": True}
     for values in ({}, options):
         theirs, ours = nn.GRU(IN, H, **values), drop_in.GRU(IN, H, **values)
-        for name in ("input_size", "hidden_size", "mode", "training", *options):
+        for name in ("input_size", "hidden_size", "mode", "proj_size", "training", *options):
             assert getattr(ours, name) == getattr(theirs, name), name
             assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
         assert ours.flatten_parameters() is theirs.flatten_parameters() is None
     theirs, ours = nn.GRUCell(IN, H, False), drop_in.GRUCell(IN, H, False)
     assert [getattr(ours, name) for name in ("input_size", "hidden_size", "bias")] == [IN, H, False]
     assert not hasattr(theirs, "mode")
+
+
+@options_of
+def test_all_weights(options):
+    rnn = make(**options)
+    theirs = nn.GRU(IN, H, rnn.num_layers, rnn.bias, bidirectional=rnn.bidirectional)
+    assert len(rnn.all_weights) == len(theirs.all_weights)
+    found = [weight for weights in rnn.all_weights for weight in weights]
+    ends = ("linear.weight", "linear.bias", "linear_reverse.weight", "linear_reverse.bias")
+    named = {name: weight for name, weight in rnn.named_parameters() if name.endswith(ends)}
+    assert [id(weight) for weight in found] == [id(weight) for weight in named.values()]
+    assert [len(weights) for weights in rnn.all_weights] == [1 + rnn.bias] * len(rnn.all_weights)
+    torch.jit.script(rnn)
+
+
+def test_no_names_of_weights_that_are_not_there():
+    for rnn, names in (
+        (drop_in.GRU(IN, H), ("weight_ih_l0", "bias_hh_l0", "_flat_weights", "_flat_weights_names", "_all_weights")),
+        (drop_in.GRUCell(IN, H), ("weight_ih", "bias_hh", "all_weights", "proj_size", "mode")),
+    ):
+        for name in names:
+            assert not hasattr(rnn, name)
+
+
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+def test_apply_takes_a_layer_for_one_module(name):
+    def init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            module.bias.data.zero_()
+
+    for home in (nn, drop_in):
+        rnn = getattr(home, name)(IN, H, bias=False)
+        model = nn.Sequential(nn.ModuleList([rnn]), nn.Linear(H, 1))
+        before = [weight.clone() for weight in rnn.parameters()]
+        seen = []
+        assert model.apply(seen.append) is model
+        assert seen == [rnn, model[0], model[1], model]
+        model.apply(init)
+        assert not model[1].bias.any()
+        assert_close(list(rnn.parameters()), before, rtol=0, atol=0)
+        assert rnn.apply(init) is rnn
+
+
+def test_apply_reaches_what_was_put_into_a_layer():
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+    rnn = drop_in.GRU(IN, H, 2, norm="layer", residual=True)
+    adapter = rnn.layers[0].linear = Adapter(rnn.layers[0].linear)
+    observer = rnn.layers[1].linear.observer = nn.Identity()
+    seen = []
+    rnn.apply(seen.append)
+    assert seen == [adapter.base, adapter, observer, rnn]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+def test_apply_reaches_fake_quantization():
+    rnn = drop_in.GRU(IN, H)
+    rnn.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    torch.ao.quantization.prepare_qat(rnn, inplace=True)
+    quantizers = [each for each in rnn.modules() if isinstance(each, torch.ao.quantization.FakeQuantizeBase)]
+    assert quantizers
+    assert all(each.fake_quant_enabled for each in quantizers)
+    rnn.apply(torch.ao.quantization.disable_fake_quant)
+    assert not any(each.fake_quant_enabled for each in quantizers)
+
+
+def test_is_no_instance_of_torchs_since_none_compiles():
+    assert not isinstance(drop_in.GRU(IN, H), nn.RNNBase)
+    assert not isinstance(drop_in.GRUCell(IN, H), nn.RNNCellBase)
+
+    class Alike(nn.GRU):
+        def forward(self, x):
+            return x * self.hidden_size
+
+    x = torch.randn(S, B, IN)
+    torch.compiler.reset()
+    # Where this passes, an instance of nn.GRU may be one graph, and ours may be instances.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        torch.compile(Alike(IN, H), fullgraph=True, backend="eager")(x)
 
 
 def test_repr_tells_what_torch_has_not():

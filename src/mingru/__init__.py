@@ -16,6 +16,7 @@ from .modules import (
     Stack,
 )
 from .ops import backends, use_backend
+from .serialization import safe_globals
 
 __all__ = [
     "MinConv1dGRU",
@@ -35,5 +36,6 @@ __all__ = [
     "drop_in",
     "export",
     "functional",
+    "safe_globals",
     "use_backend",
 ]

@@ -6,8 +6,8 @@
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,16 @@ from .check import (
     expectation,
 )
 from .modules import MinGRU
-from .modules.recurrent import not_default, weight_of, without_dims
+from .modules.recurrent import NORMS, RecurrentLayer, not_default, weight_of, without_dims
 from .ops import Layout, States
 from .ops.graph import is_autocast, is_scripting, untraced
 
 __all__ = ["GRU", "GRUCell", "Report", "replace"]
+
+Layer = TypeVar("Layer", bound="_DropIn")
+
+# The modules that the constructors put into a layer.
+OWN = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
 
 
 class _DropIn(MinGRU):
@@ -95,6 +100,17 @@ class _DropIn(MinGRU):
         except ValueError as error:
             raise RuntimeError(str(error)) from None
 
+    def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
+        """Apply `fn` to this layer as one module, as to torch's, and not to its linear maps and norms.
+
+        A function that initializes each `torch.nn.Linear` of a model therefore leaves the layer alone. Modules put into
+        the layer since its construction, such as observers of quantization, get `fn` as usual.
+        """
+        for module in _put_into(self):
+            module.apply(fn)
+        fn(self)
+        return self
+
     def __repr__(self) -> str:
         # On one line as torch's, which have no modules inside.
         return f"{self.name}({self.extra_repr()})"
@@ -102,8 +118,17 @@ class _DropIn(MinGRU):
     def extra_repr(self) -> str:
         constructor = GRU if isinstance(self, GRU) else GRUCell
         options = list(inspect.signature(constructor).parameters.items())[2:]
-        defaults = {argument: parameter.default for argument, parameter in options}
+        defaults = {argument: parameter.default for argument, parameter in options} | {"proj_size": 0}
         return f"{self.input_size}, {self.hidden_size}" + not_default(self, defaults)
+
+
+def _put_into(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that no constructor of ours put there."""
+    for child in module.children():
+        if type(child) in OWN:
+            yield from _put_into(child)
+        else:
+            yield child
 
 
 class GRU(_DropIn):
@@ -138,11 +163,16 @@ class GRU(_DropIn):
         ValueError, RuntimeError, TypeError, AttributeError: where torch.nn.GRU raises the same.
 
     Parameters: those of `mingru.MinGRU` by the same names; state dicts go from one to the other. `reset_parameters`
-    draws as `torch.nn.Linear` does.
+    draws as `torch.nn.Linear` does. `all_weights` is a list for each layer and direction, in the order of `h_n`, with
+    the weight and the bias of its linear map.
+
+    Attributes: all arguments, as `torch.nn.GRU` has them; `proj_size` is 0 and `mode` is "GRU".
 
     Differs from `torch.nn.GRU` in the mathematics, so that its weights can't be loaded and `weight_ih_l0` and the like
-    are not there; and from `mingru.MinGRU` in the names, the order of input, the shape of states and their default.
-    Under autocast, `output` has autocast's dtype and `h_n` is float32. `flatten_parameters` does nothing.
+    are not there, nor are torch's private lists of these names such as `_flat_weights_names`; and from `mingru.MinGRU`
+    in the names, the order of input, the shape of states and their default. Under autocast, `output` has autocast's
+    dtype and `h_n` is float32. `flatten_parameters` does nothing. `apply` takes the layer for one module.
+    `isinstance(rnn, torch.nn.GRU)` is false, because `torch.compile` refuses every instance of `torch.nn.GRU`.
 
     Example:
         >>> rnn = mingru.drop_in.GRU(10, 20, num_layers=2)
@@ -152,6 +182,9 @@ class GRU(_DropIn):
         >>> rnn
         GRU(10, 20, num_layers=2)
     """
+
+    # TorchScript has no such lists.
+    __jit_unused_properties__ = ("all_weights",)
 
     @arguments_checked()
     def __init__(
@@ -194,6 +227,7 @@ class GRU(_DropIn):
             device=device,
         )
         self.mode = "GRU"
+        self.proj_size = 0
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> States:  # type: ignore[override]
         if is_scripting():
@@ -258,6 +292,12 @@ class GRU(_DropIn):
         else:
             return [count, input.size(0 if self.batch_first else 1), self.hidden_size]
 
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
+        maps = [each for layer in self.layers for each in (layer.linear, layer.linear_reverse)]
+        return [list(each.parameters()) for each in maps if isinstance(each, nn.Module)]
+
     def flatten_parameters(self) -> None:
         """Nothing: there is no other order of the weights."""
 
@@ -286,6 +326,9 @@ class GRUCell(_DropIn):
             for a size of 0, which torch takes.
 
     Parameters: those of a one-layer `GRU` by the same names; state dicts go from one to the other.
+
+    Differs from `torch.nn.GRUCell` as `GRU` does from `torch.nn.GRU`: there is no `weight_ih`, `apply` takes the cell
+    for one module, and `isinstance(cell, torch.nn.GRUCell)` is false.
 
     Example:
         >>> cell = mingru.drop_in.GRUCell(10, 20)
