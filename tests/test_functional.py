@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import mingru
 from mingru import functional
 
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 INF, NAN = math.inf, math.nan
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -403,3 +404,19 @@ def test_the_remedy_of_a_refused_b_works():
     with pytest.raises(ValueError, match=r"b\.expand copies nothing"):
         functional.linear_scan(b, a)
     assert_close(functional.linear_scan(a.expand_as(b), b), functional.linear_scan(a.expand_as(b).clone(), b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["mingru", "minlstm", "linear_scan"])
+def test_batched_gradients_of_functions(name, backend):
+    if (name, backend) == ("linear_scan", "log"):
+        return
+    function = getattr(functional, name)
+    inputs = [torch.randn(2, 20, 3).double().requires_grad_() for _ in range(3 if name == "minlstm" else 2)]
+    h, reset = torch.rand(2, 1, 3).double().requires_grad_(), torch.rand(2, 20) < 0.2
+    out = function(*inputs, h, reset=reset, backend=backend)
+    grads = torch.randn(4, *out.shape).double()
+    found = torch.autograd.grad(out, [*inputs, h], grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, [*inputs, h], each, retain_graph=True) for each in grads]
+    for each, parts in zip(found, zip(*one_by_one, strict=True), strict=True):
+        assert_close(each, torch.stack(parts))

@@ -118,6 +118,60 @@ def test_func_grad_is_backward(case):
     assert_equal([of_inputs, of_module], gradients(module, args))
 
 
+@pytest.mark.mode("batched gradients (is_grads_batched)")
+@every_case
+def test_batched_gradients_are_those_one_by_one(case):
+    module, args = case.make(**DOUBLE), with_gradients(given(case))
+    wanted = [*leaves(args), *module.parameters()]
+    outputs = tensors(module(*args))
+    grads = [torch.randn(3, *out.shape, **DOUBLE) for out in outputs]
+    found = torch.autograd.grad(outputs, wanted, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [
+        torch.autograd.grad(outputs, wanted, [each[index] for each in grads], retain_graph=True) for index in range(3)
+    ]
+    assert_equal(found, stacked(one_by_one))
+
+
+def every_case_but_group_norm(reason: str):
+    """`every_case`, where torch's own group_norm fails."""
+    fails = pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason)
+    normalized = ("MinConv1dGRU", "MinConv2dGRU", "MinConv3dGRU")
+    cases = [pytest.param(case, id=case.name, marks=fails if case.name in normalized else ()) for case in CASES]
+    return pytest.mark.parametrize("case", cases)
+
+
+def scaled(case: Case):
+    """Numbers of a model's outputs, as a function of one factor for each of its inputs; and factors."""
+    module, args = case.make(**DOUBLE), given(case, steps=3)
+
+    def function(*factors):
+        remaining = iter(factors)
+        inputs = pytree.tree_map(lambda each: each * next(remaining) if each.is_floating_point() else each, args)
+        return torch.stack([out.sin().sum() for out in tensors(module(*inputs))])
+
+    return function, tuple(torch.randn((), **DOUBLE) for _ in leaves(args))
+
+
+@pytest.mark.mode("batched gradients (is_grads_batched)")
+@every_case
+def test_vectorized_jacobian(case):
+    function, at = scaled(case)
+    jacobian = torch.autograd.functional.jacobian
+    assert_equal(jacobian(function, at, vectorize=True), plainly(jacobian, function, at))
+
+
+@pytest.mark.mode("batched gradients (is_grads_batched)")
+@every_case_but_group_norm(
+    "with `norm`, the vectorized Hessian fails in the second derivative of torch's group_norm, whose shapes don't fit "
+    "under `is_grads_batched`; the one of torch.func does"
+)
+def test_vectorized_hessian(case):
+    function, at = scaled(case)
+    hessian = torch.autograd.functional.hessian
+    total = lambda *factors: function(*factors).sum()  # noqa: E731
+    assert_equal(hessian(total, at, vectorize=True), plainly(hessian, total, at))
+
+
 @pytest.mark.mode("vmap over the batch")
 @every_case
 def test_vmap_over_the_batch(case):

@@ -122,7 +122,8 @@ class Scan(ScanInGraph):
 
 
 def _first(sequence: Tensor, reverse: bool) -> Tensor:
-    return sequence[:, -1:] if reverse else sequence[:, :1]
+    # Not a slice, because a slice of everything has no rule for `is_grads_batched`.
+    return sequence.narrow(1, sequence.shape[1] - 1 if reverse else 0, 1)
 
 
 def previous_states(call: LinearScan, out: Tensor) -> Tensor:
