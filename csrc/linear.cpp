@@ -141,7 +141,7 @@ class Rows {
     swapped_ = !given.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
     time_major = given.batch_sizes || given.time_first != swapped_;
     const Tensor rows = swapped_ ? torch::stable::transpose(x, 0, 1) : x;
-    return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
+    return as_contiguous(rows);
   }
 
   bool swapped_ = false, time_major_ = false;
@@ -165,17 +165,18 @@ int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weig
 
 // The states of all steps, the last one, and, if `keep`, the pre-activations of all rows without their bias.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
+    const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
     bool keep) {
-  const Given given{"linear_recurrence_forward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Tensor weight = as_contiguous(any_weight);
   const Rows rows(given, x, weight);
   const int64_t columns = rows.num_columns(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
   operands.add_biases(bias);
   Scan& scan = operands.scan;
   Tensor out = torch::stable::new_empty(x, operands.sizes(scan.num_features));
-  Tensor last = torch::stable::empty_like(h);
+  Tensor last = torch::stable::empty_like(given.h);
   scan.out = operands.sequence(out);
   scan.last = last.data_ptr();
   Tensor product = torch::stable::new_empty(x, {keep ? rows.count() : 0, columns});
@@ -196,11 +197,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
 // The gradients of x, weight and bias (each only if needed, otherwise empty), h and initial_state. An empty `product` is
 // computed again.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
+    const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& product,
     const Tensor& grad_out, const Tensor& grad_last, const std::string& cell, bool reverse, bool time_first,
     bool needs_x, bool needs_weight, bool needs_bias) {
-  const Given given{"linear_recurrence_backward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Tensor weight = as_contiguous(any_weight);
   const Rows rows(given, x, weight);
   const int64_t columns = rows.num_columns(), features = rows.num_features(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
@@ -211,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       !kept || (product.is_contiguous() && product.scalar_type() == x.scalar_type() &&
                 product.numel() == rows.count() * columns),
       given.name, ": product must be (rows, num_inputs N), contiguous, or empty");
-  auto [grad_h, grad_initial_state] = operands.add_gradients(h, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
   Tensor grad_x = needs_x ? rows.empty_like_x() : torch::stable::new_empty(x, {0});
   Tensor grad_weight = torch::stable::new_empty(x, {needs_weight ? columns : 0, features});

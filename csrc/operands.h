@@ -48,10 +48,12 @@ Storage storage_of(const Tensor& x) {
   }
 }
 
+Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // What a recurrence starts from and how its sequences lie in memory, as every operator takes it.
 struct Given {
   const char* name;  // of the operator
-  const Tensor& h;
+  const Tensor h;
   const Tensor& initial_state;
   const MaybeTensor& reset;
   const MaybeTensor& batch_sizes;
@@ -82,9 +84,13 @@ class Operands {
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
     scan.h = state(given.h, "h");
-    // A reset of the linear scan sets the state to 0.
-    if (scan.cell != CellKind::linear_scan) scan.initial_state = state(given.initial_state, "initial_state");
-    if (given.reset) add_reset(*given.reset);
+    if (given.reset) {
+      add_reset(*given.reset);
+      // A reset of the linear scan sets the state to 0.
+      if (scan.cell != CellKind::linear_scan) {
+        scan.initial_state = state(contiguous(given.initial_state), "initial_state");
+      }
+    }
   }
 
   Operands(const Operands&) = delete;  // `scan` points into this object
@@ -102,6 +108,12 @@ class Operands {
     std::vector<int64_t> sizes = leading_;
     sizes.push_back(trailing);
     return sizes;
+  }
+
+  // The tensor as it is, or a contiguous copy. Kept alive.
+  Tensor contiguous(const Tensor& x) {
+    kept_.push_back(as_contiguous(x));
+    return kept_.back();
   }
 
   // A sequence that the kernels can read, x itself if its features are contiguous. Kept alive.
@@ -129,17 +141,18 @@ class Operands {
   }
 
   // bias is (num_inputs N); the part of each input is filled up to whole groups.
-  void add_biases(const MaybeTensor& bias) {
-    if (!bias) return;
+  void add_biases(const MaybeTensor& given) {
+    if (!given) return;
+    const Tensor bias = contiguous(*given);
     const int64_t count = num_inputs_of(scan.cell), features = scan.num_features;
     STD_TORCH_CHECK(
-        bias->is_cpu() && bias->is_contiguous() && storage_of(*bias) == scan.storage &&
-            bias->numel() == count * features,
+        bias.is_cpu() && bias.is_contiguous() && storage_of(bias) == scan.storage &&
+            bias.numel() == count * features,
         name_, ": bias must be (num_inputs N), contiguous, with the dtype of the sequences");
-    STD_TORCH_CHECK(bias->element_size() >= 4, name_, ": the bias of bfloat16 and float16 is not added here");
-    const int64_t size = bias->element_size();
+    STD_TORCH_CHECK(bias.element_size() >= 4, name_, ": the bias of bfloat16 and float16 is not added here");
+    const int64_t size = bias.element_size();
     const int64_t padded = (features + group - 1) / group * group;
-    const char* data = static_cast<const char*>(bias->data_ptr());
+    const char* data = static_cast<const char*>(bias.data_ptr());
     if (padded != features) {
       biases_.assign(count * padded * size, 0);
       for (int64_t k = 0; k < count; ++k) {
@@ -155,7 +168,7 @@ class Operands {
       const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
-    scan.grad_last = state(grad_last, "the gradient of the last state");
+    scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
     Tensor grad_h = torch::stable::empty_like(h), grad_initial_state = torch::stable::empty_like(h);
     torch::stable::zero_(grad_initial_state);
     scan.grad_h = grad_h.data_ptr();

@@ -24,12 +24,12 @@ int64_t num_features(const Given& given, const std::vector<Tensor>& inputs) {
 std::tuple<Tensor, Tensor> recurrence_forward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
     const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first) {
-  const Given given{"recurrence_forward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Given given{"recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
   const int64_t features = num_features(given, inputs);
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
   Tensor out = torch::stable::new_empty(inputs[0], inputs[0].sizes());
-  Tensor last = torch::stable::empty_like(h);
+  Tensor last = torch::stable::empty_like(given.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
   run(operands.scan, operands.whole(), false);
@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_backward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
     const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
     const std::string& cell, bool reverse, bool time_first) {
-  const Given given{"recurrence_backward", h, initial_state, reset, batch_sizes, cell, reverse, time_first};
+  const Given given{"recurrence_backward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
   const int64_t features = num_features(given, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state] = operands.add_gradients(h, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
   Tensor grads = torch::stable::new_empty(inputs[0], operands.sizes(count * features));
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] =

@@ -18,6 +18,7 @@ from .modules import (
     Stack,
 )
 from .modules.conv import CONVOLUTIONS, Geometry, MinConvLayer
+from .modules.group_norm import GroupNorm
 from .modules.recurrent import NORMS, RecurrentLayer
 
 
@@ -54,5 +55,5 @@ def safe_globals() -> list[type]:
         *(MinConv1dGRU, MinConv1dGRUCell, MinConv2dGRU, MinConv2dGRUCell, MinConv3dGRU, MinConv3dGRUCell),
         *(MinGRU, MinGRUCell, MinLSTM, MinLSTMCell, Stack, drop_in.GRU, drop_in.GRUCell, Projected),
     ]
-    of_torch = [nn.GroupNorm, nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
-    return [*public, Geometry, MinConvLayer, RecurrentLayer, *of_torch]
+    of_torch = [nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
+    return [*public, Geometry, GroupNorm, MinConvLayer, RecurrentLayer, *of_torch]

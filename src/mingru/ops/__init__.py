@@ -77,9 +77,9 @@ def linear_recurrence(
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
     name = route.choose(spec, x)
-    if route.linear_kernel_of(name, x, linear, order) is not None:
+    tensors = route.fused_with(linear, name, x, order)
+    if tensors is not None:
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
-        tensors = (x, linear.weight, linear.bias)
         return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
     return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
 

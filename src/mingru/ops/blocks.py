@@ -1,8 +1,8 @@
-"""A recurrence and the map that makes its pre-activations, block by block: what one block needs stays in the cache.
+"""A recurrence and the map that makes its pre-activations, in blocks that stay in the cache.
 
-Without a gradient, whole pre-activations would be new memory, which costs more than arithmetic. A layer over (4, 16, 32,
-64, 64) with a kernel of 3 takes 61 to 82 ms in blocks, depending on whether malloc keeps memory, and 98 otherwise; its
-convolution alone, over all of it, takes 77 (two cores of a Xeon with AVX-512, torch 2.13).
+Without a gradient, whole pre-activations would be new memory, which costs more than arithmetic. A layer over (4, 16,
+32, 64, 64) with a kernel of 3 takes 61 to 82 ms in blocks, depending on whether malloc keeps memory, and 98 otherwise;
+its convolution alone, over all of it, takes 77 (two cores of a Xeon with AVX-512, torch 2.13).
 """
 
 import math

@@ -46,6 +46,8 @@ def is_exporting() -> bool:
 
 
 def is_autocast(x: Tensor) -> bool:
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     # torch raises an error if asked about a device without autocast, such as "meta".
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -90,7 +90,7 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
         if is_exporting():
             # The graph leaves this process, for one that may not have our kernels.
             return "torch"
-        if sequence.device.type == "cpu" and not is_compiling():
+        if sequence.is_cpu and not is_compiling():
             _warn_once_if_kernels_are_missing()
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
@@ -112,14 +112,17 @@ def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | N
     return None if layout.padding is not None and kernel.packed else kernel
 
 
-def linear_kernel_of(name: str, x: Tensor, linear: nn.Module, layout: Layout) -> Kernel | None:
-    """Return the fused kernel that can compute the recurrence together with this linear map."""
-    kernel = BACKENDS[name].linear_kernel
-    if kernel is None or layout.padding is not None or type(linear) is not nn.Linear or is_hooked(linear):
+def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
+    if BACKENDS[name].linear_kernel is None or layout.padding is not None:
         return None
+    if type(linear) is not nn.Linear or is_hooked(linear):
+        return None
+    weight = linear._parameters.get("weight")
     # bfloat16 and float16 pre-activations are rounded with their bias, as `torch.nn.Linear` does it.
-    fits = x.dtype == linear.weight.dtype and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
-    return kernel if fits and are_ordinary(x, linear.weight) and not is_autocast(x) else None
+    if weight is None or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return None
+    return (x, weight, linear._parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
 
 
 def is_hooked(module: nn.Module) -> bool:

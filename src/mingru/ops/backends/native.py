@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
 from ..layout import LinearScan
-from ..shape import States, accumulate_dtype
+from ..shape import States, accumulate_dtype, as_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -78,7 +78,7 @@ if _WHY_NOT is None:
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    if sequence.device.type != "cpu":
+    if not sequence.is_cpu:
         return f"it runs on the CPU, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it computes real floating types, and the tensors are {sequence.dtype}"
@@ -86,43 +86,50 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
 
 
 def _state(h: Tensor, sequence: Tensor) -> Tensor:
-    """Return a state (B, 1, *) as the kernels take it: contiguous, in the accumulation dtype."""
-    dtype = accumulate_dtype(sequence.dtype)
-    return (h if h.dtype == dtype else h.to(dtype)).contiguous()
+    """Return a state (B, 1, *) in the accumulation dtype."""
+    return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
-def _given(spec: Spec, start: Start, layout: Layout, like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what all operators take: before the tensors of backward, and behind them."""
-    h = _state(start.h, like)
-    # Without resets the initial state is not used, and need not be made contiguous.
-    initial_state = h if start.reset is None else _state(start.initial_state.expand_as(start.h), like)
-    cell = f"{spec.cell}_{spec.activation}"
-    return (h, initial_state, start.reset, layout.batch_sizes), (cell, spec.reverse, layout.time_first)
+def _given(start: Start, layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the states, resets and batch sizes that all operators take."""
+    h, initial_state, reset = start
+    h = _state(h, like)
+    # Without resets the initial state is not used.
+    initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
+    return h, initial_state, reset, layout.batch_sizes
+
+
+def _how(spec: Spec, layout: Layout) -> tuple[str, bool, bool]:
+    """Return the name of the cell, and the order of the steps, that all operators take."""
+    cell, activation, reverse = spec
+    return f"{cell}_{activation}", reverse, layout.time_first
 
 
 def _recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, None]:
-    before, behind = _given(spec, start, layout, inputs[0])
-    out, last = torch.ops.mingru.recurrence_forward(inputs, *before, *behind)
-    return out, last.to(start.h.dtype), None
+    given = _given(start, layout, inputs[0])
+    out, last = torch.ops.mingru.recurrence_forward(inputs, *given, *_how(spec, layout))
+    return out, as_dtype(last, start.h.dtype), None
 
 
 def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, grad_out, grad_last = saved
-    before, behind = _given(spec, start, layout, inputs[0])
-    grads, grad_h, grad_initial_state = torch.ops.mingru.recurrence_backward(
-        inputs, *before, out, grad_out, _state(grad_last, inputs[0]), *behind
+    given, grad_last = _given(start, layout, inputs[0]), _state(grad_last, inputs[0])
+    grads, *grads_of_states = torch.ops.mingru.recurrence_backward(
+        inputs, *given, out, grad_out, grad_last, *_how(spec, layout)
     )
-    return _grads_of_states(start, grad_h, grad_initial_state) + _split(grads, inputs)
+    return _grads_of_states(start, *grads_of_states) + _split(grads, inputs)
 
 
 def _grads_of_states(start: Start, grad_h: Tensor, grad_initial_state: Tensor) -> tuple[Tensor | None, ...]:
+    grad_h = as_dtype(grad_h, start.h.dtype)
+    if start.reset is None:
+        return grad_h, None
     initial_state = start.initial_state
-    grad = grad_initial_state.to(initial_state.dtype).sum_to_size(initial_state.shape)
-    return grad_h.to(start.h.dtype), grad
+    return grad_h, as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape)
 
 
 def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -133,47 +140,36 @@ def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _linear_recurrence(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = tensors
-    before, behind = _given(spec, start, layout, x)
-    bias = None if bias is None else bias.contiguous()
-    out, last, product = torch.ops.mingru.linear_recurrence_forward(
-        x, weight.contiguous(), bias, *before, *behind, keep
-    )
-    return out, last.to(start.h.dtype), product
+    given = _given(start, layout, tensors[0])
+    out, last, product = torch.ops.mingru.linear_recurrence_forward(*tensors, *given, *_how(spec, layout), keep)
+    return out, as_dtype(last, start.h.dtype), product
 
 
 def _linear_recurrence_backward(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias = tensors
+    x = tensors[0]
     out, product, grad_out, grad_last = saved
-    before, behind = _given(spec, start, layout, x)
-    bias = None if bias is None else bias.contiguous()
-    *grads, grad_h, grad_initial_state = torch.ops.mingru.linear_recurrence_backward(
-        *(x, weight.contiguous(), bias, *before), *(out, product, grad_out, _state(grad_last, x)), *behind, *needs
+    given, grad_last = _given(start, layout, x), _state(grad_last, x)
+    grad_x, grad_weight, grad_bias, *grads_of_states = torch.ops.mingru.linear_recurrence_backward(
+        *tensors, *given, out, product, grad_out, grad_last, *_how(spec, layout), *needs
     )
-    grad_x, grad_weight, grad_bias = (found if need else None for found, need in zip(grads, needs, strict=True))
-    grad_bias = None if grad_bias is None else grad_bias.squeeze(0)
-    return (*_grads_of_states(start, grad_h, grad_initial_state), grad_x, grad_weight, grad_bias)
-
-
-def _as_recurrence(call: LinearScan, like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    h = _state(call.h, like)
-    return (h, h, call.reset, None), ("linear_scan", call.reverse, False)
+    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[2] else None)
+    return *_grads_of_states(start, *grads_of_states), *(grads[i] if need else None for i, need in enumerate(needs))
 
 
 def _scan(call: LinearScan) -> States:
-    before, behind = _as_recurrence(call, call.b)
-    out, last = torch.ops.mingru.recurrence_forward([call.a, call.b], *before, *behind)
+    a, b, h, reset, reverse = call
+    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, "linear_scan", reverse, False)
     return out, last
 
 
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    before, behind = _as_recurrence(call, call.a)
+    a, _, h, reset, reverse = call
     # The gradients do not depend on b.
-    inputs = [call.a, call.a]
+    inputs, given = [a, a], (h, h, reset, None)
     grads, grad_h, _ = torch.ops.mingru.recurrence_backward(
-        inputs, *before, out, grad_out, _state(grad_last, call.a), *behind
+        inputs, *given, out, grad_out, grad_last, "linear_scan", reverse, False
     )
     return *_split(grads, inputs), grad_h
 

@@ -21,7 +21,7 @@ from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
 from ..graph import is_compiling
 from ..layout import LinearScan, as_linear_scan, padded_call
-from ..shape import States, along
+from ..shape import States, accumulate_dtype, along, as_dtype
 
 
 def scan(call: LinearScan) -> States:
@@ -51,38 +51,113 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
+# On the CPU, coefficients and their gradients are made for blocks of steps of this size, which stay in the cache.
+# Temporary tensors as large as the sequence would be new memory at each operation, which costs more than arithmetic.
+_BLOCK_BYTES = 1 << 19
+
+# A padded, batch-first call: see `layout.padded_call`.
+Call = tuple[Spec, list[Tensor], Start, Layout]
+
+
+def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
+    """Return the blocks of steps, and the call of each."""
+    spec, inputs, start, layout = call
+    first = inputs[0]
+    num_steps = first.shape[1]
+    size = num_steps
+    if first.is_cpu:
+        size = max(1, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()))
+
+    def part(steps: slice) -> Call:
+        reset, padding = (None if mask is None else mask[:, steps] for mask in (start.reset, layout.padding))
+        return spec, [x[:, steps] for x in inputs], start._replace(reset=reset), layout._replace(padding=padding)
+
+    blocks = [slice(begin, min(begin + size, num_steps)) for begin in range(0, num_steps, size)]
+    return [(steps, part(steps)) for steps in blocks]
+
+
+def _new(like: Tensor, dtype: torch.dtype, time_first: bool) -> Tensor:
+    """Return new memory for a sequence (B, S, *), in the order of the caller's layout, and not as a view."""
+    batch, num_steps, *rest = like.shape
+    if time_first:
+        return like.new_empty(num_steps, batch, *rest, dtype=dtype).transpose_(0, 1)
+    return like.new_empty(batch, num_steps, *rest, dtype=dtype)
+
+
 def _recurrence(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool) -> Any:
-    # `as_linear_scan` makes new tensors, whose order in memory is that of the inputs.
-    out, last = _scan_in_place(as_linear_scan(*padded_call(spec, list(inputs), start, layout)))
+    call = padded_call(spec, list(inputs), start, layout)
+    a, b = (_new(call[1][0], accumulate_dtype(inputs[0].dtype), layout.time_first) for _ in range(2))
+    for steps, block in _blocks_of(call):
+        a[:, steps], b[:, steps], *_ = as_linear_scan(*block)
+    h = as_dtype(call[2].h, b.dtype)
+    out, last = _scan_in_place(LinearScan(a, b, h, call[2].reset, call[0].reverse))
     out = out.to(inputs[0].dtype)
     if layout.time_first:
         # In place, so that no output is a view.
         out.transpose_(0, 1)
-    return out.contiguous(), last.to(start.h.dtype), None
+    return out, last.to(start.h.dtype), None
 
 
 def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    from ..autograd import adjoint, grad_of_h, previous_states
-
+    """Compute what `autograd` says, in the memory of a, delta and the gradients."""
     out, _, grad_out, grad_last = saved
     if layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
+    call = padded_call(spec, list(inputs), start, layout)
+    (_, (first_input, *_), (h, _, reset), _), reverse, blocks = call, spec.reverse, _blocks_of(call)
+    # In the order of the scan: all steps but the last, all but the first, the first, the last.
+    earlier, later, first, last = slice(-1), slice(1, None), slice(1), slice(-1, None)
+    if reverse:
+        earlier, later, first, last = later, earlier, last, first
+
+    a, delta = (_new(first_input, accumulate_dtype(out.dtype), layout.time_first) for _ in range(2))
+    for steps, block in blocks:
+        a[:, steps] = as_linear_scan(*block).a
+    first_a = a[:, first].clone()
+    # delta_t = dL/dh_t + a_{t+1} delta_{t+1}
+    delta.copy_(grad_out)[:, last] += grad_last
+    later_reset = None if reset is None else reset[:, later]
+    _scan_in_place(LinearScan(a[:, later], delta[:, earlier], delta[:, last].clone(), later_reset, not reverse))
+
+    grad_h = first_a.mul_(delta[:, first])
+    if reset is not None:
+        grad_h.masked_fill_(along(reset[:, first], grad_h), 0)
+    grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+    views = [None if grad is None else grad.transpose(0, 1) if layout.time_first else grad for grad in grads]
+    grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state)
+    for steps, block in blocks:
+        # The states before each of these steps, and h before the first step of all.
+        begin, end = (steps.start + 1, steps.stop + 1) if reverse else (steps.start - 1, steps.stop - 1)
+        parts = [out[:, max(begin, 0) : end]]
+        if begin < 0 or end > out.shape[1]:
+            parts.insert(len(parts) if reverse else 0, h.to(out.dtype))
+        previous = torch.cat(parts, 1)
+        found = _block_backward(block, needs, previous, delta[:, steps])
+        for view, grad in zip(views, found, strict=False):
+            if view is not None:
+                view[:, steps] = grad
+        if grad_initial_state is not None:
+            grad_initial_state += found[-1]
+    return grad_h.to(start.h.dtype), grad_initial_state, *grads
+
+
+def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: Tensor) -> list[Any]:
+    """Return the gradients of the inputs of a block, and of the initial state, from dL/da and dL/db."""
+    spec, inputs, start, layout = call
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        initial_state = start.initial_state.detach().requires_grad_(start.reset is not None)
-        leaf_start = Start(start.h.detach(), initial_state, start.reset)
-        call = as_linear_scan(*padded_call(spec, leaves, leaf_start, layout))
-    detached = call._replace(a=call.a.detach(), b=call.b.detach())
-    delta = adjoint(lambda of: _scan_in_place(of._replace(b=of.b.clone())), detached, (grad_out, grad_last))
-    previous = previous_states(detached, out.to(call.a.dtype))
-    ways = [(call.a, previous.mul_(delta)), (call.b, delta)]
-    outputs, grad_outputs = zip(*[way for way in ways if way[0].requires_grad], strict=True)
-    wanted = [leaf for leaf in (*leaves, initial_state) if leaf.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs) if wanted else ())
-    grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    return grad_of_h(detached, delta).to(start.h.dtype), next(found, None), *grads
+        leaves.append(start.initial_state.detach().requires_grad_(start.reset is not None))
+        scan = as_linear_scan(spec, leaves[:-1], start._replace(h=start.h.detach(), initial_state=leaves[-1]), layout)
+    if start.reset is not None:
+        previous = previous.masked_fill(along(start.reset, previous), 0)
+    outputs = [(x, grad) for x, grad in ((scan.a, previous * delta), (scan.b, delta)) if x.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not outputs:
+        return [None] * len(leaves)
+    grads = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
+    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
@@ -96,8 +171,8 @@ def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
     if reverse:
         state = _step_in_place(*rest, state, reverse)
     if whole:
-        chunk_a, chunk_b = (x[:, :whole].unflatten(1, [count, size]) for x in (a, b))
-        chunk_reset = None if reset is None else reset[:, :whole].unflatten(1, [count, size])
+        chunk_a, chunk_b = (torch.unflatten(x[:, :whole], 1, [count, size]) for x in (a, b))
+        chunk_reset = None if reset is None else torch.unflatten(reset[:, :whole], 1, [count, size])
         state = _chunks_in_place(chunk_a, chunk_b, chunk_reset, state, reverse)
     if not reverse:
         _step_in_place(*rest, state, reverse)

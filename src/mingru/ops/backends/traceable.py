@@ -101,7 +101,8 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) 
         carry_in = torch.where(mask, 0.0, carry_in)
     out = torch.addcmul(torch.stack(_in_order(local, reverse), 2), torch.stack(_in_order(decay, reverse), 2), carry_in)
     # Not `flatten`, which has no rule for `is_grads_batched`.
-    return _padded(out.reshape([out.size(0), -1] + list(out.shape[3:])), -more, 0.0), last
+    shape = [out.size(0), -1] + list(out.shape[3:])  # noqa: RUF005 (not in TorchScript)
+    return _padded(out.reshape(shape), -more, 0.0), last
 
 
 def _is_short(num_steps: int, chunk: int) -> bool:
