@@ -9,19 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from . import drop_in
 from .check import check_int, dims, expectation
-from .modules.cells import RecurrentCell
-from .modules.conv import MinConv, MinConvCell
-from .modules.recurrent import Recurrent
-from .modules.stack import Stack
+from .modules.base import Base, Dims
 
 __all__ = ["onnx"]
 
@@ -131,26 +127,9 @@ def onnx(
                 written.replace(target.parent / written.name)
 
 
-class _Layout(NamedTuple):
-    """Which dimension of x is batch, which is time, and which one of each state is batch, of those there are."""
-
-    batch: int | None
-    time: int | None
-    state: int | None
-
-
-def _layout(model: nn.Module, x: Tensor) -> _Layout | None:
-    """None for a model of the caller's own, which may be a class of ours with another `forward`."""
-    forward = type(model).forward
-    known: Any = model
-    if forward in (RecurrentCell.forward, drop_in.GRUCell.forward, MinConvCell.forward):
-        return _Layout(0, None, 0) if x.dim() == 2 + getattr(model, "num_space_dims", 0) else _Layout(None, None, None)
-    if forward is drop_in.GRU.forward and x.dim() == 2:
-        return _Layout(None, 0, None)
-    if forward not in (Recurrent.forward, MinConv.forward, Stack.forward, drop_in.GRU.forward):
-        return None
-    batch, time = (0, 1) if known.batch_first else (1, 0)
-    return _Layout(batch, time, 0 if getattr(model, "num_space_dims", 0) else 1)
+def _dims_of(model: nn.Module, x: Tensor) -> Dims | None:
+    """Return None for a model of the caller's own, which may be a class of this library with another `forward`."""
+    return model.dims_of(x) if isinstance(model, Base) and model.role != "custom" else None
 
 
 def _with_free_sizes(
@@ -162,7 +141,7 @@ def _with_free_sizes(
     x = args[0]
     # An example that doesn't fit is the model's to refuse.
     outputs = model(*args)
-    layout = _layout(model, x)
+    layout = _dims_of(model, x)
     if layout is None:
         args = _of_own_model(args, kind)
         batch: int | None = 0
@@ -218,7 +197,7 @@ def _of_own_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
     return (x, *args[1:])
 
 
-def _enlarged(args: tuple[Any, ...], state: Any, layout: _Layout, kind: str) -> tuple[Any, ...]:
+def _enlarged(args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
     """What this library's classes take, where batch and time are known."""
     enlarged = [*args]
     if len(args) > 1 and args[1] is not None:
@@ -278,12 +257,12 @@ def _input_names(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _is_ours(model: nn.Module) -> bool:
-    return _layout(model, torch.empty(0)) is not None
+    return _dims_of(model, torch.empty(0)) is not None
 
 
 def _output_names(model: nn.Module, outputs: Any, inputs: list[str]) -> list[str]:
     if isinstance(outputs, Tensor):
-        names = ["h_out" if _layout(model, outputs) is not None else "out"]
+        names = ["h_out" if _dims_of(model, outputs) is not None else "out"]
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
         names = ["out", *_numbered("h_out", outputs[1])]
     else:

@@ -17,7 +17,7 @@ from .modules import (
     MinLSTMCell,
     Stack,
 )
-from .modules.conv import CONVOLUTIONS, Geometry, MinConvLayer
+from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.recurrent import NORMS, RecurrentLayer
 

@@ -16,14 +16,14 @@ from test_recurrent import TIGHT, WITHOUT_MINGRU, assert_same, cover, named
 from torch import nn
 from torch.testing import assert_close
 
-from mingru import ops
-from mingru.modules.conv import (
+from mingru import (
     MinConv1dGRU,
     MinConv1dGRUCell,
     MinConv2dGRU,
     MinConv2dGRUCell,
     MinConv3dGRU,
     MinConv3dGRUCell,
+    ops,
 )
 from mingru.ops import blocks
 

@@ -13,10 +13,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.testing import assert_close
 
 import mingru
-from mingru import MinGRU, MinLSTM
+from mingru import MinConv1dGRU, MinConv1dGRUCell, MinConv2dGRU, MinGRU, MinLSTM
 from mingru.drop_in import GRU
 from mingru.modules.cells import MinGRUCell
-from mingru.modules.conv import MinConv1dGRU, MinConv1dGRUCell, MinConv2dGRU
 from mingru.modules.stack import Stack
 
 B, S, IN = 3, 9, 4

@@ -1,7 +1,7 @@
 """Layers: they know parameters and shapes, not devices."""
 
 from .cells import MinGRUCell, MinLSTMCell
-from .conv import (
+from .minconvgru import (
     MinConv1dGRU,
     MinConv1dGRUCell,
     MinConv2dGRU,

@@ -1,23 +1,40 @@
-"""What all layers share: a call with arguments that don't fit is refused in their own name."""
+"""What all layers, cells and stacks share: what they are, and errors in their own name."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..check import misfit
 
 
+class Dims(NamedTuple):
+    """Which dimension of x is batch, which one is time, and which one of each state is batch; None if there is none."""
+
+    batch: int | None
+    time: int | None
+    state: int | None
+
+
 class Base(nn.Module):
-    """A module whose call names the class and the argument that is meant, where Python would name neither."""
+    """A module that says what it is, so that nobody needs to ask for its class or its attributes."""
 
     name: str
+    role = "custom"
+    """"sequence": forward(x, h, reset, ...) -> (out, h); "step": forward(x, h, ...) -> h; "torch": as `torch.nn.GRU`.
+    A subclass with a `forward` of its own is "custom", unless it says otherwise."""
+    num_space_dims = 0
+
+    def __init_subclass__(cls, role: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if role is not None or "forward" in cls.__dict__:
+            cls.role = role or "custom"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
         except TypeError as error:
-            # Asked after the fact, as hooks may take and give other arguments; and only then does it cost anything.
+            # Checked afterwards, because it costs nothing then, and because hooks may take and give other arguments.
             if "forward() " not in str(error):
                 raise
             signature = inspect.signature(type(self).forward)
@@ -25,3 +42,10 @@ class Base(nn.Module):
             if not problem:
                 raise
             raise TypeError(problem) from None
+
+    def dims_of(self, x: Tensor) -> Dims:
+        """Return the dimensions of x and of the states. Not for a role of "custom"."""
+        if self.role == "step":
+            return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
+        batch, time = (0, 1) if self.batch_first else (1, 0)
+        return Dims(batch, time, 0 if self.num_space_dims else 1)

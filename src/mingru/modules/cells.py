@@ -20,12 +20,13 @@ from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
-from .recurrent import Recurrent, without_dims
+from .recurrent import Recurrent
+from .shared import without_dims
 
 ONE_LAYER = "a cell has one layer, so that bias comes after hidden_dims"
 
 
-class RecurrentCell(Recurrent):
+class RecurrentCell(Recurrent, role="step"):
     """A layer's `forward` for one step; mixed into the layer, whose weights and options it has."""
 
     def forward(  # type: ignore[override]

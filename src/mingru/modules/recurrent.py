@@ -1,7 +1,7 @@
-"""What minGRU and its siblings share: layers over layers, directions, state in and out, options.
+"""What MinGRU, MinLSTM and their cells share: layers over layers, directions, states, options.
 
-A kind of layer (see `mingru.py` beside this file) adds its recurrence and nothing else. `forward` and what it calls
-scripts, but for the checks, which a scripted module leaves to torch.
+`mingru.py` and `minlstm.py` add the name of the cell. `forward` and what it calls scripts, except the checks, which a
+scripted module leaves to torch.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ from ..ops.activation import zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
 from .base import Base
+from .shared import in_reverse, not_default, own_view, stacked, weight_of
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -98,60 +99,13 @@ class RecurrentLayer(nn.Module):
             return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
-def stacked(states: list[Tensor]) -> Tensor:
-    """Return the states (B, 1, H) of all layers and directions as one tensor that is not a view."""
-    if is_scripting():
-        return torch.stack(states)
-    else:
-        # In place, because a view could not be detached in place. Nothing keeps this tensor for backward.
-        return torch.stack(states) if len(states) > 1 or is_tracing() else states[0].unsqueeze_(0)
-
-
-def own_view(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x in another shape and not as a view, so that it can be detached in place. x must not be used any more."""
-    if is_scripting():
-        return x.view(shape)
-    else:
-        return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
-
-
-def without_dims(x: Tensor, sizes_of_1: list[int]) -> Tensor:
-    """Return x without these dimensions, the last one first; not as a view. x must not be used any more."""
-    for dim in sizes_of_1:
-        x = x.squeeze(dim) if is_scripting() or is_tracing() else x.squeeze_(dim)
-    return x
-
-
-def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
-    """The options that differ from their defaults, as a repr has them behind the sizes; a missing one does not."""
-    options = {name: getattr(module, name, default) for name, default in defaults.items()}
-    return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
-
-
-def weight_of(module: nn.Module) -> Tensor | None:
-    """A tensor with the dtype and device of its weight; None where it has no parameters, as a quantised one.
-
-    Asked for `.weight`, a parametrised module would compute it anew, and some count how often.
-    """
-    weight = module._parameters.get("weight")
-    return next(module.parameters(), None) if weight is None else weight
-
-
-def in_reverse(start: Start, order: Layout) -> Start:
-    """Return what the reverse direction starts from."""
-    reset = start.reset
-    if reset is not None:
-        reset = layout.reset_seen_in_reverse(reset, order)
-    return Start(start.h, start.initial_state, reset)
-
-
 def _order_of(packed_x: PackedSequence) -> Tensor:
     """Which element of the batch each of the sorted sequences is."""
     order = packed_x.sorted_indices
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
 
 
-class Recurrent(Base):
+class Recurrent(Base, role="sequence"):
     """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
 
     cell: str
@@ -201,7 +155,8 @@ class Recurrent(Base):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_directions = 2 if bidirectional else 1
-        output_dims = self.num_directions * hidden_dims
+        self.num_states = 1
+        self.output_dims = output_dims = self.num_directions * hidden_dims
         self.layers = nn.ModuleList(
             RecurrentLayer(
                 self.cell,
@@ -264,6 +219,13 @@ class Recurrent(Base):
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
         padded[index] = out
         return own_view(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
+
+    def with_states(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Call the layer with a list of states, of which it has one."""
+        out, last = self(x, None if h is None else h[0], reset, lengths)
+        return out, [last]
 
     def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor) -> States:
         """Run on the padded batch and mask the padding: a captured graph cannot depend on the number of valid steps."""

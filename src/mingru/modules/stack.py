@@ -12,13 +12,11 @@ from ..check import arguments_checked, check_dropout, check_flags, dims, expecta
 from ..ops import layout
 from ..ops.graph import is_scripting, is_tracing, untraced
 from .base import Base
-from .conv import MinConv
-from .recurrent import Recurrent
 
 PASS_A_LIST = "pass the layers in one list"
 
 
-class Stack(Base):
+class Stack(Base, role="sequence"):
     """Layers of any kinds and sizes, each taking the output of the one before it.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -78,13 +76,13 @@ class Stack(Base):
         self.dropout = float(dropout)
         self.residual = residual
         self.batch_first: bool = found[0].batch_first
-        self.num_space_dims = _num_space_dims(found[0])
+        self.num_space_dims = found[0].num_space_dims
         self.input_dims: int = found[0].input_dims
-        self.output_dims = _output_dims(found[-1])
+        self.output_dims = found[-1].output_dims
         # The states of layer i are those from ends[i] to ends[i + 1].
         self.ends = [0]
         for layer in found:
-            self.ends.append(self.ends[-1] + _num_states(layer))
+            self.ends.append(self.ends[-1] + layer.num_states)
         self.num_states = self.ends[-1]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
 
@@ -96,8 +94,7 @@ class Stack(Base):
         if not found:
             raise ValueError(expectation(self.name, "layers", "at least one", "none"))
         for index, layer in enumerate(found):
-            # By its forward, as cells are layers with another one.
-            if getattr(type(layer), "forward", None) not in (Recurrent.forward, MinConv.forward, Stack.forward):
+            if not isinstance(layer, Base) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU or Stack"
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, type(layer).__name__))
         for index, (below, layer) in enumerate(pairwise(found)):
@@ -105,25 +102,32 @@ class Stack(Base):
             if layer.batch_first != below.batch_first:
                 expected = f"of batch_first={below.batch_first} as {beside} is"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.batch_first)))
-            if _num_space_dims(layer) != _num_space_dims(below):
-                expected = f"of {_num_space_dims(below)} space dimensions as {beside} is"
-                raise ValueError(expectation(self.name, argument, expected, str(_num_space_dims(layer))))
-            if layer.input_dims != _output_dims(below):
-                expected = f"of input_dims {_output_dims(below)} as {beside} puts out"
+            if layer.num_space_dims != below.num_space_dims:
+                expected = f"of {below.num_space_dims} space dimensions as {beside} is"
+                raise ValueError(expectation(self.name, argument, expected, str(layer.num_space_dims)))
+            if layer.input_dims != below.output_dims:
+                expected = f"of input_dims {below.output_dims} as {beside} puts out"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.input_dims)))
         return found
 
+    def with_states(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Call the stack."""
+        out, states = self(x, h, reset, lengths)
+        return out, states
+
     def _align(self, index: int, layer: Any) -> nn.Module:
         """What brings the layer's input to the shape of its output, for `residual`."""
-        if not self.residual or layer.input_dims == _output_dims(layer):
+        if not self.residual or layer.input_dims == layer.output_dims:
             return nn.Identity()
-        if _num_space_dims(layer) > 0:
+        if layer.num_space_dims > 0:
             argument, expected = f"layers[{index}]", "of as many output as input channels, as residual is True"
-            got = f"{layer.input_dims} to {_output_dims(layer)}"
+            got = f"{layer.input_dims} to {layer.output_dims}"
             remedy = "let the layer add its own by its option residual"
             raise ValueError(expectation(self.name, argument, expected, got, remedy))
         weight = next(layer.parameters())
-        return nn.Linear(layer.input_dims, _output_dims(layer), bias=False, device=weight.device, dtype=weight.dtype)
+        return nn.Linear(layer.input_dims, layer.output_dims, bias=False, device=weight.device, dtype=weight.dtype)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, as the constructors did."""
@@ -139,21 +143,13 @@ class Stack(Base):
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
         else:
             self._check(h)
+        if lengths is not None and self.num_space_dims > 0:
+            raise ValueError(f"{self.name}: lengths must be None, as convolutional layers take none")
         states: list[Tensor] = []
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
-            # TorchScript answers hasattr while it compiles, and so compiles for each layer the one call that fits it.
-            if hasattr(layer, "aligns"):
-                out, after = layer(x, before, reset, lengths)
-                states += after
-            elif hasattr(layer, "num_space_dims"):
-                if lengths is not None:
-                    raise ValueError(f"{self.name}: lengths must be None, as convolutional layers take none")
-                out, after = layer(x, before, reset)
-                states += after
-            else:
-                out, last = layer(x, None if before is None else before[0], reset, lengths)
-                states.append(last)
+            out, after = layer.with_states(x, before, reset, lengths)  # type: ignore[operator]
+            states += after
             rows = _rows(out)
             if self.residual:
                 residual_input = _rows(x)
@@ -197,23 +193,6 @@ class Stack(Base):
     def extra_repr(self) -> str:
         options = {"dropout": 0.0, "residual": False}
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) != options[name])
-
-
-def _output_dims(layer: Any) -> int:
-    if isinstance(layer, Stack):
-        return layer.output_dims
-    top: Any = layer.layers[-1] if isinstance(layer, MinConv) else layer
-    return int(top.hidden_dims * layer.num_directions)
-
-
-def _num_states(layer: Any) -> int:
-    if isinstance(layer, Stack):
-        return layer.num_states
-    return layer.num_layers * int(layer.num_directions) if isinstance(layer, MinConv) else 1
-
-
-def _num_space_dims(layer: Any) -> int:
-    return int(getattr(layer, "num_space_dims", 0))
 
 
 def _dims(x: Tensor) -> str:

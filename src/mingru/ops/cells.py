@@ -13,6 +13,8 @@ from .shape import accumulate_dtype, as_dtype
 # The pre-activations of each cell, in the order of the weight's rows: gate, candidate; forget, input, candidate. `a` is
 # never above 1 in size.
 NUM_INPUTS = {"mingru": 2, "minlstm": 3}
+# The cells with `log_coefficients`: a and b are positive if the candidate is.
+WITH_LOGARITHMS = ("mingru", "minlstm")
 
 
 def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layou
 
 
 def rows_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `batch_sizes`, the order of the batch, and the index of each row in the flattened (B, S, *) or (S, B, *)."""
+    """Return `batch_sizes`, the order of the batch, and the index of each row in the flattened x."""
     num_steps = x.size(0 if time_first else 1)
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)

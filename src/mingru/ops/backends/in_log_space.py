@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Layout, Spec, Start
-from ..cells import log_coefficients
+from ..cells import WITH_LOGARITHMS, log_coefficients
 from ..shape import States, along
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    if spec.cell == "linear_scan":
-        return "it takes the logarithm of a and b, and linear_scan allows any a and b"
+    if spec.cell not in WITH_LOGARITHMS:
+        return f"it takes the logarithm of a and b, and {spec.cell} allows any a and b"
     if spec.activation != "positive":
         return f"it takes the logarithm of the candidate, and a candidate that is {spec.activation!r} may be negative"
     return None

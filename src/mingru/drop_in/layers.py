@@ -1,19 +1,14 @@
-"""minGRU under the names, shapes and errors of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
-
-    from mingru.drop_in import GRU      # was: from torch.nn import GRU
-
-`replace` does so inside a model that exists. Neither carries weights over: the mathematics are others.
-"""
+"""The layers: minGRU inside, torch's names, shapes and errors outside."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import (
+from ..check import (
     LINEAR_BEHIND,
     arguments_checked,
     check_bias,
@@ -23,12 +18,12 @@ from .check import (
     embed_remedy,
     expectation,
 )
-from .modules import MinGRU
-from .modules.recurrent import NORMS, RecurrentLayer, not_default, weight_of, without_dims
-from .ops import Layout, States
-from .ops.graph import is_autocast, is_scripting, untraced
-
-__all__ = ["GRU", "GRUCell", "Report", "replace"]
+from ..modules import MinGRU
+from ..modules.base import Dims
+from ..modules.recurrent import NORMS, RecurrentLayer
+from ..modules.shared import not_default, weight_of, without_dims
+from ..ops import Layout, States
+from ..ops.graph import is_autocast, is_scripting, untraced
 
 Layer = TypeVar("Layer", bound="_DropIn")
 
@@ -131,7 +126,7 @@ def _put_into(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-class GRU(_DropIn):
+class GRU(_DropIn, role="torch"):
     """`torch.nn.GRU` with minGRU inside: all steps in parallel, since no gate sees the state.
 
     Args:
@@ -298,11 +293,15 @@ class GRU(_DropIn):
         maps = [each for layer in self.layers for each in (layer.linear, layer.linear_reverse)]
         return [list(each.parameters()) for each in maps if isinstance(each, nn.Module)]
 
+    def dims_of(self, x: Tensor) -> Dims:
+        """Return the dimensions of x and of the states."""
+        return Dims(None, 0, None) if x.dim() == 2 else super().dims_of(x)
+
     def flatten_parameters(self) -> None:
         """Nothing: there is no other order of the weights."""
 
 
-class GRUCell(_DropIn):
+class GRUCell(_DropIn, role="step"):
     """`torch.nn.GRUCell` with minGRU inside: one step of a one-layer `GRU`.
 
     Args:
@@ -383,95 +382,3 @@ class GRUCell(_DropIn):
             if hx.dim() not in (1, 2):
                 raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(hx.shape)))
             self._check_hx(hx, input, (*input.shape[:-1], self.hidden_size), "B, H" if input.dim() == 2 else "H,")
-
-
-class Report(NamedTuple):
-    """What `replace` did; `print` it."""
-
-    replaced: list[tuple[str, str, str]]
-    """Qualified name, what was there, what is there now."""
-    left: list[tuple[str, str, str]]
-    """Qualified name, what is there, why it was left."""
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {old} -> {new}" for name, old, new in self.replaced]
-        lines += [f"{name}: {old} left as it is: {why}" for name, old, why in self.left]
-        return "\n".join(lines) or "nothing to replace"
-
-
-def replace(module: nn.Module) -> Report:
-    """Swap every `torch.nn.GRU` and `torch.nn.GRUCell` inside a model, in place, for those of this module.
-
-    The new layers have the options, device, dtype and mode (training or not) of the old ones, and are shared where
-    those were. Their weights are fresh, and all of them learn, since those of a GRU have no meaning in a minGRU: train
-    the model, with an optimizer made after this call.
-
-    Args:
-        module: a model. Layers are found where it has them as submodules, not in its lists and other attributes.
-
-    Returns:
-        A `Report`, which prints well. `replaced` has a (qualified name, what was there, what is there now) for each
-        place; `left` a (qualified name, what is there, why) for each subclass of torch's layers, which are left alone.
-
-    Raises:
-        TypeError: module is none.
-        ValueError: module is itself such a layer, which can't be swapped in place; or a layer has hooks, whose meaning
-            for other weights is unknown. Nothing has been replaced then.
-
-    Example:
-        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
-        >>> print(mingru.drop_in.replace(model))
-        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4)
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(expectation("replace", "module", "a torch.nn.Module", type(module).__name__))
-    if isinstance(module, (nn.GRU, nn.GRUCell)):
-        got = f"{_described(module)} itself"
-        remedy = "where it is made, make a mingru.drop_in layer instead"
-        raise ValueError(expectation("replace", "module", "a model that holds the layers", got, remedy))
-    places = [
-        (parent, key, f"{prefix}.{key}" if prefix else key, layer)
-        for prefix, parent in module.named_modules()
-        for key, layer in parent._modules.items()
-        if isinstance(layer, (nn.GRU, nn.GRUCell))
-    ]
-    made: dict[nn.Module, nn.Module] = {}
-    for _, _, name, layer in places:
-        if type(layer) not in MAKERS:
-            continue
-        if any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks")):
-            remedy = "remove them, and register those that make sense on the new layer"
-            raise ValueError(expectation("replace", name, "without hooks", "some", remedy))
-        if layer not in made:
-            made[layer] = MAKERS[type(layer)](layer)
-    report = Report([], [])
-    for parent, key, name, layer in places:
-        if layer in made:
-            parent._modules[key] = made[layer]
-            report.replaced.append((name, _described(layer), _described(made[layer])))
-        else:
-            report.left.append((name, _described(layer), "a subclass, whose forward may be anything"))
-    return report
-
-
-def _make_layer(old: Any) -> GRU:
-    sizes = (old.input_size, old.hidden_size, old.num_layers, old.bias, old.batch_first)
-    weight = old.weight_ih_l0
-    new = GRU(*sizes, bidirectional=bool(old.bidirectional), device=weight.device, dtype=weight.dtype)
-    # Not through the constructor, which would warn again of a dropout without effect.
-    new.dropout = old.dropout
-    return new.train(old.training)
-
-
-def _make_cell(old: Any) -> GRUCell:
-    weight = old.weight_ih
-    return GRUCell(old.input_size, old.hidden_size, bool(old.bias), weight.device, weight.dtype).train(old.training)
-
-
-MAKERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.GRU: _make_layer, nn.GRUCell: _make_cell}
-
-
-def _described(layer: nn.Module) -> str:
-    """Its repr on one line, with where it is from."""
-    kind = type(layer)
-    return f"{'torch.nn' if kind in MAKERS else kind.__module__}.{kind.__name__}({layer.extra_repr()})"

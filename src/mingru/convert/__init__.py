@@ -1,0 +1,6 @@
+"""From weights that other code bases trained to layers of this package with the same outputs."""
+
+from .cheind import from_cheind
+from .projected import Projected, from_lucidrains, from_minrnns
+
+__all__ = ["Projected", "from_cheind", "from_lucidrains", "from_minrnns"]

@@ -1,0 +1,56 @@
+"""What several kinds of layers need: states that are no views, options in a repr, weights, the reverse direction."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Layout, Start, layout
+from ..ops.graph import is_compiling, is_scripting, is_tracing
+
+
+def in_reverse(start: Start, order: Layout) -> Start:
+    """Return what the reverse direction starts from."""
+    reset = start.reset
+    if reset is not None:
+        reset = layout.reset_seen_in_reverse(reset, order)
+    return Start(start.h, start.initial_state, reset)
+
+
+def stacked(states: list[Tensor]) -> Tensor:
+    """Return the states (B, 1, H) of all layers and directions as one tensor that is not a view."""
+    if is_scripting():
+        return torch.stack(states)
+    else:
+        # In place, because a view could not be detached in place. Nothing keeps this tensor for backward.
+        return torch.stack(states) if len(states) > 1 or is_tracing() else states[0].unsqueeze_(0)
+
+
+def own_view(x: Tensor, shape: list[int]) -> Tensor:
+    """Return x in another shape and not as a view, so that it can be detached in place. x must not be used any more."""
+    if is_scripting():
+        return x.view(shape)
+    else:
+        return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
+
+
+def without_dims(x: Tensor, sizes_of_1: list[int]) -> Tensor:
+    """Return x without these dimensions, the last one first; not as a view. x must not be used any more."""
+    for dim in sizes_of_1:
+        x = x.squeeze(dim) if is_scripting() or is_tracing() else x.squeeze_(dim)
+    return x
+
+
+def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
+    """The options that differ from their defaults, as a repr has them behind the sizes; a missing one does not."""
+    options = {name: getattr(module, name, default) for name, default in defaults.items()}
+    return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """A tensor with the dtype and device of its weight; None where it has no parameters, as a quantised one.
+
+    Asked for `.weight`, a parametrised module would compute it anew, and some count how often.
+    """
+    weight = module._parameters.get("weight")
+    return next(module.parameters(), None) if weight is None else weight
