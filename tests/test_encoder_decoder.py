@@ -84,8 +84,9 @@ def test_told_its_own_digits_it_says_the_same(gru):
     assert alone.shape == (6, script.LENGTH, len(script.DIGITS))
     assert_close(model(characters, lengths, alone.argmax(-1)), alone)
     told = model(characters, lengths, isos)
-    assert torch.equal(told[:, 0], alone[:, 0])
-    assert not torch.equal(told[:, 1:], alone[:, 1:])
+    # Not to the last bit, because a matrix product rounds differently for another number of rows.
+    assert_close(told[:, 0], alone[:, 0])
+    assert not torch.allclose(told[:, 1:], alone[:, 1:])
 
 
 @either

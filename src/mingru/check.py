@@ -1,4 +1,4 @@
-"""The sentences in which bad input is refused: function, argument, what was expected, what came, and the remedy."""
+"""Input validation: error messages that name function, argument, expected and actual value, and a fix."""
 
 import difflib
 import functools
@@ -17,8 +17,8 @@ from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
 
-# What an argument is called elsewhere, and here: in torch's recurrent and convolutional layers, in lucidrains'
-# minGRU-pytorch, in this package before its names of today, and in convolutional GRUs. `drop_in` has torch's names.
+# Names of arguments in other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs) and their names here.
+# `drop_in` has torch's names.
 COUNTERPARTS = {
     "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
@@ -53,9 +53,9 @@ def dims(shape: torch.Size | tuple[int, ...]) -> str:
 
 
 def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """For a constructor: arguments that don't fit are refused under the name of the class that is made.
+    """Decorate a constructor so that its errors about arguments name the class that is constructed.
 
-    Python would name the base that the constructor is from. The remedy is for too many arguments.
+    Python would name the base class that defines the constructor. The remedy is for too many arguments.
     """
 
     def decorated(init: Callable[P, None]) -> Callable[P, None]:
@@ -76,7 +76,7 @@ def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callabl
 def misfit(
     name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
 ) -> str:
-    """Why a method can't be called so, self being the first of args; "" if it can."""
+    """Return why a method cannot be called with these arguments (the first is self); "" if it can."""
     known = list(signature.parameters.values())[1:]
     names = [parameter.name for parameter in known]
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
@@ -93,7 +93,7 @@ def misfit(
 
 def _meant(argument: str, names: list[str]) -> str:
     meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names]
-    # Near enough for a slip of the keyboard, and for no more.
+    # A cutoff that accepts typing errors only.
     meant = meant or difflib.get_close_matches(argument, names, 1, 0.8)
     if meant:
         return f"you mean {' and '.join(meant)}"
@@ -111,7 +111,7 @@ def check_flag(name: str, argument: str, flag: object, remedy: str = "", expecte
 
 
 def check_bias(name: str, bias: object) -> None:
-    """Of a layer, where other numbers may be taken for it."""
+    """Check the `bias` of a layer, which gets the number that was meant for a later argument."""
     is_number = isinstance(bias, (int, float))
     after = "after num_layers come bias, batch_first, dropout and bidirectional; pass dropout by keyword"
     check_flag(name, "bias", bias, after if is_number else "")
@@ -138,7 +138,7 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
 
 
 def _level_of_the_caller() -> int:
-    """The `stacklevel` with which the function that calls this one blames the first line outside of the package."""
+    """Return the `stacklevel` of the first line outside of the package."""
     package = __name__.partition(".")[0]
     frame: FrameType | None = sys._getframe(1)
     level = 1
@@ -185,9 +185,9 @@ def check_like(
     autocast: bool = False,
     ids: bool = False,
 ) -> None:
-    """x must be a tensor with the dtype (or the one named, or any that autocast converts) and the device of `like`.
+    """Check that x is a tensor on the device of `like`, with its dtype, `or_dtype`, or one that autocast converts.
 
-    With `ids`, integers may be token ids that were not embedded.
+    With `ids`, the error for integers says that token ids must be embedded.
     """
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
@@ -205,12 +205,12 @@ def check_like(
 
 
 def embed_remedy(x: Tensor) -> str:
-    """Of the integers that an embedding takes."""
+    """Return the fix for dtypes that an embedding takes; "" for others."""
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
 def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
-    """h must not be a list of states, or with the cell state of an LSTM."""
+    """Check that h is not a list of states, and not the pair (h, c) of an LSTM."""
     if not isinstance(h, (list, tuple)):
         return
     remedy = f"a minGRU's state is one tensor h, {letters}"
@@ -220,7 +220,7 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
 
 
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
-    """The state (B, 1, *) that h stands for beside a sequence (B, S, *)."""
+    """Return h expanded to the state (B, 1, *) of a sequence (B, S, *)."""
     check_like(name, argument, h, sequence, "the sequence", or_dtype=accumulate_dtype(sequence.dtype))
     return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)")
 

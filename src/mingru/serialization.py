@@ -2,21 +2,8 @@
 
 from torch import nn
 
-from . import drop_in
+from . import drop_in, modules
 from .convert import Projected
-from .modules import (
-    MinConv1dGRU,
-    MinConv1dGRUCell,
-    MinConv2dGRU,
-    MinConv2dGRUCell,
-    MinConv3dGRU,
-    MinConv3dGRUCell,
-    MinGRU,
-    MinGRUCell,
-    MinLSTM,
-    MinLSTMCell,
-    Stack,
-)
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.recurrent import NORMS, RecurrentLayer
@@ -51,9 +38,7 @@ def safe_globals() -> list[type]:
           )
         )
     """
-    public = [
-        *(MinConv1dGRU, MinConv1dGRUCell, MinConv2dGRU, MinConv2dGRUCell, MinConv3dGRU, MinConv3dGRUCell),
-        *(MinGRU, MinGRUCell, MinLSTM, MinLSTMCell, Stack, drop_in.GRU, drop_in.GRUCell, Projected),
-    ]
+    layers = [getattr(modules, name) for name in modules.__all__]
     of_torch = [nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
-    return [*public, Geometry, GroupNorm, MinConvLayer, RecurrentLayer, *of_torch]
+    ours = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    return [*layers, *ours, *of_torch]

@@ -69,7 +69,7 @@ def test_operators_refuse_what_would_read_past_the_end():
     for bad in [
         ([gate, candidate[:, :19]], h, h, None, None, name, False, False),
         (pair, h[:2], h, None, None, name, False, False),
-        (pair, h, h[:2], None, None, name, False, False),
+        (pair, h, h[:2], torch.zeros(3, 20, dtype=torch.bool), None, name, False, False),
         (pair, h.double(), h, None, None, name, False, False),
         ([gate, candidate.double()], h, h, None, None, name, False, False),
         (pair, h, h, torch.zeros(3, 19, dtype=torch.bool), None, name, False, False),

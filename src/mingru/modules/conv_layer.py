@@ -22,7 +22,7 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class Geometry(NamedTuple):
-    """Where a layer's convolution reads: one number for each dimension of space."""
+    """The sizes of a layer's convolution, one number for each spatial dimension."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,17 +30,17 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
     def reach(self) -> list[int]:
-        """The least size of a space that yields one place; each `stride` more yields another."""
+        """Return the smallest input size with one output position; each `stride` more adds one."""
         spans = [dilation * (size - 1) for size, dilation in zip(self.kernel_size, self.dilation, strict=True)]
         padded = spans if isinstance(self.padding, str) else [2 * padding for padding in self.padding]
         return [span + 1 - more for span, more in zip(spans, padded, strict=True)]
 
     def keeps_space(self) -> bool:
-        """Whether a space of any size comes out in the same size."""
+        """Whether the output has the size of the input, whatever it is."""
         return all(stride == 1 for stride in self.stride) and all(reach == 1 for reach in self.reach())
 
     def space(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """What comes out of this space."""
+        """Return the spatial sizes of the output."""
         sizes = zip(space, self.reach(), self.stride, strict=True)
         return tuple((size - reach) // stride + 1 for size, reach, stride in sizes)
 

@@ -42,15 +42,15 @@ def without_dims(x: Tensor, sizes_of_1: list[int]) -> Tensor:
 
 
 def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
-    """The options that differ from their defaults, as a repr has them behind the sizes; a missing one does not."""
+    """Return the options that differ from their defaults, for a repr. An option that the module lacks is left out."""
     options = {name: getattr(module, name, default) for name, default in defaults.items()}
     return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """A tensor with the dtype and device of its weight; None where it has no parameters, as a quantised one.
+    """Return a tensor with the dtype and device of the weight; None for a module without parameters (quantized).
 
-    Asked for `.weight`, a parametrised module would compute it anew, and some count how often.
+    Not `module.weight`, which a parametrized module computes at each access.
     """
     weight = module._parameters.get("weight")
     return next(module.parameters(), None) if weight is None else weight

@@ -66,7 +66,8 @@ def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
     num_steps = first.shape[1]
     size = num_steps
     if first.is_cpu:
-        size = max(1, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()))
+        # Whole groups of 64 steps, so that the vector code of a few threads has the same remainders.
+        size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
 
     def part(steps: slice) -> Call:
         reset, padding = (None if mask is None else mask[:, steps] for mask in (start.reset, layout.padding))
