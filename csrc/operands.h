@@ -96,8 +96,6 @@ class Operands {
   Operands(const Operands&) = delete;  // `scan` points into this object
 
   bool is_packed() const { return !step_rows_.empty(); }
-  bool time_first() const { return step_dim_ == 0; }
-  const char* name() const { return name_; }
   Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
 
   // The row at which a step begins; for packed sequences only.
@@ -172,7 +170,7 @@ class Operands {
     Tensor grad_h = torch::stable::empty_like(h), grad_initial_state = torch::stable::empty_like(h);
     torch::stable::zero_(grad_initial_state);
     scan.grad_h = grad_h.data_ptr();
-    scan.grad_initial_state = grad_initial_state.data_ptr();
+    if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
     return {grad_h, grad_initial_state};
   }
 

@@ -15,7 +15,7 @@ from .modules import (
     MinLSTMCell,
     Stack,
 )
-from .ops import backends, use_backend
+from .ops.route import backends, use_backend
 from .serialization import safe_globals
 
 __all__ = [

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules import MinGRU
-from .ops import Spec, backends
-from .ops.route import choose
+from .ops import Spec
+from .ops.route import backends, choose
 
 # Each is batch, steps, input features, hidden features.
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (64, 1000, 10, 100), (32, 64, 64, 64), (1, 1, 256, 256)]

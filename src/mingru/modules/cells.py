@@ -21,7 +21,7 @@ from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent
-from .shared import without_dims
+from .shared import reshaped
 
 ONE_LAYER = "a cell has one layer, so that bias comes after hidden_dims"
 
@@ -52,7 +52,7 @@ class RecurrentCell(Recurrent, role="step"):
         reset = None if reset is None else reset.unsqueeze(1)
         # The state, not the output: under autocast it stays in float32.
         _, last = self._run(x.unsqueeze(1), state, reset, Layout(False, None, None))
-        return without_dims(last, [2, 0] if batched else [2, 1, 0])
+        return reshaped(last, [last.size(1), last.size(3)] if batched else [last.size(3)])
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:

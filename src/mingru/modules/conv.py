@@ -29,7 +29,7 @@ from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
 from .base import Base
 from .conv_layer import Geometry, MinConvLayer
-from .shared import not_default, weight_of, without_dims
+from .shared import not_default, reshaped, weight_of
 
 # A list is for the layers, a tuple for the dimensions of space.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -326,7 +326,8 @@ class MinConvCell(MinConv, role="step"):
         states: list[Tensor] = []
         for layer in self.layers:
             _, states = layer(x.unsqueeze(1), before, reset, Layout(False, None, None))
-        return without_dims(states[0], [1] if batched else [1, 0])
+        shape = list(states[0].shape)
+        return reshaped(states[0], shape[:1] + shape[2:] if batched else shape[2:])
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:

@@ -34,7 +34,7 @@ from ..ops.activation import zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
 from .base import Base
-from .shared import in_reverse, not_default, own_view, stacked, weight_of
+from .shared import in_reverse, not_default, reshaped, weight_of
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -218,7 +218,7 @@ class Recurrent(Base, role="sequence"):
         out, last = self._run(rows, state, reset, Layout(False, batch_sizes, None))
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
         padded[index] = out
-        return own_view(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
+        return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
 
     def with_states(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
@@ -280,7 +280,8 @@ class Recurrent(Base, role="sequence"):
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, stacked(states)
+        # A new tensor, also for one layer: a state is no view, and nobody else holds it.
+        return x, torch.stack(states)
 
     @untraced
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:

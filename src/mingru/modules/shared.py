@@ -17,28 +17,12 @@ def in_reverse(start: Start, order: Layout) -> Start:
     return Start(start.h, start.initial_state, reset)
 
 
-def stacked(states: list[Tensor]) -> Tensor:
-    """Return the states (B, 1, H) of all layers and directions as one tensor that is not a view."""
-    if is_scripting():
-        return torch.stack(states)
-    else:
-        # In place, because a view could not be detached in place. Nothing keeps this tensor for backward.
-        return torch.stack(states) if len(states) > 1 or is_tracing() else states[0].unsqueeze_(0)
-
-
-def own_view(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x in another shape and not as a view, so that it can be detached in place. x must not be used any more."""
+def reshaped(x: Tensor, shape: list[int]) -> Tensor:
+    """Return x in another shape and not as a view, so that it can be detached in place. Backward must not keep x."""
     if is_scripting():
         return x.view(shape)
     else:
         return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
-
-
-def without_dims(x: Tensor, sizes_of_1: list[int]) -> Tensor:
-    """Return x without these dimensions, the last one first; not as a view. x must not be used any more."""
-    for dim in sizes_of_1:
-        x = x.squeeze(dim) if is_scripting() or is_tracing() else x.squeeze_(dim)
-    return x
 
 
 def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import for_trace, is_tracing
-from .route import backends, use_backend
 from .shape import States, accumulate_dtype, as_dtype, empty_states
 
 __all__ = [
@@ -26,14 +25,12 @@ __all__ = [
     "Spec",
     "Start",
     "States",
-    "backends",
     "layout",
     "linear_recurrence",
     "linear_scan",
     "mapped_recurrence",
     "recurrence",
     "traceable",
-    "use_backend",
 ]
 
 # From this many input features on, pre-activations are kept for backward. Below, computing them again is faster than

@@ -27,7 +27,7 @@ from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
-from .layout import LinearScan, as_linear_scan, in_layout, padded_call
+from .layout import LinearScan, as_linear_scan, in_layout, padded_call, rows_are_swapped
 from .route import BACKENDS
 from .shape import States, along
 
@@ -56,7 +56,7 @@ def scan(name: str, call: LinearScan) -> States:
 
 
 class ScanInGraph(torch.autograd.Function):
-    """The linear scan with its first and second derivatives."""
+    """The linear scan and its reverse-mode derivatives, of any order."""
 
     @staticmethod
     def forward(name: str, *call: Any) -> States:
@@ -77,7 +77,7 @@ class ScanInGraph(torch.autograd.Function):
         batched = are_batched(*grad)
         if kernel is not None and not torch.is_grad_enabled() and not batched:
             return None, *kernel(LinearScan(a, out, h, reset, ctx.reverse), out, *grad), None, None
-        # Recurrence have no rule for gradients that are mapped over.
+        # Kernels have no rule for gradients that are mapped over.
         run = traceable.scan if batched else lambda call: scan(ctx.name, call)
         call = LinearScan(a, out, h, reset, ctx.reverse)
         delta = adjoint(run, call, grad)
@@ -153,26 +153,23 @@ def run_kernel(
     which: tuple[str, str], spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
 ) -> States:
     """Run a kernel, differentiably. `which` names the backend and its field, because graphs take names."""
-    if is_compiling():
-        if start.reset is None:
-            # Dynamo rejects one tensor in two places.
-            start = Start(start.h, start.h.view_as(start.h), None)
-        if which[1] == "kernel" and tensors[0].dim() > 3:
-            # Inductor takes more dimensions for an image, and changes the strides of what is kept for backward.
-            flat = [x.flatten(2).contiguous() for x in tensors]
-            flat_start = Start(start.h.flatten(2), start.initial_state.flatten(2), start.reset)
-            out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
-            return out.view(tensors[0].shape), last.view(start.h.shape)
+    if is_compiling() and which[1] == "kernel" and tensors[0].dim() > 3:
+        # Inductor takes more dimensions for an image, and changes the strides of what is kept for backward.
+        flat = [x.flatten(2).contiguous() for x in tensors]
+        flat_start = Start(start.h.flatten(2), start.initial_state.expand_as(start.h).flatten(2), start.reset)
+        out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
+        return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
-        # Flat, because autograd sees no tensors inside of tuples.
-        args = (*start, layout.batch_sizes, layout.padding, *tensors)
+        # Flat, because autograd sees no tensors inside of tuples. Without resets, the initial state has no part in it.
+        h, initial_state, reset = start
+        args = (h, None if reset is None else initial_state, reset, layout.batch_sizes, layout.padding, *tensors)
         states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(which).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
 
 
-# h, initial_state, reset, batch_sizes and padding come before the tensors of a kernel.
-_NUM_GIVEN = 5
+def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> Start:
+    return Start(h, h if initial_state is None else initial_state, reset)
 
 
 def _kernel(which: tuple[str, str]) -> Any:
@@ -184,11 +181,11 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        *start, batch_sizes, padding = args[:_NUM_GIVEN]
-        call = (Start(*start), Layout(time_first, batch_sizes, padding))
-        tensors = args[_NUM_GIVEN:]
+        h, initial_state, reset, batch_sizes, padding, *tensors = args
+        call = (_start(h, initial_state, reset), Layout(time_first, batch_sizes, padding))
         out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
         ctx.which, ctx.spec, ctx.time_first = which, spec, time_first
+        ctx.rows_are_swapped = kept is not None and rows_are_swapped(tensors[0])
         ctx.save_for_backward(out, kept, *args)
         return out, last
 
@@ -198,17 +195,20 @@ class Recurrence(torch.autograd.Function):
         layout = Layout(ctx.time_first, batch_sizes, padding)
         needs_h, needs_initial_state, _, _, _, *needs = ctx.needs_input_grad[4:]
 
-        def again(h: Tensor, initial_state: Tensor, *tensors: Any) -> States:
+        def again(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
             inputs = list(tensors)
             if ctx.which[1] == "linear_kernel":
                 inputs = list(F.linear(*tensors).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-            return composed(ctx.which[0], ctx.spec, inputs, Start(h, initial_state, reset), layout)
+            return composed(ctx.which[0], ctx.spec, inputs, _start(h, initial_state, reset), layout)
 
         if torch.is_grad_enabled() or are_batched(*grad):
             needs = [needs_h, needs_initial_state, *needs]
             grads: Sequence[Tensor | None] = _differentiable(again, [h, initial_state, *tensors], needs, grad)
         else:
-            start = Start(h, initial_state, reset)
+            if kept is not None and rows_are_swapped(tensors[0]) != ctx.rows_are_swapped:
+                # A saved-tensor hook changed the memory order of x, which is that of the kept rows.
+                kept = kept.new_empty(0)
+            start = _start(h, initial_state, reset)
             grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, (out, kept, *grad), needs)
         grad_h, grad_initial_state, *others = grads
         return None, None, None, None, grad_h, grad_initial_state, None, None, None, *others
@@ -218,6 +218,7 @@ def _differentiable(
     function: Callable[..., States], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Any
 ) -> list[Tensor | None]:
     """Run the function again, and return differentiable gradients of the tensors that need one."""
+    create_graph = torch.is_grad_enabled()
     # Views, so that no gradient flows from one tensor into another that it was made from.
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
@@ -225,5 +226,5 @@ def _differentiable(
         # The forward pass runs a kernel with a linear map only if autocast is off.
         with torch.autocast("cpu", enabled=False):
             states = function(*views)
-            found = iter(torch.autograd.grad(states, wanted, grad, create_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(states, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

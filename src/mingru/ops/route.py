@@ -118,11 +118,14 @@ def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple
         return None
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None
-    weight = linear._parameters.get("weight")
-    # bfloat16 and float16 pre-activations are rounded with their bias, as `torch.nn.Linear` does it.
-    if weight is None or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+    parameters = linear._parameters
+    weight = parameters.get("weight")
+    if weight is None or "bias" not in parameters:
         return None
-    return (x, weight, linear._parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
+    # bfloat16 and float16 pre-activations are rounded with their bias, as `torch.nn.Linear` does it.
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return None
+    return (x, weight, parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
-from ..layout import LinearScan
+from ..layout import LinearScan, rows_are_swapped
 from ..shape import States, accumulate_dtype, as_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,20 +36,20 @@ def _register_shapes() -> None:
     """Register the shapes of the outputs, for graphs that are captured without data."""
 
     def recurrence_forward(inputs: list[Tensor], h: Tensor, *_: Any) -> States:
-        return inputs[0].new_empty(inputs[0].shape), torch.empty_like(h)
+        return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
 
     def recurrence_backward(inputs: list[Tensor], h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_leading = 2 if rest[2] is None else 1
         leading, trailing = inputs[0].shape[:num_leading], inputs[0].shape[num_leading:]
         grads = inputs[0].new_empty(*leading, len(inputs) * trailing.numel())
-        return grads, torch.empty_like(h), torch.empty_like(h)
+        return grads, h.new_empty(h.shape), h.new_empty(h.shape)
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         num_rows = x.shape[:-1].numel() if rest[-1] else 0
         out = x.new_empty(*x.shape[:-1], h.shape[-1])
-        return out, torch.empty_like(h), x.new_empty(num_rows, weight.shape[0])
+        return out, h.new_empty(h.shape), x.new_empty(num_rows, weight.shape[0])
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
@@ -57,11 +57,11 @@ def _register_shapes() -> None:
         *_, needs_x, needs_weight, needs_bias = rest
         grad_x = x.new_empty(0)
         if needs_x:
-            is_swapped = x.dim() == 3 and not x.is_contiguous() and x.stride(0) < x.stride(1)
-            grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1) if is_swapped else x.new_empty(x.shape)
+            swapped = rows_are_swapped(x)
+            grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1) if swapped else x.new_empty(x.shape)
         grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, torch.empty_like(h), torch.empty_like(h)
+        return grad_x, grad_weight, grad_bias, h.new_empty(h.shape), h.new_empty(h.shape)
 
     for shapes in (
         recurrence_forward,

@@ -25,8 +25,12 @@ from ..shape import States, accumulate_dtype, along, as_dtype
 
 
 def scan(call: LinearScan) -> States:
-    owned = call._replace(a=call.a.clone(), b=call.b.clone())
+    owned = call._replace(a=_copy(call.a), b=_copy(call.b))
     return _scan_in_place(owned, in_chunks=not _may_overflow(call.a))
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _may_overflow(a: Tensor) -> bool:
@@ -127,13 +131,13 @@ def _recurrence_backward(
         grad_h.masked_fill_(along(reset[:, first], grad_h), 0)
     grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
     views = [None if grad is None else grad.transpose(0, 1) if layout.time_first else grad for grad in grads]
-    grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state)
+    grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state, dtype=delta.dtype)
     for steps, block in blocks:
         # The states before each of these steps, and h before the first step of all.
         begin, end = (steps.start + 1, steps.stop + 1) if reverse else (steps.start - 1, steps.stop - 1)
-        parts = [out[:, max(begin, 0) : end]]
+        parts = [out[:, max(begin, 0) : end].to(delta.dtype)]
         if begin < 0 or end > out.shape[1]:
-            parts.insert(len(parts) if reverse else 0, h.to(out.dtype))
+            parts.insert(len(parts) if reverse else 0, h.to(delta.dtype))
         previous = torch.cat(parts, 1)
         found = _block_backward(block, needs, previous, delta[:, steps])
         for view, grad in zip(views, found, strict=False):
@@ -141,6 +145,8 @@ def _recurrence_backward(
                 view[:, steps] = grad
         if grad_initial_state is not None:
             grad_initial_state += found[-1]
+    if grad_initial_state is not None:
+        grad_initial_state = grad_initial_state.to(start.initial_state.dtype)
     return grad_h.to(start.h.dtype), grad_initial_state, *grads
 
 
@@ -149,7 +155,8 @@ def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: 
     spec, inputs, start, layout = call
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        leaves.append(start.initial_state.detach().requires_grad_(start.reset is not None))
+        # In the dtype of delta, in which the parts of all blocks are added.
+        leaves.append(start.initial_state.detach().to(delta.dtype).requires_grad_(start.reset is not None))
         scan = as_linear_scan(spec, leaves[:-1], start._replace(h=start.h.detach(), initial_state=leaves[-1]), layout)
     if start.reset is not None:
         previous = previous.masked_fill(along(start.reset, previous), 0)

@@ -1,0 +1,136 @@
+"""Kernels and their derivatives: saved tensors, which inputs need a gradient, and in which dtype it is summed."""
+
+import pytest
+import torch
+from torch import nn
+
+import mingru
+from mingru import functional
+
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
+
+
+def test_a_saved_tensor_hook_may_change_the_order_in_memory():
+    """The pre-activations that are kept lie in the order of x."""
+    rnn = mingru.MinGRU(64, 8)
+    x = torch.randn(5, 3, 64).transpose(0, 1)
+    for pack in (lambda x: x, lambda x: x.contiguous(), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
+        rnn.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: pack(x) if x.dim() == 3 else x, lambda x: x):  # noqa: B023
+            rnn(x)[0].square().sum().backward()
+        found = [weight.grad.clone() for weight in rnn.parameters()]
+        rnn.zero_grad()
+        rnn(x.contiguous())[0].square().sum().backward()
+        for one, weight in zip(found, rnn.parameters(), strict=True):
+            torch.testing.assert_close(one, weight.grad)
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_subclass_goes_in(backend):
+    rnn, x, h = mingru.MinGRU(3, 4), torch.randn(2, 5, 3), torch.rand(1, 2, 1, 4)
+    expected, last = rnn(x, h)
+    with mingru.use_backend(backend):
+        for given in ((x.as_subclass(Tagged), h), (x, h.as_subclass(Tagged))):
+            out, state = rnn(*given)
+            torch.testing.assert_close(out.as_subclass(torch.Tensor), expected)
+            torch.testing.assert_close(state.as_subclass(torch.Tensor), last)
+
+
+def test_what_a_hook_sees_keeps_its_shape():
+    seen = []
+    for rnn, x, shape in (
+        (mingru.MinGRU(3, 4), torch.randn(2, 5, 3), (2, 1, 4)),
+        (mingru.MinGRUCell(3, 4), torch.randn(2, 3), (2, 1, 4)),
+        (mingru.MinConv1dGRUCell(3, 4, 1), torch.randn(2, 3, 6), (2, 1, 4, 6)),
+    ):
+        rnn.layers[0].register_forward_hook(lambda module, args, out: seen.append(out[1][0]))
+        rnn(x)
+        assert seen.pop().shape == shape
+    given = torch.rand(2, 1, 4)
+    rnn = mingru.MinGRU(3, 4)
+    rnn.layers[0].register_forward_hook(lambda module, args, out: (out[0], [given]))
+    assert rnn(torch.randn(2, 5, 3))[1].shape == (1, 2, 1, 4)
+    assert given.shape == (2, 1, 4)
+
+
+# PyTorch's own warning about its own class.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_a_learned_state_of_images_compiles_with_resets():
+    rnn = mingru.MinConv2dGRU(3, 4, 1, learn_initial_state=True)
+    x, reset = torch.randn(2, 5, 3, 6, 7), torch.rand(2, 5) < 0.4
+    out, states = torch.compile(rnn, backend="aot_eager", fullgraph=True)(x, None, reset)
+    expected, expected_states = rnn(x, None, reset)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(states, expected_states)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the kernels were not built")
+def test_a_permuted_state_keeps_torchs_contract():
+    h = torch.rand(4, 1, 2).permute(2, 1, 0)
+    pair = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
+    beside, behind = (h, h.contiguous(), None, None), ("mingru_positive", False, False)
+    operators = torch.ops.mingru
+    torch.library.opcheck(operators.recurrence_forward.default, (pair, *beside, *behind))
+    out, last = operators.recurrence_forward(pair, *beside, *behind)
+    torch.library.opcheck(operators.recurrence_backward.default, (pair, *beside, out, out, last, *behind))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_of_float32_beside_bfloat16_keeps_its_precision_in_backward(backend):
+    gate, candidate = torch.zeros(1, 1, 1), torch.full((1, 1, 1), 100.0)
+    gate, candidate = (x.bfloat16().requires_grad_() for x in (gate, candidate))
+    functional.mingru(gate, candidate, torch.full((1, 1, 1), 100.4), backend=backend).sum().backward()
+    # (g(100) - 100.4) z (1 - z)
+    assert gate.grad.item() == pytest.approx(0.025, rel=0.01)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("native", "torch")])
+def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend):
+    gate, candidate = torch.zeros(8, 2000, 4).bfloat16(), torch.zeros(8, 2000, 4).bfloat16()
+    initial = torch.zeros(1, 1, 4, dtype=torch.bfloat16).requires_grad_()
+    reset = torch.ones(8, 2000, dtype=torch.bool)
+    functional.mingru(gate, candidate, reset=reset, initial_state=initial, backend=backend).sum().backward()
+    # Each of 16,000 steps adds 1 - z = 0.5.
+    torch.testing.assert_close(initial.grad.float(), torch.full((1, 1, 4), 8000.0), rtol=0.01, atol=0)
+
+
+def test_a_bias_that_is_no_parameter():
+    rnn, x = mingru.MinGRU(3, 4), torch.randn(2, 5, 3)
+    expected, linear = rnn(x)[0], rnn.layers[0].linear
+    bias = linear.bias.detach().clone()
+    del linear.bias
+    linear.bias = bias
+    torch.testing.assert_close(rnn(x)[0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_initial_state_without_resets_has_no_gradient(backend):
+    gate, candidate, h = torch.randn(3, 2, 5, 4)
+    initial = torch.rand(1, 1, 4, requires_grad=True)
+    out = functional.mingru(gate, candidate, h[:, :1], initial_state=initial, backend=backend)
+    assert not out.requires_grad
+    gate.requires_grad_()
+    out = functional.mingru(gate, candidate, h[:, :1], initial_state=initial, backend=backend)
+    grads = torch.autograd.grad(out.sum(), [gate, initial], create_graph=True, allow_unused=True)
+    assert grads[0] is not None
+    assert grads[1] is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients_keep_no_graph(backend):
+    rnn = mingru.MinGRU(3, 4)
+    with mingru.use_backend(backend):
+        out, _ = rnn(torch.randn(2, 5, 3))
+    grads = torch.autograd.grad(out, list(rnn.parameters()), torch.randn(3, *out.shape), is_grads_batched=True)
+    assert not any(grad.requires_grad for grad in grads)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "log"])
+def test_linear_scan_is_contiguous(backend):
+    a, b = torch.rand(2, 5, 2, 4).transpose(1, 2)
+    for given in (nn.Parameter(b), b):
+        assert functional.linear_scan(a, given, backend=backend).is_contiguous()
