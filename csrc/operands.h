@@ -161,15 +161,18 @@ class Operands {
     for (int64_t k = 0; k < count; ++k) scan.biases[k] = data + k * padded * size;
   }
 
-  // What backward reads and writes beside the inputs and their gradients. Returns the gradients of h and initial_state.
+  // What backward reads and writes beside the inputs and their gradients. Returns the gradients of h and initial_state,
+  // the latter empty without resets.
   std::tuple<Tensor, Tensor> add_gradients(
       const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
-    Tensor grad_h = torch::stable::empty_like(h), grad_initial_state = torch::stable::empty_like(h);
-    torch::stable::zero_(grad_initial_state);
+    Tensor grad_h = torch::stable::empty_like(h);
     scan.grad_h = grad_h.data_ptr();
+    if (!scan.reset) return {grad_h, torch::stable::new_empty(h, {0})};
+    Tensor grad_initial_state = torch::stable::empty_like(h);
+    torch::stable::zero_(grad_initial_state);
     if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
     return {grad_h, grad_initial_state};
   }

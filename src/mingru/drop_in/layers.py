@@ -21,7 +21,7 @@ from ..check import (
 from ..modules import MinGRU
 from ..modules.base import Dims
 from ..modules.recurrent import NORMS, RecurrentLayer
-from ..modules.shared import not_default, reshaped, weight_of
+from ..modules.shared import copied, not_default, weight_of, without_dims
 from ..ops import Layout, States
 from ..ops.graph import is_autocast, is_scripting, untraced
 
@@ -244,9 +244,8 @@ class GRU(_DropIn, role="torch"):
         order = Layout(not self.batch_first, None, None)
         out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, order)
         if batched:
-            return out, reshaped(last, [last.size(0), last.size(1), last.size(3)])
-        # A copy, because backward keeps `out`, and no output is a view.
-        return out.squeeze(batch_dim).clone(), reshaped(last, [last.size(0), last.size(3)])
+            return out, without_dims(last, [2])
+        return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
 
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
         rows = input.data
@@ -260,7 +259,7 @@ class GRU(_DropIn, role="torch"):
             shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
             self._check_hx(hx, rows, shape, "L * D, B, H")
         out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
-        return out, reshaped(last, [last.size(0), last.size(1), last.size(3)])
+        return out, without_dims(last, [2])
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
@@ -367,8 +366,9 @@ class GRUCell(_DropIn, role="step"):
         h = hx
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(0)).unsqueeze(1)
-        _, last = self._run(x, self._state(x, h, x.size(0)), None, Layout(False, None, None))
-        return reshaped(last, [last.size(1), last.size(3)] if batched else [last.size(3)])
+        _, states = self._run_layers(x, self._state(x, h, x.size(0)), None, Layout(False, None, None))
+        last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
+        return copied(last)
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:

@@ -32,7 +32,7 @@ class Base(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().__call__(*args, **kwargs)
+            return nn.Module.__call__(self, *args, **kwargs)
         except TypeError as error:
             # Checked afterwards, because it costs nothing then, and because hooks may take and give other arguments.
             if "forward() " not in str(error):

@@ -21,7 +21,7 @@ from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent
-from .shared import reshaped
+from .shared import copied
 
 ONE_LAYER = "a cell has one layer, so that bias comes after hidden_dims"
 
@@ -51,8 +51,9 @@ class RecurrentCell(Recurrent, role="step"):
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
         reset = None if reset is None else reset.unsqueeze(1)
         # The state, not the output: under autocast it stays in float32.
-        _, last = self._run(x.unsqueeze(1), state, reset, Layout(False, None, None))
-        return reshaped(last, [last.size(1), last.size(3)] if batched else [last.size(3)])
+        _, states = self._run_layers(x.unsqueeze(1), state, reset, Layout(False, None, None))
+        last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
+        return copied(last)
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:

@@ -263,16 +263,20 @@ class Recurrent(Base, role="sequence"):
         return state.to(dtype) if autocast else state
 
     def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> States:
-        """Run all layers; reset has the leading dimensions of x."""
-        before = state.unbind(0)
-        after_reset = list(before)
-        if reset is not None:
-            if self.initial_state is not None:
-                after_reset = list(self.initial_state.unbind(0))
-            else:
-                zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
-                after_reset = [zero for _ in before]
-        starts = [Start(h, initial_state, reset) for h, initial_state in zip(before, after_reset)]  # noqa: B905
+        """Run all layers; the state is a new tensor, not a view, also for one layer."""
+        out, states = self._run_layers(x, state, reset, order)
+        return out, torch.stack(states)
+
+    def _run_layers(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Run all layers; reset has the leading dimensions of x. Return the states (B, 1, H)."""
+        zero = state
+        if reset is not None and self.initial_state is None:
+            zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
+        starts: list[Start] = []
+        for index, h in enumerate(state.unbind(0)):
+            initial_state = zero if self.initial_state is None else self.initial_state[index]
+            # Without resets, the initial state has no part.
+            starts.append(Start(h, h if reset is None else initial_state, reset))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
@@ -280,8 +284,7 @@ class Recurrent(Base, role="sequence"):
             states += last
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
-        # A new tensor, also for one layer: a state is no view, and nobody else holds it.
-        return x, torch.stack(states)
+        return x, states
 
     @untraced
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:

@@ -25,6 +25,22 @@ def reshaped(x: Tensor, shape: list[int]) -> Tensor:
         return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
 
 
+def copied(view: Tensor) -> Tensor:
+    """Return a copy of a view, which could not be detached in place; in a graph, the view."""
+    if is_scripting():
+        return view
+    else:
+        return view if is_tracing() or is_compiling() else view.clone()
+
+
+def without_dims(state: Tensor, dims: list[int]) -> Tensor:
+    """Return a state without these dimensions of size 1, the last one first. It must be new, held by nobody else."""
+    for dim in dims:
+        # In place, so that the result is not a view, which could not be detached in place.
+        state = state.squeeze(dim) if is_scripting() or is_tracing() else state.squeeze_(dim)
+    return state
+
+
 def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
     """Return the options that differ from their defaults, for a repr. An option that the module lacks is left out."""
     options = {name: getattr(module, name, default) for name, default in defaults.items()}

@@ -28,21 +28,16 @@ __all__ = [
     "untraced",
 ]
 
+# Whether `torch.compile` or `torch.export` captures a graph, and whether it is the latter.
+is_compiling = torch.compiler.is_compiling
+is_exporting = torch.compiler.is_exporting
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def is_tracing() -> bool:
     return bool(_trace.is_tracing())  # type: ignore[no-untyped-call]
-
-
-def is_compiling() -> bool:
-    """Whether `torch.compile` or `torch.export` captures a graph."""
-    return torch.compiler.is_compiling()
-
-
-def is_exporting() -> bool:
-    return torch.compiler.is_exporting()
 
 
 def is_autocast(x: Tensor) -> bool:

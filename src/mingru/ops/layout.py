@@ -87,7 +87,7 @@ def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layou
 
 def rows_are_swapped(x: Tensor) -> bool:
     """Whether the first two dimensions of a sequence (B, S, I) or (S, B, I) are in reverse order in memory."""
-    return x.dim() == 3 and not x.is_contiguous() and x.stride(0) < x.stride(1)
+    return not x.is_contiguous() and x.dim() == 3 and x.stride(0) < x.stride(1)
 
 
 def rows_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,9 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """Register the shapes of the outputs, for graphs that are captured without data."""
 
+    def grads_of_states(h: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
+
     def recurrence_forward(inputs: list[Tensor], h: Tensor, *_: Any) -> States:
         return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
 
@@ -42,7 +45,7 @@ def _register_shapes() -> None:
         num_leading = 2 if rest[2] is None else 1
         leading, trailing = inputs[0].shape[:num_leading], inputs[0].shape[num_leading:]
         grads = inputs[0].new_empty(*leading, len(inputs) * trailing.numel())
-        return grads, h.new_empty(h.shape), h.new_empty(h.shape)
+        return grads, *grads_of_states(h, rest[1])
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
@@ -61,7 +64,7 @@ def _register_shapes() -> None:
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1) if swapped else x.new_empty(x.shape)
         grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, h.new_empty(h.shape), h.new_empty(h.shape)
+        return grad_x, grad_weight, grad_bias, *grads_of_states(h, rest[1])
 
     for shapes in (
         recurrence_forward,
