@@ -28,25 +28,21 @@ from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
 from .layout import LinearScan, as_linear_scan, in_layout, padded_call, rows_are_swapped
-from .route import BACKENDS
+from .route import backend_of
 from .shape import States, along
 
 
 def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
     """Compute a recurrence by differentiable operations and the scan of a backend."""
-    if is_compiling() and name == "torch":
-        return traceable.recurrence(spec, inputs, start, layout)
     padded = padded_call(spec, inputs, start, layout)
-    own = BACKENDS[name].recurrence
+    own = backend_of(name).recurrence
     states = scan(name, as_linear_scan(*padded)) if own is None else own(*padded)
     return in_layout(spec, states, inputs[0], start.h, layout)
 
 
 def scan(name: str, call: LinearScan) -> States:
     """Compute the linear scan by a backend, differentiably; a, b and h have the accumulation dtype."""
-    if is_compiling() and name == "torch":
-        return traceable.scan(call)
-    backend = BACKENDS[name]
+    backend = backend_of(name)
     if backend.differentiable:
         assert backend.scan is not None
         return backend.scan(call)
@@ -60,7 +56,7 @@ class ScanInGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *call: Any) -> States:
-        run = BACKENDS[name].scan
+        run = backend_of(name).scan
         assert run is not None
         return run(LinearScan(*call))
 
@@ -73,7 +69,7 @@ class ScanInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         a, h, reset, out = ctx.saved_tensors
-        kernel = BACKENDS[ctx.name].scan_backward
+        kernel = backend_of(ctx.name).scan_backward
         batched = are_batched(*grad)
         if kernel is not None and not torch.is_grad_enabled() and not batched:
             return None, *kernel(LinearScan(a, out, h, reset, ctx.reverse), out, *grad), None, None
@@ -173,7 +169,7 @@ def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> Sta
 
 
 def _kernel(which: tuple[str, str]) -> Any:
-    return getattr(BACKENDS[which[0]], which[1])
+    return getattr(backend_of(which[0]), which[1])
 
 
 class Recurrence(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import Backend, Kernel
-from .backends import in_log_space, native, sequential, tensors
+from .backends import in_log_space, native, sequential, tensors, traceable
 from .call import Layout, Spec
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
 
@@ -103,10 +103,15 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
     return backend
 
 
+def backend_of(name: str) -> Backend:
+    """Return the backend of this name; while a graph is captured, "torch" is the one that every graph can contain."""
+    return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
+
+
 def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations."""
-    kernel = BACKENDS[name].kernel
-    if kernel is None or not are_ordinary(*inputs) or (is_compiling() and name == "torch"):
+    kernel = backend_of(name).kernel
+    if kernel is None or not are_ordinary(*inputs):
         return None
     # A kernel takes either packed or padded sequences.
     return None if layout.padding is not None and kernel.packed else kernel
@@ -114,7 +119,7 @@ def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | N
 
 def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
-    if BACKENDS[name].linear_kernel is None or layout.padding is not None:
+    if backend_of(name).linear_kernel is None or layout.padding is not None:
         return None
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None

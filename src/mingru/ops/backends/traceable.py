@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import Backend
 from ..call import Layout, Spec, Start
 from ..graph import is_exporting, is_scripting, is_true_for_all_sizes
 from ..layout import LinearScan, as_linear_scan, in_layout, padded_call
@@ -216,3 +217,6 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
         return state[:, 1:], state[:, 0]
     else:
         return state[:, :-1], state[:, -1]
+
+
+BACKEND = Backend(scan=scan)
