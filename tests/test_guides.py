@@ -4,10 +4,20 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 # With the least number of blocks of code.
 GUIDES = {"coming_from_another_mingru.md": 5, "coming_from_gru.md": 5, "deploying.md": 8}
+
+
+@pytest.fixture(autouse=True)
+def _trusts_no_more_classes_afterwards():
+    """A guide tells torch.load which classes to trust, for the whole process."""
+    before = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
