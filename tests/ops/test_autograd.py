@@ -6,6 +6,7 @@ from torch import nn
 
 import mingru
 from mingru import functional
+from mingru.ops.backends import tensors
 
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
@@ -89,13 +90,15 @@ def test_a_state_of_float32_beside_bfloat16_keeps_its_precision_in_backward(back
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("native", "torch")])
-def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend):
-    gate, candidate = torch.zeros(8, 2000, 4).bfloat16(), torch.zeros(8, 2000, 4).bfloat16()
+def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend, monkeypatch):
+    # Many blocks, each of which adds less than the spacing of bfloat16 at the sum.
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 1)
+    gate, candidate = torch.zeros(8, 20_000, 4).bfloat16(), torch.zeros(8, 20_000, 4).bfloat16()
     initial = torch.zeros(1, 1, 4, dtype=torch.bfloat16).requires_grad_()
-    reset = torch.ones(8, 2000, dtype=torch.bool)
+    reset = torch.ones(8, 20_000, dtype=torch.bool)
     functional.mingru(gate, candidate, reset=reset, initial_state=initial, backend=backend).sum().backward()
-    # Each of 16,000 steps adds 1 - z = 0.5.
-    torch.testing.assert_close(initial.grad.float(), torch.full((1, 1, 4), 8000.0), rtol=0.01, atol=0)
+    # Each of 160,000 steps adds 1 - z = 0.5.
+    torch.testing.assert_close(initial.grad.float(), torch.full((1, 1, 4), 80_000.0), rtol=0.01, atol=0)
 
 
 def test_a_bias_that_is_no_parameter():

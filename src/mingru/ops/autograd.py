@@ -69,19 +69,20 @@ class ScanInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         a, h, reset, out = ctx.saved_tensors
+        # No gradient depends on b; `out` stands in its place.
+        call = LinearScan(a, out, h, reset, ctx.reverse)
         kernel = backend_of(ctx.name).scan_backward
         batched = are_batched(*grad)
         if kernel is not None and not torch.is_grad_enabled() and not batched:
-            return None, *kernel(LinearScan(a, out, h, reset, ctx.reverse), out, *grad), None, None
+            return None, *kernel(call, out, *grad), None, None
         # Kernels have no rule for gradients that are mapped over.
         run = traceable.scan if batched else lambda call: scan(ctx.name, call)
-        call = LinearScan(a, out, h, reset, ctx.reverse)
-        delta = adjoint(run, call, grad)
+        delta = _adjoint(run, call, grad)
         grad_a = grad_h = None
         if ctx.needs_input_grad[1]:
-            grad_a = delta * previous_states(call, out).conj()
+            grad_a = delta * _previous_states(call, out).conj()
         if ctx.needs_input_grad[3]:
-            grad_h = grad_of_h(call, delta)
+            grad_h = _grad_of_h(call, delta)
         return None, grad_a, delta, grad_h, None, None
 
 
@@ -100,7 +101,7 @@ class Scan(ScanInGraph):
         a, h, reset, out = ctx.saved_tensors
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
-            drive = drive + da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out)
+            drive = drive + da * _previous_states(LinearScan(a, out, h, reset, ctx.reverse), out)
         dh = torch.zeros_like(h) if dh is None else dh
         return scan(ctx.name, LinearScan(a, drive, dh, reset, ctx.reverse))
 
@@ -122,13 +123,13 @@ def _first(sequence: Tensor, reverse: bool) -> Tensor:
     return sequence.narrow(1, sequence.shape[1] - 1 if reverse else 0, 1)
 
 
-def previous_states(call: LinearScan, out: Tensor) -> Tensor:
+def _previous_states(call: LinearScan, out: Tensor) -> Tensor:
     """Return the previous state of each step: 0 at a reset."""
     previous = torch.cat([out[:, 1:], call.h], 1) if call.reverse else torch.cat([call.h, out[:, :-1]], 1)
     return previous if call.reset is None else previous.masked_fill(along(call.reset, previous), 0)
 
 
-def adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
+def _adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
     """Return delta: the scan against the direction of `call`, each step with the decay of the step after it."""
     a, reset, reverse = call.a, call.reset, call.reverse
     one = torch.ones_like(a[:, :1])
@@ -140,7 +141,7 @@ def adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[T
     return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
 
 
-def grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
+def _grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
     grad_h = _first(call.a, call.reverse).conj() * _first(delta, call.reverse)
     return grad_h if call.reset is None else grad_h.masked_fill(along(_first(call.reset, call.reverse), grad_h), 0)
 
