@@ -3,8 +3,8 @@
     python -m mingru.bench
     python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
 
-Times are medians of interleaved runs in one process, for one layer in float32, in milliseconds: forward in inference
-mode, and forward + backward for the input and all parameters. The program needs only torch, and runs about a minute.
+Times are medians of interleaved runs in one process, in milliseconds, for one layer in float32: forward in inference
+mode, and forward + backward for the input and all parameters. The program needs only torch and runs about a minute.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seconds",
         type=_seconds,
         default=3.0,
-        help="time for each of the two medians of a shape (default: %(default)s)",
+        help="time to measure forward, and again forward + backward, of a shape (default: %(default)s)",
     )
     parser.add_argument(
         "--shape",

@@ -39,8 +39,8 @@ def onnx(
     loops, and runs without this library. The model is exported in eval mode; its training mode is restored afterwards.
 
     Args:
-        model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains some.
-            Parameters become constants.
+        model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
+            modules. Parameters become constants.
         example_inputs: x, or a tuple of the arguments of `forward` in order, such as (x, h, reset, lengths). Each is a
             tensor or None; a state can be a list of tensors. Arguments other than None become inputs of the file. Their
             values do not matter, nor do the batch size and the number of steps.
@@ -50,7 +50,7 @@ def onnx(
             and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
             is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
             `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
-            bidirectional layer sees only this step.
+            bidirectional layer computes from this step only.
         max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
             file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
             sequences may give NaN. Default: 268 million.
@@ -63,8 +63,8 @@ def onnx(
     Returns:
         None. The names in the file are:
 
-        - Inputs, in the order of `forward`: `x`, `h`, `reset` and `lengths`, if the example has them. For your own
-          model, the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
+        - Inputs, in the order of `forward`: `x`, `h`, `reset` and `lengths`, if the example has them. Inputs of your
+          own model have the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
         - Outputs: `out` and `h_out`; a cell has only `h_out`. Lists are numbered: `h_out_0`, `h_out_1`. A model that
           returns neither one tensor nor a pair has `out_0`, `out_1`, ...
 
