@@ -149,7 +149,7 @@ class GRU(_DropIn, role="torch"):
         - **input**: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
           `torch.nn.utils.rnn.PackedSequence`; dtype and device of the parameters. S is at least 1.
         - **hx**: State before the first step, any real numbers; (L * D, B, H), or (L * D, H) without a batch. Index l *
-          D is layer l forward, l * D + 1 its reverse. Default: 0.
+          D is layer l forward, l * D + 1 is layer l in reverse. Default: 0.
 
     Outputs:
         - **output**: Output of the last layer, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, like `input`.
