@@ -23,8 +23,8 @@ def test_it_runs_and_prints_numbers():
     facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
     assert facts["threads"] == "1"
     assert facts["torch"] == torch.__version__
-    assert facts["back end torch"] == "can run"
-    assert {"processor", "back end native"} <= set(facts)
+    assert facts["backend torch"] == "can run"
+    assert {"processor", "backend native"} <= set(facts)
     assert len(tables) == len(shapes)
     for shape, table in zip(shapes, tables, strict=True):
         title, _, *rows = table.splitlines()

@@ -322,7 +322,7 @@ def test_a_layer_inside_a_model(source):
     convert = from_lucidrains if source is Lucidrains else from_minrnns
     inner = convert(model.state_dict(), "layers.1.")
     assert torch.equal(inner(x)[0], layer(x)[0])
-    with pytest.raises(ValueError, match=r"got the key embed\.weight; a layer of theirs has prefix='layers\.1\.'$"):
+    with pytest.raises(ValueError, match=r"got the key embed\.weight; use prefix='layers\.1\.'$"):
         convert(model.state_dict())
 
 
@@ -349,26 +349,27 @@ def zeros(*shape):
     [
         (
             {GATES + "weight": None},
-            "state_dict must be of keys such as to_hidden_and_gate.weight or to_hidden_and_f_i_gate.weight, "
-            "got the key to_out.weight",
+            "state_dict must be a mapping with keys such as to_hidden_and_gate.weight or "
+            "to_hidden_and_f_i_gate.weight, got the key to_out.weight",
         ),
         (
             {"to_out.bias": zeros(4)},
-            "of the keys to_hidden_and_gate.weight and perhaps to_out.weight, got the key to_out.bias",
+            "a mapping with the keys to_hidden_and_gate.weight and optionally to_out.weight, "
+            "got the unexpected key to_out.bias",
         ),
-        ({"to_hidden_and_f_i_gate.weight": zeros(9, 4)}, "got the key to_hidden_and_f_i_gate.weight"),
+        ({"to_hidden_and_f_i_gate.weight": zeros(9, 4)}, "got the unexpected key to_hidden_and_f_i_gate.weight"),
         ({GATES + "weight": zeros(7, 4)}, "to_hidden_and_gate.weight must be (2 * H, I), got (7, 4)"),
         ({GATES + "weight": zeros(0, 4)}, "to_hidden_and_gate.weight must be (2 * H, I), got (0, 4)"),
         ({GATES + "weight": zeros(12)}, "to_hidden_and_gate.weight must be (2 * H, I), got (12,)"),
         (
             {"to_out.weight": zeros(6, 4)},
-            "to_out.weight must be (4, 6) as to_hidden_and_gate.weight is (12, 4), got (6, 4)",
+            "to_out.weight must be (4, 6) because to_hidden_and_gate.weight is (12, 4), got (6, 4)",
         ),
         (
             {"to_out.weight": zeros(4, 6).to("meta")},
             "to_out.weight must be on cpu as to_hidden_and_gate",
         ),
-        ({str(index): zeros(1) for index in range(9)}, "got the key 0"),
+        ({str(index): zeros(1) for index in range(9)}, "got the unexpected key 0"),
     ],
 )
 def test_lucidrains_weights_that_do_not_fit(changes, message):
@@ -383,11 +384,11 @@ def test_lucidrains_weights_that_do_not_fit(changes, message):
     [
         (
             {"to_out.bias": None, GATES + "bias": None},
-            "state_dict must be of the keys a.to_hidden_and_gate.weight, a.to_hidden_and_gate.bias, a.to_out.weight, "
-            "a.to_out.bias and perhaps a.init_hidden_state, got no key a.to_hidden_and_gate.bias",
+            "state_dict must be a mapping with the keys a.to_hidden_and_gate.weight, a.to_hidden_and_gate.bias, "
+            "a.to_out.weight, a.to_out.bias and optionally a.init_hidden_state, got no key a.to_hidden_and_gate.bias",
         ),
         ({"to_out.bias": None}, "got no key a.to_out.bias"),
-        ({"conv.weight": zeros(4)}, "got the key a.conv.weight"),
+        ({"conv.weight": zeros(4)}, "got the unexpected key a.conv.weight"),
         (
             {GATES + "weight": zeros(24, 4)},
             "a.to_hidden_and_gate.weight must be (2 * H, I) or (3 * H, I) with a.to_out.weight (I, H), "
@@ -396,11 +397,11 @@ def test_lucidrains_weights_that_do_not_fit(changes, message):
         ({"to_out.weight": zeros(4)}, "a.to_out.weight (I, H), got (12, 4) with (4,)"),
         (
             {"to_out.weight": zeros(5, 6)},
-            "a.to_out.weight must be (4, 6) as a.to_hidden_and_gate.weight is",
+            "a.to_out.weight must be (4, 6) because a.to_hidden_and_gate.weight is",
         ),
-        ({"to_out.bias": zeros(5)}, "a.to_out.bias must be (4,) as"),
-        ({GATES + "bias": zeros(6)}, "a.to_hidden_and_gate.bias must be (12,) as"),
-        ({"init_hidden_state": zeros(1, 6)}, "a.init_hidden_state must be (6,) as"),
+        ({"to_out.bias": zeros(5)}, "a.to_out.bias must be (4,) because"),
+        ({GATES + "bias": zeros(6)}, "a.to_hidden_and_gate.bias must be (12,) because"),
+        ({"init_hidden_state": zeros(1, 6)}, "a.init_hidden_state must be (6,) because"),
     ],
 )
 def test_authors_weights_that_do_not_fit(changes, message):
@@ -414,7 +415,7 @@ def test_authors_weights_that_do_not_fit(changes, message):
 def test_a_prefix_of_nothing():
     with pytest.raises(ValueError, match=r"with keys that begin with 'b\.', got the key to_hidden_and_gate\.weight$"):
         from_lucidrains(lucidrains_weights(), "b.")
-    with pytest.raises(ValueError, match=r"got an empty one$"):
+    with pytest.raises(ValueError, match=r"got an empty mapping$"):
         from_lucidrains({})
 
 
@@ -834,27 +835,38 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
 @pytest.mark.parametrize(
     ("version", "options", "changes", "message"),
     [
-        ("1.4.2", {}, {"head.weight": zeros(2, 2)}, "got the key a.head.weight"),
-        ("1.4.2", {}, {"layers.1.gate_hidden.weight": None}, "got the key a.layers.1.gate_hidden.bias"),
+        ("1.4.2", {}, {"head.weight": zeros(2, 2)}, "got the unexpected key a.head.weight"),
+        ("1.4.2", {}, {"layers.1.gate_hidden.weight": None}, "got the unexpected key a.layers.1.gate_hidden.bias"),
         (
             "1.4.2",
             {},
             {"layers.0.gate_hidden.weight": None},
-            "state_dict must be of the keys a.layers.0.gate_hidden.weight, got no key a.layers.0.gate_hidden.weight",
+            "state_dict must be a mapping with the keys a.layers.0.gate_hidden.weight, "
+            "got no key a.layers.0.gate_hidden.weight",
         ),
         (
             "1.4.2",
             {},
             {"layers.1.gate_hidden.bias": None},
-            "state_dict must be of the keys a.layers.0.gate_hidden.weight, a.layers.0.gate_hidden.bias, "
+            "state_dict must be a mapping with the keys a.layers.0.gate_hidden.weight, a.layers.0.gate_hidden.bias, "
             "a.layers.1.gate_hidden.weight, a.layers.1.gate_hidden.bias, got no key a.layers.1.gate_hidden.bias",
         ),
         ("1.4.2", {"norm": True}, {"layers.1.norm.bias": None}, "got no key a.layers.1.norm.bias"),
-        ("1.4.2", {"norm": True}, {"layers.1.norm.running_mean": zeros(4)}, "got the key a.layers.1.norm.running_mean"),
+        (
+            "1.4.2",
+            {"norm": True},
+            {"layers.1.norm.running_mean": zeros(4)},
+            "got the unexpected key a.layers.1.norm.running_mean",
+        ),
         ("1.4.2", {"residual": True}, {"layers.0.res_align.weight": None}, "got no key a.layers.0.res_align.weight"),
-        ("1.4.2", {}, {"layers.0.res_align.weight": zeros(4, 3)}, "got the key a.layers.0.res_align.weight"),
-        ("1.4.2", {}, {"to_gate_hidden.0.weight": zeros(8, 3)}, "got the key a.to_gate_hidden.0.weight"),
-        ("1.4.2", {}, {"linear_gate_hidden.0.weight": zeros(8, 3)}, "got the key a.linear_gate_hidden.0.weight"),
+        ("1.4.2", {}, {"layers.0.res_align.weight": zeros(4, 3)}, "got the unexpected key a.layers.0.res_align.weight"),
+        ("1.4.2", {}, {"to_gate_hidden.0.weight": zeros(8, 3)}, "got the unexpected key a.to_gate_hidden.0.weight"),
+        (
+            "1.4.2",
+            {},
+            {"linear_gate_hidden.0.weight": zeros(8, 3)},
+            "got the unexpected key a.linear_gate_hidden.0.weight",
+        ),
         (
             "1.4.2",
             {},
@@ -873,9 +885,9 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
             "1.4.2",
             {},
             {"layers.1.gate_hidden.weight": zeros(8, 5)},
-            "a.layers.1.gate_hidden.weight must be (8, 4) as a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)",
+            "a.layers.1.gate_hidden.weight must be (8, 4) because a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)",
         ),
-        ("1.4.2", {}, {"layers.1.gate_hidden.bias": zeros(4)}, "a.layers.1.gate_hidden.bias must be (8,) as"),
+        ("1.4.2", {}, {"layers.1.gate_hidden.bias": zeros(4)}, "a.layers.1.gate_hidden.bias must be (8,) because"),
         (
             "1.4.2",
             {},
@@ -889,14 +901,19 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
             {"input_residual_align.weight": None},
             "got no key a.input_residual_align.weight",
         ),
-        ("1.3.0", {}, {"linear_gate_hidden.1.weight": zeros(10, 4)}, "weight must be (8, 4) as a.linear_gate_hidden.0"),
-        ("1.3.0", {}, {"layer_transforms.0.weight": zeros(4, 4)}, "got the key a.layer_transforms.0.weight"),
+        (
+            "1.3.0",
+            {},
+            {"linear_gate_hidden.1.weight": zeros(10, 4)},
+            "weight must be (8, 4) because a.linear_gate_hidden.0",
+        ),
+        ("1.3.0", {}, {"layer_transforms.0.weight": zeros(4, 4)}, "got the unexpected key a.layer_transforms.0.weight"),
         ("1.2.0", {}, {"linear_h.1.weight": None}, "got no key a.linear_h.1.weight"),
         (
             "1.2.0",
             {},
             {"linear_h.1.weight": zeros(5, 4)},
-            "a.linear_h.1.weight must be (4, 4) as a.linear_z.1.weight is",
+            "a.linear_h.1.weight must be (4, 4) because a.linear_z.1.weight is",
         ),
         ("1.2.0", {}, {"linear_h.0.weight": zeros(4)}, "a.linear_h.0.weight must be (H, I), got (4,)"),
     ],
@@ -922,7 +939,7 @@ def test_foreign_weights():
     ):
         from_cheind(lucidrains_weights())
     both = {f"model.rnn.{key}": weight for key, weight in Cheind("1.4.2", (3, 4)).state_dict.items()}
-    with pytest.raises(ValueError, match=r"a layer of theirs has prefix='model\.rnn\.'$"):
+    with pytest.raises(ValueError, match=r"use prefix='model\.rnn\.'$"):
         from_cheind(both)
 
 
@@ -933,7 +950,7 @@ def test_foreign_weights():
         ({"padding": None}, "padding must be given, got None"),
         ({"num_groups": [8]}, "num_groups must be a number or a list of 2, one for each layer, got [8]"),
         ({"num_groups": 3}, "num_groups must be a divisor of the number of channels, 32, got 3"),
-        ({"residual": False}, "got the key layers.0.res_align.weight"),
+        ({"residual": False}, "got the unexpected key layers.0.res_align.weight"),
     ],
 )
 def test_options_of_convolutions_that_do_not_fit(options, message):
@@ -950,7 +967,7 @@ def test_options_that_do_not_fit():
         rnn.converted(num_groups=1)
     with pytest.raises(ValueError, match="num_groups must be None for weights without a group norm, got 1"):
         Cheind(*IMAGES[1][:2], **IMAGES[1][2]).converted(num_groups=1)
-    with pytest.raises(ValueError, match="residual must be False or None, as a cell has no residual, got True"):
+    with pytest.raises(ValueError, match="residual must be False or None because a cell has no residual, got True"):
         Cheind("cell", (4, 4)).converted(residual=True)
     with pytest.raises(TypeError, match="residual must be a bool, got 1"):
         rnn.converted(residual=1)

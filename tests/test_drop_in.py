@@ -431,9 +431,9 @@ def test_messages_tell_the_remedy():
     first, x = drop_in.GRU(IN, H, batch_first=True), torch.randn(B, S, IN)
     for call, remedy in {
         "first(x, (h, h))": "unlike the (h, c) of an LSTM, the state is one tensor",
-        "first(x, h.transpose(0, 1))": "batch_first is about the input, states are never so",
-        "first(x, h[:, :, None])": "a state of mingru's own layers becomes one by hx.squeeze(-2)",
-        "first(x.numpy())": "torch.as_tensor makes one",
+        "first(x, h.transpose(0, 1))": "batch_first applies to the input only; the state is always (L * D, B, H)",
+        "first(x, h[:, :, None])": "use hx.squeeze(-2) for a state of mingru.MinGRU",
+        "first(x.numpy())": "use torch.as_tensor",
         "first(x.double())": "use input.to(torch.float32)",
         "first(x, h.double())": "use hx.to(torch.float32)",
         "drop_in.GRU(3, 4, proj_size=2)": "put a linear layer behind this one",
@@ -826,8 +826,8 @@ def test_replace_leaves_subclasses():
     report = drop_in.replace(model)
     assert type(model[0]) is Own
     assert [name for name, _, _ in report.replaced] == ["1"]
-    assert report.left == [("0", f"{__name__}.Own(3, 4)", "a subclass, whose forward may be anything")]
-    assert str(report).endswith(f"0: {__name__}.Own(3, 4) left as it is: a subclass, whose forward may be anything")
+    assert report.left == [("0", f"{__name__}.Own(3, 4)", "a subclass may compute something else")]
+    assert str(report).endswith(f"0: {__name__}.Own(3, 4) not replaced: a subclass may compute something else")
 
 
 def test_replace_does_not_warn_again():
@@ -853,7 +853,7 @@ def test_replace_refuses_hooks_and_then_changes_nothing(hook):
     model = nn.ModuleDict({"plain": nn.GRU(IN, H), "hooked": nn.GRU(IN, H)})
     before = list(model.values())
     handle = hook(model["hooked"])
-    with pytest.raises(ValueError, match=r"^replace: hooked must be without hooks, got some; remove them"):
+    with pytest.raises(ValueError, match=r"^replace: hooked must be a layer without hooks, got hooks; remove them"):
         drop_in.replace(model)
     assert list(model.values()) == before
     handle.remove()
@@ -862,7 +862,7 @@ def test_replace_refuses_hooks_and_then_changes_nothing(hook):
 
 @pytest.mark.parametrize("layer", [nn.GRU(IN, H), nn.GRUCell(IN, H), Own(IN, H)])
 def test_replace_refuses_a_layer_itself(layer):
-    with pytest.raises(ValueError, match=r"^replace: module must be a model that holds the layers, got .+ itself; "):
+    with pytest.raises(ValueError, match=r"^replace: module must be a model that contains the layers, got .+ itself; "):
         drop_in.replace(layer)
 
 

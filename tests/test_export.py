@@ -174,7 +174,7 @@ def test_a_failure_leaves_what_was_there(path):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_without_onnx(package, path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "torch-mingru\[onnx\]" brings them') as caught:
+    with pytest.raises(ModuleNotFoundError, match=r'run pip install "\.\[onnx\]" in a clone') as caught:
         onnx(mingru.MinGRU(3, 4), torch.randn(1, 1, 3), path, kind="step")
     assert caught.value.name == package and not path.exists()
 
@@ -206,22 +206,22 @@ class Masked(nn.Module):
         (ValueError, "kind must be 'sequence' or 'step', got None", RNN, X, {"kind": None}),
         (TypeError, "model must be a torch.nn.Module, got type", mingru.MinGRU, X, {}),
         (TypeError, "example_inputs must be a tensor x, or a tuple .*, got list", RNN, [X], {}),
-        (TypeError, "got PackedSequence; files hold no such thing", RNN, pack_sequence([X[0]]), {}),
+        (TypeError, "got PackedSequence; ONNX has no packed sequences", RNN, pack_sequence([X[0]]), {}),
         (ValueError, r"example_inputs must be .*, got \(\)", RNN, (), {}),
         (TypeError, r"example_inputs\[0\] must be a tensor, got NoneType", RNN, (None,), {}),
         (TypeError, r"example_inputs\[1\] must be tensors or None, got int", RNN, (X, 3), {}),
-        (ValueError, r"example_inputs\[0\] must be of some elements, got \(2, 0, 3\)", RNN, X[:, :0], {}),
+        (ValueError, r"example_inputs\[0\] must be a non-empty tensor, got \(2, 0, 3\)", RNN, X[:, :0], {}),
         (ValueError, r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)", RNN, X, {"kind": "step"}),
         (
             ValueError,
-            "max_steps must be None beside kind='step', got 4",
+            "max_steps must be None with kind='step', got 4",
             RNN,
             X[:, :1],
             {"kind": "step", "max_steps": 4},
         ),
         (
             ValueError,
-            "max_steps must be None beside dynamic_shapes",
+            r"max_steps must be None with dynamic_shapes, got 9; use Dim\(\.\.\., max=9\)",
             RNN,
             X,
             {"dynamic_shapes": (None,), "max_steps": 9},
@@ -229,17 +229,17 @@ class Masked(nn.Module):
         (ValueError, "max_steps must be at least the 5 steps of the example, got 4", RNN, X, {"max_steps": 4}),
         (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
         (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
-        (ValueError, "max_steps must be None where there is no time", mingru.MinGRUCell(3, 4), X[0], {"max_steps": 4}),
+        (ValueError, "max_steps must be None because x has no time", mingru.MinGRUCell(3, 4), X[0], {"max_steps": 4}),
         (ValueError, r"x must be \(B, S, \.\.\.\), got \(3,\)", Echo(), torch.zeros(3), {}),
         (
             ValueError,
-            r"x must be of at least 2 in dimension 0, .*, got \(1, 4\)",
+            r"x must be of size 2 or more in dimension 0, .*, got \(1, 4\); use a larger example",
             Alone(),
             (torch.zeros(1, 4),) * 2,
             {},
         ),
         (ValueError, r"must be \(x, h\) for kind='step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
-        (ValueError, r"must be \(x, h\) for kind='step', as .* forward\(x, h\)", Masked(), X[:, :1], {"kind": "step"}),
+        (ValueError, r"must be \(x, h\) for kind='step' because .* forward", Masked(), X[:, :1], {"kind": "step"}),
     ],
 )
 def test_bad_input(error, message, model, example, options, path):
@@ -250,9 +250,9 @@ def test_bad_input(error, message, model, example, options, path):
 
 def test_bad_paths(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"path must be in a folder that exists, got .*; create it first"):
+    with pytest.raises(ValueError, match=r"path must be in an existing folder, got .*; create the folder first"):
         onnx(RNN, X, tmp_path / "missing" / "model.onnx")
-    with pytest.raises(ValueError, match="path must be of a file, got the folder"):
+    with pytest.raises(ValueError, match="path must be the path of a file, got the folder"):
         onnx(RNN, X, tmp_path / "folder")
     with pytest.raises(TypeError, match=r"path must be a str or os.PathLike, got BytesIO"):
         onnx(RNN, X, io.BytesIO())
@@ -260,7 +260,7 @@ def test_bad_paths(tmp_path):
 
 @pytest.mark.parametrize("wrap", [torch.jit.script, torch.compile])
 def test_a_scripted_or_compiled_model(wrap, path):
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .*; export the module that was scripted or"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .*; pass the original module"):
         onnx(wrap(RNN), X, path)
 
 

@@ -1,10 +1,10 @@
-"""Time of this library's layer beside what one would use instead, on your own machine.
+"""Compare the time of MinGRU with nn.GRU, nn.LSTM and nn.Linear on your own machine.
 
     python -m mingru.bench
     python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
 
-One layer, float32; medians of interleaved runs in one process, in milliseconds: forward in inference mode, and
-forward + backward for the input and all parameters. It needs torch alone, and about a minute.
+Times are medians of interleaved runs in one process, in milliseconds, for one layer in float32: forward in inference
+mode, and forward + backward for the input and all parameters. The program needs only torch and runs about a minute.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .modules import MinGRU
 from .ops import Spec
 from .ops.route import backends, choose
 
-# Each is batch, steps, input features, hidden features.
+# Batch, steps, input features, hidden features.
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (64, 1000, 10, 100), (32, 64, 64, 64), (1, 1, 256, 256)]
 LINEAR, GRU = "nn.Linear(I, 2H)", "nn.GRU"
 
@@ -34,9 +34,10 @@ LINEAR, GRU = "nn.Linear(I, 2H)", "nn.GRU"
 def medians_ms(
     calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
 ) -> dict[str, float]:
-    """Run all calls, round after round, so that a slow spell of the machine meets them all alike.
+    """Return the median time of each call, in milliseconds.
 
-    Each round has an order of its own: what ran before leaves caches and memory warm or cold.
+    All calls run once per round, so that a temporary slowdown of the machine affects them equally. The order differs
+    between rounds, because a call finds caches and memory as the previous call left them.
     """
     wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else _nothing
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
@@ -45,9 +46,9 @@ def medians_ms(
     wait()
     end = time.perf_counter() + seconds
     rounds = 0
-    order, draw = list(calls.items()), random.Random(0)
+    order, generator = list(calls.items()), random.Random(0)
     while time.perf_counter() < end or rounds < least:
-        draw.shuffle(order)
+        generator.shuffle(order)
         for name, call in order:
             start = time.perf_counter()
             call()
@@ -62,7 +63,7 @@ def _nothing() -> None:
 
 
 def forward(function: Callable[[], Any]) -> Callable[[], None]:
-    """The call to time for inference."""
+    """Return the call that is timed for inference."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -72,7 +73,7 @@ def forward(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
-    """The call to time for training: the gradients of all leaves, for a random gradient of what comes out."""
+    """Return the call that is timed for training: gradients of all leaves, given a random gradient of the output."""
     grad = torch.randn_like(function())
 
     def run() -> None:
@@ -82,12 +83,12 @@ def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Ca
 
 
 def output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """What a layer gives at every step, without its last state."""
+    """Return a layer's output at every step, without the last state."""
     return result if isinstance(result, Tensor) else result[0]
 
 
 def where() -> dict[str, Any]:
-    """The machine and the versions."""
+    """Return the machine and the versions."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -115,7 +116,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
-    """Forward, and forward + backward, of one layer of each kind, in milliseconds."""
+    """Return the times of forward, and of forward + backward, for one layer of each class, in milliseconds."""
     batch, steps, input_dims, hidden_dims = shape
     modules = {
         "mingru": MinGRU(input_dims, hidden_dims, device=device),
@@ -128,35 +129,39 @@ def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, 
     def on(module: nn.Module) -> Callable[[], Tensor]:
         return lambda: output(module(x))
 
-    there = {name: forward(on(module)) for name, module in modules.items()}
-    there_ms = medians_ms(there, seconds, 3, device)
-    and_back = {name: forward_backward(on(module), [x, *module.parameters()]) for name, module in modules.items()}
-    and_back_ms = medians_ms(and_back, seconds, 3, device)
-    return {name: (there_ms[name], and_back_ms[name]) for name in modules}
+    inference = {name: forward(on(module)) for name, module in modules.items()}
+    inference_ms = medians_ms(inference, seconds, 3, device)
+    training = {name: forward_backward(on(module), [x, *module.parameters()]) for name, module in modules.items()}
+    training_ms = medians_ms(training, seconds, 3, device)
+    return {name: (inference_ms[name], training_ms[name]) for name in modules}
 
 
 def show(shape: Sequence[int], taken_ms: dict[str, tuple[float, float]]) -> None:
-    columns = ["ms, medians", "forward", "fwd + bwd", f"{GRU} / it", "fwd + bwd", "it / nn.Linear", "fwd + bwd"]
+    columns = ["median ms", "forward", "fwd + bwd", f"speed-up over {GRU}", "fwd + bwd"]
+    columns += ["time relative to nn.Linear", "fwd + bwd"]
     rows = []
     for name, taken in taken_ms.items():
-        faster = [base / ms for base, ms in zip(taken_ms[GRU], taken, strict=True)]
-        longer = [ms / base for base, ms in zip(taken_ms[LINEAR], taken, strict=True)]
-        rows.append([name, *(_figure(number) for number in (*taken, *faster, *longer))])
+        speed_up = [base / ms for base, ms in zip(taken_ms[GRU], taken, strict=True)]
+        relative = [ms / base for base, ms in zip(taken_ms[LINEAR], taken, strict=True)]
+        rows.append([name, *(_figure(number) for number in (*taken, *speed_up, *relative))])
     print_table(f"(B, S, I, H) = {tuple(shape)}", columns, rows)
 
 
 def _figure(number: float) -> str:
-    """Three digits, without an exponent."""
+    """Format a number with at least three significant digits, without an exponent."""
     decimals = max(0, 2 - math.floor(math.log10(number))) if number > 0 else 2
     return f"{number:.{decimals}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _Parser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=_whole, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--device", type=_device, default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--threads", type=_whole, help="number of CPU threads (default: torch's choice)")
+    parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=_seconds, default=3.0, help="time for each half of a table (default: %(default)s)"
+        "--seconds",
+        type=_seconds,
+        default=3.0,
+        help="time to measure forward, and again forward + backward, of a shape (default: %(default)s)",
     )
     parser.add_argument(
         "--shape",
@@ -164,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs=4,
         action="append",
         metavar=("B", "S", "I", "H"),
-        help="batch, steps, input and hidden features; may be given again (default: five shapes)",
+        help="batch, steps, input and hidden features; can be repeated (default: five shapes)",
     )
     args = parser.parse_args(arguments)
     if args.threads is not None:
@@ -173,9 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in where().items():
         print(f"{name}: {value}")
     for name, can_run in backends().items():
-        print(f"back end {name}: {'can run' if can_run is True else can_run}")
+        print(f"backend {name}: {'can run' if can_run is True else can_run}")
     auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device))
-    print(f"device {args.device}, where mingru takes its back end {auto!r}")
+    print(f"device {args.device}: mingru uses the backend {auto!r}")
     for shape in args.shape or SHAPES:
         show(shape, whole_layer(shape, args.device, args.seconds))
 

@@ -1,4 +1,4 @@
-"""Models as files for other runtimes."""
+"""Export of models to files for other runtimes."""
 
 import importlib
 import inspect
@@ -33,53 +33,56 @@ def onnx(
     max_steps: int | None = None,
     dynamic_shapes: Any = None,
 ) -> None:
-    """Write a model as an ONNX file, for whole sequences or for one step.
+    """Export a model to an ONNX file, for whole sequences or for one step.
 
-    Sizes of the batch, and of time in a sequence, are free in the file. There are no custom operators in it, no loops,
-    and nothing that needs this library. It holds the model as `eval()` has it, which afterwards is in the mode in which
-    it was.
+    The batch size is dynamic, and so is the number of steps of a sequence. The file has no custom operators and no
+    loops, and runs without this library. The model is exported in eval mode; its training mode is restored afterwards.
 
     Args:
-        model: a layer, cell or stack of this library, one of `mingru.drop_in`, or a model of your own that contains
-            any. Parameters become constants.
-        example_inputs: x, or a tuple of what `forward` takes in its order, (x, h, reset, lengths) or less; tensors,
-            None, lists of tensors where a state is one. Each that is given is an input of the file. The numbers don't
-            matter, nor does the size of batch and time.
-        path: of the file, in a folder that exists. What was there is replaced when all is done, and stays if anything
-            fails. Beyond 2 GB, weights are beside it, in a file of the same name and `.data`.
-        kind: "sequence": all steps of x, of any number of them. "step": x is one step, (B, 1, I) for a layer and (B, I)
-            for a cell, and the state goes in and comes out. Where `example_inputs` has no h, the one that the model
-            returns is its example; a model of your own must call it `h`, `hx`, `state` or `hidden` then. Cells are the
-            same in either but for that state. A backward direction sees the one step alone, as it does here.
-        max_steps: the longest sequence that the file has to serve, at least 2. The fewer, the smaller and quicker it
-            is: each doubling costs some twelve operations for each layer and direction. What is longer may come out as
-            NaN. Default: as many as 268 million. For "sequence".
-        dynamic_shapes: which sizes are free, as `torch.export.export` takes it, for all inputs, h included where it is
-            made. Default: of this library's own classes, what is batch and time; of other models, the first dimension
-            of x, the second in a sequence, and those of other inputs that have the size of one of these in the example
-            and that `forward` doesn't hold to it. An example of other inputs needs a batch, and a time, of at least 2.
+        model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
+            modules. Parameters become constants.
+        example_inputs: x, or a tuple of the arguments of `forward` in order, such as (x, h, reset, lengths). Each is a
+            tensor or None; a state can be a list of tensors. Arguments other than None become inputs of the file. Their
+            values do not matter, nor do the batch size and the number of steps.
+        path: Path of the file, in an existing folder. An existing file is replaced only if the export succeeds. If
+            the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
+        kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
+            and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
+            is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
+            `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
+            bidirectional layer computes from this step only.
+        max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
+            file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
+            sequences may give NaN. Default: 268 million.
+        dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
+            added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
+            0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
+            one of these in the example, unless `forward` fixes it. If there are other inputs, batch and time must be at
+            least 2 in the example.
 
     Returns:
-        Nothing; the file has
+        None. The names in the file are:
 
-        - inputs in the order of `forward`: `x`, `h`, `reset`, those of the example among them; other models have the
-          names of the arguments of `forward`. Lists are numbered: `h_0`, `h_1`.
-        - outputs `out` and `h_out`, and `h_out` alone for a cell. Lists are numbered: `h_out_0`, `h_out_1`. Models that
-          return neither one tensor nor a pair have `out_0`, `out_1`, ...
+        - Inputs, in the order of `forward`: `x`, `h`, `reset` and `lengths`, if the example has them. Inputs of your
+          own model have the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
+        - Outputs: `out` and `h_out`; a cell has only `h_out`. Lists are numbered: `h_out_0`, `h_out_1`. A model that
+          returns neither one tensor nor a pair has `out_0`, `out_1`, ...
 
     Raises:
-        ModuleNotFoundError: onnx or onnxscript is missing: `pip install "torch-mingru[onnx]"`.
-        TypeError: an argument of the wrong type.
-        ValueError: a kind that there isn't; no folder for the file; a step that is none; bounds that don't fit; and
-            what the model raises.
-        torch.onnx.errors.OnnxExporterError: the model can't be exported, by reasons of its own.
+        ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
+        TypeError: An argument has the wrong type.
+        ValueError: The kind is unknown, the folder does not exist, x has more than one step for "step", or `max_steps`
+            is below the length of the example. Errors of the model's `forward` pass through.
+        torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
-    Numerics: those of the back end "torch" in the dtype of the parameters; outputs differ from the model's by rounding.
-    ONNX Runtime has no bfloat16 on the CPU: write `model.float()` for it. Values of `lengths` are not checked there.
+    Numerics:
+        The file computes what the "torch" backend computes, in the dtype of the parameters; outputs differ from the
+        model's by rounding. ONNX Runtime has no bfloat16 on the CPU: export `model.float()` for it. The file does not
+        check the values of `lengths`.
 
-    Differs from an exported `torch.nn.GRU` in that a sequence isn't a loop over its steps.
+    An exported `torch.nn.GRU` loops over the steps of a sequence; this file does not.
 
-    Example:
+    Examples:
         >>> import os, tempfile
         >>> rnn = mingru.MinGRU(3, 8)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -89,13 +92,13 @@ def onnx(
     """
     target = _checked(model, example_inputs, path, kind, max_steps, dynamic_shapes)
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with _as_in_use(model), _quiet():
+    with _in_eval_mode(model), _quiet():
         if dynamic_shapes is None:
-            args, dynamic_shapes = _with_free_sizes(model, given, kind, max_steps)
+            args, dynamic_shapes = _with_dynamic_shapes(model, given, kind, max_steps)
         else:
             args = _with_state(model, given, kind)
         names = _parameters(model, args)
-        # Where one is left out, those behind it go by name.
+        # Arguments after a None must be passed by name.
         first = next((index for index, arg in enumerate(args) if arg is None), len(args))
         by_name = {name: arg for name, arg in list(zip(names, args, strict=True))[first:] if arg is not None}
         if by_name and not isinstance(dynamic_shapes, dict):
@@ -117,10 +120,10 @@ def onnx(
             verbose=False,
         )
         assert program is not None
-        # Upstream notes where each operation comes from: a quarter of the file, and the paths of this machine.
+        # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
-        # In a folder of its own until all is written, since there may be a second file.
+        # There may be two files. A failure while they are written must leave existing files unchanged.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             program.save(Path(folder) / target.name, external_data=False)
             for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name):
@@ -128,22 +131,22 @@ def onnx(
 
 
 def _dims_of(model: nn.Module, x: Tensor) -> Dims | None:
-    """Return None for a model of the caller's own, which may be a class of this library with another `forward`."""
+    """Return the dimensions of x; None for a user's model, even one that subclasses a class of this library."""
     return model.dims_of(x) if isinstance(model, Base) and model.role != "custom" else None
 
 
-def _with_free_sizes(
+def _with_dynamic_shapes(
     model: nn.Module, args: tuple[Any, ...], kind: str, max_steps: int | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """All inputs, of sizes that no graph takes for fixed, and which of these are free."""
+    """Return all inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
     x = args[0]
-    # An example that doesn't fit is the model's to refuse.
+    # Before the checks below, so that the model's own error comes first.
     outputs = model(*args)
     layout = _dims_of(model, x)
     if layout is None:
-        args = _of_own_model(args, kind)
+        args = _enlarged_for_user_model(args, kind)
         batch: int | None = 0
         time: int | None = 1
     else:
@@ -153,43 +156,43 @@ def _with_free_sizes(
             raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
         args = _enlarged(args, _state_of(outputs), layout, kind)
         batch, time = layout.batch, layout.time
-    of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
+    x_dims: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
     if kind == "sequence" and time is not None:
         if max_steps is not None and x.shape[time] > max_steps:
             expected = f"at least the {x.shape[time]} steps of the example"
             raise ValueError(expectation(_NAME, "max_steps", expected, str(max_steps)))
-        of_x[time] = Dim("time", max=max_steps)
+        x_dims[time] = Dim("time", max=max_steps)
     elif max_steps is not None:
-        raise ValueError(expectation(_NAME, "max_steps", "None where there is no time", str(max_steps)))
+        raise ValueError(expectation(_NAME, "max_steps", "None because x has no time dimension", str(max_steps)))
     args = _with_state(model, args, kind)
 
-    def free(other: Tensor, index: int) -> dict[int, Any]:
+    def dynamic(other: Tensor, index: int) -> dict[int, Any]:
         if layout is None:
-            sizes = [args[0].shape[dim] for dim in of_x]
+            sizes = [args[0].shape[dim] for dim in x_dims]
             found = [dim for dim, size in enumerate(other.shape) if size in sizes]
         else:
-            of_states = [] if layout.state is None else [layout.state]
-            found = {1: of_states, 2: [*of_x], 3: [0]}[index]
-        # Named in x alone, as the exporter warns of two of one name; these turn out the same.
+            state_dims = [] if layout.state is None else [layout.state]
+            found = {1: state_dims, 2: [*x_dims], 3: [0]}[index]
+        # Only x names its dimensions, because the exporter warns about a name that is used twice.
         return dict.fromkeys(found, Dim.AUTO)
 
     others = [
-        pytree.tree_map(lambda other, index=index: free(other, index), arg) for index, arg in enumerate(args[1:], 1)
+        pytree.tree_map(lambda other, index=index: dynamic(other, index), arg) for index, arg in enumerate(args[1:], 1)
     ]
-    return args, (of_x, *others)
+    return args, (x_dims, *others)
 
 
-def _of_own_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
+def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
     x, others = args[0], pytree.tree_leaves(args[1:])
     least = 2 if kind == "sequence" else 1
     if x.dim() < least:
         expected = "(B, S, ...)" if kind == "sequence" else "(B, ...)"
-        raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), "or tell what is free by dynamic_shapes"))
+        raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), "or pass dynamic_shapes"))
     if any(isinstance(other, Tensor) for other in others):
         for dim in range(least):
             if x.shape[dim] < 2:
-                expected = f"of at least 2 in dimension {dim}, beside other inputs, which tell by it what is their own"
-                remedy = "or tell what is free by dynamic_shapes"
+                expected = f"of size 2 or more in dimension {dim}, to find dynamic dimensions of other inputs"
+                remedy = "use a larger example or pass dynamic_shapes"
                 raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
         return args
     for dim in range(least):
@@ -198,10 +201,10 @@ def _of_own_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
 
 
 def _enlarged(args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
-    """What this library's classes take, where batch and time are known."""
+    """Return the inputs of a class of this library, with batch and time of at least 2."""
     enlarged = [*args]
     if len(args) > 1 and args[1] is not None:
-        # A state may have come as one for all sequences, or for all layers.
+        # The example state may have size 1 instead of the number of layers or sequences.
         enlarged[1] = pytree.tree_map(lambda h, full: h.expand_as(full), args[1], state)
         if layout.state is not None:
             enlarged[1] = pytree.tree_map(lambda h: _at_least_two(h, layout.state), enlarged[1])
@@ -217,7 +220,7 @@ def _enlarged(args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tup
 
 
 def _at_least_two(x: Tensor, dim: int | None) -> Tensor:
-    """One of 1 would be taken for fixed."""
+    """Return x with a dimension of size 1 doubled, because the exporter specializes on a size of 1."""
     assert dim is not None
     return torch.cat([x, x], dim) if x.shape[dim] == 1 else x
 
@@ -226,23 +229,22 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
     if kind == "sequence" or (len(args) > 1 and args[1] is not None):
         return args
     state = _state_of(model(*args))
-    if not _is_ours(model) and _parameters(model, (None, None))[1:] not in [["h"], ["hx"], ["state"], ["hidden"]]:
-        state = None
-    if state is None:
-        expected = "(x, h) for kind='step', as forward has not the form forward(x, h) -> (out, h)"
-        raise ValueError(expectation(_NAME, "example_inputs", expected, "x alone"))
+    takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
+    if state is None or not (takes_state or _is_library_class(model)):
+        expected = "(x, h) for kind='step' because the model does not have the form forward(x, h) -> (out, h)"
+        raise ValueError(expectation(_NAME, "example_inputs", expected, "only x"))
     return (args[0], state, *args[2:])
 
 
 def _state_of(outputs: Any) -> Any:
-    """Of a layer's pair (out, h), or of a cell, which returns its state; None of anything else."""
+    """Return the state: the second of a pair (out, h), or a cell's only output. None for other outputs."""
     if isinstance(outputs, Tensor):
         return outputs
     return outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
 
 
 def _parameters(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
-    """What `forward` calls each of these."""
+    """Return the names of the parameters of `forward` that take these arguments."""
     names: list[str] = []
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -253,10 +255,10 @@ def _parameters(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
 
 
 def _input_names(model: nn.Module, names: list[str]) -> list[str]:
-    return ["x", "h", "reset", "lengths"][: len(names)] if _is_ours(model) else names
+    return ["x", "h", "reset", "lengths"][: len(names)] if _is_library_class(model) else names
 
 
-def _is_ours(model: nn.Module) -> bool:
+def _is_library_class(model: nn.Module) -> bool:
     return _dims_of(model, torch.empty(0)) is not None
 
 
@@ -267,7 +269,7 @@ def _output_names(model: nn.Module, outputs: Any, inputs: list[str]) -> list[str
         names = ["out", *_numbered("h_out", outputs[1])]
     else:
         names = [f"out_{index}" for index in range(len(pytree.tree_leaves(outputs)))]
-    # In one graph a name stands for one thing.
+    # An input and an output of a graph cannot share a name.
     return [f"{name}_" if name in inputs else name for name in names]
 
 
@@ -278,7 +280,7 @@ def _numbered(name: str, value: Any) -> list[str]:
 
 
 @contextmanager
-def _as_in_use(model: nn.Module) -> Iterator[None]:
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -291,59 +293,60 @@ def _as_in_use(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what upstream says of its own making."""
+    """Silence messages about PyTorch's internals."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    logger.addFilter(_is_of_interest)
+    logger.addFilter(_is_relevant)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        logger.removeFilter(_is_of_interest)
+        logger.removeFilter(_is_relevant)
 
 
-def _is_of_interest(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("torchvision is not installed. Skipping torchvision::")
 
 
 def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any, dynamic_shapes: Any) -> Path:
-    """Refuse what does not fit; the file's path."""
+    """Check the arguments and return the path of the file."""
     if kind not in ("sequence", "step"):
         raise ValueError(expectation(_NAME, "kind", "'sequence' or 'step'", repr(kind)))
     wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
     if not isinstance(model, nn.Module) or wrapped:
-        remedy = "export the module that was scripted or compiled" if wrapped else ""
+        remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
         raise TypeError(expectation(_NAME, "model", "a torch.nn.Module", type(model).__name__, remedy))
     _check_example(example_inputs)
     if max_steps is not None:
         if kind == "step" or dynamic_shapes is not None:
-            beside = "kind='step'" if kind == "step" else "dynamic_shapes, whose Dim has a max"
-            raise ValueError(expectation(_NAME, "max_steps", f"None beside {beside}", repr(max_steps)))
+            other = "kind='step'" if kind == "step" else "dynamic_shapes"
+            remedy = "" if kind == "step" else f"use Dim(..., max={max_steps})"
+            raise ValueError(expectation(_NAME, "max_steps", f"None with {other}", repr(max_steps), remedy))
         check_int(_NAME, "max_steps", max_steps, least=2)
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(expectation(_NAME, "path", "a str or os.PathLike", type(path).__name__))
     target = Path(path)
     if target.is_dir() or not target.name:
-        raise ValueError(expectation(_NAME, "path", "of a file", f"the folder {str(target)!r}"))
+        raise ValueError(expectation(_NAME, "path", "the path of a file", f"the folder {str(target)!r}"))
     if not target.parent.is_dir():
-        remedy = "create it first"
-        raise ValueError(expectation(_NAME, "path", "in a folder that exists", repr(str(target)), remedy))
+        remedy = "create the folder first"
+        raise ValueError(expectation(_NAME, "path", "in an existing folder", repr(str(target)), remedy))
     for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f'{_NAME}: needs the packages onnx and onnxscript ({error}); pip install "torch-mingru[onnx]" brings '
-                "them, and torch.export.export and torch.jit.script do without",
+                f'{_NAME}: needs the packages onnx and onnxscript ({error}); run pip install ".[onnx]" in a clone of '
+                "the repository, or use torch.export.export or torch.jit.script, which do not need them",
                 name=error.name,
             ) from None
     return target
 
 
 def _check_example(example_inputs: Any) -> None:
-    expected = "a tensor x, or a tuple (x, h, reset) or (x, h)"
+    expected = "a tensor x, or a tuple such as (x, h, reset, lengths)"
     if isinstance(example_inputs, PackedSequence):
-        remedy = "files hold no such thing, give x padded"
+        remedy = "ONNX has no packed sequences; pass the padded tensor"
         raise TypeError(expectation(_NAME, "example_inputs", expected, "PackedSequence", remedy))
     if not isinstance(example_inputs, (Tensor, tuple)):
         raise TypeError(expectation(_NAME, "example_inputs", expected, type(example_inputs).__name__))
@@ -351,13 +354,13 @@ def _check_example(example_inputs: Any) -> None:
     if not args:
         raise ValueError(expectation(_NAME, "example_inputs", expected, "()"))
     if not isinstance(args[0], Tensor):
-        remedy = "torch.as_tensor makes one"
+        remedy = "use torch.as_tensor"
         raise TypeError(expectation(_NAME, "example_inputs[0]", "a tensor", type(args[0]).__name__, remedy))
     for index, arg in enumerate(args):
         for leaf in pytree.tree_leaves(arg):
             if leaf is not None and not isinstance(leaf, Tensor):
-                expected, remedy = "tensors or None", "let a module of your own hold what is fixed"
+                expected, remedy = "tensors or None", "set constant arguments in a module around the model"
                 argument = f"example_inputs[{index}]"
                 raise TypeError(expectation(_NAME, argument, expected, type(leaf).__name__, remedy))
         if isinstance(arg, Tensor) and arg.numel() == 0:
-            raise ValueError(expectation(_NAME, f"example_inputs[{index}]", "of some elements", dims(arg.shape)))
+            raise ValueError(expectation(_NAME, f"example_inputs[{index}]", "a non-empty tensor", dims(arg.shape)))

@@ -1,6 +1,6 @@
-"""The mathematics that users call: activations and recurrences, without parameters.
+"""Activations and recurrences as functions of tensors, without parameters.
 
-Letters here and in all of this package: B batch, S sequence (time), * any trailing sizes.
+Notation, here and in the whole package: B batch, S sequence (time), * any trailing sizes.
 """
 
 import torch
@@ -15,44 +15,46 @@ __all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log"
 
 
 def g(x: Tensor) -> Tensor:
-    """Keep a candidate state positive.
+    """Compute the activation that keeps the candidate state positive.
 
         g(x) = x + 0.5    for x >= 0
         g(x) = sigma(x)   for x < 0
 
-    It is continuous, grows everywhere, and g(0) = 0.5 is the 'zero' state of a layer. Its derivative is 1 from 0 on
-    and sigma(x) sigma(-x) below.
+    g is continuous and increasing. g(0) = 0.5 is the default initial state of a layer. The derivative of g is sigma(x)
+    sigma(-x) for x < 0, else 1.
 
     Args:
-        x: any shape, any floating dtype.
+        x: Tensor of any shape and floating dtype.
 
     Returns:
-        The same shape and dtype.
+        Tensor with the shape and dtype of `x`.
 
-    Example:
+    Examples:
         >>> mingru.functional.g(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([0.2689, 0.5000, 2.5000])
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
     """
     _check_floating("g", "x", x)
     return _activation.g(x)
 
 
 def log_g(x: Tensor) -> Tensor:
-    """Compute log `g`(x) without leaving log space: log(x + 0.5) for x >= 0, log sigma(x) below.
+    """Compute log g(x) without leaving log space: log(x + 0.5) for x >= 0, log sigma(x) for x < 0.
 
     Args:
-        x: any shape, any floating dtype.
+        x: Tensor of any shape and floating dtype.
 
     Returns:
-        The same shape and dtype.
+        Tensor with the shape and dtype of `x`.
 
-    Example:
+    Examples:
         >>> mingru.functional.log_g(torch.tensor([-100.0, 0.5]))
         tensor([-100.,    0.])
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", appendix B.
     """
     _check_floating("log_g", "x", x)
     return _activation.log_g(x)
@@ -68,43 +70,45 @@ def mingru(
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
-    """Run the minGRU recurrence over pre-activations.
+    """Compute the states of a minGRU from its pre-activations.
 
         z_t = sigma(gate_t)
         h_t = (1 - z_t) h_{t-1} + z_t activation(candidate_t)
 
     Args:
-        gate: (B, S, *), pre-activation of z. float32, float64, bfloat16 or float16.
-        candidate: (B, S, *), pre-activation of the candidate state; shape, dtype and device of `gate`.
-        h: state before the first step, any real numbers; expands to (B, 1, *), dtype of `gate` or float32.
-            Default: `initial_state`.
-        reset: (B, S) bool. Where true, the state is put back to `initial_state` before that step consumes its input.
-        backend: one of the names that `mingru.backends` lists, or "auto", the fastest that serves these tensors.
-        activation: "positive" (`g`), "linear" or "tanh".
-        initial_state: what `h=None` and `reset` mean; expands to (B, 1, *), dtype as for `h`. Default: g(0) = 0.5 for
-            "positive", else 0.
+        gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16.
+        candidate: Pre-activation of the candidate state; shape, dtype and device of `gate`.
+        h: State before the first step, any real numbers; expands to (B, 1, *). Its dtype is the dtype of `gate`, or
+            float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
+        reset: Boolean mask, (B, S). Steps marked True start from `initial_state` instead of the previous state.
+        backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
+        activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh".
+        initial_state: State after a reset, and default of `h`; expands to (B, 1, *), dtype as for `h`. Default: g(0) =
+            0.5 for "positive", else 0.
 
     Returns:
-        h_1 ... h_S, (B, S, *), dtype of `gate`. The last of them is the `h` of a call that continues.
+        States h_1 ... h_S, (B, S, *), dtype of `gate`. To continue the sequence, pass the last state as `h`.
 
     Raises:
-        TypeError: an argument that is no tensor, or of another dtype.
-        ValueError: a shape or device that does not fit, or a back end that cannot run this.
+        TypeError: An argument is not a tensor, or has the wrong dtype.
+        ValueError: A shape, device or activation does not fit, or the backend cannot compute this call.
 
-    Numerics: half-width types are computed in float32 inside. "torch" and "sequential" run in linear space, where all
-    terms are positive for a positive state: the relative error in float32 stays below 2e-6 at a million steps. "log"
-    loses accuracy with length: 1e-3 at ten thousand steps.
+    Numerics:
+        bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space, where
+        all terms are positive if the state is positive. Their relative error in float32 stays below 2e-6 for a million
+        steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
 
-    Differs from `torch.nn.GRU`: here z admits the candidate; there z keeps the old state.
+    z = 1 takes the candidate. In `torch.nn.GRU`, z = 1 keeps the previous state.
 
-    Example:
+    Examples:
         >>> gate, candidate = torch.randn(2, 10, 4, 8), torch.randn(2, 10, 4, 8)
         >>> whole = mingru.functional.mingru(gate, candidate)
         >>> head = mingru.functional.mingru(gate[:, :3], candidate[:, :3])
         >>> tail = mingru.functional.mingru(gate[:, 3:], candidate[:, 3:], head[:, -1:])
         >>> torch.testing.assert_close(torch.cat([head, tail], 1), whole)
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
     inputs = {"gate": gate, "candidate": candidate}
     return _recurrence("mingru", inputs, h, reset, backend, activation, initial_state)
@@ -121,35 +125,41 @@ def minlstm(
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
-    """Run the minLSTM recurrence over pre-activations.
+    """Compute the states of a minLSTM from its pre-activations.
 
         f_t = sigma(forget_t)      i_t = sigma(input_t)
         h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)
 
     Args:
-        forget: (B, S, *), pre-activation of the gate that keeps the state. float32, float64, bfloat16 or float16.
-        input: (B, S, *), pre-activation of the gate that admits the candidate; shape, dtype and device of `forget`.
-        candidate: (B, S, *), pre-activation of the candidate state; likewise.
-        h: as for `mingru`, and so are `reset`, `backend`, `activation` and `initial_state`.
+        forget: Pre-activation of the forget gate f, (B, S, *); float32, float64, bfloat16 or float16.
+        input: Pre-activation of the input gate i; shape, dtype and device of `forget`.
+        candidate: Pre-activation of the candidate state; shape, dtype and device of `forget`.
+        h: State before the first step. Default: `initial_state`.
+        reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
+        backend: Name of a backend, or "auto".
+        activation: "positive" (`g`), "linear" or "tanh".
+        initial_state: State after a reset, and default of `h`.
 
     Returns:
-        h_1 ... h_S, (B, S, *), dtype of `forget`.
+        States h_1 ... h_S, (B, S, *), dtype of `forget`.
 
     Raises:
-        TypeError: an argument that is no tensor, or of another dtype.
-        ValueError: a shape or device that does not fit, or a back end that cannot run this.
+        TypeError: An argument is not a tensor, or has the wrong dtype.
+        ValueError: A shape, device or activation does not fit, or the backend cannot compute this call.
 
-    Numerics: as of `mingru`, which this is with a gate of log sigma(input) - log sigma(forget). Gates that are both
-    shut still share 1.
+    Numerics:
+        Same as [mingru.functional.mingru][] with gate = log sigma(input) - log sigma(forget). The normalized gates sum
+        to 1 even if both sigmoids underflow.
 
-    Differs from `torch.nn.LSTM`: no output gate, and no cell state beside h.
+    Unlike `torch.nn.LSTM`, minLSTM has no output gate and no cell state.
 
-    Example:
+    Examples:
         >>> forget, input, candidate = torch.randn(3, 2, 10, 8).unbind()
         >>> mingru.functional.minlstm(forget, input, candidate).shape
         torch.Size([2, 10, 8])
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
     inputs = {"forget": forget, "input": input, "candidate": candidate}
     return _recurrence("minlstm", inputs, h, reset, backend, activation, initial_state)
@@ -172,8 +182,8 @@ def _recurrence(
         raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
     check_reset(name, reset, first, "(B, S)")
     if initial_state is None:
-        zero = _activation.zero_state(activation)
-        initial_state = torch.full((), zero, dtype=first.dtype, device=first.device)
+        value = _activation.zero_state(activation)
+        initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
     spec, start = ops.Spec(name, activation, False), ops.Start(state, initial, reset)
@@ -189,30 +199,33 @@ def linear_scan(
     reset: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Run a linear recurrence with diagonal transitions, in parallel over all but time.
+    """Compute a linear recurrence over time.
 
         h_t = a_t h_{t-1} + b_t
 
+    All operations are elementwise (diagonal transitions).
+
     Args:
-        a: (B, S, *), any numbers; floating, or complex where the back end is "torch" or "sequential". For a transition
-            that does not depend on time, `a.expand_as(b)`, which copies nothing.
-        b: (B, S, *); shape, dtype and device of `a`.
-        h: state before the first step; expands to (B, 1, *), dtype of `a` (or float32 for half-width
-            types). Default: 0.
-        reverse: go from the last step to the first: h_t = a_t h_{t+1} + b_t, `h` coming after the last step.
-        reset: (B, S) bool. Where true, the state is put to 0 before that step: h_t = b_t.
-        backend: as for `mingru`.
+        a: Decays, (B, S, *), any numbers; floating, or complex with the backends "torch" and "sequential". For decays
+            that do not depend on time, pass `a.expand_as(b)`, which copies nothing.
+        b: Inputs of the recurrence; shape, dtype and device of `a`.
+        h: State before the first step; expands to (B, 1, *). Its dtype is the dtype of `a`, or float32 if `a` is
+            bfloat16 or float16. Default: 0.
+        reverse: If True, run from the last step to the first: h_t = a_t h_{t+1} + b_t, from `h` after the last step.
+        reset: Boolean mask, (B, S). Steps marked True start from 0: h_t = b_t.
+        backend: Name listed by [mingru.backends][], or "auto" for the fastest.
 
     Returns:
-        All states in the order of time, (B, S, *), dtype of `b`.
+        States in the order of time, (B, S, *), dtype of `b`.
 
     Raises:
-        TypeError: an argument that is no tensor, or of another dtype.
-        ValueError: a shape or device that does not fit, or a back end that cannot run this.
+        TypeError: An argument is not a tensor, or has the wrong dtype.
+        ValueError: A shape or device does not fit, or the backend cannot compute this call.
 
-    Numerics: half-width types are computed in float32 inside. Not even NaN crosses a reset.
+    Numerics:
+        bfloat16 and float16 are computed in float32. A reset also stops NaN.
 
-    Example:
+    Examples:
         >>> a, b = torch.full((1, 4), 0.5), torch.ones(1, 4)
         >>> mingru.functional.linear_scan(a, b)
         tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
@@ -228,33 +241,34 @@ def linear_scan(
 
 
 def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Run a linear recurrence of positive numbers in log space: the paper's parallel form.
+    """Compute a linear recurrence of positive numbers in log space, the paper's parallel form.
 
         x_0 = exp(log_b_0)      x_t = exp(log_a_t) x_{t-1} + exp(log_b_t)
 
-    computed as exp(a* + logcumsumexp(log_b - a*)), a* the running sum of `log_a`.
+    The result is computed as exp(a* + logcumsumexp(log_b - a*)), where a* is the cumulative sum of `log_a`.
 
     Args:
-        log_a: (B, S, *), logarithms of the decays.
-        log_b: (B, S + 1, *), logarithms of the initial value (first) and of the inputs; dtype and device of `log_a`.
+        log_a: Logarithms of the decays, (B, S, *).
+        log_b: Logarithms of the initial value and of the inputs, (B, S + 1, *); dtype and device of `log_a`.
 
     Returns:
         x_0 ... x_S, (B, S + 1, *), not their logarithms.
 
     Raises:
-        TypeError: an argument that is no tensor, or of another dtype.
-        ValueError: shapes or devices that do not fit.
+        TypeError: An argument is not a tensor, or has the wrong dtype.
+        ValueError: A shape or device does not fit.
 
-    Numerics: a* grows with length, so the relative error in float32 does: 1e-5 at 100 steps, 1e-3 at 10 000, 0.2 at a
-    million. `linear_scan` does not have this fault, and is quicker.
+    Numerics:
+        The relative error in float32 grows with length, because a* does: 1e-5 at 100 steps, 1e-3 at 10,000, 0.2 at a
+        million. [mingru.functional.linear_scan][] does not have this problem, and is faster.
 
-    Example:
+    Examples:
         >>> log_a, log_b = torch.full((1, 3), 0.5).log(), torch.ones(1, 4).log()
         >>> mingru.functional.parallel_scan_log(log_a, log_b)
         tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
 
-    Source: Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024,
-    appendix B.
+    References:
+        Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024, appendix B.
     """
     name = "parallel_scan_log"
     _check_sequence(name, "log_a", log_a)
@@ -264,26 +278,27 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
-    """Make the mask of resets for sequences that are laid end to end in one row.
+    """Return the reset mask for sequences that are concatenated along time.
 
-        reset_t = true where t = lengths_0 + ... + lengths_{n-1} for an n from 0 to N
+        reset_t = True if t = lengths_0 + ... + lengths_{n-1} for an n from 0 to N
 
-    With it, one long row computes what N rows of different lengths would, in both directions and without padding.
+    With this mask, one long sequence gives the results of N sequences of different lengths, in both directions and
+    without padding.
 
     Args:
-        lengths: (N,), integers from 1 on: how many steps each sequence has.
-        num_steps: S, at least the sum of `lengths`. Default: that sum. The steps beyond it are cut off too, so that
-            padding reaches no sequence from behind either.
+        lengths: Number of steps of each sequence, (N,); integers, at least 1.
+        num_steps: Total number of steps S, at least the sum of `lengths`. Default: the sum. The first step after the
+            last sequence is a reset too, so that padding cannot influence this sequence in the reverse direction.
 
     Returns:
-        (1, S) bool, on the device of `lengths`: the `reset` of a layer or of the functions above. On a GPU it waits for
-        the numbers.
+        Boolean mask, (1, S), on the device of `lengths`: the argument `reset` of a layer or of the functions above. On
+        a GPU, the call synchronizes with the host.
 
     Raises:
-        TypeError: `lengths` that are no integer tensor, or a `num_steps` that is no int.
-        ValueError: `lengths` of another shape, or below 1; a `num_steps` below their sum.
+        TypeError: `lengths` is not an integer tensor, or `num_steps` is not an int.
+        ValueError: `lengths` has another shape or a value below 1, or `num_steps` is below the sum.
 
-    Example:
+    Examples:
         >>> sequences = [torch.randn(length, 3) for length in (2, 1, 3)]
         >>> reset = mingru.functional.reset_from_lengths(torch.tensor([2, 1, 3]))
         >>> reset
@@ -294,7 +309,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     """
     name = "reset_from_lengths"
     if not isinstance(lengths, Tensor):
-        remedy = "torch.as_tensor makes one"
+        remedy = "use torch.as_tensor"
         raise TypeError(expectation(name, "lengths", "an integer tensor (N,)", type(lengths).__name__, remedy))
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), "use lengths.long()"))
@@ -310,7 +325,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     num_steps = total if num_steps is None else num_steps
     if num_steps < total:
         raise ValueError(expectation(name, "num_steps", f"at least {total}, the sum of lengths", str(num_steps)))
-    # One place more, for the cut behind the last sequence.
+    # One more element, for the reset after the last sequence.
     reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
     reset[0, ends - lengths] = True
     reset[0, total] = True
@@ -320,13 +335,11 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
 def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False) -> None:
     _check_floating(name, argument, sequence, or_complex)
     if sequence.dim() < 2:
-        raise ValueError(expectation(name, argument, "(B, S, *)", dims(sequence.shape), "give it a batch dimension"))
+        raise ValueError(expectation(name, argument, "(B, S, *)", dims(sequence.shape), "add a batch dimension"))
 
 
 def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))
     if not (x.is_floating_point() or (or_complex and x.is_complex())):
-        raise TypeError(
-            expectation(name, argument, "of a floating dtype", str(x.dtype), f"{argument}.float() makes one")
-        )
+        raise TypeError(expectation(name, argument, "of a floating dtype", str(x.dtype), f"use {argument}.float()"))

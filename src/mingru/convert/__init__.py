@@ -1,4 +1,4 @@
-"""From weights that other code bases trained to layers of this package with the same outputs."""
+"""Convert weights that other packages trained to layers of this package with the same outputs."""
 
 from .cheind import from_cheind
 from .projected import Projected, from_lucidrains, from_minrnns

@@ -1,4 +1,4 @@
-"""From every version of the package cheind/mingru."""
+"""Convert weights of every version of the package cheind/mingru."""
 
 import re
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from .state_dict import check_alike, check_keys, check_shapes, hint, under
 
 
 class Form(NamedTuple):
-    """What one version of cheind/mingru calls the parts of a layer; {} stands for the index of the layer."""
+    """Names of the parts of a layer in one version of cheind/mingru; {} stands for the index of the layer."""
 
-    linear: tuple[str, ...]  # both parts in one, gate rows first; or the gate's and the candidate's
+    linear: tuple[str, ...]  # one map with the gate's rows first, or a map for the gate and one for the candidate
     align: str | None = None
     norm: str | None = None
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have one hidden size, and a residual one map, in the first layer, whatever the sizes."""
+        """Return whether all layers have one hidden size, and a residual always has one map, in the first layer."""
         return self.align is not None and "{}" not in self.align
 
     def num_layers(self, tensors: Mapping[str, Tensor]) -> int:
@@ -30,7 +30,7 @@ class Form(NamedTuple):
         return sum(re.fullmatch(pattern, key) is not None for key in tensors)
 
     def keys(self, part: str, index: int, kind: str) -> list[str]:
-        """The keys of a weight or bias, which our parameter joins; `part` as `RecurrentLayer` calls it."""
+        """Return the keys whose tensors form one parameter of this package; `part` as `RecurrentLayer` names it."""
         names = {"linear": self.linear, "conv": self.linear, "align": (self.align,), "norm": (self.norm,)}[part]
         return [f"{name.format(index)}.{kind}" for name in names if name is not None]
 
@@ -54,84 +54,89 @@ def from_cheind(
     padding: int | tuple[int, ...] | str | list[Any] | None = None,
     num_groups: int | list[int] | None = None,
 ) -> MinGRU | MinConv2dGRU | Stack:
-    """Make a layer of the weights of a layer of cheind/mingru, the package that this one replaces.
+    """Convert the weights of a layer of cheind/mingru, the package that this one replaces.
 
-    It computes the same outputs and states, from a given state and from the default one, g(0) = 0.5 in both packages
-    (`MinGRU` has the equations).
+    The converted layer computes the same outputs and states, from a given state and from the default state, g(0) = 0.5
+    in both packages. [mingru.MinGRU][] has the equations.
 
     Args:
-        state_dict: tensors by name, of one dtype and device, with the names of version 1.1.0 or later:
+        state_dict: Tensors by name, of one dtype and device, with the names of version 1.1.0 or later:
 
             - `layers.{i}.gate_hidden`, `.norm`, `.res_align` of `MinGRU` and `MinConv2dGRU`, from 29 November 2024 on
-              (version 1.4.2, and 1.4.0 at its end);
-            - `to_gate_hidden.{i}`, `residual_layers.{i}` of the same, version 1.4.0 before;
+              (version 1.4.2, and the last commits of 1.4.0);
+            - `to_gate_hidden.{i}`, `residual_layers.{i}` of the same classes, earlier in version 1.4.0;
             - `to_gate_hidden` of `MinGRUCell` and `MinConv2dGRUCell`;
             - `linear_gate_hidden.{i}`, `input_residual_align` of `MinGRU`, versions 1.2.1 and 1.3.0;
             - `linear_z.{i}`, `linear_h.{i}`, `input_residual_align` of `MinGRU`, versions 1.1.0 and 1.2.0.
 
-        prefix: the part of the names before these, for a layer inside a model: "rnn." for example. Other names are left
-            alone. Default: no prefix.
-        residual: what `residual` was. Needed from version 1.4.0 on if no layer changes the size of its input, because
-            the weights then don't show it. Default: as the weights show it.
-        dropout: the new layer's `dropout`, for training. It may differ from what it was.
-        stride: for a convolutional layer, needed: what `strides` was, a number or a list with one for each layer.
-        padding: for a convolutional layer, needed: what `paddings` was, a number or a list with one for each layer.
-        num_groups: for a convolutional layer with norm: groups of its norm, a number or a list with one for each layer.
-            Default: by their rule, the first of 64, 32, 16, 8, 4 that divides the channels and leaves at least 4 to
-            each group, else 1.
+        prefix: Prefix of the layer's names inside a model, such as "rnn."; other names are ignored. Default: no
+            prefix.
+        residual: Value of the original option `residual`. Required from version 1.4.0 on if no layer changes the size
+            of its input, because the weights then don't show it. Default: inferred from the weights.
+        dropout: Dropout probability of the new layer. It may differ from the original.
+        stride: Original option `strides`, a number or a list with one number for each layer. Required for a
+            convolutional layer.
+        padding: Original option `paddings`, a number or a list with one number for each layer. Required for a
+            convolutional layer.
+        num_groups: Number of groups of a convolutional layer's norms, or a list with one number for each layer.
+            Default: cheind/mingru's rule, the first of 64, 32, 16, 8, 4 that divides the channels and leaves at least 4
+            to each group, else 1.
 
     Returns:
-        A `mingru.MinGRU` if all hidden sizes are equal, else a `mingru.Stack` with one `MinGRU` for each layer; for
-        convolutional weights a `mingru.MinConv2dGRU`. Dtype and device are those of the tensors, of which the layer
-        holds copies. Cells become layers, because their cells take sequences; `mingru.MinGRUCell` takes the state_dict
-        of a `MinGRU` of one layer.
+        A `mingru.MinGRU` if all hidden sizes are equal, else a `mingru.Stack` with one `MinGRU` for each layer; a
+        `mingru.MinConv2dGRU` for convolutional weights. The layer holds copies of the tensors, in their dtype and on
+        their device. Cells become layers, because cheind/mingru's cells take sequences; `mingru.MinGRUCell` takes the
+        state_dict of a `MinGRU` of one layer.
 
     Raises:
-        TypeError: no state_dict, a residual that is not a bool, or tensors of different or integer dtypes.
-        ValueError: the first key that is missing or one too many, a shape that does not fit, tensors on different
-            devices, an argument that is needed or that does not fit; and what the constructors raise.
+        TypeError: `state_dict` is not a mapping, `residual` is not a bool, or the tensors have different or integer
+            dtypes.
+        ValueError: A key is missing or unexpected, a shape does not fit, tensors are on different devices, or an
+            argument is missing or does not fit. Errors of the constructors pass through.
 
-    Parameters: `layers.{l}.linear`, `.norm`, `.align` as `MinGRU` has them, `.conv` as `MinConv2dGRU` has it, under
-    `layers.{l}.layers.0.` in a `Stack`. Two things differ from a layer that a constructor makes:
+    State dict:
+        `layers.{l}.linear`, `.norm` and `.align` as in `MinGRU`, `.conv` as in `MinConv2dGRU`; under
+        `layers.{l}.layers.0.` in a `Stack`. Two things differ from a newly constructed layer:
 
-    - Until version 1.3.0 the residual's linear map had a bias, and was there even if the sizes were equal. Then
-      `layers[0].align` is a `torch.nn.Linear` like theirs. A new `MinGRU(..., residual=True)` refuses the state_dict,
-      because of the key `layers.0.align.bias`, until it has `layers[0].align = torch.nn.Linear(I, H)` too.
-    - Their group norms mostly have another number of groups. It is in the state_dict as `layers.{l}.norm.groups`, and
-      a new `MinConv2dGRU(..., norm="group")` takes it from there. torch's own `GroupNorm` refuses it.
+        - Until version 1.3.0, the residual's linear map had a bias and was there even for equal sizes. Then
+          `layers[0].align` is a `torch.nn.Linear` like the original. A new `MinGRU(..., residual=True)` rejects the
+          state_dict because of the key `layers.0.align.bias`; set `layers[0].align = torch.nn.Linear(I, H)` first.
+        - The group norms mostly have another number of groups. The number is saved as `layers.{l}.norm.groups`, which
+          a new `MinConv2dGRU(..., norm="group")` loads and `torch.nn.GroupNorm` rejects.
 
-    States: their list of a `MinGRU`, (B, 1, H) each, goes in as `torch.stack(h)`, their tensor of version 1.3.0 or
-    earlier as it is, and so do lists for a `Stack` or a `MinConv2dGRU`.
+    Pass states of cheind/mingru's `MinGRU`, a list of (B, 1, H), as `torch.stack(h)`. A state tensor of version 1.3.0
+    or earlier, and a list for a `Stack` or a `MinConv2dGRU`, can be passed unchanged.
 
-    Differs from theirs in `dropout`, which drops in training only and divides by 1 - dropout. Theirs also dropped in
-    evaluation, and did not divide, until a commit of 25 November 2024, "fix dropout in eval mode". Initial states
-    may be 0 or negative.
+    `dropout` is applied only in training, and divides by 1 - dropout. In cheind/mingru, it was also applied in
+    evaluation, and did not divide, until a commit of 25 November 2024, "fix dropout in eval mode". Initial states may
+    be 0 or negative here.
 
-    Their `Bidirectional` runs one layer twice with the same weights, and leaves the second output in reverse order. No
-    layer here does, but two calls do: convert with the prefix "rnn.", and join `layer(x)[0]` with
+    cheind/mingru's `Bidirectional` runs one layer twice with the same weights, and leaves the second output in reverse
+    order. No layer of this package does that. Convert with the prefix "rnn.", and join `layer(x)[0]` and
     `layer(x.flip(1))[0]` by `torch.cat` along dimension 2.
 
     Not converted: `layer_transforms` of version 1.2; the names `linear_z.weight`, `gate_hidden_layers` and
-    `align_layers` of a day each between versions; norms without weights that convolutional layers had for two hours on
-    29 November 2024, which no state_dict shows.
+    `align_layers`, each used for a day between versions; norms without weights, which convolutional layers had for two
+    hours on 29 November 2024 and which no state_dict shows.
 
-    Example:
-        >>> theirs = {
+    Examples:
+        >>> checkpoint = {
         ...     "layers.0.gate_hidden.weight": torch.randn(12, 4),
         ...     "layers.0.gate_hidden.bias": torch.randn(12),
         ...     "layers.0.res_align.weight": torch.randn(6, 4),
         ...     "layers.1.gate_hidden.weight": torch.randn(12, 6),
         ...     "layers.1.gate_hidden.bias": torch.randn(12),
         ... }
-        >>> layer = mingru.convert.from_cheind(theirs)
+        >>> layer = mingru.convert.from_cheind(checkpoint)
         >>> layer.num_layers, layer.residual, layer.layers[0].align
         (2, True, Linear(in_features=4, out_features=6, bias=False))
         >>> out, h = layer(torch.randn(2, 10, 4))
         >>> out.shape, h.shape
         (torch.Size([2, 10, 6]), torch.Size([2, 2, 1, 6]))
 
-    Source: https://github.com/cheind/mingru from 3597563 (version 1.1.0) to aa35d42, `mingru/modules.py` and the files
-    before it.
+    References:
+        https://github.com/cheind/mingru from 3597563 (version 1.1.0) to aa35d42, `mingru/modules.py` and the files
+        before it.
     """
     name = "from_cheind"
     if residual is not None and not isinstance(residual, bool):
@@ -153,9 +158,9 @@ def from_cheind(
             raise ValueError(expectation(name, argument, f"None for weights without a {without}", repr(value)))
 
     num_layers = len(weights)
-    input_dims, widths = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]
+    input_dims, hidden_sizes = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]
     bias = form.keys("linear", 0, "bias")[0] in tensors
-    # On "meta" nothing is drawn that the weights would replace, and the caller's seed stays where it is.
+    # "meta" skips the initialization, which would also change the state of the caller's random generator.
     factory: dict[str, Any] = {"device": "meta", "dtype": weights[0].dtype}
     options: dict[str, Any] = {"bias": bias, **factory}
     if has_kernel:
@@ -164,32 +169,32 @@ def from_cheind(
     if has_norm:
         options["norm"] = "group" if has_kernel else "layer"
 
-    def made(residual: bool, dropout: float) -> tuple[MinGRU | MinConv2dGRU | Stack, dict[str, Any]]:
-        """The layer, and what is one layer in it, by the beginning of its parameters' names."""
+    def construct(residual: bool, dropout: float) -> tuple[MinGRU | MinConv2dGRU | Stack, dict[str, Any]]:
+        """Return the layer, and its single layers by the prefix of their parameters' names."""
         common: dict[str, Any] = {"residual": residual, **options}
         if has_kernel:
-            conv = MinConv2dGRU(input_dims, _common(widths), num_layers=num_layers, dropout=dropout, **common)
+            conv = MinConv2dGRU(input_dims, _common(hidden_sizes), num_layers=num_layers, dropout=dropout, **common)
             return conv, {f"layers.{index}.": part for index, part in enumerate(conv.layers)}
-        if form.is_uniform or len(set(widths)) == 1:
-            rnn = MinGRU(input_dims, widths[0], num_layers, dropout=dropout, **common)
+        if form.is_uniform or len(set(hidden_sizes)) == 1:
+            rnn = MinGRU(input_dims, hidden_sizes[0], num_layers, dropout=dropout, **common)
             return rnn, {f"layers.{index}.": part for index, part in enumerate(rnn.layers)}
-        rnns = [MinGRU(*sizes, **common) for sizes in pairwise([input_dims, *widths])]
+        rnns = [MinGRU(*sizes, **common) for sizes in pairwise([input_dims, *hidden_sizes])]
         stack = Stack(rnns, dropout=dropout)
         return stack, {f"layers.{index}.layers.0.": rnn.layers[0] for index, rnn in enumerate(rnns)}
 
     if form.align is None:
         if residual:
-            raise ValueError(expectation(name, "residual", "False or None, as a cell has no residual", "True"))
+            raise ValueError(expectation(name, "residual", "False or None because a cell has no residual", "True"))
         residual = False
     elif residual is None:
         residual = any(form.keys("align", index, "weight")[0] in tensors for index in range(num_layers))
-        shows = form.is_uniform or any(part.align is not None for part in made(True, 0.0)[1].values())
-        if not residual and not shows:
-            remedy = "the weights don't show it, as no layer changes the size of its input"
+        is_visible = form.is_uniform or any(part.align is not None for part in construct(True, 0.0)[1].values())
+        if not residual and not is_visible:
+            remedy = "the weights don't show it, because no layer changes the size of its input"
             raise ValueError(expectation(name, "residual", "True or False", "None", remedy))
-    layer, parts = made(residual, dropout)
+    layer, parts = construct(residual, dropout)
     if form.is_uniform and residual:
-        parts["layers.0."].align = nn.Linear(input_dims, widths[0], bias, **factory)
+        parts["layers.0."].align = nn.Linear(input_dims, hidden_sizes[0], bias, **factory)
     _load(name, prefix, tensors, form, layer, parts)
     if has_kernel and has_norm:
         _regroup(name, num_groups, [part.norm for part in parts.values()])
@@ -197,18 +202,18 @@ def from_cheind(
 
 
 def _form_of(name: str, state_dict: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> Form:
-    """The form that has a layer in these tensors."""
+    """Return the form whose names are in these tensors."""
     for form in FORMS:
         if form.num_layers(tensors):
             return form
     firsts = tuple(form.keys("linear", 0, "weight")[0] for form in FORMS)
-    expected = f"of keys such as {' or '.join(prefix + key for key in firsts)}"
+    expected = f"a mapping with keys such as {' or '.join(prefix + key for key in firsts)}"
     got = f"the key {prefix}{next(iter(tensors))}"
     raise ValueError(expectation(name, "state_dict", expected, got, hint(state_dict, firsts)))
 
 
 def _linears(name: str, prefix: str, tensors: dict[str, Tensor], form: Form) -> list[Tensor]:
-    """The weight of each layer, (2H, I) or (2H, I, kernel_h, kernel_w), gate rows first."""
+    """Return the weight of each layer, (2H, I) or (2H, I, kernel_h, kernel_w), gate rows first."""
     by_layer = [form.keys("linear", index, "weight") for index in range(form.num_layers(tensors))]
     keys = [key for of_layer in by_layer for key in of_layer]
     check_keys(name, prefix, tensors, keys, None)
@@ -229,7 +234,7 @@ def _linears(name: str, prefix: str, tensors: dict[str, Tensor], form: Form) -> 
 def _load(
     name: str, prefix: str, tensors: dict[str, Tensor], form: Form, layer: nn.Module, parts: dict[str, Any]
 ) -> None:
-    """Give the layer these weights, which must be all that it has; `parts` are single layers, by their path."""
+    """Load the tensors into the layer, which must need all of them; `parts` are single layers by their prefix."""
     shapes, sources = {}, {}
     for index, (path, part) in enumerate(parts.items()):
         for key, parameter in part.state_dict().items():
@@ -238,14 +243,14 @@ def _load(
             shapes[path + key] = parameter.shape
     first = next(iter(sources.values()))[0]
     check_keys(name, prefix, tensors, [key for keys in sources.values() for key in keys])
-    for ours, keys in sources.items():
-        check_shapes(name, prefix, tensors, keys, (shapes[ours][0] // len(keys), *shapes[ours][1:]), first)
-    state = {ours: torch.cat([tensors[key] for key in keys]) for ours, keys in sources.items()}
+    for target, keys in sources.items():
+        check_shapes(name, prefix, tensors, keys, (shapes[target][0] // len(keys), *shapes[target][1:]), first)
+    state = {target: torch.cat([tensors[key] for key in keys]) for target, keys in sources.items()}
     layer.load_state_dict(state, assign=True)
 
 
 def _regroup(name: str, num_groups: int | list[int] | None, norms: list[Any]) -> None:
-    """Give the norms their numbers of groups: those named, or those of cheind/mingru's rule."""
+    """Set the numbers of groups of the norms: the given numbers, or by cheind/mingru's rule."""
     if isinstance(num_groups, list) and len(num_groups) != len(norms):
         expected = f"a number or a list of {len(norms)}, one for each layer"
         raise ValueError(expectation(name, "num_groups", expected, repr(num_groups)))
@@ -261,5 +266,5 @@ def _regroup(name: str, num_groups: int | list[int] | None, norms: list[Any]) ->
 
 
 def _common(values: list[Any]) -> Any:
-    """The one value that all are, else the list."""
+    """Return the value if all values are equal, else the list."""
     return values[0] if all(value == values[0] for value in values) else values

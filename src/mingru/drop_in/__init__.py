@@ -1,8 +1,8 @@
-"""minGRU under the names, shapes and errors of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
+"""minGRU layers with the names, shapes and errors of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
 
     from mingru.drop_in import GRU      # was: from torch.nn import GRU
 
-`replace` does so inside a model that exists. Neither carries weights over: the mathematics are others.
+`replace` swaps the layers inside an existing model. Trained weights are not kept, because the equations differ.
 """
 
 from .layers import GRU, GRUCell

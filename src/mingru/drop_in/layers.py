@@ -1,4 +1,4 @@
-"""The layers: minGRU inside, torch's names, shapes and errors outside."""
+"""Layers with a minGRU inside and torch's interface: names, shapes and errors."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,12 +27,11 @@ from ..ops.graph import is_autocast, is_scripting, untraced
 
 Layer = TypeVar("Layer", bound="_DropIn")
 
-# The modules that the constructors put into a layer.
-OWN = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
+CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
 
 
 class _DropIn(MinGRU):
-    """What `GRU` and `GRUCell` share: torch's names and repr, 0 as initial state, and the kinds of torch's errors."""
+    """Base of `GRU` and `GRUCell`: torch's names, repr and types of errors, and 0 as initial state."""
 
     def __init__(
         self,
@@ -56,17 +55,17 @@ class _DropIn(MinGRU):
         self.zero_state = 0.0
 
     def _check_tensor(self, argument: str, x: Any) -> None:
-        """What torch meets with an AttributeError, as it asks for the dimensions of anything."""
+        """Raise AttributeError if x is not a tensor, as torch's layers do."""
         if isinstance(x, Tensor):
             return
-        remedy = "torch.as_tensor makes one"
+        remedy = "use torch.as_tensor"
         if isinstance(x, tuple):
             remedy = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
         raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
 
     def _check_input(self, x: Tensor, wrong_dtype: type[Exception]) -> None:
         if x.shape[-1] != self.input_size:
-            expected = f"of {self.input_size} features as input_size is {self.input_size}"
+            expected = f"of {self.input_size} features because input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
         layer: Any = self.layers[0]
         weight = weight_of(layer.linear)
@@ -78,9 +77,9 @@ class _DropIn(MinGRU):
             expected = f"({letters}) = {dims(shape)}"
             remedy = ""
             if hx.dim() == len(shape) + 1 and hx.shape[-2] == 1:
-                remedy = "a state of mingru's own layers becomes one by hx.squeeze(-2)"
+                remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
             elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
-                remedy = "batch_first is about the input, states are never so"
+                remedy = "batch_first applies to the input only; the state is always (L * D, B, H)"
             raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
         self._check_as("hx", hx, x, "input", RuntimeError)
 
@@ -96,18 +95,18 @@ class _DropIn(MinGRU):
             raise RuntimeError(str(error)) from None
 
     def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
-        """Apply `fn` to this layer as one module, as to torch's, and not to its linear maps and norms.
+        """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
 
-        A function that initializes each `torch.nn.Linear` of a model therefore leaves the layer alone. Modules put into
-        the layer since its construction, such as observers of quantization, get `fn` as usual.
+        A function that initializes each `torch.nn.Linear` of a model therefore doesn't change the layer. `fn` is also
+        applied to modules that were added to the layer after its construction, such as observers for quantization.
         """
-        for module in _put_into(self):
+        for module in _modules_added_to(self):
             module.apply(fn)
         fn(self)
         return self
 
     def __repr__(self) -> str:
-        # On one line as torch's, which have no modules inside.
+        # On one line like torch's layers, without the modules inside.
         return f"{self.name}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
@@ -117,59 +116,66 @@ class _DropIn(MinGRU):
         return f"{self.input_size}, {self.hidden_size}" + not_default(self, defaults)
 
 
-def _put_into(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules inside that no constructor of ours put there."""
+def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that the constructors did not create."""
     for child in module.children():
-        if type(child) in OWN:
-            yield from _put_into(child)
+        if type(child) in CREATED_BY_CONSTRUCTORS:
+            yield from _modules_added_to(child)
         else:
             yield child
 
 
 class GRU(_DropIn, role="torch"):
-    """`torch.nn.GRU` with minGRU inside: all steps in parallel, since no gate sees the state.
+    """Run a minGRU with the interface of `torch.nn.GRU`.
+
+    All time steps are computed in parallel, because no gate depends on the state.
 
     Args:
-        input_size: I, features of the input; at least 1.
-        hidden_size: H, features of the state; at least 1.
-        num_layers: L.
-        bias: whether the linear maps have one (one, where torch has two).
-        batch_first: x is (B, S, I), as against (S, B, I). States don't change with it.
-        dropout: probability with which each element of each layer's output but the last's is dropped in training.
-        bidirectional: a second direction in each layer; D = 2, else 1.
-        device: of the parameters.
-        dtype: of the parameters, a floating one.
-        proj_size: refused, as by torch.
-        residual: what torch has not; as of `mingru.MinGRU`.
-        norm: what torch has not; as of `mingru.MinGRU`.
-        candidate: what torch has not; as of `mingru.MinGRU`.
+        input_size: Number of input features, I; at least 1.
+        hidden_size: Number of state features, H; at least 1.
+        num_layers: Number of stacked layers, L.
+        bias: If False, the linear maps have no bias. `torch.nn.GRU` has two biases for each gate, this layer one.
+        batch_first: If True, input and output are (B, S, *) instead of (S, B, *). States keep their shape.
+        dropout: Dropout probability of the output of each layer but the last.
+        bidirectional: If True, each layer has a reverse direction (D = 2, else 1).
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        proj_size: Raises ValueError, as in `torch.nn.GRU`.
+        residual: Not in `torch.nn.GRU`. If True, add each layer's input to its output.
+        norm: Not in `torch.nn.GRU`. "layer", "rms" or None: norm of each layer's input.
+        candidate: Not in `torch.nn.GRU`. Activation of the candidate: "positive" (g), "linear" or "tanh".
 
-    Called with:
-        input: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
-            `torch.nn.utils.rnn.PackedSequence`; dtype and device of the parameters; S at least 1.
-        hx: state before the first step, any real numbers, (L * D, B, H), or (L * D, H) without a batch. Index l * D is
-            layer l forward, l * D + 1 backward. Default: 0.
+    Inputs:
+        - **input**: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
+          `torch.nn.utils.rnn.PackedSequence`; dtype and device of the parameters. S is at least 1.
+        - **hx**: State before the first step, any real numbers; (L * D, B, H), or (L * D, H) without a batch. Index l *
+          D is layer l forward, l * D + 1 is layer l in reverse. Default: 0.
 
-    Returns:
-        Two tensors. `output`, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, as input is; `h_n`, like hx, is each
-        layer's state after its sequence's last step.
+    Outputs:
+        - **output**: Output of the last layer, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, like `input`.
+        - **h_n**: State of each layer and direction after the last step of its sequence, with the shape of `hx`.
 
     Raises:
-        ValueError, RuntimeError, TypeError, AttributeError: where torch.nn.GRU raises the same.
+        ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.GRU` raises for the same mistake.
 
-    Parameters: those of `mingru.MinGRU` by the same names; state dicts go from one to the other. `reset_parameters`
-    draws as `torch.nn.Linear` does. `all_weights` is a list for each layer and direction, in the order of `h_n`, with
-    the weight and the bias of its linear map.
+    State dict:
+        Same names as in [mingru.MinGRU][]; each of the two layers can load the other's state_dict. `reset_parameters`
+        initializes as `torch.nn.Linear` does. `all_weights` has a list [weight, bias] for each layer and direction, in
+        the order of `h_n`.
 
-    Attributes: all arguments, as `torch.nn.GRU` has them; `proj_size` is 0 and `mode` is "GRU".
+    All arguments are attributes, as in `torch.nn.GRU`; `proj_size` is 0 and `mode` is "GRU".
 
-    Differs from `torch.nn.GRU` in the mathematics, so that its weights can't be loaded and `weight_ih_l0` and the like
-    are not there, nor are torch's private lists of these names such as `_flat_weights_names`; and from `mingru.MinGRU`
-    in the names, the order of input, the shape of states and their default. Under autocast, `output` has autocast's
-    dtype and `h_n` is float32. `flatten_parameters` does nothing. `apply` takes the layer for one module.
-    `isinstance(rnn, torch.nn.GRU)` is false, because `torch.compile` refuses every instance of `torch.nn.GRU`.
+    Differences from `torch.nn.GRU`:
 
-    Example:
+    - The equations differ, so the weights of a GRU can't be loaded. There are no attributes such as `weight_ih_l0`, and
+      no private lists of their names such as `_flat_weights_names`.
+    - Under autocast, `output` has autocast's dtype and `h_n` is float32.
+    - `flatten_parameters` does nothing. `apply` treats the layer as one module.
+    - `isinstance(rnn, torch.nn.GRU)` is false, because `torch.compile` rejects every instance of `torch.nn.GRU`.
+
+    Differences from `mingru.MinGRU`: names, order of input dimensions, shape of states and default state.
+
+    Examples:
         >>> rnn = mingru.drop_in.GRU(10, 20, num_layers=2)
         >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.zeros(2, 3, 20))
         >>> output.shape, h_n.shape
@@ -178,7 +184,7 @@ class GRU(_DropIn, role="torch"):
         GRU(10, 20, num_layers=2)
     """
 
-    # TorchScript has no such lists.
+    # TorchScript has no lists of lists of parameters.
     __jit_unused_properties__ = ("all_weights",)
 
     @arguments_checked()
@@ -248,16 +254,15 @@ class GRU(_DropIn, role="torch"):
         return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
 
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
-        rows = input.data
-        if rows.dim() != 2:
-            raise RuntimeError(
-                expectation(self.name, "input", "packed rows (rows, I)", dims(rows.shape), embed_remedy(rows))
-            )
-        self._check_input(rows, ValueError)
+        data = input.data
+        if data.dim() != 2:
+            expected = "packed steps (sum of lengths, I)"
+            raise RuntimeError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
+        self._check_input(data, ValueError)
         if hx is not None:
             self._check_tensor("hx", hx)
             shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
-            self._check_hx(hx, rows, shape, "L * D, B, H")
+            self._check_hx(hx, data, shape, "L * D, B, H")
         out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
         return out, without_dims(last, [2])
 
@@ -288,7 +293,7 @@ class GRU(_DropIn, role="torch"):
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
-        """The weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
+        """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
         maps = [each for layer in self.layers for each in (layer.linear, layer.linear_reverse)]
         return [list(each.parameters()) for each in maps if isinstance(each, nn.Module)]
 
@@ -297,38 +302,39 @@ class GRU(_DropIn, role="torch"):
         return Dims(None, 0, None) if x.dim() == 2 else super().dims_of(x)
 
     def flatten_parameters(self) -> None:
-        """Nothing: there is no other order of the weights."""
+        """Do nothing; present for compatibility with torch.nn.GRU."""
 
 
 class GRUCell(_DropIn, role="step"):
-    """`torch.nn.GRUCell` with minGRU inside: one step of a one-layer `GRU`.
+    """Run one step of a one-layer minGRU with the interface of `torch.nn.GRUCell`.
 
     Args:
-        input_size: I, features of the input; at least 1.
-        hidden_size: H, features of the state; at least 1.
-        bias: whether the linear map has one.
-        device: of the parameters.
-        dtype: of the parameters, a floating one.
-        norm: what torch has not; as of `mingru.MinGRU`.
-        candidate: what torch has not; as of `mingru.MinGRU`.
+        input_size: Number of input features, I; at least 1.
+        hidden_size: Number of state features, H; at least 1.
+        bias: If False, the linear map has no bias.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        norm: Not in `torch.nn.GRUCell`. "layer", "rms" or None: norm of the input.
+        candidate: Not in `torch.nn.GRUCell`. Activation of the candidate: "positive" (g), "linear" or "tanh".
 
-    Called with:
-        input: (B, I), or (I,) without a batch; dtype and device of the parameters.
-        hx: state before the step, any real numbers, (B, H) or (H,). Default: 0.
+    Inputs:
+        - **input**: (B, I), or (I,) without a batch; dtype and device of the parameters.
+        - **hx**: State before the step, any real numbers; (B, H) or (H,). Default: 0.
 
-    Returns:
-        The state after the step, like hx; float32 under autocast.
+    Outputs:
+        - **hx**: State after the step, with the shape of the input `hx`; float32 under autocast.
 
     Raises:
-        ValueError, RuntimeError, TypeError, AttributeError: where torch.nn.GRUCell raises the same; RuntimeError too
-            for a size of 0, which torch takes.
+        ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.GRUCell` raises for the same
+            mistake. Also RuntimeError for a size of 0, which torch accepts.
 
-    Parameters: those of a one-layer `GRU` by the same names; state dicts go from one to the other.
+    State dict:
+        Same names as in a one-layer `GRU`; each of the two can load the other's state_dict.
 
-    Differs from `torch.nn.GRUCell` as `GRU` does from `torch.nn.GRU`: there is no `weight_ih`, `apply` takes the cell
-    for one module, and `isinstance(cell, torch.nn.GRUCell)` is false.
+    As with `GRU`, there is no `weight_ih`, `apply` treats the cell as one module, and `isinstance(cell,
+    torch.nn.GRUCell)` is false.
 
-    Example:
+    Examples:
         >>> cell = mingru.drop_in.GRUCell(10, 20)
         >>> hx = None
         >>> for x in torch.randn(6, 3, 10):  # six steps
@@ -358,7 +364,7 @@ class GRUCell(_DropIn, role="step"):
             if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
                 raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {input.shape}")
             if hx is not None and (hx.shape[:-1] != input.shape[:-1] or hx.size(-1) != self.hidden_size):
-                raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) as input has B, got {hx.shape}")
+                raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {hx.shape}")
         else:
             self._check_call(input, hx)
         batched = input.dim() == 2
