@@ -115,8 +115,9 @@ def deployed(shape: tuple[int, ...], folder: Path, seconds: float) -> tuple[dict
 
 
 def show(shape: tuple[int, ...], sizes: dict[str, float], times_ms: dict[str, float]) -> None:
-    columns = ["file, kB", *(f"{threads} thread{'s'[: threads - 1]}, ms" for threads in THREADS)]
-    columns += [f"speed-up over {GRU}, {threads}" for threads in THREADS]
+    counts = [f"{threads} thread{'s'[: threads - 1]}" for threads in THREADS]
+    columns = ["file, kB", *(f"{count}, ms" for count in counts)]
+    columns += [f"speed-up over {GRU}, {count}" for count in counts]
     print(
         f"\n(B, S, I, H) = {shape}, {kind(shape[1])}\n\n| | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
     )
