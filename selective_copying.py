@@ -18,8 +18,8 @@ count in loss and accuracy. For example, with seq_len 8, vocab_size 6 and num_to
     input   0 3 0 0 1 0 3 0 5 5 5
     target                  3 1 3
 
-All markers are equal and all data tokens are equally likely. Guessing is therefore right with probability
-1 / (vocab_size - 2), which is 25% by default.
+All markers are the same token, and all data tokens are equally likely. Guessing is therefore right with
+probability 1 / (vocab_size - 2), which is 25% by default.
 """
 
 import argparse
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
-# Each entry is also a command-line option.
+# Each entry can be changed here or on the command line.
 cfg: Config = {
     "seq_len": 64,
     "vocab_size": 6,

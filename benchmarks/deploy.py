@@ -130,7 +130,7 @@ def show(shape: tuple[int, ...], sizes: dict[str, float], times_ms: dict[str, fl
 
 
 def limits(folder: Path) -> dict[str, str]:
-    """Return the signature of each file for sequences, and which shapes other than its example it runs with."""
+    """Return the signature of each file for sequences, and its outcome for several (B, S)."""
     found = {}
     shape = (2, 512, 16, 16)
     for name, module in layers(*shape[2:], is_step=False).items():
@@ -147,7 +147,6 @@ def limits(folder: Path) -> dict[str, str]:
                 out = torch.from_numpy(call(runs, args)()[0])
                 right = out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
                 outcomes.append(f"({batch}, {steps}) {'right' if right else 'WRONG'}")
-            # Any error of the runtime is an outcome.
             except Exception as error:
                 outcomes.append(f"({batch}, {steps}) {type(error).__name__}")
         found[name] = f"{signature}; for (B, S): {', '.join(outcomes)}"

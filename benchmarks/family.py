@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import mingru
 from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 
-# Milliseconds of forward, and of forward + backward.
 Times = dict[str, tuple[float, float]]
 
 
@@ -29,6 +28,7 @@ def values(result: Any) -> Tensor:
 
 
 def time_both(functions: dict[str, Callable[[], Tensor]], leaves: dict[str, list[Tensor]], seconds: float) -> Times:
+    """Return milliseconds of forward, and of forward + backward, by name."""
     forward_ms = medians_ms({name: forward(function) for name, function in functions.items()}, seconds)
     both_ms = medians_ms(
         {name: forward_backward(function, leaves[name]) for name, function in functions.items()}, seconds

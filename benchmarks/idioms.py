@@ -26,7 +26,6 @@ import mingru
 from mingru import drop_in
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
-# The table is between these two lines.
 MARKS = ("<!-- printed by benchmarks/idioms.py -->\n", "<!-- end of what benchmarks/idioms.py prints -->\n")
 
 S, B, IN, H = 5, 2, 3, 4

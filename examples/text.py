@@ -411,7 +411,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of the sample")
     add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
     add("--devices", type=number(int, 1), default=1, help="number of devices; each takes an equal part of the batch")
-    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="number format")
+    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="float precision")
     return parser.parse_args(argv)
 
 

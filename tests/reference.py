@@ -1,4 +1,7 @@
-"""Reference implementation in float64, one time step after the other; `test_reference.py` checks it by hand."""
+"""Reference implementation in float64, one time step after the other.
+
+`test_reference.py` compares it with values worked by hand.
+"""
 
 import torch
 from torch import Tensor

@@ -207,7 +207,7 @@ def _four() -> int:
 
 @contextmanager
 def small_chunks() -> Iterator[None]:
-    """Export with chunks of 4 steps instead of 16, which takes a third of the time."""
+    """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traceable, "chunk_size", _four)
         yield
