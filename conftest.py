@@ -7,7 +7,7 @@ import mingru
 
 
 def pytest_configure():
-    # Tests that run side by side share the processors.
+    # Parallel test processes share the CPU cores.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -1,22 +1,25 @@
-"""Selective copying with minGRU: remember a few tokens scattered among noise, then repeat them in order.
+"""Train minGRU on selective copying: find a few tokens among noise and repeat them in order.
 
     python selective_copying.py
     python selective_copying.py --seq-len 256 --vocab-size 16 --num-tokens 8 --num-steps 20000 --plot curves.png
     python selective_copying.py --save model.safetensors
     python selective_copying.py --load model.safetensors
 
-Task of Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"; layers of Feng et al. 2024,
-"Were RNNs All We Needed?". Needs `pip install torch-mingru[examples]`.
+Run `pip install ".[examples]"` in a clone of the repository first. The task is from Gu and Dao 2023, "Mamba:
+Linear-Time Sequence Modeling with Selective State Spaces". The layers are from Feng et al. 2024, "Were RNNs All We
+Needed?".
 
-Token 0 is noise, 1 to vocab_size - 2 are data, vocab_size - 1 is the marker. num_tokens data tokens, each drawn
-uniformly (so they may repeat), lie at distinct uniformly random places of seq_len steps; the others of these are noise.
-Then come num_tokens markers: seq_len + num_tokens steps. At the i-th marker the model must name the i-th data token.
-Loss and accuracy are over these positions alone. With seq_len 8, vocab_size 6 and num_tokens 3:
+Token 0 is noise, tokens 1 to vocab_size - 2 are data, and token vocab_size - 1 is the marker. The first seq_len steps
+have num_tokens data tokens at distinct random positions, and noise at all other positions. Positions and data tokens
+are sampled uniformly, and data tokens may repeat. Then num_tokens markers follow, so a sequence has
+seq_len + num_tokens steps. At the i-th marker the model must output the i-th data token. Only the markers' positions
+count in loss and accuracy. For example, with seq_len 8, vocab_size 6 and num_tokens 3:
 
     input   0 3 0 0 1 0 3 0 5 5 5
     target                  3 1 3
 
-All markers look alike and all data tokens are as likely, so guessing gets 1 / (vocab_size - 2): 25 % by default.
+All markers are the same token, and all data tokens are equally likely. Guessing is therefore right with
+probability 1 / (vocab_size - 2), which is 25% by default.
 """
 
 import argparse
@@ -41,27 +44,46 @@ import mingru
 Config = dict[str, Any]
 
 PRINT_EVERY = 20
-# Seeds end here, and validation's are moved by as much: no training run has ever seen another's validation data.
+# Seeds are smaller, and validation adds it to the seed, so that no run trains on validation data of any seed.
 MAX_SEED = 2**31
 CHOICES = {"norm": ("layer", "rms", "none"), "precision": ("32-true", "bf16-mixed")}
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay")
+HELP = {
+    "seq_len": "steps before the markers",
+    "vocab_size": "number of different tokens, noise and marker included",
+    "num_tokens": "data tokens in each sequence",
+    "embedding_dims": "features of each embedded token",
+    "hidden_dims": "state features of each layer",
+    "num_layers": "number of minGRU layers",
+    "residual": "add each layer's input to its output",
+    "norm": "norm of each layer's input",
+    "batch_size": "sequences in each training step",
+    "num_steps": "number of training steps",
+    "learning_rate": "highest learning rate",
+    "warmup": "fraction of the training steps in which the learning rate rises",
+    "weight_decay": "weight decay of AdamW",
+    "max_grad_norm": "norm to which larger gradients are scaled down",
+    "num_validation": "number of validation sequences",
+    "precision": "floating-point precision",
+    "seed": "random seed of weights and sequences",
+}
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """An error of the user, reported in one line."""
 
 
 def generate(batch_size: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Fresh sequences (B, seq_len + num_tokens) and what to say at their markers (B, num_tokens)."""
+    """Return random sequences (B, seq_len + num_tokens) and their data tokens in order (B, num_tokens)."""
     seq_len, vocab_size, num_tokens = config["seq_len"], config["vocab_size"], config["num_tokens"]
     targets = torch.randint(1, vocab_size - 1, (batch_size, num_tokens), generator=generator)
-    places = torch.rand(batch_size, seq_len, generator=generator).argsort(1)[:, :num_tokens].sort(1).values
-    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long).scatter_(1, places, targets)
+    positions = torch.rand(batch_size, seq_len, generator=generator).argsort(1)[:, :num_tokens].sort(1).values
+    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long).scatter_(1, positions, targets)
     return torch.cat([tokens, torch.full_like(targets, vocab_size - 1)], 1), targets
 
 
 class Model(nn.Module):
-    """Embedding, minGRU, head: tokens (B, S) to logits (B, S, vocab_size)."""
+    """Map tokens (B, S) to logits (B, S, vocab_size) by an embedding, minGRU layers and a linear head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -81,7 +103,7 @@ class Model(nn.Module):
 
 
 def train(config: Config, fabric: Fabric) -> tuple[nn.Module, Tensor]:
-    """The trained model, and loss and accuracy of every step, (num_steps, 2)."""
+    """Train a model, and return it with the loss and accuracy of each step, (num_steps, 2)."""
     generator = torch.manual_seed(config["seed"])
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
@@ -110,7 +132,7 @@ def train(config: Config, fabric: Fabric) -> tuple[nn.Module, Tensor]:
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+    """Return a factor that rises linearly during warm-up and then falls to 0 along half a cosine."""
     num_warmup = max(1, round(config["warmup"] * config["num_steps"]))
     if step < num_warmup:
         return (step + 1) / num_warmup
@@ -120,7 +142,7 @@ def learning_rate_factor(step: int, config: Config) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, config: Config, fabric: Fabric) -> float:
-    """Share of tokens recalled in num_validation fresh sequences."""
+    """Return the fraction of data tokens recalled in num_validation new sequences."""
     generator = torch.Generator().manual_seed(MAX_SEED + config["seed"])
     model.eval()
     num_right = 0
@@ -132,7 +154,7 @@ def evaluate(model: nn.Module, config: Config, fabric: Fabric) -> float:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense."""
+    """Raise UserError if an entry of the config is invalid."""
     for name, default in cfg.items():
         value = config[name]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
@@ -145,11 +167,11 @@ def check(config: Config) -> None:
             if name not in MAY_BE_ZERO and not 0 < value < math.inf:
                 raise UserError(f"{name} must be above 0, got {value}")
     if config["vocab_size"] < 4:
-        raise UserError(f"vocab_size must be at least 4: noise, marker and two data tokens; got {config['vocab_size']}")
+        raise UserError(f"vocab_size must be at least 4 (noise, marker, two data tokens), got {config['vocab_size']}")
     if config["num_tokens"] > config["seq_len"]:
-        raise UserError(f"num_tokens must be at most seq_len, {config['seq_len']}, got {config['num_tokens']}")
+        raise UserError(f"num_tokens must be at most seq_len ({config['seq_len']}), got {config['num_tokens']}")
     if config["warmup"] > 1:
-        raise UserError(f"warmup must be a share of the steps, at most 1, got {config['warmup']}")
+        raise UserError(f"warmup must be a fraction of the steps, at most 1, got {config['warmup']}")
     if config["seed"] >= MAX_SEED:
         raise UserError(f"seed must be below {MAX_SEED}, got {config['seed']}")
 
@@ -160,17 +182,17 @@ def save(path: Path, model: nn.Module, config: Config) -> None:
 
 
 def load(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Config and weights of a file that `save` wrote."""
+    """Return the config and the weights in a file that `save` wrote."""
     try:
         with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint of this program: {error}") from error
+        raise UserError(f"{path} is damaged or not a checkpoint of this program: {error}") from error
     if not isinstance(config, dict) or config.keys() != cfg.keys():
-        raise UserError(f"{path} is no checkpoint of this program: it does not hold its config")
+        raise UserError(f"{path} is not a checkpoint of this program: its config is missing or incomplete")
     return config, tensors
 
 
@@ -180,22 +202,22 @@ def load_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise UserError(
-                f"{path} does not fit its sizes: {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'none')}"
+                f"{path} does not match the config: {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}"
             )
     model.load_state_dict(tensors)
 
 
 def check_writable(path: Path) -> None:
-    """Refuse, before hours of training, a path that can't be written after it."""
+    """Raise UserError if path cannot be written; called before training, so that no result is lost."""
     try:
         if target(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
         if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is no regular file")
+            raise UserError(f"cannot write {path}: it is not a regular file")
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"cannot write {path}: it is read-only")
-        # The very name that will be written first, which may be too long.
+        # The temporary file is written first, and its longer name may be too long.
         temporary(path).touch()
         temporary(path).unlink()
     except OSError as error:
@@ -203,7 +225,7 @@ def check_writable(path: Path) -> None:
 
 
 def target(path: Path) -> Path:
-    """The file itself, where the path is a link to it."""
+    """Return the path with symbolic links resolved, so that writing does not replace a link."""
     return Path(os.path.realpath(path))
 
 
@@ -212,7 +234,7 @@ def temporary(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """All of the content or, should anything fail, the old file."""
+    """Write the content to path; if that fails, leave the old file unchanged."""
     try:
         temporary(path).write_bytes(content)
         os.replace(temporary(path), target(path))
@@ -226,14 +248,14 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install torch-mingru[examples]") from error
+        raise UserError('--plot needs matplotlib: run pip install ".[examples]" in a clone of mingru') from error
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--plot must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}, got {path}")
 
 
 def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
-    """Picture of loss and accuracy over steps."""
+    """Save a plot of loss and accuracy over the training steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -247,19 +269,19 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     figure.suptitle(
         f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} steps, "
         f"vocabulary {config['vocab_size']}\n"
-        f"{config['num_layers']} minGRU layers of {config['hidden_dims']}, validation accuracy {accuracy:.2%}"
+        f"{config['num_layers']} minGRU layers of {config['hidden_dims']} features, validation accuracy {accuracy:.2%}"
     )
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, column, colour in ((upper, 0, "tab:blue"), (lower, 1, "tab:green")):
+    for axes, column, color in ((upper, 0, "tab:blue"), (lower, 1, "tab:green")):
         values = history[:, column] * (100 if axes is lower else 1)
         averages = means[:, column] * (100 if axes is lower else 1)
-        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="each step")
-        axes.plot(steps[width - 1 :], averages, color=colour, linewidth=1.8, label=f"mean of {width} steps")
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label="each step")
+        axes.plot(steps[width - 1 :], averages, color=color, linewidth=1.8, label=f"mean of {width} steps")
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
     upper.set(yscale="log", ylabel="Loss (cross-entropy)")
     lower.set(ylabel="Accuracy (%)", xlabel="Step", ylim=(0, 104))
-    lower.axhline(100 * chance, color="grey", linestyle="--", linewidth=1, label=f"chance, {chance:.0%}")
+    lower.axhline(100 * chance, color="gray", linestyle="--", linewidth=1, label=f"chance, {chance:.0%}")
     upper.legend(loc="upper right", framealpha=1)
     lower.legend(loc="lower right", framealpha=1)
 
@@ -274,22 +296,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """One option for each entry of `cfg`, and the files."""
+    """Return a parser with one option for each entry of `cfg` and three options for files."""
     parser = Parser("selective_copying.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for name, default in cfg.items():
         option = f"--{name.replace('_', '-')}"
-        text = f"default: {default}"
+        text = f"{HELP[name]}; default: {default}"
         if isinstance(default, bool):
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(option, type=type(default), choices=CHOICES.get(name), help=text)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of loss and accuracy over steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot of loss and accuracy over the steps")
     parser.add_argument("--save", type=Path, metavar="FILE", help="save the trained model (safetensors)")
     parser.add_argument(
         "--load",
         type=Path,
         metavar="FILE",
-        help="validate a saved model instead of training; what it was trained with stands in for the defaults",
+        help="validate a saved model instead of training; the options that it was trained with become the defaults",
     )
     return parser
 
@@ -297,9 +319,9 @@ def make_parser() -> Parser:
 def run(given: Config) -> None:
     plot_path, save_path, load_path = (given.pop(name, None) for name in ("plot", "save", "load"))
     if load_path and (plot_path or save_path):
-        raise UserError("--load does not train: neither --save nor --plot goes with it")
+        raise UserError("--load does not train, so it cannot be combined with --save or --plot")
     if save_path and plot_path and target(save_path) == target(plot_path):
-        raise UserError(f"--save and --plot must be two files, got {save_path} for both")
+        raise UserError(f"--save and --plot must be different files, got {save_path} for both")
     loaded, tensors = load(load_path) if load_path else ({}, {})
     config = {**cfg, **loaded, **given}
     check(config)
@@ -332,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
-# Change these, or give any of them on the command line, for larger tests.
+# Each entry can be changed here or on the command line.
 cfg: Config = {
     "seq_len": 64,
     "vocab_size": 6,

@@ -1,9 +1,9 @@
-"""Time of a layer under torch.compile beside the same in eager, and of its linear map alone likewise.
+"""Time a layer, and a linear map of its size, under torch.compile and in eager mode.
 
     python benchmarks/compiled.py
 
-Medians of interleaved runs in one process, in milliseconds, forward in inference mode and forward + backward for all
-inputs and parameters; float32.
+Times are medians of interleaved runs in one process, in milliseconds, with float32. Forward is timed in inference mode.
+Forward + backward includes the gradients of all inputs and parameters.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from mingru.bench import SHAPES, forward, forward_backward, medians_ms, output, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each half of a row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for half a table row (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -41,14 +41,15 @@ def main() -> None:
             for how, run in ((f"{name}, eager", module), (f"{name}, compiled", compiled)):
                 calls[how] = lambda run=run, x=x: output(run(x))
                 leaves[how] = [x, *module.parameters()]
-        there = medians_ms({how: forward(call) for how, call in calls.items()}, args.seconds)
-        back = medians_ms({how: forward_backward(call, leaves[how]) for how, call in calls.items()}, args.seconds)
-        results.append({"shape": shape, "forward": there, "forward_backward": back})
-        row = [str(shape), *(f"{ms[f'MinGRU, {how}']:.3f}" for ms in (there, back) for how in ("eager", "compiled"))]
-        row += [f"{ms[f'{name}, compiled'] / ms[f'{name}, eager']:.2f}" for name in modules for ms in (there, back)]
+        forward_ms = medians_ms({how: forward(call) for how, call in calls.items()}, args.seconds)
+        both_ms = medians_ms({how: forward_backward(call, leaves[how]) for how, call in calls.items()}, args.seconds)
+        results.append({"shape": shape, "forward": forward_ms, "forward_backward": both_ms})
+        times = (forward_ms, both_ms)
+        row = [str(shape), *(f"{ms[f'MinGRU, {how}']:.3f}" for ms in times for how in ("eager", "compiled"))]
+        row += [f"{ms[f'{name}, compiled'] / ms[f'{name}, eager']:.2f}" for name in modules for ms in times]
         rows.append(row)
     columns = ["(B, S, I, H)", "eager", "compiled", "eager, fwd + bwd", "compiled, fwd + bwd"]
-    columns += ["ratio", "fwd + bwd", "ratio of nn.Linear", "fwd + bwd"]
+    columns += ["compiled / eager", "fwd + bwd", "compiled / eager, nn.Linear", "fwd + bwd"]
     print_table("torch.compile, ms, medians", columns, rows)
     if args.json:
         write_json(args.json, results)

@@ -1,10 +1,10 @@
-"""Size and time of an exported layer in ONNX Runtime, beside an exported nn.GRU.
+"""Measure file size and time of exported layers in ONNX Runtime, and compare them with an exported nn.GRU.
 
     python benchmarks/deploy.py
 
-One layer, float32, state in and out, each file written once for any batch (and any length, for sequences up to 512
-steps). Medians of interleaved runs in one process, in milliseconds; every session has its inputs ready, and its outputs
-are made anew by each call. What runs on one thread is timed apart from what runs on two.
+Each file has one float32 layer, with its state as input and output. The batch size is dynamic; in files for sequences
+the length is dynamic too, up to 512 steps. Times are medians of interleaved runs in one process, in milliseconds. The
+inputs exist before a call, and each call allocates its outputs. Calls on one thread and on two are timed separately.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def layers(input_dims: int, hidden_dims: int, is_step: bool) -> dict[str, nn.Mod
 
 
 def example(name: str, batch: int, steps: int, input_dims: int, hidden_dims: int) -> tuple[Tensor, Tensor]:
-    """x and h as the module of this name takes them."""
+    """Return x and h for the module of this name."""
     if name == "MinGRUCell":
         return torch.randn(batch, input_dims), torch.rand(batch, hidden_dims)
     state = (1, batch, 1, hidden_dims) if name == "MinGRU" else (1, batch, hidden_dims)
@@ -56,8 +56,8 @@ def export(name: str, module: nn.Module, shape: tuple[int, ...], path: Path) -> 
         bound = {} if is_step else {"max_steps": steps}
         mingru.export.onnx(module, example(name, 2, min(steps, 20), *dims), path, kind=kind(steps), **bound)
         return
-    # Of any batch; its graph holds the example's steps where a step is one, else as many as come.
-    free = ({0: "batch"} if is_step else {0: "batch", 1: "time"}, {1: Dim.AUTO})
+    # The batch size is dynamic; the number of steps is 1 for kind "step", else dynamic.
+    dynamic = ({0: "batch"} if is_step else {0: "batch", 1: "time"}, {1: Dim.AUTO})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -66,7 +66,7 @@ def export(name: str, module: nn.Module, shape: tuple[int, ...], path: Path) -> 
             path,
             input_names=["x", "h"],
             output_names=["out", "h_out"],
-            dynamic_shapes=free,
+            dynamic_shapes=dynamic,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -81,9 +81,9 @@ def session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Or the threads of one session would go on waiting busily while another is timed.
+    # Otherwise the threads of a session keep spinning while another session is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Of nn.GRU's file: see `limits`.
+    # Hides the warnings about nn.GRU's file; `limits` shows which inputs the file takes.
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -94,7 +94,7 @@ def call(runs: Any, args: tuple[Tensor, ...]) -> Callable[[], list[Any]]:
 
 
 def deployed(shape: tuple[int, ...], folder: Path, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes of each file, and milliseconds of each by name and number of threads."""
+    """Return the bytes of each file, and its milliseconds by name and number of threads."""
     modules = layers(*shape[2:], is_step=shape[1] == 1)
     paths = {name: folder / f"{name}.onnx" for name in modules}
     inputs = {name: example(name, *shape) for name in modules}
@@ -103,41 +103,42 @@ def deployed(shape: tuple[int, ...], folder: Path, seconds: float) -> tuple[dict
     times_ms = {}
     for threads in THREADS:
         calls = {name: call(session(path, threads), inputs[name]) for name, path in paths.items()}
-        # A figure for something else would be none.
+        # Timing a wrong result is meaningless.
         for name, module in modules.items():
             with torch.no_grad():
                 outputs = module(*inputs[name])
             expected = (outputs,) if isinstance(outputs, Tensor) else outputs
-            for got, one in zip(calls[name](), expected, strict=True):
-                torch.testing.assert_close(torch.from_numpy(got), one, rtol=1e-4, atol=1e-5)
+            for got, output in zip(calls[name](), expected, strict=True):
+                torch.testing.assert_close(torch.from_numpy(got), output, rtol=1e-4, atol=1e-5)
         times_ms |= {f"{name}, {threads}": ms for name, ms in medians_ms(calls, seconds / len(THREADS)).items()}
     return {name: path.stat().st_size for name, path in paths.items()}, times_ms
 
 
 def show(shape: tuple[int, ...], sizes: dict[str, float], times_ms: dict[str, float]) -> None:
-    columns = ["file, kB", *(f"{threads} thread{'s'[: threads - 1]}, ms" for threads in THREADS)]
-    columns += [f"{GRU} / it, {threads}" for threads in THREADS]
+    counts = [f"{threads} thread{'s'[: threads - 1]}" for threads in THREADS]
+    columns = ["file, kB", *(f"{count}, ms" for count in counts)]
+    columns += [f"speed-up over {GRU}, {count}" for count in counts]
     print(
         f"\n(B, S, I, H) = {shape}, {kind(shape[1])}\n\n| | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
     )
     for name, size in sizes.items():
-        taken = [times_ms[f"{name}, {threads}"] for threads in THREADS]
-        against = [times_ms[f"{GRU}, {threads}"] for threads in THREADS]
-        cells = [f"{size / 1000:.0f}", *(f"{ms:.3f}" for ms in taken)]
-        cells += [f"{base / ms:.2f}" for base, ms in zip(against, taken, strict=True)]
+        own = [times_ms[f"{name}, {threads}"] for threads in THREADS]
+        gru = [times_ms[f"{GRU}, {threads}"] for threads in THREADS]
+        cells = [f"{size / 1000:.0f}", *(f"{ms:.3f}" for ms in own)]
+        cells += [f"{gru_ms / ms:.2f}" for gru_ms, ms in zip(gru, own, strict=True)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def limits(folder: Path) -> dict[str, str]:
-    """What an exported sequence takes that is other than its example, of 2 by 20."""
+    """Return the signature of each file for sequences, and its outcome for several (B, S)."""
     found = {}
     shape = (2, 512, 16, 16)
     for name, module in layers(*shape[2:], is_step=False).items():
         path = folder / f"{name}.onnx"
         export(name, module, shape, path)
         runs = session(path, 1)
-        told = ", ".join(f"{each.name} {each.shape}" for each in [*runs.get_inputs(), *runs.get_outputs()])
-        came = []
+        signature = ", ".join(f"{each.name} {each.shape}" for each in [*runs.get_inputs(), *runs.get_outputs()])
+        outcomes = []
         for batch, steps in [(2, 20), (3, 20), (3, 7), (1, 1), (1, 512)]:
             args = example(name, batch, steps, *shape[2:])
             with torch.no_grad():
@@ -145,11 +146,10 @@ def limits(folder: Path) -> dict[str, str]:
             try:
                 out = torch.from_numpy(call(runs, args)()[0])
                 right = out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
-                came.append(f"({batch}, {steps}) {'right' if right else 'WRONG'}")
-            # Whatever the runtime raises is the answer.
+                outcomes.append(f"({batch}, {steps}) {'right' if right else 'WRONG'}")
             except Exception as error:
-                came.append(f"({batch}, {steps}) {type(error).__name__}")
-        found[name] = f"{told}; at (B, S) {', '.join(came)}"
+                outcomes.append(f"({batch}, {steps}) {type(error).__name__}")
+        found[name] = f"{signature}; for (B, S): {', '.join(outcomes)}"
     return found
 
 
@@ -167,9 +167,9 @@ def main() -> None:
             results[str(shape)] = {"bytes": sizes, "ms": times_ms}
             show(shape, sizes, times_ms)
         results["limits"] = limits(Path(name))
-    print("\nWhat the files of sequences take, exported with an example of (B, S) = (2, 20):\n")
-    for name, told in results["limits"].items():
-        print(f"- {name}: {told}")
+    print("\nInputs and outputs of the files for sequences, which were exported with (B, S) = (2, 20):\n")
+    for name, text in results["limits"].items():
+        print(f"- {name}: {text}")
     if args.json:
         write_json(args.json, results)
 

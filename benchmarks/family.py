@@ -1,9 +1,9 @@
-"""Time of minGRU's relatives, each beside what it is to be held against.
+"""Time the other layers of the library and compare them with MinGRU, with torch's layers or with a convolution.
 
     python benchmarks/family.py
 
-Medians of interleaved runs in one process, in milliseconds, forward in inference mode and forward + backward for all
-inputs and parameters; float32.
+Times are medians of interleaved runs in one process, in milliseconds, with float32. Forward is timed in inference mode.
+Forward + backward includes the gradients of all inputs and parameters.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import mingru
 from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 
-Taken = dict[str, tuple[float, float]]
+Times = dict[str, tuple[float, float]]
 
 
 def values(result: Any) -> Tensor:
@@ -27,24 +27,33 @@ def values(result: Any) -> Tensor:
     return out.data if isinstance(out, PackedSequence) else out
 
 
-def both_ways(calls: dict[str, Callable[[], Any]], modules: dict[str, nn.Module], x: Tensor, seconds: float) -> Taken:
+def time_both(functions: dict[str, Callable[[], Tensor]], leaves: dict[str, list[Tensor]], seconds: float) -> Times:
+    """Return milliseconds of forward, and of forward + backward, by name."""
+    forward_ms = medians_ms({name: forward(function) for name, function in functions.items()}, seconds)
+    both_ms = medians_ms(
+        {name: forward_backward(function, leaves[name]) for name, function in functions.items()}, seconds
+    )
+    return {name: (forward_ms[name], both_ms[name]) for name in functions}
+
+
+def time_modules(
+    calls: dict[str, Callable[[], Any]], modules: dict[str, nn.Module], x: Tensor, seconds: float
+) -> Times:
     functions = {name: (lambda call=call: values(call())) for name, call in calls.items()}
-    there = medians_ms({name: forward(function) for name, function in functions.items()}, seconds)
     leaves = {name: [x, *modules[name].parameters()] for name in calls}
-    back = medians_ms({name: forward_backward(function, leaves[name]) for name, function in functions.items()}, seconds)
-    return {name: (there[name], back[name]) for name in calls}
+    return time_both(functions, leaves, seconds)
 
 
-def show(title: str, taken: Taken, against: str) -> None:
-    columns = ["ms, medians", "forward", "fwd + bwd", f"it / {against}", "fwd + bwd"]
+def show(title: str, times: Times, baseline: str) -> None:
+    columns = ["ms, medians", "forward", "fwd + bwd", f"relative to {baseline}", "fwd + bwd"]
     rows = []
-    for name, times in taken.items():
-        ratios = [ms / base for ms, base in zip(times, taken[against], strict=True)]
-        rows.append([name, *(f"{ms:.3f}" for ms in times), *(f"{ratio:.2f}" for ratio in ratios)])
+    for name, pair in times.items():
+        ratios = [ms / base for ms, base in zip(pair, times[baseline], strict=True)]
+        rows.append([name, *(f"{ms:.3f}" for ms in pair), *(f"{ratio:.2f}" for ratio in ratios)])
     print_table(title, columns, rows)
 
 
-def kinds(batch: int, steps: int, dims: int, seconds: float) -> Taken:
+def recurrent_layers(batch: int, steps: int, dims: int, seconds: float) -> Times:
     x = torch.randn(batch, steps, dims, requires_grad=True)
     modules = {
         "MinGRU": mingru.MinGRU(dims, dims),
@@ -53,52 +62,47 @@ def kinds(batch: int, steps: int, dims: int, seconds: float) -> Taken:
         "nn.GRU": nn.GRU(dims, dims, batch_first=True),
         "nn.LSTM": nn.LSTM(dims, dims, batch_first=True),
     }
-    return both_ways({name: (lambda module=module: module(x)) for name, module in modules.items()}, modules, x, seconds)
+    calls = {name: (lambda module=module: module(x)) for name, module in modules.items()}
+    return time_modules(calls, modules, x, seconds)
 
 
-def of_different_lengths(batch: int, steps: int, dims: int, seconds: float) -> Taken:
-    """Half of all steps are padding: lengths from 1 to S, evenly spread."""
+def different_lengths(batch: int, steps: int, dims: int, seconds: float) -> Times:
+    """Time a padded batch: its lengths are evenly spaced from 1 to S, so half of the steps are padding."""
     lengths = torch.linspace(1, steps, batch).round().long()
     x = torch.randn(batch, steps, dims, requires_grad=True)
     total = int(lengths.sum())
-    real = torch.randn(batch, total // batch, dims, requires_grad=True)
+    unpadded = torch.randn(batch, total // batch, dims, requires_grad=True)
     packed = pack_padded_sequence(x.detach(), lengths, batch_first=True, enforce_sorted=False)
     rnn, gru = mingru.MinGRU(dims, dims), nn.GRU(dims, dims, batch_first=True)
     calls = {
         "all steps": lambda: rnn(x),
-        "as many unpadded steps": lambda: rnn(real),
+        "as many unpadded steps": lambda: rnn(unpadded),
         "lengths=": lambda: rnn(x, lengths=lengths),
         "PackedSequence": lambda: rnn(packed),
         "nn.GRU, PackedSequence": lambda: gru(packed),
     }
     functions = {name: (lambda call=call: values(call())) for name, call in calls.items()}
-    there = medians_ms({name: forward(function) for name, function in functions.items()}, seconds)
     weights = {name: [*(gru if "nn.GRU" in name else rnn).parameters()] for name in calls}
-    back = medians_ms(
-        {name: forward_backward(function, weights[name]) for name, function in functions.items()}, seconds
-    )
-    return {name: (there[name], back[name]) for name in calls}
+    return time_both(functions, weights, seconds)
 
 
-def convolutional(seconds: float) -> Taken:
+def convolutional(seconds: float) -> Times:
     x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
     modules: dict[str, nn.Module] = {
-        "its convolution": nn.Conv2d(32, 64, 3, padding=1),
+        "nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1),
         "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1),
     }
     calls = {
-        "its convolution": lambda: modules["its convolution"](x.flatten(0, 1)),
+        "nn.Conv2d": lambda: modules["nn.Conv2d"](x.flatten(0, 1)),
         "MinConv2dGRU": lambda: modules["MinConv2dGRU"](x),
     }
-    return both_ways(calls, modules, x, seconds)
+    return time_modules(calls, modules, x, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=5.0, help="time for each half of a table (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for half a table (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -106,15 +110,16 @@ def main() -> None:
     print(where())
     results = {}
 
-    def table(title: str, taken: Taken, against: str) -> None:
-        results[title] = taken
-        show(title, taken, against)
+    def table(title: str, times: Times, baseline: str) -> None:
+        results[title] = times
+        show(title, times, baseline)
 
     for batch, steps, dims in [(8, 512, 256), (32, 64, 64), (1, 1, 256)]:
-        table(f"One layer, (B, S, I = H) = {(batch, steps, dims)}", kinds(batch, steps, dims, args.seconds), "MinGRU")
+        title = f"One layer, (B, S, I = H) = {(batch, steps, dims)}"
+        table(title, recurrent_layers(batch, steps, dims, args.seconds), "MinGRU")
     title = "Lengths from 1 to S, (B, S, I = H) = (32, 512, 256); fwd + bwd for the parameters"
-    table(title, of_different_lengths(32, 512, 256, args.seconds), "as many unpadded steps")
-    table("(B, S, C, *space) = (4, 16, 32, 64, 64), kernel 3, H = 32", convolutional(args.seconds), "its convolution")
+    table(title, different_lengths(32, 512, 256, args.seconds), "as many unpadded steps")
+    table("(B, S, C, *space) = (4, 16, 32, 64, 64), kernel 3, H = 32", convolutional(args.seconds), "nn.Conv2d")
     if args.json:
         write_json(args.json, results)
 

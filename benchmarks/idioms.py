@@ -1,9 +1,9 @@
-"""What users do with nn.GRU and nn.GRUCell, done with mingru.drop_in too: a table of where the two differ.
+"""Run common idioms with nn.GRU and nn.GRUCell and with mingru.drop_in, and print a table of the differences.
 
     python benchmarks/idioms.py [--write]
 
-Each idiom is a function of the class. It returns what a user would see of it, and nothing if it is enough that it runs.
-Two classes agree on an idiom if both return equal values, or both raise the same kind of error. Nothing is timed.
+Each idiom is a function of the class. It returns the result that a user would see, or None if it only has to run. Two
+classes agree on an idiom if both return equal values or both raise the same type of error. Nothing is timed.
 """
 
 import argparse
@@ -26,24 +26,23 @@ import mingru
 from mingru import drop_in
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
-# The table is between the two.
 MARKS = ("<!-- printed by benchmarks/idioms.py -->\n", "<!-- end of what benchmarks/idioms.py prints -->\n")
 
 S, B, IN, H = 5, 2, 3, 4
-OURS = {nn.GRU: drop_in.GRU, nn.GRUCell: drop_in.GRUCell}
+DROP_IN = {nn.GRU: drop_in.GRU, nn.GRUCell: drop_in.GRUCell}
 IDIOMS: list[tuple[type[nn.Module], Callable[[Any], Any]]] = []
 
 
 class Row(NamedTuple):
-    """One idiom, and what came of it: a value, or the name of an error."""
+    """An idiom and its outcome with each class: a value, "runs", or the type of an error."""
 
     idiom: str
-    theirs: str
-    ours: str
+    torch: str
+    drop_in: str
 
 
 def idiom(of: type[nn.Module]) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Add a function to the list; its docstring is the row's title."""
+    """Return a decorator that adds a function to IDIOMS; the function's docstring is its title in the table."""
 
     def add(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         IDIOMS.append((of, function))
@@ -56,7 +55,7 @@ of_layer, of_cell = idiom(nn.GRU), idiom(nn.GRUCell)
 
 
 class Tagger(nn.Module):
-    """A small model around a layer."""
+    """A small model that contains a layer."""
 
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
@@ -71,7 +70,7 @@ def x_of(*shape: int) -> Tensor:
     return torch.randn(*(shape or (S, B, IN)))
 
 
-# In place
+# In-place operations
 
 
 @of_layer
@@ -94,7 +93,7 @@ def detach_the_state_before_backward(gru: Any) -> None:
 
 @of_layer
 def detach_the_state_of_two_directions(gru: Any) -> None:
-    """`h_n.detach_()` of a bidirectional layer of two layers"""
+    """`h_n.detach_()` of two bidirectional layers"""
     output, h = gru(IN, H, 2, bidirectional=True)(x_of())
     output.sum().backward()
     h.detach_()
@@ -148,7 +147,7 @@ def relu_in_place_in_inference_mode(gru: Any) -> None:
 
 
 @of_layer
-def relu_in_place_of_packed_rows(gru: Any) -> None:
+def relu_in_place_of_packed_data(gru: Any) -> None:
     """`packed.data.relu_()` before `backward`"""
     packed, _ = gru(IN, H)(pack_sequence([x_of(5, IN), x_of(3, IN)]))
     packed.data.relu_().sum().backward()
@@ -203,7 +202,7 @@ def zero_finished_episodes(gru: Any) -> None:
 
 @of_layer
 def zero_finished_episodes_in_training(gru: Any) -> None:
-    """`h_n[:, done] = 0` within the graph"""
+    """`h_n[:, done] = 0` between steps, before `backward`"""
     rnn, h, loss = gru(IN, H), None, torch.zeros(())
     for _ in range(3):
         output, h = rnn(x_of(1, B, IN), h)
@@ -214,7 +213,7 @@ def zero_finished_episodes_in_training(gru: Any) -> None:
 
 @of_layer
 def scale_finished_episodes_in_training(gru: Any) -> None:
-    """`h_n *= mask` within the graph"""
+    """`h_n *= mask` between steps, before `backward`"""
     rnn, h, loss = gru(IN, H), None, torch.zeros(())
     for _ in range(3):
         output, h = rnn(x_of(1, B, IN), h)
@@ -243,7 +242,7 @@ def fill_the_input_before_backward(gru: Any) -> None:
 
 @of_layer
 def output_and_state_apart(gru: Any) -> bool:
-    """`output.zero_()` under `no_grad` leaves `h_n` as it is"""
+    """`output.zero_()` under `no_grad` does not change `h_n`"""
     with torch.no_grad():
         output, h = gru(IN, H)(x_of())
         before = h.clone()
@@ -253,7 +252,7 @@ def output_and_state_apart(gru: Any) -> bool:
 
 @of_layer
 def state_and_output_apart(gru: Any) -> bool:
-    """`h_n.zero_()` under `no_grad` leaves `output` as it is"""
+    """`h_n.zero_()` under `no_grad` does not change `output`"""
     with torch.no_grad():
         output, h = gru(IN, H)(x_of())
         before = output.clone()
@@ -279,7 +278,7 @@ def relu_of_a_cell(cell: Any) -> None:
 
 @of_cell
 def zero_finished_episodes_of_a_cell(cell: Any) -> None:
-    """cell: `h[done] = 0` within the graph"""
+    """cell: `h[done] = 0` between steps, before `backward`"""
     step, h, loss = cell(IN, H), torch.zeros(B, H), torch.zeros(())
     for _ in range(3):
         h = step(x_of(B, IN), h)
@@ -289,7 +288,7 @@ def zero_finished_episodes_of_a_cell(cell: Any) -> None:
 
 
 @of_cell
-def zero_finished_episodes_of_a_cell_in_use(cell: Any) -> None:
+def zero_finished_episodes_of_a_cell_without_gradients(cell: Any) -> None:
     """cell: `h[done] = 0` under `no_grad`"""
     with torch.no_grad():
         cell(IN, H)(x_of(B, IN))[0] = 0
@@ -297,7 +296,7 @@ def zero_finished_episodes_of_a_cell_in_use(cell: Any) -> None:
 
 @of_cell
 def write_the_outputs_of_a_cell(cell: Any) -> None:
-    """cell: `outputs[t] = h` into one tensor"""
+    """cell: `outputs[t] = h` for each step"""
     step, h, outputs = cell(IN, H), None, torch.zeros(S, B, H)
     for t, x in enumerate(x_of()):
         h = step(x, h)
@@ -305,7 +304,7 @@ def write_the_outputs_of_a_cell(cell: Any) -> None:
     outputs.sum().backward()
 
 
-# Memory
+# Memory layout
 
 
 def in_memory(tensor: Tensor) -> str:
@@ -327,7 +326,7 @@ def output_in_memory_without_gradients(gru: Any) -> str:
 
 @of_layer
 def output_in_memory_of_two_directions(gru: Any) -> str:
-    """`output.is_contiguous()`, `output._base` of two layers with two directions"""
+    """`output.is_contiguous()`, `output._base` of two bidirectional layers"""
     return in_memory(gru(IN, H, 2, bidirectional=True)(x_of())[0])
 
 
@@ -339,7 +338,7 @@ def output_in_memory_batch_first(gru: Any) -> bool:
 
 @of_layer
 def output_in_memory_without_a_batch(gru: Any) -> bool:
-    """`output.is_contiguous()` without a batch"""
+    """`output.is_contiguous()` of unbatched input"""
     return gru(IN, H)(x_of(S, IN))[0].is_contiguous()
 
 
@@ -351,7 +350,7 @@ def state_in_memory(gru: Any) -> str:
 
 @of_layer
 def state_in_memory_of_two_directions(gru: Any) -> str:
-    """`h_n.is_contiguous()`, `h_n._base` of two layers with two directions"""
+    """`h_n.is_contiguous()`, `h_n._base` of two bidirectional layers"""
     return in_memory(gru(IN, H, 2, bidirectional=True)(x_of())[1])
 
 
@@ -422,7 +421,7 @@ def view_of_the_last_step(gru: Any) -> None:
 
 
 @of_layer
-def view_of_packed_rows(gru: Any) -> None:
+def view_of_packed_data(gru: Any) -> None:
     """`packed.data.view(-1)`"""
     gru(IN, H)(pack_sequence([x_of(5, IN), x_of(3, IN)]))[0].data.view(-1)
 
@@ -457,7 +456,7 @@ def keywords(gru: Any) -> bool:
 
 @of_layer
 def no_state_is_zero(gru: Any) -> bool:
-    """no state is a state of 0"""
+    """`rnn(x)` equals `rnn(x, zeros)`"""
     rnn, x = gru(IN, H, 2), x_of()
     return torch.equal(rnn(x)[0], rnn(x, torch.zeros(2, B, H))[0])
 
@@ -471,20 +470,20 @@ def state_from_a_parameter(gru: Any) -> torch.Size:
 
 @of_layer
 def state_as_a_tuple(gru: Any) -> None:
-    """a state `(h, c)`"""
+    """`rnn(x, (h, c))`"""
     gru(IN, H)(x_of(), (torch.zeros(1, B, H), torch.zeros(1, B, H)))
 
 
 @of_layer
 def packed(gru: Any) -> torch.Size:
-    """`pack_padded_sequence`, the call, `pad_packed_sequence`"""
-    rows = pack_padded_sequence(x_of(), torch.tensor([3, 5]), enforce_sorted=False)
-    return pad_packed_sequence(gru(IN, H)(rows)[0], total_length=7)[0].shape
+    """`pack_padded_sequence`, `rnn`, `pad_packed_sequence`"""
+    inputs = pack_padded_sequence(x_of(), torch.tensor([3, 5]), enforce_sorted=False)
+    return pad_packed_sequence(gru(IN, H)(inputs)[0], total_length=7)[0].shape
 
 
 @of_layer
 def without_a_batch(gru: Any) -> list[torch.Size]:
-    """`rnn(x)` without a batch"""
+    """`rnn(x)` of unbatched input"""
     return [each.shape for each in gru(IN, H, 2)(x_of(S, IN))]
 
 
@@ -516,7 +515,7 @@ def hook(gru: Any) -> list[Any]:
 
 @of_layer
 def subclass(gru: Any) -> torch.Size:
-    """a subclass with a `forward` of its own"""
+    """a subclass that overrides `forward`"""
 
     class Last(gru):
         def forward(self, input: Tensor) -> Tensor:
@@ -527,7 +526,7 @@ def subclass(gru: Any) -> torch.Size:
 
 @of_layer
 def second_derivative(gru: Any) -> bool:
-    """a gradient of a gradient"""
+    """a second derivative"""
     rnn, x = gru(IN, H), x_of().requires_grad_()
     (first,) = torch.autograd.grad(rnn(x)[0].square().sum(), x, create_graph=True)
     first.square().sum().backward()
@@ -560,7 +559,7 @@ def cell_keywords(cell: Any) -> torch.Size:
 
 @of_layer
 def attributes(gru: Any) -> list[Any]:
-    """`rnn.input_size`, `rnn.hidden_size`, `rnn.num_layers` and all other options"""
+    """`rnn.input_size`, `rnn.hidden_size`, `rnn.num_layers` and the other options"""
     rnn = gru(IN, H, 2, bidirectional=True)
     names = "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size mode training"
     return [getattr(rnn, name) for name in names.split()]
@@ -601,12 +600,12 @@ def helpers(gru: Any) -> None:
 
 @of_layer
 def all_weights(gru: Any) -> int:
-    """`len(rnn.all_weights)` of two layers with two directions"""
+    """`len(rnn.all_weights)` of two bidirectional layers"""
     return len(gru(IN, H, 2, bidirectional=True).all_weights)
 
 
 @of_layer
-def draw_all_weights(gru: Any) -> bool:
+def initialize_all_weights(gru: Any) -> bool:
     """`for weights in rnn.all_weights: for w in weights: w.data.uniform_(-0.1, 0.1)`"""
     rnn = gru(IN, H, 2)
     for weights in rnn.all_weights:
@@ -647,7 +646,7 @@ def by_name(gru: Any) -> None:
 
 
 @of_layer
-def by_name_if_there(gru: Any) -> bool:
+def find_by_name(gru: Any) -> bool:
     """`if "weight_ih" in name` in a loop over `named_parameters` finds a weight"""
     return any("weight_ih" in name for name, _ in gru(IN, H).named_parameters())
 
@@ -675,7 +674,7 @@ def by_dimensions(gru: Any) -> None:
 
 
 @of_layer
-def draw_again(gru: Any) -> bool:
+def initialize_again(gru: Any) -> bool:
     """`rnn.reset_parameters()`"""
     rnn = gru(IN, H)
     before = parameters_to_vector(rnn.parameters())
@@ -683,30 +682,30 @@ def draw_again(gru: Any) -> bool:
     return torch.equal(parameters_to_vector(rnn.parameters()), before)
 
 
-def draw_linear_maps(module: nn.Module) -> None:
+def initialize_linear_maps(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         module.bias.data.zero_()
 
 
-def untouched_by(gru: Any, draw: Callable[[nn.Module], Any], **options: Any) -> bool:
+def untouched_by(gru: Any, initialize: Callable[[nn.Module], Any], **options: Any) -> bool:
     model = Tagger(gru(IN, H, **options))
     before = parameters_to_vector(model.rnn.parameters())
-    draw(model)
+    initialize(model)
     assert not model.head.bias.any()
     return torch.equal(parameters_to_vector(model.rnn.parameters()), before)
 
 
 @of_layer
 def apply(gru: Any) -> bool:
-    """`model.apply(init)`, with an `init` for `nn.Linear`, leaves the weights as they are"""
-    return untouched_by(gru, lambda model: model.apply(draw_linear_maps))
+    """`model.apply(init)`, with an `init` for `nn.Linear`, does not change the weights"""
+    return untouched_by(gru, lambda model: model.apply(initialize_linear_maps))
 
 
 @of_layer
 def apply_without_bias(gru: Any) -> bool:
     """`model.apply(init)`, with `bias=False` and an `init` for `nn.Linear` that zeroes `m.bias.data`"""
-    return untouched_by(gru, lambda model: model.apply(draw_linear_maps), bias=False)
+    return untouched_by(gru, lambda model: model.apply(initialize_linear_maps), bias=False)
 
 
 @of_layer
@@ -719,14 +718,14 @@ def apply_to_a_layer(gru: Any) -> int:
 
 @of_layer
 def loop_over_modules(gru: Any) -> bool:
-    """`for m in model.modules()`, with an `init` for `nn.Linear`, leaves the weights as they are"""
-    return untouched_by(gru, lambda model: [draw_linear_maps(module) for module in model.modules()])
+    """`for m in model.modules()`, with an `init` for `nn.Linear`, does not change the weights"""
+    return untouched_by(gru, lambda model: [initialize_linear_maps(module) for module in model.modules()])
 
 
 @of_layer
 def loop_over_modules_without_bias(gru: Any) -> bool:
     """`for m in model.modules()`, with `bias=False` and an `init` for `nn.Linear` that zeroes `m.bias.data`"""
-    return untouched_by(gru, lambda model: [draw_linear_maps(module) for module in model.modules()], bias=False)
+    return untouched_by(gru, lambda model: [initialize_linear_maps(module) for module in model.modules()], bias=False)
 
 
 @of_layer
@@ -790,7 +789,7 @@ def freeze(gru: Any) -> list[bool]:
 
 @of_layer
 def freeze_but_the_input(gru: Any) -> bool:
-    """`rnn.requires_grad_(False)`, and a gradient of the input"""
+    """`rnn.requires_grad_(False)`, then `backward` to the input"""
     x = x_of().requires_grad_()
     gru(IN, H).requires_grad_(False)(x)[0].sum().backward()
     return bool(x.grad.any())
@@ -798,7 +797,7 @@ def freeze_but_the_input(gru: Any) -> bool:
 
 @of_layer
 def step_of_an_optimizer(gru: Any) -> bool:
-    """a step of `torch.optim.Adam` changes all weights"""
+    """one step of `torch.optim.Adam` changes all weights"""
     rnn = gru(IN, H, 2)
     before = [weight.clone() for weight in rnn.parameters()]
     rnn(x_of())[0].sum().backward()
@@ -822,7 +821,7 @@ def prune_by_name(gru: Any) -> None:
 
 
 @of_layer
-def prune_what_is_there(gru: Any) -> float:
+def prune_all_parameters(gru: Any) -> float:
     """`prune.global_unstructured` over the parameters of all modules"""
     rnn = gru(IN, H)
     prune.global_unstructured(
@@ -916,7 +915,7 @@ def save_whole_and_allow_the_class(gru: Any) -> None:
 
 
 @of_layer
-def save_whole_and_allow_our_classes(gru: Any) -> None:
+def save_whole_and_allow_all_classes(gru: Any) -> None:
     """`torch.save(rnn)`, `torch.load(weights_only=True)` within `safe_globals([nn.GRU, *mingru.safe_globals()])`"""
     with torch.serialization.safe_globals([nn.GRU, *mingru.safe_globals()]):
         through_a_file(gru(IN, H), weights_only=True)
@@ -936,7 +935,7 @@ def trained_weights(gru: Any) -> None:
     gru(IN, H).load_state_dict(nn.GRU(IN, H).state_dict())
 
 
-# Graphs
+# TorchScript, torch.compile and export
 
 
 @of_layer
@@ -947,13 +946,13 @@ def script(gru: Any) -> torch.Size:
 
 @of_layer
 def script_alone(gru: Any) -> torch.Size:
-    """`torch.jit.script(rnn)`, called"""
+    """`torch.jit.script(rnn)(x)`"""
     return torch.jit.script(gru(IN, H))(x_of())[0].shape
 
 
 @of_cell
 def script_a_cell(cell: Any) -> torch.Size:
-    """cell: `torch.jit.script(cell)`, called"""
+    """cell: `torch.jit.script(cell)(x, h)`"""
     return torch.jit.script(cell(IN, H))(x_of(B, IN), torch.zeros(B, H)).shape
 
 
@@ -997,7 +996,7 @@ def quantize(gru: Any) -> torch.Size:
 
 
 def outcome(function: Callable[[Any], Any], kind: type[nn.Module]) -> str:
-    """What a user sees: a value, or the kind of error."""
+    """Return what a user would see: a value, "runs", or the type of an error."""
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
@@ -1009,29 +1008,29 @@ def outcome(function: Callable[[Any], Any], kind: type[nn.Module]) -> str:
 
 
 def rows() -> list[Row]:
-    """Every idiom on both classes."""
+    """Run every idiom with both classes."""
     return [
-        Row(inspect.getdoc(function) or "", outcome(function, kind), outcome(function, OURS[kind]))
+        Row(inspect.getdoc(function) or "", outcome(function, kind), outcome(function, DROP_IN[kind]))
         for kind, function in IDIOMS
     ]
 
 
 def table(found: list[Row]) -> str:
-    """In Markdown, how many agree, and those that don't."""
-    differing = [row for row in found if row.theirs != row.ours]
+    """Return Markdown: the number of idioms that agree, and a table of the others."""
+    differing = [row for row in found if row.torch != row.drop_in]
     lines = [
-        f"Of {len(found)} idioms, {len(found) - len(differing)} do the same with either. The others:",
+        f"Of {len(found)} idioms, {len(found) - len(differing)} give the same result with both. The others:",
         "",
         "| idiom | `torch.nn` | `mingru.drop_in` |",
         "| --- | --- | --- |",
-        *(f"| {row.idiom} | {row.theirs} | {row.ours} |" for row in differing),
+        *(f"| {row.idiom} | {row.torch} | {row.drop_in} |" for row in differing),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{PAGE.name} too")
+    parser.add_argument("--write", action="store_true", help=f"also write the table to docs/{PAGE.name}")
     args = parser.parse_args(argv)
     printed = table(rows())
     print(printed, end="")

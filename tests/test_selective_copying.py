@@ -208,9 +208,9 @@ def test_plot_writes_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-tokens 65", "num_tokens must be at most seq_len, 64, got 65"),
+        ("--num-tokens 65", "num_tokens must be at most seq_len (64), got 65"),
         ("--num-tokens 0", "num_tokens must be above 0, got 0"),
-        ("--vocab-size 3", "vocab_size must be at least 4: noise, marker and two data tokens; got 3"),
+        ("--vocab-size 3", "vocab_size must be at least 4 (noise, marker, two data tokens), got 3"),
         ("--num-steps 0", "num_steps must be above 0, got 0"),
         ("--batch-size -1", "batch_size must be above 0, got -1"),
         ("--hidden-dims 0", "hidden_dims must be above 0, got 0"),
@@ -218,14 +218,14 @@ def test_plot_writes_a_picture(tmp_path, capsys):
         ("--learning-rate nan", "learning_rate must be above 0, got nan"),
         ("--learning-rate inf", "learning_rate must be above 0, got inf"),
         ("--weight-decay -1", "weight_decay must be 0 or more, got -1.0"),
-        ("--warmup 2", "warmup must be a share of the steps, at most 1, got 2.0"),
+        ("--warmup 2", "warmup must be a fraction of the steps, at most 1, got 2.0"),
         ("--seed -1", "seed must be 0 or more, got -1"),
         ("--seed 2147483648", "seed must be below 2147483648, got 2147483648"),
         ("--seq-len long", "argument --seq-len: invalid int value: 'long'"),
         ("--norm batch", "argument --norm: invalid choice: 'batch'"),
         ("--colour red", "unrecognized arguments: --colour red"),
-        ("--load a --save b", "--load does not train: neither --save nor --plot goes with it"),
-        ("--save a.png --plot ./a.png", "--save and --plot must be two files, got a.png for both"),
+        ("--load a --save b", "--load does not train, so it cannot be combined with --save or --plot"),
+        ("--save a.png --plot ./a.png", "--save and --plot must be different files, got a.png for both"),
         ("--plot curves.xyz", "--plot must end in one of .avif, "),
     ],
 )
@@ -250,7 +250,7 @@ def test_unwritable_paths_are_refused_before_training(tmp_path, capsys, option):
 def test_what_is_no_file_or_read_only_is_refused_and_left_alone(tmp_path, capsys, monkeypatch, option):
     path = tmp_path / "x.png"
     os.mkfifo(path)
-    message = f"selective_copying.py: cannot write {path}: it is no regular file\n"
+    message = f"selective_copying.py: cannot write {path}: it is not a regular file\n"
     assert refused(capsys, option, path) == message
     assert path.is_fifo()
     path.unlink()
@@ -280,20 +280,20 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, capsys):
     assert refused(capsys, "--load", tmp_path).endswith(f"cannot read {tmp_path}: Is a directory\n")
     for content in (b"", b"no tensors in here", b"\xff" * 100):
         path.write_bytes(content)
-        assert f"{path} is damaged or no checkpoint of this program: " in refused(capsys, "--load", path)
+        assert f"{path} is damaged or not a checkpoint of this program: " in refused(capsys, "--load", path)
     for metadata in (None, {"config": "null"}, {"config": "[]"}, {"config": '{"seq_len": 64}'}):
         path.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, metadata))
-        message = f"{path} is no checkpoint of this program: it does not hold its config\n"
+        message = f"{path} is not a checkpoint of this program: its config is missing or incomplete\n"
         assert refused(capsys, "--load", path).endswith(message)
     path.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, {"config": "{"}))
-    assert f"{path} is damaged or no checkpoint of this program: " in refused(capsys, "--load", path)
+    assert f"{path} is damaged or not a checkpoint of this program: " in refused(capsys, "--load", path)
 
 
 @pytest.mark.parametrize("kept", [4, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_refused(checkpoint, capsys, kept):
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    assert f"{checkpoint} is damaged or no checkpoint" in refused(capsys, "--load", checkpoint)
+    assert f"{checkpoint} is damaged or not a checkpoint" in refused(capsys, "--load", checkpoint)
 
 
 def test_a_checkpoint_that_does_not_fit_its_sizes_is_refused(checkpoint, capsys):
@@ -305,12 +305,12 @@ def test_a_checkpoint_that_does_not_fit_its_sizes_is_refused(checkpoint, capsys)
         checkpoint.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps({**saved, **changes})}))
         return refused(capsys, "--load", checkpoint)
 
-    message = f"{checkpoint} does not fit its sizes: "
+    message = f"{checkpoint} does not match the config: "
     assert f"{message}head.weight is (6, 16), expected (6, 32)\n" in rewrite(tensors, hidden_dims=32)
     assert f"{message}rnn.layers.2.linear.bias is missing, expected (32,)\n" in rewrite(tensors, num_layers=3)
     fewer = {name: tensor for name, tensor in tensors.items() if name != "head.bias"}
     assert f"{message}head.bias is missing, expected (6,)\n" in rewrite(fewer)
-    assert f"{message}more is (1,), expected none\n" in rewrite({**tensors, "more": torch.ones(1)})
+    assert f"{message}more is (1,), expected no such tensor\n" in rewrite({**tensors, "more": torch.ones(1)})
     assert "hidden_dims must be of type int, got '16'" in rewrite(tensors, hidden_dims="16")
     assert "norm must be one of layer, rms, none, got batch" in rewrite(tensors, norm="batch")
 

@@ -208,7 +208,7 @@ def test_full_disk_is_told_in_one_line(checkpoint, monkeypatch):
         text.save(fabric, checkpoint, {})
     assert caught.value.code == (
         f"text.py: --checkpoint must be a file that can be written, got {checkpoint} (No space left on device); "
-        "make room for it"
+        "check the disk and its free space"
     )
     assert checkpoint.read_bytes() == before
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
@@ -329,9 +329,9 @@ def test_refusal_is_one_line_and_a_status(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", r"a file of at least 285 characters, got .* with 0; give a longer text or lower --batch or --length"),
-        (b"x" * 284, r"a file of at least 285 characters, got .* with 284;"),
-        (b"good " * 100 + b"\xe9t\xe9", r"a UTF-8 file, got .* with byte 0xe9 at 500; convert it"),
+        (b"", r"a file of at least 285 characters, got .* with 0 characters; give a longer text or lower --batch or "),
+        (b"x" * 284, r"a file of at least 285 characters, got .* with 284 characters;"),
+        (b"good " * 100 + b"\xe9t\xe9", r"a UTF-8 file, got .* with byte 0xe9 at position 500; convert it"),
     ],
 )
 def test_bad_text_is_refused(tmp_path, contents, message):
@@ -369,11 +369,11 @@ def zipped(path):
     ("spoil", "message"),
     [
         (Path.unlink, "a file to resume from, got .*run.pt, which is missing; "),
-        (truncate, "a whole checkpoint, got .*run.pt, which is truncated or something else; "),
-        (lambda path: path.write_text("not a checkpoint"), "a whole checkpoint, got .*run.pt"),
-        (emptied, "which torch can't load; "),
-        (zipped, "a checkpoint of text.py, got .*run.pt, which torch can't load; "),
-        (lambda path: torch.save(torch.nn.Linear(2, 2), path), "which torch can't load; "),
+        (truncate, "a complete checkpoint, got .*run.pt, which is truncated or not a checkpoint; "),
+        (lambda path: path.write_text("not a checkpoint"), "a complete checkpoint, got .*run.pt"),
+        (emptied, "which torch.load cannot read; "),
+        (zipped, "a checkpoint of text.py, got .*run.pt, which torch.load cannot read; "),
+        (lambda path: torch.save(torch.nn.Linear(2, 2), path), "which torch.load cannot read; "),
         (lambda path: torch.save({"model": {}}, path), "which has other contents; "),
         (lambda path: torch.save([1], path), "which has other contents; "),
         (lambda path: change(path, settings=None), "which has other contents; "),
@@ -390,22 +390,24 @@ def test_bad_checkpoint_is_refused_and_left_alone(hamlet, checkpoint, spoil, mes
     before = checkpoint.read_bytes() if checkpoint.exists() else None
     found = refusal(options(hamlet, checkpoint, "--resume"))
     assert_matches(found, "--checkpoint must be .*" + message)
-    assert found.endswith("start anew without --resume")
+    assert found.endswith("start again without --resume")
     assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before
 
 
 def test_checkpoint_of_another_run_is_refused_and_left_alone(hamlet, checkpoint, tmp_path):
     before = checkpoint.read_bytes()
     found = refusal(options(hamlet, checkpoint, "--resume", "--hidden-dims", "32"))
-    assert found == f"text.py: --hidden-dims must be 48 as in {checkpoint}, got 32; give the --hidden-dims of that run"
+    assert found == f"text.py: --hidden-dims must be 48 (as in {checkpoint}), got 32; give the same --hidden-dims"
     found = refusal(options(hamlet, checkpoint, "--resume", "--steps", "151"))
-    assert found.startswith("text.py: --steps must be 150 as in")
+    assert found.startswith("text.py: --steps must be 150 (as in")
     found = refusal(options(hamlet, checkpoint, "--resume", "--precision", "bf16-true"))
-    assert found.startswith("text.py: --precision must be 32-true as in")
+    assert found.startswith("text.py: --precision must be 32-true (as in")
     other = tmp_path / "other.txt"
     other.write_text(hamlet.read_text(encoding="utf-8") + "€", encoding="utf-8")
     found = refusal(options(other, checkpoint, "--resume"))
-    assert_matches(found, "--text must be one of CRC-32 .* and 65 symbols as in .* and 66 symbols; give the --text")
+    assert_matches(
+        found, r"--text must be a text with CRC-32 .* and 65 symbols \(as in .* and 66 symbols; give the same --text"
+    )
     assert checkpoint.read_bytes() == before
 
 
@@ -418,7 +420,7 @@ def test_checkpoint_is_not_overwritten_by_a_new_run(hamlet, checkpoint):
 @pytest.mark.parametrize(("place", "why"), [("none/run.pt", "No such file or directory"), (".", "Is a directory")])
 def test_unwritable_checkpoint_is_refused_before_training(hamlet, tmp_path, capsys, place, why):
     found = refusal(options(hamlet, tmp_path / place))
-    assert_matches(found, f"--checkpoint must be a file that can be written, got .* \\({why}\\); name another place")
+    assert_matches(found, f"--checkpoint must be a file that can be written, got .* \\({why}\\); name another file")
     assert capsys.readouterr().out == ""
 
 
@@ -430,22 +432,22 @@ def test_checkpoint_that_is_no_file_or_read_only_is_refused_and_left_alone(tmp_p
 
     path = tmp_path / "run.pt"
     os.mkfifo(path)
-    assert why(path) == "(no regular file); name another place"
+    assert why(path) == "(not a regular file); name another file"
     assert path.is_fifo()
     path.unlink()
-    assert why(tmp_path / ("x" * 254)) == "(File name too long); name another place"
+    assert why(tmp_path / ("x" * 254)) == "(File name too long); name another file"
     path.touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
-    assert why(path) == "(read-only); name another place"
+    assert why(path) == "(read-only); name another file"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--sample", "1", "--prompt", "€uro"], "--prompt must be of the text's own characters, got '€'; "),
-        (["--sample", "1", "--prompt", ""], "--prompt must be at least one character, got none; "),
+        (["--sample", "1", "--prompt", "€uro"], "--prompt must be made of the text's characters, got '€'; "),
+        (["--sample", "1", "--prompt", ""], "--prompt must be at least one character, got an empty string; "),
         (["--devices", "3"], "--batch must be a multiple of --devices 3, got 8; "),
-        (["--resume"], "--checkpoint must be given with --resume, got none; "),
+        (["--resume"], "--checkpoint must be given with --resume, got no file; "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(hamlet, tmp_path, more, message):

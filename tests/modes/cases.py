@@ -1,4 +1,4 @@
-"""What every mode is tried on: each class of the library, and a model that contains them."""
+"""Test cases of every mode: each class of the library, and a model that combines several classes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from torch.utils import _pytree as pytree
 import mingru
 from mingru.ops.backends import traceable
 
-# Features in, features of the state, and a space of so many places in each dimension.
-INPUT, HIDDEN, SPACE = 3, 4, 5
+# Input features, state features, and pixels in each spatial dimension.
+INPUT, HIDDEN, PIXELS = 3, 4, 5
 
 
 class Case(NamedTuple):
-    """A class, made small, and how it is called: `make(**factory)(x, h, reset)`."""
+    """A small module of a class and its inputs: `make(**factory)(x, h, reset)`."""
 
     name: str
     make: Callable[..., nn.Module]
-    # Sizes of x behind batch and steps.
+    # Shape of x after batch and time.
     features: tuple[int, ...] = (INPUT,)
-    # Sizes of each state for a batch of B; one tensor if there is no list of them.
+    # Shape of the state for a batch size, or a list of shapes if the state is a list of tensors.
     states: Callable[[int], Any] = lambda batch: (2, batch, 1, HIDDEN)
-    # Which dimension of x is batch, and which is time, if any; states have theirs in the dimension of B.
+    # Dimensions of x; cells have no time dimension.
     batch_dim: int = 0
     time_dim: int | None = 1
     resets: bool = True
@@ -49,15 +49,15 @@ class Case(NamedTuple):
         return torch.rand(*(leading[dim] for dim in sorted(leading))) < 0.3
 
     def dynamic(self, batch: Any, steps: Any) -> tuple[Any, Any]:
-        """For x and h, which dimension is which: as `dynamic_shapes` of `torch.export` takes it."""
-        of_x = {self.batch_dim: batch}
+        """Return the dynamic dimensions of x and h, as `dynamic_shapes` of `torch.export` expects them."""
+        x_dims = {self.batch_dim: batch}
         if self.time_dim is not None:
-            of_x[self.time_dim] = steps
-        # The batch is where two batches differ.
+            x_dims[self.time_dim] = steps
+        # A state's batch dimension is the one that differs between batches of 2 and 3.
         one, two = self.states(2), self.states(3)
         if isinstance(one, list):
-            return of_x, [_differing(*pair, batch) for pair in zip(one, two, strict=True)]
-        return of_x, _differing(one, two, batch)
+            return x_dims, [_differing(*pair, batch) for pair in zip(one, two, strict=True)]
+        return x_dims, _differing(one, two, batch)
 
 
 def _differing(one: tuple[int, ...], two: tuple[int, ...], batch: Any) -> dict[int, Any]:
@@ -65,12 +65,12 @@ def _differing(one: tuple[int, ...], two: tuple[int, ...], batch: Any) -> dict[i
 
 
 def tensors(outputs: Any) -> list[Tensor]:
-    """All tensors of what a module returns, in order."""
+    """Return all tensors in the outputs of a module, in order."""
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def assert_equal(got: Any, expected: Any, **tolerance: Any) -> None:
-    """Each tensor of one as in the other, which has as many."""
+    """Check that both outputs have the same number of tensors, and that these are close."""
     pairs = list(zip(tensors(got), tensors(expected), strict=True))
     assert pairs
     for one, other in pairs:
@@ -78,7 +78,7 @@ def assert_equal(got: Any, expected: Any, **tolerance: Any) -> None:
 
 
 class Model(nn.Module):
-    """One that contains them all, with state in and out."""
+    """A model that combines several classes and takes and returns their states."""
 
     def __init__(self, **factory: Any) -> None:
         super().__init__()
@@ -114,19 +114,19 @@ class Model(nn.Module):
 
 
 def _conv(dims: int) -> Case:
-    space = (SPACE,) * dims
+    space = (PIXELS,) * dims
     return Case(
         f"MinConv{dims}dGRU",
         lambda **factory: getattr(mingru, f"MinConv{dims}dGRU")(
             INPUT, HIDDEN, 3, num_layers=2, stride=[1, 2], padding=1, norm="group", **factory
         ),
         (INPUT, *space),
-        lambda batch: [(batch, 1, HIDDEN, *space), (batch, 1, HIDDEN, *((SPACE + 1) // 2,) * dims)],
+        lambda batch: [(batch, 1, HIDDEN, *space), (batch, 1, HIDDEN, *((PIXELS + 1) // 2,) * dims)],
     )
 
 
 def _conv_cell(dims: int) -> Case:
-    space = (SPACE,) * dims
+    space = (PIXELS,) * dims
     return Case(
         f"MinConv{dims}dGRUCell",
         lambda **factory: getattr(mingru, f"MinConv{dims}dGRUCell")(INPUT, HIDDEN, 3, padding=1, **factory),
@@ -179,7 +179,7 @@ CASES = [
         resets=False,
     ),
     Case(
-        "a model of them",
+        "combined model",
         Model,
         states=lambda batch: [
             (batch, 1, 2, 6),
@@ -207,7 +207,7 @@ def _four() -> int:
 
 @contextmanager
 def small_chunks() -> Iterator[None]:
-    """What is exported here is cut into chunks of 4 steps, not 16: a graph that is made in a third of the time."""
+    """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traceable, "chunk_size", _four)
         yield

@@ -13,13 +13,13 @@ MARK = "<!-- printed by tests/modes/matrix.py -->\n"
 
 
 def modes() -> list[str]:
-    """The names of all modes, in the order of the tests."""
+    """Return the names of all modes, in the order of the tests."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("test_*.py")))
     return list(dict.fromkeys(re.findall(r'mark\.mode\("([^"]+)"\)', text)))
 
 
 class Matrix:
-    """A plugin of pytest that fills the table: the limits that stand in each cell's way."""
+    """Pytest plugin that collects the limitations reported by the tests of each cell of the table."""
 
     def __init__(self) -> None:
         self.cells: dict[tuple[str, str], list[str]] = {}
@@ -28,33 +28,33 @@ class Matrix:
         for name, value in report.user_properties:
             if name != "cell":
                 continue
-            limits = self.cells.setdefault(tuple(value), [])
+            limitations = self.cells.setdefault(tuple(value), [])
             if report.skipped:
-                limit = getattr(report, "wasxfail", None) or report.longrepr[2].removeprefix("Skipped: ")
-                if limit not in limits:
-                    limits.append(limit)
+                limitation = getattr(report, "wasxfail", None) or report.longrepr[2].removeprefix("Skipped: ")
+                if limitation not in limitations:
+                    limitations.append(limitation)
 
     def table(self) -> str:
-        """A row for each mode, a column for each class; numbers lead to the limits below."""
+        """Return the table, with a row for each mode and a column for each class, and the numbered limitations."""
         names = [case.name for case in CASES]
         cells = {(mode, name): self.cells.get((mode, name)) for mode in modes() for name in names}
-        numbers = {limit: 0 for limits in cells.values() for limit in limits or []}
-        numbers = {limit: number for number, limit in enumerate(numbers, 1)}
+        numbers = {limitation: 0 for found in cells.values() for limitation in found or []}
+        numbers = {limitation: number for number, limitation in enumerate(numbers, 1)}
 
-        def text(limits: list[str] | None) -> str:
-            if limits is None:
+        def text(limitations: list[str] | None) -> str:
+            if limitations is None:
                 return ""
-            return " ".join(["✓", *(f"({numbers[limit]})" for limit in limits)])
+            return " ".join(["✓", *(f"({numbers[limitation]})" for limitation in limitations)])
 
         rows = [["", *names], ["---"] * (1 + len(names))]
         rows += [[mode, *(text(cells[mode, name]) for name in names)] for mode in modes()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([*lines, "", *(f"{number}. {limit}" for limit, number in numbers.items())]) + "\n"
+        return "\n".join([*lines, "", *(f"{number}. {limitation}" for limitation, number in numbers.items())]) + "\n"
 
 
 def main() -> None:
     matrix = Matrix()
-    # But the test of the table as it stands.
+    # test_matrix.py is left out, because it checks the table that this run is about to replace.
     options = ["-q", "-n", "auto", "--dist", "loadscope", "--ignore", str(FOLDER / "test_matrix.py")]
     code = pytest.main([*options, str(FOLDER)], plugins=[matrix])
     if code != 0:

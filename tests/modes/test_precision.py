@@ -125,9 +125,9 @@ def test_bfloat16_where_a_stride_leaves_one_place(case, monkeypatch):
     assert {each.shape[-1] for each in found[0]} == {1}
     check_errors(found, by_plain_torch, truth_of(module, args), torch.finfo(torch.bfloat16).eps)
     pytest.skip(
-        "on processors with AMX, torch's bfloat16 convolution, also under autocast, can be off by more than its output "
-        "if a stride above 1 leaves one place in the last dimension of space; it is right with "
-        "torch.backends.mkldnn.enabled = False: https://github.com/pytorch/pytorch/issues/169688"
+        "On processors with AMX, the error of torch's bfloat16 convolution can be larger than its output, also under "
+        "autocast. This happens if a stride above 1 leaves one pixel in the last spatial dimension. With "
+        "torch.backends.mkldnn.enabled = False the output is correct: https://github.com/pytorch/pytorch/issues/169688"
     )
 
 
@@ -185,7 +185,7 @@ def drift(case, state_dtype):
     assert {each.dtype for each in tensors(last)} == {state_dtype}
     assert found.dtype == (state_dtype if case.time_dim is None else torch.bfloat16)
     # What runs from the end, or takes a mean over the steps, begins anew with every piece.
-    in_one_pass = case.time_dim is not None and case.name not in ("MinLSTM", "a model of them")
+    in_one_pass = case.time_dim is not None and case.name not in ("MinLSTM", "combined model")
     exact, _ = walk(case, module.double(), x.double(), cast(h, torch.float64), num_steps if in_one_pass else steps)
     errors = (found - exact).norm(dim=1) / exact.square().sum(1).mean().sqrt() * 256
     worst = {count: errors[:count].max().item() for count in (10, 100, 1_000, 10_000) if count <= num_steps}
@@ -197,7 +197,7 @@ def drift(case, state_dtype):
 @every_case
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=["bfloat16 state", "float32 state"])
 def test_ten_thousand_steps(case, state_dtype):
-    if state_dtype == torch.float32 and case.name in ("drop_in.GRU", "drop_in.GRUCell", "a model of them"):
+    if state_dtype == torch.float32 and case.name in ("drop_in.GRU", "drop_in.GRUCell", "combined model"):
         # As of torch.nn.GRU, and the model has one.
         with pytest.raises(RuntimeError, match=r"must be torch\.bfloat16"):
             drift(case, state_dtype)

@@ -359,7 +359,7 @@ def check_loss_of_accuracy(case, tool, record_property, quantised, expected, pla
     assert 0 < lost <= 2 * by_rounding
 
 
-@pytest.mark.mode("int8 dynamic quantisation")
+@pytest.mark.mode("int8 dynamic quantization")
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The current implementation of the DynamicQuantizedConv:UserWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other:UserWarning")
@@ -378,7 +378,7 @@ def test_int8_by_torch(case, record_property):
     check_loss_of_accuracy(case, "torch", record_property, quantised, expected, plain, args)
 
 
-@pytest.mark.mode("int8 dynamic quantisation")
+@pytest.mark.mode("int8 dynamic quantization")
 @every_case
 def test_int8_by_torchao(case, record_property):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -395,8 +395,9 @@ def test_int8_by_torchao(case, record_property):
     if not linear:
         assert_equal(quantised(*args), plain(*args), rtol=0, atol=0)
         pytest.skip(
-            "torchao's int8 is for linear maps, and leaves convolutions in float32; torch's own takes them where a "
-            "mapping says so: https://github.com/pytorch/pytorch/issues/70480"
+            "torchao's int8 quantization supports linear maps only and leaves convolutions in float32. "
+            "torch.ao.quantization quantizes convolutions if its `mapping` contains them: "
+            "https://github.com/pytorch/pytorch/issues/70480"
         )
     check_loss_of_accuracy(case, "torchao", record_property, quantised, expected, plain, args)
 

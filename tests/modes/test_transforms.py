@@ -162,8 +162,8 @@ def test_vectorized_jacobian(case):
 
 @pytest.mark.mode("batched gradients (is_grads_batched)")
 @every_case_but_group_norm(
-    "with `norm`, the vectorized Hessian fails in the second derivative of torch's group_norm, whose shapes don't fit "
-    "under `is_grads_batched`; the one of torch.func does"
+    "With `norm`, the vectorized Hessian of torch.autograd.functional fails, because under `is_grads_batched` "
+    "shapes do not match in the second derivative of torch's group_norm. torch.func.hessian works."
 )
 def test_vectorized_hessian(case):
     function, at = scaled(case)
@@ -372,15 +372,15 @@ def test_second_derivatives_by_grad(case):
 def every_case_but_layer_norm(reason: str):
     """`every_case`, where torch's own layer_norm gives wrong numbers."""
     wrong = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-    marks = {"MinGRU": wrong, "a model of them": wrong}
+    marks = {"MinGRU": wrong, "combined model": wrong}
     cases = [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in CASES]
     return pytest.mark.parametrize("case", cases)
 
 
 @pytest.mark.mode("jacrev")
 @every_case_but_layer_norm(
-    "vmap's rule for layer_norm's backward, which jacrev maps, takes mean and deviation for constants, so that torch's "
-    "layer_norm alone has wrong derivatives there; jacfwd(grad(...)) is right: "
+    "jacrev(jacrev(f)) and torch.func.hessian(f) are wrong for torch's own layer_norm, because vmap's rule for the "
+    "backward of layer_norm treats mean and standard deviation as constants. jacfwd(grad(f)) is correct: "
     "https://github.com/pytorch/functorch/issues/534"
 )
 def test_jacobian_of_jacrev(case):
@@ -397,7 +397,7 @@ def test_jacobian_of_jacrev(case):
 
 @pytest.mark.mode("jvp (forward mode)")
 @every_case_but_layer_norm(
-    "the derivative of layer_norm's forward mode takes mean and deviation for constants: "
+    "The gradient of layer_norm's forward-mode derivative treats mean and standard deviation as constants: "
     "https://github.com/pytorch/pytorch/issues/196700"
 )
 def test_gradient_of_forward_mode(case):
