@@ -9,6 +9,7 @@ from cases import CASES
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent.parent / "docs" / "modes.md"
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARK = "<!-- printed by tests/modes/matrix.py -->\n"
 
 
@@ -44,7 +45,7 @@ class Matrix:
         def text(limitations: list[str] | None) -> str:
             if limitations is None:
                 return ""
-            return " ".join(["✓", *(f"({numbers[limitation]})" for limitation in limitations)])
+            return "✓" + " ".join(str(numbers[limitation]).translate(SUPERSCRIPTS) for limitation in limitations)
 
         rows = [["", *names], ["---"] * (1 + len(names))]
         rows += [[mode, *(text(cells[mode, name]) for name in names)] for mode in modes()]
