@@ -91,7 +91,7 @@ def test_a_dropout_by_position_is_told_from_bias(kind):
 
 @pytest.mark.parametrize("kind", [mingru.MinGRUCell, mingru.MinLSTMCell])
 def test_a_number_of_layers_by_position_is_told_from_bias(kind):
-    remedy = "a cell has one layer, so that bias comes after hidden_dims"
+    remedy = "a cell has no num_layers; bias comes after hidden_dims"
     with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 2; {remedy}"):
         kind(3, 4, 2)
 

@@ -300,7 +300,7 @@ BAD_CALLS = {
     "x of three dimensions": (
         {"x": torch.zeros(2, 5, 3)},
         ValueError,
-        r"x must be \(B, 3\) or \(3,\) as input_dims is 3, got \(2, 5, 3\); the layer takes sequences",
+        r"x must be \(B, 3\) or \(3,\) because input_dims is 3, got \(2, 5, 3\); use a layer, not a cell",
     ),
     "x of no dimension": ({"x": torch.zeros(())}, ValueError, r"x must be \(B, 3\) or \(3,\) .*got \(\)$"),
     "x of other features": ({"x": torch.zeros(2, 4)}, ValueError, r"x must be \(B, 3\) or .*got \(2, 4\)$"),
@@ -392,5 +392,5 @@ def test_bad_options(options, error, message):
     for kind in (MinGRUCell, MinLSTMCell):
         with pytest.raises(error, match=f"^{kind.__name__}: {message}"):
             kind(**{"input_dims": 3, "hidden_dims": 8, **options})
-    with pytest.raises(ValueError, match=r"^MinLSTMCell: forget_bias must be 0 where bias is False, got 1\.0"):
+    with pytest.raises(ValueError, match=r"^MinLSTMCell: forget_bias must be 0 because bias is False, got 1\.0"):
         MinLSTMCell(3, 8, bias=False, forget_bias=1.0)

@@ -1122,7 +1122,7 @@ BAD_CALLS = {
     "x without batch": (
         {"x": X[0]},
         ValueError,
-        r"x must be \(B, S, 3, \*space\) as input_dims is 3 and space 2-dimensional, got \(5, 3, 6, 6\)",
+        r"x must be \(B, S, 3, \*space\) because input_dims is 3 and space is 2-dimensional, got \(5, 3, 6, 6\)",
     ),
     "x of other channels": (
         {"x": X[:, :, :2]},
@@ -1137,12 +1137,12 @@ BAD_CALLS = {
     "x too small for the first layer": (
         {"x": X[..., :0]},
         ValueError,
-        r"x must be at least \(1, 1\) in space where it enters layer 0, .*, got \(6, 0\); pad more",
+        r"x must be at least \(1, 1\) in space at the input of layer 0, .*, got \(6, 0\); pad more",
     ),
     "x too small for the second layer": (
         {"x": X[..., :3]},
         ValueError,
-        r"x must be at least \(3, 5\) in space where it enters layer 1, which has kernel_size \(3, 5\), "
+        r"x must be at least \(3, 5\) in space at the input of layer 1, which has kernel_size \(3, 5\), "
         r"stride \(1, 1\), padding \(0, 0\), dilation \(1, 1\), got \(6, 3\)",
     ),
     "h is a tensor": (
@@ -1186,7 +1186,7 @@ def test_bad_calls(case):
 def test_bad_calls_in_the_order_of_time():
     rnn = MinConv1dGRU(3, 8, 1, batch_first=False)
     with pytest.raises(
-        ValueError, match=r"^MinConv1dGRU: x must be \(S, B, 3, \*space\) as input_dims is 3 and space 1-"
+        ValueError, match=r"^MinConv1dGRU: x must be \(S, B, 3, \*space\) because input_dims is 3 and space is 1-"
     ):
         rnn(torch.zeros(5, 3, 6))
     with pytest.raises(ValueError, match=r"^MinConv1dGRU: reset must be \(S, B\) = \(5, 2\), got \(2, 5\)"):
@@ -1199,7 +1199,7 @@ BAD_CELL_CALLS = {
     "x of a sequence": (
         {"x": torch.zeros(2, 5, 3, 6, 6)},
         ValueError,
-        r"x must be \(B, 3, \*space\) as input_dims is 3 and space 2-dimensional, got \(2, 5, 3, 6, 6\)",
+        r"x must be \(B, 3, \*space\) because input_dims is 3 and space is 2-dimensional, got \(2, 5, 3, 6, 6\)",
     ),
     "x of other channels": (
         {"x": torch.zeros(2, 4, 6, 6)},
@@ -1266,16 +1266,16 @@ BAD_OPTIONS = {
     "hidden_dims of other layers": (
         {"hidden_dims": [8]},
         ValueError,
-        r"hidden_dims must be a list with one entry for each layer as num_layers is 2, got \[8\]; a tuple",
+        r"hidden_dims must be a list of 2 entries because num_layers is 2, got \[8\]; a list has one",
     ),
     "kernel_size of other layers": (
         {"kernel_size": [3, 3, 3]},
         ValueError,
-        r"kernel_size must be a list with one entry",
+        r"kernel_size must be a list of 2 entries",
     ),
-    "stride of other layers": ({"stride": [1]}, ValueError, r"stride must be a list with one entry"),
-    "padding of other layers": ({"padding": ["same"]}, ValueError, r"padding must be a list with one entry"),
-    "dilation of no layers": ({"dilation": []}, ValueError, r"dilation must be a list with one entry .*, got \[\]"),
+    "stride of other layers": ({"stride": [1]}, ValueError, r"stride must be a list of 2 entries"),
+    "padding of other layers": ({"padding": ["same"]}, ValueError, r"padding must be a list of 2 entries"),
+    "dilation of no layers": ({"dilation": []}, ValueError, r"dilation must be a list of 2 entries .*, got \[\]"),
     "kernel_size of other space": (
         {"kernel_size": (3, 3, 3)},
         ValueError,
@@ -1292,13 +1292,13 @@ BAD_OPTIONS = {
     "padding 'same' with a stride": (
         {"padding": [0, "same"], "stride": [2, (1, 2)]},
         ValueError,
-        r"padding must be a number where stride is \(1, 2\), got 'same', which needs a stride of 1",
+        r"padding must be a number because stride is \(1, 2\), got 'same'; 'same' needs a stride of 1",
     ),
     "groups of 0": ({"groups": 0}, ValueError, r"groups must be at least 1, got 0"),
     "groups that don't divide": (
         {"groups": 3},
         ValueError,
-        r"groups must be a divisor of input_dims and hidden_dims, got 3; they are 4 and 8",
+        r"groups must be a divisor of input_dims and hidden_dims, got 3; input_dims is 4 and hidden_dims is 8",
     ),
     "groups that divide one layer": (
         {"hidden_dims": [8, 5], "groups": 2},

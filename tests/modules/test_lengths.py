@@ -582,24 +582,24 @@ BAD_CALLS = {
     "packed of other features": (
         {"x": pack_padded_sequence(X[..., :2], FULL, batch_first=True)},
         ValueError,
-        r"x must be packed rows of 3 features as input_dims is 3, got \(9, 2\)",
+        r"x must be packed steps of 3 features because input_dims is 3, got \(9, 2\)",
     ),
     "packed without features": (
         {"x": pack_padded_sequence(X[..., 0], FULL, batch_first=True)},
         ValueError,
-        r"x must be packed rows of 3 features as input_dims is 3, got \(9,\)",
+        r"x must be packed steps of 3 features because input_dims is 3, got \(9,\)",
     ),
     "packed of float64": ({"x": PACKED.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64"),
     "packed on another device": ({"x": PACKED.to("meta")}, ValueError, r"x must be on cpu .*, got one on meta"),
     "lengths beside packed": (
         {"x": PACKED, "lengths": FULL},
         ValueError,
-        r"lengths must be None beside a PackedSequence, which has its own, got Tensor",
+        r"lengths must be None because a PackedSequence has its own lengths, got Tensor",
     ),
     "padded reset beside packed": (
         {"x": PACKED, "reset": NO},
         TypeError,
-        r"reset must be a PackedSequence as x is, got Tensor; pack it with the lengths of x",
+        r"reset must be a PackedSequence like x, got Tensor; pack it with the lengths of x",
     ),
     "reset of other lengths": (
         {"x": PACKED, "reset": pack_padded_sequence(NO, torch.tensor([5, 2, 2]), batch_first=True)},
@@ -622,7 +622,7 @@ BAD_CALLS = {
     "reset packed with features": (
         {"x": PACKED, "reset": pack_padded_sequence(NO[..., None], FULL, batch_first=True)},
         ValueError,
-        r"reset must be \(1, rows\) = \(1, 9\), got \(1, 9, 1\)",
+        r"reset must be \(1, steps\) = \(1, 9\), got \(1, 9, 1\)",
     ),
 }
 

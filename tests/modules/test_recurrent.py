@@ -843,16 +843,16 @@ X = torch.zeros(2, 5, 3)
 NO = torch.zeros(2, 5, dtype=torch.bool)
 
 BAD_CALLS = {
-    "x without batch": ({"x": X[0]}, ValueError, r"x must be \(B, S, 3\) as input_dims is 3, got \(5, 3\)"),
+    "x without batch": ({"x": X[0]}, ValueError, r"x must be \(B, S, 3\) because input_dims is 3, got \(5, 3\)"),
     "x of four dimensions": (
         {"x": X[None]},
         ValueError,
-        r"x must be \(B, S, 3\) as input_dims is 3, got \(1, 2, 5, 3\)",
+        r"x must be \(B, S, 3\) because input_dims is 3, got \(1, 2, 5, 3\)",
     ),
     "x of other features": (
         {"x": torch.zeros(10, 128, 4)},
         ValueError,
-        r"x must be \(B, S, 3\) as input_dims is 3, got \(10, 128, 4\)",
+        r"x must be \(B, S, 3\) because input_dims is 3, got \(10, 128, 4\)",
     ),
     "x is no tensor": ({"x": [[[1.0, 2.0, 3.0]]]}, TypeError, r"x must be a tensor, got list"),
     "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
@@ -924,7 +924,7 @@ def test_bad_calls(case):
 
 def test_bad_calls_in_the_order_of_time():
     rnn = mingru.MinGRU(3, 8, batch_first=False)
-    with pytest.raises(ValueError, match=r"^MinGRU: x must be \(S, B, 3\) as input_dims is 3, got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"^MinGRU: x must be \(S, B, 3\) because input_dims is 3, got \(5, 3\)"):
         rnn(torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"^MinGRU: reset must be \(S, B\) = \(5, 2\), got \(2, 5\)"):
         rnn(torch.zeros(5, 2, 3), reset=NO)

@@ -260,9 +260,9 @@ def test_residual_of_convolutions_that_change_space_is_refused(scripted):
     run = torch.jit.script(stack) if scripted else stack
     with pytest.raises((ValueError, torch.jit.Error)) as caught:
         run(torch.randn(2, 4, 2, 5, 6))
-    assert "Stack: layers[1] must keep the shape of x, as residual is True, got from " in str(caught.value)
+    assert "Stack: layers[1] must keep the shape of x because residual is True, got from " in str(caught.value)
     assert "[2, 4, 2, 5, 6] to [2, 4, 2, 3, 4]" in str(caught.value).replace("(", "[").replace(")", "]")
-    assert "; let the layer add its own by its option residual" in str(caught.value)
+    assert "; pass residual=True to the layer instead" in str(caught.value)
 
 
 # Dropout
@@ -480,7 +480,7 @@ def test_repr_says_what_is_not_default():
 # What is refused
 
 BAD_LAYERS = {
-    "none": ([], {}, ValueError, r"layers must be at least one, got none"),
+    "none": ([], {}, ValueError, r"layers must be a list of at least one layer, got an empty list"),
     "a layer without its list": (MinGRU(3, 4), {}, TypeError, r"layers must be a list of layers, got MinGRU"),
     "nn.GRU": ([nn.GRU(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, MinLSTM, .* or Stack, got GRU"),
     "nn.Linear": ([MinGRU(3, 4), nn.Linear(4, 5)], {}, TypeError, r"layers\[1\] must be a MinGRU, .*got Linear"),
@@ -493,43 +493,44 @@ BAD_LAYERS = {
         [MinGRU(3, 4, bidirectional=True), MinGRU(4, 5)],
         {},
         ValueError,
-        r"layers\[1\] must be of input_dims 8 as layers\[0\] puts out, got 4",
+        r"layers\[1\] must be a layer with input_dims=8, the output features of layers\[0\], got 4",
     ),
     "other features of a stack": (
         [Stack([MinGRU(3, 4), MinGRU(4, 6)]), MinGRU(4, 5)],
         {},
         ValueError,
-        r"layers\[1\] must be of input_dims 6 as layers\[0\] puts out, got 4",
+        r"layers\[1\] must be a layer with input_dims=6, the output features of layers\[0\], got 4",
     ),
     "other channels": (
         [MinConv1dGRU(3, [4, 6], 1, 2), MinConv1dGRU(4, 5, 1)],
         {},
         ValueError,
-        r"layers\[1\] must be of input_dims 6 as layers\[0\] puts out, got 4",
+        r"layers\[1\] must be a layer with input_dims=6, the output features of layers\[0\], got 4",
     ),
     "other order": (
         [MinGRU(3, 4), MinLSTM(4, 5), MinGRU(5, 6, batch_first=False)],
         {},
         ValueError,
-        r"layers\[2\] must be of batch_first=True as layers\[1\] is, got False",
+        r"layers\[2\] must be a layer with batch_first=True like layers\[1\], got False",
     ),
     "other space": (
         [MinConv1dGRU(3, 4, 1), MinConv2dGRU(4, 5, 1)],
         {},
         ValueError,
-        r"layers\[1\] must be of 1 space dimensions as layers\[0\] is, got 2",
+        r"layers\[1\] must be a layer with 1 spatial dimensions like layers\[0\], got 2",
     ),
     "space and none": (
         [MinConv1dGRU(3, 4, 1), MinGRU(4, 5)],
         {},
         ValueError,
-        r"layers\[1\] must be of 1 space dimensions as layers\[0\] is, got 0",
+        r"layers\[1\] must be a layer with 1 spatial dimensions like layers\[0\], got 0",
     ),
     "residual of other channels": (
         [MinConv1dGRU(3, 3, 1), MinConv1dGRU(3, 4, 1)],
         {"residual": True},
         ValueError,
-        r"layers\[1\] must be of as many output as input channels, as residual is True, got 3 to 4; let the layer",
+        r"layers\[1\] must be a layer with as many output as input channels because residual is True, "
+        r"got 3 input and 4 output channels; pass residual=True to",
     ),
     "dropout above 1": ([MinGRU(3, 4)], {"dropout": 1.5}, ValueError, r"dropout must be a number from 0 to 1, got 1"),
     "dropout NaN": ([MinGRU(3, 4)], {"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1"),
@@ -551,9 +552,9 @@ BAD_CALLS = {
     "h is one tensor": (
         {"h": H[0]},
         TypeError,
-        r"Stack: h must be a list of 2 tensors, got Tensor; they are 1 of MinGRU, 1 of MinLSTM",
+        r"Stack: h must be a list of 2 tensors, got Tensor; pass 1 for MinGRU, 1 for MinLSTM",
     ),
-    "h of one": ({"h": H[:1]}, ValueError, r"Stack: h must be 2 tensors, got 1; they are 1 of MinGRU, 1 of MinLSTM"),
+    "h of one": ({"h": H[:1]}, ValueError, r"Stack: h must be 2 tensors, got 1; pass 1 for MinGRU, 1 for MinLSTM"),
     "h of too many": ({"h": [*H, H[0]]}, ValueError, r"Stack: h must be 2 tensors, got 3"),
     "h with None": ({"h": [H[0], None]}, TypeError, r"Stack: h\[1\] must be a tensor, got NoneType"),
     "h nested": ({"h": [[H[0]], H[1]]}, TypeError, r"Stack: h\[0\] must be a tensor, got list"),
@@ -605,12 +606,12 @@ def test_bad_calls_of_convolutions(scripted):
     x = torch.zeros(2, 5, 3, 6)
     with pytest.raises((ValueError, torch.jit.Error)) as caught:
         run(x, lengths=torch.tensor([5, 2]))
-    assert "Stack: lengths must be None, as convolutional layers take none" in str(caught.value)
+    assert "Stack: lengths must be None because convolutional layers do not support lengths" in str(caught.value)
     with pytest.raises((ValueError, torch.jit.Error)) as caught:
         run(x, [torch.zeros(1)] * 2)
     assert "Stack: h must be 3 tensors, got 2" in str(caught.value)
     if not scripted:
-        assert str(caught.value).endswith("; they are 2 of MinConv1dGRU, 1 of MinConv1dGRU")
+        assert str(caught.value).endswith("; pass 2 for MinConv1dGRU, 1 for MinConv1dGRU")
 
 
 def test_a_layer_may_be_hooked_into_two_stacks():

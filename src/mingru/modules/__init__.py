@@ -1,4 +1,4 @@
-"""Layers: they know parameters and shapes, not devices."""
+"""Layers and cells. They hold parameters and check shapes; `ops` chooses what runs on which device."""
 
 from .cells import MinGRUCell, MinLSTMCell
 from .minconvgru import (

@@ -1,4 +1,4 @@
-"""What all layers, cells and stacks share: what they are, and errors in their own name."""
+"""The base class of layers, cells and stacks."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from ..check import misfit
 
 
 class Dims(NamedTuple):
-    """Which dimension of x is batch, which one is time, and which one of each state is batch; None if there is none."""
+    """Indices of the batch and time dimensions of x, and of the batch dimension of each state; None if absent."""
 
     batch: int | None
     time: int | None
@@ -17,12 +17,12 @@ class Dims(NamedTuple):
 
 
 class Base(nn.Module):
-    """A module that says what it is, so that nobody needs to ask for its class or its attributes."""
+    """Describe how a module is called, so that other code need not test for its class."""
 
     name: str
     role = "custom"
     """"sequence": forward(x, h, reset, ...) -> (out, h); "step": forward(x, h, ...) -> h; "torch": as `torch.nn.GRU`.
-    A subclass with a `forward` of its own is "custom", unless it says otherwise."""
+    A subclass that defines `forward` is "custom" unless it passes `role`."""
     num_space_dims = 0
 
     def __init_subclass__(cls, role: str | None = None, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class Base(nn.Module):
         try:
             return nn.Module.__call__(self, *args, **kwargs)
         except TypeError as error:
-            # Checked afterwards, because it costs nothing then, and because hooks may take and give other arguments.
+            # After the call, because valid calls cost nothing then and a pre-hook may change the arguments.
             if "forward() " not in str(error):
                 raise
             signature = inspect.signature(type(self).forward)
@@ -44,7 +44,7 @@ class Base(nn.Module):
             raise TypeError(problem) from None
 
     def dims_of(self, x: Tensor) -> Dims:
-        """Return the dimensions of x and of the states. Not for a role of "custom"."""
+        """Return the dimensions of x and of the states; the role must not be "custom"."""
         if self.role == "step":
             return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
         batch, time = (0, 1) if self.batch_first else (1, 0)

@@ -1,4 +1,4 @@
-"""The layers one step at a time, for loops of the caller's own."""
+"""Cells: the layers one step at a time, for loops in the caller's code."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ from .minlstm import MinLSTM
 from .recurrent import Recurrent
 from .shared import copied
 
-ONE_LAYER = "a cell has one layer, so that bias comes after hidden_dims"
+ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
 
 
 class RecurrentCell(Recurrent, role="step"):
-    """A layer's `forward` for one step; mixed into the layer, whose weights and options it has."""
+    """Add the `forward` of a single step to a layer class, whose weights and options it shares."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
@@ -50,19 +50,19 @@ class RecurrentCell(Recurrent, role="step"):
             reset = None if reset is None else reset.unsqueeze(0)
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
         reset = None if reset is None else reset.unsqueeze(1)
-        # The state, not the output: under autocast it stays in float32.
+        # The state, not the output, because the state stays float32 under autocast.
         _, states = self._run_layers(x.unsqueeze(1), state, reset, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
         return copied(last)
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
-        """Refuse what does not fit."""
+        """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
-            expected = f"(B, {self.input_dims}) or ({self.input_dims},) as input_dims is {self.input_dims}"
-            remedy = "the layer takes sequences" if x.dim() == 3 else embed_remedy(x)
+            expected = f"(B, {self.input_dims}) or ({self.input_dims},) because input_dims is {self.input_dims}"
+            remedy = "use a layer, not a cell, for sequences" if x.dim() == 3 else embed_remedy(x)
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy))
         self._check_beside(x, None, 1)
         batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
@@ -77,41 +77,46 @@ class RecurrentCell(Recurrent, role="step"):
 
 
 class MinGRUCell(RecurrentCell, MinGRU):
-    """One step of a minimal gated recurrent unit: arithmetic, weights and options of a one-layer `mingru.MinGRU`.
+    """Compute one step of a minimal gated recurrent unit.
 
         z = sigma(W_z x + b_z)
         h' = (1 - z) h + z g(W_h x + b_h)
 
+    The symbols, weights and options are those of a one-layer [mingru.MinGRU][].
+
     Args:
-        input_dims: as of `mingru.MinGRU`.
-        hidden_dims: as of `mingru.MinGRU`.
-        bias: as of `mingru.MinGRU`.
-        norm: as of `mingru.MinGRU`.
-        candidate: as of `mingru.MinGRU`.
-        learn_initial_state: as of `mingru.MinGRU`.
-        device: as of `mingru.MinGRU`.
-        dtype: as of `mingru.MinGRU`.
+        input_dims: Number of input features, I.
+        hidden_dims: Number of state features, H.
+        bias: If False, the linear maps have no bias.
+        norm: "layer", "rms" or None: norm of the input.
+        candidate: "positive" (g), "linear" or "tanh".
+        learn_initial_state: If True, the initial state is a parameter.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
 
-    Called with:
-        x: (B, I), or (I,) for one element without a batch; dtype and device of the parameters.
-        h: state before the step, (B, H) or (H,), any real numbers; dtype of x, or float32 beside half-width x.
-            Default: the 'zero' state g(0) = 0.5 (0 where `candidate` is not "positive"), or the learned one.
-        reset: bool, (B,) or a scalar. Where true, the state is put back to the zero or learned state before the step.
+    Inputs:
+        - **x**: Input, (B, I), or (I,) without a batch. It has the dtype and device of the parameters.
+        - **h**: State before the step, (B, H) or (H,), any real numbers. The dtype is that of x, or float32 if x is
+          bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or
+          learned.
+        - **reset**: Bool mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
 
-    Returns:
-        The state after the step, (B, H) or (H,), differentiable.
+    Outputs:
+        - **h'**: State after the step, (B, H) or (H,). It is differentiable.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a size, shape, device, norm or candidate that does not fit.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A size, shape, device, norm or candidate is invalid.
 
-    Parameters: those of the layer, by the same names, so that the state dict of one loads into the other.
+    State dict:
+        As in a one-layer `MinGRU`, so that the state dict of one loads into the other.
 
-    Numerics: as of `mingru.MinGRU`; under autocast the state stays in float32.
+    Numerics:
+        As in `MinGRU`. Under autocast, the state stays in float32.
 
-    Differs from `torch.nn.GRUCell` as the layer does from `torch.nn.GRU`; `h=None` means 0.5 here, not 0.
+    The differences from `torch.nn.GRUCell` are those between `MinGRU` and `torch.nn.GRU`. `h=None` means 0.5, not 0.
 
-    Example:
+    Examples:
         >>> cell = mingru.MinGRUCell(input_dims=3, hidden_dims=64)
         >>> h = None
         >>> for x in torch.randn(5, 10, 3):  # five steps
@@ -119,7 +124,8 @@ class MinGRUCell(RecurrentCell, MinGRU):
         >>> h.shape
         torch.Size([10, 64])
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
 
     @arguments_checked()
@@ -149,37 +155,46 @@ class MinGRUCell(RecurrentCell, MinGRU):
 
 
 class MinLSTMCell(RecurrentCell, MinLSTM):
-    """One step of a minimal long short-term memory: arithmetic, weights and options of a one-layer `mingru.MinLSTM`.
+    """Compute one step of a minimal long short-term memory.
 
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
         h' = f / (f + i) h + i / (f + i) g(W_h x + b_h)
 
-    Called with x, h and reset as `mingru.MinGRUCell` is; returns and raises the same.
+    The symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
 
     Args:
-        input_dims: as of `mingru.MinGRU`.
-        hidden_dims: as of `mingru.MinGRU`.
-        bias: as of `mingru.MinGRU`.
-        norm: as of `mingru.MinGRU`.
-        candidate: as of `mingru.MinGRU`.
-        learn_initial_state: as of `mingru.MinGRU`.
-        device: as of `mingru.MinGRU`.
-        dtype: as of `mingru.MinGRU`.
-        forget_bias: as of `mingru.MinLSTM`.
+        input_dims: Number of input features, I.
+        hidden_dims: Number of state features, H.
+        bias: If False, the linear maps have no bias.
+        norm: "layer", "rms" or None: norm of the input.
+        candidate: "positive" (g), "linear" or "tanh".
+        learn_initial_state: If True, the initial state is a parameter.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
 
-    Parameters: those of the layer, by the same names, so that the state dict of one loads into the other.
+    Inputs:
+        - **x**, **h**, **reset**: As in [mingru.MinGRUCell][].
 
-    Numerics: as of `mingru.MinGRUCell`.
+    Outputs:
+        - **h'**: State after the step, (B, H) or (H,).
 
-    Differs from `torch.nn.LSTMCell` in that the state is one tensor, without a cell state beside it.
+    State dict:
+        As in a one-layer `MinLSTM`, so that the state dict of one loads into the other.
 
-    Example:
+    Numerics:
+        As in `MinGRUCell`.
+
+    Unlike in `torch.nn.LSTMCell`, the state is a single tensor without a cell state.
+
+    Examples:
         >>> cell = mingru.MinLSTMCell(input_dims=3, hidden_dims=64, forget_bias=1.0)
         >>> h = cell(torch.randn(10, 3))
         >>> cell(torch.randn(10, 3), h).shape
         torch.Size([10, 64])
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
 
     @arguments_checked()

@@ -1,7 +1,7 @@
-"""What the convolutional layers and cells share: layers over layers, directions, states, options.
+"""The base classes of the convolutional layers and cells: stacked layers, directions, states and options.
 
-The linear maps of minGRU are convolutions here, and the states have channels over space. `minconvgru.py` has the public
-classes. `forward` and what it calls scripts, except the checks, which a scripted module leaves to torch.
+`minconvgru.py` has the public classes. TorchScript compiles `forward` and the functions that it calls. A scripted
+module checks only shapes; other errors are torch's own.
 """
 
 from typing import Any
@@ -31,12 +31,12 @@ from .base import Base
 from .conv_layer import Geometry, MinConvLayer
 from .shared import not_default, reshaped, weight_of
 
-# A list is for the layers, a tuple for the dimensions of space.
+# A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
 
 
 class MinConv(Base, role="sequence"):
-    """Layers, one over the other, in any number of space dimensions; the base of `MinConv2dGRU` and its siblings."""
+    """Apply stacked layers in any number of spatial dimensions; the base class of `MinConv2dGRU` and its variants."""
 
     num_space_dims: int
 
@@ -75,19 +75,19 @@ class MinConv(Base, role="sequence"):
         for width in widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
         if any(width % groups for width in [input_dims, *widths]):
-            remedy = f"they are {input_dims} and {hidden_dims}"
+            remedy = f"input_dims is {input_dims} and hidden_dims is {hidden_dims}"
             raise ValueError(
                 expectation(self.name, "groups", "a divisor of input_dims and hidden_dims", str(groups), remedy)
             )
         options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         geometries = self._geometries(num_layers, options)
         self.input_dims = input_dims
-        self.hidden_dims = _kept(hidden_dims)
-        self.kernel_size = _kept(kernel_size)
+        self.hidden_dims = _copied_list(hidden_dims)
+        self.kernel_size = _copied_list(kernel_size)
         self.num_layers = num_layers
-        self.stride = _kept(stride)
-        self.padding = _kept(padding)
-        self.dilation = _kept(dilation)
+        self.stride = _copied_list(stride)
+        self.padding = _copied_list(padding)
+        self.dilation = _copied_list(dilation)
         self.groups = groups
         self.bias = bias
         self.dropout = float(dropout)
@@ -122,7 +122,7 @@ class MinConv(Base, role="sequence"):
         )
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as the constructor did."""
+        """Re-initialize all parameters."""
         for layer in self.layers:
             layer.reset_parameters()  # type: ignore[operator]
 
@@ -153,7 +153,7 @@ class MinConv(Base, role="sequence"):
     def with_states(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Call the layer as other layers are called."""
+        """Call the layer; `lengths` must be None."""
         assert lengths is None
         out, last = self(x, h, reset)
         return out, last
@@ -162,8 +162,8 @@ class MinConv(Base, role="sequence"):
         if not isinstance(sizes, list):
             return [sizes] * num_layers
         if len(sizes) != num_layers:
-            expected = f"a list with one entry for each layer as num_layers is {num_layers}"
-            remedy = "a tuple has one for each dimension of space"
+            expected = f"a list of {num_layers} entries because num_layers is {num_layers}"
+            remedy = "a list has one entry for each layer, a tuple one number for each spatial dimension"
             raise ValueError(expectation(self.name, argument, expected, f"{sizes!r}", remedy))
         return sizes
 
@@ -175,8 +175,8 @@ class MinConv(Base, role="sequence"):
         geometries = [Geometry(*of_layer) for of_layer in zip(*by_option.values(), strict=True)]
         for geometry in geometries:
             if geometry.padding == "same" and any(step > 1 for step in geometry.stride):
-                expected = f"a number where stride is {dims(geometry.stride)}"
-                raise ValueError(expectation(self.name, "padding", expected, "'same', which needs a stride of 1"))
+                expected = f"a number because stride is {dims(geometry.stride)}"
+                raise ValueError(expectation(self.name, "padding", expected, "'same'", "'same' needs a stride of 1"))
         return geometries
 
     def _per_dimension(self, argument: str, size: Any) -> Any:
@@ -184,8 +184,8 @@ class MinConv(Base, role="sequence"):
             return size
         count = self.num_space_dims
         numbers = size if isinstance(size, tuple) else (size,) * count
-        kinds = "an int" if count == 1 else f"an int, a tuple of {count} ints"
-        expected = f"{kinds}, or a list of these with one for each layer"
+        single = "an int" if count == 1 else f"an int, a tuple of {count} ints"
+        expected = f"{single}, or a list of these with one for each layer"
         if len(numbers) != count:
             raise ValueError(expectation(self.name, argument, expected, f"{size!r}"))
         for number in numbers:
@@ -194,7 +194,7 @@ class MinConv(Base, role="sequence"):
 
     @untraced
     def _check(self, x: Tensor, h: Any, reset: Tensor | None) -> None:
-        """Refuse what does not fit."""
+        """Raise an error if an argument is invalid."""
         order = "B, S" if self.batch_first else "S, B"
         shapes = self._check_x(x, order, 2)
         batch = x.shape[0 if self.batch_first else 1]
@@ -213,13 +213,13 @@ class MinConv(Base, role="sequence"):
             expanded(self.name, argument, state, shape, "(B, 1, H, *space)")
 
     def _check_x(self, x: Tensor, order: str, leading: int) -> list[tuple[int, ...]]:
-        """Refuse an x that does not fit to the weights; returns channels and space of each layer's states."""
+        """Raise an error if x does not fit the weights; return (channels, *space) of each layer's states."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
         count = self.num_space_dims
         if x.dim() != leading + 1 + count or x.shape[leading] != self.input_dims:
             letters = f"({order}, {self.input_dims}, *space)" if order else f"({self.input_dims}, *space)"
-            expected = f"{letters} as input_dims is {self.input_dims} and space {count}-dimensional"
+            expected = f"{letters} because input_dims is {self.input_dims} and space is {count}-dimensional"
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
         layers: Any = self.layers
         weight = weight_of(layers[0].conv)
@@ -231,7 +231,7 @@ class MinConv(Base, role="sequence"):
             least = tuple(max(1, reach) for reach in layer.geometry.reach())
             if any(size < enough for size, enough in zip(space, least, strict=True)):
                 kernel = ", ".join(f"{option} {size}" for option, size in layer.geometry._asdict().items())
-                expected = f"at least {least} in space where it enters layer {index}, which has {kernel}"
+                expected = f"at least {least} in space at the input of layer {index}, which has {kernel}"
                 raise ValueError(expectation(self.name, "x", expected, str(space), "pad more, or pass a larger x"))
             space = layer.geometry.space(space)
             states.append((layer.hidden_dims, *space))
@@ -257,13 +257,13 @@ class MinConv(Base, role="sequence"):
         return text + not_default(self, defaults)
 
 
-def _kept(sizes: Any) -> Any:
-    """What the caller wrote, safe from what becomes of his list."""
+def _copied_list(sizes: Any) -> Any:
+    """Return sizes, or a copy of a list, so that later changes to the caller's list have no effect."""
     return list(sizes) if isinstance(sizes, list) else sizes
 
 
 class MinConvCell(MinConv, role="step"):
-    """One step of one layer; the base of `MinConv2dGRUCell` and its siblings."""
+    """Compute one step of one layer; the base class of `MinConv2dGRUCell` and its variants."""
 
     @arguments_checked()
     def __init__(
@@ -312,7 +312,7 @@ class MinConvCell(MinConv, role="step"):
             self._check_step(x, h, reset)
         batched = x.dim() == 2 + self.num_space_dims
         if h is not None:
-            # The layer expands it, but to a shape with one more dimension, that of time, behind the batch.
+            # Before `unsqueeze(1)` below, because the layer expands h to a shape with time as dimension 1.
             while h.dim() < x.dim():
                 h = h.unsqueeze(0)
         if not batched:
@@ -331,7 +331,7 @@ class MinConvCell(MinConv, role="step"):
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
-        """Refuse what does not fit."""
+        """Raise an error if an argument is invalid."""
         batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims
         (state,) = self._check_x(x, "B" if batched else "", int(batched))
         batch = x.shape[: int(batched)]
@@ -340,5 +340,4 @@ class MinConvCell(MinConv, role="step"):
             check_one_state(self.name, h, letters)
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
             expanded(self.name, "h", h, (*batch, *state), letters)
-        # One value for each sequence.
         check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")

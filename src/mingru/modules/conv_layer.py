@@ -13,7 +13,7 @@ from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
 from .shared import in_reverse
 
-# By the number of space dimensions.
+# By the number of spatial dimensions.
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -22,7 +22,7 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class Geometry(NamedTuple):
-    """The sizes of a layer's convolution, one number for each spatial dimension."""
+    """Describe a layer's convolution, with one number for each spatial dimension."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,13 +30,13 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
     def reach(self) -> list[int]:
-        """Return the smallest input size with one output position; each `stride` more adds one."""
+        """Return the smallest input size with one output position; each `stride` more adds one position."""
         spans = [dilation * (size - 1) for size, dilation in zip(self.kernel_size, self.dilation, strict=True)]
         padded = spans if isinstance(self.padding, str) else [2 * padding for padding in self.padding]
         return [span + 1 - more for span, more in zip(spans, padded, strict=True)]
 
     def keeps_space(self) -> bool:
-        """Whether the output has the size of the input, whatever it is."""
+        """Return whether the output has the spatial size of the input, for every size."""
         return all(stride == 1 for stride in self.stride) and all(reach == 1 for reach in self.reach())
 
     def space(self, space: tuple[int, ...]) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ class Geometry(NamedTuple):
 
 
 class MinConvLayer(nn.Module):
-    """Norm, convolution, recurrence and residual of one layer, in one direction or both."""
+    """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class MinConvLayer(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output, in the layout of x, and the last states.
+        """Return the output in the layout of x, and the last state of each direction.
 
-        x is (B, S, C, *space) or (S, B, C, *space); h expands to (B, 1, H, *space), for each direction.
+        x is (B, S, C, *space) or (S, B, C, *space); each tensor of h expands to (B, 1, H, *space).
         """
         steps = x.flatten(0, 1)
         y = x
@@ -125,7 +125,7 @@ class MinConvLayer(nn.Module):
         else:
             dtype = y.dtype
             if is_scripting():
-                # A scripted layer cannot detect autocast; y may have the autocast dtype of the previous layer's output.
+                # y may have the autocast dtype of the previous layer's output, which a scripted layer cannot detect.
                 dtype = self.conv.weight.dtype
             initial_state = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
         start = Start(initial_state if h is None else h[index], initial_state, reset)
@@ -145,11 +145,11 @@ class MinConvLayer(nn.Module):
             start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv
         shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
-        of = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
-        return ops.mapped_recurrence(spec, y, of, start, order)
+        mapped = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
+        return ops.mapped_recurrence(spec, y, mapped, start, order)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
-        """Return the pre-activations of gate and candidate, whose channels and space are contiguous."""
+        """Return the pre-activations of gate and candidate; their channels and spatial dimensions are contiguous."""
         pre = y.flatten(0, 1)
         if not reverse:
             pre = self.conv(pre)
@@ -160,15 +160,15 @@ class MinConvLayer(nn.Module):
 
 
 def _num_groups(channels: int) -> int:
-    """The most groups, up to 32, that share the channels evenly, 16 or more to each; else 1."""
+    """Return the largest divisor of `channels`, up to 32, that leaves at least 16 channels per group; otherwise 1."""
     most = max(1, min(32, channels // 16))
     return next(count for count in range(most, 0, -1) if channels % count == 0)
 
 
 def _ungrouped(x: Tensor, groups: int, parts: int) -> Tensor:
-    """Channels in the order of group, part, channel to the order of part, group, channel; they are in dimension 2.
+    """Return x with dimension 2 reordered from (group, part, channel) to (part, group, channel).
 
-    A convolution gives each group its own block of channels, hence the order that it has.
+    The first order is that of a grouped convolution, whose output has the channels of each group in one block.
     """
     if groups == 1 or parts == 1:
         return x

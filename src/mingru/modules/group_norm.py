@@ -1,4 +1,4 @@
-"""Group normalization whose number of groups can differ from the one that a layer chooses."""
+"""Group normalization with a number of groups that can be changed after construction."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from ..check import check_int, expectation
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` whose state_dict has the number of groups, as `groups`, if `regroup` set it.
+    """Apply `torch.nn.GroupNorm`; the state dict has the number of groups, as `groups`, if `regroup` has set it.
 
-    The weights fit any number of groups. Without that entry, weights that were trained with one number would load
-    without an error into a module that has another, and the outputs would be wrong.
+    The weights fit any number of groups. Without `groups`, weights trained with one number would load without an
+    error into a module with another number, and its outputs would be wrong.
     """
 
     groups: Tensor | None

@@ -4,77 +4,85 @@ from .recurrent import Recurrent
 
 
 class MinGRU(Recurrent):
-    """Stacked minimal gated recurrent units, parallel over time.
+    """Apply a stack of minimal gated recurrent units (minGRU) to a sequence.
 
-    Each layer and direction computes, from its input x_t,
+    All time steps are computed in parallel. Each layer and direction computes
 
         z_t = sigma(W_z x_t + b_z)
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h)
 
-    where z is the gate that admits the candidate, h the state, and g keeps the candidate positive: g(v) = v + 0.5 for
-    v >= 0 and sigma(v) below (`mingru.functional.g`).
+    where x_t is the input of the layer, z_t the update gate and h_t the state. [mingru.functional.g][] keeps the
+    candidate positive: g(v) is v + 0.5 for v >= 0 and sigma(v) for v < 0.
 
     Args:
-        input_dims: I, features of the input; at least 1.
-        hidden_dims: H, features of the state; at least 1.
-        num_layers: L; layer l + 1 takes the output of layer l.
-        bias: whether the linear maps have one.
-        batch_first: x is (B, S, I), as against (S, B, I). No data is copied for either.
-        dropout: probability in [0, 1] with which each element of each layer's output but the last's is dropped, in
-            training only.
-        bidirectional: a second direction in each layer, with weights of its own, reads from the end; D = 2, else 1.
-        residual: adds each layer's input to its output, through a linear map without bias where sizes differ. The state
-            that comes out is the one without it.
-        norm: "layer" or "rms" on the input of every layer, or None.
-        candidate: "positive": g, the paper's log-space form; "linear": v itself, its plain form; "tanh".
-        learn_initial_state: makes the state that stands for 'nothing seen yet' a parameter, (L * D, 1, 1, H).
-        recompute: whether backward computes pre-activations once more rather than keep them, which saves two thirds of
-            the memory that training needs. Default: whichever is quicker. For the back end "native"; the others keep.
-        device: of the parameters.
-        dtype: of the parameters, a floating one.
+        input_dims: Number of input features, I.
+        hidden_dims: Number of state features, H.
+        num_layers: Number of stacked layers, L. Layer l + 1 takes the output of layer l.
+        bias: If False, the linear maps have no bias.
+        batch_first: If False, x is (S, B, I) instead of (B, S, I). Neither order needs a copy of x.
+        dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
+        bidirectional: If True, each layer has a second direction with its own weights, which runs from the last step to
+            the first. D is 2 if True, otherwise 1.
+        residual: If True, add each layer's input to its output, through a linear map without bias if the sizes differ.
+            The returned state does not include the residual.
+        norm: "layer", "rms" or None: norm of each layer's input.
+        candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
+            in the paper's vanilla version) or "tanh".
+        learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
+        recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
+            thirds of the stored values. Default: whichever is faster. Only the "native" backend supports this; the
+            other backends always store them.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
 
-    Called with:
-        x: (B, S, I), or (S, B, I) with `batch_first=False`; dtype and device of the parameters. S may be 0.
-        h: state before the first step, any real numbers; dtype of x, or float32 beside half-width x; expands to
-            (L * D, B, 1, H). Index l * D is layer l forward, l * D + 1 backward. Default: the 'zero' state g(0) = 0.5
-            (0 where `candidate` is not "positive"), or the learned one.
-        reset: bool, the first two dimensions of x. Where true, the state is put back to the zero or learned state
-            before that step consumes its input. The backward direction is cut at the same place: between that step and
-            the one before it.
-        lengths: integers (B,) from 1 to S, by keyword: how many steps of each sequence are real. Nothing is computed on
-            the others; `out` is 0 there.
+    Inputs:
+        - **x**: Sequence, (B, S, I), or (S, B, I) if `batch_first` is False. It has the dtype and device of the
+          parameters. S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
+        - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
+          forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
+          Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
+        - **reset**: Bool mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
+          initial state before that step. The reverse direction is reset at the same boundary, between that step and the
+          previous one.
+        - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. Padded steps are skipped, and
+          `out` is 0 there. Must be None if x is packed.
 
-    Instead of a tensor, x may be a `torch.nn.utils.rnn.PackedSequence`, sorted or not, and `reset` then one too. It
-    comes out packed, and states are in the order of the batch before packing, each from its sequence's own end.
+    Outputs:
+        - **out**: Output of the last layer, (B, S, D * H) or (S, B, D * H), with both directions in order of time. It
+          is packed if x is packed.
+        - **h**: State of each layer and direction after its last valid step, (L * D, B, 1, H), so that `rnn(x2, h)`
+          continues. The batch is in the order that it had before packing.
 
-    Returns:
-        Two tensors. `out`, (B, S, D * H) or (S, B, D * H), is the last layer's output, both directions in the order of
-        time. `h`, (L * D, B, 1, H), is each layer's state after its last step, so that `rnn(x2, h)` continues. Both are
-        differentiable.
+        Both outputs are differentiable.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a size, shape, device, length, norm, candidate or dropout that does not fit.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A size, shape, device, length, norm, candidate or dropout is invalid.
 
-    Parameters: `layers.{l}.linear.weight` (2H, I), gate rows first, candidate rows second, and `.bias` (2H);
-    `layers.{l}.linear_reverse`, `.norm`, `.align` (the residual's map) and `initial_state` where asked for. Drawn as
-    `torch.nn.Linear` draws them.
+    State dict:
+        - `layers.{l}.linear.weight` (2H, I) and `layers.{l}.linear.bias` (2H,): gate rows first, then candidate rows.
+          They are initialized as in `torch.nn.Linear`.
+        - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
+          `initial_state`: only if an option needs them.
 
-    Numerics: half-width types are computed in float32 inside. A state comes back in the dtype of `h`, under autocast in
-    float32. The relative error of the recurrence in float32 stays below 2e-6 at a million steps.
+    Numerics:
+        The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;
+        under autocast it is float32. The relative error of the recurrence in float32 stays below 2e-6 at a million
+        steps.
 
-    Differs from the paper in allowing any initial state, and from `torch.nn.GRU` in that z means the opposite, that no
-    weights go from state to state (so one layer can't count or compare; stack layers), in the shape and the default of
-    the state, and in `batch_first`.
+    Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. There are no weights from state to
+    state, so one layer cannot count or compare; stack layers instead. The shape and default of the state and the
+    default of `batch_first` differ too. Unlike in the paper, the initial state may be any real numbers.
 
-    Example:
+    Examples:
         >>> rnn = mingru.MinGRU(input_dims=3, hidden_dims=64, num_layers=2, residual=True)
         >>> out, h = rnn(torch.randn(10, 128, 3))
         >>> out.shape, h.shape
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))
         >>> out, h = rnn(torch.randn(10, 1, 3), h)  # the next step
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
 
     cell = "mingru"

@@ -9,51 +9,62 @@ from .recurrent import Recurrent
 
 
 class MinLSTM(Recurrent):
-    """Stacked minimal long short-term memory, parallel over time.
+    """Apply a stack of minimal long short-term memory (minLSTM) layers to a sequence.
 
-    Each layer and direction computes, from its input x_t,
+    All time steps are computed in parallel. Each layer and direction computes
 
         f_t = sigma(W_f x_t + b_f)      i_t = sigma(W_i x_t + b_i)
         h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) g(W_h x_t + b_h)
 
-    where f is the gate that forgets, i the one that admits the candidate, h the state, and g keeps the candidate
-    positive (`mingru.functional.g`). The gates share 1 between them, so that the state does not grow with length.
+    where f_t is the forget gate, i_t the input gate and h_t the state. [mingru.functional.g][] keeps the candidate
+    positive. The normalized gates sum to 1, so that the state does not grow with length.
 
-    Called with x, h, reset and lengths as `mingru.MinGRU` is; returns and raises the same.
+    Arguments (except `forget_bias`), inputs, outputs and errors are explained in [mingru.MinGRU][].
 
     Args:
-        input_dims: as of `mingru.MinGRU`.
-        hidden_dims: as of `mingru.MinGRU`.
-        num_layers: as of `mingru.MinGRU`.
-        bias: as of `mingru.MinGRU`.
-        batch_first: as of `mingru.MinGRU`.
-        dropout: as of `mingru.MinGRU`.
-        bidirectional: as of `mingru.MinGRU`.
-        residual: as of `mingru.MinGRU`.
-        norm: as of `mingru.MinGRU`.
-        candidate: as of `mingru.MinGRU`.
-        learn_initial_state: as of `mingru.MinGRU`.
-        recompute: as of `mingru.MinGRU`.
-        device: as of `mingru.MinGRU`.
-        dtype: as of `mingru.MinGRU`.
-        forget_bias: added to the bias of the forget gate where parameters are drawn; 1, say, has the layer remember
-            longer at first. Needs `bias`.
+        input_dims: Number of input features, I.
+        hidden_dims: Number of state features, H.
+        num_layers: Number of stacked layers, L.
+        bias: If False, the linear maps have no bias.
+        batch_first: If False, x is (S, B, I).
+        dropout: Dropout probability between layers.
+        bidirectional: If True, add a reverse direction (D = 2).
+        residual: If True, add each layer's input to its output.
+        norm: "layer", "rms" or None: norm of each layer's input.
+        candidate: "positive" (g), "linear" or "tanh".
+        learn_initial_state: If True, the initial state is a parameter.
+        recompute: If True, backward recomputes pre-activations.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        forget_bias: Added to the forget gate's bias at initialization. With 1, for example, the layer remembers longer
+            at first. Requires `bias=True`.
 
-    Parameters: as `MinGRU` has them, but for `layers.{l}.linear.weight` (3H, I): rows of the forget gate first, then of
-    the input gate, then of the candidate; and `.bias` (3H).
+    Inputs:
+        - **x**, **h**, **reset**, **lengths**: As in `MinGRU`.
 
-    Numerics: as of `MinGRU`. Gates that are both shut still share 1, down to pre-activations that float32 can hold.
+    Outputs:
+        - **out**, **h**: As in `MinGRU`.
 
-    Differs from `torch.nn.LSTM` in that the state is one tensor, h, without a cell state beside it, that no weights go
-    from state to state, that there is no output gate, in the shape and the default of the state, and in `batch_first`.
+    State dict:
+        As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
+        first, then input gate rows, then candidate rows.
 
-    Example:
+    Numerics:
+        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow, for all pre-activations that
+        float32 can represent.
+
+    Differences from `torch.nn.LSTM`: the state is one tensor, h, without a cell state. There is no output gate and
+    there are no weights from state to state. The shape and default of the state and the default of `batch_first` differ
+    too.
+
+    Examples:
         >>> rnn = mingru.MinLSTM(input_dims=3, hidden_dims=64, num_layers=2, forget_bias=1.0)
         >>> out, h = rnn(torch.randn(10, 128, 3))
         >>> out.shape, h.shape
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
 
     cell = "minlstm"
@@ -97,7 +108,7 @@ class MinLSTM(Recurrent):
         if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
             raise TypeError(expectation(self.name, "forget_bias", "a number", repr(forget_bias)))
         if forget_bias and not self.bias:
-            raise ValueError(expectation(self.name, "forget_bias", "0 where bias is False", repr(forget_bias)))
+            raise ValueError(expectation(self.name, "forget_bias", "0 because bias is False", repr(forget_bias)))
         self.forget_bias = float(forget_bias)
         self._add_forget_bias()
 

@@ -1,7 +1,7 @@
-"""What MinGRU, MinLSTM and their cells share: layers over layers, directions, states, options.
+"""The base class of MinGRU, MinLSTM and their cells: stacked layers, directions, states and options.
 
-`mingru.py` and `minlstm.py` add the name of the cell. `forward` and what it calls scripts, except the checks, which a
-scripted module leaves to torch.
+TorchScript compiles `forward` and the functions that it calls. A scripted module checks only shapes; other errors are
+torch's own.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class RecurrentLayer(nn.Module):
-    """Norm, linear, recurrence and residual of one layer, in one direction or both."""
+    """Apply norm, linear map, recurrence and residual of one layer, in one direction or both."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RecurrentLayer(nn.Module):
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
 
     def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Return the output, in the layout of x, and the last states; `starts` has one entry for each direction."""
+        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction."""
         y = x
         if self.norm is not None:
             y = self.norm(x)
@@ -100,13 +100,13 @@ class RecurrentLayer(nn.Module):
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:
-    """Which element of the batch each of the sorted sequences is."""
+    """Return the batch index of each sorted sequence."""
     order = packed_x.sorted_indices
     return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
 
 
 class Recurrent(Base, role="sequence"):
-    """Layers of one kind, one over the other; the base of `MinGRU` and its siblings."""
+    """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
     cell: str
 
@@ -179,7 +179,7 @@ class Recurrent(Base, role="sequence"):
         )
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as the constructor did."""
+        """Re-initialize all parameters."""
         for module in self.layers.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
@@ -200,7 +200,7 @@ class Recurrent(Base, role="sequence"):
                 return self._packed(x, h, reset, lengths)
             self._check(x, h, reset, lengths)
         batch = x.size(0 if self.batch_first else 1)
-        # An empty batch cannot be packed. Not tested while tracing, which would fix the batch size.
+        # An empty batch cannot be packed. While tracing, the test is skipped, because it would fix the batch size.
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
             return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
         if is_scripting():
@@ -211,11 +211,11 @@ class Recurrent(Base, role="sequence"):
             batch_sizes, order, index = for_trace(layout.rows_from_lengths)(lengths, x, not self.batch_first)
         index = index.to(x.device)
         order = order.to(x.device)
-        rows = x.flatten(0, 1).index_select(0, index)
+        data = x.flatten(0, 1).index_select(0, index)
         if reset is not None:
             reset = reset.flatten().index_select(0, index)
         state = self._state(x, h, batch).index_select(1, order)
-        out, last = self._run(rows, state, reset, Layout(False, batch_sizes, None))
+        out, last = self._run(data, state, reset, Layout(False, batch_sizes, None))
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
         padded[index] = out
         return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
@@ -223,7 +223,7 @@ class Recurrent(Base, role="sequence"):
     def with_states(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Call the layer with a list of states, of which it has one."""
+        """Call the layer with its state in a list, and return the new state in a list."""
         out, last = self(x, None if h is None else h[0], reset, lengths)
         return out, [last]
 
@@ -236,16 +236,18 @@ class Recurrent(Base, role="sequence"):
         return out.masked_fill(padding.unsqueeze(2), 0.0), last
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
-        """Return a PackedSequence and the states, which are in the order of the batch before packing."""
-        rows, batch_sizes, order, back = x
-        row_reset = self._check_packed(x, h, reset, lengths)
-        state = self._state(rows, h, int(batch_sizes[0]))
+        """Return a PackedSequence, and the states in the order of the batch before packing."""
+        data, batch_sizes, order, original_order = x
+        packed_reset = self._check_packed(x, h, reset, lengths)
+        state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(rows, state, row_reset, Layout(False, batch_sizes, None))
-        return PackedSequence(out, batch_sizes, order, back), last if back is None else last.index_select(1, back)
+        out, last = self._run(data, state, packed_reset, Layout(False, batch_sizes, None))
+        if original_order is not None:
+            last = last.index_select(1, original_order)
+        return PackedSequence(out, batch_sizes, order, original_order), last
 
     def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
-        """Return the state (L * D, B, 1, H) that h stands for; the default one if h is None."""
+        """Return h expanded to (L * D, B, 1, H), or the initial state if h is None."""
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
         autocast = False
         if not is_scripting():
@@ -257,25 +259,25 @@ class Recurrent(Base, role="sequence"):
             h = self.initial_state
         assert h is not None
         state = h
-        # A trace would record the answer of the comparison for all sizes.
+        # While tracing, h is always expanded, because a trace records the comparison as a constant.
         if is_scripting() or is_tracing() or h.shape != shape:
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
     def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> States:
-        """Run all layers; the state is a new tensor, not a view, also for one layer."""
+        """Run all layers, and return their states as one new tensor, which is never a view."""
         out, states = self._run_layers(x, state, reset, order)
         return out, torch.stack(states)
 
     def _run_layers(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers; reset has the leading dimensions of x. Return the states (B, 1, H)."""
+        """Run all layers, and return a state (B, 1, H) for each; reset has the leading dimensions of x."""
         zero = state
         if reset is not None and self.initial_state is None:
             zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
         starts: list[Start] = []
         for index, h in enumerate(state.unbind(0)):
             initial_state = zero if self.initial_state is None else self.initial_state[index]
-            # Without resets, the initial state has no part.
+            # The initial state is unused without resets.
             starts.append(Start(h, h if reset is None else initial_state, reset))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -288,12 +290,12 @@ class Recurrent(Base, role="sequence"):
 
     @untraced
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
-        """Refuse what does not fit."""
+        """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
         letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
         if x.dim() != 3 or x.shape[2] != self.input_dims:
-            expected = f"{letters.format(self.input_dims)} as input_dims is {self.input_dims}"
+            expected = f"{letters.format(self.input_dims)} because input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         self._check_beside(x, h, batch)
@@ -302,30 +304,30 @@ class Recurrent(Base, role="sequence"):
             check_lengths(self.name, lengths, batch, steps, x.device)
 
     def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
-        """Likewise; returns the reset mask, (rows)."""
+        """Raise an error if an argument beside a PackedSequence is invalid; return the packed reset mask."""
         if lengths is not None:
-            expected = "None beside a PackedSequence, which has its own"
+            expected = "None because a PackedSequence has its own lengths"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
         if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
-            expected = f"packed rows of {self.input_dims} features as input_dims is {self.input_dims}"
+            expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
         self._check_beside(x.data, h, int(x.batch_sizes[0]))
         if reset is None:
             return None
         if not isinstance(reset, PackedSequence):
-            expected = "a PackedSequence as x is"
+            expected = "a PackedSequence like x"
             remedy = "pack it with the lengths of x"
             raise TypeError(expectation(self.name, "reset", expected, type(reset).__name__, remedy))
         if not torch.equal(reset.batch_sizes, x.batch_sizes):
             raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
         if not torch.equal(_order_of(reset), _order_of(x)):
             raise ValueError(expectation(self.name, "reset", "packed in the order of x", "another order"))
-        row_reset: Tensor = reset.data
-        check_reset(self.name, row_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, rows)")
-        return row_reset
+        packed_reset: Tensor = reset.data
+        check_reset(self.name, packed_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, steps)")
+        return packed_reset
 
     def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
-        """Refuse an x that does not fit to the weights, and an h that does not fit to x."""
+        """Raise an error if x does not fit the weights, or h does not fit x."""
         autocast = is_autocast(x)
         layer: Any = next(iter(self.layers))
         weight = weight_of(layer.linear)
@@ -336,7 +338,7 @@ class Recurrent(Base, role="sequence"):
             check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
             if h.shape != shape:
-                remedy = "a state of nn.GRU, (L * D, B, H), becomes one by h.unsqueeze(2)"
+                remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"
                 expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What several kinds of layers need: states that are no views, options in a repr, weights, the reverse direction."""
+"""Helpers of all layers: the reverse direction, states that are not views, options in a repr, weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..ops.graph import is_compiling, is_scripting, is_tracing
 
 
 def in_reverse(start: Start, order: Layout) -> Start:
-    """Return what the reverse direction starts from."""
+    """Return the start of the reverse direction, whose reset mask is shifted by one step."""
     reset = start.reset
     if reset is not None:
         reset = layout.reset_seen_in_reverse(reset, order)
@@ -18,7 +18,7 @@ def in_reverse(start: Start, order: Layout) -> Start:
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x in another shape and not as a view, so that it can be detached in place. Backward must not keep x."""
+    """Return x in another shape but not as a view, so that it can be detached in place. Backward must not keep x."""
     if is_scripting():
         return x.view(shape)
     else:
@@ -26,7 +26,7 @@ def reshaped(x: Tensor, shape: list[int]) -> Tensor:
 
 
 def copied(view: Tensor) -> Tensor:
-    """Return a copy of a view, which could not be detached in place; in a graph, the view."""
+    """Return a copy of a view, because a view cannot be detached in place. In a graph, return the view."""
     if is_scripting():
         return view
     else:
@@ -34,23 +34,23 @@ def copied(view: Tensor) -> Tensor:
 
 
 def without_dims(state: Tensor, dims: list[int]) -> Tensor:
-    """Return a state without these dimensions of size 1, the last one first. It must be new, held by nobody else."""
+    """Remove dimensions of size 1 from a new state that has no other references; `dims` must be in descending order."""
     for dim in dims:
-        # In place, so that the result is not a view, which could not be detached in place.
+        # In place, because `squeeze` would return a view, which cannot be detached in place.
         state = state.squeeze(dim) if is_scripting() or is_tracing() else state.squeeze_(dim)
     return state
 
 
 def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
-    """Return the options that differ from their defaults, for a repr. An option that the module lacks is left out."""
+    """Return the options that differ from their defaults, for a repr. Options that the module lacks are omitted."""
     options = {name: getattr(module, name, default) for name, default in defaults.items()}
     return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """Return a tensor with the dtype and device of the weight; None for a module without parameters (quantized).
+    """Return a tensor with the dtype and device of the weight, or None if a (quantized) module has no parameters.
 
-    Not `module.weight`, which a parametrized module computes at each access.
+    It does not read `module.weight`, which a parametrized module computes at each access.
     """
     weight = module._parameters.get("weight")
     return next(module.parameters(), None) if weight is None else weight

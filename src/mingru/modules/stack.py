@@ -1,4 +1,4 @@
-"""Layers of any kinds and sizes, one over the other."""
+"""Stacks of different layers."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -17,48 +17,47 @@ PASS_A_LIST = "pass the layers in one list"
 
 
 class Stack(Base, role="sequence"):
-    """Layers of any kinds and sizes, each taking the output of the one before it.
+    """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
 
-    With `residual`, x_{i+1} = layer_i(x_i) + A_i x_i, where A_i is a linear map without bias if the features differ and
-    the identity if they don't.
+    With `residual`, x_{i+1} = layer_i(x_i) + A_i x_i. A_i is a linear map without bias if the numbers of features
+    differ, otherwise the identity.
 
     Args:
-        layers: `MinGRU`, `MinLSTM`, `MinConv1dGRU` and its siblings, or other stacks; at least one. Each has as many
-            input features as the one before it has output features, D * H, and all have the same `batch_first` and
-            the same number of space dimensions.
-        dropout: probability in [0, 1] with which each element of each layer's output but the last's is dropped, in
-            training only. It comes on top of what a layer of several layers drops between its own.
-        residual: adds each layer's input to its output, which must have the same shape where the layer is
-            convolutional. States are those without it.
+        layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU` or `Stack`. Each has as
+            many input features as the previous layer has output features, D * H. All have the same `batch_first` and
+            the same number of spatial dimensions.
+        dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
+            It is in addition to the layers' own dropout.
+        residual: If True, add each layer's input to its output. A convolutional layer must then keep the shape of its
+            input. The returned states do not include the residual.
 
-    Called with:
-        x: as the first layer takes it; so are `reset` and `lengths`, which all layers share. A
-            `torch.nn.utils.rnn.PackedSequence` goes in, and comes out, where no layer is convolutional; `lengths`
-            likewise.
-        h: the states before the first step, a list as it is returned, or a tuple; in TorchScript, a list.
-            Default: each layer's own.
+    Inputs:
+        - **x**: Input of the first layer. It may be a `torch.nn.utils.rnn.PackedSequence` if no layer is convolutional.
+        - **h**: States before the first step, a list as returned or a tuple (in TorchScript, a list). Default: the
+          initial state of each layer.
+        - **reset**: Mask that all layers share, as in their `forward`.
+        - **lengths**: Lengths that all layers share, if no layer is convolutional.
 
-    Returns:
-        `out`, the last layer's output, and the list of the states after the last step, so that `stack(x2, h)`
-        continues. The list is flat, and has for each layer in turn
-
-        - one tensor of `MinGRU` or `MinLSTM`, (L * D, B, 1, H);
-        - L * D tensors of a convolutional layer, (B, 1, H, *space), as it returns them;
-        - all those of a stack;
-
-        `num_states` in all. TorchScript, which knows lists of tensors but none of lists and tensors, takes the same.
+    Outputs:
+        - **out**: Output of the last layer, packed if x is packed.
+        - **h**: List of the `num_states` states after the last step, so that `stack(x2, h)` continues. It contains, in
+          the order of the layers, one tensor (L * D, B, 1, H) of each `MinGRU` or `MinLSTM`, L * D tensors `(B, 1, H,
+          *space)` of each convolutional layer, and all states of each inner `Stack`. The list is flat because
+          TorchScript does not support nested lists.
 
     Raises:
-        TypeError: layers, or states, that are none.
-        ValueError: no layer; layers that don't fit over each other; a number of states, shape, device or dropout that
-            does not fit; and what the layers raise.
+        TypeError: An element of `layers` is not a supported layer, or `h` is not a list of tensors.
+        ValueError: `layers` is empty, two layers do not fit together, or a number of states, a shape, device or dropout
+            is invalid. Errors of the layers pass through.
 
-    Parameters: the layers' under `layers.{i}.`, and `aligns.{i}.weight` (output features, input features) where
-    `residual` needs one, drawn as `torch.nn.Linear` draws it, on the device and in the dtype of its layer.
+    State dict:
+        - `layers.{i}.*`: entries of layer i.
+        - `aligns.{i}.weight` (output features, input features): the residual's linear map, if layer i needs one. It is
+          initialized as in `torch.nn.Linear`, with the device and dtype of the layer.
 
-    Example:
+    Examples:
         >>> stack = mingru.Stack([mingru.MinGRU(3, 32, bidirectional=True), mingru.MinLSTM(64, 16)], dropout=0.1)
         >>> out, h = stack(torch.randn(10, 128, 3))
         >>> out.shape, [state.shape for state in h]
@@ -79,7 +78,7 @@ class Stack(Base, role="sequence"):
         self.num_space_dims = found[0].num_space_dims
         self.input_dims: int = found[0].input_dims
         self.output_dims = found[-1].output_dims
-        # The states of layer i are those from ends[i] to ends[i + 1].
+        # Layer i has states[ends[i] : ends[i + 1]].
         self.ends = [0]
         for layer in found:
             self.ends.append(self.ends[-1] + layer.num_states)
@@ -87,26 +86,26 @@ class Stack(Base, role="sequence"):
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
 
     def _checked(self, layers: Any) -> list[Any]:
-        """The layers, which fit over each other."""
+        """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
         if not isinstance(layers, Iterable):
             raise TypeError(expectation(self.name, "layers", "a list of layers", type(layers).__name__, PASS_A_LIST))
         found = list(layers)
         if not found:
-            raise ValueError(expectation(self.name, "layers", "at least one", "none"))
+            raise ValueError(expectation(self.name, "layers", "a list of at least one layer", "an empty list"))
         for index, layer in enumerate(found):
             if not isinstance(layer, Base) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU or Stack"
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, type(layer).__name__))
-        for index, (below, layer) in enumerate(pairwise(found)):
-            argument, beside = f"layers[{index + 1}]", f"layers[{index}]"
-            if layer.batch_first != below.batch_first:
-                expected = f"of batch_first={below.batch_first} as {beside} is"
+        for index, (previous, layer) in enumerate(pairwise(found)):
+            argument, previous_name = f"layers[{index + 1}]", f"layers[{index}]"
+            if layer.batch_first != previous.batch_first:
+                expected = f"a layer with batch_first={previous.batch_first} like {previous_name}"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.batch_first)))
-            if layer.num_space_dims != below.num_space_dims:
-                expected = f"of {below.num_space_dims} space dimensions as {beside} is"
+            if layer.num_space_dims != previous.num_space_dims:
+                expected = f"a layer with {previous.num_space_dims} spatial dimensions like {previous_name}"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.num_space_dims)))
-            if layer.input_dims != below.output_dims:
-                expected = f"of input_dims {below.output_dims} as {beside} puts out"
+            if layer.input_dims != previous.output_dims:
+                expected = f"a layer with input_dims={previous.output_dims}, the output features of {previous_name}"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.input_dims)))
         return found
 
@@ -118,19 +117,19 @@ class Stack(Base, role="sequence"):
         return out, states
 
     def _align(self, index: int, layer: Any) -> nn.Module:
-        """What brings the layer's input to the shape of its output, for `residual`."""
+        """Return the map from the layer's input to the shape of its output, for `residual`."""
         if not self.residual or layer.input_dims == layer.output_dims:
             return nn.Identity()
         if layer.num_space_dims > 0:
-            argument, expected = f"layers[{index}]", "of as many output as input channels, as residual is True"
-            got = f"{layer.input_dims} to {layer.output_dims}"
-            remedy = "let the layer add its own by its option residual"
-            raise ValueError(expectation(self.name, argument, expected, got, remedy))
+            expected = "a layer with as many output as input channels because residual is True"
+            got = f"{layer.input_dims} input and {layer.output_dims} output channels"
+            remedy = "pass residual=True to the layer instead"
+            raise ValueError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
         weight = next(layer.parameters())
         return nn.Linear(layer.input_dims, layer.output_dims, bias=False, device=weight.device, dtype=weight.dtype)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as the constructors did."""
+        """Re-initialize all parameters."""
         for module in [*self.layers, *self.aligns]:
             if not isinstance(module, nn.Identity):
                 module.reset_parameters()
@@ -144,51 +143,51 @@ class Stack(Base, role="sequence"):
         else:
             self._check(h)
         if lengths is not None and self.num_space_dims > 0:
-            raise ValueError(f"{self.name}: lengths must be None, as convolutional layers take none")
+            raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
         states: list[Tensor] = []
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
             out, after = layer.with_states(x, before, reset, lengths)  # type: ignore[operator]
             states += after
-            rows = _rows(out)
+            data = _data_of(out)
             if self.residual:
-                residual_input = _rows(x)
+                residual_input = _data_of(x)
                 if index == 0 and lengths is not None:
-                    # The outputs are 0 in the padding, and stay 0.
+                    # The output must stay 0 in the padding.
                     padding = layout.padding_from_lengths(lengths, residual_input, not self.batch_first)
                     residual_input = residual_input.masked_fill(padding.unsqueeze(2), 0.0)
                 added = align(residual_input)
-                if (is_scripting() or not is_tracing()) and added.shape != rows.shape:
-                    shapes = f"from {_dims(added)} to {_dims(rows)}"
+                if (is_scripting() or not is_tracing()) and added.shape != data.shape:
+                    shapes = f"from {_dims(added)} to {_dims(data)}"
                     raise ValueError(
-                        f"{self.name}: layers[{index}] must keep the shape of x, as residual is True, got {shapes}; "
-                        "let the layer add its own by its option residual"
+                        f"{self.name}: layers[{index}] must keep the shape of x because residual is True, "
+                        f"got {shapes}; pass residual=True to the layer instead"
                     )
-                rows = rows + added
+                data = data + added
             if index < len(self.layers) - 1 and self.dropout > 0:
-                rows = F.dropout(rows, self.dropout, self.training)
-            x = _with_rows(out, rows)
+                data = F.dropout(data, self.dropout, self.training)
+            x = _with_data(out, data)
         return x, states
 
     @untraced
     def _check(self, h: Any) -> None:
-        """Refuse a list of states that is none; what is in it, its layer refuses."""
+        """Raise an error if h is not a list of `num_states` tensors; the layers check each tensor."""
         if h is None:
             return
         if not isinstance(h, (list, tuple)):
             expected = f"a list of {self.num_states} tensors"
-            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, self._whose()))
+            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, self._counts()))
         if len(h) != self.num_states:
             expected = f"{self.num_states} tensors"
-            raise ValueError(expectation(self.name, "h", expected, str(len(h)), self._whose()))
+            raise ValueError(expectation(self.name, "h", expected, str(len(h)), self._counts()))
         for index, state in enumerate(h):
             if not isinstance(state, Tensor):
-                raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._whose()))
+                raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
 
-    def _whose(self) -> str:
+    def _counts(self) -> str:
         counts = [end - start for start, end in pairwise(self.ends)]
         names = [type(layer).__name__ for layer in self.layers]
-        return "they are " + ", ".join(f"{count} of {name}" for count, name in zip(counts, names, strict=True))
+        return "pass " + ", ".join(f"{count} for {name}" for count, name in zip(counts, names, strict=True))
 
     def extra_repr(self) -> str:
         options = {"dropout": 0.0, "residual": False}
@@ -202,17 +201,17 @@ def _dims(x: Tensor) -> str:
         return dims(x.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A tensor as it is, and the data of a PackedSequence."""
+def _data_of(x: Tensor) -> Tensor:
+    """Return a tensor unchanged, or the data of a PackedSequence."""
     if is_scripting():
         return x
     else:
         return x.data if isinstance(x, PackedSequence) else x
 
 
-def _with_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Other rows, packed as those of x are."""
+def _with_data(x: Tensor, data: Tensor) -> Tensor:
+    """Return data, packed like x if x is a PackedSequence."""
     if is_scripting():
-        return rows
+        return data
     else:
-        return PackedSequence(rows, *x[1:]) if isinstance(x, PackedSequence) else rows
+        return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
