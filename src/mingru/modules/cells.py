@@ -174,7 +174,9 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
         forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
 
     Inputs:
-        - **x**, **h**, **reset**: As in [mingru.MinGRUCell][].
+        - **x**: Input, (B, I) or (I,).
+        - **h**: State before the step, (B, H) or (H,).
+        - **reset**: Bool mask of the sequences that start again.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,).

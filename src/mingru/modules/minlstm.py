@@ -11,7 +11,7 @@ from .recurrent import Recurrent
 class MinLSTM(Recurrent):
     """Apply a stack of minimal long short-term memory (minLSTM) layers to a sequence.
 
-    All time steps are computed in parallel. Each layer and direction computes
+    Each layer and direction computes
 
         f_t = sigma(W_f x_t + b_f)      i_t = sigma(W_i x_t + b_i)
         h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) g(W_h x_t + b_h)
@@ -19,7 +19,7 @@ class MinLSTM(Recurrent):
     where f_t is the forget gate, i_t the input gate and h_t the state. [mingru.functional.g][] keeps the candidate
     positive. The normalized gates sum to 1, so that the state does not grow with length.
 
-    Arguments (except `forget_bias`), inputs, outputs and errors are explained in [mingru.MinGRU][].
+    [mingru.MinGRU][] explains the arguments (except `forget_bias`), inputs, outputs and errors.
 
     Args:
         input_dims: Number of input features, I.
@@ -40,10 +40,14 @@ class MinLSTM(Recurrent):
             at first. Requires `bias=True`.
 
     Inputs:
-        - **x**, **h**, **reset**, **lengths**: As in `MinGRU`.
+        - **x**: Sequence, (B, S, I).
+        - **h**: State before the first step, expandable to (L * D, B, 1, H).
+        - **reset**: Bool mask of the steps that start from the initial state.
+        - **lengths**: Number of valid steps of each sequence.
 
     Outputs:
-        - **out**, **h**: As in `MinGRU`.
+        - **out**: Output of the last layer, (B, S, D * H).
+        - **h**: State after the last step, (L * D, B, 1, H).
 
     State dict:
         As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
@@ -53,9 +57,8 @@ class MinLSTM(Recurrent):
         As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow, for all pre-activations that
         float32 can represent.
 
-    Differences from `torch.nn.LSTM`: the state is one tensor, h, without a cell state. There is no output gate and
-    there are no weights from state to state. The shape and default of the state and the default of `batch_first` differ
-    too.
+    Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, no output gate and no weight
+    from state to state. Defaults differ as in `MinGRU`.
 
     Examples:
         >>> rnn = mingru.MinLSTM(input_dims=3, hidden_dims=64, num_layers=2, forget_bias=1.0)
