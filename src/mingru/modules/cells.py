@@ -176,7 +176,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
     Inputs:
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
-        - **reset**: Bool mask of the sequences that start again.
+        - **reset**: Mask of sequences to restart.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,).
@@ -187,7 +187,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
     Numerics:
         As in `MinGRUCell`.
 
-    Unlike in `torch.nn.LSTMCell`, the state is a single tensor without a cell state.
+    Unlike `torch.nn.LSTMCell`, it has no cell state.
 
     Examples:
         >>> cell = mingru.MinLSTMCell(input_dims=3, hidden_dims=64, forget_bias=1.0)

@@ -36,14 +36,14 @@ class MinLSTM(Recurrent):
         recompute: If True, backward recomputes pre-activations.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        forget_bias: Added to the forget gate's bias at initialization. With 1, for example, the layer remembers longer
-            at first. Requires `bias=True`.
+        forget_bias: Added to the forget gate's bias at initialization. 1 makes the layer remember longer at first.
+            Requires `bias=True`.
 
     Inputs:
         - **x**: Sequence, (B, S, I).
-        - **h**: State before the first step, expandable to (L * D, B, 1, H).
-        - **reset**: Bool mask of the steps that start from the initial state.
-        - **lengths**: Number of valid steps of each sequence.
+        - **h**: State before the first step, (L * D, B, 1, H).
+        - **reset**: Mask of the steps that start from the initial state.
+        - **lengths**: Valid steps of each sequence.
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H).
@@ -54,11 +54,10 @@ class MinLSTM(Recurrent):
         first, then input gate rows, then candidate rows.
 
     Numerics:
-        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow, for all pre-activations that
-        float32 can represent.
+        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.
 
-    Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, no output gate and no weight
-    from state to state. Defaults differ as in `MinGRU`.
+    Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, output gate or recurrent
+    weight. Defaults differ as in `MinGRU`.
 
     Examples:
         >>> rnn = mingru.MinLSTM(input_dims=3, hidden_dims=64, num_layers=2, forget_bias=1.0)
