@@ -1,6 +1,6 @@
 # What developers and CI call. PYTHON is the interpreter of an environment that has the `dev` extra.
 PYTHON ?= .venv/bin/python
-FILES = src tests benchmarks examples selective_copying.py conftest.py
+FILES = src tests benchmarks examples docs/hooks.py selective_copying.py conftest.py
 
 .PHONY: setup format check test bench seeds picture modes docs sanitize wheel
 
@@ -41,6 +41,8 @@ picture: test
 modes:
 	$(PYTHON) tests/modes/matrix.py --write
 
+# The pages link to the repository if it was cloned from an https address.
+docs: export REPOSITORY_URL ?= $(filter https://%,$(shell git remote get-url origin 2>/dev/null))
 docs:
 	$(PYTHON) -m mkdocs build --strict
 
