@@ -1,0 +1,231 @@
+"""The residual block around a recurrent layer."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..check import check_flag, check_int, check_lengths, check_like, check_reset, expectation
+from ..check import dims as dims_text
+from ..modules import MinGRU, MinLSTM
+from ..modules.base import Base
+from ..modules.recurrent import NORMS
+from ..modules.shared import not_default
+from ..ops import layout
+from ..ops.graph import is_autocast, is_scripting, untraced
+from ..ops.shape import accumulate_dtype
+from .causal_conv import CausalConv
+
+CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
+
+
+class Block(Base, role="sequence"):
+    """Apply a residual block around a minGRU or minLSTM layer to a sequence.
+
+        x_t = x_t + conv(x)_t           if `conv`
+        x_t = x_t + W rnn(norm(x))_t
+        x_t = x_t + mlp(norm(x_t))      if `mlp`
+
+    where conv is causal and depthwise, and the norms, W and the MLP act on each step.
+
+    Args:
+        dims: Number of features of input and output.
+        cell: "mingru" or "minlstm".
+        expansion: The state has `round(expansion * dims)` features.
+        conv: Kernel size of the convolution, at least 2, or None.
+        mlp: The MLP has `round(mlp * dims)` hidden features and GELU; None for no MLP.
+        norm: "rms" or "layer".
+        dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
+        checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
+        **layer_options: `bias`, `bidirectional`, `candidate`, `learn_initial_state`, `recompute`, `forget_bias`,
+            `device` and `dtype` of [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`, `device` and `dtype` apply to the
+            other parts too.
+
+    Inputs:
+        - **x**: Sequence, (B, S, dims).
+        - **h**: List of states before the first step: the state of the layer, (D, B, 1, H), and, with `conv`, the last
+          inputs of the convolution, (1, B, conv - 1, dims), the oldest first. Default: the initial state of the layer,
+          and zeros.
+        - **reset**: Bool mask, (B, S). Where True, both states are set to their default before that step.
+        - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. `out` is 0 in the padding.
+
+    Outputs:
+        - **out**: Sequence, (B, S, dims).
+        - **h**: List of the states after the last valid step, so that `block(x2, h)` continues.
+
+        All outputs are differentiable.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype, or an option is unknown.
+        ValueError: A size, shape, device, option or number of states is invalid.
+
+    State dict:
+        `rnn` is the layer with its norm, `out` is W. `conv.weight` (conv, dims) has the weight of the current step
+        first. `mlp` has the norm, the first and the second linear map as 0, 1 and 3.
+
+    Examples:
+        >>> block = mingru.models.Block(64, expansion=1.5, conv=4, mlp=2)
+        >>> out, h = block(torch.randn(10, 128, 64))
+        >>> out.shape, [state.shape for state in h]
+        (torch.Size([10, 128, 64]), [torch.Size([1, 10, 1, 96]), torch.Size([1, 10, 3, 64])])
+        >>> out, h = block(torch.randn(10, 1, 64), h)  # the next step
+
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", appendix C, and the authors' code.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        *,
+        cell: str = "mingru",
+        expansion: float = 1.0,
+        conv: int | None = None,
+        mlp: float | None = None,
+        norm: str = "rms",
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        check_int(self.name, "dims", dims)
+        if cell not in CELLS:
+            raise ValueError(expectation(self.name, "cell", f"one of {tuple(CELLS)}", repr(cell)))
+        _check_ratio(self.name, "expansion", expansion, dims)
+        if conv is not None:
+            check_int(self.name, "conv", conv, "an int or None", 2)
+        if mlp is not None:
+            _check_ratio(self.name, "mlp", mlp, dims)
+        if norm not in NORMS:
+            raise ValueError(expectation(self.name, "norm", f"one of {tuple(NORMS)}", repr(norm)))
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
+        if not 0 <= dropout <= 1:
+            raise ValueError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
+        check_flag(self.name, "checkpoint", checkpoint)
+        for option in ("num_layers", "batch_first", "residual"):
+            if option in layer_options:
+                raise TypeError(f"{self.name}: no argument {option!r}; a block has one layer, x is (B, S, {dims})")
+        factory = {name: layer_options.get(name) for name in ("device", "dtype")}
+        bias = layer_options.get("bias", True)
+        self.cell = cell
+        self.dropout = float(dropout)
+        self.checkpoint = checkpoint
+        self.batch_first = True
+        self.input_dims = self.output_dims = dims
+        self.rnn = CELLS[cell](dims, round(expansion * dims), norm=norm, **layer_options)
+        self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
+        self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)
+        self.mlp = None
+        if mlp is not None:
+            hidden = round(mlp * dims)
+            self.mlp = nn.Sequential(
+                NORMS[norm](dims, **factory),
+                nn.Linear(dims, hidden, bias, **factory),
+                nn.GELU(),
+                nn.Linear(hidden, dims, bias, **factory),
+            )
+        self.num_states = 1 if conv is None else 2
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        self.rnn.reset_parameters()
+        self.out.reset_parameters()
+        if self.conv is not None:
+            self.conv.reset_parameters()
+        if self.mlp is not None:
+            for module in self.mlp:
+                if not isinstance(module, nn.GELU):
+                    module.reset_parameters()  # type: ignore[operator]
+
+    def initial_state(self, batch: int) -> list[Tensor]:
+        """Return the default states for a batch."""
+        states = [self.rnn._state(self.out.weight, None, batch)]
+        if self.conv is not None:
+            states.append(self.out.weight.new_zeros(1, batch, self.conv.kernel_size - 1, self.input_dims))
+        return states
+
+    def with_states(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Call the block."""
+        out, states = self(x, h, reset, lengths)
+        return out, states
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        if is_scripting():
+            if h is not None and len(h) != self.num_states:
+                raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
+            return self._run(x, h, reset, lengths)
+        else:
+            self._check(x, h, reset, lengths)
+            if self.checkpoint and self.training and torch.is_grad_enabled():
+                return checkpoint(self._run, x, h, reset, lengths, use_reentrant=False)
+            return self._run(x, h, reset, lengths)
+
+    def _run(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        states: list[Tensor] = []
+        conv = self.conv
+        if conv is not None:
+            past = x.new_zeros([1, x.size(0), conv.kernel_size - 1, x.size(2)]) if h is None else h[1]
+            convolved, past = conv(x, past, reset, lengths)
+            x = x + convolved
+            states.append(past)
+        y, last = self.rnn(x, None if h is None else h[0], reset, lengths)
+        states.insert(0, last)
+        x = x + F.dropout(self.out(y), self.dropout, self.training)
+        mlp = self.mlp
+        if mlp is not None:
+            x = x + F.dropout(mlp(x), self.dropout, self.training)
+        if lengths is not None:
+            x = x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
+        return x, states
+
+    @untraced
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any) -> None:
+        """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
+        dims = self.input_dims
+        if not isinstance(x, Tensor):
+            remedy = "pad the sequences and pass lengths" if hasattr(x, "batch_sizes") else "use torch.as_tensor"
+            raise TypeError(expectation(self.name, "x", f"a tensor (B, S, {dims})", type(x).__name__, remedy))
+        if x.dim() != 3 or x.shape[2] != dims:
+            raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
+        check_like(self.name, "x", x, self.out.weight, "the block's weights", autocast=is_autocast(x), ids=True)
+        if h is not None:
+            expected = f"a list of {self.num_states} tensors"
+            if not isinstance(h, (list, tuple)):
+                raise TypeError(expectation(self.name, "h", expected, type(h).__name__))
+            if len(h) != self.num_states:
+                raise ValueError(expectation(self.name, "h", expected, f"{len(h)}"))
+        if self.conv is None:
+            return
+        batch, num_past = x.shape[0], self.conv.kernel_size - 1
+        if h is not None:
+            past, shape = h[1], (1, batch, num_past, dims)
+            if not isinstance(past, Tensor):
+                raise TypeError(expectation(self.name, "h[1]", "a tensor", type(past).__name__))
+            check_like(self.name, "h[1]", past, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
+            if past.shape != shape:
+                raise ValueError(expectation(self.name, "h[1]", dims_text(shape), dims_text(past.shape)))
+        check_reset(self.name, reset, x, "(B, S)")
+        if lengths is not None:
+            check_lengths(self.name, lengths, batch, x.shape[1], x.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, {"dropout": 0.0, "checkpoint": False})
+
+
+def _check_ratio(name: str, argument: str, ratio: object, dims: int) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(expectation(name, argument, "a number", repr(ratio)))
+    if not (math.isfinite(ratio) and round(ratio * dims) >= 1):
+        expected = f"at least one feature, {argument} * dims >= 1"
+        raise ValueError(expectation(name, argument, expected, repr(ratio)))

@@ -1,0 +1,311 @@
+"""A language model of recurrent blocks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..check import check_flag, check_int, expectation
+from ..check import dims as dims_text
+from ..modules import Stack
+from ..modules.recurrent import NORMS
+from ..ops.graph import is_compiling, is_scripting, untraced
+from . import files, generation
+from .block import Block
+
+
+class LanguageModel(nn.Module):
+    """Predict the next token of a sequence with a stack of recurrent blocks.
+
+        x_t = embedding of ids_t
+        x = block_L(... block_1(x))
+        logits_t = V norm(x_t)
+
+    where V is the embedding's weight if `tied`. The state has a fixed size, whatever the number of tokens.
+
+    Args:
+        vocab_size: Number of different tokens, V. Ids are from 0 to V - 1.
+        dims: Number of features of embeddings and blocks.
+        num_layers: Number of blocks, L.
+        tied: If True, the output layer shares the embedding's weight.
+        **block_options: Options of [mingru.models.Block][]: `cell`, `expansion`, `conv`, `mlp`, `norm`, `dropout`,
+            `checkpoint`, and options of the layer, `device` and `dtype` included. `bidirectional` must be False.
+
+    Inputs:
+        - **ids**: Tokens, integers (B, S).
+        - **state**: List of all blocks' states before the first token, as returned. Default: `initial_state(B)`.
+        - **lengths**: Number of valid tokens of each sequence, integers (B,) from 1 to S, by keyword. Padded positions
+          may have any valid ids.
+        - **reset**: Bool mask, (B, S), by keyword. Where True, the state is set to its default before that token.
+
+    Outputs:
+        - **logits**: Scores of the next token, (B, S, V).
+        - **state**: List of tensors with the batch in dimension 1, so that `lm(ids2, state)` continues. For each block:
+          (1, B, 1, H), and (1, B, conv - 1, dims) with `conv`.
+
+        Both outputs are differentiable. To detach, move or select sequences, apply the same operation to each tensor:
+        `[each.detach() for each in state]`, `[each.index_select(1, order) for each in state]`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A size, shape, device or option is invalid, or an id is not from 0 to V - 1 (checked on the CPU).
+
+    State dict:
+        `embedding.weight` (V, dims), `blocks.layers.{l}.*`, `norm.*` and, if not `tied`, `head.weight` (V, dims).
+
+    Examples:
+        >>> lm = mingru.models.LanguageModel(vocab_size=100, dims=64, num_layers=2, conv=4, mlp=2)
+        >>> ids = torch.randint(100, (8, 50))
+        >>> logits, state = lm(ids)
+        >>> logits.shape
+        torch.Size([8, 50, 100])
+        >>> logits, state = lm(ids[:, :1], state)  # the next token
+        >>> lm.generate(ids, max_new_tokens=10, seed=0).shape
+        torch.Size([8, 60])
+
+    References:
+        Feng et al. 2024, "Were RNNs All We Needed?", section 4.
+    """
+
+    def __init__(
+        self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any
+    ) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
+            check_int(self.name, argument, size)
+        check_flag(self.name, "tied", tied)
+        if block_options.get("bidirectional"):
+            remedy = "the reverse direction would read the tokens that are to be predicted"
+            raise ValueError(expectation(self.name, "bidirectional", "False", "True", remedy))
+        factory = {name: block_options.get(name) for name in ("device", "dtype")}
+        self.vocab_size = vocab_size
+        self.tied = tied
+        self.config = {
+            "vocab_size": vocab_size,
+            "dims": dims,
+            "num_layers": num_layers,
+            "tied": tied,
+            **{name: value for name, value in block_options.items() if name not in factory},
+        }
+        self.embedding = nn.Embedding(vocab_size, dims, **factory)
+        self.blocks = Stack([Block(dims, **block_options) for _ in range(num_layers)])
+        self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)
+        self.head = None if tied else nn.Linear(dims, vocab_size, bias=False, **factory)
+        self._initialize_embedding()
+
+    def _initialize_embedding(self) -> None:
+        # The output layer of the same weight then starts with logits of about 1.
+        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        self._initialize_embedding()
+        self.blocks.reset_parameters()
+        self.norm.reset_parameters()
+        if self.head is not None:
+            self.head.reset_parameters()
+
+    def initial_state(self, batch: int) -> list[Tensor]:
+        """Return the default states for a batch."""
+        return [state for block in self.blocks.layers for state in block.initial_state(batch)]  # type: ignore[operator]
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        x, state = self._features(ids, state, lengths, reset)
+        return self._logits(x), state
+
+    def _features(
+        self, ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the features after the last block (B, S, dims), and the states."""
+        if is_scripting():
+            return self.blocks(self.embedding(ids), state, reset, lengths)
+        else:
+            self._check(ids)
+            return self.blocks(self._embed(ids), state, reset, lengths)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        head = self.head
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if head is None else head(x)
+
+    @torch.jit.unused
+    def _embed(self, ids: Tensor) -> Tensor:
+        if is_compiling():
+            return self.embedding(ids)
+        try:
+            return self.embedding(ids)
+        except IndexError:
+            wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+            if wrong.numel() == 0:
+                raise
+            expected = f"from 0 to {self.vocab_size - 1} because vocab_size is {self.vocab_size}"
+            raise ValueError(expectation(self.name, "ids", expected, f"{int(wrong[0])}")) from None
+
+    @untraced
+    def _check(self, ids: Any) -> None:
+        """Raise an error if ids are not integers (B, S)."""
+        if not isinstance(ids, Tensor):
+            remedy = "use torch.as_tensor"
+            raise TypeError(expectation(self.name, "ids", "an integer tensor (B, S)", type(ids).__name__, remedy))
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(expectation(self.name, "ids", "int64 or int32", str(ids.dtype), "use ids.long()"))
+        if ids.dim() != 2:
+            remedy = "add a batch dimension with ids.unsqueeze(0)" if ids.dim() == 1 else ""
+            raise ValueError(expectation(self.name, "ids", "(B, S)", dims_text(ids.shape), remedy))
+        device = self.embedding.weight.device
+        if ids.device != device:
+            raise ValueError(expectation(self.name, "ids", f"on {device} like the weights", str(ids.device)))
+
+    @torch.jit.unused
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] | None = None,
+        state: list[Tensor] | None = None,
+        streamer: Callable[[Tensor], object] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Continue each prompt with sampled tokens.
+
+        The prompts are read in one parallel pass, then each step adds a token. A sequence gives the same tokens in any
+        batch, because each has its own random numbers.
+
+        Args:
+            prompts: Tokens, integers (B, S), or a list of B integer tensors (S_b,) of any lengths of at least 1.
+            max_new_tokens: Largest number of tokens to add to each prompt.
+            temperature: Divisor of the logits. 0 takes the most likely token.
+            top_k: Sample only from the k most likely tokens.
+            top_p: Sample only from the most likely tokens whose probabilities first sum to at least this number, above
+                0 and at most 1.
+            min_p: Sample only from tokens at least this many times as likely as the most likely one, from 0 to 1.
+            stop: Token or tokens that end a sequence. The token is part of the result.
+            seed: Seed of the first sequence; sequence b has seed + b. Or a list with a seed for each. Default: random.
+            state: State before the prompts, as `forward` returns it. Default: `initial_state(B)`.
+            streamer: Called after each step with the new tokens, (B,); -1 for sequences that have ended. [stream][
+                mingru.models.LanguageModel.stream] has the same tokens as an iterator.
+
+        Returns:
+            For a tensor, (B, S + n): prompts and new tokens; a sequence that ends early is filled with its stop token.
+            For a list, a list of tensors (S_b + n_b,).
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A prompt is empty, an id or option is out of range, or the state does not fit.
+        """
+        new = []
+        for tokens in self.stream(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            seed=seed,
+            state=state,
+        ):
+            new.append(tokens)
+            if streamer is not None:
+                streamer(tokens)
+        return generation.joined(prompts, new)
+
+    @torch.jit.unused
+    def stream(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] | None = None,
+        state: list[Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the new tokens of each step, (B,), with -1 for sequences that have ended.
+
+        The arguments are those of [generate][mingru.models.LanguageModel.generate].
+        """
+        sampling = generation.Sampling.checked(self.name, temperature, top_k, top_p, min_p)
+        ids, lengths = generation.padded(self.name, prompts)
+        check_int(self.name, "max_new_tokens", max_new_tokens, least=0)
+        stops = generation.stop_tokens(self.name, stop, self.vocab_size)
+        seeds = generation.seeds_of(self.name, seed, len(ids))
+        return generation.stream(self, ids, lengths, state, max_new_tokens, sampling, stops, seeds)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the parameters in two groups for an optimizer such as `torch.optim.AdamW`.
+
+        Norms, biases, initial states and the linear maps of the gates and candidates have no weight decay, as in the
+        paper's code.
+        """
+        groups: list[list[nn.Parameter]] = [[], []]
+        for name, parameter in self.named_parameters():
+            has_decay = parameter.dim() > 1 and ".rnn." not in name
+            groups[0 if has_decay else 1].append(parameter)
+        return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+    @torch.jit.unused
+    def save_pretrained(self, folder: str | PathLike[str], *, figures: dict[str, Any] | None = None) -> None:
+        """Write the model to a folder: `config.json`, `model.safetensors` and `README.md`, a model card.
+
+        Existing files are replaced only after all new files have been written.
+
+        Args:
+            folder: Path of the folder, which is created if necessary.
+            figures: Figures of the training for the model card, such as {"held-out loss in nats": 1.42}.
+
+        Raises:
+            ModuleNotFoundError: safetensors is missing.
+            ValueError: The folder cannot be written.
+        """
+        files.save(self, folder, figures or {})
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_name: str | PathLike[str], *, revision: str | None = None, device: Any = None
+    ) -> "LanguageModel":
+        """Load a model from a folder, or from the Hugging Face hub.
+
+        Args:
+            folder_or_name: Folder that `save_pretrained` wrote, or the name of a model on the hub, "owner/name".
+            revision: Branch, tag or commit on the hub.
+            device: Device of the parameters. Their dtype is the dtype in the file.
+
+        Raises:
+            ModuleNotFoundError: safetensors or, for a name, huggingface_hub is missing.
+            ValueError: The folder has no model, a file is damaged, or a tensor is missing, unexpected or of the wrong
+                shape.
+        """
+        return files.load(cls, folder_or_name, revision, device)
+
+    @torch.jit.unused
+    def push_to_hub(self, name: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
+        """Upload the files of `save_pretrained` to the Hugging Face hub, and return the address of the commit.
+
+        Args:
+            name: Name of the model on the hub, "owner/name", which is created if necessary.
+            figures: As for `save_pretrained`.
+            **options: Options of `huggingface_hub.HfApi.upload_folder`, such as `token` and `commit_message`.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub or safetensors is missing.
+        """
+        return files.push(self, name, figures or {}, options)
