@@ -248,16 +248,16 @@ class GRU(_DropIn, role="torch"):
         return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
 
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
-        rows = input.data
-        if rows.dim() != 2:
+        data = input.data
+        if data.dim() != 2:
             raise RuntimeError(
-                expectation(self.name, "input", "packed rows (rows, I)", dims(rows.shape), embed_remedy(rows))
+                expectation(self.name, "input", "packed rows (rows, I)", dims(data.shape), embed_remedy(data))
             )
-        self._check_input(rows, ValueError)
+        self._check_input(data, ValueError)
         if hx is not None:
             self._check_tensor("hx", hx)
             shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
-            self._check_hx(hx, rows, shape, "L * D, B, H")
+            self._check_hx(hx, data, shape, "L * D, B, H")
         out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
         return out, without_dims(last, [2])
 

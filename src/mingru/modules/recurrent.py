@@ -204,18 +204,18 @@ class Recurrent(Base, role="sequence"):
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
             return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
         if is_scripting():
-            batch_sizes, order, index = layout.rows_from_lengths(lengths, x, not self.batch_first)
+            batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
         elif is_compiling():
             return self._padded(x, h, reset, lengths)
         else:
-            batch_sizes, order, index = for_trace(layout.rows_from_lengths)(lengths, x, not self.batch_first)
+            batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
         index = index.to(x.device)
         order = order.to(x.device)
-        rows = x.flatten(0, 1).index_select(0, index)
+        packed = x.flatten(0, 1).index_select(0, index)
         if reset is not None:
             reset = reset.flatten().index_select(0, index)
         state = self._state(x, h, batch).index_select(1, order)
-        out, last = self._run(rows, state, reset, Layout(False, batch_sizes, None))
+        out, last = self._run(packed, state, reset, Layout(False, batch_sizes, None))
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
         padded[index] = out
         return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
@@ -237,11 +237,11 @@ class Recurrent(Base, role="sequence"):
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
         """Return a PackedSequence and the states, which are in the order of the batch before packing."""
-        rows, batch_sizes, order, back = x
-        row_reset = self._check_packed(x, h, reset, lengths)
-        state = self._state(rows, h, int(batch_sizes[0]))
+        data, batch_sizes, order, back = x
+        packed_reset = self._check_packed(x, h, reset, lengths)
+        state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(rows, state, row_reset, Layout(False, batch_sizes, None))
+        out, last = self._run(data, state, packed_reset, Layout(False, batch_sizes, None))
         return PackedSequence(out, batch_sizes, order, back), last if back is None else last.index_select(1, back)
 
     def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
@@ -320,9 +320,9 @@ class Recurrent(Base, role="sequence"):
             raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
         if not torch.equal(_order_of(reset), _order_of(x)):
             raise ValueError(expectation(self.name, "reset", "packed in the order of x", "another order"))
-        row_reset: Tensor = reset.data
-        check_reset(self.name, row_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, rows)")
-        return row_reset
+        packed_reset: Tensor = reset.data
+        check_reset(self.name, packed_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, rows)")
+        return packed_reset
 
     def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
         """Refuse an x that does not fit to the weights, and an h that does not fit to x."""

@@ -150,24 +150,24 @@ class Stack(Base, role="sequence"):
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
             out, after = layer.with_states(x, before, reset, lengths)  # type: ignore[operator]
             states += after
-            rows = _rows(out)
+            data = _data(out)
             if self.residual:
-                residual_input = _rows(x)
+                residual_input = _data(x)
                 if index == 0 and lengths is not None:
                     # The outputs are 0 in the padding, and stay 0.
                     padding = layout.padding_from_lengths(lengths, residual_input, not self.batch_first)
                     residual_input = residual_input.masked_fill(padding.unsqueeze(2), 0.0)
                 added = align(residual_input)
-                if (is_scripting() or not is_tracing()) and added.shape != rows.shape:
-                    shapes = f"from {_dims(added)} to {_dims(rows)}"
+                if (is_scripting() or not is_tracing()) and added.shape != data.shape:
+                    shapes = f"from {_dims(added)} to {_dims(data)}"
                     raise ValueError(
                         f"{self.name}: layers[{index}] must keep the shape of x, as residual is True, got {shapes}; "
                         "let the layer add its own by its option residual"
                     )
-                rows = rows + added
+                data = data + added
             if index < len(self.layers) - 1 and self.dropout > 0:
-                rows = F.dropout(rows, self.dropout, self.training)
-            x = _with_rows(out, rows)
+                data = F.dropout(data, self.dropout, self.training)
+            x = _with_data(out, data)
         return x, states
 
     @untraced
@@ -202,7 +202,7 @@ def _dims(x: Tensor) -> str:
         return dims(x.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _data(x: Tensor) -> Tensor:
     """A tensor as it is, and the data of a PackedSequence."""
     if is_scripting():
         return x
@@ -210,9 +210,9 @@ def _rows(x: Tensor) -> Tensor:
         return x.data if isinstance(x, PackedSequence) else x
 
 
-def _with_rows(x: Tensor, rows: Tensor) -> Tensor:
+def _with_data(x: Tensor, data: Tensor) -> Tensor:
     """Other rows, packed as those of x are."""
     if is_scripting():
-        return rows
+        return data
     else:
-        return PackedSequence(rows, *x[1:]) if isinstance(x, PackedSequence) else rows
+        return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
