@@ -1,4 +1,4 @@
-// Intel since 2013, AMD since 2015. Nothing outside the namespace may be defined here: the linker could hand it to all.
+// Intel since 2013, AMD since 2015. Defines nothing outside the namespace: the linker might use it for all processors.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MINGRU_ISA avx2
 #include <torch/headeronly/util/BFloat16.h>

@@ -367,7 +367,7 @@ def zeros(*shape):
         ),
         (
             {"to_out.weight": zeros(4, 6).to("meta")},
-            "to_out.weight must be on cpu as to_hidden_and_gate",
+            "to_out.weight must be on cpu like to_hidden_and_gate",
         ),
         ({str(index): zeros(1) for index in range(9)}, "got the unexpected key 0"),
     ],
@@ -440,9 +440,7 @@ def test_wrong_types(convert, weights):
     assert why(nn.Linear(2, 2)) == "state_dict must be a mapping of names to tensors, got Linear; use .state_dict()"
     assert why(weights, 3) == "prefix must be a str, got 3"
     half = {**weights, "to_out.weight": weights["to_out.weight"].half()}
-    assert why(half).startswith(
-        "to_out.weight must be torch.float64 as to_hidden_and_gate.weight is, got torch.float16"
-    )
+    assert why(half).startswith("to_out.weight must be torch.float64 like to_hidden_and_gate.weight, got torch.float16")
     listed = {**weights, GATES + "weight": [1.0]}
     assert why(listed).startswith("to_hidden_and_gate.weight must be a tensor, got list")
     whole = {key: weight.long() for key, weight in weights.items()}
@@ -892,7 +890,7 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
             "1.4.2",
             {},
             {"layers.1.gate_hidden.bias": zeros(8).to("meta")},
-            "bias must be on cpu as a.layers.0.gate_hidden",
+            "bias must be on cpu like a.layers.0.gate_hidden",
         ),
         ("1.3.0", {"residual": True}, {"input_residual_align.bias": None}, "got no key a.input_residual_align.bias"),
         (
@@ -973,6 +971,6 @@ def test_options_that_do_not_fit():
         rnn.converted(residual=1)
     half = {**rnn.state_dict, "layers.0.gate_hidden.bias": zeros(8).half()}
     with pytest.raises(
-        TypeError, match=r"gate_hidden\.bias must be torch\.float64 as layers\.0\.gate_hidden\.weight is"
+        TypeError, match=r"gate_hidden\.bias must be torch\.float64 like layers\.0\.gate_hidden\.weight"
     ):
         from_cheind(half)

@@ -862,7 +862,7 @@ BAD_CALLS = {
     "x on another device": (
         {"x": X.to("meta")},
         ValueError,
-        r"x must be on cpu .*, got one on meta; use x\.to\('cpu'\)",
+        r"x must be on cpu .*, got a tensor on meta; use x\.to\('cpu'\)",
     ),
     "h is no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
     "h is a list of states": ({"h": [X]}, TypeError, r"h must be a tensor, got list"),
@@ -878,17 +878,17 @@ BAD_CALLS = {
     "h of float64": (
         {"h": torch.zeros(1, 1, 8).double()},
         TypeError,
-        r"h must be torch\.float32 as x is, got torch\.float64",
+        r"h must be torch\.float32 like x, got torch\.float64",
     ),
     "h of integers": (
         {"h": torch.zeros(1, 1, 8).long()},
         TypeError,
-        r"h must be torch\.float32 as x is, got torch\.int64",
+        r"h must be torch\.float32 like x, got torch\.int64",
     ),
     "h on another device": (
         {"h": torch.zeros(1, 1, 8, device="meta")},
         ValueError,
-        r"h must be on cpu as x is, .*meta",
+        r"h must be on cpu like x, .*meta",
     ),
     "reset is no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
     "reset of other length": ({"reset": NO[:, :4]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 4\)"),
@@ -900,7 +900,7 @@ BAD_CALLS = {
         r"reset must be \(B, S\) = \(2, 5\), got \(2, 5, 1\)",
     ),
     "reset of numbers": ({"reset": NO.float()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.float32"),
-    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
 }
 
 

@@ -559,7 +559,7 @@ BAD_CALLS = {
     "h with None": ({"h": [H[0], None]}, TypeError, r"Stack: h\[1\] must be a tensor, got NoneType"),
     "h nested": ({"h": [[H[0]], H[1]]}, TypeError, r"Stack: h\[0\] must be a tensor, got list"),
     "h swapped": ({"h": H[::-1]}, ValueError, r"MinGRU: h must be expandable to .* = \(2, 2, 1, 4\)"),
-    "h of float64": ({"h": [H[0], H[1].double()]}, TypeError, r"MinLSTM: h must be torch\.float32 as x is"),
+    "h of float64": ({"h": [H[0], H[1].double()]}, TypeError, r"MinLSTM: h must be torch\.float32 like x"),
     "x of other features": ({"x": X[..., :2]}, ValueError, r"MinGRU: x must be \(B, S, 3\)"),
     "x is a list": ({"x": [X]}, TypeError, r"MinGRU: x must be a tensor, got list"),
     "reset of other length": (

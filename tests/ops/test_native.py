@@ -228,7 +228,9 @@ def test_what_runs_instead_is_said_once(monkeypatch):
     monkeypatch.setattr(native, "_WHY_NOT", "the compiled kernels were not built; ...")
     route._warn_once_if_kernels_are_missing.cache_clear()
     gate = torch.zeros(1, 3, 2)
-    with pytest.warns(RuntimeWarning, match="portable back end 'torch' on the CPU, as the compiled kernels were not"):
+    with pytest.warns(
+        RuntimeWarning, match="portable backend 'torch' on the CPU, because the compiled kernels were not"
+    ):
         mingru.functional.mingru(gate, gate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -59,7 +59,7 @@ class RecurrentCell(Recurrent, role="step"):
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
             expected = f"(B, {self.input_dims}) or ({self.input_dims},) because input_dims is {self.input_dims}"
             remedy = "use a layer, not a cell, for sequences" if x.dim() == 3 else embed_remedy(x)

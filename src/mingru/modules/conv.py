@@ -215,7 +215,7 @@ class MinConv(Base, role="sequence"):
     def _check_x(self, x: Tensor, order: str, leading: int) -> list[tuple[int, ...]]:
         """Raise an error if x does not fit the weights; return (channels, *space) of each layer's states."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         count = self.num_space_dims
         if x.dim() != leading + 1 + count or x.shape[leading] != self.input_dims:
             letters = f"({order}, {self.input_dims}, *space)" if order else f"({self.input_dims}, *space)"

@@ -204,11 +204,11 @@ class Recurrent(Base, role="sequence"):
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
             return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
         if is_scripting():
-            batch_sizes, order, index = layout.rows_from_lengths(lengths, x, not self.batch_first)
+            batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
         elif is_compiling():
             return self._padded(x, h, reset, lengths)
         else:
-            batch_sizes, order, index = for_trace(layout.rows_from_lengths)(lengths, x, not self.batch_first)
+            batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
         index = index.to(x.device)
         order = order.to(x.device)
         data = x.flatten(0, 1).index_select(0, index)
@@ -292,7 +292,7 @@ class Recurrent(Base, role="sequence"):
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
         if x.dim() != 3 or x.shape[2] != self.input_dims:
             expected = f"{letters.format(self.input_dims)} because input_dims is {self.input_dims}"
