@@ -109,6 +109,7 @@ def test_a_model_of_ones_own_in_steps(args, path):
     torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_over_sequences(path):
     model = Tagger()
     onnx(model, torch.tensor([[1]]), path, max_steps=64)

@@ -1,6 +1,6 @@
 """Test cases of every mode: each class of the library, and a model that combines several classes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -192,13 +192,20 @@ CASES = [
 ]
 
 
-def _parametrized(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+CASES_WITH_LENGTHS = [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")]
 
 
-every_case = _parametrized(CASES)
-every_convolution = _parametrized([case for case in CASES if "Conv" in case.name])
-every_case_with_lengths = _parametrized([case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")])
+def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
+    params = []
+    for case in cases:
+        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
+        params.append(pytest.param(case, marks=marks, id=case.name))
+    return pytest.mark.parametrize("case", params)
+
+
+every_case = parametrized(CASES)
+every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 
 def _four() -> int:
