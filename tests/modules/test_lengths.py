@@ -552,7 +552,7 @@ BAD_CALLS = {
         r"lengths must be \(B,\) = \(3,\), got \(3, 1\)",
     ),
     "a number": ({"lengths": torch.tensor(3)}, ValueError, r"lengths must be \(B,\) = \(3,\), got \(\)"),
-    "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; use torch\.as_te"),
+    "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; use torch"),
     "an int": ({"lengths": 5}, TypeError, r"lengths must be an integer tensor \(B,\), got int"),
     "lengths on another device": (
         {"lengths": FULL.to("meta")},
