@@ -139,8 +139,8 @@ class Run {
 
   // If there are fewer tasks than threads, time is split into chunks that run in parallel, each from a guessed state.
   // Then the chunks are run again in order, from the true state. Such a run stops as soon as its state is bit-identical
-  // to the recorded state, because the rest is already correct. A decaying state usually forgets the guess within a few
-  // hundred steps. The results are bit-identical to those of a single pass for any number of chunks.
+  // to the recorded state, because the rest is already correct. The guess usually has no effect after a few hundred
+  // steps, because states decay. The results are bit-identical to those of a single pass for any number of chunks.
   void in_chunks() const {
     const int64_t tasks = num_tasks();
     const int64_t num_steps = part_.end - part_.begin;

@@ -159,7 +159,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
   return false;
 }
 
-// `state` is a_{t+1} delta_{t+1}, the part of delta_t that comes from the following step.
+// `state` is a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
 template <class Cell, class T, bool biased>
 static bool backward(const Scan& scan, const Span& span, typename Accumulation<T>::Type* state) {
   using A = typename Accumulation<T>::Type;

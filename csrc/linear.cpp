@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
   STD_TORCH_CHECK(
       !kept || (pre_activations.is_contiguous() && pre_activations.scalar_type() == x.scalar_type() &&
                 pre_activations.numel() == inputs.num_rows() * columns),
-      given.name, ": product must be (number of steps, num_inputs N), contiguous, or empty");
+      given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : torch::stable::new_empty(x, {0});
@@ -256,8 +256,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
       "Tensor? batch_sizes, str cell, bool reverse, bool time_first, bool keep) -> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? batch_sizes, Tensor out, Tensor product, Tensor grad_out, Tensor grad_last, str cell, bool reverse, "
-      "bool time_first, bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? batch_sizes, Tensor out, Tensor pre_activations, Tensor grad_out, Tensor grad_last, str cell, "
+      "bool reverse, bool time_first, bool needs_x, bool needs_weight, bool needs_bias) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -104,13 +104,12 @@ class Operands {
     return sizes;
   }
 
-  // Returns x or a contiguous copy, and keeps it alive.
   Tensor contiguous(const Tensor& x) {
     kept_.push_back(as_contiguous(x));
     return kept_.back();
   }
 
-  // Returns x, or a copy with contiguous features, as a sequence, and keeps it alive.
+  // Returns x, or a copy with contiguous features, as a sequence.
   Sequence readable(const Tensor& x) {
     kept_.push_back(has_contiguous_features(x) ? x : torch::stable::contiguous(x));
     return sequence(kept_.back());

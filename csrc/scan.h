@@ -67,9 +67,8 @@ struct Part {
   int64_t batch_begin, batch_end, begin, end;
 };
 
-// The steps [begin, end) and the features [feature, feature + num_features) of one batch element. If `checkpoints` is
-// not null, the state is recorded there after every `steps_per_checkpoint` steps. If `stop_at_match`, the run stops when
-// the state equals the recorded state, because everything after it is the same.
+// Steps [begin, end) and features [feature, feature + num_features) of one batch element. If `checkpoints` is not null,
+// the state is recorded there every `steps_per_checkpoint` steps; if `stop_at_match`, the run stops at an equal state.
 struct Span {
   int64_t batch, feature, num_features, begin, end;
   void* checkpoints;

@@ -444,7 +444,7 @@ def test_wrong_types(convert, weights):
     listed = {**weights, GATES + "weight": [1.0]}
     assert why(listed).startswith("to_hidden_and_gate.weight must be a tensor, got list")
     whole = {key: weight.long() for key, weight in weights.items()}
-    assert why(whole) == "to_hidden_and_gate.weight must be of a floating dtype, got torch.int64"
+    assert why(whole) == "to_hidden_and_gate.weight must be of a floating-point dtype, got torch.int64"
 
 
 # cheind/mingru
@@ -732,7 +732,7 @@ def test_cheind_weights_are_copies_and_nothing_is_drawn(version):
 def test_a_residual_that_the_weights_do_not_show():
     peer = Cheind("1.4.2", (4, 4, 4), residual=True)
     with pytest.raises(
-        ValueError, match=r"from_cheind: residual must be True or False, got None; the weights don't show"
+        ValueError, match=r"from_cheind: residual must be True or False, got None; the weights do not show"
     ):
         peer.converted(residual=None)
     x = double(B, 4, 4)
@@ -944,7 +944,7 @@ def test_foreign_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": None}, "stride must be given, got None; the weights of a convolution don't show it"),
+        ({"stride": None}, "stride must be given, got None; convolutional weights do not show it"),
         ({"padding": None}, "padding must be given, got None"),
         ({"num_groups": [8]}, "num_groups must be a number or a list of 2, one for each layer, got [8]"),
         ({"num_groups": 3}, "num_groups must be a divisor of the number of channels, 32, got 3"),
@@ -959,11 +959,11 @@ def test_options_of_convolutions_that_do_not_fit(options, message):
 
 def test_options_that_do_not_fit():
     rnn = Cheind("1.4.2", (3, 4))
-    with pytest.raises(ValueError, match=r"stride must be None for weights without a convolution, got 1$"):
+    with pytest.raises(ValueError, match=r"stride must be None because the weights have no convolution, got 1$"):
         rnn.converted(stride=1)
-    with pytest.raises(ValueError, match="num_groups must be None for weights without a convolution, got 1"):
+    with pytest.raises(ValueError, match="num_groups must be None because the weights have no convolution, got 1"):
         rnn.converted(num_groups=1)
-    with pytest.raises(ValueError, match="num_groups must be None for weights without a group norm, got 1"):
+    with pytest.raises(ValueError, match="num_groups must be None because the weights have no group norm, got 1"):
         Cheind(*IMAGES[1][:2], **IMAGES[1][2]).converted(num_groups=1)
     with pytest.raises(ValueError, match="residual must be False or None because a cell has no residual, got True"):
         Cheind("cell", (4, 4)).converted(residual=True)

@@ -244,8 +244,8 @@ NO = torch.zeros(2, 5, dtype=torch.bool)
 BAD_FOR_EACH = {
     # For mingru (gate, candidate) and linear_scan (a, b), whose first and second argument are {0} and {1}.
     "first no tensor": ({0: [[0.0]]}, TypeError, r"{0} must be a tensor, got list"),
-    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating dtype, got torch\.int64"),
-    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating dtype, got torch\.bool"),
+    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.int64"),
+    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.bool"),
     "first without steps": ({0: torch.zeros(3)}, ValueError, r"{0} must be \(B, S, \*\), got \(3,\)"),
     "first a scalar": ({0: torch.tensor(1.0)}, ValueError, r"{0} must be \(B, S, \*\), got \(\)"),
     "second no tensor": ({1: 0.5}, TypeError, r"{1} must be a tensor, got float"),
@@ -307,7 +307,7 @@ BAD_CALLS = {
     "complex gate": (
         lambda: functional.mingru(X.cfloat(), X.cfloat()),
         TypeError,
-        r"mingru: gate must be of a floating dtype, got torch\.complex64",
+        r"mingru: gate must be of a floating-point dtype, got torch\.complex64",
     ),
     "initial_state no tensor": (
         lambda: functional.mingru(X, X, initial_state=0.5),
@@ -357,7 +357,7 @@ BAD_CALLS = {
     "parallel_scan_log of integers": (
         lambda: functional.parallel_scan_log(X.long(), X),
         TypeError,
-        r"parallel_scan_log: log_a must be of a floating dtype, got torch\.int64",
+        r"parallel_scan_log: log_a must be of a floating-point dtype, got torch\.int64",
     ),
     "parallel_scan_log of one dimension": (
         lambda: functional.parallel_scan_log(X[0, 0], X),
@@ -380,17 +380,21 @@ BAD_CALLS = {
         r"parallel_scan_log: log_b must be on cpu like log_a, got a tensor on meta",
     ),
     "g of a number": (lambda: functional.g(0.5), TypeError, r"g: x must be a tensor, got float"),
-    "g of integers": (lambda: functional.g(X.long()), TypeError, r"g: x must be of a floating dtype, got torch\.int64"),
+    "g of integers": (
+        lambda: functional.g(X.long()),
+        TypeError,
+        r"g: x must be of a floating-point dtype, got torch\.int64",
+    ),
     "g of complex": (
         lambda: functional.g(X.cfloat()),
         TypeError,
-        r"g: x must be of a floating dtype, got torch\.complex64",
+        r"g: x must be of a floating-point dtype, got torch\.complex64",
     ),
     "log_g of a list": (lambda: functional.log_g([0.5]), TypeError, r"log_g: x must be a tensor, got list"),
     "log_g of bools": (
         lambda: functional.log_g(NO),
         TypeError,
-        r"log_g: x must be of a floating dtype, got torch\.bool",
+        r"log_g: x must be of a floating-point dtype, got torch\.bool",
     ),
 }
 

@@ -55,7 +55,7 @@ def dims(shape: torch.Size | tuple[int, ...]) -> str:
 def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorate a constructor so that errors about its arguments name the class that is constructed.
 
-    Python would name the base class that defines the constructor. The remedy is for too many arguments.
+    Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments.
     """
 
     def decorated(init: Callable[P, None]) -> Callable[P, None]:
@@ -93,7 +93,7 @@ def misfit(
 
 def _meant(argument: str, names: list[str]) -> str:
     meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names]
-    # A high cutoff, which accepts only typing errors.
+    # The high cutoff, 0.8, accepts only typing errors.
     meant = meant or difflib.get_close_matches(argument, names, 1, 0.8)
     if meant:
         return f"use {' and '.join(meant)}"
@@ -111,7 +111,7 @@ def check_flag(name: str, argument: str, flag: object, remedy: str = "", expecte
 
 
 def check_bias(name: str, bias: object) -> None:
-    """Check the `bias` of a layer. A number was probably meant for a later positional argument."""
+    """Check the `bias` of a layer. For a number, the error lists later arguments, because one was probably meant."""
     is_number = isinstance(bias, (int, float))
     after = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
     check_flag(name, "bias", bias, after if is_number else "")
@@ -155,7 +155,7 @@ def check_options(name: str, norm: str | None, norms: Collection[str], candidate
     if candidate not in ACTIVATIONS:
         raise ValueError(expectation(name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(expectation(name, "dtype", "a floating dtype", repr(dtype)))
+        raise TypeError(expectation(name, "dtype", "a floating-point dtype", repr(dtype)))
 
 
 def check_tensor(
@@ -188,8 +188,8 @@ def check_like(
 ) -> None:
     """Check that x is a tensor with the device and the dtype of `like`.
 
-    The dtype `or_dtype` is accepted too, and with `autocast` all that autocast converts. With `ids`, the error for
-    integers says that token ids must be embedded.
+    The dtype `or_dtype` is accepted too. With `autocast`, every dtype that autocast converts is accepted. With `ids`,
+    the error for integers says that token ids must be embedded.
     """
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))

@@ -14,7 +14,7 @@ def safe_globals() -> list[type]:
 
     `torch.save(model)` writes the names of all classes in a model. `torch.load` raises an error for a class that is not
     registered as safe, unless `weights_only` is False. But then a file can run any code. A file that contains only a
-    `state_dict` does not need these classes.
+    state_dict does not need these classes.
 
     Returns:
         The public layers, cells and [mingru.Stack][], the classes inside them, and the `torch.nn` classes that they
@@ -39,5 +39,5 @@ def safe_globals() -> list[type]:
     """
     layers = [getattr(modules, name) for name in modules.__all__]
     of_torch = [nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
-    internal = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
-    return [*layers, *internal, *of_torch]
+    others = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    return [*layers, *others, *of_torch]

@@ -385,7 +385,7 @@ def test_scripted_bad_calls(args, message):
         ({"hidden_dims": 8.0}, TypeError, r"hidden_dims must be an int, got 8\.0"),
         ({"norm": "batch"}, ValueError, r"norm must be one of"),
         ({"candidate": "relu"}, ValueError, r"candidate must be one of"),
-        ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype"),
+        ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype"),
     ],
 )
 def test_bad_options(options, error, message):

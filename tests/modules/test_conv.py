@@ -912,8 +912,8 @@ def test_scripted_refuses_what_would_pass_unseen():
     for args, message in (
         ((x,), "MinConv2dGRUCell: x must be (B, 4, *space)"),
         ((torch.zeros(2, 7, 5, 5),), "MinConv2dGRUCell: x must be (B, 4, *space)"),
-        ((x[0], torch.zeros(1, 3, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
-        ((x[0, 0], torch.zeros(1, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
+        ((x[0], torch.zeros(1, 3, 6, 3, 3)), "MinConv2dGRUCell: h must be expandable to (B, H, *space)"),
+        ((x[0, 0], torch.zeros(1, 6, 3, 3)), "MinConv2dGRUCell: h must be expandable to (B, H, *space)"),
         ((x[0], None, torch.zeros(2, dtype=torch.bool)), "MinConv2dGRUCell: reset must be"),
     ):
         with pytest.raises(torch.jit.Error) as caught:
@@ -1298,7 +1298,7 @@ BAD_OPTIONS = {
     "groups that don't divide": (
         {"groups": 3},
         ValueError,
-        r"groups must be a divisor of input_dims and hidden_dims, got 3; input_dims is 4 and hidden_dims is 8",
+        r"groups must be a divisor of input_dims=4 and hidden_dims=8, got 3",
     ),
     "groups that divide one layer": (
         {"hidden_dims": [8, 5], "groups": 2},
@@ -1316,8 +1316,8 @@ BAD_OPTIONS = {
         ValueError,
         r"candidate must be one of \('positive', .*\), got 'relu'",
     ),
-    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype, got torch\.int64"),
-    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating dtype, got 'float32'"),
+    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
+    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating-point dtype, got 'float32'"),
 }
 
 

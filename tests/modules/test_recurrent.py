@@ -954,9 +954,13 @@ BAD_OPTIONS = {
         r"candidate must be one of \('positive', .*\), got 'relu'",
     ),
     "candidate None": ({"candidate": None}, ValueError, r"candidate must be one of \('positive', .*\), got None"),
-    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype, got torch\.int64"),
-    "complex dtype": ({"dtype": torch.cfloat}, TypeError, r"dtype must be a floating dtype, got torch\.complex64"),
-    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating dtype, got 'float32'"),
+    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
+    "complex dtype": (
+        {"dtype": torch.cfloat},
+        TypeError,
+        r"dtype must be a floating-point dtype, got torch\.complex64",
+    ),
+    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating-point dtype, got 'float32'"),
 }
 
 

@@ -1,7 +1,7 @@
 """The base class of MinGRU, MinLSTM and their cells: stacked layers, directions, states and options.
 
 TorchScript compiles `forward` and the functions that it calls. A scripted module checks only shapes; other errors are
-torch's own.
+raised by torch.
 """
 
 from typing import Any
@@ -271,13 +271,12 @@ class Recurrent(Base, role="sequence"):
 
     def _run_layers(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> tuple[Tensor, list[Tensor]]:
         """Run all layers, and return a state (B, 1, H) for each; reset has the leading dimensions of x."""
-        zero = state
+        constant = state
         if reset is not None and self.initial_state is None:
-            zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
+            constant = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
         starts: list[Start] = []
         for index, h in enumerate(state.unbind(0)):
-            initial_state = zero if self.initial_state is None else self.initial_state[index]
-            # The initial state is unused without resets.
+            initial_state = constant if self.initial_state is None else self.initial_state[index]
             starts.append(Start(h, h if reset is None else initial_state, reset))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -304,7 +303,7 @@ class Recurrent(Base, role="sequence"):
             check_lengths(self.name, lengths, batch, steps, x.device)
 
     def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
-        """Raise an error if an argument beside a PackedSequence is invalid; return the packed reset mask."""
+        """Raise an error if an argument is invalid for a PackedSequence; return the packed reset mask."""
         if lengths is not None:
             expected = "None because a PackedSequence has its own lengths"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))

@@ -1,7 +1,7 @@
 """The recurrences, each computed by one of several backends.
 
-A call consists of tensors and three values: `Spec` (cell, activation, direction), `Start` (initial state and resets)
-and `Layout` (memory layout). The callers, `functional` and `modules`, have checked the tensors.
+A call consists of tensors and three values: `Spec` (cell, activation, direction), `Start` (states and resets) and
+`Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def linear_recurrence(
 ) -> States:
     """Compute the recurrence of the pre-activations linear(x), by one fused kernel if possible.
 
-    If `recompute`, backward computes the pre-activations again instead of keeping them. Default: whichever is faster.
+    If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)

@@ -9,8 +9,8 @@ The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence in the opposite di
 dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates. It
 supports every cell, backend and derivative.
 
-`Recurrence` runs a fused kernel for the first derivative and keeps three values for each state. For all other
-derivatives it calls `composed`.
+`Recurrence` runs fused kernels for the forward pass and the first derivative. It saves the states, and the
+pre-activations unless backward recomputes them. For all other derivatives it calls `composed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def scan(name: str, call: LinearScan) -> States:
 
 
 class ScanInGraph(torch.autograd.Function):
-    """The linear scan and its reverse-mode derivatives of any order.
+    """Compute the linear scan, with reverse-mode derivatives of any order.
 
     It has no rules for forward mode and vmap, because `torch.compile` cannot trace a function that has them.
     """
@@ -88,7 +88,7 @@ class ScanInGraph(torch.autograd.Function):
 
 
 class Scan(ScanInGraph):
-    """The linear scan with rules for forward mode and vmap too."""
+    """Compute the linear scan, with rules for forward mode and vmap too."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -135,8 +135,8 @@ def _adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[
     one = torch.ones_like(a[:, :1])
     decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
     if reset is not None:
-        no = torch.zeros_like(reset[:, :1])
-        reset = torch.cat([no, reset[:, :-1]] if reverse else [reset[:, 1:], no], 1)
+        no_reset = torch.zeros_like(reset[:, :1])
+        reset = torch.cat([no_reset, reset[:, :-1]] if reverse else [reset[:, 1:], no_reset], 1)
     grad_out, grad_last = (x.to(a.dtype) for x in grad)
     return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
 
@@ -160,7 +160,7 @@ def run_kernel(
         out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
-        # Flat, because autograd ignores tensors inside tuples. The initial state is only used if there are resets.
+        # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         h, initial_state, reset = start
         args = (h, None if reset is None else initial_state, reset, layout.batch_sizes, layout.padding, *tensors)
         states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
@@ -177,7 +177,7 @@ def _kernel(which: tuple[str, str]) -> Any:
 
 
 class Recurrence(torch.autograd.Function):
-    """A recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
+    """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
     def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:

@@ -35,7 +35,7 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     """Return the size of a block in the first two dimensions of x, or None if blocks cannot be used."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or is_compiling() or is_autocast(x):
         return None
-    # A hook must get the whole batch.
+    # A hook must be called with the whole batch.
     if (
         type(of.module) not in _CONVOLUTIONS
         or route.is_hooked(of.module)

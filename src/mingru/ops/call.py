@@ -1,4 +1,4 @@
-"""The arguments of a recurrence: its cell, its initial state and resets, and its memory layout.
+"""The arguments of a recurrence: its cell, its states and resets, and its memory layout.
 
 NamedTuples without methods, because TorchScript compiles the functions that take them. TorchScript refines an optional
 field only after it was read into a local variable.
@@ -28,7 +28,7 @@ class Start(NamedTuple):
     initial_state: Tensor
     """Value of h_{t-1} if step t has a reset; expandable to (B, 1, *)."""
     reset: Tensor | None
-    """Reset mask, bool, with the leading dimensions of the sequences."""
+    """Boolean reset mask with the leading dimensions of the sequences."""
 
 
 class Layout(NamedTuple):
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     batch_sizes: Tensor | None
     """Number of sequences that have each step, (S), int64, on the CPU; None if the sequences are not packed."""
     padding: Tensor | None
-    """Mask of padded steps, (B, S) or (S, B) bool. Padded steps keep the state."""
+    """Boolean mask of padded steps, (B, S) or (S, B). Padded steps keep the state."""
 
 
 BATCH_FIRST = Layout(False, None, None)

@@ -27,7 +27,7 @@ class LinearScan(NamedTuple):
     h: Tensor
     """State before the first step, (B, 1, *)."""
     reset: Tensor | None
-    """Reset mask, (B, S) bool."""
+    """Boolean reset mask, (B, S)."""
     reverse: bool
     """Whether the scan runs from the last step to the first."""
 
@@ -77,7 +77,7 @@ def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layou
 
 
 def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layout) -> States:
-    """Return states (B, S, *) in the given layout: all states in the dtype of `like`, the last in that of h."""
+    """Return states (B, S, *) in the given layout and the dtype of `like`, and the last state in the dtype of h."""
     out, last = states
     out = as_dtype(out, like.dtype)
     batch_sizes = layout.batch_sizes

@@ -149,7 +149,7 @@ def _warn_once_if_kernels_are_missing() -> None:
     why = BACKENDS["native"].unavailable()
     if why is not None:
         warnings.warn(
-            f"mingru: running its portable backend 'torch' on the CPU, because {why}", RuntimeWarning, stacklevel=2
+            f"mingru: using the slower backend 'torch' on the CPU, because {why}", RuntimeWarning, stacklevel=2
         )
 
 

@@ -22,7 +22,7 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def empty_states(out: Tensor, h: Tensor, step_dim: int) -> States:
     """Return the result for an empty sequence or batch: the last state is h.
 
-    The empty sum connects it to the inputs, so that autograd gives them a gradient instead of None.
+    The empty sum connects the last state to the inputs, so that their gradients are empty tensors instead of None.
     """
     last = out.sum(step_dim)
     return out, h + last.unsqueeze(1).to(h.dtype)

@@ -3,9 +3,9 @@
     a*_t = sum_{i<=t} log a_i      log h_t = a*_t + logcumsumexp(log b - a*)_t
 
 It is kept for studying the paper. It needs a positive candidate. It loses accuracy with length, because a* grows
-without bound. The paper puts log h_0 in front of log b, which requires h_0 > 0 and has a NaN gradient at 0. Here the
-part of the initial state, exp(a*_t) h_0, is added outside of the logarithm, so that any h_0 is allowed. PyTorch
-computes the gradients. Its second derivative of `logcumsumexp` is NaN where the first derivative is exactly 0.
+without bound. The paper puts log h_0 in front of log b, which requires h_0 > 0 and has a NaN gradient at 0. Here
+exp(a*_t) h_0 is added outside of the logarithm, so that any h_0 is allowed. PyTorch computes the gradients. Its second
+derivative of `logcumsumexp` is NaN where the first derivative is exactly 0.
 """
 
 import math
@@ -46,15 +46,15 @@ def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) 
     if reset is None:
         out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * h
     else:
-        out = _scan_segments(log_a, log_b, h, initial_state, reset)
+        out = _scan_between_resets(log_a, log_b, h, initial_state, reset)
     last = out[:, -1:].clone()
     return out.flip(1) if spec.reverse else out, last
 
 
-def _scan_segments(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
-    """Scan each segment between resets separately, because a decay of 0 has no finite logarithm.
+def _scan_between_resets(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
+    """Scan the steps between two resets separately, because a decay of 0 has no finite logarithm.
 
-    By recursive doubling, each step is combined with the 1, 2, 4, ... steps before it, up to the start of its segment.
+    By recursive doubling, each step is combined with the 1, 2, 4, ... steps before it, back to the last reset.
     Only a mask depends on the resets, so vmap and graph capture work.
     """
     seen_reset = along(reset, log_b)

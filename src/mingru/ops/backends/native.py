@@ -1,4 +1,4 @@
-"""The `"native"` backend: C++ kernels for the CPU (`csrc/`), which read memory once and are vectorized over features.
+"""The `"native"` backend: C++ kernels for the CPU (`csrc/`), vectorized over features.
 
 Importing this module registers the operators with PyTorch's dispatcher. They take states in the accumulation dtype.
 """
@@ -27,7 +27,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"the compiled kernels can't be loaded ({error}); reinstall for this version of torch"
+        return f"the compiled kernels cannot be loaded ({error}); reinstall for this version of torch"
     return None
 
 

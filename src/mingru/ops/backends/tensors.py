@@ -49,18 +49,17 @@ def _may_overflow(a: Tensor) -> bool:
 def _chunks_of(num_steps: int) -> list[int]:
     """Return the number of chunks and the number of steps of a chunk. The remaining steps are computed one by one.
 
-    Chunks of about the square root of the length need the fewest launches. Below 16 steps, no chunks are faster.
+    Chunks of about the square root of the length need the fewest launches. Below 16 steps, a single loop is faster.
     """
     size = int(math.sqrt(num_steps)) if num_steps >= 16 else num_steps + 1
     return [num_steps // size, size]
 
 
-# On the CPU, coefficients and gradients are computed in blocks of this size, which stay in the cache. Temporary tensors
-# as long as the sequence would allocate new memory at each operation, which costs more than the arithmetic.
+# On the CPU, coefficients and gradients are computed in blocks of this size, for the reasons in `ops.blocks`.
 _BLOCK_BYTES = 1 << 19
 
-# The result of `layout.padded_call`.
 Call = tuple[Spec, list[Tensor], Start, Layout]
+"""The result of `layout.padded_call`."""
 
 
 def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
@@ -70,7 +69,7 @@ def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
     num_steps = first.shape[1]
     size = num_steps
     if first.is_cpu:
-        # Multiples of 64 steps, so that vector code has the same remainders for any small number of threads.
+        # Multiples of 64 steps, so that each of a few threads computes whole SIMD vectors and rounding does not differ.
         size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
 
     def part(steps: slice) -> Call:

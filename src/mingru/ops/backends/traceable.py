@@ -77,7 +77,7 @@ def most_chunks() -> int:
 
 
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
-    """Return the states (B, S, *) and the last state (B, *) from an initial state h (B, *)."""
+    """Return the states (B, S, *) and the last state (B, *); h (B, *) is the state before the first step."""
     num_steps, chunk = b.size(1), chunk_size()
     if _is_short(num_steps, chunk):
         resets = _no_tensors() if reset is None else _in_order(list(reset.unbind(1)), reverse)
@@ -192,8 +192,8 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
     state = torch.cat([state, first] if reverse else [first, state], 1)
     decay = torch.cat([decay, torch.ones_like(first)] if reverse else [torch.ones_like(first), decay], 1)
     if seen_reset is not None:
-        no = torch.zeros_like(seen_reset[:, :1])
-        seen_reset = torch.cat([seen_reset, no] if reverse else [no, seen_reset], 1)
+        no_reset = torch.zeros_like(seen_reset[:, :1])
+        seen_reset = torch.cat([seen_reset, no_reset] if reverse else [no_reset, seen_reset], 1)
     count = state.size(1)
     positions = torch.arange(count, device=state.device)
     distance = 1
