@@ -37,11 +37,11 @@ seeds:
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
 
-# Write the table of docs/modes.md: run every class in every mode.
+# Run the tests of every class in every mode, and write the table of docs/modes.md.
 modes:
 	$(PYTHON) tests/modes/matrix.py --write
 
-# The pages link to the repository if it was cloned from an https address.
+# If the repository was cloned from an https address, the pages link to it.
 docs: export REPOSITORY_URL ?= $(filter https://%,$(shell git remote get-url origin 2>/dev/null))
 docs:
 	$(PYTHON) -m mkdocs build --strict
