@@ -612,6 +612,7 @@ class Around(nn.Module):
         return self.rnn(x, h)
 
 
+@pytest.mark.slow
 @options_of
 def test_scripted(options):
     rnn = make(**options)

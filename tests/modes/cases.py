@@ -204,7 +204,16 @@ def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytes
     return pytest.mark.parametrize("case", params)
 
 
+def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """Return the cases of this run's tests that use the requesting fixture."""
+    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    names = {item.callspec.params["case"].name for item in items}
+    return [case for case in CASES if case.name in names]
+
+
 every_case = parametrized(CASES)
+# A layer of each kind and a cell: enough to see most faults of a mode.
+every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"])
 every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, CASES_WITH_LENGTHS, assert_equal, parametrized, tensors
+from cases import CASES, CASES_WITH_LENGTHS, assert_equal, every_case_of_few_quick, parametrized, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -59,7 +59,7 @@ def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free
 
 
 @pytest.mark.mode("torch.compile, one graph, any batch and length")
-@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"])
+@every_case_of_few_quick
 def test_any_size(case):
     for reset in [False, True] if case.resets else [False]:
         torch._dynamo.reset()

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from cases import CASES, CASES_WITH_LENGTHS, assert_equal, every_case, parametrized, small_chunks, tensors
+from cases import (
+    CASES,
+    CASES_WITH_LENGTHS,
+    assert_equal,
+    every_case_of_few_quick,
+    parametrized,
+    selected_cases,
+    small_chunks,
+    tensors,
+)
 from elsewhere import run_without_mingru
 from torch._inductor import aoti_compile_and_package
 from torch.export import Dim
@@ -49,7 +58,7 @@ def exported():
 
 
 @pytest.mark.mode("torch.export, any batch and length")
-@every_case
+@every_case_of_few_quick
 def test_export(case, exported):
     module, program = exported(case)
     run = program.module()
@@ -84,11 +93,11 @@ def test_core_aten(case, exported):
 
 
 @pytest.fixture(scope="module")
-def loaded(exported, tmp_path_factory):
+def loaded(exported, tmp_path_factory, request):
     """What a process without this package computes with each case's saved program."""
     folder = tmp_path_factory.mktemp("exported")
     inputs = {}
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(selected_cases(request)):
         torch.export.save(exported(case)[1], folder / f"{index}.pt2")
         inputs[case.name] = [inputs_of(case, size) for size in SIZES]
     script = """
@@ -100,7 +109,7 @@ def loaded(exported, tmp_path_factory):
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU"])
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)

@@ -127,7 +127,7 @@ def assert_same(got, expected):
 # Against the layers themselves
 
 
-@scripted_or_not
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("layers", "residual"), [*((layers, False) for layers in STACKS), *((layers, True) for layers in OF_FEATURES)]
 )

@@ -25,9 +25,9 @@ def inputs(*shape, dtype=torch.float32):
     return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
 @pytest.mark.parametrize("cell", ["mingru", "minlstm"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
