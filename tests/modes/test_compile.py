@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, CASES_WITH_LENGTHS, assert_equal, every_case_of_few_quick, parametrized, tensors
+from cases import CASES, CASES_WITH_LENGTHS, assert_equal, parametrized, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -59,7 +59,7 @@ def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free
 
 
 @pytest.mark.mode("torch.compile, one graph, any batch and length")
-@every_case_of_few_quick
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_any_size(case):
     for reset in [False, True] if case.resets else [False]:
         torch._dynamo.reset()
@@ -109,7 +109,11 @@ def test_autocast_inside(case):
 
 @pytest.mark.parametrize(
     ("name", "reverse"),
-    [("torch", False), pytest.param("torch", True, marks=pytest.mark.slow), ("native", False), ("native", True)],
+    [
+        *(pytest.param("torch", reverse, marks=pytest.mark.slow) for reverse in (False, True)),
+        ("native", False),
+        ("native", True),
+    ],
 )
 def test_functions(name, reverse):
     """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""

@@ -119,7 +119,7 @@ def test_with_a_reset(path):
 
 
 @pytest.mark.mode("ONNX, single step")
-@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU", "MinGRUCell", "drop_in.GRU"])
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
     module, num_steps = in_use(case), 20

@@ -481,6 +481,7 @@ assert "mingru" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_saved_modules_run_without_the_package(tmp_path):
     expected = {}
     for index, options in enumerate(OPTIONS):
