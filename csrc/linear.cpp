@@ -93,11 +93,11 @@ Tensor matrix(
 }
 
 void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 void multiply_and_add(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
 }
 
 // x as a matrix in the order of memory, copied only if neither x nor its transpose is contiguous.
