@@ -27,14 +27,24 @@ def _doctest_names(doctest_namespace):
     doctest_namespace["torch"] = torch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _free_compiled_code():
-    """Free the graphs of a module's tests: TorchScript and the compiler would keep gigabytes of them."""
-    yield
+def free_scripts():
+    """Free what TorchScript keeps of each class that it has compiled: 100 MB for a stack with gradients."""
     graph._scripted.cache_clear()
     torch._C._jit_clear_class_registry()
     torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
     torch.jit._state._clear_class_state()
+
+
+@pytest.fixture
+def _scripts_are_freed():
+    yield
+    free_scripts()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_code_is_freed():
+    yield
+    free_scripts()
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()

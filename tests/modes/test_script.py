@@ -20,6 +20,8 @@ from cases import (
 )
 from elsewhere import run_without_mingru
 
+pytestmark = pytest.mark.usefixtures("_scripts_are_freed")
+
 DOUBLE = {"dtype": torch.float64}
 GRADED = {**DOUBLE, "requires_grad": True}
 # Batches and steps; cells have batches alone. The first is run until TorchScript has specialised the code for it; the
