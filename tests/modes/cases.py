@@ -212,7 +212,7 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 every_case = parametrized(CASES)
-# A layer of each kind and a cell: enough to see most faults of a mode.
+# The quick tests of a mode use one layer of each type and one cell.
 every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"])
 every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
