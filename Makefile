@@ -1,4 +1,4 @@
-# What developers and CI call. PYTHON is the interpreter of an environment that has the `dev` extra.
+# Commands for developers and CI. PYTHON is an interpreter whose environment has the `dev` extra.
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples docs/hooks.py selective_copying.py conftest.py
 
@@ -21,7 +21,7 @@ check:
 test:
 	$(PYTHON) -m pytest -n auto --dist loadscope
 
-# No speed is reported while a test is red.
+# Depends on `test`, so that no speed is reported if a test fails.
 bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
@@ -30,26 +30,26 @@ bench: test
 	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
 	$(PYTHON) benchmarks/scaling.py --json out/scaling.json
 
-# What the front door reaches, seed by seed.
+# Accuracy of the main example for five seeds.
 seeds:
 	for seed in 0 1 2 3 4; do $(PYTHON) selective_copying.py --seed $$seed | tail -n 1; done
 
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
 
-# The table of docs/modes.md, from a run of every class in every mode.
+# Run the tests of every class in every mode, and write the table of docs/modes.md.
 modes:
 	$(PYTHON) tests/modes/matrix.py --write
 
-# The pages link to the repository if it was cloned from an https address.
+# If the repository was cloned from an https address, the pages link to it.
 docs: export REPOSITORY_URL ?= $(filter https://%,$(shell git remote get-url origin 2>/dev/null))
 docs:
 	$(PYTHON) -m mkdocs build --strict
 
-# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
+# Test the kernels of each instruction set with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
 	PYTHON="$(abspath $(PYTHON))" csrc/sanitize
 
-# The Linux wheel, and the sources, where no compiler is. What isn't committed takes no part.
+# Build the Linux wheel and install it, and the sources, without a compiler. Uncommitted changes are ignored.
 wheel:
 	.ci/wheel

@@ -1,9 +1,12 @@
+import gc
 import os
+import sys
 
 import pytest
 import torch
 
 import mingru
+from mingru.ops import graph
 
 
 def pytest_configure():
@@ -22,3 +25,26 @@ def _fixed_seed():
 def _doctest_names(doctest_namespace):
     doctest_namespace["mingru"] = mingru
     doctest_namespace["torch"] = torch
+
+
+def free_scripts():
+    """Free what TorchScript keeps of each class that it has compiled: 100 MB for a stack with gradients."""
+    graph._scripted.cache_clear()
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
+
+
+@pytest.fixture
+def _scripts_are_freed():
+    yield
+    free_scripts()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_code_is_freed():
+    yield
+    free_scripts()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()

@@ -1,4 +1,4 @@
-"""Train minGRU on selective copying: find a few tokens among noise and repeat them in order.
+"""Train minGRU on selective copying: find a few tokens among noise, and repeat them in order.
 
     python selective_copying.py
     python selective_copying.py --seq-len 256 --vocab-size 16 --num-tokens 8 --num-steps 20000 --plot curves.png
@@ -9,11 +9,11 @@ Run `pip install ".[examples]"` in a clone of the repository first. The task is 
 Linear-Time Sequence Modeling with Selective State Spaces". The layers are from Feng et al. 2024, "Were RNNs All We
 Needed?".
 
-Token 0 is noise, tokens 1 to vocab_size - 2 are data, and token vocab_size - 1 is the marker. The first seq_len steps
-have num_tokens data tokens at distinct random positions, and noise at all other positions. Positions and data tokens
-are sampled uniformly, and data tokens may repeat. Then num_tokens markers follow, so a sequence has
-seq_len + num_tokens steps. At the i-th marker the model must output the i-th data token. Only the markers' positions
-count in loss and accuracy. For example, with seq_len 8, vocab_size 6 and num_tokens 3:
+Token 0 is noise, tokens 1 to vocab_size - 2 are data, and token vocab_size - 1 is the marker. The first seq_len time
+steps have num_tokens data tokens at distinct random positions, and noise at all other positions. Positions and data
+tokens are sampled uniformly, and data tokens may repeat. Then num_tokens markers follow, so a sequence has
+seq_len + num_tokens time steps. At the i-th marker the model must output the i-th data token. Only the outputs at the
+markers count in loss and accuracy. For example, with seq_len 8, vocab_size 6 and num_tokens 3:
 
     input   0 3 0 0 1 0 3 0 5 5 5
     target                  3 1 3
@@ -44,12 +44,12 @@ import mingru
 Config = dict[str, Any]
 
 PRINT_EVERY = 20
-# Seeds are smaller, and validation adds it to the seed, so that no run trains on validation data of any seed.
+# Validation adds this number to the seed. Seeds are smaller, so no run trains on validation data of any seed.
 MAX_SEED = 2**31
 CHOICES = {"norm": ("layer", "rms", "none"), "precision": ("32-true", "bf16-mixed")}
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay")
 HELP = {
-    "seq_len": "steps before the markers",
+    "seq_len": "time steps before the markers",
     "vocab_size": "number of different tokens, noise and marker included",
     "num_tokens": "data tokens in each sequence",
     "embedding_dims": "features of each embedded token",
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
 
 def train(config: Config, fabric: Fabric) -> tuple[nn.Module, Tensor]:
-    """Train a model, and return it with the loss and accuracy of each step, (num_steps, 2)."""
+    """Train a model, and return it with the loss and accuracy of each training step, (num_steps, 2)."""
     generator = torch.manual_seed(config["seed"])
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
@@ -171,7 +171,7 @@ def check(config: Config) -> None:
     if config["num_tokens"] > config["seq_len"]:
         raise UserError(f"num_tokens must be at most seq_len ({config['seq_len']}), got {config['num_tokens']}")
     if config["warmup"] > 1:
-        raise UserError(f"warmup must be a fraction of the steps, at most 1, got {config['warmup']}")
+        raise UserError(f"warmup must be a fraction of the training steps, at most 1, got {config['warmup']}")
     if config["seed"] >= MAX_SEED:
         raise UserError(f"seed must be below {MAX_SEED}, got {config['seed']}")
 
@@ -209,7 +209,7 @@ def load_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError if path cannot be written; called before training, so that no result is lost."""
+    """Raise UserError if path cannot be written. Called before training, so that no result is lost."""
     try:
         if target(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
@@ -217,7 +217,7 @@ def check_writable(path: Path) -> None:
             raise UserError(f"cannot write {path}: it is not a regular file")
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"cannot write {path}: it is read-only")
-        # The temporary file is written first, and its longer name may be too long.
+        # The temporary file is tested, because its name is longer than that of the file, and may be too long.
         temporary(path).touch()
         temporary(path).unlink()
     except OSError as error:
@@ -267,7 +267,7 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} steps, "
+        f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} time steps, "
         f"vocabulary {config['vocab_size']}\n"
         f"{config['num_layers']} minGRU layers of {config['hidden_dims']} features, validation accuracy {accuracy:.2%}"
     )
@@ -280,7 +280,7 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
     upper.set(yscale="log", ylabel="Loss (cross-entropy)")
-    lower.set(ylabel="Accuracy (%)", xlabel="Step", ylim=(0, 104))
+    lower.set(ylabel="Accuracy (%)", xlabel="Training step", ylim=(0, 104))
     lower.axhline(100 * chance, color="gray", linestyle="--", linewidth=1, label=f"chance, {chance:.0%}")
     upper.legend(loc="upper right", framealpha=1)
     lower.legend(loc="lower right", framealpha=1)
@@ -305,7 +305,7 @@ def make_parser() -> Parser:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(option, type=type(default), choices=CHOICES.get(name), help=text)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot of loss and accuracy over the steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot of loss and accuracy by training step")
     parser.add_argument("--save", type=Path, metavar="FILE", help="save the trained model (safetensors)")
     parser.add_argument(
         "--load",

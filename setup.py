@@ -1,7 +1,7 @@
-"""The compiled CPU kernels. All else about this package stands in pyproject.toml.
+"""Build the compiled CPU kernels. The rest of the package is configured in pyproject.toml.
 
-Where the extension can't be built the package installs without it and says so when it is used; with
-MINGRU_REQUIRE_KERNELS set, as developers and CI have it, that is an error.
+If the extension cannot be built, the package is installed without it and warns when it is used. If the environment
+variable MINGRU_REQUIRE_KERNELS is set, as in development and CI, a failed build is an error.
 """
 
 import os
@@ -13,23 +13,23 @@ from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
 
 WINDOWS = sys.platform == "win32"
-# The oldest torch whose stable ABI has all that csrc uses; the built library runs on it and on later ones.
+# The oldest torch version whose stable ABI suffices for csrc. The library runs on this version and on later versions.
 TORCH_TARGET = "0x020a000000000000"
-# No -ffast-math: it would break NaN, and switch subnormals off in the whole process.
+# Not -ffast-math, because it breaks NaN and disables subnormals in the whole process.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE_ON_WINDOWS = ["/std:c++17", "/O2", "/EHsc"]
 
 
 class Build(build_ext):
-    """Links to torch's libraries without a path to them: they are loaded before this one, from wherever they are."""
+    """Link to torch's libraries without a path, because torch is always loaded before the extension."""
 
     def build_extension(self, ext):
-        # What an earlier build left must not pass for this one's.
+        # If this build fails, a library from an earlier build must not be used.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().build_extension(ext)
 
     def get_export_symbols(self, ext):
-        return []  # a library of operators, loaded by torch; no module for Python to import
+        return []  # torch loads this library of operators; it is not a Python module
 
     def get_ext_filename(self, name):
         return str(Path(*name.split(".")).with_suffix(".dll" if WINDOWS else ".so"))

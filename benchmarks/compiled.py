@@ -20,7 +20,7 @@ from mingru.bench import SHAPES, forward, forward_backward, medians_ms, output, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for half a table row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each set of calls (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1019,7 +1019,7 @@ def table(found: list[Row]) -> str:
     """Return Markdown: the number of idioms that agree, and a table of the others."""
     differing = [row for row in found if row.torch != row.drop_in]
     lines = [
-        f"Of {len(found)} idioms, {len(found) - len(differing)} give the same result with both. The others:",
+        f"Of {len(found)} idioms, {len(found) - len(differing)} give the same result with both classes. The others:",
         "",
         "| idiom | `torch.nn` | `mingru.drop_in` |",
         "| --- | --- | --- |",

@@ -21,7 +21,7 @@ from mingru.bench import forward, forward_backward, medians_ms, output, print_ta
 
 LENGTHS = [4**power for power in range(5, 11)]
 DIMS = 64
-# Short sequences are repeated: one short call would mostly measure the caches that the previous call left.
+# Short sequences are repeated, because one short call would mostly measure the caches that the previous call left.
 MIN_STEPS = 2**16
 MEMORY_STEPS = 1_000_000
 SCAN_SHAPE = (8, 512, 256)

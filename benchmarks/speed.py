@@ -59,7 +59,7 @@ def layers(input_dims: int, hidden_dims: int) -> dict[str, nn.Module]:
 
 
 def other_linears(x: Tensor, linear: nn.Linear) -> dict[str, Callable[[], Tensor]]:
-    """Return other ways to compute the linear map; the fastest bounds the time of any such layer in inference."""
+    """Return other ways to compute the linear map; in inference, no such layer can be faster than the fastest way."""
     flat, weight, bias = x.detach().flatten(0, -2), linear.weight.detach(), linear.bias.detach()
     out = flat.new_empty(len(flat), len(weight))
     ways = {"torch.mm with out=, no bias": lambda: torch.mm(flat, weight.t(), out=out)}
@@ -119,7 +119,7 @@ def whole_layer(timer: Timer, batch: int, steps: int, input_dims: int, hidden_di
     linears = other_linears(x, modules[LINEAR])
     results = time_both(timer, functions, leaves, linears)
     fastest = min([LINEAR, *linears], key=lambda name: results[name][0])
-    # The other ways have no gradient, so nn.Linear is the bound in training.
+    # The other ways have no gradient, so in training nn.Linear is the bound.
     results[f"{FASTEST}: {fastest}"] = (results[fastest][0], None)
     return {name: times for name, times in results.items() if name not in linears}
 

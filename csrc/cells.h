@@ -1,7 +1,5 @@
-// The recurrences, each as h_t = a_t h_{t-1} + b_t: what a and b are, and how their gradients reach the inputs.
-//
-// A cell has `num_inputs` sequences; `x` holds one feature of each, with its bias added if `has_bias`. The list of cells is
-// MINGRU_CELLS in scan.h; `coefficients` in src/mingru/ops/cells.py says the same in Python.
+// The cells: a and b of h_t = a_t h_{t-1} + b_t, and the gradients of the inputs. `x` is one feature of each input, with
+// its bias if `has_bias`. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
 #include "math.h"
@@ -18,7 +16,7 @@ struct LinearScan {
     b = x[1];
   }
 
-  // From delta = dL/dh_t and the previous state: the gradients of the inputs, and a.
+  // Computes a and the gradients of the inputs from delta = dL/dh_t and the previous state.
   template <class A>
   MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
     a = x[0];
@@ -28,8 +26,7 @@ struct LinearScan {
 };
 
 struct Positive {
-  // g is the larger of its two halves everywhere, since sigma(v) - 0.5 lies between 0 and v. Written so, neither half can
-  // become a branch, which would keep the loop from being vectorised.
+  // g(v) = max(v + 0.5, sigma(v)), because sigma(v) - 0.5 is between 0 and v. A branch would prevent vectorization.
   template <class A>
   MINGRU_INLINE A larger(A right, A left) {
     return right > left ? right : left;
@@ -37,7 +34,7 @@ struct Positive {
 
   template <class A>
   MINGRU_INLINE A value(A v) {
-    // Right of 0, where the other half is the larger, that of 0 will do. NaN stays.
+    // For v > 0 the maximum is v + 0.5, so sigma(0) can replace sigma(v). NaN is preserved.
     const A p = power(v > A(0) ? A(0) : v);
     return larger(v + A(0.5), p / (A(1) + p));
   }
@@ -78,7 +75,7 @@ struct Tanh {
   }
 };
 
-// Inputs: the pre-activations of gate and candidate.
+// Inputs: gate and candidate.
 template <class Activation>
 struct MinGRU {
   static constexpr int num_inputs = 2;
@@ -102,25 +99,22 @@ struct MinGRU {
   }
 };
 
-// Inputs: the pre-activations of forget gate, input gate and candidate. The gates share 1 between them:
-//
-//   a = sigma(f) / (sigma(f) + sigma(i)), b = sigma(i) / (sigma(f) + sigma(i)) candidate
-//
-// With sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)), and the larger power divided out, nothing overflows or cancels, and
-// gates that are both shut still share 1.
+// Inputs: forget gate f, input gate i and candidate. The gates are normalized: a = sigma(f) / (sigma(f) + sigma(i)).
+// With sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)) and the larger power divided out, nothing overflows or cancels. The
+// sum of the gates is 1 even if both sigmoids underflow.
 template <class Activation>
 struct MinLSTM {
   static constexpr int num_inputs = 3;
   static constexpr bool has_bias = true;
 
   template <class A>
-  struct Shares {
+  struct Gates {
     A forget, input;
     A forget_power, input_power;  // exp(-|f|), exp(-|i|)
   };
 
   template <class A>
-  MINGRU_INLINE Shares<A> shares(A forget, A input) {
+  MINGRU_INLINE Gates<A> normalized(A forget, A input) {
     const A forget_power = power(minus_absolute(forget)), input_power = power(minus_absolute(input));
     const A ahead = (forget < A(0) ? forget : A(0)) - (input < A(0) ? input : A(0));
     const A behind = power(minus_absolute(ahead));
@@ -133,12 +127,11 @@ struct MinLSTM {
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
-    const Shares<A> s = shares(x[0], x[1]);
+    const Gates<A> s = normalized(x[0], x[1]);
     a = s.forget;
     b = s.input * Activation::value(x[2]);
   }
 
-  // sigma(-x), from x and exp(-|x|)
   template <class A>
   MINGRU_INLINE A logistic_of_minus(A x, A power) {
     return (x < A(0) ? A(1) : power) / (A(1) + power);
@@ -146,7 +139,7 @@ struct MinLSTM {
 
   template <class A>
   MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
-    const Shares<A> s = shares(x[0], x[1]);
+    const Gates<A> s = normalized(x[0], x[1]);
     A derivative;
     const A candidate = Activation::value(x[2], derivative);
     a = s.forget;

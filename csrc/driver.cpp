@@ -45,7 +45,7 @@ const InstructionSet& chosen() {
   return set;
 }
 
-// Below this many values a thread costs more than it brings.
+// With fewer values, a thread costs more time than it saves.
 constexpr int64_t values_per_thread = 16384;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,11 +89,11 @@ class Run {
     return (part_.batch_end - part_.batch_begin) * ceil_div(scan_.num_features, features_);
   }
 
-  // A chunk that is run again would add its part of the gradient twice.
+  // Not with a gradient of the initial state, because a chunk that is run again would add its part twice.
   bool may_split_time() const { return !(backward_ && scan_.grad_initial_state && scan_.reset); }
 
-  // Neighboring tasks go to one thread, whose cache probably holds their rows. Packed sequences are sorted by length, so
-  // each thread takes every T-th of them and has long and short ones.
+  // A thread gets neighboring tasks, because their data is probably in its cache. Packed sequences are sorted by length,
+  // so each of T threads gets every T-th task, which mixes long and short sequences.
   template <class F>
   void each(int64_t count, const F& f) const {
     if (threads_ == 1) {
@@ -110,7 +110,6 @@ class Run {
     });
   }
 
-  // The steps of a task from `begin` to `end`, or to the end of its sequence.
   Span span(int64_t task, int64_t begin, int64_t end) const {
     const int64_t blocks = ceil_div(scan_.num_features, features_);
     const int64_t batch = part_.batch_begin + task / blocks, feature = task % blocks * features_;
@@ -122,11 +121,10 @@ class Run {
     const Span at = span(task, 0, 0);
     std::memset(state, 0, features_ * size_);
     if (from == nullptr) return;
-    const char* row = static_cast<const char*>(from) + (at.batch * scan_.num_features + at.feature) * size_;
-    std::memcpy(state, row, at.num_features * size_);
+    const char* features = static_cast<const char*>(from) + (at.batch * scan_.num_features + at.feature) * size_;
+    std::memcpy(state, features, at.num_features * size_);
   }
 
-  // The state that the part before this one left, or the given one.
   void start(int64_t task, void* state) const {
     const bool is_first = forward_in_time_ ? part_.begin == 0 : part_.end == scan_.num_steps;
     const void* given = backward_ ? scan_.grad_last : scan_.h;
@@ -139,10 +137,10 @@ class Run {
     std::memcpy(to + (at.batch * scan_.num_features + at.feature) * size_, state, at.num_features * size_);
   }
 
-  // With fewer tasks than threads, time is split into chunks that run at once, each from a guessed state. Then the chunks
-  // are run again in order, from the true state; such a run stops as soon as its state is bit-identical to the recorded
-  // one, because the rest is already right. A decaying state usually forgets the guess within a few hundred steps; if it
-  // does not, its chunk is run again to the end. The result is bit-identical to a single pass for any number of chunks.
+  // If there are fewer tasks than threads, time is split into chunks that run in parallel, each from a guessed state.
+  // Then the chunks are run again in order, from the true state. Such a run stops as soon as its state is bit-identical
+  // to the recorded state, because the rest is already correct. The guess usually has no effect after a few hundred
+  // steps, because states decay. The results are bit-identical to those of a single pass for any number of chunks.
   void in_chunks() const {
     const int64_t tasks = num_tasks();
     const int64_t num_steps = part_.end - part_.begin;

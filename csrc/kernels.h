@@ -1,6 +1,5 @@
-// The loops, compiled once for each instruction set (kernels_*.cpp).
-//
-// Prefixes: `in_` a row that is read, `out_` a row that is written; a row is the features of one step.
+// The loops over the steps, compiled once for each instruction set (kernels_*.cpp). `in_` and `out_` are the prefixes of
+// pointers to features that are read and written.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,40 +14,42 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 template <class T>
-struct Computed {
+struct Accumulation {
   using Type = float;
 };
 template <>
-struct Computed<double> {
+struct Accumulation<double> {
   using Type = double;
 };
 
-// The last features of a row when they are fewer than a group: padded with 0 when read, cropped when written.
+// The last features of a step if they are fewer than a group: padded with 0 when read, cropped when written.
 template <class T>
 struct Rest {
   T features[group];
 
-  const T* in(const T* in_row, int64_t count) {
+  const T* in(const T* in_features, int64_t count) {
     std::memset(features, 0, sizeof(features));
-    std::memcpy(features, in_row, count * sizeof(T));
+    std::memcpy(features, in_features, count * sizeof(T));
     return features;
   }
 };
 
 template <class T>
-MINGRU_INLINE T* row(const Sequence& sequence, int64_t batch, int64_t position, int64_t feature) {
+MINGRU_INLINE T* features_at(const Sequence& sequence, int64_t batch, int64_t position, int64_t feature) {
   const int64_t at = batch * sequence.batch_stride + position * sequence.step_stride + feature;
   return static_cast<T*>(sequence.data) + (at - sequence.skipped);
 }
 
-// The position of a step along the dimension of time.
-MINGRU_INLINE int64_t position_of(const Scan& scan, int64_t step) { return scan.step_rows ? scan.step_rows[step] : step; }
+// The index of a step in the dimension of time, or in packed data.
+MINGRU_INLINE int64_t position_of(const Scan& scan, int64_t step) {
+  return scan.step_offsets ? scan.step_offsets[step] : step;
+}
 
 MINGRU_INLINE bool is_reset(const Scan& scan, int64_t batch, int64_t position) {
   return scan.reset && scan.reset[batch * scan.reset_batch_stride + position * scan.reset_step_stride];
 }
 
-// Record the state, or compare it with the recorded one. Returns true if they are equal.
+// Records the state. If `stop_at_match`, returns true if it equals the state that was recorded before.
 template <class A>
 static bool record(const Span& span, int64_t done, const A* state, int64_t padded) {
   A* recorded = static_cast<A*>(span.checkpoints) + (done / steps_per_checkpoint - 1) * padded;
@@ -57,62 +58,60 @@ static bool record(const Span& span, int64_t done, const A* state, int64_t padde
   return false;
 }
 
-// One feature of all inputs.
-template <class Cell, bool biased, class Rows, class Biases, class A>
-MINGRU_INLINE void gather(const Rows& rows, const Biases& biases, int i, A* x) {
+template <class Cell, bool biased, class Inputs, class Biases, class A>
+MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
-    x[k] = static_cast<A>(rows[k][i]);
+    x[k] = static_cast<A>(inputs[k][i]);
     if constexpr (biased) x[k] += biases[k][i];
   }
 }
 
-// One step of one group of features. The rows must not overlap what is written.
+// One step of one group of features. Inputs and outputs must not overlap.
 template <class Cell, bool biased, class T, class A>
 MINGRU_INLINE void forward_group(
-    const T* const* in_rows, const A* const* in_biases, A* __restrict h, T* __restrict out_row) {
+    const T* const* in_inputs, const A* const* in_biases, A* __restrict h, T* __restrict out_state) {
   constexpr int num_inputs = Cell::num_inputs;
-  const T* __restrict rows[num_inputs];
+  const T* __restrict inputs[num_inputs];
   const A* __restrict biases[num_inputs];
   for (int k = 0; k < num_inputs; ++k) {
-    rows[k] = in_rows[k];
+    inputs[k] = in_inputs[k];
     biases[k] = in_biases[k];
   }
   for (int i = 0; i < group; ++i) {
     A x[num_inputs], a, b;
-    gather<Cell, biased>(rows, biases, i, x);
+    load<Cell, biased>(inputs, biases, i, x);
     Cell::coefficients(x, a, b);
     h[i] = a * h[i] + b;
-    out_row[i] = static_cast<T>(h[i]);
+    out_state[i] = static_cast<T>(h[i]);
   }
 }
 
 template <class Cell, bool biased, class T, class A, class M>
 MINGRU_INLINE void backward_group(
-    const T* const* in_rows, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_previous,
-    A* __restrict carry, T* const* out_rows) {
+    const T* const* in_inputs, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_previous,
+    A* __restrict carry, T* const* out_grads) {
   constexpr int num_inputs = Cell::num_inputs;
-  const T* __restrict rows[num_inputs];
+  const T* __restrict inputs[num_inputs];
   const A* __restrict biases[num_inputs];
   for (int k = 0; k < num_inputs; ++k) {
-    rows[k] = in_rows[k];
+    inputs[k] = in_inputs[k];
     biases[k] = in_biases[k];
   }
-  // Written to the rows at the end only: compilers don't see that those don't overlap.
+  // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
   A grads[num_inputs][group];
   for (int i = 0; i < group; ++i) {
     A x[num_inputs], grad[num_inputs], a;
-    gather<Cell, biased>(rows, biases, i, x);
+    load<Cell, biased>(inputs, biases, i, x);
     const A delta = static_cast<A>(in_grad[i]) + carry[i];
     Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
     for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
     carry[i] = a * delta;
   }
   for (int k = 0; k < num_inputs; ++k) {
-    for (int i = 0; i < group; ++i) out_rows[k][i] = static_cast<T>(grads[k][i]);
+    for (int i = 0; i < group; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
   }
 }
 
-// The biases of a group; where there are none, pointers that are not read.
 template <class Cell, class A>
 MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
@@ -121,8 +120,8 @@ MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases
 }
 
 template <class Cell, class T, bool biased>
-static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
-  using A = typename Computed<T>::Type;
+static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>::Type* state) {
+  using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
   const int64_t padded = (span.num_features + group - 1) / group * group;
   const A* initial_state = static_cast<const A*>(scan.initial_state);
@@ -133,35 +132,37 @@ static bool forward(const Scan& scan, const Span& span, typename Computed<T>::Ty
         state[i] = initial_state ? initial_state[span.batch * scan.num_features + span.feature + i] : A(0);
       }
     }
-    const T* in_rows[num_inputs];
-    for (int k = 0; k < num_inputs; ++k) in_rows[k] = row<const T>(scan.inputs[k], span.batch, position, span.feature);
-    T* out_row = row<T>(scan.out, span.batch, position, span.feature);
+    const T* in_inputs[num_inputs];
+    for (int k = 0; k < num_inputs; ++k) {
+      in_inputs[k] = features_at<const T>(scan.inputs[k], span.batch, position, span.feature);
+    }
+    T* out_state = features_at<T>(scan.out, span.batch, position, span.feature);
     const A* biases[num_inputs];
     int64_t feature = 0;
     for (; feature + group <= span.num_features; feature += group) {
-      const T* rows[num_inputs];
-      for (int k = 0; k < num_inputs; ++k) rows[k] = in_rows[k] + feature;
+      const T* inputs[num_inputs];
+      for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(rows, biases, state + feature, out_row + feature);
+      forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
     }
     if (feature < span.num_features) {
       const int64_t count = span.num_features - feature;
       Rest<T> rest[num_inputs], rest_out;
-      const T* rows[num_inputs];
-      for (int k = 0; k < num_inputs; ++k) rows[k] = rest[k].in(in_rows[k] + feature, count);
+      const T* inputs[num_inputs];
+      for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(rows, biases, state + feature, rest_out.features);
-      std::memcpy(out_row + feature, rest_out.features, count * sizeof(T));
+      forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
+      std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
   }
   return false;
 }
 
-// `state` is what reaches a step from the one after it: a_{t+1} delta_{t+1}.
+// `state` is a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
 template <class Cell, class T, bool biased>
-static bool backward(const Scan& scan, const Span& span, typename Computed<T>::Type* state) {
-  using A = typename Computed<T>::Type;
+static bool backward(const Scan& scan, const Span& span, typename Accumulation<T>::Type* state) {
+  using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
   const int64_t padded = (span.num_features + group - 1) / group * group;
   const int64_t at = span.batch * scan.num_features + span.feature;
@@ -174,16 +175,16 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
     const int64_t position = position_of(scan, step);
     const bool reset = is_reset(scan, span.batch, position);
     const bool is_first = step == (scan.reverse ? num_steps - 1 : 0);
-    const T* in_rows[num_inputs];
-    T* out_rows[num_inputs];
+    const T* in_inputs[num_inputs];
+    T* out_grads[num_inputs];
     for (int k = 0; k < num_inputs; ++k) {
-      in_rows[k] = row<const T>(scan.inputs[k], span.batch, position, span.feature);
-      out_rows[k] = row<T>(scan.grad_inputs[k], span.batch, position, span.feature);
+      in_inputs[k] = features_at<const T>(scan.inputs[k], span.batch, position, span.feature);
+      out_grads[k] = features_at<T>(scan.grad_inputs[k], span.batch, position, span.feature);
     }
-    const T* in_grad = row<const T>(scan.grad_out, span.batch, position, span.feature);
+    const T* in_grad = features_at<const T>(scan.grad_out, span.batch, position, span.feature);
     const int64_t before = is_first ? position : position_of(scan, scan.reverse ? step + 1 : step - 1);
-    const T* in_previous = row<const T>(scan.out, span.batch, before, span.feature);
-    // The previous state: a row of `out`, except at the first step and at resets.
+    const T* in_previous = features_at<const T>(scan.out, span.batch, before, span.feature);
+    // The previous state is in `out`, except at the first step and at resets.
     const bool from_out = !reset && !is_first;
     const A* previous = reset ? initial_state : first;
     A no_state[group] = {};
@@ -192,26 +193,26 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
       const bool whole = count == group;
       Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_previous_out;
       Rest<A> rest_previous;
-      const T* rows[num_inputs];
+      const T* inputs[num_inputs];
       T* grads[num_inputs];
       for (int k = 0; k < num_inputs; ++k) {
-        rows[k] = whole ? in_rows[k] + feature : rest[k].in(in_rows[k] + feature, count);
-        grads[k] = whole ? out_rows[k] + feature : rest_out[k].features;
+        inputs[k] = whole ? in_inputs[k] + feature : rest[k].in(in_inputs[k] + feature, count);
+        grads[k] = whole ? out_grads[k] + feature : rest_out[k].features;
       }
       const A* biases[num_inputs];
       biases_at<Cell>(scan, span.feature + feature, biases);
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       if (from_out) {
-        const T* previous_row = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
-        backward_group<Cell, biased>(rows, biases, grad, previous_row, state + feature, grads);
+        const T* previous_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
+        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       } else {
-        const A* previous_row = previous == nullptr ? no_state
-                                : whole             ? previous + feature
-                                                    : rest_previous.in(previous + feature, count);
-        backward_group<Cell, biased>(rows, biases, grad, previous_row, state + feature, grads);
+        const A* previous_group = previous == nullptr ? no_state
+                                  : whole             ? previous + feature
+                                                      : rest_previous.in(previous + feature, count);
+        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       }
       if (!whole) {
-        for (int k = 0; k < num_inputs; ++k) std::memcpy(out_rows[k] + feature, grads[k], count * sizeof(T));
+        for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));
       }
     }
     if (reset) {
@@ -227,7 +228,7 @@ static bool backward(const Scan& scan, const Span& span, typename Computed<T>::T
 
 template <class Cell, class T>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
-  auto* at = static_cast<typename Computed<T>::Type*>(state);
+  auto* at = static_cast<typename Accumulation<T>::Type*>(state);
   if constexpr (Cell::has_bias && sizeof(T) >= sizeof(float)) {
     if (scan.biases[0]) {
       return is_backward ? backward<Cell, T, true>(scan, span, at) : forward<Cell, T, true>(scan, span, at);

@@ -1,4 +1,4 @@
-// Intel since 2013, AMD since 2015. Nothing outside the namespace may be defined here: the linker could hand it to all.
+// Intel since 2013, AMD since 2015. All code is in the namespace: the linker could use code outside it on any processor.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MINGRU_ISA avx2
 #include <torch/headeronly/util/BFloat16.h>

@@ -1,4 +1,4 @@
-// Intel servers since 2017, AMD since 2022. Nothing outside the namespace may be defined here: the linker could hand it to all.
+// Intel servers since 2017, AMD since 2022. All code is in the namespace, for the reason in kernels_avx2.cpp.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MINGRU_ISA avx512
 #include <torch/headeronly/util/BFloat16.h>

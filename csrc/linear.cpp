@@ -1,5 +1,5 @@
-// The recurrence of a cell with its linear map, block of rows by block of rows: what a block needs stays in the cache, and
-// nothing as large as all pre-activations is made. The one caller is src/mingru/ops/backends/native.py.
+// The linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
+// each step of each batch element. Called only by src/mingru/ops/backends/native.py.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <memory>
@@ -10,7 +10,7 @@ namespace {
 
 using namespace mingru;
 
-// A block is large enough for the matrix product to run at full speed.
+// Large enough for the full speed of the matrix multiplication.
 constexpr int64_t block_values = 1 << 20;
 constexpr int64_t most_block_rows = 2048;
 
@@ -19,15 +19,15 @@ struct Block {
   int64_t row, num_rows;
 };
 
-// Blocks of rows in the order of memory; each has whole steps of all batch elements, whole batch elements, or a range of
-// steps of one. In reverse order when the scan runs from the last step to the first.
+// The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch elements, or
+// some steps of one batch element.
 std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool backward, int64_t num_columns) {
   const Scan& scan = operands.scan;
   const int64_t batch = scan.num_batch, steps = scan.num_steps;
   const int64_t most = std::clamp(block_values / num_columns, int64_t(64), most_block_rows);
   std::vector<Block> blocks;
   if (operands.is_packed() || time_major) {
-    const auto row_of = [&](int64_t step) { return operands.is_packed() ? operands.first_row(step) : step * batch; };
+    const auto row_of = [&](int64_t step) { return operands.is_packed() ? operands.step_offset(step) : step * batch; };
     for (int64_t begin = 0; begin < steps;) {
       const int64_t width = row_of(begin + 1) - row_of(begin);
       if (width > most) {
@@ -35,7 +35,7 @@ std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool bac
           const int64_t count = std::min(most, width - b);
           blocks.push_back({{b, b + count, begin, begin + 1}, row_of(begin) + b, count});
         }
-        // Batch elements whose sequences have ended pass their states on.
+        // A block without rows passes on the states of batch elements whose sequences have ended.
         if (width < batch) blocks.push_back({{width, batch, begin, begin + 1}, row_of(begin + 1), 0});
         ++begin;
         continue;
@@ -63,13 +63,13 @@ std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool bac
   return blocks;
 }
 
-// Memory that a thread keeps from call to call, because fresh pages cost more than what is computed in them.
+// Memory that a thread keeps between calls, because new pages cost more time than the computation in them.
 class Scratch {
  public:
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
-      // Whole cache lines, for the matrix products.
+      // Aligned to cache lines, for the matrix multiplication.
       memory_.reset(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);
       size_ = bytes;
     }
@@ -84,9 +84,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch product_scratch, grads_scratch;
+thread_local Scratch pre_activations_scratch, grads_scratch;
 
-// A view (rows, columns) of memory that is kept elsewhere.
 Tensor matrix(
     const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
   return torch::stable::from_blob(
@@ -94,20 +93,19 @@ Tensor matrix(
 }
 
 void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 void multiply_and_add(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
 }
 
-// x (B, S, I), (S, B, I) or packed (rows, I) as a matrix of rows in the order of memory: x itself if it, or its transpose, is
-// contiguous.
-class Rows {
+// x as a matrix in the order of memory, copied only if neither x nor its transpose is contiguous.
+class InputMatrix {
  public:
-  Rows(const Given& given, const Tensor& x, const Tensor& weight)
-      : rows_(contiguous(given, x, time_major_)),
-        data_(static_cast<char*>(rows_.data_ptr())),
+  InputMatrix(const Given& given, const Tensor& x, const Tensor& weight)
+      : matrix_(contiguous(given, x, time_major_)),
+        data_(static_cast<char*>(matrix_.data_ptr())),
         num_features_(x.size(-1)),
         num_columns_(weight.size(0)) {
     STD_TORCH_CHECK(
@@ -117,61 +115,60 @@ class Rows {
         given.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), contiguous");
   }
 
-  // Whether the rows of one step come before those of the next step.
   bool time_major() const { return time_major_; }
   int64_t num_features() const { return num_features_; }
   int64_t num_columns() const { return num_columns_; }
-  int64_t count() const { return rows_.numel() / num_features_; }
+  int64_t num_rows() const { return matrix_.numel() / num_features_; }
 
   Tensor of(const Block& block) const {
     return matrix(
-        data_ + block.row * num_features_ * rows_.element_size(), block.num_rows, num_features_, num_features_, 1,
-        rows_);
+        data_ + block.row * num_features_ * matrix_.element_size(), block.num_rows, num_features_, num_features_, 1,
+        matrix_);
   }
 
-  // A sequence (with the leading dimensions of x) in the same order of memory.
   Tensor empty_like_x() const {
-    const Tensor rows = torch::stable::new_empty(rows_, rows_.sizes());
-    return swapped_ ? torch::stable::transpose(rows, 0, 1) : rows;
+    const Tensor empty = torch::stable::new_empty(matrix_, matrix_.sizes());
+    return transposed_ ? torch::stable::transpose(empty, 0, 1) : empty;
   }
 
  private:
   Tensor contiguous(const Given& given, const Tensor& x, bool& time_major) {
     STD_TORCH_CHECK(x.dim() >= 2, given.name, ": x must be (B, S, I)");
-    swapped_ = !given.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
-    time_major = given.batch_sizes || given.time_first != swapped_;
-    const Tensor rows = swapped_ ? torch::stable::transpose(x, 0, 1) : x;
-    return as_contiguous(rows);
+    transposed_ = !given.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
+    time_major = given.batch_sizes || given.time_first != transposed_;
+    return as_contiguous(transposed_ ? torch::stable::transpose(x, 0, 1) : x);
   }
 
-  bool swapped_ = false, time_major_ = false;
-  Tensor rows_;
+  bool transposed_ = false, time_major_ = false;
+  Tensor matrix_;
   char* data_;
   int64_t num_features_, num_columns_;
 };
 
-// Sets `sequences`, one for each input, side by side in the rows of a block.
-void set_rows(Sequence* sequences, const Operands& operands, const Rows& rows, void* data, int64_t first_row, int64_t size) {
+// Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a block.
+void set_sequences(
+    Sequence* sequences, const Operands& operands, const InputMatrix& inputs, void* data, int64_t first_row,
+    int64_t size) {
   const Scan& scan = operands.scan;
-  const int64_t stride = rows.num_columns();
+  const int64_t stride = inputs.num_columns();
   for (int64_t k = 0; k < stride / scan.num_features; ++k) {
     sequences[k] = {
-        static_cast<char*>(data) + k * scan.num_features * size, rows.time_major() ? stride : scan.num_steps * stride,
-        rows.time_major() && !operands.is_packed() ? scan.num_batch * stride : stride, first_row * stride};
+        static_cast<char*>(data) + k * scan.num_features * size, inputs.time_major() ? stride : scan.num_steps * stride,
+        inputs.time_major() && !operands.is_packed() ? scan.num_batch * stride : stride, first_row * stride};
   }
 }
 
 int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weight.size(0) / num_inputs_of(cell_of(cell)); }
 
-// The states of all steps, the last one, and, if `keep`, the pre-activations of all rows without their bias.
+// Returns all states, the last state and, if `keep`, the pre-activations without bias.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
     bool keep) {
   const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
-  const Rows rows(given, x, weight);
-  const int64_t columns = rows.num_columns(), size = x.element_size();
+  const InputMatrix inputs(given, x, weight);
+  const int64_t columns = inputs.num_columns(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
   operands.add_biases(bias);
   Scan& scan = operands.scan;
@@ -179,48 +176,47 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
   Tensor last = torch::stable::empty_like(given.h);
   scan.out = operands.sequence(out);
   scan.last = last.data_ptr();
-  Tensor product = torch::stable::new_empty(x, {keep ? rows.count() : 0, columns});
+  Tensor pre_activations = torch::stable::new_empty(x, {keep ? inputs.num_rows() : 0, columns});
 
-  const Tensor weight_transposed = matrix(weight.data_ptr(), rows.num_features(), columns, 1, rows.num_features(), x);
-  for (const Block& block : blocks_of(operands, rows.time_major(), false, columns)) {
+  const Tensor weight_transposed = matrix(weight.data_ptr(), inputs.num_features(), columns, 1, inputs.num_features(), x);
+  for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns)) {
     if (block.num_rows > 0) {
-      void* data = keep ? static_cast<char*>(product.data_ptr()) + block.row * columns * size
-                        : product_scratch.at_least(block.num_rows * columns * size);
-      multiply(matrix(data, block.num_rows, columns, columns, 1, x), rows.of(block), weight_transposed);
-      set_rows(scan.inputs, operands, rows, data, block.row, size);
+      void* data = keep ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
+                        : pre_activations_scratch.at_least(block.num_rows * columns * size);
+      multiply(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block), weight_transposed);
+      set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
   }
-  return {out, last, product};
+  return {out, last, pre_activations};
 }
 
-// The gradients of x, weight and bias (each only if needed, otherwise empty), h and initial_state. An empty `product` is
-// computed again.
+// Returns the gradients of x, weight and bias (empty if not needed), h and initial_state.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& product,
+    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& pre_activations,
     const Tensor& grad_out, const Tensor& grad_last, const std::string& cell, bool reverse, bool time_first,
     bool needs_x, bool needs_weight, bool needs_bias) {
   const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
-  const Rows rows(given, x, weight);
-  const int64_t columns = rows.num_columns(), features = rows.num_features(), size = x.element_size();
+  const InputMatrix inputs(given, x, weight);
+  const int64_t columns = inputs.num_columns(), features = inputs.num_features(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
   operands.add_biases(bias);
   Scan& scan = operands.scan;
-  const bool kept = product.numel() > 0;
+  const bool kept = pre_activations.numel() > 0;
   STD_TORCH_CHECK(
-      !kept || (product.is_contiguous() && product.scalar_type() == x.scalar_type() &&
-                product.numel() == rows.count() * columns),
-      given.name, ": product must be (rows, num_inputs N), contiguous, or empty");
+      !kept || (pre_activations.is_contiguous() && pre_activations.scalar_type() == x.scalar_type() &&
+                pre_activations.numel() == inputs.num_rows() * columns),
+      given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
-  Tensor grad_x = needs_x ? rows.empty_like_x() : torch::stable::new_empty(x, {0});
+  Tensor grad_x = needs_x ? inputs.empty_like_x() : torch::stable::new_empty(x, {0});
   Tensor grad_weight = torch::stable::new_empty(x, {needs_weight ? columns : 0, features});
   Tensor grad_bias = torch::stable::new_empty(x, {needs_bias ? 1 : 0, columns});
   if (needs_weight) torch::stable::zero_(grad_weight);
   if (needs_bias) torch::stable::zero_(grad_bias);
-  const std::vector<Block> blocks = blocks_of(operands, rows.time_major(), true, columns);
+  const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns);
   int64_t most_rows = 0;
   for (const Block& block : blocks) most_rows = std::max(most_rows, block.num_rows);
   Tensor ones = torch::stable::new_empty(x, {1, needs_bias ? most_rows : 0});
@@ -233,12 +229,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       run(scan, block.part, true);
       continue;
     }
-    void* pre = kept ? static_cast<char*>(product.data_ptr()) + block.row * columns * size
-                     : product_scratch.at_least(most_rows * columns * size);
-    if (!kept) multiply(matrix(pre, count, columns, columns, 1, x), rows.of(block), weight_transposed);
+    void* pre = kept ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
+                     : pre_activations_scratch.at_least(most_rows * columns * size);
+    if (!kept) multiply(matrix(pre, count, columns, columns, 1, x), inputs.of(block), weight_transposed);
     void* to = grads_scratch.at_least(most_rows * columns * size);
-    set_rows(scan.inputs, operands, rows, pre, block.row, size);
-    set_rows(scan.grad_inputs, operands, rows, to, block.row, size);
+    set_sequences(scan.inputs, operands, inputs, pre, block.row, size);
+    set_sequences(scan.grad_inputs, operands, inputs, to, block.row, size);
     run(scan, block.part, true);
 
     const Tensor grads = matrix(to, count, columns, columns, 1, x);
@@ -246,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
       multiply(matrix(data, count, features, features, 1, x), grads, weight);
     }
-    if (needs_weight) multiply_and_add(grad_weight, matrix(to, columns, count, 1, columns, x), rows.of(block));
+    if (needs_weight) multiply_and_add(grad_weight, matrix(to, columns, count, 1, columns, x), inputs.of(block));
     if (needs_bias) multiply_and_add(grad_bias, matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
   }
   return {grad_x, grad_weight, grad_bias, grad_h, grad_initial_state};
@@ -260,8 +256,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
       "Tensor? batch_sizes, str cell, bool reverse, bool time_first, bool keep) -> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? batch_sizes, Tensor out, Tensor product, Tensor grad_out, Tensor grad_last, str cell, bool reverse, "
-      "bool time_first, bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? batch_sizes, Tensor out, Tensor pre_activations, Tensor grad_out, Tensor grad_last, str cell, "
+      "bool reverse, bool time_first, bool needs_x, bool needs_weight, bool needs_bias) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -1,13 +1,11 @@
-// exp and the logistic function for one lane; loops over lanes turn them into vector code.
-//
-// No branch, no table, no errno, and nothing that would need -ffast-math: NaN and infinities come out as the formulas
-// say, and results below the smallest normal number are rounded once, not flushed to 0.
+// exp, tanh and the logistic function of one SIMD lane, without branches, tables and errno, so that compilers vectorize
+// loops over lanes. NaN and infinities follow the formulas. Subnormal results are rounded once and not flushed to 0.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// A call left standing in a loop over lanes would keep it from being vectorised.
+// Always inlined, because a function call would prevent the vectorization of the loop.
 #if defined(_MSC_VER)
 #define MINGRU_INLINE static __forceinline
 #else
@@ -24,10 +22,10 @@ struct Format<float> {
   using Int = int32_t;
   using UInt = uint32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float lowest = -104.0f;  // its exp is below half the smallest subnormal
-  static constexpr int lift = 64;           // keeps powers of two that are multiplied with above the subnormals
+  static constexpr float lowest = -104.0f;  // exp(lowest) is below half of the smallest subnormal
+  static constexpr int lift = 64;           // keeps `lifted` above the subnormals
   static constexpr float drop = 5.42101086242752217e-20f;  // 2^-lift
 };
 
@@ -51,8 +49,8 @@ MINGRU_INLINE To bit_cast(From from) {
   return to;
 }
 
-// (exp(r) - 1) / r for |r| <= ln(2) / 2. Coefficients that make the largest relative error of exp smallest, 4e-9; summed by
-// pairs, as the steps of a plain Horner scheme would wait for one another.
+// (exp(r) - 1) / r for |r| <= ln(2) / 2. The coefficients minimize the maximum relative error of exp, which is 4e-9. The
+// terms are summed in pairs, because each step of Horner's scheme waits for the step before it.
 MINGRU_INLINE float rise(float r) {
   const float r2 = r * r;
   const float first = 1.0f + 0.4999999403953552f * r;
@@ -61,7 +59,7 @@ MINGRU_INLINE float rise(float r) {
   return (first + second * r2) + third * (r2 * r2);
 }
 
-// By Taylor: what is left out, r^14 / 14!, is below 5e-18.
+// A Taylor series. The omitted part of exp(r), r^14 / 14!, is below 5e-18.
 MINGRU_INLINE double rise(double r) {
   constexpr double inverse_factorial[] = {
       1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,       1.0 / 5040,
@@ -71,7 +69,7 @@ MINGRU_INLINE double rise(double r) {
   return sum;
 }
 
-// exp(x) = (1 + rest) * lifted * drop for x <= 0. A power of two alone could not reach the subnormals.
+// exp(x) = (1 + rest) * lifted * drop for x <= 0, with two powers of two, because exponent bits cannot make a subnormal.
 template <class A>
 struct Exponential {
   A rest, lifted;
@@ -81,11 +79,11 @@ template <class A>
 MINGRU_INLINE Exponential<A> exponential(A x) {
   using F = Format<A>;
   using UInt = typename F::UInt;
-  x = F::lowest > x ? F::lowest : x;  // NaN stays
+  x = F::lowest > x ? F::lowest : x;  // preserves NaN
   const A shifted = x * A(1.44269504088896340736) + F::rounder;
   const A whole = shifted - F::rounder;
   const A r = (x - whole * F::ln2_high) - whole * F::ln2_low;
-  // `whole` stands in the low bits of `shifted`.
+  // The low bits of `shifted` are those of the integer `whole`.
   const UInt exponent = bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)) + UInt(F::lift + F::bias);
   return {rise(r) * r, bit_cast<A>(exponent << F::mantissa_bits)};
 }
@@ -96,14 +94,13 @@ MINGRU_INLINE A power(A x) {
   return (A(1) + e.rest) * e.lifted * Format<A>::drop;
 }
 
-// -|x|, by its sign bit.
 template <class A>
 MINGRU_INLINE A minus_absolute(A x) {
   using UInt = typename Format<A>::UInt;
   return bit_cast<A>(bit_cast<UInt>(x) | UInt(1) << (sizeof(A) * 8 - 1));
 }
 
-// sigma(x) and sigma(-x), each to full relative precision: 1 - sigma(x) would cancel.
+// sigma(x) and sigma(-x), both in full relative precision, because 1 - sigma(x) would cancel.
 template <class A>
 struct Logistic {
   A plus, minus;
@@ -118,10 +115,10 @@ MINGRU_INLINE Logistic<A> logistic(A x) {
   return {left ? small : large, left ? large : small};
 }
 
-// The derivative where 1 - tanh(x)^2 would cancel: 4 p / (1 + p)^2 with p = exp(-2|x|).
+// If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 p / (1 + p)^2 with p = exp(-2|x|).
 template <class A>
 MINGRU_INLINE A hyperbolic_tangent(A x, A& derivative) {
-  // -expm1(-2|x|) / (2 + expm1(-2|x|)): no cancellation near 0.
+  // |tanh(x)| = -expm1(-2|x|) / (2 + expm1(-2|x|)) does not cancel near 0.
   const Exponential<A> e = exponential(A(2) * minus_absolute(x));
   const A scale = e.lifted * Format<A>::drop;
   const A expm1 = e.rest * scale + (scale - A(1));

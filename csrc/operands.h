@@ -1,8 +1,6 @@
-// Tensors as a `Scan`: checked, so that memory is safe, and kept alive while the scan points into them.
-//
-// A sequence is (B, S, *), or (S, B, *) if `time_first`. With `batch_sizes` (S), int64, sequences are packed as
-// torch.nn.utils.rnn.PackedSequence packs them, (rows, *): first step 0 of all batch elements, then step 1 of those that
-// have one, and so on, batch_sizes[t] of them at step t, the longest first. N is the product of the trailing sizes *.
+// Makes a `Scan` from tensors: checks them for memory safety, and keeps them alive while the scan points into them.
+// A sequence is (B, S, *), (S, B, *) if `time_first`, or packed, (P, *), if there are `batch_sizes` (S); see
+// src/mingru/ops/layout.py. N is the product of the trailing sizes *.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +30,7 @@ constexpr int64_t cell_inputs[] = {MINGRU_CELLS(MINGRU_COUNT)};
 
 CellKind cell_of(const std::string& name) {
   const auto* found = std::find(std::begin(cell_names), std::end(cell_names), name);
-  STD_TORCH_CHECK(found != std::end(cell_names), "mingru: there is no cell ", name);
+  STD_TORCH_CHECK(found != std::end(cell_names), "mingru: unknown cell ", name);
   return static_cast<CellKind>(found - std::begin(cell_names));
 }
 
@@ -50,9 +48,9 @@ Storage storage_of(const Tensor& x) {
 
 Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// What a recurrence starts from and how its sequences lie in memory, as every operator takes it.
+// The arguments that all operators have in common.
 struct Given {
-  const char* name;  // of the operator
+  const char* name;  // name of the operator
   const Tensor h;
   const Tensor& initial_state;
   const MaybeTensor& reset;
@@ -65,28 +63,28 @@ class Operands {
  public:
   Scan scan{};
 
-  // `shape` is a sequence that has the leading dimensions and the dtype of all sequences.
-  Operands(const Given& given, const Tensor& shape, int64_t num_features)
+  // `like` has the leading dimensions and the dtype of all sequences.
+  Operands(const Given& given, const Tensor& like, int64_t num_features)
       : name_(given.name), batch_dim_(given.time_first ? 1 : 0), step_dim_(given.time_first ? 0 : 1) {
-    STD_TORCH_CHECK(shape.is_cpu(), name_, ": sequences must be on the CPU");
+    STD_TORCH_CHECK(like.is_cpu(), name_, ": sequences must be on the CPU");
     scan.cell = cell_of(given.cell);
-    scan.storage = storage_of(shape);
+    scan.storage = storage_of(like);
     scan.num_features = num_features;
     scan.reverse = given.reverse;
     if (given.batch_sizes) {
-      unpack(*given.batch_sizes, shape);
+      set_packed(*given.batch_sizes, like);
     } else {
-      STD_TORCH_CHECK(shape.dim() >= 2, name_, ": sequences must be (B, S, *)");
-      scan.num_batch = shape.size(batch_dim_);
-      scan.num_steps = shape.size(step_dim_);
+      STD_TORCH_CHECK(like.dim() >= 2, name_, ": sequences must be (B, S, *)");
+      scan.num_batch = like.size(batch_dim_);
+      scan.num_steps = like.size(step_dim_);
     }
-    leading_.assign(shape.sizes().begin(), shape.sizes().begin() + num_leading());
+    leading_.assign(like.sizes().begin(), like.sizes().begin() + num_leading());
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
     scan.h = state(given.h, "h");
     if (given.reset) {
       add_reset(*given.reset);
-      // A reset of the linear scan sets the state to 0.
+      // The linear scan has no initial state: a reset sets the state to 0.
       if (scan.cell != CellKind::linear_scan) {
         scan.initial_state = state(contiguous(given.initial_state), "initial_state");
       }
@@ -95,26 +93,23 @@ class Operands {
 
   Operands(const Operands&) = delete;  // `scan` points into this object
 
-  bool is_packed() const { return !step_rows_.empty(); }
+  bool is_packed() const { return !step_offsets_.empty(); }
   Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
 
-  // The row at which a step begins; for packed sequences only.
-  int64_t first_row(int64_t step) const { return step < scan.num_steps ? scan.step_rows[step] : leading_[0]; }
+  int64_t step_offset(int64_t step) const { return step < scan.num_steps ? scan.step_offsets[step] : leading_[0]; }
 
-  // The leading sizes of a sequence, followed by `trailing` features.
   std::vector<int64_t> sizes(int64_t trailing) const {
     std::vector<int64_t> sizes = leading_;
     sizes.push_back(trailing);
     return sizes;
   }
 
-  // The tensor as it is, or a contiguous copy. Kept alive.
   Tensor contiguous(const Tensor& x) {
     kept_.push_back(as_contiguous(x));
     return kept_.back();
   }
 
-  // A sequence that the kernels can read, x itself if its features are contiguous. Kept alive.
+  // Returns x, or a copy with contiguous features, as a sequence.
   Sequence readable(const Tensor& x) {
     kept_.push_back(has_contiguous_features(x) ? x : torch::stable::contiguous(x));
     return sequence(kept_.back());
@@ -138,7 +133,7 @@ class Operands {
     return x.data_ptr();
   }
 
-  // bias is (num_inputs N); the part of each input is filled up to whole groups.
+  // The bias is (num_inputs N). The part of each input is padded to a multiple of `group`.
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
@@ -147,7 +142,7 @@ class Operands {
         bias.is_cpu() && bias.is_contiguous() && storage_of(bias) == scan.storage &&
             bias.numel() == count * features,
         name_, ": bias must be (num_inputs N), contiguous, with the dtype of the sequences");
-    STD_TORCH_CHECK(bias.element_size() >= 4, name_, ": the bias of bfloat16 and float16 is not added here");
+    STD_TORCH_CHECK(bias.element_size() >= 4, name_, ": a bias requires float32 or float64");
     const int64_t size = bias.element_size();
     const int64_t padded = (features + group - 1) / group * group;
     const char* data = static_cast<const char*>(bias.data_ptr());
@@ -161,8 +156,7 @@ class Operands {
     for (int64_t k = 0; k < count; ++k) scan.biases[k] = data + k * padded * size;
   }
 
-  // What backward reads and writes beside the inputs and their gradients. Returns the gradients of h and initial_state,
-  // the latter empty without resets.
+  // Returns the gradients of h and initial_state; without resets, the latter is empty.
   std::tuple<Tensor, Tensor> add_gradients(
       const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
@@ -200,35 +194,36 @@ class Operands {
     scan.reset_step_stride = reset.stride(is_packed() ? 0 : step_dim_);
   }
 
-  void unpack(const Tensor& batch_sizes, const Tensor& shape) {
+  void set_packed(const Tensor& batch_sizes, const Tensor& like) {
     STD_TORCH_CHECK(
-        shape.dim() >= 1 && batch_sizes.is_cpu() && batch_sizes.dim() == 1 && batch_sizes.is_contiguous() &&
+        like.dim() >= 1 && batch_sizes.is_cpu() && batch_sizes.dim() == 1 && batch_sizes.is_contiguous() &&
             batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.numel() > 0,
-        name_, ": packed sequences must be (rows, *), with int64 batch_sizes (S) on the CPU");
+        name_, ": packed sequences must be (number of steps, *), with int64 batch_sizes (S) on the CPU");
     const auto* sizes = static_cast<const int64_t*>(batch_sizes.data_ptr());
     const int64_t steps = batch_sizes.numel();
-    int64_t row = 0;
+    int64_t offset = 0;
     for (int64_t t = 0; t < steps; ++t) {
       STD_TORCH_CHECK(
-          sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), name_, ": batch_sizes must be above 0 and never grow");
-      step_rows_.push_back(row);
-      row += sizes[t];
+          sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), name_,
+          ": batch_sizes must be positive and must not increase");
+      step_offsets_.push_back(offset);
+      offset += sizes[t];
     }
-    STD_TORCH_CHECK(row == shape.size(0), name_, ": batch_sizes must sum up to the number of rows");
+    STD_TORCH_CHECK(offset == like.size(0), name_, ": the sum of batch_sizes must be the number of packed steps");
     lengths_.resize(sizes[0]);
     for (int64_t t = 0; t < steps; ++t) {
-      // Sequences that have no next step end here.
+      // Sequences without a next step end here.
       for (int64_t b = t + 1 < steps ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths_[b] = t + 1;
     }
     scan.num_batch = sizes[0];
     scan.num_steps = steps;
-    scan.step_rows = step_rows_.data();
+    scan.step_offsets = step_offsets_.data();
     scan.lengths = lengths_.data();
   }
 
   const char* name_;
   int64_t batch_dim_, step_dim_;
-  std::vector<int64_t> leading_, step_rows_, lengths_;
+  std::vector<int64_t> leading_, step_offsets_, lengths_;
   std::vector<Tensor> kept_;
   std::vector<char> biases_;
 };

@@ -1,4 +1,4 @@
-// The recurrence of a cell from its pre-activations. The one caller is src/mingru/ops/backends/native.py.
+// The recurrence of a cell from its pre-activations. Called only by src/mingru/ops/backends/native.py.
 #include "operands.h"
 
 namespace {
@@ -15,12 +15,11 @@ int64_t num_features(const Given& given, const std::vector<Tensor>& inputs) {
       static_cast<int64_t>(inputs.size()) == count, given.name, ": the cell ", given.cell, " takes ", count,
       " inputs, got ", inputs.size());
   const int64_t first = given.batch_sizes ? 1 : 2;
-  int64_t product = 1;
-  for (int64_t dim = first; dim < inputs[0].dim(); ++dim) product *= inputs[0].size(dim);
-  return product;
+  int64_t features = 1;
+  for (int64_t dim = first; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
+  return features;
 }
 
-// The states of all steps, and the last one.
 std::tuple<Tensor, Tensor> recurrence_forward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
     const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first) {
@@ -36,7 +35,7 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   return {out, last};
 }
 
-// The gradients of all inputs, side by side in one sequence of num_inputs N features, of h and of initial_state.
+// Returns the gradients of the inputs, concatenated to num_inputs N features, of h and of initial_state.
 std::tuple<Tensor, Tensor, Tensor> recurrence_backward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
     const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,

@@ -1,4 +1,4 @@
-"""What mkdocs runs while it builds the pages: links from names to their pages, and checks of the rendered reference."""
+"""Hooks of mkdocs: link names to their pages, and check the rendered reference."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ def on_page_content(html, page, config, files):
 
 
 def linked(html, documented):
-    """Return the page with a link at each name of the library, and of torch.nn, that has a page."""
+    """Return the page with links from names in `documented`, and from classes of torch.nn, to their pages."""
 
     def link(match):
         code, name = match[0], match[2] or ""
@@ -33,7 +33,7 @@ def linked(html, documented):
 
 
 def faults(html, is_reference):
-    """Return the sections of docstrings that were not rendered as such, which a strict build does not report."""
+    """Return the faults of a page that a strict build does not report, such as sections that are rendered as text."""
     text = re.sub(r"<pre\b.*?</pre>", "", html, flags=re.DOTALL)
     found = [f"{title!r} is text, not a section" for title in re.findall(rf"<p>({SECTIONS})\b[\w ]*:", text)]
     if is_reference:

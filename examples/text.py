@@ -186,7 +186,7 @@ def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
 
 @torch.inference_mode()
 def sample(model: nn.Module, prompt: Tensor, temperature: float, top_k: int, seed: int) -> Iterator[Tensor]:
-    """Yield symbols without end; each step reads only the newest, because the state keeps the past."""
+    """Yield symbols without end; each step reads only the newest symbol, because the state keeps the past."""
     model.eval()
     # Sampled on the CPU, so that a seed gives the same random numbers on every device.
     generator = torch.Generator().manual_seed(seed)
@@ -302,8 +302,8 @@ def train(
     model, optimizer = fabric.setup(raw, raw_optimizer)
     codes, heldout = fabric.to_device(codes), fabric.to_device(heldout)
 
-    # Each batch element is a stream: it starts at its own position, and each step continues it with its state. After
-    # the end of the text a stream continues at the beginning, so the step number gives the positions of all streams.
+    # Each batch element is a stream of text with its own start. Each training step continues all streams with their
+    # states. After the end of the text a stream continues at its beginning, so the step number gives all positions.
     num_streams = args.batch // fabric.world_size
     local = slice(fabric.global_rank * num_streams, (fabric.global_rank + 1) * num_streams)
     starts = torch.arange(args.batch, device=fabric.device)[local] * len(codes) // args.batch
@@ -312,7 +312,7 @@ def train(
     first, h, running, summed = 0, None, torch.zeros((), device=fabric.device), 0
     if resumed:
         model.load_state_dict(resumed["model"])
-        # All other entries are options, and a resumed run has the same options.
+        # The other entries of the state_dict are options, and a resumed run has the same options.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
         first, summed = resumed["step"], resumed["summed"]
         h, running = fabric.to_device((resumed["h"][:, local], resumed["running"]))
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume or name another file")
 
     fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
-    # This starts the other processes, which run this file from the top; errors in options were raised before.
+    # Launched after the options are checked, because the other processes run this file from the top.
     fabric.launch()
     codes, heldout = (encode(text, symbols) for text in texts)
     fabric.print(f"{len(codes)} characters to learn, {len(heldout)} held out, {len(symbols)} symbols", flush=True)

@@ -52,8 +52,8 @@ def test_it_runs_and_prints_numbers():
         (["--seconds", "nan"], "argument --seconds: must be a number above 0, got 'nan'"),
         (["--shape", "1", "2", "3", "0"], "argument --shape: must be a whole number above 0, got '0'"),
         (["--shape", "1", "2"], "argument --shape: expected 4 arguments"),
-        (["--device", "toaster"], "argument --device: torch can't compute on 'toaster' here"),
-        (["--device", "meta"], "argument --device: torch can't compute on 'meta' here"),
+        (["--device", "toaster"], "argument --device: torch cannot compute on 'toaster' here"),
+        (["--device", "meta"], "argument --device: torch cannot compute on 'meta' here"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )

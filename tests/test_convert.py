@@ -367,7 +367,7 @@ def zeros(*shape):
         ),
         (
             {"to_out.weight": zeros(4, 6).to("meta")},
-            "to_out.weight must be on cpu as to_hidden_and_gate",
+            "to_out.weight must be on cpu like to_hidden_and_gate",
         ),
         ({str(index): zeros(1) for index in range(9)}, "got the unexpected key 0"),
     ],
@@ -440,13 +440,11 @@ def test_wrong_types(convert, weights):
     assert why(nn.Linear(2, 2)) == "state_dict must be a mapping of names to tensors, got Linear; use .state_dict()"
     assert why(weights, 3) == "prefix must be a str, got 3"
     half = {**weights, "to_out.weight": weights["to_out.weight"].half()}
-    assert why(half).startswith(
-        "to_out.weight must be torch.float64 as to_hidden_and_gate.weight is, got torch.float16"
-    )
+    assert why(half).startswith("to_out.weight must be torch.float64 like to_hidden_and_gate.weight, got torch.float16")
     listed = {**weights, GATES + "weight": [1.0]}
     assert why(listed).startswith("to_hidden_and_gate.weight must be a tensor, got list")
     whole = {key: weight.long() for key, weight in weights.items()}
-    assert why(whole) == "to_hidden_and_gate.weight must be of a floating dtype, got torch.int64"
+    assert why(whole) == "to_hidden_and_gate.weight must be of a floating-point dtype, got torch.int64"
 
 
 # cheind/mingru
@@ -734,7 +732,7 @@ def test_cheind_weights_are_copies_and_nothing_is_drawn(version):
 def test_a_residual_that_the_weights_do_not_show():
     peer = Cheind("1.4.2", (4, 4, 4), residual=True)
     with pytest.raises(
-        ValueError, match=r"from_cheind: residual must be True or False, got None; the weights don't show"
+        ValueError, match=r"from_cheind: residual must be True or False, got None; the weights do not show"
     ):
         peer.converted(residual=None)
     x = double(B, 4, 4)
@@ -892,7 +890,7 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
             "1.4.2",
             {},
             {"layers.1.gate_hidden.bias": zeros(8).to("meta")},
-            "bias must be on cpu as a.layers.0.gate_hidden",
+            "bias must be on cpu like a.layers.0.gate_hidden",
         ),
         ("1.3.0", {"residual": True}, {"input_residual_align.bias": None}, "got no key a.input_residual_align.bias"),
         (
@@ -946,7 +944,7 @@ def test_foreign_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": None}, "stride must be given, got None; the weights of a convolution don't show it"),
+        ({"stride": None}, "stride must be given, got None; convolutional weights do not show it"),
         ({"padding": None}, "padding must be given, got None"),
         ({"num_groups": [8]}, "num_groups must be a number or a list of 2, one for each layer, got [8]"),
         ({"num_groups": 3}, "num_groups must be a divisor of the number of channels, 32, got 3"),
@@ -961,11 +959,11 @@ def test_options_of_convolutions_that_do_not_fit(options, message):
 
 def test_options_that_do_not_fit():
     rnn = Cheind("1.4.2", (3, 4))
-    with pytest.raises(ValueError, match=r"stride must be None for weights without a convolution, got 1$"):
+    with pytest.raises(ValueError, match=r"stride must be None because the weights have no convolution, got 1$"):
         rnn.converted(stride=1)
-    with pytest.raises(ValueError, match="num_groups must be None for weights without a convolution, got 1"):
+    with pytest.raises(ValueError, match="num_groups must be None because the weights have no convolution, got 1"):
         rnn.converted(num_groups=1)
-    with pytest.raises(ValueError, match="num_groups must be None for weights without a group norm, got 1"):
+    with pytest.raises(ValueError, match="num_groups must be None because the weights have no group norm, got 1"):
         Cheind(*IMAGES[1][:2], **IMAGES[1][2]).converted(num_groups=1)
     with pytest.raises(ValueError, match="residual must be False or None because a cell has no residual, got True"):
         Cheind("cell", (4, 4)).converted(residual=True)
@@ -973,6 +971,6 @@ def test_options_that_do_not_fit():
         rnn.converted(residual=1)
     half = {**rnn.state_dict, "layers.0.gate_hidden.bias": zeros(8).half()}
     with pytest.raises(
-        TypeError, match=r"gate_hidden\.bias must be torch\.float64 as layers\.0\.gate_hidden\.weight is"
+        TypeError, match=r"gate_hidden\.bias must be torch\.float64 like layers\.0\.gate_hidden\.weight"
     ):
         from_cheind(half)

@@ -436,7 +436,7 @@ def test_messages_tell_the_remedy():
         "first(x.numpy())": "use torch.as_tensor",
         "first(x.double())": "use input.to(torch.float32)",
         "first(x, h.double())": "use hx.to(torch.float32)",
-        "drop_in.GRU(3, 4, proj_size=2)": "put a linear layer behind this one",
+        "drop_in.GRU(3, 4, proj_size=2)": "apply a torch.nn.Linear to the output",
     }.items():
         error = outcome(call, {"first": first, "x": x, "h": torch.zeros(1, B, H), "drop_in": drop_in})
         assert str(error).endswith("; " + remedy), error
@@ -612,6 +612,7 @@ class Around(nn.Module):
         return self.rnn(x, h)
 
 
+@pytest.mark.slow
 @options_of
 def test_scripted(options):
     rnn = make(**options)

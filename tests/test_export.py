@@ -109,6 +109,7 @@ def test_a_model_of_ones_own_in_steps(args, path):
     torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_over_sequences(path):
     model = Tagger()
     onnx(model, torch.tensor([[1]]), path, max_steps=64)
@@ -214,14 +215,14 @@ class Masked(nn.Module):
         (ValueError, r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)", RNN, X, {"kind": "step"}),
         (
             ValueError,
-            "max_steps must be None with kind='step', got 4",
+            "max_steps must be None because kind is 'step', got 4",
             RNN,
             X[:, :1],
             {"kind": "step", "max_steps": 4},
         ),
         (
             ValueError,
-            r"max_steps must be None with dynamic_shapes, got 9; use Dim\(\.\.\., max=9\)",
+            r"max_steps must be None because dynamic_shapes is given, got 9; use Dim\(\.\.\., max=9\)",
             RNN,
             X,
             {"dynamic_shapes": (None,), "max_steps": 9},
@@ -238,8 +239,8 @@ class Masked(nn.Module):
             (torch.zeros(1, 4),) * 2,
             {},
         ),
-        (ValueError, r"must be \(x, h\) for kind='step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
-        (ValueError, r"must be \(x, h\) for kind='step' because .* forward", Masked(), X[:, :1], {"kind": "step"}),
+        (ValueError, r"must be \(x, h\) because kind is 'step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
+        (ValueError, r"must be \(x, h\) because kind is 'step' and .* forward", Masked(), X[:, :1], {"kind": "step"}),
     ],
 )
 def test_bad_input(error, message, model, example, options, path):

@@ -244,8 +244,8 @@ NO = torch.zeros(2, 5, dtype=torch.bool)
 BAD_FOR_EACH = {
     # For mingru (gate, candidate) and linear_scan (a, b), whose first and second argument are {0} and {1}.
     "first no tensor": ({0: [[0.0]]}, TypeError, r"{0} must be a tensor, got list"),
-    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating dtype, got torch\.int64"),
-    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating dtype, got torch\.bool"),
+    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.int64"),
+    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.bool"),
     "first without steps": ({0: torch.zeros(3)}, ValueError, r"{0} must be \(B, S, \*\), got \(3,\)"),
     "first a scalar": ({0: torch.tensor(1.0)}, ValueError, r"{0} must be \(B, S, \*\), got \(\)"),
     "second no tensor": ({1: 0.5}, TypeError, r"{1} must be a tensor, got float"),
@@ -253,22 +253,26 @@ BAD_FOR_EACH = {
     "second of other shape": (
         {1: X[:, :4]},
         ValueError,
-        r"{1} must be \(2, 5, 3\) as {0} is \(2, 5, 3\), got \(2, 4, 3\)",
+        r"{1} must be \(2, 5, 3\) because {0} is \(2, 5, 3\), got \(2, 4, 3\)",
     ),
     "second would broadcast": (
         {1: X[:1]},
         ValueError,
-        r"{1} must be \(2, 5, 3\) as {0} is .*got \(1, 5, 3\); {1}\.expand",
+        r"{1} must be \(2, 5, 3\) because {0} is .*got \(1, 5, 3\); to broadcast, use {1}\.expand",
     ),
-    "second of other rank": ({1: X[..., None]}, ValueError, r"{1} must be \(2, 5, 3\) as {0} is .*got \(2, 5, 3, 1\)"),
-    "second of other dtype": ({1: X.double()}, TypeError, r"{1} must be torch\.float32 as {0} is, got torch\.float64"),
-    "second of half": ({1: X.half()}, TypeError, r"{1} must be torch\.float32 as {0} is, got torch\.float16"),
-    "second on meta": ({1: X.to("meta")}, ValueError, r"{1} must be on cpu as {0} is, got one on meta"),
+    "second of other rank": (
+        {1: X[..., None]},
+        ValueError,
+        r"{1} must be \(2, 5, 3\) because {0} is .*got \(2, 5, 3, 1\)",
+    ),
+    "second of other dtype": ({1: X.double()}, TypeError, r"{1} must be torch\.float32 like {0}, got torch\.float64"),
+    "second of half": ({1: X.half()}, TypeError, r"{1} must be torch\.float32 like {0}, got torch\.float16"),
+    "second on meta": ({1: X.to("meta")}, ValueError, r"{1} must be on cpu like {0}, got a tensor on meta"),
     "h no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
     "h of other dtype": ({"h": X[:, :1].double()}, TypeError, r"h must be torch\.float32 .*, got torch\.float64"),
     "h of integers": ({"h": X[:, :1].long()}, TypeError, r"h must be torch\.float32 .*, got torch\.int64"),
     "h of half": ({"h": X[:, :1].half()}, TypeError, r"h must be torch\.float32 .*, got torch\.float16"),
-    "h on meta": ({"h": X[:, :1].to("meta")}, ValueError, r"h must be on cpu .*, got one on meta"),
+    "h on meta": ({"h": X[:, :1].to("meta")}, ValueError, r"h must be on cpu .*, got a tensor on meta"),
     "h without the dimension of time": (
         {"h": X[:, 0]},
         ValueError,
@@ -280,7 +284,7 @@ BAD_FOR_EACH = {
     "reset of numbers": ({"reset": NO.int()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.int32"),
     "reset of other shape": ({"reset": NO[:, :1]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 1\)"),
     "reset with features": ({"reset": X.bool()}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 5, 3\)"),
-    "reset on meta": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+    "reset on meta": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
 }
 
 
@@ -303,7 +307,7 @@ BAD_CALLS = {
     "complex gate": (
         lambda: functional.mingru(X.cfloat(), X.cfloat()),
         TypeError,
-        r"mingru: gate must be of a floating dtype, got torch\.complex64",
+        r"mingru: gate must be of a floating-point dtype, got torch\.complex64",
     ),
     "initial_state no tensor": (
         lambda: functional.mingru(X, X, initial_state=0.5),
@@ -338,12 +342,12 @@ BAD_CALLS = {
     "log form of any a and b": (
         lambda: functional.linear_scan(X, X, backend="log"),
         ValueError,
-        r".*backend asks for 'log', which can't run this: it takes the logarithm of a and b.*; use 'auto'",
+        r".*backend selects 'log', which cannot run this because it takes the logarithm of a and b.*; use 'auto'",
     ),
     "log form of a candidate of any sign": (
         lambda: functional.mingru(X, X, activation="tanh", backend="log"),
         ValueError,
-        r".*backend asks for 'log', which can't run this: .* 'tanh' may be negative; use 'auto'",
+        r".*backend selects 'log', which cannot run this because .* may be negative with activation 'tanh'; use 'auto'",
     ),
     "parallel_scan_log of no tensor": (
         lambda: functional.parallel_scan_log([0.0], X),
@@ -353,7 +357,7 @@ BAD_CALLS = {
     "parallel_scan_log of integers": (
         lambda: functional.parallel_scan_log(X.long(), X),
         TypeError,
-        r"parallel_scan_log: log_a must be of a floating dtype, got torch\.int64",
+        r"parallel_scan_log: log_a must be of a floating-point dtype, got torch\.int64",
     ),
     "parallel_scan_log of one dimension": (
         lambda: functional.parallel_scan_log(X[0, 0], X),
@@ -363,30 +367,34 @@ BAD_CALLS = {
     "parallel_scan_log without x_0": (
         lambda: functional.parallel_scan_log(X, X),
         ValueError,
-        r"parallel_scan_log: log_b must be \(2, 6, 3\) as log_a is \(2, 5, 3\), got \(2, 5, 3\)",
+        r"parallel_scan_log: log_b must be \(2, 6, 3\) because log_a is \(2, 5, 3\), got \(2, 5, 3\)",
     ),
     "parallel_scan_log, dtypes": (
         lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3).double()),
         TypeError,
-        r"parallel_scan_log: log_b must be torch\.float32 as log_a is, got torch\.float64",
+        r"parallel_scan_log: log_b must be torch\.float32 like log_a, got torch\.float64",
     ),
     "parallel_scan_log, devices": (
         lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3, device="meta")),
         ValueError,
-        r"parallel_scan_log: log_b must be on cpu as log_a is, got one on meta",
+        r"parallel_scan_log: log_b must be on cpu like log_a, got a tensor on meta",
     ),
     "g of a number": (lambda: functional.g(0.5), TypeError, r"g: x must be a tensor, got float"),
-    "g of integers": (lambda: functional.g(X.long()), TypeError, r"g: x must be of a floating dtype, got torch\.int64"),
+    "g of integers": (
+        lambda: functional.g(X.long()),
+        TypeError,
+        r"g: x must be of a floating-point dtype, got torch\.int64",
+    ),
     "g of complex": (
         lambda: functional.g(X.cfloat()),
         TypeError,
-        r"g: x must be of a floating dtype, got torch\.complex64",
+        r"g: x must be of a floating-point dtype, got torch\.complex64",
     ),
     "log_g of a list": (lambda: functional.log_g([0.5]), TypeError, r"log_g: x must be a tensor, got list"),
     "log_g of bools": (
         lambda: functional.log_g(NO),
         TypeError,
-        r"log_g: x must be of a floating dtype, got torch\.bool",
+        r"log_g: x must be of a floating-point dtype, got torch\.bool",
     ),
 }
 
@@ -399,9 +407,9 @@ def test_other_bad_calls(case):
 
 
 def test_the_remedy_of_a_refused_b_works():
-    """`a must be ...; a.expand copies nothing`: it does what it says."""
+    """`a must be ...; to broadcast, use a.expand, which copies nothing`: it does what it says."""
     a, b = torch.rand(1, 1, 3), torch.randn(2, 5, 3)
-    with pytest.raises(ValueError, match=r"b\.expand copies nothing"):
+    with pytest.raises(ValueError, match=r"b\.expand, which copies nothing"):
         functional.linear_scan(b, a)
     assert_close(functional.linear_scan(a.expand_as(b), b), functional.linear_scan(a.expand_as(b).clone(), b))
 

@@ -20,7 +20,9 @@ def _trusts_no_more_classes_afterwards():
     torch.serialization.add_safe_globals(before)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    "guide", [pytest.param(guide, marks=[pytest.mark.slow] * (guide == "deploying.md")) for guide in GUIDES]
+)
 # What torch's own tools say of torch.
 @pytest.mark.filterwarnings("ignore:`torch.jit.(script_method|optimize_for_inference)` is deprecated")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")

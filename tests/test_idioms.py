@@ -53,7 +53,7 @@ def test_outcomes():
 def test_the_table_shows_what_differs():
     rows = [script.Row("a", "1", "1"), script.Row("b", "1", "2")]
     assert script.table(rows).splitlines() == [
-        "Of 2 idioms, 1 give the same result with both. The others:",
+        "Of 2 idioms, 1 give the same result with both classes. The others:",
         "",
         "| idiom | `torch.nn` | `mingru.drop_in` |",
         "| --- | --- | --- |",

@@ -1,10 +1,11 @@
-"""Compare the time of MinGRU with nn.GRU, nn.LSTM and nn.Linear on your own machine.
+"""Compare the speed of MinGRU, nn.GRU, nn.LSTM and nn.Linear on your own machine.
 
     python -m mingru.bench
     python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
 
-Times are medians of interleaved runs in one process, in milliseconds, for one layer in float32: forward in inference
-mode, and forward + backward for the input and all parameters. The program needs only torch and runs about a minute.
+Each time is the median of interleaved runs in one process, in milliseconds, for one layer in float32. "forward" runs in
+inference mode. "fwd + bwd" also computes the gradients of the input and of all parameters. The program needs only torch
+and runs for about a minute.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def medians_ms(
     """Return the median time of each call, in milliseconds.
 
     All calls run once per round, so that a temporary slowdown of the machine affects them equally. The order differs
-    between rounds, because a call finds caches and memory as the previous call left them.
+    between rounds, because the previous call affects the state of caches and memory.
     """
     wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else _nothing
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
@@ -63,7 +64,7 @@ def _nothing() -> None:
 
 
 def forward(function: Callable[[], Any]) -> Callable[[], None]:
-    """Return the call that is timed for inference."""
+    """Return a function that calls `function` in inference mode."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -73,7 +74,7 @@ def forward(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
-    """Return the call that is timed for training: gradients of all leaves, given a random gradient of the output."""
+    """Return a function that computes the gradients of all leaves, from a random gradient of the output."""
     grad = torch.randn_like(function())
 
     def run() -> None:
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seconds",
         type=_seconds,
         default=3.0,
-        help="time to measure forward, and again forward + backward, of a shape (default: %(default)s)",
+        help="seconds for forward, and again for forward + backward, of each shape (default: %(default)s)",
     )
     parser.add_argument(
         "--shape",
@@ -211,7 +212,7 @@ def _device(text: str) -> str:
         torch.zeros(1, device=text).add(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"torch can't compute on {text!r} here ({why})") from None
+        raise argparse.ArgumentTypeError(f"torch cannot compute on {text!r} here ({why})") from None
     return text
 
 

@@ -17,8 +17,7 @@ from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
 
-# Names of arguments in other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs) and their names here.
-# `drop_in` has torch's names.
+# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs) and their names here.
 COUNTERPARTS = {
     "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
@@ -38,13 +37,14 @@ COUNTERPARTS = {
     "x": ("input",),
     **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
 }
-LINEAR_BEHIND = "put a linear layer behind this one"
+LINEAR_BEHIND = "apply a torch.nn.Linear to the output"
 REMEDIES = {"proj_size": LINEAR_BEHIND, "proj_out": LINEAR_BEHIND}
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
 
 def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:
+    """Return an error message: what the argument must be, what was passed, and the fix."""
     return f"{name}: {argument} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
@@ -53,9 +53,9 @@ def dims(shape: torch.Size | tuple[int, ...]) -> str:
 
 
 def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate a constructor so that its errors about arguments name the class that is constructed.
+    """Decorate a constructor so that errors about its arguments name the class that is constructed.
 
-    Python would name the base class that defines the constructor. The remedy is for too many arguments.
+    Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments.
     """
 
     def decorated(init: Callable[P, None]) -> Callable[P, None]:
@@ -76,7 +76,7 @@ def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callabl
 def misfit(
     name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
 ) -> str:
-    """Return why a method cannot be called with these arguments (the first is self); "" if it can."""
+    """Return why a method cannot be called with these arguments, of which the first is self; "" if it can."""
     known = list(signature.parameters.values())[1:]
     names = [parameter.name for parameter in known]
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
@@ -87,17 +87,17 @@ def misfit(
         signature.bind(*args, **kwargs)
     except TypeError as error:
         by_position = [parameter.name for parameter in known if parameter.kind is not parameter.KEYWORD_ONLY]
-        return f"{name}: {error}; {remedy or 'by position it takes ' + ', '.join(by_position)}"
+        return f"{name}: {error}; {remedy or 'the positional arguments are ' + ', '.join(by_position)}"
     return ""
 
 
 def _meant(argument: str, names: list[str]) -> str:
     meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names]
-    # A cutoff that accepts typing errors only.
+    # The high cutoff, 0.8, accepts only typing errors.
     meant = meant or difflib.get_close_matches(argument, names, 1, 0.8)
     if meant:
-        return f"you mean {' and '.join(meant)}"
-    return REMEDIES.get(argument) or f"it takes {', '.join(names)}"
+        return f"use {' and '.join(meant)}"
+    return REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
 
 
 def check_flags(name: str, **flags: object) -> None:
@@ -111,9 +111,9 @@ def check_flag(name: str, argument: str, flag: object, remedy: str = "", expecte
 
 
 def check_bias(name: str, bias: object) -> None:
-    """Check the `bias` of a layer, which gets the number that was meant for a later argument."""
+    """Check the `bias` of a layer. For a number, the error lists later arguments, because one was probably meant."""
     is_number = isinstance(bias, (int, float))
-    after = "after num_layers come bias, batch_first, dropout and bidirectional; pass dropout by keyword"
+    after = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
     check_flag(name, "bias", bias, after if is_number else "")
 
 
@@ -131,14 +131,14 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
         raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
     if dropout > 0 and num_layers == 1:
         warnings.warn(
-            f"{name}: dropout={dropout} has no effect on one layer, as the last layer's output is never dropped; add "
-            "layers or set dropout to 0",
+            f"{name}: dropout={dropout} has no effect on one layer, because it is not applied to the last layer's "
+            "output; add layers or set dropout to 0",
             stacklevel=_level_of_the_caller(),
         )
 
 
 def _level_of_the_caller() -> int:
-    """Return the `stacklevel` of the first line outside of the package."""
+    """Return the `stacklevel` of the innermost frame outside of this package."""
     package = __name__.partition(".")[0]
     frame: FrameType | None = sys._getframe(1)
     level = 1
@@ -155,7 +155,7 @@ def check_options(name: str, norm: str | None, norms: Collection[str], candidate
     if candidate not in ACTIVATIONS:
         raise ValueError(expectation(name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(expectation(name, "dtype", "a floating dtype", repr(dtype)))
+        raise TypeError(expectation(name, "dtype", "a floating-point dtype", repr(dtype)))
 
 
 def check_tensor(
@@ -167,11 +167,12 @@ def check_tensor(
     like_name: str,
     shape: torch.Size | tuple[int, ...],
 ) -> None:
-    """x must be a tensor of this shape, with the dtype and the device of `like`."""
+    """Check that x is a tensor of this shape, with the dtype and the device of `like`."""
     check_like(name, argument, x, like, like_name)
     if x.shape != shape:
-        was = f"{dims(shape)} as {like_name} is {dims(like.shape)}"
-        raise ValueError(expectation(name, argument, was, dims(x.shape), f"{argument}.expand copies nothing"))
+        expected = f"{dims(shape)} because {like_name} is {dims(like.shape)}"
+        remedy = f"to broadcast, use {argument}.expand, which copies nothing"
+        raise ValueError(expectation(name, argument, expected, dims(x.shape), remedy))
 
 
 def check_like(
@@ -185,32 +186,32 @@ def check_like(
     autocast: bool = False,
     ids: bool = False,
 ) -> None:
-    """Check that x is a tensor on the device of `like`, with its dtype, `or_dtype`, or one that autocast converts.
+    """Check that x is a tensor with the device and the dtype of `like`.
 
-    With `ids`, the error for integers says that token ids must be embedded.
+    The dtype `or_dtype` is accepted too. With `autocast`, every dtype that autocast converts is accepted. With `ids`,
+    the error for integers says that token ids must be embedded.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))
     if x.dtype not in (like.dtype, or_dtype) and not (autocast and accumulate_dtype(x.dtype) == torch.float32):
-        as_like = f"{like.dtype} as {like_name} is"
+        expected = f"{like.dtype} like {like_name}"
         remedy = f"use {argument}.to({like.dtype})"
         if ids and embed_remedy(x):
             remedy = f"{EMBED}, or {remedy} for numbers"
-        raise TypeError(expectation(name, argument, as_like, str(x.dtype), remedy))
+        raise TypeError(expectation(name, argument, expected, str(x.dtype), remedy))
     if x.device != like.device:
-        as_like = f"on {like.device} as {like_name} is"
-        raise ValueError(
-            expectation(name, argument, as_like, f"one on {x.device}", f"use {argument}.to({str(like.device)!r})")
-        )
+        expected = f"on {like.device} like {like_name}"
+        remedy = f"use {argument}.to({str(like.device)!r})"
+        raise ValueError(expectation(name, argument, expected, f"a tensor on {x.device}", remedy))
 
 
 def embed_remedy(x: Tensor) -> str:
-    """Return the fix for dtypes that an embedding takes; "" for others."""
+    """Return the fix for token ids, if x has a dtype that an embedding accepts; otherwise ""."""
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
 def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
-    """Check that h is not a list of states, and not the pair (h, c) of an LSTM."""
+    """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
     if not isinstance(h, (list, tuple)):
         return
     remedy = f"a minGRU's state is one tensor h, {letters}"
@@ -237,21 +238,21 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
     if reset is None:
         return
     if not isinstance(reset, Tensor):
-        raise TypeError(expectation(name, "reset", "a bool tensor", type(reset).__name__, "torch.as_tensor makes one"))
+        raise TypeError(expectation(name, "reset", "a bool tensor", type(reset).__name__, "use torch.as_tensor"))
     if reset.dtype != torch.bool:
         raise TypeError(expectation(name, "reset", "of dtype torch.bool", str(reset.dtype), "use reset.bool()"))
     if reset.shape != sequence.shape[:2]:
         expected = f"{letters} = {dims(sequence.shape[:2])}"
         raise ValueError(expectation(name, "reset", expected, dims(reset.shape)))
     if reset.device != sequence.device:
-        expected = f"on {sequence.device} as the sequence is"
+        expected = f"on {sequence.device} like the sequence"
         remedy = f"use reset.to({str(sequence.device)!r})"
-        raise ValueError(expectation(name, "reset", expected, f"one on {reset.device}", remedy))
+        raise ValueError(expectation(name, "reset", expected, f"a tensor on {reset.device}", remedy))
 
 
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:
     if not isinstance(lengths, Tensor):
-        remedy = "torch.as_tensor makes one"
+        remedy = "use torch.as_tensor"
         raise TypeError(expectation(name, "lengths", "an integer tensor (B,)", type(lengths).__name__, remedy))
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         remedy = "use lengths.long()"
@@ -259,11 +260,11 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
     if lengths.shape != (batch,):
         raise ValueError(expectation(name, "lengths", f"(B,) = ({batch},)", dims(lengths.shape)))
     if lengths.device.type != "cpu" and lengths.device != device:
-        expected = f"on the CPU or on {device} as x is"
-        raise ValueError(expectation(name, "lengths", expected, f"one on {lengths.device}", "use lengths.cpu()"))
+        expected = f"on the CPU or on {device} like x"
+        raise ValueError(expectation(name, "lengths", expected, f"a tensor on {lengths.device}", "use lengths.cpu()"))
     if torch.compiler.is_compiling():
-        return  # A graph that is captured knows no values.
-    # Wide enough for S itself.
+        return  # A captured graph has no values.
+    # int64, because a narrower dtype may not be able to hold S.
     long = lengths.long()
     if batch and not bool(((long >= 1) & (long <= steps)).all()):
         raise ValueError(expectation(name, "lengths", f"from 1 to S = {steps}", str(lengths.tolist())))

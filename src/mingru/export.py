@@ -1,4 +1,4 @@
-"""Export of models to files for other runtimes."""
+"""Export models to files for other runtimes."""
 
 import importlib
 import inspect
@@ -57,8 +57,8 @@ def onnx(
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
             0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
-            one of these in the example, unless `forward` fixes it. If there are other inputs, batch and time must be at
-            least 2 in the example.
+            one of these in the example, unless `forward` fixes it. If your own model has other inputs, batch and time
+            must be at least 2 in the example.
 
     Returns:
         None. The names in the file are:
@@ -76,9 +76,9 @@ def onnx(
         torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
     Numerics:
-        The file computes what the "torch" backend computes, in the dtype of the parameters; outputs differ from the
-        model's by rounding. ONNX Runtime has no bfloat16 on the CPU: export `model.float()` for it. The file does not
-        check the values of `lengths`.
+        The file computes what the "torch" backend computes, in the dtype of the parameters. Its outputs differ from
+        those of the model only by rounding. ONNX Runtime has no bfloat16 on the CPU: export `model.float()` for it. The
+        file does not check the values of `lengths`.
 
     An exported `torch.nn.GRU` loops over the steps of a sequence; this file does not.
 
@@ -142,7 +142,7 @@ def _with_dynamic_shapes(
     from torch.export import Dim
 
     x = args[0]
-    # Before the checks below, so that the model's own error comes first.
+    # Called before the checks below, so that an error of the model is raised first.
     outputs = model(*args)
     layout = _dims_of(model, x)
     if layout is None:
@@ -151,7 +151,7 @@ def _with_dynamic_shapes(
         time: int | None = 1
     else:
         if kind == "step" and layout.time is not None and x.shape[layout.time] != 1:
-            expected = f"of one step in dimension {layout.time} for kind='step'"
+            expected = f"of one step in dimension {layout.time} because kind is 'step'"
             remedy = f"use x.narrow({layout.time}, 0, 1)"
             raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
         args = _enlarged(args, _state_of(outputs), layout, kind)
@@ -231,7 +231,7 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
     state = _state_of(model(*args))
     takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
     if state is None or not (takes_state or _is_library_class(model)):
-        expected = "(x, h) for kind='step' because the model does not have the form forward(x, h) -> (out, h)"
+        expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
         raise ValueError(expectation(_NAME, "example_inputs", expected, "only x"))
     return (args[0], state, *args[2:])
 
@@ -319,9 +319,9 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     _check_example(example_inputs)
     if max_steps is not None:
         if kind == "step" or dynamic_shapes is not None:
-            other = "kind='step'" if kind == "step" else "dynamic_shapes"
+            why = "kind is 'step'" if kind == "step" else "dynamic_shapes is given"
             remedy = "" if kind == "step" else f"use Dim(..., max={max_steps})"
-            raise ValueError(expectation(_NAME, "max_steps", f"None with {other}", repr(max_steps), remedy))
+            raise ValueError(expectation(_NAME, "max_steps", f"None because {why}", repr(max_steps), remedy))
         check_int(_NAME, "max_steps", max_steps, least=2)
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(expectation(_NAME, "path", "a str or os.PathLike", type(path).__name__))

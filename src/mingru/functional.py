@@ -1,6 +1,7 @@
 """Activations and recurrences as functions of tensors, without parameters.
 
-Notation, here and in the whole package: B batch, S sequence (time), * any trailing sizes.
+Notation, here and in the whole package: B batch, S sequence (time), I input features, H hidden features, L layers,
+D directions (1 or 2), * any trailing sizes.
 """
 
 import torch
@@ -24,7 +25,7 @@ def g(x: Tensor) -> Tensor:
     sigma(-x) for x < 0, else 1.
 
     Args:
-        x: Tensor of any shape and floating dtype.
+        x: Tensor of any shape and floating-point dtype.
 
     Returns:
         Tensor with the shape and dtype of `x`.
@@ -44,7 +45,7 @@ def log_g(x: Tensor) -> Tensor:
     """Compute log g(x) without leaving log space: log(x + 0.5) for x >= 0, log sigma(x) for x < 0.
 
     Args:
-        x: Tensor of any shape and floating dtype.
+        x: Tensor of any shape and floating-point dtype.
 
     Returns:
         Tensor with the shape and dtype of `x`.
@@ -78,25 +79,25 @@ def mingru(
     Args:
         gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16.
         candidate: Pre-activation of the candidate state; shape, dtype and device of `gate`.
-        h: State before the first step, any real numbers; expands to (B, 1, *). Its dtype is the dtype of `gate`, or
+        h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
-        reset: Boolean mask, (B, S). Steps marked True start from `initial_state` instead of the previous state.
+        reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
         activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh".
-        initial_state: State after a reset, and default of `h`; expands to (B, 1, *), dtype as for `h`. Default: g(0) =
-            0.5 for "positive", else 0.
+        initial_state: State after a reset, and default of `h`; expandable to (B, 1, *), dtype as for `h`. Default: g(0)
+            = 0.5 for "positive", else 0.
 
     Returns:
         States h_1 ... h_S, (B, S, *), dtype of `gate`. To continue the sequence, pass the last state as `h`.
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
-        ValueError: A shape, device or activation does not fit, or the backend cannot compute this call.
+        ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
-        bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space, where
-        all terms are positive if the state is positive. Their relative error in float32 stays below 2e-6 for a million
-        steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
+        bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space. With
+        the activation "positive" and a positive state, all terms are positive, and the relative error in float32 stays
+        below 2e-6 at a million steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
 
     z = 1 takes the candidate. In `torch.nn.GRU`, z = 1 keeps the previous state.
 
@@ -145,7 +146,7 @@ def minlstm(
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
-        ValueError: A shape, device or activation does not fit, or the backend cannot compute this call.
+        ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
         Same as [mingru.functional.mingru][] with gate = log sigma(input) - log sigma(forget). The normalized gates sum
@@ -206,21 +207,21 @@ def linear_scan(
     All operations are elementwise (diagonal transitions).
 
     Args:
-        a: Decays, (B, S, *), any numbers; floating, or complex with the backends "torch" and "sequential". For decays
-            that do not depend on time, pass `a.expand_as(b)`, which copies nothing.
+        a: Decays, (B, S, *), any numbers; floating-point, or complex with the backends "torch" and "sequential". For
+            decays that do not depend on time, pass `a.expand_as(b)`, which copies nothing.
         b: Inputs of the recurrence; shape, dtype and device of `a`.
-        h: State before the first step; expands to (B, 1, *). Its dtype is the dtype of `a`, or float32 if `a` is
+        h: State before the first step; expandable to (B, 1, *). Its dtype is the dtype of `a`, or float32 if `a` is
             bfloat16 or float16. Default: 0.
         reverse: If True, run from the last step to the first: h_t = a_t h_{t+1} + b_t, from `h` after the last step.
-        reset: Boolean mask, (B, S). Steps marked True start from 0: h_t = b_t.
-        backend: Name listed by [mingru.backends][], or "auto" for the fastest.
+        reset: Boolean mask, (B, S). Where True, the state is set to 0 before that step: h_t = b_t.
+        backend: Name listed by [mingru.backends][], or "auto" for the fastest backend.
 
     Returns:
         States in the order of time, (B, S, *), dtype of `b`.
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
-        ValueError: A shape or device does not fit, or the backend cannot compute this call.
+        ValueError: A shape or device is invalid, or the backend cannot compute this call.
 
     Numerics:
         bfloat16 and float16 are computed in float32. A reset also stops NaN.
@@ -256,7 +257,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
-        ValueError: A shape or device does not fit.
+        ValueError: A shape or device is invalid.
 
     Numerics:
         The relative error in float32 grows with length, because a* does: 1e-5 at 100 steps, 1e-3 at 10,000, 0.2 at a
@@ -291,8 +292,8 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
             last sequence is a reset too, so that padding cannot influence this sequence in the reverse direction.
 
     Returns:
-        Boolean mask, (1, S), on the device of `lengths`: the argument `reset` of a layer or of the functions above. On
-        a GPU, the call synchronizes with the host.
+        Boolean mask, (1, S), on the device of `lengths`: the argument `reset` of a layer, `mingru`, `minlstm` or
+        `linear_scan`. On a GPU, the call synchronizes with the host.
 
     Raises:
         TypeError: `lengths` is not an integer tensor, or `num_steps` is not an int.
@@ -342,4 +343,5 @@ def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = Fals
     if not isinstance(x, Tensor):
         raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))
     if not (x.is_floating_point() or (or_complex and x.is_complex())):
-        raise TypeError(expectation(name, argument, "of a floating dtype", str(x.dtype), f"use {argument}.float()"))
+        remedy = f"use {argument}.float()"
+        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype), remedy))

@@ -1,4 +1,4 @@
-"""Whole models as files."""
+"""Saving and loading of whole models."""
 
 from torch import nn
 
@@ -10,19 +10,18 @@ from .modules.recurrent import NORMS, RecurrentLayer
 
 
 def safe_globals() -> list[type]:
-    """Return the classes that files of this library's layers name, for `torch.load` with `weights_only=True`.
+    """Return the classes that `torch.load` must trust to load a whole model with `weights_only=True`.
 
-    `torch.save(model)` writes the names of all classes in a model. `torch.load` refuses a class that it has not been
-    told to trust, unless `weights_only` is False, with which a file can run any code.
+    `torch.save(model)` writes the names of all classes in a model. `torch.load` raises an error for a class that is not
+    registered as safe, unless `weights_only` is False. But then a file can run any code. A file that contains only a
+    state_dict does not need these classes.
 
     Returns:
-        The public layers, cells and `mingru.Stack`, the classes inside them, and those of `torch.nn` that they contain.
-        Give them to `torch.serialization.add_safe_globals` once, or to the context manager
-        `torch.serialization.safe_globals`. A model of your own needs its own classes too.
+        The public layers, cells and [mingru.Stack][], the classes inside them, and the `torch.nn` classes that they
+        contain. Pass them to `torch.serialization.add_safe_globals` once, or to the context manager
+        `torch.serialization.safe_globals`. Add the classes of your own model.
 
-    A file with only a `state_dict` names none of these classes and needs none of this.
-
-    Example:
+    Examples:
         >>> import io
         >>> file = io.BytesIO()
         >>> torch.save(mingru.MinGRU(3, 4), file)
@@ -40,5 +39,5 @@ def safe_globals() -> list[type]:
     """
     layers = [getattr(modules, name) for name in modules.__all__]
     of_torch = [nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
-    ours = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
-    return [*layers, *ours, *of_torch]
+    others = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    return [*layers, *others, *of_torch]

@@ -1,6 +1,6 @@
 """Test cases of every mode: each class of the library, and a model that combines several classes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -192,13 +192,29 @@ CASES = [
 ]
 
 
-def _parametrized(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+CASES_WITH_LENGTHS = [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")]
 
 
-every_case = _parametrized(CASES)
-every_convolution = _parametrized([case for case in CASES if "Conv" in case.name])
-every_case_with_lengths = _parametrized([case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")])
+def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
+    params = []
+    for case in cases:
+        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
+        params.append(pytest.param(case, marks=marks, id=case.name))
+    return pytest.mark.parametrize("case", params)
+
+
+def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """Return the cases of this run's tests that use the requesting fixture."""
+    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    names = {item.callspec.params["case"].name for item in items}
+    return [case for case in CASES if case.name in names]
+
+
+every_case = parametrized(CASES)
+# The quick tests of a mode use one layer of each type and one cell.
+every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"])
+every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 
 def _four() -> int:

@@ -1,7 +1,22 @@
-"""Each test of a mode tells which cell of the table it belongs to, wherever it runs: `matrix.py` collects them."""
+"""Fixtures and hooks of the tests of modes."""
+
+import gc
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def _fresh_compiler():
+    """Free what a test compiled or exported; otherwise a worker keeps gigabytes of graphs."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    gc.collect()
 
 
 def pytest_runtest_setup(item):
+    """Record the cell of the table that a test of a mode belongs to; `matrix.py` collects the cells."""
     mark, spec = item.get_closest_marker("mode"), getattr(item, "callspec", None)
     if mark is not None and spec is not None and "case" in spec.params:
         item.user_properties.append(("cell", (*mark.args, spec.params["case"].name)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_equal, every_case, every_case_with_lengths, tensors
+from cases import CASES, CASES_WITH_LENGTHS, assert_equal, parametrized, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -24,11 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch._dynamo.reset()
+def _nothing_compiled_before(_fresh_compiler):
     counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def with_free_sizes(case, inputs):
@@ -62,7 +59,7 @@ def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free
 
 
 @pytest.mark.mode("torch.compile, one graph, any batch and length")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_any_size(case):
     for reset in [False, True] if case.resets else [False]:
         torch._dynamo.reset()
@@ -76,7 +73,7 @@ def test_any_size(case):
 
 
 @pytest.mark.mode("torch.compile, inductor, training")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_inductor(case):
     module = case.make(dtype=torch.double)
     compiled = torch.compile(module, fullgraph=True, options=OPTIONS.get(case.name))
@@ -95,7 +92,7 @@ class UnderAutocast(nn.Module):
 
 
 @pytest.mark.mode("torch.compile, reduce-overhead, autocast inside")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinGRUCell"])
 def test_autocast_inside(case):
     module = UnderAutocast(case.make())
     compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
@@ -110,8 +107,14 @@ def test_autocast_inside(case):
                 assert torch.bfloat16 in {each.dtype for each in got}
 
 
-@pytest.mark.parametrize("name", ["torch", "native"])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("name", "reverse"),
+    [
+        *(pytest.param("torch", reverse, marks=pytest.mark.slow) for reverse in (False, True)),
+        ("native", False),
+        ("native", True),
+    ],
+)
 def test_functions(name, reverse):
     """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""
 
@@ -143,7 +146,7 @@ def test_one_more_graph_over_4096_steps():
 
 
 @pytest.mark.mode("torch.compile, lengths")
-@every_case_with_lengths
+@parametrized(CASES_WITH_LENGTHS, quick=["MinLSTM"])
 def test_lengths(case):
     """Padding takes no part, whatever lies there, and gradients know nothing of it."""
     module = case.make(dtype=torch.double)

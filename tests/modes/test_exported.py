@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from cases import CASES, assert_equal, every_case, every_case_with_lengths, small_chunks, tensors
+from cases import (
+    CASES,
+    CASES_WITH_LENGTHS,
+    assert_equal,
+    every_case_of_few_quick,
+    parametrized,
+    selected_cases,
+    small_chunks,
+    tensors,
+)
 from elsewhere import run_without_mingru
 from torch._inductor import aoti_compile_and_package
 from torch.export import Dim
@@ -14,6 +23,7 @@ BATCH, STEPS = Dim("batch"), Dim("steps", max=20)
 SIZES = [(2, 7), (1, 1), (3, 4), (2, 5), (1, 20)]
 
 pytestmark = [
+    pytest.mark.usefixtures("_fresh_compiler"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
@@ -48,7 +58,7 @@ def exported():
 
 
 @pytest.mark.mode("torch.export, any batch and length")
-@every_case
+@every_case_of_few_quick
 def test_export(case, exported):
     module, program = exported(case)
     run = program.module()
@@ -58,7 +68,7 @@ def test_export(case, exported):
 
 
 @pytest.mark.mode("torch.export, strict, with resets")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinGRUCell"])
 def test_export_strictly(case):
     module = case.make()
     run = export(case, module, case.resets, strict=True).module()
@@ -68,7 +78,7 @@ def test_export_strictly(case):
 
 
 @pytest.mark.mode("torch.export, core ATen")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv1dGRU"])
 def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
@@ -83,11 +93,11 @@ def test_core_aten(case, exported):
 
 
 @pytest.fixture(scope="module")
-def loaded(exported, tmp_path_factory):
+def loaded(exported, tmp_path_factory, request):
     """What a process without this package computes with each case's saved program."""
     folder = tmp_path_factory.mktemp("exported")
     inputs = {}
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(selected_cases(request)):
         torch.export.save(exported(case)[1], folder / f"{index}.pt2")
         inputs[case.name] = [inputs_of(case, size) for size in SIZES]
     script = """
@@ -99,7 +109,7 @@ def loaded(exported, tmp_path_factory):
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU"])
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)
@@ -108,7 +118,7 @@ def test_saved(case, exported, loaded):
 
 
 @pytest.mark.mode("AOTInductor, run without mingru")
-@every_case
+@parametrized(CASES, quick=[])
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.
@@ -147,7 +157,7 @@ def test_kernels_stay_where_they_are_asked_for():
 
 
 @pytest.mark.mode("torch.export, lengths")
-@every_case_with_lengths
+@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"])
 def test_lengths(case):
     module = case.make()
     shapes = case.dynamic(BATCH, Dim("steps", max=40))

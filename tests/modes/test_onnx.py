@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from cases import assert_equal, every_case, small_chunks, tensors
+from cases import CASES, assert_equal, parametrized, small_chunks, tensors
 
 import mingru
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
 # ONNX Runtime rounds as it likes.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -46,7 +48,7 @@ def in_use(case):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_any_batch_and_any_length(case, path):
     module = in_use(case)
     with small_chunks():
@@ -57,6 +59,7 @@ def test_any_batch_and_any_length(case, path):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
+@pytest.mark.slow
 def test_long_and_both_ways(path):
     module = mingru.MinLSTM(3, 4, bidirectional=True).requires_grad_(False)
     session = Session(path, module, (torch.randn(2, 5, 3), torch.randn(2, 2, 1, 4)), max_steps=512)
@@ -65,6 +68,7 @@ def test_long_and_both_ways(path):
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_lengths(path):
     module = mingru.MinGRU(3, 4, bidirectional=True).requires_grad_(False)
     with small_chunks():
@@ -75,7 +79,7 @@ def test_lengths(path):
         assert_equal(session(x, lengths), tensors(module(x, lengths=lengths)), **TOLERANCE)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path):
     module = mingru.MinGRU(3, 4, bidirectional=bidirectional).requires_grad_(False)
     session = Session(path, module, torch.randn(1, 7, 3), max_steps=60)
@@ -90,6 +94,7 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
 
 
 @pytest.mark.mode("ONNX, whole sequence")
+@pytest.mark.slow
 def test_without_a_bound_and_without_a_state(path):
     module = mingru.MinGRU(3, 4, batch_first=False).requires_grad_(False)
     session = Session(path, module, torch.randn(1, 1, 3))
@@ -101,6 +106,7 @@ def test_without_a_bound_and_without_a_state(path):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
+@pytest.mark.slow
 def test_with_a_reset(path):
     module = mingru.MinGRU(3, 4, learn_initial_state=True).requires_grad_(False)
     args = torch.randn(1, 7, 3), torch.randn(1, 1, 1, 4), torch.ones(1, 7, dtype=torch.bool)
@@ -113,7 +119,7 @@ def test_with_a_reset(path):
 
 
 @pytest.mark.mode("ONNX, single step")
-@every_case
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
     module, num_steps = in_use(case), 20

@@ -9,8 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import CASES, assert_equal, every_case, tensors
+from cases import (
+    CASES,
+    assert_equal,
+    every_case,
+    every_case_of_few_quick,
+    parametrized,
+    selected_cases,
+    tensors,
+)
 from elsewhere import run_without_mingru
+
+pytestmark = pytest.mark.usefixtures("_scripts_are_freed")
 
 DOUBLE = {"dtype": torch.float64}
 GRADED = {**DOUBLE, "requires_grad": True}
@@ -93,7 +103,7 @@ def with_dropout(module):
 
 @pytest.mark.mode("torch.jit.script")
 @pytest.mark.parametrize("given", [(), ("h",), ("reset",), ALL], ids=["x", "x and h", "x and reset", "all"])
-@every_case
+@every_case_of_few_quick
 def test_script(case, given):
     module = case.make(**DOUBLE)
     run = torch.jit.script(module)
@@ -125,7 +135,7 @@ def test_script_in_training_and_not(case):
 @pytest.mark.parametrize(
     ("given", "size"), [((), (1, 1)), (("h",), (2, 7)), (ALL, (1, 17))], ids=["x", "x and h", "all"]
 )
-@every_case
+@every_case_of_few_quick
 def test_trace(case, given, size):
     """Batch and length are those of each call, also where the trace saw but one sequence or one step."""
     module = case.make(**DOUBLE)
@@ -155,7 +165,7 @@ def test_trace_refuses_what_does_not_fit(case):
         pytest.param(torch.jit.optimize_for_inference, marks=pytest.mark.mode("optimize_for_inference")),
     ],
 )
-@every_case
+@every_case_of_few_quick
 def test_frozen(case, change):
     module = case.make().eval()
     run = change(torch.jit.script(module))
@@ -184,12 +194,12 @@ for key, (path, inputs) in given.items():
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
+def elsewhere(tmp_path_factory, request):
     """For each form and case: what comes out in a process without mingru, and what should."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved")
     expected, outcomes, saved = {}, {}, {}
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(selected_cases(request)):
         for form in ("script", "trace"):
             key, path = (form, case.name), f"{form}{index}.pt"
             module = case.make(**DOUBLE).eval()
@@ -213,7 +223,7 @@ def elsewhere(tmp_path_factory):
         pytest.param("trace", marks=pytest.mark.mode("trace saved, run without mingru")),
     ],
 )
-@every_case
+@parametrized(CASES, quick=["MinGRU"])
 def test_saved_runs_without_mingru(case, form, elsewhere):
     got, expected = elsewhere[form, case.name]
     assert not isinstance(got, str), got
@@ -248,7 +258,7 @@ def for_eight_threads(case, **factory):
 
 
 @pytest.mark.mode("scripted, from several threads")
-@every_case
+@parametrized(CASES, quick=["MinGRU"])
 def test_threads(case):
     module = case.make(**DOUBLE)
     inputs = for_eight_threads(case, **GRADED)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, assert_equal, every_case, tensors
+from cases import CASES, assert_equal, every_case, selected_cases, tensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -140,7 +140,7 @@ def checkpoint(case, folder):
 WAYS = {each.__name__: each for each in (ddp, fsdp, checkpoint, compiled_ddp)}
 
 
-def work(rank, folder):
+def work(rank, folder, names):
     warnings.simplefilter("error")
     # Ours are views, as those of every layer are that has a state, and nothing here writes into them.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning)
@@ -153,7 +153,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timeout)
     found = {}
     for name, way in WAYS.items():
-        for case in CASES:
+        for case in [case for case in CASES if case.name in names]:
             try:
                 found[name, case.name] = [each.detach() for each in tensors(way(case, folder))]
             except Exception:
@@ -163,13 +163,14 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def of_processes(tmp_path_factory):
+def of_processes(tmp_path_factory, request):
     """What both found, by way and class."""
     folder = tmp_path_factory.mktemp("processes")
-    for case in CASES:
+    cases = selected_cases(request)
+    for case in cases:
         module, _ = make(case, seed=1, dtype=torch.float64)
         dcp.save(module.state_dict(), checkpoint_id=folder / f"whole {case.name}", no_dist=True)
-    torch.multiprocessing.spawn(work, (folder,), PROCESSES)
+    torch.multiprocessing.spawn(work, (folder, [case.name for case in cases]), PROCESSES)
     found = [torch.load(folder / f"rank {rank}") for rank in range(PROCESSES)]
 
     def of(way, case):
@@ -195,24 +196,28 @@ def check_training(found, case):
 
 @pytest.mark.mode("DDP (gloo, 2 processes)")
 @every_case
+@pytest.mark.slow
 def test_ddp(case, of_processes):
     check_training(of_processes("ddp", case), case)
 
 
 @pytest.mark.mode("torch.compile with DDP")
 @every_case
+@pytest.mark.slow
 def test_compiled_ddp(case, of_processes):
     check_training(of_processes("compiled_ddp", case), case)
 
 
 @pytest.mark.mode("FSDP2 (fully_shard)")
 @every_case
+@pytest.mark.slow
 def test_fsdp(case, of_processes):
     check_training(of_processes("fsdp", case), case)
 
 
 @pytest.mark.mode("torch.distributed.checkpoint")
 @every_case
+@pytest.mark.slow
 def test_checkpoint_of_one_process_into_a_sharded_module(case, of_processes):
     module, _ = make(case, seed=1, dtype=torch.float64)
     _, args = make(case, dtype=torch.float64)
@@ -221,6 +226,7 @@ def test_checkpoint_of_one_process_into_a_sharded_module(case, of_processes):
 
 @pytest.mark.mode("torch.distributed.checkpoint")
 @every_case
+@pytest.mark.slow
 def test_checkpoint_of_a_sharded_module_into_one_process(case, of_processes):
     of_processes("checkpoint", case)
     expected, args = make(case, dtype=torch.float64)

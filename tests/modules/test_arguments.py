@@ -82,7 +82,7 @@ def test_recompute_is_a_bool_or_none(kind):
 
 @pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, drop_in.GRU])
 def test_a_dropout_by_position_is_told_from_bias(kind):
-    remedy = "after num_layers come bias, batch_first, dropout and bidirectional; pass dropout by keyword"
+    remedy = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
     with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 0.2; {remedy}"):
         kind(3, 4, 2, 0.2)
     with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 'no'"):
@@ -130,19 +130,19 @@ def meant_by(kind):
 def test_constructors_know_what_is_meant(kind):
     sizes, _ = CLASSES[kind]
     for name, meant in meant_by(kind).items():
-        takes = f"it takes {', '.join(inspect.signature(kind).parameters)}"
-        with refused(TypeError, f"{kind.__name__}: no argument '{name}'; {f'you mean {meant}' if meant else takes}"):
+        takes = f"the arguments are {', '.join(inspect.signature(kind).parameters)}"
+        with refused(TypeError, f"{kind.__name__}: no argument '{name}'; {f'use {meant}' if meant else takes}"):
             kind(*sizes, **{name: 3})
 
 
 def test_all_sizes_by_torchs_names():
-    with refused(TypeError, "MinGRU: no argument 'input_size'; you mean input_dims"):
+    with refused(TypeError, "MinGRU: no argument 'input_size'; use input_dims"):
         mingru.MinGRU(input_size=3, hidden_size=4)
 
 
 @pytest.mark.parametrize("name", ["proj_size", "proj_out"])
 def test_a_projection_is_a_layer_of_its_own(name):
-    with refused(TypeError, f"MinLSTM: no argument '{name}'; put a linear layer behind this one"):
+    with refused(TypeError, f"MinLSTM: no argument '{name}'; apply a torch.nn.Linear to the output"):
         mingru.MinLSTM(3, 4, **{name: 2})
 
 
@@ -160,7 +160,7 @@ def test_constructors_with_too_few_and_too_many(kind):
 
 def test_what_is_taken_by_position():
     by_position = "input_dims, hidden_dims, kernel_size, num_layers"
-    with refused(TypeError, f"MinConv2dGRU: too many positional arguments; by position it takes {by_position}"):
+    with refused(TypeError, f"MinConv2dGRU: too many positional arguments; the positional arguments are {by_position}"):
         mingru.MinConv2dGRU(3, 4, 3, 1, 2)
 
 
@@ -178,14 +178,16 @@ def test_calls_know_what_is_meant(kind):
         unknown["lengths"] = None
     expected = layer(x)
     for name, meant in unknown.items():
-        remedy = f"you mean {meant}" if meant else f"it takes {', '.join(parameters)}"
+        remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
         with refused(TypeError, f"{kind.__name__}: no argument '{name}'; {remedy}"):
             layer(x, **{name: None})
-    with refused(TypeError, rf"{kind.__name__}: missing a required argument: '\w+'; by position .*"):
+    with refused(TypeError, rf"{kind.__name__}: missing a required argument: '\w+'; the positional arguments are .*"):
         layer()
-    with refused(TypeError, rf"{kind.__name__}: too many positional arguments; by position .*"):
+    with refused(TypeError, rf"{kind.__name__}: too many positional arguments; the positional arguments are .*"):
         layer(x, *[None] * 4)
-    with refused(TypeError, f"{kind.__name__}: multiple values for argument '{parameters[0]}'; by position .*"):
+    with refused(
+        TypeError, f"{kind.__name__}: multiple values for argument '{parameters[0]}'; the positional arguments are .*"
+    ):
         layer(x, **{parameters[0]: x})
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
@@ -203,7 +205,7 @@ class Wide(mingru.MinGRU):
 
 
 def test_a_subclass_has_its_own_names():
-    with refused(TypeError, "Wide: no argument 'bidirectonal'; you mean bidirectional"):
+    with refused(TypeError, "Wide: no argument 'bidirectonal'; use bidirectional"):
         Wide(3, bidirectonal=True)
     layer = Wide(3, bidirectional=True)
     assert layer(X, mask=None)[0].shape == (2, 5, 12)
@@ -240,7 +242,7 @@ def test_hooks_may_take_arguments_of_their_own():
 def test_a_compiled_layer_tells_the_same():
     layer = torch.compile(mingru.MinGRU(3, 4), backend="eager")
     torch.testing.assert_close(layer(X, h=None), layer._orig_mod(X), rtol=0, atol=0)
-    with pytest.raises(TypeError, match="MinGRU: no argument 'hx'; you mean h"):
+    with pytest.raises(TypeError, match="MinGRU: no argument 'hx'; use h"):
         layer(X, hx=None)
 
 
@@ -280,7 +282,7 @@ def test_token_ids_are_to_be_embedded(kind, dtype):
     argument = "input" if "hx" in inspect.signature(kind.forward).parameters else "x"
     error = {drop_in.GRU: ValueError, drop_in.GRUCell: RuntimeError}.get(kind, TypeError)
     remedy = rf"embed token ids first \(torch\.nn\.Embedding\), or use {argument}\.to\(torch\.float32\) for numbers"
-    got = rf"{inner}: {argument} must be torch\.float32 as the layer's weight is, got {dtype}; {remedy}"
+    got = rf"{inner}: {argument} must be torch\.float32 like the layer's weight, got {dtype}; {remedy}"
     with refused(error, got):
         layer(x.to(dtype))
     # Of a shape that ids have.

@@ -313,7 +313,7 @@ BAD_CALLS = {
     ),
     "x of float64": ({"x": X.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64; use x\.to"),
     "x of integers": ({"x": X.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64"),
-    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got one on meta"),
+    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),
     "h is no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
     "h of other batch": ({"h": torch.zeros(3, 8)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(3, 8\)"),
     "h of one row": ({"h": torch.zeros(1, 8)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(1, 8\)"),
@@ -325,8 +325,8 @@ BAD_CALLS = {
         ValueError,
         r"h must be \(H\) = \(8,\), got \(2, 8\)",
     ),
-    "h of float64": ({"h": torch.zeros(2, 8).double()}, TypeError, r"h must be torch\.float32 as x is"),
-    "h on another device": ({"h": torch.zeros(2, 8, device="meta")}, ValueError, r"h must be on cpu as x is, .*meta"),
+    "h of float64": ({"h": torch.zeros(2, 8).double()}, TypeError, r"h must be torch\.float32 like x"),
+    "h on another device": ({"h": torch.zeros(2, 8, device="meta")}, ValueError, r"h must be on cpu like x, .*meta"),
     "reset is no tensor": ({"reset": True}, TypeError, r"reset must be a bool tensor, got bool"),
     "reset of numbers": ({"reset": torch.zeros(2)}, TypeError, r"reset must be of dtype torch\.bool"),
     "reset of other batch": (
@@ -385,7 +385,7 @@ def test_scripted_bad_calls(args, message):
         ({"hidden_dims": 8.0}, TypeError, r"hidden_dims must be an int, got 8\.0"),
         ({"norm": "batch"}, ValueError, r"norm must be one of"),
         ({"candidate": "relu"}, ValueError, r"candidate must be one of"),
-        ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype"),
+        ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype"),
     ],
 )
 def test_bad_options(options, error, message):

@@ -912,8 +912,8 @@ def test_scripted_refuses_what_would_pass_unseen():
     for args, message in (
         ((x,), "MinConv2dGRUCell: x must be (B, 4, *space)"),
         ((torch.zeros(2, 7, 5, 5),), "MinConv2dGRUCell: x must be (B, 4, *space)"),
-        ((x[0], torch.zeros(1, 3, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
-        ((x[0, 0], torch.zeros(1, 6, 3, 3)), "MinConv2dGRUCell: h must expand to (B, H, *space)"),
+        ((x[0], torch.zeros(1, 3, 6, 3, 3)), "MinConv2dGRUCell: h must be expandable to (B, H, *space)"),
+        ((x[0, 0], torch.zeros(1, 6, 3, 3)), "MinConv2dGRUCell: h must be expandable to (B, H, *space)"),
         ((x[0], None, torch.zeros(2, dtype=torch.bool)), "MinConv2dGRUCell: reset must be"),
     ):
         with pytest.raises(torch.jit.Error) as caught:
@@ -1133,7 +1133,7 @@ BAD_CALLS = {
     "x is no tensor": ({"x": [1.0]}, TypeError, r"x must be a tensor, got list"),
     "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
     "x of float64": ({"x": X.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64; use x\.to"),
-    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got one on meta"),
+    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),
     "x too small for the first layer": (
         {"x": X[..., :0]},
         ValueError,
@@ -1161,12 +1161,12 @@ BAD_CALLS = {
     ),
     "h of other batch": ({"h": [H[:1].expand(3, 1, 8, 6, 6)] * 2}, ValueError, r"h\[0\] must be expandable to"),
     "h of too many dimensions": ({"h": [H[None]] * 2}, ValueError, r"h\[0\] must be expandable to"),
-    "h of float64": ({"h": [H.double()] * 2}, TypeError, r"h\[0\] must be torch\.float32 as x is, got torch\.float64"),
-    "h on another device": ({"h": [H.to("meta")] * 2}, ValueError, r"h\[0\] must be on cpu as x is, .*meta"),
+    "h of float64": ({"h": [H.double()] * 2}, TypeError, r"h\[0\] must be torch\.float32 like x, got torch\.float64"),
+    "h on another device": ({"h": [H.to("meta")] * 2}, ValueError, r"h\[0\] must be on cpu like x, .*meta"),
     "reset is no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
     "reset of other length": ({"reset": NO[:, :4]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 4\)"),
     "reset of numbers": ({"reset": NO.float()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.float32"),
-    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
 }
 
 
@@ -1227,7 +1227,7 @@ BAD_CELL_CALLS = {
         ValueError,
         r"h must be .* = \(2, 8, 4, 4\), got \(2, 8, 6, 6\)",
     ),
-    "h of float64": ({"h": torch.zeros(2, 8, 4, 4).double()}, TypeError, r"h must be torch\.float32 as x is"),
+    "h of float64": ({"h": torch.zeros(2, 8, 4, 4).double()}, TypeError, r"h must be torch\.float32 like x"),
     "h with a batch beside x without": (
         {"x": torch.zeros(3, 6, 6), "h": torch.zeros(1, 8, 4, 4)},
         ValueError,
@@ -1298,7 +1298,7 @@ BAD_OPTIONS = {
     "groups that don't divide": (
         {"groups": 3},
         ValueError,
-        r"groups must be a divisor of input_dims and hidden_dims, got 3; input_dims is 4 and hidden_dims is 8",
+        r"groups must be a divisor of input_dims=4 and hidden_dims=8, got 3",
     ),
     "groups that divide one layer": (
         {"hidden_dims": [8, 5], "groups": 2},
@@ -1316,8 +1316,8 @@ BAD_OPTIONS = {
         ValueError,
         r"candidate must be one of \('positive', .*\), got 'relu'",
     ),
-    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype, got torch\.int64"),
-    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating dtype, got 'float32'"),
+    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
+    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating-point dtype, got 'float32'"),
 }
 
 

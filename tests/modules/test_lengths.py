@@ -552,12 +552,12 @@ BAD_CALLS = {
         r"lengths must be \(B,\) = \(3,\), got \(3, 1\)",
     ),
     "a number": ({"lengths": torch.tensor(3)}, ValueError, r"lengths must be \(B,\) = \(3,\), got \(\)"),
-    "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; torch\.as_te"),
+    "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; use torch"),
     "an int": ({"lengths": 5}, TypeError, r"lengths must be an integer tensor \(B,\), got int"),
     "lengths on another device": (
         {"lengths": FULL.to("meta")},
         ValueError,
-        r"lengths must be on the CPU .*, got one on meta; use lengths\.cpu\(\)",
+        r"lengths must be on the CPU .*, got a tensor on meta; use lengths\.cpu\(\)",
     ),
     "reset of other steps": (
         {"lengths": FULL, "reset": NO[:, :4]},
@@ -590,7 +590,7 @@ BAD_CALLS = {
         r"x must be packed steps of 3 features because input_dims is 3, got \(9,\)",
     ),
     "packed of float64": ({"x": PACKED.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64"),
-    "packed on another device": ({"x": PACKED.to("meta")}, ValueError, r"x must be on cpu .*, got one on meta"),
+    "packed on another device": ({"x": PACKED.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),
     "lengths beside packed": (
         {"x": PACKED, "lengths": FULL},
         ValueError,
@@ -722,7 +722,7 @@ def test_reset_from_lengths():
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (([2, 1],), TypeError, r"lengths must be an integer tensor \(N,\), got list; torch\.as_tensor makes one"),
+        (([2, 1],), TypeError, r"lengths must be an integer tensor \(N,\), got list; use torch\.as_tensor"),
         ((FULL.float(),), TypeError, r"lengths must be of an integer dtype, got torch\.float32; use lengths\.long"),
         ((FULL.bool(),), TypeError, r"lengths must be of an integer dtype, got torch\.bool"),
         ((FULL.cfloat(),), TypeError, r"lengths must be of an integer dtype, got torch\.complex64"),

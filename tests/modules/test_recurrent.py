@@ -481,6 +481,7 @@ assert "mingru" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_saved_modules_run_without_the_package(tmp_path):
     expected = {}
     for index, options in enumerate(OPTIONS):
@@ -862,7 +863,7 @@ BAD_CALLS = {
     "x on another device": (
         {"x": X.to("meta")},
         ValueError,
-        r"x must be on cpu .*, got one on meta; use x\.to\('cpu'\)",
+        r"x must be on cpu .*, got a tensor on meta; use x\.to\('cpu'\)",
     ),
     "h is no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
     "h is a list of states": ({"h": [X]}, TypeError, r"h must be a tensor, got list"),
@@ -878,17 +879,17 @@ BAD_CALLS = {
     "h of float64": (
         {"h": torch.zeros(1, 1, 8).double()},
         TypeError,
-        r"h must be torch\.float32 as x is, got torch\.float64",
+        r"h must be torch\.float32 like x, got torch\.float64",
     ),
     "h of integers": (
         {"h": torch.zeros(1, 1, 8).long()},
         TypeError,
-        r"h must be torch\.float32 as x is, got torch\.int64",
+        r"h must be torch\.float32 like x, got torch\.int64",
     ),
     "h on another device": (
         {"h": torch.zeros(1, 1, 8, device="meta")},
         ValueError,
-        r"h must be on cpu as x is, .*meta",
+        r"h must be on cpu like x, .*meta",
     ),
     "reset is no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
     "reset of other length": ({"reset": NO[:, :4]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 4\)"),
@@ -900,7 +901,7 @@ BAD_CALLS = {
         r"reset must be \(B, S\) = \(2, 5\), got \(2, 5, 1\)",
     ),
     "reset of numbers": ({"reset": NO.float()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.float32"),
-    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got one on meta"),
+    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
 }
 
 
@@ -954,9 +955,13 @@ BAD_OPTIONS = {
         r"candidate must be one of \('positive', .*\), got 'relu'",
     ),
     "candidate None": ({"candidate": None}, ValueError, r"candidate must be one of \('positive', .*\), got None"),
-    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating dtype, got torch\.int64"),
-    "complex dtype": ({"dtype": torch.cfloat}, TypeError, r"dtype must be a floating dtype, got torch\.complex64"),
-    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating dtype, got 'float32'"),
+    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
+    "complex dtype": (
+        {"dtype": torch.cfloat},
+        TypeError,
+        r"dtype must be a floating-point dtype, got torch\.complex64",
+    ),
+    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating-point dtype, got 'float32'"),
 }
 
 

@@ -62,6 +62,7 @@ OF_FEATURES = [one, mixed, ahead, time_first, nested]
 
 each_stack = pytest.mark.parametrize("layers", STACKS)
 scripted_or_not = pytest.mark.parametrize("scripted", [False, True])
+scripted_slowly_or_not = pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
 def inputs(stack):
@@ -127,7 +128,7 @@ def assert_same(got, expected):
 # Against the layers themselves
 
 
-@scripted_or_not
+@scripted_slowly_or_not
 @pytest.mark.parametrize(
     ("layers", "residual"), [*((layers, False) for layers in STACKS), *((layers, True) for layers in OF_FEATURES)]
 )
@@ -164,7 +165,7 @@ def test_the_states_are_those_of_the_layers_in_order(layers):
         assert [tuple(state.shape) for state in h] == shapes
 
 
-@scripted_or_not
+@scripted_slowly_or_not
 @pytest.mark.parametrize("residual", [False, True])
 def test_pieces_and_steps_equal_the_whole(residual, scripted):
     stack = Stack(ahead(), residual=residual)
@@ -186,7 +187,7 @@ def test_pieces_and_steps_equal_the_whole(residual, scripted):
         assert_same(graded(joined(sizes), stack, x, h, reset), expected)
 
 
-@scripted_or_not
+@scripted_slowly_or_not
 @pytest.mark.parametrize("layers", [mixed, nested, time_first])
 def test_nothing_crosses_a_reset(layers, scripted):
     stack = Stack(layers(), residual=True)
@@ -333,7 +334,7 @@ def test_dropout_of_a_packed_sequence():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("form", ["lengths", "scripted", "packed"])
+@pytest.mark.parametrize("form", ["lengths", pytest.param("scripted", marks=pytest.mark.slow), "packed"])
 @pytest.mark.parametrize("layers", OF_FEATURES)
 def test_sequences_of_different_lengths_equal_each_alone(layers, form, residual):
     stack = Stack(layers(), residual=residual)
@@ -559,7 +560,7 @@ BAD_CALLS = {
     "h with None": ({"h": [H[0], None]}, TypeError, r"Stack: h\[1\] must be a tensor, got NoneType"),
     "h nested": ({"h": [[H[0]], H[1]]}, TypeError, r"Stack: h\[0\] must be a tensor, got list"),
     "h swapped": ({"h": H[::-1]}, ValueError, r"MinGRU: h must be expandable to .* = \(2, 2, 1, 4\)"),
-    "h of float64": ({"h": [H[0], H[1].double()]}, TypeError, r"MinLSTM: h must be torch\.float32 as x is"),
+    "h of float64": ({"h": [H[0], H[1].double()]}, TypeError, r"MinLSTM: h must be torch\.float32 like x"),
     "x of other features": ({"x": X[..., :2]}, ValueError, r"MinGRU: x must be \(B, S, 3\)"),
     "x is a list": ({"x": [X]}, TypeError, r"MinGRU: x must be a tensor, got list"),
     "reset of other length": (

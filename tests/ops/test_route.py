@@ -212,18 +212,21 @@ def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):
     monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it takes float32 alone"))
     for name, why in (("absent", "no GPU found"), ("narrow", "it takes float32 alone")):
         for function in (functional.mingru, functional.linear_scan):
-            asks = f"{function.__name__}: backend asks for '{name}', which can't run this: {why}; use 'auto'"
+            asks = f"{function.__name__}: backend selects '{name}', which cannot run this because {why}; use 'auto'"
             with pytest.raises(ValueError, match=asks):
                 function(X, X, backend=name)
         # Entering the block is fine: other tensors may be served.
         with (
             mingru.use_backend(name),
-            pytest.raises(ValueError, match=f"mingru: use_backend asks for '{name}', which can't run this: {why}"),
+            pytest.raises(
+                ValueError, match=f"mingru: use_backend selects '{name}', which cannot run this because {why}"
+            ),
         ):
             mingru.MinGRU(3, 4)(X)
         monkeypatch.setenv("MINGRU_BACKEND", name)
         with pytest.raises(
-            ValueError, match=f"the environment variable MINGRU_BACKEND asks for '{name}', which can't run this: {why}"
+            ValueError,
+            match=f"the environment variable MINGRU_BACKEND selects '{name}', which cannot run this because {why}",
         ):
             mingru.MinGRU(3, 4)(X)
         monkeypatch.delenv("MINGRU_BACKEND")

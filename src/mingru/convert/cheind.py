@@ -56,7 +56,7 @@ def from_cheind(
 ) -> MinGRU | MinConv2dGRU | Stack:
     """Convert the weights of a layer of cheind/mingru, the package that this one replaces.
 
-    The converted layer computes the same outputs and states, from a given state and from the default state, g(0) = 0.5
+    The converted layer computes the same outputs and states, from a given state and from the initial state, g(0) = 0.5
     in both packages. [mingru.MinGRU][] has the equations.
 
     Args:
@@ -72,7 +72,7 @@ def from_cheind(
         prefix: Prefix of the layer's names inside a model, such as "rnn."; other names are ignored. Default: no
             prefix.
         residual: Value of the original option `residual`. Required from version 1.4.0 on if no layer changes the size
-            of its input, because the weights then don't show it. Default: inferred from the weights.
+            of its input, because the weights then do not show it. Default: inferred from the weights.
         dropout: Dropout probability of the new layer. It may differ from the original.
         stride: Original option `strides`, a number or a list with one number for each layer. Required for a
             convolutional layer.
@@ -108,8 +108,8 @@ def from_cheind(
     or earlier, and a list for a `Stack` or a `MinConv2dGRU`, can be passed unchanged.
 
     `dropout` is applied only in training, and divides by 1 - dropout. In cheind/mingru, it was also applied in
-    evaluation, and did not divide, until a commit of 25 November 2024, "fix dropout in eval mode". Initial states may
-    be 0 or negative here.
+    evaluation, and did not divide, until a commit of 25 November 2024, "fix dropout in eval mode". In this package, a
+    state may be 0 or negative.
 
     cheind/mingru's `Bidirectional` runs one layer twice with the same weights, and leaves the second output in reverse
     order. No layer of this package does that. Convert with the prefix "rnn.", and join `layer(x)[0]` and
@@ -152,10 +152,10 @@ def from_cheind(
         ("num_groups", num_groups, False, has_kernel and has_norm),
     ):
         if needed and value is None:
-            raise ValueError(expectation(name, argument, "given", "None", "the weights of a convolution don't show it"))
+            raise ValueError(expectation(name, argument, "given", "None", "convolutional weights do not show it"))
         if value is not None and not fits:
             without = "group norm" if has_kernel else "convolution"
-            raise ValueError(expectation(name, argument, f"None for weights without a {without}", repr(value)))
+            raise ValueError(expectation(name, argument, f"None because the weights have no {without}", repr(value)))
 
     num_layers = len(weights)
     input_dims, hidden_sizes = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]
@@ -190,7 +190,7 @@ def from_cheind(
         residual = any(form.keys("align", index, "weight")[0] in tensors for index in range(num_layers))
         is_visible = form.is_uniform or any(part.align is not None for part in construct(True, 0.0)[1].values())
         if not residual and not is_visible:
-            remedy = "the weights don't show it, because no layer changes the size of its input"
+            remedy = "the weights do not show it, because no layer changes the size of its input"
             raise ValueError(expectation(name, "residual", "True or False", "None", remedy))
     layer, parts = construct(residual, dropout)
     if form.is_uniform and residual:

@@ -33,7 +33,7 @@ class Projected(nn.Module):
 
     Outputs:
         - **out**: Projected output, (B, S, O) or (S, B, O).
-        - **h**: State as `rnn` returns it; `layer(x2, h)` continues.
+        - **h**: State as `rnn` returns it; `layer(x2, h)` continues the sequence.
 
     Raises:
         TypeError, ValueError: Raised by `rnn`.
@@ -219,11 +219,11 @@ def _layer(
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
     factory: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
     bias, pre_state = tensors.get("to_hidden_and_gate.bias"), tensors.get("init_hidden_state")
-    # The other packages have the candidate's rows first, this one last; the order of the gates is the same.
+    # The candidate's rows are first in the other packages and last in this one; the order of the gates is the same.
     state = {"layers.0.linear.weight": weight.roll(-hidden_dims, 0)}
     if bias is not None:
         state["layers.0.linear.bias"] = bias.roll(-hidden_dims, 0)
-    # A parameter even if it is 0, as in the other packages: resets use it too, and the state_dict has it.
+    # Set even if it is 0, because the default of this package is 0.5. Resets use it too.
     value = weight.new_zeros(hidden_dims) if pre_state is None else g(pre_state)
     state["initial_state"] = value.view(1, 1, 1, hidden_dims)
     rnn = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims](

@@ -10,7 +10,7 @@ from ..check import check_like, dims, expectation
 def check_keys(
     name: str, prefix: str, found: Mapping[str, Tensor], wanted: list[str], optional: tuple[str, ...] | None = ()
 ) -> None:
-    """Check that all wanted keys are found, and no others except optional ones; None allows any others."""
+    """Raise an error if a wanted key is missing, or another is not optional; with `optional=None`, all others are."""
     wrong = [f"no key {prefix}{key}" for key in wanted if key not in found]
     if optional is not None:
         wrong += [f"the unexpected key {prefix}{key}" for key in found if key not in (*wanted, *optional)]
@@ -52,10 +52,10 @@ def check_alike(name: str, prefix: str, tensors: Mapping[str, Tensor], first: st
         # Comparing the first tensor with itself only checks that it is a tensor.
         check_like(name, prefix + key, tensors[key], weight, prefix + first)
     if not weight.is_floating_point():
-        raise TypeError(expectation(name, prefix + first, "of a floating dtype", str(weight.dtype)))
+        raise TypeError(expectation(name, prefix + first, "of a floating-point dtype", str(weight.dtype)))
 
 
 def hint(state_dict: Mapping[str, Tensor], firsts: tuple[str, ...]) -> str:
-    """Return the remedy that names the prefix of a layer in the state_dict, or "" without such a layer."""
+    """Return the remedy that names the prefix of a layer in the state_dict, or "" if there is none."""
     prefixes = [key[: -len(first)] for key in state_dict for first in firsts if key.endswith("." + first)]
     return f"use prefix={prefixes[0]!r}" if prefixes else ""

@@ -1,4 +1,4 @@
-"""minGRU layers with the names, shapes and errors of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
+"""minGRU layers with the names, shapes and error types of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
 
     from mingru.drop_in import GRU      # was: from torch.nn import GRU
 

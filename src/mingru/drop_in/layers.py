@@ -1,4 +1,4 @@
-"""Layers with a minGRU inside and torch's interface: names, shapes and errors."""
+"""minGRU layers with torch's interface: names, shapes and types of errors."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.valu
 
 
 class _DropIn(MinGRU):
-    """Base of `GRU` and `GRUCell`: torch's names, repr and types of errors, and 0 as initial state."""
+    """Base class of `GRU` and `GRUCell`: torch's names, repr and types of errors, and 0 as the initial state."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class _DropIn(MinGRU):
             if size < 1:
                 raise too_small(expectation(name, argument, "at least 1", str(size)))
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-            raise RuntimeError(expectation(name, "dtype", "a floating dtype", str(dtype)))
+            raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         super().__init__(input_size, hidden_size, dtype=dtype, **options)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -97,7 +97,7 @@ class _DropIn(MinGRU):
     def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
         """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
 
-        A function that initializes each `torch.nn.Linear` of a model therefore doesn't change the layer. `fn` is also
+        A function that initializes each `torch.nn.Linear` of a model therefore does not change the layer. `fn` is also
         applied to modules that were added to the layer after its construction, such as observers for quantization.
         """
         for module in _modules_added_to(self):
@@ -106,7 +106,6 @@ class _DropIn(MinGRU):
         return self
 
     def __repr__(self) -> str:
-        # On one line like torch's layers, without the modules inside.
         return f"{self.name}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
@@ -126,7 +125,7 @@ def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class GRU(_DropIn, role="torch"):
-    """Run a minGRU with the interface of `torch.nn.GRU`.
+    """Apply a stack of minGRU layers to a sequence, with the interface of `torch.nn.GRU`.
 
     All time steps are computed in parallel, because no gate depends on the state.
 
@@ -136,7 +135,7 @@ class GRU(_DropIn, role="torch"):
         num_layers: Number of stacked layers, L.
         bias: If False, the linear maps have no bias. `torch.nn.GRU` has two biases for each gate, this layer one.
         batch_first: If True, input and output are (B, S, *) instead of (S, B, *). States keep their shape.
-        dropout: Dropout probability of the output of each layer but the last.
+        dropout: Dropout probability on the output of every layer except the last.
         bidirectional: If True, each layer has a reverse direction (D = 2, else 1).
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -146,10 +145,10 @@ class GRU(_DropIn, role="torch"):
         candidate: Not in `torch.nn.GRU`. Activation of the candidate: "positive" (g), "linear" or "tanh".
 
     Inputs:
-        - **input**: (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
+        - **input**: Sequence, (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
           `torch.nn.utils.rnn.PackedSequence`; dtype and device of the parameters. S is at least 1.
         - **hx**: State before the first step, any real numbers; (L * D, B, H), or (L * D, H) without a batch. Index l *
-          D is layer l forward, l * D + 1 is layer l in reverse. Default: 0.
+          D is layer l forward, l * D + 1 its reverse direction. Default: 0.
 
     Outputs:
         - **output**: Output of the last layer, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, like `input`.
@@ -159,21 +158,21 @@ class GRU(_DropIn, role="torch"):
         ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.GRU` raises for the same mistake.
 
     State dict:
-        Same names as in [mingru.MinGRU][]; each of the two layers can load the other's state_dict. `reset_parameters`
-        initializes as `torch.nn.Linear` does. `all_weights` has a list [weight, bias] for each layer and direction, in
-        the order of `h_n`.
+        As in [mingru.MinGRU][]: the state_dict of one loads into the other. `reset_parameters` initializes as
+        `torch.nn.Linear` does. `all_weights` has a list [weight, bias] for each layer and direction, in the order of
+        `h_n`.
 
-    All arguments are attributes, as in `torch.nn.GRU`; `proj_size` is 0 and `mode` is "GRU".
+    All arguments except `device` and `dtype` are attributes, as in `torch.nn.GRU`; `proj_size` is 0 and `mode` "GRU".
 
     Differences from `torch.nn.GRU`:
 
-    - The equations differ, so the weights of a GRU can't be loaded. There are no attributes such as `weight_ih_l0`, and
-      no private lists of their names such as `_flat_weights_names`.
+    - The equations differ, so the weights of a GRU cannot be loaded. There are no attributes such as `weight_ih_l0` or
+      private lists of their names such as `_flat_weights_names`.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.
     - `isinstance(rnn, torch.nn.GRU)` is false, because `torch.compile` rejects every instance of `torch.nn.GRU`.
 
-    Differences from `mingru.MinGRU`: names, order of input dimensions, shape of states and default state.
+    Differences from `mingru.MinGRU`: names, order of input dimensions, shape of states and initial state.
 
     Examples:
         >>> rnn = mingru.drop_in.GRU(10, 20, num_layers=2)
@@ -184,7 +183,7 @@ class GRU(_DropIn, role="torch"):
         GRU(10, 20, num_layers=2)
     """
 
-    # TorchScript has no lists of lists of parameters.
+    # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = ("all_weights",)
 
     @arguments_checked()
@@ -306,7 +305,7 @@ class GRU(_DropIn, role="torch"):
 
 
 class GRUCell(_DropIn, role="step"):
-    """Run one step of a one-layer minGRU with the interface of `torch.nn.GRUCell`.
+    """Compute one step of a one-layer minGRU, with the interface of `torch.nn.GRUCell`.
 
     Args:
         input_size: Number of input features, I; at least 1.
@@ -318,7 +317,7 @@ class GRUCell(_DropIn, role="step"):
         candidate: Not in `torch.nn.GRUCell`. Activation of the candidate: "positive" (g), "linear" or "tanh".
 
     Inputs:
-        - **input**: (B, I), or (I,) without a batch; dtype and device of the parameters.
+        - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
         - **hx**: State before the step, any real numbers; (B, H) or (H,). Default: 0.
 
     Outputs:
@@ -329,7 +328,7 @@ class GRUCell(_DropIn, role="step"):
             mistake. Also RuntimeError for a size of 0, which torch accepts.
 
     State dict:
-        Same names as in a one-layer `GRU`; each of the two can load the other's state_dict.
+        As in a one-layer `GRU`: the state_dict of one loads into the other.
 
     As with `GRU`, there is no `weight_ih`, `apply` treats the cell as one module, and `isinstance(cell,
     torch.nn.GRUCell)` is false.

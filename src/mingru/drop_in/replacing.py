@@ -10,7 +10,7 @@ from .layers import GRU, GRUCell
 
 
 class Report(NamedTuple):
-    """List what `replace` did; `print` it."""
+    """Printable report of `replace`."""
 
     replaced: list[tuple[str, str, str]]
     """Qualified name, old layer and new layer of each replacement."""
@@ -24,7 +24,7 @@ class Report(NamedTuple):
 
 
 def replace(module: nn.Module) -> Report:
-    """Replace every `torch.nn.GRU` and `torch.nn.GRUCell` inside a model, in place, by the layers of this module.
+    """Replace every `torch.nn.GRU` and `torch.nn.GRUCell` inside a model, in place, by minGRU layers.
 
     The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. All weights are
     newly initialized and require gradients, because a GRU's weights have no meaning in a minGRU. Train the model, with
@@ -39,8 +39,8 @@ def replace(module: nn.Module) -> Report:
 
     Raises:
         TypeError: `module` is not a torch.nn.Module.
-        ValueError: `module` itself is a `torch.nn.GRU` or `torch.nn.GRUCell`, which can't be replaced in place, or a
-            layer has hooks, which may not suit other weights. Nothing is replaced then.
+        ValueError: `module` itself is a `torch.nn.GRU` or `torch.nn.GRUCell`, which cannot be replaced in place, or a
+            layer has hooks, which may not suit other weights. In both cases nothing is replaced.
 
     Examples:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
@@ -64,7 +64,7 @@ def replace(module: nn.Module) -> Report:
         if type(layer) not in MAKERS:
             continue
         if any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks")):
-            remedy = "remove them, and register those that suit the new layer again"
+            remedy = "remove them, and register suitable hooks on the new layer"
             raise ValueError(expectation("replace", name, "a layer without hooks", "hooks", remedy))
         if layer not in new_layers:
             new_layers[layer] = MAKERS[type(layer)](layer)

@@ -17,7 +17,7 @@ class Dims(NamedTuple):
 
 
 class Base(nn.Module):
-    """Describe how a module is called, so that other code need not test for its class."""
+    """Base class of all modules. It describes how a module is called, so that no other code tests for its class."""
 
     name: str
     role = "custom"
@@ -34,7 +34,7 @@ class Base(nn.Module):
         try:
             return nn.Module.__call__(self, *args, **kwargs)
         except TypeError as error:
-            # After the call, because valid calls cost nothing then and a pre-hook may change the arguments.
+            # Checked after the call, because valid calls then cost nothing, and a pre-hook may change the arguments.
             if "forward() " not in str(error):
                 raise
             signature = inspect.signature(type(self).forward)

@@ -1,4 +1,4 @@
-"""Cells: the layers one step at a time, for loops in the caller's code."""
+"""Cells, which compute one step of a layer, for loops in the caller's code."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
 
 
 class RecurrentCell(Recurrent, role="step"):
-    """Add the `forward` of a single step to a layer class, whose weights and options it shares."""
+    """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
@@ -59,7 +59,7 @@ class RecurrentCell(Recurrent, role="step"):
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
             expected = f"(B, {self.input_dims}) or ({self.input_dims},) because input_dims is {self.input_dims}"
             remedy = "use a layer, not a cell, for sequences" if x.dim() == 3 else embed_remedy(x)
@@ -82,7 +82,7 @@ class MinGRUCell(RecurrentCell, MinGRU):
         z = sigma(W_z x + b_z)
         h' = (1 - z) h + z g(W_h x + b_h)
 
-    The symbols, weights and options are those of a one-layer [mingru.MinGRU][].
+    Symbols, weights and options are those of a one-layer [mingru.MinGRU][].
 
     Args:
         input_dims: Number of input features, I.
@@ -99,7 +99,7 @@ class MinGRUCell(RecurrentCell, MinGRU):
         - **h**: State before the step, (B, H) or (H,), any real numbers. The dtype is that of x, or float32 if x is
           bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or
           learned.
-        - **reset**: Bool mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
+        - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,). It is differentiable.
@@ -109,12 +109,13 @@ class MinGRUCell(RecurrentCell, MinGRU):
         ValueError: A size, shape, device, norm or candidate is invalid.
 
     State dict:
-        As in a one-layer `MinGRU`, so that the state dict of one loads into the other.
+        As in a one-layer `MinGRU`: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRU`. Under autocast, the state stays in float32.
 
-    The differences from `torch.nn.GRUCell` are those between `MinGRU` and `torch.nn.GRU`. `h=None` means 0.5, not 0.
+    The differences from `torch.nn.GRUCell` are those between `MinGRU` and `torch.nn.GRU`. By default, `h=None` means
+    0.5, not 0.
 
     Examples:
         >>> cell = mingru.MinGRUCell(input_dims=3, hidden_dims=64)
@@ -160,7 +161,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
         h' = f / (f + i) h + i / (f + i) g(W_h x + b_h)
 
-    The symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
+    Symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
 
     Args:
         input_dims: Number of input features, I.
@@ -176,13 +177,13 @@ class MinLSTMCell(RecurrentCell, MinLSTM):
     Inputs:
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
-        - **reset**: Mask of sequences to restart.
+        - **reset**: Boolean mask of sequences to reset.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,).
 
     State dict:
-        As in a one-layer `MinLSTM`, so that the state dict of one loads into the other.
+        As in a one-layer `MinLSTM`: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRUCell`.

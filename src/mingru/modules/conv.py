@@ -1,7 +1,7 @@
 """The base classes of the convolutional layers and cells: stacked layers, directions, states and options.
 
 `minconvgru.py` has the public classes. TorchScript compiles `forward` and the functions that it calls. A scripted
-module checks only shapes; other errors are torch's own.
+module checks only shapes; other errors are raised by torch.
 """
 
 from typing import Any
@@ -75,10 +75,8 @@ class MinConv(Base, role="sequence"):
         for width in widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
         if any(width % groups for width in [input_dims, *widths]):
-            remedy = f"input_dims is {input_dims} and hidden_dims is {hidden_dims}"
-            raise ValueError(
-                expectation(self.name, "groups", "a divisor of input_dims and hidden_dims", str(groups), remedy)
-            )
+            expected = f"a divisor of input_dims={input_dims} and hidden_dims={hidden_dims}"
+            raise ValueError(expectation(self.name, "groups", expected, str(groups)))
         options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         geometries = self._geometries(num_layers, options)
         self.input_dims = input_dims
@@ -100,7 +98,7 @@ class MinConv(Base, role="sequence"):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_directions = 2 if bidirectional else 1
-        # Also set on the instance: TorchScript does not see class attributes.
+        # Also set on the instance: TorchScript ignores class attributes.
         self.num_space_dims = type(self).num_space_dims
         self.num_states = num_layers * self.num_directions
         self.output_dims = self.num_directions * widths[-1]
@@ -215,7 +213,7 @@ class MinConv(Base, role="sequence"):
     def _check_x(self, x: Tensor, order: str, leading: int) -> list[tuple[int, ...]]:
         """Raise an error if x does not fit the weights; return (channels, *space) of each layer's states."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         count = self.num_space_dims
         if x.dim() != leading + 1 + count or x.shape[leading] != self.input_dims:
             letters = f"({order}, {self.input_dims}, *space)" if order else f"({self.input_dims}, *space)"
@@ -305,7 +303,7 @@ class MinConvCell(MinConv, role="step"):
             if leading not in (0, 1) or x.size(leading) != self.input_dims:
                 raise ValueError(f"{self.name}: x must be (B, {self.input_dims}, *space), got {x.shape}")
             if h is not None and h.dim() > x.dim():
-                raise ValueError(f"{self.name}: h must expand to (B, H, *space) beside x {x.shape}, got {h.shape}")
+                raise ValueError(f"{self.name}: h must be expandable to (B, H, *space), got {h.shape} with x {x.shape}")
             if reset is not None and reset.shape != x.shape[:leading]:
                 raise ValueError(f"{self.name}: reset must be {x.shape[:leading]}, got {reset.shape}")
         else:

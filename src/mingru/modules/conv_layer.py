@@ -13,7 +13,6 @@ from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
 from .shared import in_reverse
 
-# By the number of spatial dimensions.
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -22,7 +21,7 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class Geometry(NamedTuple):
-    """Describe a layer's convolution, with one number for each spatial dimension."""
+    """Sizes of a layer's convolution, with one number for each spatial dimension."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]

@@ -9,7 +9,7 @@ from ..check import check_int, expectation
 
 
 class GroupNorm(nn.GroupNorm):
-    """Apply `torch.nn.GroupNorm`; the state dict has the number of groups, as `groups`, if `regroup` has set it.
+    """Apply `torch.nn.GroupNorm`. After `regroup`, the state_dict contains the number of groups, as `groups`.
 
     The weights fit any number of groups. Without `groups`, weights trained with one number would load without an
     error into a module with another number, and its outputs would be wrong.

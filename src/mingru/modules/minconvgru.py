@@ -1,4 +1,4 @@
-"""minGRU over signals, images and volumes. Each class only sets `num_space_dims` and the docstring."""
+"""minGRU over sequences of signals, images and volumes. Each class only sets `num_space_dims` and the docstring."""
 
 from .conv import MinConv, MinConvCell
 
@@ -19,7 +19,7 @@ class MinConv1dGRU(MinConv):
 
 
 class MinConv2dGRU(MinConv):
-    """Apply a stack of minimal gated recurrent units with convolutional maps to a sequence of images.
+    """Apply a stack of minGRU layers with two-dimensional convolutions to a sequence of images.
 
     All time steps are computed in parallel: they are convolved as one batch. Each layer and direction computes, at
     every pixel,
@@ -49,8 +49,8 @@ class MinConv2dGRU(MinConv):
             pre-activations are copied once.
         bias: If False, the convolutions have no bias.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
-        bidirectional: If True, each layer has a second direction with its own weights, which runs from the last step to
-            the first. D is 2 if True, otherwise 1.
+        bidirectional: If True, each layer has a reverse direction with its own weights, which runs from the last step
+            to the first. D is 2 if True, otherwise 1.
         residual: If True, add each layer's input to its output. If the channels differ, or the spatial size could, the
             input goes through a convolution with the layer's kernel, stride, padding, dilation and groups, without
             bias. The returned state does not include the residual.
@@ -69,18 +69,18 @@ class MinConv2dGRU(MinConv):
         - **x**: Sequence, `(B, S, C, *space)`, or `(S, B, C, *space)` if `batch_first` is False. It has the dtype and
           device of the parameters. B or S may be 0.
         - **h**: States before the first step, any real numbers: a list with one tensor for each layer and direction,
-          which expands to that layer's `(B, 1, H, *space)`. Index l * D is layer l forward, l * D + 1 its reverse
-          direction. The dtype is that of x, or float32 if x is bfloat16 or float16. Default: the initial state, which
-          is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
-        - **reset**: Bool mask, (B, S) or (S, B) like x. Where True, the state is set to the initial state before that
-          step. The reverse direction is reset at the same boundary, between that step and the previous one.
+          expandable to `(B, 1, H, *space)`, where space is that of the layer's output. Index l * D is layer l forward,
+          l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16. Default: the
+          initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
+        - **reset**: Boolean mask, (B, S) or (S, B) like x. Where True, the state is set to the initial state before
+          that step. The reverse direction is reset at the same boundary, between that step and the previous one.
 
     Outputs:
         - **out**: Output of the last layer, `(B, S, D * H, *space)` or `(S, B, D * H, *space)`, with both directions in
-          order of time. Each layer changes a spatial size n to `(n + 2 * padding - dilation * (kernel_size - 1) - 1) //
-          stride + 1`.
+          the order of time. Each layer changes a spatial size n to `(n + 2 * padding - dilation * (kernel_size - 1) -
+          1) // stride + 1`.
         - **states**: List of the states of each layer and direction after its last step, `(B, 1, H, *space)`, so that
-          `rnn(x2, states)` continues.
+          `rnn(x2, states)` continues the sequence.
 
         All outputs are differentiable.
 
@@ -102,7 +102,7 @@ class MinConv2dGRU(MinConv):
 
     Numerics:
         As in [mingru.MinGRU][] after the convolution. On the CPU, without gradients and without hooks on the
-        convolution, a long input is convolved in blocks. This is much faster, takes less memory, and differs only in
+        convolution, a long input is convolved in blocks. This is faster, takes less memory, and differs only in
         rounding.
 
     Unlike in the convolutional GRU of Ballas et al., no convolution reads the state. A pixel therefore receives
@@ -175,17 +175,17 @@ class MinConv2dGRUCell(MinConvCell):
 
     Inputs:
         - **x**: Input, `(B, C, *space)`, or `(C, *space)` without a batch.
-        - **h**: State before the step, any real numbers. It expands to `(B, H, *space)`, or `(H, *space)` without a
+        - **h**: State before the step, any real numbers, expandable to `(B, H, *space)`, or `(H, *space)` without a
           batch, where space is that of the output. The dtype is that of x, or float32 if x is bfloat16 or float16.
           Default: as in `MinConv2dGRU`.
-        - **reset**: Bool mask, (B,), or a scalar without a batch. Where True, the state is set to the initial state
+        - **reset**: Boolean mask, (B,), or a scalar without a batch. Where True, the state is set to the initial state
           before the step.
 
     Outputs:
         - **h'**: State after the step, `(B, H, *space)` or `(H, *space)`.
 
     State dict:
-        As in a one-layer `MinConv2dGRU`, so that the state dict of one loads into the other.
+        As in a one-layer `MinConv2dGRU`: the state_dict of one loads into the other.
 
     Examples:
         >>> cell = mingru.MinConv2dGRUCell(input_dims=3, hidden_dims=8, kernel_size=3, stride=2)

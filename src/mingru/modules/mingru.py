@@ -4,7 +4,7 @@ from .recurrent import Recurrent
 
 
 class MinGRU(Recurrent):
-    """Apply a stack of minimal gated recurrent units (minGRU) to a sequence.
+    """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
     All time steps are computed in parallel. Each layer and direction computes
 
@@ -21,8 +21,8 @@ class MinGRU(Recurrent):
         bias: If False, the linear maps have no bias.
         batch_first: If False, x is (S, B, I) instead of (B, S, I). Neither order needs a copy of x.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
-        bidirectional: If True, each layer has a second direction with its own weights, which runs from the last step to
-            the first. D is 2 if True, otherwise 1.
+        bidirectional: If True, each layer has a reverse direction with its own weights, which runs from the last step
+            to the first. D is 2 if True, otherwise 1.
         residual: If True, add each layer's input to its output, through a linear map without bias if the sizes differ.
             The returned state does not include the residual.
         norm: "layer", "rms" or None: norm of each layer's input.
@@ -37,21 +37,21 @@ class MinGRU(Recurrent):
 
     Inputs:
         - **x**: Sequence, (B, S, I), or (S, B, I) if `batch_first` is False. It has the dtype and device of the
-          parameters. S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
+          parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
           Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
-        - **reset**: Bool mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
+        - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step. The reverse direction is reset at the same boundary, between that step and the
           previous one.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. Padded steps are skipped, and
           `out` is 0 there. Must be None if x is packed.
 
     Outputs:
-        - **out**: Output of the last layer, (B, S, D * H) or (S, B, D * H), with both directions in order of time. It
-          is packed if x is packed.
+        - **out**: Output of the last layer, (B, S, D * H) or (S, B, D * H), with both directions in the order of time.
+          It is packed if x is packed.
         - **h**: State of each layer and direction after its last valid step, (L * D, B, 1, H), so that `rnn(x2, h)`
-          continues. The batch is in the order that it had before packing.
+          continues the sequence. The batch is in the order that it had before packing.
 
         Both outputs are differentiable.
 

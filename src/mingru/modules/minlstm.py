@@ -36,14 +36,14 @@ class MinLSTM(Recurrent):
         recompute: If True, backward recomputes pre-activations.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        forget_bias: Added to the forget gate's bias at initialization. 1 makes the layer remember longer at first.
+        forget_bias: Number added to the forget gate's bias at initialization. With 1, states decay slowly at first.
             Requires `bias=True`.
 
     Inputs:
         - **x**: Sequence, (B, S, I).
         - **h**: State before the first step, (L * D, B, 1, H).
-        - **reset**: Mask of the steps that start from the initial state.
-        - **lengths**: Valid steps of each sequence.
+        - **reset**: Boolean mask of steps that start from the initial state.
+        - **lengths**: Number of valid steps, (B,).
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H).

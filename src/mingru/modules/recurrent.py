@@ -1,7 +1,7 @@
 """The base class of MinGRU, MinLSTM and their cells: stacked layers, directions, states and options.
 
 TorchScript compiles `forward` and the functions that it calls. A scripted module checks only shapes; other errors are
-torch's own.
+raised by torch.
 """
 
 from typing import Any
@@ -204,11 +204,11 @@ class Recurrent(Base, role="sequence"):
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
             return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
         if is_scripting():
-            batch_sizes, order, index = layout.rows_from_lengths(lengths, x, not self.batch_first)
+            batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
         elif is_compiling():
             return self._padded(x, h, reset, lengths)
         else:
-            batch_sizes, order, index = for_trace(layout.rows_from_lengths)(lengths, x, not self.batch_first)
+            batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
         index = index.to(x.device)
         order = order.to(x.device)
         data = x.flatten(0, 1).index_select(0, index)
@@ -271,13 +271,12 @@ class Recurrent(Base, role="sequence"):
 
     def _run_layers(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> tuple[Tensor, list[Tensor]]:
         """Run all layers, and return a state (B, 1, H) for each; reset has the leading dimensions of x."""
-        zero = state
+        constant = state
         if reset is not None and self.initial_state is None:
-            zero = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
+            constant = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
         starts: list[Start] = []
         for index, h in enumerate(state.unbind(0)):
-            initial_state = zero if self.initial_state is None else self.initial_state[index]
-            # The initial state is unused without resets.
+            initial_state = constant if self.initial_state is None else self.initial_state[index]
             starts.append(Start(h, h if reset is None else initial_state, reset))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -292,7 +291,7 @@ class Recurrent(Base, role="sequence"):
     def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "torch.as_tensor makes one"))
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
         letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
         if x.dim() != 3 or x.shape[2] != self.input_dims:
             expected = f"{letters.format(self.input_dims)} because input_dims is {self.input_dims}"
@@ -304,7 +303,7 @@ class Recurrent(Base, role="sequence"):
             check_lengths(self.name, lengths, batch, steps, x.device)
 
     def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
-        """Raise an error if an argument beside a PackedSequence is invalid; return the packed reset mask."""
+        """Raise an error if an argument is invalid for a PackedSequence; return the packed reset mask."""
         if lengths is not None:
             expected = "None because a PackedSequence has its own lengths"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))

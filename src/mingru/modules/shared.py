@@ -1,4 +1,4 @@
-"""Helpers of all layers: the reverse direction, states that are not views, options in a repr, weights."""
+"""Helpers that all layers share: the reverse direction, states that are not views, options in a repr, weights."""
 
 from typing import Any
 
@@ -18,7 +18,10 @@ def in_reverse(start: Start, order: Layout) -> Start:
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x in another shape but not as a view, so that it can be detached in place. Backward must not keep x."""
+    """Return x in another shape but not as a view, so that it can be detached in place.
+
+    No operation may have saved x for backward, because in-place changes of the result would not be detected.
+    """
     if is_scripting():
         return x.view(shape)
     else:

@@ -29,7 +29,7 @@ class Stack(Base, role="sequence"):
             many input features as the previous layer has output features, D * H. All have the same `batch_first` and
             the same number of spatial dimensions.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
-            It is in addition to the layers' own dropout.
+            The layers' own dropout is applied too.
         residual: If True, add each layer's input to its output. A convolutional layer must then keep the shape of its
             input. The returned states do not include the residual.
 
@@ -37,15 +37,15 @@ class Stack(Base, role="sequence"):
         - **x**: Input of the first layer. It may be a `torch.nn.utils.rnn.PackedSequence` if no layer is convolutional.
         - **h**: States before the first step, a list as returned or a tuple (in TorchScript, a list). Default: the
           initial state of each layer.
-        - **reset**: Mask that all layers share, as in their `forward`.
-        - **lengths**: Lengths that all layers share, if no layer is convolutional.
+        - **reset**: Boolean mask that all layers share, as in their `forward`.
+        - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.
-        - **h**: List of the `num_states` states after the last step, so that `stack(x2, h)` continues. It contains, in
-          the order of the layers, one tensor (L * D, B, 1, H) of each `MinGRU` or `MinLSTM`, L * D tensors `(B, 1, H,
-          *space)` of each convolutional layer, and all states of each inner `Stack`. The list is flat because
-          TorchScript does not support nested lists.
+        - **h**: List of the `num_states` states after the last step, so that `stack(x2, h)` continues the sequence. It
+          contains, in the order of the layers, one tensor (L * D, B, 1, H) of each `MinGRU` or `MinLSTM`, L * D tensors
+          `(B, 1, H, *space)` of each convolutional layer, and all states of each inner `Stack`. The list is flat
+          because TorchScript does not support nested lists.
 
     Raises:
         TypeError: An element of `layers` is not a supported layer, or `h` is not a list of tensors.

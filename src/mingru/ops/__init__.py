@@ -1,7 +1,7 @@
-"""The recurrences: one meaning each, several backends, one choice between them.
+"""The recurrences, each computed by one of several backends.
 
-A call is a value: `Spec` says what is computed, `Start` what it starts from, `Layout` how its steps lie in memory. The
-callers, `functional` and `modules`, have checked the tensors.
+A call consists of tensors and three values: `Spec` (cell, activation, direction), `Start` (states and resets) and
+`Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,14 @@ __all__ = [
     "traceable",
 ]
 
-# From this many input features on, pre-activations are kept for backward. Below, computing them again is faster than
-# writing and reading them.
+# With fewer input features, backward recomputes the pre-activations, because that is faster than storing them.
 _WIDE = 64
 
 
 def linear_scan(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> States:
-    """Compute h_t = a_t h_{t-1} + b_t of (B, S, *) sequences; a reset sets h_{t-1} to 0."""
+    """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
     dtype = accumulate_dtype(b.dtype)
     if is_tracing():
         call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
@@ -67,9 +66,9 @@ def recurrence(
 def linear_recurrence(
     spec: Spec, x: Tensor, linear: nn.Module, start: Start, order: Layout, recompute: bool | None = None
 ) -> States:
-    """Compute the recurrence of the pre-activations linear(x), in one kernel if there is one.
+    """Compute the recurrence of the pre-activations linear(x), by one fused kernel if possible.
 
-    Backward computes the pre-activations again if `recompute`, or keeps them; by default, whichever is faster.
+    If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
@@ -82,7 +81,10 @@ def linear_recurrence(
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
-    """Compute the recurrence of the pre-activations that a map makes of x; the state is expanded to their shape."""
+    """Compute the recurrence of the pre-activations that the map `of` computes from x.
+
+    `start.h` is expanded to the shape of the states.
+    """
     batch = x.shape[1 if order.time_first else 0]
     start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
     if is_tracing():

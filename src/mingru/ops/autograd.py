@@ -1,18 +1,16 @@
-"""Derivatives, written once for every cell and every backend.
+"""Derivatives of the recurrences, for every cell and every backend.
 
-The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence run backwards,
+The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence in the opposite direction:
 
     delta_t = dL/dh_t + a_{t+1} delta_{t+1}
+    dL/db_t = delta_t      dL/da_t = delta_t h_{t-1}      dL/dh_0 = a_1 delta_1
 
-and dL/db_t = delta_t, dL/da_t = delta_t h_{t-1}, dL/dh_0 = a_1 delta_1. `Scan` has these formulas, made of
-differentiable operations. Forward mode is one more scan, and `vmap` folds its dimension into the batch. From a and b,
-PyTorch itself differentiates `cells.coefficients`. Both together are `composed`: right for every cell, backend and
-derivative.
+`Scan` computes these formulas by differentiable operations. Forward mode is another scan, and `vmap` folds the mapped
+dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates. It
+supports every cell, backend and derivative.
 
-`Recurrence` runs a fused kernel for the first derivative, and keeps three values for each state. All other derivatives
-go through `composed`.
-
-`torch.compile` traces no function that has rules for forward mode and vmap, hence the base class without them.
+`Recurrence` runs fused kernels for the forward pass and the first derivative. It saves the states, and the
+pre-activations unless backward recomputes them. For all other derivatives it calls `composed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +25,13 @@ from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
-from .layout import LinearScan, as_linear_scan, in_layout, padded_call, rows_are_swapped
+from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call
 from .route import backend_of
 from .shape import States, along
 
 
 def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-    """Compute a recurrence by differentiable operations and the scan of a backend."""
+    """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(spec, inputs, start, layout)
     own = backend_of(name).recurrence
     states = scan(name, as_linear_scan(*padded)) if own is None else own(*padded)
@@ -41,7 +39,7 @@ def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: 
 
 
 def scan(name: str, call: LinearScan) -> States:
-    """Compute the linear scan by a backend, differentiably; a, b and h have the accumulation dtype."""
+    """Compute the linear scan by a backend, so that it is differentiable."""
     backend = backend_of(name)
     if backend.differentiable:
         assert backend.scan is not None
@@ -52,7 +50,10 @@ def scan(name: str, call: LinearScan) -> States:
 
 
 class ScanInGraph(torch.autograd.Function):
-    """The linear scan and its reverse-mode derivatives, of any order."""
+    """Compute the linear scan, with reverse-mode derivatives of any order.
+
+    It has no rules for forward mode and vmap, because `torch.compile` cannot trace a function that has them.
+    """
 
     @staticmethod
     def forward(name: str, *call: Any) -> States:
@@ -69,13 +70,13 @@ class ScanInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         a, h, reset, out = ctx.saved_tensors
-        # No gradient depends on b; `out` stands in its place.
+        # No gradient depends on b, so b was not saved; `out` fills its field.
         call = LinearScan(a, out, h, reset, ctx.reverse)
         kernel = backend_of(ctx.name).scan_backward
         batched = are_batched(*grad)
         if kernel is not None and not torch.is_grad_enabled() and not batched:
             return None, *kernel(call, out, *grad), None, None
-        # Kernels have no rule for gradients that are mapped over.
+        # Kernels have no rule for batched gradients.
         run = traceable.scan if batched else lambda call: scan(ctx.name, call)
         delta = _adjoint(run, call, grad)
         grad_a = grad_h = None
@@ -87,15 +88,14 @@ class ScanInGraph(torch.autograd.Function):
 
 
 class Scan(ScanInGraph):
-    """The same, with forward mode and vmap."""
+    """Compute the linear scan, with rules for forward mode and vmap too."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if eager_transforms.JVP_NESTING > 1:
-            # torch drops the inner tangent of a function with a rule of its own, and says nothing.
             raise RuntimeError(
-                "mingru: forward mode over forward mode would give wrong numbers here; take jacfwd over jacrev, or the "
-                "back end 'sequential'"
+                "mingru: forward mode over forward mode would give wrong results, because PyTorch silently drops the "
+                "inner tangent of a custom function; use jacfwd over jacrev, or the backend 'sequential'"
             )
         _, da, db, dh, _, _ = tangents
         a, h, reset, out = ctx.saved_tensors
@@ -119,24 +119,24 @@ class Scan(ScanInGraph):
 
 
 def _first(sequence: Tensor, reverse: bool) -> Tensor:
-    # Not a slice, because a slice of everything has no rule for `is_grads_batched`.
+    # Not a slice, because a full slice has no rule for `is_grads_batched`.
     return sequence.narrow(1, sequence.shape[1] - 1 if reverse else 0, 1)
 
 
 def _previous_states(call: LinearScan, out: Tensor) -> Tensor:
-    """Return the previous state of each step: 0 at a reset."""
+    """Return the previous state of each step, which is 0 at a reset."""
     previous = torch.cat([out[:, 1:], call.h], 1) if call.reverse else torch.cat([call.h, out[:, :-1]], 1)
     return previous if call.reset is None else previous.masked_fill(along(call.reset, previous), 0)
 
 
 def _adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
-    """Return delta: the scan against the direction of `call`, each step with the decay of the step after it."""
+    """Return delta, by a scan in the opposite direction that uses the decay of the following step."""
     a, reset, reverse = call.a, call.reset, call.reverse
     one = torch.ones_like(a[:, :1])
     decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
     if reset is not None:
-        no = torch.zeros_like(reset[:, :1])
-        reset = torch.cat([no, reset[:, :-1]] if reverse else [reset[:, 1:], no], 1)
+        no_reset = torch.zeros_like(reset[:, :1])
+        reset = torch.cat([no_reset, reset[:, :-1]] if reverse else [reset[:, 1:], no_reset], 1)
     grad_out, grad_last = (x.to(a.dtype) for x in grad)
     return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
 
@@ -149,15 +149,18 @@ def _grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
 def run_kernel(
     which: tuple[str, str], spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
 ) -> States:
-    """Run a kernel, differentiably. `which` names the backend and its field, because graphs take names."""
+    """Run a kernel, so that it is differentiable.
+
+    `which` is the name of the backend and of its field, because a captured graph can contain strings but no functions.
+    """
     if is_compiling() and which[1] == "kernel" and tensors[0].dim() > 3:
-        # Inductor takes more dimensions for an image, and changes the strides of what is kept for backward.
+        # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
         flat_start = Start(start.h.flatten(2), start.initial_state.expand_as(start.h).flatten(2), start.reset)
         out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
-        # Flat, because autograd sees no tensors inside of tuples. Without resets, the initial state has no part in it.
+        # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         h, initial_state, reset = start
         args = (h, None if reset is None else initial_state, reset, layout.batch_sizes, layout.padding, *tensors)
         states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
@@ -174,7 +177,7 @@ def _kernel(which: tuple[str, str]) -> Any:
 
 
 class Recurrence(torch.autograd.Function):
-    """The kernels of a backend for the first derivative; `composed` for a second one."""
+    """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
     def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
@@ -182,7 +185,7 @@ class Recurrence(torch.autograd.Function):
         call = (_start(h, initial_state, reset), Layout(time_first, batch_sizes, padding))
         out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
         ctx.which, ctx.spec, ctx.time_first = which, spec, time_first
-        ctx.rows_are_swapped = kept is not None and rows_are_swapped(tensors[0])
+        ctx.is_transposed = kept is not None and is_transposed(tensors[0])
         ctx.save_for_backward(out, kept, *args)
         return out, last
 
@@ -192,7 +195,7 @@ class Recurrence(torch.autograd.Function):
         layout = Layout(ctx.time_first, batch_sizes, padding)
         needs_h, needs_initial_state, _, _, _, *needs = ctx.needs_input_grad[4:]
 
-        def again(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
+        def recompute(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
             inputs = list(tensors)
             if ctx.which[1] == "linear_kernel":
                 inputs = list(F.linear(*tensors).chunk(NUM_INPUTS[ctx.spec.cell], -1))
@@ -200,10 +203,10 @@ class Recurrence(torch.autograd.Function):
 
         if torch.is_grad_enabled() or are_batched(*grad):
             needs = [needs_h, needs_initial_state, *needs]
-            grads: Sequence[Tensor | None] = _differentiable(again, [h, initial_state, *tensors], needs, grad)
+            grads: Sequence[Tensor | None] = _differentiable(recompute, [h, initial_state, *tensors], needs, grad)
         else:
-            if kept is not None and rows_are_swapped(tensors[0]) != ctx.rows_are_swapped:
-                # A saved-tensor hook changed the memory order of x, which is that of the kept rows.
+            if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
+                # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
             start = _start(h, initial_state, reset)
             grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, (out, kept, *grad), needs)
@@ -214,13 +217,13 @@ class Recurrence(torch.autograd.Function):
 def _differentiable(
     function: Callable[..., States], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Any
 ) -> list[Tensor | None]:
-    """Run the function again, and return differentiable gradients of the tensors that need one."""
+    """Run the function again, and return differentiable gradients of the tensors that need a gradient."""
     create_graph = torch.is_grad_enabled()
-    # Views, so that no gradient flows from one tensor into another that it was made from.
     with torch.enable_grad():
+        # Views, because one tensor may be computed from another, and no gradient must flow between them.
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
         wanted: Any = [view for view, need in zip(views, needs, strict=True) if need]
-        # The forward pass runs a kernel with a linear map only if autocast is off.
+        # Disabled, because the forward pass runs a linear kernel only without autocast.
         with torch.autocast("cpu", enabled=False):
             states = function(*views)
             found = iter(torch.autograd.grad(states, wanted, grad, create_graph=create_graph, allow_unused=True))

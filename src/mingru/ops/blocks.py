@@ -1,8 +1,8 @@
-"""A recurrence and the map that makes its pre-activations, in blocks that stay in the cache.
+"""Compute pre-activations and their recurrence in blocks that stay in the cache, if no gradient is needed.
 
-Without a gradient, whole pre-activations would be new memory, which costs more than arithmetic. A layer over (4, 16,
-32, 64, 64) with a kernel of 3 takes 61 to 82 ms in blocks, depending on whether malloc keeps memory, and 98 otherwise;
-its convolution alone, over all of it, takes 77 (two cores of a Xeon with AVX-512, torch 2.13).
+Allocating the pre-activations of a whole sequence costs more than the arithmetic. A convolutional layer over (4, 16,
+32, 64, 64) with kernel size 3 takes 61 to 82 ms in blocks, depending on whether malloc keeps memory, and 98 ms without
+blocks. Only the convolution, without blocks, takes 77 ms (two cores of a Xeon with AVX-512, torch 2.13).
 """
 
 import math
@@ -18,25 +18,24 @@ from .graph import are_ordinary, is_autocast, is_compiling
 from .shape import States, accumulate_dtype
 
 _BLOCK_BYTES = 4 << 20
-# Modules that compute the same on a part of the batch.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Map(NamedTuple):
-    """What makes the pre-activations of a sequence."""
+    """The map from a sequence to its pre-activations."""
 
     module: nn.Module
     inputs: Callable[[Tensor], list[Tensor]]
-    """From x, (B, S, *) or (S, B, *), to the inputs of the cell."""
+    """Compute the inputs of the cell from x, (B, S, *) or (S, B, *)."""
     state_shape: tuple[int, ...]
-    """Trailing sizes of an input of the cell, and of the state."""
+    """Trailing sizes of the state and of each input of the cell."""
 
 
 def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
-    """Return how much of the first two dimensions of x goes into one block; None for no blocks."""
+    """Return the size of a block in the first two dimensions of x, or None if blocks cannot be used."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or is_compiling() or is_autocast(x):
         return None
-    # A hook must see the whole batch.
+    # A hook must be called with the whole batch.
     if (
         type(of.module) not in _CONVOLUTIONS
         or route.is_hooked(of.module)
@@ -45,7 +44,7 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
         return None
     outer, inner = x.shape[:2]
     size = num_inputs * math.prod(of.state_shape) * x.element_size()
-    # torch is slow on a single volume.
+    # At least 2, because torch is slow on a single volume.
     count = max(2, _BLOCK_BYTES // size)
     if count * size > 4 * _BLOCK_BYTES or outer * inner < 4 * count:
         return None
@@ -60,20 +59,20 @@ def in_blocks(
     call: tuple[Spec, Layout],
     sizes: tuple[int, int],
 ) -> States:
-    """Run a recurrence, `run`, on one block after the other."""
+    """Call `run`, a recurrence, on one block after the other."""
     spec, order = call
     time, batch = (0, 1) if order.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
-    # The state between blocks is not rounded.
+    # In the accumulation dtype, so that the state is not rounded between blocks.
     states = start.h.to(accumulate_dtype(x.dtype))
     lasts = []
     for first in range(0, x.shape[batch], sizes[batch]):
-        rows = slice(first, first + sizes[batch])
-        last = states[rows]
+        elements = slice(first, first + sizes[batch])
+        last = states[elements]
         begins = range(0, x.shape[time], sizes[time])
         for begin in reversed(begins) if spec.reverse else begins:
             steps = slice(begin, begin + sizes[time])
-            at = (steps, rows) if order.time_first else (rows, steps)
+            at = (steps, elements) if order.time_first else (elements, steps)
             reset = None if start.reset is None else start.reset[at]
             out[at], last = run(x[at], Start(last, start.initial_state, reset))
         lasts.append(last)

@@ -1,7 +1,7 @@
-"""What a recurrence call is: what is computed, what it starts from, and how its steps lie in memory.
+"""The arguments of a recurrence: its cell, its states and resets, and its memory layout.
 
-NamedTuples without methods, because TorchScript compiles the functions that pass them on. An optional field must be
-read into a local before it is compared with None. All of it scripts.
+NamedTuples without methods, because TorchScript compiles the functions that take them. TorchScript refines an optional
+field only after it was read into a local variable.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Spec(NamedTuple):
-    """What is computed."""
+    """Cell, activation and direction."""
 
     cell: str
-    """One of `cells.NUM_INPUTS`."""
+    """Cell type, one of `cells.NUM_INPUTS`."""
     activation: str
     """Activation of the candidate, one of `activation.ACTIVATIONS`."""
     reverse: bool
@@ -21,24 +21,25 @@ class Spec(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What the scan starts from, and starts from again."""
+    """State before the first step, resets, and the state after a reset."""
 
     h: Tensor
     """State before the first step, (B, 1, *)."""
     initial_state: Tensor
-    """State after a reset, before that step consumes its input; expands to (B, 1, *)."""
+    """Value of h_{t-1} if step t has a reset; expandable to (B, 1, *)."""
     reset: Tensor | None
-    """bool, the leading dimensions of the sequences."""
+    """Boolean reset mask with the leading dimensions of the sequences."""
 
 
 class Layout(NamedTuple):
-    """How the steps of a sequence lie in memory: (B, S, *), (S, B, *) if `time_first`, or packed, (rows, *)."""
+    """Layout of the sequences: (B, S, *), (S, B, *) if `time_first`, or packed, (P, *); see `ops.layout`."""
 
     time_first: bool
+    """Whether padded sequences are (S, B, *)."""
     batch_sizes: Tensor | None
-    """(S), int64, on the CPU: the sequences are packed as `torch.nn.utils.rnn.PackedSequence` packs them."""
+    """Number of sequences that have each step, (S), int64, on the CPU; None if the sequences are not packed."""
     padding: Tensor | None
-    """(B, S) or (S, B) bool: the steps that do not exist. They keep the state."""
+    """Boolean mask of padded steps, (B, S) or (S, B). Padded steps keep the state."""
 
 
 BATCH_FIRST = Layout(False, None, None)

@@ -1,6 +1,7 @@
-"""The cells: what a and b of h_t = a_t h_{t-1} + b_t are. MINGRU_CELLS in csrc/scan.h is the same list for C++.
+"""The cells: a and b of h_t = a_t h_{t-1} + b_t from the pre-activations.
 
-A new cell is an entry of `NUM_INPUTS` and a branch of `coefficients`. All of it scripts and differentiates, twice.
+To add a cell, add an entry to `NUM_INPUTS`, a branch to `coefficients` and an entry to MINGRU_CELLS in csrc/scan.h.
+Everything here is scriptable and twice differentiable.
 """
 
 import torch.nn.functional as F
@@ -10,18 +11,17 @@ from .activation import activate, log_g
 from .call import Spec
 from .shape import accumulate_dtype, as_dtype
 
-# The pre-activations of each cell, in the order of the weight's rows: gate, candidate; forget, input, candidate. `a` is
-# never above 1 in size.
+# Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
 NUM_INPUTS = {"mingru": 2, "minlstm": 3}
-# The cells with `log_coefficients`: a and b are positive if the candidate is.
+# Cells whose a and b are positive if the candidate is positive.
 WITH_LOGARITHMS = ("mingru", "minlstm")
 
 
 def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype.
 
-    mingru, z = sigma(gate):              a = 1 - z, b = z activate(candidate)
-    minlstm, f and i normalized to f + i = 1:  a = f, b = i activate(candidate)
+    mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
+    minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
     """
     gate, candidate = _gate_and_candidate(spec, inputs)
     # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
@@ -29,13 +29,13 @@ def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return log a and log b, of a candidate that is "positive"."""
+    """Return log a and log b for the activation "positive"."""
     gate, candidate = _gate_and_candidate(spec, inputs)
     return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
 
 
 def _gate_and_candidate(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The normalized gates of minLSTM are those of one gate, the difference of their logarithms.
+    """Return the pre-activations of gate and candidate; minLSTM is a minGRU with gate log sigma(i) - log sigma(f).
 
     sigma(i) / (sigma(f) + sigma(i)) = sigma(log sigma(i) - log sigma(f))
     """

@@ -1,7 +1,7 @@
-"""Every question about graphs and transforms, and what TorchScript and traces need.
+"""Tests for graph capture and transforms, and helpers for TorchScript and traces.
 
-`torch.jit.trace` records operations, and takes Python's branches and numbers for those of all later inputs. So whatever
-depends on sizes or values is scripted, and a trace contains the scripted function.
+`torch.jit.trace` records only operations: Python branches and numbers stay those of the example. Functions that depend
+on sizes or values are therefore scripted, and the trace contains the scripted function.
 """
 
 import functools
@@ -28,7 +28,7 @@ __all__ = [
     "untraced",
 ]
 
-# Whether `torch.compile` or `torch.export` captures a graph, and whether it is the latter.
+# `is_compiling` is true for `torch.compile` and `torch.export`, `is_exporting` only for `torch.export`.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
 
@@ -43,13 +43,13 @@ def is_tracing() -> bool:
 def is_autocast(x: Tensor) -> bool:
     if x.is_cpu:
         return torch.is_autocast_enabled("cpu")
-    # torch raises an error if asked about a device without autocast, such as "meta".
+    # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def are_ordinary(*tensors: Tensor) -> bool:
-    """Whether one fused kernel can replace the individual operators on these tensors.
+    """Return whether one fused kernel can replace the individual operators on these tensors.
 
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
@@ -62,7 +62,7 @@ def are_ordinary(*tensors: Tensor) -> bool:
 
 
 def are_batched(*tensors: Tensor | None) -> bool:
-    """Whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
+    """Return whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
     if is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or any(
@@ -71,7 +71,7 @@ def are_batched(*tensors: Tensor | None) -> bool:
 
 
 def is_true_for_all_sizes(condition: bool) -> bool:
-    """Whether it holds for all sizes that a captured graph may meet; outside of a graph, whether it holds."""
+    """Return whether the condition is true for all sizes of a captured graph. Without a graph, return the condition."""
     if is_scripting():
         return condition
     else:
@@ -79,15 +79,14 @@ def is_true_for_all_sizes(condition: bool) -> bool:
 
 
 def _is_statically_true(condition: bool) -> bool:
-    # Imported here because it loads sympy. In its own function because TorchScript cannot compile an import statement,
-    # even in a branch that never runs.
+    # Imported here because it loads sympy, and in its own function because TorchScript cannot compile an import.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
 
 
 def for_trace(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function, scripted while a trace is made, so that its branches and loops serve any size."""
+    """Return the function, scripted while tracing, so that the trace keeps its branches and loops for other sizes."""
     return _scripted(function) if is_tracing() else function
 
 
@@ -100,7 +99,7 @@ def _scripted(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def untraced(check: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a check so that it leaves no operation in a trace."""
+    """Wrap a check so that a trace does not record its operations."""
 
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

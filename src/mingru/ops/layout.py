@@ -1,8 +1,8 @@
-"""Sequences in every layout as the linear scan of (B, S, *) that all backends compute, and back. All of it scripts.
+"""Convert sequences of every layout to (B, S, *), the layout in which all backends scan, and back.
 
-Packed sequences are (rows, *), as `torch.nn.utils.rnn.PackedSequence` packs them: first step 0 of all sequences, then
-step 1 of those that have one, and so on. `batch_sizes` (S), int64, on the CPU, counts them; the longest sequence is the
-first.
+Packed data is (P, *), as in `torch.nn.utils.rnn.PackedSequence`: step 0 of all sequences, then step 1 of the sequences
+that have a step 1, and so on, P steps in total. The longest sequence is the first. `batch_sizes` (S), int64, on the
+CPU, counts the sequences that have each step. Everything here is scriptable.
 """
 
 from typing import NamedTuple
@@ -18,29 +18,34 @@ from .shape import States, along, as_dtype
 
 
 class LinearScan(NamedTuple):
-    """h_t = a_t h_{t-1} + b_t, where a reset sets h_{t-1} to 0."""
+    """The scan h_t = a_t h_{t-1} + b_t. A reset sets h_{t-1} to 0. a, b and h have the accumulation dtype."""
 
     a: Tensor
-    """(B, S, *), in the accumulation dtype; so are b and h."""
+    """Decays, (B, S, *)."""
     b: Tensor
+    """Inputs, (B, S, *)."""
     h: Tensor
-    """(B, 1, *)"""
+    """State before the first step, (B, 1, *)."""
     reset: Tensor | None
-    """(B, S) bool"""
+    """Boolean reset mask, (B, S)."""
     reverse: bool
+    """Whether the scan runs from the last step to the first."""
 
 
 def padded_call(
     spec: Spec, inputs: list[Tensor], start: Start, layout: Layout
 ) -> tuple[Spec, list[Tensor], Start, Layout]:
-    """Return the same call in batch-first order, unpacked: padding instead of `batch_sizes`, always forward then."""
+    """Return the same call for batch-first sequences.
+
+    Packed sequences become padded. They are reversed while unpacking, so that the returned call runs forward.
+    """
     reset = start.reset
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:
-        rows, padding = unpack_index(batch_sizes, spec.reverse)
-        inputs = [unpack(x, rows, padding) for x in inputs]
+        index, padding = unpack_index(batch_sizes, spec.reverse)
+        inputs = [unpack(x, index, padding) for x in inputs]
         if reset is not None:
-            reset = unpack(reset, rows, padding)
+            reset = unpack(reset, index, padding)
         return (
             Spec(spec.cell, spec.activation, False),
             inputs,
@@ -59,7 +64,7 @@ def padded_call(
 
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
-    """Return the scan that a cell computes; the call is in the form of `padded_call`."""
+    """Return the scan that a cell computes. The call must come from `padded_call`."""
     a, b = coefficients(spec, inputs)
     padding = layout.padding
     if padding is not None:
@@ -72,26 +77,26 @@ def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layou
 
 
 def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layout) -> States:
-    """Return the states (B, S, *) in the layout, and in the dtypes, of an input and of h."""
+    """Return states (B, S, *) in the given layout and the dtype of `like`, and the last state in the dtype of h."""
     out, last = states
     out = as_dtype(out, like.dtype)
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:
-        rows, padding = unpack_index(batch_sizes, spec.reverse)
-        out = pack(out, pack_index(rows, padding))
+        index, padding = unpack_index(batch_sizes, spec.reverse)
+        out = pack(out, pack_index(index, padding))
     elif layout.time_first:
-        # A copy, because outputs are contiguous and no view. Not in place, because backward keeps `out`.
+        # A copy, because outputs must be contiguous and not views. Not in place, because backward keeps `out`.
         out = out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     return out, as_dtype(last, h.dtype)
 
 
-def rows_are_swapped(x: Tensor) -> bool:
-    """Whether the first two dimensions of a sequence (B, S, I) or (S, B, I) are in reverse order in memory."""
+def is_transposed(x: Tensor) -> bool:
+    """Return whether the first two dimensions of a sequence (B, S, I) or (S, B, I) are in reverse order in memory."""
     return not x.is_contiguous() and x.dim() == 3 and x.stride(0) < x.stride(1)
 
 
-def rows_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `batch_sizes`, the order of the batch, and the index of each row in the flattened x."""
+def packing_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `batch_sizes`, the order of the batch, and the index of each packed step in the flattened x."""
     num_steps = x.size(0 if time_first else 1)
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)
@@ -102,14 +107,14 @@ def rows_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Ten
 
 
 def padding_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> Tensor:
-    """Return the steps of x, (B, S, *) or (S, B, *), that do not exist: (B, S) or (S, B)."""
+    """Return the mask of padded steps of x, (B, S) or (S, B)."""
     steps = torch.arange(x.size(0 if time_first else 1), device=x.device)
     padding = steps >= lengths.to(x.device).unsqueeze(1)
     return padding.transpose(0, 1) if time_first else padding
 
 
 def unpack_index(batch_sizes: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return (B, S) indices of each step's row, and the mask of padding, whose index is 0.
+    """Return the packed index of each step, (B, S), and the mask of padded steps, whose index is 0.
 
     If `reverse`, the steps are reversed within each sequence.
     """
@@ -119,36 +124,36 @@ def unpack_index(batch_sizes: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     padding = steps >= lengths
     if reverse:
         steps = lengths - 1 - steps
-    first_rows = batch_sizes.cumsum(0) - batch_sizes
-    rows = first_rows[steps.clamp_min(0)] + batch
-    return rows.masked_fill(padding, 0), padding
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    index = offsets[steps.clamp_min(0)] + batch
+    return index.masked_fill(padding, 0), padding
 
 
-def unpack(sequence: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    """Return packed (rows, *) as (B, S, *), with 0 in the padding."""
-    flat = sequence.index_select(0, rows.flatten().to(sequence.device))
-    padded = torch.unflatten(flat, 0, [rows.size(0), rows.size(1)])
-    return padded.masked_fill(along(padding.to(sequence.device), padded), 0.0)
+def unpack(packed: Tensor, index: Tensor, padding: Tensor) -> Tensor:
+    """Return packed data (P, *) as padded data (B, S, *), with 0 in the padding."""
+    flat = packed.index_select(0, index.flatten().to(packed.device))
+    padded = torch.unflatten(flat, 0, [index.size(0), index.size(1)])
+    return padded.masked_fill(along(padding.to(packed.device), padded), 0.0)
 
 
-def pack_index(rows: Tensor, padding: Tensor) -> Tensor:
-    """Return (rows): where in the flat (B * S) of `unpack_index` each row is."""
+def pack_index(index: Tensor, padding: Tensor) -> Tensor:
+    """Return the inverse of `unpack_index`: for each of the P packed steps, its index in the flattened (B * S)."""
     exists = (~padding).flatten().nonzero().squeeze(1)
-    index = torch.empty_like(exists)
-    index[rows.flatten()[exists]] = exists
-    return index
+    inverse = torch.empty_like(exists)
+    inverse[index.flatten()[exists]] = exists
+    return inverse
 
 
-def pack(padded: Tensor, index: Tensor) -> Tensor:
-    """Return (B, S, *) as packed (rows, *)."""
-    return padded.flatten(0, 1).index_select(0, index.to(padded.device))
+def pack(padded: Tensor, inverse: Tensor) -> Tensor:
+    """Return padded data (B, S, *) as packed data (P, *)."""
+    return padded.flatten(0, 1).index_select(0, inverse.to(padded.device))
 
 
 def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
     """Return the reset mask of the reverse direction.
 
-    A reset is the boundary before step t. In reverse order that boundary comes before step t - 1, so the mask moves by
-    one step, and is False at the end of each sequence.
+    A reset at step t is a boundary between the steps t - 1 and t. The reverse direction crosses that boundary before
+    step t - 1, so the mask moves by one step and is False at the end of each sequence.
     """
     batch_sizes = layout.batch_sizes
     if batch_sizes is None:
@@ -163,11 +168,11 @@ def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
 
 def _packed_reset_seen_in_reverse(reset: Tensor, batch_sizes: Tensor) -> Tensor:
     following = batch_sizes[1:]
-    first_rows = batch_sizes.cumsum(0) - batch_sizes
+    offsets = batch_sizes.cumsum(0) - batch_sizes
     batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
     exists = batch < following.unsqueeze(1)
-    before = (first_rows[:-1].unsqueeze(1) + batch)[exists]
-    after = (first_rows[1:].unsqueeze(1) + batch)[exists]
+    before = (offsets[:-1].unsqueeze(1) + batch)[exists]
+    after = (offsets[1:].unsqueeze(1) + batch)[exists]
     moved = torch.zeros_like(reset)
     moved[before.to(reset.device)] = reset[after.to(reset.device)]
     return moved

@@ -1,7 +1,7 @@
-"""The one place that chooses what runs a recurrence: which backend, and which of its kernels.
+"""Choose the backend that runs a recurrence, and its kernel.
 
-A new backend is one module in `backends/` that ends in a `Backend`, and one entry in `BACKENDS` (and one in
-`FASTEST_FIRST`, if "auto" is to take it). The tests in tests/ops take it up from there.
+To add a backend, write a module in `backends/` that defines a `Backend`, and add it to `BACKENDS`. Add it to
+`FASTEST_FIRST` too if "auto" may choose it. The tests in tests/ops run for every entry of `BACKENDS`.
 """
 
 import functools
@@ -27,13 +27,13 @@ BACKENDS: dict[str, Backend] = {
     "log": in_log_space.BACKEND,
     "sequential": sequential.BACKEND,
 }
-# What "auto" tries, in this order; "torch" serves everything.
+# Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "torch")
 VARIABLE = "MINGRU_BACKEND"
 
 
 class _Chosen(threading.local):
-    """What `use_backend` says in this thread."""
+    """The backend that `use_backend` sets in this thread."""
 
     name = "auto"
 
@@ -45,9 +45,9 @@ def backends() -> dict[str, bool | str]:
     """Return which backends can run here.
 
     Returns:
-        For each name, `True`, or a sentence that says why not.
+        For each name, `True` or the reason why the backend cannot run.
 
-    Example:
+    Examples:
         >>> mingru.backends()["torch"]
         True
     """
@@ -56,17 +56,17 @@ def backends() -> dict[str, bool | str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Let `"auto"` mean this backend, in this thread, until the block ends.
+    """Use this backend for `"auto"` in the current thread until the `with` block ends.
 
     It takes precedence over the environment variable `MINGRU_BACKEND`, which sets the backend for the whole process.
 
     Args:
-        name: One of the names that `backends` lists, or `"auto"`.
+        name: Name of a backend, see [mingru.backends][], or `"auto"`.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: No backend has this name.
 
-    Example:
+    Examples:
         >>> rnn = mingru.MinGRU(3, 8)
         >>> with mingru.use_backend("sequential"):
         ...     out, h = rnn(torch.zeros(2, 5, 3))
@@ -80,40 +80,39 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
-    """Return the name of the backend that runs this spec on this tensor. Asked once for each call."""
-    asked_by = "backend"
+    """Return the name of the backend that runs this spec on this tensor."""
+    selected_by = "backend"
     if backend == "auto":
-        backend, asked_by = _chosen.name, "use_backend"
+        backend, selected_by = _chosen.name, "use_backend"
     if backend == "auto":
-        backend, asked_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
+        backend, selected_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
     if backend == "auto":
         if is_exporting():
-            # The graph leaves this process, for one that may not have our kernels.
+            # The exported graph may run where the kernels of this package are not installed.
             return "torch"
         if sequence.is_cpu and not is_compiling():
             _warn_once_if_kernels_are_missing()
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
                 return name
-    asked_by = f"{spec.cell}: {asked_by}"
-    _check_name(backend, asked_by)
+    selected_by = f"{spec.cell}: {selected_by}"
+    _check_name(backend, selected_by)
     why = _why_not(backend, sequence, spec)
     if why is not None:
-        raise ValueError(f"{asked_by} asks for {backend!r}, which can't run this: {why}; use 'auto'")
+        raise ValueError(f"{selected_by} selects {backend!r}, which cannot run this because {why}; use 'auto'")
     return backend
 
 
 def backend_of(name: str) -> Backend:
-    """Return the backend of this name; while a graph is captured, "torch" is the one that every graph can contain."""
+    """Return the backend of this name. While a graph is captured, "torch" is its traceable version."""
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
 
 
 def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
-    """Return the fused kernel that can compute the recurrence from these pre-activations."""
+    """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
     if kernel is None or not are_ordinary(*inputs):
         return None
-    # A kernel takes either packed or padded sequences.
     return None if layout.padding is not None and kernel.packed else kernel
 
 
@@ -127,14 +126,14 @@ def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    # bfloat16 and float16 pre-activations are rounded with their bias, as `torch.nn.Linear` does it.
+    # Not bfloat16 and float16: the kernels would round before adding the bias, `torch.nn.Linear` rounds after it.
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
         return None
     return (x, weight, parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than the `forward` of its class."""
+    """Return whether calling the module does more than the `forward` of its class."""
     return bool(
         _has_any_global_hook()  # type: ignore[no-untyped-call]
         or "forward" in module.__dict__
@@ -150,7 +149,7 @@ def _warn_once_if_kernels_are_missing() -> None:
     why = BACKENDS["native"].unavailable()
     if why is not None:
         warnings.warn(
-            f"mingru: running its portable back end 'torch' on the CPU, as {why}", RuntimeWarning, stacklevel=2
+            f"mingru: using the slower backend 'torch' on the CPU, because {why}", RuntimeWarning, stacklevel=2
         )
 
 
@@ -159,7 +158,7 @@ def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
     return backend.unavailable() or backend.unsupported(sequence, spec)
 
 
-def _check_name(name: Any, asked_by: str) -> None:
+def _check_name(name: Any, selected_by: str) -> None:
     if name not in ("auto", *BACKENDS):
         names = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        raise ValueError(f"{asked_by} must be one of {names}, got {name!r}")
+        raise ValueError(f"{selected_by} must be one of {names}, got {name!r}")

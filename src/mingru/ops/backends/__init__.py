@@ -1,1 +1,1 @@
-"""One module for each backend; `route.Backend` says what a backend states of itself."""
+"""The backends, one module each. Each defines BACKEND, an `ops.backend.Backend`."""

@@ -1,11 +1,11 @@
-"""The `"log"` backend: the paper's parallel form, in log space (Feng et al. 2024, appendix B; Heinsen 2023).
+"""The `"log"` backend: the paper's parallel scan in log space (Feng et al. 2024, appendix B; Heinsen 2023).
 
     a*_t = sum_{i<=t} log a_i      log h_t = a*_t + logcumsumexp(log b - a*)_t
 
-It is kept because the paper's form is what people come to study. It needs a positive candidate, and it loses accuracy
-with length, because a* grows without bound. The paper puts log h_0 in front of log b, which needs h_0 > 0 and has a NaN
-gradient at 0. Here exp(a*_t) h_0, the part of the initial state, is added outside of the logarithm: any h_0 is allowed.
-Gradients are PyTorch's own; its second derivative of `logcumsumexp` is NaN where the first is exactly 0.
+It is kept for studying the paper. It needs a positive candidate. It loses accuracy with length, because a* grows
+without bound. The paper puts log h_0 in front of log b, which requires h_0 > 0 and has a NaN gradient at 0. Here
+exp(a*_t) h_0 is added outside of the logarithm, so that any h_0 is allowed. PyTorch computes the gradients. Its second
+derivative of `logcumsumexp` is NaN where the first derivative is exactly 0.
 """
 
 import math
@@ -22,9 +22,9 @@ from ..shape import States, along
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if spec.cell not in WITH_LOGARITHMS:
-        return f"it takes the logarithm of a and b, and {spec.cell} allows any a and b"
+        return f"it takes the logarithm of a and b, which may be negative in {spec.cell}"
     if spec.activation != "positive":
-        return f"it takes the logarithm of the candidate, and a candidate that is {spec.activation!r} may be negative"
+        return f"it takes the logarithm of the candidate, which may be negative with activation {spec.activation!r}"
     return None
 
 
@@ -46,19 +46,19 @@ def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) 
     if reset is None:
         out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * h
     else:
-        out = _scan_segments(log_a, log_b, h, initial_state, reset)
+        out = _scan_between_resets(log_a, log_b, h, initial_state, reset)
     last = out[:, -1:].clone()
     return out.flip(1) if spec.reverse else out, last
 
 
-def _scan_segments(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
-    """Scan each segment between resets by itself, because a decay of 0 has no finite logarithm.
+def _scan_between_resets(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
+    """Scan the steps between two resets separately, because a decay of 0 has no finite logarithm.
 
-    By recursive doubling, every step is combined with the 1, 2, 4, ... steps before it, until its segment begins. Only
-    the mask says where that is, so this can be mapped and captured.
+    By recursive doubling, each step is combined with the 1, 2, 4, ... steps before it, back to the last reset.
+    Only a mask depends on the resets, so vmap and graph capture work.
     """
     seen_reset = along(reset, log_b)
-    # Finite even if a gate is 0, because the difference of two numbers that are -inf is NaN.
+    # Finite even if a gate is 0, because -inf - (-inf) is NaN.
     log_b = log_b.clamp_min(torch.finfo(log_b.dtype).min / 4)
     span = 1
     while span < log_b.shape[1]:
@@ -73,7 +73,7 @@ def _scan_segments(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tenso
 
 
 def _log_sum(one: Tensor, other: Tensor) -> Tensor:
-    """Compute `torch.logaddexp`, whose second derivative overflows to NaN if its arguments are far apart."""
+    """Compute logaddexp. The second derivative of `torch.logaddexp` is NaN if its arguments are far apart."""
     swap = one < other
     more, less = torch.where(swap, other, one), torch.where(swap, one, other)
     return more - F.logsigmoid(more - less)

@@ -1,7 +1,6 @@
-"""The `"native"` backend: C++ kernels for the CPU (`csrc/`), one pass over memory, vectorized over features.
+"""The `"native"` backend: C++ kernels for the CPU (`csrc/`), vectorized over features.
 
-The operators take sequences as the layout says and states in the accumulation dtype. They are registered with PyTorch's
-dispatcher when this module is imported.
+Importing this module registers the operators with PyTorch's dispatcher. They take states in the accumulation dtype.
 """
 
 from collections.abc import Sequence
@@ -13,27 +12,27 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
-from ..layout import LinearScan, rows_are_swapped
+from ..layout import LinearScan, is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _load() -> str | None:
-    """Register the operators; return the sentence that says why they are missing, or None."""
+    """Register the operators; return None, or the reason why they are missing."""
     folder = Path(__file__).parents[2]
     libraries = [path for path in (folder / "_kernels.so", folder / "_kernels.dll") if path.is_file()]
     if not libraries:
-        return "the compiled kernels were not built; reinstall where a C++17 compiler is on the PATH"
+        return "the compiled kernels were not built; reinstall with a C++17 compiler on the PATH"
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"the compiled kernels can't be loaded ({error}); reinstall for this version of torch"
+        return f"the compiled kernels cannot be loaded ({error}); reinstall for this version of torch"
     return None
 
 
 def _register_shapes() -> None:
-    """Register the shapes of the outputs, for graphs that are captured without data."""
+    """Register functions that return the shapes of the outputs, for graphs that are captured without data."""
 
     def grads_of_states(h: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
@@ -50,9 +49,9 @@ def _register_shapes() -> None:
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        num_rows = x.shape[:-1].numel() if rest[-1] else 0
+        num_kept = x.shape[:-1].numel() if rest[-1] else 0
         out = x.new_empty(*x.shape[:-1], h.shape[-1])
-        return out, h.new_empty(h.shape), x.new_empty(num_rows, weight.shape[0])
+        return out, h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
@@ -60,8 +59,9 @@ def _register_shapes() -> None:
         *_, needs_x, needs_weight, needs_bias = rest
         grad_x = x.new_empty(0)
         if needs_x:
-            swapped = rows_are_swapped(x)
-            grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1) if swapped else x.new_empty(x.shape)
+            grad_x = x.new_empty(x.shape)
+            if is_transposed(x):
+                grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
         return grad_x, grad_weight, grad_bias, *grads_of_states(h, rest[1])
@@ -82,9 +82,9 @@ if _WHY_NOT is None:
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if not sequence.is_cpu:
-        return f"it runs on the CPU, and the tensors are on {sequence.device}"
+        return f"it only runs on the CPU, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
-        return f"it computes real floating types, and the tensors are {sequence.dtype}"
+        return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
     return None
 
 
@@ -97,13 +97,12 @@ def _given(start: Start, layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, 
     """Return the states, resets and batch sizes that all operators take."""
     h, initial_state, reset = start
     h = _state(h, like)
-    # Without resets the initial state is not used.
     initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
     return h, initial_state, reset, layout.batch_sizes
 
 
 def _how(spec: Spec, layout: Layout) -> tuple[str, bool, bool]:
-    """Return the name of the cell, and the order of the steps, that all operators take."""
+    """Return the name of the cell, `reverse` and `time_first`, that all operators take."""
     cell, activation, reverse = spec
     return f"{cell}_{activation}", reverse, layout.time_first
 
@@ -136,7 +135,7 @@ def _grads_of_states(start: Start, grad_h: Tensor, grad_initial_state: Tensor) -
 
 
 def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of all inputs, which lie side by side in the last dimension."""
+    """Return the gradients of all inputs, which are concatenated in the last dimension."""
     return tuple(part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True))
 
 
@@ -144,18 +143,18 @@ def _linear_recurrence(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = _given(start, layout, tensors[0])
-    out, last, product = torch.ops.mingru.linear_recurrence_forward(*tensors, *given, *_how(spec, layout), keep)
-    return out, as_dtype(last, start.h.dtype), product
+    out, last, pre_activations = torch.ops.mingru.linear_recurrence_forward(*tensors, *given, *_how(spec, layout), keep)
+    return out, as_dtype(last, start.h.dtype), pre_activations
 
 
 def _linear_recurrence_backward(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x = tensors[0]
-    out, product, grad_out, grad_last = saved
+    out, pre_activations, grad_out, grad_last = saved
     given, grad_last = _given(start, layout, x), _state(grad_last, x)
     grad_x, grad_weight, grad_bias, *grads_of_states = torch.ops.mingru.linear_recurrence_backward(
-        *tensors, *given, out, product, grad_out, grad_last, *_how(spec, layout), *needs
+        *tensors, *given, out, pre_activations, grad_out, grad_last, *_how(spec, layout), *needs
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[2] else None)
     return *_grads_of_states(start, *grads_of_states), *(grads[i] if need else None for i, need in enumerate(needs))

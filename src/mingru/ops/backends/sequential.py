@@ -1,4 +1,4 @@
-"""The `"sequential"` backend: one step after the other, as the equations read. For testing and for learning."""
+"""The `"sequential"` backend: a loop over the steps, which follows the equations. For tests and for learning."""
 
 import torch
 

@@ -1,13 +1,13 @@
-"""The `"torch"` backend: plain tensor operations in linear space, on any device. `traceable` is its form for graphs.
+"""The `"torch"` backend: tensor operations in linear space, on any device. `traceable` is its version for graphs.
 
-The sequence is split into C chunks of T steps, T about the root of S. All chunks are processed in parallel, one step at
-a time, each from a state of 0, while the cumulative decay P is kept. Then the C carries are passed along one after the
-other, and one multiply-add gives each chunk its carry-in:
+The sequence is split into C chunks of T steps, where T is about the square root of S. All chunks are processed in
+parallel, one step at a time, each from a state of 0; the cumulative decay P is computed too. Then the C carries are
+computed one after the other, and one multiply-add adds the carry-in of each chunk:
 
     local_t = a_t local_{t-1} + b_t      P_t = a_t P_{t-1}      h_t = local_t + P_t carry
 
-That is 2 T + 2 C + a few launches instead of S. For 0 <= a <= 1 and b >= 0 only positive terms are added, so nothing
-cancels. Everything happens in place, in memory made here, so these functions record no gradient: `autograd` adds it.
+This takes about 2 T + 2 C kernel launches instead of S. For 0 <= a <= 1 and b >= 0 only non-negative terms are added,
+so nothing cancels. These functions work in place and record no gradient; `autograd` defines the derivatives.
 """
 
 import math
@@ -34,10 +34,10 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _may_overflow(a: Tensor) -> bool:
-    """Whether the cumulative decay of a chunk may overflow, which needs |a| > 1.
+    """Return whether the cumulative decay of a chunk may overflow, which requires |a| > 1.
 
-    Then all steps are computed one after the other, because infinity times a carry of 0 is NaN. A captured graph cannot
-    inspect values, and always uses chunks.
+    If so, all steps are computed one after the other, because infinity times a carry of 0 is NaN. A captured graph
+    cannot inspect values and always uses chunks.
     """
     if is_compiling() or a.is_meta:
         return False
@@ -47,30 +47,29 @@ def _may_overflow(a: Tensor) -> bool:
 
 
 def _chunks_of(num_steps: int) -> list[int]:
-    """Return the number of chunks and their number of steps; the remaining steps are computed one after the other.
+    """Return the number of chunks and the number of steps of a chunk. The remaining steps are computed one by one.
 
-    Chunks of about the root of the length need the fewest launches. Below 16 steps, one step after the other is faster.
+    Chunks of about the square root of the length need the fewest launches. Below 16 steps, a single loop is faster.
     """
     size = int(math.sqrt(num_steps)) if num_steps >= 16 else num_steps + 1
     return [num_steps // size, size]
 
 
-# On the CPU, coefficients and their gradients are made for blocks of steps of this size, which stay in the cache.
-# Temporary tensors as large as the sequence would be new memory at each operation, which costs more than arithmetic.
+# On the CPU, coefficients and gradients are computed in blocks of this size, for the reasons in `ops.blocks`.
 _BLOCK_BYTES = 1 << 19
 
-# A padded, batch-first call: see `layout.padded_call`.
 Call = tuple[Spec, list[Tensor], Start, Layout]
+"""The result of `layout.padded_call`."""
 
 
 def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
-    """Return the blocks of steps, and the call of each."""
+    """Return the blocks of steps, each with its part of the call."""
     spec, inputs, start, layout = call
     first = inputs[0]
     num_steps = first.shape[1]
     size = num_steps
     if first.is_cpu:
-        # Whole groups of 64 steps, so that the vector code of a few threads has the same remainders.
+        # Multiples of 64 steps, so that each of a few threads computes whole SIMD vectors and rounding does not differ.
         size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
 
     def part(steps: slice) -> Call:
@@ -82,7 +81,7 @@ def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
 
 
 def _new(like: Tensor, dtype: torch.dtype, time_first: bool) -> Tensor:
-    """Return new memory for a sequence (B, S, *), in the order of the caller's layout, and not as a view."""
+    """Return an uninitialized sequence (B, S, *) in the caller's memory order; the tensor is not a view."""
     batch, num_steps, *rest = like.shape
     if time_first:
         return like.new_empty(num_steps, batch, *rest, dtype=dtype).transpose_(0, 1)
@@ -106,13 +105,13 @@ def _recurrence(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layo
 def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Compute what `autograd` says, in the memory of a, delta and the gradients."""
+    """Compute the gradients as `autograd` describes, in place and in blocks."""
     out, _, grad_out, grad_last = saved
     if layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
     call = padded_call(spec, list(inputs), start, layout)
     (_, (first_input, *_), (h, _, reset), _), reverse, blocks = call, spec.reverse, _blocks_of(call)
-    # In the order of the scan: all steps but the last, all but the first, the first, the last.
+    # In the order of the scan, not of time.
     earlier, later, first, last = slice(-1), slice(1, None), slice(1), slice(-1, None)
     if reverse:
         earlier, later, first, last = later, earlier, last, first
@@ -121,7 +120,6 @@ def _recurrence_backward(
     for steps, block in blocks:
         a[:, steps] = as_linear_scan(*block).a
     first_a = a[:, first].clone()
-    # delta_t = dL/dh_t + a_{t+1} delta_{t+1}
     delta.copy_(grad_out)[:, last] += grad_last
     later_reset = None if reset is None else reset[:, later]
     _scan_in_place(LinearScan(a[:, later], delta[:, earlier], delta[:, last].clone(), later_reset, not reverse))
@@ -133,7 +131,7 @@ def _recurrence_backward(
     views = [None if grad is None else grad.transpose(0, 1) if layout.time_first else grad for grad in grads]
     grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state, dtype=delta.dtype)
     for steps, block in blocks:
-        # The states before each of these steps, and h before the first step of all.
+        # The previous state of each step is in `out`, but that of the first step is h.
         begin, end = (steps.start + 1, steps.stop + 1) if reverse else (steps.start - 1, steps.stop - 1)
         parts = [out[:, max(begin, 0) : end].to(delta.dtype)]
         if begin < 0 or end > out.shape[1]:
@@ -155,7 +153,7 @@ def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: 
     spec, inputs, start, layout = call
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        # In the dtype of delta, in which the parts of all blocks are added.
+        # In the dtype of delta, because the gradients of all blocks are summed in that dtype.
         leaves.append(start.initial_state.detach().to(delta.dtype).requires_grad_(start.reset is not None))
         scan = as_linear_scan(spec, leaves[:-1], start._replace(h=start.h.detach(), initial_state=leaves[-1]), layout)
     if start.reset is not None:
@@ -169,7 +167,7 @@ def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: 
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
-    """Overwrite b with the states; a is used as scratch."""
+    """Overwrite b with the states, and a with intermediate values. Return b and the last state."""
     a, b, h, reset, reverse = call
     num_steps = b.shape[1]
     count, size = _chunks_of(num_steps) if in_chunks else (0, num_steps)
@@ -194,16 +192,16 @@ def _in_order(sequence: Tensor, dim: int, reverse: bool) -> list[Tensor]:
 
 
 def _step_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reverse: bool) -> Tensor:
-    """Compute one step after the other along dimension 1; return the state after the last."""
+    """Overwrite b with the states, one step after the other in dimension 1. Return the last state."""
     resets = [None] * b.shape[1] if reset is None else _in_order(along(reset, b), 1, reverse)
     for a_t, b_t, reset_t in zip(_in_order(a, 1, reverse), _in_order(b, 1, reverse), resets, strict=True):
-        # Masked rather than multiplied by 0, so that not even NaN passes a reset.
+        # Masked instead of multiplied by 0, so that NaN does not pass a reset.
         h = b_t.addcmul_(a_t, h if reset_t is None else h.masked_fill(reset_t, 0))
     return h
 
 
 def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reverse: bool) -> Tensor:
-    """Write the states of all chunks into b; a, b (B, C, T, *), reset (B, C, T). Return the state after the last."""
+    """Overwrite b with the states of all chunks; a and b are (B, C, T, *), reset (B, C, T). Return the last state."""
     seen_reset = None
     if reset is not None:
         mask = along(reset, b)

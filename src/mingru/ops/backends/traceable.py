@@ -1,14 +1,14 @@
-"""The `"torch"` backend for graphs: tensor operations out of place, captured once and run at any length.
+"""The traceable version of the `"torch"` backend: out-of-place operations that a graph can capture for any length.
 
-TorchScript, `torch.export`, ONNX and `torch.compile` follow these functions, and differentiate them. A captured graph
-cannot loop over a length that it does not know, so the number of operations must not depend on it. The sequence is
-split into C chunks of 16 steps. All chunks are processed in parallel, one step at a time, each from a state of 0, while
-the cumulative decay is kept. Then the ends of the chunks are combined by recursive doubling,
+TorchScript, `torch.export`, ONNX and `torch.compile` capture these functions and differentiate them. A captured graph
+cannot loop over an unknown length, so the number of operations must not depend on the length. The sequence is split
+into C chunks of 16 steps. All chunks are processed in parallel, one step at a time, each from a state of 0; the
+cumulative decay is computed too. Then the last states of the chunks are combined by recursive doubling:
 
     h_c <- h_c + P_c h_{c-d}      P_c <- P_c P_{c-d}      d = 1, 2, 4, ... below C
 
-where the state and the decay of a chunk stand for that chunk alone at first, then for 2, 4, ... chunks. At last one
-multiply-add gives each chunk its carry-in. As in `tensors.py`, only positive terms are added, and nothing cancels.
+h_c and P_c first cover only chunk c, then the last 2, 4, ... chunks. Finally one multiply-add adds the carry-in of each
+chunk. For 0 <= a <= 1 and b >= 0 only non-negative terms are added, so nothing cancels.
 """
 
 import torch
@@ -23,7 +23,7 @@ from ..shape import States, along, empty_states
 
 
 def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-    """Compute what `ops.recurrence` computes. A scripted module runs it without this package."""
+    """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
     if inputs[0].numel() == 0:
         return empty_states(sum_of(inputs), start.h, 0 if layout.time_first else 1)
     padded_spec, padded, padded_start, padded_layout = padded_call(spec, inputs, start, layout)
@@ -48,7 +48,7 @@ def flat_recurrence(
 
 
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
-    """Compute h_t = a_t h_{t-1} + b_t; a, b and h have one dtype."""
+    """Compute h_t = a_t h_{t-1} + b_t. a, b and h have the same dtype."""
     if b.numel() == 0:
         return empty_states(a * b, h, 1)
     return scan(LinearScan(a, b, h, reset, reverse))
@@ -67,24 +67,24 @@ def scan(call: LinearScan) -> States:
 
 
 def chunk_size() -> int:
-    """Return the number of steps of a chunk. A function, because TorchScript reads no global numbers."""
+    """Return the number of steps of a chunk. A function, because TorchScript cannot read a global number."""
     return 16
 
 
 def most_chunks() -> int:
-    """Return how many chunks a graph without a bound on its length supports: 268 million steps."""
+    """Return the maximum number of chunks (268 million steps) of a graph whose length has no bound."""
     return 1 << 24
 
 
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
-    """Return the states (B, S, *), and the last of them (B, *), from a state h (B, *). At a reset, h_{t-1} is 0."""
+    """Return the states (B, S, *) and the last state (B, *); h (B, *) is the state before the first step."""
     num_steps, chunk = b.size(1), chunk_size()
     if _is_short(num_steps, chunk):
         resets = _no_tensors() if reset is None else _in_order(list(reset.unbind(1)), reverse)
         states = _step(_in_order(list(a.unbind(1)), reverse), _in_order(list(b.unbind(1)), reverse), resets, h)
         return torch.stack(_in_order(states, reverse), 1), states[-1]
 
-    # One or two chunks more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
+    # One or two more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
     num_chunks = num_steps // chunk + 2
     more = num_chunks * chunk - num_steps
     # A decay of 1 and an input of 0 keep the state.
@@ -101,13 +101,13 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) 
         mask = along(torch.stack(_in_order(seen_reset, reverse), 2), carry_in)
         carry_in = torch.where(mask, 0.0, carry_in)
     out = torch.addcmul(torch.stack(_in_order(local, reverse), 2), torch.stack(_in_order(decay, reverse), 2), carry_in)
-    # Not `flatten`, which has no rule for `is_grads_batched`.
+    # Not `flatten`, because it has no rule for `is_grads_batched`.
     shape = [out.size(0), -1] + list(out.shape[3:])  # noqa: RUF005 (not in TorchScript)
     return _padded(out.reshape(shape), -more, 0.0), last
 
 
 def _is_short(num_steps: int, chunk: int) -> bool:
-    """Whether the steps are few, and equally many wherever a captured graph runs."""
+    """Return whether the number of steps is at most `chunk` and, in a captured graph, fixed."""
     if is_scripting():
         return num_steps <= chunk
     else:
@@ -115,12 +115,12 @@ def _is_short(num_steps: int, chunk: int) -> bool:
 
 
 def _reaches(distance: int, count: int) -> bool:
-    """Whether recursive doubling has covered all chunks."""
+    """Return whether recursive doubling has covered all chunks."""
     known = is_true_for_all_sizes(distance >= count)
     if is_scripting():
         return known
     else:
-        # A compiled graph may add a guard: one more graph for sequences over 4096 steps, and one over a million.
+        # `torch.compile` may add guards: one more graph for more than 4096 steps, and one for more than a million.
         may_guard = distance in (1 << 8, 1 << 16) and not is_exporting()
         return known or (may_guard and distance >= count)
 
@@ -131,7 +131,7 @@ def _no_tensors() -> list[Tensor]:
 
 
 def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
-    """Return the steps in the order of the scan; or the other way round, in the order of time."""
+    """Return the steps in the order of the scan. A second call restores the order of time."""
     in_order: list[Tensor] = []
     for index in range(len(steps)):
         in_order.append(steps[len(steps) - 1 - index if reverse else index])
@@ -139,27 +139,27 @@ def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
 
 
 def _padded(x: Tensor, more: int, value: float) -> Tensor:
-    """Return x with `more` steps added at the end of dimension 1, or taken away if it is negative."""
-    # F.pad takes the last dimension first. A slice would have to know which of two lengths is smaller.
+    """Append `more` steps to dimension 1, or remove -more steps if it is negative."""
+    # F.pad takes the last dimension first. Not a slice, because it would depend on which of two lengths is smaller.
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, more], value=value)
 
 
 def _step_by_step(x: Tensor, num_chunks: int, chunk: int, reverse: bool) -> list[Tensor]:
-    """Return the first steps of all chunks of (B, C * chunk, *), each (B, C, *), then the second ones, and so on."""
+    """Split (B, C * chunk, *) into `chunk` tensors (B, C, *): the first steps of all chunks, the second steps, ..."""
     if is_scripting():
-        # The gradient of one view is one copy.
+        # One view, because its gradient is a single copy.
         return _in_order(list(torch.unflatten(x, 1, [num_chunks, chunk]).unbind(2)), reverse)
     else:
-        # A captured graph cannot show that this view is possible for every C.
+        # Slices, because a captured graph cannot prove that the view is valid for every C.
         return _in_order([x[:, step::chunk] for step in range(chunk)], reverse)
 
 
 def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor) -> list[Tensor]:
-    """Return the states, one after the other. An empty `resets` means no reset."""
+    """Return the states, computed one step after the other. If there are no resets, `resets` is empty."""
     states: list[Tensor] = []
     for index in range(len(b)):
         if len(resets) > 0:
-            # Masked rather than multiplied by 0, so that not even NaN passes a reset.
+            # Masked instead of multiplied by 0, so that NaN does not pass a reset.
             h = h.masked_fill(along(resets[index], h), 0.0)
         h = torch.addcmul(b[index], a[index], h)
         states.append(h)
@@ -167,7 +167,7 @@ def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor) -> 
 
 
 def _cumulative_decays(a: list[Tensor], resets: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the product of all decays up to each step, and whether there was a reset up to it."""
+    """Return the cumulative decay up to each step, and whether the steps up to it contain a reset."""
     decays = [a[0]]
     seen_reset = _no_tensors()
     if len(resets) > 0:
@@ -183,22 +183,23 @@ def _cumulative_decays(a: list[Tensor], resets: list[Tensor]) -> tuple[list[Tens
 
 
 def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool) -> States:
-    """Return the state before each chunk (B, C, *), and the last one (B, *), from those at the ends of the chunks.
+    """Return the carry-in of each chunk (B, C, *) and the last state (B, *) from the results of the chunks.
 
-    decay and state are (B, C, *), each for its chunk alone; `seen_reset` (B, C) marks the chunks with a reset.
+    decay and state (B, C, *) are the cumulative decay and the last state of each chunk, computed from a state of 0.
+    `seen_reset` (B, C) marks chunks that contain a reset.
     """
     first = h.unsqueeze(1)
     state = torch.cat([state, first] if reverse else [first, state], 1)
     decay = torch.cat([decay, torch.ones_like(first)] if reverse else [torch.ones_like(first), decay], 1)
     if seen_reset is not None:
-        no = torch.zeros_like(seen_reset[:, :1])
-        seen_reset = torch.cat([seen_reset, no] if reverse else [no, seen_reset], 1)
+        no_reset = torch.zeros_like(seen_reset[:, :1])
+        seen_reset = torch.cat([seen_reset, no_reset] if reverse else [no_reset, seen_reset], 1)
     count = state.size(1)
     positions = torch.arange(count, device=state.device)
     distance = 1
     while distance < most_chunks() and not _reaches(distance, count):
         sources = positions + distance if reverse else positions - distance
-        # Chunks with no chunk `distance` back are complete; their decay is no longer used.
+        # Chunks with fewer than `distance` chunks before them are complete; their decay is no longer used.
         stop = (sources != sources.clamp(0, count - 1)).unsqueeze(0)
         sources = sources.clamp(0, count - 1)
         if seen_reset is not None:
@@ -211,7 +212,7 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
         distance *= 2
     if not is_scripting():
         if is_exporting():
-            # Nothing else would show that a sequence is longer than the graph was made for.
+            # NaN, because otherwise nothing would show that a sequence is longer than the graph supports.
             state = state.masked_fill(positions[-1] >= distance, torch.nan)
     if reverse:
         return state[:, 1:], state[:, 0]
