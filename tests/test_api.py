@@ -72,6 +72,18 @@ CONTRACT = {
     "functional.linear_scan": "a, b, h=None, *, reverse=False, reset=None, backend='auto'",
     "functional.parallel_scan_log": "log_a, log_b",
     "functional.reset_from_lengths": "lengths, num_steps=None",
+    "models.Block": (
+        "dims, *, cell='mingru', expansion=1.0, conv=None, mlp=None, norm='rms', dropout=0.0, checkpoint=False, "
+        "**layer_options"
+    ),
+    "models.Block.forward": f"{FORWARD}, lengths=None",
+    "models.LanguageModel": "vocab_size, dims, num_layers, *, tied=True, **block_options",
+    "models.LanguageModel.forward": "self, ids, state=None, reset=None, lengths=None",
+    "models.LanguageModel.generate": (
+        "self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=None, seed=None, "
+        "state=None, streamer=None"
+    ),
+    "models.map_state": "function, state",
     "backends": "",
     "safe_globals": "",
     "use_backend": "name",
@@ -83,7 +95,7 @@ ADDED = {
 }
 # Their arguments are those of another class, which tells them.
 THIN = {f"MinConv{dims}dGRU{end}" for dims in (1, 3) for end in ("", "Cell")} | {"MinConv2dGRUCell"}
-MODULES = ("convert", "drop_in", "export", "functional")
+MODULES = ("convert", "drop_in", "export", "functional", "models")
 
 
 def parameters(text):
@@ -126,7 +138,7 @@ def test_nothing_else_is_in_the_package():
     assert public == set(mingru.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("name", [name for name in CONTRACT if not name.endswith(".forward")])
+@pytest.mark.parametrize("name", [name for name in CONTRACT if not name.endswith((".forward", ".generate"))])
 def test_public_names_are_documented(name):
     """Each public function and class has a docstring, with its example; arguments are all named in it."""
     value = found(name)

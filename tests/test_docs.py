@@ -51,7 +51,7 @@ def test_each_public_name_has_a_page():
         assert f"reference/{path.name}\n" in navigation
     modules = {
         "": mingru,
-        **{f"{name}.": getattr(mingru, name) for name in ("convert", "drop_in", "export", "functional")},
+        **{f"{name}.": getattr(mingru, name) for name in ("convert", "drop_in", "export", "functional", "models")},
     }
     for prefix, module in modules.items():
         for name in module.__all__:

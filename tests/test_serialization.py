@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mingru
-from mingru import convert, drop_in
+from mingru import convert, drop_in, models
 
 # Options that bring in every class that may be inside.
 MODELS = {
@@ -25,6 +25,8 @@ MODELS = {
     "MinConv3dGRUCell": lambda: mingru.MinConv3dGRUCell(3, 4, 3),
     "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
     "Projected": lambda: convert.Projected(mingru.MinGRU(3, 4), nn.Linear(4, 2)),
+    "Block": lambda: models.Block(4, conv=3, mlp=2),
+    "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
     "GRU": lambda: drop_in.GRU(3, 4, 2, bidirectional=True, dropout=0.5),
     "GRUCell": lambda: drop_in.GRUCell(3, 4),
 }
@@ -44,7 +46,7 @@ torch.save(loaded, sys.argv[1])
 
 
 def test_every_public_class_is_tried():
-    homes = (mingru, convert, drop_in)
+    homes = (mingru, convert, drop_in, models)
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
     assert {each.__name__ for each in layers} == set(MODELS)

@@ -1,6 +1,6 @@
 """Minimal gated recurrent layers for PyTorch, after Feng et al. 2024, "Were RNNs All We Needed?"."""
 
-from . import convert, drop_in, export, functional
+from . import convert, drop_in, export, functional, models
 from ._version import __version__
 from .modules import (
     MinConv1dGRU,
@@ -36,6 +36,7 @@ __all__ = [
     "drop_in",
     "export",
     "functional",
+    "models",
     "safe_globals",
     "use_backend",
 ]

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from . import drop_in, modules
+from . import drop_in, models, modules
 from .convert import Projected
+from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.recurrent import NORMS, RecurrentLayer
@@ -17,8 +18,8 @@ def safe_globals() -> list[type]:
     state_dict does not need these classes.
 
     Returns:
-        The public layers, cells and [mingru.Stack][], the classes inside them, and the `torch.nn` classes that they
-        contain. Pass them to `torch.serialization.add_safe_globals` once, or to the context manager
+        The public layers, cells, [mingru.Stack][] and models, the classes inside them, and the `torch.nn` classes that
+        they contain. Pass them to `torch.serialization.add_safe_globals` once, or to the context manager
         `torch.serialization.safe_globals`. Add the classes of your own model.
 
     Examples:
@@ -38,6 +39,8 @@ def safe_globals() -> list[type]:
         )
     """
     layers = [getattr(modules, name) for name in modules.__all__]
-    of_torch = [nn.Identity, nn.Linear, nn.ModuleList, *CONVOLUTIONS.values(), *NORMS.values()]
-    others = [drop_in.GRU, drop_in.GRUCell, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
-    return [*layers, *others, *of_torch]
+    of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
+    of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
+    others = [drop_in.GRU, drop_in.GRUCell, models.Block, models.LanguageModel]
+    inner = [CausalConv, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    return [*layers, *others, *inner, *of_torch]

@@ -166,7 +166,8 @@ class Block(Base, role="sequence"):
         else:
             self._check(x, h, reset, lengths)
             if self.checkpoint and self.training and torch.is_grad_enabled():
-                return checkpoint(self._run, x, h, reset, lengths, use_reentrant=False)
+                out, states = checkpoint(self._run, x, h, reset, lengths, use_reentrant=False)
+                return out, states
             return self._run(x, h, reset, lengths)
 
     def _run(

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.shared import copied
-from ..ops.graph import is_scripting, is_tracing
 
 
 class CausalConv(nn.Module):

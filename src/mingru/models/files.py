@@ -35,7 +35,9 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
             os.replace(path, target / name)
     except (OSError, safetensors.SafetensorError) as error:
         remedy = "name another folder, or check its permissions and the free space"
-        message = expectation("save_pretrained", "folder", "a folder that can be written", f"{target} ({error})", remedy)
+        message = expectation(
+            "save_pretrained", "folder", "a folder that can be written", f"{target} ({error})", remedy
+        )
         raise ValueError(message) from error
     finally:
         for path in temporary.values():

@@ -104,10 +104,7 @@ def _last_logits(
     """Return the logits (B, V) after the last token of each sequence, and the states."""
     with _in_eval_mode(lm):
         x, state = lm._features(ids, state, lengths, None)
-        if lengths is None:
-            x = x[:, -1]
-        else:
-            x = x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
+        x = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
         return lm._logits(x), state
 
 

@@ -70,9 +70,7 @@ class LanguageModel(nn.Module):
         Feng et al. 2024, "Were RNNs All We Needed?", section 4.
     """
 
-    def __init__(
-        self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any
-    ) -> None:
+    def __init__(self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any) -> None:
         super().__init__()
         self.name = type(self).__name__
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
@@ -81,7 +79,7 @@ class LanguageModel(nn.Module):
         if block_options.get("bidirectional"):
             remedy = "the reverse direction would read the tokens that are to be predicted"
             raise ValueError(expectation(self.name, "bidirectional", "False", "True", remedy))
-        factory = {name: block_options.get(name) for name in ("device", "dtype")}
+        factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
         self.config = {
@@ -128,28 +126,30 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the features after the last block (B, S, dims), and the states."""
         if is_scripting():
-            return self.blocks(self.embedding(ids), state, reset, lengths)
+            x = self.embedding(ids)
         else:
             self._check(ids)
-            return self.blocks(self._embed(ids), state, reset, lengths)
+            x = self.embedding(ids) if is_compiling() else self._embed(ids)
+        x, states = self.blocks(x, state, reset, lengths)
+        return x, states
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head
         x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if head is None else head(x)
+        logits: Tensor = F.linear(x, self.embedding.weight) if head is None else head(x)
+        return logits
 
     @torch.jit.unused
     def _embed(self, ids: Tensor) -> Tensor:
-        if is_compiling():
-            return self.embedding(ids)
         try:
-            return self.embedding(ids)
+            x: Tensor = self.embedding(ids)
         except IndexError:
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
             if wrong.numel() == 0:
                 raise
             expected = f"from 0 to {self.vocab_size - 1} because vocab_size is {self.vocab_size}"
             raise ValueError(expectation(self.name, "ids", expected, f"{int(wrong[0])}")) from None
+        return x
 
     @untraced
     def _check(self, ids: Any) -> None:
@@ -294,7 +294,8 @@ class LanguageModel(nn.Module):
             ValueError: The folder has no model, a file is damaged, or a tensor is missing, unexpected or of the wrong
                 shape.
         """
-        return files.load(cls, folder_or_name, revision, device)
+        model: LanguageModel = files.load(cls, folder_or_name, revision, device)
+        return model
 
     @torch.jit.unused
     def push_to_hub(self, name: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
