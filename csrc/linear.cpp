@@ -1,6 +1,6 @@
 // The linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
 // each step of each batch element. Called only by src/mingru/ops/backends/native.py.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include "linear.h"
 
 #include <memory>
 
@@ -86,20 +86,6 @@ class Scratch {
 
 thread_local Scratch pre_activations_scratch, grads_scratch;
 
-Tensor matrix(
-    const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
-  return torch::stable::from_blob(
-      const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type());
-}
-
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
-}
-
-void multiply_and_add(const Tensor& out, const Tensor& left, const Tensor& right) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
-}
-
 // x as a matrix in the order of memory, copied only if neither x nor its transpose is contiguous.
 class InputMatrix {
  public:
@@ -160,11 +146,12 @@ void set_sequences(
 
 int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weight.size(0) / num_inputs_of(cell_of(cell)); }
 
-// Returns all states, the last state and, if `keep`, the pre-activations without bias.
-std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
+}  // namespace
+
+void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
-    bool keep) {
+    const Tensor& out, const Tensor& last, void* kept) {
   const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
   const InputMatrix inputs(given, x, weight);
@@ -172,22 +159,39 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
   Operands operands(given, x, num_outputs(cell, weight));
   operands.add_biases(bias);
   Scan& scan = operands.scan;
-  Tensor out = torch::stable::new_empty(x, operands.sizes(scan.num_features));
-  Tensor last = torch::stable::empty_like(given.h);
   scan.out = operands.sequence(out);
-  scan.last = last.data_ptr();
-  Tensor pre_activations = torch::stable::new_empty(x, {keep ? inputs.num_rows() : 0, columns});
+  scan.last = operands.state(last, "the last state");
 
-  const Tensor weight_transposed = matrix(weight.data_ptr(), inputs.num_features(), columns, 1, inputs.num_features(), x);
+  const Tensor weight_transposed = transposed(weight);
   for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns)) {
     if (block.num_rows > 0) {
-      void* data = keep ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
+      void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
       multiply(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block), weight_transposed);
       set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
   }
+}
+
+namespace {
+
+// Returns all states, the last state and, if `keep`, the pre-activations without bias.
+std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
+    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
+    bool keep) {
+  STD_TORCH_CHECK(
+      x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2,
+      "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = num_outputs(cell, weight);
+  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor last = torch::stable::empty_like(as_contiguous(h));
+  Tensor pre_activations = torch::stable::new_empty(x, {keep ? x.numel() / x.size(-1) : 0, weight.size(0)});
+  linear_recurrence(
+      x, weight, bias, h, initial_state, reset, batch_sizes, cell, reverse, time_first, out, last,
+      keep ? pre_activations.data_ptr() : nullptr);
   return {out, last, pre_activations};
 }
 
@@ -222,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
   Tensor ones = torch::stable::new_empty(x, {1, needs_bias ? most_rows : 0});
   if (needs_bias) torch::stable::fill_(ones, 1.0);
 
-  const Tensor weight_transposed = matrix(weight.data_ptr(), features, columns, 1, features, x);
+  const Tensor weight_transposed = transposed(weight);
   for (const Block& block : blocks) {
     const int64_t count = block.num_rows;
     if (count == 0) {
@@ -242,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
       multiply(matrix(data, count, features, features, 1, x), grads, weight);
     }
-    if (needs_weight) multiply_and_add(grad_weight, matrix(to, columns, count, 1, columns, x), inputs.of(block));
-    if (needs_bias) multiply_and_add(grad_bias, matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
+    if (needs_weight) multiply_and_add(grad_weight, grad_weight, matrix(to, columns, count, 1, columns, x), inputs.of(block));
+    if (needs_bias) multiply_and_add(grad_bias, grad_bias, matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
   }
   return {grad_x, grad_weight, grad_bias, grad_h, grad_initial_state};
 }

@@ -14,7 +14,7 @@ from ..modules import MinGRU, MinLSTM
 from ..modules.base import Base
 from ..modules.recurrent import NORMS
 from ..modules.shared import not_default
-from ..ops import layout
+from ..ops import inference, layout
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
 from .causal_conv import CausalConv
@@ -22,7 +22,7 @@ from .causal_conv import CausalConv
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
 
 
-class Block(Base, role="sequence"):
+class Block(Base, role="sequence", planned=True):
     """Apply a residual block around a minGRU or minLSTM layer to a sequence.
 
         x_t = x_t + conv(x)_t           if `conv`
@@ -149,6 +149,32 @@ class Block(Base, role="sequence"):
             states.append(self.out.weight.new_zeros(1, batch, self.conv.kernel_size - 1, self.input_dims))
         return states
 
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace h=None."""
+        return self.initial_state(batch)
+
+    def plan(self, plan: Any) -> None:
+        """Write the instructions of an inference pass."""
+        plan.dropout(self)
+        state = plan.num_states
+        if plan.child(self, "conv", CausalConv) is not None:
+            plan.weight(self.conv, "weight")
+            has_bias = plan.bias(self.conv)
+            plan.add("causal_conv_with_bias" if has_bias else "causal_conv", state + 1)
+        plan.add("keep")
+        plan.child(self, "rnn").plan(plan)
+        plan.add_linear(self, "out")
+        plan.add("add")
+        if self.mlp is not None:
+            plan.children(self, "mlp", nn.RMSNorm, nn.LayerNorm, nn.Linear, nn.GELU)
+            plan.add("keep")
+            plan.add_norm(self.mlp, "0")
+            plan.add_linear(self.mlp, "1")
+            plan.add("gelu")
+            plan.add_linear(self.mlp, "3")
+            plan.add("add")
+        plan.num_states = state + self.num_states
+
     def with_states(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -164,6 +190,10 @@ class Block(Base, role="sequence"):
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
             return self._run(x, h, reset, lengths)
         else:
+            if lengths is None:
+                done = inference.run(self, x, h, reset, False)
+                if done is not None:
+                    return done
             self._check(x, h, reset, lengths)
             if self.checkpoint and self.training and torch.is_grad_enabled():
                 out, states = checkpoint(self._run, x, h, reset, lengths, use_reentrant=False)

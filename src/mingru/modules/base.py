@@ -24,9 +24,12 @@ class Base(nn.Module):
     """"sequence": forward(x, h, reset, ...) -> (out, h); "step": forward(x, h, ...) -> h; "torch": as `torch.nn.GRU`.
     A subclass that defines `forward` is "custom" unless it passes `role`."""
     num_space_dims = 0
+    planned = False
+    """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
 
-    def __init_subclass__(cls, role: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.planned = planned
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
 

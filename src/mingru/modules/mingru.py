@@ -3,7 +3,7 @@
 from .recurrent import Recurrent
 
 
-class MinGRU(Recurrent):
+class MinGRU(Recurrent, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
     All time steps are computed in parallel. Each layer and direction computes

@@ -8,7 +8,7 @@ from ..check import arguments_checked, expectation
 from .recurrent import Recurrent
 
 
-class MinLSTM(Recurrent):
+class MinLSTM(Recurrent, planned=True):
     """Apply a stack of minimal long short-term memory (minLSTM) layers to a sequence.
 
     Each layer and direction computes

@@ -29,7 +29,7 @@ from ..check import (
     expanded,
     expectation,
 )
-from ..ops import Layout, Spec, Start, States, layout, traceable
+from ..ops import Layout, Spec, Start, States, inference, layout, traceable
 from ..ops.activation import zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
@@ -84,6 +84,19 @@ class RecurrentLayer(nn.Module):
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
+
+    def plan(self, plan: Any, state: int, index: int) -> None:
+        """Write the instructions of an inference pass."""
+        plan.watch(vars(self), "cell", "candidate", "residual")
+        if self.residual:
+            plan.add("keep")
+        if self.norm is not None:
+            plan.add_norm(self, "norm")
+        plan.add_scan(self, Spec(self.cell, self.candidate, False), state, index)
+        if self.residual and self.align is None:
+            plan.add("add")
+        elif self.residual:
+            plan.add_linear(self, "align", "add_linear")
 
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
         spec = Spec(self.cell, self.candidate, reverse)
@@ -196,6 +209,10 @@ class Recurrent(Base, role="sequence"):
             if reset is not None and reset.shape != x.shape[:2]:
                 raise ValueError(f"{self.name}: reset must be {x.shape[:2]}, got {reset.shape}")
         else:
+            if lengths is None:
+                states = inference.run(self, x, None if h is None else [h], reset, not self.batch_first)
+                if states is not None:
+                    return states[0], states[1][0]
             if isinstance(x, PackedSequence):
                 return self._packed(x, h, reset, lengths)
             self._check(x, h, reset, lengths)
@@ -226,6 +243,18 @@ class Recurrent(Base, role="sequence"):
         """Call the layer with its state in a list, and return the new state in a list."""
         out, last = self(x, None if h is None else h[0], reset, lengths)
         return out, [last]
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace h=None."""
+        return [self._state(x, None, batch)]
+
+    def plan(self, plan: Any) -> None:
+        """Write the instructions of an inference pass."""
+        plan.watch(vars(self), "batch_first")
+        plan.dropout(self)
+        for index, layer in enumerate(plan.children(self, "layers", RecurrentLayer)):
+            layer.plan(plan, plan.num_states, index)
+        plan.num_states += 1
 
     def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor) -> States:
         """Run on the padded batch and mask the padding: a captured graph cannot depend on the number of valid steps."""

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check import arguments_checked, check_dropout, check_flags, dims, expectation
-from ..ops import layout
+from ..ops import inference, layout
 from ..ops.graph import is_scripting, is_tracing, untraced
 from .base import Base
 
 PASS_A_LIST = "pass the layers in one list"
 
 
-class Stack(Base, role="sequence"):
+class Stack(Base, role="sequence", planned=True):
     """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -116,6 +116,26 @@ class Stack(Base, role="sequence"):
         out, states = self(x, h, reset, lengths)
         return out, states
 
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace h=None."""
+        return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
+
+    def plan(self, plan: Any) -> None:
+        """Write the instructions of an inference pass."""
+        plan.watch(vars(self), "batch_first", "residual")
+        if len(self.layers) > 1:
+            plan.dropout(self)
+        aligns = plan.children(self, "aligns", nn.Identity, nn.Linear)
+        for index, layer in enumerate(plan.children(self, "layers")):
+            if self.residual:
+                plan.add("keep")
+            if layer.planned:
+                layer.plan(plan)
+            if self.residual and isinstance(aligns[index], nn.Identity):
+                plan.add("add")
+            elif self.residual:
+                plan.add_linear(self.aligns, str(index), "add_linear")
+
     def _align(self, index: int, layer: Any) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""
         if not self.residual or layer.input_dims == layer.output_dims:
@@ -141,6 +161,10 @@ class Stack(Base, role="sequence"):
             if h is not None and len(h) != self.num_states:
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
         else:
+            if lengths is None:
+                done = inference.run(self, x, h, reset, not self.batch_first)
+                if done is not None:
+                    return done
             self._check(h)
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import autograd, blocks, layout, route
+from . import autograd, blocks, inference, layout, route
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
@@ -25,6 +25,7 @@ __all__ = [
     "Spec",
     "Start",
     "States",
+    "inference",
     "layout",
     "linear_recurrence",
     "linear_scan",

@@ -1,0 +1,369 @@
+// A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/inference.py,
+// which writes the code of a module: a list of instructions (operation, state, layer). An instruction changes x, and
+// takes its weights, eps and cell from lists that are in the same order.
+#include "linear.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "operands.h"
+
+namespace {
+
+using namespace mingru;
+
+enum Operation : int64_t {
+  keep,              // remember x
+  add,               // x + what was remembered last
+  add_linear,        // x + W (what was remembered last)
+  rms_norm,          // with weight
+  layer_norm,        // with weight and bias
+  linear,            // W x
+  linear_with_bias,  // W x + b
+  gelu,
+  causal_conv,            // x + a causal depthwise convolution of x
+  causal_conv_with_bias,  //
+  scan,                   // a recurrence with its linear map
+  scan_with_bias,
+  scan_both,  // in both directions: two weights
+  scan_both_with_bias,
+};
+
+// Thrown if an argument does not fit. The caller then runs the modules one by one, which names the argument.
+struct DoesNotFit {};
+
+void require(bool fits) {
+  if (!fits) throw DoesNotFit();
+}
+
+// With fewer values, a thread costs more time than it saves.
+constexpr int64_t values_per_thread = 16384;
+
+template <class F>
+void for_each_row(int64_t rows, int64_t features, const F& f) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(row);
+  };
+  if (rows * features <= values_per_thread) {
+    range(0, rows);
+  } else {
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, values_per_thread / features), range);
+  }
+}
+
+// In double and in a fixed order, so that the result depends neither on threads nor on the processor.
+template <class T, class F>
+double sum(int64_t count, const F& term) {
+  constexpr int64_t width = 8;
+  std::array<double, width> sums{};
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    for (int64_t k = 0; k < width; ++k) sums[k] += term(i + k);
+  }
+  for (; i < count; ++i) sums[i % width] += term(i);
+  double total = 0;
+  for (double part : sums) total += part;
+  return total;
+}
+
+template <class T>
+void norm_row(T* out, const T* x, const T* weight, const T* bias, int64_t features, double eps) {
+  double mean = 0;
+  if (bias) mean = sum<T>(features, [&](int64_t i) { return static_cast<double>(x[i]); }) / features;
+  const double squares = sum<T>(features, [&](int64_t i) {
+    const double centered = x[i] - mean;
+    return centered * centered;
+  });
+  const double scale = 1 / std::sqrt(squares / features + eps);
+  for (int64_t i = 0; i < features; ++i) {
+    out[i] = static_cast<T>((x[i] - mean) * scale) * weight[i] + (bias ? bias[i] : T(0));
+  }
+}
+
+class Pass {
+ public:
+  Pass(
+      const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
+      const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<int64_t>& code,
+      const std::vector<double>& eps, const std::vector<std::string>& cells, bool time_first)
+      : x_(x),
+        weights_(weights),
+        states_(states),
+        initial_states_(initial_states),
+        resets_(resets),
+        code_(code),
+        eps_(eps),
+        cells_(cells),
+        time_first_(time_first) {
+    const ScalarType dtype = x.scalar_type();
+    require(x.is_cpu() && x.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
+    for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
+    for (const Tensor& each : states) {
+      require(fits(each) && each.dim() >= 2 && each.size(1) == num_batch());
+      last_.push_back(torch::stable::new_empty(x, each.sizes()));
+    }
+    for (const Tensor& each : initial_states) require(fits(each));
+    for (const Tensor& each : resets) {
+      require(
+          each.is_cpu() && each.scalar_type() == ScalarType::Bool && each.dim() == 2 && each.size(0) == x.size(0) &&
+          each.size(1) == x.size(1));
+    }
+    require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
+  }
+
+  std::tuple<Tensor, std::vector<Tensor>> run() {
+    for (size_t i = 0; i + 2 < code_.size(); i += 3) apply(static_cast<Operation>(code_[i]), code_[i + 1], code_[i + 2]);
+    return {x_, last_};
+  }
+
+ private:
+  bool fits(const Tensor& each) const { return each.is_cpu() && each.scalar_type() == x_.scalar_type(); }
+  int64_t num_batch() const { return x_.size(time_first_ ? 1 : 0); }
+  int64_t num_steps() const { return x_.size(time_first_ ? 0 : 1); }
+  int64_t num_features() const { return x_.size(2); }
+  int64_t num_rows() const { return x_.size(0) * x_.size(1); }
+
+  const Tensor& next_weight() {
+    require(next_weight_ < weights_.size());
+    return weights_[next_weight_++];
+  }
+  const Tensor& next_matrix(int64_t columns) {
+    const Tensor& weight = next_weight();
+    require(weight.dim() == 2 && weight.size(1) == columns && weight.size(0) > 0);
+    return weight;
+  }
+  const Tensor& next_vector(int64_t size) {
+    const Tensor& weight = next_weight();
+    require(weight.dim() == 1 && weight.size(0) == size);
+    return weight;
+  }
+
+  Tensor new_x(int64_t features) const { return torch::stable::new_empty(x_, {x_.size(0), x_.size(1), features}); }
+
+  static Tensor rows(const Tensor& x) {
+    return matrix(x.data_ptr(), x.size(0) * x.size(1), x.size(2), x.size(2), 1, x);
+  }
+
+  template <class F>
+  void with_type(const F& f) const {
+    if (x_.scalar_type() == ScalarType::Float) {
+      f(float());
+    } else {
+      f(double());
+    }
+  }
+
+  void apply(Operation operation, int64_t state, int64_t layer) {
+    switch (operation) {
+      case keep: kept_.push_back(as_contiguous(x_)); return;
+      case add: add_kept(pop_kept()); return;
+      case add_linear: {
+        const Tensor kept = pop_kept();
+        Tensor mapped = new_x(num_features());
+        const Tensor& weight = next_matrix(kept.size(2));
+        require(weight.size(0) == num_features());
+        multiply(rows(mapped), rows(kept), transposed(weight));
+        return add_kept(mapped);
+      }
+      case rms_norm: return norm(false);
+      case layer_norm: return norm(true);
+      case linear: return multiply_by_weight(false);
+      case linear_with_bias: return multiply_by_weight(true);
+      case gelu: return apply_gelu();
+      case causal_conv: return convolve(false, state);
+      case causal_conv_with_bias: return convolve(true, state);
+      case scan: return recur(false, false, state, layer);
+      case scan_with_bias: return recur(true, false, state, layer);
+      case scan_both: return recur(false, true, state, layer);
+      case scan_both_with_bias: return recur(true, true, state, layer);
+    }
+    throw DoesNotFit();
+  }
+
+  Tensor pop_kept() {
+    require(!kept_.empty());
+    const Tensor kept = kept_.back();
+    kept_.pop_back();
+    return kept;
+  }
+
+  // Only after an operation that made a new x, because x is changed in place.
+  void add_kept(const Tensor& kept) {
+    require(x_.is_contiguous() && kept.size(2) == num_features());
+    with_type([&](auto type) {
+      using T = decltype(type);
+      T* out = static_cast<T*>(x_.data_ptr());
+      const T* in = static_cast<const T*>(kept.data_ptr());
+      const int64_t features = num_features();
+      for_each_row(num_rows(), features, [&](int64_t row) {
+        for (int64_t i = row * features; i < (row + 1) * features; ++i) out[i] += in[i];
+      });
+    });
+  }
+
+  void norm(bool with_bias) {
+    const int64_t features = num_features();
+    const Tensor x = as_contiguous(x_), out = new_x(features);
+    const Tensor& weight = next_vector(features);
+    const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
+    require(next_eps_ < eps_.size());
+    const double given_eps = eps_[next_eps_++];
+    with_type([&](auto type) {
+      using T = decltype(type);
+      const double eps = given_eps < 0 ? std::numeric_limits<T>::epsilon() : given_eps;
+      for_each_row(num_rows(), features, [&](int64_t row) {
+        norm_row(
+            static_cast<T*>(out.data_ptr()) + row * features, static_cast<const T*>(x.data_ptr()) + row * features,
+            static_cast<const T*>(weight.data_ptr()), static_cast<const T*>(bias), features, eps);
+      });
+    });
+    x_ = out;
+  }
+
+  void multiply_by_weight(bool with_bias) {
+    const Tensor x = as_contiguous(x_);
+    const Tensor& weight = next_matrix(num_features());
+    const Tensor out = new_x(weight.size(0));
+    if (with_bias) {
+      multiply_and_add(rows(out), next_vector(weight.size(0)), rows(x), transposed(weight));
+    } else {
+      multiply(rows(out), rows(x), transposed(weight));
+    }
+    x_ = out;
+  }
+
+  void apply_gelu() {
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(x_), torch::stable::detail::from(std::string("none"))};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gelu", "", stack.data(), TORCH_ABI_VERSION));
+    x_ = torch::stable::detail::to<Tensor>(stack[0]);
+  }
+
+  // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.
+  void convolve(bool with_bias, int64_t state) {
+    require(!time_first_ && state >= 0 && state < static_cast<int64_t>(states_.size()));
+    const int64_t features = num_features(), steps = num_steps();
+    const Tensor& weight = next_matrix(features);
+    const int64_t num_past = weight.size(0) - 1;
+    const Tensor x = as_contiguous(x_), past = as_contiguous(states_[state]), out = new_x(features);
+    const Tensor& last = last_[state];
+    require(past.dim() == 4 && past.size(0) == 1 && past.size(2) == num_past && past.size(3) == features);
+    const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
+    const Tensor* reset = resets_.empty() ? nullptr : &resets_[0];
+    with_type([&](auto type) {
+      using T = decltype(type);
+      const T* w = static_cast<const T*>(weight.data_ptr());
+      const T* b = static_cast<const T*>(bias);
+      const auto is_reset = [&](int64_t batch, int64_t step) {
+        const int64_t at = batch * reset->stride(0) + step * reset->stride(1);
+        return static_cast<const uint8_t*>(reset->data_ptr())[at] != 0;
+      };
+      // The input of a step, which may be negative; the state holds the inputs before step 0.
+      const auto input = [&](int64_t batch, int64_t step) {
+        return step < 0 ? static_cast<const T*>(past.data_ptr()) + (batch * num_past + num_past + step) * features
+                        : static_cast<const T*>(x.data_ptr()) + (batch * steps + step) * features;
+      };
+      // Number of inputs before this step, at most num_past, that no reset has removed.
+      const auto num_visible = [&](int64_t batch, int64_t step) {
+        if (!reset) return num_past;
+        int64_t visible = 0;
+        while (visible < num_past && (step - visible < 0 || !is_reset(batch, step - visible))) ++visible;
+        return visible;
+      };
+      for_each_row(num_rows(), features * (num_past + 1), [&](int64_t row) {
+        const int64_t batch = row / steps, step = row % steps;
+        const T* now = input(batch, step);
+        T* to = static_cast<T*>(out.data_ptr()) + row * features;
+        for (int64_t i = 0; i < features; ++i) to[i] = now[i] * w[i] + (b ? b[i] : T(0));
+        const int64_t visible = num_visible(batch, step);
+        for (int64_t lag = 1; lag <= visible; ++lag) {
+          const T* before = input(batch, step - lag);
+          const T* of_lag = w + lag * features;
+          for (int64_t i = 0; i < features; ++i) to[i] += before[i] * of_lag[i];
+        }
+        for (int64_t i = 0; i < features; ++i) to[i] += now[i];
+      });
+      for (int64_t batch = 0; batch < num_batch(); ++batch) {
+        T* to = static_cast<T*>(last.data_ptr()) + batch * num_past * features;
+        // The last step itself, and what it sees.
+        const int64_t visible = num_visible(batch, steps - 1) + 1;
+        for (int64_t lag = 0; lag < num_past; ++lag) {
+          T* slot = to + (num_past - 1 - lag) * features;
+          if (lag < visible) {
+            std::copy_n(input(batch, steps - 1 - lag), features, slot);
+          } else {
+            std::fill_n(slot, features, T(0));
+          }
+        }
+      }
+    });
+    x_ = out;
+  }
+
+  // One layer of a state (L * D, B, 1, N).
+  Tensor layer_of(const Tensor& state, int64_t index) const {
+    require(state.dim() == 4 && index < state.size(0) && state.size(1) == num_batch() && state.size(2) == 1);
+    const int64_t count = num_batch() * state.size(3);
+    char* data = static_cast<char*>(state.data_ptr()) + index * count * state.element_size();
+    return torch::stable::from_blob(
+        data, {num_batch(), 1, state.size(3)}, {state.size(3), state.size(3), 1}, state.device(), state.scalar_type());
+  }
+
+  void recur(bool with_bias, bool both, int64_t state, int64_t layer) {
+    require(state >= 0 && state < static_cast<int64_t>(states_.size()) && layer >= 0 && next_cell_ < cells_.size());
+    const std::string& cell = cells_[next_cell_++];
+    const int64_t directions = both ? 2 : 1;
+    const Tensor x = x_, h = as_contiguous(states_[state]);
+    const bool has_reset = !resets_.empty();
+    const Tensor initial_state = has_reset ? as_contiguous(initial_states_[state]) : h;
+    require(h.dim() == 4);
+    const int64_t features = h.size(3);
+    const Tensor out = new_x(directions * features);
+    for (int64_t direction = 0; direction < directions; ++direction) {
+      const Tensor& weight = next_matrix(x.size(2));
+      require(weight.size(0) == features * num_inputs_of(cell_of(cell)));
+      const MaybeTensor bias = with_bias ? MaybeTensor(next_vector(weight.size(0))) : std::nullopt;
+      const int64_t index = layer * directions + direction;
+      const Tensor part = torch::stable::from_blob(
+          static_cast<char*>(out.data_ptr()) + direction * features * out.element_size(),
+          {out.size(0), out.size(1), features}, {out.stride(0), out.stride(1), 1}, out.device(), out.scalar_type());
+      linear_recurrence(
+          x, weight, bias, layer_of(h, index), layer_of(initial_state, index),
+          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt, std::nullopt, cell, direction == 1, time_first_,
+          part, layer_of(last_[state], index), nullptr);
+    }
+    x_ = out;
+  }
+
+  Tensor x_;
+  const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_;
+  const std::vector<int64_t>& code_;
+  const std::vector<double>& eps_;
+  const std::vector<std::string>& cells_;
+  const bool time_first_;
+  size_t next_weight_ = 0, next_eps_ = 0, next_cell_ = 0;
+  std::vector<Tensor> kept_, last_;
+};
+
+// Returns the output and the last states; an output without elements if an argument does not fit. `resets` is empty, or
+// the masks of both directions.
+std::tuple<Tensor, std::vector<Tensor>> inference(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
+    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<int64_t>& code,
+    const std::vector<double>& eps, const std::vector<std::string>& cells, bool time_first) {
+  try {
+    return Pass(x, weights, states, initial_states, resets, code, eps, cells, time_first).run();
+  } catch (const DoesNotFit&) {
+    return {torch::stable::new_empty(x, {0}), {}};
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
+  library.def(
+      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, int[] code, "
+      "float[] eps, str[] cells, bool time_first) -> (Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }

@@ -1,0 +1,42 @@
+// Matrix products, and the recurrence of a cell together with its linear map.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace mingru {
+
+using torch::stable::Tensor;
+
+inline Tensor matrix(
+    const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
+  return torch::stable::from_blob(
+      const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type());
+}
+
+// A view of a contiguous matrix.
+inline Tensor transposed(const Tensor& weight) {
+  return matrix(weight.data_ptr(), weight.size(1), weight.size(0), 1, weight.size(1), weight);
+}
+
+inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+// `added` may be `out`, or a vector that is added to each row.
+inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tensor& left, const Tensor& right) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
+}
+
+// Computes all states into `out`, the last state into `last` and, if not null, the pre-activations without bias into
+// `kept`, in the memory order of x. The arguments are those of the operator `linear_recurrence_forward`.
+void linear_recurrence(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h,
+    const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& batch_sizes,
+    const std::string& cell, bool reverse, bool time_first, const Tensor& out, const Tensor& last, void* kept);
+
+}  // namespace mingru

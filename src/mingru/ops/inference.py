@@ -1,0 +1,197 @@
+"""One operator for the whole inference pass of a module: norms, linear maps, recurrences and residuals.
+
+A module writes its instructions, weights and everything that they depend on into a `Plan` (its method `plan`). The plan
+is kept until something of that has changed. `run` returns None whenever the modules must be called one by one: with
+gradients, hooks, autocast, transforms, graph capture or arguments that do not fit. Those calls also name wrong
+arguments.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import route
+from .call import Layout, Spec
+from .graph import are_ordinary, is_compiling
+from .layout import reset_seen_in_reverse
+
+# The order of `Operation` in csrc/inference.cpp.
+_OPERATIONS = {
+    name: number
+    for number, name in enumerate(
+        (
+            *("keep", "add", "add_linear", "rms_norm", "layer_norm", "linear", "linear_with_bias", "gelu"),
+            *("causal_conv", "causal_conv_with_bias"),
+            *("scan", "scan_with_bias", "scan_both", "scan_both_with_bias"),
+        )
+    )
+}
+
+
+class Plan:
+    """The instructions and weights of a module, and what must not change as long as they are used."""
+
+    def __init__(self) -> None:
+        self.is_supported = True
+        self.num_states = 0
+        self.weights: list[Tensor] = []
+        self.code: list[int] = []
+        self.eps: list[float] = []
+        self.cells: list[str] = []
+        self.spec: Spec | None = None
+        self._hooks: list[dict[Any, Any]] = []
+        # Entries of dictionaries that must stay the same objects.
+        self._dicts: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._values: list[Any] = []
+
+    def is_current(self) -> bool:
+        return all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
+
+    def is_open(self) -> bool:
+        return self.is_supported and not any(self._hooks)
+
+    def watch(self, entries: dict[str, Any], *keys: str) -> None:
+        """Make the plan invalid as soon as one of these entries is another object."""
+        for key in keys:
+            self._dicts.append(entries)
+            self._keys.append(key)
+            self._values.append(entries.get(key))
+
+    def child(self, parent: nn.Module, name: str, *types: type[nn.Module]) -> Any:
+        """Return a submodule that the instructions replace, which is of one of these types or planned."""
+        self.watch(parent._modules, name)
+        module = parent._modules.get(name)
+        if module is not None:
+            self.watch(vars(module), "forward")
+            self._hooks += [
+                *(module._forward_hooks, module._forward_pre_hooks),
+                *(module._backward_hooks, module._backward_pre_hooks),
+            ]
+            is_known = type(module) in types or getattr(module, "planned", False)
+            self.is_supported &= is_known and "forward" not in vars(module)
+        return module
+
+    def children(self, parent: nn.Module, name: str, *types: type[nn.Module]) -> list[Any]:
+        """Return the submodules of a `ModuleList` or `Sequential`."""
+        container = self.child(parent, name, nn.ModuleList, nn.Sequential)
+        self.watch(vars(container), "_modules")
+        return [self.child(container, index, *types) for index in container._modules]
+
+    def add(self, operation: str, state: int = 0, layer: int = 0) -> None:
+        self.code += [_OPERATIONS[operation], state, layer]
+
+    def dropout(self, module: Any) -> None:
+        """Reject the plan if dropout is active."""
+        self.watch(vars(module), "dropout", "training")
+        self.is_supported &= not (module.training and module.dropout > 0)
+
+    def add_norm(self, parent: nn.Module, name: str) -> None:
+        norm = self.child(parent, name, nn.RMSNorm, nn.LayerNorm)
+        self.watch(vars(norm), "eps")
+        is_rms = isinstance(norm, nn.RMSNorm)
+        self.add("rms_norm" if is_rms else "layer_norm")
+        self.weight(norm, "weight")
+        if not is_rms:
+            self.weight(norm, "bias")
+        # A negative number is the default of RMSNorm, which depends on the dtype.
+        self.eps.append(-1.0 if norm.eps is None else norm.eps)
+
+    def add_linear(self, parent: nn.Module, name: str, operation: str = "linear") -> None:
+        has_bias = self.linear(parent, name)
+        self.add(f"{operation}_with_bias" if has_bias else operation)
+
+    def add_scan(self, parent: Any, spec: Spec, state: int, layer: int) -> None:
+        self.spec = spec
+        self.cells.append(f"{spec.cell}_{spec.activation}")
+        has_bias = self.linear(parent, "linear")
+        both = parent.linear_reverse is not None
+        if both:
+            self.is_supported &= self.linear(parent, "linear_reverse") == has_bias
+        else:
+            self.watch(parent._modules, "linear_reverse")
+        self.add(f"scan{'_both' * both}{'_with_bias' * has_bias}", state, layer)
+
+    def linear(self, parent: nn.Module, name: str) -> bool:
+        """Take the weight and the bias of a linear map, and return whether it has a bias."""
+        module = self.child(parent, name, nn.Linear)
+        self.weight(module, "weight")
+        return self.bias(module)
+
+    def bias(self, module: nn.Module) -> bool:
+        self.watch(module._parameters, "bias")
+        has_bias = module._parameters.get("bias") is not None
+        if has_bias:
+            self.weight(module, "bias")
+        return has_bias
+
+    def weight(self, module: nn.Module, name: str) -> None:
+        """Take a parameter; a missing one, or a subclass such as a quantized tensor, is not supported."""
+        self.watch(module._parameters, name)
+        weight = module._parameters.get(name)
+        if weight is not None and type(weight) is nn.Parameter:
+            self.weights.append(weight)
+        else:
+            self.is_supported = False
+
+
+_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def _plan_of(module: Any) -> Plan:
+    plan = _plans.get(module)
+    if plan is None or not plan.is_current():
+        plan = Plan()
+        module.plan(plan)
+        _plans[module] = plan
+    return plan
+
+
+def is_open(x: Any) -> bool:
+    """Return whether an inference pass on x may run as one operator."""
+    return (
+        not is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dim() == 3
+        and x.dtype in (torch.float32, torch.float64)
+        and are_ordinary(x)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def run(
+    module: Any, x: Any, states: Sequence[Any] | None, reset: Any, time_first: bool
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
+    if not module.planned or not is_open(x) or (reset is not None and type(reset) is not Tensor):
+        return None
+    plan = _plan_of(module)
+    if not plan.is_open() or plan.spec is None or route.choose(plan.spec, x) != "native":
+        return None
+    batch = x.shape[1 if time_first else 0]
+    if states is None:
+        states = module.default_states(x, batch)
+    elif len(states) != plan.num_states or not all(type(state) is Tensor for state in states):
+        return None
+    initial_states: list[Tensor] = []
+    resets: list[Tensor] = []
+    if reset is not None:
+        initial_states = module.default_states(x, batch)
+        resets = [reset, reset_seen_in_reverse(reset, Layout(time_first, None, None))]
+    try:
+        out, last = torch.ops.mingru.inference(
+            x, plan.weights, states, initial_states, resets, plan.code, plan.eps, plan.cells, time_first
+        )
+    except NotImplementedError:  # a tensor on another device
+        return None
+    return (out, last) if last else None
