@@ -139,7 +139,9 @@ def main() -> None:
         table(f"{args.prompt} tokens, {name}", prompt(options, args.prompt, args.seconds), "one pass")
     for with_conv in (False, True):
         name = "with convolutions" if with_conv else "without convolutions"
-        table(f"Training step, 16 sequences of 256 tokens, {name}", training(with_conv, 16, 256, args.seconds), "mingru")
+        table(
+            f"Training step, 16 sequences of 256 tokens, {name}", training(with_conv, 16, 256, args.seconds), "mingru"
+        )
         table(f"Generation of {args.tokens} tokens, {name}", generation(with_conv, args.tokens, args.seconds), "mingru")
     if args.json:
         write_json(args.json, results)

@@ -87,7 +87,7 @@ class Pass {
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
       const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<int64_t>& code,
       const std::vector<double>& eps, const std::vector<std::string>& cells, bool time_first)
-      : x_(x),
+      : x_(x.dim() == 2 ? torch::stable::unsqueeze(x, 1) : x),
         weights_(weights),
         states_(states),
         initial_states_(initial_states),
@@ -97,17 +97,17 @@ class Pass {
         cells_(cells),
         time_first_(time_first) {
     const ScalarType dtype = x.scalar_type();
-    require(x.is_cpu() && x.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
+    require(x.is_cpu() && x_.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
     for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
     for (const Tensor& each : states) {
-      require(fits(each) && each.dim() >= 2 && each.size(1) == num_batch());
+      require(fits(each));
       last_.push_back(torch::stable::new_empty(x, each.sizes()));
     }
     for (const Tensor& each : initial_states) require(fits(each));
     for (const Tensor& each : resets) {
       require(
-          each.is_cpu() && each.scalar_type() == ScalarType::Bool && each.dim() == 2 && each.size(0) == x.size(0) &&
-          each.size(1) == x.size(1));
+          each.is_cpu() && each.scalar_type() == ScalarType::Bool && each.dim() == 2 && each.size(0) == x_.size(0) &&
+          each.size(1) == x_.size(1));
     }
     require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
   }
@@ -247,7 +247,7 @@ class Pass {
     const int64_t num_past = weight.size(0) - 1;
     const Tensor x = as_contiguous(x_), past = as_contiguous(states_[state]), out = new_x(features);
     const Tensor& last = last_[state];
-    require(past.dim() == 4 && past.size(0) == 1 && past.size(2) == num_past && past.size(3) == features);
+    require(past.dim() == 4 && past.size(0) == 1 && past.size(1) == num_batch() && past.size(2) == num_past && past.size(3) == features);
     const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
     const Tensor* reset = resets_.empty() ? nullptr : &resets_[0];
     with_type([&](auto type) {
@@ -300,13 +300,13 @@ class Pass {
     x_ = out;
   }
 
-  // One layer of a state (L * D, B, 1, N).
+  // One layer of a state (L * D, B, 1, N), (L * D, B, N) of a layer like torch's, or (B, N) of a cell.
   Tensor layer_of(const Tensor& state, int64_t index) const {
-    require(state.dim() == 4 && index < state.size(0) && state.size(1) == num_batch() && state.size(2) == 1);
-    const int64_t count = num_batch() * state.size(3);
-    char* data = static_cast<char*>(state.data_ptr()) + index * count * state.element_size();
+    const int64_t dims = state.dim(), layers = dims == 2 ? 1 : state.size(0), features = state.size(-1);
+    require(index < layers && state.size(dims == 2 ? 0 : 1) == num_batch() && (dims != 4 || state.size(2) == 1));
+    char* data = static_cast<char*>(state.data_ptr()) + index * num_batch() * features * state.element_size();
     return torch::stable::from_blob(
-        data, {num_batch(), 1, state.size(3)}, {state.size(3), state.size(3), 1}, state.device(), state.scalar_type());
+        data, {num_batch(), 1, features}, {features, features, 1}, state.device(), state.scalar_type());
   }
 
   void recur(bool with_bias, bool both, int64_t state, int64_t layer) {
@@ -316,8 +316,8 @@ class Pass {
     const Tensor x = x_, h = as_contiguous(states_[state]);
     const bool has_reset = !resets_.empty();
     const Tensor initial_state = has_reset ? as_contiguous(initial_states_[state]) : h;
-    require(h.dim() == 4);
-    const int64_t features = h.size(3);
+    require(h.dim() >= 2 && h.dim() <= 4);
+    const int64_t features = h.size(-1);
     const Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const Tensor& weight = next_matrix(x.size(2));
@@ -345,7 +345,8 @@ class Pass {
   std::vector<Tensor> kept_, last_;
 };
 
-// Returns the output and the last states; an output without elements if an argument does not fit. `resets` is empty, or
+// x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
+// the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets` is empty, or
 // the masks of both directions.
 std::tuple<Tensor, std::vector<Tensor>> inference(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,

@@ -60,7 +60,17 @@ def calls(monkeypatch):
     return Calls(monkeypatch)
 
 
+DROP_IN = (mingru.drop_in.GRU, mingru.drop_in.GRUCell)
+
+
+def states(result):
+    """Return the state in the result of a layer, or of a cell, whose result is the state."""
+    return result if isinstance(result, torch.Tensor) else result[1]
+
+
 def flat(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
     out, states = result
     return [out, *(states if isinstance(states, list) else [states])]
 
@@ -90,8 +100,16 @@ def random_layer(pick, input_dims, dtype):
 
 
 def random_module(pick, dtype):
-    kind = pick(["layer", "layer", "stack", "block", "blocks"])
+    kind = pick(["layer", "layer", "stack", "block", "blocks", "cell", "drop_in"])
     dims = pick([1, 4, 7, 32])
+    options = {"norm": pick([None, "rms", "layer"]), "dtype": dtype}
+    if kind == "cell":
+        return pick([mingru.MinGRUCell, mingru.MinLSTMCell])(dims, pick([1, 5, 33]), **options)
+    if kind == "drop_in":
+        if pick([True, False]):
+            return mingru.drop_in.GRUCell(dims, pick([1, 5, 33]), **options)
+        options.update(bidirectional=pick([True, False]), batch_first=pick([True, False]), residual=pick([True, False]))
+        return mingru.drop_in.GRU(dims, pick([1, 5, 33]), pick([1, 2]), **options)
     if kind == "layer":
         return random_layer(pick, dims, dtype)
     if kind == "stack":
@@ -131,18 +149,19 @@ def test_random_configurations(calls, count):
         module = random_module(pick, dtype)
         moved_parameters(module)
         batch, steps = pick([1, 2, 5]), pick([1, 1, 2, 3, 17])
-        x = torch.randn(batch, steps, module.input_dims, dtype=dtype)
-        if pick([True, False]):
+        leading = (batch,) if module.role == "step" else (batch, steps)
+        x = torch.randn(*leading, module.input_dims, dtype=dtype)
+        if len(leading) == 2 and pick([True, False]):
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        reset = pick([None, torch.rand(batch, steps) < 0.3])
+        resets = [] if isinstance(module, DROP_IN) else [pick([None, torch.rand(leading) < 0.3])]
         h = None
         if pick([True, False]):
-            h = calls.one_by_one(module, x)[1]
+            h = states(calls.one_by_one(module, x))
             h = [torch.rand_like(each) for each in h] if isinstance(h, list) else torch.rand_like(h)
         given = [each.clone() for each in [x, *([] if h is None else h)]]
-        result, is_one = calls.in_one(module, x, h, reset)
+        result, is_one = calls.in_one(module, x, h, *resets)
         assert is_one
-        assert_same(result, calls.one_by_one(module, x, h, reset), dtype)
+        assert_same(result, calls.one_by_one(module, x, h, *resets), dtype)
         for before, after in zip(given, [x, *([] if h is None else h)], strict=True):
             assert torch.equal(before, after)
 
@@ -342,11 +361,24 @@ def test_weights_on_another_device(calls):
         calls.in_one(module, x)
 
 
-@pytest.mark.parametrize("make", [layer, block])
+def cell(**options):
+    return mingru.MinGRUCell(8, 8, **options)
+
+
+def like_torch(**options):
+    return mingru.drop_in.GRU(8, 8, **options)
+
+
+def like_torchs_cell(**options):
+    return mingru.drop_in.GRUCell(8, 8, **options)
+
+
+@pytest.mark.parametrize("make", [layer, block, cell, like_torch, like_torchs_cell])
 def test_results_are_new_tensors(calls, make):
-    module, x = make(), torch.randn(2, 3, 8)
+    module = make()
+    x = torch.randn(2, 8) if module.role == "step" else torch.randn(2, 3, 8)
     with torch.no_grad():
-        h = module(x)[1]
+        h = states(module(x))
         for tensor in flat(module(x, h)):
             assert not tensor._is_view()
             assert tensor.is_contiguous()

@@ -22,7 +22,7 @@ from ..modules import MinGRU
 from ..modules.base import Dims
 from ..modules.recurrent import NORMS, RecurrentLayer
 from ..modules.shared import copied, not_default, weight_of, without_dims
-from ..ops import Layout, States
+from ..ops import Layout, States, inference
 from ..ops.graph import is_autocast, is_scripting, untraced
 
 Layer = TypeVar("Layer", bound="_DropIn")
@@ -124,7 +124,7 @@ def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-class GRU(_DropIn, role="torch"):
+class GRU(_DropIn, role="torch", planned=True):
     """Apply a stack of minGRU layers to a sequence, with the interface of `torch.nn.GRU`.
 
     All time steps are computed in parallel, because no gate depends on the state.
@@ -237,6 +237,9 @@ class GRU(_DropIn, role="torch"):
             if hx is not None and list(hx.shape) != self._state_shape(input):
                 raise ValueError(f"{self.name}: hx must be {self._state_shape(input)}, got {hx.shape}")
         else:
+            done = inference.run(self, input, None if hx is None else [hx], None, not self.batch_first)
+            if done is not None:
+                return done[0], done[1][0]
             if isinstance(input, PackedSequence):
                 return self._packed_call(input, hx)
             self._check_call(input, hx)
@@ -251,6 +254,10 @@ class GRU(_DropIn, role="torch"):
         if batched:
             return out, without_dims(last, [2])
         return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the state that replaces hx=None."""
+        return [self._state(x, None, batch).squeeze(2)]
 
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
         data = input.data
@@ -304,7 +311,7 @@ class GRU(_DropIn, role="torch"):
         """Do nothing; present for compatibility with torch.nn.GRU."""
 
 
-class GRUCell(_DropIn, role="step"):
+class GRUCell(_DropIn, role="step", planned=True):
     """Compute one step of a one-layer minGRU, with the interface of `torch.nn.GRUCell`.
 
     Args:
@@ -365,6 +372,9 @@ class GRUCell(_DropIn, role="step"):
             if hx is not None and (hx.shape[:-1] != input.shape[:-1] or hx.size(-1) != self.hidden_size):
                 raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {hx.shape}")
         else:
+            done = inference.run(self, input, None if hx is None else [hx], None, False)
+            if done is not None:
+                return done[1][0]
             self._check_call(input, hx)
         batched = input.dim() == 2
         x = input.unsqueeze(1) if batched else input.unsqueeze(0).unsqueeze(0)
@@ -374,6 +384,10 @@ class GRUCell(_DropIn, role="step"):
         _, states = self._run_layers(x, self._state(x, h, x.size(0)), None, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
         return copied(last)
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the state that replaces hx=None."""
+        return [self._state(x, None, batch).view(batch, self.hidden_size)]
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:

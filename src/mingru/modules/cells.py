@@ -15,7 +15,7 @@ from ..check import (
     embed_remedy,
     expectation,
 )
-from ..ops import Layout
+from ..ops import Layout, inference
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
@@ -42,6 +42,9 @@ class RecurrentCell(Recurrent, role="step"):
             if reset is not None and reset.shape != x.shape[:-1]:
                 raise ValueError(f"{self.name}: reset must be {x.shape[:-1]}, got {reset.shape}")
         else:
+            done = inference.run(self, x, None if h is None else [h], reset, False)
+            if done is not None:
+                return done[1][0]
             self._check_step(x, h, reset)
         batched = x.dim() == 2
         if not batched:
@@ -54,6 +57,10 @@ class RecurrentCell(Recurrent, role="step"):
         _, states = self._run_layers(x.unsqueeze(1), state, reset, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
         return copied(last)
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the state that replaces h=None."""
+        return [self._state(x, None, batch).view(batch, self.hidden_dims)]
 
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
@@ -76,7 +83,7 @@ class RecurrentCell(Recurrent, role="step"):
             check_reset(self.name, reset, x.select(-1, 0), "(B,)" if batch else "a scalar")
 
 
-class MinGRUCell(RecurrentCell, MinGRU):
+class MinGRUCell(RecurrentCell, MinGRU, planned=True):
     """Compute one step of a minimal gated recurrent unit.
 
         z = sigma(W_z x + b_z)
@@ -155,7 +162,7 @@ class MinGRUCell(RecurrentCell, MinGRU):
         )
 
 
-class MinLSTMCell(RecurrentCell, MinLSTM):
+class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
     """Compute one step of a minimal long short-term memory.
 
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)

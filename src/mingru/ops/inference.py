@@ -159,7 +159,6 @@ def is_open(x: Any) -> bool:
         and not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
-        and x.dim() == 3
         and x.dtype in (torch.float32, torch.float64)
         and are_ordinary(x)
         and not torch.is_autocast_enabled("cpu")
@@ -175,6 +174,9 @@ def run(
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if not module.planned or not is_open(x) or (reset is not None and type(reset) is not Tensor):
         return None
+    is_step = module.role == "step"
+    if x.dim() != (2 if is_step else 3):
+        return None
     plan = _plan_of(module)
     if not plan.is_open() or plan.spec is None or route.choose(plan.spec, x) != "native":
         return None
@@ -187,6 +189,8 @@ def run(
     resets: list[Tensor] = []
     if reset is not None:
         initial_states = module.default_states(x, batch)
+        if is_step:
+            reset = reset.unsqueeze(-1)
         resets = [reset, reset_seen_in_reverse(reset, Layout(time_first, None, None))]
     try:
         out, last = torch.ops.mingru.inference(
