@@ -519,6 +519,15 @@ def test_curve_has_the_printed_losses(excerpt, tmp_path, capsys, monkeypatch):
     assert curve["settings"]["dims"] == 48
 
 
+def test_curves_are_plotted(excerpt, tmp_path):
+    script, picture, paths = imported(ROOT / "benchmarks" / "text_curve.py"), tmp_path / "text.png", []
+    for cell in ("mingru", "gru"):
+        paths.append(str(tmp_path / f"{cell}.json"))
+        text.main([*SMALL.split(), "--text", str(excerpt), "--steps", "2", "--cell", cell, "--curve", paths[-1]])
+    script.main([*paths, "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_saved_model_is_the_trained_one(excerpt, tmp_path, capsys):
     folder = tmp_path / "models" / "hamlet"
     more = ["--steps", "3", "--save", str(folder), "--sample", "10", "--top-k", "5", "--top-p", "0.9"]
