@@ -304,9 +304,18 @@ class Pass {
   Tensor layer_of(const Tensor& state, int64_t index) const {
     const int64_t dims = state.dim(), layers = dims == 2 ? 1 : state.size(0), features = state.size(-1);
     require(index < layers && state.size(dims == 2 ? 0 : 1) == num_batch() && (dims != 4 || state.size(2) == 1));
+    if (layers == 1) return state;
     char* data = static_cast<char*>(state.data_ptr()) + index * num_batch() * features * state.element_size();
     return torch::stable::from_blob(
         data, {num_batch(), 1, features}, {features, features, 1}, state.device(), state.scalar_type());
+  }
+
+  // The features of one direction.
+  static Tensor half_of(const Tensor& x, int64_t direction) {
+    const int64_t features = x.size(2) / 2;
+    char* data = static_cast<char*>(x.data_ptr()) + direction * features * x.element_size();
+    return torch::stable::from_blob(
+        data, {x.size(0), x.size(1), features}, {x.stride(0), x.stride(1), 1}, x.device(), x.scalar_type());
   }
 
   void recur(bool with_bias, bool both, int64_t state, int64_t layer) {
@@ -315,7 +324,7 @@ class Pass {
     const int64_t directions = both ? 2 : 1;
     const Tensor x = x_, h = as_contiguous(states_[state]);
     const bool has_reset = !resets_.empty();
-    const Tensor initial_state = has_reset ? as_contiguous(initial_states_[state]) : h;
+    const MaybeTensor initial_state = has_reset ? MaybeTensor(as_contiguous(initial_states_[state])) : std::nullopt;
     require(h.dim() >= 2 && h.dim() <= 4);
     const int64_t features = h.size(-1);
     const Tensor out = new_x(directions * features);
@@ -324,13 +333,11 @@ class Pass {
       require(weight.size(0) == features * num_inputs_of(cell_of(cell)));
       const MaybeTensor bias = with_bias ? MaybeTensor(next_vector(weight.size(0))) : std::nullopt;
       const int64_t index = layer * directions + direction;
-      const Tensor part = torch::stable::from_blob(
-          static_cast<char*>(out.data_ptr()) + direction * features * out.element_size(),
-          {out.size(0), out.size(1), features}, {out.stride(0), out.stride(1), 1}, out.device(), out.scalar_type());
+      const Tensor layer_h = layer_of(h, index);
       linear_recurrence(
-          x, weight, bias, layer_of(h, index), layer_of(initial_state, index),
+          x, weight, bias, layer_h, has_reset ? layer_of(*initial_state, index) : layer_h,
           has_reset ? MaybeTensor(resets_[direction]) : std::nullopt, std::nullopt, cell, direction == 1, time_first_,
-          part, layer_of(last_[state], index), nullptr);
+          both ? half_of(out, direction) : out, layer_of(last_[state], index), nullptr);
     }
     x_ = out;
   }
