@@ -56,18 +56,20 @@ class CausalConv(nn.Module):
                 is_before_reset = segment[:, first : first + num_steps] != segment[:, num_past:]
                 shifted = shifted.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             y = torch.addcmul(y, shifted, self.weight[lag])
-        return y, self._state_after(past, segment, lengths).unsqueeze(0)
+        return y, self._state_after(past, segment, lengths)
 
     def _state_after(self, past: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:
         num_past = self.kernel_size - 1
+        # Not after the last operation, because the state must not be a view.
+        past = past.unsqueeze(0)
         if lengths is None:
-            last = past[:, past.size(1) - num_past :]
+            last = past[:, :, past.size(2) - num_past :]
             if segment is not None:
                 is_before_reset = segment[:, segment.size(1) - num_past :] != segment[:, -1:]
                 return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             return copied(last)
         steps = lengths.to(past.device).unsqueeze(1) + torch.arange(num_past, device=past.device)
-        last = past.gather(1, steps.unsqueeze(2).expand(-1, -1, past.size(2)))
+        last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
         if segment is not None:
             end = segment.gather(1, (lengths.to(past.device) + num_past - 1).unsqueeze(1))
             last = last.masked_fill((segment.gather(1, steps) != end).unsqueeze(2), 0.0)

@@ -1,0 +1,39 @@
+"""`Block` and `LanguageModel` in training and deployment."""
+
+import pytest
+import torch
+
+from mingru.models import LanguageModel, map_state
+
+VOCAB, DIMS = 11, 8
+
+
+def make(cell="mingru", **options):
+    """Return a model of two blocks, the same for the same options."""
+    torch.manual_seed(0)
+    return LanguageModel(VOCAB, DIMS, 2, cell=cell, expansion=1.5, conv=4, mlp=2, **options)
+
+
+def ids_of(batch, steps):
+    return torch.randint(VOCAB, (batch, steps))
+
+
+def arguments(lm, given, batch=2, steps=7):
+    """Return keyword arguments of the model: ids, and random values of what is given."""
+    values = {
+        "ids": ids_of(batch, steps),
+        "state": map_state(torch.randn_like, lm.initial_state(batch)),
+        "reset": torch.rand(batch, steps) < 0.3,
+        "lengths": torch.randint(1, steps + 1, (batch,)),
+    }
+    return {name: values[name] for name in ("ids", *given)}
+
+
+@pytest.mark.parametrize("given", [(), ("reset",), ("lengths",), ("reset", "lengths")])
+def test_states_are_not_views(given):
+    """Otherwise they could not be detached in place."""
+    lm = make()
+    logits, state = lm(**arguments(lm, given))
+    for each in [logits, *state]:
+        assert each.grad_fn is not None and each.is_contiguous()
+        each.detach_()
