@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mingru.models import LanguageModel, map_state
+from mingru.models import Block, LanguageModel, map_state
 
 VOCAB, DIMS = 11, 8
 
@@ -29,6 +29,15 @@ def arguments(lm, given, batch=2, steps=7):
     return {name: values[name] for name in ("ids", *given)}
 
 
+def loss_of(outputs):
+    logits, state = outputs
+    return logits.square().mean() + sum(each.square().mean() for each in state)
+
+
+def assert_equal(got, expected, **tolerance):
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
 @pytest.mark.parametrize("given", [(), ("reset",), ("lengths",), ("reset", "lengths")])
 def test_states_are_not_views(given):
     """Otherwise they could not be detached in place."""
@@ -37,3 +46,17 @@ def test_states_are_not_views(given):
     for each in [logits, *state]:
         assert each.grad_fn is not None and each.is_contiguous()
         each.detach_()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_values_in_the_padding_do_not_matter(checkpoint):
+    block = Block(DIMS, conv=3, mlp=2, checkpoint=checkpoint, dtype=torch.float64)
+    x, lengths = torch.randn(2, 7, DIMS, dtype=torch.float64), torch.tensor([3, 7])
+    results = []
+    for value in (0.0, torch.nan):
+        x = x.detach()
+        x[0, 3:] = value
+        x.requires_grad_()
+        out, h = block(x, lengths=lengths)
+        results.append([out, *h, *torch.autograd.grad(loss_of((out, h)), [x, *block.parameters()])])
+    assert_equal(results[1], results[0], rtol=0, atol=0)

@@ -173,6 +173,9 @@ class Block(Base, role="sequence"):
     def _run(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
+        if lengths is not None:
+            # Otherwise a NaN in the padding would reach the gradients of the weights.
+            x = self._without_padding(x, lengths)
         states: list[Tensor] = []
         conv = self.conv
         if conv is not None:
@@ -187,8 +190,11 @@ class Block(Base, role="sequence"):
         if mlp is not None:
             x = x + F.dropout(mlp(x), self.dropout, self.training)
         if lengths is not None:
-            x = x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
+            x = self._without_padding(x, lengths)
         return x, states
+
+    def _without_padding(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
 
     @untraced
     def _check(self, x: Any, h: Any, reset: Any, lengths: Any) -> None:
