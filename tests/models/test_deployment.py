@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from mingru.models import Block, LanguageModel, map_state
 
 VOCAB, DIMS = 11, 8
+GIVEN = {"all": ("state", "reset", "lengths")}
 
 
 def make(cell="mingru", **options):
@@ -60,3 +62,31 @@ def test_values_in_the_padding_do_not_matter(checkpoint):
         out, h = block(x, lengths=lengths)
         results.append([out, *h, *torch.autograd.grad(loss_of((out, h)), [x, *block.parameters()])])
     assert_equal(results[1], results[0], rtol=0, atol=0)
+
+
+def linear_maps(lm):
+    return [each for each in lm.modules() if isinstance(each, nn.Linear)]
+
+
+def check_quantized(quantized, dequantized):
+    """Check logits and generated tokens, with a given state, against a model of the same rounded weights."""
+    args = arguments(dequantized, GIVEN["all"])
+    prompts = [torch.arange(5), torch.arange(3)]
+    with torch.no_grad():
+        assert_equal(quantized(**args), dequantized(**args))
+    found, expected = (
+        lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in (quantized, dequantized)
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other:UserWarning")
+def test_linear_maps_without_parameters():
+    """The maps of torch.ao.quantization have their weights elsewhere."""
+    quantized = torch.ao.quantization.quantize_dynamic(make().eval(), {nn.Linear}, dtype=torch.float16)
+    assert not list(quantized.blocks.layers[0].out.parameters())
+    dequantized = make().eval()
+    for each in linear_maps(dequantized):
+        each.weight.data = each.weight.half().float()
+    check_quantized(quantized, dequantized)

@@ -13,7 +13,7 @@ from ..check import dims as dims_text
 from ..modules import MinGRU, MinLSTM
 from ..modules.base import Base
 from ..modules.recurrent import NORMS
-from ..modules.shared import not_default
+from ..modules.shared import not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
@@ -144,9 +144,12 @@ class Block(Base, role="sequence"):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        states = [self.rnn._state(self.out.weight, None, batch)]
+        # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
+        like = next(self.parameters())
+        states = [self.rnn._state(like, None, batch)]
         if self.conv is not None:
-            states.append(self.out.weight.new_zeros(1, batch, self.conv.kernel_size - 1, self.input_dims))
+            shape = (1, batch, self.conv.kernel_size - 1, self.input_dims)
+            states.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return states
 
     def with_states(
@@ -205,7 +208,9 @@ class Block(Base, role="sequence"):
             raise TypeError(expectation(self.name, "x", f"a tensor (B, S, {dims})", type(x).__name__, remedy))
         if x.dim() != 3 or x.shape[2] != dims:
             raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
-        check_like(self.name, "x", x, self.out.weight, "the block's weights", autocast=is_autocast(x), ids=True)
+        weight = weight_of(self.out)
+        if weight is not None:
+            check_like(self.name, "x", x, weight, "the block's weights", autocast=is_autocast(x), ids=True)
         if h is not None:
             expected = f"a list of {self.num_states} tensors"
             if not isinstance(h, (list, tuple)):
