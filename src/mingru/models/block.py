@@ -183,7 +183,8 @@ class Block(Base, role="sequence"):
         conv = self.conv
         if conv is not None:
             past = x.new_zeros([1, x.size(0), conv.kernel_size - 1, x.size(2)]) if h is None else h[1]
-            convolved, past = conv(x, past, reset, lengths)
+            # By name, because the hooks of Opacus expect positional arguments to be tensors with the batch first.
+            convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
             x = x + convolved
             states.append(past)
         y, last = self.rnn(x, None if h is None else h[0], reset, lengths)

@@ -40,8 +40,10 @@ class CausalConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return y (B, S, C) and the state after the last step of each sequence."""
         num_steps, num_past = x.size(1), self.kernel_size - 1
+        if state.dtype != x.dtype:
+            state = state.to(x.dtype)
         # Step t of x is step t + num_past of `past`.
-        past = torch.cat([state.squeeze(0).to(x.dtype), x], 1)
+        past = torch.cat([state.squeeze(0), x], 1)
         segment: Tensor | None = None
         if reset is not None:
             # Steps of one segment have no reset between them; the state belongs to segment 0.
