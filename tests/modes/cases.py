@@ -179,6 +179,11 @@ CASES = [
         resets=False,
     ),
     Case(
+        "models.Block",
+        lambda **factory: mingru.models.Block(INPUT, expansion=5 / 3, conv=3, mlp=2, **factory),
+        states=lambda batch: [(1, batch, 1, 5), (1, batch, 2, INPUT)],
+    ),
+    Case(
         "combined model",
         Model,
         states=lambda batch: [
@@ -192,7 +197,7 @@ CASES = [
 ]
 
 
-CASES_WITH_LENGTHS = [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack")]
+CASES_WITH_LENGTHS = [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack", "models.Block")]
 
 
 def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:

@@ -24,6 +24,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import mingru
+from mingru.models.causal_conv import CausalConv
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninit:UserWarning")
 
@@ -439,7 +440,21 @@ def test_opacus(case, monkeypatch):
         dims = (None, 0, 1, 0, 0)
         return {rnn.initial_state: vmap(grad(loss), dims)(rnn.initial_state, *activations, backprops)}
 
+    def of_causal_conv(conv, activations, backprops):
+        """The convolution of a block, which takes its state and the resets by name: likewise."""
+        weights = dict(conv.named_parameters())
+
+        def loss(weights, x, state, reset, grad_out):
+            inputs = (x.unsqueeze(0), state.unsqueeze(1), reset.unsqueeze(0))
+            y, _ = functional_call(unhooked.conv, weights, inputs)
+            return (y.squeeze(0) * grad_out).sum()
+
+        _, (_, state), reset = args
+        found = vmap(grad(loss), (None, 0, 1, 0, 0))(weights, *activations, state, reset, backprops)
+        return {weight: found[name] for name, weight in weights.items()}
+
     monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, mingru.MinLSTM, of_initial_state)
+    monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, CausalConv, of_causal_conv)
     module, args = make(case, dtype=torch.float64)
 
     def loss(outputs):

@@ -13,7 +13,7 @@ from ..check import dims as dims_text
 from ..modules import MinGRU, MinLSTM
 from ..modules.base import Base
 from ..modules.recurrent import NORMS
-from ..modules.shared import not_default
+from ..modules.shared import not_default, weight_of
 from ..ops import inference, layout
 from ..ops.graph import is_autocast, is_scripting, untraced
 from ..ops.shape import accumulate_dtype
@@ -144,9 +144,12 @@ class Block(Base, role="sequence", planned=True):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        states = [self.rnn._state(self.out.weight, None, batch)]
+        # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
+        like = next(self.parameters())
+        states = [self.rnn._state(like, None, batch)]
         if self.conv is not None:
-            states.append(self.out.weight.new_zeros(1, batch, self.conv.kernel_size - 1, self.input_dims))
+            shape = (1, batch, self.conv.kernel_size - 1, self.input_dims)
+            states.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return states
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
@@ -203,11 +206,15 @@ class Block(Base, role="sequence", planned=True):
     def _run(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
+        if lengths is not None:
+            # Otherwise a NaN in the padding would reach the gradients of the weights.
+            x = self._without_padding(x, lengths)
         states: list[Tensor] = []
         conv = self.conv
         if conv is not None:
             past = x.new_zeros([1, x.size(0), conv.kernel_size - 1, x.size(2)]) if h is None else h[1]
-            convolved, past = conv(x, past, reset, lengths)
+            # By name, because the hooks of Opacus expect positional arguments to be tensors with the batch first.
+            convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
             x = x + convolved
             states.append(past)
         y, last = self.rnn(x, None if h is None else h[0], reset, lengths)
@@ -217,8 +224,11 @@ class Block(Base, role="sequence", planned=True):
         if mlp is not None:
             x = x + F.dropout(mlp(x), self.dropout, self.training)
         if lengths is not None:
-            x = x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
+            x = self._without_padding(x, lengths)
         return x, states
+
+    def _without_padding(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
 
     @untraced
     def _check(self, x: Any, h: Any, reset: Any, lengths: Any) -> None:
@@ -229,7 +239,9 @@ class Block(Base, role="sequence", planned=True):
             raise TypeError(expectation(self.name, "x", f"a tensor (B, S, {dims})", type(x).__name__, remedy))
         if x.dim() != 3 or x.shape[2] != dims:
             raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
-        check_like(self.name, "x", x, self.out.weight, "the block's weights", autocast=is_autocast(x), ids=True)
+        weight = weight_of(self.out)
+        if weight is not None:
+            check_like(self.name, "x", x, weight, "the block's weights", autocast=is_autocast(x), ids=True)
         if h is not None:
             expected = f"a list of {self.num_states} tensors"
             if not isinstance(h, (list, tuple)):

@@ -40,8 +40,10 @@ class CausalConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return y (B, S, C) and the state after the last step of each sequence."""
         num_steps, num_past = x.size(1), self.kernel_size - 1
+        if state.dtype != x.dtype:
+            state = state.to(x.dtype)
         # Step t of x is step t + num_past of `past`.
-        past = torch.cat([state.squeeze(0).to(x.dtype), x], 1)
+        past = torch.cat([state.squeeze(0), x], 1)
         segment: Tensor | None = None
         if reset is not None:
             # Steps of one segment have no reset between them; the state belongs to segment 0.
@@ -56,18 +58,20 @@ class CausalConv(nn.Module):
                 is_before_reset = segment[:, first : first + num_steps] != segment[:, num_past:]
                 shifted = shifted.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             y = torch.addcmul(y, shifted, self.weight[lag])
-        return y, self._state_after(past, segment, lengths).unsqueeze(0)
+        return y, self._state_after(past, segment, lengths)
 
     def _state_after(self, past: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:
         num_past = self.kernel_size - 1
+        # Not after the last operation, because the state must not be a view.
+        past = past.unsqueeze(0)
         if lengths is None:
-            last = past[:, past.size(1) - num_past :]
+            last = past[:, :, past.size(2) - num_past :]
             if segment is not None:
                 is_before_reset = segment[:, segment.size(1) - num_past :] != segment[:, -1:]
                 return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             return copied(last)
         steps = lengths.to(past.device).unsqueeze(1) + torch.arange(num_past, device=past.device)
-        last = past.gather(1, steps.unsqueeze(2).expand(-1, -1, past.size(2)))
+        last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
         if segment is not None:
             end = segment.gather(1, (lengths.to(past.device) + num_past - 1).unsqueeze(1))
             last = last.masked_fill((segment.gather(1, steps) != end).unsqueeze(2), 0.0)

@@ -1,0 +1,681 @@
+"""`Block` and `LanguageModel` compiled, exported, scripted, distributed, checkpointed, transformed and quantized.
+
+Each way is compared with eager mode. tests/modes runs `Block` in every mode. These tests are about a model of several
+blocks, its states and `generate`.
+"""
+
+import copy
+import datetime
+import gc
+import io
+import pickle
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.export import Dim
+from torch.func import functional_call, grad, vmap
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+
+import mingru
+from mingru.models import Block, LanguageModel, map_state
+
+# PyTorch's compiler and exporter warn about PyTorch's own code.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+
+VOCAB, DIMS = 11, 8
+# So many that each of the states changes a token of at least one sequence.
+PROMPTS = (64, 3)
+GIVEN = {
+    "ids": (),
+    "state": ("state",),
+    "reset": ("state", "reset"),
+    "lengths": ("state", "lengths"),
+    "all": ("state", "reset", "lengths"),
+}
+
+both_cells = pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+every_given = pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+
+
+def make(cell="mingru", **options):
+    """Return a model of two blocks, the same for the same options."""
+    torch.manual_seed(0)
+    return LanguageModel(VOCAB, DIMS, 2, cell=cell, expansion=1.5, conv=4, mlp=2, **options)
+
+
+def ids_of(batch, steps):
+    return torch.randint(VOCAB, (batch, steps))
+
+
+def arguments(lm, given, batch=2, steps=7):
+    """Return keyword arguments of the model: ids, and random values of what is given."""
+    values = {
+        "ids": ids_of(batch, steps),
+        "state": map_state(torch.randn_like, lm.initial_state(batch)),
+        "reset": torch.rand(batch, steps) < 0.3,
+        "lengths": torch.randint(1, steps + 1, (batch,)),
+    }
+    return {name: values[name] for name in ("ids", *given)}
+
+
+def loss_of(outputs):
+    logits, state = outputs
+    return logits.square().mean() + sum(each.square().mean() for each in state)
+
+
+def with_gradients(lm, args, call=None):
+    """Return logits, states, and gradients of the parameters and the given states."""
+    args = dict(args)
+    leaves = [*lm.parameters()]
+    if "state" in args:
+        args["state"] = [each.detach().requires_grad_() for each in args["state"]]
+        leaves += args["state"]
+    logits, state = (lm if call is None else call)(**args)
+    return [logits, *state, *torch.autograd.grad(loss_of((logits, state)), leaves)]
+
+
+def assert_equal(got, expected, **tolerance):
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
+# States and padding
+
+
+@pytest.mark.parametrize("given", [(), ("reset",), ("lengths",), ("reset", "lengths")])
+def test_states_are_not_views(given):
+    """Otherwise they could not be detached in place."""
+    lm = make()
+    logits, state = lm(**arguments(lm, given))
+    for each in [logits, *state]:
+        assert each.grad_fn is not None and each.is_contiguous()
+        each.detach_()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_values_in_the_padding_do_not_matter(checkpoint):
+    block = Block(DIMS, conv=3, mlp=2, checkpoint=checkpoint, dtype=torch.float64)
+    x, lengths = torch.randn(2, 7, DIMS, dtype=torch.float64), torch.tensor([3, 7])
+    results = []
+    for value in (0.0, torch.nan):
+        x = x.detach()
+        x[0, 3:] = value
+        x.requires_grad_()
+        out, h = block(x, lengths=lengths)
+        results.append([out, *h, *torch.autograd.grad(loss_of((out, h)), [x, *block.parameters()])])
+    assert_equal(results[1], results[0], rtol=0, atol=0)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def _fresh_compiler():
+    """Free what a test compiled or exported."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+    gc.collect()
+
+
+compiling = pytest.mark.usefixtures("_fresh_compiler")
+
+
+def check_compiled(lm, given, sizes, backend):
+    """Check outputs and gradients at all sizes, with one graph for the first size and one for all others."""
+    compiled = torch.compile(lm, fullgraph=True, backend=backend)
+    for batch, steps in sizes:
+        args = arguments(lm, given, batch, steps)
+        assert_equal(with_gradients(lm, args, compiled), with_gradients(lm, args))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@compiling
+def test_compile_quickly():
+    check_compiled(make(dtype=torch.float64), ("state",), [(2, 7), (3, 9), (4, 40)], "eager")
+
+
+@compiling
+@pytest.mark.slow
+@every_given
+def test_compile(given):
+    check_compiled(make(dtype=torch.float64), given, [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)], "aot_eager")
+
+
+@compiling
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"cell": "minlstm"}, {"checkpoint": True}], ids=["minlstm", "checkpoint"])
+def test_compile_with(options):
+    check_compiled(make(dtype=torch.float64, **options), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager")
+
+
+@compiling
+@pytest.mark.slow
+def test_inductor():
+    check_compiled(make(dtype=torch.float64), ("state",), [(2, 7), (3, 9)], "inductor")
+
+
+@compiling
+@pytest.mark.slow
+def test_generate_with_compiled_blocks():
+    lm = make().eval()
+    prompts = ids_of(3, 9)
+    expected = lm.generate(prompts, 8, temperature=0)
+    for block in lm.blocks.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert_equal(lm.generate(prompts, 8, temperature=0), expected)
+    num_graphs = counters["stats"]["unique_graphs"]
+    lm.generate(prompts, 20, temperature=0)
+    assert counters["stats"]["unique_graphs"] == num_graphs > 0
+
+
+# torch.export and ONNX
+
+
+def export(lm, steps):
+    """Export (ids, state) -> (logits, state), with any batch, and any length if `steps` is not 1."""
+    batch = Dim("batch")
+    of_ids = {0: batch} if steps == 1 else {0: batch, 1: Dim("steps")}
+    example = arguments(lm, ("state",), 2, steps)
+    return torch.export.export(
+        lm, (), example, dynamic_shapes={"ids": of_ids, "state": [{1: batch} for _ in example["state"]]}
+    ).module()
+
+
+def one_by_one(step, args):
+    """Return the logits and the state after a call for each token."""
+    state = args["state"]
+    logits = []
+    for token in args["ids"].split(1, 1):
+        out, state = step(ids=token, state=state)
+        logits.append(out)
+    return torch.cat(logits, 1), state
+
+
+@compiling
+@pytest.mark.slow
+@both_cells
+def test_export_of_the_whole_pass(cell):
+    lm = make(cell).eval()
+    run = export(lm, 7)
+    for batch, steps in [(2, 7), (1, 1), (3, 2), (3, 40)]:
+        args = arguments(lm, ("state",), batch, steps)
+        assert_equal(run(**args), lm(**args))
+
+
+@compiling
+@both_cells
+def test_export_of_a_step(cell):
+    lm = make(cell).eval()
+    step = export(lm, 1)
+    for batch in (1, 3):
+        args = arguments(lm, ("state",), batch, 9)
+        assert_equal(one_by_one(step, args), lm(**args))
+
+
+class Session:
+    """An exported model, called as the model is: the file's inputs and outputs by name."""
+
+    def __init__(self, lm, args, folder, **options):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        path = str(folder / "model.onnx")
+        mingru.export.onnx(lm, args, path, **options)
+        threads = onnxruntime.SessionOptions()
+        threads.intra_op_num_threads = threads.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(path, threads, providers=["CPUExecutionProvider"])
+
+    def sizes(self):
+        return {each.name: each.shape for each in [*self.session.get_inputs(), *self.session.get_outputs()]}
+
+    def __call__(self, ids, state):
+        given = {f"state_{index}": each.numpy() for index, each in enumerate(state)}
+        names = ["out", *(f"h_out_{index}" for index in range(len(state)))]
+        logits, *state = map(torch.from_numpy, self.session.run(names, {"ids": ids.numpy(), **given}))
+        return logits, state
+
+
+STATE_SIZES = [[1, "batch", 1, 12], [1, "batch", 3, DIMS]] * 2
+
+
+def sizes_of_file(steps):
+    sizes = {"ids": ["batch", steps], "out": ["batch", steps, VOCAB]}
+    for name in ("state", "h_out"):
+        sizes |= {f"{name}_{index}": size for index, size in enumerate(STATE_SIZES)}
+    return sizes
+
+
+@compiling
+@pytest.mark.slow
+@both_cells
+def test_onnx_of_the_whole_pass(cell, tmp_path):
+    lm = make(cell).requires_grad_(False)
+    session = Session(lm, tuple(arguments(lm, ("state",)).values()), tmp_path, max_steps=20)
+    assert session.sizes() == sizes_of_file("time")
+    for batch, steps in [(1, 1), (2, 7), (3, 20)]:
+        args = arguments(lm, ("state",), batch, steps)
+        assert_equal(session(**args), lm(**args))
+
+
+@compiling
+@pytest.mark.parametrize("cell", ["mingru", pytest.param("minlstm", marks=pytest.mark.slow)])
+def test_onnx_of_a_step(cell, tmp_path):
+    lm = make(cell).requires_grad_(False)
+    session = Session(lm, ids_of(2, 1), tmp_path, kind="step")
+    assert session.sizes() == sizes_of_file(1)
+    args = arguments(lm, ("state",), 3, 9)
+    assert_equal(one_by_one(session, args), lm(**args))
+
+
+# TorchScript
+
+
+def check_script(cell, given):
+    lm = make(cell, dtype=torch.float64)
+    run = torch.jit.script(lm)
+    saved = io.BytesIO()
+    torch.jit.save(run, saved)
+    saved.seek(0)
+    loaded = torch.jit.load(saved)
+    # TorchScript specializes the code in the first calls; the other sizes are then new to it.
+    for batch, steps in [(2, 7), (2, 7), (3, 1), (1, 17)]:
+        args = arguments(lm, given, batch, steps)
+        assert_equal(with_gradients(lm, args, run), with_gradients(lm, args))
+        assert_equal(loaded(**args), lm(**args))
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+def test_script_quickly():
+    check_script("mingru", GIVEN["all"])
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+@pytest.mark.slow
+@both_cells
+@every_given
+def test_script(cell, given):
+    check_script(cell, given)
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+def test_script_rejects_a_wrong_number_of_states():
+    lm = make()
+    args = arguments(lm, ("state",))
+    args["state"].pop()
+    with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
+        torch.jit.script(lm)(**args)
+
+
+# Several processes
+
+PROCESSES = 2
+
+
+def global_batch(lm):
+    return arguments(lm, GIVEN["all"], 2 * PROCESSES)
+
+
+def share_of(args, rank):
+    """Return the arguments of a process: 2 of the sequences."""
+    rows = slice(2 * rank, 2 * rank + 2)
+    return {
+        name: map_state(lambda each: each[:, rows], value) if name == "state" else value[rows]
+        for name, value in args.items()
+    }
+
+
+def next_token_loss(lm, args):
+    logits, state = lm(**args)
+    targets = args["ids"].roll(-1, 1)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + loss_of((logits, state))
+
+
+def loss_and_gradients(model, args):
+    loss = next_token_loss(model, args)
+    loss.backward()
+    return [loss.detach(), *(weight.grad for weight in model.parameters())]
+
+
+def in_process(model, args):
+    """Return the mean loss of all processes, and the gradients."""
+    loss, *grads = loss_and_gradients(model, share_of(args, dist.get_rank()))
+    dist.all_reduce(loss)
+    return [loss / PROCESSES, *(each.full_tensor() if hasattr(each, "full_tensor") else each for each in grads)]
+
+
+def sharded(lm):
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for block in lm.blocks.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(lm, mesh=mesh)
+
+
+def ddp(**options):
+    lm = make(dtype=torch.float64, **options)
+    args = global_batch(lm)
+    return in_process(DistributedDataParallel(lm), args)
+
+
+def fsdp(**options):
+    lm = make(dtype=torch.float64, **options)
+    args = global_batch(lm)
+    return in_process(sharded(lm), args)
+
+
+def fsdp_generate():
+    lm = make(dtype=torch.float64)
+    prompts = ids_of(*PROMPTS)
+    lm = sharded(lm)
+    register_fsdp_forward_method(lm, "generate")
+    state = lm.initial_state(len(prompts))
+    assert all(type(each) is torch.Tensor for each in state)
+    return [lm.generate(prompts, 8, temperature=0, state=state)]
+
+
+WAYS = {
+    "ddp": ddp,
+    "ddp, checkpoint": lambda: ddp(checkpoint=True),
+    "ddp, minlstm": lambda: ddp(cell="minlstm"),
+    "fsdp": fsdp,
+    "fsdp, checkpoint": lambda: fsdp(checkpoint=True),
+    "fsdp, minlstm": lambda: fsdp(cell="minlstm"),
+    "fsdp, generate": fsdp_generate,
+}
+
+
+def work(rank, folder):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), PROCESSES)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timeout)
+    found = {}
+    for name, way in WAYS.items():
+        try:
+            found[name] = way()
+        except Exception:
+            found[name] = traceback.format_exc()
+    torch.save(found, folder / f"rank {rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_processes(tmp_path_factory):
+    """Return what both processes computed, by way; the processes are started once."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (folder,), PROCESSES)
+    one, other = (torch.load(folder / f"rank {rank}") for rank in range(PROCESSES))
+
+    def of(way):
+        for found in (one[way], other[way]):
+            assert not isinstance(found, str), found
+        assert_equal(one[way], other[way], rtol=0, atol=0)
+        return one[way]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(WAYS)[:-1])
+def test_several_processes_train_as_one(way, of_processes):
+    lm = make(cell="minlstm" if "minlstm" in way else "mingru", dtype=torch.float64)
+    assert_equal(of_processes(way), loss_and_gradients(lm, global_batch(lm)))
+
+
+@pytest.mark.slow
+def test_sharded_model_generates(of_processes):
+    lm = make(dtype=torch.float64)
+    assert_equal(of_processes("fsdp, generate"), [lm.generate(ids_of(*PROMPTS), 8, temperature=0)])
+
+
+# Activation checkpointing
+
+
+@both_cells
+def test_checkpoint_has_equal_gradients(cell):
+    """The recomputation uses the same random numbers for dropout."""
+    options = {"dropout": 0.4, "dtype": torch.float64}
+    for given in GIVEN.values():
+        stored, recomputed = make(cell, **options), make(cell, checkpoint=True, **options)
+        args = arguments(stored, given)
+        torch.manual_seed(1)
+        expected = with_gradients(stored, args)
+        torch.manual_seed(1)
+        assert_equal(with_gradients(recomputed, args), expected)
+
+
+def stored_bytes(lm, args):
+    """Return the size of what a forward pass stores for the backward pass, without the parameters."""
+    known = {weight.untyped_storage().data_ptr() for weight in lm.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = lm(**args)
+    assert outputs[0].grad_fn is not None
+    return sum(found.values())
+
+
+def test_checkpoint_stores_the_input_of_a_block():
+    """Without checkpointing, a block stores more than 8 times as much."""
+    ids = {"ids": ids_of(2, 64)}
+    of_input = 2 * 64 * DIMS * 4
+
+    def by_block(checkpoint):
+        one, many = (
+            stored_bytes(LanguageModel(VOCAB, DIMS, layers, conv=4, mlp=2, checkpoint=checkpoint), ids)
+            for layers in (1, 5)
+        )
+        return (many - one) / 4
+
+    assert by_block(True) == of_input
+    assert by_block(False) > 8 * of_input
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("training", 2), ("eval", 1), ("no_grad", 1)])
+def test_checkpoint_recomputes_only_in_training(mode, calls):
+    lm = make(checkpoint=True).train(mode != "eval")
+    found = []
+    lm.blocks.layers[0].rnn.register_forward_hook(lambda *_: found.append(1))
+    with torch.set_grad_enabled(mode != "no_grad"):
+        loss = loss_of(lm(ids_of(2, 7)))
+    if mode != "no_grad":
+        loss.backward()
+    assert len(found) == calls
+
+
+# Functions of parameters, and copies
+
+
+def test_per_sample_gradients():
+    lm = make(dtype=torch.float64)
+    args = arguments(lm, GIVEN["all"], 3)
+    weights = {name: weight.detach() for name, weight in lm.named_parameters()}
+
+    def loss_of_one(weights, ids, state, reset):
+        return loss_of(
+            functional_call(lm, weights, (ids.unsqueeze(0), map_state(rows_of_one, state), reset.unsqueeze(0)))
+        )
+
+    def rows_of_one(each):
+        return each.unsqueeze(1)
+
+    found = vmap(grad(loss_of_one), (None, 0, 1, 0))(weights, args["ids"], args["state"], args["reset"])
+    for index in range(3):
+        rows = slice(index, index + 1)
+        loss = loss_of(lm(args["ids"][rows], [each[:, rows] for each in args["state"]], args["reset"][rows]))
+        expected = torch.autograd.grad(loss, list(lm.parameters()))
+        assert_equal([each[index] for each in found.values()], list(expected))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies(copied, tied):
+    lm = make(tied=tied)
+    other = copied(lm)
+    args = arguments(lm, GIVEN["all"])
+    assert_equal(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
+    with torch.no_grad():
+        other.embedding.weight.zero_()
+    assert lm.embedding.weight.abs().min() > 0
+    # The output layer of a tied copy is the copy's own embedding.
+    assert (other(**args)[0].abs().max() == 0) == tied
+
+
+def linear_maps(lm):
+    return [each for each in lm.modules() if isinstance(each, nn.Linear)]
+
+
+def test_weight_norm():
+    lm = make(tied=False, dtype=torch.float64)
+    prompts = ids_of(2, 5)
+    args = arguments(lm, GIVEN["all"])
+    expected, tokens = lm(**args), lm.generate(prompts, 5, seed=0)
+    for each in linear_maps(lm):
+        weight_norm(each)
+    assert_equal(lm(**args), expected)
+    assert_equal(lm.generate(prompts, 5, seed=0, state=lm.initial_state(2)), tokens)
+    loss_of(lm(**args)).backward()
+    assert all(weight.grad is not None for weight in lm.parameters())
+
+
+# Quantization and hooks
+
+
+def check_quantized(quantized, dequantized):
+    """Check logits and generated tokens, with a given state, against a model of the same rounded weights."""
+    args = arguments(dequantized, GIVEN["all"])
+    prompts = [torch.arange(5), torch.arange(3)]
+    with torch.no_grad():
+        assert_equal(quantized(**args), dequantized(**args))
+    found, expected = (
+        lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in (quantized, dequantized)
+    )
+    assert_equal(found, expected)
+
+
+def test_torchao_int8_weights():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantized, dequantized = (make(tied=False).eval() for _ in range(2))
+    quantize_(quantized, Int8WeightOnlyConfig(set_inductor_config=False))
+    for one, other in zip(linear_maps(quantized), linear_maps(dequantized), strict=True):
+        assert type(one.weight.data) is not torch.Tensor
+        rounded = one.weight.dequantize()
+        assert not torch.equal(rounded, other.weight)
+        other.weight.data = rounded
+    check_quantized(quantized, dequantized)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other:UserWarning")
+def test_linear_maps_without_parameters():
+    """The maps of torch.ao.quantization have their weights elsewhere."""
+    quantized = torch.ao.quantization.quantize_dynamic(make().eval(), {nn.Linear}, dtype=torch.float16)
+    assert not list(quantized.blocks.layers[0].out.parameters())
+    dequantized = make().eval()
+    for each in linear_maps(dequantized):
+        each.weight.data = each.weight.half().float()
+    check_quantized(quantized, dequantized)
+
+
+def test_hook_of_a_block_runs_in_each_step():
+    lm = make()
+    prompts = ids_of(3, 5)
+    before = lm.generate(prompts, 4, temperature=0)
+    shapes = []
+
+    def hook(block, args, outputs):
+        shapes.append(tuple(args[0].shape[:2]))
+        out, h = outputs
+        return -out, h
+
+    handle = lm.blocks.layers[-1].register_forward_hook(hook)
+    after = lm.generate(prompts, 4, temperature=0)
+    assert shapes == [(3, 5), (3, 1), (3, 1), (3, 1)]
+    assert not torch.equal(after, before)
+    handle.remove()
+    assert_equal(lm.generate(prompts, 4, temperature=0), before)
+
+
+# Precision and devices
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@both_cells
+def test_pieces_under_autocast(cell):
+    """The error of pieces is at most twice the error of the whole. The states are float32."""
+    lm = make(cell)
+    args = arguments(lm, ("state",), 3, 40)
+    exact = copy.deepcopy(lm).double()(args["ids"], map_state(torch.Tensor.double, args["state"]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = lm(**args)
+        state, parts = args["state"], []
+        for ids in args["ids"].split([1, 17, 2, 20], 1):
+            logits, state = lm(ids, state)
+            parts.append(logits)
+        lm(ids_of(3, 1), lm.initial_state(3))
+        assert lm.generate(args["ids"], 3, state=state).shape == (3, 43)
+    pieces = torch.cat(parts, 1), state
+    assert pieces[0].dtype == whole[0].dtype == torch.bfloat16
+    assert {each.dtype for each in [*pieces[1], *whole[1]]} == {torch.float32}
+    # The state of the first convolution consists of embeddings, which are exact.
+    assert_equal(pieces[1][1], whole[1][1], rtol=0, atol=0)
+    for one, other, truth in zip(*([logits, *states] for logits, states in (pieces, whole, exact)), strict=True):
+        allowed = (other - truth).norm()
+        assert allowed < 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
+        assert (one - truth).norm() <= 2 * allowed
+    assert (whole[0] - exact[0]).norm() > 0
+
+
+@both_cells
+def test_bfloat16_model_generates(cell):
+    lm = make(cell, dtype=torch.bfloat16)
+    prompts = ids_of(*PROMPTS)
+    logits, state = lm.eval()(prompts)
+    assert {each.dtype for each in [logits, *state, *lm.initial_state(1)]} == {torch.bfloat16}
+    tokens = [prompts]
+    for _ in range(8):
+        tokens.append(logits[:, -1:].argmax(-1))
+        logits, state = lm(tokens[-1], state)
+    assert_equal(lm.generate(prompts, 8, temperature=0), torch.cat(tokens, 1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_meta_device(tied):
+    """Materialized and re-initialized, a model has the parameters of a new one."""
+    options = {"tied": tied, "learn_initial_state": True, "norm": "layer"}
+    with torch.device("meta"):
+        lm = make(**options)
+        logits, state = lm(ids_of(2, 3))
+    assert {each.device.type for each in [logits, *state, *lm.initial_state(2)]} == {"meta"}
+    lm.to_empty(device="cpu")
+    for weight in lm.parameters():
+        nn.init.constant_(weight, torch.nan)
+    lm.reset_parameters()
+    expected = make(**options)
+    torch.manual_seed(1)
+    lm.reset_parameters()
+    torch.manual_seed(1)
+    expected.reset_parameters()
+    args = arguments(lm, GIVEN["all"])
+    assert lm(**args)[0].isfinite().all()
+    assert_equal(with_gradients(lm, args), with_gradients(expected, args), rtol=0, atol=0)
