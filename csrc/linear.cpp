@@ -144,6 +144,71 @@ void set_sequences(
   }
 }
 
+// The linear map of a block's rows. bfloat16 and float16 are rounded once, after the bias, as in torch.nn.Linear; the
+// scan adds a bias of float32 or float64.
+class LinearMap {
+ public:
+  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : transposed_(transposed(weight)) {
+    if (bias && weight.element_size() < 4) {
+      STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == weight.size(0), "mingru: bias must be (num_inputs N)");
+      bias_ = bias;
+    } else {
+      operands.add_biases(bias);
+    }
+  }
+
+  void operator()(const Tensor& out, const Tensor& rows) const {
+    if (bias_) {
+      multiply_and_add(out, *bias_, rows, transposed_);
+    } else {
+      multiply(out, rows, transposed_);
+    }
+  }
+
+ private:
+  Tensor transposed_;
+  MaybeTensor bias_;
+};
+
+// A gradient that is the sum of a matrix product for each block. Sums of bfloat16 and float16 are float32.
+class SumOfProducts {
+ public:
+  SumOfProducts(const Tensor& like, int64_t rows, int64_t columns)
+      : sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type(like))),
+        part_(torch::stable::new_empty(like, {is_wide(like) ? 0 : rows, columns})) {}
+
+  void add(const Tensor& left, const Tensor& right) {
+    if (sum_.numel() == 0) return;
+    if (is_wide(part_)) {
+      multiply_and_add(sum_, sum_, left, right);
+      return;
+    }
+    multiply(part_, left, right);
+    if (part_.scalar_type() == ScalarType::BFloat16) {
+      add_part<torch::headeronly::BFloat16>();
+    } else {
+      add_part<torch::headeronly::Half>();
+    }
+  }
+
+  Tensor result() { return is_wide(part_) ? sum_ : torch::stable::copy_(part_, sum_); }
+
+ private:
+  static bool is_wide(const Tensor& x) { return x.element_size() >= 4; }
+  static std::optional<ScalarType> sum_type(const Tensor& x) {
+    return is_wide(x) ? std::nullopt : std::make_optional(ScalarType::Float);
+  }
+
+  template <class T>
+  void add_part() {
+    float* sum = static_cast<float*>(sum_.data_ptr());
+    const T* part = static_cast<const T*>(part_.data_ptr());
+    for (int64_t i = 0; i < sum_.numel(); ++i) sum[i] += static_cast<float>(part[i]);
+  }
+
+  Tensor sum_, part_;
+};
+
 int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weight.size(0) / num_inputs_of(cell_of(cell)); }
 
 }  // namespace
@@ -157,17 +222,16 @@ void mingru::linear_recurrence(
   const InputMatrix inputs(given, x, weight);
   const int64_t columns = inputs.num_columns(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
-  operands.add_biases(bias);
+  const LinearMap linear(operands, weight, bias);
   Scan& scan = operands.scan;
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
 
-  const Tensor weight_transposed = transposed(weight);
   for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns)) {
     if (block.num_rows > 0) {
       void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
-      multiply(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block), weight_transposed);
+      linear(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block));
       set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
@@ -176,7 +240,7 @@ void mingru::linear_recurrence(
 
 namespace {
 
-// Returns all states, the last state and, if `keep`, the pre-activations without bias.
+// Returns all states, the last state and, if `keep`, the pre-activations; without bias in float32 and float64.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
@@ -206,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
   const InputMatrix inputs(given, x, weight);
   const int64_t columns = inputs.num_columns(), features = inputs.num_features(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
-  operands.add_biases(bias);
+  const LinearMap linear(operands, weight, bias);
   Scan& scan = operands.scan;
   const bool kept = pre_activations.numel() > 0;
   STD_TORCH_CHECK(
@@ -216,17 +280,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : torch::stable::new_empty(x, {0});
-  Tensor grad_weight = torch::stable::new_empty(x, {needs_weight ? columns : 0, features});
-  Tensor grad_bias = torch::stable::new_empty(x, {needs_bias ? 1 : 0, columns});
-  if (needs_weight) torch::stable::zero_(grad_weight);
-  if (needs_bias) torch::stable::zero_(grad_bias);
+  SumOfProducts grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns);
   int64_t most_rows = 0;
   for (const Block& block : blocks) most_rows = std::max(most_rows, block.num_rows);
   Tensor ones = torch::stable::new_empty(x, {1, needs_bias ? most_rows : 0});
   if (needs_bias) torch::stable::fill_(ones, 1.0);
 
-  const Tensor weight_transposed = transposed(weight);
   for (const Block& block : blocks) {
     const int64_t count = block.num_rows;
     if (count == 0) {
@@ -235,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     }
     void* pre = kept ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
                      : pre_activations_scratch.at_least(most_rows * columns * size);
-    if (!kept) multiply(matrix(pre, count, columns, columns, 1, x), inputs.of(block), weight_transposed);
+    if (!kept) linear(matrix(pre, count, columns, columns, 1, x), inputs.of(block));
     void* to = grads_scratch.at_least(most_rows * columns * size);
     set_sequences(scan.inputs, operands, inputs, pre, block.row, size);
     set_sequences(scan.grad_inputs, operands, inputs, to, block.row, size);
@@ -246,10 +306,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
       multiply(matrix(data, count, features, features, 1, x), grads, weight);
     }
-    if (needs_weight) multiply_and_add(grad_weight, grad_weight, matrix(to, columns, count, 1, columns, x), inputs.of(block));
-    if (needs_bias) multiply_and_add(grad_bias, grad_bias, matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
+    grad_weight.add(matrix(to, columns, count, 1, columns, x), inputs.of(block));
+    if (needs_bias) grad_bias.add(matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
   }
-  return {grad_x, grad_weight, grad_bias, grad_h, grad_initial_state};
+  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state};
 }
 
 }  // namespace

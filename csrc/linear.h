@@ -32,8 +32,8 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
 }
 
-// Computes all states into `out`, the last state into `last` and, if not null, the pre-activations without bias into
-// `kept`, in the memory order of x. The arguments are those of the operator `linear_recurrence_forward`.
+// Computes all states into `out`, the last state into `last` and, if not null, the pre-activations into `kept`, in
+// the memory order of x. The arguments are those of the operator `linear_recurrence_forward`.
 void linear_recurrence(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h,
     const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& batch_sizes,

@@ -126,8 +126,7 @@ def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    # Not bfloat16 and float16: the kernels would round before adding the bias, `torch.nn.Linear` rounds after it.
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+    if x.dtype != weight.dtype or not x.is_floating_point() or x.numel() == 0:
         return None
     return (x, weight, parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
 
