@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-
 class CausalConv(nn.Module):
     """Compute y_t = bias + sum_k weight_k * x_{t-k}, with k from 0 to kernel_size - 1, for each feature on its own.
 
