@@ -14,6 +14,7 @@ def g(v: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"positive": g, "linear": lambda v: v, "tanh": torch.tanh}
+EPS = torch.finfo(torch.double).eps
 INITIAL_STATE = {"positive": 0.5, "linear": 0.0, "tanh": 0.0}
 
 
@@ -56,7 +57,7 @@ def norm(x, kind, weights, prefix, eps):
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + weights[f"{prefix}.bias"]
 
 
-def layers(rnn, x, h=None, reset=None, eps=torch.finfo(torch.double).eps):
+def layers(rnn, x, h=None, reset=None, eps=EPS):
     """Compute a `MinGRU` or `MinLSTM` in float64 from its weights, with x (B, S, I) and without dropout.
 
     `eps` is the eps of its RMS norms, which depends on the dtype.
@@ -94,7 +95,7 @@ def linear(x, weights, prefix):
     return x @ weights[f"{prefix}.weight"].T + weights.get(f"{prefix}.bias", 0.0)
 
 
-def block(module, x, h=None, reset=None, eps=torch.finfo(torch.double).eps):
+def block(module, x, h=None, reset=None, eps=EPS):
     """Compute a `Block` in float64 from its weights, with x (B, S, dims) and without dropout."""
     x = x.double()
     weights = {name: weight.double() for name, weight in module.named_parameters()}
@@ -121,7 +122,7 @@ def block(module, x, h=None, reset=None, eps=torch.finfo(torch.double).eps):
     return x, [last, *states]
 
 
-def language_model(lm, ids, state=None, reset=None, eps=torch.finfo(torch.double).eps):
+def language_model(lm, ids, state=None, reset=None, eps=EPS):
     """Compute a `LanguageModel` in float64 from its weights, with ids (B, S) and without dropout."""
     weights = {name: weight.double() for name, weight in lm.named_parameters()}
     x, states = weights["embedding.weight"][ids.long()], []
