@@ -282,7 +282,12 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, folder: str | PathLike[str], *, figures: dict[str, Any] | None = None) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and `README.md`, a model card.
 
-        Existing files are replaced only after all new files have been written.
+        A `README.md` that is not such a model card remains.
+
+        Existing files are replaced one after the other when all new files are on the disk, `model.safetensors` first.
+        If an error or a crash occurs before the first replacement, the old files are unchanged. Later, the folder may
+        contain new weights and old options: `from_pretrained` then raises an error if the options differ, because
+        `model.safetensors` contains the options too.
 
         Args:
             folder: Path of the folder, which is created if necessary.
@@ -290,7 +295,8 @@ class LanguageModel(nn.Module):
 
         Raises:
             ModuleNotFoundError: safetensors is missing.
-            ValueError: The folder cannot be written.
+            ValueError: The folder cannot be written, or the model's parameters were changed so that its options do not
+                describe them.
         """
         files.save(self, folder, figures or {})
 
@@ -298,17 +304,19 @@ class LanguageModel(nn.Module):
     def from_pretrained(
         cls, folder_or_name: str | PathLike[str], *, revision: str | None = None, device: Any = None
     ) -> "LanguageModel":
-        """Load a model from a folder, or from the Hugging Face hub.
+        """Load a model from a folder, or from the Hugging Face hub. The model is in eval mode.
 
         Args:
             folder_or_name: Folder that `save_pretrained` wrote, or the name of a model on the hub, "owner/name".
             revision: Branch, tag or commit on the hub.
-            device: Device of the parameters. Their dtype is the dtype in the file.
+            device: Device of the parameters. Default: the CPU. Their dtype is the dtype in the file.
 
         Raises:
             ModuleNotFoundError: safetensors or, for a name, huggingface_hub is missing.
-            ValueError: The folder has no model, a file is damaged, or a tensor is missing, unexpected or of the wrong
-                shape.
+            ValueError: The folder has no model, a file is damaged, the files are from two different saves, or a tensor
+                is missing, unexpected or of the wrong shape or dtype.
+
+        Errors of huggingface_hub pass through.
         """
         model: LanguageModel = files.load(cls, folder_or_name, revision, device)
         return model
