@@ -385,6 +385,13 @@ def test_paths_of_a_wrong_type(path):
         make().save_pretrained(path)
 
 
+def test_figures_of_a_wrong_type(tmp_path):
+    for figures in ([("loss", 1.4)], "loss"):
+        with pytest.raises(TypeError, match=r"^save_pretrained: figures must be a dict or None, got (list|str)"):
+            make().save_pretrained(tmp_path, figures=figures)
+    assert contents(tmp_path) == {}
+
+
 def test_a_revision_of_a_folder(folder):
     with pytest.raises(ValueError, match=r"^from_pretrained: revision must be None for a folder, got 'main'"):
         LanguageModel.from_pretrained(folder, revision="main")

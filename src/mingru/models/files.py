@@ -25,6 +25,8 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     safetensors = _required("safetensors", "save_pretrained")
     save_file = importlib.import_module("safetensors.torch").save_file
     target = _path("save_pretrained", "folder", folder)
+    if not isinstance(figures, dict):
+        raise TypeError(expectation("save_pretrained", "figures", "a dict or None", type(figures).__name__))
     config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     difference = _difference(_without_data(type(model), model.config).state_dict(), tensors)

@@ -260,9 +260,9 @@ class LanguageModel(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameters in two groups for an optimizer such as `torch.optim.AdamW`.
 
-        Norms, biases, initial states and the linear maps of the gates and candidates have no weight decay, as in the
-        paper's code. The embedding, convolutions, W, the MLP and the output layer have it. Frozen parameters are in the
-        groups too: an optimizer skips them because they have no gradient.
+        The linear maps of the gates and candidates have no weight decay, as in the authors' code. Norms, biases and
+        initial states have none either. The embedding, the convolutions, W, the MLP and the output layer have it.
+        Frozen parameters are in the groups too: an optimizer skips them because they have no gradient.
 
         Args:
             weight_decay: Weight decay of the first group, a number of at least 0.
@@ -298,7 +298,7 @@ class LanguageModel(nn.Module):
             ValueError: The folder cannot be written, or the model's parameters were changed so that its options do not
                 describe them.
         """
-        files.save(self, folder, figures or {})
+        files.save(self, folder, {} if figures is None else figures)
 
     @classmethod
     def from_pretrained(
@@ -333,4 +333,4 @@ class LanguageModel(nn.Module):
         Raises:
             ModuleNotFoundError: huggingface_hub or safetensors is missing.
         """
-        return files.push(self, name, figures or {}, options)
+        return files.push(self, name, {} if figures is None else figures, options)
