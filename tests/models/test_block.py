@@ -95,7 +95,7 @@ def test_equals_the_reference(options, with_state):
         assert_equals_the_reference(reference.block, block, *make_inputs(block, case), case)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_all_routes_are_equal(examples):
     # No shrinking, because it takes minutes and the cases are small.
     @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
@@ -181,8 +181,9 @@ def test_padding_has_no_effect(options):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("conv", [None, 4])
-def test_what_a_step_depends_on(conv):
+def test_what_a_step_depends_on(conv, with_grad):
     """NaN in one step reaches later steps of the same row until a reset, and nothing else."""
     block = make(conv=conv, mlp=2)
     reset = torch.zeros(B, S, dtype=torch.bool)
@@ -190,7 +191,8 @@ def test_what_a_step_depends_on(conv):
     for step, end in ((2, 6), (5, 6), (6, S), (9, S)):
         x = torch.randn(B, S, DIMS)
         x[1, step] = math.nan
-        out, states = block(x, reset=reset)
+        with torch.set_grad_enabled(with_grad):
+            out, states = block(x, reset=reset)
         expected = torch.zeros(B, S, dtype=torch.bool)
         expected[1, step:end] = True
         assert torch.equal(out.isnan().any(-1), expected)
@@ -200,13 +202,15 @@ def test_what_a_step_depends_on(conv):
             assert state.isnan().flatten(2).any(-1).squeeze(0).tolist() == [False, is_reached, False]
 
 
-def test_nan_in_a_state_ends_at_a_reset():
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_nan_in_a_state_ends_at_a_reset(with_grad):
     block = make(conv=4)
     h = [torch.full_like(each, math.nan) for each in block.initial_state(2)]
     x = torch.randn(2, S, DIMS)
     reset = torch.zeros(2, S, dtype=torch.bool)
     reset[0, 0] = reset[1, 3] = True
-    out, states = block(x, h, reset)
+    with torch.set_grad_enabled(with_grad):
+        out, states = block(x, h, reset)
     assert out.isnan().any(-1).tolist() == [[False] * S, [True] * 3 + [False] * (S - 3)]
     assert all(state.isfinite().all() for state in states)
     assert_close(out[0], block(x[:1])[0][0])
@@ -283,11 +287,18 @@ def test_states_do_not_keep_the_sequence(options):
     for num_steps in (1, 5, 500):
         x = torch.randn(B, num_steps, DIMS)
         for arguments in ({}, {"reset": torch.rand(B, num_steps) < 0.3}, {"lengths": torch.tensor([1, num_steps, 1])}):
-            with torch.no_grad():
-                _, h = block(x, **arguments)
-            assert all(each.untyped_storage().nbytes() == each.numel() * each.element_size() for each in h)
-            sizes.append(sum(each.numel() for each in h))
+            for with_grad in (True, False):
+                with torch.set_grad_enabled(with_grad):
+                    _, h = block(x, **arguments)
+                assert all(each.untyped_storage().nbytes() == each.numel() * each.element_size() for each in h)
+                sizes.append(sum(each.numel() for each in h))
     assert set(sizes) == {sum(math.prod(shape) for shape in block.state_shapes(B))}
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+def test_states_of_a_scripted_block_do_not_keep_the_sequence():
+    _, h = torch.jit.script(make(conv=4))(torch.randn(B, 500, DIMS))
+    assert [each.untyped_storage().nbytes() for each in h] == [4 * B * DIMS, 4 * B * 3 * DIMS]
 
 
 def test_states_are_a_list_or_a_tuple():
@@ -452,15 +463,17 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(case):
+def test_bad_calls(case, with_grad):
     arguments, error, message = BAD_CALLS[case]
-    with pytest.raises(error, match="^Block: " + re.escape(message)):
+    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^Block: " + re.escape(message)):
         Block(DIMS, conv=3)(**{"x": X, **arguments})
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("case", [name for name in BAD_CALLS if "lengths" in name or "reset" in name])
-def test_bad_calls_without_convolution(case):
+def test_bad_calls_without_convolution(case, with_grad):
     arguments, error, message = BAD_CALLS[case]
-    with pytest.raises(error, match="^Block: " + re.escape(message)):
+    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^Block: " + re.escape(message)):
         Block(DIMS)(**{"x": X, **arguments})

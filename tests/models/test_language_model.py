@@ -74,7 +74,7 @@ def test_equals_the_reference(options, with_state):
         assert_equals_the_reference(reference.language_model, lm, *make_inputs(lm, case), case)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [15, pytest.param(150, marks=pytest.mark.slow)])
 def test_all_routes_are_equal(examples):
     # No shrinking, because it takes minutes and the cases are small.
     @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
@@ -378,11 +378,12 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(case):
+def test_bad_calls(case, with_grad):
     arguments, error, message = BAD_CALLS[case]
     lm = LanguageModel(V, DIMS, 2, conv=3)
-    with pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
+    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
         lm(**{"ids": IDS, **arguments})
     if "state" in arguments:
         with pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
