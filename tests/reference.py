@@ -3,6 +3,8 @@
 `test_reference.py` compares it with values worked by hand.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ def g(v: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"positive": g, "linear": lambda v: v, "tanh": torch.tanh}
+EPS = torch.finfo(torch.double).eps
 INITIAL_STATE = {"positive": 0.5, "linear": 0.0, "tanh": 0.0}
 
 
@@ -45,8 +48,20 @@ def minlstm(forget, input, candidate, h=None, reset=None, activation="positive",
 CELLS = {"mingru": mingru, "minlstm": minlstm}
 
 
-def layers(rnn, x, h=None, reset=None):
-    """Compute a `MinGRU` or `MinLSTM` in float64 from its weights, with x (B, S, I) and without dropout."""
+def norm(x, kind, weights, prefix, eps):
+    """Normalize the features of x, as the norm with the weights `prefix` does."""
+    scale = weights[f"{prefix}.weight"]
+    if kind == "rms":
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + weights[f"{prefix}.bias"]
+
+
+def layers(rnn, x, h=None, reset=None, eps=EPS):
+    """Compute a `MinGRU` or `MinLSTM` in float64 from its weights, with x (B, S, I) and without dropout.
+
+    `eps` is the eps of its RMS norms, which depends on the dtype.
+    """
     x = x.double()
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     count = rnn.num_layers * rnn.num_directions
@@ -57,11 +72,7 @@ def layers(rnn, x, h=None, reset=None):
     for index in range(rnn.num_layers):
         y, prefix, outs = x, f"layers.{index}.", []
         if rnn.norm is not None:
-            scale = weights[prefix + "norm.weight"]
-        if rnn.norm == "layer":
-            y = torch.nn.functional.layer_norm(y, y.shape[-1:], scale, weights[prefix + "norm.bias"])
-        if rnn.norm == "rms":
-            y = y / (y.square().mean(-1, keepdim=True) + torch.finfo(scale.dtype).eps).sqrt() * scale
+            y = norm(y, rnn.norm, weights, prefix + "norm", eps)
         for direction, name in enumerate(["linear", "linear_reverse"][: rnn.num_directions]):
             pre = y @ weights[f"{prefix}{name}.weight"].T + weights.get(f"{prefix}{name}.bias", 0.0)
             state = index * rnn.num_directions + direction
@@ -70,7 +81,7 @@ def layers(rnn, x, h=None, reset=None):
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
             inputs = pre.split(rnn.hidden_dims, -1)
             out = CELLS[rnn.cell](*inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1)
-            last.append(out[:, :1] if direction else out[:, -1:])
+            last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             outs.append(out)
         out = torch.cat(outs, -1)
         if rnn.residual:
@@ -78,6 +89,50 @@ def layers(rnn, x, h=None, reset=None):
             out = out + (x if align is None else x @ align.T)
         x = out
     return x, torch.stack(last)
+
+
+def linear(x, weights, prefix):
+    return x @ weights[f"{prefix}.weight"].T + weights.get(f"{prefix}.bias", 0.0)
+
+
+def block(module, x, h=None, reset=None, eps=EPS):
+    """Compute a `Block` in float64 from its weights, with x (B, S, dims) and without dropout."""
+    x = x.double()
+    weights = {name: weight.double() for name, weight in module.named_parameters()}
+    states = []
+    if "conv.weight" in weights:
+        kernel = weights["conv.weight"]
+        num_past = len(kernel) - 1
+        past = x.new_zeros(len(x), num_past, x.shape[2]) if h is None else h[1].double().squeeze(0)
+        window, outs = list(past.unbind(1)), []
+        for t in range(x.shape[1]):
+            if reset is not None:
+                window = [each.masked_fill(reset[:, t, None], 0.0) for each in window]
+            window.append(x[:, t])
+            y = sum(kernel[lag] * window[-1 - lag] for lag in range(len(kernel)))
+            outs.append(x[:, t] + y + weights.get("conv.bias", 0.0))
+            window = window[1:]
+        x = torch.stack(outs, 1) if outs else x
+        states.append(torch.stack(window, 1).unsqueeze(0))
+    y, last = layers(module.rnn, x, None if h is None else h[0], reset, eps)
+    x = x + linear(y, weights, "out")
+    if "mlp.0.weight" in weights:
+        y = linear(norm(x, module.rnn.norm, weights, "mlp.0", eps), weights, "mlp.1")
+        x = x + linear(y * (1 + torch.erf(y / math.sqrt(2))) / 2, weights, "mlp.3")
+    return x, [last, *states]
+
+
+def language_model(lm, ids, state=None, reset=None, eps=EPS):
+    """Compute a `LanguageModel` in float64 from its weights, with ids (B, S) and without dropout."""
+    weights = {name: weight.double() for name, weight in lm.named_parameters()}
+    x, states = weights["embedding.weight"][ids.long()], []
+    for module in lm.blocks.layers:
+        count = 1 if module.conv is None else 2
+        before = None if state is None else state[len(states) : len(states) + count]
+        x, after = block(module, x, before, reset, eps)
+        states += after
+    x = norm(x, lm.blocks.layers[0].rnn.norm, weights, "norm", eps)
+    return x @ weights.get("head.weight", weights["embedding.weight"]).T, states
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

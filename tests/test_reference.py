@@ -5,6 +5,8 @@ import math
 import reference
 import torch
 
+from mingru.models import Block
+
 
 def test_g_by_hand():
     v = torch.tensor([-math.log(3.0), -0.0, 0.0, 2.0], dtype=torch.double)
@@ -36,3 +38,52 @@ def test_mingru_by_hand():
     states = reference.mingru(gate, candidate, activation="linear")
     expected = torch.tensor([[0.75, 0.1875 - 0.75 * math.log(3.0)]], dtype=torch.double)
     torch.testing.assert_close(states, expected, rtol=1e-15, atol=0)
+
+
+def test_norms_by_hand():
+    x = torch.tensor([[1.0, 7.0]], dtype=torch.double)
+    weights = {"norm.weight": torch.tensor([2.0, 3.0]).double(), "norm.bias": torch.tensor([0.5, 0.25]).double()}
+    # The root of the mean square is sqrt((1 + 49) / 2) = 5; mean 4 and deviation 3.
+    torch.testing.assert_close(reference.norm(x, "rms", weights, "norm", 0.0), torch.tensor([[0.4, 4.2]]).double())
+    layer = reference.norm(3000 * x, "layer", weights, "norm", 0.0)
+    torch.testing.assert_close(layer, torch.tensor([[-1.5, 3.25]]).double())
+
+
+def block_without_layer(**options):
+    """Return a block of one feature whose recurrent layer adds 0."""
+    block = Block(1, dtype=torch.double, **options)
+    with torch.no_grad():
+        block.out.weight.zero_()
+        block.out.bias.zero_()
+    return block
+
+
+def test_convolution_of_a_block_by_hand():
+    block = block_without_layer(conv=3)
+    with torch.no_grad():
+        block.conv.weight.copy_(torch.tensor([[2.0], [10.0], [100.0]]))
+        block.conv.bias.fill_(0.5)
+    x = torch.tensor([[[1.0], [2.0], [3.0]]]).double()
+    h = [block.initial_state(1)[0], torch.tensor([[[[4.0], [5.0]]]]).double()]
+    # 1+2*1+10*5+100*4+0.5; 2+2*2+10*1+100*5+0.5; 3+2*3+10*2+100*1+0.5
+    out, (_, past) = reference.block(block, x, h)
+    assert out.flatten().tolist() == [453.5, 516.5, 129.5]
+    assert past.tolist() == [[[[2.0], [3.0]]]]
+    # A reset before the second step: 2+2*2+0.5; 3+2*3+10*2+0.5
+    out, (_, past) = reference.block(block, x, h, torch.tensor([[False, True, False]]))
+    assert out.flatten().tolist() == [453.5, 6.5, 29.5]
+    # A reset before the last step: the state has no step from before it.
+    out, (_, past) = reference.block(block, x, h, torch.tensor([[False, False, True]]))
+    assert past.tolist() == [[[[0.0], [3.0]]]]
+
+
+def test_mlp_of_a_block_by_hand():
+    block = block_without_layer(mlp=1)
+    with torch.no_grad():
+        block.mlp[1].weight.fill_(2.0)
+        block.mlp[1].bias.fill_(-1.0)
+        block.mlp[3].weight.fill_(3.0)
+        block.mlp[3].bias.fill_(0.25)
+    # The norm of one feature is its sign; 2*1-1 = 1, and 1 times the normal distribution function at 1 is 0.8413447.
+    out, _ = reference.block(block, torch.full((1, 1, 1), 5.0))
+    torch.testing.assert_close(out.item(), 5 + 3 * 0.8413447460685429 + 0.25, rtol=1e-14, atol=0)

@@ -22,12 +22,12 @@ COUNTERPARTS = {
     "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
     "input_dims": ("input_size",),
-    "hidden_size": ("hidden_dims",),
+    "hidden_size": ("hidden_dims", "expansion"),
     "hidden_sizes": ("hidden_dims",),
     "out_channels": ("hidden_dims",),
-    "hidden_dims": ("hidden_size",),
+    "hidden_dims": ("hidden_size", "expansion"),
     "dim": ("input_dims", "hidden_dims"),
-    "expansion_factor": ("hidden_dims",),
+    "expansion_factor": ("hidden_dims", "expansion"),
     "n_layers": ("num_layers",),
     "kernel_sizes": ("kernel_size",),
     "strides": ("stride",),
@@ -38,7 +38,11 @@ COUNTERPARTS = {
     **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
 }
 LINEAR_BEHIND = "apply a torch.nn.Linear to the output"
-REMEDIES = {"proj_size": LINEAR_BEHIND, "proj_out": LINEAR_BEHIND}
+REMEDIES = {
+    "proj_size": LINEAR_BEHIND,
+    "proj_out": LINEAR_BEHIND,
+    "forget_bias": "only a minLSTM has a forget gate",
+}
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
@@ -82,13 +86,18 @@ def misfit(
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
         for argument in kwargs:
             if argument not in names:
-                return f"{name}: no argument {argument!r}; {_meant(argument, names)}"
+                return unknown_argument(name, argument, names)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         by_position = [parameter.name for parameter in known if parameter.kind is not parameter.KEYWORD_ONLY]
         return f"{name}: {error}; {remedy or 'the positional arguments are ' + ', '.join(by_position)}"
     return ""
+
+
+def unknown_argument(name: str, argument: str, names: list[str]) -> str:
+    """Return the error message for an argument that is not one of `names`."""
+    return f"{name}: no argument {argument!r}; {_meant(argument, names)}"
 
 
 def _meant(argument: str, names: list[str]) -> str:

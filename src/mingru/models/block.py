@@ -1,5 +1,6 @@
 """The residual block around a recurrent layer."""
 
+import inspect
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..check import check_flag, check_int, check_lengths, check_like, check_reset, expectation
+from ..check import check_flag, check_int, check_lengths, check_like, check_reset, expectation, unknown_argument
 from ..check import dims as dims_text
 from ..modules import MinGRU, MinLSTM
 from ..modules.base import Base
@@ -16,10 +17,11 @@ from ..modules.recurrent import NORMS
 from ..modules.shared import not_default, weight_of
 from ..ops import inference, layout
 from ..ops.graph import is_autocast, is_scripting, untraced
-from ..ops.shape import accumulate_dtype
 from .causal_conv import CausalConv
+from .state import check_states
 
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
+LAYER_OPTIONS = ("bias", "bidirectional", "candidate", "learn_initial_state", "recompute", "device", "dtype")
 
 
 class Block(Base, role="sequence", planned=True):
@@ -93,14 +95,14 @@ class Block(Base, role="sequence", planned=True):
         super().__init__()
         self.name = type(self).__name__
         check_int(self.name, "dims", dims)
-        if cell not in CELLS:
+        if cell not in tuple(CELLS):
             raise ValueError(expectation(self.name, "cell", f"one of {tuple(CELLS)}", repr(cell)))
         _check_ratio(self.name, "expansion", expansion, dims)
         if conv is not None:
             check_int(self.name, "conv", conv, "an int or None", 2)
         if mlp is not None:
             _check_ratio(self.name, "mlp", mlp, dims)
-        if norm not in NORMS:
+        if norm not in tuple(NORMS):
             raise ValueError(expectation(self.name, "norm", f"one of {tuple(NORMS)}", repr(norm)))
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
             raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
@@ -110,8 +112,14 @@ class Block(Base, role="sequence", planned=True):
         for option in ("num_layers", "batch_first", "residual"):
             if option in layer_options:
                 raise TypeError(f"{self.name}: no argument {option!r}; a block has one layer, x is (B, S, {dims})")
+        options = LAYER_OPTIONS if cell == "mingru" else (*LAYER_OPTIONS, "forget_bias")
+        for option in layer_options:
+            if option not in options:
+                own = [name for name in inspect.signature(Block).parameters if name != "layer_options"]
+                raise TypeError(unknown_argument(self.name, option, [*own, *options]))
         factory = {name: layer_options.get(name) for name in ("device", "dtype")}
         bias = layer_options.get("bias", True)
+        check_flag(self.name, "bias", bias)
         self.cell = cell
         self.dropout = float(dropout)
         self.checkpoint = checkpoint
@@ -144,6 +152,7 @@ class Block(Base, role="sequence", planned=True):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
+        check_int(self.name, "batch", batch, least=0)
         # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
         like = next(self.parameters())
         states = [self.rnn._state(like, None, batch)]
@@ -243,24 +252,17 @@ class Block(Base, role="sequence", planned=True):
         if weight is not None:
             check_like(self.name, "x", x, weight, "the block's weights", autocast=is_autocast(x), ids=True)
         if h is not None:
-            expected = f"a list of {self.num_states} tensors"
-            if not isinstance(h, (list, tuple)):
-                raise TypeError(expectation(self.name, "h", expected, type(h).__name__))
-            if len(h) != self.num_states:
-                raise ValueError(expectation(self.name, "h", expected, f"{len(h)}"))
-        if self.conv is None:
-            return
-        batch, num_past = x.shape[0], self.conv.kernel_size - 1
-        if h is not None:
-            past, shape = h[1], (1, batch, num_past, dims)
-            if not isinstance(past, Tensor):
-                raise TypeError(expectation(self.name, "h[1]", "a tensor", type(past).__name__))
-            check_like(self.name, "h[1]", past, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
-            if past.shape != shape:
-                raise ValueError(expectation(self.name, "h[1]", dims_text(shape), dims_text(past.shape)))
+            check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
         check_reset(self.name, reset, x, "(B, S)")
         if lengths is not None:
-            check_lengths(self.name, lengths, batch, x.shape[1], x.device)
+            check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
+
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shape of each state."""
+        shapes: list[tuple[int, ...]] = [(self.rnn.num_directions, batch, 1, self.rnn.hidden_dims)]
+        if self.conv is not None:
+            shapes.append((1, batch, self.conv.kernel_size - 1, self.input_dims))
+        return shapes
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, {"dropout": 0.0, "checkpoint": False})
@@ -269,6 +271,6 @@ class Block(Base, role="sequence", planned=True):
 def _check_ratio(name: str, argument: str, ratio: object, dims: int) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(expectation(name, argument, "a number", repr(ratio)))
-    if not (math.isfinite(ratio) and round(ratio * dims) >= 1):
-        expected = f"at least one feature, {argument} * dims >= 1"
+    if not (math.isfinite(ratio * dims) and round(ratio * dims) >= 1):
+        expected = f"a finite number with {argument} * dims >= 1"
         raise ValueError(expectation(name, argument, expected, repr(ratio)))

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.shared import copied
-
 
 class CausalConv(nn.Module):
     """Compute y_t = bias + sum_k weight_k * x_{t-k}, with k from 0 to kernel_size - 1, for each feature on its own.
@@ -69,7 +67,8 @@ class CausalConv(nn.Module):
             if segment is not None:
                 is_before_reset = segment[:, segment.size(1) - num_past :] != segment[:, -1:]
                 return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
-            return copied(last)
+            # Not a view, which would keep the whole sequence in memory.
+            return last.clone()
         steps = lengths.to(past.device).unsqueeze(1) + torch.arange(num_past, device=past.device)
         last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
         if segment is not None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .._version import __version__
 from ..check import dims, expectation
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+LIBRARY = "library_name: mingru"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -22,49 +24,75 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     """Write the three files; see `LanguageModel.save_pretrained`."""
     safetensors = _required("safetensors", "save_pretrained")
     save_file = importlib.import_module("safetensors.torch").save_file
-    target = Path(folder)
-    config = {"model": type(model).__name__, "mingru": __version__, **model.config}
+    target = _path("save_pretrained", "folder", folder)
+    if not isinstance(figures, dict):
+        raise TypeError(expectation("save_pretrained", "figures", "a dict or None", type(figures).__name__))
+    config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = {name: target / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS, CONFIG, CARD)}
+    difference = _difference(_without_data(type(model), model.config).state_dict(), tensors)
+    if difference:
+        expected = f"{type(model).__name__}(**config) without changes"
+        raise ValueError(expectation("save_pretrained", "the model", expected, f"a model {difference}"))
     try:
         target.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary[WEIGHTS], {"format": "pt"})
-        temporary[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        temporary[CARD].write_text(_card(model, figures), encoding="utf-8")
-        for name, path in temporary.items():
-            os.replace(path, target / name)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as temporary:
+            new = Path(temporary)
+            # The weights contain the options too, so that `load` finds out if config.json is from another save.
+            save_file(tensors, new / WEIGHTS, {"format": "pt", CONFIG: config})
+            (new / CONFIG).write_text(config + "\n", encoding="utf-8")
+            # safetensors gives the file to its owner only.
+            shutil.copymode(new / CONFIG, new / WEIGHTS)
+            names = [WEIGHTS, CONFIG]
+            if _may_replace_card(target / CARD):
+                (new / CARD).write_text(_card(model, figures), encoding="utf-8")
+                names.append(CARD)
+            for name in names:
+                if (target / name).is_dir():
+                    raise IsADirectoryError(f"{name} is a folder")
+                _write_to_disk(new / name)
+            for name in names:
+                os.replace(new / name, target / name)
     except (OSError, safetensors.SafetensorError) as error:
         remedy = "name another folder, or check its permissions and the free space"
         message = expectation(
             "save_pretrained", "folder", "a folder that can be written", f"{target} ({error})", remedy
         )
         raise ValueError(message) from error
-    finally:
-        for path in temporary.values():
-            if path.parent.is_dir():
-                path.unlink(missing_ok=True)
 
 
 def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None, device: Any) -> Any:
     """Build the model of a folder or a name on the hub; see `LanguageModel.from_pretrained`."""
     safetensors = _required("safetensors", "from_pretrained")
+    device = torch.device("cpu" if device is None else device)
     config_path, weights_path = _paths(folder_or_name, revision)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        with safetensors.safe_open(weights_path, "pt", device=str(device or "cpu")) as file:
+        with safetensors.safe_open(weights_path, "pt") as file:
+            saved_config = json.loads((file.metadata() or {}).get(CONFIG, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise _invalid(folder_or_name, f"a file that cannot be read ({error})") from error
     if not isinstance(config, dict) or config.pop("model", None) != cls.__name__:
         raise _invalid(folder_or_name, f"{CONFIG} of something else")
     config.pop("mingru", None)
+    if saved_config is not None:
+        _check_same_save(folder_or_name, config, saved_config)
+    num_layers = config.get("num_layers")
+    if isinstance(num_layers, int) and num_layers > len(tensors):
+        raise _invalid(folder_or_name, f"{num_layers} layers in {CONFIG} and {len(tensors)} tensors in {WEIGHTS}")
+    for name in ("device", "dtype"):
+        if name in config:
+            raise _invalid(folder_or_name, f"{CONFIG} with the unexpected option {name}")
     try:
-        with torch.device("meta"):
-            model: nn.Module = cls(**config)
-    except (TypeError, ValueError) as error:
-        raise _invalid(folder_or_name, f"{CONFIG} with invalid options ({error})") from error
-    _check_tensors(folder_or_name, model.state_dict(), tensors)
-    model.load_state_dict(tensors, assign=True)
+        model = _without_data(cls, config)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _invalid(folder_or_name, f"{CONFIG} with invalid options ({reason})") from error
+    difference = _difference(model.state_dict(), tensors)
+    if difference:
+        raise _invalid(folder_or_name, f"{WEIGHTS} {difference}")
+    # Copies, because the tensors are the file's memory, which changes if another program writes to the file.
+    model.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 
@@ -77,8 +105,14 @@ def push(model: Any, name: str, figures: dict[str, Any], options: dict[str, Any]
         return str(api.upload_folder(repo_id=name, folder_path=folder, **options))
 
 
+def _path(name: str, argument: str, path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(expectation(name, argument, "a str or a path", type(path).__name__))
+    return Path(path)
+
+
 def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path]:
-    folder = Path(folder_or_name)
+    folder = _path("from_pretrained", "folder_or_name", folder_or_name)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(expectation("from_pretrained", "revision", "None for a folder", repr(revision)))
@@ -86,27 +120,59 @@ def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tupl
             if not (folder / name).is_file():
                 raise _invalid(folder, f"no file {name}")
         return folder / CONFIG, folder / WEIGHTS
-    name = str(folder_or_name)
-    if folder.exists() or not HUB_NAME.fullmatch(name):
+    # A path is never a name, so that a typing error in a path does not reach the network.
+    if not isinstance(folder_or_name, str) or folder.exists() or not HUB_NAME.fullmatch(folder_or_name):
         expected = "a folder that save_pretrained wrote, or a name on the hub such as 'owner/name'"
-        raise ValueError(expectation("from_pretrained", "folder_or_name", expected, repr(name)))
+        raise ValueError(expectation("from_pretrained", "folder_or_name", expected, repr(str(folder_or_name))))
+    name = folder_or_name
     hub = _required("huggingface_hub", f"from_pretrained: {name!r} is not a folder; for a name on the hub it")
     config_path, weights_path = (Path(hub.hf_hub_download(name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
     return config_path, weights_path
 
 
-def _check_tensors(source: Any, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _may_replace_card(path: Path) -> bool:
+    """Return whether there is no README.md of something else, such as the project in whose folder a model is saved."""
+    return not path.is_file() or LIBRARY in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write_to_disk(path: Path) -> None:
+    # Some file systems report a full disk only here.
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _without_data(cls: type, options: dict[str, Any]) -> nn.Module:
+    """Return a model whose parameters are on the device "meta"."""
+    with torch.device("meta"):
+        model: nn.Module = cls(**options)
+    return model
+
+
+def _check_same_save(source: Any, config: dict[str, Any], saved: Any) -> None:
+    """Raise an error if config.json differs from the options in the file of the weights."""
+    saved = saved if isinstance(saved, dict) else {}
+    for name in [name for name in {**saved, **config} if name not in ("model", "mingru")]:
+        if name not in config or name not in saved or config[name] != saved[name]:
+            got = f"{name} {config.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
+            raise _invalid(source, f"{got}, which are from two different saves")
+
+
+def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Return how the found tensors differ from the expected tensors; "" if they fit."""
     for name in expected:
         if name not in found:
-            raise _invalid(source, f"{WEIGHTS} without {name}")
+            return f"without {name}"
     for name, tensor in found.items():
         if name not in expected:
-            raise _invalid(source, f"{WEIGHTS} with the unexpected {name}")
+            return f"with the unexpected {name}"
         if tensor.shape != expected[name].shape:
-            got = f"{name} {dims(tensor.shape)} instead of {dims(expected[name].shape)}"
-            raise _invalid(source, got)
+            return f"with {name} {dims(tensor.shape)} instead of {dims(expected[name].shape)}"
         if not tensor.is_floating_point():
-            raise _invalid(source, f"{name} of dtype {tensor.dtype}")
+            return f"with {name} of dtype {tensor.dtype}"
+    dtypes = {tensor.dtype: name for name, tensor in found.items()}
+    if len(dtypes) > 1:
+        return "with " + " but ".join(f"{name} of dtype {dtype}" for dtype, name in dtypes.items())
+    return ""
 
 
 def _invalid(source: Any, got: str) -> ValueError:
@@ -130,7 +196,7 @@ def _card(model: Any, figures: dict[str, Any]) -> str:
     rows = {**model.config, "parameters": f"{count:,}", **figures}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
-library_name: mingru
+{LIBRARY}
 tags: [mingru, text-generation]
 ---
 

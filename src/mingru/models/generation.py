@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..check import check_int, dims, expectation
+from ..ops.shape import accumulate_dtype
+
+NUM_RANDOM = 1024
 
 
 class Sampling(NamedTuple):
-    """How a token is sampled from logits."""
+    """How a token is sampled from logits. The options apply in this order."""
 
     temperature: float
     top_k: int | None
@@ -27,17 +30,27 @@ class Sampling(NamedTuple):
         if top_k is not None:
             check_int(name, "top_k", top_k, "an int or None")
         if top_p is not None:
-            _check_number(name, "top_p", top_p, 0 < _number(top_p) <= 1, "above 0 and at most 1")
+            _check_number(name, "top_p", top_p, 0 < _number(top_p) <= 1, "a number above 0 and at most 1")
         if min_p is not None:
-            _check_number(name, "min_p", min_p, 0 <= _number(min_p) <= 1, "from 0 to 1")
+            _check_number(name, "min_p", min_p, 0 <= _number(min_p) <= 1, "a number from 0 to 1")
         return cls(temperature, top_k, top_p, min_p)
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Return a token (B,) for each row of logits (B, V), with uniform random numbers (B,) from 0 to 1."""
-        logits = logits.float()
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        probabilities = self.probabilities(logits)
+        # The largest of all earlier sums, because a parallel sum may grow by rounding at a token of probability 0.
+        cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0).cummax(-1).values
+        target = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, V) of the tokens to sample from, up to a factor for each row."""
+        logits = logits.to(accumulate_dtype(logits.dtype))
+        # At most 0, because a low temperature could otherwise overflow.
+        logits = logits - logits.amax(-1, keepdim=True)
+        logits = logits / max(self.temperature, torch.finfo(logits.dtype).tiny)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -51,12 +64,7 @@ class Sampling(NamedTuple):
         if self.min_p is not None:
             is_rare = probabilities < self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.masked_fill(is_rare, 0.0)
-        cumulative = probabilities.cumsum(-1)
-        # Rounding must not choose a token of probability 0 at either end.
-        target = uniform.to(cumulative) * cumulative[:, -1]
-        index = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-        last = cumulative.shape[-1] - 1 - probabilities.flip(-1).gt(0).float().argmax(-1)
-        return torch.minimum(index, last)
+        return probabilities
 
 
 def stream(
@@ -72,16 +80,14 @@ def stream(
     """Yield the new tokens of each step, with -1 for sequences that have ended."""
     if max_new_tokens == 0 or len(ids) == 0:
         return
-    # From the CPU, so that a seed gives the same numbers on every device; for each sequence, so that the others do not
-    # matter.
-    uniforms = torch.stack(
-        [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds], 1
-    ).to(ids.device)
+    modules, uniforms = list(lm.modules()), random_numbers(seeds, ids.device)
     stop_tokens = torch.tensor(stops, device=ids.device)
     active = torch.arange(len(ids), device=ids.device)
-    logits, state = _last_logits(lm, ids, state, lengths)
+    logits, state = _last_logits(lm, modules, ids, state, lengths)
+    if bool(logits.isnan().any()):
+        raise ValueError(f"{lm.name}: the logits after the prompts are NaN; check the parameters and the state")
     for step in range(max_new_tokens):
-        tokens = sampling.sample(logits, uniforms[step, active])
+        tokens = sampling.sample(logits, next(uniforms)[active])
         new = torch.full((len(ids),), -1, dtype=torch.int64, device=ids.device)
         new[active] = tokens
         yield new
@@ -94,24 +100,36 @@ def stream(
                 if len(active) == 0:
                     return
         if step < max_new_tokens - 1:
-            logits, state = _last_logits(lm, tokens.unsqueeze(1), state, None)
+            logits, state = _last_logits(lm, modules, tokens.unsqueeze(1), state, None)
+
+
+def random_numbers(seeds: list[int], device: torch.device) -> Iterator[Tensor]:
+    """Yield uniform random numbers from 0 to 1, (B,), for each step.
+
+    A sequence has its own seed, because the other sequences must not matter. The numbers come from the CPU, so that a
+    seed gives the same numbers on every device.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    while True:
+        rows = [torch.rand(NUM_RANDOM, generator=generator, device="cpu") for generator in generators]
+        yield from torch.stack(rows, 1).to(device)
 
 
 @torch.inference_mode()
 def _last_logits(
-    lm: Any, ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None
+    lm: Any, modules: list[nn.Module], ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the logits (B, V) after the last token of each sequence, and the states."""
-    with _in_eval_mode(lm):
+    with _in_eval_mode(modules):
         x, state = lm._features(ids, state, lengths, None)
         x = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
         return lm._logits(x), state
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     """Switch to eval mode, and afterwards each module back to its own mode."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -121,26 +139,47 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def padded(name: str, prompts: Any) -> tuple[Tensor, Tensor | None]:
-    """Return prompts as (B, S), and the lengths if they differ."""
+def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return prompts as (B, S), and the lengths if they differ; raise an error if a prompt is invalid."""
+    lengths: list[int] = []
     if isinstance(prompts, Tensor):
-        if prompts.dim() == 2 and prompts.shape[1] == 0:
+        check_ids(name, "prompts", prompts, 2, device)
+        if prompts.shape[1] == 0:
             raise ValueError(expectation(name, "prompts", "of at least one token", dims(prompts.shape)))
-        return prompts, None
-    if not isinstance(prompts, (list, tuple)):
+        ids = prompts
+    elif isinstance(prompts, (list, tuple)):
+        for index, prompt in enumerate(prompts):
+            check_ids(name, f"prompts[{index}]", prompt, 1, device)
+            if len(prompt) == 0:
+                expected = "of at least one token"
+                raise ValueError(expectation(name, f"prompts[{index}]", expected, dims(prompt.shape)))
+            lengths.append(len(prompt))
+        rows = [prompt.long() for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64, device=device)
+    else:
         expected = "a tensor (B, S) or a list of tensors (S,)"
         raise TypeError(expectation(name, "prompts", expected, type(prompts).__name__))
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, Tensor):
-            raise TypeError(expectation(name, f"prompts[{index}]", "a tensor (S,)", type(prompt).__name__))
-        if prompt.dim() != 1 or len(prompt) == 0:
-            expected = "a tensor (S,) of at least one token"
-            raise ValueError(expectation(name, f"prompts[{index}]", expected, dims(prompt.shape)))
-    if not prompts:
-        return torch.zeros(0, 1, dtype=torch.int64), None
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids = pad_sequence(list(prompts), batch_first=True)
-    return ids, None if bool((lengths == lengths[0]).all()) else lengths
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong) > 0:
+        expected = f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}"
+        raise ValueError(expectation(name, "prompts", expected, str(int(wrong[0]))))
+    return ids, torch.tensor(lengths, device="cpu") if len(set(lengths)) > 1 else None
+
+
+def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.device) -> None:
+    """Check that ids are integers (S,) or (B, S) on this device."""
+    letters = "(S,)" if num_dims == 1 else "(B, S)"
+    if not isinstance(ids, Tensor):
+        expected = f"an integer tensor {letters}"
+        raise TypeError(expectation(name, argument, expected, type(ids).__name__, "use torch.as_tensor"))
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
+    if ids.dim() != num_dims:
+        remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
+        raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
+    if ids.device != device:
+        expected, remedy = f"on {device} like the weights", f"use {argument}.to({str(device)!r})"
+        raise ValueError(expectation(name, argument, expected, f"a tensor on {ids.device}", remedy))
 
 
 def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | list[Tensor]:
@@ -159,24 +198,30 @@ def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | li
 
 def stop_tokens(name: str, stop: Any, vocab_size: int) -> list[int]:
     """Return the tokens as a list; raise an error if one is invalid."""
-    tokens = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    tokens = [] if stop is None else [stop] if isinstance(stop, int) else stop
+    expected = "a token, a list of tokens or None"
+    if not isinstance(tokens, (list, tuple, set)):
+        raise TypeError(expectation(name, "stop", expected, type(stop).__name__))
     for token in tokens:
-        check_int(name, "stop", token, "a token, a list of tokens or None", 0)
+        check_int(name, "stop", token, expected, 0)
         if token >= vocab_size:
             raise ValueError(expectation(name, "stop", f"below vocab_size {vocab_size}", str(token)))
-    return tokens
+    return list(tokens)
 
 
 def seeds_of(name: str, seed: Any, batch: int) -> list[int]:
     """Return a seed for each sequence."""
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return [seed + index for index in range(batch)]
+        seed = [seed + index for index in range(batch)]
     if not isinstance(seed, (list, tuple)) or not all(type(each) is int for each in seed):
         raise TypeError(expectation(name, "seed", "an int, a list of ints or None", repr(seed)))
     if len(seed) != batch:
         raise ValueError(expectation(name, "seed", f"{batch} seeds, one for each prompt", str(len(seed))))
+    for each in seed:
+        if not -(2**63) <= each < 2**64:
+            raise ValueError(expectation(name, "seed", "from -2**63 to 2**64 - 1", str(each)))
     return list(seed)
 
 

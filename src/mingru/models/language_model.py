@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_flag, check_int, expectation
-from ..check import dims as dims_text
 from ..modules import Stack
 from ..modules.recurrent import NORMS
 from ..ops.graph import is_compiling, is_scripting, untraced
 from . import files, generation
 from .block import Block
+from .state import check_states
 
 
 class LanguageModel(nn.Module):
@@ -38,13 +38,14 @@ class LanguageModel(nn.Module):
         - **ids**: Tokens, integers (B, S).
         - **state**: List of all blocks' states before the first token, as returned. Default: `initial_state(B)`.
         - **lengths**: Number of valid tokens of each sequence, integers (B,) from 1 to S, by keyword. Padded positions
-          may have any valid ids.
+          may have any valid ids, and their logits have no meaning.
         - **reset**: Bool mask, (B, S), by keyword. Where True, the state is set to its default before that token.
 
     Outputs:
         - **logits**: Scores of the next token, (B, S, V).
         - **state**: List of tensors with the batch in dimension 1, so that `lm(ids2, state)` continues. For each block:
-          (1, B, 1, H), and (1, B, conv - 1, dims) with `conv`.
+          (1, B, 1, H), and (1, B, conv - 1, dims) with `conv`, where H = round(expansion * dims). The state of a
+          sequence has num_layers * (H + (conv - 1) * dims) numbers, or num_layers * H without `conv`.
 
         Both outputs are differentiable. To detach, move or select sequences, apply the same operation to each tensor:
         `[each.detach() for each in state]`, `[each.index_select(1, order) for each in state]`.
@@ -76,9 +77,10 @@ class LanguageModel(nn.Module):
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
         check_flag(self.name, "tied", tied)
-        if block_options.get("bidirectional"):
+        bidirectional = block_options.get("bidirectional", False)
+        if bidirectional is not False:
             remedy = "the reverse direction would read the tokens that are to be predicted"
-            raise ValueError(expectation(self.name, "bidirectional", "False", "True", remedy))
+            raise ValueError(expectation(self.name, "bidirectional", "False", repr(bidirectional), remedy))
         factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
@@ -89,8 +91,10 @@ class LanguageModel(nn.Module):
             "tied": tied,
             **{name: value for name, value in block_options.items() if name not in factory},
         }
+        # First, because they check the options.
+        blocks = [Block(dims, **block_options) for _ in range(num_layers)]
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
-        self.blocks = Stack([Block(dims, **block_options) for _ in range(num_layers)])
+        self.blocks = Stack(blocks)
         self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)
         self.head = None if tied else nn.Linear(dims, vocab_size, bias=False, **factory)
         self._initialize_embedding()
@@ -109,6 +113,7 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
+        check_int(self.name, "batch", batch, least=0)
         return [state for block in self.blocks.layers for state in block.initial_state(batch)]  # type: ignore[operator]
 
     def forward(
@@ -118,6 +123,8 @@ class LanguageModel(nn.Module):
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        if not is_scripting():
+            self._check(ids, state)
         x, state = self._features(ids, state, lengths, reset)
         return self._logits(x), state
 
@@ -125,10 +132,9 @@ class LanguageModel(nn.Module):
         self, ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the features after the last block (B, S, dims), and the states."""
-        if is_scripting():
+        if is_scripting():  # noqa: SIM108 (TorchScript omits a branch of an if statement only)
             x = self.embedding(ids)
         else:
-            self._check(ids)
             x = self.embedding(ids) if is_compiling() else self._embed(ids)
         x, states = self.blocks(x, state, reset, lengths)
         return x, states
@@ -152,19 +158,15 @@ class LanguageModel(nn.Module):
         return x
 
     @untraced
-    def _check(self, ids: Any) -> None:
-        """Raise an error if ids are not integers (B, S)."""
-        if not isinstance(ids, Tensor):
-            remedy = "use torch.as_tensor"
-            raise TypeError(expectation(self.name, "ids", "an integer tensor (B, S)", type(ids).__name__, remedy))
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(expectation(self.name, "ids", "int64 or int32", str(ids.dtype), "use ids.long()"))
-        if ids.dim() != 2:
-            remedy = "add a batch dimension with ids.unsqueeze(0)" if ids.dim() == 1 else ""
-            raise ValueError(expectation(self.name, "ids", "(B, S)", dims_text(ids.shape), remedy))
-        device = self.embedding.weight.device
-        if ids.device != device:
-            raise ValueError(expectation(self.name, "ids", f"on {device} like the weights", str(ids.device)))
+    def _check(self, ids: Any, state: Any) -> None:
+        """Raise an error if ids are not integers (B, S), or the state does not fit them."""
+        generation.check_ids(self.name, "ids", ids, 2, self.embedding.weight.device)
+        self._check_state(state, ids.shape[0])
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        if state is not None:
+            shapes = [shape for block in self.blocks.layers for shape in block.state_shapes(batch)]  # type: ignore[operator]
+            check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
     @torch.jit.unused
     def generate(
@@ -184,15 +186,16 @@ class LanguageModel(nn.Module):
         """Continue each prompt with sampled tokens.
 
         The prompts are read in one parallel pass, then each step adds a token. A sequence gives the same tokens in any
-        batch, because each has its own random numbers.
+        batch, because each has its own random numbers. Only the rounding of the logits can depend on the batch. The
+        model runs in eval mode and without gradients, and is in its own mode again after each step.
 
         Args:
-            prompts: Tokens, integers (B, S), or a list of B integer tensors (S_b,) of any lengths of at least 1.
+            prompts: Tokens, int64 or int32, (B, S), or a list of B tensors (S_b,) of any lengths of at least 1.
             max_new_tokens: Largest number of tokens to add to each prompt.
             temperature: Divisor of the logits. 0 takes the most likely token.
-            top_k: Sample only from the k most likely tokens.
+            top_k: Sample only from the k most likely tokens, and from tokens as likely as the last of them.
             top_p: Sample only from the most likely tokens whose probabilities first sum to at least this number, above
-                0 and at most 1.
+                0 and at most 1. It applies after `top_k`, to probabilities that sum to 1.
             min_p: Sample only from tokens at least this many times as likely as the most likely one, from 0 to 1.
             stop: Token or tokens that end a sequence. The token is part of the result.
             seed: Seed of the first sequence; sequence b has seed + b. Or a list with a seed for each. Default: random.
@@ -208,6 +211,9 @@ class LanguageModel(nn.Module):
             TypeError: An argument has the wrong type.
             ValueError: A prompt is empty, an id or option is out of range, or the state does not fit.
         """
+        if streamer is not None and not callable(streamer):
+            expected = "a function of the new tokens, or None"
+            raise TypeError(expectation(self.name, "streamer", expected, type(streamer).__name__))
         new = []
         for tokens in self.stream(
             prompts,
@@ -222,7 +228,7 @@ class LanguageModel(nn.Module):
         ):
             new.append(tokens)
             if streamer is not None:
-                streamer(tokens)
+                streamer(tokens.clone())
         return generation.joined(prompts, new)
 
     @torch.jit.unused
@@ -244,8 +250,9 @@ class LanguageModel(nn.Module):
         The arguments are those of [generate][mingru.models.LanguageModel.generate].
         """
         sampling = generation.Sampling.checked(self.name, temperature, top_k, top_p, min_p)
-        ids, lengths = generation.padded(self.name, prompts)
+        ids, lengths = generation.padded(self.name, prompts, self.vocab_size, self.embedding.weight.device)
         check_int(self.name, "max_new_tokens", max_new_tokens, least=0)
+        self._check_state(state, len(ids))
         stops = generation.stop_tokens(self.name, stop, self.vocab_size)
         seeds = generation.seeds_of(self.name, seed, len(ids))
         return generation.stream(self, ids, lengths, state, max_new_tokens, sampling, stops, seeds)
@@ -253,9 +260,18 @@ class LanguageModel(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameters in two groups for an optimizer such as `torch.optim.AdamW`.
 
-        Norms, biases, initial states and the linear maps of the gates and candidates have no weight decay, as in the
-        paper's code.
+        The linear maps of the gates and candidates have no weight decay, as in the authors' code. Norms, biases and
+        initial states have none either. The embedding, the convolutions, W, the MLP and the output layer have it.
+        Frozen parameters are in the groups too: an optimizer skips them because they have no gradient.
+
+        Args:
+            weight_decay: Weight decay of the first group, a number of at least 0.
         """
+        expected = "a number, at least 0"
+        if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
+            raise TypeError(expectation(self.name, "weight_decay", expected, repr(weight_decay)))
+        if not weight_decay >= 0:
+            raise ValueError(expectation(self.name, "weight_decay", expected, repr(weight_decay)))
         groups: list[list[nn.Parameter]] = [[], []]
         for name, parameter in self.named_parameters():
             has_decay = parameter.dim() > 1 and ".rnn." not in name
@@ -266,7 +282,12 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, folder: str | PathLike[str], *, figures: dict[str, Any] | None = None) -> None:
         """Write the model to a folder: `config.json`, `model.safetensors` and `README.md`, a model card.
 
-        Existing files are replaced only after all new files have been written.
+        A `README.md` that is not such a model card remains.
+
+        Existing files are replaced one after the other when all new files are on the disk, `model.safetensors` first.
+        If an error or a crash occurs before the first replacement, the old files are unchanged. Later, the folder may
+        contain new weights and old options: `from_pretrained` then raises an error if the options differ, because
+        `model.safetensors` contains the options too.
 
         Args:
             folder: Path of the folder, which is created if necessary.
@@ -274,25 +295,28 @@ class LanguageModel(nn.Module):
 
         Raises:
             ModuleNotFoundError: safetensors is missing.
-            ValueError: The folder cannot be written.
+            ValueError: The folder cannot be written, or the model's parameters were changed so that its options do not
+                describe them.
         """
-        files.save(self, folder, figures or {})
+        files.save(self, folder, {} if figures is None else figures)
 
     @classmethod
     def from_pretrained(
         cls, folder_or_name: str | PathLike[str], *, revision: str | None = None, device: Any = None
     ) -> "LanguageModel":
-        """Load a model from a folder, or from the Hugging Face hub.
+        """Load a model from a folder, or from the Hugging Face hub. The model is in eval mode.
 
         Args:
             folder_or_name: Folder that `save_pretrained` wrote, or the name of a model on the hub, "owner/name".
             revision: Branch, tag or commit on the hub.
-            device: Device of the parameters. Their dtype is the dtype in the file.
+            device: Device of the parameters. Default: the CPU. Their dtype is the dtype in the file.
 
         Raises:
             ModuleNotFoundError: safetensors or, for a name, huggingface_hub is missing.
-            ValueError: The folder has no model, a file is damaged, or a tensor is missing, unexpected or of the wrong
-                shape.
+            ValueError: The folder has no model, a file is damaged, the files are from two different saves, or a tensor
+                is missing, unexpected or of the wrong shape or dtype.
+
+        Errors of huggingface_hub pass through.
         """
         model: LanguageModel = files.load(cls, folder_or_name, revision, device)
         return model
@@ -309,4 +333,4 @@ class LanguageModel(nn.Module):
         Raises:
             ModuleNotFoundError: huggingface_hub or safetensors is missing.
         """
-        return files.push(self, name, figures or {}, options)
+        return files.push(self, name, {} if figures is None else figures, options)

@@ -1,8 +1,13 @@
 """Operations on states."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
+
+from ..check import check_like, dims, expectation
+from ..ops.graph import is_autocast
+from ..ops.shape import accumulate_dtype
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> list[Tensor]:
@@ -25,3 +30,20 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
         >>> on_the_cpu = mingru.models.map_state(lambda tensor: tensor.to("cpu"), state)
     """
     return [function(tensor) for tensor in state]
+
+
+def check_states(
+    name: str, argument: str, states: Any, shapes: list[tuple[int, ...]], like: Tensor, like_name: str
+) -> None:
+    """Check that states are tensors of these shapes, with a dtype and the device that fit `like`."""
+    expected = f"a list of {len(shapes)} tensors"
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(expectation(name, argument, expected, type(states).__name__))
+    if len(states) != len(shapes):
+        raise ValueError(expectation(name, argument, expected, str(len(states))))
+    or_dtype, autocast = accumulate_dtype(like.dtype), is_autocast(like)
+    for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+        check_like(name, f"{argument}[{index}]", state, like, like_name, or_dtype=or_dtype, autocast=autocast)
+        if state.shape != shape:
+            remedy = "pass a state of this batch size and of a module with the same options"
+            raise ValueError(expectation(name, f"{argument}[{index}]", dims(shape), dims(state.shape), remedy))

@@ -1,0 +1,672 @@
+"""Generation: each prompt as alone, streams, states and filters, and its errors."""
+
+import gc
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from mingru.models import LanguageModel, generation, map_state
+from mingru.models.generation import Sampling
+
+V = 13
+MODELS = {
+    "plain": {},
+    "conv": {"conv": 4, "mlp": 2},
+    "minlstm": {"cell": "minlstm", "conv": 2, "norm": "layer", "tied": False, "learn_initial_state": True},
+}
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+def make(model="conv", **options):
+    torch.manual_seed(0)
+    lm = LanguageModel(V, 16, 2, **{**MODELS[model], **options})
+    with torch.no_grad():
+        for block in lm.blocks.layers:
+            # The next token then depends on the text before the last token.
+            block.out.weight.mul_(8)
+        if lm.head is not None:
+            lm.head.weight.mul_(8)
+    return lm
+
+
+def make_prompts(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(V, (length,), generator=generator) for length in lengths]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# Each prompt as alone
+
+
+@each_model
+@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_each_prompt_is_as_alone(model, examples):
+    lm = make(model)
+
+    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
+    @given(
+        lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+        seed=st.integers(0, 2**40),
+        stop=st.sampled_from([None, 3, [0, 5, 6]]),
+        temperature=st.sampled_from([0, 0.7, 1.5]),
+        filters=st.sampled_from([{}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.9}]),
+        with_state=st.booleans(),
+    )
+    def check(lengths, seed, stop, temperature, filters, with_state):
+        prompts = make_prompts(*lengths, seed=seed)
+        seeds = [seed + 7 * index for index in range(len(prompts))]
+        state = [torch.randn_like(each) for each in lm.initial_state(len(prompts))] if with_state else None
+        options = {"stop": stop, "temperature": temperature, **filters}
+        together = lm.generate(prompts, 12, seed=seeds, state=state, **options)
+        for row, prompt in enumerate(prompts):
+            options["state"] = None if state is None else map_state(lambda each, row=row: each[:, [row]], state)
+            (alone,) = lm.generate([prompt], 12, seed=[seeds[row]], **options)
+            assert torch.equal(together[row], alone)
+            assert torch.equal(lm.generate(prompt.unsqueeze(0), 12, seed=seeds[row], **options)[0], alone)
+
+    check()
+
+
+def test_the_batch_has_other_texts():
+    """Texts depend on the prompt, the seed and the temperature, so that the comparison can fail."""
+    lm = make()
+    (prompt, other) = make_prompts(4, 4)
+    texts = lm.generate([prompt, prompt, other], 20, seed=[1, 2, 1])
+    assert not torch.equal(texts[0][4:], texts[1][4:])
+    assert not torch.equal(texts[0][4:], texts[2][4:])
+    assert not torch.equal(lm.generate([prompt], 20, seed=1, temperature=0)[0], texts[0])
+
+
+def test_one_seed_counts_up():
+    lm, prompts = make(), make_prompts(3, 5, 1)
+    assert same(lm.generate(prompts, 10, seed=41), lm.generate(prompts, 10, seed=[41, 42, 43]))
+
+
+def test_a_tensor_of_prompts():
+    lm = make()
+    prompts = torch.stack(make_prompts(4, 4, 4))
+    texts = lm.generate(prompts, 10, seed=3)
+    assert texts.shape == (3, 14)
+    assert torch.equal(texts[:, :4], prompts)
+    assert same(texts, lm.generate(list(prompts), 10, seed=3))
+    assert same(texts, lm.generate(tuple(prompts), 10, seed=3))
+
+
+def test_fewer_tokens_are_the_first_of_more(monkeypatch):
+    lm, prompts = make(), make_prompts(1, 2)
+    texts = lm.generate(prompts, 30, seed=5)
+    fewer = lm.generate(prompts, 9, seed=5)
+    assert same([text[: len(part)] for text, part in zip(texts, fewer, strict=True)], fewer)
+    # A seed gives the same numbers in blocks of any size.
+    monkeypatch.setattr(generation, "NUM_RANDOM", 4)
+    assert same(lm.generate(prompts, 30, seed=5), texts)
+
+
+def test_any_number_of_new_tokens_until_a_stop():
+    lm = make()
+    texts = lm.generate(make_prompts(2, 3), 10**15, stop=list(range(3)), seed=0)
+    assert all(text[-1] < 3 for text in texts)
+
+
+# Steps
+
+
+@each_model
+def test_temperature_0_is_the_most_likely_token_of_each_step(model):
+    lm, prompts = make(model), make_prompts(4, 1, 7)
+    expected = []
+    for prompt in prompts:
+        ids = prompt.unsqueeze(0)
+        logits, state = lm(ids)
+        for _ in range(9):
+            token = logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+            logits, state = lm(token, state)
+        expected.append(ids[0])
+    assert same(lm.generate(prompts, 9, temperature=0), expected)
+    assert same(lm.generate(prompts, 9, temperature=0.0, seed=4), expected)
+    assert same(lm.generate(prompts, 9, temperature=1e-45, seed=4), expected)
+    assert same(lm.generate(prompts, 9, top_k=1, seed=4), expected)
+    assert same(lm.generate(prompts, 9, top_p=1e-9, seed=4), expected)
+    assert same(lm.generate(prompts, 9, min_p=1, seed=4), expected)
+
+
+def test_the_most_likely_of_two_tokens_that_are_equal_in_float32():
+    lm = make("minlstm").double()
+    with torch.no_grad():
+        lm.head.weight.zero_()
+        lm.norm.bias.fill_(1.0)
+        lm.norm.weight.zero_()
+        lm.head.weight[:, 0] = 1.0
+        lm.head.weight[9, 0] += 1e-12
+    assert lm.generate(torch.tensor([[0]]), 1, temperature=0)[0, 1] == 9
+
+
+@each_model
+def test_a_given_state_continues_the_text(model):
+    lm = make(model)
+    prompts, beginnings = make_prompts(4, 1, 6), torch.stack(make_prompts(5, 5, 5, seed=1))
+    _, state = lm(beginnings)
+    whole = [torch.cat(pair) for pair in zip(beginnings, prompts, strict=True)]
+    texts = lm.generate(prompts, 10, seed=2, state=state)
+    assert same(texts, [text[5:] for text in lm.generate(whole, 10, seed=2)])
+    assert same(texts, lm.generate(prompts, 10, seed=2, state=tuple(state)))
+    assert not same(texts, lm.generate(prompts, 10, seed=2))
+
+
+def test_a_given_state_stays_as_it_is():
+    lm = make()
+    _, state = lm(torch.stack(make_prompts(5, 5)))
+    before = map_state(torch.clone, state)
+    lm.generate(make_prompts(3, 1), 5, seed=2, state=state, stop=1)
+    assert same(state, before)
+    assert all(each.requires_grad for each in state)
+
+
+# The end of a text
+
+
+@each_model
+def test_each_text_stops_on_its_own(model):
+    lm, prompts = make(model), make_prompts(2, 5, 1, 3, 4, 2)
+    free = lm.generate(prompts, 40, seed=9)
+    stop = [3, 7]
+    texts = lm.generate(prompts, 40, seed=9, stop=stop)
+    ends = []
+    for prompt, text, whole in zip(prompts, texts, free, strict=True):
+        new = whole[len(prompt) :].tolist()
+        end = next((index + 1 for index, token in enumerate(new) if token in stop), 40)
+        ends.append(end)
+        assert torch.equal(text, whole[: len(prompt) + end])
+    # Texts go on after the end of an earlier and of a later text.
+    assert len(set(ends)) > 2 and ends != sorted(ends) and ends != sorted(ends, reverse=True)
+    assert same(texts, lm.generate(prompts, 40, seed=9, stop=set(stop)))
+
+
+def test_a_tensor_is_filled_with_the_token_that_stopped():
+    lm, prompts = make(), torch.stack(make_prompts(3, 3, 3, 3))
+    texts = lm.generate(prompts, 40, seed=1, stop=[3, 7])
+    rows = lm.generate(list(prompts), 40, seed=1, stop=[3, 7])
+    assert len({len(row) for row in rows}) > 1
+    assert texts.shape == (4, max(len(row) for row in rows))
+    for text, row in zip(texts, rows, strict=True):
+        assert torch.equal(text[: len(row)], row)
+        assert (text[len(row) :] == row[-1]).all()
+
+
+def test_a_stop_token_at_the_first_step():
+    lm, prompts = make(), make_prompts(2, 4)
+    first = [text[-1].item() for text in lm.generate(prompts, 1, seed=0)]
+    texts = lm.generate(prompts, 10, seed=0, stop=first)
+    assert [len(text) for text in texts] == [3, 5]
+    assert len(list(lm.stream(prompts, 10, seed=0, stop=first))) == 1
+
+
+def test_a_stop_token_in_the_prompt_does_not_stop():
+    lm = make()
+    prompt = torch.tensor([5, 3, 5])
+    free = lm.generate([prompt], 10, seed=0)[0]
+    unused = next(token for token in range(V) if token not in free[3:])
+    prompt = torch.tensor([unused, 3, unused])
+    assert len(lm.generate([prompt], 3, seed=0, stop=unused)[0]) > 4
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_no_new_tokens(stop):
+    lm, prompts = make(), make_prompts(2, 4)
+    for given_prompts in (prompts, torch.stack(make_prompts(3, 3))):
+        assert same(lm.generate(given_prompts, 0, seed=0, stop=stop), given_prompts)
+        assert list(lm.stream(given_prompts, 0, seed=0, stop=stop)) == []
+
+
+def test_no_prompts():
+    lm = make()
+    assert lm.generate([], 5) == []
+    assert lm.generate([], 5, seed=[], state=lm.initial_state(0), stop=1) == []
+    assert lm.generate(torch.zeros(0, 3, dtype=torch.int64), 5, seed=1).shape == (0, 3)
+    assert list(lm.stream([], 5)) == []
+
+
+# Streams
+
+
+@each_model
+def test_a_stream_and_a_streamer_get_the_tokens_of_each_step(model):
+    lm, prompts, received = make(model), make_prompts(2, 5, 1), []
+    texts = lm.generate(prompts, 20, seed=3, stop=[1, 2], streamer=received.append)
+    assert same(received, list(lm.stream(prompts, 20, seed=3, stop=[1, 2])))
+    table = torch.stack(received, 1)
+    assert table.dtype == torch.int64
+    for prompt, text, row in zip(prompts, texts, table, strict=True):
+        new = text[len(prompt) :]
+        assert torch.equal(row[: len(new)], new)
+        assert (row[len(new) :] == -1).all()
+
+
+def test_a_streamer_may_write_to_its_tokens():
+    lm, prompts = make(), make_prompts(2, 5)
+    assert same(
+        lm.generate(prompts, 9, seed=3, streamer=lambda tokens: tokens.fill_(0)), lm.generate(prompts, 9, seed=3)
+    )
+
+
+def test_a_stream_checks_its_arguments_when_it_is_made():
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        make().stream(make_prompts(2), -1)
+
+
+class OutOfPaperError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_after_an_error_in_a_streamer(training):
+    lm = make().train(training)
+    lm.blocks.layers[0].eval()
+    before = [module.training for module in lm.modules()]
+
+    def fail(tokens):
+        raise OutOfPaperError
+
+    with pytest.raises(OutOfPaperError):
+        lm.generate(make_prompts(2, 3), 5, streamer=fail)
+    assert [module.training for module in lm.modules()] == before
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_after_an_error_in_the_model(training):
+    lm = make().train(training)
+    lm.blocks.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm.generate(make_prompts(2, 3), 5)
+    assert all(module.training == training for module in lm.modules())
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_step_runs_without_gradients():
+    lm, modes = make(), []
+    lm.blocks.layers[1].register_forward_hook(lambda *args: modes.append(torch.is_grad_enabled()))
+    lm.generate(make_prompts(2, 3), 4)
+    assert modes == [False] * 4
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_the_modes_between_the_steps_of_a_stream(with_grad):
+    """The caller's code runs between two steps, in the caller's modes."""
+    lm = make(dropout=0.5)
+    lm.blocks.layers[0].eval()
+    before = [module.training for module in lm.modules()]
+    with torch.set_grad_enabled(with_grad):
+        stream = lm.stream(make_prompts(2, 3), 5, seed=1)
+        for tokens in stream:
+            assert torch.is_grad_enabled() == with_grad
+            assert not torch.is_inference_mode_enabled()
+            assert not tokens.is_inference()
+            assert [module.training for module in lm.modules()] == before
+    abandoned = lm.stream(make_prompts(2, 3), 5, seed=1)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert [module.training for module in lm.modules()] == before
+
+
+def test_training_between_the_steps_of_a_stream():
+    """No parameter or buffer becomes an inference tensor, which could not be trained."""
+    lm = make(dropout=0.1)
+    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+    ids = torch.stack(make_prompts(9, 9))
+    for tokens in lm.stream(ids, 4, seed=1):
+        lm.train(not lm.training)
+        logits, _ = lm(torch.cat([ids, tokens.unsqueeze(1)], 1)[:, -9:])
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        lm(ids)
+    assert all(not tensor.is_inference() for tensor in lm.state_dict().values())
+
+
+def test_changes_of_mode_do_not_change_the_stream():
+    lm, prompts = make(dropout=0.5), make_prompts(2, 3)
+    expected = list(lm.eval().stream(prompts, 8, seed=1))
+    found = []
+    for tokens in lm.train().stream(prompts, 8, seed=1):
+        found.append(tokens)
+        lm.train(not lm.training)
+        with torch.inference_mode():
+            lm(prompts[0].unsqueeze(0))
+    assert same(found, expected)
+
+
+def test_two_streams_at_the_same_time():
+    lm = make()
+    expected = [list(lm.stream(make_prompts(3, seed=seed), 6, seed=seed)) for seed in (1, 2)]
+    found = zip(*(lm.stream(make_prompts(3, seed=seed), 6, seed=seed) for seed in (1, 2)), strict=True)
+    assert all(map(same, zip(*found, strict=True), expected))
+
+
+def test_dropout_is_off():
+    lm, prompts = make(dropout=0.5), make_prompts(2, 3)
+    expected = lm.eval().generate(prompts, 10, seed=1)
+    assert same(lm.train().generate(prompts, 10, seed=1), expected)
+    assert lm.training
+    # A module can be in training mode when the whole model is not.
+    lm.eval().blocks.train()
+    assert same(lm.generate(prompts, 10, seed=1), expected)
+    assert lm.blocks.training
+    assert not lm.training
+
+
+# Random numbers
+
+
+def test_a_seed_leaves_the_global_random_state():
+    lm, prompts = make(dropout=0.5), make_prompts(2, 3)
+    before = torch.get_rng_state()
+    lm.generate(prompts, 10, seed=1)
+    lm.generate(prompts, 10, seed=[-(2**63), 2**64 - 1])
+    lm.generate(prompts, 10, seed=0, temperature=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed():
+    lm, prompts = make(), make_prompts(2, 3)
+    torch.manual_seed(4)
+    texts = [lm.generate(prompts, 10) for _ in range(2)]
+    assert not same(*texts)
+    torch.manual_seed(4)
+    assert same(lm.generate(prompts, 10), texts[0])
+
+
+# Dtypes and devices
+
+
+def test_the_dtype_of_each_prompt():
+    lm = make()
+    prompts = make_prompts(2, 5, 3)
+    expected = lm.generate(prompts, 6, seed=1, stop=2)
+    mixed = [prompts[0].int(), prompts[1], prompts[2].int()]
+    texts = lm.generate(mixed, 6, seed=1, stop=2)
+    assert [text.dtype for text in texts] == [torch.int32, torch.int64, torch.int32]
+    assert same([text.long() for text in texts], expected)
+    assert lm.generate(torch.stack([prompts[1].int()] * 2), 3).dtype == torch.int32
+    assert all(text.device == prompt.device for text, prompt in zip(texts, prompts, strict=True))
+
+
+def test_texts_are_not_views_of_the_prompts():
+    lm, prompts = make(), make_prompts(3, 3)
+    for text in (*lm.generate(prompts, 2, seed=0), lm.generate(torch.stack(prompts), 2, seed=0)):
+        text.fill_(0)
+    assert any(prompt.any() for prompt in prompts)
+
+
+def test_another_default_device():
+    lm, prompts = make(), make_prompts(2, 5)
+    expected = lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9)
+    with torch.device("meta"):
+        assert same(lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9), expected)
+        assert same(lm.generate(prompts[1].unsqueeze(0), 6, seed=2, stop=2, top_p=0.9)[0], expected[1])
+        lm.generate(prompts, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_of_the_model(dtype):
+    lm, prompts = make().to(dtype), make_prompts(2, 5)
+    texts = lm.generate(prompts, 20, seed=1, top_k=5, top_p=0.9, min_p=0.01)
+    assert same(
+        texts,
+        [
+            lm.generate([prompt], 20, seed=seed, top_k=5, top_p=0.9, min_p=0.01)[0]
+            for seed, prompt in enumerate(prompts, 1)
+        ],
+    )
+
+
+# Distribution
+
+
+def filtered(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """Filter tokens in plain Python; return their probabilities, and how near a filter was to another decision."""
+    weights = {token: math.exp((value - max(logits)) / temperature) for token, value in enumerate(logits)}
+    margin = 1.0
+    if top_k is not None:
+        least = sorted(weights.values(), reverse=True)[min(top_k, len(weights)) - 1]
+        weights = {token: weight for token, weight in weights.items() if weight >= least}
+    if top_p is not None and top_p < 1:
+        total, kept = sum(weights.values()), {}
+        for token in sorted(weights, key=lambda token: (-weights[token], token)):
+            share = sum(kept.values()) / total
+            margin = min(margin, abs(share - top_p))
+            if share >= top_p:
+                break
+            kept[token] = weights[token]
+        weights = kept
+    if min_p is not None:
+        ratios = {token: weight / max(weights.values()) for token, weight in weights.items()}
+        margin = min(margin, *(abs(ratio - min_p) for ratio in ratios.values() if ratio < 1), 1.0)
+        weights = {token: weight for token, weight in weights.items() if ratios[token] >= min_p}
+    total = sum(weights.values())
+    return [weights.get(token, 0.0) / total for token in range(len(logits))], margin
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    # Few different numbers, so that some are equal.
+    logits=st.lists(st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.5, 3.0, 100.0]), min_size=1, max_size=8),
+    temperature=st.sampled_from([0.3, 1.0, 1, 7.0]),
+    top_k=st.none() | st.integers(1, 10),
+    top_p=st.none() | st.floats(1e-6, 1.0) | st.just(1),
+    min_p=st.none() | st.floats(0.0, 1.0) | st.just(0),
+)
+def test_filters(logits, temperature, top_k, top_p, min_p):
+    expected, margin = filtered(logits, temperature, top_k, top_p, min_p)
+    assume(margin > 1e-9)  # Rounding must not decide.
+    sampling = Sampling.checked("test", temperature, top_k, top_p, min_p)
+    # Another row, so that a filter must not compare rows.
+    rows = torch.tensor([logits, [200.0, *[0.0] * (len(logits) - 1)]], dtype=torch.double)
+    probabilities = sampling.probabilities(rows)[0]
+    torch.testing.assert_close(probabilities / probabilities.sum(), torch.tensor(expected, dtype=torch.double))
+    assert [probability > 0 for probability in probabilities.tolist()] == [each > 0 for each in expected]
+
+
+def test_filters_by_hand():
+    logits = torch.tensor([[0.125, 0.375, 0.25, 0.25]]).log()
+    for options, expected in (
+        ({"top_k": 1}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_k": 2}, [0.0, 0.375, 0.25, 0.25]),  # the third is as likely as the second
+        ({"top_p": 0.375}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 0.38}, [0.0, 0.6, 0.4, 0.0]),
+        ({"top_p": 0.7}, [0.0, 0.375, 0.25, 0.25]),
+        ({"min_p": 0.6}, [0.0, 0.375, 0.25, 0.25]),
+        ({"min_p": 0.7}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_k": 3, "top_p": 0.5}, [0.0, 0.6, 0.4, 0.0]),
+    ):
+        sampling = Sampling.checked("test", 1.0, options.get("top_k"), options.get("top_p"), options.get("min_p"))
+        probabilities = sampling.probabilities(logits)[0]
+        wanted = torch.tensor(expected)
+        torch.testing.assert_close(probabilities / probabilities.sum(), wanted / wanted.sum())
+
+
+def test_uniform_numbers_give_the_distribution():
+    """Equally spaced random numbers give each token as often as its probability says, up to one."""
+    logits = torch.randn(40) * 3
+    logits[7] = -math.inf
+    count = 100_000
+    uniform = (torch.arange(count) + 0.5) / count
+    for options in ({}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}):
+        sampling = Sampling.checked("test", 0.8, options.get("top_k"), options.get("top_p"), options.get("min_p"))
+        tokens = sampling.sample(logits.double().expand(count, -1), uniform)
+        probabilities = sampling.probabilities(logits.double().unsqueeze(0))[0]
+        expected = count * probabilities / probabilities.sum()
+        assert ((torch.bincount(tokens, minlength=40) - expected).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.double])
+def test_the_smallest_and_largest_random_number(dtype):
+    """A token of probability 0 is never sampled."""
+    logits = torch.tensor([[-math.inf, 3.0, -math.inf, 1.0, 0.3, -math.inf]] * 2, dtype=dtype)
+    uniform = torch.tensor([0.0, 1 - 2**-24])
+    for temperature in (1e-45, 0.5, 1.0, 1e30):
+        tokens = Sampling(temperature, None, None, None).sample(logits, uniform)
+        assert tokens.tolist() == ([1, 1] if temperature < 0.1 else [1, 4])
+
+
+def test_rounding_of_the_sum_does_not_sample_a_filtered_token(monkeypatch):
+    """A parallel sum, as on a GPU, adds in another order at each token."""
+    exact = torch.Tensor.cumsum
+    noise = 1e-3 * torch.rand(1, 50)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: exact(self, dim) + noise)
+    logits = torch.randn(1, 50).expand(20_000, -1)
+    sampling = Sampling(1.0, 5, None, None)
+    tokens = sampling.sample(logits, torch.linspace(0, 1 - 2**-24, len(logits)))
+    assert set(tokens.tolist()) == set(logits[0].topk(5).indices.tolist())
+
+
+def test_samples_follow_the_distribution():
+    """By the public method, of a model with known scores; all random numbers come from seeds."""
+    lm = LanguageModel(5, 5, 1, norm="layer", tied=False)
+    scores = torch.tensor([0.3, -1.0, 1.2, 0.0, 0.7])
+    with torch.no_grad():
+        lm.norm.weight.zero_()
+        lm.norm.bias.copy_(scores)
+        lm.head.weight.copy_(torch.eye(5))
+    count, num_steps = 400, 25
+    for options in ({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.4}):
+        expected = torch.tensor(filtered(scores.tolist(), **options)[0]) * count * num_steps
+        new = lm.generate(torch.zeros(count, 1, dtype=torch.int64), num_steps, seed=100, **options)[:, 1:]
+        found = torch.bincount(new.flatten(), minlength=5)
+        assert torch.equal(found > 0, expected > 0)
+        kept = expected > 0
+        statistic = ((found - expected)[kept].square() / expected[kept]).sum().item()
+        # The mean of chi-square is its degrees of freedom, and its variance twice the mean.
+        freedom = int(kept.sum()) - 1
+        assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+        uniform = expected.sum() / 5
+        assert ((found - uniform).square() / uniform).sum() > 100, "the comparison cannot fail"
+        # Neither the steps of a sequence nor the sequences repeat.
+        assert len(new.unique(dim=0)) > 0.9 * count
+        assert len(new.unique(dim=1).T) == num_steps
+
+
+# Bad input
+
+P = torch.zeros(2, 3, dtype=torch.int64)
+RANGE = "prompts must be from 0 to 12 because vocab_size is 13, got"
+SEEDS = "seed must be an int, a list of ints or None, got"
+BAD_CALLS = {
+    "an id above": ({"prompts": P + V}, ValueError, f"{RANGE} 13"),
+    "an id below": ({"prompts": P - 1}, ValueError, f"{RANGE} -1"),
+    "an id above in a list": ({"prompts": [P[0], P[0] + V]}, ValueError, f"{RANGE} 13"),
+    "prompts of float": ({"prompts": P.float()}, TypeError, "prompts must be int64 or int32, got torch.float32; use"),
+    "prompts of bool": ({"prompts": P.bool()}, TypeError, "prompts must be int64 or int32, got torch.bool; use"),
+    "a prompt of float": (
+        {"prompts": [P[0], P[0].float()]},
+        TypeError,
+        "prompts[1] must be int64 or int32, got torch.float32; use prompts[1].long()",
+    ),
+    "prompts on another device": (
+        {"prompts": P.to("meta")},
+        ValueError,
+        "prompts must be on cpu like the weights, got a tensor on meta; use prompts.to('cpu')",
+    ),
+    "a prompt on another device": (
+        {"prompts": [P[0], P[0].to("meta")]},
+        ValueError,
+        "prompts[1] must be on cpu like the weights, got a tensor on meta; use prompts[1].to('cpu')",
+    ),
+    "prompts of one dimension": (
+        {"prompts": P[0]},
+        ValueError,
+        "prompts must be (B, S), got (3,); add a batch dimension with prompts.unsqueeze(0)",
+    ),
+    "prompts of no dimension": ({"prompts": P[0, 0]}, ValueError, "prompts must be (B, S), got ()"),
+    "a prompt of two dimensions": ({"prompts": [P]}, ValueError, "prompts[0] must be (S,), got (2, 3)"),
+    "a prompt of no dimension": ({"prompts": [P[0, 0]]}, ValueError, "prompts[0] must be (S,), got ()"),
+    "no token": ({"prompts": P[:, :0]}, ValueError, "prompts must be of at least one token, got (2, 0)"),
+    "an empty prompt": (
+        {"prompts": [P[0], P[0, :0]]},
+        ValueError,
+        "prompts[1] must be of at least one token, got (0,)",
+    ),
+    "a text": ({"prompts": "abc"}, TypeError, "prompts must be a tensor (B, S) or a list of tensors (S,), got str"),
+    "a list of texts": ({"prompts": ["abc"]}, TypeError, "prompts[0] must be an integer tensor (S,), got str"),
+    "a list of lists": ({"prompts": [[1, 2]]}, TypeError, "prompts[0] must be an integer tensor (S,), got list; use"),
+    "None": ({"prompts": None}, TypeError, "prompts must be a tensor (B, S) or a list of tensors (S,), got NoneType"),
+    "max_new_tokens below 0": ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),
+    "max_new_tokens of float": ({"max_new_tokens": 5.0}, TypeError, "max_new_tokens must be an int, got 5.0"),
+    "max_new_tokens of bool": ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got True"),
+    "temperature below 0": ({"temperature": -0.1}, ValueError, "temperature must be a number, at least 0, got -0.1"),
+    "temperature of NaN": ({"temperature": math.nan}, ValueError, "temperature must be a number, at least 0, got nan"),
+    "an infinite temperature": (
+        {"temperature": math.inf},
+        ValueError,
+        "temperature must be a number, at least 0, got inf",
+    ),
+    "temperature of bool": ({"temperature": True}, TypeError, "temperature must be a number, at least 0, got True"),
+    "no temperature": ({"temperature": None}, TypeError, "temperature must be a number, at least 0, got None"),
+    "top_k of 0": ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    "top_k of float": ({"top_k": 2.0}, TypeError, "top_k must be an int or None, got 2.0"),
+    "top_k of bool": ({"top_k": True}, TypeError, "top_k must be an int or None, got True"),
+    "top_p of 0": ({"top_p": 0.0}, ValueError, "top_p must be a number above 0 and at most 1, got 0.0"),
+    "top_p above 1": ({"top_p": 1.01}, ValueError, "top_p must be a number above 0 and at most 1, got 1.01"),
+    "top_p of NaN": ({"top_p": math.nan}, ValueError, "top_p must be a number above 0 and at most 1, got nan"),
+    "top_p of bool": ({"top_p": True}, TypeError, "top_p must be a number above 0 and at most 1, got True"),
+    "min_p below 0": ({"min_p": -0.1}, ValueError, "min_p must be a number from 0 to 1, got -0.1"),
+    "min_p above 1": ({"min_p": 1.1}, ValueError, "min_p must be a number from 0 to 1, got 1.1"),
+    "min_p of str": ({"min_p": "0.1"}, TypeError, "min_p must be a number from 0 to 1, got '0.1'"),
+    "stop above": ({"stop": V}, ValueError, "stop must be below vocab_size 13, got 13"),
+    "stop below 0": ({"stop": [2, -1]}, ValueError, "stop must be at least 0, got -1"),
+    "stop of float": ({"stop": 2.0}, TypeError, "stop must be a token, a list of tokens or None, got float"),
+    "stop of bool": ({"stop": True}, TypeError, "stop must be a token, a list of tokens or None, got True"),
+    "stop of str": ({"stop": "."}, TypeError, "stop must be a token, a list of tokens or None, got str"),
+    "stop of a tensor": ({"stop": P[0]}, TypeError, "stop must be a token, a list of tokens or None, got Tensor"),
+    "stop in a nested list": ({"stop": [[1]]}, TypeError, "stop must be a token, a list of tokens or None, got [1]"),
+    "seed of float": ({"seed": 1.0}, TypeError, f"{SEEDS} 1.0"),
+    "seed of bool": ({"seed": True}, TypeError, f"{SEEDS} True"),
+    "seed of a tensor": ({"seed": torch.tensor(3)}, TypeError, f"{SEEDS} tensor(3)"),
+    "seeds of bool": ({"seed": [True, 1]}, TypeError, f"{SEEDS} [True, 1]"),
+    "too few seeds": ({"seed": [1]}, ValueError, "seed must be 2 seeds, one for each prompt, got 1"),
+    "too many seeds": ({"seed": [1, 2, 3]}, ValueError, "seed must be 2 seeds, one for each prompt, got 3"),
+    "a seed too large": ({"seed": 2**64 - 1}, ValueError, f"seed must be from -2**63 to 2**64 - 1, got {2**64}"),
+    "a seed too small": ({"seed": [0, -(2**63) - 1]}, ValueError, "seed must be from -2**63 to 2**64 - 1, got -"),
+    "a state of another batch": ({"state": make().initial_state(3)}, ValueError, "state[0] must be (1, 2, 1, 16), got"),
+    "a state of another model": ({"state": make("plain").initial_state(2)}, ValueError, "state must be a list of 4 "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case):
+    arguments, error, message = BAD_CALLS[case]
+    lm = make()
+    for function in (lm.generate, lm.stream):
+        for max_new_tokens in (0, 3):
+            with pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
+                function(**{"prompts": P, "max_new_tokens": max_new_tokens, **arguments})
+
+
+@pytest.mark.parametrize("streamer", [3, "print", object()])
+def test_a_bad_streamer(streamer):
+    message = f"streamer must be a function of the new tokens, or None, got {type(streamer).__name__}"
+    with pytest.raises(TypeError, match=f"^LanguageModel: {message}"):
+        make().generate(P, 2, streamer=streamer)
+
+
+def test_logits_of_nan():
+    lm = make()
+    with torch.no_grad():
+        lm.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"^LanguageModel: the logits after the prompts are NaN; check the parameters"):
+        lm.generate(P, 2)

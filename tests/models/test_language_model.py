@@ -1,0 +1,418 @@
+"""The language model: against the float64 reference, in pieces, padded and with resets, its state and its errors."""
+
+import copy
+import math
+import re
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from routes import (
+    Case,
+    assert_equals_the_reference,
+    assert_routes_equal,
+    cases,
+    detached_pieces,
+    varied,
+)
+from torch.testing import assert_close
+
+from mingru.models import Block, LanguageModel, map_state
+
+V, DIMS, LAYERS, B, S = 7, 4, 2, 3, 9
+
+OPTIONS = [
+    {},
+    {"tied": False},
+    {"conv": 4, "mlp": 2},
+    {"conv": 3, "norm": "layer", "tied": False},
+    {"cell": "minlstm", "expansion": 1.5, "learn_initial_state": True, "conv": 2},
+    {"bias": False, "candidate": "tanh", "mlp": 1, "checkpoint": True},
+]
+each_option = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()) or "plain"
+)
+some_options = st.fixed_dictionaries(
+    {
+        "cell": st.sampled_from(["mingru", "minlstm"]),
+        "conv": st.sampled_from([None, 2, 4]),
+        "mlp": st.sampled_from([None, 1.5]),
+        "norm": st.sampled_from(["rms", "layer"]),
+        "tied": st.booleans(),
+        "learn_initial_state": st.booleans(),
+    }
+)
+
+
+def make(dtype=torch.float32, **options):
+    lm = varied(LanguageModel(V, DIMS, LAYERS, dtype=dtype, **options))
+    with torch.no_grad():
+        # At first, the features that enter the blocks are so small that the blocks' norms divide by them.
+        lm.embedding.weight.mul_(2)
+    return lm
+
+
+def make_inputs(lm, case):
+    torch.manual_seed(case.seed)
+    ids = torch.randint(V, (len(case.lengths), case.num_steps))
+    state = [torch.randn_like(each) for each in lm.initial_state(len(ids))]
+    return ids, state if case.with_state else None
+
+
+# Values, states and gradients
+
+
+@each_option
+@pytest.mark.parametrize("with_state", [False, True])
+def test_equals_the_reference(options, with_state):
+    lm = make(torch.double, **options)
+    for lengths, resets in (([S] * B, []), ([7, 1, S], [(0, 0), (0, 1), (2, 4), (2, 5), (2, 8)])):
+        case = Case(lengths, [], resets, with_state, 0)
+        assert_equals_the_reference(reference.language_model, lm, *make_inputs(lm, case), case)
+
+
+@pytest.mark.parametrize("examples", [15, pytest.param(150, marks=pytest.mark.slow)])
+def test_all_routes_are_equal(examples):
+    # No shrinking, because it takes minutes and the cases are small.
+    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
+    @given(case=cases(), options=some_options)
+    def check(case, options):
+        lm = make(**options)
+        assert_routes_equal(reference.language_model, lm, *make_inputs(lm, case), case)
+
+    check()
+
+
+@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_pieces_with_detached_states(examples):
+    """Truncated backpropagation through time."""
+
+    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
+    @given(case=cases(equal_lengths=True), options=some_options)
+    def check(case, options):
+        lm = make(torch.double, **options)
+        inputs = make_inputs(lm, case)
+        assert_equals_the_reference(reference.language_model, lm, *inputs, case, detached_pieces, detached_pieces)
+
+    check()
+
+
+def test_a_list_of_texts_in_one_row():
+    """Texts of any lengths, one after the other, with a reset before each."""
+    lm = make(torch.double, conv=4, mlp=2)
+    texts = [torch.randint(V, (length,)) for length in (5, 1, 2, 7)]
+    ids = torch.cat(texts).unsqueeze(0)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, [0, 5, 6, 8]] = True
+    logits, _ = lm(ids, reset=reset)
+    alone = torch.cat([lm(text.unsqueeze(0))[0] for text in texts], 1)
+    assert_close(logits, alone)
+
+
+@each_option
+def test_padding_has_no_effect(options):
+    lm = make(torch.double, **options)
+    lengths = torch.tensor([4, 1, S])
+    ids = torch.randint(V, (B, S))
+    padding = torch.arange(S) >= lengths.unsqueeze(1)
+    results = []
+    for other, marks in ((0, False), (V - 1, True)):
+        reset = padding & torch.tensor(marks)
+        logits, state = lm(ids.masked_fill(padding, other), lengths=lengths, reset=reset)
+        loss = F.cross_entropy(logits[~padding], ids[~padding])
+        results.append([logits[~padding], *state, *torch.autograd.grad(loss, list(lm.parameters()))])
+    for one, another in zip(*results, strict=True):
+        assert torch.equal(one, another)
+
+
+def test_ids_of_int32():
+    lm = make(conv=3)
+    ids = torch.randint(V, (B, S))
+    assert_close(lm(ids.int()), lm(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(B, 0), (0, S), (0, 0)])
+def test_empty_input(shape):
+    lm = make(conv=3, mlp=2)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    state = [torch.randn_like(each) for each in lm.initial_state(shape[0])]
+    logits, after = lm(ids, state)
+    assert logits.shape == (*shape, V)
+    assert_close(after, state, rtol=0, atol=0)
+
+
+def test_the_logits_of_the_first_steps():
+    """The scale of the logits at initialization is about 1, with the embedding's weight in the output layer or not."""
+    for dims in (16, 256):
+        lm = LanguageModel(50, dims, 2)
+        logits, _ = lm(torch.randint(50, (8, 20)))
+        assert 0.5 < logits.std() < 2
+
+
+# The state
+
+
+@each_option
+def test_the_default_state(options):
+    lm = make(torch.double, **options)
+    ids = torch.randint(V, (B, S))
+    state = lm.initial_state(B)
+    logits, after = lm(ids)
+    assert [each.shape for each in state] == [each.shape for each in after]
+    assert torch.equal(lm(ids, state)[0], logits)
+    reset = torch.zeros(B, S, dtype=torch.bool)
+    reset[:, 0] = True
+    assert_close(lm(ids, [torch.randn_like(each) for each in state], reset=reset), (logits, after))
+
+
+@pytest.mark.parametrize(("conv", "expansion"), [(None, 1), (4, 1.5)])
+def test_memory_of_a_state(conv, expansion):
+    """A sequence has num_layers * (H + (conv - 1) * dims) numbers, however many tokens were read."""
+    lm = LanguageModel(V, 8, 3, conv=conv, expansion=expansion)
+    numbers = 3 * (round(8 * expansion) + (0 if conv is None else (conv - 1) * 8))
+    for num_steps in (1, 2, 300):
+        for arguments in ({}, {"lengths": torch.tensor([1, num_steps])}, {"reset": torch.rand(2, num_steps) < 0.2}):
+            with torch.no_grad():
+                _, state = lm(torch.randint(V, (2, num_steps)), **arguments)
+            assert sum(each.untyped_storage().nbytes() for each in state) == 2 * numbers * 4
+
+
+def test_states_of_selected_and_repeated_sequences():
+    lm = make(torch.double, conv=3)
+    ids, following = torch.randint(V, (B, S)), torch.randint(V, (4, 5))
+    rows = torch.tensor([2, 0, 0, 1])
+    _, state = lm(ids)
+    logits, _ = lm(following, map_state(lambda each: each.index_select(1, rows), state))
+    whole, _ = lm(torch.cat([ids[rows], following], 1))
+    assert_close(logits, whole[:, S:])
+
+
+def test_map_state():
+    lm = make(conv=3)
+    _, state = lm(torch.randint(V, (B, S)))
+    doubled = map_state(lambda each: each * 2, tuple(state))
+    assert isinstance(doubled, list)
+    assert all(torch.equal(one, 2 * other) for one, other in zip(doubled, state, strict=True))
+    assert not any(each.requires_grad for each in map_state(torch.Tensor.detach, state))
+
+
+# Options
+
+
+def test_a_tied_output_layer_has_no_parameters():
+    tied, untied = make(), make(tied=False)
+    names = {name for name, _ in tied.named_parameters()}
+    assert names | {"head.weight"} == {name for name, _ in untied.named_parameters()}
+    untied.load_state_dict({**tied.state_dict(), "head.weight": tied.embedding.weight})
+    ids = torch.randint(V, (B, S))
+    assert torch.equal(tied(ids)[0], untied(ids)[0])
+
+
+def test_reset_parameters():
+    options = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "tied": False}
+    fresh, lm = LanguageModel(V, DIMS, 2, **options), make(**options)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.fill_(math.nan)
+    lm.reset_parameters()
+    for name, parameter in lm.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert (parameter.std(correction=0) == 0) == (fresh.get_parameter(name).std(correction=0) == 0), name
+
+
+def test_dropout_is_used_in_training_only():
+    lm = make(dropout=0.5)
+    ids = torch.randint(V, (B, S))
+    assert not torch.equal(lm(ids)[0], lm(ids)[0])
+    assert torch.equal(lm.eval()(ids)[0], lm(ids)[0])
+
+
+# Groups of an optimizer
+
+WITH_DECAY = {"embedding.weight", "head.weight", "conv.weight", "out.weight", "mlp.1.weight", "mlp.3.weight"}
+EVERYTHING = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "tied": False}
+
+
+def decays(lm, weight_decay=0.1):
+    """Return the weight decay of each parameter by name."""
+    groups = lm.parameter_groups(weight_decay)
+    found = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(lm.parameters()))
+    return {name: found[id(parameter)] for name, parameter in lm.named_parameters()}
+
+
+@each_option
+def test_groups_have_each_parameter_once(options):
+    lm = make(**options)
+    assert set(decays(lm).values()) == {0.0, 0.1}
+
+
+def test_parameters_with_weight_decay():
+    for name, decay in decays(make(**EVERYTHING)).items():
+        expected = name.removeprefix("blocks.layers.0.").removeprefix("blocks.layers.1.") in WITH_DECAY
+        assert decay == (0.1 if expected else 0.0), name
+
+
+def test_groups_of_frozen_parameters():
+    """The groups do not depend on `requires_grad`, and an optimizer skips parameters without a gradient."""
+    lm = make(**EVERYTHING)
+    all_decays = decays(lm)
+    lm.embedding.requires_grad_(False)
+    lm.blocks.layers[0].requires_grad_(False)
+    assert decays(lm) == all_decays
+    before = copy.deepcopy(lm.state_dict())
+    optimizer = torch.optim.AdamW(lm.parameter_groups(0.1), lr=0.1)
+    lm(torch.randint(V, (B, S)))[0].square().sum().backward()
+    optimizer.step()
+    for name, parameter in lm.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def test_the_groups_in_adamw():
+    lm = make(**EVERYTHING)
+    optimizer = torch.optim.AdamW(lm.parameter_groups(0.25), lr=0.5)
+    for parameter in lm.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = copy.deepcopy(lm.state_dict())
+    optimizer.step()
+    for name, decay in decays(lm, 0.25).items():
+        assert_close(lm.get_parameter(name).detach(), before[name] * (1 - 0.5 * decay))
+
+
+@pytest.mark.parametrize(
+    ("decay", "error"),
+    [(-0.1, ValueError), (math.nan, ValueError), (True, TypeError), ("0.1", TypeError), (None, TypeError)],
+)
+def test_bad_weight_decay(decay, error):
+    with pytest.raises(error, match=r"^LanguageModel: weight_decay must be a number, at least 0, got "):
+        make().parameter_groups(decay)
+
+
+# Bad input
+
+BAD_OPTIONS = {
+    "vocab_size of 0": ({"vocab_size": 0}, ValueError, "LanguageModel: vocab_size must be at least 1, got 0"),
+    "vocab_size of float": ({"vocab_size": 7.0}, TypeError, "LanguageModel: vocab_size must be an int, got 7.0"),
+    "dims below 0": ({"dims": -1}, ValueError, "LanguageModel: dims must be at least 1, got -1"),
+    "dims of str": ({"dims": "4"}, TypeError, "LanguageModel: dims must be an int, got '4'"),
+    "num_layers of 0": ({"num_layers": 0}, ValueError, "LanguageModel: num_layers must be at least 1, got 0"),
+    "num_layers of bool": ({"num_layers": True}, TypeError, "LanguageModel: num_layers must be an int, got True"),
+    "tied": ({"tied": 1}, TypeError, "LanguageModel: tied must be a bool, got 1"),
+    "bidirectional": (
+        {"bidirectional": True},
+        ValueError,
+        "LanguageModel: bidirectional must be False, got True; the reverse direction would read the tokens",
+    ),
+    "bidirectional of 1": ({"bidirectional": 1}, ValueError, "LanguageModel: bidirectional must be False, got 1"),
+    "cell": ({"cell": "lstm"}, ValueError, "Block: cell must be one of ('mingru', 'minlstm'), got 'lstm'"),
+    "norm in a list": ({"norm": ["rms"]}, ValueError, "Block: norm must be one of ('layer', 'rms'), got ['rms']"),
+    "residual": ({"residual": True}, TypeError, "Block: no argument 'residual'; a block has one layer"),
+    "unknown": ({"heads": 2}, TypeError, "Block: no argument 'heads'; the arguments are dims, cell, "),
+    "typing error": ({"droput": 0.1}, TypeError, "Block: no argument 'droput'; use dropout"),
+    "dtype": ({"dtype": torch.int64}, TypeError, "MinGRU: dtype must be a floating-point dtype, got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(case):
+    options, error, message = BAD_OPTIONS[case]
+    with pytest.raises(error, match="^" + re.escape(message)):
+        LanguageModel(**{"vocab_size": V, "dims": DIMS, "num_layers": 2, **options})
+
+
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+STATE = LanguageModel(V, DIMS, 2, conv=3).initial_state(2)
+OTHER = "pass a state of this batch size and of a module with the same options"
+BAD_CALLS = {
+    "an id above": ({"ids": IDS + V}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got 7"),
+    "an id below": ({"ids": IDS - 1}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got -1"),
+    "ids of float": ({"ids": IDS.float()}, TypeError, "ids must be int64 or int32, got torch.float32; use ids.long()"),
+    "ids of bool": ({"ids": IDS.bool()}, TypeError, "ids must be int64 or int32, got torch.bool; use ids.long()"),
+    "ids of uint8": ({"ids": IDS.byte()}, TypeError, "ids must be int64 or int32, got torch.uint8; use ids.long()"),
+    "ids on another device": (
+        {"ids": IDS.to("meta")},
+        ValueError,
+        "ids must be on cpu like the weights, got a tensor on meta; use ids.to('cpu')",
+    ),
+    "ids of one dimension": (
+        {"ids": IDS[0]},
+        ValueError,
+        "ids must be (B, S), got (3,); add a batch dimension with ids.unsqueeze(0)",
+    ),
+    "ids of no dimension": ({"ids": IDS[0, 0]}, ValueError, "ids must be (B, S), got ()"),
+    "ids of three dimensions": ({"ids": IDS[None]}, ValueError, "ids must be (B, S), got (1, 2, 3)"),
+    "ids in a list": ({"ids": [[1, 2]]}, TypeError, "ids must be an integer tensor (B, S), got list; use torch.as"),
+    "a state of another batch": (
+        {"state": map_state(lambda each: each[:, :1], STATE)},
+        ValueError,
+        f"state[0] must be (1, 2, 1, 4), got (1, 1, 1, 4); {OTHER}",
+    ),
+    "a state of a smaller model": ({"state": STATE[:2]}, ValueError, "state must be a list of 4 tensors, got 2"),
+    "a state of a larger model": ({"state": STATE * 2}, ValueError, "state must be a list of 4 tensors, got 8"),
+    "a state of a wider model": (
+        {"state": LanguageModel(V, 8, 2, conv=3).initial_state(2)},
+        ValueError,
+        f"state[0] must be (1, 2, 1, 4), got (1, 2, 1, 8); {OTHER}",
+    ),
+    "a state of another kernel size": (
+        {"state": LanguageModel(V, DIMS, 2, conv=2).initial_state(2)},
+        ValueError,
+        f"state[1] must be (1, 2, 2, 4), got (1, 2, 1, 4); {OTHER}",
+    ),
+    "a state of float64": (
+        {"state": map_state(torch.Tensor.double, STATE)},
+        TypeError,
+        "state[0] must be torch.float32 like the weights, got torch.float64; use state[0].to(torch.float32)",
+    ),
+    "a state on another device": (
+        {"state": map_state(lambda each: each.to("meta"), STATE)},
+        ValueError,
+        "state[0] must be on cpu like the weights, got a tensor on meta; use state[0].to('cpu')",
+    ),
+    "a state of numbers": ({"state": [1, 2, 3, 4]}, TypeError, "state[0] must be a tensor, got int"),
+    "a state of states": ({"state": [STATE, STATE, STATE, STATE]}, TypeError, "state[0] must be a tensor, got list"),
+    "a tensor as a state": ({"state": STATE[0]}, TypeError, "state must be a list of 4 tensors, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case, with_grad):
+    arguments, error, message = BAD_CALLS[case]
+    lm = LanguageModel(V, DIMS, 2, conv=3)
+    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
+        lm(**{"ids": IDS, **arguments})
+    if "state" in arguments:
+        with pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
+            lm.generate(IDS, 0, **arguments)
+
+
+def test_a_state_in_a_tuple():
+    lm = LanguageModel(V, DIMS, 2, conv=3)
+    _, state = lm(IDS)
+    assert torch.equal(lm(IDS, tuple(state))[0], lm(IDS, state)[0])
+
+
+BAD_MASKS = {
+    "lengths": ({"lengths": torch.tensor([0, 3])}, ValueError, "lengths must be from 1 to S = 3, got [0, 3]"),
+    "lengths of a list": ({"lengths": [3, 3]}, TypeError, "lengths must be an integer tensor (B,), got list"),
+    "reset": ({"reset": IDS}, TypeError, "reset must be of dtype torch.bool, got torch.int64; use reset.bool()"),
+    "reset of other steps": ({"reset": IDS[:, :2].bool()}, ValueError, "reset must be (B, S) = (2, 3), got (2, 2)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_bad_masks(case):
+    arguments, error, message = BAD_MASKS[case]
+    with pytest.raises(error, match="^Block: " + re.escape(message)):
+        LanguageModel(V, DIMS, 2)(IDS, **arguments)
+
+
+@pytest.mark.parametrize("batch", [-1, 2.0, True, None])
+def test_bad_batch_of_the_default_state(batch):
+    for module, name in ((LanguageModel(V, DIMS, 2), "LanguageModel"), (Block(DIMS), "Block")):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: batch must be "):
+            module.initial_state(batch)
