@@ -26,6 +26,7 @@ bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 	$(PYTHON) benchmarks/family.py --json out/family.json
+	$(PYTHON) benchmarks/models.py --json out/models.json
 	$(PYTHON) benchmarks/compiled.py --json out/compiled.json
 	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
 	$(PYTHON) benchmarks/scaling.py --json out/scaling.json
