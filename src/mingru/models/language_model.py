@@ -47,8 +47,7 @@ class LanguageModel(nn.Module):
           (1, B, 1, H), and (1, B, conv - 1, dims) with `conv`, where H = round(expansion * dims). The state of a
           sequence has num_layers * (H + (conv - 1) * dims) numbers, or num_layers * H without `conv`.
 
-        Both outputs are differentiable. To detach, move or select sequences, apply the same operation to each tensor:
-        `[each.detach() for each in state]`, `[each.index_select(1, order) for each in state]`.
+        Both outputs are differentiable. [mingru.models.map_state][] detaches, moves or selects the states of sequences.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
