@@ -199,8 +199,8 @@ class LanguageModel(nn.Module):
             stop: Token or tokens that end a sequence. The token is part of the result.
             seed: Seed of the first sequence; sequence b has seed + b. Or a list with a seed for each. Default: random.
             state: State before the prompts, as `forward` returns it. Default: `initial_state(B)`.
-            streamer: Called after each step with the new tokens, (B,); -1 for sequences that have ended. [stream][
-                mingru.models.LanguageModel.stream] has the same tokens as an iterator.
+            streamer: Called after each step with the new tokens, (B,); -1 for sequences that have ended.
+                [stream][mingru.models.LanguageModel.stream] has the same tokens as an iterator.
 
         Returns:
             For a tensor, (B, S + n): prompts and new tokens; a sequence that ends early is filled with its stop token.
