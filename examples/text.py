@@ -54,10 +54,11 @@ from tqdm import tqdm
 from mingru.bench import where
 from mingru.models import LanguageModel
 
-COMMON = {"expansion": 1.0, "conv": 4, "mlp": 0.0, "dropout": 0.0, "warmup": 100, "weight_decay": 0.01}
+COMMON = {"expansion": 1.0, "conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 128}
+COMMON |= {"warmup": 100, "weight_decay": 0.1}
 PRESETS = {
-    "small": COMMON | {"dims": 192, "num_layers": 3, "batch": 16, "length": 128, "steps": 1500, "lr": 8e-3},
-    "medium": COMMON | {"dims": 384, "num_layers": 4, "batch": 16, "length": 128, "steps": 9000, "lr": 4e-3},
+    "small": COMMON | {"dims": 192, "num_layers": 3, "steps": 3000, "lr": 6e-3},
+    "medium": COMMON | {"dims": 384, "num_layers": 4, "steps": 9600, "lr": 3e-3},
 }
 PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 ALL_BYTES = "".join(map(chr, range(256)))
