@@ -10,13 +10,16 @@ namespace mingru {
 
 namespace baseline {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
 }
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx2 {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
 }
 namespace avx512 {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
 }
 #endif
 
@@ -25,19 +28,20 @@ namespace {
 struct InstructionSet {
   const char* name;
   Kernel (*kernel)(CellKind, Storage);
+  ProductKernel (*product_kernel)(Storage);
 };
 
 InstructionSet best_here() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::kernel};
+    return {"avx512", avx512::kernel, avx512::product_kernel};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return {"avx2", avx2::kernel};
+    return {"avx2", avx2::kernel, avx2::product_kernel};
   }
 #endif
-  return {"baseline", baseline::kernel};
+  return {"baseline", baseline::kernel, baseline::product_kernel};
 }
 
 const InstructionSet& chosen() {
@@ -45,8 +49,9 @@ const InstructionSet& chosen() {
   return set;
 }
 
-// With fewer values, a thread costs more time than it saves.
+// With fewer values or weights, a thread costs more time than it saves.
 constexpr int64_t values_per_thread = 16384;
+constexpr int64_t weights_per_thread = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -191,6 +196,17 @@ class Run {
 }  // namespace
 
 void run(const Scan& scan, const Part& part, bool backward) { Run(scan, part, backward)(); }
+
+void multiply_few_rows(const Product& product) {
+  const ProductKernel kernel = chosen().product_kernel(product.storage);
+  const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
+  if (product.columns <= least) {
+    kernel(product, 0, product.columns);
+  } else {
+    torch::stable::parallel_for(
+        0, product.columns, least, [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
+  }
+}
 
 const char* instruction_set() { return chosen().name; }
 

@@ -15,6 +15,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #include "kernels.h"
+#include "product.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -15,6 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
 #include "kernels.h"
+#include "product.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

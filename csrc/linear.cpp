@@ -106,15 +106,15 @@ class InputMatrix {
   int64_t num_columns() const { return num_columns_; }
   int64_t num_rows() const { return matrix_.numel() / num_features_; }
 
+  const void* data_of(const Block& block) const { return data_ + block.row * num_features_ * matrix_.element_size(); }
+
   Tensor of(const Block& block) const {
-    return matrix(
-        data_ + block.row * num_features_ * matrix_.element_size(), block.num_rows, num_features_, num_features_, 1,
-        matrix_);
+    return matrix(data_of(block), block.num_rows, num_features_, num_features_, 1, matrix_);
   }
 
   Tensor empty_like_x() const {
-    const Tensor empty = torch::stable::new_empty(matrix_, matrix_.sizes());
-    return transposed_ ? torch::stable::transpose(empty, 0, 1) : empty;
+    const Tensor result = empty(sizes_of(matrix_), matrix_);
+    return transposed_ ? torch::stable::transpose(result, 0, 1) : result;
   }
 
  private:
@@ -144,11 +144,10 @@ void set_sequences(
   }
 }
 
-// The linear map of a block's rows. bfloat16 and float16 are rounded once, after the bias, as in torch.nn.Linear; the
-// scan adds a bias of float32 or float64.
+// The linear map of a block's rows. The scan adds a bias of float32 or float64.
 class LinearMap {
  public:
-  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : transposed_(transposed(weight)) {
+  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : weight_(weight) {
     if (bias && weight.element_size() < 4) {
       STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == weight.size(0), "mingru: bias must be (num_inputs N)");
       bias_ = bias;
@@ -157,16 +156,12 @@ class LinearMap {
     }
   }
 
-  void operator()(const Tensor& out, const Tensor& rows) const {
-    if (bias_) {
-      multiply_and_add(out, *bias_, rows, transposed_);
-    } else {
-      multiply(out, rows, transposed_);
-    }
+  void operator()(void* out, const InputMatrix& inputs, const Block& block) const {
+    map_rows(out, inputs.data_of(block), block.num_rows, weight_, bias_);
   }
 
  private:
-  Tensor transposed_;
+  const Tensor& weight_;
   MaybeTensor bias_;
 };
 
@@ -175,7 +170,7 @@ class SumOfProducts {
  public:
   SumOfProducts(const Tensor& like, int64_t rows, int64_t columns)
       : sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type(like))),
-        part_(torch::stable::new_empty(like, {is_wide(like) ? 0 : rows, columns})) {}
+        part_(empty({is_wide(like) ? 0 : rows, columns}, like)) {}
 
   void add(const Tensor& left, const Tensor& right) {
     if (sum_.numel() == 0) return;
@@ -213,6 +208,20 @@ int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weig
 
 }  // namespace
 
+void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias) {
+  const int64_t columns = weight.size(0), features = weight.size(1);
+  if (rows <= most_few_rows && weight.element_size() >= 4) {
+    multiply_few_rows({storage_of(weight), x, weight.data_ptr(), bias ? bias->data_ptr() : nullptr, out, rows, columns, features});
+    return;
+  }
+  const Tensor result = matrix(out, rows, columns, columns, 1, weight), left = matrix(x, rows, features, features, 1, weight);
+  if (bias) {
+    multiply_and_add(result, *bias, left, transposed(weight));
+  } else {
+    multiply(result, left, transposed(weight));
+  }
+}
+
 void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
@@ -231,7 +240,7 @@ void mingru::linear_recurrence(
     if (block.num_rows > 0) {
       void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
-      linear(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block));
+      linear(data, inputs, block);
       set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
@@ -250,9 +259,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
       "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = num_outputs(cell, weight);
-  Tensor out = torch::stable::new_empty(x, sizes);
-  Tensor last = torch::stable::empty_like(as_contiguous(h));
-  Tensor pre_activations = torch::stable::new_empty(x, {keep ? x.numel() / x.size(-1) : 0, weight.size(0)});
+  Tensor out = empty(sizes, x);
+  Tensor last = empty(sizes_of(h), h);
+  Tensor pre_activations = empty({keep ? x.numel() / x.size(-1) : 0, weight.size(0)}, x);
   linear_recurrence(
       x, weight, bias, h, initial_state, reset, batch_sizes, cell, reverse, time_first, out, last,
       keep ? pre_activations.data_ptr() : nullptr);
@@ -279,12 +288,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
-  Tensor grad_x = needs_x ? inputs.empty_like_x() : torch::stable::new_empty(x, {0});
+  Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
   SumOfProducts grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns);
   int64_t most_rows = 0;
   for (const Block& block : blocks) most_rows = std::max(most_rows, block.num_rows);
-  Tensor ones = torch::stable::new_empty(x, {1, needs_bias ? most_rows : 0});
+  Tensor ones = empty({1, needs_bias ? most_rows : 0}, x);
   if (needs_bias) torch::stable::fill_(ones, 1.0);
 
   for (const Block& block : blocks) {
@@ -295,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     }
     void* pre = kept ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
                      : pre_activations_scratch.at_least(most_rows * columns * size);
-    if (!kept) linear(matrix(pre, count, columns, columns, 1, x), inputs.of(block));
+    if (!kept) linear(pre, inputs, block);
     void* to = grads_scratch.at_least(most_rows * columns * size);
     set_sequences(scan.inputs, operands, inputs, pre, block.row, size);
     set_sequences(scan.grad_inputs, operands, inputs, to, block.row, size);

@@ -75,6 +75,18 @@ struct Span {
   bool stop_at_match;
 };
 
+// out = x weight^T + bias: x is (rows, features), weight (columns, features) and out (rows, columns), all contiguous, in
+// float32 or float64. The bias may be null.
+struct Product {
+  Storage storage;
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t rows, columns, features;
+};
+
+// Computes a range of columns.
+using ProductKernel = void (*)(const Product&, int64_t begin, int64_t end);
+
 // Reads and writes `state`. Returns whether the run stopped at a match.
 using Kernel = bool (*)(const Scan&, const Span&, void* state, bool backward);
 
