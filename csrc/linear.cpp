@@ -11,8 +11,10 @@ namespace {
 using namespace mingru;
 
 // Large enough for the full speed of the matrix multiplication.
-constexpr int64_t block_values = 1 << 20;
+constexpr int64_t block_bytes = 1 << 22;
 constexpr int64_t most_block_rows = 2048;
+// With fewer values, a thread costs more time than it saves.
+constexpr int64_t values_per_thread = 16384;
 
 struct Block {
   Part part;
@@ -21,10 +23,10 @@ struct Block {
 
 // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch elements, or
 // some steps of one batch element.
-std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool backward, int64_t num_columns) {
+std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool backward, int64_t row_bytes) {
   const Scan& scan = operands.scan;
   const int64_t batch = scan.num_batch, steps = scan.num_steps;
-  const int64_t most = std::clamp(block_values / num_columns, int64_t(64), most_block_rows);
+  const int64_t most = std::clamp(block_bytes / row_bytes, int64_t(64), most_block_rows);
   std::vector<Block> blocks;
   if (operands.is_packed() || time_major) {
     const auto row_of = [&](int64_t step) { return operands.is_packed() ? operands.step_offset(step) : step * batch; };
@@ -165,42 +167,50 @@ class LinearMap {
   MaybeTensor bias_;
 };
 
-// A gradient that is the sum of a matrix product for each block. Sums of bfloat16 and float16 are float32.
-class SumOfProducts {
+// A gradient that is a sum over the blocks, in float32 or float64.
+class SumOfBlocks {
  public:
-  SumOfProducts(const Tensor& like, int64_t rows, int64_t columns)
-      : sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type(like))),
-        part_(empty({is_wide(like) ? 0 : rows, columns}, like)) {}
+  SumOfBlocks(const Tensor& like, int64_t rows, int64_t columns)
+      : dtype_(like.scalar_type()), sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type())) {}
 
-  void add(const Tensor& left, const Tensor& right) {
-    if (sum_.numel() == 0) return;
-    if (is_wide(part_)) {
+  void add_product(const Tensor& left, const Tensor& right) {
+    if (is_wide()) {
       multiply_and_add(sum_, sum_, left, right);
       return;
     }
+    if (!part_.defined()) part_ = empty(sizes_of(sum_), left);
     multiply(part_, left, right);
-    if (part_.scalar_type() == ScalarType::BFloat16) {
-      add_part<torch::headeronly::BFloat16>();
+    add(torch::stable::to(part_, ScalarType::Float));
+  }
+
+  void add_rows(const Tensor& rows) {
+    mingru::add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1)}, sum_.data_ptr());
+  }
+
+  Tensor result() { return is_wide() ? sum_ : torch::stable::to(sum_, dtype_); }
+
+ private:
+  bool is_wide() const { return dtype_ == ScalarType::Float || dtype_ == ScalarType::Double; }
+  ScalarType sum_type() const { return is_wide() ? dtype_ : ScalarType::Float; }
+
+  void add(const Tensor& part) {
+    if (dtype_ == ScalarType::Double) {
+      add_values<double>(part);
     } else {
-      add_part<torch::headeronly::Half>();
+      add_values<float>(part);
     }
   }
 
-  Tensor result() { return is_wide(part_) ? sum_ : torch::stable::copy_(part_, sum_); }
-
- private:
-  static bool is_wide(const Tensor& x) { return x.element_size() >= 4; }
-  static std::optional<ScalarType> sum_type(const Tensor& x) {
-    return is_wide(x) ? std::nullopt : std::make_optional(ScalarType::Float);
+  template <class A>
+  void add_values(const Tensor& part) {
+    A* sum = static_cast<A*>(sum_.data_ptr());
+    const A* values = static_cast<const A*>(part.data_ptr());
+    torch::stable::parallel_for(0, sum_.numel(), values_per_thread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum[i] += values[i];
+    });
   }
 
-  template <class T>
-  void add_part() {
-    float* sum = static_cast<float*>(sum_.data_ptr());
-    const T* part = static_cast<const T*>(part_.data_ptr());
-    for (int64_t i = 0; i < sum_.numel(); ++i) sum[i] += static_cast<float>(part[i]);
-  }
-
+  const ScalarType dtype_;
   Tensor sum_, part_;
 };
 
@@ -236,7 +246,7 @@ void mingru::linear_recurrence(
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
 
-  for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns)) {
+  for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns * size)) {
     if (block.num_rows > 0) {
       void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
@@ -289,12 +299,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
-  SumOfProducts grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
-  const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns);
+  SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
+  const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns * size);
   int64_t most_rows = 0;
   for (const Block& block : blocks) most_rows = std::max(most_rows, block.num_rows);
-  Tensor ones = empty({1, needs_bias ? most_rows : 0}, x);
-  if (needs_bias) torch::stable::fill_(ones, 1.0);
 
   for (const Block& block : blocks) {
     const int64_t count = block.num_rows;
@@ -315,8 +323,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
       multiply(matrix(data, count, features, features, 1, x), grads, weight);
     }
-    grad_weight.add(matrix(to, columns, count, 1, columns, x), inputs.of(block));
-    if (needs_bias) grad_bias.add(matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
+    if (needs_weight) grad_weight.add_product(matrix(to, columns, count, 1, columns, x), inputs.of(block));
+    if (needs_bias) grad_bias.add_rows(grads);
   }
   return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state};
 }

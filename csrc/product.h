@@ -1,7 +1,8 @@
-// Products of a few rows with a matrix of weights, compiled once for each instruction set. They read each weight once,
-// so their time is that of the memory, and a call of torch's product would take about as long again.
+// Products of a few rows with a matrix of weights, and sums of rows, compiled once for each instruction set. They read
+// each value once, so their time is that of the memory, and a call of torch's operator would take about as long again.
 #pragma once
 
+#include "convert.h"
 #include "scan.h"
 
 namespace mingru::MINGRU_ISA {
@@ -32,6 +33,47 @@ static void multiply_columns(const Product& product, int64_t begin, int64_t end)
       for (int64_t k = 0; k < count; ++k) out[k] = bias ? sums[k] + bias[column + k] : sums[k];
     }
   }
+}
+
+template <class T>
+static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, void* to) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int64_t most = 8;  // rows summed before they are added, which rounds less
+  A* total = static_cast<A*>(to);
+  for (int64_t row = begin; row < end; row += most) {
+    const int64_t count = end - row < most ? end - row : most;
+    const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns;
+    int64_t column = 0;
+    for (; column + group <= sum.columns; column += group) {
+      A part[group] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const T* from = rows + k * sum.columns + column;
+        if constexpr (has_conversion<T>) {
+          A converted[group];
+          read(converted, from);
+          for (int i = 0; i < group; ++i) part[i] += converted[i];
+        } else {
+          for (int i = 0; i < group; ++i) part[i] += static_cast<A>(from[i]);
+        }
+      }
+      for (int i = 0; i < group; ++i) total[column + i] += part[i];
+    }
+    for (; column < sum.columns; ++column) {
+      A part = 0;
+      for (int64_t k = 0; k < count; ++k) part += static_cast<A>(rows[k * sum.columns + column]);
+      total[column] += part;
+    }
+  }
+}
+
+RowSumKernel row_sum_kernel(Storage storage) {
+  switch (storage) {
+    case Storage::float32: return sum_columns<float>;
+    case Storage::float64: return sum_columns<double>;
+    case Storage::bfloat16: return sum_columns<BFloat16>;
+    case Storage::float16: return sum_columns<Half>;
+  }
+  return nullptr;
 }
 
 ProductKernel product_kernel(Storage storage) {

@@ -87,6 +87,16 @@ struct Product {
 // Computes a range of columns.
 using ProductKernel = void (*)(const Product&, int64_t begin, int64_t end);
 
+// Rows of `columns` values each, whose sum is computed.
+struct RowSum {
+  Storage storage;
+  const void* rows;
+  int64_t num_rows, columns;
+};
+
+// Adds a range of rows to `total`, which has the accumulation dtype.
+using RowSumKernel = void (*)(const RowSum&, int64_t begin, int64_t end, void* total);
+
 // Reads and writes `state`. Returns whether the run stopped at a match.
 using Kernel = bool (*)(const Scan&, const Span&, void* state, bool backward);
 
