@@ -1,4 +1,4 @@
-"""The description of a backend: its functions, and what it supports."""
+"""The description of a backend: its functions, what it supports, and how it fails."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,12 @@ class Kernel:
     packed: bool
     """If True, the kernel supports packed sequences but no padding. If False, it supports padding, and packed sequences
     are padded before the call."""
+    autocast: bool = False
+    """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
+
+
+class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
+    """A kernel cannot be compiled or launched on this machine."""
 
 
 @dataclass(frozen=True)
