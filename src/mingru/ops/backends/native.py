@@ -183,5 +183,5 @@ BACKEND = Backend(
     scan_backward=_scan_backward,
     differentiable=False,
     kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
 )
