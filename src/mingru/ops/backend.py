@@ -24,6 +24,8 @@ class Kernel:
     packed: bool
     """If True, the kernel supports packed sequences but no padding. If False, it supports padding, and packed sequences
     are padded before the call."""
+    is_complex: bool = False
+    """Whether the kernel supports cells whose features are pairs; see `cells.is_complex`."""
 
 
 @dataclass(frozen=True)

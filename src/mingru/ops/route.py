@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .backend import Backend, Kernel
 from .backends import in_log_space, native, sequential, tensors, traceable
 from .call import Layout, Spec
+from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
 
 BACKENDS: dict[str, Backend] = {
@@ -107,10 +108,13 @@ def backend_of(name: str) -> Backend:
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
 
 
-def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
+def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
     if kernel is None or not are_ordinary(*inputs):
+        return None
+    # The features of a pair must be next to each other.
+    if is_complex(spec) and (not kernel.is_complex or inputs[0].dim() > (3 if layout.batch_sizes is None else 2)):
         return None
     return None if layout.padding is not None and kernel.packed else kernel
 
