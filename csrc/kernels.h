@@ -61,6 +61,38 @@ MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x)
   }
 }
 
+constexpr int pairs = group / 2;
+
+// A loop that is unrolled too early cannot be vectorized with the loops beside it.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MINGRU_KEEP_LOOP _Pragma("GCC unroll 1")
+#else
+#define MINGRU_KEEP_LOOP
+#endif
+
+// Separates the pairs of a group, because compilers vectorize loops over adjacent values better.
+template <bool biased, class T, class A>
+MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, A* second) {
+  MINGRU_KEEP_LOOP
+  for (int i = 0; i < pairs; ++i) {
+    first[i] = static_cast<A>(in_features[2 * i]);
+    second[i] = static_cast<A>(in_features[2 * i + 1]);
+    if constexpr (biased) {
+      first[i] += in_bias[2 * i];
+      second[i] += in_bias[2 * i + 1];
+    }
+  }
+}
+
+template <class A>
+MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features) {
+  MINGRU_KEEP_LOOP
+  for (int i = 0; i < pairs; ++i) {
+    out_features[2 * i] = first[i];
+    out_features[2 * i + 1] = second[i];
+  }
+}
+
 // One step of one group of features. Inputs and outputs must not overlap.
 template <class Cell, bool biased, class T, class A>
 MINGRU_INLINE void forward_group(
@@ -72,12 +104,29 @@ MINGRU_INLINE void forward_group(
     inputs[k] = in_inputs[k];
     biases[k] = in_biases[k];
   }
-  for (int i = 0; i < group; ++i) {
-    A x[num_inputs], a, b;
-    load<Cell, biased>(inputs, biases, i, x);
-    Cell::coefficients(x, a, b);
-    h[i] = a * h[i] + b;
-    out_state[i] = static_cast<T>(h[i]);
+  if constexpr (Cell::is_complex) {
+    A values[2 * num_inputs][pairs], state[2][pairs], next[2][pairs];
+    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    load_parts<false>(h, h, state[0], state[1]);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < pairs; ++i) {
+      A x[2 * num_inputs], a[2], b[2];
+      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
+      Cell::coefficients(x, a, b);
+      next[0][i] = a[0] * state[0][i] - a[1] * state[1][i] + b[0];
+      next[1][i] = a[1] * state[0][i] + a[0] * state[1][i] + b[1];
+    }
+    store_parts(next[0], next[1], h);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < group; ++i) out_state[i] = static_cast<T>(h[i]);
+  } else {
+    for (int i = 0; i < group; ++i) {
+      A x[num_inputs], a, b;
+      load<Cell, biased>(inputs, biases, i, x);
+      Cell::coefficients(x, a, b);
+      h[i] = a * h[i] + b;
+      out_state[i] = static_cast<T>(h[i]);
+    }
   }
 }
 
@@ -94,13 +143,36 @@ MINGRU_INLINE void backward_group(
   }
   // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
   A grads[num_inputs][group];
-  for (int i = 0; i < group; ++i) {
-    A x[num_inputs], grad[num_inputs], a;
-    load<Cell, biased>(inputs, biases, i, x);
-    const A delta = static_cast<A>(in_grad[i]) + carry[i];
-    Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
-    for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
-    carry[i] = a * delta;
+  if constexpr (Cell::is_complex) {
+    A values[2 * num_inputs][pairs], grad_parts[2 * num_inputs][pairs];
+    A grad_out[2][pairs], next[2][pairs], before[2][pairs];
+    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    load_parts<false>(in_grad, carry, grad_out[0], grad_out[1]);
+    load_parts<false>(carry, carry, next[0], next[1]);
+    load_parts<false>(in_previous, carry, before[0], before[1]);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < pairs; ++i) {
+      A x[2 * num_inputs], grad[2 * num_inputs], a[2];
+      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
+      const A delta[2] = {grad_out[0][i] + next[0][i], grad_out[1][i] + next[1][i]};
+      const A previous[2] = {before[0][i], before[1][i]};
+      Cell::gradients(x, delta, previous, a, grad);
+      for (int k = 0; k < 2 * num_inputs; ++k) grad_parts[k][i] = grad[k];
+      // The conjugate of a, times delta.
+      next[0][i] = a[0] * delta[0] + a[1] * delta[1];
+      next[1][i] = a[0] * delta[1] - a[1] * delta[0];
+    }
+    store_parts(next[0], next[1], carry);
+    for (int k = 0; k < num_inputs; ++k) store_parts(grad_parts[2 * k], grad_parts[2 * k + 1], grads[k]);
+  } else {
+    for (int i = 0; i < group; ++i) {
+      A x[num_inputs], grad[num_inputs], a;
+      load<Cell, biased>(inputs, biases, i, x);
+      const A delta = static_cast<A>(in_grad[i]) + carry[i];
+      Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
+      for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
+      carry[i] = a * delta;
+    }
   }
   for (int k = 0; k < num_inputs; ++k) {
     for (int i = 0; i < group; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);

@@ -98,8 +98,8 @@ class Operands {
     scan.h = state(given.h, "h");
     if (given.reset) {
       add_reset(*given.reset);
-      // The linear scan has no initial state: a reset sets the state to 0.
-      if (scan.cell != CellKind::linear_scan) {
+      // A linear scan has no initial state: a reset sets the state to 0.
+      if (scan.cell != CellKind::linear_scan && scan.cell != CellKind::complex_linear_scan) {
         scan.initial_state = state(contiguous(given.initial_state), "initial_state");
       }
     }
