@@ -108,6 +108,17 @@ def _unavailable() -> str | None:
     return _failure or _why_not()
 
 
+def _call_while_compiling(function: Any) -> None:
+    """Make `torch.compile` call a function instead of tracing it.
+
+    `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+
+
+_call_while_compiling(_unavailable)
+
+
 @functools.cache
 def _why_not() -> str | None:
     """Return the reason why no kernel can run in this process."""
@@ -138,8 +149,15 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
-@functools.cache
 def _why_too_old(device: torch.device) -> str | None:
+    return _problem_of(device)
+
+
+_call_while_compiling(_why_too_old)
+
+
+@functools.cache
+def _problem_of(device: torch.device) -> str | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     return f"Triton needs compute capability 8.0 or higher, and {device} is a {torch.cuda.get_device_name(device)}"
