@@ -27,6 +27,9 @@ from ..shape import States, accumulate_dtype, as_dtype
 DEVICES = ("cuda", "xpu")
 # Inputs with which a step keeps the state, for each cell.
 KEEPING = {"mingru": (-torch.inf, 0.0), "minlstm": (0.0, -torch.inf, 0.0), "linear_scan": (1.0, 0.0)}
+# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and a negative
+# product can mark a reset.
+DECAYING = ("mingru", "minlstm")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
@@ -69,6 +72,9 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
+    if backward and num_inputs > 2 and itemsize == 2:
+        # More steps would need more registers than there are.
+        steps = 2
     if num_steps == 1:
         return Plan(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
     walk = Plan(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
@@ -76,7 +82,7 @@ def plan_of(
         return walk
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept.
-        steps = 4 if not backward else 2 if has_reset or num_inputs > 2 else 3
+        steps = 4 if not backward else 2 if has_reset else min(steps, 3)
     elif backward and num_inputs > 2:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
@@ -146,6 +152,8 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
+    if spec.cell not in KEEPING:
+        return f"it has no kernel for the cell {spec.cell!r}"
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
@@ -219,8 +227,7 @@ class _Work:
             num_inputs=len(self.inputs),
             backward=backward,
             has_reset=has_reset,
-            # Segments of a linear scan are not combined, because the product of a segment may overflow.
-            may_split=not self.is_packed and self.spec.cell != "linear_scan",
+            may_split=not self.is_packed and self.spec.cell in DECAYING,
             wave=_wave(x.device.type),
         )
 
