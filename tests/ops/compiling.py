@@ -59,7 +59,8 @@ def plan_for(case: Case, wave: int) -> Plan:
         num_inputs=NUM_INPUTS.get(case.cell, 2),
         backward=case.kernel == "backward_kernel",
         has_reset=case.has_reset,
-        may_split=case.cell in DECAYING and not case.is_packed,
+        may_split=case.cell in DECAYING,
+        is_packed=case.is_packed,
         wave=wave,
     )
 

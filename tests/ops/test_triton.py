@@ -53,8 +53,8 @@ def use_plan(monkeypatch):
     """Use one plan for all kernels."""
 
     def use(plan):
-        def plan_of(*args, may_split, **options):
-            return plan if may_split else plan._replace(segments=1)
+        def plan_of(*args, may_split, is_packed, **options):
+            return plan if may_split and not is_packed else plan._replace(segments=1)
 
         monkeypatch.setattr(triton, "plan_of", plan_of)
 

@@ -27,8 +27,8 @@ from ..shape import States, accumulate_dtype, as_dtype
 DEVICES = ("cuda", "xpu")
 # Inputs with which a step keeps the state, for each cell.
 KEEPING = {"mingru": (-torch.inf, 0.0), "minlstm": (0.0, -torch.inf, 0.0), "linear_scan": (1.0, 0.0)}
-# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and a negative
-# product can mark a reset.
+# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and because
+# a negative product can mark a reset.
 DECAYING = ("mingru", "minlstm")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,6 +63,7 @@ def plan_of(
     backward: bool,
     has_reset: bool,
     may_split: bool,
+    is_packed: bool,
     wave: int,
 ) -> Plan:
     """Return the plan of a kernel. It depends only on shape and dtype, so that results do not depend on the GPU.
@@ -97,9 +98,10 @@ def plan_of(
     warps = max(1, chunks * features // warp)
     tile = chunks * steps
     segments = 1
-    if may_split and programs < 64:
+    if may_split and not is_packed and programs < 64:
         segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
-    return Plan(chunks, steps, features, segments, warps, None if wave == 64 else 2)
+    # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
+    return Plan(chunks, steps, features, segments, warps, None if wave == 64 or is_packed else 2)
 
 
 def _power_of_2(number: int) -> int:
@@ -227,7 +229,8 @@ class _Work:
             num_inputs=len(self.inputs),
             backward=backward,
             has_reset=has_reset,
-            may_split=not self.is_packed and self.spec.cell in DECAYING,
+            may_split=self.spec.cell in DECAYING,
+            is_packed=self.is_packed,
             wave=_wave(x.device.type),
         )
 
