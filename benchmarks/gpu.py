@@ -5,8 +5,8 @@
 
 The first tables time the recurrence from given pre-activations, the second ones whole layers, and the last one a sweep
 over sizes. "share of copy" compares with a copy of as many bytes as a method moves that reads every input once and
-writes every output once. Times are medians in milliseconds. Calls are queued without waiting, so that a time below about
-0.05 ms is the time of launching from Python.
+writes every output once. Times are medians in milliseconds. Calls are queued without waiting, so that a time below
+about 0.05 ms is the time of launching from Python.
 
 accelerated-scan and flash-linear-attention are timed if they are installed. They compute the scan from the decays and
 inputs, not from the pre-activations.

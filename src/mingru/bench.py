@@ -180,9 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, can_run in backends().items():
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
     auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device))
-    print(f"device {args.device}: mingru uses the backend {auto!r}")
+    print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     for shape in args.shape or SHAPES:
         show(shape, whole_layer(shape, args.device, args.seconds))
+
+
+def _product(device: str) -> str:
+    """Return the name of a GPU in parentheses, if torch knows it."""
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return "" if name is None else f" ({name(torch.device(device))})"
 
 
 class _Parser(argparse.ArgumentParser):

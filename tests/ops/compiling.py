@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 from mingru.ops import NUM_INPUTS
 from mingru.ops.backends import triton_kernels
-from mingru.ops.backends.triton import KEEPING, Plan, plan_of
+from mingru.ops.backends.triton import DECAYING, KEEPING, Plan, plan_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -59,7 +59,8 @@ def plan_for(case: Case, wave: int) -> Plan:
         num_inputs=NUM_INPUTS.get(case.cell, 2),
         backward=case.kernel == "backward_kernel",
         has_reset=case.has_reset,
-        may_split=case.cell != "linear_scan" and not case.is_packed,
+        may_split=case.cell in DECAYING,
+        is_packed=case.is_packed,
         wave=wave,
     )
 

@@ -34,6 +34,7 @@ def test_plans(wave, itemsize, backward):
                 backward=backward,
                 has_reset=has_reset,
                 may_split=may_split,
+                is_packed=has_reset,
                 wave=wave,
             )
             assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))
@@ -164,6 +165,12 @@ def test_triton_that_cannot_be_imported(monkeypatch, tmp_path):
 def test_dtypes_and_devices_without_a_kernel():
     on_meta = torch.zeros(1, 2, 3, device="meta")
     assert "tensors are on meta" in triton._unsupported(on_meta, MINGRU)
+    on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
+    assert triton._unsupported(on_gpu, MINGRU) is None
+    on_gpu.dtype = torch.complex64
+    assert "real floating dtypes, and the tensors are torch.complex64" in triton._unsupported(on_gpu, MINGRU)
+    on_gpu.dtype = torch.float32
+    assert "no kernel for the cell 'other'" in triton._unsupported(on_gpu, Spec("other", "linear", False))
 
 
 def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):

@@ -27,6 +27,9 @@ from ..shape import States, accumulate_dtype, as_dtype
 DEVICES = ("cuda", "xpu")
 # Inputs with which a step keeps the state, for each cell.
 KEEPING = {"mingru": (-torch.inf, 0.0), "minlstm": (0.0, -torch.inf, 0.0), "linear_scan": (1.0, 0.0)}
+# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and because
+# a negative product can mark a reset.
+DECAYING = ("mingru", "minlstm")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
@@ -60,6 +63,7 @@ def plan_of(
     backward: bool,
     has_reset: bool,
     may_split: bool,
+    is_packed: bool,
     wave: int,
 ) -> Plan:
     """Return the plan of a kernel. It depends only on shape and dtype, so that results do not depend on the GPU.
@@ -69,6 +73,9 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
+    if backward and num_inputs > 2 and itemsize == 2:
+        # More steps would need more registers than there are.
+        steps = 2
     if num_steps == 1:
         return Plan(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
     walk = Plan(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
@@ -76,7 +83,7 @@ def plan_of(
         return walk
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept.
-        steps = 4 if not backward else 2 if has_reset or num_inputs > 2 else 3
+        steps = 4 if not backward else 2 if has_reset else min(steps, 3)
     elif backward and num_inputs > 2:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
@@ -91,9 +98,10 @@ def plan_of(
     warps = max(1, chunks * features // warp)
     tile = chunks * steps
     segments = 1
-    if may_split and programs < 64:
+    if may_split and not is_packed and programs < 64:
         segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
-    return Plan(chunks, steps, features, segments, warps, None if wave == 64 else 2)
+    # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
+    return Plan(chunks, steps, features, segments, warps, None if wave == 64 or is_packed else 2)
 
 
 def _power_of_2(number: int) -> int:
@@ -106,6 +114,17 @@ _failure: str | None = None
 
 def _unavailable() -> str | None:
     return _failure or _why_not()
+
+
+def _call_while_compiling(function: Any) -> None:
+    """Make `torch.compile` call a function instead of tracing it.
+
+    `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+
+
+_call_while_compiling(_unavailable)
 
 
 @functools.cache
@@ -140,8 +159,15 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
-@functools.cache
 def _why_too_old(device: torch.device) -> str | None:
+    return _problem_of(device)
+
+
+_call_while_compiling(_why_too_old)
+
+
+@functools.cache
+def _problem_of(device: torch.device) -> str | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     return f"Triton needs compute capability 8.0 or higher, and {device} is a {torch.cuda.get_device_name(device)}"
@@ -203,8 +229,8 @@ class _Work:
             num_inputs=len(self.inputs),
             backward=backward,
             has_reset=has_reset,
-            # Segments of a linear scan are not combined, because the product of a segment may overflow.
-            may_split=not self.is_packed and self.spec.cell != "linear_scan",
+            may_split=self.spec.cell in DECAYING,
+            is_packed=self.is_packed,
             wave=_wave(x.device.type),
         )
 
