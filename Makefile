@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples docs/hooks.py selective_copying.py conftest.py
 
-.PHONY: setup format check test bench seeds picture modes docs sanitize wheel
+.PHONY: setup format check test triton bench gpu seeds picture modes docs sanitize wheel
 
 setup:
 	python3 -m venv .venv
@@ -21,12 +21,24 @@ check:
 test:
 	$(PYTHON) -m pytest -n auto --dist loadscope
 
+# Test the Triton kernels without a GPU: in Triton's interpreter, and compiled for four GPUs.
+triton:
+	$(PYTHON) -c "import triton"
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py
+	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py
+
+# On a GPU.
+gpu:
+	$(PYTHON) -m pytest tests/ops/test_triton.py
+	$(PYTHON) benchmarks/gpu.py --json out/gpu.json --plot out/gpu.png
+
 # Depends on `test`, so that no speed is reported if a test fails.
 bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 	$(PYTHON) benchmarks/family.py --json out/family.json
 	$(PYTHON) benchmarks/models.py --json out/models.json
+	$(PYTHON) benchmarks/small.py --json out/small.json
 	$(PYTHON) benchmarks/compiled.py --json out/compiled.json
 	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
 	$(PYTHON) benchmarks/scaling.py --json out/scaling.json

@@ -8,6 +8,9 @@ import torch
 import mingru
 from mingru.ops import graph
 
+# Importable only with Triton; it has no doctests.
+collect_ignore = ["src/mingru/ops/backends/triton_kernels.py"]
+
 
 def pytest_configure():
     # Parallel test processes share the CPU cores.

@@ -2,16 +2,11 @@
 // pointers to features that are read and written.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "cells.h"
+#include "convert.h"
 #include "scan.h"
 
 namespace mingru::MINGRU_ISA {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 template <class T>
 struct Accumulation {
@@ -191,6 +186,52 @@ MINGRU_INLINE void backward_group(
   }
 }
 
+// The same for features that are converted by `read` and `write`.
+template <class Cell, bool biased, class T, class A>
+MINGRU_INLINE void converted_forward_group(
+    const T* const* in_inputs, const A* const* biases, A* h, T* out_state) {
+  if constexpr (has_conversion<T>) {
+    A converted[Cell::num_inputs][group], state[group];
+    const A* inputs[Cell::num_inputs];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      read(converted[k], in_inputs[k]);
+      inputs[k] = converted[k];
+    }
+    forward_group<Cell, biased>(inputs, biases, h, state);
+    write(out_state, state);
+  } else {
+    forward_group<Cell, biased>(in_inputs, biases, h, out_state);
+  }
+}
+
+template <class Cell, bool biased, class T, class A, class M>
+MINGRU_INLINE void converted_backward_group(
+    const T* const* in_inputs, const A* const* biases, const T* in_grad, const M* in_previous, A* carry,
+    T* const* out_grads) {
+  if constexpr (has_conversion<T>) {
+    A converted[Cell::num_inputs][group], grad[group], previous[group], grads[Cell::num_inputs][group];
+    const A* inputs[Cell::num_inputs];
+    A* to[Cell::num_inputs];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      read(converted[k], in_inputs[k]);
+      inputs[k] = converted[k];
+      to[k] = grads[k];
+    }
+    read(grad, in_grad);
+    const A* from = nullptr;
+    if constexpr (has_conversion<M>) {
+      read(previous, in_previous);
+      from = previous;
+    } else {
+      from = in_previous;
+    }
+    backward_group<Cell, biased>(inputs, biases, grad, from, carry, to);
+    for (int k = 0; k < Cell::num_inputs; ++k) write(out_grads[k], grads[k]);
+  } else {
+    backward_group<Cell, biased>(in_inputs, biases, in_grad, in_previous, carry, out_grads);
+  }
+}
+
 template <class Cell, class A>
 MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
@@ -230,7 +271,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
+      converted_forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
     }
     if (feature < span.num_features) {
       const int64_t count = span.num_features - feature;
@@ -238,7 +279,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
+      converted_forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
       std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -311,12 +352,12 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       if (from_out) {
         const T* previous_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
-        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       } else {
         const A* previous_group = previous == nullptr ? no_state
                                   : whole             ? previous + feature
                                                       : rest_previous.in(previous + feature, count);
-        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       }
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));

@@ -82,6 +82,28 @@ struct Span {
   bool stop_at_match;
 };
 
+// out = x weight^T + bias: x is (rows, features), weight (columns, features) and out (rows, columns), all contiguous, in
+// float32 or float64. The bias may be null.
+struct Product {
+  Storage storage;
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t rows, columns, features;
+};
+
+// Computes a range of columns.
+using ProductKernel = void (*)(const Product&, int64_t begin, int64_t end);
+
+// Rows of `columns` values each, whose sum is computed.
+struct RowSum {
+  Storage storage;
+  const void* rows;
+  int64_t num_rows, columns;
+};
+
+// Adds a range of rows to `total`, which has the accumulation dtype.
+using RowSumKernel = void (*)(const RowSum&, int64_t begin, int64_t end, void* total);
+
 // Reads and writes `state`. Returns whether the run stopped at a match.
 using Kernel = bool (*)(const Scan&, const Span&, void* state, bool backward);
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import autograd, blocks, inference, layout, route
+from .backend import KernelFailure
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
@@ -51,7 +52,11 @@ def linear_scan(
         if b.numel() == 0:
             return empty_states(a * b, h, 1)
         call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
-        out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
+        try:
+            out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
+        except KernelFailure as failure:
+            name = route.after(failure, Spec("linear_scan", "linear", reverse), b, backend)
+            out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
@@ -61,7 +66,11 @@ def recurrence(
     """Compute the recurrence of a cell from its pre-activations."""
     if is_tracing():
         return _traced(spec, inputs, start, order)
-    return _run(route.choose(spec, inputs[0], backend), spec, list(inputs), start, order)
+    name = route.choose(spec, inputs[0], backend)
+    try:
+        return _run(name, spec, list(inputs), start, order)
+    except KernelFailure as failure:
+        return _run(route.after(failure, spec, inputs[0], backend), spec, list(inputs), start, order)
 
 
 def linear_recurrence(
@@ -74,10 +83,13 @@ def linear_recurrence(
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
     name = route.choose(spec, x)
-    tensors = route.fused_with(linear, name, x, order)
+    tensors = route.fused_with(linear, name, spec, x, order)
     if tensors is not None:
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
-        return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
+        try:
+            return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
+        except KernelFailure as failure:
+            name = route.after(failure, spec, x)
     return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
 
 
@@ -94,7 +106,11 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
     sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
     def run(part: Tensor, part_start: Start) -> States:
-        return _run(name, spec, of.inputs(part), part_start, order)
+        inputs = of.inputs(part)
+        try:
+            return _run(name, spec, inputs, part_start, order)
+        except KernelFailure as failure:
+            return _run(route.after(failure, spec, x), spec, inputs, part_start, order)
 
     return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
 

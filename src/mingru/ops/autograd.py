@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms
 
+from .backend import KernelFailure
 from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call
-from .route import backend_of
+from .route import after, backend_of
 from .shape import States, along
 
 
@@ -209,21 +210,28 @@ class Recurrence(torch.autograd.Function):
         layout = Layout(ctx.time_first, batch_sizes, padding)
         needs_h, needs_initial_state, _, _, _, *needs = ctx.needs_input_grad[4:]
 
-        def recompute(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
-            inputs = list(tensors)
-            if ctx.which[1] == "linear_kernel":
-                inputs = list(F.linear(*tensors).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-            return composed(ctx.which[0], ctx.spec, inputs, _start(h, initial_state, reset), layout)
+        def recompute(name: str) -> Sequence[Tensor | None]:
+            def function(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
+                inputs = list(tensors)
+                if ctx.which[1] == "linear_kernel":
+                    inputs = list(F.linear(*tensors).chunk(NUM_INPUTS[ctx.spec.cell], -1))
+                return composed(name, ctx.spec, inputs, _start(h, initial_state, reset), layout)
+
+            needs_all = [needs_h, needs_initial_state, *needs]
+            return _differentiable(function, [h, initial_state, *tensors], needs_all, grad)
 
         if torch.is_grad_enabled() or are_batched(*grad):
-            needs = [needs_h, needs_initial_state, *needs]
-            grads: Sequence[Tensor | None] = _differentiable(recompute, [h, initial_state, *tensors], needs, grad)
+            grads = recompute(ctx.which[0])
         else:
             if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
             start = _start(h, initial_state, reset)
-            grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, (out, kept, *grad), needs)
+            saved = (out, kept, *grad)
+            try:
+                grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, saved, needs)
+            except KernelFailure as failure:
+                grads = recompute(after(failure, ctx.spec, out))
         grad_h, grad_initial_state, *others = grads
         return None, None, None, None, grad_h, grad_initial_state, None, None, None, *others
 
@@ -237,8 +245,9 @@ def _differentiable(
         # Views, because one tensor may be computed from another, and no gradient must flow between them.
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
         wanted: Any = [view for view, need in zip(views, needs, strict=True) if need]
-        # Disabled, because the forward pass runs a linear kernel only without autocast.
-        with torch.autocast("cpu", enabled=False):
+        # Disabled, because the tensors of a linear kernel are already in the dtype in which it is computed.
+        kind = grad[0].device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
             states = function(*views)
             found = iter(torch.autograd.grad(states, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

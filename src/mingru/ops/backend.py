@@ -1,11 +1,12 @@
-"""The description of a backend: its functions, and what it supports."""
+"""The description of a backend: its functions, what it supports, and how it fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .call import Layout, Spec, Start
+from .cells import NUM_INPUTS
 from .layout import LinearScan
 from .shape import States
 
@@ -24,8 +25,14 @@ class Kernel:
     packed: bool
     """If True, the kernel supports packed sequences but no padding. If False, it supports padding, and packed sequences
     are padded before the call."""
-    is_complex: bool = False
-    """Whether the kernel supports cells whose features are pairs; see `cells.is_complex`."""
+    autocast: bool = False
+    """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
+    cells: Container[str] = tuple(NUM_INPUTS)
+    """The cells that the kernel computes. Default: all."""
+
+
+class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
+    """A kernel cannot be compiled or launched on this machine."""
 
 
 @dataclass(frozen=True)

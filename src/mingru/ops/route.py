@@ -12,23 +12,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .backend import Backend, Kernel
-from .backends import in_log_space, native, sequential, tensors, traceable
+from .backend import Backend, Kernel, KernelFailure
+from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Layout, Spec
 from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
+from .shape import as_dtype
 
 BACKENDS: dict[str, Backend] = {
     "native": native.BACKEND,
+    "triton": triton.BACKEND,
     "torch": tensors.BACKEND,
     "log": in_log_space.BACKEND,
     "sequential": sequential.BACKEND,
 }
 # Backends that "auto" tries, in this order. "torch" supports everything.
-FASTEST_FIRST = ("native", "torch")
+FASTEST_FIRST = ("native", "triton", "torch")
 VARIABLE = "MINGRU_BACKEND"
 
 
@@ -90,8 +93,11 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
         if is_exporting():
             # The exported graph may run where the kernels of this package are not installed.
             return "torch"
-        if sequence.is_cpu and not is_compiling():
-            _warn_once_if_kernels_are_missing()
+        if not is_compiling():
+            if sequence.is_cpu:
+                _warn_once_if_kernels_are_missing()
+            elif sequence.device.type in triton.DEVICES:
+                _warn_once_if_kernels_are_missing("triton", "GPUs")
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
                 return name
@@ -103,6 +109,16 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
     return backend
 
 
+def after(failure: KernelFailure, spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
+    """Return the name of the backend that runs a call whose kernel has failed. If the backend was selected by the
+    caller, raise the failure."""
+    if backend != "auto" or _chosen.name != "auto" or (os.environ.get(VARIABLE) or "auto") != "auto":
+        raise failure
+    name = choose(spec, sequence)
+    warnings.warn(f"mingru: using the slower backend {name!r} from now on. {failure}", RuntimeWarning, stacklevel=2)
+    return name
+
+
 def backend_of(name: str) -> Backend:
     """Return the backend of this name. While a graph is captured, "torch" is its traceable version."""
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
@@ -111,17 +127,20 @@ def backend_of(name: str) -> Backend:
 def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
-    if kernel is None or not are_ordinary(*inputs):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs):
         return None
     # The features of a pair must be next to each other.
-    if is_complex(spec) and (not kernel.is_complex or inputs[0].dim() > (3 if layout.batch_sizes is None else 2)):
+    if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
         return None
     return None if layout.padding is not None and kernel.packed else kernel
 
 
-def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def fused_with(
+    linear: nn.Module, name: str, spec: Spec, x: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
-    if backend_of(name).linear_kernel is None or layout.padding is not None:
+    kernel = backend_of(name).linear_kernel
+    if kernel is None or spec.cell not in kernel.cells or layout.padding is not None:
         return None
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None
@@ -129,9 +148,20 @@ def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if x.dtype != weight.dtype or not x.is_floating_point() or x.numel() == 0:
+    if not x.is_floating_point() or x.numel() == 0 or not are_ordinary(x, weight):
         return None
-    return (x, weight, parameters["bias"]) if are_ordinary(x, weight) and not is_autocast(x) else None
+    if is_autocast(x):
+        return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None
+    return (x, weight, parameters["bias"]) if x.dtype == weight.dtype else None
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """Return the tensors in the dtype in which `nn.Linear` computes under autocast; None if it does not cast them."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype == torch.float64 for tensor in given):
+        return None
+    dtype = torch.get_autocast_dtype(given[0].device.type)
+    return tuple(None if tensor is None else as_dtype(tensor, dtype) for tensor in tensors)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -147,17 +177,18 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _warn_once_if_kernels_are_missing() -> None:
-    why = BACKENDS["native"].unavailable()
+def _warn_once_if_kernels_are_missing(name: str = "native", devices: str = "the CPU") -> None:
+    why = BACKENDS[name].unavailable()
     if why is not None:
         warnings.warn(
-            f"mingru: using the slower backend 'torch' on the CPU, because {why}", RuntimeWarning, stacklevel=2
+            f"mingru: using the slower backend 'torch' on {devices}, because {why}", RuntimeWarning, stacklevel=2
         )
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
     backend = BACKENDS[name]
-    return backend.unavailable() or backend.unsupported(sequence, spec)
+    # In this order, because a backend may have to be loaded to tell whether it is available.
+    return backend.unsupported(sequence, spec) or backend.unavailable()
 
 
 def _check_name(name: Any, selected_by: str) -> None:

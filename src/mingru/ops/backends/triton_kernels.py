@@ -1,0 +1,757 @@
+"""The Triton kernels of the recurrences. `triton.py` launches them; only that module imports this one, and only on use.
+
+A program computes F neighboring features of one sequence. It walks over time in tiles of C chunks of T steps:
+
+    C = 1   One step after the other. For many sequences and features.
+    C > 1   Every chunk is computed from a state of 0, all chunks in parallel. `associative_scan` combines them to the
+            state before each chunk. Then each chunk is computed again, from that state.
+
+The inputs of a tile are read once, and its states are written once. If there are few programs, time is also divided
+into segments: a first launch computes only the decay and the last state of each segment, and a second one the states.
+Everything is computed in a fixed order, without atomics.
+
+Time is counted in the order of the scan; u is the step in that order. For `backwards`, a step u is the row
+num_steps - 1 - u. The backward pass is a scan in the opposite direction. The row of a packed step comes from a table.
+
+Prefixes and suffixes: `x_` inputs of the cell, `num_` counts, `_batch` and `_step` strides. Strides of sequences and
+`num_units` count units of V features, and the kernel multiplies them by V. That tells the compiler how addresses are
+aligned, so that accesses have 16 bytes whenever the number of features allows them. All memory is read before any is
+written in a tile, because the compiler moves no load over a store.
+"""
+
+import triton
+import triton.language as tl
+
+# log2(e) in float32, and the rest of it.
+LOG2E = tl.constexpr(1.4426950216293335)
+LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
+LN2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
+NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+
+# Arguments that do not select another compiled kernel, as numbers do that are 1 or a multiple of 16, and addresses that
+# are a multiple of 16.
+FORWARD_VALUES = [
+    *("x0", "x1", "x2", "out", "h", "initial_state", "last", "reset", "offsets", "lengths", "products", "ends"),
+    *("num_steps", "num_units", "num_segments", "segment_steps"),
+    *("x_batch", "x_step", "out_batch", "out_step", "h_batch", "initial_batch", "reset_batch", "reset_step"),
+    "backwards",
+]
+BACKWARD_VALUES = [
+    *FORWARD_VALUES,
+    *("grad_out", "grads", "grad_last", "grad_h", "grad_initial_state", "grad_bias"),
+    *("grad_out_batch", "grad_out_step", "grads_batch", "grads_step"),
+]
+BACKWARD_VALUES.remove("last")
+
+
+# Functions of one number. If EXACT, their error in float32 is about that of a rounding; otherwise the inputs have fewer
+# digits.
+
+
+@triton.jit
+def minus(x):
+    # Not -x, which Triton computes as 0 - x: a multiplication by -1 becomes a sign of the operand that uses it.
+    return x * -1.0
+
+
+@triton.jit
+def power(x, SIGN: tl.constexpr, EXACT: tl.constexpr):
+    """Return exp(SIGN x), which must be at most 1."""
+    if x.dtype == tl.float64:
+        return tl.exp(x * SIGN)
+    # exp2 is one instruction and exp five, because exp has subnormal results.
+    if not EXACT:
+        return tl.exp2(x * (SIGN * LOG2E))
+    # Infinity minus infinity would be NaN.
+    if SIGN > 0:
+        x = tl.maximum(x, -104.0, propagate_nan=NAN_STAYS)
+    if SIGN < 0:
+        x = tl.minimum(x, 104.0, propagate_nan=NAN_STAYS)
+    scaled = x * (SIGN * LOG2E)
+    # The rounding error of the product, minus the rest of log2(e).
+    excess = tl.math.fma(x, tl.full(x.shape, -SIGN * LOG2E, x.dtype), scaled) - x * (SIGN * LOG2E_REST)
+    whole = tl.exp2(scaled)
+    return tl.math.fma(whole, excess * -LN2, whole)
+
+
+@triton.jit
+def reciprocal(x, EXACT: tl.constexpr):
+    """Return 1 / x for x from 1 to 4."""
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    # Two instructions instead of the seven of a division.
+    root = tl.rsqrt(x)
+    guess = root * root
+    if not EXACT:
+        return guess
+    # One step of Newton's method.
+    return tl.math.fma(guess, tl.math.fma(minus(x), guess, tl.full(x.shape, 1.0, x.dtype)), guess)
+
+
+@triton.jit
+def logistic(x, EXACT: tl.constexpr):
+    """Return sigma(x) and sigma(-x), both in full relative precision."""
+    p = power(tl.abs(x), -1, EXACT)
+    small = p * reciprocal(1.0 + p, EXACT)
+    # Nothing cancels, because small <= 0.5, and the rounding of 1 + p does not matter as it does in 1 / (1 + p).
+    large = 1.0 - small
+    left = x < 0
+    return tl.where(left, small, large), tl.where(left, large, small)
+
+
+@triton.jit
+def positive(v, EXACT: tl.constexpr):
+    """Return g(v) and its derivative. g(v) = max(v + 0.5, sigma(v)), because sigma(v) - 0.5 is between 0 and v."""
+    p = power(tl.minimum(v, 0.0, propagate_nan=NAN_STAYS), 1, EXACT)
+    inverse = reciprocal(1.0 + p, EXACT)
+    left = p * inverse
+    return tl.maximum(v + 0.5, left, propagate_nan=NAN_STAYS), tl.where(v >= 0, 1.0, left * inverse)
+
+
+@triton.jit
+def tanh_near_0(x, double):
+    """Return tanh of |x| < 0.35, where 1 - exp(-2x) would cancel; `double` is 2x, and exp(-double) is not 0."""
+    if x.dtype == tl.float64:
+        # expm1(y) = (exp(y) - 1) y / log(exp(y)): the rounding errors of exp cancel.
+        p = tl.exp(minus(double))
+        same = p == 1.0
+        expm1 = minus(double) * tl.where(same, 1.0, (p - 1.0) / tl.where(same, 1.0, tl.log(p)))
+        return minus(expm1) / (2.0 + expm1)
+    # Taylor series. The first omitted term is below 2e-8 of the sum.
+    square = x * x
+    series = square * (-1382.0 / 155925.0) + 62.0 / 2835.0
+    series = series * square - 17.0 / 315.0
+    series = series * square + 2.0 / 15.0
+    series = series * square - 1.0 / 3.0
+    return x + x * (square * series)
+
+
+@triton.jit
+def hyperbolic_tangent(x, EXACT: tl.constexpr):
+    """Return tanh(x) and its derivative, computed as 4 p / (1 + p)^2 where 1 - tanh(x)^2 would cancel."""
+    double = 2.0 * tl.abs(x)
+    p = power(double, -1, EXACT)
+    inverse = reciprocal(1.0 + p, EXACT)
+    near = tl.abs(x) < 0.35
+    # Far from 0, the function is not used, but its operations must not fail.
+    size = tl.where(near, tanh_near_0(tl.where(near, tl.abs(x), 0.0), tl.where(near, double, 0.0)), (1.0 - p) * inverse)
+    slope = tl.where(near, 1.0 - size * size, 4.0 * p * (inverse * inverse))
+    return tl.where(x < 0, minus(size), size), slope
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return the activation of the candidate and its derivative."""
+    if ACTIVATION == "positive":
+        return positive(v, EXACT)
+    elif ACTIVATION == "tanh":
+        return hyperbolic_tangent(v, EXACT)
+    else:
+        return v, tl.full(v.shape, 1.0, v.dtype)
+
+
+# The cells. `<cell>_coefficients` returns a and b; `<cell>_gradients` returns a, and the gradient of each input for
+# delta = 1. To add a cell, add both functions, a branch to `coefficients` and `gradients`, and an entry to
+# `triton.KEEPING`. Cells have up to three inputs.
+
+
+@triton.jit
+def mingru_coefficients(gate, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    z, a = logistic(gate, EXACT)
+    value, _ = activate(candidate, ACTIVATION, EXACT)
+    return a, z * value
+
+
+@triton.jit
+def mingru_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    z, a = logistic(gate, EXACT)
+    value, slope = activate(candidate, ACTIVATION, EXACT)
+    return a, (value - previous) * z * a, z * slope
+
+
+@triton.jit
+def normalized_gates(forget, input, EXACT: tl.constexpr):
+    """Return f / (f + i), i / (f + i), exp(-|forget|) and exp(-|input|), as csrc/cells.h describes."""
+    forget_power, input_power = power(tl.abs(forget), -1, EXACT), power(tl.abs(input), -1, EXACT)
+    ahead = tl.minimum(forget, 0.0, propagate_nan=NAN_STAYS) - tl.minimum(input, 0.0, propagate_nan=NAN_STAYS)
+    behind = power(tl.abs(ahead), -1, EXACT)
+    left = ahead < 0
+    forget_weight = tl.where(left, behind, 1.0) * (1.0 + input_power)
+    input_weight = tl.where(left, 1.0, behind) * (1.0 + forget_power)
+    is_less = forget_weight < input_weight
+    small = tl.where(is_less, forget_weight, input_weight) * reciprocal(forget_weight + input_weight, EXACT)
+    large = 1.0 - small
+    return tl.where(is_less, small, large), tl.where(is_less, large, small), forget_power, input_power
+
+
+@triton.jit
+def minlstm_coefficients(forget, input, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    f, i, _, _ = normalized_gates(forget, input, EXACT)
+    value, _ = activate(candidate, ACTIVATION, EXACT)
+    return f, i * value
+
+
+@triton.jit
+def minlstm_gradients(forget, input, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    f, i, forget_power, input_power = normalized_gates(forget, input, EXACT)
+    value, slope = activate(candidate, ACTIVATION, EXACT)
+    shifted = (value - previous) * f * i
+    # sigma(-x) from exp(-|x|).
+    without_forget = tl.where(forget < 0, 1.0, forget_power) * reciprocal(1.0 + forget_power, EXACT)
+    without_input = tl.where(input < 0, 1.0, input_power) * reciprocal(1.0 + input_power, EXACT)
+    return f, minus(shifted) * without_forget, shifted * without_input, i * slope
+
+
+@triton.jit
+def coefficients(x0, x1, x2, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return a and b of h_t = a_t h_{t-1} + b_t."""
+    if CELL == "mingru":
+        return mingru_coefficients(x0, x1, ACTIVATION, EXACT)
+    elif CELL == "minlstm":
+        return minlstm_coefficients(x0, x1, x2, ACTIVATION, EXACT)
+    else:
+        return x0, x1
+
+
+@triton.jit
+def gradients(x0, x1, x2, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return a, and the gradients of the inputs for dL/dh_t = 1. A missing input has the gradient of the one before."""
+    if CELL == "mingru":
+        a, d0, d1 = mingru_gradients(x0, x1, previous, ACTIVATION, EXACT)
+        return a, d0, d1, d1
+    elif CELL == "minlstm":
+        return minlstm_gradients(x0, x1, x2, previous, ACTIVATION, EXACT)
+    else:
+        one = tl.full(x0.shape, 1.0, x0.dtype)
+        return x0, previous, one, one
+
+
+# The combination of chunks.
+
+
+@triton.jit
+def then(p_left, l_left, p_before, l_before, p_right, l_right, p_before_right, l_before_right):
+    """Combine maps h -> p h + l. The last two values are the map without the last chunk, because shifting the result by
+    one chunk would exchange data between threads."""
+    return (
+        p_left * p_right,
+        p_right * l_left + l_right,
+        p_left * p_before_right,
+        p_before_right * l_left + l_before_right,
+    )
+
+
+@triton.jit
+def then_reset(
+    p_left,
+    l_left,
+    seen_left,
+    p_before,
+    l_before,
+    seen_before,
+    p_right,
+    l_right,
+    seen_right,
+    p_before_right,
+    l_before_right,
+    seen_before_right,
+):
+    """Combine maps as `then` does. A reset selects instead of multiplying by 0, so that NaN does not pass it."""
+    l_both = tl.where(seen_right != 0, l_right, p_right * l_left + l_right)
+    l_without_last = tl.where(seen_before_right != 0, l_before_right, p_before_right * l_left + l_before_right)
+    return (
+        p_left * p_right,
+        l_both,
+        seen_left | seen_right,
+        p_left * p_before_right,
+        l_without_last,
+        seen_left | seen_before_right,
+    )
+
+
+@triton.jit
+def row_of(x, row, CHUNK: tl.constexpr):
+    """Return one chunk of (C, F), as (1, F)."""
+    return tl.sum(tl.where(row == CHUNK, x, 0.0), 0)[None, :]
+
+
+@triton.jit
+def carries(
+    a,
+    b,
+    reset,
+    start,
+    product,
+    local,
+    seen,
+    state,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MAY_GROW: tl.constexpr,
+):
+    """Return the state before each chunk (C, F), the state after the last one and the decay of all chunks (1, F).
+
+    `product` and `local` are the map h -> product h + local of each chunk, `seen` whether it has a reset. The state
+    before the first chunk is `state` (1, F). a, b and reset are tuples with a value for each step of a chunk.
+    """
+    row = tl.arange(0, C)[:, None]
+    one, zero = tl.full(product.shape, 1.0, product.dtype), tl.zeros(product.shape, product.dtype)
+    from_state = tl.broadcast_to(state, product.shape)
+    if HAS_RESET:
+        seen = tl.broadcast_to(seen, product.shape)
+        none = tl.zeros(product.shape, tl.int32)
+        p, l, seen, p_before, l_before, seen_before = tl.associative_scan(
+            (product, local, seen, one, zero, none), 0, then_reset
+        )
+        before = tl.where(seen_before != 0, l_before, tl.math.fma(p_before, from_state, l_before))
+        after = tl.where(seen != 0, l, tl.math.fma(p, from_state, l))
+    else:
+        p, l, p_before, l_before = tl.associative_scan((product, local, one, zero), 0, then)
+        before = tl.math.fma(p_before, from_state, l_before)
+        after = tl.math.fma(p, from_state, l)
+    last = row_of(after, row, C - 1)
+    # A product may underflow, and 0 times an infinite state is NaN; or it may overflow if |a| > 1. Then the chunks are
+    # computed one after the other. Without resets, NaN stays until the last chunk.
+    wrong = tl.max((last != last).to(tl.int32), 1)
+    if HAS_RESET:
+        wrong = tl.maximum(wrong, tl.max(tl.max((before != before).to(tl.int32), 1), 0))
+    if MAY_GROW:
+        overflows = (tl.abs(p) < INFINITY).to(tl.int32) == 0
+        wrong = tl.maximum(wrong, tl.max(tl.max(overflows.to(tl.int32), 1), 0))
+    if tl.max(wrong, 0) != 0:
+        last = state
+        for chunk in range(C):
+            before = tl.where(row == chunk, last, before)
+            h = tl.broadcast_to(last, product.shape)
+            for t in tl.static_range(T):
+                if BACKWARD:
+                    h = a[t] * (b[t] + h)
+                    if HAS_RESET:
+                        h = tl.where(reset[t], 0.0, h)
+                else:
+                    if HAS_RESET:
+                        h = tl.where(reset[t], start, h)
+                    h = tl.math.fma(a[t], h, b[t])
+            last = tl.sum(tl.where(row == chunk, h, 0.0), 0)[None, :]
+    return before, last, p
+
+
+@triton.jit
+def carry_into(segment, state, products, ends, row, num_features, feature, there):
+    """Return the state before a segment, from the results of all segments before it, in their order."""
+    for before in range(segment):
+        at = (row + before) * num_features + feature
+        p = tl.load(products + at, there, other=1.0)
+        l = tl.load(ends + at, there, other=0.0)
+        # A decay that underflowed times an infinite state would be NaN. A negative decay marks a reset.
+        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state, p * state)
+        state = tl.where(p < 0, l, kept + l)
+    return state
+
+
+@triton.jit
+def beginning(batch, batch_stride, step, first_row, sign, V: tl.constexpr, PACKED: tl.constexpr):
+    """Return the offset of the first step of a sequence in the order of the scan, and the stride to the next step. The
+    offset of packed steps is in a table."""
+    step = step.to(tl.int64) * V
+    at = batch * batch_stride * V
+    if PACKED:
+        return at, step
+    else:
+        return at + first_row * step, step * sign
+
+
+@triton.jit
+def address(first, t, rows, step, PACKED: tl.constexpr):
+    """Return the offset of step t of each chunk (C, 1); `first` is the index of its first step."""
+    if PACKED:
+        return rows[t] * step
+    else:
+        return first * step + t * step
+
+
+@triton.jit(do_not_specialize=FORWARD_VALUES)
+def forward_kernel(
+    # Sequences.
+    x0,
+    x1,
+    x2,
+    out,
+    # States (B, N), and masks; None if there are none.
+    h,
+    initial_state,
+    last,
+    reset,
+    # Offset of each packed step, and length of each packed sequence.
+    offsets,
+    lengths,
+    # Decay and last state from a state of 0 of each segment, (B, num_segments, N).
+    products,
+    ends,
+    num_steps,
+    num_units,
+    num_segments,
+    segment_steps,
+    x_batch,
+    x_step,
+    out_batch,
+    out_step,
+    h_batch,
+    initial_batch,
+    reset_batch,
+    reset_step,
+    backwards,
+    CELL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEPING: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute all states, or without `out` the products and ends of segments."""
+    HAS_RESET: tl.constexpr = reset is not None
+    PACKED: tl.constexpr = offsets is not None
+    SEGMENTS: tl.constexpr = products is not None
+    SUMMARY: tl.constexpr = out is None
+    EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
+    A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    MAY_GROW: tl.constexpr = CELL == "linear_scan"
+
+    num_features = num_units * V
+    num_blocks = tl.cdiv(num_features, F)
+    program = tl.program_id(0)
+    batch = (program // num_blocks).to(tl.int64)
+    feature = (program % num_blocks) * F + tl.arange(0, F)[None, :]
+    there = feature < num_features
+    begin, end, total = 0, num_steps, num_steps
+    if PACKED:
+        total = tl.load(lengths + batch).to(tl.int32)
+        end = total
+    if SEGMENTS:
+        segment = (batch % num_segments).to(tl.int32)
+        batch = batch // num_segments
+        begin = segment * segment_steps
+        end = tl.minimum(begin + segment_steps, num_steps)
+    chunk = tl.arange(0, C)[:, None]
+
+    if SUMMARY:
+        state = tl.zeros((1, F), A)
+        decay = tl.full((1, F), 1.0, A)
+        any_reset = tl.zeros((1, 1), tl.int32)
+    else:
+        state = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
+    start = tl.zeros((1, F), A)
+    if HAS_RESET and CELL != "linear_scan":
+        start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
+    if SEGMENTS and not SUMMARY:
+        state = carry_into(segment, state, products, ends, batch * num_segments, num_features, feature, there)
+
+    first_row = (backwards * (total - 1)).to(tl.int64)
+    sign = 1 - 2 * backwards
+    x_at, x_step = beginning(batch, x_batch, x_step, first_row, sign, V, PACKED)
+    # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
+    ALIGNMENT: tl.constexpr = V * (x0.dtype.element_ty.primitive_bitwidth // 8)
+    x0 = tl.multiple_of(x0 + x_at, ALIGNMENT) + feature
+    x1 = tl.multiple_of(x1 + x_at, ALIGNMENT) + feature
+    if x2 is not None:
+        x2 = tl.multiple_of(x2 + x_at, ALIGNMENT) + feature
+    if HAS_RESET:
+        reset_at, reset_step = beginning(batch, reset_batch, reset_step, first_row, sign, 1, PACKED)
+        reset += reset_at
+    if not SUMMARY:
+        out_at, out_step = beginning(batch, out_batch, out_step, first_row, sign, V, PACKED)
+        out = tl.multiple_of(out + out_at, ALIGNMENT) + feature
+
+    for tile in tl.range(begin, end, C * T, num_stages=STAGES):
+        first = (tile + chunk * T).to(tl.int64)
+        inputs0, inputs1, inputs2, is_reset, rows = (), (), (), (), ()
+        for t in tl.static_range(T):
+            u = tile + chunk * T + t
+            here = u < end
+            if PACKED:
+                time = tl.where(backwards != 0, total - 1 - u, u)
+                rows += (tl.load(offsets + time, here, other=0) + batch,)
+            mask = here if EVEN else here & there
+            at = address(first, t, rows, x_step, PACKED)
+            inputs0 += (tl.load(x0 + at, mask, other=KEEPING[0]).to(A),)
+            inputs1 += (tl.load(x1 + at, mask, other=KEEPING[1]).to(A),)
+            if x2 is not None:
+                inputs2 += (tl.load(x2 + at, mask, other=KEEPING[2]).to(A),)
+            else:
+                inputs2 += (inputs1[t],)
+            if HAS_RESET:
+                is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
+        a, b = (), ()
+        product = tl.full((C, F), 1.0, A)
+        local = tl.zeros((C, F), A)
+        seen = tl.zeros((C, 1), tl.int32)
+        for t in tl.static_range(T):
+            a_t, b_t = coefficients(inputs0[t], inputs1[t], inputs2[t], CELL, ACTIVATION, EXACT)
+            a += (a_t,)
+            b += (b_t,)
+            if C > 1:
+                if HAS_RESET:
+                    local = tl.where(is_reset[t], start, local)
+                    product = tl.where(is_reset[t], 0.0, product)
+                    seen = tl.where(is_reset[t], 1, seen)
+                local = tl.math.fma(a_t, local, b_t)
+                product = product * a_t
+        if C > 1:
+            before, state, p = carries(
+                a, b, is_reset, start, product, local, seen, state, C, T, HAS_RESET, False, MAY_GROW
+            )
+            if SUMMARY:
+                decay = decay * row_of(p, chunk, C - 1)
+                any_reset = any_reset | tl.max(seen, 0)[None, :]
+        else:
+            before = state
+        if not SUMMARY:
+            for t in tl.static_range(T):
+                if HAS_RESET:
+                    before = tl.where(is_reset[t], start, before)
+                before = tl.math.fma(a[t], before, b[t])
+                here = (tile + chunk * T + t) < end
+                at = address(first, t, rows, out_step, PACKED)
+                tl.store(out + at, before.to(out.dtype.element_ty), here if EVEN else here & there)
+            if C == 1:
+                state = before
+
+    if SUMMARY:
+        at = (batch * num_segments + segment) * num_features + feature
+        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(ends + at, state, there)
+    else:
+        is_last = True
+        if SEGMENTS:
+            is_last = segment == num_segments - 1
+        if is_last:
+            tl.store(last + batch * num_features + feature, state.to(last.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=BACKWARD_VALUES)
+def backward_kernel(
+    # Sequences. `grads` has the gradients of all inputs side by side.
+    x0,
+    x1,
+    x2,
+    out,
+    grad_out,
+    grads,
+    h,
+    initial_state,
+    reset,
+    offsets,
+    lengths,
+    grad_last,
+    grad_h,
+    # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
+    grad_initial_state,
+    grad_bias,
+    products,
+    ends,
+    num_steps,
+    num_units,
+    num_segments,
+    segment_steps,
+    x_batch,
+    x_step,
+    out_batch,
+    out_step,
+    grad_out_batch,
+    grad_out_step,
+    grads_batch,
+    grads_step,
+    h_batch,
+    initial_batch,
+    reset_batch,
+    reset_step,
+    backwards,
+    CELL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEPING: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute the gradients, or without `grads` the products and ends of segments.
+
+    u counts from the last step of the recurrence to its first; `backwards` refers to that order. The carry is the
+    gradient of the state before a step: c = a (dL/dh + c of the following step). Across a reset, c is added to the
+    gradient of the initial state and continues as 0.
+    """
+    HAS_RESET: tl.constexpr = reset is not None
+    PACKED: tl.constexpr = offsets is not None
+    SEGMENTS: tl.constexpr = products is not None
+    SUMMARY: tl.constexpr = grads is None
+    HAS_BIAS: tl.constexpr = grad_bias is not None
+    NUM_INPUTS: tl.constexpr = 2 if x2 is None else 3
+    EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
+    A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    MAY_GROW: tl.constexpr = CELL == "linear_scan"
+
+    num_features = num_units * V
+    num_blocks = tl.cdiv(num_features, F)
+    program = tl.program_id(0)
+    batch = (program // num_blocks).to(tl.int64)
+    feature = (program % num_blocks) * F + tl.arange(0, F)[None, :]
+    there = feature < num_features
+    begin, end, total = 0, num_steps, num_steps
+    sum_row = batch
+    if PACKED:
+        total = tl.load(lengths + batch).to(tl.int32)
+        end = total
+    if SEGMENTS:
+        segment = (batch % num_segments).to(tl.int32)
+        batch = batch // num_segments
+        begin = segment * segment_steps
+        end = tl.minimum(begin + segment_steps, num_steps)
+    chunk = tl.arange(0, C)[:, None]
+
+    if SUMMARY:
+        carry = tl.zeros((1, F), A)
+        decay = tl.full((1, F), 1.0, A)
+        any_reset = tl.zeros((1, 1), tl.int32)
+    else:
+        carry = tl.load(grad_last + batch * num_features + feature, there, other=0.0).to(A)
+        earliest = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
+    start = tl.zeros((1, F), A)
+    if HAS_RESET and CELL != "linear_scan":
+        if not SUMMARY:
+            start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
+    to_initial = tl.zeros((C, F), A)
+    sum0, sum1, sum2 = tl.zeros((C, F), A), tl.zeros((C, F), A), tl.zeros((C, F), A)
+    if SEGMENTS and not SUMMARY:
+        carry = carry_into(segment, carry, products, ends, batch * num_segments, num_features, feature, there)
+
+    first_row = (backwards * (total - 1)).to(tl.int64)
+    sign = 1 - 2 * backwards
+    x_at, x_step = beginning(batch, x_batch, x_step, first_row, sign, V, PACKED)
+    ALIGNMENT: tl.constexpr = V * (x0.dtype.element_ty.primitive_bitwidth // 8)
+    x0 = tl.multiple_of(x0 + x_at, ALIGNMENT) + feature
+    x1 = tl.multiple_of(x1 + x_at, ALIGNMENT) + feature
+    if x2 is not None:
+        x2 = tl.multiple_of(x2 + x_at, ALIGNMENT) + feature
+    grad_out_at, grad_out_step = beginning(batch, grad_out_batch, grad_out_step, first_row, sign, V, PACKED)
+    grad_out = tl.multiple_of(grad_out + grad_out_at, ALIGNMENT) + feature
+    if HAS_RESET:
+        reset_at, reset_step = beginning(batch, reset_batch, reset_step, first_row, sign, 1, PACKED)
+        reset += reset_at
+    if not SUMMARY:
+        out_at, out_step = beginning(batch, out_batch, out_step, first_row, sign, V, PACKED)
+        out = tl.multiple_of(out + out_at, ALIGNMENT) + feature
+        grads_at, grads_step = beginning(batch, grads_batch, grads_step, first_row, sign, V, PACKED)
+        grads = tl.multiple_of(grads + grads_at, ALIGNMENT) + feature
+
+    for tile in tl.range(begin, end, C * T, num_stages=STAGES):
+        first = (tile + chunk * T).to(tl.int64)
+        inputs0, inputs1, inputs2, deltas, states, is_reset, rows = (), (), (), (), (), (), ()
+        if PACKED:
+            # One more than the steps of a chunk, because the previous state is in the row of the next u.
+            for t in tl.static_range(T + 1):
+                u = tile + chunk * T + t
+                time = tl.where(backwards != 0, total - 1 - u, u)
+                rows += (tl.load(offsets + time, u < end, other=0) + batch,)
+        for t in tl.static_range(T):
+            u = tile + chunk * T + t
+            here = u < end
+            mask = here if EVEN else here & there
+            at = address(first, t, rows, x_step, PACKED)
+            inputs0 += (tl.load(x0 + at, mask, other=KEEPING[0]).to(A),)
+            inputs1 += (tl.load(x1 + at, mask, other=KEEPING[1]).to(A),)
+            if x2 is not None:
+                inputs2 += (tl.load(x2 + at, mask, other=KEEPING[2]).to(A),)
+            else:
+                inputs2 += (inputs1[t],)
+            at = address(first, t, rows, grad_out_step, PACKED)
+            deltas += (tl.load(grad_out + at, mask, other=0.0).to(A),)
+            if not SUMMARY:
+                # The state before the first step is not in `out`.
+                at = address(first, t + 1, rows, out_step, PACKED)
+                inside = here & (u < total - 1)
+                states += (tl.load(out + at, inside if EVEN else inside & there, other=0.0).to(A),)
+            if HAS_RESET:
+                is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
+        a, grads0, grads1, grads2 = (), (), (), ()
+        product = tl.full((C, F), 1.0, A)
+        local = tl.zeros((C, F), A)
+        seen = tl.zeros((C, 1), tl.int32)
+        for t in tl.static_range(T):
+            if SUMMARY:
+                previous = local
+            else:
+                previous = tl.where(tile + chunk * T + t == total - 1, earliest, states[t])
+                if HAS_RESET:
+                    previous = tl.where(is_reset[t], start, previous)
+            a_t, d0, d1, d2 = gradients(inputs0[t], inputs1[t], inputs2[t], previous, CELL, ACTIVATION, EXACT)
+            a += (a_t,)
+            grads0 += (d0,)
+            grads1 += (d1,)
+            grads2 += (d2,)
+            if C > 1:
+                local = a_t * (deltas[t] + local)
+                product = product * a_t
+                if HAS_RESET:
+                    local = tl.where(is_reset[t], 0.0, local)
+                    product = tl.where(is_reset[t], 0.0, product)
+                    seen = tl.where(is_reset[t], 1, seen)
+        if C > 1:
+            before, carry, p = carries(
+                a, deltas, is_reset, start, product, local, seen, carry, C, T, HAS_RESET, True, MAY_GROW
+            )
+            if SUMMARY:
+                decay = decay * row_of(p, chunk, C - 1)
+                any_reset = any_reset | tl.max(seen, 0)[None, :]
+        else:
+            before = carry
+        if not SUMMARY:
+            for t in tl.static_range(T):
+                here = (tile + chunk * T + t) < end
+                mask = here if EVEN else here & there
+                delta = deltas[t] + before
+                at = address(first, t, rows, grads_step, PACKED)
+                grad0, grad1 = delta * grads0[t], delta * grads1[t]
+                tl.store(grads + at, grad0.to(grads.dtype.element_ty), mask)
+                tl.store(grads + at + num_features, grad1.to(grads.dtype.element_ty), mask)
+                if HAS_BIAS:
+                    sum0 += grad0
+                    sum1 += grad1
+                if NUM_INPUTS > 2:
+                    grad2 = delta * grads2[t]
+                    tl.store(grads + at + 2 * num_features, grad2.to(grads.dtype.element_ty), mask)
+                    if HAS_BIAS:
+                        sum2 += grad2
+                before = a[t] * delta
+                if HAS_RESET:
+                    if CELL != "linear_scan":
+                        to_initial += tl.where(is_reset[t], before, 0.0)
+                    before = tl.where(is_reset[t], 0.0, before)
+            if C == 1:
+                carry = before
+
+    if SUMMARY:
+        at = (batch * num_segments + segment) * num_features + feature
+        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(ends + at, carry, there)
+    else:
+        if HAS_RESET and CELL != "linear_scan":
+            tl.store(grad_initial_state + sum_row * num_features + feature, tl.sum(to_initial, 0)[None, :], there)
+        if HAS_BIAS:
+            at = sum_row * (NUM_INPUTS * num_features) + feature
+            tl.store(grad_bias + at, tl.sum(sum0, 0)[None, :], there)
+            tl.store(grad_bias + at + num_features, tl.sum(sum1, 0)[None, :], there)
+            if NUM_INPUTS > 2:
+                tl.store(grad_bias + at + 2 * num_features, tl.sum(sum2, 0)[None, :], there)
+        is_last = True
+        if SEGMENTS:
+            is_last = segment == num_segments - 1
+        if is_last:
+            tl.store(grad_h + batch * num_features + feature, carry.to(grad_h.dtype.element_ty), there)

@@ -1,0 +1,706 @@
+"""The Triton kernels against the float64 reference, and what only they promise.
+
+With TRITON_INTERPRET=1 they run in Triton's interpreter, on the CPU and slowly; otherwise on a GPU, if there is one.
+"""
+
+import itertools
+import math
+import os
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import mingru
+from mingru import ops
+from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops.backend import KernelFailure
+from mingru.ops.backends import triton
+from mingru.ops.backends.triton import Plan
+from mingru.ops.shape import accumulate_dtype
+
+WHY_NOT = mingru.backends()["triton"]
+pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else torch.accelerator.current_accelerator() if WHY_NOT is True else "cpu"
+
+# Small, because the interpreter runs each element of a scan on its own.
+PLANS = {
+    "walk": Plan(1, 4, 16, 1, 1, None),
+    "chunks": Plan(4, 3, 8, 1, 1, 2),
+    "segments": Plan(2, 4, 8, 3, 1, 2),
+}
+CELLS = {
+    **{("mingru", activation): 2 for activation in ("positive", "linear", "tanh")},
+    **{("minlstm", activation): 3 for activation in ("positive", "linear", "tanh")},
+    ("linear_scan", "linear"): 2,
+}
+
+
+@pytest.fixture
+def use_plan(monkeypatch):
+    """Use one plan for all kernels."""
+
+    def use(plan):
+        def plan_of(*args, may_split, **options):
+            return plan if may_split else plan._replace(segments=1)
+
+        monkeypatch.setattr(triton, "plan_of", plan_of)
+
+    return use
+
+
+@pytest.fixture(params=PLANS if INTERPRETED else [*PLANS, None])
+def _planned(request, use_plan):
+    if request.param is not None:
+        use_plan(PLANS[request.param])
+
+
+def make(cell, batch, steps, features, dtype, *, reset=False, scale=2.0):
+    """Return the inputs, the states h and initial_state in the accumulation dtype, and resets."""
+    count = CELLS[cell, "linear"]
+    inputs = [(scale * torch.randn(batch, steps, features)).to(dtype) for _ in range(count)]
+    if cell == "linear_scan":
+        inputs[0] = inputs[0].clamp(-1, 1)
+    states = torch.randn(2, batch, 1, features).to(accumulate_dtype(dtype)).unbind()
+    mask = torch.rand(batch, steps) < 0.2 if reset else None
+    return inputs, states, mask
+
+
+def on_device(tensors):
+    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+
+
+def run(spec, inputs, states, reset, layout=ops.BATCH_FIRST):
+    if spec.cell == "linear_scan":
+        return ops.linear_scan(*inputs, states[0], reset, spec.reverse, "triton")
+    return ops.recurrence(spec, inputs, Start(*states, reset), layout, "triton")
+
+
+def by_steps(spec, inputs, states, reset):
+    h, initial = states
+    if spec.cell == "linear_scan":
+        out = reference.linear_scan(*inputs, h, spec.reverse, reset)
+    else:
+        cell = reference.CELLS[spec.cell]
+        out = cell(*inputs, h, reset, spec.activation, initial, spec.reverse)
+    return out, out[:, :1] if spec.reverse else out[:, -1:]
+
+
+def graded(function, spec, inputs, states, reset, weights):
+    leaves = [tensor.detach().requires_grad_() for tensor in (*inputs, *states)]
+    out, last = function(spec, leaves[: len(inputs)], leaves[len(inputs) :], reset)
+    weights = [weight.to(tensor) for weight, tensor in zip(weights, (out, last), strict=True)]
+    grads = torch.autograd.grad([out, last], leaves, weights, allow_unused=True)
+    return {"out": out, "last": last, **{str(index): grad for index, grad in enumerate(grads)}}
+
+
+def check(spec, inputs, states, reset):
+    """Compare outputs and all gradients with the reference, with a few roundings on the way."""
+    dtype = inputs[0].dtype
+    batch, steps, features = inputs[0].shape
+    weights = torch.randn(batch, steps, features).to(dtype), torch.randn(batch, 1, features).to(dtype)
+    got = graded(run, spec, on_device(inputs), on_device(states), *on_device([reset]), weights)
+    wide = [[tensor.double() for tensor in tensors] for tensors in (inputs, states)]
+    expected = graded(by_steps, spec, *wide, reset, [weight.double() for weight in weights])
+    allowed = 64 * torch.finfo(accumulate_dtype(dtype)).eps + 2 * torch.finfo(dtype).eps
+    for name, truth in expected.items():
+        if truth is None or got[name] is None:
+            assert all(grad is None or not grad.any() for grad in (truth, got[name])), (name, spec)
+            continue
+        error = (got[name].double().cpu() - truth).abs().max() / truth.abs().max().clamp_min(1.0)
+        assert error <= allowed, (name, spec, tuple(inputs[0].shape), error.item())
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize(("cell", "activation"), CELLS)
+@pytest.mark.usefixtures("_planned")
+def test_values_and_gradients(cell, activation, with_reset):
+    reverse = (len(cell) + len(activation) + with_reset) % 2 == 0
+    inputs, states, reset = make(cell, 1, 29, 11, torch.float32, reset=with_reset)
+    check(Spec(cell, activation, reverse), inputs, states, reset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("cell", "activation"), [("mingru", "tanh"), ("minlstm", "positive"), ("linear_scan", "linear")]
+)
+@pytest.mark.usefixtures("_planned")
+def test_dtypes(cell, activation, dtype):
+    reverse = dtype == torch.bfloat16
+    inputs, states, reset = make(cell, 1, 17, 5, dtype, reset=reverse or cell == "minlstm")
+    check(Spec(cell, activation, reverse), inputs, states, reset)
+
+
+@pytest.mark.parametrize("features", [1, 2, 15, 16, 17, 63, 64, 65, 127, 511, 512, 513, 1030])
+def test_block_edges(features, use_plan):
+    """The sizes of the tests of the C++ kernels, with each of the options in turn."""
+    options = itertools.cycle(itertools.product(CELLS, [False, True], [False, True]))
+    for index, steps in enumerate([1, 2, 63, 64, 65, 130]):
+        (cell, activation), reverse, with_reset = [next(options) for _ in range(features % 7 + 1)][-1]
+        if features > 65:
+            # One block or two, because scans of the interpreter would take too long.
+            use_plan(Plan(1, 8, 1024, 1, 1, None))
+        elif features > 17:
+            use_plan(Plan(2, 16, 64, 1 + index % 2, 1, None))
+        else:
+            use_plan(Plan(4, 8, 16, 1 + index % 3, 1, 2))
+        inputs, states, reset = make(cell, 1 + (steps < 63), steps, features, torch.float32, reset=with_reset)
+        check(Spec(cell, activation, reverse), inputs, states, reset)
+
+
+def every_other(x):
+    return torch.stack([x, x], -1).flatten(-2)[..., 1::2]
+
+
+LAYOUTS = {
+    "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other feature": every_other,
+    "every other step": lambda x: every_other(x.mT).mT,
+    "an odd address": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+    "one sequence for all": lambda x: x[:1].expand_as(x),
+    "one feature for all": lambda x: x[..., :1].expand_as(x),
+    "one step for all": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_memory(layout, use_plan):
+    use_plan(PLANS["chunks"])
+    inputs, states, reset = make("mingru", 2, 13, 8, torch.float32, reset=True)
+    check(Spec("mingru", "positive", False), [LAYOUTS[layout](x) for x in inputs], states, reset)
+    # Different strides, and a mask that is not contiguous.
+    mixed = [LAYOUTS[layout](inputs[0]), inputs[1]]
+    reset = reset.t().contiguous().t()
+    check(Spec("mingru", "positive", True), mixed, states, reset)
+    # States that are the same for all batch elements, or not contiguous.
+    states = states[0][:1].expand(2, 1, 8), every_other(states[1])
+    check(Spec("mingru", "positive", True), inputs, states, reset)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("_planned")
+def test_time_first_without_copies(reverse):
+    inputs, states, reset = make("minlstm", 2, 9, 8, torch.float32, reset=True)
+    spec = Spec("minlstm", "positive", reverse)
+    expected, last = run(spec, on_device(inputs), on_device(states), *on_device([reset]))
+    # Gates side by side, as in a layer.
+    pre = torch.cat([x.transpose(0, 1) for x in inputs], -1).to(DEVICE)
+    before = pre.clone()
+    layout = Layout(True, None, None)
+    out, state = run(spec, pre.chunk(3, -1), on_device(states), reset.t().to(DEVICE), layout)
+    torch.testing.assert_close(out.transpose(0, 1), expected, rtol=0, atol=0)
+    torch.testing.assert_close(state, last, rtol=0, atol=0)
+    assert out.is_contiguous()
+    assert torch.equal(pre, before), "the input was written to"
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("plan", ["walk", "chunks"])
+def test_packed_sequences(plan, reverse, with_reset, use_plan):
+    use_plan(PLANS[plan])
+    lengths = torch.tensor([13, 13, 9, 1])
+    inputs, states, reset = make("mingru", 4, 13, 8, torch.float32, reset=with_reset)
+    spec = Spec("mingru", "positive", reverse)
+
+    def packed(x):
+        return pack_padded_sequence(x, lengths, batch_first=True)
+
+    batch_sizes = packed(inputs[0]).batch_sizes
+    weight = torch.randn(4, 13, 8)
+    rows = [packed(x).data.to(DEVICE).requires_grad_() for x in inputs]
+    leaves = [state.to(DEVICE).requires_grad_() for state in states]
+    mask = None if reset is None else packed(reset).data.to(DEVICE)
+    out, last = run(spec, rows, leaves, mask, Layout(False, batch_sizes, None))
+    grads = torch.autograd.grad(
+        [(out * packed(weight).data.to(DEVICE)).sum() + last.sum()], [*rows, *leaves], allow_unused=True
+    )
+    for b, length in enumerate(lengths.tolist()):
+        one = [x[b : b + 1, :length].double().requires_grad_() for x in inputs]
+        state = [x[b : b + 1].double().requires_grad_() for x in states]
+        truth, truth_last = by_steps(spec, one, state, None if reset is None else reset[b : b + 1, :length])
+        loss = (truth * weight[b, :length]).sum() + truth_last.sum()
+        expected = torch.autograd.grad(loss, [*one, *state], allow_unused=True)
+
+        def of(data, b=b, length=length):
+            padded, _ = pad_packed_sequence(packed(weight)._replace(data=data.cpu()), batch_first=True)
+            return padded[b : b + 1, :length].double()
+
+        close = {"rtol": 2e-6, "atol": 2e-6}
+        torch.testing.assert_close(of(out.detach()), truth.detach(), **close)
+        torch.testing.assert_close(last[b : b + 1].detach().cpu().double(), truth_last.detach(), **close)
+        for got, grad in zip(grads[:2], expected[:2], strict=True):
+            torch.testing.assert_close(of(got), grad, **close)
+        for got, grad in zip(grads[2:], expected[2:], strict=True):
+            if grad is not None:
+                torch.testing.assert_close(got[b : b + 1].cpu().double(), grad, **close)
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+def test_decays_near_1(cell, use_plan):
+    """The state forgets so slowly that all chunks and segments count until the end."""
+    use_plan(Plan(8, 16, 2, 3, 1, 2))
+    inputs, states, _ = make(cell, 1, 500, 2, torch.float32)
+    inputs[-2] = inputs[-2] - 9.0
+    if cell == "minlstm":
+        inputs[0] = inputs[0] + 4.0
+    states = [state.abs() for state in states]
+    spec = Spec(cell, "positive", False)
+    check(spec, inputs, states, None)
+    out, _ = run(spec, on_device(inputs), on_device(states), None)
+    truth, _ = by_steps(spec, [x.double() for x in inputs], [x.double() for x in states], None)
+    assert reference.relative_error(out.cpu(), truth) <= 2e-6
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("_planned")
+def test_nan_and_infinity_pass_as_step_by_step_and_stop_at_a_reset(bad, reverse):
+    inputs, states, _ = make("mingru", 1, 40, 3, torch.float32)
+    where, cut = (27, 9) if reverse else (9, 27)
+    reset = torch.zeros(1, 40, dtype=torch.bool)
+    reset[:, cut] = True
+    inputs[1][0, where, 1] = bad
+    inputs[0][0, where, 2] = bad
+    spec = Spec("mingru", "linear", reverse)
+    weights = torch.ones(1, 40, 3), torch.ones(1, 1, 3)
+    got = graded(run, spec, on_device(inputs), on_device(states), reset.to(DEVICE), weights)
+    wide = [[tensor.double() for tensor in tensors] for tensors in (inputs, states)]
+    expected = graded(by_steps, spec, *wide, reset, weights)
+    for name, truth in expected.items():
+        # A derivative by autograd may be 0 times infinity where the kernel's formula has no such product.
+        if name in ("out", "last") or not math.isinf(bad):
+            found = got[name].cpu()
+            assert torch.equal(found.isnan(), truth.isnan()), name
+            torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("_planned")
+def test_an_infinite_state_outlives_decays_whose_product_underflows():
+    inputs, states, _ = make("mingru", 1, 60, 2, torch.float32, scale=0.1)
+    # Decays of 1e-4.
+    inputs[0] += 9.2
+    states[0][0, 0, 1] = math.inf
+    out, last = run(Spec("mingru", "positive", False), on_device(inputs), on_device(states), None)
+    assert out[..., 1].isposinf().all()
+    assert last[..., 1].isposinf().all()
+    assert out[..., 0].isfinite().all()
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, math.inf, -math.inf, math.nan, 0.0, -0.0, 80.0, -80.0])
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+def test_extreme_pre_activations(extreme, activation, use_plan):
+    use_plan(Plan(1, 1, 4, 1, 1, None))
+    bad, good = torch.full((1, 1, 4), extreme), torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
+    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
+    for cell, pairs in {
+        "mingru": [(bad, good), (good, bad), (bad, bad)],
+        "minlstm": [(bad, good, good), (good, bad, good), (good, good, bad), (bad, bad, good)],
+    }.items():
+        for inputs in pairs:
+            spec = Spec(cell, activation, False)
+            out, _ = run(spec, on_device(inputs), on_device((h, h)), None)
+            truth, _ = by_steps(spec, [x.double() for x in inputs], (h.double(), h.double()), None)
+            if cell == "minlstm" and inputs[0] is inputs[1] and extreme == -1e4:
+                # The reference divides 0 by 0; both gates are equal.
+                truth = 0.5 * (h.double() + reference.ACTIVATIONS[activation](good.double()))
+            torch.testing.assert_close(out.cpu(), truth.float(), rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+def test_small_candidates_keep_their_relative_precision(use_plan):
+    use_plan(Plan(1, 1, 512, 1, 1, None))
+    for dtype, allowed in ((torch.float32, 4e-7), (torch.float64, 2e-15)):
+        v = torch.logspace(-30, 1, 500, dtype=dtype).reshape(1, 1, -1)
+        for candidate in (v, -v):
+            inputs = on_device([torch.zeros_like(v), candidate])
+            out, _ = run(Spec("mingru", "tanh", False), inputs, on_device([torch.zeros_like(v)] * 2), None)
+            truth = 0.5 * candidate.double().tanh()
+            assert ((out.cpu() - truth).abs() / truth.abs()).max() < allowed
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.usefixtures("_planned")
+def test_linear_scan_that_grows(reverse):
+    """A product of decays that overflows must not be seen in states that do not."""
+    steps = 130
+    a, b = torch.full((1, steps, 1), 3.0), torch.zeros(1, steps, 1)
+    b[0, 20 if reverse else steps - 21] = 1.0
+    inputs = on_device([a, b])
+    leaf = inputs[1].requires_grad_()
+    out, last = run(Spec("linear_scan", "linear", reverse), inputs, on_device([torch.zeros(1, 1, 1)] * 2), None)
+    truth = reference.linear_scan(a.double(), b.double(), reverse=reverse)
+    torch.testing.assert_close(out.detach().cpu().double(), truth, rtol=1e-5, atol=0)
+    early = steps - 21 if reverse else 20
+    (grad,) = torch.autograd.grad(out[:, early].sum() + 0.0 * last.sum(), leaf)
+    assert grad.isfinite().all()
+    first = grad[0, steps - 1 if reverse else 0, 0].cpu().double()
+    torch.testing.assert_close(first, torch.tensor(3.0).double() ** 20)
+
+
+def test_a_half_width_state_is_read_and_written_in_its_dtype(use_plan):
+    use_plan(PLANS["chunks"])
+    inputs, states, reset = make("mingru", 2, 13, 8, torch.bfloat16, reset=True)
+    states = [state.bfloat16() for state in states]
+    got = graded(
+        *(run, Spec("mingru", "positive", False), on_device(inputs), on_device(states), reset.to(DEVICE)),
+        (torch.ones(2, 13, 8), torch.ones(2, 1, 8)),
+    )
+    assert all(tensor.dtype == torch.bfloat16 for tensor in got.values())
+    check(Spec("mingru", "positive", False), inputs, states, reset)
+
+
+def test_a_reset_that_was_viewed_from_bytes(use_plan):
+    """Its bytes may be others than 0 and 1."""
+    use_plan(PLANS["chunks"])
+    inputs, states, _ = make("mingru", 1, 9, 4, torch.float32)
+    twos = torch.full((1, 9), 2, dtype=torch.uint8).view(torch.bool)
+    spec = Spec("mingru", "positive", False)
+    outs = [run(spec, on_device(inputs), on_device(states), mask.to(DEVICE))[0] for mask in (twos, twos | twos)]
+    assert torch.equal(*outs)
+
+
+# The layer with its linear map.
+
+
+def linear_call(x, linear, states, reset, spec, layout, keep):
+    tensors = (x, linear.weight, linear.bias)
+    return autograd.run_kernel(("triton", "linear_kernel"), spec, tensors, Start(*states, reset), layout, keep)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("order", ["batch first", "time first", "transposed"])
+@pytest.mark.usefixtures("_planned")
+def test_linear_map_and_recurrence(order, with_bias):
+    keep = with_bias == (order == "time first")
+    spec, layout = Spec("minlstm", "tanh", order == "time first"), Layout(order == "time first", None, None)
+    linear = nn.Linear(3, 3 * 5, with_bias, device=DEVICE)
+    x = torch.randn(9, 2, 3, device=DEVICE)
+    x = x.transpose(0, 1) if order == "transposed" else x if order == "time first" else x.transpose(0, 1).contiguous()
+    _, states, reset = make("minlstm", 2, 9, 5, torch.float32, reset=True)
+    states, reset = on_device(states), reset.to(DEVICE)
+    reset = reset.t() if layout.time_first else reset
+    leaves = [x.requires_grad_(), *(state.requires_grad_() for state in states), *linear.parameters()]
+    weight = torch.randn(*x.shape[:2], 5, device=DEVICE)
+
+    def grads(out, last):
+        assert out.is_contiguous()
+        return [out, last, *torch.autograd.grad((out * weight).sum() + last.square().sum(), leaves)]
+
+    got = grads(*linear_call(x, linear, states, reset, spec, layout, keep))
+    pre = linear(x).chunk(3, -1)
+    expected = grads(*ops.recurrence(spec, pre, Start(*states, reset), layout, "torch"))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_one_buffer_holds_the_gradients_of_all_inputs(use_plan, monkeypatch):
+    """They are one operand of both matrix products, without a copy."""
+    use_plan(PLANS["walk"])
+    seen = []
+    kept = triton._backward
+    monkeypatch.setattr(triton, "_backward", lambda *args: seen.append(kept(*args)) or seen[-1])
+    linear, x = nn.Linear(3, 8, device=DEVICE), torch.randn(2, 5, 3, device=DEVICE)
+    state = torch.zeros(2, 1, 4, device=DEVICE)
+    out, _ = linear_call(x, linear, (state, state), None, Spec("mingru", "positive", False), ops.BATCH_FIRST, True)
+    out.sum().backward()
+    grads = seen[0][0]
+    assert grads.shape == (2, 5, 8)
+    assert grads.is_contiguous()
+    torch.testing.assert_close(linear.weight.grad, grads.flatten(0, 1).t() @ x.flatten(0, 1))
+    torch.testing.assert_close(linear.bias.grad, grads.sum((0, 1)))
+
+
+def layer(**options):
+    return mingru.MinGRU(3, 8, device=DEVICE, **options)
+
+
+@pytest.fixture
+def _auto(monkeypatch):
+    monkeypatch.setattr(route, "FASTEST_FIRST", ("triton", "torch"))
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched since the test began."""
+    names = []
+    launch = triton._run
+    monkeypatch.setattr(triton, "_run", lambda name, *args: names.append(name) or launch(name, *args))
+    return names
+
+
+@pytest.mark.usefixtures("_auto")
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_layers_run_on_triton(lengths, launches):
+    rnn = layer(num_layers=2, bidirectional=True)
+    x = torch.randn(2, 7, 3, device=DEVICE)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    reset = torch.rand(2, 7, device=DEVICE) < 0.3
+    out, last = rnn(x, None, reset, lengths)
+    grads = torch.autograd.grad(out.square().sum() + last.sum(), rnn.parameters())
+    assert launches == ["forward_kernel"] * 4 + ["backward_kernel"] * 4
+    with mingru.use_backend("torch"):
+        expected, expected_last = rnn(x, None, reset, lengths)
+        truth = torch.autograd.grad(expected.square().sum() + expected_last.sum(), rnn.parameters())
+    for one, other in zip([out, last, *grads], [expected, expected_last, *truth], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_auto")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_step_is_one_launch_for_each_layer(grad, launches):
+    with torch.set_grad_enabled(grad):
+        layer(num_layers=3)(torch.randn(2, 1, 3, device=DEVICE))
+        assert launches == ["forward_kernel"] * 3
+        launches.clear()
+        mingru.MinGRUCell(3, 8, device=DEVICE)(torch.randn(2, 3, device=DEVICE))
+        assert launches == ["forward_kernel"]
+
+
+@pytest.mark.usefixtures("_auto")
+def test_images_run_on_triton(launches):
+    rnn = mingru.MinConv2dGRU(2, 3, 1, device=DEVICE)
+    x = torch.randn(1, 4, 2, 3, 3, device=DEVICE)
+    out, _ = rnn(x)
+    out.sum().backward()
+    assert launches == ["forward_kernel", "backward_kernel"]
+    with mingru.use_backend("torch"):
+        torch.testing.assert_close(rnn(x)[0], out)
+
+
+# Transforms, graphs and errors.
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_second_derivatives(with_reset, use_plan):
+    use_plan(Plan(1, 4, 2, 1, 1, None))
+    inputs, states, reset = make("mingru", 1, 4, 2, torch.float64, reset=with_reset)
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (*inputs, *states)]
+    reset = None if reset is None else torch.tensor([[False, False, True, False]], device=DEVICE)
+
+    def function(*leaves):
+        return run(Spec("mingru", "tanh", True), leaves[:2], leaves[2:], reset)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_vmap_and_forward_mode(use_plan):
+    use_plan(Plan(1, 4, 4, 1, 1, None))
+    inputs, _, _ = make("mingru", 3, 5, 4, torch.float64)
+    inputs = on_device(inputs)
+
+    def one(gate, candidate):
+        return mingru.functional.mingru(gate[None], candidate[None], backend="triton")[0]
+
+    whole = mingru.functional.mingru(*inputs, backend="torch")
+    torch.testing.assert_close(torch.vmap(one)(*inputs), whole)
+    loss = torch.func.grad(lambda *args: one(*args).square().sum())
+    leaf = inputs[0].clone().requires_grad_()
+    expected = torch.autograd.grad(mingru.functional.mingru(leaf, inputs[1], backend="torch").square().sum(), leaf)[0]
+    torch.testing.assert_close(torch.vmap(loss)(*inputs), expected)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    found, truth = (
+        torch.func.jvp(lambda *args, b=b: mingru.functional.mingru(*args, backend=b), tuple(inputs), tangents)[1]
+        for b in ("triton", "torch")
+    )
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
+def test_operators_keep_torchs_contract(layout, use_plan):
+    use_plan(PLANS["segments"])
+    batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
+    leading = {"batch first": (3, 5), "time first": (5, 3), "packed": (11,)}[layout]
+    inputs = [torch.randn(*leading, 4, device=DEVICE) for _ in range(2)]
+    states, reset = on_device(torch.rand(2, 3, 1, 4)), torch.rand(*leading, device=DEVICE) < 0.3
+    how = ("mingru", "positive", True, layout == "time first")
+    args = (inputs, *states, reset, batch_sizes)
+    operators = torch.ops.mingru
+    torch.library.opcheck(operators.recurrence_triton_forward.default, (*args, *how))
+    out, last = operators.recurrence_triton_forward(*args, *how)
+    for needs_bias in (False, True):
+        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_bias)
+        torch.library.opcheck(operators.recurrence_triton_backward.default, (*args, *behind))
+
+
+# Dynamo's own way of tracing a function.
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("_auto")
+def test_compiles_without_a_graph_break():
+    torch.compiler.reset()
+    rnn = layer(bidirectional=True)
+    x = torch.randn(2, 9, 3, device=DEVICE, requires_grad=True)
+    reset = torch.rand(2, 9, device=DEVICE) < 0.2
+    out, last = torch.compile(rnn, fullgraph=True, backend="aot_eager")(x, None, reset)
+    expected, expected_last = rnn(x, None, reset)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(last, expected_last)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    (truth,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(grad, truth)
+
+
+def test_exports_with_its_operator():
+    rnn = layer()
+    x = torch.randn(2, 9, 3, device=DEVICE)
+    with torch.no_grad(), mingru.use_backend("triton"):
+        length = torch.export.Dim("length", min=2, max=64)
+        program = torch.export.export(rnn, (x,), dynamic_shapes=({1: length}, None, None, None))
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert "mingru.recurrence_triton_forward.default" in targets
+        longer = torch.randn(2, 17, 3, device=DEVICE)
+        torch.testing.assert_close(program.module()(longer)[0], rnn(longer)[0])
+
+
+class Broken:
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            raise RuntimeError("no C compiler found\nmore lines")
+
+        return launch
+
+
+@pytest.fixture
+def _broken(monkeypatch):
+    from mingru.ops.backends import triton_kernels
+
+    monkeypatch.setattr(triton, "_failure", None)
+    monkeypatch.setattr(triton_kernels, "forward_kernel", Broken())
+    monkeypatch.setattr(triton_kernels, "backward_kernel", Broken())
+
+
+@pytest.mark.usefixtures("_auto", "_broken")
+def test_torch_runs_if_a_kernel_fails():
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    calls = [
+        lambda: mingru.functional.mingru(x, x),
+        lambda: mingru.functional.linear_scan(x, x),
+        lambda: mingru.MinGRU(8, 4, device=DEVICE)(x)[0],
+        lambda: mingru.MinConv1dGRU(5, 4, 1, device=DEVICE)(x[:, None])[0],
+    ]
+    for call in calls:
+        triton._failure = None
+        with pytest.warns(RuntimeWarning, match="using the slower backend 'torch' from now on.*no C compiler found"):
+            out = call()
+        assert out.isfinite().all()
+        # Said once; this call does not try again.
+        call()
+    assert "no C compiler found" in mingru.backends()["triton"]
+
+
+@pytest.mark.usefixtures("_auto", "_broken")
+def test_a_failure_is_an_error_if_triton_was_selected():
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    with pytest.raises(KernelFailure, match=r"'triton' cannot run this because .*no C compiler found\); use 'torch'"):
+        mingru.functional.mingru(x, x, backend="triton")
+    triton._failure = None
+    with mingru.use_backend("triton"), pytest.raises(KernelFailure, match="no C compiler found"):
+        mingru.MinGRU(8, 4, device=DEVICE)(x)
+
+
+@pytest.mark.usefixtures("_auto")
+def test_torch_computes_the_gradients_if_only_their_kernel_fails(monkeypatch):
+    from mingru.ops.backends import triton_kernels
+
+    monkeypatch.setattr(triton, "_failure", None)
+    rnn, x = layer(), torch.randn(2, 5, 3, device=DEVICE)
+    out, _ = rnn(x)
+    truth = torch.autograd.grad(out.square().sum(), rnn.parameters(), retain_graph=True)
+    monkeypatch.setattr(triton_kernels, "backward_kernel", Broken())
+    with pytest.warns(RuntimeWarning, match="using the slower backend 'torch' from now on"):
+        grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
+    for one, other in zip(grads, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# Only on a GPU.
+
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(64, 1000, 100), (1, 20_000, 64), (300, 130, 513), (4096, 40, 128)])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "linear_scan"])
+def test_large_shapes_are_right_and_the_same_in_every_run(cell, shape):
+    spec = Spec(cell, "linear" if cell == "linear_scan" else "positive", False)
+    inputs, states, reset = make(cell, *shape, torch.float32, reset=True)
+    inputs, states, reset = on_device(inputs), on_device(states), reset.to(DEVICE)
+    weights = torch.randn(shape, device=DEVICE), torch.randn(shape[0], 1, shape[2], device=DEVICE)
+    got, again = (graded(run, spec, inputs, states, reset, weights) for _ in range(2))
+    wide = [[tensor.double() for tensor in tensors] for tensors in (inputs, states)]
+
+    def by_torch(spec, inputs, states, reset):
+        if cell == "linear_scan":
+            return ops.linear_scan(*inputs, states[0], reset, spec.reverse, "torch")
+        return ops.recurrence(spec, inputs, Start(*states, reset), ops.BATCH_FIRST, "torch")
+
+    expected = graded(by_torch, spec, *wide, reset, weights)
+    for name, truth in expected.items():
+        if truth is None:
+            continue
+        assert torch.equal(got[name], again[name]), name
+        assert ((got[name] - truth).abs().max() / truth.abs().max()) <= 2e-5, name
+
+
+@needs_gpu
+def test_a_million_steps():
+    gate, candidate = (2 * torch.randn(1, 1_000_000, 4, device=DEVICE) for _ in range(2))
+    truth = mingru.functional.mingru(gate.double(), candidate.double(), backend="torch")
+    for pair in ((gate, candidate), (gate - 9.0, candidate)):
+        truth = mingru.functional.mingru(*(x.double() for x in pair), backend="torch")
+        assert reference.relative_error(mingru.functional.mingru(*pair, backend="triton"), truth) <= 2e-6
+
+
+@needs_gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    gate = torch.zeros(2, 2**21 + 8, 520, dtype=torch.bfloat16, device=DEVICE)
+    out = mingru.functional.mingru(gate, gate, backend="triton")
+    # h = 0.5 h + 0.25 from 0.5 stays 0.5.
+    assert (out[-1, -1] == 0.5).all()
+    assert (out[0, ::4096] == 0.5).all()
+
+
+@needs_gpu
+def test_a_cuda_graph_and_another_stream():
+    rnn = layer(num_layers=2)
+    x = torch.randn(4, 50, 3, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        expected = rnn(x)[0]
+        with torch.cuda.stream(stream):
+            rnn(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = rnn(x)[0]
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    trained = torch.cuda.make_graphed_callables(lambda x: rnn(x)[0], (x.clone().requires_grad_(),))
+    torch.testing.assert_close(trained(x.requires_grad_()), expected)
+
+
+@needs_gpu
+def test_autocast_rounds_as_the_linear_map_does():
+    rnn, x = layer(), torch.randn(4, 50, 3, device=DEVICE)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out, last = rnn(x)
+        pre = nn.functional.linear(x, rnn.layers[0].linear.weight, rnn.layers[0].linear.bias)
+    assert (out.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+    expected = mingru.functional.mingru(*pre.chunk(2, -1), backend="triton")
+    torch.testing.assert_close(out, expected)
+    out.float().sum().backward()
+    assert rnn.layers[0].linear.weight.grad.dtype == torch.float32
+
+
+@needs_gpu
+@pytest.mark.skipif(not INTERPRETED and torch.accelerator.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    x = torch.randn(2, 30, 8, device="cuda:1")
+    out = mingru.functional.mingru(x, x, backend="triton")
+    torch.testing.assert_close(out, mingru.functional.mingru(x, x, backend="torch"))

@@ -1,0 +1,107 @@
+"""What Triton's compiler makes of the kernels: registers, spills, barriers, the width of accesses, instructions.
+
+They are compiled for GPUs that need not be there. Triton must not be in interpreter mode.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
+
+from compiling import TARGETS, Case, Compiled
+
+MANY, FEW = (1024, 128, 512), (8, 4096, 256)
+CELLS = {"mingru": 2, "minlstm": 3, "linear_scan": 2}
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def case_of(kernel, cell, dtype, shape, activation=None, **options):
+    activation = activation or ("linear" if cell == "linear_scan" else "positive")
+    has_bias = kernel == "backward_kernel" and cell != "linear_scan"
+    return Case(kernel, cell, activation, dtype, *shape, **{"has_bias": has_bias, **options})
+
+
+def num_accesses(case, plan):
+    """Return how many loads and stores of sequences a thread needs in a tile."""
+    count = CELLS[case.cell]
+    if case.kernel == "forward_kernel":
+        return plan.steps * count, plan.steps
+    # The gradients of a linear scan do not depend on b.
+    loads = 1 if case.cell == "linear_scan" else count
+    return plan.steps * (loads + 2), plan.steps * count
+
+
+def check(case, target):
+    found = Compiled(case, target)
+    loads, stores = num_accesses(case, found.plan)
+    assert found.local == 0, case
+    assert found.accesses["st 16"] == stores, (case, found.accesses)
+    if target == "gfx942":
+        # The compiler may unroll.
+        assert found.stack == 0, case
+        assert found.registers <= 512, case
+        assert found.accesses["ld 16"] >= loads, (case, found.accesses)
+        return found
+    # A copy to shared memory is written twice, because the first tiles are loaded before the loop.
+    assert found.accesses["ld 16"] + found.accesses["copy 16"] in (loads, 2 * loads), (case, found.accesses)
+    assert found.registers <= 255, case
+    # Registers that are saved once, outside of the loop.
+    assert found.stack <= 32, case
+    opcodes = found.opcodes()
+    assert opcodes["STL"] == opcodes["LDL"] == 0, case
+    most = 0 if found.plan.chunks == 1 else 8 + 3 * case.has_reset + 3 * (case.cell == "linear_scan")
+    assert opcodes["BAR"] <= most, (case, opcodes["BAR"])
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_and_dtype_for_many_and_few_features(cell, dtype, target):
+    for kernel in ("forward_kernel", "backward_kernel"):
+        for shape in (MANY, FEW):
+            check(case_of(kernel, cell, dtype, shape), target)
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+def test_other_variants(kernel):
+    check(case_of(kernel, "mingru", F16, MANY), "sm_90")
+    check(case_of(kernel, "mingru", F32, FEW, "tanh"), "sm_90")
+    check(case_of(kernel, "minlstm", BF16, MANY, "linear"), "sm_90")
+    check(case_of(kernel, "mingru", F32, (8, 1, 256)), "sm_90")
+    for cell, dtype in (("mingru", F32), ("minlstm", F32), ("mingru", BF16)):
+        for shape in (MANY, FEW):
+            check(case_of(kernel, cell, dtype, shape, has_reset=True), "sm_90")
+    check(case_of(kernel, "mingru", F32, FEW, is_packed=True), "sm_90")
+    segments = case_of(kernel, "mingru", F32, (1, 65_536, 32))
+    assert check(segments, "sm_90").plan.segments > 1
+    summary = Compiled(segments._replace(is_summary=True, has_bias=False), "sm_90")
+    assert summary.local == 0
+
+
+# Instructions per state, for many features: forward, backward, and backward with the gradient of a bias.
+MOST = {F32: (45, 60, 60), BF16: (30, 45, 46)}
+
+
+@pytest.mark.parametrize("dtype", MOST)
+def test_instructions_per_state(dtype):
+    forward, backward, with_bias = MOST[dtype]
+    assert Compiled(case_of("forward_kernel", "mingru", dtype, MANY), "sm_90").per_state() <= forward
+    case = case_of("backward_kernel", "mingru", dtype, MANY)
+    assert Compiled(case, "sm_90").per_state() <= with_bias
+    assert Compiled(case._replace(has_bias=False), "sm_90").per_state() <= backward
+
+
+@pytest.mark.parametrize("features", [100, 36, 30])
+def test_accesses_are_as_wide_as_the_number_of_features_allows(features):
+    for dtype in (F32, BF16):
+        unit = min(16 // dtype.itemsize, features & -features)
+        found = Compiled(case_of("forward_kernel", "mingru", dtype, (64, 1000, features), unit=unit), "sm_90")
+        width = unit * dtype.itemsize
+        assert found.accesses[f"st {width}"] >= found.plan.steps
+        assert found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"] >= 2 * found.plan.steps
+        assert not any(found.accesses[f"st {narrow}"] for narrow in (1, 2) if narrow < width)

@@ -1,0 +1,193 @@
+"""How the work of a Triton kernel is divided, and when the backend is chosen. Needs neither Triton nor a GPU."""
+
+import itertools
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import mingru
+from mingru import ops
+from mingru.ops import Spec, Start, route
+from mingru.ops.backends import triton
+
+MINGRU = Spec("mingru", "positive", False)
+NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
+
+
+def is_power_of_2(number):
+    return number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("wave", [32, 64])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("backward", [False, True])
+def test_plans(wave, itemsize, backward):
+    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], [2, 3])
+    for batch, steps, features, num_inputs in options:
+        for has_reset, may_split in ((False, True), (True, False)):
+            plan = triton.plan_of(
+                *(batch, steps, features, itemsize),
+                num_inputs=num_inputs,
+                backward=backward,
+                has_reset=has_reset,
+                may_split=may_split,
+                wave=wave,
+            )
+            assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))
+            # A thread has at most 16 bytes of each step.
+            assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
+            assert 1 <= plan.steps <= 8
+            assert plan.segments == 1 or (may_split and plan.chunks > 1)
+            # Most steps of a tile are steps of the sequence, if it is not short.
+            assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
+            assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
+            if wave == 64:
+                assert plan.warps == 1
+
+
+class Launch:
+    """A record of what would be launched, in place of a launch."""
+
+    def __init__(self, monkeypatch):
+        self.kernels = []
+        monkeypatch.setattr(triton, "_run", self)
+        monkeypatch.setattr(triton, "_IS_INTERPRETED", True)
+        monkeypatch.setattr(triton, "_unavailable", lambda: None)
+        backend = triton.BACKEND
+        monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
+
+    def __call__(self, name, num_programs, plan, args, constants):
+        assert num_programs > 0
+        missing = tuple(argument is None for argument in args)
+        tile = plan._replace(segments=1)
+        self.kernels.append((name, tile, missing, *constants.values()))
+
+
+def test_few_kernels(monkeypatch):
+    """Another length compiles no other kernel, and another batch size rarely."""
+    launch = Launch(monkeypatch)
+
+    def kernels(batches, lengths):
+        launch.kernels.clear()
+        for batch, steps in itertools.product(batches, lengths):
+            # Without memory.
+            x = torch.zeros(1, 1, 256, requires_grad=True).expand(batch, steps, 256)
+            out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
+            torch.autograd.grad(out, x, torch.zeros(1, 1, 256).expand_as(out))
+        return sorted(kernel[0] for kernel in set(launch.kernels))
+
+    assert kernels([64], [300, 500, 777, 4000]) == ["backward_kernel", "forward_kernel"]
+    assert kernels(range(40, 65, 8), [500]) == ["backward_kernel", "forward_kernel"]
+    assert len(kernels([1, 3, 8, 40, 200, 1000], [500])) <= 10
+    assert len(kernels([64], range(1, 400, 7))) <= 10
+
+
+def test_one_launch_for_a_step(monkeypatch):
+    launch = Launch(monkeypatch)
+    with torch.no_grad(), mingru.use_backend("triton"):
+        mingru.MinGRUCell(3, 8)(torch.zeros(2, 3))
+        mingru.MinLSTM(3, 8, num_layers=2)(torch.zeros(2, 1, 3))
+    assert [kernel[0] for kernel in launch.kernels] == ["forward_kernel"] * 3
+
+
+def test_long_sequences_of_few_features_are_divided(monkeypatch):
+    launch = Launch(monkeypatch)
+    x = torch.zeros(1, 100_000, 32, requires_grad=True)
+    out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
+    out.sum().backward()
+    assert [kernel[0] for kernel in launch.kernels] == ["forward_kernel"] * 2 + ["backward_kernel"] * 2
+
+
+def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
+    launch = Launch(monkeypatch)
+
+    def unit(x):
+        ops.recurrence(MINGRU, [x, x], Start(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
+        return launch.kernels.pop()[-2]
+
+    assert unit(torch.zeros(2, 9, 100)) == 4
+    assert unit(torch.zeros(2, 9, 100).bfloat16()) == 4
+    assert unit(torch.zeros(2, 9, 104).bfloat16()) == 8
+    assert unit(torch.zeros(2, 9, 102)) == 2
+    assert unit(torch.zeros(2, 9, 101)) == 1
+    assert unit(torch.zeros(2, 9, 100).double()) == 2
+    assert unit(torch.zeros(2, 9, 202)[..., :100]) == 2
+    assert unit(torch.zeros(2, 9, 104)[..., 1:101]) == 1
+
+
+@pytest.mark.skipif(not NONE_HERE or triton._IS_INTERPRETED, reason="there is a device for Triton")
+def test_without_a_device():
+    assert mingru.backends()["triton"] == "torch finds no CUDA, ROCm or XPU device"
+    x = torch.zeros(1, 2, 3)
+    why = (
+        r"backend selects 'triton', which cannot run this because it only runs on CUDA, ROCm and XPU devices, and the "
+    )
+    with pytest.raises(ValueError, match=why + r"tensors are on cpu; use 'auto'"):
+        mingru.functional.mingru(x, x, backend="triton")
+
+
+@pytest.fixture
+def _a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    triton._why_not.cache_clear()
+    yield
+    triton._why_not.cache_clear()
+
+
+@pytest.mark.usefixtures("_a_gpu")
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (None, "Triton is not installed; install the package triton"),
+        (types.SimpleNamespace(__version__="3.5.1"), "Triton 3.5.1 is too old; install Triton 3.6 or later"),
+        (types.SimpleNamespace(__version__="3.10.0+git1234"), True),
+    ],
+)
+def test_why_triton_cannot_run(module, why, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: module)
+    if module is not None:
+        monkeypatch.setitem(sys.modules, "triton", module)
+    assert mingru.backends()["triton"] == why
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_triton_that_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('libcuda.so.1 is missing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert "Triton cannot be imported (libcuda.so.1 is missing)" in mingru.backends()["triton"]
+
+
+def test_dtypes_and_devices_without_a_kernel():
+    on_meta = torch.zeros(1, 2, 3, device="meta")
+    assert "tensors are on meta" in triton._unsupported(on_meta, MINGRU)
+
+
+def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
+    class OnGpu:
+        is_cpu, dtype, device = False, torch.float32, types.SimpleNamespace(type="xpu")
+
+    def unavailable():
+        return "Triton is not installed; install the package triton"
+
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+    backend = triton.BACKEND
+    monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": unavailable}))
+    route._warn_once_if_kernels_are_missing.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match="using the slower backend 'torch' on GPUs, because Triton is not installed"
+    ):
+        assert route.choose(MINGRU, OnGpu()) == "torch"
+    assert route.choose(MINGRU, OnGpu()) == "torch"
+    monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
+    assert route.choose(MINGRU, OnGpu()) == "triton"
+    route._warn_once_if_kernels_are_missing.cache_clear()
+
+
+def test_import_does_not_load_triton():
+    code = "import sys, mingru; mingru.MinGRU(3, 4)(__import__('torch').zeros(1, 2, 3)); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
