@@ -1,6 +1,6 @@
 // The cells: a and b of h_t = a_t h_{t-1} + b_t, and the gradients of the inputs. `x` is one feature of each input, with
-// its bias if `has_bias`. If `is_complex`, a and b are complex numbers, given as pairs of features, and `x` is one pair of
-// each input. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
+// its bias if `has_bias`. If `is_complex`, a and b are complex numbers, given as pairs of features, and `x` is one pair
+// of each input. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
 #include "math.h"

@@ -61,7 +61,8 @@ MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x)
   }
 }
 
-constexpr int pairs = group / 2;
+// Two groups of complex features have as many pairs as one group has features.
+constexpr int pair_of_groups = 2 * group;
 
 // A loop that is unrolled too early cannot be vectorized with the loops beside it.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -71,7 +72,7 @@ constexpr int pairs = group / 2;
 #endif
 
 // Separates the pairs of a group, because compilers vectorize loops over adjacent values better.
-template <bool biased, class T, class A>
+template <bool biased, int pairs, class T, class A>
 MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, A* second) {
   MINGRU_KEEP_LOOP
   for (int i = 0; i < pairs; ++i) {
@@ -84,7 +85,7 @@ MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, 
   }
 }
 
-template <class A>
+template <int pairs, class A>
 MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features) {
   MINGRU_KEEP_LOOP
   for (int i = 0; i < pairs; ++i) {
@@ -93,8 +94,8 @@ MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features)
   }
 }
 
-// One step of one group of features. Inputs and outputs must not overlap.
-template <class Cell, bool biased, class T, class A>
+// One step of a group, or of `count` features. Inputs and outputs must not overlap.
+template <class Cell, bool biased, int count = group, class T, class A>
 MINGRU_INLINE void forward_group(
     const T* const* in_inputs, const A* const* in_biases, A* __restrict h, T* __restrict out_state) {
   constexpr int num_inputs = Cell::num_inputs;
@@ -105,9 +106,12 @@ MINGRU_INLINE void forward_group(
     biases[k] = in_biases[k];
   }
   if constexpr (Cell::is_complex) {
+    constexpr int pairs = count / 2;
     A values[2 * num_inputs][pairs], state[2][pairs], next[2][pairs];
-    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
-    load_parts<false>(h, h, state[0], state[1]);
+    for (int k = 0; k < num_inputs; ++k) {
+      load_parts<biased, pairs>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    }
+    load_parts<false, pairs>(h, h, state[0], state[1]);
     MINGRU_KEEP_LOOP
     for (int i = 0; i < pairs; ++i) {
       A x[2 * num_inputs], a[2], b[2];
@@ -116,11 +120,11 @@ MINGRU_INLINE void forward_group(
       next[0][i] = a[0] * state[0][i] - a[1] * state[1][i] + b[0];
       next[1][i] = a[1] * state[0][i] + a[0] * state[1][i] + b[1];
     }
-    store_parts(next[0], next[1], h);
+    store_parts<pairs>(next[0], next[1], h);
     MINGRU_KEEP_LOOP
-    for (int i = 0; i < group; ++i) out_state[i] = static_cast<T>(h[i]);
+    for (int i = 0; i < count; ++i) out_state[i] = static_cast<T>(h[i]);
   } else {
-    for (int i = 0; i < group; ++i) {
+    for (int i = 0; i < count; ++i) {
       A x[num_inputs], a, b;
       load<Cell, biased>(inputs, biases, i, x);
       Cell::coefficients(x, a, b);
@@ -130,7 +134,7 @@ MINGRU_INLINE void forward_group(
   }
 }
 
-template <class Cell, bool biased, class T, class A, class M>
+template <class Cell, bool biased, int count = group, class T, class A, class M>
 MINGRU_INLINE void backward_group(
     const T* const* in_inputs, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_previous,
     A* __restrict carry, T* const* out_grads) {
@@ -142,14 +146,17 @@ MINGRU_INLINE void backward_group(
     biases[k] = in_biases[k];
   }
   // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
-  A grads[num_inputs][group];
+  A grads[num_inputs][count];
   if constexpr (Cell::is_complex) {
+    constexpr int pairs = count / 2;
     A values[2 * num_inputs][pairs], grad_parts[2 * num_inputs][pairs];
     A grad_out[2][pairs], next[2][pairs], before[2][pairs];
-    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
-    load_parts<false>(in_grad, carry, grad_out[0], grad_out[1]);
-    load_parts<false>(carry, carry, next[0], next[1]);
-    load_parts<false>(in_previous, carry, before[0], before[1]);
+    for (int k = 0; k < num_inputs; ++k) {
+      load_parts<biased, pairs>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    }
+    load_parts<false, pairs>(in_grad, carry, grad_out[0], grad_out[1]);
+    load_parts<false, pairs>(carry, carry, next[0], next[1]);
+    load_parts<false, pairs>(in_previous, carry, before[0], before[1]);
     MINGRU_KEEP_LOOP
     for (int i = 0; i < pairs; ++i) {
       A x[2 * num_inputs], grad[2 * num_inputs], a[2];
@@ -162,10 +169,10 @@ MINGRU_INLINE void backward_group(
       next[0][i] = a[0] * delta[0] + a[1] * delta[1];
       next[1][i] = a[0] * delta[1] - a[1] * delta[0];
     }
-    store_parts(next[0], next[1], carry);
-    for (int k = 0; k < num_inputs; ++k) store_parts(grad_parts[2 * k], grad_parts[2 * k + 1], grads[k]);
+    store_parts<pairs>(next[0], next[1], carry);
+    for (int k = 0; k < num_inputs; ++k) store_parts<pairs>(grad_parts[2 * k], grad_parts[2 * k + 1], grads[k]);
   } else {
-    for (int i = 0; i < group; ++i) {
+    for (int i = 0; i < count; ++i) {
       A x[num_inputs], grad[num_inputs], a;
       load<Cell, biased>(inputs, biases, i, x);
       const A delta = static_cast<A>(in_grad[i]) + carry[i];
@@ -175,7 +182,7 @@ MINGRU_INLINE void backward_group(
     }
   }
   for (int k = 0; k < num_inputs; ++k) {
-    for (int i = 0; i < group; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
+    for (int i = 0; i < count; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
   }
 }
 
@@ -252,6 +259,14 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
     T* out_state = features_at<T>(scan.out, span.batch, position, span.feature);
     const A* biases[num_inputs];
     int64_t feature = 0;
+    if constexpr (Cell::is_complex) {
+      for (; feature + pair_of_groups <= span.num_features; feature += pair_of_groups) {
+        const T* inputs[num_inputs];
+        for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
+        biases_at<Cell>(scan, span.feature + feature, biases);
+        forward_group<Cell, biased, pair_of_groups>(inputs, biases, state + feature, out_state + feature);
+      }
+    }
     for (; feature + group <= span.num_features; feature += group) {
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
@@ -300,8 +315,28 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
     // The previous state is in `out`, except at the first step and at resets.
     const bool from_out = !reset && !is_first;
     const A* previous = reset ? initial_state : first;
-    A no_state[group] = {};
-    for (int64_t feature = 0; feature < span.num_features; feature += group) {
+    A no_state[Cell::is_complex ? pair_of_groups : group] = {};
+    int64_t begin = 0;
+    if constexpr (Cell::is_complex) {
+      for (; begin + pair_of_groups <= span.num_features; begin += pair_of_groups) {
+        const T* inputs[num_inputs];
+        T* grads[num_inputs];
+        for (int k = 0; k < num_inputs; ++k) {
+          inputs[k] = in_inputs[k] + begin;
+          grads[k] = out_grads[k] + begin;
+        }
+        const A* biases[num_inputs];
+        biases_at<Cell>(scan, span.feature + begin, biases);
+        if (from_out) {
+          backward_group<Cell, biased, pair_of_groups>(
+              inputs, biases, in_grad + begin, in_previous + begin, state + begin, grads);
+        } else {
+          backward_group<Cell, biased, pair_of_groups>(
+              inputs, biases, in_grad + begin, previous == nullptr ? no_state : previous + begin, state + begin, grads);
+        }
+      }
+    }
+    for (int64_t feature = begin; feature < span.num_features; feature += group) {
       const int64_t count = group < span.num_features - feature ? group : span.num_features - feature;
       const bool whole = count == group;
       Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_previous_out;

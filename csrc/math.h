@@ -150,7 +150,8 @@ MINGRU_INLINE float sine_ratio(float r2) {
 }
 
 MINGRU_INLINE float small_cosine(float r2) {
-  return (((0.2313287854194641f * r2 - 1.335044503211975f) * r2 + 4.058707237243652f) * r2 - 4.934802055358887f) * r2 + 1.0f;
+  const float sum = (0.2313287854194641f * r2 - 1.335044503211975f) * r2 + 4.058707237243652f;
+  return (sum * r2 - 4.934802055358887f) * r2 + 1.0f;
 }
 
 // Taylor series. The omitted parts are below 3e-18.

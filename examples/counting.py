@@ -1,0 +1,163 @@
+"""Count modulo 2, 3 and 5: train each gate of minGRU, nn.GRU and nn.LSTM on short sequences, and test on long ones.
+
+    pip install ".[examples]"                     # in a clone of the repository
+    python examples/counting.py                   # all models, three seeds, with a plot in counting.png
+    python examples/counting.py --tasks 3 --models rotation --seeds 0
+
+A sequence has random numbers from 0 to m - 1, and the target of each time step is the sum so far modulo m. Modulo 2
+this is parity. Training sequences have 40 time steps. A model that has learned to count is right at any length; a model
+that has learned only sums of up to 40 numbers falls back to chance, 1 / m.
+
+All models have an embedding, layers of one type and a linear head, and the same optimizer and number of training steps.
+The first token marks the start. With transitions between 0 and 1, no diagonal recurrence can compute parity for all
+lengths, at any depth. A negative transition can flip the sign of a state, which computes parity; a rotation can turn
+it by a third or a fifth of a turn, which counts modulo 3 or 5 (Grazzi et al. 2024, "Unlocking State-Tracking in Linear
+RNNs Through Negative Eigenvalues").
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mingru
+
+TASKS = (2, 3, 5)
+GATES = ("sigmoid", "signed", "rotation")
+MODELS = (*GATES, "nn.GRU", "nn.LSTM")
+TRAIN_LENGTH = 40
+LENGTHS = (40, 64, 128, 256, 512, 1024)
+# The accuracy at a length is the mean over so many last steps.
+WINDOW = 8
+
+
+def generate(batch_size: int, num_steps: int, modulus: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, 1 + S), of which the first marks the start, and the sums (B, S)."""
+    numbers = torch.randint(modulus, (batch_size, num_steps), generator=generator)
+    return F.pad(numbers, (1, 0), value=modulus), numbers.cumsum(1) % modulus
+
+
+class Model(nn.Module):
+    """Map tokens (B, 1 + S) to the logits of the sum after each number, (B, S, modulus)."""
+
+    def __init__(self, name: str, modulus: int, dims: int, num_layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(modulus + 1, dims)
+        if name in GATES:
+            self.rnn: nn.Module = mingru.MinGRU(dims, dims, num_layers, gate=name, candidate="tanh")
+        else:
+            self.rnn = {"nn.GRU": nn.GRU, "nn.LSTM": nn.LSTM}[name](dims, dims, num_layers, batch_first=True)
+        self.head = nn.Linear(dims, modulus)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out, _ = self.rnn(self.embedding(tokens))
+        return self.head(out[:, 1:])
+
+
+def train(name: str, modulus: int, seed: int, args: argparse.Namespace) -> tuple[nn.Module, float]:
+    """Return a trained model and its loss, the mean over the last 50 steps."""
+    generator = torch.manual_seed(seed)
+    model = Model(name, modulus, args.hidden_dims, args.num_layers)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.num_steps))
+    losses = []
+    for _ in range(args.num_steps):
+        tokens, sums = generate(args.batch_size, TRAIN_LENGTH, modulus, generator)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), sums.flatten(), label_smoothing=args.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return model, sum(losses[-50:]) / len(losses[-50:])
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Return a factor that rises during the first 5% of the steps, and falls to 0 along half a cosine."""
+    num_warmup = max(1, num_steps // 20)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup))) / 2
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, modulus: int, seed: int, num_test: int) -> list[float]:
+    """Return the accuracy at each of LENGTHS, on new sequences."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    tokens, sums = generate(num_test, LENGTHS[-1], modulus, generator)
+    right = (model.eval()(tokens).argmax(-1) == sums).double().mean(0)
+    return [right[length - WINDOW : length].mean().item() for length in LENGTHS]
+
+
+def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
+    """Save a plot of accuracy against length: the mean over the seeds, and each seed in a light color."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results), 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (task, by_model) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for name, runs in by_model.items():
+            color = f"C{MODELS.index(name)}"
+            means = torch.tensor(runs).mean(0) * 100
+            axes.plot(LENGTHS, means, color=color, marker="o", markersize=3, label=name)
+            for run in runs:
+                axes.plot(LENGTHS, [100 * accuracy for accuracy in run], color=color, alpha=0.25, linewidth=0.8)
+        axes.axhline(100 / int(task), color="gray", linestyle="--", linewidth=1, label="chance")
+        axes.axvline(TRAIN_LENGTH, color="gray", linestyle=":", linewidth=1)
+        axes.set(xscale="log", xlabel="Length", title=f"Sum modulo {task}", ylim=(0, 104))
+        axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Accuracy (%)")
+    figure.axes[-1].legend(fontsize="small", framealpha=1)
+    figure.savefig(path)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, nargs="+", default=TASKS, metavar="M", help="moduli; default: 2 3 5")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="default: 0 1 2")
+    parser.add_argument("--num-steps", type=int, default=1500, help="training steps; default: 1500")
+    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    parser.add_argument("--hidden-dims", type=int, default=64, help="features of each layer; default: 64")
+    parser.add_argument("--num-layers", type=int, default=2, help="default: 2")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate; default: 0.003")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
+    parser.add_argument("--label-smoothing", type=float, default=0.1, help="default: 0.1")
+    parser.add_argument("--num-test", type=int, default=256, help="test sequences of each model; default: 256")
+    parser.add_argument("--plot", type=Path, default=Path("counting.png"), help="default: counting.png")
+    parser.add_argument("--json", type=Path, help="save all accuracies")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
+    for modulus in args.tasks:
+        for name in args.models:
+            for seed in args.seeds:
+                start = time.perf_counter()
+                model, loss = train(name, modulus, seed, args)
+                seconds = time.perf_counter() - start
+                accuracies = evaluate(model, modulus, seed, args.num_test)
+                results.setdefault(str(modulus), {}).setdefault(name, []).append(accuracies)
+                row = " ".join(f"{accuracy:7.2%}" for accuracy in accuracies)
+                print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f}  {row}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"lengths": LENGTHS, "accuracies": results}))
+    plot(args.plot, results)
+    print(f"saved {args.plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
