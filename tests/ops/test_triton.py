@@ -405,6 +405,16 @@ def test_linear_map_and_recurrence(order, with_bias):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
+def test_a_cell_without_a_kernel_runs_the_linear_scan(use_plan, launches):
+    use_plan(PLANS["chunks"])
+    gate, candidate = torch.randn(2, 2, 9, 5).unbind()
+    h = torch.randn(2, 1, 5)
+    out = mingru.functional.mingru(gate.to(DEVICE), candidate.to(DEVICE), h.to(DEVICE), kind="signed", backend="triton")
+    assert len(launches) == 1
+    expected = reference.CELLS["mingru_signed"](gate, candidate, h, None, "positive", h, False)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_one_buffer_holds_the_gradients_of_all_inputs(use_plan, monkeypatch):
     """They are one operand of both matrix products, without a copy."""
     use_plan(PLANS["walk"])

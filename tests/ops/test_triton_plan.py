@@ -170,7 +170,9 @@ def test_dtypes_and_devices_without_a_kernel():
     on_gpu.dtype = torch.complex64
     assert "real floating dtypes, and the tensors are torch.complex64" in triton._unsupported(on_gpu, MINGRU)
     on_gpu.dtype = torch.float32
-    assert "no kernel for the cell 'other'" in triton._unsupported(on_gpu, Spec("other", "linear", False))
+    assert triton._unsupported(on_gpu, Spec("mingru_signed", "linear", False)) is None
+    why_not = triton._unsupported(on_gpu, Spec("mingru_rotation", "linear", False))
+    assert why_not == "it does not support complex numbers, which mingru_rotation needs"
 
 
 def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
