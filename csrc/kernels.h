@@ -259,7 +259,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
     T* out_state = features_at<T>(scan.out, span.batch, position, span.feature);
     const A* biases[num_inputs];
     int64_t feature = 0;
-    if constexpr (Cell::is_complex) {
+    if constexpr (Cell::is_complex && !has_conversion<T>) {
       for (; feature + pair_of_groups <= span.num_features; feature += pair_of_groups) {
         const T* inputs[num_inputs];
         for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
@@ -317,7 +317,7 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
     const A* previous = reset ? initial_state : first;
     A no_state[Cell::is_complex ? pair_of_groups : group] = {};
     int64_t begin = 0;
-    if constexpr (Cell::is_complex) {
+    if constexpr (Cell::is_complex && !has_conversion<T>) {
       for (; begin + pair_of_groups <= span.num_features; begin += pair_of_groups) {
         const T* inputs[num_inputs];
         T* grads[num_inputs];
