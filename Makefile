@@ -38,6 +38,7 @@ bench: test
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
 	$(PYTHON) benchmarks/family.py --json out/family.json
 	$(PYTHON) benchmarks/models.py --json out/models.json
+	$(PYTHON) benchmarks/small.py --json out/small.json
 	$(PYTHON) benchmarks/compiled.py --json out/compiled.json
 	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
 	$(PYTHON) benchmarks/scaling.py --json out/scaling.json

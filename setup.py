@@ -16,7 +16,7 @@ WINDOWS = sys.platform == "win32"
 # The oldest torch version whose stable ABI suffices for csrc. The library runs on this version and on later versions.
 TORCH_TARGET = "0x020a000000000000"
 # Not -ffast-math, because it breaks NaN and disables subnormals in the whole process.
-COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 COMPILE_ON_WINDOWS = ["/std:c++17", "/O2", "/EHsc"]
 
 

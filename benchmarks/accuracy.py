@@ -1,11 +1,14 @@
-"""Print the largest relative error of each backend in float32 against float64, by sequence length.
+"""Print the largest error of each backend in float32 against float64, by sequence length.
 
     python benchmarks/accuracy.py
 
-Pre-activations are sampled from N(0, 2^2), and all states are positive.
+Pre-activations are sampled from N(0, 2^2). The first table has relative errors of the gate "sigmoid", whose states are
+positive. States of the other gates may cancel, so the second table has errors relative to the recurrence of absolute
+values, s_t = |a_t| s_{t-1} + |b_t|. There the gates are shifted, so that a state lasts for hundreds of time steps.
 """
 
 import torch
+from torch import Tensor
 
 import mingru
 from mingru.bench import print_table
@@ -13,6 +16,8 @@ from mingru.bench import print_table
 LENGTHS = [100, 1000, 10_000, 100_000, 1_000_000]
 # The sequential backend takes a minute for the longest sequence, and its error does not depend on length.
 LONGEST = {"sequential": 100_000}
+# The gates of the second table are from N(-8, 2^2).
+SHIFT = 8.0
 
 
 def main() -> None:
@@ -32,6 +37,45 @@ def main() -> None:
             row.append(f"{((out - reference).abs() / reference).max().item():.1e}")
         rows.append(row)
     print_table("Largest relative error, float32", ["steps", *backends], rows)
+
+    rows = []
+    backends = [backend for backend in backends if backend in ("native", "torch")]
+    for steps in LENGTHS[:-1]:
+        row = [f"{steps:,}"]
+        gate, angle, candidate = (2 * torch.randn(1, steps, 4) for _ in range(3))
+        signs = torch.randn(1, steps, 4).sign()
+        inputs = {
+            "signed": ((gate - SHIFT) * signs, candidate, None),
+            "rotation": (gate[..., :2] - SHIFT, candidate, 2 * angle[..., :2]),
+        }
+        for kind, given in inputs.items():
+            errors = relative_to_absolute(kind, *given, backends)
+            row += [f"{error:.1e}" for error in errors]
+        rows.append(row)
+    names = [f"{kind}, {backend}" for kind in ("signed", "rotation") for backend in backends]
+    print_table("Largest error relative to the recurrence of absolute values, float32", ["steps", *names], rows)
+
+
+def relative_to_absolute(
+    kind: str, gate: Tensor, candidate: Tensor, angle: Tensor | None, backends: list[str]
+) -> list[float]:
+    """Return the largest error of each backend, relative to the recurrence of absolute values."""
+    wide = [None if x is None else x.double() for x in (gate, candidate, angle)]
+    exact = mingru.functional.mingru(*wide[:2], kind=kind, angle=wide[2], activation="tanh", backend="torch")
+    size = (0.5 * wide[0]).tanh().abs() if kind == "signed" else (-wide[0]).sigmoid()
+    # 1 - size, without cancellation.
+    rest = 2 * (-wide[0].abs()).sigmoid() if kind == "signed" else wide[0].sigmoid()
+    terms = wide[1].tanh()
+    terms = terms.abs() if kind == "signed" else torch.view_as_complex(terms.unflatten(2, (-1, 2))).abs()
+    bound = mingru.functional.linear_scan(size, rest * terms, backend="torch")
+    errors = []
+    for backend in backends:
+        out = mingru.functional.mingru(gate, candidate, kind=kind, angle=angle, activation="tanh", backend=backend)
+        error = (out - exact).abs()
+        if kind == "rotation":
+            error = torch.view_as_complex(error.unflatten(2, (-1, 2))).abs()
+        errors.append((error / bound).max().item())
+    return errors
 
 
 if __name__ == "__main__":

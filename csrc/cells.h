@@ -1,5 +1,6 @@
 // The cells: a and b of h_t = a_t h_{t-1} + b_t, and the gradients of the inputs. `x` is one feature of each input, with
-// its bias if `has_bias`. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
+// its bias if `has_bias`. If `is_complex`, a and b are complex numbers, given as pairs of features, and `x` is one pair of
+// each input. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
 #include "math.h"
@@ -8,7 +9,7 @@ namespace mingru::MINGRU_ISA {
 
 struct LinearScan {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = false;
+  static constexpr bool has_bias = false, is_complex = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -22,6 +23,30 @@ struct LinearScan {
     a = x[0];
     grad[0] = delta * previous;
     grad[1] = delta;
+  }
+};
+
+// Inputs: a and b. The gradient of a is delta times the conjugate of the previous state.
+struct ComplexLinearScan {
+  static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = false, is_complex = true;
+
+  template <class A>
+  MINGRU_INLINE void coefficients(const A* x, A* a, A* b) {
+    a[0] = x[0];
+    a[1] = x[1];
+    b[0] = x[2];
+    b[1] = x[3];
+  }
+
+  template <class A>
+  MINGRU_INLINE void gradients(const A* x, const A* delta, const A* previous, A* a, A* grad) {
+    a[0] = x[0];
+    a[1] = x[1];
+    grad[0] = delta[0] * previous[0] + delta[1] * previous[1];
+    grad[1] = delta[1] * previous[0] - delta[0] * previous[1];
+    grad[2] = delta[0];
+    grad[3] = delta[1];
   }
 };
 
@@ -79,7 +104,7 @@ struct Tanh {
 template <class Activation>
 struct MinGRU {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = true;
+  static constexpr bool has_bias = true, is_complex = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -99,13 +124,73 @@ struct MinGRU {
   }
 };
 
+// Inputs: gate and candidate. a = -tanh(gate / 2). Neither |a| nor 1 - |a| cancels.
+template <class Activation>
+struct SignedMinGRU {
+  static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = true, is_complex = false;
+
+  template <class A>
+  MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
+    const HalfTangent<A> gate = half_tangent(x[0]);
+    a = x[0] < A(0) ? gate.size : -gate.size;
+    b = gate.rest * Activation::value(x[1]);
+  }
+
+  template <class A>
+  MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
+    const HalfTangent<A> gate = half_tangent(x[0]);
+    A derivative;
+    const A candidate = Activation::value(x[1], derivative);
+    a = x[0] < A(0) ? gate.size : -gate.size;
+    // The derivative of |a| at 0 counts as 0, as that of torch.abs.
+    const A signed_candidate = x[0] < A(0) ? -candidate : x[0] > A(0) ? candidate : A(0);
+    grad[0] = delta * (signed_candidate + previous) * (A(-0.5) * gate.rest * (A(1) + gate.size));
+    grad[1] = delta * gate.rest * derivative;
+  }
+};
+
+// Inputs: pairs of a gate and an angle in units of pi / 4, and pairs of candidates.
+template <class Activation>
+struct RotationMinGRU {
+  static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = true, is_complex = true;
+
+  template <class A>
+  MINGRU_INLINE void coefficients(const A* x, A* a, A* b) {
+    const Logistic<A> z = logistic(x[0]);
+    const Direction<A> e = direction(A(0.25) * x[1]);
+    a[0] = z.minus * e.cosine;
+    a[1] = z.minus * e.sine;
+    b[0] = z.plus * Activation::value(x[2]);
+    b[1] = z.plus * Activation::value(x[3]);
+  }
+
+  template <class A>
+  MINGRU_INLINE void gradients(const A* x, const A* delta, const A* previous, A* a, A* grad) {
+    const Logistic<A> z = logistic(x[0]);
+    const Direction<A> e = direction(A(0.25) * x[1]);
+    A derivatives[2];
+    const A candidates[2] = {Activation::value(x[2], derivatives[0]), Activation::value(x[3], derivatives[1])};
+    a[0] = z.minus * e.cosine;
+    a[1] = z.minus * e.sine;
+    // The previous state after the rotation.
+    const A turned[2] = {e.cosine * previous[0] - e.sine * previous[1], e.sine * previous[0] + e.cosine * previous[1]};
+    const A change = delta[0] * (candidates[0] - turned[0]) + delta[1] * (candidates[1] - turned[1]);
+    grad[0] = z.plus * z.minus * change;
+    grad[1] = A(0.785398163397448309616) * z.minus * (delta[1] * turned[0] - delta[0] * turned[1]);
+    grad[2] = delta[0] * z.plus * derivatives[0];
+    grad[3] = delta[1] * z.plus * derivatives[1];
+  }
+};
+
 // Inputs: forget gate f, input gate i and candidate. The gates are normalized: a = sigma(f) / (sigma(f) + sigma(i)).
 // With sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)) and the larger power divided out, nothing overflows or cancels. The
 // sum of the gates is 1 even if both sigmoids underflow.
 template <class Activation>
 struct MinLSTM {
   static constexpr int num_inputs = 3;
-  static constexpr bool has_bias = true;
+  static constexpr bool has_bias = true, is_complex = false;
 
   template <class A>
   struct Gates {

@@ -10,13 +10,19 @@ namespace mingru {
 
 namespace baseline {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
+RowSumKernel row_sum_kernel(Storage);
 }
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx2 {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
+RowSumKernel row_sum_kernel(Storage);
 }
 namespace avx512 {
 Kernel kernel(CellKind, Storage);
+ProductKernel product_kernel(Storage);
+RowSumKernel row_sum_kernel(Storage);
 }
 #endif
 
@@ -25,19 +31,21 @@ namespace {
 struct InstructionSet {
   const char* name;
   Kernel (*kernel)(CellKind, Storage);
+  ProductKernel (*product_kernel)(Storage);
+  RowSumKernel (*row_sum_kernel)(Storage);
 };
 
 InstructionSet best_here() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::kernel};
+    return {"avx512", avx512::kernel, avx512::product_kernel, avx512::row_sum_kernel};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return {"avx2", avx2::kernel};
+    return {"avx2", avx2::kernel, avx2::product_kernel, avx2::row_sum_kernel};
   }
 #endif
-  return {"baseline", baseline::kernel};
+  return {"baseline", baseline::kernel, baseline::product_kernel, baseline::row_sum_kernel};
 }
 
 const InstructionSet& chosen() {
@@ -45,8 +53,9 @@ const InstructionSet& chosen() {
   return set;
 }
 
-// With fewer values, a thread costs more time than it saves.
+// With fewer values or weights, a thread costs more time than it saves.
 constexpr int64_t values_per_thread = 16384;
+constexpr int64_t weights_per_thread = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -191,6 +200,35 @@ class Run {
 }  // namespace
 
 void run(const Scan& scan, const Part& part, bool backward) { Run(scan, part, backward)(); }
+
+void multiply_few_rows(const Product& product) {
+  const ProductKernel kernel = chosen().product_kernel(product.storage);
+  const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
+  if (product.columns <= least) {
+    kernel(product, 0, product.columns);
+  } else {
+    torch::stable::parallel_for(
+        0, product.columns, least, [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
+  }
+}
+
+void add_rows(const RowSum& sum, void* total) {
+  const RowSumKernel kernel = chosen().row_sum_kernel(sum.storage);
+  const int64_t size = sum.storage == Storage::float64 ? 8 : 4;
+  // By rows, because the thread that wrote a row has it in its cache. The number of tasks does not depend on the number
+  // of threads, so that the results do not either.
+  const int64_t rows_per_task = std::max<int64_t>(64, ceil_div(sum.num_rows, 16));
+  const int64_t tasks = ceil_div(sum.num_rows, rows_per_task);
+  std::vector<char> parts(tasks * sum.columns * size);
+  torch::stable::parallel_for(0, tasks, ceil_div(values_per_thread, rows_per_task * sum.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task * rows_per_task;
+      kernel(sum, row, std::min(row + rows_per_task, sum.num_rows), parts.data() + task * sum.columns * size);
+    }
+  });
+  const RowSum of_parts{size == 8 ? Storage::float64 : Storage::float32, parts.data(), tasks, sum.columns};
+  chosen().row_sum_kernel(of_parts.storage)(of_parts, 0, tasks, total);
+}
 
 const char* instruction_set() { return chosen().name; }
 

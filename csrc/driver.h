@@ -8,6 +8,14 @@ namespace mingru {
 // because each part continues from the state of the previous part.
 void run(const Scan& scan, const Part& part, bool backward);
 
+// With more rows, torch's product is faster.
+constexpr int64_t most_few_rows = 4;
+// Computes a product whose rows are at most `most_few_rows`.
+void multiply_few_rows(const Product& product);
+
+// Adds the rows to `total`, which has the accumulation dtype.
+void add_rows(const RowSum& sum, void* total);
+
 // The instruction set of the kernels on this processor: "baseline", "avx2" or "avx512".
 const char* instruction_set();
 

@@ -1,6 +1,7 @@
 // A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/inference.py,
-// which writes the code of a module: a list of instructions (operation, state, layer). An instruction changes x, and
-// takes its weights, eps and cell from lists that are in the same order.
+// which writes the code of a module: a row for each instruction, (operation, state, layer, cell). An instruction changes
+// x, and takes its weights and eps from lists that are in the same order. `cells` has the names of the cells, separated by
+// spaces. Code and eps are tensors, because reading a list of numbers takes as long as the arithmetic of a step.
 #include "linear.h"
 
 #include <array>
@@ -85,8 +86,8 @@ class Pass {
  public:
   Pass(
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
-      const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<int64_t>& code,
-      const std::vector<double>& eps, const std::vector<std::string>& cells, bool time_first)
+      const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const Tensor& code,
+      const Tensor& eps, const std::string& cells, bool time_first)
       : x_(x.dim() == 2 ? torch::stable::unsqueeze(x, 1) : x),
         weights_(weights),
         states_(states),
@@ -94,14 +95,20 @@ class Pass {
         resets_(resets),
         code_(code),
         eps_(eps),
-        cells_(cells),
         time_first_(time_first) {
+    for (size_t begin = 0; begin < cells.size();) {
+      const size_t end = std::min(cells.find(' ', begin), cells.size());
+      cells_.push_back(cells.substr(begin, end - begin));
+      begin = end + 1;
+    }
     const ScalarType dtype = x.scalar_type();
+    require(code.is_cpu() && code.scalar_type() == ScalarType::Long && code.dim() == 2 && code.size(1) == 4);
+    require(eps.is_cpu() && eps.scalar_type() == ScalarType::Double && code.is_contiguous() && eps.is_contiguous());
     require(x.is_cpu() && x_.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
     for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
     for (const Tensor& each : states) {
       require(fits(each));
-      last_.push_back(torch::stable::new_empty(x, each.sizes()));
+      last_.push_back(empty(sizes_of(each), x));
     }
     for (const Tensor& each : initial_states) require(fits(each));
     for (const Tensor& each : resets) {
@@ -113,7 +120,10 @@ class Pass {
   }
 
   std::tuple<Tensor, std::vector<Tensor>> run() {
-    for (size_t i = 0; i + 2 < code_.size(); i += 3) apply(static_cast<Operation>(code_[i]), code_[i + 1], code_[i + 2]);
+    const auto* code = static_cast<const int64_t*>(code_.data_ptr());
+    for (int64_t i = 0; i < code_.size(0); ++i, code += 4) {
+      apply(static_cast<Operation>(code[0]), code[1], code[2], code[3]);
+    }
     return {x_, last_};
   }
 
@@ -139,11 +149,7 @@ class Pass {
     return weight;
   }
 
-  Tensor new_x(int64_t features) const { return torch::stable::new_empty(x_, {x_.size(0), x_.size(1), features}); }
-
-  static Tensor rows(const Tensor& x) {
-    return matrix(x.data_ptr(), x.size(0) * x.size(1), x.size(2), x.size(2), 1, x);
-  }
+  Tensor new_x(int64_t features) const { return empty({x_.size(0), x_.size(1), features}, x_); }
 
   template <class F>
   void with_type(const F& f) const {
@@ -154,16 +160,16 @@ class Pass {
     }
   }
 
-  void apply(Operation operation, int64_t state, int64_t layer) {
+  void apply(Operation operation, int64_t state, int64_t layer, int64_t cell) {
     switch (operation) {
       case keep: kept_.push_back(as_contiguous(x_)); return;
       case add: add_kept(pop_kept()); return;
       case add_linear: {
         const Tensor kept = pop_kept();
-        Tensor mapped = new_x(num_features());
+        const Tensor mapped = new_x(num_features());
         const Tensor& weight = next_matrix(kept.size(2));
         require(weight.size(0) == num_features());
-        multiply(rows(mapped), rows(kept), transposed(weight));
+        map_rows(mapped.data_ptr(), kept.data_ptr(), num_rows(), weight, std::nullopt);
         return add_kept(mapped);
       }
       case rms_norm: return norm(false);
@@ -173,10 +179,10 @@ class Pass {
       case gelu: return apply_gelu();
       case causal_conv: return convolve(false, state);
       case causal_conv_with_bias: return convolve(true, state);
-      case scan: return recur(false, false, state, layer);
-      case scan_with_bias: return recur(true, false, state, layer);
-      case scan_both: return recur(false, true, state, layer);
-      case scan_both_with_bias: return recur(true, true, state, layer);
+      case scan: return recur(false, false, state, layer, cell);
+      case scan_with_bias: return recur(true, false, state, layer, cell);
+      case scan_both: return recur(false, true, state, layer, cell);
+      case scan_both_with_bias: return recur(true, true, state, layer, cell);
     }
     throw DoesNotFit();
   }
@@ -207,8 +213,8 @@ class Pass {
     const Tensor x = as_contiguous(x_), out = new_x(features);
     const Tensor& weight = next_vector(features);
     const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
-    require(next_eps_ < eps_.size());
-    const double given_eps = eps_[next_eps_++];
+    require(next_eps_ < eps_.numel());
+    const double given_eps = static_cast<const double*>(eps_.data_ptr())[next_eps_++];
     with_type([&](auto type) {
       using T = decltype(type);
       const double eps = given_eps < 0 ? std::numeric_limits<T>::epsilon() : given_eps;
@@ -225,11 +231,8 @@ class Pass {
     const Tensor x = as_contiguous(x_);
     const Tensor& weight = next_matrix(num_features());
     const Tensor out = new_x(weight.size(0));
-    if (with_bias) {
-      multiply_and_add(rows(out), next_vector(weight.size(0)), rows(x), transposed(weight));
-    } else {
-      multiply(rows(out), rows(x), transposed(weight));
-    }
+    const MaybeTensor bias = with_bias ? MaybeTensor(next_vector(weight.size(0))) : std::nullopt;
+    map_rows(out.data_ptr(), x.data_ptr(), num_rows(), weight, bias);
     x_ = out;
   }
 
@@ -318,9 +321,10 @@ class Pass {
         data, {x.size(0), x.size(1), features}, {x.stride(0), x.stride(1), 1}, x.device(), x.scalar_type());
   }
 
-  void recur(bool with_bias, bool both, int64_t state, int64_t layer) {
-    require(state >= 0 && state < static_cast<int64_t>(states_.size()) && layer >= 0 && next_cell_ < cells_.size());
-    const std::string& cell = cells_[next_cell_++];
+  void recur(bool with_bias, bool both, int64_t state, int64_t layer, int64_t cell_index) {
+    require(state >= 0 && state < static_cast<int64_t>(states_.size()) && layer >= 0);
+    require(cell_index >= 0 && cell_index < static_cast<int64_t>(cells_.size()));
+    const std::string& cell = cells_[cell_index];
     const int64_t directions = both ? 2 : 1;
     const Tensor x = x_, h = as_contiguous(states_[state]);
     const bool has_reset = !resets_.empty();
@@ -344,25 +348,25 @@ class Pass {
 
   Tensor x_;
   const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_;
-  const std::vector<int64_t>& code_;
-  const std::vector<double>& eps_;
-  const std::vector<std::string>& cells_;
+  const Tensor &code_, &eps_;
+  std::vector<std::string> cells_;
   const bool time_first_;
-  size_t next_weight_ = 0, next_eps_ = 0, next_cell_ = 0;
+  size_t next_weight_ = 0;
+  int64_t next_eps_ = 0;
   std::vector<Tensor> kept_, last_;
 };
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
-// the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets` is empty, or
-// the masks of both directions.
+// the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets`
+// is empty, or the masks of both directions.
 std::tuple<Tensor, std::vector<Tensor>> inference(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
-    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<int64_t>& code,
-    const std::vector<double>& eps, const std::vector<std::string>& cells, bool time_first) {
+    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const Tensor& code, const Tensor& eps,
+    const std::string& cells, bool time_first) {
   try {
     return Pass(x, weights, states, initial_states, resets, code, eps, cells, time_first).run();
   } catch (const DoesNotFit&) {
-    return {torch::stable::new_empty(x, {0}), {}};
+    return {empty({0}, x), {}};
   }
 }
 
@@ -370,8 +374,8 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, int[] code, "
-      "float[] eps, str[] cells, bool time_first) -> (Tensor, Tensor[])");
+      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, Tensor code, "
+      "Tensor eps, str cells, bool time_first) -> (Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }

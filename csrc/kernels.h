@@ -2,16 +2,11 @@
 // pointers to features that are read and written.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "cells.h"
+#include "convert.h"
 #include "scan.h"
 
 namespace mingru::MINGRU_ISA {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 template <class T>
 struct Accumulation {
@@ -66,6 +61,38 @@ MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x)
   }
 }
 
+constexpr int pairs = group / 2;
+
+// A loop that is unrolled too early cannot be vectorized with the loops beside it.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MINGRU_KEEP_LOOP _Pragma("GCC unroll 1")
+#else
+#define MINGRU_KEEP_LOOP
+#endif
+
+// Separates the pairs of a group, because compilers vectorize loops over adjacent values better.
+template <bool biased, class T, class A>
+MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, A* second) {
+  MINGRU_KEEP_LOOP
+  for (int i = 0; i < pairs; ++i) {
+    first[i] = static_cast<A>(in_features[2 * i]);
+    second[i] = static_cast<A>(in_features[2 * i + 1]);
+    if constexpr (biased) {
+      first[i] += in_bias[2 * i];
+      second[i] += in_bias[2 * i + 1];
+    }
+  }
+}
+
+template <class A>
+MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features) {
+  MINGRU_KEEP_LOOP
+  for (int i = 0; i < pairs; ++i) {
+    out_features[2 * i] = first[i];
+    out_features[2 * i + 1] = second[i];
+  }
+}
+
 // One step of one group of features. Inputs and outputs must not overlap.
 template <class Cell, bool biased, class T, class A>
 MINGRU_INLINE void forward_group(
@@ -77,12 +104,29 @@ MINGRU_INLINE void forward_group(
     inputs[k] = in_inputs[k];
     biases[k] = in_biases[k];
   }
-  for (int i = 0; i < group; ++i) {
-    A x[num_inputs], a, b;
-    load<Cell, biased>(inputs, biases, i, x);
-    Cell::coefficients(x, a, b);
-    h[i] = a * h[i] + b;
-    out_state[i] = static_cast<T>(h[i]);
+  if constexpr (Cell::is_complex) {
+    A values[2 * num_inputs][pairs], state[2][pairs], next[2][pairs];
+    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    load_parts<false>(h, h, state[0], state[1]);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < pairs; ++i) {
+      A x[2 * num_inputs], a[2], b[2];
+      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
+      Cell::coefficients(x, a, b);
+      next[0][i] = a[0] * state[0][i] - a[1] * state[1][i] + b[0];
+      next[1][i] = a[1] * state[0][i] + a[0] * state[1][i] + b[1];
+    }
+    store_parts(next[0], next[1], h);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < group; ++i) out_state[i] = static_cast<T>(h[i]);
+  } else {
+    for (int i = 0; i < group; ++i) {
+      A x[num_inputs], a, b;
+      load<Cell, biased>(inputs, biases, i, x);
+      Cell::coefficients(x, a, b);
+      h[i] = a * h[i] + b;
+      out_state[i] = static_cast<T>(h[i]);
+    }
   }
 }
 
@@ -99,16 +143,85 @@ MINGRU_INLINE void backward_group(
   }
   // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
   A grads[num_inputs][group];
-  for (int i = 0; i < group; ++i) {
-    A x[num_inputs], grad[num_inputs], a;
-    load<Cell, biased>(inputs, biases, i, x);
-    const A delta = static_cast<A>(in_grad[i]) + carry[i];
-    Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
-    for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
-    carry[i] = a * delta;
+  if constexpr (Cell::is_complex) {
+    A values[2 * num_inputs][pairs], grad_parts[2 * num_inputs][pairs];
+    A grad_out[2][pairs], next[2][pairs], before[2][pairs];
+    for (int k = 0; k < num_inputs; ++k) load_parts<biased>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    load_parts<false>(in_grad, carry, grad_out[0], grad_out[1]);
+    load_parts<false>(carry, carry, next[0], next[1]);
+    load_parts<false>(in_previous, carry, before[0], before[1]);
+    MINGRU_KEEP_LOOP
+    for (int i = 0; i < pairs; ++i) {
+      A x[2 * num_inputs], grad[2 * num_inputs], a[2];
+      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
+      const A delta[2] = {grad_out[0][i] + next[0][i], grad_out[1][i] + next[1][i]};
+      const A previous[2] = {before[0][i], before[1][i]};
+      Cell::gradients(x, delta, previous, a, grad);
+      for (int k = 0; k < 2 * num_inputs; ++k) grad_parts[k][i] = grad[k];
+      // The conjugate of a, times delta.
+      next[0][i] = a[0] * delta[0] + a[1] * delta[1];
+      next[1][i] = a[0] * delta[1] - a[1] * delta[0];
+    }
+    store_parts(next[0], next[1], carry);
+    for (int k = 0; k < num_inputs; ++k) store_parts(grad_parts[2 * k], grad_parts[2 * k + 1], grads[k]);
+  } else {
+    for (int i = 0; i < group; ++i) {
+      A x[num_inputs], grad[num_inputs], a;
+      load<Cell, biased>(inputs, biases, i, x);
+      const A delta = static_cast<A>(in_grad[i]) + carry[i];
+      Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
+      for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
+      carry[i] = a * delta;
+    }
   }
   for (int k = 0; k < num_inputs; ++k) {
     for (int i = 0; i < group; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
+  }
+}
+
+// The same for features that are converted by `read` and `write`.
+template <class Cell, bool biased, class T, class A>
+MINGRU_INLINE void converted_forward_group(
+    const T* const* in_inputs, const A* const* biases, A* h, T* out_state) {
+  if constexpr (has_conversion<T>) {
+    A converted[Cell::num_inputs][group], state[group];
+    const A* inputs[Cell::num_inputs];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      read(converted[k], in_inputs[k]);
+      inputs[k] = converted[k];
+    }
+    forward_group<Cell, biased>(inputs, biases, h, state);
+    write(out_state, state);
+  } else {
+    forward_group<Cell, biased>(in_inputs, biases, h, out_state);
+  }
+}
+
+template <class Cell, bool biased, class T, class A, class M>
+MINGRU_INLINE void converted_backward_group(
+    const T* const* in_inputs, const A* const* biases, const T* in_grad, const M* in_previous, A* carry,
+    T* const* out_grads) {
+  if constexpr (has_conversion<T>) {
+    A converted[Cell::num_inputs][group], grad[group], previous[group], grads[Cell::num_inputs][group];
+    const A* inputs[Cell::num_inputs];
+    A* to[Cell::num_inputs];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      read(converted[k], in_inputs[k]);
+      inputs[k] = converted[k];
+      to[k] = grads[k];
+    }
+    read(grad, in_grad);
+    const A* from = nullptr;
+    if constexpr (has_conversion<M>) {
+      read(previous, in_previous);
+      from = previous;
+    } else {
+      from = in_previous;
+    }
+    backward_group<Cell, biased>(inputs, biases, grad, from, carry, to);
+    for (int k = 0; k < Cell::num_inputs; ++k) write(out_grads[k], grads[k]);
+  } else {
+    backward_group<Cell, biased>(in_inputs, biases, in_grad, in_previous, carry, out_grads);
   }
 }
 
@@ -143,7 +256,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
+      converted_forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
     }
     if (feature < span.num_features) {
       const int64_t count = span.num_features - feature;
@@ -151,7 +264,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
       biases_at<Cell>(scan, span.feature + feature, biases);
-      forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
+      converted_forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
       std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -204,12 +317,12 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       if (from_out) {
         const T* previous_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
-        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       } else {
         const A* previous_group = previous == nullptr ? no_state
                                   : whole             ? previous + feature
                                                       : rest_previous.in(previous + feature, count);
-        backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
       }
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));

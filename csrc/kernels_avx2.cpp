@@ -1,6 +1,8 @@
 // Intel since 2013, AMD since 2015. All code is in the namespace: the linker could use code outside it on any processor.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MINGRU_ISA avx2
+#define MINGRU_AVX2
+#include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -15,6 +17,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #include "kernels.h"
+#include "product.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

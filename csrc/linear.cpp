@@ -11,8 +11,10 @@ namespace {
 using namespace mingru;
 
 // Large enough for the full speed of the matrix multiplication.
-constexpr int64_t block_values = 1 << 20;
+constexpr int64_t block_bytes = 1 << 22;
 constexpr int64_t most_block_rows = 2048;
+// With fewer values, a thread costs more time than it saves.
+constexpr int64_t values_per_thread = 16384;
 
 struct Block {
   Part part;
@@ -21,10 +23,10 @@ struct Block {
 
 // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch elements, or
 // some steps of one batch element.
-std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool backward, int64_t num_columns) {
+std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool backward, int64_t row_bytes) {
   const Scan& scan = operands.scan;
   const int64_t batch = scan.num_batch, steps = scan.num_steps;
-  const int64_t most = std::clamp(block_values / num_columns, int64_t(64), most_block_rows);
+  const int64_t most = std::clamp(block_bytes / row_bytes, int64_t(64), most_block_rows);
   std::vector<Block> blocks;
   if (operands.is_packed() || time_major) {
     const auto row_of = [&](int64_t step) { return operands.is_packed() ? operands.step_offset(step) : step * batch; };
@@ -106,15 +108,15 @@ class InputMatrix {
   int64_t num_columns() const { return num_columns_; }
   int64_t num_rows() const { return matrix_.numel() / num_features_; }
 
+  const void* data_of(const Block& block) const { return data_ + block.row * num_features_ * matrix_.element_size(); }
+
   Tensor of(const Block& block) const {
-    return matrix(
-        data_ + block.row * num_features_ * matrix_.element_size(), block.num_rows, num_features_, num_features_, 1,
-        matrix_);
+    return matrix(data_of(block), block.num_rows, num_features_, num_features_, 1, matrix_);
   }
 
   Tensor empty_like_x() const {
-    const Tensor empty = torch::stable::new_empty(matrix_, matrix_.sizes());
-    return transposed_ ? torch::stable::transpose(empty, 0, 1) : empty;
+    const Tensor result = empty(sizes_of(matrix_), matrix_);
+    return transposed_ ? torch::stable::transpose(result, 0, 1) : result;
   }
 
  private:
@@ -144,11 +146,10 @@ void set_sequences(
   }
 }
 
-// The linear map of a block's rows. bfloat16 and float16 are rounded once, after the bias, as in torch.nn.Linear; the
-// scan adds a bias of float32 or float64.
+// The linear map of a block's rows. The scan adds a bias of float32 or float64.
 class LinearMap {
  public:
-  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : transposed_(transposed(weight)) {
+  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : weight_(weight) {
     if (bias && weight.element_size() < 4) {
       STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == weight.size(0), "mingru: bias must be (num_inputs N)");
       bias_ = bias;
@@ -157,61 +158,79 @@ class LinearMap {
     }
   }
 
-  void operator()(const Tensor& out, const Tensor& rows) const {
-    if (bias_) {
-      multiply_and_add(out, *bias_, rows, transposed_);
-    } else {
-      multiply(out, rows, transposed_);
-    }
+  void operator()(void* out, const InputMatrix& inputs, const Block& block) const {
+    map_rows(out, inputs.data_of(block), block.num_rows, weight_, bias_);
   }
 
  private:
-  Tensor transposed_;
+  const Tensor& weight_;
   MaybeTensor bias_;
 };
 
-// A gradient that is the sum of a matrix product for each block. Sums of bfloat16 and float16 are float32.
-class SumOfProducts {
+// A gradient that is a sum over the blocks, in float32 or float64.
+class SumOfBlocks {
  public:
-  SumOfProducts(const Tensor& like, int64_t rows, int64_t columns)
-      : sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type(like))),
-        part_(torch::stable::new_empty(like, {is_wide(like) ? 0 : rows, columns})) {}
+  SumOfBlocks(const Tensor& like, int64_t rows, int64_t columns)
+      : dtype_(like.scalar_type()), sum_(torch::stable::new_zeros(like, {rows, columns}, sum_type())) {}
 
-  void add(const Tensor& left, const Tensor& right) {
-    if (sum_.numel() == 0) return;
-    if (is_wide(part_)) {
+  void add_product(const Tensor& left, const Tensor& right) {
+    if (is_wide()) {
       multiply_and_add(sum_, sum_, left, right);
       return;
     }
+    if (!part_.defined()) part_ = empty(sizes_of(sum_), left);
     multiply(part_, left, right);
-    if (part_.scalar_type() == ScalarType::BFloat16) {
-      add_part<torch::headeronly::BFloat16>();
+    add(torch::stable::to(part_, ScalarType::Float));
+  }
+
+  void add_rows(const Tensor& rows) {
+    mingru::add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1)}, sum_.data_ptr());
+  }
+
+  Tensor result() { return is_wide() ? sum_ : torch::stable::to(sum_, dtype_); }
+
+ private:
+  bool is_wide() const { return dtype_ == ScalarType::Float || dtype_ == ScalarType::Double; }
+  ScalarType sum_type() const { return is_wide() ? dtype_ : ScalarType::Float; }
+
+  void add(const Tensor& part) {
+    if (dtype_ == ScalarType::Double) {
+      add_values<double>(part);
     } else {
-      add_part<torch::headeronly::Half>();
+      add_values<float>(part);
     }
   }
 
-  Tensor result() { return is_wide(part_) ? sum_ : torch::stable::copy_(part_, sum_); }
-
- private:
-  static bool is_wide(const Tensor& x) { return x.element_size() >= 4; }
-  static std::optional<ScalarType> sum_type(const Tensor& x) {
-    return is_wide(x) ? std::nullopt : std::make_optional(ScalarType::Float);
+  template <class A>
+  void add_values(const Tensor& part) {
+    A* sum = static_cast<A*>(sum_.data_ptr());
+    const A* values = static_cast<const A*>(part.data_ptr());
+    torch::stable::parallel_for(0, sum_.numel(), values_per_thread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum[i] += values[i];
+    });
   }
 
-  template <class T>
-  void add_part() {
-    float* sum = static_cast<float*>(sum_.data_ptr());
-    const T* part = static_cast<const T*>(part_.data_ptr());
-    for (int64_t i = 0; i < sum_.numel(); ++i) sum[i] += static_cast<float>(part[i]);
-  }
-
+  const ScalarType dtype_;
   Tensor sum_, part_;
 };
 
 int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weight.size(0) / num_inputs_of(cell_of(cell)); }
 
 }  // namespace
+
+void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias) {
+  const int64_t columns = weight.size(0), features = weight.size(1);
+  if (rows <= most_few_rows && weight.element_size() >= 4) {
+    multiply_few_rows({storage_of(weight), x, weight.data_ptr(), bias ? bias->data_ptr() : nullptr, out, rows, columns, features});
+    return;
+  }
+  const Tensor result = matrix(out, rows, columns, columns, 1, weight), left = matrix(x, rows, features, features, 1, weight);
+  if (bias) {
+    multiply_and_add(result, *bias, left, transposed(weight));
+  } else {
+    multiply(result, left, transposed(weight));
+  }
+}
 
 void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
@@ -227,11 +246,11 @@ void mingru::linear_recurrence(
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
 
-  for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns)) {
+  for (const Block& block : blocks_of(operands, inputs.time_major(), false, columns * size)) {
     if (block.num_rows > 0) {
       void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
-      linear(matrix(data, block.num_rows, columns, columns, 1, x), inputs.of(block));
+      linear(data, inputs, block);
       set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
@@ -250,9 +269,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
       "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = num_outputs(cell, weight);
-  Tensor out = torch::stable::new_empty(x, sizes);
-  Tensor last = torch::stable::empty_like(as_contiguous(h));
-  Tensor pre_activations = torch::stable::new_empty(x, {keep ? x.numel() / x.size(-1) : 0, weight.size(0)});
+  Tensor out = empty(sizes, x);
+  Tensor last = empty(sizes_of(h), h);
+  Tensor pre_activations = empty({keep ? x.numel() / x.size(-1) : 0, weight.size(0)}, x);
   linear_recurrence(
       x, weight, bias, h, initial_state, reset, batch_sizes, cell, reverse, time_first, out, last,
       keep ? pre_activations.data_ptr() : nullptr);
@@ -279,13 +298,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
 
-  Tensor grad_x = needs_x ? inputs.empty_like_x() : torch::stable::new_empty(x, {0});
-  SumOfProducts grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
-  const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns);
+  Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
+  SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
+  const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns * size);
   int64_t most_rows = 0;
   for (const Block& block : blocks) most_rows = std::max(most_rows, block.num_rows);
-  Tensor ones = torch::stable::new_empty(x, {1, needs_bias ? most_rows : 0});
-  if (needs_bias) torch::stable::fill_(ones, 1.0);
 
   for (const Block& block : blocks) {
     const int64_t count = block.num_rows;
@@ -295,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     }
     void* pre = kept ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
                      : pre_activations_scratch.at_least(most_rows * columns * size);
-    if (!kept) linear(matrix(pre, count, columns, columns, 1, x), inputs.of(block));
+    if (!kept) linear(pre, inputs, block);
     void* to = grads_scratch.at_least(most_rows * columns * size);
     set_sequences(scan.inputs, operands, inputs, pre, block.row, size);
     set_sequences(scan.grad_inputs, operands, inputs, to, block.row, size);
@@ -306,8 +323,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
       char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
       multiply(matrix(data, count, features, features, 1, x), grads, weight);
     }
-    grad_weight.add(matrix(to, columns, count, 1, columns, x), inputs.of(block));
-    if (needs_bias) grad_bias.add(matrix(ones.data_ptr(), 1, count, count, 1, x), grads);
+    if (needs_weight) grad_weight.add_product(matrix(to, columns, count, 1, columns, x), inputs.of(block));
+    if (needs_bias) grad_bias.add_rows(grads);
   }
   return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state};
 }

@@ -32,6 +32,10 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
 }
 
+// out = x weight^T + bias for contiguous rows x; all have the dtype of the weight, which is contiguous. bfloat16 and
+// float16 are rounded once, after the bias, as in torch.nn.Linear.
+void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const std::optional<Tensor>& bias);
+
 // Computes all states into `out`, the last state into `last` and, if not null, the pre-activations into `kept`, in
 // the memory order of x. The arguments are those of the operator `linear_recurrence_forward`.
 void linear_recurrence(

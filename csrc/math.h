@@ -1,4 +1,4 @@
-// exp, tanh and the logistic function of one SIMD lane, without branches, tables and errno, so that compilers vectorize
+// exp, tanh, sine, cosine and the logistic function of one SIMD lane, without branches, tables and errno, so that compilers vectorize
 // loops over lanes. NaN and infinities follow the formulas. Subnormal results are rounded once and not flushed to 0.
 #pragma once
 
@@ -127,6 +127,78 @@ MINGRU_INLINE A hyperbolic_tangent(A x, A& derivative) {
   const A far = A(4) * ((A(1) + e.rest) * scale) * (inverse * inverse);
   derivative = size < A(0.5) ? A(1) - size * size : far;
   return x < A(0) ? -size : size;
+}
+
+// |tanh(x / 2)|, and 1 - |tanh(x / 2)| = 2 sigma(-|x|), both in full relative precision.
+template <class A>
+struct HalfTangent {
+  A size, rest;
+};
+
+template <class A>
+MINGRU_INLINE HalfTangent<A> half_tangent(A x) {
+  const Exponential<A> e = exponential(minus_absolute(x));
+  const A scale = e.lifted * Format<A>::drop;
+  const A expm1 = e.rest * scale + (scale - A(1));
+  const A inverse = A(1) / (A(2) + expm1);
+  return {-expm1 * inverse, A(2) * ((A(1) + e.rest) * e.lifted * Format<A>::drop) * inverse};
+}
+
+// sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2 with a maximum relative error of 4e-8.
+MINGRU_INLINE float sine_ratio(float r2) {
+  return ((-0.5890750885009766f * r2 + 2.549767017364502f) * r2 - 5.167707920074463f) * r2 + 3.1415927410125732f;
+}
+
+MINGRU_INLINE float small_cosine(float r2) {
+  return (((0.2313287854194641f * r2 - 1.335044503211975f) * r2 + 4.058707237243652f) * r2 - 4.934802055358887f) * r2 + 1.0f;
+}
+
+// Taylor series. The omitted parts are below 3e-18.
+MINGRU_INLINE double sine_ratio(double r2) {
+  constexpr double terms[] = {
+      3.1415926535897932385,    -5.1677127800499700292,    2.5501640398773454439,
+      -0.59926452932079207689,  0.082145886611128228799,   -0.0073704309457143507773,
+      0.00046630280576761256442, -0.000021915353447830215827, 7.9520540014755127848e-7};
+  double sum = terms[8];
+  for (int n = 7; n >= 0; --n) sum = sum * r2 + terms[n];
+  return sum;
+}
+
+MINGRU_INLINE double small_cosine(double r2) {
+  constexpr double terms[] = {
+      1.0,                      -4.9348022005446793094,    4.0587121264167682182,
+      -1.3352627688545894959,   0.23533063035889320454,    -0.025806891390014060013,
+      0.0019295743094039230479, -0.00010463810492484570712, 4.3030695870329470073e-6};
+  double sum = terms[8];
+  for (int n = 7; n >= 0; --n) sum = sum * r2 + terms[n];
+  return sum;
+}
+
+// cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21.
+template <class A>
+struct Direction {
+  A cosine, sine;
+};
+
+template <class A>
+MINGRU_INLINE Direction<A> direction(A x) {
+  using F = Format<A>;
+  using UInt = typename F::UInt;
+  const A shifted = A(2) * x + F::rounder;
+  const A r = x - A(0.5) * (shifted - F::rounder);
+  // Larger numbers have no fraction, but would leave the range of the polynomials. NaN is preserved.
+  const A above = r < A(-0.25) ? A(-0.25) : r;
+  const A small = above > A(0.25) ? A(0.25) : above;
+  const A r2 = small * small;
+  const A s = sine_ratio(r2) * small, c = small_cosine(r2);
+  // The low bits of `shifted` are those of the number of quarter turns.
+  const UInt quarters = bit_cast<UInt>(shifted);
+  const bool swap = (quarters & UInt(1)) != 0;
+  const UInt sign = UInt(1) << (sizeof(A) * 8 - 1);
+  const UInt cosine_sign = ((quarters + UInt(1)) << (sizeof(A) * 8 - 2)) & sign;
+  const UInt sine_sign = (quarters << (sizeof(A) * 8 - 2)) & sign;
+  return {
+      bit_cast<A>(bit_cast<UInt>(swap ? s : c) ^ cosine_sign), bit_cast<A>(bit_cast<UInt>(swap ? c : s) ^ sine_sign)};
 }
 
 }  // namespace mingru::MINGRU_ISA

@@ -46,6 +46,20 @@ Storage storage_of(const Tensor& x) {
   }
 }
 
+// Contiguous, on the CPU, with the dtype of `like`. torch::stable::new_empty takes 0.5 µs more.
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(1, sizes[dim]);
+  int32_t dtype;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
 Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // The arguments that all operators have in common.
@@ -84,8 +98,8 @@ class Operands {
     scan.h = state(given.h, "h");
     if (given.reset) {
       add_reset(*given.reset);
-      // The linear scan has no initial state: a reset sets the state to 0.
-      if (scan.cell != CellKind::linear_scan) {
+      // A linear scan has no initial state: a reset sets the state to 0.
+      if (scan.cell != CellKind::linear_scan && scan.cell != CellKind::complex_linear_scan) {
         scan.initial_state = state(contiguous(given.initial_state), "initial_state");
       }
     }
@@ -162,10 +176,10 @@ class Operands {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
-    Tensor grad_h = torch::stable::empty_like(h);
+    Tensor grad_h = empty(sizes_of(h), h);
     scan.grad_h = grad_h.data_ptr();
-    if (!scan.reset) return {grad_h, torch::stable::new_empty(h, {0})};
-    Tensor grad_initial_state = torch::stable::empty_like(h);
+    if (!scan.reset) return {grad_h, empty({0}, h)};
+    Tensor grad_initial_state = empty(sizes_of(h), h);
     torch::stable::zero_(grad_initial_state);
     if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
     return {grad_h, grad_initial_state};

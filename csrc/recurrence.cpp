@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   const int64_t features = num_features(given, inputs);
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
-  Tensor out = torch::stable::new_empty(inputs[0], inputs[0].sizes());
-  Tensor last = torch::stable::empty_like(given.h);
+  Tensor out = empty(sizes_of(inputs[0]), inputs[0]);
+  Tensor last = empty(sizes_of(given.h), given.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
   run(operands.scan, operands.whole(), false);
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_backward(
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
   auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
-  Tensor grads = torch::stable::new_empty(inputs[0], operands.sizes(count * features));
+  Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] =
         operands.sequence(torch::stable::narrow(grads, -1, k * features, features));

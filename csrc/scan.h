@@ -8,13 +8,20 @@ namespace mingru {
 enum class Storage { float32, float64, bfloat16, float16 };
 
 // Name (cell_activation), number of inputs and struct of every cell. All other lists of cells are made from this list.
-#define MINGRU_CELLS(CELL)                      \
-  CELL(linear_scan, 2, LinearScan)              \
-  CELL(mingru_positive, 2, MinGRU<Positive>)    \
-  CELL(mingru_linear, 2, MinGRU<Linear>)        \
-  CELL(mingru_tanh, 2, MinGRU<Tanh>)            \
-  CELL(minlstm_positive, 3, MinLSTM<Positive>)  \
-  CELL(minlstm_linear, 3, MinLSTM<Linear>)      \
+#define MINGRU_CELLS(CELL)                                    \
+  CELL(linear_scan, 2, LinearScan)                            \
+  CELL(complex_linear_scan, 2, ComplexLinearScan)             \
+  CELL(mingru_positive, 2, MinGRU<Positive>)                  \
+  CELL(mingru_linear, 2, MinGRU<Linear>)                      \
+  CELL(mingru_tanh, 2, MinGRU<Tanh>)                          \
+  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)     \
+  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)         \
+  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)             \
+  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>) \
+  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)     \
+  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)         \
+  CELL(minlstm_positive, 3, MinLSTM<Positive>)                \
+  CELL(minlstm_linear, 3, MinLSTM<Linear>)                    \
   CELL(minlstm_tanh, 3, MinLSTM<Tanh>)
 
 #define MINGRU_KIND(name, num_inputs, type) name,
@@ -74,6 +81,28 @@ struct Span {
   void* checkpoints;
   bool stop_at_match;
 };
+
+// out = x weight^T + bias: x is (rows, features), weight (columns, features) and out (rows, columns), all contiguous, in
+// float32 or float64. The bias may be null.
+struct Product {
+  Storage storage;
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t rows, columns, features;
+};
+
+// Computes a range of columns.
+using ProductKernel = void (*)(const Product&, int64_t begin, int64_t end);
+
+// Rows of `columns` values each, whose sum is computed.
+struct RowSum {
+  Storage storage;
+  const void* rows;
+  int64_t num_rows, columns;
+};
+
+// Adds a range of rows to `total`, which has the accumulation dtype.
+using RowSumKernel = void (*)(const RowSum&, int64_t begin, int64_t end, void* total);
 
 // Reads and writes `state`. Returns whether the run stopped at a match.
 using Kernel = bool (*)(const Scan&, const Span&, void* state, bool backward);

@@ -45,7 +45,39 @@ def minlstm(forget, input, candidate, h=None, reset=None, activation="positive",
     return linear_scan(f / (f + i), i / (f + i) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
-CELLS = {"mingru": mingru, "minlstm": minlstm}
+def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+    a = -torch.tanh(gate / 2)
+    initial = 0.0 if initial is None else initial
+    return linear_scan(a, (1 - a.abs()) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+
+
+def mingru_rotation(gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+    """Compute with complex numbers; `gates` has pairs of a gate and an angle."""
+
+    def pairs(x):
+        return torch.complex(x[:, :, 0::2], x[:, :, 1::2])
+
+    gate, angle = gates[:, :, 0::2], gates[:, :, 1::2] * (math.pi / 4)
+    h, initial = (
+        None if state is None else pairs(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
+        for state in (h, initial)
+    )
+    a = torch.polar(torch.sigmoid(-gate), angle)
+    b = torch.sigmoid(gate) * pairs(ACTIVATIONS[activation](candidate))
+    out = linear_scan(a, b, h, reverse, reset, 0.0 if initial is None else initial)
+    return torch.stack([out.real, out.imag], 3).flatten(2, 3)
+
+
+CELLS = {
+    "mingru": mingru,
+    "mingru_signed": mingru_signed,
+    "mingru_rotation": mingru_rotation,
+    "minlstm": minlstm,
+}
+
+
+def initial_state(cell, activation):
+    return INITIAL_STATE[activation] if cell in ("mingru", "minlstm") else 0.0
 
 
 def norm(x, kind, weights, prefix, eps):
@@ -65,7 +97,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS):
     x = x.double()
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     count = rnn.num_layers * rnn.num_directions
-    initial = weights.get("initial_state", torch.full((1, 1, 1, 1), INITIAL_STATE[rnn.candidate], dtype=torch.double))
+    initial = weights.get("initial_state", torch.full((1, 1, 1, 1), initial_state(rnn.cell, rnn.candidate)).double())
     initial = initial.expand(count, x.shape[0], 1, rnn.hidden_dims)
     h = initial if h is None else h.double().expand_as(initial)
     last = []

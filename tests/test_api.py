@@ -13,20 +13,20 @@ import mingru
 
 CONV = (
     "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
-    "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate='positive', learn_initial_state=False, "
-    "batch_first=True, device=None, dtype=None"
+    "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate='positive', gate='sigmoid', "
+    "learn_initial_state=False, batch_first=True, device=None, dtype=None"
 )
 CONV_CELL = (
     "input_dims, hidden_dims, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None, "
-    "candidate='positive', learn_initial_state=False, device=None, dtype=None"
+    "candidate='positive', gate='sigmoid', learn_initial_state=False, device=None, dtype=None"
 )
 FORWARD = "self, x, h=None, reset=None"
 # Name, and what stands between the brackets of its signature.
 CONTRACT = {
     "MinGRU": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, residual=False, norm=None, candidate='positive', learn_initial_state=False, recompute=None, device=None, "
-        "dtype=None"
+        "*, residual=False, norm=None, candidate='positive', gate='sigmoid', learn_initial_state=False, "
+        "recompute=None, device=None, dtype=None"
     ),
     "MinGRU.forward": f"{FORWARD}, lengths=None",
     "MinLSTM": (
@@ -36,8 +36,8 @@ CONTRACT = {
     ),
     "MinLSTM.forward": f"{FORWARD}, lengths=None",
     "MinGRUCell": (
-        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', learn_initial_state=False, "
-        "device=None, dtype=None"
+        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', gate='sigmoid', "
+        "learn_initial_state=False, device=None, dtype=None"
     ),
     "MinGRUCell.forward": FORWARD,
     "MinLSTMCell": (
@@ -53,10 +53,12 @@ CONTRACT = {
     "Stack.forward": f"{FORWARD}, lengths=None",
     "drop_in.GRU": (
         "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
-        "device=None, dtype=None, *, proj_size=None, residual=False, norm=None, candidate='positive'"
+        "device=None, dtype=None, *, proj_size=None, residual=False, norm=None, candidate='positive', "
+        "gate='sigmoid'"
     ),
     "drop_in.GRUCell": (
-        "input_size, hidden_size, bias=True, device=None, dtype=None, *, norm=None, candidate='positive'"
+        "input_size, hidden_size, bias=True, device=None, dtype=None, *, norm=None, candidate='positive', "
+        "gate='sigmoid'"
     ),
     "drop_in.replace": "module",
     "convert.from_cheind": (
@@ -90,7 +92,8 @@ CONTRACT = {
 }
 # Keywords that the library adds behind those of the contract.
 ADDED = {
-    **dict.fromkeys(["functional.mingru", "functional.minlstm"], "*, activation='positive', initial_state=None"),
+    "functional.mingru": "*, kind='sigmoid', angle=None, activation='positive', initial_state=None",
+    "functional.minlstm": "*, activation='positive', initial_state=None",
     "export.onnx": "*, max_steps=None, dynamic_shapes=None",
 }
 # Their arguments are those of another class, which tells them.

@@ -76,8 +76,9 @@ def test_a_refusal_reaches_the_shell():
 def test_calls_take_turns():
     order = []
     taken = bench.medians_ms({name: (lambda name=name: order.append(name)) for name in "abc"}, seconds=0.0, least=4)
-    rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
-    assert len(rounds) == 5, "one round to warm up and four to time"
+    assert order[::2] == order[1::2], "each call runs once before it is timed"
+    rounds = ["".join(order[start : start + 6 : 2]) for start in range(0, len(order), 6)]
+    assert len(rounds) == 4
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
     assert len(set(rounds)) > 1, "each round has an order of its own"
     assert list(taken) == ["a", "b", "c"]

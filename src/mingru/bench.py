@@ -37,20 +37,19 @@ def medians_ms(
 ) -> dict[str, float]:
     """Return the median time of each call, in milliseconds.
 
-    All calls run once per round, so that a temporary slowdown of the machine affects them equally. The order differs
-    between rounds, because the previous call affects the state of caches and memory.
+    All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
+    differs between rounds. Before it is timed, each call runs once, so that it finds the caches as it leaves them.
     """
     wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else _nothing
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    wait()
     end = time.perf_counter() + seconds
     rounds = 0
     order, generator = list(calls.items()), random.Random(0)
     while time.perf_counter() < end or rounds < least:
         generator.shuffle(order)
         for name, call in order:
+            call()
+            wait()
             start = time.perf_counter()
             call()
             wait()

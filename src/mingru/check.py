@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
+from .ops.cells import GATES
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -165,6 +166,17 @@ def check_options(name: str, norm: str | None, norms: Collection[str], candidate
         raise ValueError(expectation(name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(expectation(name, "dtype", "a floating-point dtype", repr(dtype)))
+
+
+def check_gate(name: str, argument: str, gate: object) -> None:
+    if gate not in tuple(GATES):
+        raise ValueError(expectation(name, argument, f"one of {tuple(GATES)}", repr(gate)))
+
+
+def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
+    """Check that the gate can divide this number of features into pairs."""
+    if gate == "rotation" and size % 2:
+        raise ValueError(expectation(name, argument, "even because gate='rotation' turns pairs of features", str(size)))
 
 
 def check_tensor(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .check import check_reset, check_state, check_tensor, dims, expectation
+from .check import check_gate, check_reset, check_state, check_tensor, dims, expectation
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
+from .ops.cells import GATES, zero_state
 
 __all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
 
@@ -68,6 +69,8 @@ def mingru(
     *,
     reset: Tensor | None = None,
     backend: str = "auto",
+    kind: str = "sigmoid",
+    angle: Tensor | None = None,
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
@@ -76,28 +79,37 @@ def mingru(
         z_t = sigma(gate_t)
         h_t = (1 - z_t) h_{t-1} + z_t activation(candidate_t)
 
+    This is the equation of the kind "sigmoid". [mingru.MinGRU][] has the equations of the other kinds.
+
     Args:
-        gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16.
-        candidate: Pre-activation of the candidate state; shape, dtype and device of `gate`.
+        gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16. For "rotation",
+            (B, S, H / 2, *).
+        candidate: Pre-activation of the candidate state; shape, dtype and device of `gate`. For "rotation", (B, S, H,
+            *): features 2 j and 2 j + 1 are pair j.
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
         reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
+        kind: "sigmoid", "signed" or "rotation": the layer's `gate`, which is a tensor here.
+        angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
+            "rotation", otherwise None.
         activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh".
         initial_state: State after a reset, and default of `h`; expandable to (B, 1, *), dtype as for `h`. Default: g(0)
-            = 0.5 for "positive", else 0.
+            = 0.5 for "sigmoid" with "positive", else 0.
 
     Returns:
-        States h_1 ... h_S, (B, S, *), dtype of `gate`. To continue the sequence, pass the last state as `h`.
+        States h_1 ... h_S, with the shape of `candidate` and the dtype of `gate`. To continue the sequence, pass the
+        last state as `h`.
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
-        ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
+        ValueError: A shape, device, kind or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
         bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space. With
-        the activation "positive" and a positive state, all terms are positive, and the relative error in float32 stays
-        below 2e-6 at a million steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
+        kind "sigmoid", the activation "positive" and a positive state, all terms are positive, and the relative error
+        in float32 stays below 2e-6 at a million steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
+        [mingru.MinGRU][] bounds the error of the other kinds.
 
     z = 1 takes the candidate. In `torch.nn.GRU`, z = 1 keeps the previous state.
 
@@ -111,8 +123,22 @@ def mingru(
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
-    inputs = {"gate": gate, "candidate": candidate}
-    return _recurrence("mingru", inputs, h, reset, backend, activation, initial_state)
+    name = "mingru"
+    check_gate(name, "kind", kind)
+    if kind != "rotation":
+        if angle is not None:
+            expected = f"None because kind is {kind!r}"
+            raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
+        inputs = {"gate": gate, "candidate": candidate}
+        return _recurrence(GATES[kind], inputs, h, reset, backend, activation, initial_state)
+    _check_sequence(name, "gate", gate, least=3)
+    if angle is None:
+        raise ValueError(expectation(name, "angle", "a tensor like gate because kind is 'rotation'", "None"))
+    check_tensor(name, "angle", angle, like=gate, like_name="gate", shape=gate.shape)
+    shape = (*gate.shape[:2], 2 * gate.shape[2], *gate.shape[3:])
+    check_tensor(name, "candidate", candidate, like=gate, like_name="gate", shape=shape)
+    inputs = {"gate and angle": torch.stack([gate, angle], 3).flatten(2, 3), "candidate": candidate}
+    return _recurrence(GATES[kind], inputs, h, reset, backend, activation, initial_state)
 
 
 def minlstm(
@@ -167,7 +193,7 @@ def minlstm(
 
 
 def _recurrence(
-    name: str,
+    cell: str,
     inputs: dict[str, Tensor],
     h: Tensor | None,
     reset: Tensor | None,
@@ -175,6 +201,7 @@ def _recurrence(
     activation: str,
     initial_state: Tensor | None,
 ) -> Tensor:
+    name = cell.partition("_")[0]
     (first_name, first), *others = inputs.items()
     _check_sequence(name, first_name, first)
     for argument, sequence in others:
@@ -183,11 +210,11 @@ def _recurrence(
         raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
     check_reset(name, reset, first, "(B, S)")
     if initial_state is None:
-        value = _activation.zero_state(activation)
+        value = zero_state(cell, activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
-    spec, start = ops.Spec(name, activation, False), ops.Start(state, initial, reset)
+    spec, start = ops.Spec(cell, activation, False), ops.Start(state, initial, reset)
     return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
 
 
@@ -207,8 +234,8 @@ def linear_scan(
     All operations are elementwise (diagonal transitions).
 
     Args:
-        a: Decays, (B, S, *), any numbers; floating-point, or complex with the backends "torch" and "sequential". For
-            decays that do not depend on time, pass `a.expand_as(b)`, which copies nothing.
+        a: Decays, (B, S, *), any numbers; floating-point or complex. For decays that do not depend on time, pass
+            `a.expand_as(b)`, which copies nothing.
         b: Inputs of the recurrence; shape, dtype and device of `a`.
         h: State before the first step; expandable to (B, 1, *). Its dtype is the dtype of `a`, or float32 if `a` is
             bfloat16 or float16. Default: 0.
@@ -333,10 +360,11 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     return reset[:, :num_steps]
 
 
-def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False) -> None:
+def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False, least: int = 2) -> None:
     _check_floating(name, argument, sequence, or_complex)
-    if sequence.dim() < 2:
-        raise ValueError(expectation(name, argument, "(B, S, *)", dims(sequence.shape), "add a batch dimension"))
+    if sequence.dim() < least:
+        expected = "(B, S, *)" if least == 2 else "(B, S, H / 2, *) because kind is 'rotation'"
+        raise ValueError(expectation(name, argument, expected, dims(sequence.shape), "add a batch dimension"))
 
 
 def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:

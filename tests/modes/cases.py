@@ -210,8 +210,12 @@ def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytes
 
 
 def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
-    """Return the cases of this run's tests that use the requesting fixture."""
-    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    """Return the cases of this run's tests that use the requesting fixture of a module."""
+    items = [
+        item
+        for item in request.session.items
+        if item.module is request.module and request.fixturename in item.fixturenames
+    ]
     names = {item.callspec.params["case"].name for item in items}
     return [case for case in CASES if case.name in names]
 

@@ -269,12 +269,12 @@ def test_meta_device(options):
 
 
 def test_signatures():
-    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate='positive', learn_initial_state=False, "
+    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate='positive', {}learn_initial_state=False, "
     shared += "device=None, dtype=None"
-    for kind, extra in ((MinGRUCell, ""), (MinLSTMCell, "forget_bias=0.0, ")):
+    for kind, extra in ((MinGRUCell, ("", "gate='sigmoid', ")), (MinLSTMCell, ("forget_bias=0.0, ", ""))):
         found, expected = (
             [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
-            for function in (kind, eval(f"lambda {shared.format(extra)}: None"))
+            for function in (kind, eval(f"lambda {shared.format(*extra)}: None"))
         )
         assert found == expected
         assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "h", "reset"]

@@ -13,7 +13,9 @@ from ..check import (
     arguments_checked,
     check_bias,
     check_flags,
+    check_gate,
     check_like,
+    check_pairs,
     dims,
     embed_remedy,
     expectation,
@@ -49,6 +51,8 @@ class _DropIn(MinGRU):
                 raise too_small(expectation(name, argument, "at least 1", str(size)))
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
+        check_gate(name, "gate", options["gate"])
+        check_pairs(name, "hidden_size", hidden_size, options["gate"])
         super().__init__(input_size, hidden_size, dtype=dtype, **options)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -143,6 +147,7 @@ class GRU(_DropIn, role="torch", planned=True):
         residual: Not in `torch.nn.GRU`. If True, add each layer's input to its output.
         norm: Not in `torch.nn.GRU`. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in `torch.nn.GRU`. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        gate: Not in `torch.nn.GRU`. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
 
     Inputs:
         - **input**: Sequence, (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
@@ -203,6 +208,7 @@ class GRU(_DropIn, role="torch", planned=True):
         residual: bool = False,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
     ) -> None:
         name = type(self).__name__
         if proj_size is not None:
@@ -224,6 +230,7 @@ class GRU(_DropIn, role="torch", planned=True):
             residual=residual,
             norm=norm,
             candidate=candidate,
+            gate=gate,
             device=device,
         )
         self.mode = "GRU"
@@ -322,6 +329,7 @@ class GRUCell(_DropIn, role="step", planned=True):
         dtype: Floating-point dtype of the parameters.
         norm: Not in `torch.nn.GRUCell`. "layer", "rms" or None: norm of the input.
         candidate: Not in `torch.nn.GRUCell`. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        gate: Not in `torch.nn.GRUCell`. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
 
     Inputs:
         - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
@@ -360,9 +368,10 @@ class GRUCell(_DropIn, role="step", planned=True):
         *,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
     ) -> None:
         check_flags(type(self).__name__, bias=bias)
-        options = {"bias": bias, "norm": norm, "candidate": candidate, "device": device}
+        options = {"bias": bias, "norm": norm, "candidate": candidate, "gate": gate, "device": device}
         super().__init__(input_size, hidden_size, RuntimeError, dtype, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]

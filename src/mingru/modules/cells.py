@@ -89,7 +89,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         z = sigma(W_z x + b_z)
         h' = (1 - z) h + z g(W_h x + b_h)
 
-    Symbols, weights and options are those of a one-layer [mingru.MinGRU][].
+    Symbols, weights, options and other gates are those of a one-layer [mingru.MinGRU][].
 
     Args:
         input_dims: Number of input features, I.
@@ -97,6 +97,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         bias: If False, the linear maps have no bias.
         norm: "layer", "rms" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh".
+        gate: "sigmoid", "signed" or "rotation".
         learn_initial_state: If True, the initial state is a parameter.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -104,8 +105,8 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
     Inputs:
         - **x**: Input, (B, I), or (I,) without a batch. It has the dtype and device of the parameters.
         - **h**: State before the step, (B, H) or (H,), any real numbers. The dtype is that of x, or float32 if x is
-          bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or
-          learned.
+          bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or
+          `gate` is not "sigmoid") or learned.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
 
     Outputs:
@@ -113,7 +114,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A size, shape, device, norm or candidate is invalid.
+        ValueError: A size, shape, device, norm, candidate or gate is invalid.
 
     State dict:
         As in a one-layer `MinGRU`: the state_dict of one loads into the other.
@@ -145,6 +146,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         *,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
         learn_initial_state: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -156,6 +158,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
             bias=bias,
             norm=norm,
             candidate=candidate,
+            gate=gate,
             learn_initial_state=learn_initial_state,
             device=device,
             dtype=dtype,

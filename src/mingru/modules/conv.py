@@ -14,10 +14,12 @@ from ..check import (
     arguments_checked,
     check_dropout,
     check_flags,
+    check_gate,
     check_int,
     check_like,
     check_one_state,
     check_options,
+    check_pairs,
     check_reset,
     dims,
     embed_remedy,
@@ -58,6 +60,7 @@ class MinConv(Base, role="sequence"):
         residual: bool = False,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
         learn_initial_state: bool = False,
         batch_first: bool = True,
         device: Any = None,
@@ -77,6 +80,9 @@ class MinConv(Base, role="sequence"):
         if any(width % groups for width in [input_dims, *widths]):
             expected = f"a divisor of input_dims={input_dims} and hidden_dims={hidden_dims}"
             raise ValueError(expectation(self.name, "groups", expected, str(groups)))
+        check_gate(self.name, "gate", gate)
+        for width in widths:
+            check_pairs(self.name, "hidden_dims" if groups == 1 else "hidden_dims / groups", width // groups, gate)
         options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         geometries = self._geometries(num_layers, options)
         self.input_dims = input_dims
@@ -93,6 +99,7 @@ class MinConv(Base, role="sequence"):
         self.residual = residual
         self.norm = norm
         self.candidate = candidate
+        self.gate = gate
         self.learn_initial_state = learn_initial_state
         self.batch_first = batch_first
 
@@ -113,6 +120,7 @@ class MinConv(Base, role="sequence"):
                 self.residual,
                 norm,
                 candidate,
+                gate,
                 self.learn_initial_state,
                 factory,
             )
@@ -249,6 +257,7 @@ class MinConv(Base, role="sequence"):
             "residual": False,
             "norm": None,
             "candidate": "positive",
+            "gate": "sigmoid",
             "learn_initial_state": False,
             "batch_first": True,
         }
@@ -277,6 +286,7 @@ class MinConvCell(MinConv, role="step"):
         bias: bool = True,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
         learn_initial_state: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -292,6 +302,7 @@ class MinConvCell(MinConv, role="step"):
             bias=bias,
             norm=norm,
             candidate=candidate,
+            gate=gate,
             learn_initial_state=learn_initial_state,
             device=device,
             dtype=dtype,

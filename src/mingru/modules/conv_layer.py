@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Layout, Map, Spec, Start, States, traceable
-from ..ops.activation import zero_state
+from ..ops.cells import GATES, zero_state
 from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
@@ -58,6 +58,7 @@ class MinConvLayer(nn.Module):
         residual: bool,
         norm: str | None,
         candidate: str,
+        gate: str,
         learn_initial_state: bool,
         factory: dict[str, Any],
     ) -> None:
@@ -68,6 +69,7 @@ class MinConvLayer(nn.Module):
         self.hidden_dims = hidden_dims
         self.groups = groups
         self.candidate = candidate
+        self.cell = GATES[gate]
         self.residual = residual
         convolution: Any = CONVOLUTIONS[len(geometry.kernel_size)]
         common: dict[str, Any] = {**geometry._asdict(), "groups": groups, **factory}
@@ -77,7 +79,7 @@ class MinConvLayer(nn.Module):
         self.align = None
         if residual and not (input_dims == output_dims and geometry.keeps_space()):
             self.align = convolution(input_dims, output_dims, bias=False, **common)
-        self.zero_state = zero_state(candidate)
+        self.zero_state = zero_state(self.cell, candidate)
         shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
         self.initial_state = (
             nn.Parameter(torch.full(shape, self.zero_state, **factory)) if learn_initial_state else None
@@ -117,7 +119,7 @@ class MinConvLayer(nn.Module):
     def _direction(
         self, y: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout, reverse: bool
     ) -> States:
-        spec = Spec("mingru", self.candidate, reverse)
+        spec = Spec(self.cell, self.candidate, reverse)
         index = 1 if reverse else 0
         if self.initial_state is not None:
             initial_state = self.initial_state[index]

@@ -59,6 +59,8 @@ class MinConv2dGRU(MinConv):
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh".
+        gate: "sigmoid", "signed" or "rotation", see [mingru.MinGRU][]. "rotation" turns pairs of channels, and needs an
+            even number of state channels in each group.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
         batch_first: If False, x is `(S, B, C, *space)` instead of `(B, S, C, *space)`. Neither order needs a copy of x.
@@ -71,7 +73,7 @@ class MinConv2dGRU(MinConv):
         - **h**: States before the first step, any real numbers: a list with one tensor for each layer and direction,
           expandable to `(B, 1, H, *space)`, where space is that of the layer's output. Index l * D is layer l forward,
           l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16. Default: the
-          initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
+          initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or `gate` not "sigmoid") or learned.
         - **reset**: Boolean mask, (B, S) or (S, B) like x. Where True, the state is set to the initial state before
           that step. The reverse direction is reset at the same boundary, between that step and the previous one.
 
@@ -86,8 +88,8 @@ class MinConv2dGRU(MinConv):
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A size, shape, device, norm, candidate or dropout is invalid; a list does not have one entry for
-            each layer; or an image is too small for a kernel.
+        ValueError: A size, shape, device, norm, candidate, gate or dropout is invalid; a list does not have one entry
+            for each layer; or an image is too small for a kernel.
 
     State dict:
         - `layers.{l}.conv.weight` `(2H, C / groups, *kernel_size)` and `layers.{l}.conv.bias` (2H,): gate rows first,
@@ -169,6 +171,7 @@ class MinConv2dGRUCell(MinConvCell):
         bias: If False, the convolution has no bias.
         norm: "group" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh".
+        gate: "sigmoid", "signed" or "rotation".
         learn_initial_state: If True, the initial state is a parameter.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.

@@ -14,6 +14,23 @@ class MinGRU(Recurrent, planned=True):
     where x_t is the input of the layer, z_t the update gate and h_t the state. [mingru.functional.g][] keeps the
     candidate positive: g(v) is v + 0.5 for v >= 0 and sigma(v) for v < 0.
 
+    `gate` selects other transitions, with k_t = W_z x_t + b_z and the candidate c_t = g(W_h x_t + b_h):
+
+        sigmoid:   h_t = (1 - z_t) h_{t-1} + z_t c_t                            z_t = sigma(k_t)
+        signed:    h_t = a_t h_{t-1} + (1 - |a_t|) c_t                          a_t = -tanh(k_t / 2)
+        rotation:  h_t = (1 - z_t) exp(i theta_t) h_{t-1} + z_t c_t             theta_t = (pi / 4) u_t
+
+    - "signed" keeps the state (k -> -inf), replaces it (k = 0) or flips its sign (k -> inf). It can compute parity.
+    - "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, which are the real and the
+      imaginary part of one complex number. It can count modulo any number. For pair j, rows 2 j and 2 j + 1 of W_z
+      compute the gate k and the angle u.
+
+    Sums modulo a number cannot be computed for all lengths with "sigmoid", at any depth. The angle is linear, so that
+    no turn (u = 0), a third (u = 8 / 3) and half a turn (u = 4) are all reached at finite pre-activations, and none of
+    them is harder to leave than another. With the default initialization and inputs of variance 1, u has a standard
+    deviation of 0.6, so that the angles begin near no turn, at 26 degrees. The unit pi / 4 makes it exact to subtract
+    whole turns. States of both gates may be negative: `candidate` "tanh" or "linear" is usual, "positive" is not.
+
     Args:
         input_dims: Number of input features, I.
         hidden_dims: Number of state features, H.
@@ -28,6 +45,7 @@ class MinGRU(Recurrent, planned=True):
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh".
+        gate: "sigmoid", "signed" or "rotation"; see above. "rotation" needs an even `hidden_dims`.
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
             thirds of the stored values. Default: whichever is faster. Only the "native" backend supports this; the
@@ -40,7 +58,8 @@ class MinGRU(Recurrent, planned=True):
           parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
-          Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive") or learned.
+          Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or `gate` not "sigmoid")
+          or learned.
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step. The reverse direction is reset at the same boundary, between that step and the
           previous one.
@@ -57,7 +76,7 @@ class MinGRU(Recurrent, planned=True):
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A size, shape, device, length, norm, candidate or dropout is invalid.
+        ValueError: A size, shape, device, length, norm, candidate, gate or dropout is invalid.
 
     State dict:
         - `layers.{l}.linear.weight` (2H, I) and `layers.{l}.linear.bias` (2H,): gate rows first, then candidate rows.
@@ -68,11 +87,14 @@ class MinGRU(Recurrent, planned=True):
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;
         under autocast it is float32. The relative error of the recurrence in float32 stays below 2e-6 at a million
-        steps.
+        steps. With "signed" and "rotation", terms of both signs may cancel. Their error is bounded relative to the
+        recurrence of absolute values, |a_t| s_{t-1} + |b_t|: below 5e-7 times the number of steps that a state lasts
+        (1 / (1 - |a|)), and usually far below.
 
     Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. There are no weights from state to
-    state, so one layer cannot count or compare; stack layers instead. The shape and default of the state and the
-    default of `batch_first` differ too. Unlike in the paper, the initial state may be any real numbers.
+    state, so one layer cannot compare, and counts only with another `gate`; stack layers instead. The shape and default
+    of the state and the default of `batch_first` differ too. Unlike in the paper, the initial state may be any real
+    numbers.
 
     Examples:
         >>> rnn = mingru.MinGRU(input_dims=3, hidden_dims=64, num_layers=2, residual=True)
@@ -82,7 +104,9 @@ class MinGRU(Recurrent, planned=True):
         >>> out, h = rnn(torch.randn(10, 1, 3), h)  # the next step
 
     References:
-        Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+        - Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
+        - Grazzi et al. 2024, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537),
+          for what negative and complex transitions can compute.
     """
 
     cell = "mingru"

@@ -18,11 +18,13 @@ from ..check import (
     check_dropout,
     check_flag,
     check_flags,
+    check_gate,
     check_int,
     check_lengths,
     check_like,
     check_one_state,
     check_options,
+    check_pairs,
     check_reset,
     dims,
     embed_remedy,
@@ -30,7 +32,7 @@ from ..check import (
     expectation,
 )
 from ..ops import Layout, Spec, Start, States, inference, layout, traceable
-from ..ops.activation import zero_state
+from ..ops.cells import GATES, zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
 from ..ops.shape import accumulate_dtype
 from .base import Base
@@ -137,6 +139,7 @@ class Recurrent(Base, role="sequence"):
         residual: bool = False,
         norm: str | None = None,
         candidate: str = "positive",
+        gate: str = "sigmoid",
         learn_initial_state: bool = False,
         recompute: bool | None = None,
         device: Any = None,
@@ -153,6 +156,8 @@ class Recurrent(Base, role="sequence"):
             check_flag(self.name, "recompute", recompute, expected="a bool or None")
         check_dropout(self.name, dropout, num_layers)
         check_options(self.name, norm, NORMS, candidate, dtype)
+        check_gate(self.name, "gate", gate)
+        check_pairs(self.name, "hidden_dims", hidden_dims, gate)
         self.input_dims = input_dims
         self.hidden_dims = hidden_dims
         self.num_layers = num_layers
@@ -163,6 +168,9 @@ class Recurrent(Base, role="sequence"):
         self.residual = residual
         self.norm = norm
         self.candidate = candidate
+        self.gate = gate
+        if self.cell == "mingru":
+            self.cell = GATES[gate]
         self.learn_initial_state = learn_initial_state
         self.recompute = recompute
 
@@ -185,7 +193,7 @@ class Recurrent(Base, role="sequence"):
             )
             for index in range(num_layers)
         )
-        self.zero_state = zero_state(candidate)
+        self.zero_state = zero_state(self.cell, candidate)
         shape = (num_layers * self.num_directions, 1, 1, hidden_dims)
         self.initial_state = (
             nn.Parameter(torch.full(shape, self.zero_state, **factory)) if learn_initial_state else None
@@ -380,6 +388,7 @@ class Recurrent(Base, role="sequence"):
             "residual": False,
             "norm": None,
             "candidate": "positive",
+            "gate": "sigmoid",
             "learn_initial_state": False,
             "recompute": None,
             "forget_bias": 0.0,

@@ -83,7 +83,7 @@ def linear_recurrence(
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
     name = route.choose(spec, x)
-    tensors = route.fused_with(linear, name, x, order)
+    tensors = route.fused_with(linear, name, spec, x, order)
     if tensors is not None:
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
         try:
@@ -118,7 +118,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
 def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
     if inputs[0].numel() == 0:
         return empty_states(traceable.sum_of(inputs), start.h, 0 if order.time_first else 1)
-    kernel = route.kernel_of(name, inputs, order)
+    kernel = route.kernel_of(name, spec, inputs, order)
     if kernel is None:
         return autograd.composed(name, spec, inputs, start, order)
     if order.batch_sizes is None or kernel.packed:

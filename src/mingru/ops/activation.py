@@ -18,11 +18,6 @@ from torch import Tensor
 ACTIVATIONS = ("positive", "linear", "tanh")
 
 
-def zero_state(activation: str) -> float:
-    """Return the default initial state: g(0) = 0.5, or 0 if the candidate may be negative."""
-    return 0.5 if activation == "positive" else 0.0
-
-
 def g(v: Tensor) -> Tensor:
     # Not `torch.where`, which takes 3 ms for a million elements on the CPU; a sigmoid takes 0.3 ms (torch 2.13). Not
     # `v.clamp_max(0.0)` instead of -relu(-v): both terms would have a gradient at 0, but the gradient of g there is 1.

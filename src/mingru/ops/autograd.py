@@ -24,7 +24,7 @@ from torch._functorch import eager_transforms
 from .backend import KernelFailure
 from .backends import traceable
 from .call import Layout, Spec, Start
-from .cells import NUM_INPUTS
+from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call
 from .route import after, backend_of
@@ -35,7 +35,21 @@ def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: 
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(spec, inputs, start, layout)
     own = backend_of(name).recurrence
-    states = scan(name, as_linear_scan(*padded)) if own is None else own(*padded)
+    if own is not None:
+        states = own(*padded)
+    elif not is_complex(spec):
+        states = scan(name, as_linear_scan(*padded))
+    elif is_compiling():
+        # Compilers and exported graphs may not support complex numbers.
+        states = traceable.scan(as_linear_scan(*padded), True)
+    else:
+        a, b, h, reset, reverse = as_linear_scan(*padded)
+        a, b, h = (torch.view_as_complex(x.contiguous()) for x in (a, b, h))
+        out, last = scan(name, LinearScan(a, b, h, reset, reverse))
+        states = torch.view_as_real(out), torch.view_as_real(last)
+        out, last = in_layout(spec, states, inputs[0], start.h, layout)
+        # Copies, because outputs must not be views.
+        return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
     return in_layout(spec, states, inputs[0], start.h, layout)
 
 

@@ -1,11 +1,12 @@
 """The description of a backend: its functions, what it supports, and how it fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .call import Layout, Spec, Start
+from .cells import NUM_INPUTS
 from .layout import LinearScan
 from .shape import States
 
@@ -26,6 +27,8 @@ class Kernel:
     are padded before the call."""
     autocast: bool = False
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
+    cells: Container[str] = tuple(NUM_INPUTS)
+    """The cells that the kernel computes. Default: all."""
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)

@@ -1,28 +1,49 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t from the pre-activations.
 
-To add a cell, add an entry to `NUM_INPUTS`, a branch to `coefficients` and an entry to MINGRU_CELLS in csrc/scan.h.
+To add a cell, add an entry to `NUM_INPUTS`, a function to `coefficients` and an entry to MINGRU_CELLS in csrc/scan.h.
 Everything here is scriptable and twice differentiable.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activate, log_g
 from .call import Spec
-from .shape import accumulate_dtype, as_dtype
+from .shape import accumulate_dtype, as_dtype, to_pairs
 
 # Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
-NUM_INPUTS = {"mingru": 2, "minlstm": 3}
+NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3}
+# The cell of each gate of a minGRU.
+GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
 # Cells whose a and b are positive if the candidate is positive.
 WITH_LOGARITHMS = ("mingru", "minlstm")
+
+
+def zero_state(cell: str, activation: str) -> float:
+    """Return the default initial state: g(0) = 0.5, or 0 if the state may be negative."""
+    return 0.5 if activation == "positive" and cell in WITH_LOGARITHMS else 0.0
+
+
+def is_complex(spec: Spec) -> bool:
+    """Return whether a, b and the state of this cell are complex: pairs of real features, see `shape.to_pairs`."""
+    return spec.cell == "mingru_rotation"
 
 
 def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype.
 
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
+    mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
+    mingru_rotation, with z and an angle:          a = (1 - z) exp(i angle), b = z activate(candidate), as pairs
     minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
     """
+    if spec.cell == "mingru_signed":
+        return _signed(spec, inputs)
+    if spec.cell == "mingru_rotation":
+        return _rotation(spec, inputs)
     gate, candidate = _gate_and_candidate(spec, inputs)
     # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
     return (-gate).sigmoid(), gate.sigmoid() * activate(candidate, spec.activation)
@@ -34,12 +55,33 @@ def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
 
 
+def _wide(inputs: list[Tensor]) -> list[Tensor]:
+    return [as_dtype(pre, accumulate_dtype(pre.dtype)) for pre in inputs]
+
+
 def _gate_and_candidate(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the pre-activations of gate and candidate; minLSTM is a minGRU with gate log sigma(i) - log sigma(f).
 
     sigma(i) / (sigma(f) + sigma(i)) = sigma(log sigma(i) - log sigma(f))
     """
-    x = [as_dtype(pre, accumulate_dtype(pre.dtype)) for pre in inputs]
+    x = _wide(inputs)
     if spec.cell == "minlstm":
         return F.logsigmoid(x[1]) - F.logsigmoid(x[0]), x[2]
     return x[0], x[1]
+
+
+def _signed(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, candidate = _wide(inputs)
+    # 1 - |tanh(x / 2)| = 2 sigma(-|x|), which does not cancel.
+    return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
+
+
+def _rotation(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
+    gates, candidates = [to_pairs(x) for x in _wide(inputs)]
+    gate, turn = gates.unbind(-1)
+    # Whole turns are subtracted, which is exact. The product with pi would lose the precision of a large angle.
+    angle = (turn - 8.0 * (0.125 * turn).round()) * (0.25 * math.pi)
+    keep = (-gate).sigmoid()
+    a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
+    return a, gate.sigmoid().unsqueeze(-1) * activate(candidates, spec.activation)

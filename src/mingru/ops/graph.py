@@ -25,6 +25,7 @@ __all__ = [
     "is_scripting",
     "is_tracing",
     "is_true_for_all_sizes",
+    "is_untransformed",
     "untraced",
 ]
 
@@ -53,12 +54,12 @@ def are_ordinary(*tensors: Tensor) -> bool:
 
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
-    return (
-        not is_tracing()
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return is_untransformed() and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def is_untransformed() -> bool:
+    """Return whether calls are neither traced nor transformed, by functorch or forward-mode AD."""
+    return not (is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def are_batched(*tensors: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ gradients, hooks, autocast, transforms, graph capture or arguments that do not f
 arguments.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import route
 from .call import Layout, Spec
-from .graph import are_ordinary, is_compiling
+from .graph import is_compiling, is_untransformed
 from .layout import reset_seen_in_reverse
 
+_DTYPES = (torch.float32, torch.float64)
 # The order of `Operation` in csrc/inference.cpp.
 _OPERATIONS = {
     name: number
@@ -40,15 +42,21 @@ class Plan:
         self.is_supported = True
         self.num_states = 0
         self.weights: list[Tensor] = []
-        self.code: list[int] = []
-        self.eps: list[float] = []
-        self.cells: list[str] = []
+        self._cells: list[str] = []
+        self._instructions: list[tuple[int, int, int, int]] = []
+        self._all_eps: list[float] = []
         self.spec: Spec | None = None
         self._hooks: list[dict[Any, Any]] = []
         # Entries of dictionaries that must stay the same objects.
         self._dicts: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._values: list[Any] = []
+
+    def finish(self) -> None:
+        """Bring the instructions into the form that the operator reads."""
+        self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
+        self.cells = " ".join(self._cells)
+        self.eps = torch.tensor(self._all_eps, dtype=torch.float64, device="cpu")
 
     def is_current(self) -> bool:
         return all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
@@ -83,8 +91,8 @@ class Plan:
         self.watch(vars(container), "_modules")
         return [self.child(container, index, *types) for index in container._modules]
 
-    def add(self, operation: str, state: int = 0, layer: int = 0) -> None:
-        self.code += [_OPERATIONS[operation], state, layer]
+    def add(self, operation: str, state: int = 0, layer: int = 0, cell: int = 0) -> None:
+        self._instructions.append((_OPERATIONS[operation], state, layer, cell))
 
     def dropout(self, module: Any) -> None:
         """Reject the plan if dropout is active."""
@@ -100,7 +108,7 @@ class Plan:
         if not is_rms:
             self.weight(norm, "bias")
         # A negative number is the default of RMSNorm, which depends on the dtype.
-        self.eps.append(-1.0 if norm.eps is None else norm.eps)
+        self._all_eps.append(-1.0 if norm.eps is None else norm.eps)
 
     def add_linear(self, parent: nn.Module, name: str, operation: str = "linear") -> None:
         has_bias = self.linear(parent, name)
@@ -108,14 +116,16 @@ class Plan:
 
     def add_scan(self, parent: Any, spec: Spec, state: int, layer: int) -> None:
         self.spec = spec
-        self.cells.append(f"{spec.cell}_{spec.activation}")
+        cell = f"{spec.cell}_{spec.activation}"
+        if cell not in self._cells:
+            self._cells.append(cell)
         has_bias = self.linear(parent, "linear")
         both = parent.linear_reverse is not None
         if both:
             self.is_supported &= self.linear(parent, "linear_reverse") == has_bias
         else:
             self.watch(parent._modules, "linear_reverse")
-        self.add(f"scan{'_both' * both}{'_with_bias' * has_bias}", state, layer)
+        self.add(f"scan{'_both' * both}{'_with_bias' * has_bias}", state, layer, self._cells.index(cell))
 
     def linear(self, parent: nn.Module, name: str) -> bool:
         """Take the weight and the bias of a linear map, and return whether it has a bias."""
@@ -124,10 +134,11 @@ class Plan:
         return self.bias(module)
 
     def bias(self, module: nn.Module) -> bool:
-        self.watch(module._parameters, "bias")
         has_bias = module._parameters.get("bias") is not None
         if has_bias:
             self.weight(module, "bias")
+        else:
+            self.watch(module._parameters, "bias")
         return has_bias
 
     def weight(self, module: nn.Module, name: str) -> None:
@@ -148,8 +159,14 @@ def _plan_of(module: Any) -> Plan:
     if plan is None or not plan.is_current():
         plan = Plan()
         module.plan(plan)
+        plan.finish()
         _plans[module] = plan
     return plan
+
+
+@functools.cache
+def _operator() -> Any:
+    return torch.ops.mingru.inference.default
 
 
 def is_open(x: Any) -> bool:
@@ -159,8 +176,8 @@ def is_open(x: Any) -> bool:
         and not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
-        and x.dtype in (torch.float32, torch.float64)
-        and are_ordinary(x)
+        and x.dtype in _DTYPES
+        and is_untransformed()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -193,7 +210,7 @@ def run(
             reset = reset.unsqueeze(-1)
         resets = [reset, reset_seen_in_reverse(reset, Layout(time_first, None, None))]
     try:
-        out, last = torch.ops.mingru.inference(
+        out, last = _operator()(
             x, plan.weights, states, initial_states, resets, plan.code, plan.eps, plan.cells, time_first
         )
     except NotImplementedError:  # a tensor on another device

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Layout, Spec, Start
-from .cells import coefficients
+from .cells import coefficients, is_complex
 from .graph import for_trace, is_scripting, is_tracing
-from .shape import States, along, as_dtype
+from .shape import States, along, as_dtype, from_pairs, one_like, plus_times, to_pairs
 
 
 class LinearScan(NamedTuple):
@@ -64,21 +64,27 @@ def padded_call(
 
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
-    """Return the scan that a cell computes. The call must come from `padded_call`."""
+    """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
     a, b = coefficients(spec, inputs)
+    pairs = is_complex(spec)
     padding = layout.padding
     if padding is not None:
         mask = along(padding, a)
-        a, b = a.masked_fill(mask, 1.0), b.masked_fill(mask, 0.0)
+        a, b = torch.where(mask, one_like(a, pairs), a) if pairs else a.masked_fill(mask, 1.0), b.masked_fill(mask, 0.0)
+    h, initial_state = start.h, start.initial_state
+    if pairs:
+        h, initial_state = to_pairs(h), to_pairs(initial_state.expand_as(h))
     reset = start.reset
     if reset is not None:
-        b = torch.where(along(reset, b), torch.addcmul(b, a, as_dtype(start.initial_state, b.dtype)), b)
-    return LinearScan(a, b, as_dtype(start.h, b.dtype), reset, spec.reverse)
+        b = torch.where(along(reset, b), plus_times(b, a, as_dtype(initial_state, b.dtype), pairs), b)
+    return LinearScan(a, b, as_dtype(h, b.dtype), reset, spec.reverse)
 
 
 def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layout) -> States:
     """Return states (B, S, *) in the given layout and the dtype of `like`, and the last state in the dtype of h."""
     out, last = states
+    if is_complex(spec):
+        out, last = from_pairs(out), from_pairs(last)
     out = as_dtype(out, like.dtype)
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .backend import Backend, Kernel, KernelFailure
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Layout, Spec
+from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
 from .shape import as_dtype
 
@@ -123,18 +124,23 @@ def backend_of(name: str) -> Backend:
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
 
 
-def kernel_of(name: str, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
+def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
-    if kernel is None or not are_ordinary(*inputs):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs):
+        return None
+    # The features of a pair must be next to each other.
+    if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
         return None
     return None if layout.padding is not None and kernel.packed else kernel
 
 
-def fused_with(linear: nn.Module, name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def fused_with(
+    linear: nn.Module, name: str, spec: Spec, x: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
     kernel = backend_of(name).linear_kernel
-    if kernel is None or layout.padding is not None:
+    if kernel is None or spec.cell not in kernel.cells or layout.padding is not None:
         return None
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None

@@ -19,6 +19,43 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def to_pairs(x: Tensor) -> Tensor:
+    """Return a sequence (B, S, H, *) as (B, S, H / 2, *, 2): features 2 j and 2 j + 1 are a pair."""
+    # Not `unflatten`, because it has no rule for `is_grads_batched`.
+    shape = [x.size(0), x.size(1), x.size(2) // 2, 2] + list(x.shape[3:])  # noqa: RUF005 (not in TorchScript)
+    return x.reshape(shape).movedim(3, -1)
+
+
+def from_pairs(x: Tensor) -> Tensor:
+    """Return a sequence (B, S, H / 2, *, 2) as (B, S, H, *)."""
+    shape = [x.size(0), x.size(1), x.size(2) * 2] + list(x.shape[3:-1])  # noqa: RUF005 (not in TorchScript)
+    return x.movedim(-1, 3).reshape(shape)
+
+
+def times(a: Tensor, b: Tensor, pairs: bool) -> Tensor:
+    """Return the product of real numbers, or of complex numbers that are pairs in the last dimension."""
+    if not pairs:
+        return a * b
+    real, imaginary = a.unbind(-1)
+    first, second = b.unbind(-1)
+    return torch.stack([real * first - imaginary * second, imaginary * first + real * second], -1)
+
+
+def plus_times(c: Tensor, a: Tensor, b: Tensor, pairs: bool) -> Tensor:
+    """Return c + a b; see `times`."""
+    if not pairs:
+        return torch.addcmul(c, a, b)
+    return c + times(a, b, pairs)
+
+
+def one_like(a: Tensor, pairs: bool) -> Tensor:
+    """Return 1 in each element, or the pair (1, 0)."""
+    one = torch.ones_like(a)
+    if not pairs:
+        return one
+    return torch.stack([one.select(-1, 0), torch.zeros_like(a.select(-1, 1))], -1)
+
+
 def empty_states(out: Tensor, h: Tensor, step_dim: int) -> States:
     """Return the result for an empty sequence or batch: the last state is h.
 

@@ -83,8 +83,8 @@ if _WHY_NOT is None:
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if not sequence.is_cpu:
         return f"it only runs on the CPU, and the tensors are on {sequence.device}"
-    if sequence.dtype not in _DTYPES:
-        return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
+    if sequence.dtype not in (*_DTYPES, torch.complex64, torch.complex128):
+        return f"it does not support {sequence.dtype}"
     return None
 
 
@@ -162,18 +162,33 @@ def _linear_recurrence_backward(
 
 def _scan(call: LinearScan) -> States:
     a, b, h, reset, reverse = call
-    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, "linear_scan", reverse, False)
+    cell = "linear_scan"
+    if a.is_complex():
+        a, b, h, cell = _real(a), _real(b), _real(h), "complex_linear_scan"
+    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, cell, reverse, False)
+    if cell == "complex_linear_scan":
+        return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
+
+
+def _real(x: Tensor) -> Tensor:
+    """Return complex numbers (B, S, *) as real numbers (B, S, *, 2)."""
+    return torch.view_as_real(x.resolve_conj())
 
 
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     a, _, h, reset, reverse = call
+    is_complex = a.is_complex()
+    if is_complex:
+        a, h, out, grad_out, grad_last = (_real(x) for x in (a, h, out, grad_out, grad_last))
+    cell = "complex_linear_scan" if is_complex else "linear_scan"
     # The gradients do not depend on b.
     inputs, given = [a, a], (h, h, reset, None)
     grads, grad_h, _ = torch.ops.mingru.recurrence_backward(
-        inputs, *given, out, grad_out, grad_last, "linear_scan", reverse, False
+        inputs, *given, out, grad_out, grad_last, cell, reverse, False
     )
-    return *_split(grads, inputs), grad_h
+    found = *_split(grads, inputs), grad_h
+    return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if is_complex else found
 
 
 BACKEND = Backend(
@@ -183,5 +198,5 @@ BACKEND = Backend(
     scan_backward=_scan_backward,
     differentiable=False,
     kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
+from ..cells import NUM_INPUTS
 from ..graph import is_compiling
 from ..layout import LinearScan, as_linear_scan, padded_call
 from ..shape import States, accumulate_dtype, along, as_dtype
@@ -237,4 +238,7 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
     return h
 
 
-BACKEND = Backend(scan=scan, differentiable=False, kernel=Kernel(_recurrence, _recurrence_backward, packed=False))
+# Complex numbers need a scan of their own.
+_CELLS = [cell for cell in NUM_INPUTS if cell != "mingru_rotation"]
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
+BACKEND = Backend(scan=scan, differentiable=False, kernel=_KERNEL)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel, KernelFailure
 from ..call import Layout, Spec, Start
-from ..cells import NUM_INPUTS
+from ..cells import NUM_INPUTS, is_complex
 from ..graph import are_ordinary, is_autocast, is_compiling
 from ..layout import LinearScan, is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
@@ -154,8 +154,8 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
-    if spec.cell not in KEEPING:
-        return f"it has no kernel for the cell {spec.cell!r}"
+    if is_complex(spec):
+        return f"it does not support complex numbers, which {spec.cell} needs"
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
@@ -572,6 +572,6 @@ BACKEND = Backend(
     scan=_scan,
     scan_backward=_scan_backward,
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
 )

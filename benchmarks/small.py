@@ -1,0 +1,105 @@
+"""Time small work and half precision: one step of layers and cells, and bfloat16 layers, beside linear maps and nn.GRU.
+
+    python benchmarks/small.py
+
+Times are medians of interleaved runs in one process. Before each timed run, the same call runs once. Steps are timed in
+inference mode, with float32. On processors without bfloat16 matrix instructions, nn.Linear itself is slow in bfloat16.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from measure import where, write_json
+from torch import Tensor, nn
+
+import mingru
+from mingru.bench import forward, forward_backward, medians_ms, output, print_table
+
+DIMS = 256
+HALF_SHAPES = [(8, 512, 256, 256), (16, 1024, 512, 512)]
+
+
+def steps(seconds: float) -> dict[str, dict[str, float]]:
+    """Time one step of one sequence; the first entry of each group is the baseline."""
+    x, vector = torch.randn(1, 1, DIMS), torch.randn(1, DIMS)
+    linear = nn.Linear(DIMS, 2 * DIMS)
+    layer, gru = mingru.MinGRU(DIMS, DIMS), nn.GRU(DIMS, DIMS, batch_first=True)
+    deep = mingru.MinGRU(DIMS, DIMS, 3, norm="rms", residual=True)
+    linears = [nn.Linear(DIMS, 2 * DIMS) for _ in range(3)]
+    cell, gru_cell = mingru.MinGRUCell(DIMS, DIMS), nn.GRUCell(DIMS, DIMS)
+    h, h_gru, h_deep = torch.rand(1, 1, 1, DIMS), torch.zeros(1, 1, DIMS), torch.rand(3, 1, 1, DIMS)
+    h_cell = torch.rand(1, DIMS)
+
+    def three_linears() -> None:
+        for each in linears:
+            each(x)
+
+    groups = {
+        "one step of a layer": {
+            "nn.Linear(I, 2H)": lambda: linear(x),
+            "MinGRU": lambda: layer(x, h),
+            "nn.GRU": lambda: gru(x, h_gru),
+        },
+        "one step of three layers, norm='rms', residual=True": {
+            "three nn.Linear(I, 2H)": three_linears,
+            "MinGRU": lambda: deep(x, h_deep),
+        },
+        "one step of a cell": {
+            "nn.GRUCell": lambda: gru_cell(vector, h_cell),
+            "MinGRUCell": lambda: cell(vector, h_cell),
+        },
+    }
+    return {
+        title: medians_ms({name: forward(call) for name, call in calls.items()}, seconds)
+        for title, calls in groups.items()
+    }
+
+
+def half(shape: tuple[int, int, int, int], seconds: float) -> dict[str, dict[str, float]]:
+    """Time a bfloat16 module, and a float32 module under autocast, against their linear maps."""
+    batch, num_steps, input_dims, hidden_dims = shape
+    groups = {}
+    for name, dtype in (("bfloat16 module", torch.bfloat16), ("float32 module, bfloat16 autocast", torch.float32)):
+        autocast = dtype == torch.float32
+        x = torch.randn(batch, num_steps, input_dims, dtype=dtype, requires_grad=True)
+        modules: dict[str, nn.Module] = {
+            "nn.Linear(I, 2H)": nn.Linear(input_dims, 2 * hidden_dims, dtype=dtype),
+            "MinGRU": mingru.MinGRU(input_dims, hidden_dims, dtype=dtype),
+        }
+
+        def call(module: nn.Module, x: Tensor = x, autocast: bool = autocast) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return output(module(x))
+
+        functions = {key: (lambda module=module, call=call: call(module)) for key, module in modules.items()}
+        groups[f"{name}, forward"] = medians_ms({key: forward(f) for key, f in functions.items()}, seconds)
+        groups[f"{name}, forward + backward"] = medians_ms(
+            {key: forward_backward(f, [x, *modules[key].parameters()]) for key, f in functions.items()}, seconds
+        )
+    return groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each table (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="time only the smaller shape in bfloat16")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(where())
+    results = steps(args.seconds)
+    for shape in HALF_SHAPES[:1] if args.small else HALF_SHAPES:
+        results |= {f"(B, S, I, H) = {shape}, {title}": times for title, times in half(shape, args.seconds).items()}
+    for title, times in results.items():
+        baseline = next(iter(times))
+        rows = [[name, f"{ms:.4f}", f"{ms / times[baseline]:.2f}"] for name, ms in times.items()]
+        print_table(title, ["", "median ms", f"relative to {baseline}"], rows)
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""The gates "signed" and "rotation" in every class that has them: values, states, packing, graphs, errors."""
+
+import copy
+import io
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+import mingru
+
+B, S, IN, H = 3, 21, 4, 6
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+GATES = ("signed", "rotation")
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
+ALL = {
+    "num_layers": 2,
+    "bidirectional": True,
+    "residual": True,
+    "norm": "rms",
+    "learn_initial_state": True,
+    "candidate": "linear",
+}
+OPTIONS = [{"candidate": "tanh"}, {"candidate": "positive", "bias": False, "recompute": False}, ALL]
+
+
+# Dynamo's own way of tracing a function, in torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+every_gate = pytest.mark.parametrize("gate", GATES)
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "all"])
+
+
+def make(gate, kind=mingru.MinGRU, dtype=torch.double, **options):
+    rnn = kind(IN, H, gate=gate, **options, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in rnn.named_parameters():
+            if "norm" in name or name == "initial_state":
+                weight.add_(torch.randn_like(weight) / 4)
+    return rnn
+
+
+def inputs(rnn, dtype=torch.double):
+    reset = torch.rand(B, S) < 0.2
+    h = torch.randn(rnn.num_layers * rnn.num_directions, B, 1, H, dtype=dtype)
+    return torch.randn(B, S, IN, dtype=dtype), h, reset
+
+
+def graded(rnn, function, x, h, reset):
+    """Return the outputs, and the gradients of x, h and all parameters."""
+    leaves = [x.clone().requires_grad_(), h.clone().requires_grad_()]
+    out, last = function(*leaves, reset)
+    weights = [torch.randn(each.shape, generator=torch.Generator().manual_seed(0)).double() for each in (out, last)]
+    loss = (out * weights[0]).sum() + (last * weights[1]).sum()
+    return out, last, *torch.autograd.grad(loss, [*leaves, *rnn.parameters()], materialize_grads=True)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "scripted"])
+@each_option
+@every_gate
+def test_layer_against_the_reference(gate, options, backend):
+    rnn = make(gate, **options)
+    given = inputs(rnn)
+    expected = graded(rnn, lambda *args: reference.layers(rnn, *args), *given)
+    if backend == "scripted":
+        assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
+        return
+    with mingru.use_backend(backend):
+        assert_close(graded(rnn, rnn, *given), expected, **TIGHT)
+        assert_close(rnn(given[0]), reference.layers(rnn, given[0]), **TIGHT)
+
+
+@every_gate
+def test_time_first(gate):
+    rnn = make(gate, **ALL)
+    x, h, reset = inputs(rnn)
+    swapped = mingru.MinGRU(IN, H, gate=gate, batch_first=False, dtype=torch.double, **ALL)
+    swapped.load_state_dict(rnn.state_dict())
+    out, last = swapped(x.transpose(0, 1), h, reset.transpose(0, 1))
+    expected, expected_last = rnn(x, h, reset)
+    assert_close(out.transpose(0, 1), expected, **TIGHT)
+    assert_close(last, expected_last, **TIGHT)
+
+
+@every_gate
+def test_pieces_equal_the_whole_and_a_cell_equals_the_layer(gate):
+    rnn = make(gate, norm="layer", learn_initial_state=True, candidate="tanh")
+    x, h, reset = inputs(rnn)
+    out, last = rnn(x, h, reset)
+    state, outs = h, []
+    for part in (slice(0, 1), slice(1, 9), slice(9, S)):
+        piece, state = rnn(x[:, part], state, reset[:, part])
+        outs.append(piece)
+    assert_close(torch.cat(outs, 1), out, **TIGHT)
+    assert_close(state, last, **TIGHT)
+
+    cell = make(gate, mingru.MinGRUCell, norm="layer", learn_initial_state=True, candidate="tanh")
+    cell.load_state_dict(rnn.state_dict())
+    for step in (cell, torch.jit.script(cell)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                state = h[0, :, 0]
+                for t in range(S):
+                    state = step(x[:, t], state, reset[:, t])
+                    assert_close(state, out[:, t], **TIGHT)
+    assert_close(cell(x[:, 0]), rnn(x[:, :1])[0][:, 0], **TIGHT)
+
+
+@each_option
+@every_gate
+def test_inference_in_one_operator(gate, options):
+    rnn = make(gate, **options)
+    x, h, reset = inputs(rnn)
+    expected = rnn(x, h, reset), rnn(x[:, :1]), mingru.Stack([rnn])(x)
+    with torch.no_grad():
+        assert_close((rnn(x, h, reset), rnn(x[:, :1]), mingru.Stack([rnn])(x)), expected, **TIGHT)
+
+
+@each_option
+@every_gate
+def test_packed_and_lengths(gate, options):
+    rnn = make(gate, **options)
+    x, h, reset = inputs(rnn)
+    lengths = torch.tensor([9, S, 1])
+    for backend in BACKENDS:
+        with mingru.use_backend(backend):
+            out, last = rnn(x, h, reset, lengths)
+            packed, packed_last = rnn(
+                pack_padded_sequence(x, lengths, True, False), h, pack_padded_sequence(reset, lengths, True, False)
+            )
+            assert_close(pad_packed_sequence(packed, True)[0], out, **TIGHT)
+            assert_close(packed_last, last, **TIGHT)
+            for index, length in enumerate(lengths):
+                one = slice(index, index + 1)
+                expected, state = reference.layers(rnn, x[one, :length], h[:, one], reset[one, :length])
+                assert_close(out[one, :length], expected, **TIGHT)
+                assert_close(last[:, one], state, **TIGHT)
+                assert not out[one, length:].any()
+    scripted = torch.jit.script(rnn)
+    assert_close(scripted(x, h, reset, lengths), (out, last), **TIGHT)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, h, reset, lengths), (out, last), **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@every_gate
+def test_compiled(gate, backend):
+    if backend not in BACKENDS:
+        pytest.skip("the kernels were not built")
+    rnn = make(gate, **ALL)
+    given = inputs(rnn)
+    with mingru.use_backend(backend):
+        expected = graded(rnn, rnn, *given)
+        compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+        assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
+
+
+@every_gate
+def test_exported_and_traced(gate):
+    rnn = make(gate, **ALL).eval()
+    x, h, reset = inputs(rnn)
+    batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
+    shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps})
+    program = torch.export.export(rnn, (x, h, reset), dynamic_shapes=shapes)
+    assert "complex" not in str(program)
+    traced = torch.jit.trace(rnn, (x, h, reset), check_trace=False)
+    for size in (1, 5, 40, 77):
+        given = torch.randn(2, size, IN).double(), h[:, :2], torch.rand(2, size) < 0.2
+        for run in (program.module(), traced):
+            assert_close(run(*given), rnn(*given), **TIGHT)
+
+
+@every_gate
+def test_onnx(gate, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    rnn = make(gate, dtype=torch.float32, candidate="tanh", bidirectional=True)
+    path = tmp_path / "model.onnx"
+    mingru.export.onnx(rnn, (torch.randn(2, 9, IN),), path, max_steps=64)
+    session = onnxruntime.InferenceSession(path)
+    for size in (1, 9, 40):
+        x = torch.randn(3, size, IN)
+        got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for one, other in zip(got, rnn(x), strict=True):
+            assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_gate
+def test_half_widths_and_autocast(gate, dtype):
+    rnn = make(gate, dtype=torch.float32, candidate="tanh")
+    x, h, _ = inputs(rnn, torch.float32)
+    expected, last = rnn(x, h)
+    half = copy.deepcopy(rnn).to(dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out, state = half(x.to(dtype), h.to(dtype))
+            assert out.dtype == state.dtype == dtype
+            assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+            with torch.autocast("cpu", dtype):
+                out, state = rnn(x, h)
+            assert out.dtype == dtype
+            assert state.dtype == torch.float32
+            assert_close(state, last, rtol=0.05, atol=0.05)
+
+
+@every_gate
+def test_second_derivatives_and_per_sample_gradients(gate):
+    rnn = make(gate, candidate="tanh")
+    x, h, _ = inputs(rnn)
+    parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
+
+    def loss(parameters, x, h):
+        return torch.func.functional_call(rnn, parameters, (x[None], h[:, None]))[0].square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 1))(parameters, x, h)
+    whole = torch.autograd.grad(rnn(x, h)[0].square().sum(), rnn.parameters())
+    for per_sample, total in zip(each.values(), whole, strict=True):
+        assert_close(per_sample.sum(0), total, **TIGHT)
+    leaf = x[:, :4].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: rnn(x, h)[0], leaf)
+
+
+# Convolutions
+
+
+def by_steps(rnn, x):
+    """Compute a one-layer convolutional layer in one direction from its weights, by the reference."""
+    pre = rnn.layers[0].conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    if rnn.groups > 1:
+        pre = pre.unflatten(2, (rnn.groups, 2, -1)).transpose(2, 3).flatten(2, 4)
+    return reference.CELLS[f"mingru_{rnn.gate}"](*pre.chunk(2, 2), None, None, rnn.candidate)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "candidate": "tanh"}], ids=["plain", "groups"])
+@pytest.mark.parametrize("space", [1, 2])
+@every_gate
+def test_convolutions(gate, space, options):
+    size = (5, 4)[:space]
+    kind, cell_kind = (getattr(mingru, f"MinConv{space}dGRU{end}") for end in ("", "Cell"))
+    rnn = kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
+    x, reset = torch.randn(B, 9, IN, *size).double(), torch.rand(B, 9) < 0.3
+    leaves = [x.requires_grad_(), *rnn.parameters()]
+    for backend in BACKENDS:
+        with mingru.use_backend(backend):
+            out, (last,) = rnn(x)
+            expected = by_steps(rnn, x)
+            assert_close(out, expected, **TIGHT)
+            assert_close(last, expected[:, -1:], **TIGHT)
+            grads = [torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected)]
+            assert_close(*grads, **TIGHT)
+            with torch.no_grad():
+                assert_close(rnn(x, None, reset), torch.jit.script(rnn)(x, None, reset), **TIGHT)
+    cell = cell_kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
+    cell.load_state_dict(rnn.state_dict())
+    state = None
+    for t in range(9):
+        state = cell(x[:, t], state)
+        assert_close(state, out[:, t], **TIGHT)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x.detach()), rnn(x.detach()), **TIGHT)
+    program = torch.export.export(
+        rnn, (x.detach(),), dynamic_shapes=({0: torch.export.Dim("b"), 1: torch.export.Dim("s")},)
+    )
+    assert_close(program.module()(x[:2, :7].detach()), rnn(x[:2, :7].detach()), **TIGHT)
+
+
+# In place of nn.GRU
+
+
+@every_gate
+def test_drop_in(gate):
+    gru = mingru.drop_in.GRU(IN, H, 2, gate=gate, candidate="tanh", dtype=torch.double)
+    rnn = make(gate, num_layers=2, candidate="tanh")
+    rnn.load_state_dict(gru.state_dict())
+    x, h, _ = inputs(rnn)
+    out, last = gru(x.transpose(0, 1), h.squeeze(2))
+    expected, expected_last = rnn(x, h)
+    assert_close(out.transpose(0, 1), expected, **TIGHT)
+    assert_close(last, expected_last.squeeze(2), **TIGHT)
+    cell = mingru.drop_in.GRUCell(IN, H, gate=gate, candidate="tanh", dtype=torch.double)
+    with torch.no_grad():
+        assert_close(cell(x[:, 0], h[0, :, 0]), copy.deepcopy(cell)(x[:, 0], h[0, :, 0]), **TIGHT)
+    assert repr(cell) == f"GRUCell(4, 6, candidate='tanh', gate='{gate}')"
+
+
+# States, files, errors
+
+
+@every_gate
+def test_the_zero_state_is_0(gate):
+    x = torch.randn(2, 5, IN)
+    for candidate in ("positive", "tanh"):
+        rnn = make(gate, dtype=torch.float32, candidate=candidate)
+        assert_close(rnn(x), rnn(x, torch.zeros(1, 1, 1, H)))
+        learned = mingru.MinGRU(IN, H, gate=gate, candidate=candidate, learn_initial_state=True)
+        assert not learned.initial_state.any()
+    conv = mingru.MinConv1dGRU(IN, H, 1, gate=gate, learn_initial_state=True)
+    assert not conv.layers[0].initial_state.any()
+
+
+@every_gate
+def test_saved_and_copied(gate):
+    rnn = make(gate, dtype=torch.float32, candidate="tanh")
+    assert f"gate='{gate}'" in repr(rnn)
+    assert [tuple(weight.shape) for weight in rnn.parameters()] == [(2 * H, IN), (2 * H,)]
+    x = torch.randn(2, 5, IN)
+    buffer = io.BytesIO()
+    torch.save(rnn, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(rnn), torch.load(buffer, weights_only=False)):
+        assert_close(other(x), rnn(x))
+
+
+def test_rotations_begin_near_no_turn():
+    """With inputs of variance 1, most angles are below a quarter of a turn at initialization."""
+    rnn = mingru.MinGRU(64, 256, gate="rotation")
+    angles = rnn.layers[0].linear(torch.randn(1000, 64))[:, 1:256:2] * torch.pi / 4
+    assert 0.2 < angles.std() < 0.8
+    assert (angles.abs() < torch.pi / 2).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinGRUCell, mingru.drop_in.GRU, mingru.drop_in.GRUCell])
+def test_errors(kind):
+    for gate in ("tanh", None, ["signed"], 1):
+        with pytest.raises(
+            ValueError, match=rf"^{kind.__name__}: gate must be one of \('sigmoid', 'signed', 'rotation'\), got"
+        ):
+            kind(3, 4, gate=gate)
+    name = "hidden_size" if kind.__module__.startswith("mingru.drop_in") else "hidden_dims"
+    with pytest.raises(
+        ValueError, match=f"^{kind.__name__}: {name} must be even because gate='rotation' turns pairs of fe"
+    ):
+        kind(3, 5, gate="rotation")
+    kind(3, 5, gate="signed")
+
+
+@pytest.mark.parametrize("kind", [mingru.MinConv2dGRU, mingru.MinConv1dGRUCell])
+def test_errors_of_convolutions(kind):
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: gate must be one of .* got 'sign'"):
+        kind(3, 4, 3, gate="sign")
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: hidden_dims must be even because gate='rotation'.* got 5"):
+        kind(3, 5, 3, gate="rotation")
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: hidden_dims / groups must be even because .* got 3"):
+        kind(4, 6, 3, groups=2, gate="rotation")
+
+
+def test_minlstm_has_no_gate():
+    with pytest.raises(TypeError, match="MinLSTM: no argument 'gate'"):
+        mingru.MinLSTM(3, 4, gate="signed")
+
+
+def test_a_model_can_count():
+    """One state that flips at each 1 computes parity at any length."""
+    rnn = mingru.MinGRU(1, 1, gate="signed", candidate="linear")
+    with torch.no_grad():
+        rnn.layers[0].linear.weight.copy_(torch.tensor([[400.0], [0.0]]))
+        rnn.layers[0].linear.bias.copy_(torch.tensor([-200.0, 0.0]))
+    bits = torch.randint(2, (4, 5000))
+    out, _ = rnn(bits.unsqueeze(2).float(), torch.ones(1))
+    assert torch.equal(out.squeeze(2) < 0, bits.cumsum(1) % 2 == 1)
+    assert isinstance(rnn.layers[0].linear, nn.Linear)
