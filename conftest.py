@@ -8,8 +8,8 @@ import torch
 import mingru
 from mingru.ops import graph
 
-# Importable only with Triton; it has no doctests.
-collect_ignore = ["src/mingru/ops/backends/triton_kernels.py"]
+# Importable only with Triton; they have no doctests.
+collect_ignore = ["src/mingru/ops/backends/triton_kernels.py", "tests/ops/compiling.py"]
 
 
 def pytest_configure():

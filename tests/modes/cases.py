@@ -214,7 +214,7 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
     items = [
         item
         for item in request.session.items
-        if item.module is request.module and request.fixturename in item.fixturenames
+        if getattr(item, "module", None) is request.module and request.fixturename in item.fixturenames
     ]
     names = {item.callspec.params["case"].name for item in items}
     return [case for case in CASES if case.name in names]
