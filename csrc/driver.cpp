@@ -220,7 +220,8 @@ void add_rows(const RowSum& sum, void* total) {
   const int64_t rows_per_task = std::max<int64_t>(64, ceil_div(sum.num_rows, 16));
   const int64_t tasks = ceil_div(sum.num_rows, rows_per_task);
   std::vector<char> parts(tasks * sum.columns * size);
-  torch::stable::parallel_for(0, tasks, ceil_div(values_per_thread, rows_per_task * sum.columns), [&](int64_t begin, int64_t end) {
+  const int64_t least = ceil_div(values_per_thread, rows_per_task * sum.columns);
+  torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task * rows_per_task;
       kernel(sum, row, std::min(row + rows_per_task, sum.num_rows), parts.data() + task * sum.columns * size);

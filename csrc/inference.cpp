@@ -1,7 +1,8 @@
 // A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/inference.py,
-// which writes the code of a module: a row for each instruction, (operation, state, layer, cell). An instruction changes
-// x, and takes its weights and eps from lists that are in the same order. `cells` has the names of the cells, separated by
-// spaces. Code and eps are tensors, because reading a list of numbers takes as long as the arithmetic of a step.
+// which writes the code of a module: a row for each instruction, (operation, state, layer, cell). An instruction
+// changes x, and takes its weights and eps from lists that are in the same order. `cells` has the names of the cells,
+// separated by spaces. Code and eps are tensors, because reading a list of numbers takes as long as the arithmetic of a
+// step.
 #include "linear.h"
 
 #include <array>
@@ -250,7 +251,8 @@ class Pass {
     const int64_t num_past = weight.size(0) - 1;
     const Tensor x = as_contiguous(x_), past = as_contiguous(states_[state]), out = new_x(features);
     const Tensor& last = last_[state];
-    require(past.dim() == 4 && past.size(0) == 1 && past.size(1) == num_batch() && past.size(2) == num_past && past.size(3) == features);
+    require(past.dim() == 4 && past.size(0) == 1 && past.size(1) == num_batch());
+    require(past.size(2) == num_past && past.size(3) == features);
     const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
     const Tensor* reset = resets_.empty() ? nullptr : &resets_[0];
     with_type([&](auto type) {

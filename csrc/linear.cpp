@@ -180,7 +180,12 @@ class SumOfBlocks {
     }
     if (!part_.defined()) part_ = empty(sizes_of(sum_), left);
     multiply(part_, left, right);
-    add(torch::stable::to(part_, ScalarType::Float));
+    const Tensor wide = torch::stable::to(part_, ScalarType::Float);
+    float* sum = static_cast<float*>(sum_.data_ptr());
+    const float* values = static_cast<const float*>(wide.data_ptr());
+    torch::stable::parallel_for(0, sum_.numel(), values_per_thread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum[i] += values[i];
+    });
   }
 
   void add_rows(const Tensor& rows) {
@@ -193,23 +198,6 @@ class SumOfBlocks {
   bool is_wide() const { return dtype_ == ScalarType::Float || dtype_ == ScalarType::Double; }
   ScalarType sum_type() const { return is_wide() ? dtype_ : ScalarType::Float; }
 
-  void add(const Tensor& part) {
-    if (dtype_ == ScalarType::Double) {
-      add_values<double>(part);
-    } else {
-      add_values<float>(part);
-    }
-  }
-
-  template <class A>
-  void add_values(const Tensor& part) {
-    A* sum = static_cast<A*>(sum_.data_ptr());
-    const A* values = static_cast<const A*>(part.data_ptr());
-    torch::stable::parallel_for(0, sum_.numel(), values_per_thread, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) sum[i] += values[i];
-    });
-  }
-
   const ScalarType dtype_;
   Tensor sum_, part_;
 };
@@ -221,10 +209,12 @@ int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weig
 void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias) {
   const int64_t columns = weight.size(0), features = weight.size(1);
   if (rows <= most_few_rows && weight.element_size() >= 4) {
-    multiply_few_rows({storage_of(weight), x, weight.data_ptr(), bias ? bias->data_ptr() : nullptr, out, rows, columns, features});
+    const void* added = bias ? bias->data_ptr() : nullptr;
+    multiply_few_rows({storage_of(weight), x, weight.data_ptr(), added, out, rows, columns, features});
     return;
   }
-  const Tensor result = matrix(out, rows, columns, columns, 1, weight), left = matrix(x, rows, features, features, 1, weight);
+  const Tensor result = matrix(out, rows, columns, columns, 1, weight);
+  const Tensor left = matrix(x, rows, features, features, 1, weight);
   if (bias) {
     multiply_and_add(result, *bias, left, transposed(weight));
   } else {

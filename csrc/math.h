@@ -1,5 +1,6 @@
-// exp, tanh, sine, cosine and the logistic function of one SIMD lane, without branches, tables and errno, so that compilers vectorize
-// loops over lanes. NaN and infinities follow the formulas. Subnormal results are rounded once and not flushed to 0.
+// exp, tanh, sine, cosine and the logistic function of one SIMD lane, without branches, tables and errno, so that
+// compilers vectorize loops over lanes. NaN and infinities follow the formulas. Subnormal results are rounded once and not
+// flushed to 0.
 #pragma once
 
 #include <cstdint>

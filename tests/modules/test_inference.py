@@ -249,6 +249,13 @@ def type_of(module):
     return layer() if isinstance(module, mingru.MinGRU) else block()
 
 
+def test_a_compiled_part_is_called():
+    stack = mingru.Stack([layer(), layer()])
+    assert inference._plan_of(stack).is_open()
+    stack.layers[0].compile(backend="eager")
+    assert not inference._plan_of(stack).is_open()
+
+
 @pytest.mark.parametrize("make", [layer, block])
 @pytest.mark.parametrize("change", [*ONE_BY_ONE, *STILL_IN_ONE])
 def test_changes_are_noticed(calls, make, change):

@@ -53,7 +53,8 @@ def check(case, target):
     assert found.stack <= 32, case
     opcodes = found.opcodes()
     assert opcodes["STL"] == opcodes["LDL"] == 0, case
-    most = 0 if found.plan.chunks == 1 else 8 + 3 * case.has_reset + 3 * (case.cell == "linear_scan")
+    # Triton 3.7 makes up to 8 of these, Triton 3.9 up to 10.
+    most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 3 * (case.cell == "linear_scan")
     assert opcodes["BAR"] <= most, (case, opcodes["BAR"])
     return found
 

@@ -76,13 +76,15 @@ class Plan:
         self.watch(parent._modules, name)
         module = parent._modules.get(name)
         if module is not None:
-            self.watch(vars(module), "forward")
+            self.watch(vars(module), "forward", "_compiled_call_impl")
             self._hooks += [
                 *(module._forward_hooks, module._forward_pre_hooks),
                 *(module._backward_hooks, module._backward_pre_hooks),
             ]
             is_known = type(module) in types or getattr(module, "planned", False)
-            self.is_supported &= is_known and "forward" not in vars(module)
+            # `module.compile()` sets this attribute.
+            is_compiled = vars(module).get("_compiled_call_impl") is not None
+            self.is_supported &= is_known and not is_compiled and "forward" not in vars(module)
         return module
 
     def children(self, parent: nn.Module, name: str, *types: type[nn.Module]) -> list[Any]:
