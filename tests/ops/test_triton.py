@@ -38,6 +38,7 @@ PLANS = {
 }
 CELLS = {
     **{("mingru", activation): 2 for activation in ("positive", "linear", "tanh")},
+    **{("mingru_signed", activation): 2 for activation in ("positive", "linear", "tanh")},
     **{("minlstm", activation): 3 for activation in ("positive", "linear", "tanh")},
     ("linear_scan", "linear"): 2,
 }
@@ -134,7 +135,8 @@ def test_values_and_gradients(cell, activation, with_reset):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("cell", "activation"), [("mingru", "tanh"), ("minlstm", "positive"), ("linear_scan", "linear")]
+    ("cell", "activation"),
+    [("mingru", "tanh"), ("mingru_signed", "tanh"), ("minlstm", "positive"), ("linear_scan", "linear")],
 )
 @pytest.mark.usefixtures("_planned")
 def test_dtypes(cell, activation, dtype):
@@ -307,6 +309,7 @@ def test_extreme_pre_activations(extreme, activation, use_plan):
     h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
     for cell, pairs in {
         "mingru": [(bad, good), (good, bad), (bad, bad)],
+        "mingru_signed": [(bad, good), (good, bad), (bad, bad)],
         "minlstm": [(bad, good, good), (good, bad, good), (good, good, bad), (bad, bad, good)],
     }.items():
         for inputs in pairs:
@@ -316,7 +319,9 @@ def test_extreme_pre_activations(extreme, activation, use_plan):
             if cell == "minlstm" and inputs[0] is inputs[1] is bad and extreme == -1e4:
                 # The reference divides 0 by 0; both gates are equal.
                 truth = 0.5 * (h.double() + reference.ACTIVATIONS[activation](good.double()))
-            torch.testing.assert_close(out.cpu(), truth.float(), rtol=1e-6, atol=1e-37, equal_nan=True)
+            # The reference of the signed gate computes 1 - |a|.
+            atol = 1e-16 if cell == "mingru_signed" else 1e-37
+            torch.testing.assert_close(out.cpu(), truth.float(), rtol=1e-6, atol=atol, equal_nan=True)
 
 
 def test_small_candidates_keep_their_relative_precision(use_plan):
@@ -403,16 +408,6 @@ def test_linear_map_and_recurrence(order, with_bias):
     expected = grads(*ops.recurrence(spec, pre, Start(*states, reset), layout, "torch"))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
-
-
-def test_a_cell_without_a_kernel_runs_the_linear_scan(use_plan, launches):
-    use_plan(PLANS["chunks"])
-    gate, candidate = torch.randn(2, 2, 9, 5).unbind()
-    h = torch.randn(2, 1, 5)
-    out = mingru.functional.mingru(gate.to(DEVICE), candidate.to(DEVICE), h.to(DEVICE), kind="signed", backend="triton")
-    assert len(launches) == 1
-    expected = reference.CELLS["mingru_signed"](gate, candidate, h)
-    torch.testing.assert_close(out.cpu(), expected.to(out.dtype), rtol=1e-5, atol=1e-5)
 
 
 def test_one_buffer_holds_the_gradients_of_all_inputs(use_plan, monkeypatch):

@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 from compiling import TARGETS, Case, Compiled
 
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
-CELLS = {"mingru": 2, "minlstm": 3, "linear_scan": 2}
+CELLS = {"mingru": 2, "mingru_signed": 2, "minlstm": 3, "linear_scan": 2}
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 

@@ -26,7 +26,12 @@ from ..shape import States, accumulate_dtype, as_dtype
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
 # Inputs with which a step keeps the state, for each cell.
-KEEPING = {"mingru": (-torch.inf, 0.0), "minlstm": (0.0, -torch.inf, 0.0), "linear_scan": (1.0, 0.0)}
+KEEPING = {
+    "mingru": (-torch.inf, 0.0),
+    "mingru_signed": (-torch.inf, 0.0),
+    "minlstm": (0.0, -torch.inf, 0.0),
+    "linear_scan": (1.0, 0.0),
+}
 # Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and because
 # a negative product can mark a reset.
 DECAYING = ("mingru", "minlstm")

@@ -171,6 +171,35 @@ def mingru_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT:
 
 
 @triton.jit
+def half_tangent(x, EXACT: tl.constexpr):
+    """Return |tanh(x / 2)| and 1 - |tanh(x / 2)|, both in full relative precision."""
+    size = tl.abs(x)
+    p = power(size, -1, EXACT)
+    inverse = reciprocal(1.0 + p, EXACT)
+    near = size < 0.7
+    small = tanh_near_0(tl.where(near, 0.5 * size, 0.0), tl.where(near, size, 0.0))
+    return tl.where(near, small, (1.0 - p) * inverse), 2.0 * (p * inverse)
+
+
+@triton.jit
+def signed_coefficients(gate, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    size, rest = half_tangent(gate, EXACT)
+    value, _ = activate(candidate, ACTIVATION, EXACT)
+    return tl.where(gate < 0, size, minus(size)), rest * value
+
+
+@triton.jit
+def signed_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    size, rest = half_tangent(gate, EXACT)
+    value, slope = activate(candidate, ACTIVATION, EXACT)
+    a = tl.where(gate < 0, size, minus(size))
+    # The derivative of |a| at 0 counts as 0, as that of torch.abs.
+    signed_value = tl.where(a > 0, minus(value), tl.where(a < 0, value, 0.0))
+    grad = (signed_value + previous) * (rest * (1.0 + size)) * -0.5
+    return a, grad, rest * slope
+
+
+@triton.jit
 def normalized_gates(forget, input, EXACT: tl.constexpr):
     """Return f / (f + i), i / (f + i), exp(-|forget|) and exp(-|input|), as csrc/cells.h describes."""
     forget_power, input_power = power(tl.abs(forget), -1, EXACT), power(tl.abs(input), -1, EXACT)
@@ -208,6 +237,8 @@ def coefficients(x0, x1, x2, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT
     """Return a and b of h_t = a_t h_{t-1} + b_t."""
     if CELL == "mingru":
         return mingru_coefficients(x0, x1, ACTIVATION, EXACT)
+    elif CELL == "mingru_signed":
+        return signed_coefficients(x0, x1, ACTIVATION, EXACT)
     elif CELL == "minlstm":
         return minlstm_coefficients(x0, x1, x2, ACTIVATION, EXACT)
     else:
@@ -219,6 +250,9 @@ def gradients(x0, x1, x2, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr
     """Return a, and the gradients of the inputs for dL/dh_t = 1. A missing input has the gradient of the one before."""
     if CELL == "mingru":
         a, d0, d1 = mingru_gradients(x0, x1, previous, ACTIVATION, EXACT)
+        return a, d0, d1, d1
+    elif CELL == "mingru_signed":
+        a, d0, d1 = signed_gradients(x0, x1, previous, ACTIVATION, EXACT)
         return a, d0, d1, d1
     elif CELL == "minlstm":
         return minlstm_gradients(x0, x1, x2, previous, ACTIVATION, EXACT)
