@@ -619,7 +619,6 @@ def test_hook_of_a_block_runs_in_each_step():
 # Precision and devices
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @both_cells
 def test_pieces_under_autocast(cell):
     """The error of pieces is at most twice the error of the whole. The states are float32."""

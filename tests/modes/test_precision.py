@@ -68,10 +68,6 @@ def dtypes(of):
     return [each.dtype for each in of]
 
 
-# Of torch.nn.RMSNorm itself, in any model.
-rms_norm_warns = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
-
-
 def check_autocast(case, dtype):
     module, args = make(case)
     with torch.autocast("cpu", dtype):
@@ -85,14 +81,12 @@ def check_autocast(case, dtype):
     check_errors(found, by_plain_torch, truth_of(module, args), torch.finfo(dtype).eps)
 
 
-@rms_norm_warns
 @pytest.mark.mode("autocast to bf16 on the CPU")
 @every_case
 def test_autocast_to_bfloat16(case):
     check_autocast(case, torch.bfloat16)
 
 
-@rms_norm_warns
 @pytest.mark.mode("autocast to fp16 on the CPU")
 @every_case
 def test_autocast_to_float16(case):
