@@ -53,8 +53,7 @@ const InstructionSet& chosen() {
   return set;
 }
 
-// With fewer values or weights, a thread costs more time than it saves.
-constexpr int64_t values_per_thread = 16384;
+// With fewer weights, a thread costs more time than it saves.
 constexpr int64_t weights_per_thread = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

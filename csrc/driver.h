@@ -4,6 +4,9 @@
 
 namespace mingru {
 
+// With fewer values, a thread costs more time than it saves.
+constexpr int64_t values_per_thread = 16384;
+
 // Runs a part of a scan, or of its backward pass, on torch's thread pool. Parts must be run in the order of the scan,
 // because each part continues from the state of the previous part.
 void run(const Scan& scan, const Part& part, bool backward);

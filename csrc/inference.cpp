@@ -39,9 +39,6 @@ void require(bool fits) {
   if (!fits) throw DoesNotFit();
 }
 
-// With fewer values, a thread costs more time than it saves.
-constexpr int64_t values_per_thread = 16384;
-
 template <class F>
 void for_each_row(int64_t rows, int64_t features, const F& f) {
   const auto range = [&](int64_t begin, int64_t end) {

@@ -13,8 +13,6 @@ using namespace mingru;
 // Large enough for the full speed of the matrix multiplication.
 constexpr int64_t block_bytes = 1 << 22;
 constexpr int64_t most_block_rows = 2048;
-// With fewer values, a thread costs more time than it saves.
-constexpr int64_t values_per_thread = 16384;
 
 struct Block {
   Part part;

@@ -60,14 +60,20 @@ MINGRU_INLINE float rise(float r) {
   return (first + second * r2) + third * (r2 * r2);
 }
 
+// terms[0] + terms[1] x + terms[2] x^2 + ...
+template <int count>
+MINGRU_INLINE double polynomial(const double (&terms)[count], double x) {
+  double sum = terms[count - 1];
+  for (int n = count - 2; n >= 0; --n) sum = sum * x + terms[n];
+  return sum;
+}
+
 // A Taylor series. The omitted part of exp(r), r^14 / 14!, is below 5e-18.
 MINGRU_INLINE double rise(double r) {
   constexpr double inverse_factorial[] = {
       1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,       1.0 / 5040,
       1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-  double sum = inverse_factorial[12];
-  for (int n = 11; n >= 0; --n) sum = sum * r + inverse_factorial[n];
-  return sum;
+  return polynomial(inverse_factorial, r);
 }
 
 // exp(x) = (1 + rest) * lifted * drop for x <= 0, with two powers of two, because exponent bits cannot make a subnormal.
@@ -161,9 +167,7 @@ MINGRU_INLINE double sine_ratio(double r2) {
       3.1415926535897932385,    -5.1677127800499700292,    2.5501640398773454439,
       -0.59926452932079207689,  0.082145886611128228799,   -0.0073704309457143507773,
       0.00046630280576761256442, -0.000021915353447830215827, 7.9520540014755127848e-7};
-  double sum = terms[8];
-  for (int n = 7; n >= 0; --n) sum = sum * r2 + terms[n];
-  return sum;
+  return polynomial(terms, r2);
 }
 
 MINGRU_INLINE double small_cosine(double r2) {
@@ -171,9 +175,7 @@ MINGRU_INLINE double small_cosine(double r2) {
       1.0,                      -4.9348022005446793094,    4.0587121264167682182,
       -1.3352627688545894959,   0.23533063035889320454,    -0.025806891390014060013,
       0.0019295743094039230479, -0.00010463810492484570712, 4.3030695870329470073e-6};
-  double sum = terms[8];
-  for (int n = 7; n >= 0; --n) sum = sum * r2 + terms[n];
-  return sum;
+  return polynomial(terms, r2);
 }
 
 // cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21.

@@ -4,7 +4,7 @@ A call consists of tensors and three values: `Spec` (cell, activation, direction
 `Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,15 +48,12 @@ def linear_scan(
         call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
         out, last = for_trace(traceable.linear_scan)(*call, reset, reverse)
     else:
-        name = route.choose(Spec("linear_scan", "linear", reverse), b, backend)
+        spec = Spec("linear_scan", "linear", reverse)
+        name = route.choose(spec, b, backend)
         if b.numel() == 0:
             return empty_states(a * b, h, 1)
-        call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
-        try:
-            out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
-        except KernelFailure as failure:
-            name = route.after(failure, Spec("linear_scan", "linear", reverse), b, backend)
-            out, last = autograd.scan(name, layout.LinearScan(*call, reset, reverse))
+        scan = layout.LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
+        out, last = _or_other(lambda name: autograd.scan(name, scan), name, spec, b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
@@ -67,10 +64,7 @@ def recurrence(
     if is_tracing():
         return _traced(spec, inputs, start, order)
     name = route.choose(spec, inputs[0], backend)
-    try:
-        return _run(name, spec, list(inputs), start, order)
-    except KernelFailure as failure:
-        return _run(route.after(failure, spec, inputs[0], backend), spec, list(inputs), start, order)
+    return _or_other(lambda name: _run(name, spec, list(inputs), start, order), name, spec, inputs[0], backend)
 
 
 def linear_recurrence(
@@ -82,15 +76,15 @@ def linear_recurrence(
     """
     if is_tracing():
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
-    name = route.choose(spec, x)
-    tensors = route.fused_with(linear, name, spec, x, order)
-    if tensors is not None:
+
+    def run(name: str) -> States:
+        tensors = route.fused_with(linear, name, spec, x, order)
+        if tensors is None:
+            return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
-        try:
-            return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
-        except KernelFailure as failure:
-            name = route.after(failure, spec, x)
-    return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
+        return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
+
+    return _or_other(run, route.choose(spec, x), spec, x)
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
@@ -107,12 +101,17 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
 
     def run(part: Tensor, part_start: Start) -> States:
         inputs = of.inputs(part)
-        try:
-            return _run(name, spec, inputs, part_start, order)
-        except KernelFailure as failure:
-            return _run(route.after(failure, spec, x), spec, inputs, part_start, order)
+        return _or_other(lambda name: _run(name, spec, inputs, part_start, order), name, spec, x)
 
     return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
+
+
+def _or_other(run: Callable[[str], States], name: str, spec: Spec, sequence: Tensor, backend: str = "auto") -> States:
+    """Run on the backend of this name. If its kernel fails and the caller did not select it, run on another."""
+    try:
+        return run(name)
+    except KernelFailure as failure:
+        return run(route.after(failure, spec, sequence, backend))
 
 
 def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
