@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -121,26 +122,42 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
     figure.savefig(path)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, nargs="+", default=TASKS, metavar="M", help="moduli; default: 2 3 5")
+    parser.add_argument(
+        "--tasks", type=at_least(2), nargs="+", default=TASKS, metavar="M", help="moduli; default: 2 3 5"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="default: 0 1 2")
-    parser.add_argument("--num-steps", type=int, default=1500, help="training steps; default: 1500")
-    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
-    parser.add_argument("--hidden-dims", type=int, default=64, help="features of each layer; default: 64")
-    parser.add_argument("--num-layers", type=int, default=2, help="default: 2")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="default: 0 1 2")
+    parser.add_argument("--num-steps", type=at_least(1), default=1500, help="training steps; default: 1500")
+    parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: 128")
+    parser.add_argument("--hidden-dims", type=at_least(2), default=64, help="features of each layer; default: 64")
+    parser.add_argument("--num-layers", type=at_least(1), default=2, help="default: 2")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate; default: 0.003")
     parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="default: 0.1")
-    parser.add_argument("--num-test", type=int, default=256, help="test sequences of each model; default: 256")
+    parser.add_argument("--num-test", type=at_least(1), default=256, help="test sequences of each model; default: 256")
     parser.add_argument("--plot", type=Path, default=Path("counting.png"), help="default: counting.png")
     parser.add_argument("--json", type=Path, help="save all accuracies")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    # Before the training, which takes many minutes.
+    for path in (args.plot, args.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"the folder of {path} does not exist; create it or name another file")
     results: dict[str, dict[str, list[list[float]]]] = {}
     print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
     for modulus in args.tasks:

@@ -60,6 +60,21 @@ def test_a_short_run(tmp_path, capsys):
     assert plot.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tasks", "1"], "argument --tasks: must be an integer of at least 2, got '1'"),
+        (["--num-steps", "0"], "argument --num-steps: must be an integer of at least 1, got '0'"),
+        (["--plot", "missing/plot.png"], "the folder of missing/plot.png does not exist; create it"),
+    ],
+)
+def test_bad_options(options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([*SMALL, *options])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_the_learning_rate_rises_and_falls():
     factors = [script.learning_rate_factor(step, 200) for step in range(200)]
     assert factors[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
