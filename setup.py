@@ -6,6 +6,7 @@ variable MINGRU_REQUIRE_KERNELS is set, as in development and CI, a failed build
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,6 +27,14 @@ class Build(build_ext):
     def build_extension(self, ext):
         # If this build fails, a library from an earlier build must not be used.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        compile_files = self.compiler.compile
+
+        def compile_in_parallel(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = pool.map(lambda source: compile_files([source], **options), sources)
+                return [path for paths in compiled for path in paths]
+
+        self.compiler.compile = compile_in_parallel
         super().build_extension(ext)
 
     def get_export_symbols(self, ext):

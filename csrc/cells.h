@@ -1,6 +1,7 @@
 // The cells: a and b of h_t = a_t h_{t-1} + b_t, and the gradients of the inputs. `x` is one feature of each input, with
 // its bias if `has_bias`. If `is_complex`, a and b are complex numbers, given as pairs of features, and `x` is one pair
-// of each input. MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
+// of each input. If `is_timed`, the functions take the `Time` of the step too, and return the gradient of dt.
+// MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
 #include "math.h"
@@ -9,7 +10,7 @@ namespace mingru::MINGRU_ISA {
 
 struct LinearScan {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = false, is_complex = false;
+  static constexpr bool has_bias = false, is_complex = false, is_timed = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -29,7 +30,7 @@ struct LinearScan {
 // Inputs: a and b. The gradient of a is delta times the conjugate of the previous state.
 struct ComplexLinearScan {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = false, is_complex = true;
+  static constexpr bool has_bias = false, is_complex = true, is_timed = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A* a, A* b) {
@@ -104,7 +105,7 @@ struct Tanh {
 template <class Activation>
 struct MinGRU {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = true, is_complex = false;
+  static constexpr bool has_bias = true, is_complex = false, is_timed = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -128,7 +129,7 @@ struct MinGRU {
 template <class Activation>
 struct SignedMinGRU {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = true, is_complex = false;
+  static constexpr bool has_bias = true, is_complex = false, is_timed = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
@@ -154,7 +155,7 @@ struct SignedMinGRU {
 template <class Activation>
 struct RotationMinGRU {
   static constexpr int num_inputs = 2;
-  static constexpr bool has_bias = true, is_complex = true;
+  static constexpr bool has_bias = true, is_complex = true, is_timed = false;
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, A* a, A* b) {
@@ -190,7 +191,7 @@ struct RotationMinGRU {
 template <class Activation>
 struct MinLSTM {
   static constexpr int num_inputs = 3;
-  static constexpr bool has_bias = true, is_complex = false;
+  static constexpr bool has_bias = true, is_complex = false, is_timed = false;
 
   template <class A>
   struct Gates {
@@ -232,6 +233,124 @@ struct MinLSTM {
     grad[0] = -shifted * logistic_of_minus(x[0], s.forget_power);
     grad[1] = shifted * logistic_of_minus(x[1], s.input_power);
     grad[2] = delta * s.input * derivative;
+  }
+};
+
+// The elapsed time of a step. If `is_bounded`, also log(m) and log(1 - m) of the lower bound m of the decay per unit of
+// time.
+template <class A, bool is_bounded>
+struct Time {
+  A dt, log_bound, log_range;
+};
+
+// The size of a, exp(-dt softplus(k)) for a gate k, and rest = 1 - size with its derivatives.
+template <class A>
+struct TimedGate {
+  A size, rest, gate_slope, dt_slope;
+};
+
+template <class A>
+MINGRU_INLINE TimedGate<A> timed_gate(A k, const Time<A, false>& time) {
+  const SoftPlus<A> rate = softplus(k);
+  const Decay<A> kept = decay(-time.dt * rate.value);
+  return {kept.size, kept.rest, kept.size * time.dt * rate.slope, kept.size * rate.value};
+}
+
+// With a bound, k becomes the gate l with sigma(-l) = m + (1 - m) sigma(-k).
+template <class A>
+MINGRU_INLINE TimedGate<A> timed_gate(A k, const Time<A, true>& time) {
+  const SoftPlus<A> excess = softplus(k + time.log_bound);
+  // k - excess, without the infinity minus infinity of an infinite k.
+  const A most = -time.log_bound;
+  const A below = log1p_of_unit(power(minus_absolute(k + time.log_bound)));
+  TimedGate<A> gate = timed_gate((most < k ? most : k) - below + time.log_range, Time<A, false>{time.dt, A(0), A(0)});
+  gate.gate_slope *= A(1) - excess.slope;
+  return gate;
+}
+
+template <class Activation>
+struct TimedMinGRU {
+  static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = false, is_complex = false, is_timed = true;
+
+  template <class A, class T>
+  MINGRU_INLINE void coefficients(const A* x, const T& time, A& a, A& b) {
+    const TimedGate<A> gate = timed_gate(x[0], time);
+    a = gate.size;
+    b = gate.rest * Activation::value(x[1]);
+  }
+
+  template <class A, class T>
+  MINGRU_INLINE void gradients(const A* x, const T& time, A delta, A previous, A& a, A* grad, A& grad_dt) {
+    const TimedGate<A> gate = timed_gate(x[0], time);
+    A derivative;
+    const A candidate = Activation::value(x[1], derivative);
+    a = gate.size;
+    const A change = delta * (candidate - previous);
+    grad[0] = change * gate.gate_slope;
+    grad[1] = delta * gate.rest * derivative;
+    grad_dt = change * gate.dt_slope;
+  }
+};
+
+// The elapsed time also multiplies the angle.
+template <class Activation>
+struct TimedRotationMinGRU {
+  static constexpr int num_inputs = 2;
+  static constexpr bool has_bias = false, is_complex = true, is_timed = true;
+
+  template <class A, class T>
+  MINGRU_INLINE void coefficients(const A* x, const T& time, A* a, A* b) {
+    const TimedGate<A> gate = timed_gate(x[0], time);
+    const Direction<A> e = direction(A(0.25) * time.dt * x[1]);
+    a[0] = gate.size * e.cosine;
+    a[1] = gate.size * e.sine;
+    b[0] = gate.rest * Activation::value(x[2]);
+    b[1] = gate.rest * Activation::value(x[3]);
+  }
+
+  template <class A, class T>
+  MINGRU_INLINE void gradients(
+      const A* x, const T& time, const A* delta, const A* previous, A* a, A* grad, A& grad_dt) {
+    const TimedGate<A> gate = timed_gate(x[0], time);
+    const Direction<A> e = direction(A(0.25) * time.dt * x[1]);
+    A derivatives[2];
+    const A candidates[2] = {Activation::value(x[2], derivatives[0]), Activation::value(x[3], derivatives[1])};
+    a[0] = gate.size * e.cosine;
+    a[1] = gate.size * e.sine;
+    // The previous state after the rotation.
+    const A turned[2] = {e.cosine * previous[0] - e.sine * previous[1], e.sine * previous[0] + e.cosine * previous[1]};
+    const A change = delta[0] * (candidates[0] - turned[0]) + delta[1] * (candidates[1] - turned[1]);
+    const A turn = A(0.785398163397448309616) * gate.size * (delta[1] * turned[0] - delta[0] * turned[1]);
+    grad[0] = change * gate.gate_slope;
+    grad[1] = turn * time.dt;
+    grad[2] = delta[0] * gate.rest * derivatives[0];
+    grad[3] = delta[1] * gate.rest * derivatives[1];
+    grad_dt = change * gate.dt_slope + turn * x[1];
+  }
+};
+
+// A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
+template <class Activation>
+struct TimedMinLSTM {
+  static constexpr int num_inputs = 3;
+  static constexpr bool has_bias = false, is_complex = false, is_timed = true;
+
+  template <class A, class T>
+  MINGRU_INLINE void coefficients(const A* x, const T& time, A& a, A& b) {
+    const A inputs[2] = {softplus(-x[0]).value - softplus(-x[1]).value, x[2]};
+    TimedMinGRU<Activation>::coefficients(inputs, time, a, b);
+  }
+
+  template <class A, class T>
+  MINGRU_INLINE void gradients(const A* x, const T& time, A delta, A previous, A& a, A* grad, A& grad_dt) {
+    const SoftPlus<A> forget = softplus(-x[0]), input = softplus(-x[1]);
+    const A inputs[2] = {forget.value - input.value, x[2]};
+    A grads[2];
+    TimedMinGRU<Activation>::gradients(inputs, time, delta, previous, a, grads, grad_dt);
+    grad[0] = -grads[0] * forget.slope;
+    grad[1] = grads[0] * input.slope;
+    grad[2] = grads[1];
   }
 };
 

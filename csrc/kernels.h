@@ -44,6 +44,14 @@ MINGRU_INLINE bool is_reset(const Scan& scan, int64_t batch, int64_t position) {
   return scan.reset && scan.reset[batch * scan.reset_batch_stride + position * scan.reset_step_stride];
 }
 
+// The sums of the gradients of dt over each group of features, or null.
+template <class A>
+MINGRU_INLINE A* grads_of_dt_at(const Scan& scan, int64_t batch, int64_t position, int64_t feature) {
+  if (!scan.grads_of_dt) return nullptr;
+  const int64_t at = batch * scan.grads_of_dt_batch_stride + position * scan.grads_of_dt_step_stride;
+  return static_cast<A*>(scan.grads_of_dt) + at + feature / group;
+}
+
 // Records the state. If `stop_at_match`, returns true if it equals the state that was recorded before.
 template <class A>
 static bool record(const Span& span, int64_t done, const A* state, int64_t padded) {
@@ -59,6 +67,40 @@ MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x)
     x[k] = static_cast<A>(inputs[k][i]);
     if constexpr (biased) x[k] += biases[k][i];
   }
+}
+
+// The time of a step, for timed cells.
+template <bool is_bounded, class A>
+MINGRU_INLINE Time<A, is_bounded> time_of(const Scan& scan, int64_t batch, int64_t position) {
+  const A* dt = static_cast<const A*>(scan.dt);
+  const A elapsed = dt ? dt[batch * scan.dt_batch_stride + position * scan.dt_step_stride] : A(1);
+  return {elapsed, static_cast<A>(scan.log_bound), static_cast<A>(scan.log_range)};
+}
+
+template <class Cell, class A, class T, class Values>
+MINGRU_INLINE void coefficients_of(const A* x, const T& time, Values& a, Values& b) {
+  if constexpr (Cell::is_timed) {
+    Cell::coefficients(x, time, a, b);
+  } else {
+    Cell::coefficients(x, a, b);
+  }
+}
+
+template <class Cell, class A, class T, class Values>
+MINGRU_INLINE void gradients_of(
+    const A* x, const T& time, const Values& delta, const Values& previous, Values& a, A* grad, A& grad_dt) {
+  if constexpr (Cell::is_timed) {
+    Cell::gradients(x, time, delta, previous, a, grad, grad_dt);
+  } else {
+    Cell::gradients(x, delta, previous, a, grad);
+  }
+}
+
+template <int count, class A>
+MINGRU_INLINE A sum_of(const A* values) {
+  A sum = A(0);
+  for (int i = 0; i < count; ++i) sum += values[i];
+  return sum;
 }
 
 // Two groups of complex features have as many pairs as one group has features.
@@ -95,9 +137,9 @@ MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features)
 }
 
 // One step of a group, or of `count` features. Inputs and outputs must not overlap.
-template <class Cell, bool biased, int count = group, class T, class A>
+template <class Cell, bool biased, int count = group, class T, class A, class S>
 MINGRU_INLINE void forward_group(
-    const T* const* in_inputs, const A* const* in_biases, A* __restrict h, T* __restrict out_state) {
+    const T* const* in_inputs, const A* const* in_biases, const S& time, A* __restrict h, T* __restrict out_state) {
   constexpr int num_inputs = Cell::num_inputs;
   const T* __restrict inputs[num_inputs];
   const A* __restrict biases[num_inputs];
@@ -116,7 +158,7 @@ MINGRU_INLINE void forward_group(
     for (int i = 0; i < pairs; ++i) {
       A x[2 * num_inputs], a[2], b[2];
       for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
-      Cell::coefficients(x, a, b);
+      coefficients_of<Cell>(x, time, a, b);
       next[0][i] = a[0] * state[0][i] - a[1] * state[1][i] + b[0];
       next[1][i] = a[1] * state[0][i] + a[0] * state[1][i] + b[1];
     }
@@ -127,17 +169,18 @@ MINGRU_INLINE void forward_group(
     for (int i = 0; i < count; ++i) {
       A x[num_inputs], a, b;
       load<Cell, biased>(inputs, biases, i, x);
-      Cell::coefficients(x, a, b);
+      coefficients_of<Cell>(x, time, a, b);
       h[i] = a * h[i] + b;
       out_state[i] = static_cast<T>(h[i]);
     }
   }
 }
 
-template <class Cell, bool biased, int count = group, class T, class A, class M>
+// `out_dt` is the sum of the gradients of dt; it may be null.
+template <class Cell, bool biased, int count = group, class T, class A, class M, class S>
 MINGRU_INLINE void backward_group(
-    const T* const* in_inputs, const A* const* in_biases, const T* __restrict in_grad, const M* __restrict in_previous,
-    A* __restrict carry, T* const* out_grads) {
+    const T* const* in_inputs, const A* const* in_biases, const S& time, const T* __restrict in_grad,
+    const M* __restrict in_previous, A* __restrict carry, T* const* out_grads, A* out_dt) {
   constexpr int num_inputs = Cell::num_inputs;
   const T* __restrict inputs[num_inputs];
   const A* __restrict biases[num_inputs];
@@ -146,7 +189,7 @@ MINGRU_INLINE void backward_group(
     biases[k] = in_biases[k];
   }
   // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
-  A grads[num_inputs][count];
+  A grads[num_inputs][count], dt_grads[count] = {};
   if constexpr (Cell::is_complex) {
     constexpr int pairs = count / 2;
     A values[2 * num_inputs][pairs], grad_parts[2 * num_inputs][pairs];
@@ -163,7 +206,7 @@ MINGRU_INLINE void backward_group(
       for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
       const A delta[2] = {grad_out[0][i] + next[0][i], grad_out[1][i] + next[1][i]};
       const A previous[2] = {before[0][i], before[1][i]};
-      Cell::gradients(x, delta, previous, a, grad);
+      gradients_of<Cell>(x, time, delta, previous, a, grad, dt_grads[i]);
       for (int k = 0; k < 2 * num_inputs; ++k) grad_parts[k][i] = grad[k];
       // The conjugate of a, times delta.
       next[0][i] = a[0] * delta[0] + a[1] * delta[1];
@@ -176,7 +219,7 @@ MINGRU_INLINE void backward_group(
       A x[num_inputs], grad[num_inputs], a;
       load<Cell, biased>(inputs, biases, i, x);
       const A delta = static_cast<A>(in_grad[i]) + carry[i];
-      Cell::gradients(x, delta, static_cast<A>(in_previous[i]), a, grad);
+      gradients_of<Cell>(x, time, delta, static_cast<A>(in_previous[i]), a, grad, dt_grads[i]);
       for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
       carry[i] = a * delta;
     }
@@ -184,12 +227,15 @@ MINGRU_INLINE void backward_group(
   for (int k = 0; k < num_inputs; ++k) {
     for (int i = 0; i < count; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
   }
+  if constexpr (Cell::is_timed) {
+    if (out_dt) *out_dt = sum_of<count>(dt_grads);
+  }
 }
 
 // The same for features that are converted by `read` and `write`.
-template <class Cell, bool biased, class T, class A>
+template <class Cell, bool biased, class T, class A, class S>
 MINGRU_INLINE void converted_forward_group(
-    const T* const* in_inputs, const A* const* biases, A* h, T* out_state) {
+    const T* const* in_inputs, const A* const* biases, const S& time, A* h, T* out_state) {
   if constexpr (has_conversion<T>) {
     A converted[Cell::num_inputs][group], state[group];
     const A* inputs[Cell::num_inputs];
@@ -197,17 +243,17 @@ MINGRU_INLINE void converted_forward_group(
       read(converted[k], in_inputs[k]);
       inputs[k] = converted[k];
     }
-    forward_group<Cell, biased>(inputs, biases, h, state);
+    forward_group<Cell, biased>(inputs, biases, time, h, state);
     write(out_state, state);
   } else {
-    forward_group<Cell, biased>(in_inputs, biases, h, out_state);
+    forward_group<Cell, biased>(in_inputs, biases, time, h, out_state);
   }
 }
 
-template <class Cell, bool biased, class T, class A, class M>
+template <class Cell, bool biased, class T, class A, class M, class S>
 MINGRU_INLINE void converted_backward_group(
-    const T* const* in_inputs, const A* const* biases, const T* in_grad, const M* in_previous, A* carry,
-    T* const* out_grads) {
+    const T* const* in_inputs, const A* const* biases, const S& time, const T* in_grad, const M* in_previous, A* carry,
+    T* const* out_grads, A* out_dt) {
   if constexpr (has_conversion<T>) {
     A converted[Cell::num_inputs][group], grad[group], previous[group], grads[Cell::num_inputs][group];
     const A* inputs[Cell::num_inputs];
@@ -225,10 +271,10 @@ MINGRU_INLINE void converted_backward_group(
     } else {
       from = in_previous;
     }
-    backward_group<Cell, biased>(inputs, biases, grad, from, carry, to);
+    backward_group<Cell, biased>(inputs, biases, time, grad, from, carry, to, out_dt);
     for (int k = 0; k < Cell::num_inputs; ++k) write(out_grads[k], grads[k]);
   } else {
-    backward_group<Cell, biased>(in_inputs, biases, in_grad, in_previous, carry, out_grads);
+    backward_group<Cell, biased>(in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
   }
 }
 
@@ -239,7 +285,7 @@ MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases
   }
 }
 
-template <class Cell, class T, bool biased>
+template <class Cell, class T, bool biased, bool is_bounded>
 static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>::Type* state) {
   using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
@@ -257,6 +303,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       in_inputs[k] = features_at<const T>(scan.inputs[k], span.batch, position, span.feature);
     }
     T* out_state = features_at<T>(scan.out, span.batch, position, span.feature);
+    const auto time = time_of<is_bounded, A>(scan, span.batch, position);
     const A* biases[num_inputs];
     int64_t feature = 0;
     if constexpr (Cell::is_complex && !has_conversion<T>) {
@@ -264,14 +311,14 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
         const T* inputs[num_inputs];
         for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
         biases_at<Cell>(scan, span.feature + feature, biases);
-        forward_group<Cell, biased, pair_of_groups>(inputs, biases, state + feature, out_state + feature);
+        forward_group<Cell, biased, pair_of_groups>(inputs, biases, time, state + feature, out_state + feature);
       }
     }
     for (; feature + group <= span.num_features; feature += group) {
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
       biases_at<Cell>(scan, span.feature + feature, biases);
-      converted_forward_group<Cell, biased>(inputs, biases, state + feature, out_state + feature);
+      converted_forward_group<Cell, biased>(inputs, biases, time, state + feature, out_state + feature);
     }
     if (feature < span.num_features) {
       const int64_t count = span.num_features - feature;
@@ -279,7 +326,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
       biases_at<Cell>(scan, span.feature + feature, biases);
-      converted_forward_group<Cell, biased>(inputs, biases, state + feature, rest_out.features);
+      converted_forward_group<Cell, biased>(inputs, biases, time, state + feature, rest_out.features);
       std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -288,7 +335,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
 }
 
 // `state` is a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
-template <class Cell, class T, bool biased>
+template <class Cell, class T, bool biased, bool is_bounded>
 static bool backward(const Scan& scan, const Span& span, typename Accumulation<T>::Type* state) {
   using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
@@ -312,6 +359,9 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
     const T* in_grad = features_at<const T>(scan.grad_out, span.batch, position, span.feature);
     const int64_t before = is_first ? position : position_of(scan, scan.reverse ? step + 1 : step - 1);
     const T* in_previous = features_at<const T>(scan.out, span.batch, before, span.feature);
+    const auto time = time_of<is_bounded, A>(scan, span.batch, position);
+    A* out_dt = nullptr;
+    if constexpr (Cell::is_timed) out_dt = grads_of_dt_at<A>(scan, span.batch, position, span.feature);
     // The previous state is in `out`, except at the first step and at resets.
     const bool from_out = !reset && !is_first;
     const A* previous = reset ? initial_state : first;
@@ -329,11 +379,13 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
         biases_at<Cell>(scan, span.feature + begin, biases);
         if (from_out) {
           backward_group<Cell, biased, pair_of_groups>(
-              inputs, biases, in_grad + begin, in_previous + begin, state + begin, grads);
+              inputs, biases, time, in_grad + begin, in_previous + begin, state + begin, grads, out_dt);
         } else {
           backward_group<Cell, biased, pair_of_groups>(
-              inputs, biases, in_grad + begin, previous == nullptr ? no_state : previous + begin, state + begin, grads);
+              inputs, biases, time, in_grad + begin, previous == nullptr ? no_state : previous + begin, state + begin, grads,
+              out_dt);
         }
+        if (out_dt) out_dt += 2;
       }
     }
     for (int64_t feature = begin; feature < span.num_features; feature += group) {
@@ -352,16 +404,19 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       if (from_out) {
         const T* previous_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
-        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(
+            inputs, biases, time, grad, previous_group, state + feature, grads, out_dt);
       } else {
         const A* previous_group = previous == nullptr ? no_state
                                   : whole             ? previous + feature
                                                       : rest_previous.in(previous + feature, count);
-        converted_backward_group<Cell, biased>(inputs, biases, grad, previous_group, state + feature, grads);
+        converted_backward_group<Cell, biased>(
+            inputs, biases, time, grad, previous_group, state + feature, grads, out_dt);
       }
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));
       }
+      if (out_dt) ++out_dt;
     }
     if (reset) {
       for (int64_t i = 0; i < span.num_features; ++i) {
@@ -374,15 +429,22 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
   return false;
 }
 
-template <class Cell, class T>
+template <class Cell, class T, bool biased, bool is_bounded>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
   auto* at = static_cast<typename Accumulation<T>::Type*>(state);
+  return is_backward ? backward<Cell, T, biased, is_bounded>(scan, span, at)
+                     : forward<Cell, T, biased, is_bounded>(scan, span, at);
+}
+
+template <class Cell, class T>
+static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
   if constexpr (Cell::has_bias && sizeof(T) >= sizeof(float)) {
-    if (scan.biases[0]) {
-      return is_backward ? backward<Cell, T, true>(scan, span, at) : forward<Cell, T, true>(scan, span, at);
-    }
+    if (scan.biases[0]) return run<Cell, T, true, false>(scan, span, state, is_backward);
   }
-  return is_backward ? backward<Cell, T, false>(scan, span, at) : forward<Cell, T, false>(scan, span, at);
+  if constexpr (Cell::is_timed) {
+    if (scan.is_bounded) return run<Cell, T, false, true>(scan, span, state, is_backward);
+  }
+  return run<Cell, T, false, false>(scan, span, state, is_backward);
 }
 
 template <class Cell>

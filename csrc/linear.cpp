@@ -144,11 +144,11 @@ void set_sequences(
   }
 }
 
-// The linear map of a block's rows. The scan adds a bias of float32 or float64.
+// The linear map of a block's rows. The scan adds a bias of float32 or float64, unless the cell is timed.
 class LinearMap {
  public:
-  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias) : weight_(weight) {
-    if (bias && weight.element_size() < 4) {
+  LinearMap(Operands& operands, const Tensor& weight, const MaybeTensor& bias, bool is_timed) : weight_(weight) {
+    if (bias && (weight.element_size() < 4 || is_timed)) {
       STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == weight.size(0), "mingru: bias must be (num_inputs N)");
       bias_ = bias;
     } else {
@@ -222,14 +222,15 @@ void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weig
 
 void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
-    const Tensor& out, const Tensor& last, void* kept) {
-  const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell,
+    double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last, void* kept) {
+  const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
+                    batch_sizes,                 cell,             min_decay,     reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
   const InputMatrix inputs(given, x, weight);
   const int64_t columns = inputs.num_columns(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
-  const LinearMap linear(operands, weight, bias);
+  const LinearMap linear(operands, weight, bias, given.is_timed());
   Scan& scan = operands.scan;
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
@@ -247,11 +248,11 @@ void mingru::linear_recurrence(
 
 namespace {
 
-// Returns all states, the last state and, if `keep`, the pre-activations; without bias in float32 and float64.
+// Returns all states, the last state and, if `keep`, the pre-activations, without the bias if the scan adds it.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first,
-    bool keep) {
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell,
+    double min_decay, bool reverse, bool time_first, bool keep) {
   STD_TORCH_CHECK(
       x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2,
       "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
@@ -261,30 +262,32 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
   Tensor last = empty(sizes_of(h), h);
   Tensor pre_activations = empty({keep ? x.numel() / x.size(-1) : 0, weight.size(0)}, x);
   linear_recurrence(
-      x, weight, bias, h, initial_state, reset, batch_sizes, cell, reverse, time_first, out, last,
+      x, weight, bias, h, initial_state, reset, dt, batch_sizes, cell, min_decay, reverse, time_first, out, last,
       keep ? pre_activations.data_ptr() : nullptr);
   return {out, last, pre_activations};
 }
 
-// Returns the gradients of x, weight and bias (empty if not needed), h and initial_state.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
+// Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& pre_activations,
-    const Tensor& grad_out, const Tensor& grad_last, const std::string& cell, bool reverse, bool time_first,
-    bool needs_x, bool needs_weight, bool needs_bias) {
-  const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const Tensor& out,
+    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, const std::string& cell,
+    double min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, bool needs_weight, bool needs_bias) {
+  const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset,   dt,
+                    batch_sizes,                  cell,             min_decay,     reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
   const InputMatrix inputs(given, x, weight);
   const int64_t columns = inputs.num_columns(), features = inputs.num_features(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
-  const LinearMap linear(operands, weight, bias);
+  const LinearMap linear(operands, weight, bias, given.is_timed());
   Scan& scan = operands.scan;
   const bool kept = pre_activations.numel() > 0;
   STD_TORCH_CHECK(
       !kept || (pre_activations.is_contiguous() && pre_activations.scalar_type() == x.scalar_type() &&
                 pre_activations.numel() == inputs.num_rows() * columns),
       given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
-  auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] =
+      operands.add_gradients(given.h, out, grad_out, grad_last, needs_dt);
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
@@ -314,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     if (needs_weight) grad_weight.add_product(matrix(to, columns, count, 1, columns, x), inputs.of(block));
     if (needs_bias) grad_bias.add_rows(grads);
   }
-  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state};
+  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state, grads_of_dt};
 }
 
 }  // namespace
@@ -322,12 +325,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
       "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? batch_sizes, str cell, bool reverse, bool time_first, bool keep) -> (Tensor, Tensor, Tensor)");
+      "Tensor? dt, Tensor? batch_sizes, str cell, float min_decay, bool reverse, bool time_first, bool keep) -> "
+      "(Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? batch_sizes, Tensor out, Tensor pre_activations, Tensor grad_out, Tensor grad_last, str cell, "
-      "bool reverse, bool time_first, bool needs_x, bool needs_weight, bool needs_bias) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? dt, Tensor? batch_sizes, Tensor out, Tensor pre_activations, Tensor grad_out, Tensor grad_last, "
+      "str cell, float min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, bool needs_weight, "
+      "bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -40,7 +40,8 @@ void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, cons
 // the memory order of x. The arguments are those of the operator `linear_recurrence_forward`.
 void linear_recurrence(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h,
-    const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& batch_sizes,
-    const std::string& cell, bool reverse, bool time_first, const Tensor& out, const Tensor& last, void* kept);
+    const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& dt,
+    const std::optional<Tensor>& batch_sizes, const std::string& cell, double min_decay, bool reverse, bool time_first,
+    const Tensor& out, const Tensor& last, void* kept);
 
 }  // namespace mingru

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -68,9 +69,13 @@ struct Given {
   const Tensor h;
   const Tensor& initial_state;
   const MaybeTensor& reset;
+  const MaybeTensor& dt;
   const MaybeTensor& batch_sizes;
   const std::string& cell;
+  double min_decay;
   bool reverse, time_first;
+
+  bool is_timed() const { return dt || min_decay != 0; }
 };
 
 class Operands {
@@ -81,7 +86,7 @@ class Operands {
   Operands(const Given& given, const Tensor& like, int64_t num_features)
       : name_(given.name), batch_dim_(given.time_first ? 1 : 0), step_dim_(given.time_first ? 0 : 1) {
     STD_TORCH_CHECK(like.is_cpu(), name_, ": sequences must be on the CPU");
-    scan.cell = cell_of(given.cell);
+    scan.cell = cell_of(given.is_timed() ? given.cell + "_timed" : given.cell);
     scan.storage = storage_of(like);
     scan.num_features = num_features;
     scan.reverse = given.reverse;
@@ -96,6 +101,13 @@ class Operands {
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
     scan.h = state(given.h, "h");
+    if (given.dt) add_dt(*given.dt);
+    if (given.min_decay != 0) {
+      STD_TORCH_CHECK(given.min_decay > 0 && given.min_decay < 1, name_, ": min_decay must be in [0, 1)");
+      scan.is_bounded = true;
+      scan.log_bound = std::log(given.min_decay);
+      scan.log_range = std::log1p(-given.min_decay);
+    }
     if (given.reset) {
       add_reset(*given.reset);
       // A linear scan has no initial state: a reset sets the state to 0.
@@ -139,9 +151,8 @@ class Operands {
   }
 
   void* state(const Tensor& x, const char* what) const {
-    const auto computed = scan.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
     STD_TORCH_CHECK(
-        x.is_cpu() && x.is_contiguous() && x.scalar_type() == computed &&
+        x.is_cpu() && x.is_contiguous() && x.scalar_type() == accumulation_dtype() &&
             x.numel() == scan.num_batch * scan.num_features,
         name_, ": ", what, " must be (B, 1, *), contiguous, in the accumulation dtype");
     return x.data_ptr();
@@ -170,19 +181,27 @@ class Operands {
     for (int64_t k = 0; k < count; ++k) scan.biases[k] = data + k * padded * size;
   }
 
-  // Returns the gradients of h and initial_state; without resets, the latter is empty.
-  std::tuple<Tensor, Tensor> add_gradients(
-      const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
+  // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
+  std::tuple<Tensor, Tensor, Tensor> add_gradients(
+      const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last, bool needs_dt) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
     Tensor grad_h = empty(sizes_of(h), h);
     scan.grad_h = grad_h.data_ptr();
-    if (!scan.reset) return {grad_h, empty({0}, h)};
+    Tensor grads_of_dt = empty({0}, h);
+    if (needs_dt && scan.dt) {
+      grads_of_dt = empty(sizes((scan.num_features + group - 1) / group), h);
+      torch::stable::zero_(grads_of_dt);
+      scan.grads_of_dt = grads_of_dt.data_ptr();
+      scan.grads_of_dt_batch_stride = grads_of_dt.stride(is_packed() ? 0 : batch_dim_);
+      scan.grads_of_dt_step_stride = grads_of_dt.stride(is_packed() ? 0 : step_dim_);
+    }
+    if (!scan.reset) return {grad_h, empty({0}, h), grads_of_dt};
     Tensor grad_initial_state = empty(sizes_of(h), h);
     torch::stable::zero_(grad_initial_state);
     if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
-    return {grad_h, grad_initial_state};
+    return {grad_h, grad_initial_state, grads_of_dt};
   }
 
  private:
@@ -206,6 +225,20 @@ class Operands {
     scan.reset = static_cast<const uint8_t*>(reset.data_ptr());
     scan.reset_batch_stride = reset.stride(is_packed() ? 0 : batch_dim_);
     scan.reset_step_stride = reset.stride(is_packed() ? 0 : step_dim_);
+  }
+
+  void add_dt(const Tensor& dt) {
+    STD_TORCH_CHECK(
+        dt.is_cpu() && dt.scalar_type() == accumulation_dtype() && dt.dim() == num_leading() &&
+            std::equal(leading_.begin(), leading_.end(), dt.sizes().begin()),
+        name_, ": dt must have the leading dimensions of the sequences, in the accumulation dtype");
+    scan.dt = dt.data_ptr();
+    scan.dt_batch_stride = dt.stride(is_packed() ? 0 : batch_dim_);
+    scan.dt_step_stride = dt.stride(is_packed() ? 0 : step_dim_);
+  }
+
+  ScalarType accumulation_dtype() const {
+    return scan.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
   }
 
   void set_packed(const Tensor& batch_sizes, const Tensor& like) {

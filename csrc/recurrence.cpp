@@ -22,8 +22,10 @@ int64_t num_features(const Given& given, const std::vector<Tensor>& inputs) {
 
 std::tuple<Tensor, Tensor> recurrence_forward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
-    const MaybeTensor& batch_sizes, const std::string& cell, bool reverse, bool time_first) {
-  const Given given{"recurrence_forward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+    const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell, double min_decay, bool reverse,
+    bool time_first) {
+  const Given given{"recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
+                    batch_sizes,          cell,             min_decay,     reverse, time_first};
   const int64_t features = num_features(given, inputs);
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
@@ -35,35 +37,38 @@ std::tuple<Tensor, Tensor> recurrence_forward(
   return {out, last};
 }
 
-// Returns the gradients of the inputs, concatenated to num_inputs N features, of h and of initial_state.
-std::tuple<Tensor, Tensor, Tensor> recurrence_backward(
+// Returns the gradients of the inputs, concatenated to num_inputs N features, of h, of initial_state and of dt (for each
+// group of features).
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
     const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
-    const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
-    const std::string& cell, bool reverse, bool time_first) {
-  const Given given{"recurrence_backward", as_contiguous(h), initial_state, reset, batch_sizes, cell, reverse, time_first};
+    const MaybeTensor& dt, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out,
+    const Tensor& grad_last, const std::string& cell, double min_decay, bool reverse, bool time_first, bool needs_dt) {
+  const Given given{"recurrence_backward", as_contiguous(h), initial_state, reset,   dt,
+                    batch_sizes,           cell,             min_decay,     reverse, time_first};
   const int64_t features = num_features(given, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(given, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state] = operands.add_gradients(given.h, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] =
+      operands.add_gradients(given.h, out, grad_out, grad_last, needs_dt);
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] =
         operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
   }
   run(operands.scan, operands.whole(), true);
-  return {grads, grad_h, grad_initial_state};
+  return {grads, grad_h, grad_initial_state, grads_of_dt};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "recurrence_forward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? batch_sizes, "
-      "str cell, bool reverse, bool time_first) -> (Tensor, Tensor)");
+      "recurrence_forward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? dt, "
+      "Tensor? batch_sizes, str cell, float min_decay, bool reverse, bool time_first) -> (Tensor, Tensor)");
   library.def(
-      "recurrence_backward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? batch_sizes, "
-      "Tensor out, Tensor grad_out, Tensor grad_last, str cell, bool reverse, bool time_first) -> "
-      "(Tensor, Tensor, Tensor)");
+      "recurrence_backward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? dt, "
+      "Tensor? batch_sizes, Tensor out, Tensor grad_out, Tensor grad_last, str cell, float min_decay, bool reverse, "
+      "bool time_first, bool needs_dt) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -8,21 +8,30 @@ namespace mingru {
 enum class Storage { float32, float64, bfloat16, float16 };
 
 // Name (cell_activation), number of inputs and struct of every cell. All other lists of cells are made from this list.
-#define MINGRU_CELLS(CELL)                                    \
-  CELL(linear_scan, 2, LinearScan)                            \
-  CELL(complex_linear_scan, 2, ComplexLinearScan)             \
-  CELL(mingru_positive, 2, MinGRU<Positive>)                  \
-  CELL(mingru_linear, 2, MinGRU<Linear>)                      \
-  CELL(mingru_tanh, 2, MinGRU<Tanh>)                          \
-  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)     \
-  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)         \
-  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)             \
-  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>) \
-  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)     \
-  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)         \
-  CELL(minlstm_positive, 3, MinLSTM<Positive>)                \
-  CELL(minlstm_linear, 3, MinLSTM<Linear>)                    \
-  CELL(minlstm_tanh, 3, MinLSTM<Tanh>)
+#define MINGRU_CELLS(CELL)                                               \
+  CELL(linear_scan, 2, LinearScan)                                       \
+  CELL(complex_linear_scan, 2, ComplexLinearScan)                        \
+  CELL(mingru_positive, 2, MinGRU<Positive>)                             \
+  CELL(mingru_linear, 2, MinGRU<Linear>)                                 \
+  CELL(mingru_tanh, 2, MinGRU<Tanh>)                                     \
+  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)                \
+  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)                    \
+  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)                        \
+  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>)            \
+  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)                \
+  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)                    \
+  CELL(minlstm_positive, 3, MinLSTM<Positive>)                           \
+  CELL(minlstm_linear, 3, MinLSTM<Linear>)                               \
+  CELL(minlstm_tanh, 3, MinLSTM<Tanh>)                                   \
+  CELL(mingru_positive_timed, 2, TimedMinGRU<Positive>)                  \
+  CELL(mingru_linear_timed, 2, TimedMinGRU<Linear>)                      \
+  CELL(mingru_tanh_timed, 2, TimedMinGRU<Tanh>)                          \
+  CELL(mingru_rotation_positive_timed, 2, TimedRotationMinGRU<Positive>) \
+  CELL(mingru_rotation_linear_timed, 2, TimedRotationMinGRU<Linear>)     \
+  CELL(mingru_rotation_tanh_timed, 2, TimedRotationMinGRU<Tanh>)         \
+  CELL(minlstm_positive_timed, 3, TimedMinLSTM<Positive>)                \
+  CELL(minlstm_linear_timed, 3, TimedMinLSTM<Linear>)                    \
+  CELL(minlstm_tanh_timed, 3, TimedMinLSTM<Tanh>)
 
 #define MINGRU_KIND(name, num_inputs, type) name,
 enum class CellKind { MINGRU_CELLS(MINGRU_KIND) };
@@ -58,6 +67,11 @@ struct Scan {
   Sequence out;
   const uint8_t* reset;  // may be null; not bool, because a bool tensor that views bytes may contain other values
   int64_t reset_batch_stride, reset_step_stride;
+  // Timed cells only: the elapsed time of each step, in the accumulation dtype (null: 1), and the lower bound of the decay.
+  const void* dt;
+  int64_t dt_batch_stride, dt_step_stride;
+  bool is_bounded;
+  double log_bound, log_range;  // of the bound m: log(m) and log(1 - m)
   const void* h;
   const void* initial_state;  // state after a reset; if null, the state is 0
   void* last;
@@ -67,6 +81,9 @@ struct Scan {
   const void* grad_last;
   void* grad_h;
   void* grad_initial_state;  // may be null
+  // A number for each step and group of features, in the accumulation dtype, initially 0. May be null.
+  void* grads_of_dt;
+  int64_t grads_of_dt_batch_stride, grads_of_dt_step_stride;
 };
 
 // A range of batch elements and a range of steps, both in the order of memory.

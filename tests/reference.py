@@ -33,16 +33,42 @@ def linear_scan(a, b, h=None, reverse=False, reset=None, initial=0.0):
     return torch.stack(states, 1) if states else b.clone()
 
 
-def mingru(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
-    z = torch.sigmoid(gate)
+def decayed(keep, update, dt, min_decay):
+    """Return the decay and the weight of the candidate, with a lower bound and elapsed times dt (B, S)."""
+    keep, update = min_decay + (1 - min_decay) * keep, (1 - min_decay) * update
+    if dt is None:
+        return keep, update
+    # log(keep) loses no digits if `update` is small.
+    exponent = dt.reshape(*dt.shape, *[1] * (keep.dim() - 2)) * torch.where(
+        update < 0.5, torch.log1p(-update), torch.log(keep)
+    )
+    return torch.exp(exponent), -torch.expm1(exponent)
+
+
+def mingru(
+    gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
+):
+    keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
     initial = INITIAL_STATE[activation] if initial is None else initial
-    return linear_scan(torch.sigmoid(-gate), z * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+    return linear_scan(keep, z * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
-def minlstm(forget, input, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+def minlstm(
+    forget,
+    input,
+    candidate,
+    h=None,
+    reset=None,
+    activation="positive",
+    initial=None,
+    reverse=False,
+    dt=None,
+    min_decay=0.0,
+):
     f, i = torch.sigmoid(forget), torch.sigmoid(input)
+    f, i = decayed(f / (f + i), i / (f + i), dt, min_decay)
     initial = INITIAL_STATE[activation] if initial is None else initial
-    return linear_scan(f / (f + i), i / (f + i) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+    return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
 def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
@@ -51,7 +77,9 @@ def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", in
     return linear_scan(a, (1 - a.abs()) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
-def mingru_rotation(gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+def mingru_rotation(
+    gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
+):
     """Compute with complex numbers; `gates` has pairs of a gate and an angle."""
 
     def pairs(x):
@@ -62,8 +90,11 @@ def mingru_rotation(gates, candidate, h=None, reset=None, activation="positive",
         None if state is None else pairs(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
         for state in (h, initial)
     )
-    a = torch.polar(torch.sigmoid(-gate), angle)
-    b = torch.sigmoid(gate) * pairs(ACTIVATIONS[activation](candidate))
+    keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
+    if dt is not None:
+        angle = angle * dt.reshape(*dt.shape, *[1] * (angle.dim() - 2))
+    a = torch.polar(keep, angle)
+    b = z * pairs(ACTIVATIONS[activation](candidate))
     out = linear_scan(a, b, h, reverse, reset, 0.0 if initial is None else initial)
     return torch.stack([out.real, out.imag], 3).flatten(2, 3)
 
@@ -89,7 +120,7 @@ def norm(x, kind, weights, prefix, eps):
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + weights[f"{prefix}.bias"]
 
 
-def layers(rnn, x, h=None, reset=None, eps=EPS):
+def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None):
     """Compute a `MinGRU` or `MinLSTM` in float64 from its weights, with x (B, S, I) and without dropout.
 
     `eps` is the eps of its RMS norms, which depends on the dtype.
@@ -112,7 +143,13 @@ def layers(rnn, x, h=None, reset=None, eps=EPS):
             if direction == 1:
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
             inputs = pre.split(rnn.hidden_dims, -1)
-            out = CELLS[rnn.cell](*inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1)
+            options = {} if rnn.cell == "mingru_signed" else {"min_decay": rnn.layers[index].min_decay}
+            if dt is not None:
+                # The reverse direction crosses the time before a step on its way to the step before it.
+                options["dt"] = torch.cat([dt[:, 1:], dt[:, :1]], 1) if direction else dt
+            out = CELLS[rnn.cell](
+                *inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1, **options
+            )
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             outs.append(out)
         out = torch.cat(outs, -1)

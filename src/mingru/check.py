@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
-from .ops.cells import GATES
+from .ops.cells import GATES, TIMED
+from .ops.graph import are_ordinary
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -45,6 +46,8 @@ REMEDIES = {
     "forget_bias": "only a minLSTM has a forget gate",
 }
 
+# Why a cell takes no elapsed times.
+NOT_TIMED = {"mingru_signed": "the gate is 'signed', and a flip of the sign has no fraction"}
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
 
@@ -179,6 +182,20 @@ def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
         raise ValueError(expectation(name, argument, "even because gate='rotation' turns pairs of features", str(size)))
 
 
+def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str) -> list[float]:
+    """Return the lower bound of each layer."""
+    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
+    expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
+    if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
+        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if gate == "signed" and any(bounds):
+        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    return [float(bound) for bound in bounds]
+
+
 def check_tensor(
     name: str,
     argument: str,
@@ -269,6 +286,25 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
         expected = f"on {sequence.device} like the sequence"
         remedy = f"use reset.to({str(sequence.device)!r})"
         raise ValueError(expectation(name, "reset", expected, f"a tensor on {reset.device}", remedy))
+
+
+def check_dt(
+    name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters: str, *, autocast: bool = False
+) -> None:
+    """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
+    if dt is None:
+        return
+    if cell not in TIMED:
+        raise ValueError(expectation(name, "dt", f"None because {NOT_TIMED[cell]}", type(dt).__name__))
+    check_like(name, "dt", dt, sequence, "x", or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
+    if dt.shape != sequence.shape[:2]:
+        expected = f"{letters} = {dims(sequence.shape[:2])}"
+        raise ValueError(expectation(name, "dt", expected, dims(dt.shape)))
+    # On a GPU, the test would synchronize.
+    if dt.is_cpu and not torch.compiler.is_compiling() and are_ordinary(dt):
+        invalid = dt[~(dt >= 0)]
+        if invalid.numel():
+            raise ValueError(expectation(name, "dt", "at least 0", str(invalid[0].item())))
 
 
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:

@@ -41,9 +41,9 @@ def onnx(
     Args:
         model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
             modules. Parameters become constants.
-        example_inputs: x, or a tuple of the arguments of `forward` in order, such as (x, h, reset, lengths). Each is a
-            tensor or None; a state can be a list of tensors. Arguments other than None become inputs of the file. Their
-            values do not matter, nor do the batch size and the number of steps.
+        example_inputs: x, or a tuple of the arguments of `forward` in order, such as (x, h, reset, lengths, dt). Each
+            is a tensor or None; a state can be a list of tensors. Arguments other than None become inputs of the file.
+            Their values do not matter, nor do the batch size and the number of steps.
         path: Path of the file, in an existing folder. An existing file is replaced only if the export succeeds. If
             the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
@@ -63,8 +63,8 @@ def onnx(
     Returns:
         None. The names in the file are:
 
-        - Inputs, in the order of `forward`: `x`, `h`, `reset` and `lengths`, if the example has them. Inputs of your
-          own model have the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
+        - Inputs, in the order of `forward`: `x`, `h`, `reset`, `lengths` and `dt`, if the example has them. Inputs of
+          your own model have the argument names of its `forward`. Lists are numbered: `h_0`, `h_1`.
         - Outputs: `out` and `h_out`; a cell has only `h_out`. Lists are numbered: `h_out_0`, `h_out_1`. A model that
           returns neither one tensor nor a pair has `out_0`, `out_1`, ...
 
@@ -154,7 +154,7 @@ def _with_dynamic_shapes(
             expected = f"of one step in dimension {layout.time} because kind is 'step'"
             remedy = f"use x.narrow({layout.time}, 0, 1)"
             raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
-        args = _enlarged(args, _state_of(outputs), layout, kind)
+        args = _enlarged(model, args, _state_of(outputs), layout, kind)
         batch, time = layout.batch, layout.time
     x_dims: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
     if kind == "sequence" and time is not None:
@@ -165,6 +165,7 @@ def _with_dynamic_shapes(
     elif max_steps is not None:
         raise ValueError(expectation(_NAME, "max_steps", "None because x has no time dimension", str(max_steps)))
     args = _with_state(model, args, kind)
+    names = _parameters(model, args)
 
     def dynamic(other: Tensor, index: int) -> dict[int, Any]:
         if layout is None:
@@ -172,7 +173,7 @@ def _with_dynamic_shapes(
             found = [dim for dim, size in enumerate(other.shape) if size in sizes]
         else:
             state_dims = [] if layout.state is None else [layout.state]
-            found = {1: state_dims, 2: [*x_dims], 3: [0]}[index]
+            found = state_dims if index == 1 else [0] if names[index] == "lengths" else [*x_dims]
         # Only x names its dimensions, because the exporter warns about a name that is used twice.
         return dict.fromkeys(found, Dim.AUTO)
 
@@ -200,7 +201,7 @@ def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...
     return (x, *args[1:])
 
 
-def _enlarged(args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
+def _enlarged(model: nn.Module, args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
     """Return the inputs of a class of this library, with batch and time of at least 2."""
     enlarged = [*args]
     if len(args) > 1 and args[1] is not None:
@@ -208,14 +209,16 @@ def _enlarged(args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tup
         enlarged[1] = pytree.tree_map(lambda h, full: h.expand_as(full), args[1], state)
         if layout.state is not None:
             enlarged[1] = pytree.tree_map(lambda h: _at_least_two(h, layout.state), enlarged[1])
-    for index in (0, 2):
-        if index < len(args) and args[index] is not None:
-            if layout.batch is not None:
-                enlarged[index] = _at_least_two(enlarged[index], layout.batch)
-            if layout.time is not None and kind == "sequence":
-                enlarged[index] = _at_least_two(enlarged[index], layout.time)
-    if len(args) > 3 and args[3] is not None:
-        enlarged[3] = _at_least_two(args[3], 0)
+    for index, name in enumerate(_parameters(model, args)):
+        if index == 1 or args[index] is None:
+            continue
+        if name == "lengths":
+            enlarged[index] = _at_least_two(args[index], 0)
+            continue
+        if layout.batch is not None:
+            enlarged[index] = _at_least_two(enlarged[index], layout.batch)
+        if layout.time is not None and kind == "sequence":
+            enlarged[index] = _at_least_two(enlarged[index], layout.time)
     return tuple(enlarged)
 
 
@@ -255,7 +258,8 @@ def _parameters(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
 
 
 def _input_names(model: nn.Module, names: list[str]) -> list[str]:
-    return ["x", "h", "reset", "lengths"][: len(names)] if _is_library_class(model) else names
+    # The classes of `drop_in` have other names for x and h.
+    return [*["x", "h"][: len(names)], *names[2:]] if _is_library_class(model) else names
 
 
 def _is_library_class(model: nn.Module) -> bool:
@@ -344,7 +348,7 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
 
 
 def _check_example(example_inputs: Any) -> None:
-    expected = "a tensor x, or a tuple such as (x, h, reset, lengths)"
+    expected = "a tensor x, or a tuple such as (x, h, reset, lengths, dt)"
     if isinstance(example_inputs, PackedSequence):
         remedy = "ONNX has no packed sequences; pass the padded tensor"
         raise TypeError(expectation(_NAME, "example_inputs", expected, "PackedSequence", remedy))

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .check import check_gate, check_reset, check_state, check_tensor, dims, expectation
+from .check import (
+    check_dt,
+    check_gate,
+    check_min_decay,
+    check_reset,
+    check_state,
+    check_tensor,
+    dims,
+    expectation,
+)
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.cells import GATES, zero_state
+from .ops.shape import accumulate_dtype, as_dtype
 
 __all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
 
@@ -68,9 +78,11 @@ def mingru(
     h: Tensor | None = None,
     *,
     reset: Tensor | None = None,
+    dt: Tensor | None = None,
     backend: str = "auto",
     kind: str = "sigmoid",
     angle: Tensor | None = None,
+    min_decay: float = 0.0,
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
@@ -89,10 +101,12 @@ def mingru(
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
         reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
+        dt: Time since the step before, (B, S), at least 0; dtype of `gate` or float32. Default: 1. Not for "signed".
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
         kind: "sigmoid", "signed" or "rotation": the layer's `gate`, which is a tensor here.
         angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
             "rotation", otherwise None.
+        min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive). 0 for "signed".
         activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh".
         initial_state: State after a reset, and default of `h`; expandable to (B, 1, *), dtype as for `h`. Default: g(0)
             = 0.5 for "sigmoid" with "positive", else 0.
@@ -125,12 +139,15 @@ def mingru(
     """
     name = "mingru"
     check_gate(name, "kind", kind)
+    (bound,) = check_min_decay(name, min_decay, 1, kind)
     if kind != "rotation":
         if angle is not None:
             expected = f"None because kind is {kind!r}"
             raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
         inputs = {"gate": gate, "candidate": candidate}
-        return _recurrence(GATES[kind], inputs, h, reset, backend, activation, initial_state)
+        return _recurrence(
+            ops.Spec(GATES[kind], activation, False, bound), inputs, h, reset, dt, backend, initial_state
+        )
     _check_sequence(name, "gate", gate, least=3)
     if angle is None:
         raise ValueError(expectation(name, "angle", "a tensor like gate because kind is 'rotation'", "None"))
@@ -138,7 +155,7 @@ def mingru(
     shape = (*gate.shape[:2], 2 * gate.shape[2], *gate.shape[3:])
     check_tensor(name, "candidate", candidate, like=gate, like_name="gate", shape=shape)
     inputs = {"gate and angle": torch.stack([gate, angle], 3).flatten(2, 3), "candidate": candidate}
-    return _recurrence(GATES[kind], inputs, h, reset, backend, activation, initial_state)
+    return _recurrence(ops.Spec(GATES[kind], activation, False, bound), inputs, h, reset, dt, backend, initial_state)
 
 
 def minlstm(
@@ -148,6 +165,7 @@ def minlstm(
     h: Tensor | None = None,
     *,
     reset: Tensor | None = None,
+    dt: Tensor | None = None,
     backend: str = "auto",
     activation: str = "positive",
     initial_state: Tensor | None = None,
@@ -163,6 +181,7 @@ def minlstm(
         candidate: Pre-activation of the candidate state; shape, dtype and device of `forget`.
         h: State before the first step. Default: `initial_state`.
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
+        dt: Time since the step before, (B, S), at least 0. Default: 1.
         backend: Name of a backend, or "auto".
         activation: "positive" (`g`), "linear" or "tanh".
         initial_state: State after a reset, and default of `h`.
@@ -189,18 +208,19 @@ def minlstm(
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence("minlstm", inputs, h, reset, backend, activation, initial_state)
+    return _recurrence(ops.Spec("minlstm", activation, False), inputs, h, reset, dt, backend, initial_state)
 
 
 def _recurrence(
-    cell: str,
+    spec: ops.Spec,
     inputs: dict[str, Tensor],
     h: Tensor | None,
     reset: Tensor | None,
+    dt: Tensor | None,
     backend: str,
-    activation: str,
     initial_state: Tensor | None,
 ) -> Tensor:
+    cell, activation, *_ = spec
     name = cell.partition("_")[0]
     (first_name, first), *others = inputs.items()
     _check_sequence(name, first_name, first)
@@ -209,12 +229,15 @@ def _recurrence(
     if activation not in _activation.ACTIVATIONS:
         raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
     check_reset(name, reset, first, "(B, S)")
+    check_dt(name, dt, first, cell, "(B, S)")
+    if dt is not None:
+        dt = as_dtype(dt, accumulate_dtype(first.dtype))
     if initial_state is None:
         value = zero_state(cell, activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
-    spec, start = ops.Spec(cell, activation, False), ops.Start(state, initial, reset)
+    start = ops.Start(state, initial, reset, dt)
     return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
 
 

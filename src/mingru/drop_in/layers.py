@@ -257,7 +257,7 @@ class GRU(_DropIn, role="torch", planned=True):
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(1)).unsqueeze(2)
         order = Layout(not self.batch_first, None, None)
-        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, order)
+        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, None, order)
         if batched:
             return out, without_dims(last, [2])
         return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
@@ -276,7 +276,7 @@ class GRU(_DropIn, role="torch", planned=True):
             self._check_tensor("hx", hx)
             shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
             self._check_hx(hx, data, shape, "L * D, B, H")
-        out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None)
+        out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None, None)
         return out, without_dims(last, [2])
 
     @untraced
@@ -390,7 +390,7 @@ class GRUCell(_DropIn, role="step", planned=True):
         h = hx
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(0)).unsqueeze(1)
-        _, states = self._run_layers(x, self._state(x, h, x.size(0)), None, Layout(False, None, None))
+        _, states = self._run_layers(x, self._state(x, h, x.size(0)), None, None, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
         return copied(last)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..check import (
     arguments_checked,
+    check_dt,
     check_flag,
     check_like,
     check_one_state,
@@ -17,7 +18,7 @@ from ..check import (
 )
 from ..ops import Layout, inference
 from ..ops.graph import is_autocast, is_scripting, untraced
-from ..ops.shape import accumulate_dtype
+from ..ops.shape import accumulate_dtype, as_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent
@@ -30,7 +31,7 @@ class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
+        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
         if is_scripting():
             if x.dim() not in (1, 2) or x.size(-1) != self.input_dims:
@@ -39,22 +40,24 @@ class RecurrentCell(Recurrent, role="step"):
             shape[-1] = self.hidden_dims
             if h is not None and list(h.shape) != shape:
                 raise ValueError(f"{self.name}: h must be {shape}, got {h.shape}")
-            if reset is not None and reset.shape != x.shape[:-1]:
-                raise ValueError(f"{self.name}: reset must be {x.shape[:-1]}, got {reset.shape}")
+            self._check_scripted(list(x.shape[:-1]), reset, dt)
         else:
-            done = inference.run(self, x, None if h is None else [h], reset, False)
-            if done is not None:
-                return done[1][0]
-            self._check_step(x, h, reset)
+            if dt is None:
+                done = inference.run(self, x, None if h is None else [h], reset, False)
+                if done is not None:
+                    return done[1][0]
+            self._check_step(x, h, reset, dt)
         batched = x.dim() == 2
         if not batched:
             x = x.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
             reset = None if reset is None else reset.unsqueeze(0)
+            dt = None if dt is None else dt.unsqueeze(0)
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
         reset = None if reset is None else reset.unsqueeze(1)
+        dt = None if dt is None else as_dtype(dt.unsqueeze(1), accumulate_dtype(x.dtype))
         # The state, not the output, because the state stays float32 under autocast.
-        _, states = self._run_layers(x.unsqueeze(1), state, reset, Layout(False, None, None))
+        _, states = self._run_layers(x.unsqueeze(1), state, reset, dt, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
         return copied(last)
 
@@ -63,7 +66,7 @@ class RecurrentCell(Recurrent, role="step"):
         return [self._state(x, None, batch).view(batch, self.hidden_dims)]
 
     @untraced
-    def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None) -> None:
+    def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
@@ -79,8 +82,9 @@ class RecurrentCell(Recurrent, role="step"):
             if h.shape != (*batch, self.hidden_dims):
                 expected = f"({letters}H) = {dims((*batch, self.hidden_dims))}"
                 raise ValueError(expectation(self.name, "h", expected, dims(h.shape)))
-        if reset is not None:
-            check_reset(self.name, reset, x.select(-1, 0), "(B,)" if batch else "a scalar")
+        first, order = x.select(-1, 0), "(B,)" if batch else "a scalar"
+        check_reset(self.name, reset, first, order)
+        check_dt(self.name, dt, first, self.cell, order, autocast=is_autocast(x))
 
 
 class MinGRUCell(RecurrentCell, MinGRU, planned=True):
@@ -98,6 +102,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         norm: "layer", "rms" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh".
         gate: "sigmoid", "signed" or "rotation".
+        min_decay: Lower bound of the decay.
         learn_initial_state: If True, the initial state is a parameter.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -108,6 +113,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
           bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or
           `gate` is not "sigmoid") or learned.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
+        - **dt**: Time since the step before, (B,) or a scalar tensor. Default: 1.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,). It is differentiable.
@@ -147,6 +153,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         norm: str | None = None,
         candidate: str = "positive",
         gate: str = "sigmoid",
+        min_decay: float = 0.0,
         learn_initial_state: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -159,6 +166,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
             norm=norm,
             candidate=candidate,
             gate=gate,
+            min_decay=min_decay,
             learn_initial_state=learn_initial_state,
             device=device,
             dtype=dtype,
@@ -188,6 +196,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
         - **reset**: Boolean mask of sequences to reset.
+        - **dt**: Time since the step before, (B,) or a scalar tensor. Default: 1.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,).

@@ -157,10 +157,10 @@ class MinConv(Base, role="sequence"):
         return x, states
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Call the layer; `lengths` must be None."""
-        assert lengths is None
+        """Call the layer; `lengths` and `dt` must be None."""
+        assert lengths is None and dt is None
         out, last = self(x, h, reset)
         return out, last
 

@@ -4,6 +4,7 @@ TorchScript compiles `forward` and the functions that it calls. A scripted modul
 raised by torch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from ..check import (
     arguments_checked,
     check_bias,
     check_dropout,
+    check_dt,
     check_flag,
     check_flags,
     check_gate,
     check_int,
     check_lengths,
     check_like,
+    check_min_decay,
     check_one_state,
     check_options,
     check_pairs,
@@ -32,9 +35,9 @@ from ..check import (
     expectation,
 )
 from ..ops import Layout, Spec, Start, States, inference, layout, traceable
-from ..ops.cells import GATES, zero_state
+from ..ops.cells import GATES, TIMED, zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
-from ..ops.shape import accumulate_dtype
+from ..ops.shape import accumulate_dtype, as_dtype
 from .base import Base
 from .shared import in_reverse, not_default, reshaped, weight_of
 
@@ -54,6 +57,7 @@ class RecurrentLayer(nn.Module):
         residual: bool,
         norm: str | None,
         candidate: str,
+        min_decay: float,
         recompute: bool | None,
         factory: dict[str, Any],
     ) -> None:
@@ -63,6 +67,7 @@ class RecurrentLayer(nn.Module):
         self.num_inputs = ops.NUM_INPUTS[cell]
         pre_dims = hidden_dims * self.num_inputs
         self.candidate = candidate
+        self.min_decay = min_decay
         self.recompute = recompute
         self.residual = residual
         self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
@@ -89,7 +94,8 @@ class RecurrentLayer(nn.Module):
 
     def plan(self, plan: Any, state: int, index: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.watch(vars(self), "cell", "candidate", "residual")
+        plan.watch(vars(self), "cell", "candidate", "min_decay", "residual")
+        plan.is_supported &= self.min_decay == 0
         if self.residual:
             plan.add("keep")
         if self.norm is not None:
@@ -101,7 +107,7 @@ class RecurrentLayer(nn.Module):
             plan.add_linear(self, "align", "add_linear")
 
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        spec = Spec(self.cell, self.candidate, reverse)
+        spec = Spec(self.cell, self.candidate, reverse, self.min_decay)
         if is_scripting():
             pre = y
             if not reverse:
@@ -112,6 +118,11 @@ class RecurrentLayer(nn.Module):
         else:
             linear: Any = self.linear_reverse if reverse else self.linear
             return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
+
+
+def _packed_steps(x: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return the values of the packed steps of x, (B, S) or (S, B)."""
+    return None if x is None else x.flatten().index_select(0, index)
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:
@@ -140,6 +151,7 @@ class Recurrent(Base, role="sequence"):
         norm: str | None = None,
         candidate: str = "positive",
         gate: str = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         recompute: bool | None = None,
         device: Any = None,
@@ -158,6 +170,7 @@ class Recurrent(Base, role="sequence"):
         check_options(self.name, norm, NORMS, candidate, dtype)
         check_gate(self.name, "gate", gate)
         check_pairs(self.name, "hidden_dims", hidden_dims, gate)
+        bounds = check_min_decay(self.name, min_decay, num_layers, gate)
         self.input_dims = input_dims
         self.hidden_dims = hidden_dims
         self.num_layers = num_layers
@@ -169,8 +182,11 @@ class Recurrent(Base, role="sequence"):
         self.norm = norm
         self.candidate = candidate
         self.gate = gate
+        # A number, or a tuple with one for each layer.
+        self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
         if self.cell == "mingru":
             self.cell = GATES[gate]
+        self.is_timed = self.cell in TIMED
         self.learn_initial_state = learn_initial_state
         self.recompute = recompute
 
@@ -188,6 +204,7 @@ class Recurrent(Base, role="sequence"):
                 self.residual,
                 norm,
                 candidate,
+                bounds[index],
                 self.recompute,
                 factory,
             )
@@ -208,48 +225,62 @@ class Recurrent(Base, role="sequence"):
             nn.init.constant_(self.initial_state, self.zero_state)
 
     def forward(
-        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        h: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
     ) -> States:
         if is_scripting():
             if x.dim() != 3 or x.size(2) != self.input_dims:
                 letters = "(B, S, " if self.batch_first else "(S, B, "
                 raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}), got {x.shape}")
-            if reset is not None and reset.shape != x.shape[:2]:
-                raise ValueError(f"{self.name}: reset must be {x.shape[:2]}, got {reset.shape}")
+            self._check_scripted(list(x.shape[:2]), reset, dt)
         else:
-            if lengths is None:
+            if lengths is None and dt is None:
                 states = inference.run(self, x, None if h is None else [h], reset, not self.batch_first)
                 if states is not None:
                     return states[0], states[1][0]
             if isinstance(x, PackedSequence):
-                return self._packed(x, h, reset, lengths)
-            self._check(x, h, reset, lengths)
+                return self._packed(x, h, reset, lengths, dt)
+            self._check(x, h, reset, lengths, dt)
         batch = x.size(0 if self.batch_first else 1)
+        if dt is not None:
+            dt = as_dtype(dt, accumulate_dtype(x.dtype))
         # An empty batch cannot be packed. While tracing, the test is skipped, because it would fix the batch size.
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
-            return self._run(x, self._state(x, h, batch), reset, Layout(not self.batch_first, None, None))
+            return self._run(x, self._state(x, h, batch), reset, dt, Layout(not self.batch_first, None, None))
         if is_scripting():
             batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
         elif is_compiling():
-            return self._padded(x, h, reset, lengths)
+            return self._padded(x, h, reset, lengths, dt)
         else:
             batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
         index = index.to(x.device)
         order = order.to(x.device)
         data = x.flatten(0, 1).index_select(0, index)
-        if reset is not None:
-            reset = reset.flatten().index_select(0, index)
         state = self._state(x, h, batch).index_select(1, order)
-        out, last = self._run(data, state, reset, Layout(False, batch_sizes, None))
+        reset, dt = _packed_steps(reset, index), _packed_steps(dt, index)
+        out, last = self._run(data, state, reset, dt, Layout(False, batch_sizes, None))
         padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
         padded[index] = out
         return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
 
+    def _check_scripted(self, shape: list[int], reset: Tensor | None, dt: Tensor | None) -> None:
+        """Check the arguments of a scripted module that have one value for each step."""
+        if reset is not None and list(reset.shape) != shape:
+            raise ValueError(f"{self.name}: reset must be {shape}, got {reset.shape}")
+        if dt is not None and list(dt.shape) != shape:
+            raise ValueError(f"{self.name}: dt must be {shape}, got {dt.shape}")
+        if dt is not None and not self.is_timed:
+            raise ValueError(f"{self.name}: dt must be None because this cell takes no elapsed times")
+
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Call the layer with its state in a list, and return the new state in a list."""
-        out, last = self(x, None if h is None else h[0], reset, lengths)
+        out, last = self(x, None if h is None else h[0], reset, lengths, dt)
         return out, [last]
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
@@ -264,21 +295,24 @@ class Recurrent(Base, role="sequence"):
             layer.plan(plan, plan.num_states, index)
         plan.num_states += 1
 
-    def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor) -> States:
+    def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor, dt: Tensor | None) -> States:
         """Run on the padded batch and mask the padding: a captured graph cannot depend on the number of valid steps."""
         padding = layout.padding_from_lengths(lengths, x, not self.batch_first)
         x = x.masked_fill(padding.unsqueeze(2), 0.0)
         reset = None if reset is None else reset & ~padding
-        out, last = self._run(x, self._state(x, h, lengths.size(0)), reset, Layout(not self.batch_first, None, padding))
+        order = Layout(not self.batch_first, None, padding)
+        out, last = self._run(x, self._state(x, h, lengths.size(0)), reset, dt, order)
         return out.masked_fill(padding.unsqueeze(2), 0.0), last
 
-    def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Any:
+    def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any) -> Any:
         """Return a PackedSequence, and the states in the order of the batch before packing."""
         data, batch_sizes, order, original_order = x
-        packed_reset = self._check_packed(x, h, reset, lengths)
+        packed_reset, packed_dt = self._check_packed(x, h, reset, lengths, dt)
+        if packed_dt is not None:
+            packed_dt = as_dtype(packed_dt, accumulate_dtype(data.dtype))
         state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(data, state, packed_reset, Layout(False, batch_sizes, None))
+        out, last = self._run(data, state, packed_reset, packed_dt, Layout(False, batch_sizes, None))
         if original_order is not None:
             last = last.index_select(1, original_order)
         return PackedSequence(out, batch_sizes, order, original_order), last
@@ -301,20 +335,22 @@ class Recurrent(Base, role="sequence"):
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
-    def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> States:
+    def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout) -> States:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, state, reset, order)
+        out, states = self._run_layers(x, state, reset, dt, order)
         return out, torch.stack(states)
 
-    def _run_layers(self, x: Tensor, state: Tensor, reset: Tensor | None, order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers, and return a state (B, 1, H) for each; reset has the leading dimensions of x."""
+    def _run_layers(
+        self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x."""
         constant = state
         if reset is not None and self.initial_state is None:
             constant = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
         starts: list[Start] = []
         for index, h in enumerate(state.unbind(0)):
             initial_state = constant if self.initial_state is None else self.initial_state[index]
-            starts.append(Start(h, h if reset is None else initial_state, reset))
+            starts.append(Start(h, h if reset is None else initial_state, reset, dt))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
@@ -325,7 +361,9 @@ class Recurrent(Base, role="sequence"):
         return x, states
 
     @untraced
-    def _check(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None) -> None:
+    def _check(
+        self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
+    ) -> None:
         """Raise an error if an argument is invalid."""
         if not isinstance(x, Tensor):
             raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
@@ -335,12 +373,16 @@ class Recurrent(Base, role="sequence"):
             raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         self._check_beside(x, h, batch)
-        check_reset(self.name, reset, x, "(B, S)" if self.batch_first else "(S, B)")
+        order = "(B, S)" if self.batch_first else "(S, B)"
+        check_reset(self.name, reset, x, order)
+        check_dt(self.name, dt, x, self.cell, order, autocast=is_autocast(x))
         if lengths is not None:
             check_lengths(self.name, lengths, batch, steps, x.device)
 
-    def _check_packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any) -> Tensor | None:
-        """Raise an error if an argument is invalid for a PackedSequence; return the packed reset mask."""
+    def _check_packed(
+        self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Raise an error if an argument is invalid for a PackedSequence; return the packed resets and elapsed times."""
         if lengths is not None:
             expected = "None because a PackedSequence has its own lengths"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
@@ -348,19 +390,28 @@ class Recurrent(Base, role="sequence"):
             expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
         self._check_beside(x.data, h, int(x.batch_sizes[0]))
-        if reset is None:
+        packed_reset, packed_dt = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
+        steps, sequence = "(1, steps)", x.data.unsqueeze(0)
+        if packed_reset is not None:
+            check_reset(self.name, packed_reset.unsqueeze(0), sequence, steps)
+        if packed_dt is not None:
+            check_dt(self.name, packed_dt.unsqueeze(0), sequence, self.cell, steps, autocast=is_autocast(x.data))
+        return packed_reset, packed_dt
+
+    def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
+        """Return the data of an argument that must be packed like x."""
+        if given is None:
             return None
-        if not isinstance(reset, PackedSequence):
+        if not isinstance(given, PackedSequence):
             expected = "a PackedSequence like x"
             remedy = "pack it with the lengths of x"
-            raise TypeError(expectation(self.name, "reset", expected, type(reset).__name__, remedy))
-        if not torch.equal(reset.batch_sizes, x.batch_sizes):
-            raise ValueError(expectation(self.name, "reset", "packed with the lengths of x", "other lengths"))
-        if not torch.equal(_order_of(reset), _order_of(x)):
-            raise ValueError(expectation(self.name, "reset", "packed in the order of x", "another order"))
-        packed_reset: Tensor = reset.data
-        check_reset(self.name, packed_reset.unsqueeze(0), x.data.unsqueeze(0), "(1, steps)")
-        return packed_reset
+            raise TypeError(expectation(self.name, argument, expected, type(given).__name__, remedy))
+        if not torch.equal(given.batch_sizes, x.batch_sizes):
+            raise ValueError(expectation(self.name, argument, "packed with the lengths of x", "other lengths"))
+        if not torch.equal(_order_of(given), _order_of(x)):
+            raise ValueError(expectation(self.name, argument, "packed in the order of x", "another order"))
+        data: Tensor = given.data
+        return data
 
     def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
         """Raise an error if x does not fit the weights, or h does not fit x."""
@@ -389,6 +440,7 @@ class Recurrent(Base, role="sequence"):
             "norm": None,
             "candidate": "positive",
             "gate": "sigmoid",
+            "min_decay": 0.0,
             "learn_initial_state": False,
             "recompute": None,
             "forget_bias": 0.0,

@@ -10,11 +10,13 @@ from ..ops.graph import is_compiling, is_scripting, is_tracing
 
 
 def in_reverse(start: Start, order: Layout) -> Start:
-    """Return the start of the reverse direction, whose reset mask is shifted by one step."""
-    reset = start.reset
+    """Return the start of the reverse direction, whose resets and elapsed times are shifted by one step."""
+    reset, dt = start.reset, start.dt
     if reset is not None:
         reset = layout.reset_seen_in_reverse(reset, order)
-    return Start(start.h, start.initial_state, reset)
+    if dt is not None:
+        dt = layout.dt_seen_in_reverse(dt, order)
+    return Start(start.h, start.initial_state, reset, dt)
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:

@@ -110,10 +110,10 @@ class Stack(Base, role="sequence", planned=True):
         return found
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Call the stack."""
-        out, states = self(x, h, reset, lengths)
+        out, states = self(x, h, reset, lengths, dt)
         return out, states
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
@@ -155,23 +155,30 @@ class Stack(Base, role="sequence", planned=True):
                 module.reset_parameters()
 
     def forward(
-        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if is_scripting():
             if h is not None and len(h) != self.num_states:
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
         else:
-            if lengths is None:
+            if lengths is None and dt is None:
                 done = inference.run(self, x, h, reset, not self.batch_first)
                 if done is not None:
                     return done
             self._check(h)
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
+        if dt is not None and self.num_space_dims > 0:
+            raise ValueError(f"{self.name}: dt must be None because convolutional layers do not support elapsed times")
         states: list[Tensor] = []
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
-            out, after = layer.with_states(x, before, reset, lengths)  # type: ignore[operator]
+            out, after = layer.with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
             states += after
             data = _data_of(out)
             if self.residual:

@@ -78,7 +78,7 @@ def linear_recurrence(
         return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
 
     def run(name: str) -> States:
-        tensors = route.fused_with(linear, name, spec, x, order)
+        tensors = route.fused_with(linear, name, spec, x, start, order)
         if tensors is None:
             return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
@@ -117,7 +117,7 @@ def _or_other(run: Callable[[str], States], name: str, spec: Spec, sequence: Ten
 def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
     if inputs[0].numel() == 0:
         return empty_states(traceable.sum_of(inputs), start.h, 0 if order.time_first else 1)
-    kernel = route.kernel_of(name, spec, inputs, order)
+    kernel = route.kernel_of(name, spec, inputs, start, order)
     if kernel is None:
         return autograd.composed(name, spec, inputs, start, order)
     if order.batch_sizes is None or kernel.packed:

@@ -171,20 +171,21 @@ def run_kernel(
     if is_compiling() and which[1] == "kernel" and tensors[0].dim() > 3:
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
-        flat_start = Start(start.h.flatten(2), start.initial_state.expand_as(start.h).flatten(2), start.reset)
+        initial_state = start.initial_state.expand_as(start.h)
+        flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
         out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        h, initial_state, reset = start
-        args = (h, None if reset is None else initial_state, reset, layout.batch_sizes, layout.padding, *tensors)
+        h, initial_state, reset, dt = start
+        args = (h, None if reset is None else initial_state, reset, dt, layout.batch_sizes, layout.padding, *tensors)
         states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(which).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
 
 
-def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> Start:
-    return Start(h, h if initial_state is None else initial_state, reset)
+def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Start:
+    return Start(h, h if initial_state is None else initial_state, reset, dt)
 
 
 def _kernel(which: tuple[str, str]) -> Any:
@@ -196,8 +197,8 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        h, initial_state, reset, batch_sizes, padding, *tensors = args
-        call = (_start(h, initial_state, reset), Layout(time_first, batch_sizes, padding))
+        h, initial_state, reset, dt, batch_sizes, padding, *tensors = args
+        call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, padding))
         out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
         ctx.which, ctx.spec, ctx.time_first = which, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(tensors[0])
@@ -206,19 +207,19 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        out, kept, h, initial_state, reset, batch_sizes, padding, *tensors = ctx.saved_tensors
+        out, kept, h, initial_state, reset, dt, batch_sizes, padding, *tensors = ctx.saved_tensors
         layout = Layout(ctx.time_first, batch_sizes, padding)
-        needs_h, needs_initial_state, _, _, _, *needs = ctx.needs_input_grad[4:]
+        needs_h, needs_initial_state, _, needs_dt, _, _, *needs = ctx.needs_input_grad[4:]
 
         def recompute(name: str) -> Sequence[Tensor | None]:
-            def function(h: Tensor, initial_state: Tensor | None, *tensors: Any) -> States:
+            def function(h: Tensor, initial_state: Tensor | None, dt: Tensor | None, *tensors: Any) -> States:
                 inputs = list(tensors)
                 if ctx.which[1] == "linear_kernel":
                     inputs = list(F.linear(*tensors).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-                return composed(name, ctx.spec, inputs, _start(h, initial_state, reset), layout)
+                return composed(name, ctx.spec, inputs, _start(h, initial_state, reset, dt), layout)
 
-            needs_all = [needs_h, needs_initial_state, *needs]
-            return _differentiable(function, [h, initial_state, *tensors], needs_all, grad)
+            needs_all = [needs_h, needs_initial_state, needs_dt, *needs]
+            return _differentiable(function, [h, initial_state, dt, *tensors], needs_all, grad)
 
         if torch.is_grad_enabled() or are_batched(*grad):
             grads = recompute(ctx.which[0])
@@ -226,14 +227,14 @@ class Recurrence(torch.autograd.Function):
             if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
-            start = _start(h, initial_state, reset)
+            start = _start(h, initial_state, reset, dt)
             saved = (out, kept, *grad)
             try:
-                grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, saved, needs)
+                grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, saved, [needs_dt, *needs])
             except KernelFailure as failure:
                 grads = recompute(after(failure, ctx.spec, out))
-        grad_h, grad_initial_state, *others = grads
-        return None, None, None, None, grad_h, grad_initial_state, None, None, None, *others
+        grad_h, grad_initial_state, grad_dt, *others = grads
+        return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, *others
 
 
 def _differentiable(

@@ -17,7 +17,7 @@ class Kernel:
 
     forward(spec, tensors, start, layout, keep) -> (out, last, kept)
     backward(spec, tensors, start, layout, (out, kept, grad_out, grad_last), needs) -> (grad_h, grad_initial_state,
-        *grads), where `grads` and `needs` have an entry for each tensor: its gradient, and whether it needs one
+        grad_dt, *grads), where `needs` has an entry for dt and for each tensor: whether it needs a gradient
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
@@ -29,6 +29,11 @@ class Kernel:
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
+    timed: bool = True
+    """Whether the kernel computes elapsed times and lower bounds of the decay."""
+
+    def computes(self, spec: Spec, start: Start) -> bool:
+        return spec.cell in self.cells and (self.timed or (spec.min_decay == 0 and start.dt is None))
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)

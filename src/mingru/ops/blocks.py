@@ -73,7 +73,7 @@ def in_blocks(
         for begin in reversed(begins) if spec.reverse else begins:
             steps = slice(begin, begin + sizes[time])
             at = (steps, elements) if order.time_first else (elements, steps)
-            reset = None if start.reset is None else start.reset[at]
-            out[at], last = run(x[at], Start(last, start.initial_state, reset))
+            reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
+            out[at], last = run(x[at], Start(last, start.initial_state, reset, dt))
         lasts.append(last)
     return out, torch.cat(lasts).to(start.h.dtype)

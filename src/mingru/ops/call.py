@@ -1,4 +1,4 @@
-"""The arguments of a recurrence: its cell, its states and resets, and its memory layout.
+"""The arguments of a recurrence: its cell, its states, resets and elapsed times, and its memory layout.
 
 NamedTuples without methods, because TorchScript compiles the functions that take them. TorchScript refines an optional
 field only after it was read into a local variable.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Spec(NamedTuple):
-    """Cell, activation and direction."""
+    """Cell, activation, direction and lower bound of the decay."""
 
     cell: str
     """Cell type, one of `cells.NUM_INPUTS`."""
@@ -18,10 +18,12 @@ class Spec(NamedTuple):
     """Activation of the candidate, one of `activation.ACTIVATIONS`."""
     reverse: bool
     """Whether the scan runs from the last step to the first."""
+    min_decay: float = 0.0
+    """Lower bound m of |a| per unit of time, from 0 to 1 (exclusive); see `cells.coefficients`."""
 
 
 class Start(NamedTuple):
-    """State before the first step, resets, and the state after a reset."""
+    """State before the first step, resets, the state after a reset, and elapsed times."""
 
     h: Tensor
     """State before the first step, (B, 1, *)."""
@@ -29,6 +31,8 @@ class Start(NamedTuple):
     """Value of h_{t-1} if step t has a reset; expandable to (B, 1, *)."""
     reset: Tensor | None
     """Boolean reset mask with the leading dimensions of the sequences."""
+    dt: Tensor | None = None
+    """Time since the step before, with the leading dimensions of the sequences, accumulation dtype. None means 1."""
 
 
 class Layout(NamedTuple):

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .activation import activate, log_g
 from .call import Spec
-from .shape import accumulate_dtype, as_dtype, to_pairs
+from .shape import accumulate_dtype, along, as_dtype, to_pairs
 
 # Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
 NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3}
 # The cell of each gate of a minGRU.
 GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
+# Cells whose |a| is a decay that may have a lower bound, and whose steps may have an elapsed time.
+TIMED = ("mingru", "mingru_rotation", "minlstm")
 # Cells whose a and b are positive if the candidate is positive.
 WITH_LOGARITHMS = ("mingru", "minlstm")
 
@@ -32,27 +34,59 @@ def is_complex(spec: Spec) -> bool:
     return spec.cell == "mingru_rotation"
 
 
-def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype.
 
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
     mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
     mingru_rotation, with z and an angle:          a = (1 - z) exp(i angle), b = z activate(candidate), as pairs
     minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
+
+    With the lower bound m = min_decay, 1 - z (or f) becomes r = m + (1 - m) (1 - z). With elapsed times dt (B, S), r
+    becomes r^dt, and angle becomes dt angle. z (or i) becomes 1 - r or 1 - r^dt.
     """
     if spec.cell == "mingru_signed":
         return _signed(spec, inputs)
     if spec.cell == "mingru_rotation":
-        return _rotation(spec, inputs)
+        return _rotation(spec, inputs, dt)
     gate, candidate = _gate_and_candidate(spec, inputs)
-    # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
-    return (-gate).sigmoid(), gate.sigmoid() * activate(candidate, spec.activation)
+    keep, update = _decay(gate, spec.min_decay, dt)
+    return keep, update * activate(candidate, spec.activation)
 
 
-def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def log_coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return log a and log b for the activation "positive"."""
     gate, candidate = _gate_and_candidate(spec, inputs)
-    return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
+    if spec.min_decay == 0 and dt is None:
+        return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
+    log_keep = _log_decay(gate, spec.min_decay)
+    if dt is not None:
+        log_keep = log_keep * along(dt, gate)
+    return log_keep, (-log_keep.expm1()).log() + log_g(candidate)
+
+
+def _decay(gate: Tensor, min_decay: float, dt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return r and 1 - r as in `coefficients`, both in full relative precision."""
+    if dt is None:
+        # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
+        keep, update = (-gate).sigmoid(), gate.sigmoid()
+        if min_decay == 0:
+            return keep, update
+        return min_decay + (1.0 - min_decay) * keep, (1.0 - min_decay) * update
+    log_keep = _log_decay(gate, min_decay) * along(dt, gate)
+    keep = log_keep.exp()
+    # 1 - exp(x) = -tanh(x / 2) (1 + exp(x)) does not cancel. `expm1` would in ONNX graphs.
+    return keep, -(0.5 * log_keep).tanh() * (1.0 + keep)
+
+
+def _log_decay(gate: Tensor, min_decay: float) -> Tensor:
+    if min_decay == 0:
+        return F.logsigmoid(-gate)
+    # The gate l with sigma(-l) = m + (1 - m) sigma(-gate) is gate + log(1 - m) - softplus(gate + log m). It is computed
+    # without infinity minus infinity for an infinite gate.
+    log_min, log_range = math.log(min_decay), math.log1p(-min_decay)
+    bounded = gate.clamp_max(-log_min) + log_range + F.logsigmoid((gate + log_min).abs())
+    return F.logsigmoid(-bounded)
 
 
 def _wide(inputs: list[Tensor]) -> list[Tensor]:
@@ -76,12 +110,14 @@ def _signed(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
 
 
-def _rotation(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _rotation(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
     gates, candidates = [to_pairs(x) for x in _wide(inputs)]
     gate, turn = gates.unbind(-1)
+    if dt is not None:
+        turn = turn * along(dt, turn)
     # Whole turns are subtracted, which is exact. The product with pi would lose the precision of a large angle.
     angle = (turn - 8.0 * (0.125 * turn).round()) * (0.25 * math.pi)
-    keep = (-gate).sigmoid()
+    keep, update = _decay(gate, spec.min_decay, dt)
     a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
-    return a, gate.sigmoid().unsqueeze(-1) * activate(candidates, spec.activation)
+    return a, update.unsqueeze(-1) * activate(candidates, spec.activation)

@@ -39,17 +39,19 @@ def padded_call(
 
     Packed sequences become padded. They are reversed while unpacking, so that the returned call runs forward.
     """
-    reset = start.reset
+    reset, dt = start.reset, start.dt
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:
         index, padding = unpack_index(batch_sizes, spec.reverse)
         inputs = [unpack(x, index, padding) for x in inputs]
         if reset is not None:
             reset = unpack(reset, index, padding)
+        if dt is not None:
+            dt = unpack(dt, index, padding)
         return (
-            Spec(spec.cell, spec.activation, False),
+            Spec(spec.cell, spec.activation, False, spec.min_decay),
             inputs,
-            Start(start.h, start.initial_state, reset),
+            Start(start.h, start.initial_state, reset, dt),
             Layout(False, None, padding.to(inputs[0].device)),
         )
     if layout.time_first:
@@ -57,7 +59,12 @@ def padded_call(
         return (
             spec,
             [x.transpose(0, 1) for x in inputs],
-            Start(start.h, start.initial_state, None if reset is None else reset.transpose(0, 1)),
+            Start(
+                start.h,
+                start.initial_state,
+                None if reset is None else reset.transpose(0, 1),
+                None if dt is None else dt.transpose(0, 1),
+            ),
             Layout(False, None, None if padding_or_none is None else padding_or_none.transpose(0, 1)),
         )
     return spec, inputs, start, layout
@@ -65,7 +72,7 @@ def padded_call(
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
     """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
-    a, b = coefficients(spec, inputs)
+    a, b = coefficients(spec, inputs, start.dt)
     pairs = is_complex(spec)
     padding = layout.padding
     if padding is not None:
@@ -173,12 +180,46 @@ def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
 
 
 def _packed_reset_seen_in_reverse(reset: Tensor, batch_sizes: Tensor) -> Tensor:
+    return _packed_next(reset, torch.zeros_like(reset), batch_sizes)
+
+
+def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
+    """Return the elapsed times of the reverse direction.
+
+    dt at step t is the time between the steps t - 1 and t. The reverse direction crosses it before step t - 1, so the
+    times move by one step. Before the last step it uses the time before the first step, which no other step uses.
+    """
+    batch_sizes = layout.batch_sizes
+    if batch_sizes is not None:
+        if not is_scripting():
+            if is_tracing():
+                return for_trace(_packed_dt_seen_in_reverse)(dt, batch_sizes)
+        return _packed_dt_seen_in_reverse(dt, batch_sizes)
+    padding = layout.padding
+    if layout.time_first:
+        if padding is not None:
+            dt = torch.where(padding, dt[:1], dt)
+        return torch.cat([dt, dt[:1]])[1:]
+    if padding is not None:
+        dt = torch.where(padding, dt[:, :1], dt)
+    # Not dt[:, 1:] first, because export would add a guard on its size.
+    return torch.cat([dt, dt[:, :1]], 1)[:, 1:]
+
+
+def _packed_dt_seen_in_reverse(dt: Tensor, batch_sizes: Tensor) -> Tensor:
+    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
+    exists = batch < batch_sizes.unsqueeze(1)
+    # The first times of all sequences are the first packed values.
+    sequence = batch.expand_as(exists)[exists]
+    return _packed_next(dt, dt.index_select(0, sequence.to(dt.device)), batch_sizes)
+
+
+def _packed_next(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tensor:
+    """Return the packed value of the next step of each sequence, and `at_end` at its last step."""
     following = batch_sizes[1:]
     offsets = batch_sizes.cumsum(0) - batch_sizes
     batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
     exists = batch < following.unsqueeze(1)
     before = (offsets[:-1].unsqueeze(1) + batch)[exists]
     after = (offsets[1:].unsqueeze(1) + batch)[exists]
-    moved = torch.zeros_like(reset)
-    moved[before.to(reset.device)] = reset[after.to(reset.device)]
-    return moved
+    return at_end.index_copy(0, before.to(x.device), x.index_select(0, after.to(x.device)))

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import Backend, Kernel, KernelFailure
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
-from .call import Layout, Spec
+from .call import Layout, Spec, Start
 from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
 from .shape import as_dtype
@@ -124,10 +124,10 @@ def backend_of(name: str) -> Backend:
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
 
 
-def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], layout: Layout) -> Kernel | None:
+def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs):
+    if kernel is None or not kernel.computes(spec, start) or not are_ordinary(*inputs, *_given(start.dt)):
         return None
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -136,11 +136,11 @@ def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], layout: Layout) -
 
 
 def fused_with(
-    linear: nn.Module, name: str, spec: Spec, x: Tensor, layout: Layout
+    linear: nn.Module, name: str, spec: Spec, x: Tensor, start: Start, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
     kernel = backend_of(name).linear_kernel
-    if kernel is None or spec.cell not in kernel.cells or layout.padding is not None:
+    if kernel is None or not kernel.computes(spec, start) or layout.padding is not None:
         return None
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None
@@ -148,7 +148,7 @@ def fused_with(
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if not x.is_floating_point() or x.numel() == 0 or not are_ordinary(x, weight):
+    if not x.is_floating_point() or x.numel() == 0 or not are_ordinary(x, weight, *_given(start.dt)):
         return None
     if is_autocast(x):
         return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None
@@ -157,11 +157,15 @@ def fused_with(
 
 def _autocast(*tensors: Tensor | None) -> Any:
     """Return the tensors in the dtype in which `nn.Linear` computes under autocast; None if it does not cast them."""
-    given = [tensor for tensor in tensors if tensor is not None]
+    given = _given(*tensors)
     if any(tensor.dtype == torch.float64 for tensor in given):
         return None
     dtype = torch.get_autocast_dtype(given[0].device.type)
     return tuple(None if tensor is None else as_dtype(tensor, dtype) for tensor in tensors)
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -34,7 +34,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-    log_a, log_b = log_coefficients(spec, inputs)
+    log_a, log_b = log_coefficients(spec, inputs, start.dt)
     if layout.padding is not None:
         mask = along(layout.padding, log_a)
         log_a, log_b = log_a.masked_fill(mask, 0.0), log_b.masked_fill(mask, -math.inf)

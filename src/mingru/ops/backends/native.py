@@ -15,6 +15,8 @@ from ..call import Layout, Spec, Start
 from ..layout import LinearScan, is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 
+# The `group` of csrc/scan.h.
+_GROUP = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -34,17 +36,25 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """Register functions that return the shapes of the outputs, for graphs that are captured without data."""
 
-    def grads_of_states(h: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
+    def grads_of_start(
+        h: Tensor, reset: Tensor | None, dt: Tensor | None, needs_dt: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_h, grad_initial_state = h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
+        grads_of_dt = h.new_empty(0)
+        if needs_dt and dt is not None:
+            num_features = h.shape[2:].numel()
+            grads_of_dt = h.new_empty(*dt.shape, (num_features + _GROUP - 1) // _GROUP)
+        return grad_h, grad_initial_state, grads_of_dt
 
     def recurrence_forward(inputs: list[Tensor], h: Tensor, *_: Any) -> States:
         return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
 
     def recurrence_backward(inputs: list[Tensor], h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        num_leading = 2 if rest[2] is None else 1
+        _, reset, dt, batch_sizes, *_, needs_dt = rest
+        num_leading = 2 if batch_sizes is None else 1
         leading, trailing = inputs[0].shape[:num_leading], inputs[0].shape[num_leading:]
         grads = inputs[0].new_empty(*leading, len(inputs) * trailing.numel())
-        return grads, *grads_of_states(h, rest[1])
+        return grads, *grads_of_start(h, reset, dt, needs_dt)
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
@@ -56,7 +66,7 @@ def _register_shapes() -> None:
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        *_, needs_x, needs_weight, needs_bias = rest
+        _, reset, dt, *_, needs_dt, needs_x, needs_weight, needs_bias = rest
         grad_x = x.new_empty(0)
         if needs_x:
             grad_x = x.new_empty(x.shape)
@@ -64,7 +74,7 @@ def _register_shapes() -> None:
                 grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *grads_of_states(h, rest[1])
+        return grad_x, grad_weight, grad_bias, *grads_of_start(h, reset, dt, needs_dt)
 
     for shapes in (
         recurrence_forward,
@@ -93,18 +103,18 @@ def _state(h: Tensor, sequence: Tensor) -> Tensor:
     return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
-def _given(start: Start, layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the states, resets and batch sizes that all operators take."""
-    h, initial_state, reset = start
+def _given(start: Start, layout: Layout, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the states, resets, elapsed times and batch sizes that all operators take."""
+    h, initial_state, reset, dt = start
     h = _state(h, like)
     initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
-    return h, initial_state, reset, layout.batch_sizes
+    return h, initial_state, reset, dt, layout.batch_sizes
 
 
-def _how(spec: Spec, layout: Layout) -> tuple[str, bool, bool]:
-    """Return the name of the cell, `reverse` and `time_first`, that all operators take."""
-    cell, activation, reverse = spec
-    return f"{cell}_{activation}", reverse, layout.time_first
+def _how(spec: Spec, layout: Layout) -> tuple[str, float, bool, bool]:
+    """Return the name of the cell, `min_decay`, `reverse` and `time_first`, that all operators take."""
+    cell, activation, reverse, min_decay = spec
+    return f"{cell}_{activation}", min_decay, reverse, layout.time_first
 
 
 def _recurrence(
@@ -120,18 +130,21 @@ def _recurrence_backward(
 ) -> tuple[Tensor | None, ...]:
     out, _, grad_out, grad_last = saved
     given, grad_last = _given(start, layout, inputs[0]), _state(grad_last, inputs[0])
-    grads, *grads_of_states = torch.ops.mingru.recurrence_backward(
-        inputs, *given, out, grad_out, grad_last, *_how(spec, layout)
+    grads, *grads_of_start = torch.ops.mingru.recurrence_backward(
+        inputs, *given, out, grad_out, grad_last, *_how(spec, layout), needs[0]
     )
-    return _grads_of_states(start, *grads_of_states) + _split(grads, inputs)
+    return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
 
 
-def _grads_of_states(start: Start, grad_h: Tensor, grad_initial_state: Tensor) -> tuple[Tensor | None, ...]:
+def _grads_of_start(
+    start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grads_of_dt: Tensor
+) -> tuple[Tensor | None, ...]:
     grad_h = as_dtype(grad_h, start.h.dtype)
+    grad_dt = grads_of_dt.sum(-1) if needs_dt else None
     if start.reset is None:
-        return grad_h, None
+        return grad_h, None, grad_dt
     initial_state = start.initial_state
-    return grad_h, as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape)
+    return grad_h, as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape), grad_dt
 
 
 def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -153,11 +166,12 @@ def _linear_recurrence_backward(
     x = tensors[0]
     out, pre_activations, grad_out, grad_last = saved
     given, grad_last = _given(start, layout, x), _state(grad_last, x)
-    grad_x, grad_weight, grad_bias, *grads_of_states = torch.ops.mingru.linear_recurrence_backward(
+    grad_x, grad_weight, grad_bias, *grads_of_start = torch.ops.mingru.linear_recurrence_backward(
         *tensors, *given, out, pre_activations, grad_out, grad_last, *_how(spec, layout), *needs
     )
-    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[2] else None)
-    return *_grads_of_states(start, *grads_of_states), *(grads[i] if need else None for i, need in enumerate(needs))
+    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[3] else None)
+    found = (grad if need else None for grad, need in zip(grads, needs[1:], strict=True))
+    return *_grads_of_start(start, needs[0], *grads_of_start), *found
 
 
 def _scan(call: LinearScan) -> States:
@@ -165,7 +179,7 @@ def _scan(call: LinearScan) -> States:
     cell = "linear_scan"
     if a.is_complex():
         a, b, h, cell = _real(a), _real(b), _real(h), "complex_linear_scan"
-    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, cell, reverse, False)
+    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, None, cell, 0.0, reverse, False)
     if cell == "complex_linear_scan":
         return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
@@ -183,9 +197,9 @@ def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: T
         a, h, out, grad_out, grad_last = (_real(x) for x in (a, h, out, grad_out, grad_last))
     cell = "complex_linear_scan" if is_complex else "linear_scan"
     # The gradients do not depend on b.
-    inputs, given = [a, a], (h, h, reset, None)
-    grads, grad_h, _ = torch.ops.mingru.recurrence_backward(
-        inputs, *given, out, grad_out, grad_last, cell, reverse, False
+    inputs, given = [a, a], (h, h, reset, None, None)
+    grads, grad_h, *_ = torch.ops.mingru.recurrence_backward(
+        inputs, *given, out, grad_out, grad_last, cell, 0.0, reverse, False, False
     )
     found = *_split(grads, inputs), grad_h
     return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if is_complex else found

@@ -74,8 +74,9 @@ def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
         size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
 
     def part(steps: slice) -> Call:
-        reset, padding = (None if mask is None else mask[:, steps] for mask in (start.reset, layout.padding))
-        return spec, [x[:, steps] for x in inputs], start._replace(reset=reset), layout._replace(padding=padding)
+        reset, dt, padding = (None if x is None else x[:, steps] for x in (start.reset, start.dt, layout.padding))
+        part_start = start._replace(reset=reset, dt=dt)
+        return spec, [x[:, steps] for x in inputs], part_start, layout._replace(padding=padding)
 
     blocks = [slice(begin, min(begin + size, num_steps)) for begin in range(0, num_steps, size)]
     return [(steps, part(steps)) for steps in blocks]
@@ -111,7 +112,7 @@ def _recurrence_backward(
     if layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
     call = padded_call(spec, list(inputs), start, layout)
-    (_, (first_input, *_), (h, _, reset), _), reverse, blocks = call, spec.reverse, _blocks_of(call)
+    (_, (first_input, *_), (h, _, reset, _), _), reverse, blocks = call, spec.reverse, _blocks_of(call)
     # In the order of the scan, not of time.
     earlier, later, first, last = slice(-1), slice(1, None), slice(1), slice(-1, None)
     if reverse:
@@ -128,7 +129,10 @@ def _recurrence_backward(
     grad_h = first_a.mul_(delta[:, first])
     if reset is not None:
         grad_h.masked_fill_(along(reset[:, first], grad_h), 0)
-    grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+    grads = [
+        torch.empty_like(x) if need and x is not None else None
+        for x, need in zip([start.dt, *inputs], needs, strict=True)
+    ]
     views = [None if grad is None else grad.transpose(0, 1) if layout.time_first else grad for grad in grads]
     grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state, dtype=delta.dtype)
     for steps, block in blocks:
@@ -150,21 +154,26 @@ def _recurrence_backward(
 
 
 def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: Tensor) -> list[Any]:
-    """Return the gradients of the inputs of a block, and of the initial state, from dL/da and dL/db."""
+    """Return the gradients of dt, of the inputs of a block, and of the initial state, from dL/da and dL/db."""
     spec, inputs, start, layout = call
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip([start.dt, *inputs], needs, strict=True)
+        ]
         # In the dtype of delta, because the gradients of all blocks are summed in that dtype.
-        leaves.append(start.initial_state.detach().to(delta.dtype).requires_grad_(start.reset is not None))
-        scan = as_linear_scan(spec, leaves[:-1], start._replace(h=start.h.detach(), initial_state=leaves[-1]), layout)
+        initial_state = start.initial_state.detach().to(delta.dtype).requires_grad_(start.reset is not None)
+        leaves.append(initial_state)
+        own = Start(start.h.detach(), initial_state, start.reset, leaves[0])
+        scan = as_linear_scan(spec, leaves[1:-1], own, layout)
     if start.reset is not None:
         previous = previous.masked_fill(along(start.reset, previous), 0)
     outputs = [(x, grad) for x, grad in ((scan.a, previous * delta), (scan.b, delta)) if x.requires_grad]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     if not outputs:
         return [None] * len(leaves)
     grads = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
-    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+    return [None if leaf is None or not leaf.requires_grad else next(grads) for leaf in leaves]
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:

@@ -36,15 +36,17 @@ def flat_recurrence(
     cell: str,
     activation: str,
     reverse: bool,
+    min_decay: float,
     inputs: list[Tensor],
     h: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
+    dt: Tensor | None,
     time_first: bool,
     batch_sizes: Tensor | None,
 ) -> States:
     """Call `recurrence` from a trace, which cannot pass a NamedTuple to a scripted function."""
-    spec, start = Spec(cell, activation, reverse), Start(h, initial_state, reset)
+    spec, start = Spec(cell, activation, reverse, min_decay), Start(h, initial_state, reset, dt)
     return recurrence(spec, inputs, start, Layout(time_first, batch_sizes, None))
 
 

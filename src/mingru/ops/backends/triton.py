@@ -263,7 +263,7 @@ class _Work:
         return bits & -bits
 
     def constants(self, plan: Plan, unit: int) -> dict[str, Any]:
-        cell, activation, _ = self.spec
+        cell, activation, *_ = self.spec
         even = self.num_features % plan.features == 0
         return {"CELL": cell, "ACTIVATION": activation, "KEEPING": KEEPING[cell], "V": unit, "EVEN": even}
 
@@ -476,32 +476,36 @@ def _call_backward(inputs: Sequence[Tensor], h: Tensor, *args: Any) -> tuple[Ten
 
 def _given(start: Start, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the states, resets and batch sizes that both operators take."""
-    h, initial_state, reset = start
+    h, initial_state, reset, _ = start
     return h, None if reset is None else initial_state.expand_as(h), reset, layout.batch_sizes
+
+
+def _how(spec: Spec, layout: Layout) -> tuple[str, str, bool, bool]:
+    """Return the cell, the activation, `reverse` and `time_first`, that both operators take."""
+    return spec.cell, spec.activation, spec.reverse, layout.time_first
 
 
 def _recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, None]:
-    return *_call_forward(inputs, *_given(start, layout), *spec, layout.time_first), None
+    return *_call_forward(inputs, *_given(start, layout), *_how(spec, layout)), None
 
 
 def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, *grad = saved
-    grads, *grads_of_states, _ = _call_backward(
-        inputs, *_given(start, layout), out, *grad, *spec, layout.time_first, False
-    )
+    grads, *grads_of_states, _ = _call_backward(inputs, *_given(start, layout), out, *grad, *_how(spec, layout), False)
     return _grads_of_states(start, *grads_of_states) + _split(grads, inputs)
 
 
 def _grads_of_states(start: Start, grad_h: Tensor, grad_initial_state: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of h, of the initial state, and of dt, which these kernels do not take."""
     if start.reset is None:
-        return grad_h, None
+        return grad_h, None, None
     initial_state = start.initial_state
     grad = grad_initial_state.view(start.h.shape)
-    return grad_h, as_dtype(grad.sum_to_size(initial_state.shape), initial_state.dtype)
+    return grad_h, as_dtype(grad.sum_to_size(initial_state.shape), initial_state.dtype), None
 
 
 def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -536,23 +540,24 @@ def _linear_recurrence_backward(
     spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias = tensors
+    _, needs_x, needs_weight, needs_bias = needs
     out, kept, *grad = saved
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
         _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
         grads, *grads_of_states, grad_bias = _call_backward(
-            inputs, *_given(start, layout), out, *grad, *spec, layout.time_first, needs[2]
+            inputs, *_given(start, layout), out, *grad, *_how(spec, layout), needs_bias
         )
         x = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(inputs[0]) else grads).flatten(0, -2)
         grad_x = grad_weight = None
-        if needs[0]:
+        if needs_x:
             grad_x = (matrix @ weight).view(x.shape)
             grad_x = grad_x if x is tensors[0] else grad_x.transpose(0, 1)
-        if needs[1]:
+        if needs_weight:
             grad_weight = matrix.t() @ x.flatten(0, -2)
-    found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs[2] else None)
+    found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
     return *_grads_of_states(start, *grads_of_states), *found
 
 
@@ -577,6 +582,8 @@ BACKEND = Backend(
     scan=_scan,
     scan_backward=_scan_backward,
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING, timed=False),
+    linear_kernel=Kernel(
+        _linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING, timed=False
+    ),
 )

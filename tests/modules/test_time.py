@@ -1,0 +1,278 @@
+"""Elapsed times (`dt`) and lower bounds of the decay (`min_decay`) in layers, cells and stacks."""
+
+import copy
+import math
+
+import pytest
+import reference
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+import mingru
+
+B, S, IN, H = 3, 21, 4, 6
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
+MORE = {"num_layers": 2, "bidirectional": True, "residual": True, "norm": "rms", "learn_initial_state": True}
+MODELS = {
+    "MinGRU": (mingru.MinGRU, {}),
+    "MinGRU with bounds": (mingru.MinGRU, {**MORE, "min_decay": [0.1, 0.5]}),
+    "MinGRU with rotations": (mingru.MinGRU, {**MORE, "gate": "rotation", "candidate": "tanh", "min_decay": 0.25}),
+    "MinLSTM": (mingru.MinLSTM, MORE),
+}
+
+# Dynamo's own way of tracing a function, in torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+every_model = pytest.mark.parametrize("model", MODELS)
+
+
+def make(model, **more):
+    kind, options = MODELS[model]
+    return kind(IN, H, dtype=torch.double, **{**options, **more})
+
+
+def inputs(rnn, batch=B, steps=S):
+    h = torch.rand(rnn.num_layers * rnn.num_directions, batch, 1, H).double()
+    reset, dt = torch.rand(batch, steps) < 0.2, 3 * torch.rand(batch, steps).double()
+    return torch.randn(batch, steps, IN).double(), h, reset, dt
+
+
+def graded(rnn, function, x, h, reset, dt):
+    """Return the outputs, and the gradients of x, h, dt and all parameters."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, h, dt)]
+    out, last = function(leaves[0], leaves[1], reset, dt=leaves[2])
+    weights = [torch.randn(each.shape, generator=torch.Generator().manual_seed(0)).double() for each in (out, last)]
+    loss = (out * weights[0]).sum() + (last * weights[1]).sum()
+    return out, last, *torch.autograd.grad(loss, [*leaves, *rnn.parameters()], materialize_grads=True)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "scripted"])
+@every_model
+def test_layer_against_the_reference(model, backend):
+    rnn = make(model)
+    given = inputs(rnn)
+    expected = graded(rnn, lambda *args, dt: reference.layers(rnn, *args, dt=dt), *given)
+    if backend == "scripted":
+        assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
+        return
+    with mingru.use_backend(backend):
+        assert_close(graded(rnn, rnn, *given), expected, **TIGHT)
+        without_dt = reference.layers(rnn, *given[:3])
+        assert_close(rnn(*given[:3]), without_dt, **TIGHT)
+        with torch.no_grad():
+            assert_close(rnn(*given[:3]), without_dt, **TIGHT)
+            assert_close(rnn(*given[:3], dt=given[3]), expected[:2], **TIGHT)
+
+
+@every_model
+def test_time_first(model):
+    rnn = make(model)
+    x, h, reset, dt = inputs(rnn)
+    swapped = make(model, batch_first=False)
+    swapped.load_state_dict(rnn.state_dict())
+    out, last = swapped(x.transpose(0, 1), h, reset.t(), dt=dt.t())
+    expected, expected_last = rnn(x, h, reset, dt=dt)
+    assert_close(out.transpose(0, 1), expected, **TIGHT)
+    assert_close(last, expected_last, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", ["MinGRU", "MinLSTM"])
+def test_pieces_equal_the_whole_and_a_cell_equals_the_layer(kind):
+    options = {"norm": "layer", "dtype": torch.double, **({"min_decay": 0.2} if kind == "MinGRU" else {})}
+    rnn, cell = getattr(mingru, kind)(IN, H, **options), getattr(mingru, f"{kind}Cell")(IN, H, **options)
+    cell.load_state_dict(rnn.state_dict())
+    x, h, reset, dt = inputs(rnn)
+    out, last = rnn(x, h, reset, dt=dt)
+    state, outs = h, []
+    for part in (slice(0, 1), slice(1, 9), slice(9, S)):
+        piece, state = rnn(x[:, part], state, reset[:, part], dt=dt[:, part])
+        outs.append(piece)
+    assert_close(torch.cat(outs, 1), out, **TIGHT)
+    assert_close(state, last, **TIGHT)
+    for step in (cell, torch.jit.script(cell)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                state = h[0, :, 0]
+                for t in range(S):
+                    state = step(x[:, t], state, reset[:, t], dt[:, t])
+                    assert_close(state, out[:, t], **TIGHT)
+    assert_close(cell(x[0, 0], h[0, 0, 0], None, dt[0, 0]), rnn(x[:1, :1], h[:, :1], dt=dt[:1, :1])[0][0, 0], **TIGHT)
+
+
+@every_model
+def test_packed_and_lengths(model):
+    rnn = make(model)
+    x, h, reset, dt = inputs(rnn)
+    lengths = torch.tensor([9, S, 1])
+    packed = [pack_padded_sequence(each, lengths, True, False) for each in (x, reset, dt)]
+    for backend in BACKENDS:
+        with mingru.use_backend(backend):
+            out, last = rnn(x, h, reset, lengths, dt)
+            packed_out, packed_last = rnn(packed[0], h, packed[1], dt=packed[2])
+            assert_close(pad_packed_sequence(packed_out, True)[0], out, **TIGHT)
+            assert_close(packed_last, last, **TIGHT)
+            for index, length in enumerate(lengths):
+                one = slice(index, index + 1)
+                given = x[one, :length], h[:, one], reset[one, :length]
+                expected, state = reference.layers(rnn, *given, dt=dt[one, :length])
+                assert_close(out[one, :length], expected, **TIGHT)
+                assert_close(last[:, one], state, **TIGHT)
+                assert not out[one, length:].any()
+    assert_close(torch.jit.script(rnn)(x, h, reset, lengths, dt), (out, last), **TIGHT)
+    traced = torch.jit.trace(rnn, (x, h, reset, lengths, dt), check_trace=False)
+    fewer = lengths.clamp_max(7)
+    assert_close(traced(x, h, reset, fewer, dt), rnn(x, h, reset, fewer, dt), **TIGHT)
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, h, reset, lengths, dt), (out, last), **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@every_model
+def test_compiled(model, backend):
+    if backend not in BACKENDS:
+        pytest.skip("the kernels were not built")
+    rnn = make(model)
+    given = inputs(rnn)
+    with mingru.use_backend(backend):
+        expected = graded(rnn, rnn, *given)
+        compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+        assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
+
+
+@every_model
+def test_exported(model):
+    rnn = make(model).eval()
+    x, h, reset, dt = inputs(rnn)
+    batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
+    shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps}, None, {0: batch, 1: steps})
+    program = torch.export.export(rnn, (x, h, reset, None, dt), dynamic_shapes=shapes)
+    for size in (1, 5, 40):
+        x, h, reset, dt = inputs(rnn, 2, size)
+        assert_close(program.module()(x, h, reset, None, dt), rnn(x, h, reset, dt=dt), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "step"])
+def test_onnx(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    rnn = mingru.MinGRU(IN, H, min_decay=0.3)
+    size = 1 if kind == "step" else 9
+    example = torch.randn(1, size, IN), torch.rand(1, 1, 1, H), None, None, torch.ones(1, size)
+    path = tmp_path / "model.onnx"
+    mingru.export.onnx(rnn, example, path, kind=kind, max_steps=None if kind == "step" else 64)
+    session = onnxruntime.InferenceSession(path)
+    names = [each.name for each in session.get_inputs()]
+    assert names == ["x", "h", "dt"]
+    for steps in (1,) if kind == "step" else (1, 9, 40):
+        x, h, dt = torch.randn(3, steps, IN), torch.rand(1, 3, 1, H), 2 * torch.rand(3, steps)
+        dt[:, 0] = 1e-4
+        got = session.run(None, dict(zip(names, (x.numpy(), h.numpy(), dt.numpy()), strict=True)))
+        for one, other in zip(got, rnn(x, h, dt=dt), strict=True):
+            assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_widths_and_autocast(dtype):
+    rnn = mingru.MinGRU(IN, H, 2)
+    x, h, _, dt = (each if each.dtype == torch.bool else each.float() for each in inputs(rnn))
+    expected, last = rnn(x, h, dt=dt)
+    half = copy.deepcopy(rnn).to(dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for times in (dt, dt.to(dtype)):
+                out, state = half(x.to(dtype), h.to(dtype), dt=times)
+                assert out.dtype == state.dtype == dtype
+                assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+            with torch.autocast("cpu", dtype):
+                out, state = rnn(x, h, dt=dt)
+            assert out.dtype == dtype
+            assert state.dtype == torch.float32
+            assert_close(state, last, rtol=0.05, atol=0.05)
+
+
+def test_per_sample_gradients():
+    rnn = make("MinGRU")
+    x, h, _, dt = inputs(rnn)
+    parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
+
+    def loss(parameters, x, h, dt):
+        args = {"dt": dt[None]}
+        return torch.func.functional_call(rnn, parameters, (x[None], h[:, None]), args)[0].square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 1, 0))(parameters, x, h, dt)
+    whole = torch.autograd.grad(rnn(x, h, dt=dt)[0].square().sum(), rnn.parameters())
+    for per_sample, total in zip(each.values(), whole, strict=True):
+        assert_close(per_sample.sum(0), total, **TIGHT)
+
+
+def test_stack():
+    layers = [mingru.MinGRU(IN, H, dtype=torch.double), mingru.MinLSTM(H, H, bidirectional=True, dtype=torch.double)]
+    stack = mingru.Stack(layers)
+    x, _, reset, dt = inputs(layers[0])
+    hidden, first = layers[0](x, None, reset, dt=dt)
+    out, second = layers[1](hidden, None, reset, dt=dt)
+    assert_close(stack(x, None, reset, dt=dt), (out, [first, second]), **TIGHT)
+    assert_close(torch.jit.script(stack)(x, None, reset, None, dt), (out, [first, second]), **TIGHT)
+    videos = mingru.Stack([mingru.MinConv1dGRU(1, 2, 3, padding=1)])
+    with pytest.raises(ValueError, match="Stack: dt must be None because convolutional layers"):
+        videos(torch.randn(1, 2, 1, 5), dt=torch.ones(1, 2))
+
+
+def test_min_decay_bounds_the_decay():
+    """With candidates of 0, the state shrinks at most by the bound of its layer."""
+    rnn = mingru.MinGRU(1, 1, 2, candidate="linear", bias=False, min_decay=[0.25, 0.75])
+    with torch.no_grad():
+        for weight in rnn.parameters():
+            weight.copy_(torch.tensor([[100.0], [0.0]]))
+    _, h = rnn(torch.ones(1, 2, 1), torch.ones(2, 1, 1, 1))
+    # The second layer has gates 100 * 0.25 and 100 * 0.0625: its decays are its bound too.
+    assert_close(h.flatten(), torch.tensor([0.25**2, 0.75**2]), rtol=1e-2, atol=0)
+    assert repr(rnn).startswith("MinGRU(\n  1, 1, num_layers=2, bias=False, candidate='linear', min_decay=(0.25, 0.75)")
+
+
+def test_errors():
+    rnn, x, dt = mingru.MinGRU(IN, H), torch.zeros(2, 3, IN), torch.ones(2, 3)
+    bad = {
+        "MinGRU: dt must be a tensor, got float; use torch.as_tensor": 1.0,
+        r"MinGRU: dt must be \(B, S\) = \(2, 3\), got \(3, 2\)": dt.t(),
+        "MinGRU: dt must be torch.float32 like x, got torch.float64": dt.double(),
+        "MinGRU: dt must be at least 0, got -1.0": -dt,
+        "MinGRU: dt must be at least 0, got nan": dt * math.nan,
+    }
+    for message, value in bad.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            rnn(x, dt=value)
+    lengths = torch.tensor([3, 2])
+    packed = pack_padded_sequence(x, lengths, True)
+    with pytest.raises(TypeError, match="dt must be a PackedSequence like x, got Tensor; pack it with"):
+        rnn(packed, dt=dt)
+    with pytest.raises(ValueError, match="dt must be packed with the lengths of x, got other lengths"):
+        rnn(packed, dt=pack_padded_sequence(dt, torch.tensor([3, 1]), True))
+    with pytest.raises(ValueError, match=r"dt must be at least 0, got -1\.0"):
+        rnn(packed, dt=pack_padded_sequence(-dt, lengths, True))
+    with pytest.raises(ValueError, match=r"MinGRUCell: dt must be \(B,\) = \(2,\), got \(3,\)"):
+        mingru.MinGRUCell(IN, H)(x[:, 0], dt=torch.ones(3))
+    for kind in (mingru.MinGRU, mingru.MinGRUCell):
+        signed = kind(IN, H, gate="signed")
+        given, times = (x, dt) if kind is mingru.MinGRU else (x[:, 0], dt[:, 0])
+        with pytest.raises(ValueError, match=f"{kind.__name__}: dt must be None because the gate is 'signed'"):
+            signed(given, dt=times)
+        with pytest.raises(torch.jit.Error, match=f"{kind.__name__}: dt must be None because this cell takes no"):
+            torch.jit.script(signed)(given, dt=times)
+    with pytest.raises(torch.jit.Error, match=r"MinGRU: dt must be \[2, 3\], got \[3, 2\]"):
+        torch.jit.script(rnn)(x, dt=dt.t())
+    for value in (1.0, -0.1, [0.1, 0.2], math.nan):
+        with pytest.raises(ValueError, match="MinGRU: min_decay must be a number from 0 to 1"):
+            mingru.MinGRU(IN, H, min_decay=value)
+    for value in (None, "0.1", True, [None]):
+        with pytest.raises(TypeError, match="MinGRU: min_decay must be a number from 0 to 1"):
+            mingru.MinGRU(IN, H, min_decay=value)
+    with pytest.raises(ValueError, match="MinGRU: min_decay must be 0 because a decay with a lower bound"):
+        mingru.MinGRU(IN, H, gate="signed", min_decay=0.1)
