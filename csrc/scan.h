@@ -8,21 +8,24 @@ namespace mingru {
 enum class Storage { float32, float64, bfloat16, float16 };
 
 // Name (cell_activation), number of inputs and struct of every cell. All other lists of cells are made from this list.
-#define MINGRU_CELLS(CELL)                                    \
-  CELL(linear_scan, 2, LinearScan)                            \
-  CELL(complex_linear_scan, 2, ComplexLinearScan)             \
-  CELL(mingru_positive, 2, MinGRU<Positive>)                  \
-  CELL(mingru_linear, 2, MinGRU<Linear>)                      \
-  CELL(mingru_tanh, 2, MinGRU<Tanh>)                          \
-  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)     \
-  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)         \
-  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)             \
-  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>) \
-  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)     \
-  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)         \
-  CELL(minlstm_positive, 3, MinLSTM<Positive>)                \
-  CELL(minlstm_linear, 3, MinLSTM<Linear>)                    \
-  CELL(minlstm_tanh, 3, MinLSTM<Tanh>)
+#define MINGRU_CELLS(CELL)                                              \
+  CELL(linear_scan, 2, LinearScan)                                      \
+  CELL(complex_linear_scan, 2, ComplexLinearScan)                       \
+  CELL(mingru_positive, 2, MinGRU<Positive>)                            \
+  CELL(mingru_linear, 2, MinGRU<Linear>)                                \
+  CELL(mingru_tanh, 2, MinGRU<Tanh>)                                    \
+  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)               \
+  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)                   \
+  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)                       \
+  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>)           \
+  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)               \
+  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)                   \
+  CELL(minlstm_positive, 3, MinLSTM<Positive>)                          \
+  CELL(minlstm_linear, 3, MinLSTM<Linear>)                              \
+  CELL(minlstm_tanh, 3, MinLSTM<Tanh>)                                  \
+  CELL(minlstm_unnormalized_positive, 3, UnnormalizedMinLSTM<Positive>) \
+  CELL(minlstm_unnormalized_linear, 3, UnnormalizedMinLSTM<Linear>)     \
+  CELL(minlstm_unnormalized_tanh, 3, UnnormalizedMinLSTM<Tanh>)
 
 #define MINGRU_KIND(name, num_inputs, type) name,
 enum class CellKind { MINGRU_CELLS(MINGRU_KIND) };

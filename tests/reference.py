@@ -45,6 +45,14 @@ def minlstm(forget, input, candidate, h=None, reset=None, activation="positive",
     return linear_scan(f / (f + i), i / (f + i) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
+def minlstm_unnormalized(
+    forget, input, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False
+):
+    f, i = torch.sigmoid(forget), torch.sigmoid(input)
+    initial = INITIAL_STATE[activation] if initial is None else initial
+    return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+
+
 def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
     a = -torch.tanh(gate / 2)
     initial = 0.0 if initial is None else initial
@@ -73,11 +81,12 @@ CELLS = {
     "mingru_signed": mingru_signed,
     "mingru_rotation": mingru_rotation,
     "minlstm": minlstm,
+    "minlstm_unnormalized": minlstm_unnormalized,
 }
 
 
 def initial_state(cell, activation):
-    return INITIAL_STATE[activation] if cell in ("mingru", "minlstm") else 0.0
+    return INITIAL_STATE[activation] if cell not in ("mingru_signed", "mingru_rotation") else 0.0
 
 
 def norm(x, kind, weights, prefix, eps):

@@ -31,8 +31,8 @@ CONTRACT = {
     "MinGRU.forward": f"{FORWARD}, lengths=None",
     "MinLSTM": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, forget_bias=0.0, residual=False, norm=None, candidate='positive', learn_initial_state=False, "
-        "recompute=None, device=None, dtype=None"
+        "*, forget_bias=0.0, normalize=True, residual=False, norm=None, candidate='positive', "
+        "learn_initial_state=False, recompute=None, device=None, dtype=None"
     ),
     "MinLSTM.forward": f"{FORWARD}, lengths=None",
     "MinGRUCell": (
@@ -41,7 +41,7 @@ CONTRACT = {
     ),
     "MinGRUCell.forward": FORWARD,
     "MinLSTMCell": (
-        "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, norm=None, candidate='positive', "
+        "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, normalize=True, norm=None, candidate='positive', "
         "learn_initial_state=False, device=None, dtype=None"
     ),
     "MinLSTMCell.forward": FORWARD,
@@ -93,7 +93,7 @@ CONTRACT = {
 # Keywords that the library adds behind those of the contract.
 ADDED = {
     "functional.mingru": "*, kind='sigmoid', angle=None, activation='positive', initial_state=None",
-    "functional.minlstm": "*, activation='positive', initial_state=None",
+    "functional.minlstm": "*, normalize=True, activation='positive', initial_state=None",
     "export.onnx": "*, max_steps=None, dynamic_shapes=None",
 }
 # Their arguments are those of another class, which tells them.

@@ -43,6 +43,7 @@ REMEDIES = {
     "proj_size": LINEAR_BEHIND,
     "proj_out": LINEAR_BEHIND,
     "forget_bias": "only a minLSTM has a forget gate",
+    "normalize": "only a minLSTM has two gates",
 }
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
@@ -236,7 +237,7 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
     if not isinstance(h, (list, tuple)):
         return
     remedy = f"a minGRU's state is one tensor h, {letters}"
-    if cell == "minlstm":
+    if cell.startswith("minlstm"):
         remedy = f"a minLSTM's state is one tensor h, {letters}, without a cell state"
     raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
 

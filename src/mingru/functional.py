@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .check import check_gate, check_reset, check_state, check_tensor, dims, expectation
+from .check import check_flag, check_gate, check_reset, check_state, check_tensor, dims, expectation
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.cells import GATES, zero_state
@@ -149,13 +149,17 @@ def minlstm(
     *,
     reset: Tensor | None = None,
     backend: str = "auto",
+    normalize: bool = True,
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
     """Compute the states of a minLSTM from its pre-activations.
 
         f_t = sigma(forget_t)      i_t = sigma(input_t)
-        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)
+        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)    if `normalize`
+        h_t = f_t h_{t-1} + i_t activation(candidate_t)                                otherwise
+
+    Without normalization, the state may grow, because f + i may exceed 1.
 
     Args:
         forget: Pre-activation of the forget gate f, (B, S, *); float32, float64, bfloat16 or float16.
@@ -164,6 +168,7 @@ def minlstm(
         h: State before the first step. Default: `initial_state`.
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
         backend: Name of a backend, or "auto".
+        normalize: If False, the gates are not divided by their sum.
         activation: "positive" (`g`), "linear" or "tanh".
         initial_state: State after a reset, and default of `h`.
 
@@ -171,12 +176,12 @@ def minlstm(
         States h_1 ... h_S, (B, S, *), dtype of `forget`.
 
     Raises:
-        TypeError: An argument is not a tensor, or has the wrong dtype.
+        TypeError: An argument is not a tensor or not a bool, or has the wrong dtype.
         ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
         Same as [mingru.functional.mingru][] with gate = log sigma(input) - log sigma(forget). The normalized gates sum
-        to 1 even if both sigmoids underflow.
+        to 1 even if both sigmoids underflow. Without normalization, the relative error has the same bound.
 
     Unlike `torch.nn.LSTM`, minLSTM has no output gate and no cell state.
 
@@ -188,8 +193,10 @@ def minlstm(
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
+    check_flag("minlstm", "normalize", normalize)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence("minlstm", inputs, h, reset, backend, activation, initial_state)
+    cell = "minlstm" if normalize else "minlstm_unnormalized"
+    return _recurrence(cell, inputs, h, reset, backend, activation, initial_state)
 
 
 def _recurrence(

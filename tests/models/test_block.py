@@ -40,6 +40,7 @@ OPTIONS = [
     {"conv": 4, "mlp": 1.5},
     {"cell": "minlstm"},
     {"cell": "minlstm", "forget_bias": 1.0, "conv": 3},
+    {"cell": "minlstm", "normalize": False, "mlp": 2},
     {"norm": "layer", "mlp": 1},
     {"expansion": 1.5, "conv": 3},
     {"expansion": 0.5},
@@ -358,6 +359,11 @@ BAD_OPTIONS = {
     "batch_norm": ({"batch_norm": True}, TypeError, "no argument 'batch_norm'; use norm"),
     "typing error": ({"candidat": "tanh"}, TypeError, "no argument 'candidat'; use candidate"),
     "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are dims, cell, expansion, conv, mlp, "),
+    "normalize of a minGRU": (
+        {"normalize": False},
+        TypeError,
+        "no argument 'normalize'; only a minLSTM has two gates",
+    ),
     "forget_bias of a minGRU": (
         {"forget_bias": 1.0},
         TypeError,

@@ -146,7 +146,8 @@ CASES = [
     Case(
         "Stack",
         lambda **factory: mingru.Stack(
-            [mingru.MinGRU(INPUT, HIDDEN, 2, **factory), mingru.MinLSTM(HIDDEN, 5, **factory)], residual=True
+            [mingru.MinGRU(INPUT, HIDDEN, 2, **factory), mingru.MinLSTM(HIDDEN, 5, normalize=False, **factory)],
+            residual=True,
         ),
         states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5)],
     ),
@@ -158,7 +159,7 @@ CASES = [
     ),
     Case(
         "MinLSTMCell",
-        lambda **factory: mingru.MinLSTMCell(INPUT, HIDDEN, candidate="tanh", **factory),
+        lambda **factory: mingru.MinLSTMCell(INPUT, HIDDEN, candidate="tanh", normalize=False, **factory),
         states=lambda batch: (batch, HIDDEN),
         time_dim=None,
     ),

@@ -51,6 +51,7 @@ def test_all_flags_are_here():
         "batch_first",
         "bidirectional",
         "residual",
+        "normalize",
         "learn_initial_state",
     }
 

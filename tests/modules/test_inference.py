@@ -1,6 +1,7 @@
 """Compare inference passes that run as one operator with calls of the modules one by one."""
 
 import copy
+import functools
 import gc
 import pickle
 import random
@@ -96,7 +97,7 @@ def error_in_eps(calls, module, *args):
 
 def random_layer(pick, input_dims, dtype):
     options = {"candidate": pick(["positive", "linear", "tanh"]), "bias": pick([True, False]), "dtype": dtype}
-    kind = pick([mingru.MinGRU, mingru.MinLSTM])
+    kind = pick([mingru.MinGRU, mingru.MinLSTM, functools.partial(mingru.MinLSTM, normalize=False)])
     return kind(
         input_dims,
         pick([1, 5, 16, 33]),

@@ -1,6 +1,7 @@
 """The layer: against the float64 reference, scripted, saved, in pieces, in every dtype, and what it refuses."""
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -35,6 +36,7 @@ OPTIONS = [
     {"recompute": False, "num_layers": 2},
     {"cell": "minlstm"},
     {"cell": "minlstm", "bias": False, "bidirectional": True},
+    {"cell": "minlstm_unnormalized", "num_layers": 2, "norm": "layer"},
     {
         "num_layers": 2,
         "batch_first": False,
@@ -45,7 +47,12 @@ OPTIONS = [
     },
 ]
 
-KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
+# By the name of the recurrence.
+KINDS = {
+    "mingru": mingru.MinGRU,
+    "minlstm": mingru.MinLSTM,
+    "minlstm_unnormalized": functools.partial(mingru.MinLSTM, normalize=False),
+}
 
 FACTORS = {
     "cell": list(KINDS),

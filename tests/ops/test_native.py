@@ -1,11 +1,13 @@
 """What only the C++ kernels promise; their numbers are tested with those of all other bodies."""
 
+import itertools
 import multiprocessing
 import os
 import threading
 import warnings
 
 import pytest
+import reference
 import torch
 
 import mingru
@@ -29,7 +31,7 @@ def inputs(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
     count, name = ops.NUM_INPUTS[cell], f"{cell}_positive"
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
@@ -137,14 +139,25 @@ def test_cut_time_passes_nan_and_infinity_as_one_piece_does():
 @pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
 @pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
 def test_extreme_pre_activations(extreme, activation):
-    import reference
-
     bad = torch.full((1, 1, 4), extreme)
     good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
     h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
     for gate, candidate in [(bad, good), (good, bad), (bad, bad)]:
         out = run(gate, candidate, h, activation=activation)
         truth = reference.mingru(gate.double(), candidate.double(), h.double(), activation=activation).float()
+        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+def test_extreme_pre_activations_of_an_unnormalized_minlstm(extreme, activation):
+    bad = torch.full((1, 1, 4), extreme)
+    good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
+    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
+    for inputs in itertools.product((bad, good), repeat=3):
+        out = mingru.functional.minlstm(*inputs, h, activation=activation, normalize=False, backend="native")
+        doubles = [each.double() for each in (*inputs, h)]
+        truth = reference.minlstm_unnormalized(*doubles, activation=activation).float()
         torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
 
 

@@ -171,6 +171,8 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
         h' = f / (f + i) h + i / (f + i) g(W_h x + b_h)
 
+    or, with `normalize=False`, h' = f h + i g(W_h x + b_h), whose state may grow.
+
     Symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
 
     Args:
@@ -183,6 +185,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
+        normalize: If False, the gates are not divided by their sum.
 
     Inputs:
         - **x**: Input, (B, I) or (I,).
@@ -218,6 +221,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         bias: bool = True,
         *,
         forget_bias: float = 0.0,
+        normalize: bool = True,
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
@@ -230,6 +234,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
             hidden_dims,
             bias=bias,
             forget_bias=forget_bias,
+            normalize=normalize,
             norm=norm,
             candidate=candidate,
             learn_initial_state=learn_initial_state,

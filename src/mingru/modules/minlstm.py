@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import arguments_checked, expectation
+from ..check import arguments_checked, check_flags, expectation
 from .recurrent import Recurrent
 
 
@@ -19,7 +19,14 @@ class MinLSTM(Recurrent, planned=True):
     where f_t is the forget gate, i_t the input gate and h_t the state. [mingru.functional.g][] keeps the candidate
     positive. The normalized gates sum to 1, so that the state does not grow with length.
 
-    [mingru.MinGRU][] explains the arguments (except `forget_bias`), inputs, outputs and errors.
+    With `normalize=False`, the gates are independent:
+
+        h_t = f_t h_{t-1} + i_t g(W_h x_t + b_h)
+
+    The state may then grow, because f + i may exceed 1: with constant gates and a constant candidate c, it approaches
+    i c / (1 - f).
+
+    [mingru.MinGRU][] explains the arguments (except `forget_bias` and `normalize`), inputs, outputs and errors.
 
     Args:
         input_dims: Number of input features, I.
@@ -38,6 +45,7 @@ class MinLSTM(Recurrent, planned=True):
         dtype: Floating-point dtype of the parameters.
         forget_bias: Number added to the forget gate's bias at initialization. With 1, states decay slowly at first.
             Requires `bias=True`.
+        normalize: If False, the gates are not divided by their sum; see above.
 
     Inputs:
         - **x**: Sequence, (B, S, I).
@@ -54,7 +62,8 @@ class MinLSTM(Recurrent, planned=True):
         first, then input gate rows, then candidate rows.
 
     Numerics:
-        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.
+        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow. On a GPU, the recurrence
+        of `normalize=False` runs as a linear scan, not as a fused kernel.
 
     Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, output gate or recurrent
     weight. Defaults differ as in `MinGRU`.
@@ -66,7 +75,8 @@ class MinLSTM(Recurrent, planned=True):
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))
 
     References:
-        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B; for `normalize=False`, the authors'
+        code, https://github.com/BorealisAI/minRNNs, without its option `use_coeff_norm`.
     """
 
     cell = "minlstm"
@@ -83,6 +93,7 @@ class MinLSTM(Recurrent, planned=True):
         bidirectional: bool = False,
         *,
         forget_bias: float = 0.0,
+        normalize: bool = True,
         residual: bool = False,
         norm: str | None = None,
         candidate: str = "positive",
@@ -91,6 +102,10 @@ class MinLSTM(Recurrent, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flags(type(self).__name__, normalize=normalize)
+        if not normalize:
+            # Before the layers are constructed, because they take it.
+            self.cell = "minlstm_unnormalized"
         super().__init__(
             input_dims,
             hidden_dims,
@@ -112,6 +127,7 @@ class MinLSTM(Recurrent, planned=True):
         if forget_bias and not self.bias:
             raise ValueError(expectation(self.name, "forget_bias", "0 because bias is False", repr(forget_bias)))
         self.forget_bias = float(forget_bias)
+        self.normalize = normalize
         self._add_forget_bias()
 
     def reset_parameters(self) -> None:

@@ -392,5 +392,6 @@ class Recurrent(Base, role="sequence"):
             "learn_initial_state": False,
             "recompute": None,
             "forget_bias": 0.0,
+            "normalize": True,
         }
         return text + not_default(self, defaults)

@@ -15,11 +15,11 @@ from .call import Spec
 from .shape import accumulate_dtype, as_dtype, to_pairs
 
 # Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
-NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3}
+NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3, "minlstm_unnormalized": 3}
 # The cell of each gate of a minGRU.
 GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
 # Cells whose a and b are positive if the candidate is positive.
-WITH_LOGARITHMS = ("mingru", "minlstm")
+WITH_LOGARITHMS = ("mingru", "minlstm", "minlstm_unnormalized")
 
 
 def zero_state(cell: str, activation: str) -> float:
@@ -39,11 +39,15 @@ def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
     mingru_rotation, with z and an angle:          a = (1 - z) exp(i angle), b = z activate(candidate), as pairs
     minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
+    minlstm_unnormalized:                          a = sigma(forget), b = sigma(input) activate(candidate)
     """
     if spec.cell == "mingru_signed":
         return _signed(spec, inputs)
     if spec.cell == "mingru_rotation":
         return _rotation(spec, inputs)
+    if spec.cell == "minlstm_unnormalized":
+        forget, input, candidate = _wide(inputs)
+        return forget.sigmoid(), input.sigmoid() * activate(candidate, spec.activation)
     gate, candidate = _gate_and_candidate(spec, inputs)
     # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
     return (-gate).sigmoid(), gate.sigmoid() * activate(candidate, spec.activation)
@@ -51,6 +55,9 @@ def coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def log_coefficients(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return log a and log b for the activation "positive"."""
+    if spec.cell == "minlstm_unnormalized":
+        forget, input, candidate = _wide(inputs)
+        return F.logsigmoid(forget), F.logsigmoid(input) + log_g(candidate)
     gate, candidate = _gate_and_candidate(spec, inputs)
     return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
 
