@@ -120,12 +120,15 @@ def layers(rnn, x, h=None, reset=None, eps=EPS):
             resets = reset
             if direction == 1:
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
-            inputs = pre.split(rnn.hidden_dims, -1)
+            inputs = list(pre.split(rnn.hidden_dims, -1))
+            mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
             out = CELLS[rnn.cell](*inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1)
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             outs.append(out)
         out = torch.cat(outs, -1)
-        if rnn.residual:
+        if mix is not None:
+            out = mix * out + (1 - mix) * x
+        elif rnn.residual:
             align = weights.get(prefix + "align.weight")
             out = out + (x if align is None else x @ align.T)
         x = out

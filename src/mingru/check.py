@@ -128,6 +128,19 @@ def check_bias(name: str, bias: object) -> None:
     check_flag(name, "bias", bias, after if is_number else "")
 
 
+def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
+    if residual != "highway":
+        check_flag(name, "residual", residual, expected="a bool or 'highway'")
+        return
+    if bidirectional:
+        remedy = "use a layer for each direction"
+        raise ValueError(expectation(name, "bidirectional", "False because residual is 'highway'", "True", remedy))
+    if hidden_dims != input_dims:
+        expected = f"{input_dims} like input_dims because residual is 'highway'"
+        remedy = "change the size of x by a torch.nn.Linear before"
+        raise ValueError(expectation(name, "hidden_dims", expected, str(hidden_dims), remedy))
+
+
 def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(expectation(name, argument, expected, repr(size)))

@@ -146,10 +146,14 @@ CASES = [
     Case(
         "Stack",
         lambda **factory: mingru.Stack(
-            [mingru.MinGRU(INPUT, HIDDEN, 2, **factory), mingru.MinLSTM(HIDDEN, 5, normalize=False, **factory)],
+            [
+                mingru.MinGRU(INPUT, HIDDEN, 2, **factory),
+                mingru.MinLSTM(HIDDEN, 5, normalize=False, **factory),
+                mingru.MinGRU(5, 5, residual="highway", **factory),
+            ],
             residual=True,
         ),
-        states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5)],
+        states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5), (1, batch, 1, 5)],
     ),
     Case(
         "MinGRUCell",

@@ -288,6 +288,15 @@ def test_dropout(calls):
     assert not calls.in_one(module, x)[1]
 
 
+def test_a_highway_is_called_one_by_one(calls):
+    highway, x = mingru.MinGRU(8, 8, residual="highway"), torch.randn(2, 3, 8)
+    for module in (highway, mingru.Stack([highway])):
+        result, is_one = calls.in_one(module, x)
+        assert not is_one
+        assert not inference._plan_of(module).is_open()
+        assert_same(result, calls.one_by_one(module, x), torch.float32)
+
+
 def test_double(calls):
     module, x = block(), torch.randn(2, 3, 8)
     calls.in_one(module, x)

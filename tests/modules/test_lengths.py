@@ -71,7 +71,10 @@ def alone(rnn, lengths, layers=reference.layers):
 
 def padded(rnn, lengths, dtype=torch.double, num_steps=S, fill=7.0):
     """x and reset in the module's own order; what stands in the padding is no number to be used."""
-    x, reset = torch.randn(len(lengths), num_steps, IN, dtype=dtype), torch.rand(len(lengths), num_steps) < 0.2
+    x, reset = (
+        torch.randn(len(lengths), num_steps, rnn.input_dims, dtype=dtype),
+        torch.rand(len(lengths), num_steps) < 0.2,
+    )
     reset[0, 0] = True
     x[in_padding(lengths, num_steps)] = fill
     return in_order(rnn, x), in_order(rnn, reset)
@@ -650,7 +653,7 @@ def test_bad_lengths_in_the_order_of_time():
 def end_to_end(rnn, x, lengths, num_steps):
     """The sequences of x in one row, in the order of the layer, with what fills it up."""
     rows = [in_order(rnn, x)[at, :length] for at, length in enumerate(lengths)]
-    rows.append(torch.full((num_steps - sum(lengths), IN), 7.0).double())
+    rows.append(torch.full((num_steps - sum(lengths), rnn.input_dims), 7.0).double())
     return in_order(rnn, torch.cat(rows).unsqueeze(0))
 
 

@@ -36,7 +36,7 @@ class MinLSTM(Recurrent, planned=True):
         batch_first: If False, x is (S, B, I).
         dropout: Dropout probability between layers.
         bidirectional: If True, add a reverse direction (D = 2).
-        residual: If True, add each layer's input to its output.
+        residual: If True, add each layer's input to its output. "highway" mixes both; see [mingru.MinGRU][].
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
@@ -59,7 +59,7 @@ class MinLSTM(Recurrent, planned=True):
 
     State dict:
         As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
-        first, then input gate rows, then candidate rows.
+        first, then input gate rows, then candidate rows. With `residual="highway"`, the highway's H rows are the last.
 
     Numerics:
         As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow. On a GPU, the recurrence
@@ -94,7 +94,7 @@ class MinLSTM(Recurrent, planned=True):
         *,
         forget_bias: float = 0.0,
         normalize: bool = True,
-        residual: bool = False,
+        residual: bool | str = False,
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
