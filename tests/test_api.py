@@ -66,6 +66,7 @@ CONTRACT = {
     ),
     "convert.from_lucidrains": "state_dict, prefix=''",
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
+    "convert.from_pufferlib": "state_dict, prefix=''",
     "export.onnx": "model, example_inputs, path, *, kind='sequence'",
     "functional.g": "x",
     "functional.log_g": "x",
