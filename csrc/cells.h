@@ -236,6 +236,30 @@ struct MinLSTM {
   }
 };
 
+// Inputs: forget gate f, input gate i and candidate. The gates are independent: a = sigma(f), b = sigma(i) candidate.
+template <class Activation>
+struct UnnormalizedMinLSTM {
+  static constexpr int num_inputs = 3;
+  static constexpr bool has_bias = true, is_complex = false, is_timed = false;
+
+  template <class A>
+  MINGRU_INLINE void coefficients(const A* x, A& a, A& b) {
+    a = logistic(x[0]).plus;
+    b = logistic(x[1]).plus * Activation::value(x[2]);
+  }
+
+  template <class A>
+  MINGRU_INLINE void gradients(const A* x, A delta, A previous, A& a, A* grad) {
+    const Logistic<A> forget = logistic(x[0]), input = logistic(x[1]);
+    A derivative;
+    const A candidate = Activation::value(x[2], derivative);
+    a = forget.plus;
+    grad[0] = delta * previous * forget.plus * forget.minus;
+    grad[1] = delta * candidate * input.plus * input.minus;
+    grad[2] = delta * input.plus * derivative;
+  }
+};
+
 // The elapsed time of a step. If `is_bounded`, also log(m) and log(1 - m) of the lower bound m of the decay per unit of
 // time.
 template <class A, bool is_bounded>

@@ -2,6 +2,8 @@
 // pointers to features that are read and written.
 #pragma once
 
+#include <type_traits>
+
 #include "cells.h"
 #include "convert.h"
 #include "scan.h"
@@ -232,6 +234,36 @@ MINGRU_INLINE void backward_group(
   }
 }
 
+// The groups of timed cells are called, not inlined, because the compiler would take a minute longer for a gain of a few
+// percent.
+template <class Cell, bool biased, int count, class... Args>
+MINGRU_NOT_INLINE void call_forward_group(Args... args) {
+  forward_group<Cell, biased, count>(args...);
+}
+
+template <class Cell, bool biased, int count, class... Args>
+MINGRU_NOT_INLINE void call_backward_group(Args... args) {
+  backward_group<Cell, biased, count>(args...);
+}
+
+template <class Cell, bool biased, int count = group, class... Args>
+MINGRU_INLINE void run_forward_group(Args... args) {
+  if constexpr (Cell::is_timed) {
+    call_forward_group<Cell, biased, count>(args...);
+  } else {
+    forward_group<Cell, biased, count>(args...);
+  }
+}
+
+template <class Cell, bool biased, int count = group, class... Args>
+MINGRU_INLINE void run_backward_group(Args... args) {
+  if constexpr (Cell::is_timed) {
+    call_backward_group<Cell, biased, count>(args...);
+  } else {
+    backward_group<Cell, biased, count>(args...);
+  }
+}
+
 // The same for features that are converted by `read` and `write`.
 template <class Cell, bool biased, class T, class A, class S>
 MINGRU_INLINE void converted_forward_group(
@@ -243,10 +275,10 @@ MINGRU_INLINE void converted_forward_group(
       read(converted[k], in_inputs[k]);
       inputs[k] = converted[k];
     }
-    forward_group<Cell, biased>(inputs, biases, time, h, state);
+    run_forward_group<Cell, biased>(inputs, biases, time, h, state);
     write(out_state, state);
   } else {
-    forward_group<Cell, biased>(in_inputs, biases, time, h, out_state);
+    run_forward_group<Cell, biased>(in_inputs, biases, time, h, out_state);
   }
 }
 
@@ -271,10 +303,23 @@ MINGRU_INLINE void converted_backward_group(
     } else {
       from = in_previous;
     }
-    backward_group<Cell, biased>(inputs, biases, time, grad, from, carry, to, out_dt);
+    run_backward_group<Cell, biased>(inputs, biases, time, grad, from, carry, to, out_dt);
     for (int k = 0; k < Cell::num_inputs; ++k) write(out_grads[k], grads[k]);
   } else {
-    backward_group<Cell, biased>(in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
+    run_backward_group<Cell, biased>(in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
+  }
+}
+
+// Calls `run` with a pointer to the previous state, which is in `out` or has the accumulation dtype. If both have the same
+// type, `run` is compiled once.
+template <class T, class A, class F>
+MINGRU_INLINE void with_previous(bool is_in_out, const T* in_out, const A* in_state, const F& run) {
+  if constexpr (std::is_same_v<T, A>) {
+    run(is_in_out ? in_out : in_state);
+  } else if (is_in_out) {
+    run(in_out);
+  } else {
+    run(in_state);
   }
 }
 
@@ -311,7 +356,7 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
         const T* inputs[num_inputs];
         for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
         biases_at<Cell>(scan, span.feature + feature, biases);
-        forward_group<Cell, biased, pair_of_groups>(inputs, biases, time, state + feature, out_state + feature);
+        run_forward_group<Cell, biased, pair_of_groups>(inputs, biases, time, state + feature, out_state + feature);
       }
     }
     for (; feature + group <= span.num_features; feature += group) {
@@ -377,14 +422,11 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
         }
         const A* biases[num_inputs];
         biases_at<Cell>(scan, span.feature + begin, biases);
-        if (from_out) {
-          backward_group<Cell, biased, pair_of_groups>(
-              inputs, biases, time, in_grad + begin, in_previous + begin, state + begin, grads, out_dt);
-        } else {
-          backward_group<Cell, biased, pair_of_groups>(
-              inputs, biases, time, in_grad + begin, previous == nullptr ? no_state : previous + begin, state + begin, grads,
-              out_dt);
-        }
+        const A* other = previous == nullptr ? no_state : previous + begin;
+        with_previous(from_out, in_previous + begin, other, [&](const auto* in_group) {
+          run_backward_group<Cell, biased, pair_of_groups>(
+              inputs, biases, time, in_grad + begin, in_group, state + begin, grads, out_dt);
+        });
         if (out_dt) out_dt += 2;
       }
     }
@@ -402,17 +444,18 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
       const A* biases[num_inputs];
       biases_at<Cell>(scan, span.feature + feature, biases);
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
+      const T* out_group = nullptr;
+      const A* state_group = nullptr;
       if (from_out) {
-        const T* previous_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
-        converted_backward_group<Cell, biased>(
-            inputs, biases, time, grad, previous_group, state + feature, grads, out_dt);
+        out_group = whole ? in_previous + feature : rest_previous_out.in(in_previous + feature, count);
       } else {
-        const A* previous_group = previous == nullptr ? no_state
-                                  : whole             ? previous + feature
-                                                      : rest_previous.in(previous + feature, count);
-        converted_backward_group<Cell, biased>(
-            inputs, biases, time, grad, previous_group, state + feature, grads, out_dt);
+        state_group = previous == nullptr ? no_state
+                      : whole             ? previous + feature
+                                          : rest_previous.in(previous + feature, count);
       }
+      with_previous(from_out, out_group, state_group, [&](const auto* in_group) {
+        converted_backward_group<Cell, biased>(inputs, biases, time, grad, in_group, state + feature, grads, out_dt);
+      });
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));
       }

@@ -9,8 +9,10 @@
 // Always inlined, because a function call would prevent the vectorization of the loop.
 #if defined(_MSC_VER)
 #define MINGRU_INLINE static __forceinline
+#define MINGRU_NOT_INLINE static __declspec(noinline)
 #else
 #define MINGRU_INLINE static inline __attribute__((always_inline))
+#define MINGRU_NOT_INLINE static __attribute__((noinline))
 #endif
 
 namespace mingru::MINGRU_ISA {

@@ -23,6 +23,9 @@ enum class Storage { float32, float64, bfloat16, float16 };
   CELL(minlstm_positive, 3, MinLSTM<Positive>)                           \
   CELL(minlstm_linear, 3, MinLSTM<Linear>)                               \
   CELL(minlstm_tanh, 3, MinLSTM<Tanh>)                                   \
+  CELL(minlstm_unnormalized_positive, 3, UnnormalizedMinLSTM<Positive>)  \
+  CELL(minlstm_unnormalized_linear, 3, UnnormalizedMinLSTM<Linear>)      \
+  CELL(minlstm_unnormalized_tanh, 3, UnnormalizedMinLSTM<Tanh>)          \
   CELL(mingru_positive_timed, 2, TimedMinGRU<Positive>)                  \
   CELL(mingru_linear_timed, 2, TimedMinGRU<Linear>)                      \
   CELL(mingru_tanh_timed, 2, TimedMinGRU<Tanh>)                          \

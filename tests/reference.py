@@ -71,6 +71,14 @@ def minlstm(
     return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
+def minlstm_unnormalized(
+    forget, input, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False
+):
+    f, i = torch.sigmoid(forget), torch.sigmoid(input)
+    initial = INITIAL_STATE[activation] if initial is None else initial
+    return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+
+
 def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
     a = -torch.tanh(gate / 2)
     initial = 0.0 if initial is None else initial
@@ -104,11 +112,12 @@ CELLS = {
     "mingru_signed": mingru_signed,
     "mingru_rotation": mingru_rotation,
     "minlstm": minlstm,
+    "minlstm_unnormalized": minlstm_unnormalized,
 }
 
 
 def initial_state(cell, activation):
-    return INITIAL_STATE[activation] if cell in ("mingru", "minlstm") else 0.0
+    return INITIAL_STATE[activation] if cell not in ("mingru_signed", "mingru_rotation") else 0.0
 
 
 def norm(x, kind, weights, prefix, eps):
@@ -142,8 +151,9 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None):
             resets = reset
             if direction == 1:
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
-            inputs = pre.split(rnn.hidden_dims, -1)
-            options = {} if rnn.cell == "mingru_signed" else {"min_decay": rnn.layers[index].min_decay}
+            inputs = list(pre.split(rnn.hidden_dims, -1))
+            mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
+            options = {"min_decay": rnn.layers[index].min_decay} if rnn.is_timed else {}
             if dt is not None:
                 # The reverse direction crosses the time before a step on its way to the step before it.
                 options["dt"] = torch.cat([dt[:, 1:], dt[:, :1]], 1) if direction else dt
@@ -153,7 +163,9 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None):
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             outs.append(out)
         out = torch.cat(outs, -1)
-        if rnn.residual:
+        if mix is not None:
+            out = mix * out + (1 - mix) * x
+        elif rnn.residual:
             align = weights.get(prefix + "align.weight")
             out = out + (x if align is None else x @ align.T)
         x = out

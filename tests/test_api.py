@@ -25,32 +25,32 @@ FORWARD = "self, x, h=None, reset=None"
 CONTRACT = {
     "MinGRU": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, residual=False, norm=None, candidate='positive', gate='sigmoid', learn_initial_state=False, "
-        "recompute=None, device=None, dtype=None"
+        "*, residual=False, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, "
+        "learn_initial_state=False, recompute=None, device=None, dtype=None"
     ),
-    "MinGRU.forward": f"{FORWARD}, lengths=None",
+    "MinGRU.forward": f"{FORWARD}, lengths=None, dt=None",
     "MinLSTM": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, forget_bias=0.0, residual=False, norm=None, candidate='positive', learn_initial_state=False, "
-        "recompute=None, device=None, dtype=None"
+        "*, forget_bias=0.0, normalize=True, residual=False, norm=None, candidate='positive', "
+        "learn_initial_state=False, recompute=None, device=None, dtype=None"
     ),
-    "MinLSTM.forward": f"{FORWARD}, lengths=None",
+    "MinLSTM.forward": f"{FORWARD}, lengths=None, dt=None",
     "MinGRUCell": (
-        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', gate='sigmoid', "
+        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, "
         "learn_initial_state=False, device=None, dtype=None"
     ),
-    "MinGRUCell.forward": FORWARD,
+    "MinGRUCell.forward": f"{FORWARD}, dt=None",
     "MinLSTMCell": (
-        "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, norm=None, candidate='positive', "
+        "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, normalize=True, norm=None, candidate='positive', "
         "learn_initial_state=False, device=None, dtype=None"
     ),
-    "MinLSTMCell.forward": FORWARD,
+    "MinLSTMCell.forward": f"{FORWARD}, dt=None",
     **{f"MinConv{dims}dGRU": CONV for dims in (1, 2, 3)},
     **{f"MinConv{dims}dGRU.forward": FORWARD for dims in (1, 2, 3)},
     **{f"MinConv{dims}dGRUCell": CONV_CELL for dims in (1, 2, 3)},
     **{f"MinConv{dims}dGRUCell.forward": FORWARD for dims in (1, 2, 3)},
     "Stack": "layers, *, dropout=0.0, residual=False",
-    "Stack.forward": f"{FORWARD}, lengths=None",
+    "Stack.forward": f"{FORWARD}, lengths=None, dt=None",
     "drop_in.GRU": (
         "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
         "device=None, dtype=None, *, proj_size=None, residual=False, norm=None, candidate='positive', "
@@ -66,11 +66,12 @@ CONTRACT = {
     ),
     "convert.from_lucidrains": "state_dict, prefix=''",
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
+    "convert.from_pufferlib": "state_dict, prefix=''",
     "export.onnx": "model, example_inputs, path, *, kind='sequence'",
     "functional.g": "x",
     "functional.log_g": "x",
-    "functional.mingru": "gate, candidate, h=None, *, reset=None, backend='auto'",
-    "functional.minlstm": "forget, input, candidate, h=None, *, reset=None, backend='auto'",
+    "functional.mingru": "gate, candidate, h=None, *, reset=None, dt=None, backend='auto'",
+    "functional.minlstm": "forget, input, candidate, h=None, *, reset=None, dt=None, backend='auto'",
     "functional.linear_scan": "a, b, h=None, *, reverse=False, reset=None, backend='auto'",
     "functional.parallel_scan_log": "log_a, log_b",
     "functional.reset_from_lengths": "lengths, num_steps=None",
@@ -78,7 +79,7 @@ CONTRACT = {
         "dims, *, cell='mingru', expansion=1.0, conv=None, mlp=None, norm='rms', dropout=0.0, checkpoint=False, "
         "**layer_options"
     ),
-    "models.Block.forward": f"{FORWARD}, lengths=None",
+    "models.Block.forward": f"{FORWARD}, lengths=None, dt=None",
     "models.LanguageModel": "vocab_size, dims, num_layers, *, tied=True, **block_options",
     "models.LanguageModel.forward": "self, ids, state=None, reset=None, lengths=None",
     "models.LanguageModel.generate": (
@@ -92,8 +93,8 @@ CONTRACT = {
 }
 # Keywords that the library adds behind those of the contract.
 ADDED = {
-    "functional.mingru": "*, kind='sigmoid', angle=None, activation='positive', initial_state=None",
-    "functional.minlstm": "*, activation='positive', initial_state=None",
+    "functional.mingru": "*, kind='sigmoid', angle=None, min_decay=0.0, activation='positive', initial_state=None",
+    "functional.minlstm": "*, normalize=True, activation='positive', initial_state=None",
     "export.onnx": "*, max_steps=None, dynamic_shapes=None",
 }
 # Their arguments are those of another class, which tells them.

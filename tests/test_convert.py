@@ -15,12 +15,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru.convert import Projected, from_cheind, from_lucidrains, from_minrnns
+from mingru.convert import Projected, from_cheind, from_lucidrains, from_minrnns, from_pufferlib
 
 B = 3
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 KINDS = ["mingru", "minlstm"]
 LENGTHS = [1, 2, 17]
+# The parts of a layer's linear map.
+PARTS = {"mingru": 2, "minlstm": 3, "minlstm_unnormalized": 3}
 
 
 class Lucidrains:
@@ -41,13 +43,13 @@ class AuthorsLayer(nn.Module):
     """The layers of https://github.com/BorealisAI/minRNNs at ff52e9d, `models/minRNNs.py`, in linear space, by steps.
 
     There: candidate rows first, then gate, or forget and input, with bias; a projection with bias; from g of a learned
-    vector, or from nothing; minLSTM's two gates divided by their sum, where asked for.
+    vector, or from nothing; minLSTM's two gates divided by their sum, where asked for (not in "minlstm_unnormalized").
     """
 
     def __init__(self, kind, dims, factor=1.0, learn=True, dtype=torch.double):
         super().__init__()
         inner = int(dims * factor)
-        self.parts = {"mingru": 2, "minlstm": 3}[kind]
+        self.parts, self.normalize = PARTS[kind], kind == "minlstm"
         self.to_hidden_and_gate = nn.Linear(dims, self.parts * inner, dtype=dtype)
         self.to_out = nn.Linear(inner, dims, dtype=dtype)
         self.init_hidden_state = nn.Parameter(torch.randn(inner, dtype=dtype)) if learn else None
@@ -66,8 +68,9 @@ class AuthorsLayer(nn.Module):
                 admit = pre[0].sigmoid()
                 keep = 1 - admit
             else:
-                forget, admit = pre[0].sigmoid(), pre[1].sigmoid()
-                keep, admit = forget / (forget + admit), admit / (forget + admit)
+                keep, admit = pre[0].sigmoid(), pre[1].sigmoid()
+                if self.normalize:
+                    keep, admit = keep / (keep + admit), admit / (keep + admit)
             state = keep * state + admit * self.g(v)
             states.append(state)
         states = torch.stack(states, 1)
@@ -83,7 +86,7 @@ class Authors:
 
     def __init__(self, kind, *args, **options):
         self.module = AuthorsLayer(kind, *args, **options)
-        self.norm = True if kind == "minlstm" else None
+        self.norm = None if kind == "mingru" else kind == "minlstm"
 
     def __call__(self, x, h=None):
         return self.module(x, h)
@@ -102,8 +105,9 @@ def authors(kind):
     return [pytest.param(Authors, (kind, *each), id=f"authors {kind} {each}") for each in options]
 
 
-PEERS = [case for kind in KINDS for case in lucidrains(kind) + authors(kind)]
-SOME = [case for kind in KINDS for case in (lucidrains(kind)[1], lucidrains(kind)[3], *authors(kind)[:2])]
+PEERS = [case for kind in KINDS for case in lucidrains(kind)] + [case for kind in PARTS for case in authors(kind)]
+SOME = [lucidrains(kind)[index] for kind in KINDS for index in (1, 3)]
+SOME += [case for kind in PARTS for case in authors(kind)[:2]]
 
 
 def made(source, args):
@@ -274,7 +278,9 @@ def test_round_trip_of_our_state_dict(source, args):
     torch.save(layer.state_dict(), file)
     file.seek(0)
     rnn = rnn_of(layer)
-    fresh = type(rnn)(rnn.input_dims, rnn.hidden_dims, bias=rnn.bias, learn_initial_state=True, dtype=x.dtype)
+    options = {"normalize": rnn.normalize} if isinstance(rnn, mingru.MinLSTM) else {}
+    options |= {"bias": rnn.bias, "learn_initial_state": True, "dtype": x.dtype}
+    fresh = type(rnn)(rnn.input_dims, rnn.hidden_dims, **options)
     if isinstance(layer, Projected):
         bias = layer.out.bias is not None
         fresh = Projected(fresh, nn.Linear(rnn.hidden_dims, rnn.input_dims, bias=bias, dtype=x.dtype))
@@ -419,11 +425,13 @@ def test_a_prefix_of_nothing():
         from_lucidrains({})
 
 
-@pytest.mark.parametrize("use_coeff_norm", [None, False, "True"])
-def test_a_minlstm_whose_gates_may_not_be_normalised(use_coeff_norm):
+@pytest.mark.parametrize("use_coeff_norm", [None, 1, "True"])
+def test_a_minlstm_whose_weights_do_not_show_the_normalization(use_coeff_norm):
     state_dict = Authors("minlstm", 4).module.state_dict()
-    with pytest.raises(ValueError, match=r"use_coeff_norm must be True for a minLSTM, got .*config\.yaml"):
+    with pytest.raises(ValueError, match=r"use_coeff_norm must be True or False for a minLSTM, got .*config\.yaml"):
         from_minrnns(state_dict, use_coeff_norm=use_coeff_norm)
+    for value in (True, False):
+        assert from_minrnns(state_dict, use_coeff_norm=value).rnn.normalize is value
 
 
 @pytest.mark.parametrize(
@@ -974,3 +982,160 @@ def test_options_that_do_not_fit():
         TypeError, match=r"gate_hidden\.bias must be torch\.float64 like layers\.0\.gate_hidden\.weight"
     ):
         from_cheind(half)
+
+
+# PufferLib
+
+
+class PufferNetwork(nn.Module):
+    """The network `MinGRU` of https://github.com/PufferAI/PufferLib at 8e3e754, in linear space, by steps.
+
+    There: one map without bias for each layer, with the rows of candidate, gate and highway; states (L, B, H) from 0.
+    """
+
+    def __init__(self, size, num_layers=1, dtype=torch.double):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, 3 * size, bias=False, dtype=dtype) for _ in range(num_layers))
+
+    def forward(self, x, states=None):
+        last = []
+        for index, layer in enumerate(self.layers):
+            state = torch.zeros_like(x[:, 0]) if states is None else states[index]
+            outs = []
+            for step in x.unbind(1):
+                candidate, gate, highway = (layer.weight @ step.mT).T.tensor_split(3, 1)
+                z, mix = gate.sigmoid(), highway.sigmoid()
+                state = (1 - z) * state + z * AuthorsLayer.g(candidate)
+                outs.append(mix * state + (1 - mix) * step)
+            x = torch.stack(outs, 1)
+            last.append(state)
+        return x, torch.stack(last)
+
+
+def ours_of(weight):
+    """Rows in our order: gate, candidate, highway."""
+    candidate, gate, highway = weight.tensor_split(3)
+    return torch.cat([gate, candidate, highway])
+
+
+def assert_same_as_puffer(network, rnn, x, states=None):
+    """Outputs, states and all gradients, by way of both."""
+    found = []
+    for function, given in ((network, states), (rnn, None if states is None else states.unsqueeze(2))):
+        leaves = [x.clone().requires_grad_(), *([] if given is None else [given.clone().requires_grad_()])]
+        out, h = function(*leaves)
+        loss = (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum() + h.square().sum()
+        weights = [layer.weight if function is network else layer.linear.weight for layer in function.layers]
+        found.append((out, h.flatten(), *(grad.flatten() for grad in torch.autograd.grad(loss, leaves + weights))))
+    theirs, ours = found
+    theirs = [*theirs]
+    for index in range(len(network.layers)):
+        at = index - len(network.layers)
+        theirs[at] = ours_of(theirs[at].view_as(network.layers[index].weight)).flatten()
+    assert_close(ours, tuple(theirs), **TIGHT)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("sizes", [(5, 1), (4, 3), (1, 2)])
+def test_puffer_one_pass(sizes, length, with_state):
+    network = PufferNetwork(*sizes)
+    rnn = from_pufferlib(network.state_dict())
+    x = double(B, length, sizes[0])
+    assert_same_as_puffer(network, rnn, x, double(sizes[1], B, sizes[0]) if with_state else None)
+
+
+@pytest.mark.parametrize("row", [0, 5, 10])
+def test_the_comparison_with_puffer_can_fail(row):
+    network = PufferNetwork(5, 2)
+    rnn = from_pufferlib(network.state_dict())
+    with torch.no_grad():
+        rnn.layers[1].linear.weight[row, 0] += 1e-6
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_as_puffer(network, rnn, double(B, 7, 5))
+
+
+def test_puffer_by_hand():
+    """Candidate 1.5, gate 0 and highway 0 of an input of 3: the state 1/2*2 = 1 and the output (1 + 3) / 2."""
+    rnn = from_pufferlib({"layers.0.weight": torch.tensor([[0.5], [0.0], [0.0]])})
+    out, h = rnn(torch.tensor([[[3.0]]]))
+    assert (out.item(), h.item()) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_puffer_steps_and_resets(scripted):
+    network = PufferNetwork(4, 2)
+    rnn = from_pufferlib(network.state_dict())
+    run = torch.jit.script(rnn) if scripted else rnn
+    x, h = double(B, 9, 4), None
+    whole, last = network(x)
+    for t in range(9):
+        with torch.set_grad_enabled(t % 2 == 0):
+            out, h = run(x[:, t : t + 1], h)
+        assert_close(out, whole[:, t : t + 1], **TIGHT)
+    assert_close(h.squeeze(2), last, **TIGHT)
+    reset = torch.zeros(B, 9, dtype=torch.bool)
+    reset[:, [0, 6]] = True
+    out, _ = run(x, double(2, B, 1, 4), reset)
+    assert_close(out, torch.cat([network(x[:, :6])[0], network(x[:, 6:])[0]], 1), **TIGHT)
+
+
+def test_what_from_pufferlib_returns():
+    network = PufferNetwork(4, 3, torch.float32)
+    seed, before = torch.get_rng_state(), copy.deepcopy(network.state_dict())
+    rnn = from_pufferlib(network.state_dict(keep_vars=True))
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert type(rnn) is mingru.MinGRU
+    assert (rnn.input_dims, rnn.hidden_dims, rnn.num_layers, rnn.bias) == (4, 4, 3, False)
+    assert [name for name, weight in rnn.named_parameters() if not weight.requires_grad] == ["initial_state"]
+    assert not rnn.initial_state.any()
+    fresh = mingru.MinGRU(4, 4, 3, bias=False, residual="highway", learn_initial_state=True)
+    fresh.load_state_dict(rnn.state_dict())
+    x = torch.randn(B, 5, 4)
+    assert_close(fresh(x), rnn(x), rtol=0, atol=0)
+    for weight in rnn.parameters():
+        assert weight.is_leaf
+        nn.init.zeros_(weight)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    half = from_pufferlib(PufferNetwork(4, 2, torch.bfloat16).to("meta").state_dict())
+    assert {(weight.dtype, weight.device.type) for weight in half.parameters()} == {(torch.bfloat16, "meta")}
+
+
+def test_a_network_inside_a_policy():
+    network = PufferNetwork(4)
+    policy = nn.ModuleDict({"encoder": nn.Linear(3, 4), "network": network})
+    x = double(B, 5, 4)
+    assert_close(from_pufferlib(policy.state_dict(), "network.")(x)[0], network(x)[0], **TIGHT)
+    with pytest.raises(ValueError, match=r"got the key encoder\.weight; use prefix='network\.'$"):
+        from_pufferlib(policy.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers.0.weight": None}, "state_dict must be a mapping with the keys a.layers.0.weight, got no key a.lay"),
+        ({"layers.0.bias": zeros(12)}, "a.layers.1.weight, got the unexpected key a.layers.0.bias"),
+        ({"layers.0.weight": zeros(12)}, "a.layers.0.weight must be (3 * H, H), got (12,)"),
+        ({"layers.0.weight": zeros(12, 5)}, "a.layers.0.weight must be (3 * H, H), got (12, 5)"),
+        ({"layers.0.weight": zeros(0, 0)}, "a.layers.0.weight must be (3 * H, H), got (0, 0)"),
+        ({"layers.1.weight": zeros(15, 5)}, "a.layers.1.weight must be (12, 4) because a.layers.0.weight is (12, 4)"),
+        ({"layers.1.weight": zeros(12, 4).half()}, "a.layers.1.weight must be torch.float64 like a.layers.0.weight"),
+        ({"layers.1.weight": zeros(12, 4).to("meta")}, "a.layers.1.weight must be on cpu like a.layers.0.weight"),
+        ({"layers.1.weight": [1.0]}, "a.layers.1.weight must be a tensor, got list"),
+    ],
+)
+def test_puffer_weights_that_do_not_fit(changes, message):
+    state_dict = {**PufferNetwork(4, 2).state_dict(), **changes}
+    with pytest.raises((ValueError, TypeError), match=r"^from_pufferlib: ") as caught:
+        from_pufferlib({"a." + key: weight for key, weight in state_dict.items() if weight is not None}, "a.")
+    assert message in str(caught.value)
+
+
+def test_weights_that_are_not_of_puffer():
+    for weights in (lucidrains_weights(), mingru.MinGRU(4, 4, residual="highway").state_dict()):
+        with pytest.raises(ValueError, match=r"a mapping with keys such as layers\.0\.weight, got the key "):
+            from_pufferlib(weights)
+    with pytest.raises(TypeError, match=r"^from_pufferlib: state_dict must be a mapping of names to tensors, got Puff"):
+        from_pufferlib(PufferNetwork(4))
+    with pytest.raises(TypeError, match=r"layers\.0\.weight must be of a floating-point dtype, got torch\.int64"):
+        from_pufferlib({"layers.0.weight": torch.zeros(12, 4, dtype=torch.int64)})

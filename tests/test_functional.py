@@ -156,6 +156,42 @@ def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():
             assert 1e-4 < long < 1e-2, name
 
 
+# minLSTM
+
+
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_minlstm_with_and_without_normalization(normalize, activation):
+    forget, admit, candidate = (torch.randn(2, 20, 3).double() for _ in range(3))
+    h, reset = torch.randn(2, 1, 3).double(), torch.rand(2, 20) < 0.2
+    truth = reference.minlstm if normalize else reference.minlstm_unnormalized
+    options = {"normalize": normalize, "activation": activation}
+    out = functional.minlstm(forget, admit, candidate, **options)
+    assert_close(out, truth(forget, admit, candidate, activation=activation), **TIGHT)
+    out = functional.minlstm(forget, admit, candidate, h, reset=reset, **options)
+    assert_close(out, truth(forget, admit, candidate, h, reset, activation), **TIGHT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_without_normalization_grows_to_its_limit(backend):
+    """f = 3/4, i = 1/2 and a candidate of 2: i c / (1 - f) = 4, which is more than any candidate."""
+    forget = torch.full((1, 200, 2), math.log(3.0), dtype=torch.double)
+    inputs = (forget, torch.zeros_like(forget), torch.full_like(forget, 1.5))
+    for normalize, limit in ((False, 4.0), (True, 2.0)):
+        out = functional.minlstm(*inputs, normalize=normalize, backend=backend)
+        assert_close(out[:, -1], torch.full((1, 2), limit).double(), **TIGHT)
+
+
+@pytest.mark.parametrize("steps", [100, 1_000_000])
+def test_the_error_without_normalization_does_not_grow_with_length(steps):
+    inputs = [2 * torch.randn(1, steps, 2) for _ in range(3)]
+    truth = functional.minlstm(*(each.double() for each in inputs), normalize=False, backend="torch")
+    for backend in BACKENDS:
+        if backend not in ("log", "sequential"):
+            out = functional.minlstm(*inputs, normalize=False, backend=backend)
+            assert reference.relative_error(out, truth) <= 2e-6
+
+
 # States and back ends
 
 
@@ -389,6 +425,16 @@ BAD_CALLS = {
         lambda: functional.g(X.cfloat()),
         TypeError,
         r"g: x must be of a floating-point dtype, got torch\.complex64",
+    ),
+    "normalize of a number": (
+        lambda: functional.minlstm(X, X, X, normalize=0),
+        TypeError,
+        r"minlstm: normalize must be a bool, got 0$",
+    ),
+    "normalize=False of another shape": (
+        lambda: functional.minlstm(X, X[:, :1], X, normalize=False),
+        ValueError,
+        r"minlstm: input must be \(2, 5, 3\) because forget is \(2, 5, 3\), got \(2, 1, 3\)",
     ),
     "log_g of a list": (lambda: functional.log_g([0.5]), TypeError, r"log_g: x must be a tensor, got list"),
     "log_g of bools": (

@@ -40,6 +40,19 @@ def test_mingru_by_hand():
     torch.testing.assert_close(states, expected, rtol=1e-15, atol=0)
 
 
+def test_minlstm_by_hand():
+    # f is 3/4, 1/2 and i is 1/2, 3/4; the candidate is 2, 1/4.
+    forget = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.double)
+    candidate = torch.tensor([[1.5, -math.log(3.0)]], dtype=torch.double)
+    inputs = (forget, forget.flip(1), candidate)
+    # From g(0) = 1/2, of gates that sum to 1: 3/5*1/2 + 2/5*2 = 1.1; 2/5*1.1 + 3/5*1/4 = 0.59
+    states = reference.minlstm(*inputs)
+    torch.testing.assert_close(states, torch.tensor([[1.1, 0.59]], dtype=torch.double), rtol=1e-15, atol=0)
+    # Of independent gates: 3/4*1/2 + 1/2*2 = 1.375; 1/2*1.375 + 3/4*1/4 = 0.875
+    states = reference.minlstm_unnormalized(*inputs)
+    torch.testing.assert_close(states, torch.tensor([[1.375, 0.875]], dtype=torch.double), rtol=1e-15, atol=0)
+
+
 def test_norms_by_hand():
     x = torch.tensor([[1.0, 7.0]], dtype=torch.double)
     weights = {"norm.weight": torch.tensor([2.0, 3.0]).double(), "norm.bias": torch.tensor([0.5, 0.25]).double()}

@@ -44,10 +44,14 @@ REMEDIES = {
     "proj_size": LINEAR_BEHIND,
     "proj_out": LINEAR_BEHIND,
     "forget_bias": "only a minLSTM has a forget gate",
+    "normalize": "only a minLSTM has two gates",
 }
 
 # Why a cell takes no elapsed times.
-NOT_TIMED = {"mingru_signed": "the gate is 'signed', and a flip of the sign has no fraction"}
+NOT_TIMED = {
+    "mingru_signed": "the gate is 'signed', and a flip of the sign has no fraction",
+    "minlstm_unnormalized": "normalize is False, so that the gates have no common decay",
+}
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
 
@@ -128,6 +132,19 @@ def check_bias(name: str, bias: object) -> None:
     is_number = isinstance(bias, (int, float))
     after = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
     check_flag(name, "bias", bias, after if is_number else "")
+
+
+def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
+    if residual != "highway":
+        check_flag(name, "residual", residual, expected="a bool or 'highway'")
+        return
+    if bidirectional:
+        remedy = "use a layer for each direction"
+        raise ValueError(expectation(name, "bidirectional", "False because residual is 'highway'", "True", remedy))
+    if hidden_dims != input_dims:
+        expected = f"{input_dims} like input_dims because residual is 'highway'"
+        remedy = "change the size of x by a torch.nn.Linear before"
+        raise ValueError(expectation(name, "hidden_dims", expected, str(hidden_dims), remedy))
 
 
 def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
@@ -253,7 +270,7 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
     if not isinstance(h, (list, tuple)):
         return
     remedy = f"a minGRU's state is one tensor h, {letters}"
-    if cell == "minlstm":
+    if cell.startswith("minlstm"):
         remedy = f"a minLSTM's state is one tensor h, {letters}, without a cell state"
     raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
 
@@ -302,9 +319,9 @@ def check_dt(
         raise ValueError(expectation(name, "dt", expected, dims(dt.shape)))
     # On a GPU, the test would synchronize.
     if dt.is_cpu and not torch.compiler.is_compiling() and are_ordinary(dt):
-        invalid = dt[~(dt >= 0)]
-        if invalid.numel():
-            raise ValueError(expectation(name, "dt", "at least 0", str(invalid[0].item())))
+        valid = dt >= 0
+        if not bool(valid.all()):
+            raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))
 
 
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:

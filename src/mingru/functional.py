@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from .check import (
     check_dt,
+    check_flag,
     check_gate,
     check_min_decay,
     check_reset,
@@ -91,7 +92,8 @@ def mingru(
         z_t = sigma(gate_t)
         h_t = (1 - z_t) h_{t-1} + z_t activation(candidate_t)
 
-    This is the equation of the kind "sigmoid". [mingru.MinGRU][] has the equations of the other kinds.
+    This is the equation of the kind "sigmoid". [mingru.MinGRU][] has the equations of the other kinds, and of `dt` and
+    `min_decay`.
 
     Args:
         gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16. For "rotation",
@@ -167,13 +169,17 @@ def minlstm(
     reset: Tensor | None = None,
     dt: Tensor | None = None,
     backend: str = "auto",
+    normalize: bool = True,
     activation: str = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
     """Compute the states of a minLSTM from its pre-activations.
 
         f_t = sigma(forget_t)      i_t = sigma(input_t)
-        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)
+        h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) activation(candidate_t)    if `normalize`
+        h_t = f_t h_{t-1} + i_t activation(candidate_t)                                otherwise
+
+    Without normalization, the state may grow, because f + i may exceed 1.
 
     Args:
         forget: Pre-activation of the forget gate f, (B, S, *); float32, float64, bfloat16 or float16.
@@ -183,6 +189,7 @@ def minlstm(
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
         dt: Time since the step before, (B, S), at least 0. Default: 1.
         backend: Name of a backend, or "auto".
+        normalize: If False, the gates are not divided by their sum.
         activation: "positive" (`g`), "linear" or "tanh".
         initial_state: State after a reset, and default of `h`.
 
@@ -190,12 +197,12 @@ def minlstm(
         States h_1 ... h_S, (B, S, *), dtype of `forget`.
 
     Raises:
-        TypeError: An argument is not a tensor, or has the wrong dtype.
+        TypeError: An argument is not a tensor or not a bool, or has the wrong dtype.
         ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
         Same as [mingru.functional.mingru][] with gate = log sigma(input) - log sigma(forget). The normalized gates sum
-        to 1 even if both sigmoids underflow.
+        to 1 even if both sigmoids underflow. Without normalization, the relative error has the same bound.
 
     Unlike `torch.nn.LSTM`, minLSTM has no output gate and no cell state.
 
@@ -207,8 +214,10 @@ def minlstm(
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
+    check_flag("minlstm", "normalize", normalize)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence(ops.Spec("minlstm", activation, False), inputs, h, reset, dt, backend, initial_state)
+    cell = "minlstm" if normalize else "minlstm_unnormalized"
+    return _recurrence(ops.Spec(cell, activation, False), inputs, h, reset, dt, backend, initial_state)
 
 
 def _recurrence(

@@ -40,6 +40,7 @@ OPTIONS = [
     {"conv": 4, "mlp": 1.5},
     {"cell": "minlstm"},
     {"cell": "minlstm", "forget_bias": 1.0, "conv": 3},
+    {"cell": "minlstm", "normalize": False, "mlp": 2},
     {"norm": "layer", "mlp": 1},
     {"expansion": 1.5, "conv": 3},
     {"expansion": 0.5},
@@ -358,6 +359,11 @@ BAD_OPTIONS = {
     "batch_norm": ({"batch_norm": True}, TypeError, "no argument 'batch_norm'; use norm"),
     "typing error": ({"candidat": "tanh"}, TypeError, "no argument 'candidat'; use candidate"),
     "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are dims, cell, expansion, conv, mlp, "),
+    "normalize of a minGRU": (
+        {"normalize": False},
+        TypeError,
+        "no argument 'normalize'; only a minLSTM has two gates",
+    ),
     "forget_bias of a minGRU": (
         {"forget_bias": 1.0},
         TypeError,
@@ -459,7 +465,12 @@ BAD_CALLS = {
         TypeError,
         "lengths must be of an integer dtype, got torch.float32",
     ),
-    "an unknown argument": ({"mask": None}, TypeError, "no argument 'mask'; the arguments are x, h, reset, lengths"),
+    "negative times": ({"dt": -torch.ones(2, 4)}, ValueError, "dt must be at least 0, got -1.0"),
+    "an unknown argument": (
+        {"mask": None},
+        TypeError,
+        "no argument 'mask'; the arguments are x, h, reset, lengths, dt",
+    ),
     "state instead of h": ({"state": STATE}, TypeError, "no argument 'state'; use h"),
 }
 

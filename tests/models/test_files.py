@@ -39,6 +39,7 @@ MODELS = {
         "learn_initial_state": True,
         "recompute": False,
         "forget_bias": 1.0,
+        "normalize": False,
     },
     "without bias": {"bias": False, "conv": 2},
     "bfloat16": {"dtype": torch.bfloat16, "conv": 2},

@@ -146,9 +146,14 @@ CASES = [
     Case(
         "Stack",
         lambda **factory: mingru.Stack(
-            [mingru.MinGRU(INPUT, HIDDEN, 2, **factory), mingru.MinLSTM(HIDDEN, 5, **factory)], residual=True
+            [
+                mingru.MinGRU(INPUT, HIDDEN, 2, **factory),
+                mingru.MinLSTM(HIDDEN, 5, normalize=False, **factory),
+                mingru.MinGRU(5, 5, residual="highway", **factory),
+            ],
+            residual=True,
         ),
-        states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5)],
+        states=lambda batch: [(2, batch, 1, HIDDEN), (1, batch, 1, 5), (1, batch, 1, 5)],
     ),
     Case(
         "MinGRUCell",
@@ -158,7 +163,7 @@ CASES = [
     ),
     Case(
         "MinLSTMCell",
-        lambda **factory: mingru.MinLSTMCell(INPUT, HIDDEN, candidate="tanh", **factory),
+        lambda **factory: mingru.MinLSTMCell(INPUT, HIDDEN, candidate="tanh", normalize=False, **factory),
         states=lambda batch: (batch, HIDDEN),
         time_dim=None,
     ),

@@ -51,6 +51,7 @@ def test_all_flags_are_here():
         "batch_first",
         "bidirectional",
         "residual",
+        "normalize",
         "learn_initial_state",
     }
 
@@ -61,7 +62,10 @@ def test_a_flag_is_a_bool(kind, flag, value):
     sizes, _ = CLASSES[kind]
     with pytest.raises(TypeError) as caught:
         kind(*sizes, **{flag: value})
-    assert str(caught.value).startswith(f"{kind.__name__}: {flag} must be a bool, got {value!r}")
+    expected = "a bool"
+    if flag == "residual" and kind in (mingru.MinGRU, mingru.MinLSTM):
+        expected += " or 'highway'"
+    assert str(caught.value).startswith(f"{kind.__name__}: {flag} must be {expected}, got {value!r}")
 
 
 @pytest.mark.parametrize(("kind", "flag"), FLAGS, ids=names(FLAGS))

@@ -1,6 +1,7 @@
 """The cells: a layer one step at a time, and what they refuse."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -16,7 +17,11 @@ from mingru.modules.cells import MinGRUCell, MinLSTMCell
 
 B, S, IN, H = 3, 7, 4, 5
 
-KINDS = {"mingru": (MinGRUCell, mingru.MinGRU), "minlstm": (MinLSTMCell, mingru.MinLSTM)}
+KINDS = {
+    "mingru": (MinGRUCell, mingru.MinGRU),
+    "minlstm": (MinLSTMCell, mingru.MinLSTM),
+    "minlstm_unnormalized": tuple(functools.partial(kind, normalize=False) for kind in (MinLSTMCell, mingru.MinLSTM)),
+}
 
 OPTIONS = [
     {},
@@ -28,6 +33,7 @@ OPTIONS = [
     {"learn_initial_state": True},
     {"cell": "minlstm"},
     {"cell": "minlstm", "forget_bias": 1.5},
+    {"cell": "minlstm_unnormalized", "forget_bias": 1.5},
     {"cell": "minlstm", "bias": False, "norm": "rms", "candidate": "tanh", "learn_initial_state": True},
 ]
 ALL = OPTIONS[-1]
@@ -132,7 +138,7 @@ def test_weights_load_into_the_layer_and_back(options):
 
 def test_parameters_are_drawn_as_the_layers():
     for name, (kind, kind_of_layer) in KINDS.items():
-        options = {"forget_bias": 3.0} if name == "minlstm" else {}
+        options = {"forget_bias": 3.0} if name != "mingru" else {}
         drawn = []
         for each in (kind, kind_of_layer):
             torch.manual_seed(5)
@@ -271,13 +277,16 @@ def test_meta_device(options):
 def test_signatures():
     shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate='positive', {}learn_initial_state=False, "
     shared += "device=None, dtype=None"
-    for kind, extra in ((MinGRUCell, ("", "gate='sigmoid', ")), (MinLSTMCell, ("forget_bias=0.0, ", ""))):
+    for kind, extra in (
+        (MinGRUCell, ("", "gate='sigmoid', min_decay=0.0, ")),
+        (MinLSTMCell, ("forget_bias=0.0, normalize=True, ", "")),
+    ):
         found, expected = (
             [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
             for function in (kind, eval(f"lambda {shared.format(*extra)}: None"))
         )
         assert found == expected
-        assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "h", "reset"]
+        assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "h", "reset", "dt"]
         for argument in ("residual", "dropout", "num_layers", "bidirectional", "batch_first"):
             with pytest.raises(TypeError, match=argument):
                 kind(IN, H, **{argument: 1})
@@ -290,6 +299,7 @@ def test_repr_says_what_is_not_default():
     assert cell.extra_repr() == "3, 8, " + ", ".join(f"{name}={value!r}" for name, value in options.items())
     assert repr(eval(f"MinGRUCell({cell.extra_repr()})")) == repr(cell)
     assert repr(MinLSTMCell(3, 8, forget_bias=1.5)).startswith("MinLSTMCell(\n  3, 8, forget_bias=1.5\n")
+    assert repr(MinLSTMCell(3, 8, normalize=False)).startswith("MinLSTMCell(\n  3, 8, normalize=False\n")
 
 
 # What is refused

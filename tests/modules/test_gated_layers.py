@@ -24,7 +24,8 @@ ALL = {
     "learn_initial_state": True,
     "candidate": "linear",
 }
-OPTIONS = [{"candidate": "tanh"}, {"candidate": "positive", "bias": False, "recompute": False}, ALL]
+HIGHWAY = {"candidate": "tanh", "num_layers": 2, "residual": "highway", "norm": "layer"}
+OPTIONS = [{"candidate": "tanh"}, {"candidate": "positive", "bias": False, "recompute": False}, HIGHWAY, ALL]
 
 
 # Dynamo's own way of tracing a function, in torch 2.13.
@@ -37,11 +38,13 @@ def _fresh_compiler():
 
 
 every_gate = pytest.mark.parametrize("gate", GATES)
-each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "all"])
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
+all_and_highway = pytest.mark.parametrize("options", [ALL, HIGHWAY], ids=["all", "highway"])
 
 
 def make(gate, kind=mingru.MinGRU, dtype=torch.double, **options):
-    rnn = kind(IN, H, gate=gate, **options, dtype=dtype)
+    input_dims = H if options.get("residual") == "highway" else IN
+    rnn = kind(input_dims, H, gate=gate, **options, dtype=dtype)
     with torch.no_grad():
         for name, weight in rnn.named_parameters():
             if "norm" in name or name == "initial_state":
@@ -52,7 +55,7 @@ def make(gate, kind=mingru.MinGRU, dtype=torch.double, **options):
 def inputs(rnn, dtype=torch.double):
     reset = torch.rand(B, S) < 0.2
     h = torch.randn(rnn.num_layers * rnn.num_directions, B, 1, H, dtype=dtype)
-    return torch.randn(B, S, IN, dtype=dtype), h, reset
+    return torch.randn(B, S, rnn.input_dims, dtype=dtype), h, reset
 
 
 def graded(rnn, function, x, h, reset):
@@ -152,11 +155,12 @@ def test_packed_and_lengths(gate, options):
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
+@all_and_highway
 @every_gate
-def test_compiled(gate, backend):
+def test_compiled(gate, options, backend):
     if backend not in BACKENDS:
         pytest.skip("the kernels were not built")
-    rnn = make(gate, **ALL)
+    rnn = make(gate, **options)
     given = inputs(rnn)
     with mingru.use_backend(backend):
         expected = graded(rnn, rnn, *given)
@@ -164,9 +168,10 @@ def test_compiled(gate, backend):
         assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
 
 
+@all_and_highway
 @every_gate
-def test_exported_and_traced(gate):
-    rnn = make(gate, **ALL).eval()
+def test_exported_and_traced(gate, options):
+    rnn = make(gate, **options).eval()
     x, h, reset = inputs(rnn)
     batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
     shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps})
@@ -174,7 +179,7 @@ def test_exported_and_traced(gate):
     assert "complex" not in str(program)
     traced = torch.jit.trace(rnn, (x, h, reset), check_trace=False)
     for size in (1, 5, 40, 77):
-        given = torch.randn(2, size, IN).double(), h[:, :2], torch.rand(2, size) < 0.2
+        given = torch.randn(2, size, rnn.input_dims).double(), h[:, :2], torch.rand(2, size) < 0.2
         for run in (program.module(), traced):
             assert_close(run(*given), rnn(*given), **TIGHT)
 
@@ -212,9 +217,10 @@ def test_half_widths_and_autocast(gate, dtype):
             assert_close(state, last, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("residual", [False, "highway"])
 @every_gate
-def test_second_derivatives_and_per_sample_gradients(gate):
-    rnn = make(gate, candidate="tanh")
+def test_second_derivatives_and_per_sample_gradients(gate, residual):
+    rnn = make(gate, candidate="tanh", residual=residual)
     x, h, _ = inputs(rnn)
     parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
 

@@ -1,6 +1,7 @@
 """Compare inference passes that run as one operator with calls of the modules one by one."""
 
 import copy
+import functools
 import gc
 import pickle
 import random
@@ -96,7 +97,7 @@ def error_in_eps(calls, module, *args):
 
 def random_layer(pick, input_dims, dtype):
     options = {"candidate": pick(["positive", "linear", "tanh"]), "bias": pick([True, False]), "dtype": dtype}
-    kind = pick([mingru.MinGRU, mingru.MinLSTM])
+    kind = pick([mingru.MinGRU, mingru.MinLSTM, functools.partial(mingru.MinLSTM, normalize=False)])
     return kind(
         input_dims,
         pick([1, 5, 16, 33]),
@@ -285,6 +286,15 @@ def test_dropout(calls):
     assert calls.in_one(module, x)[1]
     module.train()
     assert not calls.in_one(module, x)[1]
+
+
+def test_a_highway_is_called_one_by_one(calls):
+    highway, x = mingru.MinGRU(8, 8, residual="highway"), torch.randn(2, 3, 8)
+    for module in (highway, mingru.Stack([highway])):
+        result, is_one = calls.in_one(module, x)
+        assert not is_one
+        assert not inference._plan_of(module).is_open()
+        assert_same(result, calls.one_by_one(module, x), torch.float32)
 
 
 def test_double(calls):

@@ -71,7 +71,10 @@ def alone(rnn, lengths, layers=reference.layers):
 
 def padded(rnn, lengths, dtype=torch.double, num_steps=S, fill=7.0):
     """x and reset in the module's own order; what stands in the padding is no number to be used."""
-    x, reset = torch.randn(len(lengths), num_steps, IN, dtype=dtype), torch.rand(len(lengths), num_steps) < 0.2
+    x, reset = (
+        torch.randn(len(lengths), num_steps, rnn.input_dims, dtype=dtype),
+        torch.rand(len(lengths), num_steps) < 0.2,
+    )
     reset[0, 0] = True
     x[in_padding(lengths, num_steps)] = fill
     return in_order(rnn, x), in_order(rnn, reset)
@@ -400,7 +403,7 @@ def test_half_width_layers_round_once_after_the_linear_map(cell, dtype, form):
     out, _ = together(rnn, form, (200, 300, 1))(x)
     for at, length in enumerate((200, 300, 1)):
         pre = rnn.layers[0].linear(x[at : at + 1, :length]).double()
-        truth = reference.CELLS[cell](*pre.chunk(3 if cell == "minlstm" else 2, -1))
+        truth = reference.CELLS[cell](*pre.chunk(2 if cell == "mingru" else 3, -1))
         error = reference.relative_error(out[at : at + 1, :length], truth)
         assert error <= 1.001 * torch.finfo(dtype).eps / 2
 
@@ -650,7 +653,7 @@ def test_bad_lengths_in_the_order_of_time():
 def end_to_end(rnn, x, lengths, num_steps):
     """The sequences of x in one row, in the order of the layer, with what fills it up."""
     rows = [in_order(rnn, x)[at, :length] for at, length in enumerate(lengths)]
-    rows.append(torch.full((num_steps - sum(lengths), IN), 7.0).double())
+    rows.append(torch.full((num_steps - sum(lengths), rnn.input_dims), 7.0).double())
     return in_order(rnn, torch.cat(rows).unsqueeze(0))
 
 

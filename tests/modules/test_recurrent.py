@@ -1,8 +1,10 @@
 """The layer: against the float64 reference, scripted, saved, in pieces, in every dtype, and what it refuses."""
 
 import copy
+import functools
 import io
 import itertools
+import math
 import pickle
 import random
 import subprocess
@@ -35,6 +37,9 @@ OPTIONS = [
     {"recompute": False, "num_layers": 2},
     {"cell": "minlstm"},
     {"cell": "minlstm", "bias": False, "bidirectional": True},
+    {"cell": "minlstm_unnormalized", "num_layers": 2, "norm": "layer"},
+    {"residual": "highway"},
+    {"residual": "highway", "cell": "minlstm", "num_layers": 2, "bias": False, "norm": "rms", "batch_first": False},
     {
         "num_layers": 2,
         "batch_first": False,
@@ -45,7 +50,12 @@ OPTIONS = [
     },
 ]
 
-KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}
+# By the name of the recurrence.
+KINDS = {
+    "mingru": mingru.MinGRU,
+    "minlstm": mingru.MinLSTM,
+    "minlstm_unnormalized": functools.partial(mingru.MinLSTM, normalize=False),
+}
 
 FACTORS = {
     "cell": list(KINDS),
@@ -89,7 +99,8 @@ def named(options):
 
 
 def build(hidden_dims=H, *, cell="mingru", **options):
-    return KINDS[cell](IN, hidden_dims, **options)
+    input_dims = hidden_dims if options.get("residual") == "highway" else IN
+    return KINDS[cell](input_dims, hidden_dims, **options)
 
 
 def make(dtype=torch.double, **options):
@@ -113,7 +124,7 @@ def make_state(rnn, kind, dtype=torch.double):
 
 def make_input(rnn, dtype=torch.double):
     """x and reset in the module's own order, and the functions between it and batch-first order."""
-    x, reset = torch.randn(B, S, IN, dtype=dtype), torch.rand(B, S) < 0.2
+    x, reset = torch.randn(B, S, rnn.input_dims, dtype=dtype), torch.rand(B, S) < 0.2
     reset[0, 0] = reset[1, -1] = True
     return in_order(rnn, x), in_order(rnn, reset)
 
@@ -239,6 +250,42 @@ def test_residual_is_added_to_the_output_and_not_to_the_state(dims):
     out_plain, h_plain = plain(x)
     assert_close(out, out_plain + added, **TIGHT)
     assert torch.equal(h, h_plain)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("cell", KINDS)
+def test_a_highway_mixes_the_state_and_the_input(cell, norm):
+    rnn = make(cell=cell, residual="highway", norm=norm)
+    plain = KINDS[cell](H, H, dtype=torch.double)
+    rows = 3 * H if cell == "mingru" else 4 * H
+    assert [tuple(weight.shape) for weight in rnn.layers[0].linear.parameters()] == [(rows, H), (rows,)]
+    with torch.no_grad():
+        for name, weight in plain.layers[0].linear.named_parameters():
+            weight.copy_(rnn.layers[0].linear.get_parameter(name)[:-H])
+    x, reset = make_input(rnn)
+    y = x if norm is None else rnn.layers[0].norm(x)
+    states, h = plain(y, reset=reset)
+    mix = rnn.layers[0].linear(y)[..., -H:].sigmoid()
+    out, last = rnn(x, reset=reset)
+    assert_close(out, mix * states + (1 - mix) * x, **TIGHT)
+    assert_close(last, h, **TIGHT)
+
+
+def test_a_highway_by_hand():
+    rnn = mingru.MinGRU(1, 1, residual="highway", candidate="linear")
+    with torch.no_grad():
+        # z = sigma(0) = 1/2, the candidate is x, and sigma(ln 3) = 3/4.
+        rnn.layers[0].linear.weight.copy_(torch.tensor([[0.0], [1.0], [0.0]]))
+        rnn.layers[0].linear.bias.copy_(torch.tensor([0.0, 0.0, math.log(3.0)]))
+    # States 1/2*8 + 1/2*2 = 5 and 1/2*5 + 1/2*3 = 4; outputs 3/4*5 + 1/4*2 and 3/4*4 + 1/4*3.
+    out, h = rnn(torch.tensor([[[2.0], [3.0]]]), torch.tensor(8.0))
+    assert_close(out.flatten(), torch.tensor([4.25, 3.75]))
+    assert h.item() == 4.0
+    # A highway that is far on one side is exact there.
+    for bias, expected in ((200.0, 4.0), (-200.0, 3.0)):
+        with torch.no_grad():
+            rnn.layers[0].linear.bias[2] = bias
+        assert rnn(torch.tensor([[[2.0], [3.0]]]), torch.tensor(8.0))[0][0, 1].item() == expected
 
 
 @pytest.mark.parametrize("with_reset", [False, True])
@@ -425,7 +472,7 @@ def test_scripted_equals_eager(options):
         got = graded(scripted, scripted, x, h_case, reset_case)
         assert_same(got, graded(rnn, rnn, x, h_case, reset_case))
     for steps in (1, 15, 16, 50):
-        x, reset = in_order(rnn, torch.randn(2, steps, IN)), in_order(rnn, torch.rand(2, steps) < 0.2)
+        x, reset = in_order(rnn, torch.randn(2, steps, rnn.input_dims)), in_order(rnn, torch.rand(2, steps) < 0.2)
         with torch.no_grad():
             assert_close(scripted.eval()(x, h[:, :2], reset), rnn.eval()(x, h[:, :2], reset))
 
@@ -783,7 +830,7 @@ def test_meta_device(options):
     rnn = build(**options, device="meta")
     with torch.device("meta"):
         other = build(**options)
-        x = in_order(rnn, torch.zeros(B, S, IN))
+        x = in_order(rnn, torch.zeros(B, S, rnn.input_dims))
         reset = in_order(rnn, torch.zeros(B, S, dtype=torch.bool))
         h = torch.zeros(1, 1, H)
     for one in (rnn, other):
@@ -942,6 +989,21 @@ BAD_OPTIONS = {
     "hidden_dims listed": ({"hidden_dims": [8, 8]}, TypeError, r"hidden_dims must be an int, got \[8, 8\]"),
     "num_layers a string": ({"num_layers": "2"}, TypeError, r"num_layers must be an int, got '2'"),
     "num_layers True": ({"num_layers": True}, TypeError, r"num_layers must be an int, got True"),
+    "unknown residual": (
+        {"residual": "gated"},
+        TypeError,
+        r"residual must be a bool or 'highway', got 'gated'$",
+    ),
+    "highway of other sizes": (
+        {"residual": "highway"},
+        ValueError,
+        r"hidden_dims must be 3 like input_dims because residual is 'highway', got 8; change the size of x by a torch",
+    ),
+    "highway in both directions": (
+        {"residual": "highway", "hidden_dims": 3, "bidirectional": True},
+        ValueError,
+        r"bidirectional must be False because residual is 'highway', got True; use a layer for each direction",
+    ),
     "dropout above 1": ({"dropout": 1.5}, ValueError, r"dropout must be a number from 0 to 1, got 1\.5"),
     "dropout below 0": ({"dropout": -0.1}, ValueError, r"dropout must be a number from 0 to 1, got -0\.1"),
     "dropout NaN": ({"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1, got nan"),

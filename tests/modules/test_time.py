@@ -212,7 +212,7 @@ def test_per_sample_gradients():
         assert_close(per_sample.sum(0), total, **TIGHT)
 
 
-def test_stack():
+def test_stack_and_block():
     layers = [mingru.MinGRU(IN, H, dtype=torch.double), mingru.MinLSTM(H, H, bidirectional=True, dtype=torch.double)]
     stack = mingru.Stack(layers)
     x, _, reset, dt = inputs(layers[0])
@@ -220,6 +220,14 @@ def test_stack():
     out, second = layers[1](hidden, None, reset, dt=dt)
     assert_close(stack(x, None, reset, dt=dt), (out, [first, second]), **TIGHT)
     assert_close(torch.jit.script(stack)(x, None, reset, None, dt), (out, [first, second]), **TIGHT)
+    block = mingru.models.Block(IN, conv=3, mlp=2, checkpoint=True, dtype=torch.double)
+    y, states = block(x, None, reset, dt=dt)
+    conv, last = block.conv(x, torch.zeros(1, B, 2, IN).double(), reset)
+    hidden, state = block.rnn(x + conv, None, reset, dt=dt)
+    expected = x + conv + block.out(hidden)
+    assert_close(y, expected + block.mlp(expected), **TIGHT)
+    assert_close(states, [state, last], **TIGHT)
+    assert_close(torch.jit.script(block)(x, None, reset, None, dt)[0], y, **TIGHT)
     videos = mingru.Stack([mingru.MinConv1dGRU(1, 2, 3, padding=1)])
     with pytest.raises(ValueError, match="Stack: dt must be None because convolutional layers"):
         videos(torch.randn(1, 2, 1, 5), dt=torch.ones(1, 2))

@@ -73,11 +73,11 @@ def test_a_learned_state_of_images_compiles_with_resets():
 def test_a_permuted_state_keeps_torchs_contract():
     h = torch.rand(4, 1, 2).permute(2, 1, 0)
     pair = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
-    beside, behind = (h, h.contiguous(), None, None), ("mingru_positive", False, False)
+    beside, behind = (h, h.contiguous(), None, None, None), ("mingru_positive", 0.0, False, False)
     operators = torch.ops.mingru
     torch.library.opcheck(operators.recurrence_forward.default, (pair, *beside, *behind))
     out, last = operators.recurrence_forward(pair, *beside, *behind)
-    torch.library.opcheck(operators.recurrence_backward.default, (pair, *beside, out, out, last, *behind))
+    torch.library.opcheck(operators.recurrence_backward.default, (pair, *beside, out, out, last, *behind, False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,17 +1,20 @@
 """What only the C++ kernels promise; their numbers are tested with those of all other bodies."""
 
+import itertools
 import multiprocessing
 import os
 import threading
 import warnings
 
 import pytest
+import reference
 import torch
 
 import mingru
 from mingru import ops
 from mingru.ops import Layout, Spec, Start, autograd, route
 from mingru.ops.backends import native
+from mingru.ops.cells import TIMED
 
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -29,7 +32,7 @@ def inputs(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
     count, name = ops.NUM_INPUTS[cell], f"{cell}_positive"
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
@@ -38,23 +41,26 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     bias = torch.randn(count * 5) if with_bias else None
     h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
     reset = torch.rand(*leading) < 0.2 if with_reset else None
-    beside, behind = (h, initial, reset, batch_sizes), (name, reverse, layout == "time first")
+    # dt selects the timed form of a cell.
+    is_timed = cell in TIMED and with_bias and with_reset
+    dt, min_decay = (torch.rand(*leading), 0.2) if is_timed else (None, 0.0)
+    beside, behind = (h, initial, reset, dt, batch_sizes), (name, min_decay, reverse, layout == "time first")
     out, last = torch.ops.mingru.recurrence_forward(pre, *beside, *behind)
     x, weight = torch.randn(*leading, 4), torch.randn(count * 5, 4)
     product = torch.randn(out[..., 0].numel(), count * 5)
     grad = (torch.randn_like(out), last)
     calls = {
         "recurrence_forward": (pre, *beside, *behind),
-        "recurrence_backward": (pre, *beside, out, *grad, *behind),
+        "recurrence_backward": (pre, *beside, out, *grad, *behind, is_timed),
         "linear_recurrence_forward": (x, weight, bias, *beside, *behind, with_bias),
         "linear_recurrence_backward": (
             *(x, weight, bias, *beside, out, product, *grad, *behind),
-            *(with_bias, with_reset, reverse),
+            *(is_timed, with_bias, with_reset, reverse),
         ),
     }
     if layout != "packed":
-        scanned = (pre[:2], h, h, reset, None)
-        calls["recurrence_forward"] = (*scanned, "linear_scan", *behind[1:])
+        scanned = (pre[:2], h, h, reset, None, None)
+        calls["recurrence_forward"] = (*scanned, "linear_scan", 0.0, *behind[2:])
     for operator, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args)
     apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
@@ -67,26 +73,33 @@ def test_operators_refuse_what_would_read_past_the_end():
     pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
     name = "mingru_positive"
     for bad in [
-        ([gate, candidate[:, :19]], h, h, None, None, name, False, False),
-        (pair, h[:2], h, None, None, name, False, False),
-        (pair, h, h[:2], torch.zeros(3, 20, dtype=torch.bool), None, name, False, False),
-        (pair, h.double(), h, None, None, name, False, False),
-        ([gate, candidate.double()], h, h, None, None, name, False, False),
-        (pair, h, h, torch.zeros(3, 19, dtype=torch.bool), None, name, False, False),
-        (pair, h, h, torch.zeros(20, 3, dtype=torch.bool), None, name, False, False),
-        (pair, h, h, torch.zeros(3, 20), None, name, False, False),
-        (pair, h, h, None, None, "mingru", False, False),
-        (pair, h, h, None, None, "", False, False),
-        (pair, h, h, None, None, "minlstm_positive", False, False),
-        (pair, h, h, None, None, name, False, True),
-        ([], h, h, None, None, name, False, False),
-        ([gate[0, 0], candidate[0, 0]], h, h, None, None, name, False, False),
-        ([gate[:0], candidate[:0]], h[:0], h[:0], None, None, name, False, False),
-        (packed_pair, h, h, None, torch.tensor([3, 4, 13]), name, False, False),
-        (packed_pair, h, h, None, torch.tensor([3, 3, 3]), name, False, False),
-        (packed_pair, h, h, None, torch.tensor([20, 0]), name, False, False),
-        (packed_pair, h, h, None, torch.tensor([10, 10], dtype=torch.int32), name, False, False),
-        (pair, h, h, None, torch.tensor([20]), name, False, False),
+        ([gate, candidate[:, :19]], h, h, None, None, None, name, 0.0, False, False),
+        (pair, h[:2], h, None, None, None, name, 0.0, False, False),
+        (pair, h, h[:2], torch.zeros(3, 20, dtype=torch.bool), None, None, name, 0.0, False, False),
+        (pair, h.double(), h, None, None, None, name, 0.0, False, False),
+        ([gate, candidate.double()], h, h, None, None, None, name, 0.0, False, False),
+        (pair, h, h, torch.zeros(3, 19, dtype=torch.bool), None, None, name, 0.0, False, False),
+        (pair, h, h, torch.zeros(20, 3, dtype=torch.bool), None, None, name, 0.0, False, False),
+        (pair, h, h, torch.zeros(3, 20), None, None, name, 0.0, False, False),
+        (pair, h, h, None, None, None, "mingru", 0.0, False, False),
+        (pair, h, h, None, None, None, "", 0.0, False, False),
+        (pair, h, h, None, None, None, "minlstm_positive", 0.0, False, False),
+        (pair, h, h, None, None, None, name, 0.0, False, True),
+        ([], h, h, None, None, None, name, 0.0, False, False),
+        ([gate[0, 0], candidate[0, 0]], h, h, None, None, None, name, 0.0, False, False),
+        ([gate[:0], candidate[:0]], h[:0], h[:0], None, None, None, name, 0.0, False, False),
+        (packed_pair, h, h, None, None, torch.tensor([3, 4, 13]), name, 0.0, False, False),
+        (packed_pair, h, h, None, None, torch.tensor([3, 3, 3]), name, 0.0, False, False),
+        (packed_pair, h, h, None, None, torch.tensor([20, 0]), name, 0.0, False, False),
+        (packed_pair, h, h, None, None, torch.tensor([10, 10], dtype=torch.int32), name, 0.0, False, False),
+        (pair, h, h, None, None, torch.tensor([20]), name, 0.0, False, False),
+        (pair, h, h, None, torch.ones(3, 19), None, name, 0.0, False, False),
+        (pair, h, h, None, torch.ones(20, 3), None, name, 0.0, False, False),
+        (pair, h, h, None, torch.ones(3, 20).double(), None, name, 0.0, False, False),
+        (pair, h, h, None, torch.ones(3, 20), None, "mingru_signed_positive", 0.0, False, False),
+        (pair, h, h, None, None, None, "linear_scan", 0.5, False, False),
+        (pair, h, h, None, None, None, name, 1.0, False, False),
+        (pair, h, h, None, None, None, name, -0.5, False, False),
     ]:
         with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
             torch.ops.mingru.recurrence_forward(*bad)
@@ -137,14 +150,25 @@ def test_cut_time_passes_nan_and_infinity_as_one_piece_does():
 @pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
 @pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
 def test_extreme_pre_activations(extreme, activation):
-    import reference
-
     bad = torch.full((1, 1, 4), extreme)
     good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
     h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
     for gate, candidate in [(bad, good), (good, bad), (bad, bad)]:
         out = run(gate, candidate, h, activation=activation)
         truth = reference.mingru(gate.double(), candidate.double(), h.double(), activation=activation).float()
+        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
+@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
+def test_extreme_pre_activations_of_an_unnormalized_minlstm(extreme, activation):
+    bad = torch.full((1, 1, 4), extreme)
+    good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
+    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
+    for inputs in itertools.product((bad, good), repeat=3):
+        out = mingru.functional.minlstm(*inputs, h, activation=activation, normalize=False, backend="native")
+        doubles = [each.double() for each in (*inputs, h)]
+        truth = reference.minlstm_unnormalized(*doubles, activation=activation).float()
         torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
 
 

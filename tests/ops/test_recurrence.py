@@ -51,7 +51,7 @@ def make_mingru(batch, steps, *rest, dtype=torch.double, scale=2.0, reset=False)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 @pytest.mark.parametrize("body", ALL_BODIES)
 def test_values_and_gradients(body, cell, activation, with_reset, reverse, steps):
     if not serves(body, activation):
@@ -60,7 +60,6 @@ def test_values_and_gradients(body, cell, activation, with_reset, reverse, steps
         return
     gate, candidate, h, initial, reset = make_mingru(3, steps, 5, reset=with_reset)
     gates = [gate] if cell == "mingru" else [gate, 2 * torch.randn_like(gate)]
-    run, by_steps = {"mingru": (run_mingru, reference.mingru), "minlstm": (run_minlstm, reference.minlstm)}[cell]
     weight, weight_last = torch.randn(3, steps, 5).double(), torch.randn(3, 1, 5).double()
 
     def graded(function):
@@ -70,11 +69,11 @@ def test_values_and_gradients(body, cell, activation, with_reset, reverse, steps
         return out, last, *torch.autograd.grad(loss, leaves, allow_unused=True)
 
     def truth(h, initial, candidate, *gates):
-        out = by_steps(*gates, candidate, h, reset, activation, initial, reverse)
+        out = reference.CELLS[cell](*gates, candidate, h, reset, activation, initial, reverse)
         return out, out[:, :1] if reverse else out[:, -1:]
 
     def got_by(h, initial, candidate, *gates):
-        return run(body, *gates, candidate, h, initial, reset, activation, reverse)
+        return run_cell(body, cell, [*gates, candidate], h, initial, reset, activation, reverse)
 
     got, expected = graded(got_by), graded(truth)
     for name, one, other in zip(["out", "last", "h", "initial", "candidate", 0, 1], got, expected, strict=False):
@@ -126,16 +125,18 @@ def test_a_scans_gradient_is_a_reversed_scan():
 
 
 @pytest.mark.parametrize("body", ALL_BODIES)
+@pytest.mark.parametrize("cell", ["mingru", "minlstm_unnormalized"])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_first_and_second_derivatives(body, with_reset, reverse):
+def test_first_and_second_derivatives(body, cell, with_reset, reverse):
     gate, candidate, h, initial, reset = make_mingru(2, 18, 1, reset=with_reset)
     # g's derivative jumps at 0; numbers measured across the jump mean nothing.
     candidate = candidate + 0.1 * candidate.sign()
-    leaves = [tensor.requires_grad_() for tensor in (gate, candidate, h, initial)]
+    gates = [gate] if cell == "mingru" else [gate, 2 * torch.randn_like(gate)]
+    leaves = [tensor.requires_grad_() for tensor in (h, initial, candidate, *gates)]
 
-    def function(*leaves):
-        return run_mingru(body, *leaves, reset, reverse=reverse)
+    def function(h, initial, candidate, *gates):
+        return run_cell(body, cell, [*gates, candidate], h, initial, reset, reverse=reverse)
 
     assert gradcheck(function, leaves)
     assert gradgradcheck(function, leaves)
@@ -237,14 +238,15 @@ def test_half_width_types_are_float32_inside(body, dtype):
 
 
 @pytest.mark.parametrize("body", ALL_BODIES)
+@pytest.mark.parametrize("cell", ["minlstm", "minlstm_unnormalized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_width_minlstm_is_float32_inside(body, dtype):
+def test_half_width_minlstm_is_float32_inside(body, cell, dtype):
     forget, candidate, h, initial, reset = make_mingru(2, 300, 4, dtype=dtype, reset=True)
     admit, h, initial = (3 * torch.randn(2, 300, 4)).to(dtype), h.abs(), initial.abs()
-    out, last = run_minlstm(body, forget, admit, candidate, h, initial, reset)
+    out, last = run_cell(body, cell, [forget, admit, candidate], h, initial, reset)
     assert out.dtype == last.dtype == dtype
     wide = [tensor.double() for tensor in (forget, admit, candidate, h)]
-    exact = reference.minlstm(*wide, reset, initial=initial.double())
+    exact = reference.CELLS[cell](*wide, reset, initial=initial.double())
     allowed = torch.finfo(dtype).eps / 2 * (1.001 if body != "log" else 1.1)
     assert reference.relative_error(out, exact) <= allowed
 

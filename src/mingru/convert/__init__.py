@@ -2,5 +2,6 @@
 
 from .cheind import from_cheind
 from .projected import Projected, from_lucidrains, from_minrnns
+from .pufferlib import from_pufferlib
 
-__all__ = ["Projected", "from_cheind", "from_lucidrains", "from_minrnns"]
+__all__ = ["Projected", "from_cheind", "from_lucidrains", "from_minrnns", "from_pufferlib"]

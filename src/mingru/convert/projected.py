@@ -124,9 +124,8 @@ def from_minrnns(
             it was learned.
         prefix: Prefix of the layer's names inside a model, such as "layers.0.2."; other names are ignored.
             Default: no prefix.
-        use_coeff_norm: For a minLSTM: value of the original option `use_coeff_norm`, from the original config.yaml. It
-            cannot be inferred from the weights. It must be True, because gates that are not normalized are not
-            supported.
+        use_coeff_norm: Value of the original option `use_coeff_norm`, from the original config.yaml. Required for a
+            minLSTM, because the weights do not show it. It becomes `normalize` of the `MinLSTM`.
 
     Returns:
         A `Projected` around a `mingru.MinGRU` or `mingru.MinLSTM` of one layer. It holds copies of the tensors, in
@@ -135,7 +134,7 @@ def from_minrnns(
     Raises:
         TypeError: `state_dict` is not a mapping, or the tensors have different or integer dtypes.
         ValueError: A key is missing or unexpected, a shape does not fit, tensors are on different devices, or
-            `use_coeff_norm` is not True for a minLSTM.
+            `use_coeff_norm` is not a bool for a minLSTM.
 
     State dict:
         `rnn.layers.0.linear.weight` and `.bias`, rows in the order of this package, `out.weight` and `.bias`, and
@@ -172,10 +171,13 @@ def from_minrnns(
     if weight.dim() != 2 or weight.shape[0] not in rows or not weight.numel():
         expected = f"(2 * H, I) or (3 * H, I) with {prefix}to_out.weight (I, H)"
         raise ValueError(expectation(name, prefix + first, expected, f"{dims(weight.shape)} with {dims(out.shape)}"))
-    if weight.shape[0] == 3 * hidden_dims and use_coeff_norm is not True:
-        remedy = "see the original config.yaml; gates that are not normalized are not supported"
-        raise ValueError(expectation(name, "use_coeff_norm", "True for a minLSTM", repr(use_coeff_norm), remedy))
-    layer = _layer(name, prefix, hidden_dims, first, tensors)
+    options: dict[str, Any] = {}
+    if weight.shape[0] == 3 * hidden_dims:
+        if not isinstance(use_coeff_norm, bool):
+            expected, remedy = "True or False for a minLSTM", "see the original config.yaml"
+            raise ValueError(expectation(name, "use_coeff_norm", expected, repr(use_coeff_norm), remedy))
+        options["normalize"] = use_coeff_norm
+    layer = _layer(name, prefix, hidden_dims, first, tensors, **options)
     assert isinstance(layer, Projected)
     return layer
 
@@ -201,7 +203,7 @@ def _of_layer(
 
 
 def _layer(
-    name: str, prefix: str, hidden_dims: int, first: str, tensors: dict[str, Tensor]
+    name: str, prefix: str, hidden_dims: int, first: str, tensors: dict[str, Tensor], **options: Any
 ) -> MinGRU | MinLSTM | Projected:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
     weight = tensors[first]
@@ -227,7 +229,7 @@ def _layer(
     value = weight.new_zeros(hidden_dims) if pre_state is None else g(pre_state)
     state["initial_state"] = value.view(1, 1, 1, hidden_dims)
     rnn = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims](
-        input_dims, hidden_dims, bias=bias is not None, learn_initial_state=True, **factory
+        input_dims, hidden_dims, bias=bias is not None, learn_initial_state=True, **factory, **options
     )
     rnn.load_state_dict(state, assign=True)
     assert rnn.initial_state is not None

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..check import check_flag, check_int, check_lengths, check_like, check_reset, expectation, unknown_argument
+from ..check import (
+    check_dt,
+    check_flag,
+    check_int,
+    check_lengths,
+    check_like,
+    check_reset,
+    expectation,
+    unknown_argument,
+)
 from ..check import dims as dims_text
 from ..modules import MinGRU, MinLSTM
 from ..modules.base import Base
@@ -43,8 +52,8 @@ class Block(Base, role="sequence", planned=True):
         dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
         **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `learn_initial_state`, `recompute`,
-            `forget_bias`, `device` and `dtype` of [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`, `device` and
-            `dtype` apply to the other parts too.
+            `forget_bias`, `normalize`, `device` and `dtype` of [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`,
+            `device` and `dtype` apply to the other parts too.
 
     Inputs:
         - **x**: Sequence, (B, S, dims).
@@ -53,6 +62,7 @@ class Block(Base, role="sequence", planned=True):
           and zeros.
         - **reset**: Bool mask, (B, S). Where True, both states are set to their default before that step.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. `out` is 0 in the padding.
+        - **dt**: Time since the step before, (B, S), for the layer; the convolution does not depend on it.
 
     Outputs:
         - **out**: Sequence, (B, S, dims).
@@ -112,7 +122,7 @@ class Block(Base, role="sequence", planned=True):
         for option in ("num_layers", "batch_first", "residual"):
             if option in layer_options:
                 raise TypeError(f"{self.name}: no argument {option!r}; a block has one layer, x is (B, S, {dims})")
-        options = (*LAYER_OPTIONS, "gate" if cell == "mingru" else "forget_bias")
+        options = (*LAYER_OPTIONS, *(("gate",) if cell == "mingru" else ("forget_bias", "normalize")))
         for option in layer_options:
             if option not in options:
                 own = [name for name in inspect.signature(Block).parameters if name != "layer_options"]
@@ -188,32 +198,37 @@ class Block(Base, role="sequence", planned=True):
         plan.num_states = state + self.num_states
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Call the block."""
-        out, states = self(x, h, reset, lengths)
+        out, states = self(x, h, reset, lengths, dt)
         return out, states
 
     def forward(
-        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if is_scripting():
             if h is not None and len(h) != self.num_states:
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
-            return self._run(x, h, reset, lengths)
+            return self._run(x, h, reset, lengths, dt)
         else:
-            if lengths is None:
+            if lengths is None and dt is None:
                 done = inference.run(self, x, h, reset, False)
                 if done is not None:
                     return done
-            self._check(x, h, reset, lengths)
+            self._check(x, h, reset, lengths, dt)
             if self.checkpoint and self.training and torch.is_grad_enabled():
-                out, states = checkpoint(self._run, x, h, reset, lengths, use_reentrant=False)
+                out, states = checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
                 return out, states
-            return self._run(x, h, reset, lengths)
+            return self._run(x, h, reset, lengths, dt)
 
     def _run(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.
@@ -226,7 +241,7 @@ class Block(Base, role="sequence", planned=True):
             convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
             x = x + convolved
             states.append(past)
-        y, last = self.rnn(x, None if h is None else h[0], reset, lengths)
+        y, last = self.rnn(x, None if h is None else h[0], reset, lengths, dt)
         states.insert(0, last)
         x = x + F.dropout(self.out(y), self.dropout, self.training)
         mlp = self.mlp
@@ -240,7 +255,7 @@ class Block(Base, role="sequence", planned=True):
         return x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any) -> None:
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
         dims = self.input_dims
         if not isinstance(x, Tensor):
@@ -254,6 +269,7 @@ class Block(Base, role="sequence", planned=True):
         if h is not None:
             check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
         check_reset(self.name, reset, x, "(B, S)")
+        check_dt(self.name, dt, x, self.rnn.cell, "(B, S)", autocast=is_autocast(x))
         if lengths is not None:
             check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
 

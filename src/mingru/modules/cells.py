@@ -123,7 +123,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         ValueError: A size, shape, device, norm, candidate or gate is invalid.
 
     State dict:
-        As in a one-layer `MinGRU`: the state_dict of one loads into the other.
+        As in a one-layer `MinGRU` without highway: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRU`. Under autocast, the state stays in float32.
@@ -179,6 +179,8 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
         h' = f / (f + i) h + i / (f + i) g(W_h x + b_h)
 
+    or, with `normalize=False`, h' = f h + i g(W_h x + b_h), whose state may grow.
+
     Symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
 
     Args:
@@ -191,6 +193,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
+        normalize: If False, the gates are not divided by their sum.
 
     Inputs:
         - **x**: Input, (B, I) or (I,).
@@ -202,7 +205,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         - **h'**: State after the step, (B, H) or (H,).
 
     State dict:
-        As in a one-layer `MinLSTM`: the state_dict of one loads into the other.
+        As in a one-layer `MinLSTM` without highway: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRUCell`.
@@ -227,6 +230,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         bias: bool = True,
         *,
         forget_bias: float = 0.0,
+        normalize: bool = True,
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
@@ -239,6 +243,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
             hidden_dims,
             bias=bias,
             forget_bias=forget_bias,
+            normalize=normalize,
             norm=norm,
             candidate=candidate,
             learn_initial_state=learn_initial_state,

@@ -31,6 +31,22 @@ class MinGRU(Recurrent, planned=True):
     deviation of 0.6, so that the angles begin near no turn, at 26 degrees. The unit pi / 4 makes it exact to subtract
     whole turns. States of both gates may be negative: `candidate` "tanh" or "linear" is usual, "positive" is not.
 
+    `dt` in the call is the time since the step before, for sequences that are sampled unevenly, and `min_decay` is a
+    lower bound m of the decay, for a memory that must last (Qin et al. 2023). Together they replace 1 - z_t by
+
+        r_t = (m + (1 - m) (1 - z_t))^dt_t
+
+    and z_t by 1 - r_t, which does not cancel for short times. With "rotation", theta_t becomes dt_t theta_t. Times of 1
+    give the ordinary layer. Two steps with the same x are one step of the sum of their times (not with "rotation",
+    because the candidate does not turn). "signed" takes neither option, because a flip of the sign has no fraction, and
+    because the decay must pass 0 to change its sign.
+
+    `residual="highway"` computes the output y of a layer from its state and its input, with a gate of its own:
+
+        y_t = sigma(p_t) h_t + (1 - sigma(p_t)) x_t         p_t = W_p x_t + b_p
+
+    With `norm`, the gates and the candidate are computed from the normalized input, and y from the input itself.
+
     Args:
         input_dims: Number of input features, I.
         hidden_dims: Number of state features, H.
@@ -41,15 +57,18 @@ class MinGRU(Recurrent, planned=True):
         bidirectional: If True, each layer has a reverse direction with its own weights, which runs from the last step
             to the first. D is 2 if True, otherwise 1.
         residual: If True, add each layer's input to its output, through a linear map without bias if the sizes differ.
+            "highway" mixes both by a gate, see above; it needs `hidden_dims` equal to `input_dims` and one direction.
             The returned state does not include the residual.
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh".
         gate: "sigmoid", "signed" or "rotation"; see above. "rotation" needs an even `hidden_dims`.
+        min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
+            each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
             thirds of the stored values. Default: whichever is faster. Only the "native" backend supports this; the
-            other backends always store them.
+            other backends always store them, and so does `residual="highway"`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
@@ -65,6 +84,10 @@ class MinGRU(Recurrent, planned=True):
           previous one.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. Padded steps are skipped, and
           `out` is 0 there. Must be None if x is packed.
+        - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0; packed if x is packed. Its dtype is
+          that of x or float32. Scale it so that usual values are near 1. Default: 1. A time of 0 keeps the state.
+          Negative times and NaN are only found in eager mode on the CPU. The reverse direction crosses the same times;
+          its first step, the last one, uses the time before the first step.
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H) or (S, B, D * H), with both directions in the order of time.
@@ -76,11 +99,13 @@ class MinGRU(Recurrent, planned=True):
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A size, shape, device, length, norm, candidate, gate or dropout is invalid.
+        ValueError: A size, shape, device, length, time, norm, candidate, gate, bound or dropout is invalid, or options
+            do not fit.
 
     State dict:
         - `layers.{l}.linear.weight` (2H, I) and `layers.{l}.linear.bias` (2H,): gate rows first, then candidate rows.
-          They are initialized as in `torch.nn.Linear`.
+          With `residual="highway"`, (3H, I) and (3H,): the rows of W_p are the last. They are initialized as in
+          `torch.nn.Linear`.
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
 
@@ -107,6 +132,9 @@ class MinGRU(Recurrent, planned=True):
         - Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
         - Grazzi et al. 2024, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537),
           for what negative and complex transitions can compute.
+        - Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling" (arXiv 2311.04823),
+          section 3.2, for `min_decay`.
+        - Srivastava et al. 2015, "Highway Networks" (arXiv 1505.00387), equation 3, for `residual="highway"`.
     """
 
     cell = "mingru"

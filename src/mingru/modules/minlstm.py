@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import arguments_checked, expectation
+from ..check import arguments_checked, check_flags, expectation
 from .recurrent import Recurrent
 
 
@@ -19,7 +19,14 @@ class MinLSTM(Recurrent, planned=True):
     where f_t is the forget gate, i_t the input gate and h_t the state. [mingru.functional.g][] keeps the candidate
     positive. The normalized gates sum to 1, so that the state does not grow with length.
 
-    [mingru.MinGRU][] explains the arguments (except `forget_bias`), inputs, outputs and errors.
+    With `normalize=False`, the gates are independent:
+
+        h_t = f_t h_{t-1} + i_t g(W_h x_t + b_h)
+
+    The state may then grow, because f + i may exceed 1: with constant gates and a constant candidate c, it approaches
+    i c / (1 - f).
+
+    [mingru.MinGRU][] explains the arguments (except `forget_bias` and `normalize`), inputs, outputs and errors.
 
     Args:
         input_dims: Number of input features, I.
@@ -29,7 +36,7 @@ class MinLSTM(Recurrent, planned=True):
         batch_first: If False, x is (S, B, I).
         dropout: Dropout probability between layers.
         bidirectional: If True, add a reverse direction (D = 2).
-        residual: If True, add each layer's input to its output.
+        residual: If True, add each layer's input to its output. "highway" mixes both; see [mingru.MinGRU][].
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
@@ -38,12 +45,15 @@ class MinLSTM(Recurrent, planned=True):
         dtype: Floating-point dtype of the parameters.
         forget_bias: Number added to the forget gate's bias at initialization. With 1, states decay slowly at first.
             Requires `bias=True`.
+        normalize: If False, the gates are not divided by their sum; see above.
 
     Inputs:
         - **x**: Sequence, (B, S, I).
         - **h**: State before the first step, (L * D, B, 1, H).
         - **reset**: Boolean mask of steps that start from the initial state.
         - **lengths**: Number of valid steps, (B,).
+        - **dt**: Time since the step before, (B, S), at least 0. The normalized forget gate is raised to this power,
+          and the input gate is 1 minus the result. Default: 1. Must be None if `normalize` is False.
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H).
@@ -51,10 +61,11 @@ class MinLSTM(Recurrent, planned=True):
 
     State dict:
         As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
-        first, then input gate rows, then candidate rows.
+        first, then input gate rows, then candidate rows. With `residual="highway"`, the highway's H rows are the last.
 
     Numerics:
-        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.
+        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow. On a GPU, the recurrence
+        of `normalize=False` runs as a linear scan, not as a fused kernel.
 
     Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, output gate or recurrent
     weight. Defaults differ as in `MinGRU`.
@@ -66,7 +77,8 @@ class MinLSTM(Recurrent, planned=True):
         (torch.Size([10, 128, 64]), torch.Size([2, 10, 1, 64]))
 
     References:
-        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
+        Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B; for `normalize=False`, the authors'
+        code, https://github.com/BorealisAI/minRNNs, without its option `use_coeff_norm`.
     """
 
     cell = "minlstm"
@@ -83,7 +95,8 @@ class MinLSTM(Recurrent, planned=True):
         bidirectional: bool = False,
         *,
         forget_bias: float = 0.0,
-        residual: bool = False,
+        normalize: bool = True,
+        residual: bool | str = False,
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
@@ -91,6 +104,10 @@ class MinLSTM(Recurrent, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flags(type(self).__name__, normalize=normalize)
+        if not normalize:
+            # Before the layers are constructed, because they take it.
+            self.cell = "minlstm_unnormalized"
         super().__init__(
             input_dims,
             hidden_dims,
@@ -112,6 +129,7 @@ class MinLSTM(Recurrent, planned=True):
         if forget_bias and not self.bias:
             raise ValueError(expectation(self.name, "forget_bias", "0 because bias is False", repr(forget_bias)))
         self.forget_bias = float(forget_bias)
+        self.normalize = normalize
         self._add_forget_bias()
 
     def reset_parameters(self) -> None:

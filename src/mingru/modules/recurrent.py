@@ -29,6 +29,7 @@ from ..check import (
     check_options,
     check_pairs,
     check_reset,
+    check_residual,
     dims,
     embed_remedy,
     expanded,
@@ -45,7 +46,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class RecurrentLayer(nn.Module):
-    """Apply norm, linear map, recurrence and residual of one layer, in one direction or both."""
+    """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class RecurrentLayer(nn.Module):
         hidden_dims: int,
         bias: bool,
         bidirectional: bool,
-        residual: bool,
+        residual: bool | str,
         norm: str | None,
         candidate: str,
         min_decay: float,
@@ -65,16 +66,18 @@ class RecurrentLayer(nn.Module):
         output_dims = hidden_dims * (2 if bidirectional else 1)
         self.cell = cell
         self.num_inputs = ops.NUM_INPUTS[cell]
-        pre_dims = hidden_dims * self.num_inputs
         self.candidate = candidate
         self.min_decay = min_decay
         self.recompute = recompute
-        self.residual = residual
+        self.residual = residual is True
+        self.highway = residual == "highway"
+        # The highway's rows are the last.
+        pre_dims = hidden_dims * (self.num_inputs + self.highway)
         self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
         self.linear = nn.Linear(input_dims, pre_dims, bias, **factory)
         self.linear_reverse = nn.Linear(input_dims, pre_dims, bias, **factory) if bidirectional else None
         self.align = None
-        if residual and input_dims != output_dims:
+        if self.residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
 
     def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
@@ -82,6 +85,8 @@ class RecurrentLayer(nn.Module):
         y = x
         if self.norm is not None:
             y = self.norm(x)
+        if self.highway:
+            return self._with_highway(x, y, starts[0], order)
         out, last = self._direction(y, starts[0], order, False)
         states = [last]
         if self.linear_reverse is not None:
@@ -94,20 +99,34 @@ class RecurrentLayer(nn.Module):
 
     def plan(self, plan: Any, state: int, index: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.watch(vars(self), "cell", "candidate", "min_decay", "residual")
-        plan.is_supported &= self.min_decay == 0
+        plan.watch(vars(self), "cell", "candidate", "min_decay", "residual", "highway")
+        plan.is_supported &= self.min_decay == 0 and not self.highway
         if self.residual:
             plan.add("keep")
         if self.norm is not None:
             plan.add_norm(self, "norm")
-        plan.add_scan(self, Spec(self.cell, self.candidate, False), state, index)
+        plan.add_scan(self, self._spec(False), state, index)
         if self.residual and self.align is None:
             plan.add("add")
         elif self.residual:
             plan.add_linear(self, "align", "add_linear")
 
+    def _spec(self, reverse: bool) -> Spec:
+        return Spec(self.cell, self.candidate, reverse, self.min_decay)
+
+    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> tuple[Tensor, list[Tensor]]:
+        inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
+        gate = inputs.pop()
+        spec = self._spec(False)
+        if is_scripting():
+            out, last = traceable.recurrence(spec, inputs, start, order)
+        else:
+            out, last = ops.recurrence(spec, inputs, start, order)
+        # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
+        return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
+
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        spec = Spec(self.cell, self.candidate, reverse, self.min_decay)
+        spec = self._spec(reverse)
         if is_scripting():
             pre = y
             if not reverse:
@@ -147,7 +166,7 @@ class Recurrent(Base, role="sequence"):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        residual: bool = False,
+        residual: bool | str = False,
         norm: str | None = None,
         candidate: str = "positive",
         gate: str = "sigmoid",
@@ -162,7 +181,7 @@ class Recurrent(Base, role="sequence"):
         for argument, size in (("input_dims", input_dims), ("hidden_dims", hidden_dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
         check_bias(self.name, bias)
-        check_flags(self.name, batch_first=batch_first, bidirectional=bidirectional, residual=residual)
+        check_flags(self.name, batch_first=batch_first, bidirectional=bidirectional)
         check_flags(self.name, learn_initial_state=learn_initial_state)
         if recompute is not None:
             check_flag(self.name, "recompute", recompute, expected="a bool or None")
@@ -171,6 +190,7 @@ class Recurrent(Base, role="sequence"):
         check_gate(self.name, "gate", gate)
         check_pairs(self.name, "hidden_dims", hidden_dims, gate)
         bounds = check_min_decay(self.name, min_decay, num_layers, gate)
+        check_residual(self.name, residual, input_dims, hidden_dims, bidirectional)
         self.input_dims = input_dims
         self.hidden_dims = hidden_dims
         self.num_layers = num_layers
@@ -444,5 +464,6 @@ class Recurrent(Base, role="sequence"):
             "learn_initial_state": False,
             "recompute": None,
             "forget_bias": 0.0,
+            "normalize": True,
         }
         return text + not_default(self, defaults)

@@ -15,13 +15,13 @@ from .call import Spec
 from .shape import accumulate_dtype, along, as_dtype, to_pairs
 
 # Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
-NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3}
+NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3, "minlstm_unnormalized": 3}
 # The cell of each gate of a minGRU.
 GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
 # Cells whose |a| is a decay that may have a lower bound, and whose steps may have an elapsed time.
 TIMED = ("mingru", "mingru_rotation", "minlstm")
 # Cells whose a and b are positive if the candidate is positive.
-WITH_LOGARITHMS = ("mingru", "minlstm")
+WITH_LOGARITHMS = ("mingru", "minlstm", "minlstm_unnormalized")
 
 
 def zero_state(cell: str, activation: str) -> float:
@@ -41,6 +41,7 @@ def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[T
     mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
     mingru_rotation, with z and an angle:          a = (1 - z) exp(i angle), b = z activate(candidate), as pairs
     minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
+    minlstm_unnormalized:                          a = sigma(forget), b = sigma(input) activate(candidate)
 
     With the lower bound m = min_decay, 1 - z (or f) becomes r = m + (1 - m) (1 - z). With elapsed times dt (B, S), r
     becomes r^dt, and angle becomes dt angle. z (or i) becomes 1 - r or 1 - r^dt.
@@ -49,6 +50,9 @@ def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[T
         return _signed(spec, inputs)
     if spec.cell == "mingru_rotation":
         return _rotation(spec, inputs, dt)
+    if spec.cell == "minlstm_unnormalized":
+        forget, input, candidate = _wide(inputs)
+        return forget.sigmoid(), input.sigmoid() * activate(candidate, spec.activation)
     gate, candidate = _gate_and_candidate(spec, inputs)
     keep, update = _decay(gate, spec.min_decay, dt)
     return keep, update * activate(candidate, spec.activation)
@@ -56,6 +60,9 @@ def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[T
 
 def log_coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return log a and log b for the activation "positive"."""
+    if spec.cell == "minlstm_unnormalized":
+        forget, input, candidate = _wide(inputs)
+        return F.logsigmoid(forget), F.logsigmoid(input) + log_g(candidate)
     gate, candidate = _gate_and_candidate(spec, inputs)
     if spec.min_decay == 0 and dt is None:
         return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
