@@ -142,6 +142,16 @@ CASES = [
         "MinLSTM",
         lambda **factory: mingru.MinLSTM(INPUT, HIDDEN, bidirectional=True, learn_initial_state=True, **factory),
     ),
+    Case(
+        "MinGRU (signed)",
+        lambda **factory: mingru.MinGRU(INPUT, HIDDEN, 2, gate="signed", candidate="tanh", **factory),
+    ),
+    Case(
+        "MinGRU (rotation)",
+        lambda **factory: mingru.MinGRU(
+            INPUT, HIDDEN, 2, gate="rotation", candidate="tanh", min_decay=[0.1, 0.3], **factory
+        ),
+    ),
     *(_conv(dims) for dims in (1, 2, 3)),
     Case(
         "Stack",
@@ -202,7 +212,8 @@ CASES = [
 ]
 
 
-CASES_WITH_LENGTHS = [case for case in CASES if case.name in ("MinGRU", "MinLSTM", "Stack", "models.Block")]
+_WITH_LENGTHS = ("MinGRU", "MinGRU (signed)", "MinGRU (rotation)", "MinLSTM", "Stack", "models.Block")
+CASES_WITH_LENGTHS = [case for case in CASES if case.name in _WITH_LENGTHS]
 
 
 def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:

@@ -188,7 +188,7 @@ def test_calls_know_what_is_meant(kind):
     with refused(TypeError, rf"{kind.__name__}: missing a required argument: '\w+'; the positional arguments are .*"):
         layer()
     with refused(TypeError, rf"{kind.__name__}: too many positional arguments; the positional arguments are .*"):
-        layer(x, *[None] * 4)
+        layer(x, *[None] * len(parameters))
     with refused(
         TypeError, f"{kind.__name__}: multiple values for argument '{parameters[0]}'; the positional arguments are .*"
     ):

