@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
 from mingru.ops.backend import KernelFailure
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import Plan
@@ -54,8 +54,8 @@ def use_plan(monkeypatch):
     """Use one plan for all kernels."""
 
     def use(plan):
-        def plan_of(*args, may_split, is_packed, **options):
-            return plan if may_split and not is_packed else plan._replace(segments=1)
+        def plan_of(*args, cell, is_packed, **options):
+            return plan if cell in NUM_INPUTS and not is_packed else plan._replace(segments=1)
 
         monkeypatch.setattr(triton, "plan_of", plan_of)
 
@@ -289,15 +289,18 @@ def test_nan_and_infinity_pass_as_step_by_step_and_stop_at_a_reset(bad, reverse)
             torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("cell", ["mingru", "mingru_signed"])
 @pytest.mark.usefixtures("_planned")
-def test_an_infinite_state_outlives_decays_whose_product_underflows():
-    inputs, states, _ = make("mingru", 1, 60, 2, torch.float32, scale=0.1)
-    # Decays of 1e-4.
-    inputs[0] += 9.2
+def test_an_infinite_state_outlives_decays_whose_product_underflows(cell):
+    inputs, states, _ = make(cell, 1, 60, 2, torch.float32, scale=0.1)
+    # Decays of 1e-4, of both signs if the gate is signed.
+    inputs[0] = inputs[0] + 9.2 if cell == "mingru" else 2e-4 * inputs[0].sign()
     states[0][0, 0, 1] = math.inf
-    out, last = run(Spec("mingru", "positive", False), on_device(inputs), on_device(states), None)
-    assert out[..., 1].isposinf().all()
-    assert last[..., 1].isposinf().all()
+    out, last = run(Spec(cell, "positive", False), on_device(inputs), on_device(states), None)
+    truth, truth_last = by_steps(Spec(cell, "positive", False), inputs, states, None)
+    assert truth[..., 1].isinf().all()
+    assert torch.equal(out[..., 1].cpu(), truth[..., 1])
+    assert torch.equal(last[..., 1].cpu(), truth_last[..., 1])
     assert out[..., 0].isfinite().all()
 
 

@@ -32,9 +32,6 @@ KEEPING = {
     "minlstm": (0.0, -torch.inf, 0.0),
     "linear_scan": (1.0, 0.0),
 }
-# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and because
-# a negative product can mark a reset.
-DECAYING = ("mingru", "minlstm")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
@@ -64,10 +61,9 @@ def plan_of(
     num_features: int,
     itemsize: int,
     *,
-    num_inputs: int,
+    cell: str,
     backward: bool,
     has_reset: bool,
-    may_split: bool,
     is_packed: bool,
     wave: int,
 ) -> Plan:
@@ -78,7 +74,9 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
-    if backward and num_inputs > 2 and itemsize == 2:
+    # Three numbers of each step and feature are needed for the gradients of this cell, instead of two.
+    is_large = backward and cell == "minlstm"
+    if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2
     if num_steps == 1:
@@ -89,7 +87,7 @@ def plan_of(
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept.
         steps = 4 if not backward else 2 if has_reset else min(steps, 3)
-    elif backward and num_inputs > 2:
+    elif is_large:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
     sizes = [size // itemsize for size in (128, 64, 32)]
@@ -103,7 +101,8 @@ def plan_of(
     warps = max(1, chunks * features // warp)
     tile = chunks * steps
     segments = 1
-    if may_split and not is_packed and programs < 64:
+    # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
+    if cell in NUM_INPUTS and not is_packed and programs < 64:
         segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
     # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
     return Plan(chunks, steps, features, segments, warps, None if wave == 64 or is_packed else 2)
@@ -231,10 +230,9 @@ class _Work:
         x = self.inputs[0]
         return plan_of(
             *(self.num_sequences, self.num_steps, self.num_features, x.element_size()),
-            num_inputs=len(self.inputs),
+            cell=self.spec.cell,
             backward=backward,
             has_reset=has_reset,
-            may_split=self.spec.cell in DECAYING,
             is_packed=self.is_packed,
             wave=_wave(x.device.type),
         )
@@ -383,7 +381,7 @@ def _backward(
     num_segments, segment_steps = work.segments(plan)
     rows, dtype = work.num_sequences * num_segments, _accumulated(first)
     grad_h = h.new_empty(h.shape)
-    has_initial_state = reset is not None and cell != "linear_scan"
+    has_initial_state = initial_state is not None
     grad_initial_state = first.new_empty(rows if has_initial_state else 0, work.num_features, dtype=dtype)
     grad_bias = first.new_empty(rows if needs_bias else 0, len(x) * work.num_features, dtype=dtype)
     states = _state(h), (None, 0) if initial_state is None else _state(initial_state)
@@ -437,16 +435,15 @@ def _register() -> torch.library.Library:
     def backward(
         inputs: list[Tensor], h: Tensor, initial_state: Tensor | None, reset: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        batch_sizes, *_, cell, _, _, _, needs_bias = rest
+        batch_sizes, *_, needs_bias = rest
         first = inputs[0]
         num_leading = 2 if batch_sizes is None else 1
         num_features = first.shape[num_leading:].numel()
-        has_initial_state = reset is not None and cell != "linear_scan"
         dtype = _accumulated(first)
         return (
             _grads_like(inputs, num_leading),
             h.new_empty(h.shape),
-            first.new_empty(h.shape[0] if has_initial_state else 0, num_features, dtype=dtype),
+            first.new_empty(0 if initial_state is None else h.shape[0], num_features, dtype=dtype),
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )
 

@@ -277,34 +277,6 @@ def then(p_left, l_left, p_before, l_before, p_right, l_right, p_before_right, l
 
 
 @triton.jit
-def then_reset(
-    p_left,
-    l_left,
-    seen_left,
-    p_before,
-    l_before,
-    seen_before,
-    p_right,
-    l_right,
-    seen_right,
-    p_before_right,
-    l_before_right,
-    seen_before_right,
-):
-    """Combine maps as `then` does. A reset selects instead of multiplying by 0, so that NaN does not pass it."""
-    l_both = tl.where(seen_right != 0, l_right, p_right * l_left + l_right)
-    l_without_last = tl.where(seen_before_right != 0, l_before_right, p_before_right * l_left + l_before_right)
-    return (
-        p_left * p_right,
-        l_both,
-        seen_left | seen_right,
-        p_left * p_before_right,
-        l_without_last,
-        seen_left | seen_before_right,
-    )
-
-
-@triton.jit
 def row_of(x, row, CHUNK: tl.constexpr):
     """Return one chunk of (C, F), as (1, F)."""
     return tl.sum(tl.where(row == CHUNK, x, 0.0), 0)[None, :]
@@ -318,7 +290,6 @@ def carries(
     start,
     product,
     local,
-    seen,
     state,
     C: tl.constexpr,
     T: tl.constexpr,
@@ -328,30 +299,18 @@ def carries(
 ):
     """Return the state before each chunk (C, F), the state after the last one and the decay of all chunks (1, F).
 
-    `product` and `local` are the map h -> product h + local of each chunk, `seen` whether it has a reset. The state
-    before the first chunk is `state` (1, F). a, b and reset are tuples with a value for each step of a chunk.
+    `product` and `local` are the map h -> product h + local of each chunk. The state before the first chunk is `state`
+    (1, F). a, b and reset are tuples with a value for each step of a chunk.
     """
     row = tl.arange(0, C)[:, None]
     one, zero = tl.full(product.shape, 1.0, product.dtype), tl.zeros(product.shape, product.dtype)
+    p, l, p_before, l_before = tl.associative_scan((product, local, one, zero), 0, then)
     from_state = tl.broadcast_to(state, product.shape)
-    if HAS_RESET:
-        seen = tl.broadcast_to(seen, product.shape)
-        none = tl.zeros(product.shape, tl.int32)
-        p, l, seen, p_before, l_before, seen_before = tl.associative_scan(
-            (product, local, seen, one, zero, none), 0, then_reset
-        )
-        before = tl.where(seen_before != 0, l_before, tl.math.fma(p_before, from_state, l_before))
-        after = tl.where(seen != 0, l, tl.math.fma(p, from_state, l))
-    else:
-        p, l, p_before, l_before = tl.associative_scan((product, local, one, zero), 0, then)
-        before = tl.math.fma(p_before, from_state, l_before)
-        after = tl.math.fma(p, from_state, l)
-    last = row_of(after, row, C - 1)
-    # A product may underflow, and 0 times an infinite state is NaN; or it may overflow if |a| > 1. Then the chunks are
-    # computed one after the other. Without resets, NaN stays until the last chunk.
+    before = tl.math.fma(p_before, from_state, l_before)
+    last = row_of(tl.math.fma(p, from_state, l), row, C - 1)
+    # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN; or it may overflow if
+    # |a| > 1. Then the chunks are computed one after the other. NaN stays until the last chunk.
     wrong = tl.max((last != last).to(tl.int32), 1)
-    if HAS_RESET:
-        wrong = tl.maximum(wrong, tl.max(tl.max((before != before).to(tl.int32), 1), 0))
     if MAY_GROW:
         overflows = (tl.abs(p) < INFINITY).to(tl.int32) == 0
         wrong = tl.maximum(wrong, tl.max(tl.max(overflows.to(tl.int32), 1), 0))
@@ -380,9 +339,10 @@ def carry_into(segment, state, products, ends, row, num_features, feature, there
         at = (row + before) * num_features + feature
         p = tl.load(products + at, there, other=1.0)
         l = tl.load(ends + at, there, other=0.0)
-        # A decay that underflowed times an infinite state would be NaN. A negative decay marks a reset.
-        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state, p * state)
-        state = tl.where(p < 0, l, kept + l)
+        # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
+        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, p * state)
+        # An infinite decay marks a reset, because |a| <= 1.
+        state = tl.where(p == INFINITY, l, kept + l)
     return state
 
 
@@ -481,7 +441,7 @@ def forward_kernel(
     else:
         state = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
     start = tl.zeros((1, F), A)
-    if HAS_RESET and CELL != "linear_scan":
+    if initial_state is not None:
         start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
     if SEGMENTS and not SUMMARY:
         state = carry_into(segment, state, products, ends, batch * num_segments, num_features, feature, there)
@@ -537,9 +497,7 @@ def forward_kernel(
                 local = tl.math.fma(a_t, local, b_t)
                 product = product * a_t
         if C > 1:
-            before, state, p = carries(
-                a, b, is_reset, start, product, local, seen, state, C, T, HAS_RESET, False, MAY_GROW
-            )
+            before, state, p = carries(a, b, is_reset, start, product, local, state, C, T, HAS_RESET, False, MAY_GROW)
             if SUMMARY:
                 decay = decay * row_of(p, chunk, C - 1)
                 any_reset = any_reset | tl.max(seen, 0)[None, :]
@@ -558,7 +516,7 @@ def forward_kernel(
 
     if SUMMARY:
         at = (batch * num_segments + segment) * num_features + feature
-        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(products + at, tl.where(any_reset != 0, INFINITY, decay), there)
         tl.store(ends + at, state, there)
     else:
         is_last = True
@@ -626,6 +584,7 @@ def backward_kernel(
     PACKED: tl.constexpr = offsets is not None
     SEGMENTS: tl.constexpr = products is not None
     SUMMARY: tl.constexpr = grads is None
+    HAS_INITIAL: tl.constexpr = grad_initial_state is not None
     HAS_BIAS: tl.constexpr = grad_bias is not None
     NUM_INPUTS: tl.constexpr = 2 if x2 is None else 3
     EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
@@ -658,9 +617,8 @@ def backward_kernel(
         carry = tl.load(grad_last + batch * num_features + feature, there, other=0.0).to(A)
         earliest = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
     start = tl.zeros((1, F), A)
-    if HAS_RESET and CELL != "linear_scan":
-        if not SUMMARY:
-            start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
+    if initial_state is not None:
+        start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
     to_initial = tl.zeros((C, F), A)
     sum0, sum1, sum2 = tl.zeros((C, F), A), tl.zeros((C, F), A), tl.zeros((C, F), A)
     if SEGMENTS and not SUMMARY:
@@ -739,7 +697,7 @@ def backward_kernel(
                     seen = tl.where(is_reset[t], 1, seen)
         if C > 1:
             before, carry, p = carries(
-                a, deltas, is_reset, start, product, local, seen, carry, C, T, HAS_RESET, True, MAY_GROW
+                a, deltas, is_reset, start, product, local, carry, C, T, HAS_RESET, True, MAY_GROW
             )
             if SUMMARY:
                 decay = decay * row_of(p, chunk, C - 1)
@@ -765,7 +723,7 @@ def backward_kernel(
                         sum2 += grad2
                 before = a[t] * delta
                 if HAS_RESET:
-                    if CELL != "linear_scan":
+                    if HAS_INITIAL:
                         to_initial += tl.where(is_reset[t], before, 0.0)
                     before = tl.where(is_reset[t], 0.0, before)
             if C == 1:
@@ -773,10 +731,10 @@ def backward_kernel(
 
     if SUMMARY:
         at = (batch * num_segments + segment) * num_features + feature
-        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(products + at, tl.where(any_reset != 0, INFINITY, decay), there)
         tl.store(ends + at, carry, there)
     else:
-        if HAS_RESET and CELL != "linear_scan":
+        if HAS_INITIAL:
             tl.store(grad_initial_state + sum_row * num_features + feature, tl.sum(to_initial, 0)[None, :], there)
         if HAS_BIAS:
             at = sum_row * (NUM_INPUTS * num_features) + feature
