@@ -167,11 +167,9 @@ def test_dtypes_and_devices_without_a_kernel():
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
     assert triton._unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
-    assert "real floating dtypes, and the tensors are torch.complex64" in triton._unsupported(on_gpu, MINGRU)
-    on_gpu.dtype = torch.float32
-    assert triton._unsupported(on_gpu, Spec("mingru_signed", "linear", False)) is None
-    why_not = triton._unsupported(on_gpu, Spec("mingru_rotation", "linear", False))
-    assert why_not == "it does not support complex numbers, which mingru_rotation needs"
+    assert triton._unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
+    on_gpu.dtype = torch.complex32
+    assert triton._unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 
 
 def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):

@@ -2,7 +2,7 @@
 
 Importing this module registers two operators with PyTorch's dispatcher, but does not import Triton. Captured graphs
 contain the operators; eager calls skip the dispatcher. States have any floating dtype, and are computed in the
-accumulation dtype of the sequences.
+accumulation dtype of the sequences. The operators take complex numbers as pairs of features.
 """
 
 import functools
@@ -18,22 +18,24 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel, KernelFailure
 from ..call import Layout, Spec, Start
-from ..cells import NUM_INPUTS, is_complex
+from ..cells import NUM_INPUTS
 from ..graph import are_ordinary, is_autocast, is_compiling
 from ..layout import LinearScan, is_transposed
-from ..shape import States, accumulate_dtype, as_dtype
+from ..shape import States, accumulate_dtype, as_dtype, as_real
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
-# Inputs with which a step keeps the state, for each cell.
+# Inputs with which a step keeps the state, for each cell; the first one of a pair, whose second one is 0.
 KEEPING = {
     "mingru": (-torch.inf, 0.0),
     "mingru_signed": (-torch.inf, 0.0),
+    "mingru_rotation": (-torch.inf, 0.0),
     "minlstm": (0.0, -torch.inf, 0.0),
     "linear_scan": (1.0, 0.0),
+    "complex_linear_scan": (1.0, 0.0),
 }
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _OLDEST = (3, 6)
 # Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,8 +76,8 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
-    # Three numbers of each step and feature are needed for the gradients of this cell, instead of two.
-    is_large = backward and cell == "minlstm"
+    # Three numbers of each step and feature are needed for the gradients of these cells, instead of two.
+    is_large = backward and cell in ("minlstm", "mingru_rotation")
     if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2
@@ -157,9 +159,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if kind not in DEVICES and not (_IS_INTERPRETED and kind == "cpu"):
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
-        return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
-    if is_complex(spec):
-        return f"it does not support complex numbers, which {spec.cell} needs"
+        return f"it does not support {sequence.dtype}"
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
@@ -555,17 +555,28 @@ def _linear_recurrence_backward(
 
 def _scan(call: LinearScan) -> States:
     a, b, h, reset, reverse = call
-    return _call_forward([a, b], h, None, reset, None, "linear_scan", "linear", reverse, False)
+    cell = "linear_scan"
+    if a.is_complex():
+        a, b, h, cell = as_real(a), as_real(b), as_real(h), "complex_linear_scan"
+    out, last = _call_forward([a, b], h, None, reset, None, cell, "linear", reverse, False)
+    if cell == "complex_linear_scan":
+        return torch.view_as_complex(out), torch.view_as_complex(last)
+    return out, last
 
 
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     a, _, h, reset, reverse = call
+    is_complex = a.is_complex()
+    if is_complex:
+        a, h, out, grad_out, grad_last = (as_real(x) for x in (a, h, out, grad_out, grad_last))
+    cell = "complex_linear_scan" if is_complex else "linear_scan"
     # The gradients do not depend on b.
     inputs = [a, a]
     grads, grad_h, *_ = _call_backward(
-        inputs, h, None, reset, None, out, grad_out, grad_last, "linear_scan", "linear", reverse, False, False
+        inputs, h, None, reset, None, out, grad_out, grad_last, cell, "linear", reverse, False, False
     )
-    return *_split(grads, inputs), grad_h
+    found = *_split(grads, inputs), grad_h
+    return tuple(torch.view_as_complex(grad) for grad in found) if is_complex else found
 
 
 BACKEND = Backend(
@@ -574,6 +585,6 @@ BACKEND = Backend(
     scan=_scan,
     scan_backward=_scan_backward,
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
 )
