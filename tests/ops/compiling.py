@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 from mingru.ops import NUM_INPUTS
 from mingru.ops.backends import triton_kernels
-from mingru.ops.backends.triton import DECAYING, KEEPING, Plan, plan_of
+from mingru.ops.backends.triton import KEEPING, Plan, plan_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,10 +56,9 @@ def plan_for(case: Case, wave: int) -> Plan:
         return case.plan
     return plan_of(
         *(case.num_sequences, case.num_steps, case.num_features, case.dtype.itemsize),
-        num_inputs=NUM_INPUTS.get(case.cell, 2),
+        cell=case.cell,
         backward=case.kernel == "backward_kernel",
         has_reset=case.has_reset,
-        may_split=case.cell in DECAYING,
         is_packed=case.is_packed,
         wave=wave,
     )
@@ -70,7 +69,7 @@ def _absent(case: Case, plan: Plan) -> set[str]:
     absent = set() if NUM_INPUTS.get(case.cell, 2) > 2 else {"x2"}
     if not case.has_reset:
         absent.add("reset")
-    if not case.has_reset or case.cell == "linear_scan":
+    if not case.has_reset or case.cell not in NUM_INPUTS:
         absent |= {"initial_state", "grad_initial_state"}
     if not case.has_bias:
         absent.add("grad_bias")

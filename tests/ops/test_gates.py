@@ -12,7 +12,7 @@ from mingru import functional, ops
 from mingru.ops.backends import traceable
 from mingru.ops.cells import GATES
 
-# The backends that compute them, and the version of "torch" for graphs.
+# The backends that compute them on the CPU, and the version of "torch" for graphs.
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
 ALL = [*BACKENDS, "traceable"]
 CELLS = ["mingru_signed", "mingru_rotation"]

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
 from mingru.ops.backend import KernelFailure
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import Plan
@@ -39,9 +39,13 @@ PLANS = {
 CELLS = {
     **{("mingru", activation): 2 for activation in ("positive", "linear", "tanh")},
     **{("mingru_signed", activation): 2 for activation in ("positive", "linear", "tanh")},
+    **{("mingru_rotation", activation): 2 for activation in ("positive", "linear", "tanh")},
     **{("minlstm", activation): 3 for activation in ("positive", "linear", "tanh")},
     ("linear_scan", "linear"): 2,
+    ("complex_linear_scan", "linear"): 2,
 }
+# Cells of complex numbers, which are pairs of features here.
+PAIRS = ("mingru_rotation", "complex_linear_scan")
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +58,8 @@ def use_plan(monkeypatch):
     """Use one plan for all kernels."""
 
     def use(plan):
-        def plan_of(*args, may_split, is_packed, **options):
-            return plan if may_split and not is_packed else plan._replace(segments=1)
+        def plan_of(*args, cell, is_packed, **options):
+            return plan if cell in NUM_INPUTS and not is_packed else plan._replace(segments=1)
 
         monkeypatch.setattr(triton, "plan_of", plan_of)
 
@@ -71,9 +75,13 @@ def _planned(request, use_plan):
 def make(cell, batch, steps, features, dtype, *, reset=False, scale=2.0):
     """Return the inputs, the states h and initial_state in the accumulation dtype, and resets."""
     count = CELLS[cell, "linear"]
+    if cell in PAIRS:
+        features += features % 2
     inputs = [(scale * torch.randn(batch, steps, features)).to(dtype) for _ in range(count)]
     if cell == "linear_scan":
         inputs[0] = inputs[0].clamp(-1, 1)
+    elif cell == "complex_linear_scan":
+        inputs[0] = inputs[0].clamp(-0.7, 0.7)
     states = torch.randn(2, batch, 1, features).to(accumulate_dtype(dtype)).unbind()
     mask = torch.rand(batch, steps) < 0.2 if reset else None
     return inputs, states, mask
@@ -83,15 +91,25 @@ def on_device(tensors):
     return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
 
 
-def run(spec, inputs, states, reset, layout=ops.BATCH_FIRST):
+def run(spec, inputs, states, reset, layout=ops.BATCH_FIRST, backend="triton"):
+    if spec.cell == "complex_linear_scan":
+        found = ops.linear_scan(*(as_complex(x) for x in (*inputs, states[0])), reset, spec.reverse, backend)
+        return tuple(torch.view_as_real(states).flatten(2) for states in found)
     if spec.cell == "linear_scan":
-        return ops.linear_scan(*inputs, states[0], reset, spec.reverse, "triton")
-    return ops.recurrence(spec, inputs, Start(*states, reset), layout, "triton")
+        return ops.linear_scan(*inputs, states[0], reset, spec.reverse, backend)
+    return ops.recurrence(spec, inputs, Start(*states, reset), layout, backend)
+
+
+def as_complex(x):
+    return torch.view_as_complex(x.unflatten(2, (-1, 2)))
 
 
 def by_steps(spec, inputs, states, reset):
     h, initial = states
-    if spec.cell == "linear_scan":
+    if spec.cell == "complex_linear_scan":
+        out = reference.linear_scan(*(as_complex(x) for x in (*inputs, h)), spec.reverse, reset)
+        out = torch.view_as_real(out).flatten(2)
+    elif spec.cell == "linear_scan":
         out = reference.linear_scan(*inputs, h, spec.reverse, reset)
     else:
         cell = reference.CELLS[spec.cell]
@@ -136,7 +154,10 @@ def test_values_and_gradients(cell, activation, with_reset):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("cell", "activation"),
-    [("mingru", "tanh"), ("mingru_signed", "tanh"), ("minlstm", "positive"), ("linear_scan", "linear")],
+    [
+        *(("mingru", "tanh"), ("mingru_signed", "tanh"), ("mingru_rotation", "tanh")),
+        *(("minlstm", "positive"), ("linear_scan", "linear")),
+    ],
 )
 @pytest.mark.usefixtures("_planned")
 def test_dtypes(cell, activation, dtype):
@@ -147,9 +168,10 @@ def test_dtypes(cell, activation, dtype):
 
 @pytest.mark.parametrize("features", [1, 2, 15, 16, 17, 63, 64, 65, 127, 511, 512, 513, 1030])
 def test_block_edges(features, use_plan):
-    """The sizes of the tests of the C++ kernels, with each of the options in turn."""
+    """The sizes of the tests of the C++ kernels, lengths around that of a tile, and each of the options in turn."""
     options = itertools.cycle(itertools.product(CELLS, [False, True], [False, True]))
-    for index, steps in enumerate([1, 2, 63, 64, 65, 130]):
+    tile = 8 if features > 65 else 32
+    for index, steps in enumerate([1, 2, tile - 1, tile, tile + 1, 2 * tile + 2]):
         (cell, activation), reverse, with_reset = [next(options) for _ in range(features % 7 + 1)][-1]
         if features > 65:
             # One block or two, because scans of the interpreter would take too long.
@@ -158,7 +180,7 @@ def test_block_edges(features, use_plan):
             use_plan(Plan(2, 16, 64, 1 + index % 2, 1, None))
         else:
             use_plan(Plan(4, 8, 16, 1 + index % 3, 1, 2))
-        inputs, states, reset = make(cell, 1 + (steps < 63), steps, features, torch.float32, reset=with_reset)
+        inputs, states, reset = make(cell, 1 + (steps < 3), steps, features, torch.float32, reset=with_reset)
         check(Spec(cell, activation, reverse), inputs, states, reset)
 
 
@@ -191,17 +213,17 @@ def test_layouts_in_memory(layout, use_plan):
     check(Spec("mingru", "positive", True), inputs, states, reset)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("cell", "reverse"), [("minlstm", False), ("minlstm", True), ("mingru_rotation", True)])
 @pytest.mark.usefixtures("_planned")
-def test_time_first_without_copies(reverse):
-    inputs, states, reset = make("minlstm", 2, 9, 8, torch.float32, reset=True)
-    spec = Spec("minlstm", "positive", reverse)
+def test_time_first_without_copies(cell, reverse):
+    inputs, states, reset = make(cell, 2, 9, 8, torch.float32, reset=True)
+    spec = Spec(cell, "positive", reverse)
     expected, last = run(spec, on_device(inputs), on_device(states), *on_device([reset]))
     # Gates side by side, as in a layer.
     pre = torch.cat([x.transpose(0, 1) for x in inputs], -1).to(DEVICE)
     before = pre.clone()
     layout = Layout(True, None, None)
-    out, state = run(spec, pre.chunk(3, -1), on_device(states), reset.t().to(DEVICE), layout)
+    out, state = run(spec, pre.chunk(len(inputs), -1), on_device(states), reset.t().to(DEVICE), layout)
     torch.testing.assert_close(out.transpose(0, 1), expected, rtol=0, atol=0)
     torch.testing.assert_close(state, last, rtol=0, atol=0)
     assert out.is_contiguous()
@@ -210,12 +232,12 @@ def test_time_first_without_copies(reverse):
 
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("plan", ["walk", "chunks"])
-def test_packed_sequences(plan, reverse, with_reset, use_plan):
+@pytest.mark.parametrize(("cell", "plan"), [("mingru", "walk"), ("mingru", "chunks"), ("mingru_rotation", "chunks")])
+def test_packed_sequences(cell, plan, reverse, with_reset, use_plan):
     use_plan(PLANS[plan])
     lengths = torch.tensor([13, 13, 9, 1])
-    inputs, states, reset = make("mingru", 4, 13, 8, torch.float32, reset=with_reset)
-    spec = Spec("mingru", "positive", reverse)
+    inputs, states, reset = make(cell, 4, 13, 8, torch.float32, reset=with_reset)
+    spec = Spec(cell, "positive", reverse)
 
     def packed(x):
         return pack_padded_sequence(x, lengths, batch_first=True)
@@ -250,7 +272,7 @@ def test_packed_sequences(plan, reverse, with_reset, use_plan):
                 torch.testing.assert_close(got[b : b + 1].cpu().double(), grad, **close)
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
 def test_decays_near_1(cell, use_plan):
     """The state forgets so slowly that all chunks and segments count until the end."""
     use_plan(Plan(8, 16, 2, 3, 1, 2))
@@ -261,23 +283,27 @@ def test_decays_near_1(cell, use_plan):
     states = [state.abs() for state in states]
     spec = Spec(cell, "positive", False)
     check(spec, inputs, states, None)
-    out, _ = run(spec, on_device(inputs), on_device(states), None)
-    truth, _ = by_steps(spec, [x.double() for x in inputs], [x.double() for x in states], None)
-    assert reference.relative_error(out.cpu(), truth) <= 2e-6
+    if cell not in PAIRS:
+        out, _ = run(spec, on_device(inputs), on_device(states), None)
+        truth, _ = by_steps(spec, [x.double() for x in inputs], [x.double() for x in states], None)
+        assert reference.relative_error(out.cpu(), truth) <= 2e-6
 
 
+# Products of complex numbers and infinities follow no common rule.
+@pytest.mark.parametrize(
+    ("cell", "bad"), [*(("mingru", bad) for bad in (math.nan, math.inf, -math.inf)), ("mingru_rotation", math.nan)]
+)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.usefixtures("_planned")
-def test_nan_and_infinity_pass_as_step_by_step_and_stop_at_a_reset(bad, reverse):
-    inputs, states, _ = make("mingru", 1, 40, 3, torch.float32)
+def test_nan_and_infinity_pass_as_step_by_step_and_stop_at_a_reset(reverse, cell, bad):
+    inputs, states, _ = make(cell, 1, 40, 5, torch.float32)
     where, cut = (27, 9) if reverse else (9, 27)
     reset = torch.zeros(1, 40, dtype=torch.bool)
     reset[:, cut] = True
-    inputs[1][0, where, 1] = bad
+    inputs[1][0, where, :2] = bad
     inputs[0][0, where, 2] = bad
-    spec = Spec("mingru", "linear", reverse)
-    weights = torch.ones(1, 40, 3), torch.ones(1, 1, 3)
+    spec = Spec(cell, "linear", reverse)
+    weights = torch.ones_like(inputs[0]), torch.ones_like(states[0])
     got = graded(run, spec, on_device(inputs), on_device(states), reset.to(DEVICE), weights)
     wide = [[tensor.double() for tensor in tensors] for tensors in (inputs, states)]
     expected = graded(by_steps, spec, *wide, reset, weights)
@@ -289,15 +315,18 @@ def test_nan_and_infinity_pass_as_step_by_step_and_stop_at_a_reset(bad, reverse)
             torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("cell", ["mingru", "mingru_signed"])
 @pytest.mark.usefixtures("_planned")
-def test_an_infinite_state_outlives_decays_whose_product_underflows():
-    inputs, states, _ = make("mingru", 1, 60, 2, torch.float32, scale=0.1)
-    # Decays of 1e-4.
-    inputs[0] += 9.2
+def test_an_infinite_state_outlives_decays_whose_product_underflows(cell):
+    inputs, states, _ = make(cell, 1, 60, 2, torch.float32, scale=0.1)
+    # Decays of 1e-4, of both signs if the gate is signed.
+    inputs[0] = inputs[0] + 9.2 if cell == "mingru" else 2e-4 * inputs[0].sign()
     states[0][0, 0, 1] = math.inf
-    out, last = run(Spec("mingru", "positive", False), on_device(inputs), on_device(states), None)
-    assert out[..., 1].isposinf().all()
-    assert last[..., 1].isposinf().all()
+    out, last = run(Spec(cell, "positive", False), on_device(inputs), on_device(states), None)
+    truth, truth_last = by_steps(Spec(cell, "positive", False), inputs, states, None)
+    assert truth[..., 1].isinf().all()
+    assert torch.equal(out[..., 1].cpu(), truth[..., 1])
+    assert torch.equal(last[..., 1].cpu(), truth_last[..., 1])
     assert out[..., 0].isfinite().all()
 
 
@@ -310,6 +339,8 @@ def test_extreme_pre_activations(extreme, activation, use_plan):
     for cell, pairs in {
         "mingru": [(bad, good), (good, bad), (bad, bad)],
         "mingru_signed": [(bad, good), (good, bad), (bad, bad)],
+        # Products of complex numbers and infinities follow no common rule.
+        "mingru_rotation": [(bad, good), *([] if math.isinf(extreme) else [(good, bad), (bad, bad)])],
         "minlstm": [(bad, good, good), (good, bad, good), (good, good, bad), (bad, bad, good)],
     }.items():
         for inputs in pairs:
@@ -319,9 +350,25 @@ def test_extreme_pre_activations(extreme, activation, use_plan):
             if cell == "minlstm" and inputs[0] is inputs[1] is bad and extreme == -1e4:
                 # The reference divides 0 by 0; both gates are equal.
                 truth = 0.5 * (h.double() + reference.ACTIVATIONS[activation](good.double()))
-            # The reference of the signed gate computes 1 - |a|.
-            atol = 1e-16 if cell == "mingru_signed" else 1e-37
+            # The reference of the signed gate computes 1 - |a|. The products of a rotation cancel.
+            atol = {"mingru_signed": 1e-16, "mingru_rotation": 1e-6}.get(cell, 1e-37)
             torch.testing.assert_close(out.cpu(), truth.float(), rtol=1e-6, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-7), (torch.float64, 1e-15)])
+def test_angles_of_any_size(dtype, allowed, use_plan):
+    """Whole turns are subtracted exactly, so that a large angle is as accurate as a small one."""
+    use_plan(Plan(1, 1, 1024, 1, 1, None))
+    angle = torch.cat([torch.linspace(-30, 30, 2048), torch.linspace(-1e5, 1e5, 2048)]).to(dtype)
+    # Pairs of a gate that keeps the state and an angle, of no candidate, and of the state 1.
+    gates, none, h = (
+        torch.stack([torch.full_like(angle, x), y], -1).reshape(1, 1, -1)
+        for x, y in ((-200.0, angle), (0.0, 0.0 * angle), (1.0, 0.0 * angle))
+    )
+    out, _ = run(Spec("mingru_rotation", "linear", False), on_device([gates, none]), on_device([h, h]), None)
+    turn = math.pi / 4 * torch.remainder(angle.double(), 8.0)
+    truth = torch.stack([turn.cos(), turn.sin()], -1).reshape(1, 1, -1)
+    assert (out.cpu().double() - truth).abs().max() <= allowed
 
 
 def test_small_candidates_keep_their_relative_precision(use_plan):
@@ -385,26 +432,33 @@ def linear_call(x, linear, states, reset, spec, layout, keep):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("order", ["batch first", "time first", "transposed"])
+@pytest.mark.parametrize(
+    ("cell", "order"),
+    [
+        *(("minlstm", order) for order in ("batch first", "time first", "transposed")),
+        ("mingru_rotation", "batch first"),
+    ],
+)
 @pytest.mark.usefixtures("_planned")
-def test_linear_map_and_recurrence(order, with_bias):
+def test_linear_map_and_recurrence(cell, order, with_bias):
     keep = with_bias == (order == "time first")
-    spec, layout = Spec("minlstm", "tanh", order == "time first"), Layout(order == "time first", None, None)
-    linear = nn.Linear(3, 3 * 5, with_bias, device=DEVICE)
+    spec, layout = Spec(cell, "tanh", order == "time first"), Layout(order == "time first", None, None)
+    num_features = 6 if cell in PAIRS else 5
+    linear = nn.Linear(3, NUM_INPUTS[cell] * num_features, with_bias, device=DEVICE)
     x = torch.randn(9, 2, 3, device=DEVICE)
     x = x.transpose(0, 1) if order == "transposed" else x if order == "time first" else x.transpose(0, 1).contiguous()
-    _, states, reset = make("minlstm", 2, 9, 5, torch.float32, reset=True)
+    _, states, reset = make(cell, 2, 9, num_features, torch.float32, reset=True)
     states, reset = on_device(states), reset.to(DEVICE)
     reset = reset.t() if layout.time_first else reset
     leaves = [x.requires_grad_(), *(state.requires_grad_() for state in states), *linear.parameters()]
-    weight = torch.randn(*x.shape[:2], 5, device=DEVICE)
+    weight = torch.randn(*x.shape[:2], num_features, device=DEVICE)
 
     def grads(out, last):
         assert out.is_contiguous()
         return [out, last, *torch.autograd.grad((out * weight).sum() + last.square().sum(), leaves)]
 
     got = grads(*linear_call(x, linear, states, reset, spec, layout, keep))
-    pre = linear(x).chunk(3, -1)
+    pre = linear(x).chunk(NUM_INPUTS[cell], -1)
     expected = grads(*ops.recurrence(spec, pre, Start(*states, reset), layout, "torch"))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
@@ -475,8 +529,9 @@ def test_a_step_is_one_launch_for_each_layer(grad, launches):
 
 
 @pytest.mark.usefixtures("_auto")
-def test_images_run_on_triton(launches):
-    rnn = mingru.MinConv2dGRU(2, 3, 1, device=DEVICE)
+@pytest.mark.parametrize("gate", ["sigmoid", "rotation"])
+def test_images_run_on_triton(gate, launches):
+    rnn = mingru.MinConv2dGRU(2, 4, 1, gate=gate, device=DEVICE)
     x = torch.randn(1, 4, 2, 3, 3, device=DEVICE)
     out, _ = rnn(x)
     out.sum().backward()
@@ -488,15 +543,15 @@ def test_images_run_on_triton(launches):
 # Transforms, graphs and errors.
 
 
-@pytest.mark.parametrize("with_reset", [False, True])
-def test_second_derivatives(with_reset, use_plan):
+@pytest.mark.parametrize(("cell", "with_reset"), [("mingru", False), ("mingru", True), ("mingru_rotation", True)])
+def test_second_derivatives(cell, with_reset, use_plan):
     use_plan(Plan(1, 4, 2, 1, 1, None))
-    inputs, states, reset = make("mingru", 1, 4, 2, torch.float64, reset=with_reset)
+    inputs, states, reset = make(cell, 1, 4, 2, torch.float64, reset=with_reset)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (*inputs, *states)]
     reset = None if reset is None else torch.tensor([[False, False, True, False]], device=DEVICE)
 
     def function(*leaves):
-        return run(Spec("mingru", "tanh", True), leaves[:2], leaves[2:], reset)
+        return run(Spec(cell, "tanh", True), leaves[:2], leaves[2:], reset)
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
@@ -656,19 +711,17 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 @needs_gpu
 @pytest.mark.parametrize("shape", [(64, 1000, 100), (1, 20_000, 64), (300, 130, 513), (4096, 40, 128)])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "linear_scan"])
+@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm", "linear_scan", "complex_linear_scan"])
 def test_large_shapes_are_right_and_the_same_in_every_run(cell, shape):
-    spec = Spec(cell, "linear" if cell == "linear_scan" else "positive", False)
+    spec = Spec(cell, "positive" if cell in NUM_INPUTS else "linear", False)
     inputs, states, reset = make(cell, *shape, torch.float32, reset=True)
     inputs, states, reset = on_device(inputs), on_device(states), reset.to(DEVICE)
-    weights = torch.randn(shape, device=DEVICE), torch.randn(shape[0], 1, shape[2], device=DEVICE)
+    weights = torch.randn_like(inputs[0]), torch.randn_like(states[0])
     got, again = (graded(run, spec, inputs, states, reset, weights) for _ in range(2))
     wide = [[tensor.double() for tensor in tensors] for tensors in (inputs, states)]
 
-    def by_torch(spec, inputs, states, reset):
-        if cell == "linear_scan":
-            return ops.linear_scan(*inputs, states[0], reset, spec.reverse, "torch")
-        return ops.recurrence(spec, inputs, Start(*states, reset), ops.BATCH_FIRST, "torch")
+    def by_torch(*args):
+        return run(*args, backend="torch")
 
     expected = graded(by_torch, spec, *wide, reset, weights)
     for name, truth in expected.items():

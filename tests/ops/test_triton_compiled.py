@@ -14,24 +14,26 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from compiling import TARGETS, Case, Compiled
 
+from mingru.ops import NUM_INPUTS
+
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
-CELLS = {"mingru": 2, "mingru_signed": 2, "minlstm": 3, "linear_scan": 2}
+CELLS = ("mingru", "mingru_signed", "mingru_rotation", "minlstm", "linear_scan")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def case_of(kernel, cell, dtype, shape, activation=None, **options):
-    activation = activation or ("linear" if cell == "linear_scan" else "positive")
-    has_bias = kernel == "backward_kernel" and cell != "linear_scan"
+    activation = activation or ("positive" if cell in NUM_INPUTS else "linear")
+    has_bias = kernel == "backward_kernel" and cell in NUM_INPUTS
     return Case(kernel, cell, activation, dtype, *shape, **{"has_bias": has_bias, **options})
 
 
 def num_accesses(case, plan):
     """Return how many loads and stores of sequences a thread needs in a tile."""
-    count = CELLS[case.cell]
+    count = NUM_INPUTS.get(case.cell, 2)
     if case.kernel == "forward_kernel":
         return plan.steps * count, plan.steps
     # The gradients of a linear scan do not depend on b.
-    loads = 1 if case.cell == "linear_scan" else count
+    loads = count if case.cell in NUM_INPUTS else 1
     return plan.steps * (loads + 2), plan.steps * count
 
 
@@ -54,7 +56,7 @@ def check(case, target):
     opcodes = found.opcodes()
     assert opcodes["STL"] == opcodes["LDL"] == 0, case
     # Triton 3.7 makes up to 8 of these, Triton 3.9 up to 10.
-    most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 3 * (case.cell == "linear_scan")
+    most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 3 * (case.cell not in NUM_INPUTS)
     assert opcodes["BAR"] <= most, (case, opcodes["BAR"])
     return found
 
@@ -78,6 +80,9 @@ def test_other_variants(kernel):
         for shape in (MANY, FEW):
             check(case_of(kernel, cell, dtype, shape, has_reset=True), "sm_90")
     check(case_of(kernel, "mingru", F32, FEW, is_packed=True), "sm_90")
+    for shape in (MANY, FEW):
+        check(case_of(kernel, "complex_linear_scan", F32, shape), "sm_90")
+    check(case_of(kernel, "mingru_rotation", BF16, FEW, "tanh", has_reset=True), "sm_90")
     segments = case_of(kernel, "mingru", F32, (1, 65_536, 32))
     assert check(segments, "sm_90").plan.segments > 1
     summary = Compiled(segments._replace(is_summary=True, has_bias=False), "sm_90")
@@ -85,14 +90,19 @@ def test_other_variants(kernel):
 
 
 # Instructions per state, for many features: forward, backward, and backward with the gradient of a bias.
-MOST = {F32: (45, 60, 60), BF16: (30, 45, 46)}
+MOST = {
+    ("mingru", F32): (45, 60, 60),
+    ("mingru", BF16): (30, 45, 46),
+    ("mingru_rotation", F32): (50, 70, 70),
+    ("mingru_rotation", BF16): (40, 60, 61),
+}
 
 
-@pytest.mark.parametrize("dtype", MOST)
-def test_instructions_per_state(dtype):
-    forward, backward, with_bias = MOST[dtype]
-    assert Compiled(case_of("forward_kernel", "mingru", dtype, MANY), "sm_90").per_state() <= forward
-    case = case_of("backward_kernel", "mingru", dtype, MANY)
+@pytest.mark.parametrize(("cell", "dtype"), MOST)
+def test_instructions_per_state(cell, dtype):
+    forward, backward, with_bias = MOST[cell, dtype]
+    assert Compiled(case_of("forward_kernel", cell, dtype, MANY), "sm_90").per_state() <= forward
+    case = case_of("backward_kernel", cell, dtype, MANY)
     assert Compiled(case, "sm_90").per_state() <= with_bias
     assert Compiled(case._replace(has_bias=False), "sm_90").per_state() <= backward
 

@@ -25,15 +25,14 @@ def is_power_of_2(number):
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
 def test_plans(wave, itemsize, backward):
-    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], [2, 3])
-    for batch, steps, features, num_inputs in options:
-        for has_reset, may_split in ((False, True), (True, False)):
+    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], triton.KEEPING)
+    for batch, steps, features, cell in options:
+        for has_reset in (False, True):
             plan = triton.plan_of(
                 *(batch, steps, features, itemsize),
-                num_inputs=num_inputs,
+                cell=cell,
                 backward=backward,
                 has_reset=has_reset,
-                may_split=may_split,
                 is_packed=has_reset,
                 wave=wave,
             )
@@ -41,7 +40,7 @@ def test_plans(wave, itemsize, backward):
             # A thread has at most 16 bytes of each step.
             assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
             assert 1 <= plan.steps <= 8
-            assert plan.segments == 1 or (may_split and plan.chunks > 1)
+            assert plan.segments == 1 or (cell in ops.NUM_INPUTS and not has_reset and plan.chunks > 1)
             # Most steps of a tile are steps of the sequence, if it is not short.
             assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
             assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
@@ -168,11 +167,9 @@ def test_dtypes_and_devices_without_a_kernel():
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
     assert triton._unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
-    assert "real floating dtypes, and the tensors are torch.complex64" in triton._unsupported(on_gpu, MINGRU)
-    on_gpu.dtype = torch.float32
-    assert triton._unsupported(on_gpu, Spec("mingru_signed", "linear", False)) is None
-    why_not = triton._unsupported(on_gpu, Spec("mingru_rotation", "linear", False))
-    assert why_not == "it does not support complex numbers, which mingru_rotation needs"
+    assert triton._unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
+    on_gpu.dtype = torch.complex32
+    assert triton._unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 
 
 def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):

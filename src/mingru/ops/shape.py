@@ -32,6 +32,11 @@ def from_pairs(x: Tensor) -> Tensor:
     return x.movedim(-1, 3).reshape(shape)
 
 
+def as_real(x: Tensor) -> Tensor:
+    """Return complex numbers (B, S, *) as pairs of real numbers (B, S, *, 2)."""
+    return torch.view_as_real(x.resolve_conj())
+
+
 def times(a: Tensor, b: Tensor, pairs: bool) -> Tensor:
     """Return the product of real numbers, or of complex numbers that are pairs in the last dimension."""
     if not pairs:

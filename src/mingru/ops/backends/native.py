@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
 from ..layout import LinearScan, is_transposed
-from ..shape import States, accumulate_dtype, as_dtype
+from ..shape import States, accumulate_dtype, as_dtype, as_real
 
 # The `group` of csrc/scan.h.
 _GROUP = 16
@@ -178,23 +178,18 @@ def _scan(call: LinearScan) -> States:
     a, b, h, reset, reverse = call
     cell = "linear_scan"
     if a.is_complex():
-        a, b, h, cell = _real(a), _real(b), _real(h), "complex_linear_scan"
+        a, b, h, cell = as_real(a), as_real(b), as_real(h), "complex_linear_scan"
     out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, None, cell, 0.0, reverse, False)
     if cell == "complex_linear_scan":
         return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
 
 
-def _real(x: Tensor) -> Tensor:
-    """Return complex numbers (B, S, *) as real numbers (B, S, *, 2)."""
-    return torch.view_as_real(x.resolve_conj())
-
-
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     a, _, h, reset, reverse = call
     is_complex = a.is_complex()
     if is_complex:
-        a, h, out, grad_out, grad_last = (_real(x) for x in (a, h, out, grad_out, grad_last))
+        a, h, out, grad_out, grad_last = (as_real(x) for x in (a, h, out, grad_out, grad_last))
     cell = "complex_linear_scan" if is_complex else "linear_scan"
     # The gradients do not depend on b.
     inputs, given = [a, a], (h, h, reset, None, None)

@@ -2,7 +2,7 @@
 
 Importing this module registers two operators with PyTorch's dispatcher, but does not import Triton. Captured graphs
 contain the operators; eager calls skip the dispatcher. States have any floating dtype, and are computed in the
-accumulation dtype of the sequences.
+accumulation dtype of the sequences. The operators take complex numbers as pairs of features.
 """
 
 import functools
@@ -18,25 +18,24 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel, KernelFailure
 from ..call import Layout, Spec, Start
-from ..cells import NUM_INPUTS, is_complex
+from ..cells import NUM_INPUTS
 from ..graph import are_ordinary, is_autocast, is_compiling
 from ..layout import LinearScan, is_transposed
-from ..shape import States, accumulate_dtype, as_dtype
+from ..shape import States, accumulate_dtype, as_dtype, as_real
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
-# Inputs with which a step keeps the state, for each cell.
+# Inputs with which a step keeps the state, for each cell; the first one of a pair, whose second one is 0.
 KEEPING = {
     "mingru": (-torch.inf, 0.0),
     "mingru_signed": (-torch.inf, 0.0),
+    "mingru_rotation": (-torch.inf, 0.0),
     "minlstm": (0.0, -torch.inf, 0.0),
     "linear_scan": (1.0, 0.0),
+    "complex_linear_scan": (1.0, 0.0),
 }
-# Cells with 0 <= a <= 1. Their segments can be combined, because the product of a segment cannot overflow, and because
-# a negative product can mark a reset.
-DECAYING = ("mingru", "minlstm")
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _OLDEST = (3, 6)
 # Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,10 +63,9 @@ def plan_of(
     num_features: int,
     itemsize: int,
     *,
-    num_inputs: int,
+    cell: str,
     backward: bool,
     has_reset: bool,
-    may_split: bool,
     is_packed: bool,
     wave: int,
 ) -> Plan:
@@ -78,7 +76,9 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
-    if backward and num_inputs > 2 and itemsize == 2:
+    # Three numbers of each step and feature are needed for the gradients of these cells, instead of two.
+    is_large = backward and cell in ("minlstm", "mingru_rotation")
+    if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2
     if num_steps == 1:
@@ -89,7 +89,7 @@ def plan_of(
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept.
         steps = 4 if not backward else 2 if has_reset else min(steps, 3)
-    elif backward and num_inputs > 2:
+    elif is_large:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
     sizes = [size // itemsize for size in (128, 64, 32)]
@@ -103,7 +103,8 @@ def plan_of(
     warps = max(1, chunks * features // warp)
     tile = chunks * steps
     segments = 1
-    if may_split and not is_packed and programs < 64:
+    # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
+    if cell in NUM_INPUTS and not is_packed and programs < 64:
         segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
     # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
     return Plan(chunks, steps, features, segments, warps, None if wave == 64 or is_packed else 2)
@@ -158,9 +159,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if kind not in DEVICES and not (_IS_INTERPRETED and kind == "cpu"):
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
-        return f"it only supports real floating dtypes, and the tensors are {sequence.dtype}"
-    if is_complex(spec):
-        return f"it does not support complex numbers, which {spec.cell} needs"
+        return f"it does not support {sequence.dtype}"
     return _why_too_old(sequence.device) if kind == "cuda" else None
 
 
@@ -231,10 +230,9 @@ class _Work:
         x = self.inputs[0]
         return plan_of(
             *(self.num_sequences, self.num_steps, self.num_features, x.element_size()),
-            num_inputs=len(self.inputs),
+            cell=self.spec.cell,
             backward=backward,
             has_reset=has_reset,
-            may_split=self.spec.cell in DECAYING,
             is_packed=self.is_packed,
             wave=_wave(x.device.type),
         )
@@ -383,7 +381,7 @@ def _backward(
     num_segments, segment_steps = work.segments(plan)
     rows, dtype = work.num_sequences * num_segments, _accumulated(first)
     grad_h = h.new_empty(h.shape)
-    has_initial_state = reset is not None and cell != "linear_scan"
+    has_initial_state = initial_state is not None
     grad_initial_state = first.new_empty(rows if has_initial_state else 0, work.num_features, dtype=dtype)
     grad_bias = first.new_empty(rows if needs_bias else 0, len(x) * work.num_features, dtype=dtype)
     states = _state(h), (None, 0) if initial_state is None else _state(initial_state)
@@ -437,16 +435,15 @@ def _register() -> torch.library.Library:
     def backward(
         inputs: list[Tensor], h: Tensor, initial_state: Tensor | None, reset: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        batch_sizes, *_, cell, _, _, _, needs_bias = rest
+        batch_sizes, *_, needs_bias = rest
         first = inputs[0]
         num_leading = 2 if batch_sizes is None else 1
         num_features = first.shape[num_leading:].numel()
-        has_initial_state = reset is not None and cell != "linear_scan"
         dtype = _accumulated(first)
         return (
             _grads_like(inputs, num_leading),
             h.new_empty(h.shape),
-            first.new_empty(h.shape[0] if has_initial_state else 0, num_features, dtype=dtype),
+            first.new_empty(0 if initial_state is None else h.shape[0], num_features, dtype=dtype),
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )
 
@@ -563,17 +560,28 @@ def _linear_recurrence_backward(
 
 def _scan(call: LinearScan) -> States:
     a, b, h, reset, reverse = call
-    return _call_forward([a, b], h, None, reset, None, "linear_scan", "linear", reverse, False)
+    cell = "linear_scan"
+    if a.is_complex():
+        a, b, h, cell = as_real(a), as_real(b), as_real(h), "complex_linear_scan"
+    out, last = _call_forward([a, b], h, None, reset, None, cell, "linear", reverse, False)
+    if cell == "complex_linear_scan":
+        return torch.view_as_complex(out), torch.view_as_complex(last)
+    return out, last
 
 
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     a, _, h, reset, reverse = call
+    is_complex = a.is_complex()
+    if is_complex:
+        a, h, out, grad_out, grad_last = (as_real(x) for x in (a, h, out, grad_out, grad_last))
+    cell = "complex_linear_scan" if is_complex else "linear_scan"
     # The gradients do not depend on b.
     inputs = [a, a]
     grads, grad_h, *_ = _call_backward(
-        inputs, h, None, reset, None, out, grad_out, grad_last, "linear_scan", "linear", reverse, False, False
+        inputs, h, None, reset, None, out, grad_out, grad_last, cell, "linear", reverse, False, False
     )
-    return *_split(grads, inputs), grad_h
+    found = *_split(grads, inputs), grad_h
+    return tuple(torch.view_as_complex(grad) for grad in found) if is_complex else found
 
 
 BACKEND = Backend(

@@ -13,6 +13,8 @@ Everything is computed in a fixed order, without atomics.
 Time is counted in the order of the scan; u is the step in that order. For `backwards`, a step u is the row
 num_steps - 1 - u. The backward pass is a scan in the opposite direction. The row of a packed step comes from a table.
 
+Complex numbers are pairs of features, 2 j and 2 j + 1. `times` and `plus_times` multiply them.
+
 Prefixes and suffixes: `x_` inputs of the cell, `num_` counts, `_batch` and `_step` strides. Strides of sequences and
 `num_units` count units of V features, and the kernel multiplies them by V. That tells the compiler how addresses are
 aligned, so that accesses have 16 bytes whenever the number of features allows them. All memory is read before any is
@@ -27,6 +29,7 @@ LOG2E = tl.constexpr(1.4426950216293335)
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+QUARTER_PI = tl.constexpr(0.785398163397448309616)
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 # Arguments that do not select another compiled kernel, as numbers do that are 1 or a multiple of 16, and addresses that
@@ -151,9 +154,96 @@ def activate(v, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         return v, tl.full(v.shape, 1.0, v.dtype)
 
 
+@triton.jit
+def small_direction(r):
+    """Return cos(pi r) and sin(pi r) for |r| <= 1/4. csrc/math.h has the errors of these polynomials."""
+    x = r * r
+    if r.dtype == tl.float64:
+        cosine = ((4.3030695870329470073e-6 * x - 0.00010463810492484570712) * x + 0.0019295743094039230479) * x
+        cosine = (((cosine - 0.025806891390014060013) * x + 0.23533063035889320454) * x - 1.3352627688545894959) * x
+        cosine = ((cosine + 4.0587121264167682182) * x - 4.9348022005446793094) * x + 1.0
+        sine = ((7.9520540014755127848e-7 * x - 0.000021915353447830215827) * x + 0.00046630280576761256442) * x
+        sine = (((sine - 0.0073704309457143507773) * x + 0.082145886611128228799) * x - 0.59926452932079207689) * x
+        sine = ((sine + 2.5501640398773454439) * x - 5.1677127800499700292) * x + 3.1415926535897932385
+    else:
+        cosine = ((0.2313287854194641 * x - 1.335044503211975) * x + 4.058707237243652) * x
+        cosine = (cosine - 4.934802055358887) * x + 1.0
+        sine = ((-0.5890750885009766 * x + 2.549767017364502) * x - 5.167707920074463) * x + 3.1415927410125732
+    return cosine, sine * r
+
+
+@triton.jit
+def direction(x):
+    """Return cos(pi x) and sin(pi x); see csrc/math.h."""
+    if x.dtype == tl.float64:
+        ROUNDER: tl.constexpr = 6755399441055744.0
+        INTEGER: tl.constexpr = tl.int64
+        BITS: tl.constexpr = 64
+    else:
+        ROUNDER: tl.constexpr = 12582912.0
+        INTEGER: tl.constexpr = tl.int32
+        BITS: tl.constexpr = 32
+    # Adding this number rounds to an integer, here to the number of quarter turns.
+    shifted = 2.0 * x + ROUNDER
+    r = x - 0.5 * (shifted - ROUNDER)
+    # Larger numbers have no fraction, but would leave the range of the polynomials.
+    r = tl.maximum(tl.minimum(r, 0.25, propagate_nan=NAN_STAYS), -0.25, propagate_nan=NAN_STAYS)
+    cosine, sine = small_direction(r)
+    # The low bits of `shifted` are those of the number of quarter turns. The second bit becomes the sign.
+    quarters = shifted.to(INTEGER, bitcast=True)
+    swap = (quarters & 1) != 0
+    SIGN: tl.constexpr = -(1 << (BITS - 1))
+    cosine_sign = ((quarters + 1) << (BITS - 2)) & SIGN
+    sine_sign = (quarters << (BITS - 2)) & SIGN
+    turned_cosine = tl.where(swap, sine, cosine).to(INTEGER, bitcast=True) ^ cosine_sign
+    turned_sine = tl.where(swap, cosine, sine).to(INTEGER, bitcast=True) ^ sine_sign
+    return turned_cosine.to(x.dtype, bitcast=True), turned_sine.to(x.dtype, bitcast=True)
+
+
+# Complex numbers. If V > 1, a pair is in one thread, so that taking pairs apart and joining them moves no data.
+
+
+@triton.jit
+def parts(x):
+    """Return the real and the imaginary parts (C, F / 2) of pairs (C, F)."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def times(a, b, PAIRS: tl.constexpr):
+    """Return a b."""
+    if PAIRS:
+        a0, a1 = parts(a)
+        b0, b1 = parts(b)
+        return tl.interleave(a0 * b0 - a1 * b1, a1 * b0 + a0 * b1)
+    else:
+        return a * b
+
+
+@triton.jit
+def plus_times(c, a, b, PAIRS: tl.constexpr):
+    """Return c + a b."""
+    if PAIRS:
+        c0, c1 = parts(c)
+        a0, a1 = parts(a)
+        b0, b1 = parts(b)
+        return tl.interleave(c0 + a0 * b0 - a1 * b1, c1 + a1 * b0 + a0 * b1)
+    else:
+        return tl.math.fma(a, b, c)
+
+
+@triton.jit
+def ones(C: tl.constexpr, F: tl.constexpr, A: tl.constexpr, PAIRS: tl.constexpr):
+    """Return the number 1, as (C, F)."""
+    if PAIRS:
+        return tl.interleave(tl.full((C, F // 2), 1.0, A), tl.zeros((C, F // 2), A))
+    else:
+        return tl.full((C, F), 1.0, A)
+
+
 # The cells. `<cell>_coefficients` returns a and b; `<cell>_gradients` returns a, and the gradient of each input for
-# delta = 1. To add a cell, add both functions, a branch to `coefficients` and `gradients`, and an entry to
-# `triton.KEEPING`. Cells have up to three inputs.
+# delta = 1, or what `gradient_of_pairs` takes. To add a cell, add both functions, a branch to `coefficients` and
+# `gradients`, and an entry to `triton.KEEPING`. Cells have up to three inputs.
 
 
 @triton.jit
@@ -200,6 +290,28 @@ def signed_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT:
 
 
 @triton.jit
+def rotation_coefficients(gates, candidates, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    gate, angle = parts(gates)
+    z, keep = logistic(gate, EXACT)
+    cosine, sine = direction(0.25 * angle)
+    values, _ = activate(candidates, ACTIVATION, EXACT)
+    return tl.interleave(keep * cosine, keep * sine), tl.interleave(z, z) * values
+
+
+@triton.jit
+def rotation_gradients(gates, candidates, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    gate, angle = parts(gates)
+    z, keep = logistic(gate, EXACT)
+    cosine, sine = direction(0.25 * angle)
+    values, slopes = activate(candidates, ACTIVATION, EXACT)
+    turned = times(tl.interleave(cosine, sine), previous, True)
+    conjugate = tl.interleave(keep * cosine, minus(keep * sine))
+    both, quarter = z * keep, keep * QUARTER_PI
+    for_gate, for_angle = (values - turned) * tl.interleave(both, both), turned * tl.interleave(quarter, quarter)
+    return conjugate, for_gate, tl.interleave(z, z) * slopes, for_angle
+
+
+@triton.jit
 def normalized_gates(forget, input, EXACT: tl.constexpr):
     """Return f / (f + i), i / (f + i), exp(-|forget|) and exp(-|input|), as csrc/cells.h describes."""
     forget_power, input_power = power(tl.abs(forget), -1, EXACT), power(tl.abs(input), -1, EXACT)
@@ -239,6 +351,8 @@ def coefficients(x0, x1, x2, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT
         return mingru_coefficients(x0, x1, ACTIVATION, EXACT)
     elif CELL == "mingru_signed":
         return signed_coefficients(x0, x1, ACTIVATION, EXACT)
+    elif CELL == "mingru_rotation":
+        return rotation_coefficients(x0, x1, ACTIVATION, EXACT)
     elif CELL == "minlstm":
         return minlstm_coefficients(x0, x1, x2, ACTIVATION, EXACT)
     else:
@@ -247,18 +361,37 @@ def coefficients(x0, x1, x2, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT
 
 @triton.jit
 def gradients(x0, x1, x2, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Return a, and the gradients of the inputs for dL/dh_t = 1. A missing input has the gradient of the one before."""
+    """Return a, and the gradients of the inputs for dL/dh_t = 1. A missing input has the gradient of the one before.
+
+    For complex numbers, return the conjugate of a, and d0 and d2 of `gradient_of_pairs` around the gradient of the
+    second input.
+    """
     if CELL == "mingru":
         a, d0, d1 = mingru_gradients(x0, x1, previous, ACTIVATION, EXACT)
         return a, d0, d1, d1
     elif CELL == "mingru_signed":
         a, d0, d1 = signed_gradients(x0, x1, previous, ACTIVATION, EXACT)
         return a, d0, d1, d1
+    elif CELL == "mingru_rotation":
+        return rotation_gradients(x0, x1, previous, ACTIVATION, EXACT)
+    elif CELL == "complex_linear_scan":
+        real, imaginary = parts(x0)
+        one = tl.full(x0.shape, 1.0, x0.dtype)
+        return tl.interleave(real, minus(imaginary)), previous, one, previous
     elif CELL == "minlstm":
         return minlstm_gradients(x0, x1, x2, previous, ACTIVATION, EXACT)
     else:
         one = tl.full(x0.shape, 1.0, x0.dtype)
         return x0, previous, one, one
+
+
+@triton.jit
+def gradient_of_pairs(delta, d0, d2):
+    """Return the gradient of the first input of a complex cell: pairs Re(delta conj(d0)) and Im(delta conj(d2))."""
+    delta0, delta1 = parts(delta)
+    real0, real1 = parts(d0)
+    imaginary0, imaginary1 = parts(d2)
+    return tl.interleave(delta0 * real0 + delta1 * real1, delta1 * imaginary0 - delta0 * imaginary1)
 
 
 # The combination of chunks.
@@ -277,30 +410,34 @@ def then(p_left, l_left, p_before, l_before, p_right, l_right, p_before_right, l
 
 
 @triton.jit
-def then_reset(
-    p_left,
-    l_left,
-    seen_left,
-    p_before,
-    l_before,
-    seen_before,
-    p_right,
-    l_right,
-    seen_right,
-    p_before_right,
-    l_before_right,
-    seen_before_right,
+def then_pairs(
+    p0_left,
+    p1_left,
+    l0_left,
+    l1_left,
+    p0_before,
+    p1_before,
+    l0_before,
+    l1_before,
+    p0_right,
+    p1_right,
+    l0_right,
+    l1_right,
+    p0_before_right,
+    p1_before_right,
+    l0_before_right,
+    l1_before_right,
 ):
-    """Combine maps as `then` does. A reset selects instead of multiplying by 0, so that NaN does not pass it."""
-    l_both = tl.where(seen_right != 0, l_right, p_right * l_left + l_right)
-    l_without_last = tl.where(seen_before_right != 0, l_before_right, p_before_right * l_left + l_before_right)
+    """Combine maps of complex numbers as `then` does. 0 marks the real part, and 1 the imaginary part."""
     return (
-        p_left * p_right,
-        l_both,
-        seen_left | seen_right,
-        p_left * p_before_right,
-        l_without_last,
-        seen_left | seen_before_right,
+        p0_left * p0_right - p1_left * p1_right,
+        p1_left * p0_right + p0_left * p1_right,
+        l0_right + p0_right * l0_left - p1_right * l1_left,
+        l1_right + p1_right * l0_left + p0_right * l1_left,
+        p0_left * p0_before_right - p1_left * p1_before_right,
+        p1_left * p0_before_right + p0_left * p1_before_right,
+        l0_before_right + p0_before_right * l0_left - p1_before_right * l1_left,
+        l1_before_right + p1_before_right * l0_left + p0_before_right * l1_left,
     )
 
 
@@ -318,40 +455,38 @@ def carries(
     start,
     product,
     local,
-    seen,
     state,
     C: tl.constexpr,
     T: tl.constexpr,
     HAS_RESET: tl.constexpr,
     BACKWARD: tl.constexpr,
     MAY_GROW: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Return the state before each chunk (C, F), the state after the last one and the decay of all chunks (1, F).
 
-    `product` and `local` are the map h -> product h + local of each chunk, `seen` whether it has a reset. The state
-    before the first chunk is `state` (1, F). a, b and reset are tuples with a value for each step of a chunk.
+    `product` and `local` are the map h -> product h + local of each chunk. The state before the first chunk is `state`
+    (1, F). a, b and reset are tuples with a value for each step of a chunk.
     """
     row = tl.arange(0, C)[:, None]
-    one, zero = tl.full(product.shape, 1.0, product.dtype), tl.zeros(product.shape, product.dtype)
-    from_state = tl.broadcast_to(state, product.shape)
-    if HAS_RESET:
-        seen = tl.broadcast_to(seen, product.shape)
-        none = tl.zeros(product.shape, tl.int32)
-        p, l, seen, p_before, l_before, seen_before = tl.associative_scan(
-            (product, local, seen, one, zero, none), 0, then_reset
+    if PAIRS:
+        p0, p1 = parts(product)
+        l0, l1 = parts(local)
+        one, zero = tl.full(p0.shape, 1.0, p0.dtype), tl.zeros(p0.shape, p0.dtype)
+        p0, p1, l0, l1, p0_before, p1_before, l0_before, l1_before = tl.associative_scan(
+            (p0, p1, l0, l1, one, zero, zero, zero), 0, then_pairs
         )
-        before = tl.where(seen_before != 0, l_before, tl.math.fma(p_before, from_state, l_before))
-        after = tl.where(seen != 0, l, tl.math.fma(p, from_state, l))
+        p, l = tl.interleave(p0, p1), tl.interleave(l0, l1)
+        p_before, l_before = tl.interleave(p0_before, p1_before), tl.interleave(l0_before, l1_before)
     else:
+        one, zero = tl.full(product.shape, 1.0, product.dtype), tl.zeros(product.shape, product.dtype)
         p, l, p_before, l_before = tl.associative_scan((product, local, one, zero), 0, then)
-        before = tl.math.fma(p_before, from_state, l_before)
-        after = tl.math.fma(p, from_state, l)
-    last = row_of(after, row, C - 1)
-    # A product may underflow, and 0 times an infinite state is NaN; or it may overflow if |a| > 1. Then the chunks are
-    # computed one after the other. Without resets, NaN stays until the last chunk.
+    from_state = tl.broadcast_to(state, product.shape)
+    before = plus_times(l_before, p_before, from_state, PAIRS)
+    last = row_of(plus_times(l, p, from_state, PAIRS), row, C - 1)
+    # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN; or it may overflow if
+    # |a| > 1. Then the chunks are computed one after the other. NaN stays until the last chunk.
     wrong = tl.max((last != last).to(tl.int32), 1)
-    if HAS_RESET:
-        wrong = tl.maximum(wrong, tl.max(tl.max((before != before).to(tl.int32), 1), 0))
     if MAY_GROW:
         overflows = (tl.abs(p) < INFINITY).to(tl.int32) == 0
         wrong = tl.maximum(wrong, tl.max(tl.max(overflows.to(tl.int32), 1), 0))
@@ -362,27 +497,28 @@ def carries(
             h = tl.broadcast_to(last, product.shape)
             for t in tl.static_range(T):
                 if BACKWARD:
-                    h = a[t] * (b[t] + h)
+                    h = times(a[t], b[t] + h, PAIRS)
                     if HAS_RESET:
                         h = tl.where(reset[t], 0.0, h)
                 else:
                     if HAS_RESET:
                         h = tl.where(reset[t], start, h)
-                    h = tl.math.fma(a[t], h, b[t])
+                    h = plus_times(b[t], a[t], h, PAIRS)
             last = tl.sum(tl.where(row == chunk, h, 0.0), 0)[None, :]
     return before, last, p
 
 
 @triton.jit
-def carry_into(segment, state, products, ends, row, num_features, feature, there):
+def carry_into(segment, state, products, ends, row, num_features, feature, there, PAIRS: tl.constexpr):
     """Return the state before a segment, from the results of all segments before it, in their order."""
     for before in range(segment):
         at = (row + before) * num_features + feature
         p = tl.load(products + at, there, other=1.0)
         l = tl.load(ends + at, there, other=0.0)
-        # A decay that underflowed times an infinite state would be NaN. A negative decay marks a reset.
-        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state, p * state)
-        state = tl.where(p < 0, l, kept + l)
+        # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
+        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, times(p, state, PAIRS))
+        # An infinite decay marks a reset, because |a| <= 1.
+        state = tl.where(p == INFINITY, l, kept + l)
     return state
 
 
@@ -455,7 +591,8 @@ def forward_kernel(
     SUMMARY: tl.constexpr = out is None
     EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
     A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
-    MAY_GROW: tl.constexpr = CELL == "linear_scan"
+    PAIRS: tl.constexpr = CELL == "mingru_rotation" or CELL == "complex_linear_scan"
+    MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan"
 
     num_features = num_units * V
     num_blocks = tl.cdiv(num_features, F)
@@ -476,15 +613,15 @@ def forward_kernel(
 
     if SUMMARY:
         state = tl.zeros((1, F), A)
-        decay = tl.full((1, F), 1.0, A)
+        decay = ones(1, F, A, PAIRS)
         any_reset = tl.zeros((1, 1), tl.int32)
     else:
         state = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
     start = tl.zeros((1, F), A)
-    if HAS_RESET and CELL != "linear_scan":
+    if initial_state is not None:
         start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
     if SEGMENTS and not SUMMARY:
-        state = carry_into(segment, state, products, ends, batch * num_segments, num_features, feature, there)
+        state = carry_into(segment, state, products, ends, batch * num_segments, num_features, feature, there, PAIRS)
 
     first_row = (backwards * (total - 1)).to(tl.int64)
     sign = 1 - 2 * backwards
@@ -502,6 +639,10 @@ def forward_kernel(
         out_at, out_step = beginning(batch, out_batch, out_step, first_row, sign, V, PACKED)
         out = tl.multiple_of(out + out_at, ALIGNMENT) + feature
 
+    keeping = KEEPING[0]
+    if PAIRS:
+        # The second feature of a pair is 0.
+        keeping = tl.where(feature % 2 == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     for tile in tl.range(begin, end, C * T, num_stages=STAGES):
         first = (tile + chunk * T).to(tl.int64)
         inputs0, inputs1, inputs2, is_reset, rows = (), (), (), (), ()
@@ -513,7 +654,7 @@ def forward_kernel(
                 rows += (tl.load(offsets + time, here, other=0) + batch,)
             mask = here if EVEN else here & there
             at = address(first, t, rows, x_step, PACKED)
-            inputs0 += (tl.load(x0 + at, mask, other=KEEPING[0]).to(A),)
+            inputs0 += (tl.load(x0 + at, mask, other=keeping).to(A),)
             inputs1 += (tl.load(x1 + at, mask, other=KEEPING[1]).to(A),)
             if x2 is not None:
                 inputs2 += (tl.load(x2 + at, mask, other=KEEPING[2]).to(A),)
@@ -522,7 +663,7 @@ def forward_kernel(
             if HAS_RESET:
                 is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
         a, b = (), ()
-        product = tl.full((C, F), 1.0, A)
+        product = ones(C, F, A, PAIRS)
         local = tl.zeros((C, F), A)
         seen = tl.zeros((C, 1), tl.int32)
         for t in tl.static_range(T):
@@ -534,14 +675,14 @@ def forward_kernel(
                     local = tl.where(is_reset[t], start, local)
                     product = tl.where(is_reset[t], 0.0, product)
                     seen = tl.where(is_reset[t], 1, seen)
-                local = tl.math.fma(a_t, local, b_t)
-                product = product * a_t
+                local = plus_times(b_t, a_t, local, PAIRS)
+                product = times(product, a_t, PAIRS)
         if C > 1:
             before, state, p = carries(
-                a, b, is_reset, start, product, local, seen, state, C, T, HAS_RESET, False, MAY_GROW
+                a, b, is_reset, start, product, local, state, C, T, HAS_RESET, False, MAY_GROW, PAIRS
             )
             if SUMMARY:
-                decay = decay * row_of(p, chunk, C - 1)
+                decay = times(decay, row_of(p, chunk, C - 1), PAIRS)
                 any_reset = any_reset | tl.max(seen, 0)[None, :]
         else:
             before = state
@@ -549,7 +690,7 @@ def forward_kernel(
             for t in tl.static_range(T):
                 if HAS_RESET:
                     before = tl.where(is_reset[t], start, before)
-                before = tl.math.fma(a[t], before, b[t])
+                before = plus_times(b[t], a[t], before, PAIRS)
                 here = (tile + chunk * T + t) < end
                 at = address(first, t, rows, out_step, PACKED)
                 tl.store(out + at, before.to(out.dtype.element_ty), here if EVEN else here & there)
@@ -558,7 +699,7 @@ def forward_kernel(
 
     if SUMMARY:
         at = (batch * num_segments + segment) * num_features + feature
-        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(products + at, tl.where(any_reset != 0, INFINITY, decay), there)
         tl.store(ends + at, state, there)
     else:
         is_last = True
@@ -626,11 +767,13 @@ def backward_kernel(
     PACKED: tl.constexpr = offsets is not None
     SEGMENTS: tl.constexpr = products is not None
     SUMMARY: tl.constexpr = grads is None
+    HAS_INITIAL: tl.constexpr = grad_initial_state is not None
     HAS_BIAS: tl.constexpr = grad_bias is not None
     NUM_INPUTS: tl.constexpr = 2 if x2 is None else 3
     EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
     A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
-    MAY_GROW: tl.constexpr = CELL == "linear_scan"
+    PAIRS: tl.constexpr = CELL == "mingru_rotation" or CELL == "complex_linear_scan"
+    MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan"
 
     num_features = num_units * V
     num_blocks = tl.cdiv(num_features, F)
@@ -652,19 +795,18 @@ def backward_kernel(
 
     if SUMMARY:
         carry = tl.zeros((1, F), A)
-        decay = tl.full((1, F), 1.0, A)
+        decay = ones(1, F, A, PAIRS)
         any_reset = tl.zeros((1, 1), tl.int32)
     else:
         carry = tl.load(grad_last + batch * num_features + feature, there, other=0.0).to(A)
         earliest = tl.load(h + batch * h_batch + feature, there, other=0.0).to(A)
     start = tl.zeros((1, F), A)
-    if HAS_RESET and CELL != "linear_scan":
-        if not SUMMARY:
-            start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
+    if initial_state is not None:
+        start = tl.load(initial_state + batch * initial_batch + feature, there, other=0.0).to(A)
     to_initial = tl.zeros((C, F), A)
     sum0, sum1, sum2 = tl.zeros((C, F), A), tl.zeros((C, F), A), tl.zeros((C, F), A)
     if SEGMENTS and not SUMMARY:
-        carry = carry_into(segment, carry, products, ends, batch * num_segments, num_features, feature, there)
+        carry = carry_into(segment, carry, products, ends, batch * num_segments, num_features, feature, there, PAIRS)
 
     first_row = (backwards * (total - 1)).to(tl.int64)
     sign = 1 - 2 * backwards
@@ -685,6 +827,10 @@ def backward_kernel(
         grads_at, grads_step = beginning(batch, grads_batch, grads_step, first_row, sign, V, PACKED)
         grads = tl.multiple_of(grads + grads_at, ALIGNMENT) + feature
 
+    keeping = KEEPING[0]
+    if PAIRS:
+        # The second feature of a pair is 0.
+        keeping = tl.where(feature % 2 == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     for tile in tl.range(begin, end, C * T, num_stages=STAGES):
         first = (tile + chunk * T).to(tl.int64)
         inputs0, inputs1, inputs2, deltas, states, is_reset, rows = (), (), (), (), (), (), ()
@@ -699,7 +845,7 @@ def backward_kernel(
             here = u < end
             mask = here if EVEN else here & there
             at = address(first, t, rows, x_step, PACKED)
-            inputs0 += (tl.load(x0 + at, mask, other=KEEPING[0]).to(A),)
+            inputs0 += (tl.load(x0 + at, mask, other=keeping).to(A),)
             inputs1 += (tl.load(x1 + at, mask, other=KEEPING[1]).to(A),)
             if x2 is not None:
                 inputs2 += (tl.load(x2 + at, mask, other=KEEPING[2]).to(A),)
@@ -715,7 +861,7 @@ def backward_kernel(
             if HAS_RESET:
                 is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
         a, grads0, grads1, grads2 = (), (), (), ()
-        product = tl.full((C, F), 1.0, A)
+        product = ones(C, F, A, PAIRS)
         local = tl.zeros((C, F), A)
         seen = tl.zeros((C, 1), tl.int32)
         for t in tl.static_range(T):
@@ -731,18 +877,18 @@ def backward_kernel(
             grads1 += (d1,)
             grads2 += (d2,)
             if C > 1:
-                local = a_t * (deltas[t] + local)
-                product = product * a_t
+                local = times(a_t, deltas[t] + local, PAIRS)
+                product = times(product, a_t, PAIRS)
                 if HAS_RESET:
                     local = tl.where(is_reset[t], 0.0, local)
                     product = tl.where(is_reset[t], 0.0, product)
                     seen = tl.where(is_reset[t], 1, seen)
         if C > 1:
             before, carry, p = carries(
-                a, deltas, is_reset, start, product, local, seen, carry, C, T, HAS_RESET, True, MAY_GROW
+                a, deltas, is_reset, start, product, local, carry, C, T, HAS_RESET, True, MAY_GROW, PAIRS
             )
             if SUMMARY:
-                decay = decay * row_of(p, chunk, C - 1)
+                decay = times(decay, row_of(p, chunk, C - 1), PAIRS)
                 any_reset = any_reset | tl.max(seen, 0)[None, :]
         else:
             before = carry
@@ -753,6 +899,8 @@ def backward_kernel(
                 delta = deltas[t] + before
                 at = address(first, t, rows, grads_step, PACKED)
                 grad0, grad1 = delta * grads0[t], delta * grads1[t]
+                if PAIRS:
+                    grad0 = gradient_of_pairs(delta, grads0[t], grads2[t])
                 tl.store(grads + at, grad0.to(grads.dtype.element_ty), mask)
                 tl.store(grads + at + num_features, grad1.to(grads.dtype.element_ty), mask)
                 if HAS_BIAS:
@@ -763,9 +911,9 @@ def backward_kernel(
                     tl.store(grads + at + 2 * num_features, grad2.to(grads.dtype.element_ty), mask)
                     if HAS_BIAS:
                         sum2 += grad2
-                before = a[t] * delta
+                before = times(a[t], delta, PAIRS)
                 if HAS_RESET:
-                    if CELL != "linear_scan":
+                    if HAS_INITIAL:
                         to_initial += tl.where(is_reset[t], before, 0.0)
                     before = tl.where(is_reset[t], 0.0, before)
             if C == 1:
@@ -773,10 +921,10 @@ def backward_kernel(
 
     if SUMMARY:
         at = (batch * num_segments + segment) * num_features + feature
-        tl.store(products + at, tl.where(any_reset != 0, -1.0, decay), there)
+        tl.store(products + at, tl.where(any_reset != 0, INFINITY, decay), there)
         tl.store(ends + at, carry, there)
     else:
-        if HAS_RESET and CELL != "linear_scan":
+        if HAS_INITIAL:
             tl.store(grad_initial_state + sum_row * num_features + feature, tl.sum(to_initial, 0)[None, :], there)
         if HAS_BIAS:
             at = sum_row * (NUM_INPUTS * num_features) + feature
