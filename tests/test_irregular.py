@@ -173,6 +173,13 @@ def test_a_short_file_is_refused(weather, capsys):
     assert "weather.csv must have at least 984 hours, got 983" in capsys.readouterr().err
 
 
+def test_a_file_without_times_is_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("origin,temp\nJFK,32\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="must have the columns origin, time_hour and temp, got origin, temp"):
+        script.main(["--csv", str(path), *SMALL])
+
+
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
