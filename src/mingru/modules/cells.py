@@ -18,7 +18,7 @@ from ..check import (
 )
 from ..ops import Layout, inference
 from ..ops.graph import is_autocast, is_scripting, untraced
-from ..ops.shape import accumulate_dtype, as_dtype
+from ..ops.shape import accumulate_dtype
 from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .recurrent import Recurrent
@@ -55,7 +55,7 @@ class RecurrentCell(Recurrent, role="step"):
             dt = None if dt is None else dt.unsqueeze(0)
         state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
         reset = None if reset is None else reset.unsqueeze(1)
-        dt = None if dt is None else as_dtype(dt.unsqueeze(1), accumulate_dtype(x.dtype))
+        dt = None if dt is None else dt.unsqueeze(1)
         # The state, not the output, because the state stays float32 under autocast.
         _, states = self._run_layers(x.unsqueeze(1), state, reset, dt, Layout(False, None, None))
         last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)

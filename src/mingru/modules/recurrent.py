@@ -266,8 +266,6 @@ class Recurrent(Base, role="sequence"):
                 return self._packed(x, h, reset, lengths, dt)
             self._check(x, h, reset, lengths, dt)
         batch = x.size(0 if self.batch_first else 1)
-        if dt is not None:
-            dt = as_dtype(dt, accumulate_dtype(x.dtype))
         # An empty batch cannot be packed. While tracing, the test is skipped, because it would fix the batch size.
         if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
             return self._run(x, self._state(x, h, batch), reset, dt, Layout(not self.batch_first, None, None))
@@ -328,8 +326,6 @@ class Recurrent(Base, role="sequence"):
         """Return a PackedSequence, and the states in the order of the batch before packing."""
         data, batch_sizes, order, original_order = x
         packed_reset, packed_dt = self._check_packed(x, h, reset, lengths, dt)
-        if packed_dt is not None:
-            packed_dt = as_dtype(packed_dt, accumulate_dtype(data.dtype))
         state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
         out, last = self._run(data, state, packed_reset, packed_dt, Layout(False, batch_sizes, None))
@@ -364,6 +360,8 @@ class Recurrent(Base, role="sequence"):
         self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x."""
+        if dt is not None:
+            dt = as_dtype(dt, accumulate_dtype(x.dtype))
         constant = state
         if reset is not None and self.initial_state is None:
             constant = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
