@@ -306,14 +306,21 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
 
 
 def check_dt(
-    name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters: str, *, autocast: bool = False
+    name: str,
+    dt: Tensor | None,
+    sequence: Tensor,
+    cell: str,
+    letters: str,
+    *,
+    like_name: str = "x",
+    autocast: bool = False,
 ) -> None:
     """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
     if dt is None:
         return
     if cell not in TIMED:
         raise ValueError(expectation(name, "dt", f"None because {NOT_TIMED[cell]}", type(dt).__name__))
-    check_like(name, "dt", dt, sequence, "x", or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
+    check_like(name, "dt", dt, sequence, like_name, or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
     if dt.shape != sequence.shape[:2]:
         expected = f"{letters} = {dims(sequence.shape[:2])}"
         raise ValueError(expectation(name, "dt", expected, dims(dt.shape)))

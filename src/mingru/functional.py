@@ -238,7 +238,7 @@ def _recurrence(
     if activation not in _activation.ACTIVATIONS:
         raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
     check_reset(name, reset, first, "(B, S)")
-    check_dt(name, dt, first, cell, "(B, S)")
+    check_dt(name, dt, first, cell, "(B, S)", like_name=first_name)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
     if initial_state is None:

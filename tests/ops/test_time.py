@@ -300,7 +300,7 @@ def test_errors():
     bad = {
         "dt must be a tensor": 1.0,
         r"dt must be \(B, S\) = \(2, 3\), got \(3, 2\)": torch.ones(3, 2),
-        "dt must be torch.float32 like x": torch.ones(2, 3, dtype=torch.int64),
+        "dt must be torch.float32 like (gate|forget), got torch.int64": torch.ones(2, 3, dtype=torch.int64),
         "dt must be at least 0, got -1.0": -dt,
         "dt must be at least 0, got nan": torch.full((2, 3), math.nan),
     }
