@@ -33,7 +33,8 @@ struct Rest {
 
 template <class T>
 MINGRU_INLINE T* features_at(const Sequence& sequence, int64_t batch, int64_t position, int64_t feature) {
-  const int64_t at = batch * sequence.batch_stride + position * sequence.step_stride + feature;
+  const int64_t first = sequence.batch_offsets ? sequence.batch_offsets[batch] : batch * sequence.batch_stride;
+  const int64_t at = first + position * sequence.step_stride + feature;
   return static_cast<T*>(sequence.data) + (at - sequence.skipped);
 }
 
@@ -63,14 +64,6 @@ static bool record(const Span& span, int64_t done, const A* state, int64_t padde
   return false;
 }
 
-template <class Cell, bool biased, class Inputs, class Biases, class A>
-MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int i, A* x) {
-  for (int k = 0; k < Cell::num_inputs; ++k) {
-    x[k] = static_cast<A>(inputs[k][i]);
-    if constexpr (biased) x[k] += biases[k][i];
-  }
-}
-
 // The time of a step, for timed cells.
 template <bool is_bounded, class A>
 MINGRU_INLINE Time<A, is_bounded> time_of(const Scan& scan, int64_t batch, int64_t position) {
@@ -79,47 +72,55 @@ MINGRU_INLINE Time<A, is_bounded> time_of(const Scan& scan, int64_t batch, int64
   return {elapsed, static_cast<A>(scan.log_bound), static_cast<A>(scan.log_range)};
 }
 
-template <class Cell, class A, class T, class Values>
-MINGRU_INLINE void coefficients_of(const A* x, const T& time, Values& a, Values& b) {
-  if constexpr (Cell::is_timed) {
-    Cell::coefficients(x, time, a, b);
-  } else {
-    Cell::coefficients(x, a, b);
-  }
-}
-
-template <class Cell, class A, class T, class Values>
-MINGRU_INLINE void gradients_of(
-    const A* x, const T& time, const Values& delta, const Values& previous, Values& a, A* grad, A& grad_dt) {
-  if constexpr (Cell::is_timed) {
-    Cell::gradients(x, time, delta, previous, a, grad, grad_dt);
-  } else {
-    Cell::gradients(x, delta, previous, a, grad);
-  }
-}
-
-template <int count, class A>
-MINGRU_INLINE A sum_of(const A* values) {
+template <class A>
+MINGRU_INLINE A sum_of(const A* values, int64_t count) {
   A sum = A(0);
-  for (int i = 0; i < count; ++i) sum += values[i];
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
   return sum;
 }
 
-// Two groups of complex features have as many pairs as one group has features.
-constexpr int pair_of_groups = 2 * group;
-
-// A loop that is unrolled too early cannot be vectorized with the loops beside it.
-#if defined(__GNUC__) && !defined(__clang__)
-#define MINGRU_KEEP_LOOP _Pragma("GCC unroll 1")
+// The number of groups that are computed together: see `prepare` in cells.h. Processors with AVX-512 see enough
+// instructions at once to compute group after group. Two groups of pairs fill a vector of 512 bits.
+template <class Cell>
+#ifdef MINGRU_AVX512
+constexpr int64_t most_groups = Cell::is_complex ? 2 : 1;
 #else
-#define MINGRU_KEEP_LOOP
+constexpr int64_t most_groups = 4;
 #endif
 
-// Separates the pairs of a group, because compilers vectorize loops over adjacent values better.
-template <bool biased, int pairs, class T, class A>
-MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, A* second) {
-  MINGRU_KEEP_LOOP
-  for (int i = 0; i < pairs; ++i) {
+// A lane is a feature, or a pair of features of complex cells.
+template <class Cell>
+constexpr int64_t lanes_per_group = Cell::is_complex ? group / 2 : group;
+
+template <class Cell>
+constexpr int64_t most_lanes = most_groups<Cell> * lanes_per_group<Cell>;
+
+template <class Cell>
+constexpr int values_per_lane = Cell::is_complex ? 2 * Cell::num_inputs : Cell::num_inputs;
+
+// A loop over lanes, which are independent. If it is unrolled too early, it cannot be vectorized.
+#if defined(__clang__)
+#define MINGRU_LANES _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define MINGRU_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#else
+#define MINGRU_LANES
+#endif
+
+// The inputs of a lane.
+template <int count, bool biased, class Inputs, class Biases, class A>
+MINGRU_INLINE void load(const Inputs& inputs, const Biases& biases, int64_t lane, A* x) {
+  for (int k = 0; k < count; ++k) {
+    x[k] = static_cast<A>(inputs[k][lane]);
+    if constexpr (biased) x[k] += biases[k][lane];
+  }
+}
+
+// Separates pairs, because compilers vectorize loops over adjacent values better.
+template <bool biased, class T, class A>
+MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, int64_t pairs, A* first, A* second) {
+  MINGRU_LANES
+  for (int64_t i = 0; i < pairs; ++i) {
     first[i] = static_cast<A>(in_features[2 * i]);
     second[i] = static_cast<A>(in_features[2 * i + 1]);
     if constexpr (biased) {
@@ -129,186 +130,282 @@ MINGRU_INLINE void load_parts(const T* in_features, const A* in_bias, A* first, 
   }
 }
 
-template <int pairs, class A>
-MINGRU_INLINE void store_parts(const A* first, const A* second, A* out_features) {
-  MINGRU_KEEP_LOOP
-  for (int i = 0; i < pairs; ++i) {
-    out_features[2 * i] = first[i];
-    out_features[2 * i + 1] = second[i];
+template <class A, class T>
+MINGRU_INLINE void store_parts(const A* first, const A* second, int64_t pairs, T* out_features) {
+  MINGRU_LANES
+  for (int64_t i = 0; i < pairs; ++i) {
+    out_features[2 * i] = static_cast<T>(first[i]);
+    out_features[2 * i + 1] = static_cast<T>(second[i]);
   }
 }
 
-// One step of a group, or of `count` features. Inputs and outputs must not overlap.
-template <class Cell, bool biased, int count = group, class T, class A, class S>
-MINGRU_INLINE void forward_group(
-    const T* const* in_inputs, const A* const* in_biases, const S& time, A* __restrict h, T* __restrict out_state) {
-  constexpr int num_inputs = Cell::num_inputs;
-  const T* __restrict inputs[num_inputs];
-  const A* __restrict biases[num_inputs];
-  for (int k = 0; k < num_inputs; ++k) {
-    inputs[k] = in_inputs[k];
-    biases[k] = in_biases[k];
+// What a cell prepares for each lane.
+template <class Cell, class A>
+struct Prepared {
+  A values[Cell::num_prepared > 0 ? Cell::num_prepared : 1][most_lanes<Cell>];
+  A rates[most_lanes<Cell>], slopes[most_lanes<Cell>];
+};
+
+template <class Cell, class A>
+MINGRU_INLINE void load(const Prepared<Cell, A>& prepared, int64_t lane, A* p) {
+  for (int k = 0; k < Cell::num_prepared; ++k) p[k] = prepared.values[k][lane];
+}
+
+template <class Cell, bool biased, bool with_slopes, class Inputs, class Biases, class S, class A>
+MINGRU_INLINE void prepare(
+    const Inputs& inputs, const Biases& biases, int64_t lanes, const S& time, Prepared<Cell, A>& prepared) {
+  constexpr int count = values_per_lane<Cell>;
+  if constexpr (Cell::num_prepared > 0) {
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], p[Cell::num_prepared];
+      load<count, biased>(inputs, biases, i, x);
+      if constexpr (Cell::is_timed) {
+        Cell::prepare(x, time, p);
+      } else {
+        Cell::prepare(x, p);
+      }
+      for (int k = 0; k < Cell::num_prepared; ++k) prepared.values[k][i] = p[k];
+    }
   }
-  if constexpr (Cell::is_complex) {
-    constexpr int pairs = count / 2;
-    A values[2 * num_inputs][pairs], state[2][pairs], next[2][pairs];
-    for (int k = 0; k < num_inputs; ++k) {
-      load_parts<biased, pairs>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+  if constexpr (Cell::is_timed) {
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], p[Cell::num_prepared];
+      load<count, biased>(inputs, biases, i, x);
+      load(prepared, i, p);
+      const SoftPlus<A> rate = Cell::rates(x, p, time);
+      prepared.rates[i] = rate.value;
+      if constexpr (with_slopes) prepared.slopes[i] = rate.slope;
     }
-    load_parts<false, pairs>(h, h, state[0], state[1]);
-    MINGRU_KEEP_LOOP
-    for (int i = 0; i < pairs; ++i) {
-      A x[2 * num_inputs], a[2], b[2];
-      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
-      coefficients_of<Cell>(x, time, a, b);
-      next[0][i] = a[0] * state[0][i] - a[1] * state[1][i] + b[0];
-      next[1][i] = a[1] * state[0][i] + a[0] * state[1][i] + b[1];
-    }
-    store_parts<pairs>(next[0], next[1], h);
-    MINGRU_KEEP_LOOP
-    for (int i = 0; i < count; ++i) out_state[i] = static_cast<T>(h[i]);
+  }
+}
+
+template <class Cell, class A, class S, class Values>
+MINGRU_INLINE void coefficients_of(
+    const A* x, const Prepared<Cell, A>& prepared, int64_t lane, const S& time, Values& a, Values& b) {
+  A p[Cell::num_prepared + 1];
+  load(prepared, lane, p);
+  if constexpr (Cell::is_timed) {
+    Cell::coefficients(x, p, SoftPlus<A>{prepared.rates[lane], A(0)}, time, a, b);
   } else {
-    for (int i = 0; i < count; ++i) {
-      A x[num_inputs], a, b;
-      load<Cell, biased>(inputs, biases, i, x);
-      coefficients_of<Cell>(x, time, a, b);
-      h[i] = a * h[i] + b;
-      out_state[i] = static_cast<T>(h[i]);
+    Cell::coefficients(x, p, a, b);
+  }
+}
+
+template <class Cell, class A, class S, class Values>
+MINGRU_INLINE void gradients_of(
+    const A* x, const Prepared<Cell, A>& prepared, int64_t lane, const S& time, const Values& delta, const Values& previous,
+    Values& a, A* grad, A& grad_dt) {
+  A p[Cell::num_prepared + 1];
+  load(prepared, lane, p);
+  if constexpr (Cell::is_timed) {
+    const SoftPlus<A> rate = {prepared.rates[lane], prepared.slopes[lane]};
+    Cell::gradients(x, p, rate, time, delta, previous, a, grad, grad_dt);
+  } else {
+    Cell::gradients(x, p, delta, previous, a, grad);
+  }
+}
+
+template <class Cell>
+MINGRU_INLINE int64_t lanes_of(int64_t groups) {
+  return (most_groups<Cell> == 1 ? 1 : groups) * lanes_per_group<Cell>;
+}
+
+// One step of some groups. Inputs and outputs must not overlap.
+template <class Cell, bool biased, class T, class A, class S>
+MINGRU_INLINE void forward_groups(
+    int64_t groups, const T* const* in_inputs, const A* const* in_biases, const S& time, A* h, T* out_state) {
+  constexpr int count = values_per_lane<Cell>;
+  const int64_t lanes = lanes_of<Cell>(groups);
+  const T* inputs[Cell::num_inputs];
+  const A* biases[Cell::num_inputs];
+  for (int k = 0; k < Cell::num_inputs; ++k) {
+    inputs[k] = in_inputs[k];
+    biases[k] = in_biases[k];
+  }
+  Prepared<Cell, A> prepared;
+  if constexpr (Cell::is_complex) {
+    A values[count][most_lanes<Cell>], state[2][most_lanes<Cell>];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      load_parts<biased>(inputs[k], biases[k], lanes, values[2 * k], values[2 * k + 1]);
+    }
+    load_parts<false>(h, h, lanes, state[0], state[1]);
+    prepare<Cell, false, false>(values, values, lanes, time, prepared);
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], a[2], b[2];
+      load<count, false>(values, values, i, x);
+      coefficients_of(x, prepared, i, time, a, b);
+      const A previous[2] = {state[0][i], state[1][i]};
+      state[0][i] = a[0] * previous[0] - a[1] * previous[1] + b[0];
+      state[1][i] = a[1] * previous[0] + a[0] * previous[1] + b[1];
+    }
+    store_parts(state[0], state[1], lanes, h);
+    store_parts(state[0], state[1], lanes, out_state);
+  } else {
+    prepare<Cell, biased, false>(inputs, biases, lanes, time, prepared);
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], a, b;
+      load<count, biased>(inputs, biases, i, x);
+      coefficients_of(x, prepared, i, time, a, b);
+      const A state = a * h[i] + b;
+      h[i] = state;
+      out_state[i] = static_cast<T>(state);
     }
   }
 }
 
-// `out_dt` is the sum of the gradients of dt; it may be null.
-template <class Cell, bool biased, int count = group, class T, class A, class M, class S>
-MINGRU_INLINE void backward_group(
-    const T* const* in_inputs, const A* const* in_biases, const S& time, const T* __restrict in_grad,
-    const M* __restrict in_previous, A* __restrict carry, T* const* out_grads, A* out_dt) {
-  constexpr int num_inputs = Cell::num_inputs;
-  const T* __restrict inputs[num_inputs];
-  const A* __restrict biases[num_inputs];
-  for (int k = 0; k < num_inputs; ++k) {
+// `out_dt` are the sums of the gradients of dt over each group; it may be null.
+template <class Cell, bool biased, class T, class A, class M, class S>
+MINGRU_INLINE void backward_groups(
+    int64_t groups, const T* const* in_inputs, const A* const* in_biases, const S& time, const T* in_grad,
+    const M* in_previous, A* carry, T* const* out_grads, A* out_dt) {
+  constexpr int count = values_per_lane<Cell>;
+  const int64_t lanes = lanes_of<Cell>(groups);
+  const T* inputs[Cell::num_inputs];
+  const A* biases[Cell::num_inputs];
+  for (int k = 0; k < Cell::num_inputs; ++k) {
     inputs[k] = in_inputs[k];
     biases[k] = in_biases[k];
   }
-  // Copied to `out_grads` at the end, because compilers do not know that its pointers do not overlap.
-  A grads[num_inputs][count], dt_grads[count] = {};
+  Prepared<Cell, A> prepared;
+  A dt_grads[most_lanes<Cell>];
   if constexpr (Cell::is_complex) {
-    constexpr int pairs = count / 2;
-    A values[2 * num_inputs][pairs], grad_parts[2 * num_inputs][pairs];
-    A grad_out[2][pairs], next[2][pairs], before[2][pairs];
-    for (int k = 0; k < num_inputs; ++k) {
-      load_parts<biased, pairs>(inputs[k], biases[k], values[2 * k], values[2 * k + 1]);
+    A values[count][most_lanes<Cell>];
+    A grad_out[2][most_lanes<Cell>], next[2][most_lanes<Cell>], before[2][most_lanes<Cell>];
+    for (int k = 0; k < Cell::num_inputs; ++k) {
+      load_parts<biased>(inputs[k], biases[k], lanes, values[2 * k], values[2 * k + 1]);
     }
-    load_parts<false, pairs>(in_grad, carry, grad_out[0], grad_out[1]);
-    load_parts<false, pairs>(carry, carry, next[0], next[1]);
-    load_parts<false, pairs>(in_previous, carry, before[0], before[1]);
-    MINGRU_KEEP_LOOP
-    for (int i = 0; i < pairs; ++i) {
-      A x[2 * num_inputs], grad[2 * num_inputs], a[2];
-      for (int k = 0; k < 2 * num_inputs; ++k) x[k] = values[k][i];
+    load_parts<false>(in_grad, carry, lanes, grad_out[0], grad_out[1]);
+    load_parts<false>(carry, carry, lanes, next[0], next[1]);
+    load_parts<false>(in_previous, carry, lanes, before[0], before[1]);
+    prepare<Cell, false, true>(values, values, lanes, time, prepared);
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], grad[count], a[2], grad_dt = A(0);
+      load<count, false>(values, values, i, x);
       const A delta[2] = {grad_out[0][i] + next[0][i], grad_out[1][i] + next[1][i]};
       const A previous[2] = {before[0][i], before[1][i]};
-      gradients_of<Cell>(x, time, delta, previous, a, grad, dt_grads[i]);
-      for (int k = 0; k < 2 * num_inputs; ++k) grad_parts[k][i] = grad[k];
+      gradients_of(x, prepared, i, time, delta, previous, a, grad, grad_dt);
+      for (int k = 0; k < count; ++k) values[k][i] = grad[k];
+      if constexpr (Cell::is_timed) dt_grads[i] = grad_dt;
       // The conjugate of a, times delta.
       next[0][i] = a[0] * delta[0] + a[1] * delta[1];
       next[1][i] = a[0] * delta[1] - a[1] * delta[0];
     }
-    store_parts<pairs>(next[0], next[1], carry);
-    for (int k = 0; k < num_inputs; ++k) store_parts<pairs>(grad_parts[2 * k], grad_parts[2 * k + 1], grads[k]);
+    store_parts(next[0], next[1], lanes, carry);
+    for (int k = 0; k < Cell::num_inputs; ++k) store_parts(values[2 * k], values[2 * k + 1], lanes, out_grads[k]);
   } else {
-    for (int i = 0; i < count; ++i) {
-      A x[num_inputs], grad[num_inputs], a;
-      load<Cell, biased>(inputs, biases, i, x);
-      const A delta = static_cast<A>(in_grad[i]) + carry[i];
-      gradients_of<Cell>(x, time, delta, static_cast<A>(in_previous[i]), a, grad, dt_grads[i]);
-      for (int k = 0; k < num_inputs; ++k) grads[k][i] = grad[k];
+    prepare<Cell, biased, true>(inputs, biases, lanes, time, prepared);
+    MINGRU_LANES
+    for (int64_t i = 0; i < lanes; ++i) {
+      A x[count], grad[count], a, grad_dt = A(0);
+      load<count, biased>(inputs, biases, i, x);
+      const A delta = static_cast<A>(in_grad[i]) + carry[i], previous = static_cast<A>(in_previous[i]);
+      gradients_of(x, prepared, i, time, delta, previous, a, grad, grad_dt);
+      for (int k = 0; k < count; ++k) out_grads[k][i] = static_cast<T>(grad[k]);
+      if constexpr (Cell::is_timed) dt_grads[i] = grad_dt;
       carry[i] = a * delta;
     }
   }
-  for (int k = 0; k < num_inputs; ++k) {
-    for (int i = 0; i < count; ++i) out_grads[k][i] = static_cast<T>(grads[k][i]);
-  }
   if constexpr (Cell::is_timed) {
-    if (out_dt) *out_dt = sum_of<count>(dt_grads);
+    if (out_dt) {
+      constexpr int part = lanes_per_group<Cell>;
+      for (int64_t i = 0; i < lanes; i += part) *out_dt++ = sum_of(dt_grads + i, part);
+    }
   }
 }
 
-// The groups of timed cells are called, not inlined at each place of use, because the compiler would take far longer.
-template <class Cell, bool biased, int count, class... Args>
-MINGRU_NOT_INLINE void call_forward_group(Args... args) {
-  forward_group<Cell, biased, count>(args...);
+// Groups are called, not inlined at each place of use, because the compiler would take far longer. A single group is
+// inlined, because the call would take long.
+template <class Cell, bool biased, class... Args>
+MINGRU_NOT_INLINE void call_forward_groups(Args... args) {
+  forward_groups<Cell, biased>(args...);
 }
 
-template <class Cell, bool biased, int count, class... Args>
-MINGRU_NOT_INLINE void call_backward_group(Args... args) {
-  backward_group<Cell, biased, count>(args...);
+template <class Cell, bool biased, class... Args>
+MINGRU_NOT_INLINE void call_backward_groups(Args... args) {
+  backward_groups<Cell, biased>(args...);
 }
 
-template <class Cell, bool biased, int count = group, class... Args>
-MINGRU_INLINE void run_forward_group(Args... args) {
-  if constexpr (Cell::is_timed) {
-    call_forward_group<Cell, biased, count>(args...);
+template <class Cell, bool biased, class... Args>
+MINGRU_INLINE void run_forward_groups(Args... args) {
+  if constexpr (most_groups<Cell> == 1 && !Cell::is_timed) {
+    forward_groups<Cell, biased>(args...);
   } else {
-    forward_group<Cell, biased, count>(args...);
+    call_forward_groups<Cell, biased>(args...);
   }
 }
 
-template <class Cell, bool biased, int count = group, class... Args>
-MINGRU_INLINE void run_backward_group(Args... args) {
-  if constexpr (Cell::is_timed) {
-    call_backward_group<Cell, biased, count>(args...);
+template <class Cell, bool biased, class... Args>
+MINGRU_INLINE void run_backward_groups(Args... args) {
+  if constexpr (most_groups<Cell> == 1 && !Cell::is_timed) {
+    backward_groups<Cell, biased>(args...);
   } else {
-    backward_group<Cell, biased, count>(args...);
+    call_backward_groups<Cell, biased>(args...);
   }
+}
+
+// Converts groups of features.
+template <class T, class A>
+MINGRU_INLINE void read_groups(A* to, const T* from, int64_t groups) {
+  for (int64_t g = 0; g < groups; ++g) read(to + g * group, from + g * group);
+}
+
+template <class T, class A>
+MINGRU_INLINE void write_groups(T* to, const A* from, int64_t groups) {
+  for (int64_t g = 0; g < groups; ++g) write(to + g * group, from + g * group);
 }
 
 // The same for features that are converted by `read` and `write`.
 template <class Cell, bool biased, class T, class A, class S>
-MINGRU_INLINE void converted_forward_group(
-    const T* const* in_inputs, const A* const* biases, const S& time, A* h, T* out_state) {
+MINGRU_INLINE void converted_forward_groups(
+    int64_t groups, const T* const* in_inputs, const A* const* biases, const S& time, A* h, T* out_state) {
   if constexpr (has_conversion<T>) {
-    A converted[Cell::num_inputs][group], state[group];
+    constexpr int most = most_groups<Cell> * group;
+    A converted[Cell::num_inputs][most], state[most];
     const A* inputs[Cell::num_inputs];
     for (int k = 0; k < Cell::num_inputs; ++k) {
-      read(converted[k], in_inputs[k]);
+      read_groups(converted[k], in_inputs[k], groups);
       inputs[k] = converted[k];
     }
-    run_forward_group<Cell, biased>(inputs, biases, time, h, state);
-    write(out_state, state);
+    run_forward_groups<Cell, biased>(groups, inputs, biases, time, h, state);
+    write_groups(out_state, state, groups);
   } else {
-    run_forward_group<Cell, biased>(in_inputs, biases, time, h, out_state);
+    run_forward_groups<Cell, biased>(groups, in_inputs, biases, time, h, out_state);
   }
 }
 
 template <class Cell, bool biased, class T, class A, class M, class S>
-MINGRU_INLINE void converted_backward_group(
-    const T* const* in_inputs, const A* const* biases, const S& time, const T* in_grad, const M* in_previous, A* carry,
-    T* const* out_grads, A* out_dt) {
+MINGRU_INLINE void converted_backward_groups(
+    int64_t groups, const T* const* in_inputs, const A* const* biases, const S& time, const T* in_grad,
+    const M* in_previous, A* carry, T* const* out_grads, A* out_dt) {
   if constexpr (has_conversion<T>) {
-    A converted[Cell::num_inputs][group], grad[group], previous[group], grads[Cell::num_inputs][group];
+    constexpr int most = most_groups<Cell> * group;
+    A converted[Cell::num_inputs][most], grad[most], previous[most], grads[Cell::num_inputs][most];
     const A* inputs[Cell::num_inputs];
     A* to[Cell::num_inputs];
     for (int k = 0; k < Cell::num_inputs; ++k) {
-      read(converted[k], in_inputs[k]);
+      read_groups(converted[k], in_inputs[k], groups);
       inputs[k] = converted[k];
       to[k] = grads[k];
     }
-    read(grad, in_grad);
+    read_groups(grad, in_grad, groups);
     const A* from = nullptr;
     if constexpr (has_conversion<M>) {
-      read(previous, in_previous);
+      read_groups(previous, in_previous, groups);
       from = previous;
     } else {
       from = in_previous;
     }
-    run_backward_group<Cell, biased>(inputs, biases, time, grad, from, carry, to, out_dt);
-    for (int k = 0; k < Cell::num_inputs; ++k) write(out_grads[k], grads[k]);
+    run_backward_groups<Cell, biased>(groups, inputs, biases, time, grad, from, carry, to, out_dt);
+    for (int k = 0; k < Cell::num_inputs; ++k) write_groups(out_grads[k], grads[k], groups);
   } else {
-    run_backward_group<Cell, biased>(in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
+    run_backward_groups<Cell, biased>(groups, in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
   }
 }
-
 // Calls `run` with a pointer to the previous state, which is in `out` or has the accumulation dtype. If both have the same
 // type, `run` is compiled once.
 template <class T, class A, class F>
@@ -322,11 +419,19 @@ MINGRU_INLINE void with_previous(bool is_in_out, const T* in_out, const A* in_st
   }
 }
 
-template <class Cell, class A>
+template <class Cell, bool biased, class A>
 MINGRU_INLINE void biases_at(const Scan& scan, int64_t feature, const A** biases) {
   for (int k = 0; k < Cell::num_inputs; ++k) {
-    biases[k] = scan.biases[k] ? static_cast<const A*>(scan.biases[k]) + feature : nullptr;
+    biases[k] = biased ? static_cast<const A*>(scan.biases[k]) + feature : nullptr;
   }
+}
+
+// The number of whole groups from a feature on that are computed together.
+template <class Cell>
+MINGRU_INLINE int64_t groups_at(const Span& span, int64_t feature) {
+  if constexpr (most_groups<Cell> == 1) return 1;
+  const int64_t groups = (span.num_features - feature) / group;
+  return groups < most_groups<Cell> ? groups : most_groups<Cell>;
 }
 
 template <class Cell, class T, bool biased, bool is_bounded>
@@ -350,27 +455,21 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
     const auto time = time_of<is_bounded, A>(scan, span.batch, position);
     const A* biases[num_inputs];
     int64_t feature = 0;
-    if constexpr (Cell::is_complex && !has_conversion<T>) {
-      for (; feature + pair_of_groups <= span.num_features; feature += pair_of_groups) {
-        const T* inputs[num_inputs];
-        for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
-        biases_at<Cell>(scan, span.feature + feature, biases);
-        run_forward_group<Cell, biased, pair_of_groups>(inputs, biases, time, state + feature, out_state + feature);
-      }
-    }
-    for (; feature + group <= span.num_features; feature += group) {
+    while (feature + group <= span.num_features) {
+      const int64_t groups = groups_at<Cell>(span, feature);
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
-      biases_at<Cell>(scan, span.feature + feature, biases);
-      converted_forward_group<Cell, biased>(inputs, biases, time, state + feature, out_state + feature);
+      biases_at<Cell, biased>(scan, span.feature + feature, biases);
+      converted_forward_groups<Cell, biased>(groups, inputs, biases, time, state + feature, out_state + feature);
+      feature += groups * group;
     }
     if (feature < span.num_features) {
       const int64_t count = span.num_features - feature;
       Rest<T> rest[num_inputs], rest_out;
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
-      biases_at<Cell>(scan, span.feature + feature, biases);
-      converted_forward_group<Cell, biased>(inputs, biases, time, state + feature, rest_out.features);
+      biases_at<Cell, biased>(scan, span.feature + feature, biases);
+      converted_forward_groups<Cell, biased>(int64_t(1), inputs, biases, time, state + feature, rest_out.features);
       std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -409,29 +508,12 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
     // The previous state is in `out`, except at the first step and at resets.
     const bool from_out = !reset && !is_first;
     const A* previous = reset ? initial_state : first;
-    A no_state[Cell::is_complex ? pair_of_groups : group] = {};
-    int64_t begin = 0;
-    if constexpr (Cell::is_complex && !has_conversion<T>) {
-      for (; begin + pair_of_groups <= span.num_features; begin += pair_of_groups) {
-        const T* inputs[num_inputs];
-        T* grads[num_inputs];
-        for (int k = 0; k < num_inputs; ++k) {
-          inputs[k] = in_inputs[k] + begin;
-          grads[k] = out_grads[k] + begin;
-        }
-        const A* biases[num_inputs];
-        biases_at<Cell>(scan, span.feature + begin, biases);
-        const A* other = previous == nullptr ? no_state : previous + begin;
-        with_previous(from_out, in_previous + begin, other, [&](const auto* in_group) {
-          run_backward_group<Cell, biased, pair_of_groups>(
-              inputs, biases, time, in_grad + begin, in_group, state + begin, grads, out_dt);
-        });
-        if (out_dt) out_dt += 2;
-      }
-    }
-    for (int64_t feature = begin; feature < span.num_features; feature += group) {
-      const int64_t count = group < span.num_features - feature ? group : span.num_features - feature;
-      const bool whole = count == group;
+    static constexpr A no_state[most_groups<Cell> * group] = {};
+    int64_t feature = 0;
+    while (feature < span.num_features) {
+      const int64_t count = span.num_features - feature;
+      const bool whole = count >= group;
+      const int64_t groups = whole ? groups_at<Cell>(span, feature) : 1;
       Rest<T> rest[num_inputs], rest_grad, rest_out[num_inputs], rest_previous_out;
       Rest<A> rest_previous;
       const T* inputs[num_inputs];
@@ -441,7 +523,7 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
         grads[k] = whole ? out_grads[k] + feature : rest_out[k].features;
       }
       const A* biases[num_inputs];
-      biases_at<Cell>(scan, span.feature + feature, biases);
+      biases_at<Cell, biased>(scan, span.feature + feature, biases);
       const T* grad = whole ? in_grad + feature : rest_grad.in(in_grad + feature, count);
       const T* out_group = nullptr;
       const A* state_group = nullptr;
@@ -453,12 +535,14 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
                                           : rest_previous.in(previous + feature, count);
       }
       with_previous(from_out, out_group, state_group, [&](const auto* in_group) {
-        converted_backward_group<Cell, biased>(inputs, biases, time, grad, in_group, state + feature, grads, out_dt);
+        converted_backward_groups<Cell, biased>(
+            groups, inputs, biases, time, grad, in_group, state + feature, grads, out_dt);
       });
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));
       }
-      if (out_dt) ++out_dt;
+      if (out_dt) out_dt += groups;
+      feature += groups * group;
     }
     if (reset) {
       for (int64_t i = 0; i < span.num_features; ++i) {

@@ -52,14 +52,13 @@ MINGRU_INLINE To bit_cast(From from) {
   return to;
 }
 
-// (exp(r) - 1) / r for |r| <= ln(2) / 2. The coefficients minimize the maximum relative error of exp, which is 4e-9. The
-// terms are summed in pairs, because each step of Horner's scheme waits for the step before it.
+// exp(r) - 1 for |r| <= ln(2) / 2. The coefficients minimize the maximum relative error of exp, which is 4e-9. Terms are
+// summed in pairs, because each step of Horner's scheme waits for the step before it.
 MINGRU_INLINE float rise(float r) {
   const float r2 = r * r;
-  const float first = 1.0f + 0.4999999403953552f * r;
-  const float second = 0.1666651964187622f + 0.04166839271783829f * r;
-  const float third = 0.008368780836462975f + 0.0013814468402415514f * r;
-  return (first + second * r2) + third * (r2 * r2);
+  const float first = 0.4999999403953552f + 0.1666651964187622f * r;
+  const float second = 0.04166839271783829f + 0.008368780836462975f * r;
+  return r + r2 * (first + r2 * (second + 0.0013814468402415514f * r2));
 }
 
 // terms[0] + terms[1] x + terms[2] x^2 + ...
@@ -75,7 +74,7 @@ MINGRU_INLINE double rise(double r) {
   constexpr double inverse_factorial[] = {
       1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,       1.0 / 5040,
       1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-  return polynomial(inverse_factorial, r);
+  return polynomial(inverse_factorial, r) * r;
 }
 
 // exp(x) = (1 + rest) * lifted * drop for x <= 0, with two powers of two, because exponent bits cannot make a subnormal.
@@ -94,13 +93,26 @@ MINGRU_INLINE Exponential<A> exponential(A x) {
   const A r = (x - whole * F::ln2_high) - whole * F::ln2_low;
   // The low bits of `shifted` are those of the integer `whole`.
   const UInt exponent = bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)) + UInt(F::lift + F::bias);
-  return {rise(r) * r, bit_cast<A>(exponent << F::mantissa_bits)};
+  return {rise(r), bit_cast<A>(exponent << F::mantissa_bits)};
 }
 
 template <class A>
 MINGRU_INLINE A power(A x) {
   const Exponential<A> e = exponential(x);
-  return (A(1) + e.rest) * e.lifted * Format<A>::drop;
+  return (e.lifted + e.lifted * e.rest) * Format<A>::drop;
+}
+
+// exp(x) and 1 - exp(x) for x <= 0, both in full relative precision.
+template <class A>
+struct Decay {
+  A size, rest;
+};
+
+template <class A>
+MINGRU_INLINE Decay<A> decay(A x) {
+  const Exponential<A> e = exponential(x);
+  const A scale = e.lifted * Format<A>::drop;
+  return {(e.lifted + e.lifted * e.rest) * Format<A>::drop, (A(1) - scale) - scale * e.rest};
 }
 
 template <class A>
@@ -115,9 +127,9 @@ struct Logistic {
   A plus, minus;
 };
 
+// `p` is exp(-|x|).
 template <class A>
-MINGRU_INLINE Logistic<A> logistic(A x) {
-  const A p = power(minus_absolute(x));
+MINGRU_INLINE Logistic<A> logistic(A x, A p) {
   const A large = A(1) / (A(1) + p);
   const A small = p * large;
   const bool left = x < A(0);
@@ -150,53 +162,21 @@ struct SoftPlus {
   A value, slope;
 };
 
+// `p` is exp(-|x|).
 template <class A>
-MINGRU_INLINE SoftPlus<A> softplus(A x) {
-  const A p = power(minus_absolute(x));
+MINGRU_INLINE SoftPlus<A> softplus(A x, A p) {
   const bool left = x < A(0);
   return {(left ? A(0) : x) + log1p_of_unit(p), (left ? p : A(1)) / (A(1) + p)};
 }
 
-// If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 p / (1 + p)^2 with p = exp(-2|x|).
+// `e` is the decay of -2|x|. If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 exp(-2|x|) / (1 + exp(-2|x|))^2.
 template <class A>
-MINGRU_INLINE A hyperbolic_tangent(A x, A& derivative) {
-  // |tanh(x)| = -expm1(-2|x|) / (2 + expm1(-2|x|)) does not cancel near 0.
-  const Exponential<A> e = exponential(A(2) * minus_absolute(x));
-  const A scale = e.lifted * Format<A>::drop;
-  const A expm1 = e.rest * scale + (scale - A(1));
-  const A inverse = A(1) / (A(2) + expm1);
-  const A size = -expm1 * inverse;
-  const A far = A(4) * ((A(1) + e.rest) * scale) * (inverse * inverse);
+MINGRU_INLINE A hyperbolic_tangent(A x, const Decay<A>& e, A& derivative) {
+  const A inverse = A(1) / (A(1) + e.size);
+  const A size = e.rest * inverse;
+  const A far = A(4) * e.size * (inverse * inverse);
   derivative = size < A(0.5) ? A(1) - size * size : far;
   return x < A(0) ? -size : size;
-}
-
-// |tanh(x / 2)|, and 1 - |tanh(x / 2)| = 2 sigma(-|x|), both in full relative precision.
-template <class A>
-struct HalfTangent {
-  A size, rest;
-};
-
-template <class A>
-MINGRU_INLINE HalfTangent<A> half_tangent(A x) {
-  const Exponential<A> e = exponential(minus_absolute(x));
-  const A scale = e.lifted * Format<A>::drop;
-  const A expm1 = e.rest * scale + (scale - A(1));
-  const A inverse = A(1) / (A(2) + expm1);
-  return {-expm1 * inverse, A(2) * ((A(1) + e.rest) * e.lifted * Format<A>::drop) * inverse};
-}
-
-// exp(x) and 1 - exp(x) for x <= 0, both in full relative precision.
-template <class A>
-struct Decay {
-  A size, rest;
-};
-
-template <class A>
-MINGRU_INLINE Decay<A> decay(A x) {
-  const Exponential<A> e = exponential(x);
-  const A scale = e.lifted * Format<A>::drop;
-  return {(A(1) + e.rest) * e.lifted * Format<A>::drop, -(e.rest * scale + (scale - A(1)))};
 }
 
 // sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2 with a maximum relative error of 4e-8.

@@ -53,6 +53,7 @@ struct Sequence {
   void* data = nullptr;
   int64_t batch_stride = 0, step_stride = 0;
   int64_t skipped = 0;  // number of elements of the sequence before `data`
+  const int64_t* batch_offsets = nullptr;  // where each batch element begins, in place of batch_stride; may be null
 };
 
 // States are (B, N), contiguous, in the accumulation dtype.
@@ -61,7 +62,8 @@ struct Scan {
   Storage storage;
   int64_t num_batch, num_steps, num_features;
   bool reverse;
-  // The packed index at which each step begins, and the length of each sequence. Null if the sequences are not packed.
+  // The packed index at which each step begins, null if the sequences are not packed, and the length of each sequence,
+  // null if all have num_steps. Steps after the end of a sequence are neither read nor written.
   const int64_t* step_offsets;
   const int64_t* lengths;
   Sequence inputs[most_inputs];
