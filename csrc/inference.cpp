@@ -339,7 +339,8 @@ class Pass {
       const Tensor layer_h = layer_of(h, index);
       linear_recurrence(
           x, weight, bias, layer_h, has_reset ? layer_of(*initial_state, index) : layer_h,
-          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt, std::nullopt, std::nullopt, cell, 0.0,
+          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt, std::nullopt, std::nullopt, std::nullopt, cell,
+          0.0,
           direction == 1, time_first_, both ? half_of(out, direction) : out, layer_of(last_[state], index), nullptr);
     }
     x_ = out;

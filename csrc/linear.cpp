@@ -1,5 +1,6 @@
 // The linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
-// each step of each batch element. Called only by src/mingru/ops/backends/native.py.
+// each step of each batch element, in the order of memory. With `lengths`, the rows are the valid steps of the first
+// batch element, then those of the next, and so on. Called only by src/mingru/ops/backends/native.py.
 #include "linear.h"
 
 #include <memory>
@@ -26,7 +27,26 @@ std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool bac
   const int64_t batch = scan.num_batch, steps = scan.num_steps;
   const int64_t most = std::clamp(block_bytes / row_bytes, int64_t(64), most_block_rows);
   std::vector<Block> blocks;
-  if (operands.is_packed() || time_major) {
+  if (operands.has_lengths()) {
+    int64_t row = 0;
+    for (int64_t b = 0; b < batch;) {
+      const int64_t length = scan.lengths[b];
+      if (length > most) {
+        for (int64_t begin = 0; begin < length; begin += most, row += most) {
+          const bool is_last = begin + most >= length;
+          blocks.push_back({{b, b + 1, begin, is_last ? steps : begin + most}, row, is_last ? length - begin : most});
+        }
+        row += length - (length + most - 1) / most * most;
+        ++b;
+        continue;
+      }
+      int64_t end = b, rows = 0;
+      while (end < batch && rows + scan.lengths[end] <= most) rows += scan.lengths[end++];
+      blocks.push_back({{b, end, 0, steps}, row, rows});
+      row += rows;
+      b = end;
+    }
+  } else if (operands.is_packed() || time_major) {
     const auto row_of = [&](int64_t step) { return operands.is_packed() ? operands.step_offset(step) : step * batch; };
     for (int64_t begin = 0; begin < steps;) {
       const int64_t width = row_of(begin + 1) - row_of(begin);
@@ -84,13 +104,14 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch pre_activations_scratch, grads_scratch;
+thread_local Scratch pre_activations_scratch, grads_scratch, rows_scratch, grad_rows_scratch;
 
 // x as a matrix in the order of memory, copied only if neither x nor its transpose is contiguous.
 class InputMatrix {
  public:
-  InputMatrix(const Given& given, const Tensor& x, const Tensor& weight)
-      : matrix_(contiguous(given, x, time_major_)),
+  InputMatrix(const Given& given, const Tensor& x, const Tensor& weight, bool has_lengths)
+      : matrix_(has_lengths ? with_contiguous_features(x) : contiguous(given, x, time_major_)),
+        batch_dim_(given.time_first ? 1 : 0),
         data_(static_cast<char*>(matrix_.data_ptr())),
         num_features_(x.size(-1)),
         num_columns_(weight.size(0)) {
@@ -101,15 +122,57 @@ class InputMatrix {
         given.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), contiguous");
   }
 
+  // Only the valid steps are rows.
+  void select_valid(const Operands& operands) {
+    scan_ = &operands.scan;
+    for (int64_t b = 0; b < scan_->num_batch; ++b) {
+      offsets_.push_back(num_rows_ * num_columns_);
+      num_rows_ += scan_->lengths[b];
+    }
+  }
+
   bool time_major() const { return time_major_; }
+  // Where the pre-activations of each batch element begin, or null.
+  const int64_t* offsets() const { return scan_ ? offsets_.data() : nullptr; }
   int64_t num_features() const { return num_features_; }
   int64_t num_columns() const { return num_columns_; }
-  int64_t num_rows() const { return matrix_.numel() / num_features_; }
+  int64_t num_rows() const { return scan_ ? num_rows_ : matrix_.numel() / num_features_; }
 
-  const void* data_of(const Block& block) const { return data_ + block.row * num_features_ * matrix_.element_size(); }
+  // The rows of a block, next to each other.
+  const void* rows_of(const Block& block) const {
+    if (!scan_) return data_ + block.row * row_bytes();
+    if (is_contiguous(block, matrix_)) return data_ + at(matrix_, block.part.batch_begin, block.part.begin);
+    char* rows = static_cast<char*>(rows_scratch.at_least(block.num_rows * row_bytes()));
+    copy_rows(block, matrix_, [&](char* steps, int64_t size) {
+      std::memcpy(rows, steps, size);
+      rows += size;
+    });
+    return rows_scratch.at_least(0);
+  }
 
-  Tensor of(const Block& block) const {
-    return matrix(data_of(block), block.num_rows, num_features_, num_features_, 1, matrix_);
+  // Calls `compute` with the memory of the gradients of a block's rows.
+  template <class F>
+  void add_grad_rows(const Block& block, const Tensor& grad_x, const F& compute) const {
+    char* data = static_cast<char*>(grad_x.data_ptr());
+    if (!scan_) return compute(data + block.row * row_bytes());
+    if (is_contiguous(block, grad_x)) return compute(data + at(grad_x, block.part.batch_begin, block.part.begin));
+    const char* rows = static_cast<const char*>(grad_rows_scratch.at_least(block.num_rows * row_bytes()));
+    compute(grad_rows_scratch.at_least(0));
+    copy_rows(block, grad_x, [&](char* steps, int64_t size) {
+      std::memcpy(steps, rows, size);
+      rows += size;
+    });
+  }
+
+  // Sets the steps after the end of each sequence to 0, in a sequence that is contiguous.
+  void clear_padding(const Tensor& sequence) const {
+    if (!scan_) return;
+    const int64_t size = sequence.size(2) * sequence.element_size();
+    for (int64_t b = 0; b < scan_->num_batch; ++b) {
+      each_run(sequence, b, scan_->lengths[b], scan_->num_steps, size, [](char* steps, int64_t bytes) {
+        std::memset(steps, 0, bytes);
+      });
+    }
   }
 
   Tensor empty_like_x() const {
@@ -118,6 +181,39 @@ class InputMatrix {
   }
 
  private:
+  int64_t row_bytes() const { return num_features_ * matrix_.element_size(); }
+
+  // The position of a step, in bytes.
+  int64_t at(const Tensor& sequence, int64_t batch, int64_t step) const {
+    const int64_t size = sequence.element_size();
+    return (batch * sequence.stride(batch_dim_) + step * sequence.stride(1 - batch_dim_)) * size;
+  }
+
+  bool is_contiguous(const Block& block, const Tensor& sequence) const {
+    const bool is_one = block.part.batch_end == block.part.batch_begin + 1;
+    return block.num_rows == 1 || (is_one && sequence.stride(1 - batch_dim_) == num_features_);
+  }
+
+  // Calls f with the memory of each run of neighboring steps, and its size in bytes.
+  template <class F>
+  void each_run(const Tensor& sequence, int64_t batch, int64_t begin, int64_t end, int64_t bytes, const F& f) const {
+    char* data = static_cast<char*>(sequence.data_ptr());
+    const bool are_neighbors = at(sequence, 0, 1) == bytes;
+    const int64_t run = are_neighbors ? end - begin : 1;
+    for (int64_t step = begin; step < end; step += run) f(data + at(sequence, batch, step), run * bytes);
+  }
+
+  template <class F>
+  void copy_rows(const Block& block, const Tensor& sequence, const F& copy) const {
+    for (int64_t b = block.part.batch_begin; b < block.part.batch_end; ++b) {
+      each_run(sequence, b, block.part.begin, std::min(block.part.end, scan_->lengths[b]), row_bytes(), copy);
+    }
+  }
+
+  static Tensor with_contiguous_features(const Tensor& x) {
+    return x.dim() == 3 && x.stride(2) == 1 ? x : as_contiguous(x);
+  }
+
   Tensor contiguous(const Given& given, const Tensor& x, bool& time_major) {
     STD_TORCH_CHECK(x.dim() >= 2, given.name, ": x must be (B, S, I)");
     transposed_ = !given.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
@@ -127,8 +223,13 @@ class InputMatrix {
 
   bool transposed_ = false, time_major_ = false;
   Tensor matrix_;
+  int64_t batch_dim_;
   char* data_;
   int64_t num_features_, num_columns_;
+  // Only with lengths.
+  const Scan* scan_ = nullptr;
+  std::vector<int64_t> offsets_;
+  int64_t num_rows_ = 0;
 };
 
 // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a block.
@@ -140,7 +241,8 @@ void set_sequences(
   for (int64_t k = 0; k < stride / scan.num_features; ++k) {
     sequences[k] = {
         static_cast<char*>(data) + k * scan.num_features * size, inputs.time_major() ? stride : scan.num_steps * stride,
-        inputs.time_major() && !operands.is_packed() ? scan.num_batch * stride : stride, first_row * stride};
+        inputs.time_major() && !operands.is_packed() ? scan.num_batch * stride : stride, first_row * stride,
+        inputs.offsets()};
   }
 }
 
@@ -156,8 +258,8 @@ class LinearMap {
     }
   }
 
-  void operator()(void* out, const InputMatrix& inputs, const Block& block) const {
-    map_rows(out, inputs.data_of(block), block.num_rows, weight_, bias_);
+  void operator()(void* out, const void* rows, const Block& block) const {
+    map_rows(out, rows, block.num_rows, weight_, bias_);
   }
 
  private:
@@ -222,15 +324,22 @@ void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weig
 
 void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell,
-    double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last, void* kept) {
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const std::string& cell, double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last,
+    const std::function<void*(int64_t num_rows)>& keep) {
   const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
                     batch_sizes,                 cell,             min_decay,     reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
-  const InputMatrix inputs(given, x, weight);
+  InputMatrix inputs(given, x, weight, lengths.has_value());
   const int64_t columns = inputs.num_columns(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
+  if (lengths) {
+    operands.add_lengths(*lengths);
+    inputs.select_valid(operands);
+    inputs.clear_padding(out);
+  }
   const LinearMap linear(operands, weight, bias, given.is_timed());
+  void* kept = keep ? keep(inputs.num_rows()) : nullptr;
   Scan& scan = operands.scan;
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
@@ -239,7 +348,7 @@ void mingru::linear_recurrence(
     if (block.num_rows > 0) {
       void* data = kept ? static_cast<char*>(kept) + block.row * columns * size
                         : pre_activations_scratch.at_least(block.num_rows * columns * size);
-      linear(data, inputs, block);
+      linear(data, inputs.rows_of(block), block);
       set_sequences(scan.inputs, operands, inputs, data, block.row, size);
     }
     run(scan, block.part, false);
@@ -251,8 +360,8 @@ namespace {
 // Returns all states, the last state and, if `keep`, the pre-activations, without the bias if the scan adds it.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell,
-    double min_decay, bool reverse, bool time_first, bool keep) {
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const std::string& cell, double min_decay, bool reverse, bool time_first, bool keep) {
   STD_TORCH_CHECK(
       x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2,
       "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
@@ -260,25 +369,37 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
   sizes.back() = num_outputs(cell, weight);
   Tensor out = empty(sizes, x);
   Tensor last = empty(sizes_of(h), h);
-  Tensor pre_activations = empty({keep ? x.numel() / x.size(-1) : 0, weight.size(0)}, x);
+  Tensor pre_activations = empty({0, weight.size(0)}, x);
+  std::function<void*(int64_t)> keep_rows;
+  if (keep) {
+    keep_rows = [&](int64_t num_rows) {
+      pre_activations = empty({num_rows, weight.size(0)}, x);
+      return pre_activations.data_ptr();
+    };
+  }
   linear_recurrence(
-      x, weight, bias, h, initial_state, reset, dt, batch_sizes, cell, min_decay, reverse, time_first, out, last,
-      keep ? pre_activations.data_ptr() : nullptr);
+      x, weight, bias, h, initial_state, reset, dt, batch_sizes, lengths, cell, min_decay, reverse, time_first, out,
+      last, keep_rows);
   return {out, last, pre_activations};
 }
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const Tensor& out,
-    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, const std::string& cell,
-    double min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, bool needs_weight, bool needs_bias) {
+    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last,
+    const std::string& cell, double min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x,
+    bool needs_weight, bool needs_bias) {
   const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset,   dt,
                     batch_sizes,                  cell,             min_decay,     reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
-  const InputMatrix inputs(given, x, weight);
+  InputMatrix inputs(given, x, weight, lengths.has_value());
   const int64_t columns = inputs.num_columns(), features = inputs.num_features(), size = x.element_size();
   Operands operands(given, x, num_outputs(cell, weight));
+  if (lengths) {
+    operands.add_lengths(*lengths);
+    inputs.select_valid(operands);
+  }
   const LinearMap linear(operands, weight, bias, given.is_timed());
   Scan& scan = operands.scan;
   const bool kept = pre_activations.numel() > 0;
@@ -290,6 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
       operands.add_gradients(given.h, out, grad_out, grad_last, needs_dt);
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
+  if (needs_x) inputs.clear_padding(grad_x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   const std::vector<Block> blocks = blocks_of(operands, inputs.time_major(), true, columns * size);
   int64_t most_rows = 0;
@@ -303,7 +425,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     }
     void* pre = kept ? static_cast<char*>(pre_activations.data_ptr()) + block.row * columns * size
                      : pre_activations_scratch.at_least(most_rows * columns * size);
-    if (!kept) linear(pre, inputs, block);
+    const void* rows = !kept || needs_weight ? inputs.rows_of(block) : nullptr;
+    if (!kept) linear(pre, rows, block);
     void* to = grads_scratch.at_least(most_rows * columns * size);
     set_sequences(scan.inputs, operands, inputs, pre, block.row, size);
     set_sequences(scan.grad_inputs, operands, inputs, to, block.row, size);
@@ -311,10 +434,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
 
     const Tensor grads = matrix(to, count, columns, columns, 1, x);
     if (needs_x) {
-      char* data = static_cast<char*>(grad_x.data_ptr()) + block.row * features * size;
-      multiply(matrix(data, count, features, features, 1, x), grads, weight);
+      inputs.add_grad_rows(block, grad_x, [&](void* grad_rows) {
+        multiply(matrix(grad_rows, count, features, features, 1, x), grads, weight);
+      });
     }
-    if (needs_weight) grad_weight.add_product(matrix(to, columns, count, 1, columns, x), inputs.of(block));
+    if (needs_weight) {
+      grad_weight.add_product(
+          matrix(to, columns, count, 1, columns, x), matrix(rows, count, features, features, 1, x));
+    }
     if (needs_bias) grad_bias.add_rows(grads);
   }
   return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state, grads_of_dt};
@@ -325,13 +452,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
       "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? dt, Tensor? batch_sizes, str cell, float min_decay, bool reverse, bool time_first, bool keep) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor? dt, Tensor? batch_sizes, Tensor? lengths, str cell, float min_decay, bool reverse, bool time_first, "
+      "bool keep) -> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? dt, Tensor? batch_sizes, Tensor out, Tensor pre_activations, Tensor grad_out, Tensor grad_last, "
-      "str cell, float min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, bool needs_weight, "
-      "bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? dt, Tensor? batch_sizes, Tensor? lengths, Tensor out, Tensor pre_activations, Tensor grad_out, "
+      "Tensor grad_last, str cell, float min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, "
+      "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

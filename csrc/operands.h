@@ -119,7 +119,22 @@ class Operands {
 
   Operands(const Operands&) = delete;  // `scan` points into this object
 
+  // The number of valid steps of each padded sequence, (B).
+  void add_lengths(const Tensor& lengths) {
+    STD_TORCH_CHECK(
+        lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && !is_packed() &&
+            lengths.dim() == 1 && lengths.numel() == scan.num_batch,
+        name_, ": lengths must be (B), int64, contiguous, on the CPU, for sequences that are not packed");
+    const auto* data = static_cast<const int64_t*>(lengths.data_ptr());
+    lengths_.assign(data, data + scan.num_batch);
+    for (const int64_t length : lengths_) {
+      STD_TORCH_CHECK(length > 0 && length <= scan.num_steps, name_, ": lengths must be from 1 to S");
+    }
+    scan.lengths = lengths_.data();
+  }
+
   bool is_packed() const { return !step_offsets_.empty(); }
+  bool has_lengths() const { return !is_packed() && scan.lengths; }
   Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
 
   int64_t step_offset(int64_t step) const { return step < scan.num_steps ? scan.step_offsets[step] : leading_[0]; }

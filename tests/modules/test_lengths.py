@@ -473,6 +473,24 @@ def test_strided_input(options, form):
         assert torch.equal(one, before), "the input was written to"
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="no kernels")
+@pytest.mark.parametrize("options", [{}, {"cell": "minlstm", "bidirectional": True, "num_layers": 2}], ids=named)
+def test_padding_is_skipped_without_packing(options, monkeypatch):
+    rnn = make(**options)
+    x, reset = padded(rnn, LENGTHS, fill=float("nan"))
+    expected = graded(alone(rnn, LENGTHS), rnn, x.nan_to_num(7.0), None, reset)
+
+    def no_packing(*args):
+        raise AssertionError("the sequences were packed")
+
+    monkeypatch.setattr("mingru.ops.layout.packing_from_lengths", no_packing)
+    assert_same(graded(together(rnn, "lengths", LENGTHS), rnn, x, None, reset), expected)
+    # A hook must see the steps, so this call packs them.
+    rnn.layers[0].linear.register_forward_hook(lambda *args: None)
+    with pytest.raises(AssertionError, match="were packed"):
+        rnn(x, None, reset, torch.tensor(LENGTHS))
+
+
 # Blocks and threads
 
 

@@ -31,12 +31,13 @@ def inputs(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
+@pytest.mark.parametrize("layout", ["batch first", "time first", "packed", "lengths"])
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
     count, name = ops.NUM_INPUTS[cell], f"{cell}_positive"
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
-    leading = {"batch first": (3, 20), "time first": (20, 3), "packed": (11,)}[layout]
+    lengths = torch.tensor([20, 1, 7]) if layout == "lengths" else None
+    leading = {"batch first": (3, 20), "time first": (20, 3), "packed": (11,), "lengths": (3, 20)}[layout]
     pre = [torch.randn(*leading, 5) for _ in range(count)]
     bias = torch.randn(count * 5) if with_bias else None
     h, initial = torch.rand(3, 1, 5), torch.rand(3, 1, 5)
@@ -47,22 +48,23 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     beside, behind = (h, initial, reset, dt, batch_sizes), (name, min_decay, reverse, layout == "time first")
     out, last = torch.ops.mingru.recurrence_forward(pre, *beside, *behind)
     x, weight = torch.randn(*leading, 4), torch.randn(count * 5, 4)
-    product = torch.randn(out[..., 0].numel(), count * 5)
+    product = torch.randn(out[..., 0].numel() if lengths is None else 28, count * 5)
     grad = (torch.randn_like(out), last)
     calls = {
         "recurrence_forward": (pre, *beside, *behind),
         "recurrence_backward": (pre, *beside, out, *grad, *behind, is_timed),
-        "linear_recurrence_forward": (x, weight, bias, *beside, *behind, with_bias),
+        "linear_recurrence_forward": (x, weight, bias, *beside, lengths, *behind, with_bias),
         "linear_recurrence_backward": (
-            *(x, weight, bias, *beside, out, product, *grad, *behind),
+            *(x, weight, bias, *beside, lengths, out, product, *grad, *behind),
             *(is_timed, with_bias, with_reset, reverse),
         ),
     }
     if layout != "packed":
         scanned = (pre[:2], h, h, reset, None, None)
         calls["recurrence_forward"] = (*scanned, "linear_scan", 0.0, *behind[2:])
+    checks = torch.library._OPCHECK_DEFAULT_UTILS if lengths is None else "test_schema"
     for operator, args in calls.items():
-        torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args)
+        torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args, test_utils=checks)
     apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
     torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *beside, *behind))
 
@@ -103,6 +105,26 @@ def test_operators_refuse_what_would_read_past_the_end():
     ]:
         with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
             torch.ops.mingru.recurrence_forward(*bad)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        torch.tensor([20, 0, 7]),
+        torch.tensor([21, 1, 7]),
+        torch.tensor([20, 7]),
+        torch.tensor([[20, 1, 7]]),
+        torch.tensor([20, 1, 7], dtype=torch.int32),
+        torch.tensor([20, 0, 1, 0, 7, 0])[::2],
+    ],
+    ids=["0", "more than S", "too few", "two dimensions", "int32", "not contiguous"],
+)
+def test_operators_refuse_wrong_lengths(lengths):
+    x, weight, h = torch.randn(3, 20, 4), torch.randn(10, 4), torch.rand(3, 1, 5)
+    with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
+        torch.ops.mingru.linear_recurrence_forward(
+            x, weight, None, h, h, None, None, None, lengths, "mingru_positive", 0.0, False, False, True
+        )
 
 
 @pytest.mark.parametrize(

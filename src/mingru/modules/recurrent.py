@@ -271,7 +271,7 @@ class Recurrent(Base, role="sequence"):
             return self._run(x, self._state(x, h, batch), reset, dt, Layout(not self.batch_first, None, None))
         if is_scripting():
             batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
-        elif is_compiling():
+        elif is_compiling() or self._takes_lengths(x):
             return self._padded(x, h, reset, lengths, dt)
         else:
             batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
@@ -313,13 +313,27 @@ class Recurrent(Base, role="sequence"):
             layer.plan(plan, plan.num_states, index)
         plan.num_states += 1
 
+    def _takes_lengths(self, x: Tensor) -> bool:
+        """Return whether all layers skip padding: a linear map and a recurrence each, in a kernel that can."""
+        layers: Any = self.layers
+        if any(layer.norm is not None or layer.residual or layer.highway for layer in layers):
+            return False
+        linears = [linear for layer in layers for linear in (layer.linear, layer.linear_reverse) if linear is not None]
+        return ops.takes_lengths(layers[0]._spec(False), linears, x)
+
     def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor, dt: Tensor | None) -> States:
-        """Run on the padded batch and mask the padding: a captured graph cannot depend on the number of valid steps."""
+        """Run on the padded batch, if the kernel skips the padding.
+
+        Otherwise mask the padding, because a captured graph cannot depend on the number of valid steps.
+        """
         padding = layout.padding_from_lengths(lengths, x, not self.batch_first)
-        x = x.masked_fill(padding.unsqueeze(2), 0.0)
         reset = None if reset is None else reset & ~padding
-        order = Layout(not self.batch_first, None, padding)
-        out, last = self._run(x, self._state(x, h, lengths.size(0)), reset, dt, order)
+        state = self._state(x, h, lengths.size(0))
+        if not is_compiling():
+            order = Layout(not self.batch_first, None, padding, lengths.cpu().long().contiguous())
+            return self._run(x, state, reset, dt, order)
+        x = x.masked_fill(padding.unsqueeze(2), 0.0)
+        out, last = self._run(x, state, reset, dt, Layout(not self.batch_first, None, padding))
         return out.masked_fill(padding.unsqueeze(2), 0.0), last
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any) -> Any:

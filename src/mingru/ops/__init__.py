@@ -15,7 +15,7 @@ from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
-from .graph import for_trace, is_tracing
+from .graph import for_trace, is_autocast, is_compiling, is_tracing
 from .shape import States, accumulate_dtype, as_dtype, empty_states
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "linear_scan",
     "mapped_recurrence",
     "recurrence",
+    "takes_lengths",
     "traceable",
 ]
 
@@ -85,6 +86,17 @@ def linear_recurrence(
         return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
 
     return _or_other(run, route.choose(spec, x), spec, x)
+
+
+def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor) -> bool:
+    """Return whether `linear_recurrence` can skip the padding of x for all these linear maps, in eager mode."""
+    if is_tracing() or is_compiling() or is_autocast(x):
+        return False
+    name, start = route.choose(spec, x), Start(x, x, None)
+    kernel = route.backend_of(name).linear_kernel
+    if kernel is None or not kernel.lengths:
+        return False
+    return all(route.fused_with(linear, name, spec, x, start, BATCH_FIRST) is not None for linear in linears)
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:

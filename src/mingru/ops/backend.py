@@ -25,6 +25,8 @@ class Kernel:
     packed: bool
     """If True, the kernel supports packed sequences but no padding. If False, it supports padding, and packed sequences
     are padded before the call."""
+    lengths: bool = False
+    """Whether the kernel of a linear map takes the lengths of padded sequences."""
     autocast: bool = False
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     cells: Container[str] = tuple(NUM_INPUTS)

@@ -44,6 +44,9 @@ class Layout(NamedTuple):
     """Number of sequences that have each step, (S), int64, on the CPU; None if the sequences are not packed."""
     padding: Tensor | None
     """Boolean mask of padded steps, (B, S) or (S, B). Padded steps keep the state."""
+    lengths: Tensor | None = None
+    """Number of steps before the padding, (B), int64, on the CPU, for kernels that skip the padding. Outputs are then 0
+    in the padding."""
 
 
 BATCH_FIRST = Layout(False, None, None)

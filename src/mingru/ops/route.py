@@ -140,9 +140,10 @@ def fused_with(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
     kernel = backend_of(name).linear_kernel
-    if kernel is None or not kernel.computes(spec, start) or layout.padding is not None:
+    if kernel is None or not kernel.computes(spec, start):
         return None
-    if type(linear) is not nn.Linear or is_hooked(linear):
+    has_lengths = layout.lengths is not None and kernel.lengths
+    if (layout.padding is not None and not has_lengths) or type(linear) is not nn.Linear or is_hooked(linear):
         return None
     parameters = linear._parameters
     weight = parameters.get("weight")

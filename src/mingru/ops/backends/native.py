@@ -59,6 +59,7 @@ def _register_shapes() -> None:
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
+        # No captured graph has lengths, which would make the number of rows depend on data.
         num_kept = x.shape[:-1].numel() if rest[-1] else 0
         out = x.new_empty(*x.shape[:-1], h.shape[-1])
         return out, h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
@@ -156,7 +157,9 @@ def _linear_recurrence(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = _given(start, layout, tensors[0])
-    out, last, pre_activations = torch.ops.mingru.linear_recurrence_forward(*tensors, *given, *_how(spec, layout), keep)
+    out, last, pre_activations = torch.ops.mingru.linear_recurrence_forward(
+        *tensors, *given, layout.lengths, *_how(spec, layout), keep
+    )
     return out, as_dtype(last, start.h.dtype), pre_activations
 
 
@@ -167,7 +170,7 @@ def _linear_recurrence_backward(
     out, pre_activations, grad_out, grad_last = saved
     given, grad_last = _given(start, layout, x), _state(grad_last, x)
     grad_x, grad_weight, grad_bias, *grads_of_start = torch.ops.mingru.linear_recurrence_backward(
-        *tensors, *given, out, pre_activations, grad_out, grad_last, *_how(spec, layout), *needs
+        *tensors, *given, layout.lengths, out, pre_activations, grad_out, grad_last, *_how(spec, layout), *needs
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[3] else None)
     found = (grad if need else None for grad, need in zip(grads, needs[1:], strict=True))
@@ -207,5 +210,5 @@ BACKEND = Backend(
     scan_backward=_scan_backward,
     differentiable=False,
     kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True),
 )
