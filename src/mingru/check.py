@@ -199,7 +199,7 @@ def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
         raise ValueError(expectation(name, argument, "even because gate='rotation' turns pairs of features", str(size)))
 
 
-def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str) -> list[float]:
+def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None) -> list[float]:
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"

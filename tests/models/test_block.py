@@ -48,6 +48,7 @@ OPTIONS = [
     {"candidate": "linear"},
     {"candidate": "tanh", "gate": "signed"},
     {"gate": "rotation", "expansion": 1.5, "conv": 3},
+    {"min_decay": 0.5, "conv": 2, "mlp": 2},
     {"learn_initial_state": True},
     {"bidirectional": True},
     {"bidirectional": True, "conv": 3, "learn_initial_state": True, "expansion": 1.4},

@@ -41,6 +41,7 @@ MODELS = {
         "forget_bias": 1.0,
         "normalize": False,
     },
+    "bounds": {"gate": "rotation", "min_decay": [0.0, 0.75]},
     "without bias": {"bias": False, "conv": 2},
     "bfloat16": {"dtype": torch.bfloat16, "conv": 2},
     "float64": {"dtype": torch.float64, "tied": False},

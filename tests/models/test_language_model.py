@@ -307,6 +307,8 @@ BAD_OPTIONS = {
         "LanguageModel: bidirectional must be False, got True; the reverse direction would read the tokens",
     ),
     "bidirectional of 1": ({"bidirectional": 1}, ValueError, "LanguageModel: bidirectional must be False, got 1"),
+    "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "LanguageModel: min_decay must be a number from 0 to 1"),
+    "min_decay of a minLSTM": ({"cell": "minlstm", "min_decay": 0.5}, TypeError, "Block: no argument 'min_decay'"),
     "cell": ({"cell": "lstm"}, ValueError, "Block: cell must be one of ('mingru', 'minlstm'), got 'lstm'"),
     "norm in a list": ({"norm": ["rms"]}, ValueError, "Block: norm must be one of ('layer', 'rms'), got ['rms']"),
     "residual": ({"residual": True}, TypeError, "Block: no argument 'residual'; a block has one layer"),
@@ -416,3 +418,9 @@ def test_bad_batch_of_the_default_state(batch):
     for module, name in ((LanguageModel(V, DIMS, 2), "LanguageModel"), (Block(DIMS), "Block")):
         with pytest.raises((TypeError, ValueError), match=f"^{name}: batch must be "):
             module.initial_state(batch)
+
+
+def test_each_block_has_its_bound():
+    lm = LanguageModel(7, 4, 2, min_decay=[0.0, 0.75])
+    assert [block.rnn.min_decay for block in lm.blocks.layers] == [0.0, 0.75]
+    assert [block.rnn.min_decay for block in LanguageModel(7, 4, 2, min_decay=0.5).blocks.layers] == [0.5, 0.5]

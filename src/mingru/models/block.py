@@ -51,7 +51,7 @@ class Block(Base, role="sequence", planned=True):
         norm: "rms" or "layer".
         dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
-        **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `learn_initial_state`, `recompute`,
+        **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `learn_initial_state`, `recompute`,
             `forget_bias`, `normalize`, `device` and `dtype` of [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`,
             `device` and `dtype` apply to the other parts too.
 
@@ -122,7 +122,7 @@ class Block(Base, role="sequence", planned=True):
         for option in ("num_layers", "batch_first", "residual"):
             if option in layer_options:
                 raise TypeError(f"{self.name}: no argument {option!r}; a block has one layer, x is (B, S, {dims})")
-        options = (*LAYER_OPTIONS, *(("gate",) if cell == "mingru" else ("forget_bias", "normalize")))
+        options = (*LAYER_OPTIONS, *(("gate", "min_decay") if cell == "mingru" else ("forget_bias", "normalize")))
         for option in layer_options:
             if option not in options:
                 own = [name for name in inspect.signature(Block).parameters if name != "layer_options"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_flag, check_int, expectation
+from ..check import check_flag, check_int, check_min_decay, expectation
 from ..modules import Stack
 from ..modules.recurrent import NORMS
 from ..ops.graph import is_compiling, is_scripting, untraced
@@ -33,6 +33,7 @@ class LanguageModel(nn.Module):
         tied: If True, the output layer shares the embedding's weight.
         **block_options: Options of [mingru.models.Block][]: `cell`, `expansion`, `conv`, `mlp`, `norm`, `dropout`,
             `checkpoint`, and options of the layer, `device` and `dtype` included. `bidirectional` must be False.
+            `min_decay` may be a list with one number for each block.
 
     Inputs:
         - **ids**: Tokens, integers (B, S).
@@ -91,7 +92,10 @@ class LanguageModel(nn.Module):
             **{name: value for name, value in block_options.items() if name not in factory},
         }
         # First, because they check the options.
-        blocks = [Block(dims, **block_options) for _ in range(num_layers)]
+        given = block_options.pop("min_decay", 0.0)
+        bounds = check_min_decay(self.name, given, num_layers, block_options.get("gate"))
+        options: list[dict[str, Any]] = [{"min_decay": bound} if bound else {} for bound in bounds]
+        blocks = [Block(dims, **block_options, **own) for own in options]
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
         self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)
