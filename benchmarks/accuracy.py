@@ -3,8 +3,9 @@
     python benchmarks/accuracy.py
 
 Pre-activations are sampled from N(0, 2^2). The first table has relative errors of the gate "sigmoid", whose states are
-positive. States of the other gates may cancel, so the second table has errors relative to the recurrence of absolute
-values, s_t = |a_t| s_{t-1} + |b_t|. There the gates are shifted, so that a state lasts for hundreds of time steps.
+positive, and the second those with elapsed times from 0 to 3. States of the other gates may cancel, so the third table
+has errors relative to the recurrence of absolute values, s_t = |a_t| s_{t-1} + |b_t|. There the gates are shifted, so
+that a state lasts for hundreds of time steps.
 """
 
 import torch
@@ -16,27 +17,15 @@ from mingru.bench import print_table
 LENGTHS = [100, 1000, 10_000, 100_000, 1_000_000]
 # The sequential backend takes a minute for the longest sequence, and its error does not depend on length.
 LONGEST = {"sequential": 100_000}
-# The gates of the second table are from N(-8, 2^2).
+# The gates of the third table are from N(-8, 2^2).
 SHIFT = 8.0
 
 
 def main() -> None:
     torch.manual_seed(0)
     backends = [name for name, can_run in mingru.backends().items() if can_run is True]
-    rows = []
-    for steps in LENGTHS:
-        gate, candidate = (2 * torch.randn(1, steps, 4) for _ in range(2))
-        # The tests compare this backend with a loop over time steps in float64.
-        reference = mingru.functional.mingru(gate.double(), candidate.double(), backend="torch")
-        row = [f"{steps:,}"]
-        for backend in backends:
-            if steps > LONGEST.get(backend, steps):
-                row.append("")
-                continue
-            out = mingru.functional.mingru(gate, candidate, backend=backend)
-            row.append(f"{((out - reference).abs() / reference).max().item():.1e}")
-        rows.append(row)
-    print_table("Largest relative error, float32", ["steps", *backends], rows)
+    print_table("Largest relative error, float32", ["steps", *backends], relative(backends, with_dt=False))
+    print_table("Largest relative error with dt, float32", ["steps", *backends], relative(backends, with_dt=True))
 
     rows = []
     backends = [backend for backend in backends if backend in ("native", "torch")]
@@ -54,6 +43,26 @@ def main() -> None:
         rows.append(row)
     names = [f"{kind}, {backend}" for kind in ("signed", "rotation") for backend in backends]
     print_table("Largest error relative to the recurrence of absolute values, float32", ["steps", *names], rows)
+
+
+def relative(backends: list[str], with_dt: bool) -> list[list[str]]:
+    """Return a row for each length: the largest error of each backend, relative to the state."""
+    rows = []
+    for steps in LENGTHS:
+        gate, candidate = (2 * torch.randn(1, steps, 4) for _ in range(2))
+        dt = 3 * torch.rand(1, steps) if with_dt else None
+        wide = None if dt is None else dt.double()
+        # The tests compare this backend with a loop over time steps in float64.
+        reference = mingru.functional.mingru(gate.double(), candidate.double(), dt=wide, backend="torch")
+        row = [f"{steps:,}"]
+        for backend in backends:
+            if steps > LONGEST.get(backend, steps):
+                row.append("")
+                continue
+            out = mingru.functional.mingru(gate, candidate, dt=dt, backend=backend)
+            row.append(f"{((out - reference).abs() / reference).max().item():.1e}")
+        rows.append(row)
+    return rows
 
 
 def relative_to_absolute(

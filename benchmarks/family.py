@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import mingru
+from mingru import ops
 from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 
 Times = dict[str, tuple[float, float]]
@@ -64,6 +65,23 @@ def recurrent_layers(batch: int, steps: int, dims: int, seconds: float) -> Times
     }
     calls = {name: (lambda module=module: module(x)) for name, module in modules.items()}
     return time_modules(calls, modules, x, seconds)
+
+
+def gates(batch: int, steps: int, features: int, seconds: float) -> Times:
+    """Time the recurrence alone, from pre-activations on, with each gate."""
+    inputs = [torch.randn(batch, steps, features, requires_grad=True) for _ in range(2)]
+    zero = torch.zeros(batch, 1, features)
+    start, start_with_dt = ops.Start(zero, zero, None), ops.Start(zero, zero, None, 2 * torch.rand(batch, steps))
+    calls = {
+        "sigmoid": (ops.Spec("mingru", "positive", False), start),
+        "signed": (ops.Spec("mingru_signed", "positive", False), start),
+        "rotation": (ops.Spec("mingru_rotation", "positive", False), start),
+        "sigmoid, dt": (ops.Spec("mingru", "positive", False), start_with_dt),
+        "rotation, dt": (ops.Spec("mingru_rotation", "positive", False), start_with_dt),
+        "sigmoid, min_decay": (ops.Spec("mingru", "positive", False, 0.5), start),
+    }
+    functions = {name: (lambda call=call: ops.recurrence(call[0], inputs, call[1])[0]) for name, call in calls.items()}
+    return time_both(functions, dict.fromkeys(calls, inputs), seconds)
 
 
 def different_lengths(batch: int, steps: int, dims: int, seconds: float) -> Times:
@@ -117,6 +135,9 @@ def main() -> None:
     for batch, steps, dims in [(8, 512, 256), (32, 64, 64), (1, 1, 256)]:
         title = f"One layer, (B, S, I = H) = {(batch, steps, dims)}"
         table(title, recurrent_layers(batch, steps, dims, args.seconds), "MinGRU")
+    for batch, steps, features in [(8, 512, 256), (64, 1000, 100)]:
+        title = f"Gates, recurrence alone, (B, S, H) = {(batch, steps, features)}"
+        table(title, gates(batch, steps, features, args.seconds), "sigmoid")
     title = "Lengths from 1 to S, (B, S, I = H) = (32, 512, 256); fwd + bwd for the parameters"
     table(title, different_lengths(32, 512, 256, args.seconds), "as many unpadded steps")
     table("(B, S, C, *space) = (4, 16, 32, 64, 64), kernel 3, H = 32", convolutional(args.seconds), "nn.Conv2d")
