@@ -17,6 +17,7 @@ BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is Tr
 MORE = {"num_layers": 2, "bidirectional": True, "residual": True, "norm": "rms", "learn_initial_state": True}
 MODELS = {
     "MinGRU": (mingru.MinGRU, {}),
+    "MinGRU in both directions": (mingru.MinGRU, {"num_layers": 2, "bidirectional": True}),
     "MinGRU with bounds": (mingru.MinGRU, {**MORE, "min_decay": [0.1, 0.5]}),
     "MinGRU with rotations": (mingru.MinGRU, {**MORE, "gate": "rotation", "candidate": "tanh", "min_decay": 0.25}),
     "MinLSTM": (mingru.MinLSTM, MORE),
@@ -32,6 +33,8 @@ def _fresh_compiler():
 
 
 every_model = pytest.mark.parametrize("model", MODELS)
+# Capturing a graph takes long, so these have one layer.
+in_graphs = pytest.mark.parametrize("model", ["MinGRU with rotations", "MinLSTM"])
 
 
 def make(model, **more):
@@ -126,20 +129,28 @@ def test_packed_and_lengths(model):
                 assert_close(out[one, :length], expected, **TIGHT)
                 assert_close(last[:, one], state, **TIGHT)
                 assert not out[one, length:].any()
-    assert_close(torch.jit.script(rnn)(x, h, reset, lengths, dt), (out, last), **TIGHT)
+
+
+@in_graphs
+def test_lengths_in_graphs(model):
+    rnn = make(model, num_layers=1)
+    x, h, reset, dt = inputs(rnn)
+    lengths = torch.tensor([9, S, 1])
+    expected = rnn(x, h, reset, lengths, dt)
+    assert_close(torch.jit.script(rnn)(x, h, reset, lengths, dt), expected, **TIGHT)
     traced = torch.jit.trace(rnn, (x, h, reset, lengths, dt), check_trace=False)
     fewer = lengths.clamp_max(7)
     assert_close(traced(x, h, reset, fewer, dt), rnn(x, h, reset, fewer, dt), **TIGHT)
     compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, h, reset, lengths, dt), (out, last), **TIGHT)
+    assert_close(compiled(x, h, reset, lengths, dt), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-@every_model
+@in_graphs
 def test_compiled(model, backend):
     if backend not in BACKENDS:
         pytest.skip("the kernels were not built")
-    rnn = make(model)
+    rnn = make(model, num_layers=1)
     given = inputs(rnn)
     with mingru.use_backend(backend):
         expected = graded(rnn, rnn, *given)
@@ -147,9 +158,9 @@ def test_compiled(model, backend):
         assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
 
 
-@every_model
+@in_graphs
 def test_exported(model):
-    rnn = make(model).eval()
+    rnn = make(model, num_layers=1).eval()
     x, h, reset, dt = inputs(rnn)
     batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
     shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps}, None, {0: batch, 1: steps})

@@ -39,7 +39,12 @@ def _fresh_compiler():
 
 every_gate = pytest.mark.parametrize("gate", GATES)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
-all_and_highway = pytest.mark.parametrize("options", [ALL, HIGHWAY], ids=["all", "highway"])
+# Capturing a graph takes long, so here each gate has other options, with one layer.
+in_graphs = pytest.mark.parametrize(
+    ("gate", "options"),
+    [("signed", {**HIGHWAY, "num_layers": 1}), ("rotation", {**ALL, "num_layers": 1})],
+    ids=["signed-highway", "rotation-all"],
+)
 
 
 def make(gate, kind=mingru.MinGRU, dtype=torch.double, **options):
@@ -148,15 +153,21 @@ def test_packed_and_lengths(gate, options):
                 assert_close(out[one, :length], expected, **TIGHT)
                 assert_close(last[:, one], state, **TIGHT)
                 assert not out[one, length:].any()
-    scripted = torch.jit.script(rnn)
-    assert_close(scripted(x, h, reset, lengths), (out, last), **TIGHT)
+
+
+@in_graphs
+def test_lengths_in_graphs(gate, options):
+    rnn = make(gate, **options)
+    x, h, reset = inputs(rnn)
+    lengths = torch.tensor([9, S, 1])
+    expected = rnn(x, h, reset, lengths)
+    assert_close(torch.jit.script(rnn)(x, h, reset, lengths), expected, **TIGHT)
     compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, h, reset, lengths), (out, last), **TIGHT)
+    assert_close(compiled(x, h, reset, lengths), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-@all_and_highway
-@every_gate
+@in_graphs
 def test_compiled(gate, options, backend):
     if backend not in BACKENDS:
         pytest.skip("the kernels were not built")
@@ -168,8 +179,7 @@ def test_compiled(gate, options, backend):
         assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
 
 
-@all_and_highway
-@every_gate
+@in_graphs
 def test_exported_and_traced(gate, options):
     rnn = make(gate, **options).eval()
     x, h, reset = inputs(rnn)
@@ -184,10 +194,10 @@ def test_exported_and_traced(gate, options):
             assert_close(run(*given), rnn(*given), **TIGHT)
 
 
-@every_gate
+@pytest.mark.parametrize("gate", ["signed", pytest.param("rotation", marks=pytest.mark.slow)])
 def test_onnx(gate, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    rnn = make(gate, dtype=torch.float32, candidate="tanh", bidirectional=True)
+    rnn = make(gate, dtype=torch.float32, candidate="tanh")
     path = tmp_path / "model.onnx"
     mingru.export.onnx(rnn, (torch.randn(2, 9, IN),), path, max_steps=64)
     session = onnxruntime.InferenceSession(path)
@@ -246,8 +256,9 @@ def by_steps(rnn, x):
     return reference.CELLS[f"mingru_{rnn.gate}"](*pre.chunk(2, 2), None, None, rnn.candidate)
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 2, "candidate": "tanh"}], ids=["plain", "groups"])
-@pytest.mark.parametrize("space", [1, 2])
+@pytest.mark.parametrize(
+    ("space", "options"), [(1, {"groups": 2, "candidate": "tanh"}), (2, {})], ids=["groups", "plain"]
+)
 @every_gate
 def test_convolutions(gate, space, options):
     size = (5, 4)[:space]
@@ -255,6 +266,7 @@ def test_convolutions(gate, space, options):
     rnn = kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
     x, reset = torch.randn(B, 9, IN, *size).double(), torch.rand(B, 9) < 0.3
     leaves = [x.requires_grad_(), *rnn.parameters()]
+    scripted = torch.jit.script(rnn)
     for backend in BACKENDS:
         with mingru.use_backend(backend):
             out, (last,) = rnn(x)
@@ -264,7 +276,7 @@ def test_convolutions(gate, space, options):
             grads = [torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected)]
             assert_close(*grads, **TIGHT)
             with torch.no_grad():
-                assert_close(rnn(x, None, reset), torch.jit.script(rnn)(x, None, reset), **TIGHT)
+                assert_close(rnn(x, None, reset), scripted(x, None, reset), **TIGHT)
     cell = cell_kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
     cell.load_state_dict(rnn.state_dict())
     state = None
