@@ -1,8 +1,8 @@
 // A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/inference.py,
 // which writes the code of a module: a row for each instruction, (operation, state, layer, cell). An instruction
-// changes x, and takes its weights and eps from lists that are in the same order. `cells` has the names of the cells,
-// separated by spaces. Code and eps are tensors, because reading a list of numbers takes as long as the arithmetic of a
-// step.
+// changes x, and takes its weights and numbers (the eps of a norm, the lower bound of a recurrence's decay) from lists that
+// are in the same order. `cells` has the names of the cells, separated by spaces. Code and numbers are tensors, because
+// reading a list of numbers takes as long as the arithmetic of a step.
 #include "linear.h"
 
 #include <array>
@@ -84,15 +84,16 @@ class Pass {
  public:
   Pass(
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
-      const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const Tensor& code,
-      const Tensor& eps, const std::string& cells, bool time_first)
+      const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
+      const Tensor& code, const Tensor& numbers, const std::string& cells, bool time_first)
       : x_(x.dim() == 2 ? torch::stable::unsqueeze(x, 1) : x),
         weights_(weights),
         states_(states),
         initial_states_(initial_states),
         resets_(resets),
+        times_(times),
         code_(code),
-        eps_(eps),
+        numbers_(numbers),
         time_first_(time_first) {
     for (size_t begin = 0; begin < cells.size();) {
       const size_t end = std::min(cells.find(' ', begin), cells.size());
@@ -101,7 +102,8 @@ class Pass {
     }
     const ScalarType dtype = x.scalar_type();
     require(code.is_cpu() && code.scalar_type() == ScalarType::Long && code.dim() == 2 && code.size(1) == 4);
-    require(eps.is_cpu() && eps.scalar_type() == ScalarType::Double && code.is_contiguous() && eps.is_contiguous());
+    require(numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double);
+    require(code.is_contiguous() && numbers.is_contiguous());
     require(x.is_cpu() && x_.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
     for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
     for (const Tensor& each : states) {
@@ -109,11 +111,9 @@ class Pass {
       last_.push_back(empty(sizes_of(each), x));
     }
     for (const Tensor& each : initial_states) require(fits(each));
-    for (const Tensor& each : resets) {
-      require(
-          each.is_cpu() && each.scalar_type() == ScalarType::Bool && each.dim() == 2 && each.size(0) == x_.size(0) &&
-          each.size(1) == x_.size(1));
-    }
+    for (const Tensor& each : resets) require(each.scalar_type() == ScalarType::Bool && has_one_value_per_step(each));
+    for (const Tensor& each : times) require(fits(each) && has_one_value_per_step(each) && is_not_negative(each));
+    require(times.empty() || times.size() == 2);
     require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
   }
 
@@ -127,6 +127,20 @@ class Pass {
 
  private:
   bool fits(const Tensor& each) const { return each.is_cpu() && each.scalar_type() == x_.scalar_type(); }
+  bool has_one_value_per_step(const Tensor& each) const {
+    return each.is_cpu() && each.dim() == 2 && each.size(0) == x_.size(0) && each.size(1) == x_.size(1);
+  }
+  bool is_not_negative(const Tensor& each) const {
+    bool result = true;
+    with_type([&](auto type) {
+      const auto* values = static_cast<const decltype(type)*>(each.data_ptr());
+      for (int64_t i = 0; i < each.size(0); ++i) {
+        // Not `< 0`, because NaN is refused too.
+        for (int64_t k = 0; k < each.size(1); ++k) result &= values[i * each.stride(0) + k * each.stride(1)] >= 0;
+      }
+    });
+    return result;
+  }
   int64_t num_batch() const { return x_.size(time_first_ ? 1 : 0); }
   int64_t num_steps() const { return x_.size(time_first_ ? 0 : 1); }
   int64_t num_features() const { return x_.size(2); }
@@ -135,6 +149,10 @@ class Pass {
   const Tensor& next_weight() {
     require(next_weight_ < weights_.size());
     return weights_[next_weight_++];
+  }
+  double next_number() {
+    require(next_number_ < numbers_.numel());
+    return static_cast<const double*>(numbers_.data_ptr())[next_number_++];
   }
   const Tensor& next_matrix(int64_t columns) {
     const Tensor& weight = next_weight();
@@ -211,8 +229,7 @@ class Pass {
     const Tensor x = as_contiguous(x_), out = new_x(features);
     const Tensor& weight = next_vector(features);
     const void* bias = with_bias ? next_vector(features).data_ptr() : nullptr;
-    require(next_eps_ < eps_.numel());
-    const double given_eps = static_cast<const double*>(eps_.data_ptr())[next_eps_++];
+    const double given_eps = next_number();
     with_type([&](auto type) {
       using T = decltype(type);
       const double eps = given_eps < 0 ? std::numeric_limits<T>::epsilon() : given_eps;
@@ -324,6 +341,9 @@ class Pass {
     require(state >= 0 && state < static_cast<int64_t>(states_.size()) && layer >= 0);
     require(cell_index >= 0 && cell_index < static_cast<int64_t>(cells_.size()));
     const std::string& cell = cells_[cell_index];
+    const double min_decay = next_number();
+    const bool is_timed = min_decay != 0 || !times_.empty();
+    require(find_cell(is_timed ? cell + "_timed" : cell) != std::end(cell_names));
     const int64_t directions = both ? 2 : 1;
     const Tensor x = x_, h = as_contiguous(states_[state]);
     const bool has_reset = !resets_.empty();
@@ -339,32 +359,32 @@ class Pass {
       const Tensor layer_h = layer_of(h, index);
       linear_recurrence(
           x, weight, bias, layer_h, has_reset ? layer_of(*initial_state, index) : layer_h,
-          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt, std::nullopt, std::nullopt, std::nullopt, cell,
-          0.0,
+          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt,
+          times_.empty() ? std::nullopt : MaybeTensor(times_[direction]), std::nullopt, std::nullopt, cell, min_decay,
           direction == 1, time_first_, both ? half_of(out, direction) : out, layer_of(last_[state], index), nullptr);
     }
     x_ = out;
   }
 
   Tensor x_;
-  const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_;
-  const Tensor &code_, &eps_;
+  const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_, &times_;
+  const Tensor &code_, &numbers_;
   std::vector<std::string> cells_;
   const bool time_first_;
   size_t next_weight_ = 0;
-  int64_t next_eps_ = 0;
+  int64_t next_number_ = 0;
   std::vector<Tensor> kept_, last_;
 };
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
-// the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets`
-// is empty, or the masks of both directions.
+// the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets` and
+// `times` are empty, or have a tensor for each direction.
 std::tuple<Tensor, std::vector<Tensor>> inference(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
-    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const Tensor& code, const Tensor& eps,
-    const std::string& cells, bool time_first) {
+    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
+    const Tensor& code, const Tensor& numbers, const std::string& cells, bool time_first) {
   try {
-    return Pass(x, weights, states, initial_states, resets, code, eps, cells, time_first).run();
+    return Pass(x, weights, states, initial_states, resets, times, code, numbers, cells, time_first).run();
   } catch (const DoesNotFit&) {
     return {empty({0}, x), {}};
   }
@@ -374,8 +394,8 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, Tensor code, "
-      "Tensor eps, str cells, bool time_first) -> (Tensor, Tensor[])");
+      "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
+      "Tensor[] times, Tensor code, Tensor numbers, str cells, bool time_first) -> (Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }

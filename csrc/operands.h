@@ -29,8 +29,12 @@ constexpr int64_t cell_inputs[] = {MINGRU_CELLS(MINGRU_COUNT)};
 #undef MINGRU_NAME
 #undef MINGRU_COUNT
 
+const char* const* find_cell(const std::string& name) {
+  return std::find(std::begin(cell_names), std::end(cell_names), name);
+}
+
 CellKind cell_of(const std::string& name) {
-  const auto* found = std::find(std::begin(cell_names), std::end(cell_names), name);
+  const auto* found = find_cell(name);
   STD_TORCH_CHECK(found != std::end(cell_names), "mingru: unknown cell ", name);
   return static_cast<CellKind>(found - std::begin(cell_names));
 }

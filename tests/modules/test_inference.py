@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mingru
 from mingru.ops import inference
+from mingru.ops.cells import TIMED
 
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
@@ -97,7 +98,8 @@ def error_in_eps(calls, module, *args):
 
 def random_layer(pick, input_dims, dtype):
     options = {"candidate": pick(["positive", "linear", "tanh"]), "bias": pick([True, False]), "dtype": dtype}
-    kind = pick([mingru.MinGRU, mingru.MinLSTM, functools.partial(mingru.MinLSTM, normalize=False)])
+    bounded = functools.partial(mingru.MinGRU, min_decay=0.25)
+    kind = pick([mingru.MinGRU, mingru.MinLSTM, functools.partial(mingru.MinLSTM, normalize=False), bounded])
     return kind(
         input_dims,
         pick([1, 5, 16, 33]),
@@ -165,17 +167,22 @@ def test_random_configurations(calls, count):
         x = torch.randn(*leading, module.input_dims, dtype=dtype)
         if len(leading) == 2 and pick([True, False]):
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        resets = [] if isinstance(module, DROP_IN) else [pick([None, torch.rand(leading) < 0.3])]
+        given = []
+        if not isinstance(module, DROP_IN):
+            is_timed = all(getattr(each, "cell", "mingru") in TIMED for each in module.modules())
+            dt = pick([None, 2 * torch.rand(leading, dtype=dtype)]) if is_timed else None
+            reset = pick([None, torch.rand(leading) < 0.3])
+            given = [reset, dt] if module.role == "step" else [reset, None, dt]
         h = None
         if pick([True, False]):
             h = states(calls.one_by_one(module, x))
             h = [torch.rand_like(each) for each in h] if isinstance(h, list) else torch.rand_like(h)
-        given = [each.clone() for each in [x, *([] if h is None else h)]]
-        result, is_one = calls.in_one(module, x, h, *resets)
+        copies = [each.clone() for each in [x, *([] if h is None else h)]]
+        result, is_one = calls.in_one(module, x, h, *given)
         assert is_one
-        error = error_in_eps(calls, module, x, h, *resets)
-        assert_same(result, calls.one_by_one(module, x, h, *resets), dtype, error)
-        for before, after in zip(given, [x, *([] if h is None else h)], strict=True):
+        error = error_in_eps(calls, module, x, h, *given)
+        assert_same(result, calls.one_by_one(module, x, h, *given), dtype, error)
+        for before, after in zip(copies, [x, *([] if h is None else h)], strict=True):
             assert torch.equal(before, after)
 
 
@@ -286,6 +293,51 @@ def test_dropout(calls):
     assert calls.in_one(module, x)[1]
     module.train()
     assert not calls.in_one(module, x)[1]
+
+
+@pytest.mark.parametrize(
+    "dt",
+    [
+        -torch.ones(2, 3),
+        torch.full((2, 3), float("nan")),
+        torch.ones(2, 2),
+        torch.ones(6),
+        torch.ones(2, 3).double(),
+        1.0,
+    ],
+    ids=["negative", "nan", "shape", "dimensions", "float64", "number"],
+)
+def test_wrong_elapsed_times_have_the_ordinary_errors(calls, dt):
+    for module in (layer(), block(), mingru.Stack([layer(bidirectional=True)])):
+        x = torch.randn(2, 3, 8)
+        errors = []
+        for run in (calls.in_one, calls.one_by_one):
+            with pytest.raises((ValueError, TypeError), match="dt must be") as error:
+                run(module, x, dt=dt)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("make", [functools.partial(layer, gate="signed"), functools.partial(block, gate="signed")])
+def test_elapsed_times_of_a_cell_that_has_none(calls, make):
+    module, x = make(), torch.randn(2, 3, 8)
+    assert calls.in_one(module, x)[1]
+    with pytest.raises(ValueError, match="dt must be None because the gate is 'signed'"):
+        calls.in_one(module, x, dt=torch.ones(2, 3))
+    mixed = mingru.Stack([layer(gate="signed"), layer()])
+    with pytest.raises(ValueError, match="dt must be None because the gate is 'signed'"):
+        calls.in_one(mixed, x, dt=torch.ones(2, 3))
+
+
+def test_a_new_bound_is_noticed(calls):
+    module, x = mingru.MinGRU(8, 8, min_decay=0.5), torch.randn(2, 3, 8)
+    before, is_one = calls.in_one(module, x)
+    assert is_one
+    module.layers[0].min_decay = 0.9
+    result, is_one = calls.in_one(module, x)
+    assert is_one
+    assert not torch.equal(before[0], result[0])
+    assert_same(result, calls.one_by_one(module, x), torch.float32)
 
 
 def test_a_highway_is_called_one_by_one(calls):

@@ -217,8 +217,8 @@ class Block(Base, role="sequence", planned=True):
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
             return self._run(x, h, reset, lengths, dt)
         else:
-            if lengths is None and dt is None:
-                done = inference.run(self, x, h, reset, False)
+            if lengths is None:
+                done = inference.run(self, x, h, reset, False, dt)
                 if done is not None:
                     return done
             self._check(x, h, reset, lengths, dt)

@@ -42,10 +42,9 @@ class RecurrentCell(Recurrent, role="step"):
                 raise ValueError(f"{self.name}: h must be {shape}, got {h.shape}")
             self._check_scripted(list(x.shape[:-1]), reset, dt)
         else:
-            if dt is None:
-                done = inference.run(self, x, None if h is None else [h], reset, False)
-                if done is not None:
-                    return done[1][0]
+            done = inference.run(self, x, None if h is None else [h], reset, False, dt)
+            if done is not None:
+                return done[1][0]
             self._check_step(x, h, reset, dt)
         batched = x.dim() == 2
         if not batched:

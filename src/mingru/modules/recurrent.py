@@ -100,7 +100,7 @@ class RecurrentLayer(nn.Module):
     def plan(self, plan: Any, state: int, index: int) -> None:
         """Write the instructions of an inference pass."""
         plan.watch(vars(self), "cell", "candidate", "min_decay", "residual", "highway")
-        plan.is_supported &= self.min_decay == 0 and not self.highway
+        plan.is_supported &= not self.highway
         if self.residual:
             plan.add("keep")
         if self.norm is not None:
@@ -258,8 +258,8 @@ class Recurrent(Base, role="sequence"):
                 raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}), got {x.shape}")
             self._check_scripted(list(x.shape[:2]), reset, dt)
         else:
-            if lengths is None and dt is None:
-                states = inference.run(self, x, None if h is None else [h], reset, not self.batch_first)
+            if lengths is None:
+                states = inference.run(self, x, None if h is None else [h], reset, not self.batch_first, dt)
                 if states is not None:
                     return states[0], states[1][0]
             if isinstance(x, PackedSequence):

@@ -166,8 +166,8 @@ class Stack(Base, role="sequence", planned=True):
             if h is not None and len(h) != self.num_states:
                 raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
         else:
-            if lengths is None and dt is None:
-                done = inference.run(self, x, h, reset, not self.batch_first)
+            if lengths is None:
+                done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done
             self._check(h)

@@ -18,8 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import route
 from .call import Layout, Spec
+from .cells import TIMED
 from .graph import is_compiling, is_untransformed
-from .layout import reset_seen_in_reverse
+from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 
 _DTYPES = (torch.float32, torch.float64)
 # The order of `Operation` in csrc/inference.cpp.
@@ -44,8 +45,9 @@ class Plan:
         self.weights: list[Tensor] = []
         self._cells: list[str] = []
         self._instructions: list[tuple[int, int, int, int]] = []
-        self._all_eps: list[float] = []
+        self._numbers: list[float] = []
         self.spec: Spec | None = None
+        self.is_bidirectional = False
         self._hooks: list[dict[Any, Any]] = []
         # Entries of dictionaries that must stay the same objects.
         self._dicts: list[dict[str, Any]] = []
@@ -56,7 +58,7 @@ class Plan:
         """Bring the instructions into the form that the operator reads."""
         self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
         self.cells = " ".join(self._cells)
-        self.eps = torch.tensor(self._all_eps, dtype=torch.float64, device="cpu")
+        self.numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
 
     def is_current(self) -> bool:
         return all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
@@ -110,7 +112,7 @@ class Plan:
         if not is_rms:
             self.weight(norm, "bias")
         # A negative number is the default of RMSNorm, which depends on the dtype.
-        self._all_eps.append(-1.0 if norm.eps is None else norm.eps)
+        self._numbers.append(-1.0 if norm.eps is None else norm.eps)
 
     def add_linear(self, parent: nn.Module, name: str, operation: str = "linear") -> None:
         has_bias = self.linear(parent, name)
@@ -122,8 +124,10 @@ class Plan:
         if cell not in self._cells:
             self._cells.append(cell)
         has_bias = self.linear(parent, "linear")
+        self._numbers.append(spec.min_decay)
         both = parent.linear_reverse is not None
         if both:
+            self.is_bidirectional = True
             self.is_supported &= self.linear(parent, "linear_reverse") == has_bias
         else:
             self.watch(parent._modules, "linear_reverse")
@@ -188,16 +192,23 @@ def is_open(x: Any) -> bool:
 
 
 def run(
-    module: Any, x: Any, states: Sequence[Any] | None, reset: Any, time_first: bool
+    module: Any, x: Any, states: Sequence[Any] | None, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not is_open(x) or (reset is not None and type(reset) is not Tensor):
+    if not module.planned or not is_open(x) or not all(each is None or type(each) is Tensor for each in (reset, dt)):
         return None
     is_step = module.role == "step"
     if x.dim() != (2 if is_step else 3):
         return None
     plan = _plan_of(module)
-    if not plan.is_open() or plan.spec is None or route.choose(plan.spec, x) != "native":
+    leading = x.shape[:-1]
+    if (
+        not plan.is_open()
+        or plan.spec is None
+        or not all(each is None or each.shape == leading for each in (reset, dt))
+        or (dt is not None and plan.spec.cell not in TIMED)
+        or route.choose(plan.spec, x) != "native"
+    ):
         return None
     batch = x.shape[1 if time_first else 0]
     if states is None:
@@ -206,14 +217,20 @@ def run(
         return None
     initial_states: list[Tensor] = []
     resets: list[Tensor] = []
+    times: list[Tensor] = []
+    order = Layout(time_first, None, None)
     if reset is not None:
         initial_states = module.default_states(x, batch)
         if is_step:
             reset = reset.unsqueeze(-1)
-        resets = [reset, reset_seen_in_reverse(reset, Layout(time_first, None, None))]
+        resets = [reset, reset_seen_in_reverse(reset, order) if plan.is_bidirectional else reset]
+    if dt is not None:
+        if is_step:
+            dt = dt.unsqueeze(-1)
+        times = [dt, dt_seen_in_reverse(dt, order) if plan.is_bidirectional else dt]
     try:
         out, last = _operator()(
-            x, plan.weights, states, initial_states, resets, plan.code, plan.eps, plan.cells, time_first
+            x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, plan.cells, time_first
         )
     except NotImplementedError:  # a tensor on another device
         return None
