@@ -1,5 +1,5 @@
-// Conversions of a group of bfloat16 and float16 features by vector instructions, where these are faster than what
-// compilers make of torch's conversions. They round to the nearest, ties to even, and keep subnormals and NaN.
+// Conversions of a group of bfloat16 and float16 features, by vector instructions where these are faster than what compilers
+// make of torch's conversions. They round to the nearest, ties to even, and keep subnormals and NaN.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -16,11 +16,22 @@ using torch::headeronly::Half;
 template <class T>
 constexpr bool has_conversion = false;
 
-#if defined(MINGRU_AVX512) || defined(MINGRU_AVX2)
 template <>
 constexpr bool has_conversion<BFloat16> = true;
 template <>
 constexpr bool has_conversion<Half> = true;
+
+#if !defined(MINGRU_AVX512) && !defined(MINGRU_AVX2)
+// Called, because the code of a conversion is long.
+template <class T>
+MINGRU_NOT_INLINE void read(float* to, const T* from) {
+  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <class T>
+MINGRU_NOT_INLINE void write(T* to, const float* from) {
+  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<T>(from[i]);
+}
 #endif
 
 #ifdef MINGRU_AVX512
