@@ -326,7 +326,7 @@ void mingru::linear_recurrence(
     const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
     const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const std::string& cell, double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last,
-    const std::function<void*(int64_t num_rows)>& keep) {
+    void* kept) {
   const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
                     batch_sizes,                 cell,             min_decay,     reverse, time_first};
   const Tensor weight = as_contiguous(any_weight);
@@ -339,7 +339,6 @@ void mingru::linear_recurrence(
     inputs.clear_padding(out);
   }
   const LinearMap linear(operands, weight, bias, given.is_timed());
-  void* kept = keep ? keep(inputs.num_rows()) : nullptr;
   Scan& scan = operands.scan;
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
@@ -365,21 +364,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
   STD_TORCH_CHECK(
       x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2,
       "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
+  int64_t num_rows = x.numel() / x.size(-1);
+  if (lengths) {
+    STD_TORCH_CHECK(x.dim() == 3, "linear_recurrence_forward: x must be (B, S, I)");
+    num_rows = 0;
+    for (const int64_t length : checked_lengths(
+             "linear_recurrence_forward", *lengths, x.size(time_first ? 1 : 0), x.size(time_first ? 0 : 1))) {
+      num_rows += length;
+    }
+  }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = num_outputs(cell, weight);
+  // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
+  Tensor pre_activations = empty({keep ? num_rows : 0, weight.size(0)}, x);
   Tensor out = empty(sizes, x);
   Tensor last = empty(sizes_of(h), h);
-  Tensor pre_activations = empty({0, weight.size(0)}, x);
-  std::function<void*(int64_t)> keep_rows;
-  if (keep) {
-    keep_rows = [&](int64_t num_rows) {
-      pre_activations = empty({num_rows, weight.size(0)}, x);
-      return pre_activations.data_ptr();
-    };
-  }
   linear_recurrence(
       x, weight, bias, h, initial_state, reset, dt, batch_sizes, lengths, cell, min_decay, reverse, time_first, out,
-      last, keep_rows);
+      last, keep ? pre_activations.data_ptr() : nullptr);
   return {out, last, pre_activations};
 }
 

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 
@@ -37,14 +36,13 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
 void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const std::optional<Tensor>& bias);
 
-// Computes all states into `out` and the last state into `last`. If `keep` is not empty, it is called with the number of
-// rows that are computed, and the pre-activations are written to the memory that it returns. The other arguments are
-// those of the operator `linear_recurrence_forward`.
+// Computes all states into `out`, the last state into `last` and, if not null, the pre-activations into `kept`, in
+// the memory order of x. The other arguments are those of the operator `linear_recurrence_forward`.
 void linear_recurrence(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h,
     const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& dt,
     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths, const std::string& cell,
     double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last,
-    const std::function<void*(int64_t num_rows)>& keep);
+    void* kept);
 
 }  // namespace mingru

@@ -82,6 +82,19 @@ struct Given {
   bool is_timed() const { return dt || min_decay != 0; }
 };
 
+std::vector<int64_t> checked_lengths(const char* name, const Tensor& lengths, int64_t num_batch, int64_t num_steps) {
+  STD_TORCH_CHECK(
+      lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
+          lengths.numel() == num_batch,
+      name, ": lengths must be (B), int64, contiguous, on the CPU");
+  const auto* data = static_cast<const int64_t*>(lengths.data_ptr());
+  const std::vector<int64_t> result(data, data + num_batch);
+  for (const int64_t length : result) {
+    STD_TORCH_CHECK(length > 0 && length <= num_steps, name, ": lengths must be from 1 to S");
+  }
+  return result;
+}
+
 class Operands {
  public:
   Scan scan{};
@@ -123,17 +136,10 @@ class Operands {
 
   Operands(const Operands&) = delete;  // `scan` points into this object
 
-  // The number of valid steps of each padded sequence, (B).
+  // The number of valid steps of each padded sequence.
   void add_lengths(const Tensor& lengths) {
-    STD_TORCH_CHECK(
-        lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && !is_packed() &&
-            lengths.dim() == 1 && lengths.numel() == scan.num_batch,
-        name_, ": lengths must be (B), int64, contiguous, on the CPU, for sequences that are not packed");
-    const auto* data = static_cast<const int64_t*>(lengths.data_ptr());
-    lengths_.assign(data, data + scan.num_batch);
-    for (const int64_t length : lengths_) {
-      STD_TORCH_CHECK(length > 0 && length <= scan.num_steps, name_, ": lengths must be from 1 to S");
-    }
+    STD_TORCH_CHECK(!is_packed(), name_, ": lengths must be of sequences that are not packed");
+    lengths_ = checked_lengths(name_, lengths, scan.num_batch, scan.num_steps);
     scan.lengths = lengths_.data();
   }
 
