@@ -17,9 +17,6 @@ struct LinearScan {
   static constexpr bool has_bias = false, is_complex = false, is_timed = false;
 
   template <class A>
-  MINGRU_INLINE void prepare(const A*, A*) {}
-
-  template <class A>
   MINGRU_INLINE void coefficients(const A* x, const A*, A& a, A& b) {
     a = x[0];
     b = x[1];
@@ -38,9 +35,6 @@ struct LinearScan {
 struct ComplexLinearScan {
   static constexpr int num_inputs = 2, num_prepared = 0;
   static constexpr bool has_bias = false, is_complex = true, is_timed = false;
-
-  template <class A>
-  MINGRU_INLINE void prepare(const A*, A*) {}
 
   template <class A>
   MINGRU_INLINE void coefficients(const A* x, const A*, A* a, A* b) {

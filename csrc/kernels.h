@@ -406,6 +406,7 @@ MINGRU_INLINE void converted_backward_groups(
     run_backward_groups<Cell, biased>(groups, in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
   }
 }
+
 // Calls `run` with a pointer to the previous state, which is in `out` or has the accumulation dtype. If both have the same
 // type, `run` is compiled once.
 template <class T, class A, class F>

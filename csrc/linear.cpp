@@ -32,11 +32,12 @@ std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool bac
     for (int64_t b = 0; b < batch;) {
       const int64_t length = scan.lengths[b];
       if (length > most) {
-        for (int64_t begin = 0; begin < length; begin += most, row += most) {
+        for (int64_t begin = 0; begin < length; begin += most) {
           const bool is_last = begin + most >= length;
-          blocks.push_back({{b, b + 1, begin, is_last ? steps : begin + most}, row, is_last ? length - begin : most});
+          const int64_t rows = is_last ? length - begin : most;
+          blocks.push_back({{b, b + 1, begin, is_last ? steps : begin + most}, row, rows});
+          row += rows;
         }
-        row += length - (length + most - 1) / most * most;
         ++b;
         continue;
       }

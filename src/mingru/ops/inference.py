@@ -8,7 +8,7 @@ arguments.
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -215,19 +215,18 @@ def run(
         states = module.default_states(x, batch)
     elif len(states) != plan.num_states or not all(type(state) is Tensor for state in states):
         return None
-    initial_states: list[Tensor] = []
-    resets: list[Tensor] = []
-    times: list[Tensor] = []
+    initial_states = [] if reset is None else module.default_states(x, batch)
     order = Layout(time_first, None, None)
-    if reset is not None:
-        initial_states = module.default_states(x, batch)
+
+    def of_both_directions(values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor]) -> list[Tensor]:
+        if values is None:
+            return []
         if is_step:
-            reset = reset.unsqueeze(-1)
-        resets = [reset, reset_seen_in_reverse(reset, order) if plan.is_bidirectional else reset]
-    if dt is not None:
-        if is_step:
-            dt = dt.unsqueeze(-1)
-        times = [dt, dt_seen_in_reverse(dt, order) if plan.is_bidirectional else dt]
+            values = values.unsqueeze(-1)
+        return [values, in_reverse(values, order) if plan.is_bidirectional else values]
+
+    resets = of_both_directions(reset, reset_seen_in_reverse)
+    times = of_both_directions(dt, dt_seen_in_reverse)
     try:
         out, last = _operator()(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, plan.cells, time_first
