@@ -212,10 +212,18 @@ MINGRU_INLINE int64_t lanes_of(int64_t groups) {
   return (most_groups<Cell> == 1 ? 1 : groups) * lanes_per_group<Cell>;
 }
 
+// While a kernel runs, the state of a complex cell has the first number of each pair, and then, `half` values after it, the
+// second numbers. The state of other cells is as given.
+template <class Cell>
+MINGRU_INLINE int64_t place_in_state(int64_t feature, int64_t half) {
+  return Cell::is_complex ? feature / 2 + feature % 2 * half : feature;
+}
+
 // One step of some groups. Inputs and outputs must not overlap.
 template <class Cell, bool biased, class T, class A, class S>
 MINGRU_INLINE void forward_groups(
-    int64_t groups, const T* const* in_inputs, const A* const* in_biases, const S& time, A* h, T* out_state) {
+    int64_t groups, const T* const* in_inputs, const A* const* in_biases, const S& time, A* h, int64_t half,
+    T* out_state) {
   constexpr int count = values_per_lane<Cell>;
   const int64_t lanes = lanes_of<Cell>(groups);
   const T* inputs[Cell::num_inputs];
@@ -226,23 +234,21 @@ MINGRU_INLINE void forward_groups(
   }
   Prepared<Cell, A> prepared;
   if constexpr (Cell::is_complex) {
-    A values[count][most_lanes<Cell>], state[2][most_lanes<Cell>];
+    A values[count][most_lanes<Cell>], *first = h, *second = h + half;
     for (int k = 0; k < Cell::num_inputs; ++k) {
       load_parts<biased>(inputs[k], biases[k], lanes, values[2 * k], values[2 * k + 1]);
     }
-    load_parts<false>(h, h, lanes, state[0], state[1]);
     prepare<Cell, false, false>(values, values, lanes, time, prepared);
     MINGRU_LANES
     for (int64_t i = 0; i < lanes; ++i) {
       A x[count], a[2], b[2];
       load<count, false>(values, values, i, x);
       coefficients_of(x, prepared, i, time, a, b);
-      const A previous[2] = {state[0][i], state[1][i]};
-      state[0][i] = a[0] * previous[0] - a[1] * previous[1] + b[0];
-      state[1][i] = a[1] * previous[0] + a[0] * previous[1] + b[1];
+      const A previous[2] = {first[i], second[i]};
+      first[i] = a[0] * previous[0] - a[1] * previous[1] + b[0];
+      second[i] = a[1] * previous[0] + a[0] * previous[1] + b[1];
     }
-    store_parts(state[0], state[1], lanes, h);
-    store_parts(state[0], state[1], lanes, out_state);
+    store_parts(first, second, lanes, out_state);
   } else {
     prepare<Cell, biased, false>(inputs, biases, lanes, time, prepared);
     MINGRU_LANES
@@ -261,7 +267,7 @@ MINGRU_INLINE void forward_groups(
 template <class Cell, bool biased, class T, class A, class M, class S>
 MINGRU_INLINE void backward_groups(
     int64_t groups, const T* const* in_inputs, const A* const* in_biases, const S& time, const T* in_grad,
-    const M* in_previous, A* carry, T* const* out_grads, A* out_dt) {
+    const M* in_previous, A* carry, int64_t half, T* const* out_grads, A* out_dt) {
   constexpr int count = values_per_lane<Cell>;
   const int64_t lanes = lanes_of<Cell>(groups);
   const T* inputs[Cell::num_inputs];
@@ -273,29 +279,27 @@ MINGRU_INLINE void backward_groups(
   Prepared<Cell, A> prepared;
   A dt_grads[most_lanes<Cell>];
   if constexpr (Cell::is_complex) {
-    A values[count][most_lanes<Cell>];
-    A grad_out[2][most_lanes<Cell>], next[2][most_lanes<Cell>], before[2][most_lanes<Cell>];
+    A values[count][most_lanes<Cell>], *first = carry, *second = carry + half;
+    A grad_out[2][most_lanes<Cell>], before[2][most_lanes<Cell>];
     for (int k = 0; k < Cell::num_inputs; ++k) {
       load_parts<biased>(inputs[k], biases[k], lanes, values[2 * k], values[2 * k + 1]);
     }
     load_parts<false>(in_grad, carry, lanes, grad_out[0], grad_out[1]);
-    load_parts<false>(carry, carry, lanes, next[0], next[1]);
     load_parts<false>(in_previous, carry, lanes, before[0], before[1]);
     prepare<Cell, false, true>(values, values, lanes, time, prepared);
     MINGRU_LANES
     for (int64_t i = 0; i < lanes; ++i) {
       A x[count], grad[count], a[2], grad_dt = A(0);
       load<count, false>(values, values, i, x);
-      const A delta[2] = {grad_out[0][i] + next[0][i], grad_out[1][i] + next[1][i]};
+      const A delta[2] = {grad_out[0][i] + first[i], grad_out[1][i] + second[i]};
       const A previous[2] = {before[0][i], before[1][i]};
       gradients_of(x, prepared, i, time, delta, previous, a, grad, grad_dt);
       for (int k = 0; k < count; ++k) values[k][i] = grad[k];
       if constexpr (Cell::is_timed) dt_grads[i] = grad_dt;
       // The conjugate of a, times delta.
-      next[0][i] = a[0] * delta[0] + a[1] * delta[1];
-      next[1][i] = a[0] * delta[1] - a[1] * delta[0];
+      first[i] = a[0] * delta[0] + a[1] * delta[1];
+      second[i] = a[0] * delta[1] - a[1] * delta[0];
     }
-    store_parts(next[0], next[1], lanes, carry);
     for (int k = 0; k < Cell::num_inputs; ++k) store_parts(values[2 * k], values[2 * k + 1], lanes, out_grads[k]);
   } else {
     prepare<Cell, biased, true>(inputs, biases, lanes, time, prepared);
@@ -362,7 +366,8 @@ MINGRU_INLINE void write_groups(T* to, const A* from, int64_t groups) {
 // The same for features that are converted by `read` and `write`.
 template <class Cell, bool biased, class T, class A, class S>
 MINGRU_INLINE void converted_forward_groups(
-    int64_t groups, const T* const* in_inputs, const A* const* biases, const S& time, A* h, T* out_state) {
+    int64_t groups, const T* const* in_inputs, const A* const* biases, const S& time, A* h, int64_t half,
+    T* out_state) {
   if constexpr (has_conversion<T>) {
     constexpr int most = most_groups<Cell> * group;
     A converted[Cell::num_inputs][most], state[most];
@@ -371,17 +376,17 @@ MINGRU_INLINE void converted_forward_groups(
       read_groups(converted[k], in_inputs[k], groups);
       inputs[k] = converted[k];
     }
-    run_forward_groups<Cell, biased>(groups, inputs, biases, time, h, state);
+    run_forward_groups<Cell, biased>(groups, inputs, biases, time, h, half, state);
     write_groups(out_state, state, groups);
   } else {
-    run_forward_groups<Cell, biased>(groups, in_inputs, biases, time, h, out_state);
+    run_forward_groups<Cell, biased>(groups, in_inputs, biases, time, h, half, out_state);
   }
 }
 
 template <class Cell, bool biased, class T, class A, class M, class S>
 MINGRU_INLINE void converted_backward_groups(
     int64_t groups, const T* const* in_inputs, const A* const* biases, const S& time, const T* in_grad,
-    const M* in_previous, A* carry, T* const* out_grads, A* out_dt) {
+    const M* in_previous, A* carry, int64_t half, T* const* out_grads, A* out_dt) {
   if constexpr (has_conversion<T>) {
     constexpr int most = most_groups<Cell> * group;
     A converted[Cell::num_inputs][most], grad[most], previous[most], grads[Cell::num_inputs][most];
@@ -400,10 +405,11 @@ MINGRU_INLINE void converted_backward_groups(
     } else {
       from = in_previous;
     }
-    run_backward_groups<Cell, biased>(groups, inputs, biases, time, grad, from, carry, to, out_dt);
+    run_backward_groups<Cell, biased>(groups, inputs, biases, time, grad, from, carry, half, to, out_dt);
     for (int k = 0; k < Cell::num_inputs; ++k) write_groups(out_grads[k], grads[k], groups);
   } else {
-    run_backward_groups<Cell, biased>(groups, in_inputs, biases, time, in_grad, in_previous, carry, out_grads, out_dt);
+    run_backward_groups<Cell, biased>(
+        groups, in_inputs, biases, time, in_grad, in_previous, carry, half, out_grads, out_dt);
   }
 }
 
@@ -440,12 +446,14 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
   using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
   const int64_t padded = (span.num_features + group - 1) / group * group;
+  const int64_t half = padded / 2;
   const A* initial_state = static_cast<const A*>(scan.initial_state);
   for (int64_t done = 0; done < span.end - span.begin; ++done) {
     const int64_t position = position_of(scan, scan.reverse ? span.end - 1 - done : span.begin + done);
     if (is_reset(scan, span.batch, position)) {
       for (int64_t i = 0; i < span.num_features; ++i) {
-        state[i] = initial_state ? initial_state[span.batch * scan.num_features + span.feature + i] : A(0);
+        state[place_in_state<Cell>(i, half)] =
+            initial_state ? initial_state[span.batch * scan.num_features + span.feature + i] : A(0);
       }
     }
     const T* in_inputs[num_inputs];
@@ -461,7 +469,8 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = in_inputs[k] + feature;
       biases_at<Cell, biased>(scan, span.feature + feature, biases);
-      converted_forward_groups<Cell, biased>(groups, inputs, biases, time, state + feature, out_state + feature);
+      converted_forward_groups<Cell, biased>(
+          groups, inputs, biases, time, state + place_in_state<Cell>(feature, half), half, out_state + feature);
       feature += groups * group;
     }
     if (feature < span.num_features) {
@@ -470,7 +479,8 @@ static bool forward(const Scan& scan, const Span& span, typename Accumulation<T>
       const T* inputs[num_inputs];
       for (int k = 0; k < num_inputs; ++k) inputs[k] = rest[k].in(in_inputs[k] + feature, count);
       biases_at<Cell, biased>(scan, span.feature + feature, biases);
-      converted_forward_groups<Cell, biased>(int64_t(1), inputs, biases, time, state + feature, rest_out.features);
+      converted_forward_groups<Cell, biased>(
+          int64_t(1), inputs, biases, time, state + place_in_state<Cell>(feature, half), half, rest_out.features);
       std::memcpy(out_state + feature, rest_out.features, count * sizeof(T));
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -484,6 +494,7 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
   using A = typename Accumulation<T>::Type;
   constexpr int num_inputs = Cell::num_inputs;
   const int64_t padded = (span.num_features + group - 1) / group * group;
+  const int64_t half = padded / 2;
   const int64_t at = span.batch * scan.num_features + span.feature;
   const A* initial_state = scan.initial_state ? static_cast<const A*>(scan.initial_state) + at : nullptr;
   const A* first = static_cast<const A*>(scan.h) + at;
@@ -537,7 +548,8 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
       }
       with_previous(from_out, out_group, state_group, [&](const auto* in_group) {
         converted_backward_groups<Cell, biased>(
-            groups, inputs, biases, time, grad, in_group, state + feature, grads, out_dt);
+            groups, inputs, biases, time, grad, in_group, state + place_in_state<Cell>(feature, half), half, grads,
+            out_dt);
       });
       if (!whole) {
         for (int k = 0; k < num_inputs; ++k) std::memcpy(out_grads[k] + feature, grads[k], count * sizeof(T));
@@ -547,8 +559,9 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
     }
     if (reset) {
       for (int64_t i = 0; i < span.num_features; ++i) {
-        if (grad_initial_state) grad_initial_state[i] += state[i];
-        state[i] = A(0);
+        A& of_feature = state[place_in_state<Cell>(i, half)];
+        if (grad_initial_state) grad_initial_state[i] += of_feature;
+        of_feature = A(0);
       }
     }
     if (span.checkpoints && (done + 1) % steps_per_checkpoint == 0 && record(span, done + 1, state, padded)) return true;
@@ -558,9 +571,19 @@ static bool backward(const Scan& scan, const Span& span, typename Accumulation<T
 
 template <class Cell, class T, bool biased, bool is_bounded>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
-  auto* at = static_cast<typename Accumulation<T>::Type*>(state);
-  return is_backward ? backward<Cell, T, biased, is_bounded>(scan, span, at)
-                     : forward<Cell, T, biased, is_bounded>(scan, span, at);
+  using A = typename Accumulation<T>::Type;
+  A* at = static_cast<A*>(state);
+  const auto steps = is_backward ? backward<Cell, T, biased, is_bounded> : forward<Cell, T, biased, is_bounded>;
+  if constexpr (Cell::is_complex) {
+    const int64_t half = (span.num_features + group - 1) / group * group / 2;
+    A parts[most_features];
+    load_parts<false>(at, at, half, parts, parts + half);
+    const bool matches = steps(scan, span, parts);
+    store_parts(parts, parts + half, half, at);
+    return matches;
+  } else {
+    return steps(scan, span, at);
+  }
 }
 
 template <class Cell, class T>
