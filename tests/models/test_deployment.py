@@ -47,7 +47,13 @@ GIVEN = {
 }
 
 both_cells = pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-every_given = pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+every_given = pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(given, id=name, marks=[pytest.mark.slow, *([] if name == "all" else [pytest.mark.exhaustive])])
+        for name, given in GIVEN.items()
+    ],
+)
 
 
 def make(cell="mingru", **options):
@@ -149,7 +155,6 @@ def test_compile_quickly():
 
 
 @compiling
-@pytest.mark.slow
 @every_given
 def test_compile(given):
     check_compiled(make(dtype=torch.float64), given, [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)], "aot_eager")
@@ -260,7 +265,7 @@ def sizes_of_file(steps):
 
 @compiling
 @pytest.mark.slow
-@both_cells
+@pytest.mark.parametrize("cell", ["mingru", pytest.param("minlstm", marks=pytest.mark.exhaustive)])
 def test_onnx_of_the_whole_pass(cell, tmp_path):
     lm = make(cell).requires_grad_(False)
     session = Session(lm, tuple(arguments(lm, ("state",)).values()), tmp_path, max_steps=20)
@@ -303,7 +308,6 @@ def test_script_quickly():
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
-@pytest.mark.slow
 @both_cells
 @every_given
 def test_script(cell, given):

@@ -144,13 +144,13 @@ CASES = [
     ),
     Case(
         "MinGRU (signed)",
-        lambda **factory: mingru.MinGRU(INPUT, HIDDEN, 2, gate="signed", candidate="tanh", **factory),
+        lambda **factory: mingru.MinGRU(INPUT, HIDDEN, gate="signed", candidate="tanh", **factory),
+        states=lambda batch: (1, batch, 1, HIDDEN),
     ),
     Case(
         "MinGRU (rotation)",
-        lambda **factory: mingru.MinGRU(
-            INPUT, HIDDEN, 2, gate="rotation", candidate="tanh", min_decay=[0.1, 0.3], **factory
-        ),
+        lambda **factory: mingru.MinGRU(INPUT, HIDDEN, gate="rotation", candidate="tanh", min_decay=0.3, **factory),
+        states=lambda batch: (1, batch, 1, HIDDEN),
     ),
     *(_conv(dims) for dims in (1, 2, 3)),
     Case(
@@ -216,11 +216,20 @@ _WITH_LENGTHS = ("MinGRU", "MinGRU (signed)", "MinGRU (rotation)", "MinLSTM", "S
 CASES_WITH_LENGTHS = [case for case in CASES if case.name in _WITH_LENGTHS]
 
 
-def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
-    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
+def parametrized(
+    cases: list[Case], quick: Sequence[str] | None = None, slow: Sequence[str] | None = None
+) -> pytest.MarkDecorator:
+    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none.
+
+    Those that `slow` does not name either are marked as exhaustive too; None marks none.
+    """
     params = []
     for case in cases:
-        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
+        marks = []
+        if quick is not None and case.name not in quick:
+            marks = [pytest.mark.slow]
+            if slow is not None and case.name not in slow:
+                marks.append(pytest.mark.exhaustive)
         params.append(pytest.param(case, marks=marks, id=case.name))
     return pytest.mark.parametrize("case", params)
 
@@ -237,8 +246,9 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 every_case = parametrized(CASES)
-# The quick tests of a mode use one layer of each type and one cell.
-every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"])
+# One layer of each type, one cell, and a model of many classes: the cases of modes that compile for long.
+FEW_CASES = ("MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell", "combined model")
+every_case_of_few_quick = parametrized(CASES, quick=FEW_CASES[:-1], slow=FEW_CASES)
 every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 

@@ -5,6 +5,7 @@ import torch
 from cases import (
     CASES,
     CASES_WITH_LENGTHS,
+    FEW_CASES,
     assert_equal,
     every_case_of_few_quick,
     parametrized,
@@ -68,7 +69,7 @@ def test_export(case, exported):
 
 
 @pytest.mark.mode("torch.export, strict, with resets")
-@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinGRUCell"])
+@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinGRUCell"], slow=FEW_CASES)
 def test_export_strictly(case):
     module = case.make()
     run = export(case, module, case.resets, strict=True).module()
@@ -78,7 +79,7 @@ def test_export_strictly(case):
 
 
 @pytest.mark.mode("torch.export, core ATen")
-@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv1dGRU"])
+@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv1dGRU"], slow=FEW_CASES)
 def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
@@ -109,7 +110,7 @@ def loaded(exported, tmp_path_factory, request):
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
-@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU"])
+@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU"], slow=FEW_CASES)
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)
@@ -118,7 +119,7 @@ def test_saved(case, exported, loaded):
 
 
 @pytest.mark.mode("AOTInductor, run without mingru")
-@parametrized(CASES, quick=[])
+@parametrized(CASES, quick=[], slow=["MinConv2dGRU", "MinGRUCell", "combined model"])
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.
@@ -157,7 +158,7 @@ def test_kernels_stay_where_they_are_asked_for():
 
 
 @pytest.mark.mode("torch.export, lengths")
-@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"])
+@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"], slow=["MinLSTM", "Stack"])
 def test_lengths(case):
     module = case.make()
     shapes = case.dynamic(BATCH, Dim("steps", max=40))

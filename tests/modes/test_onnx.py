@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, assert_equal, parametrized, small_chunks, tensors
+from cases import CASES, FEW_CASES, assert_equal, parametrized, small_chunks, tensors
 
 import mingru
 
@@ -48,7 +48,7 @@ def in_use(case):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
 def test_any_batch_and_any_length(case, path):
     module = in_use(case)
     with small_chunks():
@@ -119,7 +119,7 @@ def test_with_a_reset(path):
 
 
 @pytest.mark.mode("ONNX, single step")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
+@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
     module, num_steps = in_use(case), 20

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    FEW_CASES,
     assert_equal,
     every_case,
     every_case_of_few_quick,
@@ -223,7 +224,7 @@ def elsewhere(tmp_path_factory, request):
         pytest.param("trace", marks=pytest.mark.mode("trace saved, run without mingru")),
     ],
 )
-@parametrized(CASES, quick=["MinGRU"])
+@parametrized(CASES, quick=["MinGRU"], slow=FEW_CASES)
 def test_saved_runs_without_mingru(case, form, elsewhere):
     got, expected = elsewhere[form, case.name]
     assert not isinstance(got, str), got
@@ -258,7 +259,7 @@ def for_eight_threads(case, **factory):
 
 
 @pytest.mark.mode("scripted, from several threads")
-@parametrized(CASES, quick=["MinGRU"])
+@parametrized(CASES, quick=["MinGRU"], slow=FEW_CASES)
 def test_threads(case):
     module = case.make(**DOUBLE)
     inputs = for_eight_threads(case, **GRADED)
