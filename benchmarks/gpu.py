@@ -25,6 +25,7 @@ from measure import write_json
 from torch import Tensor, nn
 
 import mingru
+from mingru import ops
 from mingru.bench import GRU, LINEAR, forward, forward_backward, output, print_table, where
 
 SHAPES = [(64, 1000, 10, 100), (8, 4096, 256, 256), (1024, 128, 512, 512), (16, 16384, 128, 128)]
@@ -112,6 +113,7 @@ def recurrence(timer: Timer, batch: int, steps: int, features: int, dtype: torch
     pre = torch.randn(batch, steps, 2 * features, dtype=dtype, device=timer.device)
     gate, candidate = (part.detach().requires_grad_() for part in pre.chunk(2, -1))
     leaves = [gate, candidate]
+    zero = torch.zeros(batch, 1, features, device=timer.device)
     into = torch.empty_like(pre)
     bandwidth = 2 * pre.numel() * pre.element_size() / timer.ms(lambda: into.copy_(pre))
 
@@ -120,6 +122,10 @@ def recurrence(timer: Timer, batch: int, steps: int, features: int, dtype: torch
 
     compiled = torch.compile(on("log"))
     results = {name: timer.both(on(backend), leaves) for name, backend in (("mingru", "auto"), ("torch", "torch"))}
+    for kind in ("signed", "rotation"):
+        spec, start = ops.Spec(f"mingru_{kind}", "positive", False), ops.Start(zero, zero, None)
+        call = lambda spec=spec, start=start: ops.recurrence(spec, leaves, start)[0]  # noqa: E731
+        results[f'mingru, gate="{kind}"'] = timer.both(call, leaves)
     results["log space (the paper's form)"] = timer.both(on("log"), leaves)
     results["log space, compiled"] = timer.both(compiled, leaves)
     a, b = ((-gate).sigmoid().detach().requires_grad_(), candidate.detach().clone().requires_grad_())
