@@ -162,7 +162,11 @@ def test_compile(given):
 
 @compiling
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"cell": "minlstm"}, {"checkpoint": True}], ids=["minlstm", "checkpoint"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"cell": "minlstm"}, marks=pytest.mark.exhaustive), {"checkpoint": True}],
+    ids=["minlstm", "checkpoint"],
+)
 def test_compile_with(options):
     check_compiled(make(dtype=torch.float64, **options), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager")
 

@@ -119,7 +119,7 @@ def test_saved(case, exported, loaded):
 
 
 @pytest.mark.mode("AOTInductor, run without mingru")
-@parametrized(CASES, quick=[], slow=["MinConv2dGRU", "MinGRUCell", "combined model"])
+@parametrized(CASES, quick=[], slow=["MinGRUCell", "combined model"])
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.

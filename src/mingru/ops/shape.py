@@ -41,16 +41,22 @@ def times(a: Tensor, b: Tensor, pairs: bool) -> Tensor:
     """Return the product of real numbers, or of complex numbers that are pairs in the last dimension."""
     if not pairs:
         return a * b
-    real, imaginary = a.unbind(-1)
-    first, second = b.unbind(-1)
-    return torch.stack([real * first - imaginary * second, imaginary * first + real * second], -1)
+    real, turn = _parts(a)
+    return torch.addcmul(real * b, turn, b.flip(-1))
 
 
 def plus_times(c: Tensor, a: Tensor, b: Tensor, pairs: bool) -> Tensor:
     """Return c + a b; see `times`."""
     if not pairs:
         return torch.addcmul(c, a, b)
-    return c + times(a, b, pairs)
+    real, turn = _parts(a)
+    return torch.addcmul(torch.addcmul(c, real, b), turn, b.flip(-1))
+
+
+def _parts(a: Tensor) -> States:
+    """Return x and (-y, y) of pairs a = (x, y): a b = x (b_1, b_2) + (-y, y) (b_2, b_1), which keeps graphs small."""
+    imaginary = a[..., 1:]
+    return a[..., :1], torch.cat([-imaginary, imaginary], -1)
 
 
 def one_like(a: Tensor, pairs: bool) -> Tensor:
