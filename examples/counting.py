@@ -108,7 +108,9 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
         for name, runs in by_model.items():
             color = f"C{MODELS.index(name)}"
             means = torch.tensor(runs).mean(0) * 100
-            axes.plot(LENGTHS, means, color=color, marker="o", markersize=3, label=name)
+            # nn.GRU is often hidden by nn.LSTM.
+            width = 4.0 if name == "nn.GRU" else 1.5
+            axes.plot(LENGTHS, means, color=color, linewidth=width, marker="o", markersize=3, label=name)
             for run in runs:
                 axes.plot(LENGTHS, [100 * accuracy for accuracy in run], color=color, alpha=0.25, linewidth=0.8)
         axes.axhline(100 / int(task), color="gray", linestyle="--", linewidth=1, label="chance")
@@ -118,7 +120,7 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Accuracy (%)")
-    figure.axes[-1].legend(fontsize="small", framealpha=1)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path)
 
 
