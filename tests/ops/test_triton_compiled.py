@@ -61,21 +61,9 @@ def check(case, target):
     return found
 
 
-def marks_of(cell, dtype, target):
-    """The targets differ little, so that the quick tests compile all cells for one GPU of each vendor."""
-    is_quick = target in ("sm_90", "gfx942") or (cell == "mingru" and dtype != F64)
-    return [] if is_quick else [pytest.mark.slow, pytest.mark.exhaustive]
-
-
-@pytest.mark.parametrize(
-    ("cell", "dtype", "target"),
-    [
-        pytest.param(cell, dtype, target, marks=marks_of(cell, dtype, target))
-        for cell in CELLS
-        for dtype in (F32, BF16, F64)
-        for target in TARGETS
-    ],
-)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_and_dtype_for_many_and_few_features(cell, dtype, target):
     for kernel in ("forward_kernel", "backward_kernel"):
         for shape in (MANY, FEW):
