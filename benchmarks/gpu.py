@@ -122,10 +122,14 @@ def recurrence(timer: Timer, batch: int, steps: int, features: int, dtype: torch
 
     compiled = torch.compile(on("log"))
     results = {name: timer.both(on(backend), leaves) for name, backend in (("mingru", "auto"), ("torch", "torch"))}
-    for kind in ("signed", "rotation"):
-        spec, start = ops.Spec(f"mingru_{kind}", "positive", False), ops.Start(zero, zero, None)
-        call = lambda spec=spec, start=start: ops.recurrence(spec, leaves, start)[0]  # noqa: E731
-        results[f'mingru, gate="{kind}"'] = timer.both(call, leaves)
+    dt = torch.rand(batch, steps, device=timer.device)
+    for name, cell, elapsed in (
+        ('mingru, gate="signed"', "mingru_signed", None),
+        ('mingru, gate="rotation"', "mingru_rotation", None),
+        ("mingru, elapsed times", "mingru", dt),
+    ):
+        spec, start = ops.Spec(cell, "positive", False), ops.Start(zero, zero, None, elapsed)
+        results[name] = timer.both(lambda spec=spec, start=start: ops.recurrence(spec, leaves, start)[0], leaves)
     results["log space (the paper's form)"] = timer.both(on("log"), leaves)
     results["log space, compiled"] = timer.both(compiled, leaves)
     a, b = ((-gate).sigmoid().detach().requires_grad_(), candidate.detach().clone().requires_grad_())

@@ -23,7 +23,8 @@ TARGETS = {
 }
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SEQUENCES = ("x0", "x1", "x2", "out", "grad_out", "grads")
-_STATES = ("h", "initial_state", "last", "grad_last", "grad_h", "grad_initial_state", "grad_bias", "products", "ends")
+_STATES = ("h", "initial_state", "last", "dt", "products", "ends")
+_STATES += tuple(f"grad_{name}" for name in ("last", "h", "initial_state", "dt", "bias"))
 
 
 class Case(NamedTuple):
@@ -39,6 +40,9 @@ class Case(NamedTuple):
     has_reset: bool = False
     has_bias: bool = False
     is_packed: bool = False
+    has_dt: bool = False
+    is_bounded: bool = False
+    needs_dt: bool = False
     is_summary: bool = False
     """The first launch, if time is divided into segments."""
     unit: int | None = None
@@ -47,7 +51,7 @@ class Case(NamedTuple):
 
     def __str__(self):
         words = [self.kernel.removesuffix("_kernel"), self.cell, self.activation, _TYPES[self.dtype]]
-        words += [str(self[4:7]), *(name for name in self._fields[7:11] if getattr(self, name))]
+        words += [str(self[4:7]), *(name for name in self._fields[7:14] if getattr(self, name))]
         return " ".join(words)
 
 
@@ -60,6 +64,7 @@ def plan_for(case: Case, wave: int) -> Plan:
         backward=case.kernel == "backward_kernel",
         has_reset=case.has_reset,
         is_packed=case.is_packed,
+        is_timed=case.has_dt or case.is_bounded,
         wave=wave,
     )
 
@@ -75,10 +80,16 @@ def _absent(case: Case, plan: Plan) -> set[str]:
         absent.add("grad_bias")
     if not case.is_packed:
         absent |= {"offsets", "lengths"}
+    if not case.has_dt:
+        absent.add("dt")
+    if not case.needs_dt:
+        absent.add("grad_dt")
+    if not case.is_bounded:
+        absent |= {"log_bound", "log_bound_rest", "log_range", "log_range_rest"}
     if plan.segments == 1:
         absent |= {"products", "ends"}
     if case.is_summary:
-        absent |= {"out", "grads", "h", "last", "grad_last", "grad_h", "grad_initial_state", "grad_bias"}
+        absent |= {"out", "grads", "h", "last", "grad_last", "grad_h", "grad_initial_state", "grad_dt", "grad_bias"}
         if case.kernel == "backward_kernel":
             absent.add("initial_state")
     return absent
@@ -105,6 +116,8 @@ class Compiled:
                 signature[name] = f"*{_TYPES[case.dtype]}"
             elif name in _STATES:
                 signature[name] = f"*{state}"
+            elif name.startswith("log_"):
+                signature[name] = "fp32"
             else:
                 signature[name] = {"reset": "*i1", "offsets": "*i64", "lengths": "*i64"}.get(name, "i32")
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)

@@ -12,6 +12,7 @@ import reference
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
@@ -24,6 +25,8 @@ from mingru.ops.shape import accumulate_dtype
 WHY_NOT = mingru.backends()["triton"]
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT)),
+    # Otherwise another backend would compute the gradients, and be tested instead.
+    pytest.mark.filterwarnings("error:mingru. using the slower backend:RuntimeWarning"),
     # From numpy, in the interpreter.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero|underflow) encountered:RuntimeWarning"),
 ]
@@ -36,14 +39,12 @@ PLANS = {
     "chunks": Plan(4, 3, 8, 1, 1, 2),
     "segments": Plan(2, 4, 8, 3, 1, 2),
 }
-CELLS = {
-    **{("mingru", activation): 2 for activation in ("positive", "linear", "tanh")},
-    **{("mingru_signed", activation): 2 for activation in ("positive", "linear", "tanh")},
-    **{("mingru_rotation", activation): 2 for activation in ("positive", "linear", "tanh")},
-    **{("minlstm", activation): 3 for activation in ("positive", "linear", "tanh")},
-    ("linear_scan", "linear"): 2,
-    ("complex_linear_scan", "linear"): 2,
-}
+CELLS = [
+    ("mingru", "linear"),
+    *itertools.product(NUM_INPUTS, ("positive", "tanh")),
+    ("linear_scan", "linear"),
+    ("complex_linear_scan", "linear"),
+]
 # Cells of complex numbers, which are pairs of features here.
 PAIRS = ("mingru_rotation", "complex_linear_scan")
 
@@ -74,7 +75,7 @@ def _planned(request, use_plan):
 
 def make(cell, batch, steps, features, dtype, *, reset=False, scale=2.0):
     """Return the inputs, the states h and initial_state in the accumulation dtype, and resets."""
-    count = CELLS[cell, "linear"]
+    count = NUM_INPUTS.get(cell, 2)
     if cell in PAIRS:
         features += features % 2
     inputs = [(scale * torch.randn(batch, steps, features)).to(dtype) for _ in range(count)]
@@ -164,6 +165,98 @@ def test_dtypes(cell, activation, dtype):
     reverse = dtype == torch.bfloat16
     inputs, states, reset = make(cell, 1, 17, 5, dtype, reset=reverse or cell == "minlstm")
     check(Spec(cell, activation, reverse), inputs, states, reset)
+
+
+@pytest.mark.parametrize(
+    ("cell", "plan", "dtype", "with_dt", "min_decay"),
+    [
+        ("mingru", "walk", torch.float32, True, 0.1),
+        ("mingru", "chunks", torch.float32, True, 0.0),
+        ("mingru", "segments", torch.float32, False, 0.9),
+        ("mingru", "chunks", torch.float64, True, 0.1),
+        ("mingru", "walk", torch.float16, False, 0.5),
+        ("mingru_rotation", "walk", torch.float32, True, 0.0),
+        ("mingru_rotation", "chunks", torch.float32, False, 0.9),
+        ("mingru_rotation", "segments", torch.float64, True, 0.1),
+        ("mingru_rotation", "chunks", torch.bfloat16, True, 0.1),
+        ("minlstm", "walk", torch.float64, True, 0.1),
+        ("minlstm", "chunks", torch.float32, False, 0.9),
+        ("minlstm", "segments", torch.float32, True, 0.0),
+        ("minlstm", "walk", torch.bfloat16, True, 0.1),
+    ],
+)
+def test_elapsed_times_and_lower_bounds(cell, plan, dtype, with_dt, min_decay, use_plan):
+    use_plan(PLANS[plan])
+    inputs, states, reset = make(cell, 1, 17, 7, dtype, reset=min_decay < 0.5)
+    check_timed(Spec(cell, "tanh", with_dt, min_decay), inputs, states, reset, with_dt)
+
+
+def check_timed(spec, inputs, states, reset, with_dt):
+    """Compare outputs and all gradients with the reference, also those of elapsed times from 0 to 3."""
+    dtype = inputs[0].dtype
+    wide = accumulate_dtype(dtype)
+    dt = 3 * torch.rand(inputs[0].shape[:2], dtype=wide) if with_dt else None
+    if dt is not None:
+        dt[:, 4] = 0
+    weights = torch.randn_like(inputs[0]), torch.randn_like(states[0])
+
+    def graded(function, inputs, states, dt, weights):
+        leaves = [x.detach().requires_grad_() for x in (*inputs, *states, *([] if dt is None else [dt]))]
+        count = len(inputs)
+        out, last = function(leaves[:count], leaves[count : count + 2], leaves[-1] if with_dt else None)
+        return out, last, *torch.autograd.grad([out, last], leaves, weights, allow_unused=True)
+
+    def on_triton(inputs, states, dt):
+        mask = on_device([reset])[0]
+        return ops.recurrence(spec, inputs, Start(*states, mask, dt), ops.BATCH_FIRST, "triton")
+
+    def on_reference(inputs, states, dt):
+        h, initial = states
+        cell, activation, reverse, min_decay = spec
+        out = reference.CELLS[cell](*inputs, h, reset, activation, initial, reverse, dt, min_decay)
+        return out, out[:, :1] if reverse else out[:, -1:]
+
+    got = graded(on_triton, *(on_device(x) for x in (inputs, states)), *on_device([dt]), on_device(weights))
+    double = [[x.double() for x in tensors] for tensors in (inputs, states)]
+    expected = graded(on_reference, *double, None if dt is None else dt.double(), [x.double() for x in weights])
+    allowed = 64 * torch.finfo(wide).eps + 4 * torch.finfo(dtype).eps
+    for index, (one, truth) in enumerate(zip(got, expected, strict=True)):
+        if one is not None and truth is not None:
+            error = (one.double().cpu() - truth).abs().max() / truth.abs().max().clamp_min(1.0)
+            assert error <= allowed, (index, spec, error.item())
+        else:
+            assert reset is None
+            assert index == len(inputs) + 3
+
+
+def test_the_layouts_of_elapsed_times(use_plan):
+    """Time first, the same for all sequences, and packed; each with its gradient."""
+    use_plan(PLANS["chunks"])
+    inputs, states, reset = make("mingru_rotation", 3, 9, 6, torch.float32, reset=True)
+    inputs, states, reset = on_device(inputs), on_device(states), reset.to(DEVICE)
+    spec = Spec("mingru_rotation", "positive", True, 0.2)
+    dt = (2 * torch.rand(1, 9, device=DEVICE)).requires_grad_()
+
+    def of(inputs, start, layout, backend):
+        out, last = ops.recurrence(spec, inputs, start, layout, backend)
+        weight = torch.linspace(-1, 1, out.shape[-1], device=DEVICE)
+        return out, last, *torch.autograd.grad((out * weight).sum() + last.square().sum(), dt, retain_graph=True)
+
+    def compare(inputs, start, layout):
+        got, expected = (of(inputs, start, layout, backend) for backend in ("triton", "sequential"))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+    compare(inputs, Start(*states, reset, dt.expand(3, 9)), ops.BATCH_FIRST)
+    first = [x.transpose(0, 1).contiguous() for x in inputs]
+    compare(first, Start(*states, reset.t(), dt.expand(3, 9).t()), Layout(True, None, None))
+    lengths = torch.tensor([9, 6, 2])
+
+    def packed(x):
+        return pack_padded_sequence(x, lengths, batch_first=True)
+
+    rows, layout = [packed(x).data for x in inputs], Layout(False, packed(reset).batch_sizes, None)
+    compare(rows, Start(*states, packed(reset).data, packed(dt.expand(3, 9)).data), layout)
 
 
 @pytest.mark.parametrize("features", [1, 2, 15, 16, 17, 63, 64, 65, 127, 511, 512, 513, 1030])
@@ -342,6 +435,7 @@ def test_extreme_pre_activations(extreme, activation, use_plan):
         # Products of complex numbers and infinities follow no common rule.
         "mingru_rotation": [(bad, good), *([] if math.isinf(extreme) else [(good, bad), (bad, bad)])],
         "minlstm": [(bad, good, good), (good, bad, good), (good, good, bad), (bad, bad, good)],
+        "minlstm_unnormalized": [(bad, good, good), (good, bad, good), (good, good, bad), (bad, bad, good)],
     }.items():
         for inputs in pairs:
             spec = Spec(cell, activation, False)
@@ -528,6 +622,33 @@ def test_a_step_is_one_launch_for_each_layer(grad, launches):
         assert launches == ["forward_kernel"]
 
 
+class NoReads(TorchDispatchMode):
+    """Raise an error if a value of a tensor is read, which a CUDA graph cannot capture."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._schema.name not in {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "equal")}
+        return function(*args, **(kwargs or {}))
+
+
+def language_model():
+    return mingru.models.LanguageModel(5, 8, 2, expansion=1.0, conv=3, device=DEVICE)
+
+
+@pytest.mark.usefixtures("_auto")
+@pytest.mark.parametrize("steps", [1, 6])
+def test_nothing_waits_for_values(steps):
+    x = torch.randn(2, steps, 3, device=DEVICE)
+    reset = torch.zeros(2, steps, dtype=torch.bool, device=DEVICE)
+    rnn, lm = layer(num_layers=2, norm="rms", bidirectional=steps > 1, min_decay=0.1), language_model()
+    state = lm.initial_state(2)
+    with NoReads():
+        out, h = rnn(x, None, reset)
+        (out.sum() + h.sum()).backward()
+        logits, _ = lm(torch.ones(2, steps, dtype=torch.int64, device=DEVICE), state, reset)
+        logits.sum().backward()
+    assert all(p.grad is not None for p in rnn.parameters())
+
+
 @pytest.mark.usefixtures("_auto")
 @pytest.mark.parametrize("gate", ["sigmoid", "rotation"])
 def test_images_run_on_triton(gate, launches):
@@ -543,12 +664,12 @@ def test_images_run_on_triton(gate, launches):
 # Transforms, graphs and errors.
 
 
-@pytest.mark.parametrize(("cell", "with_reset"), [("mingru", False), ("mingru", True), ("mingru_rotation", True)])
-def test_second_derivatives(cell, with_reset, use_plan):
+@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation"])
+def test_second_derivatives(cell, use_plan):
     use_plan(Plan(1, 4, 2, 1, 1, None))
-    inputs, states, reset = make(cell, 1, 4, 2, torch.float64, reset=with_reset)
+    inputs, states, _ = make(cell, 1, 3, 2, torch.float64)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (*inputs, *states)]
-    reset = None if reset is None else torch.tensor([[False, False, True, False]], device=DEVICE)
+    reset = torch.tensor([[False, True, False]], device=DEVICE)
 
     def function(*leaves):
         return run(Spec(cell, "tanh", True), leaves[:2], leaves[2:], reset)
@@ -586,13 +707,14 @@ def test_operators_keep_torchs_contract(layout, use_plan):
     leading = {"batch first": (3, 5), "time first": (5, 3), "packed": (11,)}[layout]
     inputs = [torch.randn(*leading, 4, device=DEVICE) for _ in range(2)]
     states, reset = on_device(torch.rand(2, 3, 1, 4)), torch.rand(*leading, device=DEVICE) < 0.3
-    how = ("mingru", "positive", True, layout == "time first")
-    args = (inputs, *states, reset, batch_sizes)
+    dt = torch.rand(*leading, device=DEVICE)
+    how = ("mingru", "positive", 0.1, True, layout == "time first")
+    args = (inputs, *states, reset, dt, batch_sizes)
     operators = torch.ops.mingru
     torch.library.opcheck(operators.recurrence_triton_forward.default, (*args, *how))
     out, last = operators.recurrence_triton_forward(*args, *how)
-    for needs_bias in (False, True):
-        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_bias)
+    for needs_dt, needs_bias in ((False, False), (True, False), (False, True)):
+        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_dt, needs_bias)
         torch.library.opcheck(operators.recurrence_triton_backward.default, (*args, *behind))
 
 
@@ -768,6 +890,29 @@ def test_a_cuda_graph_and_another_stream():
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     trained = torch.cuda.make_graphed_callables(lambda x: rnn(x)[0], (x.clone().requires_grad_(),))
     torch.testing.assert_close(trained(x.requires_grad_()), expected)
+
+
+@needs_gpu
+def test_steps_of_a_language_model_in_a_cuda_graph():
+    lm, ids = language_model().eval(), torch.randint(5, (3, 7), device=DEVICE)
+    with torch.no_grad():
+        expected, _ = lm(ids)
+        token, state = ids[:, :1].clone(), lm.initial_state(3)
+        state = [each.clone() for each in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            lm(token, state)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, after = lm(token, state)
+            for kept, new in zip(state, after, strict=True):
+                kept.copy_(new)
+        for step in range(7):
+            token.copy_(ids[:, step : step + 1])
+            graph.replay()
+            torch.testing.assert_close(logits[:, 0], expected[:, step], rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu

@@ -34,6 +34,7 @@ def test_plans(wave, itemsize, backward):
                 backward=backward,
                 has_reset=has_reset,
                 is_packed=has_reset,
+                is_timed=batch == 64,
                 wave=wave,
             )
             assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))

@@ -31,11 +31,6 @@ class Kernel:
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
-    timed: bool = True
-    """Whether the kernel computes elapsed times and lower bounds of the decay."""
-
-    def computes(self, spec: Spec, start: Start) -> bool:
-        return spec.cell in self.cells and (self.timed or (spec.min_decay == 0 and start.dt is None))
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)

@@ -127,7 +127,7 @@ def backend_of(name: str) -> Backend:
 def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
-    if kernel is None or not kernel.computes(spec, start) or not are_ordinary(*inputs, *_given(start.dt)):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(start.dt)):
         return None
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -140,7 +140,7 @@ def fused_with(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
     kernel = backend_of(name).linear_kernel
-    if kernel is None or not kernel.computes(spec, start):
+    if kernel is None or spec.cell not in kernel.cells:
         return None
     has_lengths = layout.lengths is not None and kernel.lengths
     if (layout.padding is not None and not has_lengths) or type(linear) is not nn.Linear or is_hooked(linear):

@@ -5,8 +5,10 @@ contain the operators; eager calls skip the dispatcher. States have any floating
 accumulation dtype of the sequences. The operators take complex numbers as pairs of features.
 """
 
+import ctypes
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,6 +33,7 @@ KEEPING = {
     "mingru_signed": (-torch.inf, 0.0),
     "mingru_rotation": (-torch.inf, 0.0),
     "minlstm": (0.0, -torch.inf, 0.0),
+    "minlstm_unnormalized": (torch.inf, -torch.inf, 0.0),
     "linear_scan": (1.0, 0.0),
     "complex_linear_scan": (1.0, 0.0),
 }
@@ -67,6 +70,7 @@ def plan_of(
     backward: bool,
     has_reset: bool,
     is_packed: bool,
+    is_timed: bool,
     wave: int,
 ) -> Plan:
     """Return the plan of a kernel. It depends only on shape and dtype, so that results do not depend on the GPU.
@@ -76,8 +80,11 @@ def plan_of(
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = wave * 16 // itemsize
     steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
+    if is_timed:
+        # Elapsed times and bounds need more registers, and compile for longer.
+        steps //= 2
     # Three numbers of each step and feature are needed for the gradients of these cells, instead of two.
-    is_large = backward and cell in ("minlstm", "mingru_rotation")
+    is_large = backward and cell in ("minlstm", "minlstm_unnormalized", "mingru_rotation")
     if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2
@@ -88,8 +95,8 @@ def plan_of(
         return walk
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept.
-        steps = 4 if not backward else 2 if has_reset else min(steps, 3)
-    elif is_large:
+        steps = min(steps, 4 if not backward else 2 if has_reset else 3)
+    elif is_large and not is_timed:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
     sizes = [size // itemsize for size in (128, 64, 32)]
@@ -226,7 +233,7 @@ class _Work:
             self.num_sequences, self.num_steps = int(batch_sizes[0]), batch_sizes.numel()
             self.offsets, self.lengths = _packing(batch_sizes, first.device)
 
-    def plan(self, *, backward: bool, has_reset: bool) -> Plan:
+    def plan(self, *, backward: bool, has_reset: bool, has_dt: bool) -> Plan:
         x = self.inputs[0]
         return plan_of(
             *(self.num_sequences, self.num_steps, self.num_features, x.element_size()),
@@ -234,6 +241,7 @@ class _Work:
             backward=backward,
             has_reset=has_reset,
             is_packed=self.is_packed,
+            is_timed=self.spec.min_decay != 0 or has_dt,
             wave=_wave(x.device.type),
         )
 
@@ -261,7 +269,7 @@ class _Work:
         return bits & -bits
 
     def constants(self, plan: Plan, unit: int) -> dict[str, Any]:
-        cell, activation, *_ = self.spec
+        cell, activation = self.spec[:2]
         even = self.num_features % plan.features == 0
         return {"CELL": cell, "ACTIVATION": activation, "KEEPING": KEEPING[cell], "V": unit, "EVEN": even}
 
@@ -299,8 +307,22 @@ def _state(h: Tensor) -> tuple[Tensor, int]:
     return h.contiguous(), 0 if h.shape[0] == 1 else h[0].numel()
 
 
-def _reset_strides(reset: Tensor | None, work: _Work) -> tuple[int, int]:
-    return (0, 0) if reset is None else work.strides(reset, 1)
+def _strides_of_steps(work: _Work, *given: Tensor | None) -> list[int]:
+    """Return the strides of batch and time of tensors that have one element for each step."""
+    return [stride for x in given for stride in ((0, 0) if x is None else work.strides(x, 1))]
+
+
+def _bound(min_decay: float) -> tuple[float | None, ...]:
+    """Return log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest."""
+    if min_decay == 0:
+        return (None,) * 4
+    return *_in_float32(math.log(min_decay)), *_in_float32(math.log1p(-min_decay))
+
+
+def _in_float32(number: float) -> tuple[float, float]:
+    # Triton passes numbers as float32, and kernels of float64 need more digits.
+    rounded = ctypes.c_float(number).value
+    return rounded, number - rounded
 
 
 def _forward(
@@ -308,25 +330,27 @@ def _forward(
     h: Tensor,
     initial_state: Tensor | None,
     reset: Tensor | None,
+    dt: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
     activation: str,
+    min_decay: float,
     reverse: bool,
     time_first: bool,
 ) -> States:
     """Return the states of all steps, and the last state."""
-    work = _Work(inputs, batch_sizes, Spec(cell, activation, reverse), time_first)
+    work = _Work(inputs, batch_sizes, Spec(cell, activation, reverse, min_decay), time_first)
     x = work.inputs
     out, last = x[0].new_empty(work.shape), h.new_empty(h.shape)
     flat_out = work.sequence(out)
-    plan, unit = work.plan(backward=False, has_reset=reset is not None), work.unit(*x, flat_out)
+    plan, unit = work.plan(backward=False, has_reset=reset is not None, has_dt=dt is not None), work.unit(*x, flat_out)
     states = _state(h), (None, 0) if initial_state is None else _state(initial_state)
-    pointers = (reset, work.offsets, work.lengths)
+    pointers = (reset, dt, work.offsets, work.lengths)
     num_segments, segment_steps = work.segments(plan)
     numbers = (
         *(work.num_steps, work.num_features // unit, num_segments, segment_steps),
         *(*work.strides(x[0], unit), *work.strides(flat_out, unit), states[0][1], states[1][1]),
-        *(*_reset_strides(reset, work), int(reverse)),
+        *(*_strides_of_steps(work, reset, dt), *_bound(min_decay), int(reverse)),
     )
     constants, num_programs = work.constants(plan, unit), work.num_programs(plan) * num_segments
     x = [*x, None] if len(x) == 2 else x  # type: ignore[list-item]
@@ -359,56 +383,66 @@ def _backward(
     h: Tensor,
     initial_state: Tensor | None,
     reset: Tensor | None,
+    dt: Tensor | None,
     batch_sizes: Tensor | None,
     out: Tensor,
     grad_out: Tensor,
     grad_last: Tensor,
     cell: str,
     activation: str,
+    min_decay: float,
     reverse: bool,
     time_first: bool,
+    needs_dt: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the inputs, side by side, and of h, of the initial state (B, N) and of a bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the inputs, side by side, and of h, of the initial state (B, N), of dt and of a bias.
 
-    The last two are sums in the accumulation dtype; they are empty if they are not needed.
+    The last three are sums in the accumulation dtype; they are empty if they are not needed.
     """
-    work = _Work(inputs, batch_sizes, Spec(cell, activation, reverse), time_first)
+    work = _Work(inputs, batch_sizes, Spec(cell, activation, reverse, min_decay), time_first)
     x, first = work.inputs, inputs[0]
     grads = _grads_like(inputs, 1 if work.is_packed else 2)
     flat_out, flat_grad = work.sequence(out), work.sequence(grad_out)
-    plan, unit = work.plan(backward=True, has_reset=reset is not None), work.unit(*x, flat_out, flat_grad, grads)
+    plan = work.plan(backward=True, has_reset=reset is not None, has_dt=dt is not None)
+    unit = work.unit(*x, flat_out, flat_grad, grads)
     num_segments, segment_steps = work.segments(plan)
     rows, dtype = work.num_sequences * num_segments, _accumulated(first)
     grad_h = h.new_empty(h.shape)
     has_initial_state = initial_state is not None
     grad_initial_state = first.new_empty(rows if has_initial_state else 0, work.num_features, dtype=dtype)
     grad_bias = first.new_empty(rows if needs_bias else 0, len(x) * work.num_features, dtype=dtype)
+    grads_of_dt = None
+    if dt is not None and needs_dt:
+        # The kernel writes them with the strides of dt.
+        dt = dt.contiguous()
+        grads_of_dt = dt.new_empty(*dt.shape, work.num_features // unit)
     states = _state(h), (None, 0) if initial_state is None else _state(initial_state)
     numbers = (
         *(work.num_steps, work.num_features // unit, num_segments, segment_steps),
         *(*work.strides(x[0], unit), *work.strides(flat_out, unit)),
         *(*work.strides(flat_grad, unit), *work.strides(grads, unit), states[0][1], states[1][1]),
-        *(*_reset_strides(reset, work), int(not reverse)),
+        *(*_strides_of_steps(work, reset, dt), *_bound(min_decay), int(not reverse)),
     )
     constants, num_programs = work.constants(plan, unit), work.num_programs(plan) * num_segments
-    pointers = (reset, work.offsets, work.lengths)
+    pointers = (reset, dt, work.offsets, work.lengths)
     x = [*x, None] if len(x) == 2 else x  # type: ignore[list-item]
     products = ends = None
     if num_segments > 1:
         products = first.new_empty(work.num_sequences, num_segments, work.num_features, dtype=dtype)
         ends = torch.empty_like(products)
-        summary = (*x, None, flat_grad, None, None, None, *pointers, *(None,) * 4, products, ends, *numbers)
+        summary = (*x, None, flat_grad, None, None, None, *pointers, *(None,) * 5, products, ends, *numbers)
         _run("backward_kernel", num_programs, plan, summary, constants)
     args = (
         *(*x, flat_out, flat_grad, grads, states[0][0], states[1][0], *pointers, grad_last.contiguous(), grad_h),
-        *(grad_initial_state if has_initial_state else None, grad_bias if needs_bias else None),
+        *(grads_of_dt, grad_initial_state if has_initial_state else None, grad_bias if needs_bias else None),
         *(products, ends, *numbers),
     )
     _run("backward_kernel", num_programs, plan, args, constants)
     if num_segments > 1 and has_initial_state:
         grad_initial_state = grad_initial_state.view(-1, num_segments, work.num_features).sum(1)
-    return grads, grad_h, grad_initial_state, grad_bias.sum(0) if needs_bias else grad_bias.view(0)
+    grad_dt = first.new_empty(0, dtype=dtype) if grads_of_dt is None else grads_of_dt.sum(-1)
+    return grads, grad_h, grad_initial_state, grad_dt, grad_bias.sum(0) if needs_bias else grad_bias.view(0)
 
 
 def _register() -> torch.library.Library:
@@ -417,12 +451,12 @@ def _register() -> torch.library.Library:
     define: Any = library.define
     implement: Any = library.impl
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    given = "Tensor[] inputs, Tensor h, Tensor? initial_state, Tensor? reset, Tensor? batch_sizes"
-    how = "str cell, str activation, bool reverse, bool time_first"
+    given = "Tensor[] inputs, Tensor h, Tensor? initial_state, Tensor? reset, Tensor? dt, Tensor? batch_sizes"
+    how = "str cell, str activation, float min_decay, bool reverse, bool time_first"
     define(f"recurrence_triton_forward({given}, {how}) -> (Tensor, Tensor)", tags=tags)
     define(
-        f"recurrence_triton_backward({given}, Tensor out, Tensor grad_out, Tensor grad_last, {how}, bool needs_bias) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
+        f"recurrence_triton_backward({given}, Tensor out, Tensor grad_out, Tensor grad_last, {how}, bool needs_dt, "
+        "bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         tags=tags,
     )
     for key in ("CUDA", "XPU", *(("CPU",) if _IS_INTERPRETED else ())):
@@ -435,7 +469,7 @@ def _register() -> torch.library.Library:
     def backward(
         inputs: list[Tensor], h: Tensor, initial_state: Tensor | None, reset: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        batch_sizes, *_, needs_bias = rest
+        dt, batch_sizes, *_, needs_dt, needs_bias = rest
         first = inputs[0]
         num_leading = 2 if batch_sizes is None else 1
         num_features = first.shape[num_leading:].numel()
@@ -444,6 +478,7 @@ def _register() -> torch.library.Library:
             _grads_like(inputs, num_leading),
             h.new_empty(h.shape),
             first.new_empty(0 if initial_state is None else h.shape[0], num_features, dtype=dtype),
+            first.new_empty(0 if dt is None or not needs_dt else dt.shape, dtype=dtype),
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )
 
@@ -471,15 +506,16 @@ def _call_backward(inputs: Sequence[Tensor], h: Tensor, *args: Any) -> tuple[Ten
     return tuple(run(inputs, h, *args))
 
 
-def _given(start: Start, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the states, resets and batch sizes that both operators take."""
-    h, initial_state, reset, _ = start
-    return h, None if reset is None else initial_state.expand_as(h), reset, layout.batch_sizes
+def _given(start: Start, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the states, resets, elapsed times and batch sizes that both operators take."""
+    h, initial_state, reset, dt = start
+    return h, None if reset is None else initial_state.expand_as(h), reset, dt, layout.batch_sizes
 
 
-def _how(spec: Spec, layout: Layout) -> tuple[str, str, bool, bool]:
-    """Return the cell, the activation, `reverse` and `time_first`, that both operators take."""
-    return spec.cell, spec.activation, spec.reverse, layout.time_first
+def _how(spec: Spec, layout: Layout) -> tuple[str, str, float, bool, bool]:
+    """Return the cell, the activation, `min_decay`, `reverse` and `time_first`, that both operators take."""
+    cell, activation, reverse, min_decay = spec
+    return cell, activation, min_decay, reverse, layout.time_first
 
 
 def _recurrence(
@@ -492,17 +528,20 @@ def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, *grad = saved
-    grads, *grads_of_states, _ = _call_backward(inputs, *_given(start, layout), out, *grad, *_how(spec, layout), False)
-    return _grads_of_states(start, *grads_of_states) + _split(grads, inputs)
+    grads, *grads_of_start, _ = _call_backward(
+        inputs, *_given(start, layout), out, *grad, *_how(spec, layout), needs[0], False
+    )
+    return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
 
 
-def _grads_of_states(start: Start, grad_h: Tensor, grad_initial_state: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of h, of the initial state, and of dt, which these kernels do not take."""
-    if start.reset is None:
-        return grad_h, None, None
-    initial_state = start.initial_state
-    grad = grad_initial_state.view(start.h.shape)
-    return grad_h, as_dtype(grad.sum_to_size(initial_state.shape), initial_state.dtype), None
+def _grads_of_start(
+    start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grad_dt: Tensor
+) -> tuple[Tensor | None, ...]:
+    initial_state, for_initial_state = start.initial_state, None
+    if start.reset is not None:
+        for_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(initial_state.shape)
+        for_initial_state = as_dtype(for_initial_state, initial_state.dtype)
+    return grad_h, for_initial_state, grad_dt if needs_dt else None
 
 
 def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -537,13 +576,13 @@ def _linear_recurrence_backward(
     spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias = tensors
-    _, needs_x, needs_weight, needs_bias = needs
+    needs_dt, needs_x, needs_weight, needs_bias = needs
     out, kept, *grad = saved
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
         _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
-        grads, *grads_of_states, grad_bias = _call_backward(
-            inputs, *_given(start, layout), out, *grad, *_how(spec, layout), needs_bias
+        grads, *grads_of_start, grad_bias = _call_backward(
+            inputs, *_given(start, layout), out, *grad, *_how(spec, layout), needs_dt, needs_bias
         )
         x = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
@@ -555,7 +594,7 @@ def _linear_recurrence_backward(
         if needs_weight:
             grad_weight = matrix.t() @ x.flatten(0, -2)
     found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
-    return *_grads_of_states(start, *grads_of_states), *found
+    return *_grads_of_start(start, needs_dt, *grads_of_start), *found
 
 
 def _scan(call: LinearScan) -> States:
@@ -563,7 +602,7 @@ def _scan(call: LinearScan) -> States:
     cell = "linear_scan"
     if a.is_complex():
         a, b, h, cell = as_real(a), as_real(b), as_real(h), "complex_linear_scan"
-    out, last = _call_forward([a, b], h, None, reset, None, cell, "linear", reverse, False)
+    out, last = _call_forward([a, b], h, None, reset, None, None, cell, "linear", 0.0, reverse, False)
     if cell == "complex_linear_scan":
         return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
@@ -578,7 +617,8 @@ def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: T
     # The gradients do not depend on b.
     inputs = [a, a]
     grads, grad_h, *_ = _call_backward(
-        inputs, h, None, reset, None, out, grad_out, grad_last, cell, "linear", reverse, False, False
+        *(inputs, h, None, reset, None, None, out, grad_out, grad_last, cell, "linear", 0.0, reverse, False),
+        *(False, False),
     )
     found = *_split(grads, inputs), grad_h
     return tuple(torch.view_as_complex(grad) for grad in found) if is_complex else found
@@ -590,8 +630,6 @@ BACKEND = Backend(
     scan=_scan,
     scan_backward=_scan_backward,
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING, timed=False),
-    linear_kernel=Kernel(
-        _linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING, timed=False
-    ),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True),
 )

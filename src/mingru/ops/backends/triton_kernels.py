@@ -35,14 +35,25 @@ NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 # Arguments that do not select another compiled kernel, as numbers do that are 1 or a multiple of 16, and addresses that
 # are a multiple of 16.
 FORWARD_VALUES = [
-    *("x0", "x1", "x2", "out", "h", "initial_state", "last", "reset", "offsets", "lengths", "products", "ends"),
+    *("x0", "x1", "x2", "out", "h", "initial_state", "last", "reset", "dt", "offsets", "lengths", "products", "ends"),
     *("num_steps", "num_units", "num_segments", "segment_steps"),
-    *("x_batch", "x_step", "out_batch", "out_step", "h_batch", "initial_batch", "reset_batch", "reset_step"),
-    "backwards",
+    *(
+        "x_batch",
+        "x_step",
+        "out_batch",
+        "out_step",
+        "h_batch",
+        "initial_batch",
+        "reset_batch",
+        "reset_step",
+        "dt_batch",
+        "dt_step",
+    ),
+    *("log_bound", "log_bound_rest", "log_range", "log_range_rest", "backwards"),
 ]
 BACKWARD_VALUES = [
     *FORWARD_VALUES,
-    *("grad_out", "grads", "grad_last", "grad_h", "grad_initial_state", "grad_bias"),
+    *("grad_out", "grads", "grad_last", "grad_h", "grad_initial_state", "grad_dt", "grad_bias"),
     *("grad_out_batch", "grad_out_step", "grads_batch", "grads_step"),
 ]
 BACKWARD_VALUES.remove("last")
@@ -141,6 +152,40 @@ def hyperbolic_tangent(x, EXACT: tl.constexpr):
     size = tl.where(near, tanh_near_0(tl.where(near, tl.abs(x), 0.0), tl.where(near, double, 0.0)), (1.0 - p) * inverse)
     slope = tl.where(near, 1.0 - size * size, 4.0 * p * (inverse * inverse))
     return tl.where(x < 0, minus(size), size), slope
+
+
+@triton.jit
+def log1p_of_unit(q, EXACT: tl.constexpr):
+    """Return log(1 + q) for q from 0 to 1, in full relative precision; see csrc/math.h."""
+    if q.dtype == tl.float64:
+        is_large = q > 0.41421356237309505
+        r = tl.where(is_large, 0.5 * (q - 1.0), q)
+        s = r / (2.0 + r)
+        x = s * s
+        sum = ((1.0 / 21 * x + 1.0 / 19) * x + 1.0 / 17) * x + 1.0 / 15
+        sum = (((sum * x + 1.0 / 13) * x + 1.0 / 11) * x + 1.0 / 9) * x + 1.0 / 7
+        sum = ((sum * x + 1.0 / 5) * x + 1.0 / 3) * x + 1.0
+        log = 2.0 * s * sum
+        # Not `where` of two numbers, which would be float32.
+        return tl.where(is_large, log + 0.69314718055994530942, log)
+    elif EXACT:
+        sum = (0.005364822689443827 * q - 0.03006578609347343) * q + 0.07920452207326889
+        sum = ((sum * q - 0.1375380158424377) * q + 0.191536545753479) * q - 0.2485716342926025
+        sum = (sum * q + 0.3332132399082184) * q - 0.4999964833259583
+        return q + q * q * sum
+    else:
+        return tl.log2(1.0 + q) * LN2
+
+
+@triton.jit
+def softplus(x, EXACT: tl.constexpr):
+    """Return log(1 + exp(x)), its derivative sigma(x), and sigma(-x)."""
+    p = power(tl.abs(x), -1, EXACT)
+    large = reciprocal(1.0 + p, EXACT)
+    small = p * large
+    left = x < 0
+    value = tl.maximum(x, 0.0, propagate_nan=NAN_STAYS) + log1p_of_unit(p, EXACT)
+    return value, tl.where(left, small, large), tl.where(left, large, small)
 
 
 @triton.jit
@@ -244,20 +289,55 @@ def ones(C: tl.constexpr, F: tl.constexpr, A: tl.constexpr, PAIRS: tl.constexpr)
 # The cells. `<cell>_coefficients` returns a and b; `<cell>_gradients` returns a, and the gradient of each input for
 # delta = 1, or what `gradient_of_pairs` takes. To add a cell, add both functions, a branch to `coefficients` and
 # `gradients`, and an entry to `triton.KEEPING`. Cells have up to three inputs.
+# `time` is None, or a tuple: the elapsed time, and with a lower bound m of the decay per unit of time, log(m) and
+# log(1 - m). The gradients then include that of the elapsed time.
 
 
 @triton.jit
-def mingru_coefficients(gate, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    z, a = logistic(gate, EXACT)
+def rate_of(gate, time, EXACT: tl.constexpr):
+    """Return the rate of a decay exp(-dt rate), and its derivative; see csrc/cells.h."""
+    if len(time) == 1:
+        rate, slope, _ = softplus(gate, EXACT)
+        return rate, slope
+    else:
+        # The gate l with sigma(-l) = m + (1 - m) sigma(-gate), without the infinity minus infinity of an infinite gate.
+        above = gate + time[1]
+        _, _, below = softplus(above, EXACT)
+        excess = log1p_of_unit(power(tl.abs(above), -1, EXACT), EXACT)
+        bounded = tl.minimum(gate, minus(time[1]), propagate_nan=NAN_STAYS) - excess + time[2]
+        rate, slope, _ = softplus(bounded, EXACT)
+        return rate, slope * below
+
+
+@triton.jit
+def decay(gate, time, EXACT: tl.constexpr):
+    """Return the weight of the candidate z, the decay 1 - z, the derivative of z, and the rate of the decay."""
+    if time is None:
+        z, a = logistic(gate, EXACT)
+        return z, a, z * a, z
+    else:
+        rate, slope = rate_of(gate, time, EXACT)
+        x = time[0] * rate
+        a = power(x, -1, EXACT)
+        # 1 - exp(-x) = tanh(x / 2) (1 + exp(-x)) does not cancel.
+        near = x < 0.7
+        small = tanh_near_0(tl.where(near, 0.5 * x, 0.0), tl.where(near, x, 0.0)) * (1.0 + a)
+        return tl.where(near, small, 1.0 - a), a, time[0] * slope * a, rate
+
+
+@triton.jit
+def mingru_coefficients(gate, candidate, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    z, a, _, _ = decay(gate, time, EXACT)
     value, _ = activate(candidate, ACTIVATION, EXACT)
     return a, z * value
 
 
 @triton.jit
-def mingru_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    z, a = logistic(gate, EXACT)
+def mingru_gradients(gate, candidate, previous, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    z, a, slope_of_z, rate = decay(gate, time, EXACT)
     value, slope = activate(candidate, ACTIVATION, EXACT)
-    return a, (value - previous) * z * a, z * slope
+    change = value - previous
+    return a, change * slope_of_z, z * slope, change * a * rate
 
 
 @triton.jit
@@ -290,25 +370,43 @@ def signed_gradients(gate, candidate, previous, ACTIVATION: tl.constexpr, EXACT:
 
 
 @triton.jit
-def rotation_coefficients(gates, candidates, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+def turned_by(angle, time):
+    """Return the cosine and the sine of the angle of a step, given in units of pi / 4."""
+    if time is None:
+        return direction(0.25 * angle)
+    else:
+        return direction(0.25 * time[0] * angle)
+
+
+@triton.jit
+def rotation_coefficients(gates, candidates, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     gate, angle = parts(gates)
-    z, keep = logistic(gate, EXACT)
-    cosine, sine = direction(0.25 * angle)
+    z, keep, _, _ = decay(gate, time, EXACT)
+    cosine, sine = turned_by(angle, time)
     values, _ = activate(candidates, ACTIVATION, EXACT)
     return tl.interleave(keep * cosine, keep * sine), tl.interleave(z, z) * values
 
 
 @triton.jit
-def rotation_gradients(gates, candidates, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+def rotation_gradients(gates, candidates, previous, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     gate, angle = parts(gates)
-    z, keep = logistic(gate, EXACT)
-    cosine, sine = direction(0.25 * angle)
+    z, keep, slope, rate = decay(gate, time, EXACT)
+    cosine, sine = turned_by(angle, time)
     values, slopes = activate(candidates, ACTIVATION, EXACT)
     turned = times(tl.interleave(cosine, sine), previous, True)
     conjugate = tl.interleave(keep * cosine, minus(keep * sine))
-    both, quarter = z * keep, keep * QUARTER_PI
-    for_gate, for_angle = (values - turned) * tl.interleave(both, both), turned * tl.interleave(quarter, quarter)
-    return conjugate, for_gate, tl.interleave(z, z) * slopes, for_angle
+    change, quarter = values - turned, keep * QUARTER_PI
+    for_time, turn_in_time = keep * rate, quarter * angle
+    if time is not None:
+        quarter *= time[0]
+    return (
+        conjugate,
+        change * tl.interleave(slope, slope),
+        tl.interleave(z, z) * slopes,
+        turned * tl.interleave(quarter, quarter),
+        change * tl.interleave(for_time, for_time),
+        turned * tl.interleave(turn_in_time, turn_in_time),
+    )
 
 
 @triton.jit
@@ -327,62 +425,98 @@ def normalized_gates(forget, input, EXACT: tl.constexpr):
 
 
 @triton.jit
-def minlstm_coefficients(forget, input, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    f, i, _, _ = normalized_gates(forget, input, EXACT)
+def minlstm_coefficients(forget, input, candidate, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    if time is None:
+        f, i, _, _ = normalized_gates(forget, input, EXACT)
+        value, _ = activate(candidate, ACTIVATION, EXACT)
+        return f, i * value
+    else:
+        # A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
+        forget_cost, _, _ = softplus(minus(forget), EXACT)
+        input_cost, _, _ = softplus(minus(input), EXACT)
+        return mingru_coefficients(forget_cost - input_cost, candidate, time, ACTIVATION, EXACT)
+
+
+@triton.jit
+def minlstm_gradients(forget, input, candidate, previous, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    if time is None:
+        f, i, forget_power, input_power = normalized_gates(forget, input, EXACT)
+        value, slope = activate(candidate, ACTIVATION, EXACT)
+        shifted = (value - previous) * f * i
+        # sigma(-x) from exp(-|x|).
+        without_forget = tl.where(forget < 0, 1.0, forget_power) * reciprocal(1.0 + forget_power, EXACT)
+        without_input = tl.where(input < 0, 1.0, input_power) * reciprocal(1.0 + input_power, EXACT)
+        return f, minus(shifted) * without_forget, shifted * without_input, i * slope, shifted
+    else:
+        forget_cost, without_forget, _ = softplus(minus(forget), EXACT)
+        input_cost, without_input, _ = softplus(minus(input), EXACT)
+        a, shifted, for_candidate, for_time = mingru_gradients(
+            forget_cost - input_cost, candidate, previous, time, ACTIVATION, EXACT
+        )
+        return a, minus(shifted) * without_forget, shifted * without_input, for_candidate, for_time
+
+
+@triton.jit
+def unnormalized_coefficients(forget, input, candidate, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    f, _ = logistic(forget, EXACT)
+    i, _ = logistic(input, EXACT)
     value, _ = activate(candidate, ACTIVATION, EXACT)
     return f, i * value
 
 
 @triton.jit
-def minlstm_gradients(forget, input, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    f, i, forget_power, input_power = normalized_gates(forget, input, EXACT)
+def unnormalized_gradients(forget, input, candidate, previous, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    f, without_forget = logistic(forget, EXACT)
+    i, without_input = logistic(input, EXACT)
     value, slope = activate(candidate, ACTIVATION, EXACT)
-    shifted = (value - previous) * f * i
-    # sigma(-x) from exp(-|x|).
-    without_forget = tl.where(forget < 0, 1.0, forget_power) * reciprocal(1.0 + forget_power, EXACT)
-    without_input = tl.where(input < 0, 1.0, input_power) * reciprocal(1.0 + input_power, EXACT)
-    return f, minus(shifted) * without_forget, shifted * without_input, i * slope
+    return f, previous * f * without_forget, value * i * without_input, i * slope
 
 
 @triton.jit
-def coefficients(x0, x1, x2, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+def coefficients(x0, x1, x2, time, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """Return a and b of h_t = a_t h_{t-1} + b_t."""
     if CELL == "mingru":
-        return mingru_coefficients(x0, x1, ACTIVATION, EXACT)
+        return mingru_coefficients(x0, x1, time, ACTIVATION, EXACT)
     elif CELL == "mingru_signed":
         return signed_coefficients(x0, x1, ACTIVATION, EXACT)
     elif CELL == "mingru_rotation":
-        return rotation_coefficients(x0, x1, ACTIVATION, EXACT)
+        return rotation_coefficients(x0, x1, time, ACTIVATION, EXACT)
     elif CELL == "minlstm":
-        return minlstm_coefficients(x0, x1, x2, ACTIVATION, EXACT)
+        return minlstm_coefficients(x0, x1, x2, time, ACTIVATION, EXACT)
+    elif CELL == "minlstm_unnormalized":
+        return unnormalized_coefficients(x0, x1, x2, ACTIVATION, EXACT)
     else:
         return x0, x1
 
 
 @triton.jit
-def gradients(x0, x1, x2, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Return a, and the gradients of the inputs for dL/dh_t = 1. A missing input has the gradient of the one before.
+def gradients(x0, x1, x2, previous, time, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return a, the gradients of the three inputs for dL/dh_t = 1, and twice that of the elapsed time. If a cell has no
+    third input or no elapsed time, their places hold other numbers.
 
-    For complex numbers, return the conjugate of a, and d0 and d2 of `gradient_of_pairs` around the gradient of the
-    second input.
+    For complex numbers, return the conjugate of a; d0, the gradient of the second input, and d2, of which
+    `gradient_of_pairs` makes the gradient of the first input; and d0 and d2 of the elapsed time.
     """
     if CELL == "mingru":
-        a, d0, d1 = mingru_gradients(x0, x1, previous, ACTIVATION, EXACT)
-        return a, d0, d1, d1
+        a, d0, d1, for_time = mingru_gradients(x0, x1, previous, time, ACTIVATION, EXACT)
+        return a, d0, d1, d1, for_time, for_time
     elif CELL == "mingru_signed":
         a, d0, d1 = signed_gradients(x0, x1, previous, ACTIVATION, EXACT)
-        return a, d0, d1, d1
+        return a, d0, d1, d1, d1, d1
     elif CELL == "mingru_rotation":
-        return rotation_gradients(x0, x1, previous, ACTIVATION, EXACT)
-    elif CELL == "complex_linear_scan":
-        real, imaginary = parts(x0)
-        one = tl.full(x0.shape, 1.0, x0.dtype)
-        return tl.interleave(real, minus(imaginary)), previous, one, previous
+        return rotation_gradients(x0, x1, previous, time, ACTIVATION, EXACT)
     elif CELL == "minlstm":
-        return minlstm_gradients(x0, x1, x2, previous, ACTIVATION, EXACT)
+        a, d0, d1, d2, for_time = minlstm_gradients(x0, x1, x2, previous, time, ACTIVATION, EXACT)
+        return a, d0, d1, d2, for_time, for_time
+    elif CELL == "minlstm_unnormalized":
+        a, d0, d1, d2 = unnormalized_gradients(x0, x1, x2, previous, ACTIVATION, EXACT)
+        return a, d0, d1, d2, d2, d2
     else:
         one = tl.full(x0.shape, 1.0, x0.dtype)
-        return x0, previous, one, one
+        if CELL == "complex_linear_scan":
+            real, imaginary = parts(x0)
+            x0 = tl.interleave(real, minus(imaginary))
+        return x0, previous, one, previous, one, one
 
 
 @triton.jit
@@ -543,6 +677,19 @@ def address(first, t, rows, step, PACKED: tl.constexpr):
         return first * step + t * step
 
 
+@triton.jit
+def time_of(dt, at, here, log_bound, log_bound_rest, log_range, log_range_rest, A: tl.constexpr):
+    """Return the `time` of a step of each chunk, as the cells take it. Steps that are not there have a time of 0."""
+    one = tl.full((1, 1), 1.0, A)
+    elapsed = one
+    if dt is not None:
+        elapsed = tl.load(dt + at, here, other=0.0).to(A)
+    if log_bound is None:
+        return (elapsed,)
+    else:
+        return elapsed, one * log_bound + log_bound_rest, one * log_range + log_range_rest
+
+
 @triton.jit(do_not_specialize=FORWARD_VALUES)
 def forward_kernel(
     # Sequences.
@@ -555,6 +702,8 @@ def forward_kernel(
     initial_state,
     last,
     reset,
+    # Elapsed times; None if they are all 1.
+    dt,
     # Offset of each packed step, and length of each packed sequence.
     offsets,
     lengths,
@@ -573,6 +722,13 @@ def forward_kernel(
     initial_batch,
     reset_batch,
     reset_step,
+    dt_batch,
+    dt_step,
+    # log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest; None without one.
+    log_bound,
+    log_bound_rest,
+    log_range,
+    log_range_rest,
     backwards,
     CELL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -586,6 +742,8 @@ def forward_kernel(
 ):
     """Compute all states, or without `out` the products and ends of segments."""
     HAS_RESET: tl.constexpr = reset is not None
+    HAS_DT: tl.constexpr = dt is not None
+    TIMED: tl.constexpr = dt is not None or log_bound is not None
     PACKED: tl.constexpr = offsets is not None
     SEGMENTS: tl.constexpr = products is not None
     SUMMARY: tl.constexpr = out is None
@@ -635,6 +793,9 @@ def forward_kernel(
     if HAS_RESET:
         reset_at, reset_step = beginning(batch, reset_batch, reset_step, first_row, sign, 1, PACKED)
         reset += reset_at
+    if HAS_DT:
+        dt_at, dt_step = beginning(batch, dt_batch, dt_step, first_row, sign, 1, PACKED)
+        dt += dt_at
     if not SUMMARY:
         out_at, out_step = beginning(batch, out_batch, out_step, first_row, sign, V, PACKED)
         out = tl.multiple_of(out + out_at, ALIGNMENT) + feature
@@ -645,7 +806,7 @@ def forward_kernel(
         keeping = tl.where(feature % 2 == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     for tile in tl.range(begin, end, C * T, num_stages=STAGES):
         first = (tile + chunk * T).to(tl.int64)
-        inputs0, inputs1, inputs2, is_reset, rows = (), (), (), (), ()
+        inputs0, inputs1, inputs2, is_reset, moments, rows = (), (), (), (), (), ()
         for t in tl.static_range(T):
             u = tile + chunk * T + t
             here = u < end
@@ -662,12 +823,17 @@ def forward_kernel(
                 inputs2 += (inputs1[t],)
             if HAS_RESET:
                 is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
+            if TIMED:
+                at = address(first, t, rows, dt_step, PACKED) if HAS_DT else 0
+                moments += (time_of(dt, at, here, log_bound, log_bound_rest, log_range, log_range_rest, A),)
         a, b = (), ()
         product = ones(C, F, A, PAIRS)
         local = tl.zeros((C, F), A)
         seen = tl.zeros((C, 1), tl.int32)
         for t in tl.static_range(T):
-            a_t, b_t = coefficients(inputs0[t], inputs1[t], inputs2[t], CELL, ACTIVATION, EXACT)
+            a_t, b_t = coefficients(
+                inputs0[t], inputs1[t], inputs2[t], moments[t] if TIMED else None, CELL, ACTIVATION, EXACT
+            )
             a += (a_t,)
             b += (b_t,)
             if C > 1:
@@ -721,10 +887,13 @@ def backward_kernel(
     h,
     initial_state,
     reset,
+    dt,
     offsets,
     lengths,
     grad_last,
     grad_h,
+    # Sums over the features of a unit, (num_units) for each elapsed time.
+    grad_dt,
     # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
     grad_initial_state,
     grad_bias,
@@ -746,6 +915,13 @@ def backward_kernel(
     initial_batch,
     reset_batch,
     reset_step,
+    dt_batch,
+    dt_step,
+    # log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest; None without one.
+    log_bound,
+    log_bound_rest,
+    log_range,
+    log_range_rest,
     backwards,
     CELL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -764,6 +940,8 @@ def backward_kernel(
     gradient of the initial state and continues as 0.
     """
     HAS_RESET: tl.constexpr = reset is not None
+    HAS_DT: tl.constexpr = dt is not None
+    TIMED: tl.constexpr = dt is not None or log_bound is not None
     PACKED: tl.constexpr = offsets is not None
     SEGMENTS: tl.constexpr = products is not None
     SUMMARY: tl.constexpr = grads is None
@@ -779,7 +957,9 @@ def backward_kernel(
     num_blocks = tl.cdiv(num_features, F)
     program = tl.program_id(0)
     batch = (program // num_blocks).to(tl.int64)
-    feature = (program % num_blocks) * F + tl.arange(0, F)[None, :]
+    block = program % num_blocks
+    feature = block * F + tl.arange(0, F)[None, :]
+    unit = block * (F // V) + tl.arange(0, F // V)[None, :]
     there = feature < num_features
     begin, end, total = 0, num_steps, num_steps
     sum_row = batch
@@ -821,6 +1001,9 @@ def backward_kernel(
     if HAS_RESET:
         reset_at, reset_step = beginning(batch, reset_batch, reset_step, first_row, sign, 1, PACKED)
         reset += reset_at
+    if HAS_DT:
+        dt_at, dt_step = beginning(batch, dt_batch, dt_step, first_row, sign, 1, PACKED)
+        dt += dt_at
     if not SUMMARY:
         out_at, out_step = beginning(batch, out_batch, out_step, first_row, sign, V, PACKED)
         out = tl.multiple_of(out + out_at, ALIGNMENT) + feature
@@ -833,7 +1016,7 @@ def backward_kernel(
         keeping = tl.where(feature % 2 == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     for tile in tl.range(begin, end, C * T, num_stages=STAGES):
         first = (tile + chunk * T).to(tl.int64)
-        inputs0, inputs1, inputs2, deltas, states, is_reset, rows = (), (), (), (), (), (), ()
+        inputs0, inputs1, inputs2, deltas, states, is_reset, moments, rows = (), (), (), (), (), (), (), ()
         if PACKED:
             # One more than the steps of a chunk, because the previous state is in the row of the next u.
             for t in tl.static_range(T + 1):
@@ -860,7 +1043,10 @@ def backward_kernel(
                 states += (tl.load(out + at, inside if EVEN else inside & there, other=0.0).to(A),)
             if HAS_RESET:
                 is_reset += (tl.load(reset + address(first, t, rows, reset_step, PACKED), here, other=0) != 0,)
-        a, grads0, grads1, grads2 = (), (), (), ()
+            if TIMED:
+                at = address(first, t, rows, dt_step, PACKED) if HAS_DT else 0
+                moments += (time_of(dt, at, here, log_bound, log_bound_rest, log_range, log_range_rest, A),)
+        a, grads0, grads1, grads2, grads_dt, grads_angle = (), (), (), (), (), ()
         product = ones(C, F, A, PAIRS)
         local = tl.zeros((C, F), A)
         seen = tl.zeros((C, 1), tl.int32)
@@ -871,11 +1057,15 @@ def backward_kernel(
                 previous = tl.where(tile + chunk * T + t == total - 1, earliest, states[t])
                 if HAS_RESET:
                     previous = tl.where(is_reset[t], start, previous)
-            a_t, d0, d1, d2 = gradients(inputs0[t], inputs1[t], inputs2[t], previous, CELL, ACTIVATION, EXACT)
+            a_t, d0, d1, d2, d_dt, d_angle = gradients(
+                inputs0[t], inputs1[t], inputs2[t], previous, moments[t] if TIMED else None, CELL, ACTIVATION, EXACT
+            )
             a += (a_t,)
             grads0 += (d0,)
             grads1 += (d1,)
             grads2 += (d2,)
+            grads_dt += (d_dt,)
+            grads_angle += (d_angle,)
             if C > 1:
                 local = times(a_t, deltas[t] + local, PAIRS)
                 product = times(product, a_t, PAIRS)
@@ -903,14 +1093,21 @@ def backward_kernel(
                     grad0 = gradient_of_pairs(delta, grads0[t], grads2[t])
                 tl.store(grads + at, grad0.to(grads.dtype.element_ty), mask)
                 tl.store(grads + at + num_features, grad1.to(grads.dtype.element_ty), mask)
-                if HAS_BIAS:
-                    sum0 += grad0
-                    sum1 += grad1
                 if NUM_INPUTS > 2:
                     grad2 = delta * grads2[t]
                     tl.store(grads + at + 2 * num_features, grad2.to(grads.dtype.element_ty), mask)
                     if HAS_BIAS:
                         sum2 += grad2
+                if grad_dt is not None:
+                    for_dt = delta * grads_dt[t]
+                    if PAIRS:
+                        for_dt = gradient_of_pairs(delta, grads_dt[t], grads_angle[t])
+                    for_dt = tl.sum(tl.reshape(for_dt, (C, F // V, V)), 2)
+                    at = (dt_at + address(first, t, rows, dt_step, PACKED)) * num_units
+                    tl.store(grad_dt + at + unit, for_dt, here & (unit < num_units))
+                if HAS_BIAS:
+                    sum0 += grad0
+                    sum1 += grad1
                 before = times(a[t], delta, PAIRS)
                 if HAS_RESET:
                     if HAS_INITIAL:
