@@ -195,38 +195,29 @@ def run(
     module: Any, x: Any, states: Sequence[Any] | None, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not is_open(x) or not all(each is None or type(each) is Tensor for each in (reset, dt)):
-        return None
-    is_step = module.role == "step"
-    if x.dim() != (2 if is_step else 3):
+    if not module.planned or not is_open(x) or x.dim() != (2 if module.role == "step" else 3):
         return None
     plan = _plan_of(module)
-    leading = x.shape[:-1]
-    if (
-        not plan.is_open()
-        or plan.spec is None
-        or not all(each is None or each.shape == leading for each in (reset, dt))
-        or (dt is not None and plan.spec.cell not in TIMED)
-        or route.choose(plan.spec, x) != "native"
-    ):
+    if not plan.is_open() or plan.spec is None or route.choose(plan.spec, x) != "native":
         return None
     batch = x.shape[1 if time_first else 0]
     if states is None:
         states = module.default_states(x, batch)
-    elif len(states) != plan.num_states or not all(type(state) is Tensor for state in states):
+    elif len(states) != plan.num_states or {*map(type, states)} != {Tensor}:
         return None
-    initial_states = [] if reset is None else module.default_states(x, batch)
-    order = Layout(time_first, None, None)
-
-    def of_both_directions(values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor]) -> list[Tensor]:
-        if values is None:
-            return []
-        if is_step:
-            values = values.unsqueeze(-1)
-        return [values, in_reverse(values, order) if plan.is_bidirectional else values]
-
-    resets = of_both_directions(reset, reset_seen_in_reverse)
-    times = of_both_directions(dt, dt_seen_in_reverse)
+    initial_states = resets = times = []
+    if reset is not None or dt is not None:
+        if not all(each is None or (type(each) is Tensor and each.shape == x.shape[:-1]) for each in (reset, dt)):
+            return None
+        if dt is not None and plan.spec.cell not in TIMED:
+            return None
+        if reset is not None:
+            initial_states = module.default_states(x, batch)
+        order = Layout(time_first, None, None)
+        resets, times = (
+            _of_both_directions(values, in_reverse, module, plan, order)
+            for values, in_reverse in ((reset, reset_seen_in_reverse), (dt, dt_seen_in_reverse))
+        )
     try:
         out, last = _operator()(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, plan.cells, time_first
@@ -234,3 +225,14 @@ def run(
     except NotImplementedError:  # a tensor on another device
         return None
     return (out, last) if last else None
+
+
+def _of_both_directions(
+    values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor], module: Any, plan: Plan, order: Layout
+) -> list[Tensor]:
+    """Return resets or elapsed times as both directions see them, with a time dimension; an empty list for None."""
+    if values is None:
+        return []
+    if module.role == "step":
+        values = values.unsqueeze(-1)
+    return [values, in_reverse(values, order) if plan.is_bidirectional else values]
