@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 from torch.utils import cpp_extension
 
 WINDOWS = sys.platform == "win32"
@@ -24,9 +25,17 @@ COMPILE_ON_WINDOWS = ["/std:c++17", "/O2", "/EHsc"]
 class Build(build_ext):
     """Link to torch's libraries without a path, because torch is always loaded before the extension."""
 
+    def run(self):
+        (extension,) = self.extensions
+        # In the sources, if the install is editable.
+        library = Path(self.get_ext_fullpath(extension.name))
+        sources = [*extension.sources, *extension.depends, __file__]
+        if self.force or newer_group(sources, library, "newer"):
+            # If the build fails, a library from an earlier build must not be used.
+            library.unlink(missing_ok=True)
+            super().run()
+
     def build_extension(self, ext):
-        # If this build fails, a library from an earlier build must not be used.
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         compile_files = self.compiler.compile
 
         def compile_in_parallel(sources, **options):

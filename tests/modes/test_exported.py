@@ -119,7 +119,7 @@ def test_saved(case, exported, loaded):
 
 
 @pytest.mark.mode("AOTInductor, run without mingru")
-@parametrized(CASES, quick=[], slow=["MinGRUCell", "combined model"])
+@parametrized(CASES, quick=[], slow=["MinGRUCell"])
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.

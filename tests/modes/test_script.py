@@ -30,6 +30,7 @@ GRADED = {**DOUBLE, "requires_grad": True}
 FEW = [(2, 7), (2, 7), (2, 7), (3, 1), (1, 17)]
 MANY = [*FEW, (1, 2), (4, 15), (2, 16), (2, 40)]
 ALL = ("h", "reset")
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 # What torch itself says of all this.
 DEPRECATED = re.compile(
@@ -103,7 +104,14 @@ def with_dropout(module):
 
 
 @pytest.mark.mode("torch.jit.script")
-@pytest.mark.parametrize("given", [(), ("h",), ("reset",), ALL], ids=["x", "x and h", "x and reset", "all"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param((), id="x"),
+        *(pytest.param((name,), id=f"x and {name}", marks=EXHAUSTIVE) for name in ("h", "reset")),
+        pytest.param(ALL, id="all"),
+    ],
+)
 @every_case_of_few_quick
 def test_script(case, given):
     module = case.make(**DOUBLE)
@@ -114,7 +122,7 @@ def test_script(case, given):
 
 
 @pytest.mark.mode("torch.jit.script")
-@every_case
+@every_case_of_few_quick
 def test_script_in_training_and_not(case):
     module = with_dropout(case.make(**DOUBLE))
     run = torch.jit.script(module)

@@ -34,7 +34,13 @@ def _fresh_compiler():
 
 every_model = pytest.mark.parametrize("model", MODELS)
 # Capturing a graph takes long, so these have one layer.
-in_graphs = pytest.mark.parametrize("model", ["MinGRU with rotations", "MinLSTM"])
+in_graphs = pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("MinGRU with rotations", marks=pytest.mark.slow),
+        pytest.param("MinLSTM", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+    ],
+)
 
 
 def make(model, **more):
@@ -170,7 +176,7 @@ def test_exported(model):
         assert_close(program.module()(x, h, reset, None, dt), rnn(x, h, reset, dt=dt), **TIGHT)
 
 
-@pytest.mark.parametrize("kind", ["sequence", "step"])
+@pytest.mark.parametrize("kind", [pytest.param("sequence", marks=pytest.mark.slow), "step"])
 def test_onnx(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     rnn = mingru.MinGRU(IN, H, min_decay=0.3)

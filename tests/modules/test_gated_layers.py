@@ -40,10 +40,13 @@ def _fresh_compiler():
 every_gate = pytest.mark.parametrize("gate", GATES)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
 # Capturing a graph takes long, so here each gate has other options, with one layer.
+SLOW, EXHAUSTIVE = pytest.mark.slow, (pytest.mark.slow, pytest.mark.exhaustive)
 in_graphs = pytest.mark.parametrize(
     ("gate", "options"),
-    [("signed", {**HIGHWAY, "num_layers": 1}), ("rotation", {**ALL, "num_layers": 1})],
-    ids=["signed-highway", "rotation-all"],
+    [
+        pytest.param("signed", {**HIGHWAY, "num_layers": 1}, marks=EXHAUSTIVE, id="signed-highway"),
+        pytest.param("rotation", {**ALL, "num_layers": 1}, marks=SLOW, id="rotation-all"),
+    ],
 )
 
 
@@ -194,7 +197,9 @@ def test_exported_and_traced(gate, options):
             assert_close(run(*given), rnn(*given), **TIGHT)
 
 
-@pytest.mark.parametrize("gate", ["signed", pytest.param("rotation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "gate", [pytest.param("signed", marks=EXHAUSTIVE), pytest.param("rotation", marks=pytest.mark.slow)]
+)
 def test_onnx(gate, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     rnn = make(gate, dtype=torch.float32, candidate="tanh")
@@ -257,9 +262,14 @@ def by_steps(rnn, x):
 
 
 @pytest.mark.parametrize(
-    ("space", "options"), [(1, {"groups": 2, "candidate": "tanh"}), (2, {})], ids=["groups", "plain"]
+    ("gate", "space", "options"),
+    [
+        pytest.param("signed", 2, {}, id="signed-plain", marks=SLOW),
+        pytest.param("rotation", 1, {"groups": 2, "candidate": "tanh"}, id="rotation-groups", marks=SLOW),
+        pytest.param("signed", 1, {"groups": 2}, id="signed-groups", marks=EXHAUSTIVE),
+        pytest.param("rotation", 2, {}, id="rotation-plain", marks=EXHAUSTIVE),
+    ],
 )
-@every_gate
 def test_convolutions(gate, space, options):
     size = (5, 4)[:space]
     kind, cell_kind = (getattr(mingru, f"MinConv{space}dGRU{end}") for end in ("", "Cell"))

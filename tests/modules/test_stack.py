@@ -128,9 +128,13 @@ def assert_same(got, expected):
 # Against the layers themselves
 
 
-@scripted_slowly_or_not
 @pytest.mark.parametrize(
-    ("layers", "residual"), [*((layers, False) for layers in STACKS), *((layers, True) for layers in OF_FEATURES)]
+    ("layers", "residual", "scripted"),
+    [
+        *((layers, False, False) for layers in STACKS),
+        *((layers, True, False) for layers in OF_FEATURES),
+        *(pytest.param(layers, layers in OF_FEATURES, True, marks=pytest.mark.slow) for layers in STACKS),
+    ],
 )
 def test_equals_the_layers_by_hand(layers, residual, scripted):
     stack = Stack(layers(), residual=residual)

@@ -65,7 +65,7 @@ def test_values_and_gradients(backend, cell, activation, with_reset, reverse, st
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_derivatives(backend, cell, reverse):
-    inputs, h, initial, reset = make(2, 18, 2, reset=True)
+    inputs, h, initial, reset = make(1, 18, 2, reset=True)
     leaves = [tensor.requires_grad_() for tensor in (*inputs, h, initial)]
 
     def function(gate, candidate, h, initial):
