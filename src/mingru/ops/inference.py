@@ -207,9 +207,8 @@ def run(
         return None
     initial_states = resets = times = []
     if reset is not None or dt is not None:
-        if not all(each is None or (type(each) is Tensor and each.shape == x.shape[:-1]) for each in (reset, dt)):
-            return None
-        if dt is not None and plan.spec.cell not in TIMED:
+        fit = all(each is None or (type(each) is Tensor and each.shape == x.shape[:-1]) for each in (reset, dt))
+        if not fit or (dt is not None and plan.spec.cell not in TIMED):
             return None
         if reset is not None:
             initial_states = module.default_states(x, batch)

@@ -37,18 +37,8 @@ NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 FORWARD_VALUES = [
     *("x0", "x1", "x2", "out", "h", "initial_state", "last", "reset", "dt", "offsets", "lengths", "products", "ends"),
     *("num_steps", "num_units", "num_segments", "segment_steps"),
-    *(
-        "x_batch",
-        "x_step",
-        "out_batch",
-        "out_step",
-        "h_batch",
-        "initial_batch",
-        "reset_batch",
-        "reset_step",
-        "dt_batch",
-        "dt_step",
-    ),
+    *("x_batch", "x_step", "out_batch", "out_step", "h_batch", "initial_batch"),
+    *("reset_batch", "reset_step", "dt_batch", "dt_step"),
     *("log_bound", "log_bound_rest", "log_range", "log_range_rest", "backwards"),
 ]
 BACKWARD_VALUES = [
@@ -155,7 +145,7 @@ def hyperbolic_tangent(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def log1p_of_unit(q, EXACT: tl.constexpr):
+def log1p_of_unit(q):
     """Return log(1 + q) for q from 0 to 1, in full relative precision; see csrc/math.h."""
     if q.dtype == tl.float64:
         is_large = q > 0.41421356237309505
@@ -168,13 +158,11 @@ def log1p_of_unit(q, EXACT: tl.constexpr):
         log = 2.0 * s * sum
         # Not `where` of two numbers, which would be float32.
         return tl.where(is_large, log + 0.69314718055994530942, log)
-    elif EXACT:
+    else:
         sum = (0.005364822689443827 * q - 0.03006578609347343) * q + 0.07920452207326889
         sum = ((sum * q - 0.1375380158424377) * q + 0.191536545753479) * q - 0.2485716342926025
         sum = (sum * q + 0.3332132399082184) * q - 0.4999964833259583
         return q + q * q * sum
-    else:
-        return tl.log2(1.0 + q) * LN2
 
 
 @triton.jit
@@ -184,7 +172,7 @@ def softplus(x, EXACT: tl.constexpr):
     large = reciprocal(1.0 + p, EXACT)
     small = p * large
     left = x < 0
-    value = tl.maximum(x, 0.0, propagate_nan=NAN_STAYS) + log1p_of_unit(p, EXACT)
+    value = tl.maximum(x, 0.0, propagate_nan=NAN_STAYS) + log1p_of_unit(p)
     return value, tl.where(left, small, large), tl.where(left, large, small)
 
 
@@ -303,7 +291,7 @@ def rate_of(gate, time, EXACT: tl.constexpr):
         # The gate l with sigma(-l) = m + (1 - m) sigma(-gate), without the infinity minus infinity of an infinite gate.
         above = gate + time[1]
         _, _, below = softplus(above, EXACT)
-        excess = log1p_of_unit(power(tl.abs(above), -1, EXACT), EXACT)
+        excess = log1p_of_unit(power(tl.abs(above), -1, EXACT))
         bounded = tl.minimum(gate, minus(time[1]), propagate_nan=NAN_STAYS) - excess + time[2]
         rate, slope, _ = softplus(bounded, EXACT)
         return rate, slope * below
@@ -311,7 +299,7 @@ def rate_of(gate, time, EXACT: tl.constexpr):
 
 @triton.jit
 def decay(gate, time, EXACT: tl.constexpr):
-    """Return the weight of the candidate z, the decay 1 - z, the derivative of z, and the rate of the decay."""
+    """Return the weight z of the candidate, the decay 1 - z, the derivative of z, and with `time` the rate."""
     if time is None:
         z, a = logistic(gate, EXACT)
         return z, a, z * a, z
