@@ -595,18 +595,20 @@ def launches(monkeypatch):
 
 
 @pytest.mark.usefixtures("_auto")
-@pytest.mark.parametrize("lengths", [None, [7, 3]])
-def test_layers_run_on_triton(lengths, launches):
-    rnn = layer(num_layers=2, bidirectional=True)
+@pytest.mark.parametrize(("lengths", "timed"), [(None, False), ([7, 3], False), (None, True)])
+def test_layers_run_on_triton(lengths, timed, launches):
+    rnn = layer(num_layers=2, bidirectional=True, min_decay=[0.1, 0.6] if timed else 0.0)
     x = torch.randn(2, 7, 3, device=DEVICE)
     lengths = None if lengths is None else torch.tensor(lengths)
     reset = torch.rand(2, 7, device=DEVICE) < 0.3
-    out, last = rnn(x, None, reset, lengths)
-    grads = torch.autograd.grad(out.square().sum() + last.sum(), rnn.parameters())
+    dt = (2 * torch.rand(2, 7, device=DEVICE)).requires_grad_() if timed else None
+    leaves = [*rnn.parameters(), *([] if dt is None else [dt])]
+    out, last = rnn(x, None, reset, lengths, dt)
+    grads = torch.autograd.grad(out.square().sum() + last.sum(), leaves)
     assert launches == ["forward_kernel"] * 4 + ["backward_kernel"] * 4
     with mingru.use_backend("torch"):
-        expected, expected_last = rnn(x, None, reset, lengths)
-        truth = torch.autograd.grad(expected.square().sum() + expected_last.sum(), rnn.parameters())
+        expected, expected_last = rnn(x, None, reset, lengths, dt)
+        truth = torch.autograd.grad(expected.square().sum() + expected_last.sum(), leaves)
     for one, other in zip([out, last, *grads], [expected, expected_last, *truth], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
