@@ -246,10 +246,10 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 every_case = parametrized(CASES)
-# The cases of modes that compile for long: two layers, one cell, and a model of many classes.
-FEW_CASES = ("MinGRU", "MinLSTM", "MinGRUCell", "combined model")
-# The quick tests of a mode use one layer of each type and one cell.
-every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv2dGRU", "MinGRUCell"], slow=FEW_CASES)
+# The cases of modes that compile for long: a layer, a cell, and a model of many classes.
+FEW_CASES = ("MinGRU", "MinGRUCell", "combined model")
+# The quick tests of a mode use a layer, a convolution and a cell.
+every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinConv2dGRU", "MinGRUCell"], slow=FEW_CASES)
 every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 

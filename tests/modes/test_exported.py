@@ -5,7 +5,6 @@ import torch
 from cases import (
     CASES,
     CASES_WITH_LENGTHS,
-    FEW_CASES,
     assert_equal,
     every_case_of_few_quick,
     parametrized,
@@ -69,7 +68,7 @@ def test_export(case, exported):
 
 
 @pytest.mark.mode("torch.export, strict, with resets")
-@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinGRUCell"], slow=FEW_CASES)
+@parametrized(CASES, quick=["MinGRUCell"], slow=["MinGRU"])
 def test_export_strictly(case):
     module = case.make()
     run = export(case, module, case.resets, strict=True).module()
@@ -79,7 +78,7 @@ def test_export_strictly(case):
 
 
 @pytest.mark.mode("torch.export, core ATen")
-@parametrized(CASES, quick=["MinGRU", "MinLSTM", "MinConv1dGRU"], slow=FEW_CASES)
+@parametrized(CASES, quick=["MinGRU"], slow=["MinGRUCell"])
 def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
@@ -110,7 +109,7 @@ def loaded(exported, tmp_path_factory, request):
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
-@parametrized(CASES, quick=["MinGRU", "MinConv2dGRU"], slow=FEW_CASES)
+@parametrized(CASES, quick=["MinGRU"], slow=["MinGRUCell"])
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)

@@ -39,13 +39,14 @@ def _fresh_compiler():
 
 every_gate = pytest.mark.parametrize("gate", GATES)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
-# Capturing a graph takes long, so here each gate has other options, with one layer.
+# Capturing a graph takes long, so here each gate has other options, with one layer. CI captures rotations in
+# test_elapsed_time.py.
 SLOW, EXHAUSTIVE = pytest.mark.slow, (pytest.mark.slow, pytest.mark.exhaustive)
 in_graphs = pytest.mark.parametrize(
     ("gate", "options"),
     [
         pytest.param("signed", {**HIGHWAY, "num_layers": 1}, marks=EXHAUSTIVE, id="signed-highway"),
-        pytest.param("rotation", {**ALL, "num_layers": 1}, marks=SLOW, id="rotation-all"),
+        pytest.param("rotation", {**ALL, "num_layers": 1}, marks=EXHAUSTIVE, id="rotation-all"),
     ],
 )
 

@@ -461,7 +461,19 @@ def test_dropout_without_a_layer_to_drop_warns():
 # Scripting
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS[0],
+        OPTIONS[-1],
+        *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:-1:3]),
+        *(
+            pytest.param(options, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+            for options in [*OPTIONS[2:-1:3], *OPTIONS[3:-1:3]]
+        ),
+    ],
+    ids=named,
+)
 def test_scripted_equals_eager(options):
     rnn = make(torch.float32, **options)
     scripted = torch.jit.script(rnn)
@@ -531,7 +543,7 @@ assert "mingru" not in sys.modules
 @pytest.mark.slow
 def test_saved_modules_run_without_the_package(tmp_path):
     expected = {}
-    for index, options in enumerate(OPTIONS):
+    for index, options in enumerate(OPTIONS[::3]):
         rnn = make(torch.float32, **options)
         path = str(tmp_path / f"{index}.pt")
         torch.jit.save(torch.jit.script(rnn), path)

@@ -143,12 +143,20 @@ def check(spec, inputs, states, reset):
         assert error <= allowed, (name, spec, tuple(inputs[0].shape), error.item())
 
 
-@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize(
+    ("plan", "with_reset"),
+    [
+        *(("walk", True), ("chunks", False), ("chunks", True), ("segments", True)),
+        # The plan for this shape.
+        *(() if INTERPRETED else ((None, False), (None, True))),
+    ],
+)
 @pytest.mark.parametrize(("cell", "activation"), CELLS)
-@pytest.mark.usefixtures("_planned")
-def test_values_and_gradients(cell, activation, with_reset):
+def test_values_and_gradients(cell, activation, plan, with_reset, use_plan):
+    if plan is not None:
+        use_plan(PLANS[plan])
     reverse = (len(cell) + len(activation) + with_reset) % 2 == 0
-    inputs, states, reset = make(cell, 1, 29, 11, torch.float32, reset=with_reset)
+    inputs, states, reset = make(cell, 1, 17, 7, torch.float32, reset=with_reset)
     check(Spec(cell, activation, reverse), inputs, states, reset)
 
 
@@ -263,16 +271,16 @@ def test_the_layouts_of_elapsed_times(use_plan):
 def test_block_edges(features, use_plan):
     """The sizes of the tests of the C++ kernels, lengths around that of a tile, and each of the options in turn."""
     options = itertools.cycle(itertools.product(CELLS, [False, True], [False, True]))
-    tile = 8 if features > 65 else 32
+    tile = 8 if features > 17 else 16
     for index, steps in enumerate([1, 2, tile - 1, tile, tile + 1, 2 * tile + 2]):
         (cell, activation), reverse, with_reset = [next(options) for _ in range(features % 7 + 1)][-1]
         if features > 65:
             # One block or two, because scans of the interpreter would take too long.
             use_plan(Plan(1, 8, 1024, 1, 1, None))
         elif features > 17:
-            use_plan(Plan(2, 16, 64, 1 + index % 2, 1, None))
+            use_plan(Plan(2, 4, 64, 1 + index % 2, 1, None))
         else:
-            use_plan(Plan(4, 8, 16, 1 + index % 3, 1, 2))
+            use_plan(Plan(4, 4, 16, 1 + index % 3, 1, 2))
         inputs, states, reset = make(cell, 1 + (steps < 3), steps, features, torch.float32, reset=with_reset)
         check(Spec(cell, activation, reverse), inputs, states, reset)
 
@@ -676,7 +684,6 @@ def test_second_derivatives(cell, use_plan):
     def function(*leaves):
         return run(Spec(cell, "tanh", True), leaves[:2], leaves[2:], reset)
 
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -715,8 +722,8 @@ def test_operators_keep_torchs_contract(layout, use_plan):
     operators = torch.ops.mingru
     torch.library.opcheck(operators.recurrence_triton_forward.default, (*args, *how))
     out, last = operators.recurrence_triton_forward(*args, *how)
-    for needs_dt, needs_bias in ((False, False), (True, False), (False, True)):
-        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_dt, needs_bias)
+    for needs in (False, True):
+        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs, needs)
         torch.library.opcheck(operators.recurrence_triton_backward.default, (*args, *behind))
 
 
