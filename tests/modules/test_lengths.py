@@ -18,7 +18,19 @@ ALL = OPTIONS[-1]
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
-each_form = pytest.mark.parametrize("form", ["lengths", "scripted", "packed"])
+FORMS = ["lengths", "scripted", "packed"]
+each_form = pytest.mark.parametrize("form", FORMS)
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+# TorchScript takes long to compile.
+each_option_and_form = pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        pytest.param(options, form, marks=EXHAUSTIVE if form == "scripted" and options not in ({}, ALL) else ())
+        for form in FORMS
+        for options in OPTIONS
+    ],
+    ids=lambda value: value if isinstance(value, str) else named(value),
+)
 plain_and_all = pytest.mark.parametrize(
     "options", [{}, {"cell": "minlstm", "bidirectional": True}, ALL], ids=["plain", "minlstm", "all"]
 )
@@ -87,8 +99,7 @@ def in_padding(lengths, num_steps=S):
 # Each sequence as alone
 
 
-@each_form
-@each_option
+@each_option_and_form
 def test_each_sequence_is_as_alone(options, form):
     rnn = make(**options)
     x, reset = padded(rnn, LENGTHS)
@@ -209,8 +220,7 @@ def test_out_is_0_in_the_padding(options, form):
     assert (out[~missing] != 0).all()
 
 
-@each_form
-@each_option
+@each_option_and_form
 def test_the_padding_does_not_matter(options, form):
     rnn = make(**options)
     x, reset = padded(rnn, LENGTHS)
@@ -273,8 +283,13 @@ def test_the_past_ignores_the_future(num_layers, form):
     assert not changed[1:].any()
 
 
-@each_form
-@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(
+    ("num_layers", "form"),
+    [
+        *((count, form) for count in (1, 2) for form in FORMS if (count, form) != (2, "scripted")),
+        pytest.param(2, "scripted", marks=EXHAUSTIVE),
+    ],
+)
 @pytest.mark.parametrize("cell", KINDS)
 def test_nothing_crosses_a_reset_in_either_direction(cell, num_layers, form):
     rnn = make(cell=cell, num_layers=num_layers, bidirectional=True)
