@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each table (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=4096, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=16, help="sequences of a training step (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -139,9 +140,8 @@ def main() -> None:
         table(f"{args.prompt} tokens, {name}", prompt(options, args.prompt, args.seconds), "one pass")
     for with_conv in (False, True):
         name = "with convolutions" if with_conv else "without convolutions"
-        table(
-            f"Training step, 16 sequences of 256 tokens, {name}", training(with_conv, 16, 256, args.seconds), "mingru"
-        )
+        times = training(with_conv, args.sequences, 256, args.seconds)
+        table(f"Training step, {args.sequences} sequences of 256 tokens, {name}", times, "mingru")
         table(f"Generation of {args.tokens} tokens, {name}", generation(with_conv, args.tokens, args.seconds), "mingru")
     if args.json:
         write_json(args.json, results)

@@ -7,6 +7,7 @@ inference mode, with float32. On processors without bfloat16 matrix instructions
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import mingru
 from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 
 DIMS = 256
-HALF_SHAPES = [(8, 512, 256, 256), (16, 1024, 512, 512)]
+SHAPES = [(8, 512, 256, 256), (16, 1024, 512, 512)]
 
 
 def steps(seconds: float) -> dict[str, dict[str, float]]:
@@ -56,7 +57,7 @@ def steps(seconds: float) -> dict[str, dict[str, float]]:
     }
 
 
-def half(shape: tuple[int, int, int, int], seconds: float) -> dict[str, dict[str, float]]:
+def half(shape: Sequence[int], seconds: float) -> dict[str, dict[str, float]]:
     """Time a bfloat16 module, and a float32 module under autocast, against their linear maps."""
     batch, num_steps, input_dims, hidden_dims = shape
     groups = {}
@@ -84,15 +85,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each table (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="time only the smaller shape in bfloat16")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        action="append",
+        metavar=("B", "S", "I", "H"),
+        help="shape of the layers in bfloat16; may be repeated (default: two shapes)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(where())
     results = steps(args.seconds)
-    for shape in HALF_SHAPES[:1] if args.small else HALF_SHAPES:
-        results |= {f"(B, S, I, H) = {shape}, {title}": times for title, times in half(shape, args.seconds).items()}
+    for shape in args.shape or SHAPES:
+        titled = half(shape, args.seconds).items()
+        results |= {f"(B, S, I, H) = {tuple(shape)}, {title}": times for title, times in titled}
     for title, times in results.items():
         baseline = next(iter(times))
         rows = [[name, f"{ms:.4f}", f"{ms / times[baseline]:.2f}"] for name, ms in times.items()]
