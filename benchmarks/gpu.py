@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import write_json
+from measure import add_shape_option, write_json
 from torch import Tensor, nn
 
 import mingru
@@ -218,7 +218,7 @@ def main() -> None:
     accelerator = torch.accelerator.current_accelerator()
     parser.add_argument("--device", default=None if accelerator is None else str(accelerator))
     parser.add_argument("--seconds", type=float, default=0.2, help="for each figure (default: %(default)s)")
-    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("B", "S", "I", "H"))
+    add_shape_option(parser, "four shapes")
     parser.add_argument("--no-sweep", action="store_true", help="skip the sweep over sizes")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture of the sweep to this file")

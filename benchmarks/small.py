@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measure import where, write_json
+from measure import add_shape_option, where, write_json
 from torch import Tensor, nn
 
 import mingru
@@ -85,14 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each table (default: %(default)s)")
-    parser.add_argument(
-        "--shape",
-        type=int,
-        nargs=4,
-        action="append",
-        metavar=("B", "S", "I", "H"),
-        help="shape of the layers in bfloat16; may be repeated (default: two shapes)",
-    )
+    add_shape_option(parser, "two shapes, for the layers in bfloat16")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 
 import torch
-from measure import where, write_json
+from measure import add_shape_option, where, write_json
 from torch import Tensor, nn
 
 import mingru
@@ -215,14 +215,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     parser.add_argument("--hidden-dims", type=int, default=256, help="features in the sweep (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
-    parser.add_argument(
-        "--shape",
-        type=int,
-        nargs=4,
-        action="append",
-        metavar=("B", "S", "I", "H"),
-        help="shape to time; can be given several times (default: five shapes)",
-    )
+    add_shape_option(parser, "five shapes")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

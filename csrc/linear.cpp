@@ -11,8 +11,8 @@ namespace {
 
 using namespace mingru;
 
-// Large enough for the full speed of the matrix multiplication. 2 MB was the best compromise
-// of 0.5 to 4 MB on a processor with second-level caches of 512 KB and a third-level cache of 32 MB.
+// Large enough for the full speed of the matrix multiplication. 2 MB was the best compromise of 0.5 to 4 MB on a
+// processor with second-level caches of 512 KB and a third-level cache of 32 MB.
 constexpr int64_t block_bytes = 1 << 21;
 constexpr int64_t most_block_rows = 2048;
 // With fewer bytes to copy, a thread costs more time than it saves.

@@ -50,7 +50,7 @@ both_cells = pytest.mark.parametrize("cell", ["mingru", "minlstm"])
 every_given = pytest.mark.parametrize(
     "given",
     [
-        pytest.param(given, id=name, marks=[pytest.mark.slow, *([] if name == "all" else [pytest.mark.exhaustive])])
+        pytest.param(given, id=name, marks=pytest.mark.slow if name == "all" else pytest.mark.exhaustive)
         for name, given in GIVEN.items()
     ],
 )

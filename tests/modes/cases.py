@@ -221,15 +221,14 @@ def parametrized(
 ) -> pytest.MarkDecorator:
     """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none.
 
-    Those that `slow` does not name either are marked as exhaustive too; None marks none.
+    Those that `slow` does not name either are marked as exhaustive, which includes slow; None marks none.
     """
     params = []
     for case in cases:
         marks = []
         if quick is not None and case.name not in quick:
-            marks = [pytest.mark.slow]
-            if slow is not None and case.name not in slow:
-                marks.append(pytest.mark.exhaustive)
+            is_exhaustive = slow is not None and case.name not in slow
+            marks = [pytest.mark.exhaustive if is_exhaustive else pytest.mark.slow]
         params.append(pytest.param(case, marks=marks, id=case.name))
     return pytest.mark.parametrize("case", params)
 

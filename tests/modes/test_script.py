@@ -30,7 +30,6 @@ GRADED = {**DOUBLE, "requires_grad": True}
 FEW = [(2, 7), (2, 7), (2, 7), (3, 1), (1, 17)]
 MANY = [*FEW, (1, 2), (4, 15), (2, 16), (2, 40)]
 ALL = ("h", "reset")
-EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 # What torch itself says of all this.
 DEPRECATED = re.compile(
@@ -108,7 +107,7 @@ def with_dropout(module):
     "given",
     [
         pytest.param((), id="x"),
-        *(pytest.param((name,), id=f"x and {name}", marks=EXHAUSTIVE) for name in ("h", "reset")),
+        *(pytest.param((name,), id=f"x and {name}", marks=pytest.mark.exhaustive) for name in ("h", "reset")),
         pytest.param(ALL, id="all"),
     ],
 )

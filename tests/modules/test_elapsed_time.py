@@ -38,7 +38,7 @@ in_graphs = pytest.mark.parametrize(
     "model",
     [
         pytest.param("MinGRU with rotations", marks=pytest.mark.slow),
-        pytest.param("MinLSTM", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+        pytest.param("MinLSTM", marks=pytest.mark.exhaustive),
     ],
 )
 

@@ -41,7 +41,7 @@ every_gate = pytest.mark.parametrize("gate", GATES)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
 # Capturing a graph takes long, so here each gate has other options, with one layer. CI captures rotations in
 # test_elapsed_time.py.
-SLOW, EXHAUSTIVE = pytest.mark.slow, (pytest.mark.slow, pytest.mark.exhaustive)
+SLOW, EXHAUSTIVE = pytest.mark.slow, pytest.mark.exhaustive
 in_graphs = pytest.mark.parametrize(
     ("gate", "options"),
     [
@@ -198,9 +198,7 @@ def test_exported_and_traced(gate, options):
             assert_close(run(*given), rnn(*given), **TIGHT)
 
 
-@pytest.mark.parametrize(
-    "gate", [pytest.param("signed", marks=EXHAUSTIVE), pytest.param("rotation", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("gate", [pytest.param("signed", marks=EXHAUSTIVE), pytest.param("rotation", marks=SLOW)])
 def test_onnx(gate, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     rnn = make(gate, dtype=torch.float32, candidate="tanh")

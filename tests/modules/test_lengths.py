@@ -20,12 +20,13 @@ BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is Tr
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 FORMS = ["lengths", "scripted", "packed"]
 each_form = pytest.mark.parametrize("form", FORMS)
-EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 # TorchScript takes long to compile.
 each_option_and_form = pytest.mark.parametrize(
     ("options", "form"),
     [
-        pytest.param(options, form, marks=EXHAUSTIVE if form == "scripted" and options not in ({}, ALL) else ())
+        pytest.param(
+            options, form, marks=pytest.mark.exhaustive if form == "scripted" and options not in ({}, ALL) else ()
+        )
         for form in FORMS
         for options in OPTIONS
     ],
@@ -287,7 +288,7 @@ def test_the_past_ignores_the_future(num_layers, form):
     ("num_layers", "form"),
     [
         *((count, form) for count in (1, 2) for form in FORMS if (count, form) != (2, "scripted")),
-        pytest.param(2, "scripted", marks=EXHAUSTIVE),
+        pytest.param(2, "scripted", marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize("cell", KINDS)

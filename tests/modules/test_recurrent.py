@@ -467,10 +467,7 @@ def test_dropout_without_a_layer_to_drop_warns():
         OPTIONS[0],
         OPTIONS[-1],
         *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:-1:3]),
-        *(
-            pytest.param(options, marks=(pytest.mark.slow, pytest.mark.exhaustive))
-            for options in [*OPTIONS[2:-1:3], *OPTIONS[3:-1:3]]
-        ),
+        *(pytest.param(options, marks=pytest.mark.exhaustive) for options in [*OPTIONS[2:-1:3], *OPTIONS[3:-1:3]]),
     ],
     ids=named,
 )
@@ -540,10 +537,17 @@ assert "mingru" not in sys.modules
 """
 
 
-@pytest.mark.slow
-def test_saved_modules_run_without_the_package(tmp_path):
+@pytest.mark.parametrize(
+    "some",
+    [
+        pytest.param(OPTIONS[::3], marks=pytest.mark.slow),
+        pytest.param([*OPTIONS[1::3], *OPTIONS[2::3]], marks=pytest.mark.exhaustive),
+    ],
+    ids=["a third", "the others"],
+)
+def test_saved_modules_run_without_the_package(some, tmp_path):
     expected = {}
-    for index, options in enumerate(OPTIONS[::3]):
+    for index, options in enumerate(some):
         rnn = make(torch.float32, **options)
         path = str(tmp_path / f"{index}.pt")
         torch.jit.save(torch.jit.script(rnn), path)

@@ -134,6 +134,7 @@ def assert_same(got, expected):
         *((layers, False, False) for layers in STACKS),
         *((layers, True, False) for layers in OF_FEATURES),
         *(pytest.param(layers, layers in OF_FEATURES, True, marks=pytest.mark.slow) for layers in STACKS),
+        *(pytest.param(layers, False, True, marks=pytest.mark.exhaustive) for layers in OF_FEATURES),
     ],
 )
 def test_equals_the_layers_by_hand(layers, residual, scripted):

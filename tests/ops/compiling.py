@@ -1,8 +1,13 @@
-"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them."""
+"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
 
+As a program, print the figures of docs/how_it_works.md.
+"""
+
+import os
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +56,7 @@ class Case(NamedTuple):
 
     def __str__(self):
         words = [self.kernel.removesuffix("_kernel"), self.cell, self.activation, _TYPES[self.dtype]]
-        words += [str(self[4:7]), *(name for name in self._fields[7:14] if getattr(self, name))]
+        words += [str(self[4:7]), *(name for name, value in self._asdict().items() if value is True)]
         return " ".join(words)
 
 
@@ -180,3 +185,26 @@ class Compiled:
 
     def opcodes(self) -> Counter[str]:
         return Counter(re.sub(r"^@!?\w+\s+", "", line).split()[0].split(".")[0] for line in self.loop())
+
+
+def main() -> None:
+    """Print how long some kernels compile for sm_90, and how many instructions they have for each state."""
+    many, few = (1024, 128, 512), (8, 4096, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        # Kernels that were compiled before do not count.
+        os.environ["TRITON_CACHE_DIR"] = folder
+        Compiled(Case("forward_kernel", "mingru", "tanh", torch.float32, *few), "sm_90")
+        print("seconds  instructions  registers  kernel")
+        for cell in ("mingru", "minlstm", "mingru_rotation"):
+            for dtype in (torch.float32, torch.bfloat16):
+                for kernel in ("forward_kernel", "backward_kernel"):
+                    for shape in (many, few):
+                        case = Case(kernel, cell, "positive", dtype, *shape, has_bias=kernel == "backward_kernel")
+                        begin = time.perf_counter()
+                        found = Compiled(case, "sm_90")
+                        seconds = time.perf_counter() - begin
+                        print(f"{seconds:7.1f}  {found.per_state():12.1f}  {found.registers:9}  {case}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

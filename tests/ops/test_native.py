@@ -30,7 +30,7 @@ def inputs(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("with_bias", [pytest.param(False, marks=(pytest.mark.slow, pytest.mark.exhaustive)), True])
+@pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.parametrize("layout", ["batch first", "time first", "packed", "lengths"])
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):

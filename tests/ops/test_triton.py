@@ -40,8 +40,7 @@ PLANS = {
     "segments": Plan(2, 4, 8, 3, 1, 2),
 }
 CELLS = [
-    ("mingru", "linear"),
-    *itertools.product(NUM_INPUTS, ("positive", "tanh")),
+    *itertools.product(NUM_INPUTS, ("positive", "linear", "tanh")),
     ("linear_scan", "linear"),
     ("complex_linear_scan", "linear"),
 ]
@@ -147,11 +146,23 @@ def check(spec, inputs, states, reset):
     ("plan", "with_reset"),
     [
         *(("walk", True), ("chunks", False), ("chunks", True), ("segments", True)),
+        *(pytest.param(plan, False, marks=pytest.mark.exhaustive) for plan in ("walk", "segments")),
         # The plan for this shape.
         *(() if INTERPRETED else ((None, False), (None, True))),
     ],
 )
-@pytest.mark.parametrize(("cell", "activation"), CELLS)
+@pytest.mark.parametrize(
+    ("cell", "activation"),
+    [
+        pytest.param(
+            cell,
+            activation,
+            # CI computes linear candidates of one cell.
+            marks=pytest.mark.exhaustive if activation == "linear" and cell in NUM_INPUTS and cell != "mingru" else (),
+        )
+        for cell, activation in CELLS
+    ],
+)
 def test_values_and_gradients(cell, activation, plan, with_reset, use_plan):
     if plan is not None:
         use_plan(PLANS[plan])
@@ -684,6 +695,7 @@ def test_second_derivatives(cell, use_plan):
     def function(*leaves):
         return run(Spec(cell, "tanh", True), leaves[:2], leaves[2:], reset)
 
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -722,8 +734,8 @@ def test_operators_keep_torchs_contract(layout, use_plan):
     operators = torch.ops.mingru
     torch.library.opcheck(operators.recurrence_triton_forward.default, (*args, *how))
     out, last = operators.recurrence_triton_forward(*args, *how)
-    for needs in (False, True):
-        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs, needs)
+    for needs_dt, needs_bias in ((False, False), (True, False), (False, True)):
+        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_dt, needs_bias)
         torch.library.opcheck(operators.recurrence_triton_backward.default, (*args, *behind))
 
 
