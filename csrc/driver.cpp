@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace mingru {
@@ -53,6 +54,31 @@ const InstructionSet& chosen() {
   return set;
 }
 
+// INTERIM
+CellKind kind_of(const Scan& scan) {
+#define MINGRU_NAME(name, ...) #name,
+  static const char* const kinds[] = {MINGRU_CELLS(MINGRU_NAME)};
+  static const char* const cells[] = {MINGRU_CELL_NAMES(MINGRU_NAME)};
+#undef MINGRU_NAME
+  static const char* const activations[] = {"positive", "linear", "tanh"};
+  static const auto table = [] {
+    std::vector<int> found;
+    for (const std::string cell : cells) {
+      for (const std::string activation : activations) {
+        for (const std::string suffix : {"", "_timed"}) {
+          const std::string name = cell.find("linear_scan") == std::string::npos ? cell + "_" + activation + suffix : cell;
+          int index = 0;
+          while (index < int(std::size(kinds)) && kinds[index] != name) ++index;
+          found.push_back(index);
+        }
+      }
+    }
+    return found;
+  }();
+  const bool timed = scan.dt || scan.is_bounded;
+  return static_cast<CellKind>(table[(int(scan.cell) * 3 + int(scan.activation)) * 2 + timed]);
+}
+
 // With fewer weights, a thread costs more time than it saves.
 constexpr int64_t weights_per_thread = 1 << 16;
 
@@ -65,7 +91,7 @@ class Run {
         part_(part),
         backward_(backward),
         forward_in_time_(scan.reverse == backward),
-        kernel_(chosen().kernel(scan.cell, scan.storage)),
+        kernel_(chosen().kernel(kind_of(scan), scan.storage)),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
     const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_features;

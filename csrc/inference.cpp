@@ -1,8 +1,8 @@
 // A whole inference pass of stacked layers or residual blocks, in one call. Called only by src/mingru/ops/inference.py,
-// which writes the code of a module: a row for each instruction, (operation, state, layer, cell). An instruction
-// changes x, and takes its weights and numbers (the eps of a norm, the lower bound of a recurrence's decay) from lists that
-// are in the same order. `cells` has the names of the cells, separated by spaces. Code and numbers are tensors, because
-// reading a list of numbers takes as long as the arithmetic of a step.
+// which writes the code of a module: a row for each instruction, (instruction, whether it has a bias, state, cell and
+// activation). An instruction changes x, and takes its weights and numbers (the eps of a norm, the lower bound of a
+// recurrence's decay) from lists that are in the same order. Code and numbers are tensors, because reading a list of
+// numbers takes as long as the arithmetic of a step.
 #include "linear.h"
 
 #include <array>
@@ -15,22 +15,12 @@ namespace {
 
 using namespace mingru;
 
-enum Operation : int64_t {
-  keep,              // remember x
-  add,               // x + what was remembered last
-  add_linear,        // x + W (what was remembered last)
-  rms_norm,          // with weight
-  layer_norm,        // with weight and bias
-  linear,            // W x
-  linear_with_bias,  // W x + b
-  gelu,
-  causal_conv,            // x + a causal depthwise convolution of x
-  causal_conv_with_bias,  //
-  scan,                   // a recurrence with its linear map
-  scan_with_bias,
-  scan_both,  // in both directions: two weights
-  scan_both_with_bias,
-};
+#define MINGRU_ENUM(name) name,
+enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_ENUM) };
+#undef MINGRU_ENUM
+
+// So many values stay in the second-level cache between the three passes over them.
+constexpr int64_t values_per_erf = 1 << 14;
 
 // Thrown if an argument does not fit. The caller then runs the modules one by one, which names the argument.
 struct DoesNotFit {};
@@ -85,7 +75,7 @@ class Pass {
   Pass(
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
       const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
-      const Tensor& code, const Tensor& numbers, const std::string& cells, bool time_first)
+      const Tensor& code, const Tensor& numbers, bool time_first)
       : x_(x.dim() == 2 ? torch::stable::unsqueeze(x, 1) : x),
         weights_(weights),
         states_(states),
@@ -95,11 +85,6 @@ class Pass {
         code_(code),
         numbers_(numbers),
         time_first_(time_first) {
-    for (size_t begin = 0; begin < cells.size();) {
-      const size_t end = std::min(cells.find(' ', begin), cells.size());
-      cells_.push_back(cells.substr(begin, end - begin));
-      begin = end + 1;
-    }
     const ScalarType dtype = x.scalar_type();
     require(code.is_cpu() && code.scalar_type() == ScalarType::Long && code.dim() == 2 && code.size(1) == 4);
     require(numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double);
@@ -107,8 +92,9 @@ class Pass {
     require(x.is_cpu() && x_.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
     for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
     for (const Tensor& each : states) {
-      require(fits(each));
+      require(fits(each) && each.dim() >= 2 && each.dim() <= 4);
       last_.push_back(empty(sizes_of(each), x));
+      written_.push_back(0);
     }
     for (const Tensor& each : initial_states) require(fits(each));
     for (const Tensor& each : resets) require(each.scalar_type() == ScalarType::Bool && has_one_value_per_step(each));
@@ -120,8 +106,10 @@ class Pass {
   std::tuple<Tensor, std::vector<Tensor>> run() {
     const auto* code = static_cast<const int64_t*>(code_.data_ptr());
     for (int64_t i = 0; i < code_.size(0); ++i, code += 4) {
-      apply(static_cast<Operation>(code[0]), code[1], code[2], code[3]);
+      apply(static_cast<Instruction>(code[0]), code[1] != 0, code[2], code[3]);
     }
+    // Every layer of every state has been written.
+    for (size_t i = 0; i < states_.size(); ++i) require(written_[i] == num_layers(states_[i]));
     return {x_, last_};
   }
 
@@ -176,29 +164,18 @@ class Pass {
     }
   }
 
-  void apply(Operation operation, int64_t state, int64_t layer, int64_t cell) {
-    switch (operation) {
-      case keep: kept_.push_back(as_contiguous(x_)); return;
-      case add: add_kept(pop_kept()); return;
-      case add_linear: {
-        const Tensor kept = pop_kept();
-        const Tensor mapped = new_x(num_features());
-        const Tensor& weight = next_matrix(kept.size(2));
-        require(weight.size(0) == num_features());
-        map_rows(mapped.data_ptr(), kept.data_ptr(), num_rows(), weight, std::nullopt);
-        return add_kept(mapped);
-      }
-      case rms_norm: return norm(false);
-      case layer_norm: return norm(true);
-      case linear: return multiply_by_weight(false);
-      case linear_with_bias: return multiply_by_weight(true);
-      case gelu: return apply_gelu();
-      case causal_conv: return convolve(false, state);
-      case causal_conv_with_bias: return convolve(true, state);
-      case scan: return recur(false, false, state, layer, cell);
-      case scan_with_bias: return recur(true, false, state, layer, cell);
-      case scan_both: return recur(false, true, state, layer, cell);
-      case scan_both_with_bias: return recur(true, true, state, layer, cell);
+  void apply(Instruction instruction, bool has_bias, int64_t state, int64_t cell) {
+    switch (instruction) {
+      case Instruction::keep: kept_.push_back(as_contiguous(x_)); return;
+      case Instruction::add: return add_kept(pop_kept());
+      case Instruction::add_linear: return add_kept(mapped(pop_kept(), has_bias));
+      case Instruction::rms_norm: return norm(false);
+      case Instruction::layer_norm: return norm(true);
+      case Instruction::linear: x_ = mapped(as_contiguous(x_), has_bias); return;
+      case Instruction::gelu: return apply_gelu();
+      case Instruction::causal_conv: return convolve(has_bias, state);
+      case Instruction::scan: return recur(has_bias, false, state, cell);
+      case Instruction::scan_both: return recur(has_bias, true, state, cell);
     }
     throw DoesNotFit();
   }
@@ -232,7 +209,7 @@ class Pass {
     const double given_eps = next_number();
     with_type([&](auto type) {
       using T = decltype(type);
-      const double eps = given_eps < 0 ? std::numeric_limits<T>::epsilon() : given_eps;
+      const double eps = std::isnan(given_eps) ? std::numeric_limits<T>::epsilon() : given_eps;
       for_each_row(num_rows(), features, [&](int64_t row) {
         norm_row(
             static_cast<T*>(out.data_ptr()) + row * features, static_cast<const T*>(x.data_ptr()) + row * features,
@@ -242,24 +219,45 @@ class Pass {
     x_ = out;
   }
 
-  void multiply_by_weight(bool with_bias) {
-    const Tensor x = as_contiguous(x_);
-    const Tensor& weight = next_matrix(num_features());
+  // W x or W x + b of contiguous x.
+  Tensor mapped(const Tensor& x, bool has_bias) {
+    const Tensor& weight = next_matrix(x.size(2));
     const Tensor out = new_x(weight.size(0));
-    const MaybeTensor bias = with_bias ? MaybeTensor(next_vector(weight.size(0))) : std::nullopt;
+    MaybeTensor bias;
+    if (has_bias) bias = next_vector(weight.size(0));
     map_rows(out.data_ptr(), x.data_ptr(), num_rows(), weight, bias);
-    x_ = out;
+    return out;
   }
 
+  // x (1 + erf(x / sqrt(2))) / 2, after an operation that made a new x, because x is changed in place. Not aten::gelu,
+  // because the stable ABI never frees the string that it takes.
   void apply_gelu() {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(x_), torch::stable::detail::from(std::string("none"))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gelu", "", stack.data(), TORCH_ABI_VERSION));
-    x_ = torch::stable::detail::to<Tensor>(stack[0]);
+    require(x_.is_contiguous());
+    with_type([&](auto type) {
+      using T = decltype(type);
+      T* x = static_cast<T*>(x_.data_ptr());
+      torch::stable::parallel_for(0, x_.numel(), values_per_erf, [&](int64_t begin, int64_t end) {
+        std::vector<T> values(std::min(values_per_erf, end - begin));
+        for (int64_t i = begin; i < end; i += values_per_erf) {
+          const int64_t count = std::min(values_per_erf, end - i);
+          for (int64_t k = 0; k < count; ++k) values[k] = x[i + k] * T(0.70710678118654752440);
+          erf_in_place(matrix(values.data(), 1, count, count, 1, x_));
+          for (int64_t k = 0; k < count; ++k) x[i + k] *= T(0.5) * (T(1) + values[k]);
+        }
+      });
+    });
+  }
+
+  static void erf_in_place(const Tensor& x) {
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(x)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
   }
 
   // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.
   void convolve(bool with_bias, int64_t state) {
-    require(!time_first_ && state >= 0 && state < static_cast<int64_t>(states_.size()));
+    require(!time_first_);
+    begin_layers(state, 1);
     const int64_t features = num_features(), steps = num_steps();
     const Tensor& weight = next_matrix(features);
     const int64_t num_past = weight.size(0) - 1;
@@ -319,11 +317,22 @@ class Pass {
     x_ = out;
   }
 
-  // One layer of a state (L * D, B, 1, N), (L * D, B, N) of a layer like torch's, or (B, N) of a cell.
+  // States are (L * D, B, 1, N), (L * D, B, N) of a layer like torch's, or (B, N) of a cell.
+  static int64_t num_layers(const Tensor& state) { return state.dim() == 2 ? 1 : state.size(0); }
+
+  // Returns the index of the next layer of a state, of which the caller writes so many.
+  int64_t begin_layers(int64_t state, int64_t count) {
+    require(state >= 0 && state < static_cast<int64_t>(states_.size()));
+    const int64_t first = written_[state];
+    written_[state] += count;
+    require(written_[state] <= num_layers(states_[state]));
+    return first;
+  }
+
   Tensor layer_of(const Tensor& state, int64_t index) const {
-    const int64_t dims = state.dim(), layers = dims == 2 ? 1 : state.size(0), features = state.size(-1);
-    require(index < layers && state.size(dims == 2 ? 0 : 1) == num_batch() && (dims != 4 || state.size(2) == 1));
-    if (layers == 1) return state;
+    const int64_t dims = state.dim(), features = state.size(-1);
+    require(state.size(dims == 2 ? 0 : 1) == num_batch() && (dims != 4 || state.size(2) == 1));
+    if (num_layers(state) == 1) return state;
     char* data = static_cast<char*>(state.data_ptr()) + index * num_batch() * features * state.element_size();
     return torch::stable::from_blob(
         data, {num_batch(), 1, features}, {features, features, 1}, state.device(), state.scalar_type());
@@ -337,31 +346,30 @@ class Pass {
         data, {x.size(0), x.size(1), features}, {x.stride(0), x.stride(1), 1}, x.device(), x.scalar_type());
   }
 
-  void recur(bool with_bias, bool both, int64_t state, int64_t layer, int64_t cell_index) {
-    require(state >= 0 && state < static_cast<int64_t>(states_.size()) && layer >= 0);
-    require(cell_index >= 0 && cell_index < static_cast<int64_t>(cells_.size()));
-    const std::string& cell = cells_[cell_index];
-    const double min_decay = next_number();
-    const bool is_timed = min_decay != 0 || !times_.empty();
-    require(find_cell(is_timed ? cell + "_timed" : cell) != std::end(cell_names));
-    const int64_t directions = both ? 2 : 1;
+  void recur(bool has_bias, bool both, int64_t state, int64_t how) {
+    const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states_[state]);
     const bool has_reset = !resets_.empty();
-    const MaybeTensor initial_state = has_reset ? MaybeTensor(as_contiguous(initial_states_[state])) : std::nullopt;
-    require(h.dim() >= 2 && h.dim() <= 4);
+    const Tensor initial_state = has_reset ? as_contiguous(initial_states_[state]) : h;
+    require(!has_reset || sizes_of(initial_state) == sizes_of(h));
+    const double min_decay = next_number();
     const int64_t features = h.size(-1);
     const Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
-      const Tensor& weight = next_matrix(x.size(2));
-      require(weight.size(0) == features * num_inputs_of(cell_of(cell)));
-      const MaybeTensor bias = with_bias ? MaybeTensor(next_vector(weight.size(0))) : std::nullopt;
-      const int64_t index = layer * directions + direction;
+      const int64_t index = first + direction;
       const Tensor layer_h = layer_of(h, index);
+      Call call = call_of("inference", layer_h, has_reset ? layer_of(initial_state, index) : layer_h, how, min_decay);
+      require(times_.empty() || may_be_timed(call.cell));
+      if (has_reset) call.reset = resets_[direction];
+      if (!times_.empty()) call.dt = times_[direction];
+      call.reverse = direction == 1;
+      call.time_first = time_first_;
+      const Tensor& weight = next_matrix(x.size(2));
+      require(weight.size(0) == features * num_inputs_of(call.cell));
+      MaybeTensor bias;
+      if (has_bias) bias = next_vector(weight.size(0));
       linear_recurrence(
-          x, weight, bias, layer_h, has_reset ? layer_of(*initial_state, index) : layer_h,
-          has_reset ? MaybeTensor(resets_[direction]) : std::nullopt,
-          times_.empty() ? std::nullopt : MaybeTensor(times_[direction]), std::nullopt, std::nullopt, cell, min_decay,
-          direction == 1, time_first_, both ? half_of(out, direction) : out, layer_of(last_[state], index), nullptr);
+          call, x, weight, bias, both ? half_of(out, direction) : out, layer_of(last_[state], index), nullptr);
     }
     x_ = out;
   }
@@ -369,11 +377,11 @@ class Pass {
   Tensor x_;
   const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_, &times_;
   const Tensor &code_, &numbers_;
-  std::vector<std::string> cells_;
   const bool time_first_;
   size_t next_weight_ = 0;
   int64_t next_number_ = 0;
   std::vector<Tensor> kept_, last_;
+  std::vector<int64_t> written_;  // how many layers of each state have been written
 };
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
@@ -382,9 +390,9 @@ class Pass {
 std::tuple<Tensor, std::vector<Tensor>> inference(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
     const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
-    const Tensor& code, const Tensor& numbers, const std::string& cells, bool time_first) {
+    const Tensor& code, const Tensor& numbers, bool time_first) {
   try {
-    return Pass(x, weights, states, initial_states, resets, times, code, numbers, cells, time_first).run();
+    return Pass(x, weights, states, initial_states, resets, times, code, numbers, time_first).run();
   } catch (const DoesNotFit&) {
     return {empty({0}, x), {}};
   }
@@ -395,7 +403,7 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
       "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
-      "Tensor[] times, Tensor code, Tensor numbers, str cells, bool time_first) -> (Tensor, Tensor[])");
+      "Tensor[] times, Tensor code, Tensor numbers, bool time_first) -> (Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }

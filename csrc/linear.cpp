@@ -113,17 +113,17 @@ thread_local Scratch pre_activations_scratch, grads_scratch, rows_scratch, grad_
 // x as a matrix in the order of memory, copied only if neither x nor its transpose is contiguous.
 class InputMatrix {
  public:
-  InputMatrix(const Given& given, const Tensor& x, const Tensor& weight, bool has_lengths)
-      : matrix_(has_lengths ? with_contiguous_features(x) : contiguous(given, x, time_major_)),
-        batch_dim_(given.time_first ? 1 : 0),
+  InputMatrix(const Call& call, const Tensor& x, const Tensor& weight)
+      : matrix_(call.lengths ? with_contiguous_features(x) : contiguous(call, x, time_major_)),
+        batch_dim_(call.time_first ? 1 : 0),
         data_(static_cast<char*>(matrix_.data_ptr())),
         num_features_(x.size(-1)),
         num_columns_(weight.size(0)) {
     STD_TORCH_CHECK(
-        x.dim() == (given.batch_sizes ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() &&
-            weight.scalar_type() == x.scalar_type() && num_columns_ % num_inputs_of(cell_of(given.cell)) == 0 &&
+        x.dim() == (call.batch_sizes ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() &&
+            weight.scalar_type() == x.scalar_type() && num_columns_ % num_inputs_of(call.cell) == 0 &&
             weight.size(1) == num_features_ && x.numel() > 0,
-        given.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), contiguous");
+        call.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), contiguous");
   }
 
   // Only the valid steps are rows.
@@ -232,10 +232,10 @@ class InputMatrix {
     return x.dim() == 3 && x.stride(2) == 1 ? x : as_contiguous(x);
   }
 
-  Tensor contiguous(const Given& given, const Tensor& x, bool& time_major) {
-    STD_TORCH_CHECK(x.dim() >= 2, given.name, ": x must be (B, S, I)");
-    transposed_ = !given.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
-    time_major = given.batch_sizes || given.time_first != transposed_;
+  Tensor contiguous(const Call& call, const Tensor& x, bool& time_major) {
+    STD_TORCH_CHECK(x.dim() >= 2, call.name, ": x must be (B, S, I)");
+    transposed_ = !call.batch_sizes && x.dim() == 3 && !x.is_contiguous() && x.stride(0) < x.stride(1);
+    time_major = call.batch_sizes || call.time_first != transposed_;
     return as_contiguous(transposed_ ? torch::stable::transpose(x, 0, 1) : x);
   }
 
@@ -320,7 +320,9 @@ class SumOfBlocks {
   Tensor sum_, part_;
 };
 
-int64_t num_outputs(const std::string& cell, const Tensor& weight) { return weight.size(0) / num_inputs_of(cell_of(cell)); }
+int64_t num_outputs(const Call& call, const Tensor& weight) { return weight.size(0) / num_inputs_of(call.cell); }
+
+bool is_timed(const Call& call) { return call.dt || call.min_decay != 0; }
 
 }  // namespace
 
@@ -341,22 +343,17 @@ void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weig
 }
 
 void mingru::linear_recurrence(
-    const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const std::string& cell, double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last,
-    void* kept) {
-  const Given given{"linear_recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
-                    batch_sizes,                 cell,             min_decay,     reverse, time_first};
+    const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& out,
+    const Tensor& last, void* kept) {
   const Tensor weight = as_contiguous(any_weight);
-  InputMatrix inputs(given, x, weight, lengths.has_value());
+  InputMatrix inputs(call, x, weight);
   const int64_t columns = inputs.num_columns(), size = x.element_size();
-  Operands operands(given, x, num_outputs(cell, weight));
-  if (lengths) {
-    operands.add_lengths(*lengths);
+  Operands operands(call, x, num_outputs(call, weight));
+  if (call.lengths) {
     inputs.select_valid(operands);
     inputs.clear_padding(out);
   }
-  const LinearMap linear(operands, weight, bias, given.is_timed());
+  const LinearMap linear(operands, weight, bias, is_timed(call));
   Scan& scan = operands.scan;
   scan.out = operands.sequence(out);
   scan.last = operands.state(last, "the last state");
@@ -374,61 +371,54 @@ void mingru::linear_recurrence(
 
 namespace {
 
-// Returns all states, the last state and, if `keep`, the pre-activations, without the bias if the scan adds it.
+// Returns all states, the last state and, if the call keeps them, the pre-activations, without the bias if the scan adds it.
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const std::string& cell, double min_decay, bool reverse, bool time_first, bool keep) {
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors, int64_t how,
+    double min_decay) {
+  const Call call = call_of("linear_recurrence_forward", tensors, how, min_decay);
   STD_TORCH_CHECK(
-      x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2,
-      "linear_recurrence_forward: x must be (B, S, I), not empty, and weight (num_inputs N, I)");
+      x.numel() > 0 && x.dim() >= 2 && weight.dim() == 2, call.name,
+      ": x must be (B, S, I), not empty, and weight (num_inputs N, I)");
   int64_t num_rows = x.numel() / x.size(-1);
-  if (lengths) {
-    STD_TORCH_CHECK(x.dim() == 3, "linear_recurrence_forward: x must be (B, S, I)");
+  if (call.lengths) {
+    STD_TORCH_CHECK(x.dim() == 3, call.name, ": x must be (B, S, I)");
     num_rows = 0;
-    for (const int64_t length : checked_lengths(
-             "linear_recurrence_forward", *lengths, x.size(time_first ? 1 : 0), x.size(time_first ? 0 : 1))) {
-      num_rows += length;
-    }
+    const int64_t num_batch = x.size(call.time_first ? 1 : 0), num_steps = x.size(call.time_first ? 0 : 1);
+    for (const int64_t length : checked_lengths(call.name, *call.lengths, num_batch, num_steps)) num_rows += length;
   }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = num_outputs(cell, weight);
+  sizes.back() = num_outputs(call, weight);
+  const bool keep = has_flag(how, Flag::keep);
   // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
   Tensor pre_activations = empty({keep ? num_rows : 0, weight.size(0)}, x);
   Tensor out = empty(sizes, x);
-  Tensor last = empty(sizes_of(h), h);
-  linear_recurrence(
-      x, weight, bias, h, initial_state, reset, dt, batch_sizes, lengths, cell, min_decay, reverse, time_first, out,
-      last, keep ? pre_activations.data_ptr() : nullptr);
+  Tensor last = empty(sizes_of(call.h), call.h);
+  linear_recurrence(call, x, weight, bias, out, last, keep ? pre_activations.data_ptr() : nullptr);
   return {out, last, pre_activations};
 }
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const Tensor& h, const Tensor& initial_state,
-    const MaybeTensor& reset, const MaybeTensor& dt, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last,
-    const std::string& cell, double min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x,
-    bool needs_weight, bool needs_bias) {
-  const Given given{"linear_recurrence_backward", as_contiguous(h), initial_state, reset,   dt,
-                    batch_sizes,                  cell,             min_decay,     reverse, time_first};
+    const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors,
+    const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how,
+    double min_decay) {
+  const Call call = call_of("linear_recurrence_backward", tensors, how, min_decay);
+  const bool needs_x = has_flag(how, Flag::needs_x), needs_weight = has_flag(how, Flag::needs_weight),
+             needs_bias = has_flag(how, Flag::needs_bias);
   const Tensor weight = as_contiguous(any_weight);
-  InputMatrix inputs(given, x, weight, lengths.has_value());
+  InputMatrix inputs(call, x, weight);
   const int64_t columns = inputs.num_columns(), features = inputs.num_features(), size = x.element_size();
-  Operands operands(given, x, num_outputs(cell, weight));
-  if (lengths) {
-    operands.add_lengths(*lengths);
-    inputs.select_valid(operands);
-  }
-  const LinearMap linear(operands, weight, bias, given.is_timed());
+  Operands operands(call, x, num_outputs(call, weight));
+  if (call.lengths) inputs.select_valid(operands);
+  const LinearMap linear(operands, weight, bias, is_timed(call));
   Scan& scan = operands.scan;
   const bool kept = pre_activations.numel() > 0;
   STD_TORCH_CHECK(
       !kept || (pre_activations.is_contiguous() && pre_activations.scalar_type() == x.scalar_type() &&
                 pre_activations.numel() == inputs.num_rows() * columns),
-      given.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
+      call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   auto [grad_h, grad_initial_state, grads_of_dt] =
-      operands.add_gradients(given.h, out, grad_out, grad_last, needs_dt);
+      operands.add_gradients(call.h, out, grad_out, grad_last, has_flag(how, Flag::needs_dt));
 
   Tensor grad_x = needs_x ? inputs.empty_like_x() : empty({0}, x);
   if (needs_x) inputs.clear_padding(grad_x);
@@ -471,14 +461,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? dt, Tensor? batch_sizes, Tensor? lengths, str cell, float min_decay, bool reverse, bool time_first, "
-      "bool keep) -> (Tensor, Tensor, Tensor)");
+      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor?[] call, int how, float min_decay) -> "
+      "(Tensor, Tensor, Tensor)");
   library.def(
-      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor initial_state, Tensor? reset, "
-      "Tensor? dt, Tensor? batch_sizes, Tensor? lengths, Tensor out, Tensor pre_activations, Tensor grad_out, "
-      "Tensor grad_last, str cell, float min_decay, bool reverse, bool time_first, bool needs_dt, bool needs_x, "
-      "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor?[] call, Tensor out, "
+      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

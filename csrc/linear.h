@@ -3,14 +3,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <string>
+#include "call.h"
 
 namespace mingru {
-
-using torch::stable::Tensor;
 
 inline Tensor matrix(
     const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
@@ -34,15 +30,12 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
 
 // out = x weight^T + bias for contiguous rows x; all have the dtype of the weight, which is contiguous. bfloat16 and
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
-void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const std::optional<Tensor>& bias);
+void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
 
 // Computes all states into `out`, the last state into `last` and, if not null, the pre-activations into `kept`, in
-// the memory order of x. The other arguments are those of the operator `linear_recurrence_forward`.
+// the memory order of x. The bias may be absent.
 void linear_recurrence(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& h,
-    const Tensor& initial_state, const std::optional<Tensor>& reset, const std::optional<Tensor>& dt,
-    const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths, const std::string& cell,
-    double min_decay, bool reverse, bool time_first, const Tensor& out, const Tensor& last,
-    void* kept);
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out,
+    const Tensor& last, void* kept);
 
 }  // namespace mingru

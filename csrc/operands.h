@@ -5,41 +5,16 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
-#include <string>
-#include <vector>
 
-#include "driver.h"
+#include "call.h"
 
 namespace mingru {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-#define MINGRU_NAME(name, num_inputs, type) #name,
-#define MINGRU_COUNT(name, num_inputs, type) num_inputs,
-constexpr const char* cell_names[] = {MINGRU_CELLS(MINGRU_NAME)};
-constexpr int64_t cell_inputs[] = {MINGRU_CELLS(MINGRU_COUNT)};
-#undef MINGRU_NAME
-#undef MINGRU_COUNT
-
-const char* const* find_cell(const std::string& name) {
-  return std::find(std::begin(cell_names), std::end(cell_names), name);
-}
-
-CellKind cell_of(const std::string& name) {
-  const auto* found = find_cell(name);
-  STD_TORCH_CHECK(found != std::end(cell_names), "mingru: unknown cell ", name);
-  return static_cast<CellKind>(found - std::begin(cell_names));
-}
-
-int64_t num_inputs_of(CellKind cell) { return cell_inputs[static_cast<int>(cell)]; }
 
 Storage storage_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -67,21 +42,6 @@ std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.si
 
 Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// The arguments that all operators have in common.
-struct Given {
-  const char* name;  // name of the operator
-  const Tensor h;
-  const Tensor& initial_state;
-  const MaybeTensor& reset;
-  const MaybeTensor& dt;
-  const MaybeTensor& batch_sizes;
-  const std::string& cell;
-  double min_decay;
-  bool reverse, time_first;
-
-  bool is_timed() const { return dt || min_decay != 0; }
-};
-
 std::vector<int64_t> checked_lengths(const char* name, const Tensor& lengths, int64_t num_batch, int64_t num_steps) {
   STD_TORCH_CHECK(
       lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
@@ -100,48 +60,47 @@ class Operands {
   Scan scan{};
 
   // `like` has the leading dimensions and the dtype of all sequences.
-  Operands(const Given& given, const Tensor& like, int64_t num_features)
-      : name_(given.name), batch_dim_(given.time_first ? 1 : 0), step_dim_(given.time_first ? 0 : 1) {
+  Operands(const Call& call, const Tensor& like, int64_t num_features)
+      : name_(call.name), batch_dim_(call.time_first ? 1 : 0), step_dim_(call.time_first ? 0 : 1) {
     STD_TORCH_CHECK(like.is_cpu(), name_, ": sequences must be on the CPU");
-    scan.cell = cell_of(given.is_timed() ? given.cell + "_timed" : given.cell);
+    scan.cell = call.cell;
+    scan.activation = call.activation;
     scan.storage = storage_of(like);
     scan.num_features = num_features;
-    scan.reverse = given.reverse;
-    if (given.batch_sizes) {
-      set_packed(*given.batch_sizes, like);
+    scan.reverse = call.reverse;
+    if (call.batch_sizes) {
+      set_packed(*call.batch_sizes, like);
     } else {
       STD_TORCH_CHECK(like.dim() >= 2, name_, ": sequences must be (B, S, *)");
       scan.num_batch = like.size(batch_dim_);
       scan.num_steps = like.size(step_dim_);
     }
+    if (call.lengths) {
+      STD_TORCH_CHECK(!is_packed(), name_, ": lengths must be of sequences that are not packed");
+      lengths_ = checked_lengths(name_, *call.lengths, scan.num_batch, scan.num_steps);
+      scan.lengths = lengths_.data();
+    }
     leading_.assign(like.sizes().begin(), like.sizes().begin() + num_leading());
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
-    scan.h = state(given.h, "h");
-    if (given.dt) add_dt(*given.dt);
-    if (given.min_decay != 0) {
-      STD_TORCH_CHECK(given.min_decay > 0 && given.min_decay < 1, name_, ": min_decay must be in [0, 1)");
+    scan.h = state(call.h, "h");
+    if (call.dt) add_dt(*call.dt);
+    if (call.min_decay != 0) {
+      STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, name_, ": min_decay must be in [0, 1)");
       scan.is_bounded = true;
-      scan.log_bound = std::log(given.min_decay);
-      scan.log_range = std::log1p(-given.min_decay);
+      scan.log_bound = std::log(call.min_decay);
+      scan.log_range = std::log1p(-call.min_decay);
     }
-    if (given.reset) {
-      add_reset(*given.reset);
+    if (call.reset) {
+      add_reset(*call.reset);
       // A linear scan has no initial state: a reset sets the state to 0.
-      if (scan.cell != CellKind::linear_scan && scan.cell != CellKind::complex_linear_scan) {
-        scan.initial_state = state(contiguous(given.initial_state), "initial_state");
+      if (scan.cell != Cell::linear_scan && scan.cell != Cell::complex_linear_scan) {
+        scan.initial_state = state(contiguous(call.initial_state), "initial_state");
       }
     }
   }
 
   Operands(const Operands&) = delete;  // `scan` points into this object
-
-  // The number of valid steps of each padded sequence.
-  void add_lengths(const Tensor& lengths) {
-    STD_TORCH_CHECK(!is_packed(), name_, ": lengths must be of sequences that are not packed");
-    lengths_ = checked_lengths(name_, lengths, scan.num_batch, scan.num_steps);
-    scan.lengths = lengths_.data();
-  }
 
   bool is_packed() const { return !step_offsets_.empty(); }
   bool has_lengths() const { return !is_packed() && scan.lengths; }

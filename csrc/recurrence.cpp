@@ -9,28 +9,23 @@ void add_inputs(Operands& operands, const std::vector<Tensor>& inputs) {
   for (size_t k = 0; k < inputs.size(); ++k) operands.scan.inputs[k] = operands.readable(inputs[k]);
 }
 
-int64_t num_features(const Given& given, const std::vector<Tensor>& inputs) {
-  const int64_t count = num_inputs_of(cell_of(given.cell));
+int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
+  const int64_t count = num_inputs_of(call.cell);
   STD_TORCH_CHECK(
-      static_cast<int64_t>(inputs.size()) == count, given.name, ": the cell ", given.cell, " takes ", count,
-      " inputs, got ", inputs.size());
-  const int64_t first = given.batch_sizes ? 1 : 2;
+      static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
+  STD_TORCH_CHECK(!call.lengths, call.name, ": lengths need the linear map");
   int64_t features = 1;
-  for (int64_t dim = first; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
+  for (int64_t dim = call.batch_sizes ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
   return features;
 }
 
 std::tuple<Tensor, Tensor> recurrence_forward(
-    const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
-    const MaybeTensor& dt, const MaybeTensor& batch_sizes, const std::string& cell, double min_decay, bool reverse,
-    bool time_first) {
-  const Given given{"recurrence_forward", as_contiguous(h), initial_state, reset,   dt,
-                    batch_sizes,          cell,             min_decay,     reverse, time_first};
-  const int64_t features = num_features(given, inputs);
-  Operands operands(given, inputs[0], features);
+    const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay) {
+  const Call call = call_of("recurrence_forward", tensors, how, min_decay);
+  Operands operands(call, inputs[0], num_features(call, inputs));
   add_inputs(operands, inputs);
   Tensor out = empty(sizes_of(inputs[0]), inputs[0]);
-  Tensor last = empty(sizes_of(given.h), given.h);
+  Tensor last = empty(sizes_of(call.h), call.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
   run(operands.scan, operands.whole(), false);
@@ -40,16 +35,14 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 // Returns the gradients of the inputs, concatenated to num_inputs N features, of h, of initial_state and of dt (for each
 // group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
-    const std::vector<Tensor>& inputs, const Tensor& h, const Tensor& initial_state, const MaybeTensor& reset,
-    const MaybeTensor& dt, const MaybeTensor& batch_sizes, const Tensor& out, const Tensor& grad_out,
-    const Tensor& grad_last, const std::string& cell, double min_decay, bool reverse, bool time_first, bool needs_dt) {
-  const Given given{"recurrence_backward", as_contiguous(h), initial_state, reset,   dt,
-                    batch_sizes,           cell,             min_decay,     reverse, time_first};
-  const int64_t features = num_features(given, inputs), count = static_cast<int64_t>(inputs.size());
-  Operands operands(given, inputs[0], features);
+    const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, const Tensor& out,
+    const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
+  const Call call = call_of("recurrence_backward", tensors, how, min_decay);
+  const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
+  Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
   auto [grad_h, grad_initial_state, grads_of_dt] =
-      operands.add_gradients(given.h, out, grad_out, grad_last, needs_dt);
+      operands.add_gradients(call.h, out, grad_out, grad_last, has_flag(how, Flag::needs_dt));
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] =
@@ -63,12 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "recurrence_forward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? dt, "
-      "Tensor? batch_sizes, str cell, float min_decay, bool reverse, bool time_first) -> (Tensor, Tensor)");
+      "recurrence_forward(Tensor[] inputs, Tensor?[] call, int how, float min_decay) -> (Tensor, Tensor)");
   library.def(
-      "recurrence_backward(Tensor[] inputs, Tensor h, Tensor initial_state, Tensor? reset, Tensor? dt, "
-      "Tensor? batch_sizes, Tensor out, Tensor grad_out, Tensor grad_last, str cell, float min_decay, bool reverse, "
-      "bool time_first, bool needs_dt) -> (Tensor, Tensor, Tensor, Tensor)");
+      "recurrence_backward(Tensor[] inputs, Tensor?[] call, Tensor out, Tensor grad_out, Tensor grad_last, int how, "
+      "float min_decay) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -7,6 +7,21 @@ namespace mingru {
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
+// INTERIM: name and number of inputs of every cell.
+#define MINGRU_CELL_NAMES(CELL)  \
+  CELL(linear_scan, 2)           \
+  CELL(complex_linear_scan, 2)   \
+  CELL(mingru, 2)                \
+  CELL(mingru_signed, 2)         \
+  CELL(mingru_rotation, 2)       \
+  CELL(minlstm, 3)               \
+  CELL(minlstm_unnormalized, 3)
+
+#define MINGRU_ENUM(name, num_inputs) name,
+enum class Cell { MINGRU_CELL_NAMES(MINGRU_ENUM) };
+#undef MINGRU_ENUM
+enum class Activation { positive, linear, tanh };
+
 // Name (cell_activation), number of inputs and struct of every cell. All other lists of cells are made from this list.
 #define MINGRU_CELLS(CELL)                                               \
   CELL(linear_scan, 2, LinearScan)                                       \
@@ -58,7 +73,8 @@ struct Sequence {
 
 // States are (B, N), contiguous, in the accumulation dtype.
 struct Scan {
-  CellKind cell;
+  Cell cell;
+  Activation activation;
   Storage storage;
   int64_t num_batch, num_steps, num_features;
   bool reverse;

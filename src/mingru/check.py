@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
-from .ops.cells import GATES, TIMED
+from .ops.cells import CELLS, GATES
 from .ops.graph import are_ordinary
 from .ops.shape import accumulate_dtype
 
@@ -47,11 +47,6 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
 }
 
-# Why a cell takes no elapsed times.
-NOT_TIMED = {
-    "mingru_signed": "the gate is 'signed', and a flip of the sign has no fraction",
-    "minlstm_unnormalized": "normalize is False, so that the gates have no common decay",
-}
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
 
@@ -318,8 +313,9 @@ def check_dt(
     """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
     if dt is None:
         return
-    if cell not in TIMED:
-        raise ValueError(expectation(name, "dt", f"None because {NOT_TIMED[cell]}", type(dt).__name__))
+    why_not = CELLS[cell].not_timed
+    if why_not is not None:
+        raise ValueError(expectation(name, "dt", f"None because {why_not}", type(dt).__name__))
     check_like(name, "dt", dt, sequence, like_name, or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
     if dt.shape != sequence.shape[:2]:
         expected = f"{letters} = {dims(sequence.shape[:2])}"

@@ -259,9 +259,9 @@ def type_of(module):
 
 def test_a_compiled_part_is_called():
     stack = mingru.Stack([layer(), layer()])
-    assert inference._plan_of(stack).is_open()
+    assert inference.plan_of(stack).is_open()
     stack.layers[0].compile(backend="eager")
-    assert not inference._plan_of(stack).is_open()
+    assert not inference.plan_of(stack).is_open()
 
 
 @pytest.mark.parametrize("make", [layer, block])
@@ -345,7 +345,7 @@ def test_a_highway_is_called_one_by_one(calls):
     for module in (highway, mingru.Stack([highway])):
         result, is_one = calls.in_one(module, x)
         assert not is_one
-        assert not inference._plan_of(module).is_open()
+        assert not inference.plan_of(module).is_open()
         assert_same(result, calls.one_by_one(module, x), torch.float32)
 
 
@@ -486,7 +486,7 @@ def test_modules_are_freed():
     module = block()
     with torch.no_grad():
         module(torch.randn(2, 3, 8))
-    assert module in inference._plans
+    assert module._plan.is_supported
     found = weakref.ref(module)
     del module
     gc.collect()

@@ -6,7 +6,8 @@ from torch import nn
 
 import mingru
 from mingru import functional
-from mingru.ops.backends import tensors
+from mingru.ops import Spec
+from mingru.ops.backends import native, tensors
 
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
@@ -73,11 +74,11 @@ def test_a_learned_state_of_images_compiles_with_resets():
 def test_a_permuted_state_keeps_torchs_contract():
     h = torch.rand(4, 1, 2).permute(2, 1, 0)
     pair = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
-    beside, behind = (h, h.contiguous(), None, None, None), ("mingru_positive", 0.0, False, False)
+    call, how = [h, h.contiguous(), None, None, None, None], native.number_of(Spec("mingru", "positive", False))
     operators = torch.ops.mingru
-    torch.library.opcheck(operators.recurrence_forward.default, (pair, *beside, *behind))
-    out, last = operators.recurrence_forward(pair, *beside, *behind)
-    torch.library.opcheck(operators.recurrence_backward.default, (pair, *beside, out, out, last, *behind, False))
+    torch.library.opcheck(operators.recurrence_forward.default, (pair, call, how, 0.0))
+    out, last = operators.recurrence_forward(pair, call, how, 0.0)
+    torch.library.opcheck(operators.recurrence_backward.default, (pair, call, out, out, last, how, 0.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

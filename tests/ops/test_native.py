@@ -24,6 +24,12 @@ def run(gate, candidate, h=None, **options):
     return mingru.functional.mingru(gate, candidate, h, backend="native", **options)
 
 
+def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=None, min_decay=0.0, flags=()):
+    """Return a call as the operators take it; `flags` are in the order of csrc/call.h."""
+    how = native.number_of(Spec(cell, "positive", False)) | sum(flag << bit for bit, flag in enumerate(flags, 16))
+    return [h, initial, reset, dt, batch_sizes, lengths], how, min_decay
+
+
 def inputs(*shape, dtype=torch.float32):
     return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
 
@@ -34,7 +40,7 @@ def inputs(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("layout", ["batch first", "time first", "packed", "lengths"])
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
-    count, name = ops.NUM_INPUTS[cell], f"{cell}_positive"
+    count = ops.NUM_INPUTS[cell]
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
     lengths = torch.tensor([20, 1, 7]) if layout == "lengths" else None
     leading = {"batch first": (3, 20), "time first": (20, 3), "packed": (11,), "lengths": (3, 20)}[layout]
@@ -45,66 +51,71 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     # dt selects the timed form of a cell.
     is_timed = cell in TIMED and with_bias and with_reset
     dt, min_decay = (torch.rand(*leading), 0.2) if is_timed else (None, 0.0)
-    beside, behind = (h, initial, reset, dt, batch_sizes), (name, min_decay, reverse, layout == "time first")
-    out, last = torch.ops.mingru.recurrence_forward(pre, *beside, *behind)
+    tensors, flags = (h, initial, reset, dt, batch_sizes), (reverse, layout == "time first")
+    call = call_of(cell, *tensors, min_decay=min_decay, flags=flags)
+    out, last = torch.ops.mingru.recurrence_forward(pre, *call)
     x, weight = torch.randn(*leading, 4), torch.randn(count * 5, 4)
     product = torch.randn(out[..., 0].numel() if lengths is None else 28, count * 5)
     grad = (torch.randn_like(out), last)
+    _, how, _ = backward = call_of(cell, *tensors, min_decay=min_decay, flags=(*flags, False, is_timed))
+    needs = (is_timed, with_bias, with_reset, reverse and with_bias)
+    with_lengths = call_of(cell, *tensors, lengths, min_decay, (*flags, with_bias, *needs))
     calls = {
-        "recurrence_forward": (pre, *beside, *behind),
-        "recurrence_backward": (pre, *beside, out, *grad, *behind, is_timed),
-        "linear_recurrence_forward": (x, weight, bias, *beside, lengths, *behind, with_bias),
-        "linear_recurrence_backward": (
-            *(x, weight, bias, *beside, lengths, out, product, *grad, *behind),
-            *(is_timed, with_bias, with_reset, reverse),
-        ),
+        "recurrence_forward": (pre, *call),
+        "recurrence_backward": (pre, backward[0], out, *grad, how, min_decay),
+        "linear_recurrence_forward": (x, weight, bias, *with_lengths),
+        "linear_recurrence_backward": (x, weight, bias, with_lengths[0], out, product, *grad, *with_lengths[1:]),
     }
     if layout != "packed":
-        scanned = (pre[:2], h, h, reset, None, None)
-        calls["recurrence_forward"] = (*scanned, "linear_scan", 0.0, *behind[2:])
+        calls["recurrence_forward"] = (pre[:2], *call_of("linear_scan", h, h, reset, flags=flags))
     checks = torch.library._OPCHECK_DEFAULT_UTILS if lengths is None else "test_schema"
     for operator, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.mingru, operator).default, args, test_utils=checks)
     apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
-    torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *beside, *behind))
+    torch.library.opcheck(torch.ops.mingru.recurrence_forward.default, (apart, *call))
 
 
 def test_operators_refuse_what_would_read_past_the_end():
     gate, candidate = inputs(3, 20, 5)
     h = torch.rand(3, 1, 5)
     pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
-    name = "mingru_positive"
-    for bad in [
-        ([gate, candidate[:, :19]], h, h, None, None, None, name, 0.0, False, False),
-        (pair, h[:2], h, None, None, None, name, 0.0, False, False),
-        (pair, h, h[:2], torch.zeros(3, 20, dtype=torch.bool), None, None, name, 0.0, False, False),
-        (pair, h.double(), h, None, None, None, name, 0.0, False, False),
-        ([gate, candidate.double()], h, h, None, None, None, name, 0.0, False, False),
-        (pair, h, h, torch.zeros(3, 19, dtype=torch.bool), None, None, name, 0.0, False, False),
-        (pair, h, h, torch.zeros(20, 3, dtype=torch.bool), None, None, name, 0.0, False, False),
-        (pair, h, h, torch.zeros(3, 20), None, None, name, 0.0, False, False),
-        (pair, h, h, None, None, None, "mingru", 0.0, False, False),
-        (pair, h, h, None, None, None, "", 0.0, False, False),
-        (pair, h, h, None, None, None, "minlstm_positive", 0.0, False, False),
-        (pair, h, h, None, None, None, name, 0.0, False, True),
-        ([], h, h, None, None, None, name, 0.0, False, False),
-        ([gate[0, 0], candidate[0, 0]], h, h, None, None, None, name, 0.0, False, False),
-        ([gate[:0], candidate[:0]], h[:0], h[:0], None, None, None, name, 0.0, False, False),
-        (packed_pair, h, h, None, None, torch.tensor([3, 4, 13]), name, 0.0, False, False),
-        (packed_pair, h, h, None, None, torch.tensor([3, 3, 3]), name, 0.0, False, False),
-        (packed_pair, h, h, None, None, torch.tensor([20, 0]), name, 0.0, False, False),
-        (packed_pair, h, h, None, None, torch.tensor([10, 10], dtype=torch.int32), name, 0.0, False, False),
-        (pair, h, h, None, None, torch.tensor([20]), name, 0.0, False, False),
-        (pair, h, h, None, torch.ones(3, 19), None, name, 0.0, False, False),
-        (pair, h, h, None, torch.ones(20, 3), None, name, 0.0, False, False),
-        (pair, h, h, None, torch.ones(3, 20).double(), None, name, 0.0, False, False),
-        (pair, h, h, None, torch.ones(3, 20), None, "mingru_signed_positive", 0.0, False, False),
-        (pair, h, h, None, None, None, "linear_scan", 0.5, False, False),
-        (pair, h, h, None, None, None, name, 1.0, False, False),
-        (pair, h, h, None, None, None, name, -0.5, False, False),
+    mask, number = torch.zeros(3, 20, dtype=torch.bool), native.number_of(Spec("mingru", "positive", False))
+    one = call_of("mingru", h, h)[0]
+    for tensors, *call in [
+        ([gate, candidate[:, :19]], *call_of("mingru", h, h)),
+        (pair, *call_of("mingru", h[:2], h)),
+        (pair, *call_of("mingru", h, h[:2], mask)),
+        (pair, *call_of("mingru", h.double(), h)),
+        ([gate, candidate.double()], *call_of("mingru", h, h)),
+        (pair, *call_of("mingru", h, h, mask[:, :19])),
+        (pair, *call_of("mingru", h, h, mask.t())),
+        (pair, *call_of("mingru", h, h, mask.float())),
+        (pair, one[:5], number, 0.0),
+        (pair, [None, *one[1:]], number, 0.0),
+        (pair, one, 255, 0.0),
+        (pair, one, len(native.CELLS), 0.0),
+        (pair, one, number | 3 << 8, 0.0),
+        (pair, *call_of("minlstm", h, h)),
+        (pair, *call_of("mingru", h, h, flags=(False, True))),
+        ([], *call_of("mingru", h, h)),
+        ([gate[0, 0], candidate[0, 0]], *call_of("mingru", h, h)),
+        ([gate[:0], candidate[:0]], *call_of("mingru", h[:0], h[:0])),
+        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([3, 4, 13]))),
+        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([3, 3, 3]))),
+        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([20, 0]))),
+        (packed_pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([10, 10], dtype=torch.int32))),
+        (pair, *call_of("mingru", h, h, batch_sizes=torch.tensor([20]))),
+        (pair, *call_of("mingru", h, h, lengths=torch.tensor([20, 1, 7]))),
+        (pair, *call_of("mingru", h, h, dt=torch.ones(3, 19))),
+        (pair, *call_of("mingru", h, h, dt=torch.ones(20, 3))),
+        (pair, *call_of("mingru", h, h, dt=torch.ones(3, 20).double())),
+        (pair, *call_of("mingru_signed", h, h, dt=torch.ones(3, 20))),
+        (pair, *call_of("linear_scan", h, h, min_decay=0.5)),
+        (pair, *call_of("mingru", h, h, min_decay=1.0)),
+        (pair, *call_of("mingru", h, h, min_decay=-0.5)),
     ]:
         with pytest.raises(RuntimeError, match=r"mingru|recurrence"):
-            torch.ops.mingru.recurrence_forward(*bad)
+            torch.ops.mingru.recurrence_forward(tensors, *call)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +133,7 @@ def test_operators_refuse_what_would_read_past_the_end():
 def test_operators_refuse_wrong_lengths(lengths):
     x, weight, h = torch.randn(3, 20, 4), torch.randn(10, 4), torch.rand(3, 1, 5)
     with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
-        torch.ops.mingru.linear_recurrence_forward(
-            x, weight, None, h, h, None, None, None, lengths, "mingru_positive", 0.0, False, False, True
-        )
+        torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call_of("mingru", h, h, lengths=lengths))
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,10 @@ class GRU(_DropIn, role="torch", planned=True):
         """Return the state that replaces hx=None."""
         return [self._state(x, None, batch).squeeze(2)]
 
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shape of the state in a list."""
+        return [(self.num_layers * self.num_directions, batch, self.hidden_size)]
+
     def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
         data = input.data
         if data.dim() != 2:
@@ -397,6 +401,10 @@ class GRUCell(_DropIn, role="step", planned=True):
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the state that replaces hx=None."""
         return [self._state(x, None, batch).view(batch, self.hidden_size)]
+
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shape of the state in a list."""
+        return [(batch, self.hidden_dims)]
 
     @untraced
     def _check_call(self, input: Tensor, hx: Tensor | None) -> None:

@@ -26,6 +26,7 @@ from ..modules.recurrent import NORMS
 from ..modules.shared import not_default, weight_of
 from ..ops import inference, layout
 from ..ops.graph import is_autocast, is_scripting, untraced
+from ..ops.inference import Plan
 from .causal_conv import CausalConv
 from .state import check_states
 
@@ -175,26 +176,28 @@ class Block(Base, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return self.initial_state(batch)
 
-    def plan(self, plan: Any) -> None:
+    def plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
         plan.dropout(self)
         state = plan.num_states
-        if plan.child(self, "conv", CausalConv) is not None:
-            plan.weight(self.conv, "weight")
-            has_bias = plan.bias(self.conv)
-            plan.add("causal_conv_with_bias" if has_bias else "causal_conv", state + 1)
-        plan.add("keep")
-        plan.child(self, "rnn").plan(plan)
-        plan.add_linear(self, "out")
-        plan.add("add")
+        if self.conv is not None:
+            plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
+        plan.require(self.num_states == 1 + (self.conv is not None))
+        features = plan.keep()
+        rnn = plan.child(self.rnn, *CELLS.values())
+        plan.require(rnn.batch_first)
+        rnn.plan(plan)
+        plan.linear(self.out)
+        plan.add(features)
         if self.mlp is not None:
-            plan.children(self, "mlp", nn.RMSNorm, nn.LayerNorm, nn.Linear, nn.GELU)
-            plan.add("keep")
-            plan.add_norm(self.mlp, "0")
-            plan.add_linear(self.mlp, "1")
-            plan.add("gelu")
-            plan.add_linear(self.mlp, "3")
-            plan.add("add")
+            parts = plan.children(self.mlp, nn.Sequential, *NORMS.values(), nn.Linear, nn.GELU)
+            plan.require(len(parts) == 4)
+            features = plan.keep()
+            plan.norm(parts[0])
+            plan.linear(parts[1])
+            plan.gelu(parts[2])
+            plan.linear(parts[3])
+            plan.add(features)
         plan.num_states = state + self.num_states
 
     def with_states(

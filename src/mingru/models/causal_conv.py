@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.inference import plannable
 
+
+@plannable
 class CausalConv(nn.Module):
     """Compute y_t = bias + sum_k weight_k * x_{t-k}, with k from 0 to kernel_size - 1, for each feature on its own.
 

@@ -64,6 +64,10 @@ class RecurrentCell(Recurrent, role="step"):
         """Return the state that replaces h=None."""
         return [self._state(x, None, batch).view(batch, self.hidden_dims)]
 
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shape of the state in a list."""
+        return [(batch, self.hidden_dims)]
+
     @untraced
     def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> None:
         """Raise an error if an argument is invalid."""

@@ -36,8 +36,9 @@ from ..check import (
     expectation,
 )
 from ..ops import Layout, Spec, Start, States, inference, layout, traceable
-from ..ops.cells import GATES, TIMED, zero_state
+from ..ops.cells import CELLS, GATES, zero_state
 from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
+from ..ops.inference import Plan, plannable
 from ..ops.shape import accumulate_dtype, as_dtype
 from .base import Base
 from .shared import in_reverse, not_default, reshaped, weight_of
@@ -45,6 +46,7 @@ from .shared import in_reverse, not_default, reshaped, weight_of
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
+@plannable
 class RecurrentLayer(nn.Module):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
@@ -65,6 +67,7 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         output_dims = hidden_dims * (2 if bidirectional else 1)
         self.cell = cell
+        self.hidden_dims = hidden_dims
         self.num_inputs = ops.NUM_INPUTS[cell]
         self.candidate = candidate
         self.min_decay = min_decay
@@ -97,19 +100,17 @@ class RecurrentLayer(nn.Module):
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def plan(self, plan: Any, state: int, index: int) -> None:
+    def plan(self, plan: Plan, state: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.watch(vars(self), "cell", "candidate", "min_decay", "residual", "highway")
-        plan.is_supported &= not self.highway
-        if self.residual:
-            plan.add("keep")
+        plan.require(not self.highway, self.num_inputs == ops.NUM_INPUTS[self.cell])
+        features = plan.keep() if self.residual else 0
         if self.norm is not None:
-            plan.add_norm(self, "norm")
-        plan.add_scan(self, self._spec(False), state, index)
+            plan.norm(self.norm)
+        plan.scan(self._spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
         if self.residual and self.align is None:
-            plan.add("add")
+            plan.add(features)
         elif self.residual:
-            plan.add_linear(self, "align", "add_linear")
+            plan.add_linear(self.align, features)
 
     def _spec(self, reverse: bool) -> Spec:
         return Spec(self.cell, self.candidate, reverse, self.min_decay)
@@ -206,7 +207,7 @@ class Recurrent(Base, role="sequence"):
         self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
         if self.cell == "mingru":
             self.cell = GATES[gate]
-        self.is_timed = self.cell in TIMED
+        self.is_timed = CELLS[self.cell].not_timed is None
         self.learn_initial_state = learn_initial_state
         self.recompute = recompute
 
@@ -305,12 +306,21 @@ class Recurrent(Base, role="sequence"):
         """Return the states that replace h=None."""
         return [self._state(x, None, batch)]
 
-    def plan(self, plan: Any) -> None:
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shape of the state in a list."""
+        return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
+
+    def plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
-        plan.watch(vars(self), "batch_first")
-        plan.dropout(self)
-        for index, layer in enumerate(plan.children(self, "layers", RecurrentLayer)):
-            layer.plan(plan, plan.num_states, index)
+        layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer)
+        plan.require(len(layers) == self.num_layers)
+        if len(layers) > 1:
+            plan.dropout(self)
+        for layer in layers:
+            plan.require(
+                layer.hidden_dims == self.hidden_dims, (layer.linear_reverse is not None) == (self.num_directions == 2)
+            )
+            layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
     def _takes_lengths(self, x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check import arguments_checked, check_dropout, check_flags, dims, expectation
 from ..ops import inference, layout
 from ..ops.graph import is_scripting, is_tracing, untraced
+from ..ops.inference import Plan
 from .base import Base
 
 PASS_A_LIST = "pass the layers in one list"
@@ -120,21 +121,27 @@ class Stack(Base, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
 
-    def plan(self, plan: Any) -> None:
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the layers' states."""
+        return [shape for layer in self.layers for shape in layer.state_shapes(batch)]  # type: ignore[operator]
+
+    def plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
-        plan.watch(vars(self), "batch_first", "residual")
-        if len(self.layers) > 1:
+        layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each.planned})
+        aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
+        plan.require(len(aligns) == len(layers) == len(self.ends) - 1, self.num_states == self.ends[-1])
+        first = plan.num_states
+        if len(layers) > 1:
             plan.dropout(self)
-        aligns = plan.children(self, "aligns", nn.Identity, nn.Linear)
-        for index, layer in enumerate(plan.children(self, "layers")):
-            if self.residual:
-                plan.add("keep")
-            if layer.planned:
-                layer.plan(plan)
-            if self.residual and isinstance(aligns[index], nn.Identity):
-                plan.add("add")
+        for layer, align, end in zip(layers, aligns, self.ends[1:], strict=True):
+            plan.require(layer.role == "sequence", layer.batch_first == self.batch_first)
+            features = plan.keep() if self.residual else 0
+            layer.plan(plan)
+            plan.require(plan.num_states == first + end)
+            if self.residual and isinstance(align, nn.Identity):
+                plan.add(features)
             elif self.residual:
-                plan.add_linear(self.aligns, str(index), "add_linear")
+                plan.add_linear(align, features)
 
     def _align(self, index: int, layer: Any) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""

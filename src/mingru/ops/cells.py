@@ -1,10 +1,12 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t from the pre-activations.
 
-To add a cell, add an entry to `NUM_INPUTS`, a function to `coefficients` and an entry to MINGRU_CELLS in csrc/scan.h.
+To add a cell, add an entry to `CELLS` and a branch to `coefficients`. It then runs everywhere as tensor operations.
+CONTRIBUTING.md says how to add it to the kernels in C++ and Triton.
 Everything here is scriptable and twice differentiable.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +16,34 @@ from .activation import activate, log_g
 from .call import Spec
 from .shape import accumulate_dtype, along, as_dtype, to_pairs
 
-# Order of the inputs, as in the rows of the weight: gate, candidate; forget, input, candidate. All cells have |a| <= 1.
-NUM_INPUTS = {"mingru": 2, "mingru_signed": 2, "mingru_rotation": 2, "minlstm": 3, "minlstm_unnormalized": 3}
+
+class Cell(NamedTuple):
+    """What other files must know of a cell. All cells have |a| <= 1."""
+
+    num_inputs: int
+    """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate."""
+    has_logarithms: bool = True
+    """Whether a and b are positive if the candidate is positive."""
+    not_timed: str | None = None
+    """Why the cell takes no elapsed times and no lower bound; None if |a| is a decay, so that it takes both."""
+
+
+CELLS = {
+    "mingru": Cell(2),
+    "mingru_signed": Cell(2, False, "the gate is 'signed', and a flip of the sign has no fraction"),
+    "mingru_rotation": Cell(2, False),
+    "minlstm": Cell(3),
+    "minlstm_unnormalized": Cell(3, True, "normalize is False, so that the gates have no common decay"),
+}
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
+TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
 GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
-# Cells whose |a| is a decay that may have a lower bound, and whose steps may have an elapsed time.
-TIMED = ("mingru", "mingru_rotation", "minlstm")
-# Cells whose a and b are positive if the candidate is positive.
-WITH_LOGARITHMS = ("mingru", "minlstm", "minlstm_unnormalized")
 
 
 def zero_state(cell: str, activation: str) -> float:
     """Return the default initial state: g(0) = 0.5, or 0 if the state may be negative."""
-    return 0.5 if activation == "positive" and cell in WITH_LOGARITHMS else 0.0
+    return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else 0.0
 
 
 def is_complex(spec: Spec) -> bool:

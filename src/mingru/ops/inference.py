@@ -1,172 +1,213 @@
 """One operator for the whole inference pass of a module: norms, linear maps, recurrences and residuals.
 
-A module writes its instructions, weights and everything that they depend on into a `Plan` (its method `plan`). The plan
-is kept until something of that has changed. `run` returns None whenever the modules must be called one by one: with
-gradients, hooks, autocast, transforms, graph capture or arguments that do not fit. Those calls also name wrong
-arguments.
+A class with `planned=True` writes the instructions of its modules into a `Plan` (its method `plan`). An instruction
+checks that the module that it replaces is exactly what it computes, and refuses every other one. After any change of a
+module or its submodules, the plan is made again.
+
+`run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
+capture, a refused module or unusual arguments. Those calls also name wrong arguments.
 """
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import repeat
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import route
+from .backends import native
 from .call import Layout, Spec
-from .cells import TIMED
+from .cells import CELLS
 from .graph import is_compiling, is_untransformed
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 
 _DTYPES = (torch.float32, torch.float64)
-# The order of `Operation` in csrc/inference.cpp.
-_OPERATIONS = {
-    name: number
-    for number, name in enumerate(
-        (
-            *("keep", "add", "add_linear", "rms_norm", "layer_norm", "linear", "linear_with_bias", "gelu"),
-            *("causal_conv", "causal_conv_with_bias"),
-            *("scan", "scan_with_bias", "scan_both", "scan_both_with_bias"),
-        )
-    )
-}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALL = nn.Module.__call__
+# The `forward` of every class that a plan may replace, to notice if somebody replaces it.
+_OF_TORCH = (nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)
+_FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in _OF_TORCH}
+
+
+def plannable(cls: type[nn.Module]) -> type[nn.Module]:
+    """Register a class whose `forward` instructions may replace."""
+    _FORWARDS[cls] = cls.forward
+    return cls
 
 
 class Plan:
-    """The instructions and weights of a module, and what must not change as long as they are used."""
+    """The instructions and weights of a module, and everything from which they were made."""
 
-    def __init__(self) -> None:
-        self.is_supported = True
-        self.num_states = 0
+    def __init__(self, module: Any) -> None:
         self.weights: list[Tensor] = []
-        self._cells: list[str] = []
+        self.num_states = 0
+        self.is_bidirectional = False
+        self._features = module.input_dims
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
-        self.spec: Spec | None = None
-        self.is_bidirectional = False
+        self._type = type(module)
+        self._submodules: list[nn.Module] = []
+        self._types: list[type] = []
+        # The attributes and the children of each module, and copies of them.
+        self._now: list[dict[str, Any]] = []
+        self._then: list[dict[str, Any]] = []
         self._hooks: list[dict[Any, Any]] = []
-        # Entries of dictionaries that must stay the same objects.
-        self._dicts: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        self._values: list[Any] = []
+        # Parameters must be the same objects: equal ones could be changed later.
+        self._parameters: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
+        self.is_supported = True
+        try:
+            self._watch(module)
+            module.plan(self)
+            self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
+            self.numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
+        except Exception:
+            # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
+            self.is_supported = False
+        classes = {self._type, *self._types}
+        self._classes = [cls for cls in _FORWARDS if cls in classes]
+        self._forwards = [_FORWARDS[cls] for cls in self._classes]
 
-    def finish(self) -> None:
-        """Bring the instructions into the form that the operator reads."""
-        self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
-        self.cells = " ".join(self._cells)
-        self.numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
-
-    def is_current(self) -> bool:
-        return all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
+    def is_current(self, module: nn.Module) -> bool:
+        """Return whether nothing has changed."""
+        try:
+            return (
+                type(module) is self._type
+                and all(map(operator.is_, map(type, self._submodules), self._types))
+                and self._now == self._then
+                and all(map(operator.is_, map(dict.get, *self._parameters[:2]), self._parameters[2]))
+            )
+        except Exception:
+            return False  # values that cannot be compared, such as tensors, are new
 
     def is_open(self) -> bool:
-        return self.is_supported and not any(self._hooks)
+        """Return whether the instructions compute what the modules would compute if they were called now."""
+        return (
+            self.is_supported
+            and not any(self._hooks)
+            and [cls.forward for cls in self._classes] == self._forwards
+            and nn.Module.__call__ is _CALL
+        )
 
-    def watch(self, entries: dict[str, Any], *keys: str) -> None:
-        """Make the plan invalid as soon as one of these entries is another object."""
-        for key in keys:
-            self._dicts.append(entries)
-            self._keys.append(key)
-            self._values.append(entries.get(key))
+    def require(self, *conditions: bool) -> None:
+        """Refuse the module if an assumption of the instructions does not hold."""
+        if not all(conditions):
+            raise ValueError("the instructions cannot describe this module")
 
-    def child(self, parent: nn.Module, name: str, *types: type[nn.Module]) -> Any:
-        """Return a submodule that the instructions replace, which is of one of these types or planned."""
-        self.watch(parent._modules, name)
-        module = parent._modules.get(name)
-        if module is not None:
-            self.watch(vars(module), "forward", "_compiled_call_impl")
-            self._hooks += [
-                *(module._forward_hooks, module._forward_pre_hooks),
-                *(module._backward_hooks, module._backward_pre_hooks),
-            ]
-            is_known = type(module) in types or getattr(module, "planned", False)
-            # `module.compile()` sets this attribute.
-            is_compiled = vars(module).get("_compiled_call_impl") is not None
-            self.is_supported &= is_known and not is_compiled and "forward" not in vars(module)
+    def child(self, module: Any, *types: type) -> Any:
+        """Return a submodule of which the plan depends, and refuse all but these types."""
+        self._submodules.append(module)
+        self._types.append(type(module))
+        self._watch(module)
+        self.require(type(module) in types)
         return module
 
-    def children(self, parent: nn.Module, name: str, *types: type[nn.Module]) -> list[Any]:
-        """Return the submodules of a `ModuleList` or `Sequential`."""
-        container = self.child(parent, name, nn.ModuleList, nn.Sequential)
-        self.watch(vars(container), "_modules")
-        return [self.child(container, index, *types) for index in container._modules]
+    def children(self, container: Any, type_of_container: type, *types: type) -> list[Any]:
+        """Return the submodules of a list or sequence of modules."""
+        self.child(container, type_of_container)
+        return [self.child(module, *types) for module in container._modules.values()]
 
-    def add(self, operation: str, state: int = 0, layer: int = 0, cell: int = 0) -> None:
-        self._instructions.append((_OPERATIONS[operation], state, layer, cell))
+    def _watch(self, module: Any) -> None:
+        attributes = vars(module)
+        for entries in (attributes, module._modules):
+            self._now.append(entries)
+            self._then.append(dict(entries))
+        self._hooks += map(attributes.get, _HOOKS, repeat({}))
+        if module._parameters:
+            for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
+                for values, value in zip(self._parameters, (entries, key, entries[key]), strict=True):
+                    values.append(value)
+        cls = type(module)
+        self.require(cls in _FORWARDS, attributes.get("_compiled_call_impl") is None)
+        # An attribute of the instance may stand in for a method of its class.
+        self.require(not any(callable(getattr(cls, name, None)) for name in attributes))
 
     def dropout(self, module: Any) -> None:
-        """Reject the plan if dropout is active."""
-        self.watch(vars(module), "dropout", "training")
-        self.is_supported &= not (module.training and module.dropout > 0)
+        """Refuse dropout that is active."""
+        self.require(not (module.training and module.dropout > 0))
 
-    def add_norm(self, parent: nn.Module, name: str) -> None:
-        norm = self.child(parent, name, nn.RMSNorm, nn.LayerNorm)
-        self.watch(vars(norm), "eps")
+    def keep(self) -> int:
+        """Remember x, for `add` and `add_linear`; return its number of features."""
+        self._add("keep")
+        return int(self._features)
+
+    def add(self, features: int) -> None:
+        """Add what was remembered last, which has so many features."""
+        self.require(features == self._features)
+        self._add("add")
+
+    def add_linear(self, linear: Any, features: int) -> None:
+        """Add a linear map of what was remembered last, which has so many features."""
+        has_bias, num_outputs = self._map(linear, features)
+        self.require(num_outputs == self._features)
+        self._add("add_linear", has_bias)
+
+    def linear(self, linear: Any) -> None:
+        has_bias, self._features = self._map(linear, self._features)
+        self._add("linear", has_bias)
+
+    def norm(self, norm: Any) -> None:
+        self.child(norm, nn.RMSNorm, nn.LayerNorm)
+        self.require(norm.normalized_shape == (self._features,), norm.eps is None or type(norm.eps) is float)
         is_rms = isinstance(norm, nn.RMSNorm)
-        self.add("rms_norm" if is_rms else "layer_norm")
-        self.weight(norm, "weight")
-        if not is_rms:
-            self.weight(norm, "bias")
-        # A negative number is the default of RMSNorm, which depends on the dtype.
-        self._numbers.append(-1.0 if norm.eps is None else norm.eps)
+        for name in ("weight",) if is_rms else ("weight", "bias"):
+            self.require(self._weight(norm, name))
+        self.require(norm.eps is None or not math.isnan(norm.eps))
+        # NaN is the default of RMSNorm, which depends on the dtype.
+        self._numbers.append(math.nan if norm.eps is None else norm.eps)
+        self._add("rms_norm" if is_rms else "layer_norm")
 
-    def add_linear(self, parent: nn.Module, name: str, operation: str = "linear") -> None:
-        has_bias = self.linear(parent, name)
-        self.add(f"{operation}_with_bias" if has_bias else operation)
+    def gelu(self, gelu: Any) -> None:
+        self.child(gelu, nn.GELU)
+        self.require(gelu.approximate == "none")
+        self._add("gelu")
 
-    def add_scan(self, parent: Any, spec: Spec, state: int, layer: int) -> None:
-        self.spec = spec
-        cell = f"{spec.cell}_{spec.activation}"
-        if cell not in self._cells:
-            self._cells.append(cell)
-        has_bias = self.linear(parent, "linear")
+    def causal_conv(self, conv: Any, state: int) -> None:
+        """Add the convolution of x; the caller has checked its type."""
+        self.require(self._weight(conv, "weight"), conv.weight.shape == (conv.kernel_size, self._features))
+        self._add("causal_conv", self._weight(conv, "bias"), state)
+
+    def scan(self, spec: Spec, state: int, hidden_dims: int, linear: Any, linear_reverse: Any = None) -> None:
+        """Add a recurrence with its linear map, and with a linear map for the reverse direction if it has one."""
+        self.require(spec.cell in CELLS, spec.cell in native.CELLS, spec.activation in native.ACTIVATIONS)
+        cell = CELLS[spec.cell]
+        self.require(spec.min_decay == 0 or (cell.not_timed is None and 0 < spec.min_decay < 1))
+        directions = [linear] if linear_reverse is None else [linear, linear_reverse]
+        maps = [self._map(each, self._features) for each in directions]
+        self.require(*(each == (maps[0][0], cell.num_inputs * hidden_dims) for each in maps))
         self._numbers.append(spec.min_decay)
-        both = parent.linear_reverse is not None
-        if both:
-            self.is_bidirectional = True
-            self.is_supported &= self.linear(parent, "linear_reverse") == has_bias
-        else:
-            self.watch(parent._modules, "linear_reverse")
-        self.add(f"scan{'_both' * both}{'_with_bias' * has_bias}", state, layer, self._cells.index(cell))
+        self._features = hidden_dims * len(maps)
+        self.is_bidirectional |= len(maps) == 2
+        self._add("scan" if len(maps) == 1 else "scan_both", maps[0][0], state, native.number_of(spec))
 
-    def linear(self, parent: nn.Module, name: str) -> bool:
-        """Take the weight and the bias of a linear map, and return whether it has a bias."""
-        module = self.child(parent, name, nn.Linear)
-        self.weight(module, "weight")
-        return self.bias(module)
+    def _map(self, linear: Any, features: int) -> tuple[bool, int]:
+        """Take the weights of a linear map; return whether it has a bias, and its number of outputs."""
+        self.child(linear, nn.Linear)
+        self.require(self._weight(linear, "weight"), linear.weight.dim() == 2, linear.weight.shape[-1] == features)
+        return self._weight(linear, "bias"), linear.weight.shape[0]
 
-    def bias(self, module: nn.Module) -> bool:
-        has_bias = module._parameters.get("bias") is not None
-        if has_bias:
-            self.weight(module, "bias")
-        else:
-            self.watch(module._parameters, "bias")
-        return has_bias
-
-    def weight(self, module: nn.Module, name: str) -> None:
-        """Take a parameter; a missing one, or a subclass such as a quantized tensor, is not supported."""
-        self.watch(module._parameters, name)
+    def _weight(self, module: nn.Module, name: str) -> bool:
+        """Take a parameter; return whether there is one. A subclass, such as a quantized tensor, is refused."""
         weight = module._parameters.get(name)
-        if weight is not None and type(weight) is nn.Parameter:
+        self.require(type(weight) is nn.Parameter or (weight is None and getattr(module, name) is None))
+        if weight is not None:
             self.weights.append(weight)
-        else:
-            self.is_supported = False
+        return weight is not None
+
+    def _add(self, operation: str, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
+        self._instructions.append((native.INSTRUCTIONS[operation], has_bias, state, cell))
 
 
-_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
-
-
-def _plan_of(module: Any) -> Plan:
-    plan = _plans.get(module)
-    if plan is None or not plan.is_current():
-        plan = Plan()
-        module.plan(plan)
-        plan.finish()
-        _plans[module] = plan
+def plan_of(module: Any) -> Plan:
+    """Return the plan of a module, made again if the module has changed."""
+    # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
+    plan: Plan | None = getattr(module, "_plan", None)
+    if plan is None or not plan.is_current(module):
+        module._plan = plan = Plan(module)
     return plan
 
 
@@ -192,34 +233,32 @@ def is_open(x: Any) -> bool:
 
 
 def run(
-    module: Any, x: Any, states: Sequence[Any] | None, reset: Any, time_first: bool, dt: Any = None
+    module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not is_open(x) or x.dim() != (2 if module.role == "step" else 3):
+    if not module.planned or not is_open(x) or not route.is_native():
         return None
-    plan = _plan_of(module)
-    if not plan.is_open() or plan.spec is None or route.choose(plan.spec, x) != "native":
+    shape, plan = x.shape, plan_of(module)
+    if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
-    batch = x.shape[1 if time_first else 0]
+    batch = shape[1 if time_first else 0]
     if states is None:
         states = module.default_states(x, batch)
-    elif len(states) != plan.num_states or {*map(type, states)} != {Tensor}:
+    elif not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
+        return None
+    if [each.shape for each in states] != module.state_shapes(batch):
         return None
     initial_states = resets = times = []
     if reset is not None or dt is not None:
-        fit = all(each is None or (type(each) is Tensor and each.shape == x.shape[:-1]) for each in (reset, dt))
-        if not fit or (dt is not None and plan.spec.cell not in TIMED):
+        if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
             return None
         if reset is not None:
             initial_states = module.default_states(x, batch)
-        order = Layout(time_first, None, None)
-        resets, times = (
-            _of_both_directions(values, in_reverse, module, plan, order)
-            for values, in_reverse in ((reset, reset_seen_in_reverse), (dt, dt_seen_in_reverse))
-        )
+        resets = _of_both_directions(reset, reset_seen_in_reverse, module, plan, time_first)
+        times = _of_both_directions(dt, dt_seen_in_reverse, module, plan, time_first)
     try:
         out, last = _operator()(
-            x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, plan.cells, time_first
+            x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first
         )
     except NotImplementedError:  # a tensor on another device
         return None
@@ -227,11 +266,11 @@ def run(
 
 
 def _of_both_directions(
-    values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor], module: Any, plan: Plan, order: Layout
+    values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor], module: Any, plan: Plan, time_first: bool
 ) -> list[Tensor]:
     """Return resets or elapsed times as both directions see them, with a time dimension; an empty list for None."""
     if values is None:
         return []
     if module.role == "step":
         values = values.unsqueeze(-1)
-    return [values, in_reverse(values, order) if plan.is_bidirectional else values]
+    return [values, in_reverse(values, Layout(time_first, None, None)) if plan.is_bidirectional else values]

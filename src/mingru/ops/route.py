@@ -100,6 +100,8 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
                 _warn_once_if_kernels_are_missing("triton", "GPUs")
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
+                if sequence.is_cpu and name != "native" and not is_compiling():
+                    _warn_once_if_a_cell_is_missing(spec.cell)
                 return name
     selected_by = f"{spec.cell}: {selected_by}"
     _check_name(backend, selected_by)
@@ -107,6 +109,12 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
     if why is not None:
         raise ValueError(f"{selected_by} selects {backend!r}, which cannot run this because {why}; use 'auto'")
     return backend
+
+
+def is_native() -> bool:
+    """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
+    name = _chosen.name if _chosen.name != "auto" else os.environ.get(VARIABLE) or "auto"
+    return name in ("auto", "native") and BACKENDS["native"].unavailable() is None
 
 
 def after(failure: KernelFailure, spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
@@ -187,6 +195,16 @@ def _warn_once_if_kernels_are_missing(name: str = "native", devices: str = "the 
     if why is not None:
         warnings.warn(
             f"mingru: using the slower backend 'torch' on {devices}, because {why}", RuntimeWarning, stacklevel=2
+        )
+
+
+@functools.cache
+def _warn_once_if_a_cell_is_missing(cell: str) -> None:
+    if native.CELLS and cell not in native.CELLS:
+        warnings.warn(
+            f"mingru: using the slower backend 'torch' on the CPU, because the compiled kernels lack the cell {cell!r}",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 

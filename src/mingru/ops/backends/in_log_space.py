@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Layout, Spec, Start
-from ..cells import WITH_LOGARITHMS, log_coefficients
+from ..cells import CELLS, log_coefficients
 from ..shape import States, along
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    if spec.cell not in WITH_LOGARITHMS:
+    if spec.cell not in CELLS or not CELLS[spec.cell].has_logarithms:
         return f"it takes the logarithm of a and b, which may be negative in {spec.cell}"
     if spec.activation != "positive":
         return f"it takes the logarithm of the candidate, which may be negative with activation {spec.activation!r}"

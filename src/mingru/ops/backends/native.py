@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Kernel
-from ..call import Layout, Spec, Start
+from ..call import BATCH_FIRST, Layout, Spec, Start
 from ..layout import LinearScan, is_transposed
 from ..shape import States, accumulate_dtype, as_dtype, as_real
 
@@ -36,46 +36,49 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """Register functions that return the shapes of the outputs, for graphs that are captured without data."""
 
-    def grads_of_start(
-        h: Tensor, reset: Tensor | None, dt: Tensor | None, needs_dt: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def flag(how: int, bit: int) -> bool:
+        return bool((how >> (16 + bit)) & 1)
+
+    def grads_of_start(call: list[Tensor | None], how: int) -> tuple[Tensor, Tensor, Tensor]:
+        h, _, reset, dt, *_ = call
+        assert h is not None
         grad_h, grad_initial_state = h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
         grads_of_dt = h.new_empty(0)
-        if needs_dt and dt is not None:
+        if flag(how, 3) and dt is not None:
             num_features = h.shape[2:].numel()
             grads_of_dt = h.new_empty(*dt.shape, (num_features + _GROUP - 1) // _GROUP)
         return grad_h, grad_initial_state, grads_of_dt
 
-    def recurrence_forward(inputs: list[Tensor], h: Tensor, *_: Any) -> States:
-        return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
+    def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
+        return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
-    def recurrence_backward(inputs: list[Tensor], h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        _, reset, dt, batch_sizes, *_, needs_dt = rest
-        num_leading = 2 if batch_sizes is None else 1
+    def recurrence_backward(inputs: list[Tensor], call: list[Tensor | None], *rest: Any) -> tuple[Tensor, ...]:
+        num_leading = 2 if call[4] is None else 1
         leading, trailing = inputs[0].shape[:num_leading], inputs[0].shape[num_leading:]
         grads = inputs[0].new_empty(*leading, len(inputs) * trailing.numel())
-        return grads, *grads_of_start(h, reset, dt, needs_dt)
+        return grads, *grads_of_start(call, rest[3])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, min_decay: float
     ) -> tuple[Tensor, ...]:
         # No captured graph has lengths, which would make the number of rows depend on data.
-        num_kept = x.shape[:-1].numel() if rest[-1] else 0
+        num_kept = x.shape[:-1].numel() if flag(how, 2) else 0
+        h = call[0]
         out = x.new_empty(*x.shape[:-1], h.shape[-1])
         return out, h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, *rest: Any
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor | None], *rest: Any
     ) -> tuple[Tensor, ...]:
-        _, reset, dt, *_, needs_dt, needs_x, needs_weight, needs_bias = rest
+        how = rest[4]
         grad_x = x.new_empty(0)
-        if needs_x:
+        if flag(how, 4):
             grad_x = x.new_empty(x.shape)
             if is_transposed(x):
                 grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1])
-        grad_bias = weight.new_empty(1 if needs_bias else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *grads_of_start(h, reset, dt, needs_dt)
+        grad_weight = weight.new_empty(weight.shape[0] if flag(how, 5) else 0, weight.shape[1])
+        grad_bias = weight.new_empty(1 if flag(how, 6) else 0, weight.shape[0])
+        return grad_x, grad_weight, grad_bias, *grads_of_start(call, how)
 
     for shapes in (
         recurrence_forward,
@@ -87,8 +90,19 @@ def _register_shapes() -> None:
 
 
 _WHY_NOT = _load()
+# The numbers of cells and activations, and of the instructions of an inference pass: empty without the kernels.
+CELLS: dict[str, int] = {}
+ACTIVATIONS: dict[str, int] = {}
+INSTRUCTIONS: dict[str, int] = {}
 if _WHY_NOT is None:
     _register_shapes()
+    for _numbers, _names in zip((CELLS, ACTIVATIONS, INSTRUCTIONS), torch.ops.mingru.names().split("|"), strict=True):
+        _numbers.update((name, number) for number, name in enumerate(_names.split()))
+
+
+def number_of(spec: Spec) -> int:
+    """Return the number of the cell and its activation."""
+    return CELLS[spec.cell] | ACTIVATIONS[spec.activation] << 8
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -96,6 +110,8 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
         return f"it only runs on the CPU, and the tensors are on {sequence.device}"
     if sequence.dtype not in (*_DTYPES, torch.complex64, torch.complex128):
         return f"it does not support {sequence.dtype}"
+    if spec.cell not in CELLS and _WHY_NOT is None:
+        return f"it has no kernel for the cell {spec.cell!r}"
     return None
 
 
@@ -104,25 +120,26 @@ def _state(h: Tensor, sequence: Tensor) -> Tensor:
     return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
-def _given(start: Start, layout: Layout, like: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the states, resets, elapsed times and batch sizes that all operators take."""
+def _call(
+    spec: Spec, start: Start, layout: Layout, like: Tensor, keep: bool = False, needs: Sequence[bool] = ()
+) -> tuple[list[Tensor | None], int, float]:
+    """Return the call as all operators take it: tensors, numbers and flags in one number, and `min_decay`.
+
+    `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
+    """
     h, initial_state, reset, dt = start
     h = _state(h, like)
     initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
-    return h, initial_state, reset, dt, layout.batch_sizes
-
-
-def _how(spec: Spec, layout: Layout) -> tuple[str, float, bool, bool]:
-    """Return the name of the cell, `min_decay`, `reverse` and `time_first`, that all operators take."""
-    cell, activation, reverse, min_decay = spec
-    return f"{cell}_{activation}", min_decay, reverse, layout.time_first
+    how = number_of(spec)
+    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 16):
+        how |= flag << bit
+    return [h, initial_state, reset, dt, layout.batch_sizes, layout.lengths], how, spec.min_decay
 
 
 def _recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, None]:
-    given = _given(start, layout, inputs[0])
-    out, last = torch.ops.mingru.recurrence_forward(inputs, *given, *_how(spec, layout))
+    out, last = torch.ops.mingru.recurrence_forward(inputs, *_call(spec, start, layout, inputs[0]))
     return out, as_dtype(last, start.h.dtype), None
 
 
@@ -130,9 +147,9 @@ def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, grad_out, grad_last = saved
-    given, grad_last = _given(start, layout, inputs[0]), _state(grad_last, inputs[0])
+    call, how, min_decay = _call(spec, start, layout, inputs[0], needs=needs[:1])
     grads, *grads_of_start = torch.ops.mingru.recurrence_backward(
-        inputs, *given, out, grad_out, grad_last, *_how(spec, layout), needs[0]
+        inputs, call, out, grad_out, _state(grad_last, inputs[0]), how, min_decay
     )
     return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
 
@@ -156,9 +173,8 @@ def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _linear_recurrence(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = _given(start, layout, tensors[0])
     out, last, pre_activations = torch.ops.mingru.linear_recurrence_forward(
-        *tensors, *given, layout.lengths, *_how(spec, layout), keep
+        *tensors, *_call(spec, start, layout, tensors[0], keep)
     )
     return out, as_dtype(last, start.h.dtype), pre_activations
 
@@ -166,40 +182,42 @@ def _linear_recurrence(
 def _linear_recurrence_backward(
     spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    x = tensors[0]
     out, pre_activations, grad_out, grad_last = saved
-    given, grad_last = _given(start, layout, x), _state(grad_last, x)
+    call, how, min_decay = _call(spec, start, layout, tensors[0], needs=needs)
     grad_x, grad_weight, grad_bias, *grads_of_start = torch.ops.mingru.linear_recurrence_backward(
-        *tensors, *given, layout.lengths, out, pre_activations, grad_out, grad_last, *_how(spec, layout), *needs
+        *tensors, call, out, pre_activations, grad_out, _state(grad_last, tensors[0]), how, min_decay
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[3] else None)
     found = (grad if need else None for grad, need in zip(grads, needs[1:], strict=True))
     return *_grads_of_start(start, needs[0], *grads_of_start), *found
 
 
-def _scan(call: LinearScan) -> States:
+def _scan_call(call: LinearScan) -> tuple[LinearScan, Spec]:
+    """Return a scan of real numbers, and its cell."""
     a, b, h, reset, reverse = call
-    cell = "linear_scan"
-    if a.is_complex():
-        a, b, h, cell = as_real(a), as_real(b), as_real(h), "complex_linear_scan"
-    out, last = torch.ops.mingru.recurrence_forward([a, b], h, h, reset, None, None, cell, 0.0, reverse, False)
-    if cell == "complex_linear_scan":
+    if not a.is_complex():
+        return call, Spec("linear_scan", "linear", reverse)
+    spec = Spec("complex_linear_scan", "linear", reverse)
+    return LinearScan(as_real(a), as_real(b), as_real(h), reset, reverse), spec
+
+
+def _scan(call: LinearScan) -> States:
+    (a, b, h, reset, _), spec = _scan_call(call)
+    out, last, _ = _recurrence(spec, [a, b], Start(h, h, reset), BATCH_FIRST, False)
+    if call.a.is_complex():
         return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
 
 
 def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    a, _, h, reset, reverse = call
-    is_complex = a.is_complex()
+    (a, _, h, reset, _), spec = _scan_call(call)
+    is_complex = call.a.is_complex()
     if is_complex:
-        a, h, out, grad_out, grad_last = (as_real(x) for x in (a, h, out, grad_out, grad_last))
-    cell = "complex_linear_scan" if is_complex else "linear_scan"
+        out, grad_out, grad_last = as_real(out), as_real(grad_out), as_real(grad_last)
+    saved = (out, None, grad_out, grad_last)
     # The gradients do not depend on b.
-    inputs, given = [a, a], (h, h, reset, None, None)
-    grads, grad_h, *_ = torch.ops.mingru.recurrence_backward(
-        inputs, *given, out, grad_out, grad_last, cell, 0.0, reverse, False, False
-    )
-    found = *_split(grads, inputs), grad_h
+    grad_h, _, _, *grads = _recurrence_backward(spec, [a, a], Start(h, h, reset), BATCH_FIRST, saved, [False])
+    found: Any = (*grads, grad_h)
     return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if is_complex else found
 
 
@@ -209,6 +227,8 @@ BACKEND = Backend(
     scan=_scan,
     scan_backward=_scan_backward,
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True),
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS),
+    linear_kernel=Kernel(
+        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=CELLS
+    ),
 )
