@@ -9,15 +9,17 @@
 namespace mingru {
 namespace {
 
-#define MINGRU_COUNT(name, num_inputs) num_inputs,
-constexpr int64_t cell_inputs[] = {MINGRU_CELL_NAMES(MINGRU_COUNT)};
+#define MINGRU_NAME(name, ...) #name " "
+#define MINGRU_COUNT(name, num_inputs, takes_time, type) num_inputs,
+#define MINGRU_TAKES_TIME(name, num_inputs, takes_time, type) takes_time,
+constexpr const char* all_names = MINGRU_CELLS(MINGRU_NAME) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_NAME);
+constexpr int64_t cell_inputs[] = {MINGRU_CELLS(MINGRU_COUNT)};
+constexpr bool cell_takes_time[] = {MINGRU_CELLS(MINGRU_TAKES_TIME)};
+#undef MINGRU_NAME
 #undef MINGRU_COUNT
+#undef MINGRU_TAKES_TIME
 
 constexpr int64_t num_cells = std::size(cell_inputs), num_activations = 3;
-
-#define MINGRU_NAME(name, ...) #name " "
-constexpr const char* all_names = MINGRU_CELL_NAMES(MINGRU_NAME) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_NAME);
-#undef MINGRU_NAME
 
 // The names of cells, activations and instructions, in the order of their numbers.
 std::string names() { return all_names; }
@@ -26,13 +28,13 @@ std::string names() { return all_names; }
 
 int64_t num_inputs_of(Cell cell) { return cell_inputs[static_cast<int>(cell)]; }
 
-bool may_be_timed(Cell cell) { return cell == Cell::mingru || cell == Cell::mingru_rotation || cell == Cell::minlstm; }
+bool takes_time(Cell cell) { return cell_takes_time[static_cast<int>(cell)]; }
 
 Call call_of(const char* name, const Tensor& h, const Tensor& initial_state, int64_t how, double min_decay) {
   const int64_t cell = how & 0xff, activation = how >> 8 & 0xff;
   STD_TORCH_CHECK(cell < num_cells && activation < num_activations, name, ": unknown cell ", cell, " or activation");
   const auto known = static_cast<Cell>(cell);
-  STD_TORCH_CHECK(may_be_timed(known) || min_decay == 0, name, ": this cell has no lower bound of its decay");
+  STD_TORCH_CHECK(takes_time(known) || min_decay == 0, name, ": this cell has no lower bound of its decay");
   return {
       name,
       known,
@@ -55,7 +57,7 @@ Call call_of(const char* name, const std::vector<MaybeTensor>& tensors, int64_t 
   call.dt = tensors[3];
   call.batch_sizes = tensors[4];
   call.lengths = tensors[5];
-  STD_TORCH_CHECK(may_be_timed(call.cell) || !call.dt, name, ": this cell takes no elapsed times");
+  STD_TORCH_CHECK(takes_time(call.cell) || !call.dt, name, ": this cell takes no elapsed times");
   return call;
 }
 

@@ -52,7 +52,7 @@ int64_t num_inputs_of(Cell cell);
   INSTRUCTION(scan)                                                                                                     \
   INSTRUCTION(scan_both)
 
-// Whether the cell has a decay, which elapsed times and a lower bound change.
-bool may_be_timed(Cell cell);
+// Whether steps of the cell may have an elapsed time, and its decay a lower bound.
+bool takes_time(Cell cell);
 
 HIDDEN_NAMESPACE_END(mingru)

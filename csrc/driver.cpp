@@ -4,24 +4,23 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 #include <vector>
 
 namespace mingru {
 
 namespace baseline {
-Kernel kernel(CellKind, Storage);
+bool run(const Scan&, const Span&, void* state, bool backward);
 ProductKernel product_kernel(Storage);
 RowSumKernel row_sum_kernel(Storage);
 }
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx2 {
-Kernel kernel(CellKind, Storage);
+bool run(const Scan&, const Span&, void* state, bool backward);
 ProductKernel product_kernel(Storage);
 RowSumKernel row_sum_kernel(Storage);
 }
 namespace avx512 {
-Kernel kernel(CellKind, Storage);
+bool run(const Scan&, const Span&, void* state, bool backward);
 ProductKernel product_kernel(Storage);
 RowSumKernel row_sum_kernel(Storage);
 }
@@ -31,7 +30,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  Kernel (*kernel)(CellKind, Storage);
+  Kernel kernel;
   ProductKernel (*product_kernel)(Storage);
   RowSumKernel (*row_sum_kernel)(Storage);
 };
@@ -40,43 +39,18 @@ InstructionSet best_here() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::kernel, avx512::product_kernel, avx512::row_sum_kernel};
+    return {"avx512", avx512::run, avx512::product_kernel, avx512::row_sum_kernel};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return {"avx2", avx2::kernel, avx2::product_kernel, avx2::row_sum_kernel};
+    return {"avx2", avx2::run, avx2::product_kernel, avx2::row_sum_kernel};
   }
 #endif
-  return {"baseline", baseline::kernel, baseline::product_kernel, baseline::row_sum_kernel};
+  return {"baseline", baseline::run, baseline::product_kernel, baseline::row_sum_kernel};
 }
 
 const InstructionSet& chosen() {
   static const InstructionSet set = best_here();
   return set;
-}
-
-// INTERIM
-CellKind kind_of(const Scan& scan) {
-#define MINGRU_NAME(name, ...) #name,
-  static const char* const kinds[] = {MINGRU_CELLS(MINGRU_NAME)};
-  static const char* const cells[] = {MINGRU_CELL_NAMES(MINGRU_NAME)};
-#undef MINGRU_NAME
-  static const char* const activations[] = {"positive", "linear", "tanh"};
-  static const auto table = [] {
-    std::vector<int> found;
-    for (const std::string cell : cells) {
-      for (const std::string activation : activations) {
-        for (const std::string suffix : {"", "_timed"}) {
-          const std::string name = cell.find("linear_scan") == std::string::npos ? cell + "_" + activation + suffix : cell;
-          int index = 0;
-          while (index < int(std::size(kinds)) && kinds[index] != name) ++index;
-          found.push_back(index);
-        }
-      }
-    }
-    return found;
-  }();
-  const bool timed = scan.dt || scan.is_bounded;
-  return static_cast<CellKind>(table[(int(scan.cell) * 3 + int(scan.activation)) * 2 + timed]);
 }
 
 // With fewer weights, a thread costs more time than it saves.
@@ -91,7 +65,7 @@ class Run {
         part_(part),
         backward_(backward),
         forward_in_time_(scan.reverse == backward),
-        kernel_(chosen().kernel(kind_of(scan), scan.storage)),
+        kernel_(chosen().kernel),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
     const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_features;

@@ -359,7 +359,7 @@ class Pass {
       const int64_t index = first + direction;
       const Tensor layer_h = layer_of(h, index);
       Call call = call_of("inference", layer_h, has_reset ? layer_of(initial_state, index) : layer_h, how, min_decay);
-      require(times_.empty() || may_be_timed(call.cell));
+      require(times_.empty() || takes_time(call.cell));
       if (has_reset) call.reset = resets_[direction];
       if (!times_.empty()) call.dt = times_[direction];
       call.reverse = direction == 1;

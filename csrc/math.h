@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 // Always inlined, because a function call would prevent the vectorization of the loop.
 #if defined(_MSC_VER)
@@ -30,6 +31,8 @@ struct Format<float> {
   static constexpr float lowest = -104.0f;  // exp(lowest) is below half of the smallest subnormal
   static constexpr int lift = 64;           // keeps `lifted` above the subnormals
   static constexpr float drop = 5.42101086242752217e-20f;  // 2^-lift
+  static constexpr float infinity = std::numeric_limits<float>::infinity();
+  static constexpr UInt upper = 0xfffff000u;  // the upper half of the mantissa
 };
 
 template <>
@@ -42,6 +45,8 @@ struct Format<double> {
   static constexpr double lowest = -746.0;
   static constexpr int lift = 512;
   static constexpr double drop = 7.45834073120020674329e-155;
+  static constexpr double infinity = std::numeric_limits<double>::infinity();
+  static constexpr UInt upper = 0xfffffffff8000000u;
 };
 
 template <class To, class From>
@@ -104,12 +109,12 @@ MINGRU_INLINE A power(A x) {
 
 // exp(x) and 1 - exp(x) for x <= 0, both in full relative precision.
 template <class A>
-struct Decay {
-  A size, rest;
+struct PowerAndRest {
+  A power, rest;
 };
 
 template <class A>
-MINGRU_INLINE Decay<A> decay(A x) {
+MINGRU_INLINE PowerAndRest<A> power_and_rest(A x) {
   const Exponential<A> e = exponential(x);
   const A scale = e.lifted * Format<A>::drop;
   return {(e.lifted + e.lifted * e.rest) * Format<A>::drop, (A(1) - scale) - scale * e.rest};
@@ -127,9 +132,9 @@ struct Logistic {
   A plus, minus;
 };
 
-// `p` is exp(-|x|).
 template <class A>
-MINGRU_INLINE Logistic<A> logistic(A x, A p) {
+MINGRU_INLINE Logistic<A> logistic(A x) {
+  const A p = power(minus_absolute(x));
   const A large = A(1) / (A(1) + p);
   const A small = p * large;
   const bool left = x < A(0);
@@ -156,27 +161,28 @@ MINGRU_INLINE double log1p_of_unit(double q) {
   return (is_large ? 0.69314718055994530942 : 0.0) + 2.0 * s * polynomial(inverse_odd, s * s);
 }
 
-// log(1 + exp(x)), and its derivative sigma(x).
+// The value of a function, and its derivative.
 template <class A>
-struct SoftPlus {
+struct Value {
   A value, slope;
 };
 
-// `p` is exp(-|x|).
+// log(1 + exp(x))
 template <class A>
-MINGRU_INLINE SoftPlus<A> softplus(A x, A p) {
+MINGRU_INLINE Value<A> softplus(A x) {
+  const A p = power(minus_absolute(x));
   const bool left = x < A(0);
   return {(left ? A(0) : x) + log1p_of_unit(p), (left ? p : A(1)) / (A(1) + p)};
 }
 
-// `e` is the decay of -2|x|. If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 exp(-2|x|) / (1 + exp(-2|x|))^2.
+// If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 exp(-2|x|) / (1 + exp(-2|x|))^2.
 template <class A>
-MINGRU_INLINE A hyperbolic_tangent(A x, const Decay<A>& e, A& derivative) {
-  const A inverse = A(1) / (A(1) + e.size);
+MINGRU_INLINE Value<A> hyperbolic_tangent(A x) {
+  const PowerAndRest<A> e = power_and_rest(A(2) * minus_absolute(x));
+  const A inverse = A(1) / (A(1) + e.power);
   const A size = e.rest * inverse;
-  const A far = A(4) * e.size * (inverse * inverse);
-  derivative = size < A(0.5) ? A(1) - size * size : far;
-  return x < A(0) ? -size : size;
+  const A far = A(4) * e.power * (inverse * inverse);
+  return {x < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};
 }
 
 // sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2 with a maximum relative error of 4e-8.
@@ -206,7 +212,36 @@ MINGRU_INLINE double small_cosine(double r2) {
   return polynomial(terms, r2);
 }
 
-// cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21.
+// x minus a multiple of `unit`, a power of two, without rounding. The multiple is next to x if |x / unit| is at most 2^22
+// (float32) or 2^51 (float64). Otherwise it is some multiple of unit / 2 that is near.
+template <class A>
+MINGRU_INLINE A remainder(A x, A unit) {
+  const A shifted = x * (A(1) / unit) + Format<A>::rounder;
+  return x - (shifted - Format<A>::rounder) * unit;
+}
+
+// x y - product, where `product` is x y, rounded.
+#if defined(MINGRU_AVX512) || defined(MINGRU_AVX2) || defined(__aarch64__)
+MINGRU_INLINE float error_of_product(float x, float y, float product) { return __builtin_fmaf(x, y, -product); }
+MINGRU_INLINE double error_of_product(double x, double y, double product) { return __builtin_fma(x, y, -product); }
+#else
+template <class A>
+MINGRU_INLINE A upper_half(A x) {
+  using UInt = typename Format<A>::UInt;
+  return bit_cast<A>(bit_cast<UInt>(x) & Format<A>::upper);
+}
+
+// The products of the halves are exact.
+template <class A>
+MINGRU_INLINE A error_of_product(A x, A y, A product) {
+  const A x_high = upper_half(x), y_high = upper_half(y);
+  const A x_low = x - x_high, y_low = y - y_high;
+  return ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
+}
+#endif
+
+// cos(pi x) and sin(pi x). An angle in half turns is reduced to a quarter of a turn without rounding, for |x| < 2^21
+// (float32) or 2^50 (float64).
 template <class A>
 struct Direction {
   A cosine, sine;
@@ -218,11 +253,8 @@ MINGRU_INLINE Direction<A> direction(A x) {
   using UInt = typename F::UInt;
   const A shifted = A(2) * x + F::rounder;
   const A r = x - A(0.5) * (shifted - F::rounder);
-  // Larger numbers have no fraction, but would leave the range of the polynomials. NaN is preserved.
-  const A above = r < A(-0.25) ? A(-0.25) : r;
-  const A small = above > A(0.25) ? A(0.25) : above;
-  const A r2 = small * small;
-  const A s = sine_ratio(r2) * small, c = small_cosine(r2);
+  const A r2 = r * r;
+  const A s = sine_ratio(r2) * r, c = small_cosine(r2);
   // The low bits of `shifted` are those of the number of quarter turns.
   const UInt quarters = bit_cast<UInt>(shifted);
   const bool swap = (quarters & UInt(1)) != 0;

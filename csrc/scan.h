@@ -7,53 +7,23 @@ namespace mingru {
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
-// INTERIM: name and number of inputs of every cell.
-#define MINGRU_CELL_NAMES(CELL)  \
-  CELL(linear_scan, 2)           \
-  CELL(complex_linear_scan, 2)   \
-  CELL(mingru, 2)                \
-  CELL(mingru_signed, 2)         \
-  CELL(mingru_rotation, 2)       \
-  CELL(minlstm, 3)               \
-  CELL(minlstm_unnormalized, 3)
+// Name, number of inputs, whether steps may have an elapsed time and the decay a lower bound, and the type of every cell:
+// a struct, or its template over the activation. All other lists of cells are made from this list.
+#define MINGRU_CELLS(CELL)                                \
+  CELL(linear_scan, 2, false, LinearScan)                 \
+  CELL(complex_linear_scan, 2, false, ComplexLinearScan)  \
+  CELL(mingru, 2, true, MinGRU)                           \
+  CELL(mingru_signed, 2, false, SignedMinGRU)             \
+  CELL(mingru_rotation, 2, true, RotationMinGRU)          \
+  CELL(minlstm, 3, true, MinLSTM)                         \
+  CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)
 
-#define MINGRU_ENUM(name, num_inputs) name,
-enum class Cell { MINGRU_CELL_NAMES(MINGRU_ENUM) };
-#undef MINGRU_ENUM
+#define MINGRU_NAME(name, num_inputs, takes_time, type) name,
+enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
+#undef MINGRU_NAME
+
+// Of the candidate. Linear scans have none.
 enum class Activation { positive, linear, tanh };
-
-// Name (cell_activation), number of inputs and struct of every cell. All other lists of cells are made from this list.
-#define MINGRU_CELLS(CELL)                                               \
-  CELL(linear_scan, 2, LinearScan)                                       \
-  CELL(complex_linear_scan, 2, ComplexLinearScan)                        \
-  CELL(mingru_positive, 2, MinGRU<Positive>)                             \
-  CELL(mingru_linear, 2, MinGRU<Linear>)                                 \
-  CELL(mingru_tanh, 2, MinGRU<Tanh>)                                     \
-  CELL(mingru_signed_positive, 2, SignedMinGRU<Positive>)                \
-  CELL(mingru_signed_linear, 2, SignedMinGRU<Linear>)                    \
-  CELL(mingru_signed_tanh, 2, SignedMinGRU<Tanh>)                        \
-  CELL(mingru_rotation_positive, 2, RotationMinGRU<Positive>)            \
-  CELL(mingru_rotation_linear, 2, RotationMinGRU<Linear>)                \
-  CELL(mingru_rotation_tanh, 2, RotationMinGRU<Tanh>)                    \
-  CELL(minlstm_positive, 3, MinLSTM<Positive>)                           \
-  CELL(minlstm_linear, 3, MinLSTM<Linear>)                               \
-  CELL(minlstm_tanh, 3, MinLSTM<Tanh>)                                   \
-  CELL(minlstm_unnormalized_positive, 3, UnnormalizedMinLSTM<Positive>)  \
-  CELL(minlstm_unnormalized_linear, 3, UnnormalizedMinLSTM<Linear>)      \
-  CELL(minlstm_unnormalized_tanh, 3, UnnormalizedMinLSTM<Tanh>)          \
-  CELL(mingru_positive_timed, 2, TimedMinGRU<Positive>)                  \
-  CELL(mingru_linear_timed, 2, TimedMinGRU<Linear>)                      \
-  CELL(mingru_tanh_timed, 2, TimedMinGRU<Tanh>)                          \
-  CELL(mingru_rotation_positive_timed, 2, TimedRotationMinGRU<Positive>) \
-  CELL(mingru_rotation_linear_timed, 2, TimedRotationMinGRU<Linear>)     \
-  CELL(mingru_rotation_tanh_timed, 2, TimedRotationMinGRU<Tanh>)         \
-  CELL(minlstm_positive_timed, 3, TimedMinLSTM<Positive>)                \
-  CELL(minlstm_linear_timed, 3, TimedMinLSTM<Linear>)                    \
-  CELL(minlstm_tanh_timed, 3, TimedMinLSTM<Tanh>)
-
-#define MINGRU_KIND(name, num_inputs, type) name,
-enum class CellKind { MINGRU_CELLS(MINGRU_KIND) };
-#undef MINGRU_KIND
 
 constexpr int most_inputs = 3;
 // A state of this size stays in the first-level cache while the inputs are read.
@@ -88,7 +58,8 @@ struct Scan {
   Sequence out;
   const uint8_t* reset;  // may be null; not bool, because a bool tensor that views bytes may contain other values
   int64_t reset_batch_stride, reset_step_stride;
-  // Timed cells only: the elapsed time of each step, in the accumulation dtype (null: 1), and the lower bound of the decay.
+  // Only of cells that take time: the elapsed time of each step, in the accumulation dtype (null: 1), and the lower bound of
+  // the decay.
   const void* dt;
   int64_t dt_batch_stride, dt_step_stride;
   bool is_bounded;

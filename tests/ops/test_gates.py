@@ -244,11 +244,19 @@ def test_extreme_pre_activations(extreme, activation):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_angles_of_any_size(backend):
     """Whole turns are subtracted exactly, so that a large angle is as accurate as a small one."""
-    angle = torch.cat([torch.linspace(-30, 30, 4001), torch.linspace(-1e5, 1e5, 4001)]).reshape(1, 1, -1)
-    pairs = torch.stack([torch.full_like(angle, -200.0), angle], 3).flatten(2)
+    # Floats from 2^23 to 2^26 are integers that are no whole turns, which are 8. All larger floats are.
+    integers = [
+        sign * (2.0**power + 2.0 ** (power - 23) * torch.arange(65)) for power in range(20, 40) for sign in (1, -1)
+    ]
+    angle = torch.cat(
+        [torch.linspace(-30, 30, 4001), torch.linspace(-1e5, 1e5, 4001), *integers, torch.tensor([1e20, -3e38])]
+    )
+    angle = angle.reshape(1, 1, -1)
+    gate = torch.full_like(angle, -200.0)
+    pairs, same = (torch.stack([gate, each], 3).flatten(2) for each in (angle, angle.double().remainder(8)))
     h = torch.tensor([1.0, 0.0]).repeat(angle.shape[2]).reshape(1, 1, -1)
     out, _ = run(backend, "mingru_rotation", [pairs, torch.zeros_like(pairs)], h, h)
-    exact = reference.mingru_rotation(pairs.double(), torch.zeros_like(pairs).double(), h.double(), None, "tanh")
+    exact = reference.mingru_rotation(same, torch.zeros_like(same), h.double(), None, "tanh")
     assert (out - exact).abs().max() < 3e-7
 
 

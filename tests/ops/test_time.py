@@ -1,6 +1,7 @@
 """Elapsed times and lower bounds of the decay: every backend against the float64 reference."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import reference
@@ -275,6 +276,44 @@ def test_a_time_of_0_keeps_the_state(backend, cell):
     if backend != "log":  # log(1 - a) has no derivative at a = 1
         exact = reference.CELLS[cell](*inputs, h, None, "positive", initial, False, dt)
         torch.testing.assert_close(grad, torch.autograd.grad(exact.sum(), dt)[0], **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("min_decay", [0.0, 0.25])
+@cases(*(name for name in ALL if name != "log"))
+def test_an_infinite_time_forgets(backend, cell, min_decay, dtype):
+    """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
+    gates = torch.tensor([-math.inf, -800.0, -200.0, -105.0, -1.0, 0.0, 95.0, 95.0], dtype=dtype).reshape(1, 1, -1)
+    gates = [gates] if cell != "minlstm" else [torch.zeros_like(gates), gates]
+    if cell == "mingru_rotation":  # pairs of a gate and an angle
+        gates = [torch.stack([gates[0], torch.ones_like(gates[0])], -1).flatten(2)]
+    h = 3 + torch.rand_like(gates[0])
+    leaves = [leaf.requires_grad_() for leaf in (*gates, torch.randn_like(h), h)]
+    dt = torch.tensor([[math.inf]], dtype=dtype)
+    start = ops.Start(leaves[-1], leaves[-1], None, dt)
+    out, _ = run(backend, cell, leaves[:-1], start, "linear", min_decay=min_decay)
+    kept = 2 if cell == "mingru_rotation" else 1
+    torch.testing.assert_close(out[..., kept:], leaves[-2][..., kept:], rtol=0, atol=0)
+    if cell != "mingru_rotation":  # its angle after an infinite time is any
+        torch.testing.assert_close(out[..., :kept], h[..., :kept], rtol=0, atol=0)
+    *grad_gates, grad_candidate, grad_h = torch.autograd.grad(out[..., kept:].sum(), leaves)
+    assert all((grad == 0).all() for grad in (*grad_gates, grad_h))
+    assert (grad_candidate[..., kept:] == 1).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in ALL if name != "log"])
+def test_angles_of_long_times(backend):
+    """Whole turns are subtracted from the exact product of the time and the angle."""
+    angles = 2 * torch.randn(1, 1, 500)
+    pairs = torch.stack([torch.full_like(angles, -math.inf), angles], -1).flatten(2)
+    h, candidate = torch.tensor([1.0, 0.0]).repeat(500).reshape(1, 1, -1), torch.zeros(1, 1, 1000)
+    for time in (0.1, 30.3, 1000.0, 12345.678, 1e6, 3e9):
+        dt = torch.tensor([[time]])
+        out, _ = run(backend, "mingru_rotation", [pairs, candidate], ops.Start(h, h, None, dt))
+        turns = [float(Fraction(dt.item()) * Fraction(angle) % 8) for angle in angles.flatten().tolist()]
+        exact = math.pi / 4 * torch.tensor(turns, dtype=torch.float64)
+        expected = torch.stack([exact.cos(), exact.sin()], -1).flatten()
+        assert (out.double().flatten() - expected).abs().max() < 1.8e-6
 
 
 def test_the_number_of_threads_does_not_change_the_bits():

@@ -97,10 +97,17 @@ def _decay(gate: Tensor, min_decay: float, dt: Tensor | None) -> tuple[Tensor, T
         if min_decay == 0:
             return keep, update
         return min_decay + (1.0 - min_decay) * keep, (1.0 - min_decay) * update
-    log_keep = _log_decay(gate, min_decay) * along(dt, gate)
+    log_keep = _log_decay(gate, min_decay) * along(_elapsed(dt), gate)
+    # Not minus infinity times a decay that underflowed to 0. A gate of minus infinity forgets nothing.
+    log_keep = log_keep.masked_fill(along(dt, gate).isinf() & (gate > -math.inf), -math.inf)
     keep = log_keep.exp()
     # 1 - exp(x) = -tanh(x / 2) (1 + exp(x)) does not cancel. `expm1` would in ONNX graphs.
     return keep, -(0.5 * log_keep).tanh() * (1.0 + keep)
+
+
+def _elapsed(dt: Tensor) -> Tensor:
+    """Return the elapsed times without infinity, whose products with 0 and derivatives would be NaN."""
+    return dt.masked_fill(dt.isinf(), 1.0)
 
 
 def _log_decay(gate: Tensor, min_decay: float) -> Tensor:
@@ -138,10 +145,32 @@ def _rotation(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tens
     """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
     gates, candidates = [to_pairs(x) for x in _wide(inputs)]
     gate, turn = gates.unbind(-1)
-    if dt is not None:
-        turn = turn * along(dt, turn)
-    # Whole turns are subtracted, which is exact. The product with pi would lose the precision of a large angle.
-    angle = (turn - 8.0 * (0.125 * turn).round()) * (0.25 * math.pi)
+    if dt is None:
+        turn = _without_whole_turns(turn)
+    else:
+        elapsed = along(_elapsed(dt), turn)
+        product = elapsed * turn
+        lost = _error_of_product(elapsed, turn, product).detach()
+        turn = _without_whole_turns(product) + _without_whole_turns(lost)
+    angle = turn * (0.25 * math.pi)
     keep, update = _decay(gate, spec.min_decay, dt)
     a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
     return a, update.unsqueeze(-1) * activate(candidates, spec.activation)
+
+
+def _without_whole_turns(turn: Tensor) -> Tensor:
+    """Subtract whole turns, without rounding. The product with pi would lose the precision of a large angle."""
+    return turn - 8.0 * (0.125 * turn).round()
+
+
+def _error_of_product(x: Tensor, y: Tensor, product: Tensor) -> Tensor:
+    """Return x y - product, where `product` is x y, rounded. The products of the halves of x and y are exact."""
+    x_high, y_high = _upper_half(x), _upper_half(y)
+    x_low, y_low = x - x_high, y - y_high
+    return ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """Round x to half of its bits, as Veltkamp does."""
+    scaled = x * (134217729.0 if x.dtype == torch.float64 else 4097.0)
+    return scaled - (scaled - x)
