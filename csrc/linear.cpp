@@ -191,7 +191,7 @@ class InputMatrix {
 
   bool is_contiguous(const Block& block, const Tensor& sequence) const {
     const bool is_one = block.part.batch_end == block.part.batch_begin + 1;
-    return block.num_rows == 1 || (is_one && sequence.stride(1 - batch_dim_) == num_features_);
+    return is_one && (block.num_rows == 1 || sequence.stride(1 - batch_dim_) == num_features_);
   }
 
   // Calls f with the memory of each run of neighboring steps, and its size in bytes.

@@ -50,7 +50,7 @@ std::vector<int64_t> checked_lengths(const char* name, const Tensor& lengths, in
   const auto* data = static_cast<const int64_t*>(lengths.data_ptr());
   const std::vector<int64_t> result(data, data + num_batch);
   for (const int64_t length : result) {
-    STD_TORCH_CHECK(length > 0 && length <= num_steps, name, ": lengths must be from 1 to S");
+    STD_TORCH_CHECK(length >= 0 && length <= num_steps, name, ": lengths must be from 0 to S");
   }
   return result;
 }

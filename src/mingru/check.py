@@ -343,5 +343,5 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
         return  # A captured graph has no values.
     # int64, because a narrower dtype may not be able to hold S.
     long = lengths.long()
-    if batch and not bool(((long >= 1) & (long <= steps)).all()):
-        raise ValueError(expectation(name, "lengths", f"from 1 to S = {steps}", str(lengths.tolist())))
+    if batch and not bool(((long >= 0) & (long <= steps)).all()):
+        raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))

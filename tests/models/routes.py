@@ -55,7 +55,7 @@ def cases(draw, equal_lengths=False):
     batch, num_steps = draw(st.integers(1, 3)), draw(st.integers(1, 10))
     lengths = [num_steps] * batch
     if not equal_lengths and draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(1, num_steps), min_size=batch, max_size=batch))
+        lengths = draw(st.lists(st.integers(0, num_steps), min_size=batch, max_size=batch).filter(any))
     last = max(lengths) - 1
     cuts = draw(st.lists(st.integers(0, last + 1), max_size=4))
     resets = draw(st.lists(st.tuples(st.integers(0, batch - 1), st.integers(0, last)), max_size=6))
@@ -128,19 +128,13 @@ def padded(module, x, h, case):
 
 
 def padded_pieces(module, x, h, case):
-    """Call the module for each piece with the rows that have a step in the piece."""
-    h = module.initial_state(len(x)) if h is None else h
+    """Call the module for each piece, in which some sequences have no steps."""
     outs = []
     for start, size in zip([0, *sorted(case.cuts)], case.sizes, strict=True):
+        steps = slice(start, start + size)
         lengths = (torch.tensor(case.lengths) - start).clamp(0, size)
-        rows = lengths.nonzero().squeeze(1)
-        if len(rows) == 0:
-            continue
-        reset = None if case.reset is None else case.reset[rows, start : start + size]
-        state = map_state(lambda each, rows=rows: each[:, rows], h)
-        part, state = module(x[rows, start : start + size], state, reset, lengths[rows])
-        outs.append(part.new_zeros(len(x), size, part.shape[2]).index_copy(0, rows, part))
-        h = [old.index_copy(1, rows, new) for old, new in zip(h, state, strict=True)]
+        part, h = module(x[:, steps], h, None if case.reset is None else case.reset[:, steps], lengths)
+        outs.append(part)
     return torch.cat(outs, 1).masked_fill(case.padding, 0.0), h
 
 

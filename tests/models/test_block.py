@@ -133,6 +133,8 @@ HARD_CASES = {
     "a reset before the last step": Case(ROWS, [6], [(1, 6)], True, 0),
     "a reset at a cut": Case(ROWS, [4], [(0, 4)], False, 0),
     "rows shorter than the convolution's past": Case([1, 2, 7], [1], [], True, 0),
+    "an empty sequence": Case([0, 7, 0], [2], [(1, 4)], True, 0),
+    "an empty sequence without a state": Case([7, 0], [2], [(0, 4), (1, 0)], False, 0),
     "a reset before the last step of a short row": Case([2, 7], [1], [(0, 1)], True, 0),
     "resets in the padding": Case([2, 7], [4], [(0, 2), (0, 3), (0, 6)], True, 0),
 }
@@ -164,7 +166,7 @@ def test_the_comparison_can_fail():
 
 @each_option
 def test_padding_has_no_effect(options):
-    block, lengths = make(torch.double, **options), [9, 1, S]
+    block, lengths = make(torch.double, **options), [9, 0, S]
     case = Case(lengths, [], [(0, 3)], True, 0)
     x, h = make_inputs(block, case)
     reset = case.reset
@@ -458,8 +460,8 @@ BAD_CALLS = {
         TypeError,
         "reset must be of dtype torch.bool, got torch.float32",
     ),
-    "length of 0": ({"lengths": torch.tensor([4, 0])}, ValueError, "lengths must be from 1 to S = 4, got [4, 0]"),
-    "length above S": ({"lengths": torch.tensor([5, 4])}, ValueError, "lengths must be from 1 to S = 4, got [5, 4]"),
+    "length below 0": ({"lengths": torch.tensor([4, -1])}, ValueError, "lengths must be from 0 to S = 4, got [4, -1]"),
+    "length above S": ({"lengths": torch.tensor([5, 4])}, ValueError, "lengths must be from 0 to S = 4, got [5, 4]"),
     "lengths of a list": ({"lengths": [4, 4]}, TypeError, "lengths must be an integer tensor (B,), got list"),
     "lengths of float": (
         {"lengths": torch.ones(2)},

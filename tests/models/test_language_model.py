@@ -399,7 +399,7 @@ def test_a_state_in_a_tuple():
 
 
 BAD_MASKS = {
-    "lengths": ({"lengths": torch.tensor([0, 3])}, ValueError, "lengths must be from 1 to S = 3, got [0, 3]"),
+    "lengths": ({"lengths": torch.tensor([4, 3])}, ValueError, "lengths must be from 0 to S = 3, got [4, 3]"),
     "lengths of a list": ({"lengths": [3, 3]}, TypeError, "lengths must be an integer tensor (B,), got list"),
     "reset": ({"reset": IDS}, TypeError, "reset must be of dtype torch.bool, got torch.int64; use reset.bool()"),
     "reset of other steps": ({"reset": IDS[:, :2].bool()}, ValueError, "reset must be (B, S) = (2, 3), got (2, 2)"),

@@ -156,7 +156,7 @@ def test_lengths(case):
             case.h(batch, dtype=torch.double),
             case.reset(batch, steps),
         )
-        lengths = torch.randint(1, steps, (batch,))
+        lengths = torch.randint(0, steps, (batch,))
         x[0, lengths[0] :] = torch.nan
         leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
         results = []

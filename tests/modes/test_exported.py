@@ -169,7 +169,7 @@ def test_lengths(case):
     )
     for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
         x, h = case.x(batch, steps), case.h(batch)
-        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths = torch.randint(0, steps + 1, (batch,))
         x[0, lengths[0] :] = torch.nan
         assert_equal(program.module()(x, h, lengths=lengths), module(x, h, lengths=lengths))
     assert tensors(program.module()(x, h, lengths=lengths))

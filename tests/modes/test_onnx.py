@@ -75,7 +75,7 @@ def test_lengths(path):
         session = Session(path, module, (torch.randn(1, 7, 3), None, None, torch.tensor([3])), max_steps=20)
     assert session.inputs == {"x": ["batch", "time", 3], "lengths": ["batch"]}
     for batch, steps in [(1, 1), (3, 17), (2, 20)]:
-        x, lengths = torch.randn(batch, steps, 3), torch.randint(1, steps + 1, (batch,))
+        x, lengths = torch.randn(batch, steps, 3), torch.randint(0, steps + 1, (batch,))
         assert_equal(session(x, lengths), tensors(module(x, lengths=lengths)), **TOLERANCE)
 
 

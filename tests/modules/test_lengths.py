@@ -74,12 +74,23 @@ def alone(rnn, lengths, layers=reference.layers):
         for at, length in enumerate(lengths):
             one = slice(at, at + 1)
             state = None if h is None else h.expand(count, len(lengths), 1, H)[:, one]
-            out, last = layers(rnn, x[one, :length], state, None if reset is None else reset[one, :length])
+            if length == 0:
+                out, last = x[one, :0, :1].expand(1, 0, rnn.output_dims), initial_state(rnn) if state is None else state
+            else:
+                out, last = layers(rnn, x[one, :length], state, None if reset is None else reset[one, :length])
             outs.append(torch.cat([out, out.new_zeros(1, x.shape[1] - length, out.shape[2])], 1))
             states.append(last)
         return in_order(rnn, torch.cat(outs)), torch.cat(states, 1)
 
     return function
+
+
+def initial_state(rnn):
+    """The default state of one sequence, (L * D, 1, 1, H)."""
+    if rnn.initial_state is not None:
+        return rnn.initial_state
+    value = reference.initial_state(rnn.cell, rnn.candidate)
+    return torch.full((rnn.num_layers * rnn.num_directions, 1, 1, H), value, dtype=torch.double)
 
 
 def padded(rnn, lengths, dtype=torch.double, num_steps=S, fill=7.0):
@@ -156,6 +167,129 @@ def test_packed_from_a_list_of_sequences():
         out_alone, h_alone = rnn(sequence[None])
         assert_close(out[at, : len(sequence)], out_alone[0], **TIGHT)
         assert_close(h[:, at], h_alone[:, 0], **TIGHT)
+
+
+# Some of 0: in front, in the middle and at the end, one step in all, none at all, and more sequences than a block has.
+EMPTY = [(0, 9, S, 0, 1, 0), (0, 1, 0), (S, 0), (0,), (0, 0, 0), tuple(range(S + 1))]
+without_packed = pytest.mark.parametrize("form", ["lengths", "scripted"])
+plain_all_and_learned = pytest.mark.parametrize(
+    "options",
+    [{"learn_initial_state": True}, {"cell": "minlstm", "bidirectional": True, "batch_first": False}, ALL],
+    ids=["learned", "minlstm", "all"],
+)
+
+
+@without_packed
+@plain_all_and_learned
+def test_an_empty_sequence_keeps_its_state(options, form):
+    """`torch.nn.utils.rnn` packs no empty sequences."""
+    rnn = make(**options)
+    run = torch.jit.script(rnn) if form == "scripted" else rnn
+    for lengths in EMPTY:
+        x, reset = padded(rnn, lengths, fill=float("nan"))
+        h = torch.randn(rnn.num_layers * rnn.num_directions, len(lengths), 1, H).double()
+        function, empty = together(run, "lengths", lengths), torch.tensor(lengths) == 0
+        for state, mask in ((h, reset), (h[:, :1], None), (None, reset), (None, None)):
+            got = graded(function, rnn, x, state, mask)
+            assert_same(got, graded(alone(rnn, lengths), rnn, x.nan_to_num(7.0), state, mask), **TIGHT)
+            with torch.no_grad():
+                assert_close(function(x, state, mask), (got["out"], got["last"]), **TIGHT)
+            before = (initial_state(rnn) if state is None else state).expand_as(got["last"])
+            assert torch.equal(got["last"][:, empty], before[:, empty])
+
+
+@pytest.mark.parametrize("lengths", [(0, 9, S, 0), (0, 0)], ids=["some", "all"])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("cell", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_sequences_on_every_backend(backend, cell, hooked, lengths):
+    rnn = make(cell=cell, num_layers=2, bidirectional=True)
+    if hooked:
+        rnn.layers[0].linear.register_forward_hook(lambda *args: None)
+    x, reset = padded(rnn, lengths)
+    h = torch.randn(4, len(lengths), 1, H).double()
+    with mingru.use_backend(backend):
+        got = graded(together(rnn, "lengths", lengths), rnn, x, h, reset)
+    assert_same(got, graded(alone(rnn, lengths), rnn, x, h, reset), **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("native", ALL), ("torch", {}), ("log", {"bidirectional": True})],
+    ids=["native", "torch", "log"],
+)
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_empty_sequences_in_a_compiled_graph(backend, options):
+    torch.compiler.reset()
+    rnn = make(**options)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    for lengths in ((0, 9, S, 0), (0, 0, 0)):
+        x, reset = padded(rnn, lengths, fill=float("nan"))
+        h = torch.randn(rnn.num_layers * rnn.num_directions, len(lengths), 1, H).double()
+        with mingru.use_backend(backend):
+            got = graded(together(compiled, "lengths", lengths), rnn, x, h, reset)
+        assert_same(got, graded(alone(rnn, lengths), rnn, x.nan_to_num(7.0), h, reset), **TIGHT)
+
+
+def test_empty_sequences_in_a_trace():
+    rnn = make(num_layers=2, bidirectional=True, norm="layer")
+    x, reset = padded(rnn, (4, S))
+    h = torch.randn(4, 2, 1, H).double()
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(rnn, (x, h, reset, torch.tensor([4, S])), check_trace=False)
+    for lengths in ((0, 9), (0, 0), (3, 0)):
+        run = together(traced, "lengths", lengths)
+        assert_same(
+            graded(lambda *args, run=run: run(*args), rnn, x, h, reset),
+            graded(alone(rnn, lengths), rnn, x, h, reset),
+            **TIGHT,
+        )
+
+
+@without_packed
+@pytest.mark.parametrize("gate", ["sigmoid", "rotation"])
+def test_elapsed_times_of_empty_sequences(gate, form):
+    rnn = mingru.MinGRU(IN, 4, 2, bidirectional=True, gate=gate, dtype=torch.double)
+    run = torch.jit.script(rnn) if form == "scripted" else rnn
+    x, h, dt = torch.randn(4, S, IN).double(), torch.randn(4, 4, 1, 4).double(), torch.rand(4, S).double()
+    lengths = torch.tensor([0, 7, 0, S])
+    leaves = [leaf.requires_grad_() for leaf in (x, h, dt)]
+    out, last = run(x, h, None, lengths, dt)
+    grads = torch.autograd.grad(out.square().sum() + last.square().sum(), leaves)
+    loss = h[:, lengths == 0].square().sum()
+    for at in (1, 3):
+        one, length = slice(at, at + 1), lengths[at]
+        alone = rnn(x[one, :length], h[:, one], None, None, dt[one, :length])
+        loss = loss + sum(each.square().sum() for each in alone)
+        assert_close((out[one, :length], last[:, one]), alone, **TIGHT)
+    assert torch.equal(last[:, lengths == 0], h[:, lengths == 0])
+    assert not out[lengths == 0].any()
+    assert_close(grads, torch.autograd.grad(loss, leaves), **TIGHT)
+
+
+@pytest.mark.parametrize("form", ["eager", "scripted"])
+@plain_and_all
+def test_lengths_of_sequences_without_steps(options, form):
+    rnn = make(**options)
+    run = torch.jit.script(rnn) if form == "scripted" else rnn
+    x, h = torch.zeros(2, 0, IN).double(), torch.randn(rnn.num_layers * rnn.num_directions, 2, 1, H).double()
+    out, last = run(in_order(rnn, x), h.requires_grad_(), None, torch.tensor([0, 0]))
+    assert in_order(rnn, out).shape == (2, 0, rnn.output_dims)
+    assert torch.equal(last, h)
+    assert torch.equal(torch.autograd.grad(last.sum(), h)[0], torch.ones_like(h))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_with_an_empty_sequence(backend):
+    rnn = mingru.MinGRU(2, 2, bidirectional=True, dtype=torch.double)
+    x, h = torch.randn(3, 3, 2).double().requires_grad_(), torch.randn(2, 3, 1, 2).double().requires_grad_()
+
+    def function(x, h):
+        out, last = rnn(x, h, None, torch.tensor([2, 0, 3]))
+        return out, last.square()
+
+    with mingru.use_backend(backend):
+        assert torch.autograd.gradgradcheck(function, (x, h), fast_mode=True)
 
 
 @each_form
@@ -499,7 +633,7 @@ def test_padding_is_skipped_without_packing(options, monkeypatch):
     def no_packing(*args):
         raise AssertionError("the sequences were packed")
 
-    monkeypatch.setattr("mingru.ops.layout.packing_from_lengths", no_packing)
+    monkeypatch.setattr("mingru.ops.layout.packing_of", no_packing)
     assert_same(graded(together(rnn, "lengths", LENGTHS), rnn, x, None, reset), expected)
     # A hook must see the steps, so this call packs them.
     rnn.layers[0].linear.register_forward_hook(lambda *args: None)
@@ -578,9 +712,8 @@ FULL = torch.tensor([5, 3, 1])
 PACKED = pack_padded_sequence(X, FULL, batch_first=True)
 
 BAD_CALLS = {
-    "length of 0": ({"lengths": torch.tensor([5, 0, 1])}, ValueError, r"lengths must be from 1 to S = 5, got \[5, 0"),
-    "length below 0": ({"lengths": torch.tensor([5, -1, 1])}, ValueError, r"lengths must be from 1 to S = 5, got \[5"),
-    "length above S": ({"lengths": torch.tensor([5, 6, 1])}, ValueError, r"lengths must be from 1 to S = 5, got \[5"),
+    "length below 0": ({"lengths": torch.tensor([5, -1, 1])}, ValueError, r"lengths must be from 0 to S = 5, got \[5"),
+    "length above S": ({"lengths": torch.tensor([5, 6, 1])}, ValueError, r"lengths must be from 0 to S = 5, got \[5"),
     "lengths of float": ({"lengths": FULL.float()}, TypeError, r"lengths must be of an integer dtype, .*float32; use"),
     "lengths of bool": ({"lengths": FULL.bool()}, TypeError, r"lengths must be of an integer dtype, got torch\.bool"),
     "lengths of other batch": ({"lengths": FULL[:2]}, ValueError, r"lengths must be \(B,\) = \(3,\), got \(2,\)"),
@@ -676,7 +809,7 @@ def test_bad_calls(case):
 
 def test_bad_lengths_in_the_order_of_time():
     rnn = mingru.MinGRU(3, 8, batch_first=False)
-    with pytest.raises(ValueError, match=r"^MinGRU: lengths must be from 1 to S = 3, got \[5, 3, 1, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"^MinGRU: lengths must be from 0 to S = 3, got \[5, 3, 1, 1, 1\]"):
         rnn(X, lengths=torch.tensor([5, 3, 1, 1, 1]))
     with pytest.raises(ValueError, match=r"^MinGRU: lengths must be \(B,\) = \(5,\), got \(3,\)"):
         rnn(X, lengths=FULL)

@@ -62,7 +62,7 @@ class Block(Base, role="sequence", planned=True):
           inputs of the convolution, (1, B, conv - 1, dims), the oldest first. Default: the initial state of the layer,
           and zeros.
         - **reset**: Bool mask, (B, S). Where True, both states are set to their default before that step.
-        - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. `out` is 0 in the padding.
+        - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. `out` is 0 in the padding.
         - **dt**: Time since the step before, (B, S), for the layer; the convolution does not depend on it.
 
     Outputs:
@@ -235,7 +235,7 @@ class Block(Base, role="sequence", planned=True):
     ) -> tuple[Tensor, list[Tensor]]:
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.
-            x = self._without_padding(x, lengths)
+            x = layout.without_padding(x, lengths, False)
         states: list[Tensor] = []
         conv = self.conv
         if conv is not None:
@@ -251,11 +251,8 @@ class Block(Base, role="sequence", planned=True):
         if mlp is not None:
             x = x + F.dropout(mlp(x), self.dropout, self.training)
         if lengths is not None:
-            x = self._without_padding(x, lengths)
+            x = layout.without_padding(x, lengths, False)
         return x, states
-
-    def _without_padding(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return x.masked_fill(layout.padding_from_lengths(lengths, x, False).unsqueeze(2), 0.0)
 
     @untraced
     def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:

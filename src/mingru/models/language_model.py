@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
     Inputs:
         - **ids**: Tokens, integers (B, S).
         - **state**: List of all blocks' states before the first token, as returned. Default: `initial_state(B)`.
-        - **lengths**: Number of valid tokens of each sequence, integers (B,) from 1 to S, by keyword. Padded positions
+        - **lengths**: Number of valid tokens of each sequence, integers (B,) from 0 to S, by keyword. Padded positions
           may have any valid ids, and their logits have no meaning.
         - **reset**: Bool mask, (B, S), by keyword. Where True, the state is set to its default before that token.
 

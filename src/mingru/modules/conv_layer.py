@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import Layout, Map, Spec, Start, States, traceable
+from ..ops import Layout, Map, Spec, Start, States, layout, traceable
 from ..ops.cells import GATES, zero_state
 from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
-from .shared import in_reverse
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -131,7 +130,7 @@ class MinConvLayer(nn.Module):
             initial_state = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
         start = Start(initial_state if h is None else h[index], initial_state, reset)
         if reverse:
-            start = in_reverse(start, order)
+            start = layout.in_reverse(start, order)
         if is_scripting():
             inputs = self._inputs(y, reverse)
             shape = list(inputs[0].shape)

@@ -82,8 +82,8 @@ class MinGRU(Recurrent, planned=True):
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step. The reverse direction is reset at the same boundary, between that step and the
           previous one.
-        - **lengths**: Number of valid steps of each sequence, integers (B,) from 1 to S. Padded steps are skipped, and
-          `out` is 0 there. Must be None if x is packed.
+        - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. Padded steps are skipped, and
+          `out` is 0 there. The state of an empty sequence is its initial state. Must be None if x is packed.
         - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0; packed if x is packed. Its dtype is
           that of x or float32. Scale it so that usual values are near 1. Default: 1. A time of 0 keeps the state.
           Negative times and NaN are only found in eager mode on the CPU. The reverse direction crosses the same times;

@@ -17,31 +17,22 @@ from ..check import (
     arguments_checked,
     check_bias,
     check_dropout,
-    check_dt,
     check_flag,
     check_flags,
     check_gate,
     check_int,
-    check_lengths,
-    check_like,
     check_min_decay,
-    check_one_state,
     check_options,
     check_pairs,
-    check_reset,
     check_residual,
-    dims,
-    embed_remedy,
-    expanded,
-    expectation,
 )
 from ..ops import Layout, Spec, Start, States, inference, layout, traceable
 from ..ops.cells import CELLS, GATES, zero_state
-from ..ops.graph import for_trace, is_autocast, is_compiling, is_scripting, is_tracing, untraced
+from ..ops.graph import is_autocast, is_captured, is_compiling, is_scripting
 from ..ops.inference import Plan, plannable
 from ..ops.shape import accumulate_dtype, as_dtype
-from .base import Base
-from .shared import in_reverse, not_default, reshaped, weight_of
+from .checked_calls import CheckedCalls
+from .shared import not_default, reshaped
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -93,7 +84,7 @@ class RecurrentLayer(nn.Module):
         out, last = self._direction(y, starts[0], order, False)
         states = [last]
         if self.linear_reverse is not None:
-            back, last = self._direction(y, in_reverse(starts[1], order), order, True)
+            back, last = self._direction(y, layout.in_reverse(starts[1], order), order, True)
             out = torch.cat([out, back], -1)
             states.append(last)
         if self.residual:
@@ -140,18 +131,7 @@ class RecurrentLayer(nn.Module):
             return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
-def _packed_steps(x: Tensor | None, index: Tensor) -> Tensor | None:
-    """Return the values of the packed steps of x, (B, S) or (S, B)."""
-    return None if x is None else x.flatten().index_select(0, index)
-
-
-def _order_of(packed_x: PackedSequence) -> Tensor:
-    """Return the batch index of each sorted sequence."""
-    order = packed_x.sorted_indices
-    return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
-
-
-class Recurrent(Base, role="sequence"):
+class Recurrent(CheckedCalls, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
     cell: str
@@ -254,46 +234,23 @@ class Recurrent(Base, role="sequence"):
         dt: Tensor | None = None,
     ) -> States:
         if is_scripting():
-            if x.dim() != 3 or x.size(2) != self.input_dims:
-                letters = "(B, S, " if self.batch_first else "(S, B, "
-                raise ValueError(f"{self.name}: x must be {letters}{self.input_dims}), got {x.shape}")
-            self._check_scripted(list(x.shape[:2]), reset, dt)
+            self._check_scripted_call(x, reset, dt)
         else:
             if lengths is None:
-                states = inference.run(self, x, None if h is None else [h], reset, not self.batch_first, dt)
-                if states is not None:
-                    return states[0], states[1][0]
+                done = inference.run(self, x, None if h is None else [h], reset, not self.batch_first, dt)
+                if done is not None:
+                    return done[0], done[1][0]
             if isinstance(x, PackedSequence):
                 return self._packed(x, h, reset, lengths, dt)
             self._check(x, h, reset, lengths, dt)
-        batch = x.size(0 if self.batch_first else 1)
-        # An empty batch cannot be packed. While tracing, the test is skipped, because it would fix the batch size.
-        if lengths is None or ((is_scripting() or not is_tracing()) and batch == 0):
-            return self._run(x, self._state(x, h, batch), reset, dt, Layout(not self.batch_first, None, None))
-        if is_scripting():
-            batch_sizes, order, index = layout.packing_from_lengths(lengths, x, not self.batch_first)
-        elif is_compiling() or self._takes_lengths(x):
-            return self._padded(x, h, reset, lengths, dt)
-        else:
-            batch_sizes, order, index = for_trace(layout.packing_from_lengths)(lengths, x, not self.batch_first)
-        index = index.to(x.device)
-        order = order.to(x.device)
-        data = x.flatten(0, 1).index_select(0, index)
-        state = self._state(x, h, batch).index_select(1, order)
-        reset, dt = _packed_steps(reset, index), _packed_steps(dt, index)
-        out, last = self._run(data, state, reset, dt, Layout(False, batch_sizes, None))
-        padded = out.new_zeros([x.size(0) * x.size(1), out.size(1)])
-        padded[index] = out
-        return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), last.index_select(1, order.argsort())
-
-    def _check_scripted(self, shape: list[int], reset: Tensor | None, dt: Tensor | None) -> None:
-        """Check the arguments of a scripted module that have one value for each step."""
-        if reset is not None and list(reset.shape) != shape:
-            raise ValueError(f"{self.name}: reset must be {shape}, got {reset.shape}")
-        if dt is not None and list(dt.shape) != shape:
-            raise ValueError(f"{self.name}: dt must be {shape}, got {dt.shape}")
-        if dt is not None and not self.is_timed:
-            raise ValueError(f"{self.name}: dt must be None because this cell takes no elapsed times")
+        state = self._state(x, h, x.size(0 if self.batch_first else 1))
+        if lengths is None:
+            return self._run(x, state, reset, dt, Layout(not self.batch_first))
+        if not is_scripting():
+            if self._takes_lengths(x, lengths, dt):
+                x, order = layout.with_lengths(x, lengths, not self.batch_first)
+                return self._run(x, state, reset, dt, order)
+        return self._run_packed(x, state, reset, dt, lengths)
 
     def with_states(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
@@ -323,28 +280,31 @@ class Recurrent(Base, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
-    def _takes_lengths(self, x: Tensor) -> bool:
-        """Return whether all layers skip padding: a linear map and a recurrence each, in a kernel that can."""
+    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
+        """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed.
+
+        A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel that skips
+        the padding computes a linear map and its recurrence, but no norm and no residual.
+        """
+        if is_compiling():
+            return True
         layers: Any = self.layers
         if any(layer.norm is not None or layer.residual or layer.highway for layer in layers):
             return False
-        linears = [linear for layer in layers for linear in (layer.linear, layer.linear_reverse) if linear is not None]
-        return ops.takes_lengths(layers[0]._spec(False), linears, x)
+        linears = [each for layer in layers for each in (layer.linear, layer.linear_reverse) if each is not None]
+        return ops.takes_lengths(layers[0]._spec(False), linears, x, dt, Layout(False, None, lengths))
 
-    def _padded(self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor, dt: Tensor | None) -> States:
-        """Run on the padded batch, if the kernel skips the padding.
-
-        Otherwise mask the padding, because a captured graph cannot depend on the number of valid steps.
-        """
-        padding = layout.padding_from_lengths(lengths, x, not self.batch_first)
-        reset = None if reset is None else reset & ~padding
-        state = self._state(x, h, lengths.size(0))
-        if not is_compiling():
-            order = Layout(not self.batch_first, None, padding, lengths.cpu().long().contiguous())
-            return self._run(x, state, reset, dt, order)
-        x = x.masked_fill(padding.unsqueeze(2), 0.0)
-        out, last = self._run(x, state, reset, dt, Layout(not self.batch_first, None, padding))
-        return out.masked_fill(padding.unsqueeze(2), 0.0), last
+    def _run_packed(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, lengths: Tensor) -> States:
+        """Pack the valid steps once for all layers."""
+        batch_sizes, order, index = layout.packing_of(lengths, x, not self.batch_first)
+        index, order = index.to(x.device), order.to(x.device)
+        reset = None if reset is None else layout.pack(reset, index)
+        dt = None if dt is None else layout.pack(dt, index)
+        packed = layout.pack(x, index)
+        out, last = self._run(packed, state.index_select(1, order), reset, dt, Layout(False, batch_sizes))
+        padded = layout.unpack(out, index, x.size(0) * x.size(1))
+        # The state of an empty sequence stays.
+        return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), state.index_copy(1, order, last)
 
     def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any) -> Any:
         """Return a PackedSequence, and the states in the order of the batch before packing."""
@@ -352,7 +312,7 @@ class Recurrent(Base, role="sequence"):
         packed_reset, packed_dt = self._check_packed(x, h, reset, lengths, dt)
         state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(data, state, packed_reset, packed_dt, Layout(False, batch_sizes, None))
+        out, last = self._run(data, state, packed_reset, packed_dt, Layout(False, batch_sizes))
         if original_order is not None:
             last = last.index_select(1, original_order)
         return PackedSequence(out, batch_sizes, order, original_order), last
@@ -370,8 +330,8 @@ class Recurrent(Base, role="sequence"):
             h = self.initial_state
         assert h is not None
         state = h
-        # While tracing, h is always expanded, because a trace records the comparison as a constant.
-        if is_scripting() or is_tracing() or h.shape != shape:
+        # In a graph, h is always expanded, because a trace records the comparison as a constant.
+        if is_captured() or h.shape != shape:
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
@@ -401,74 +361,6 @@ class Recurrent(Base, role="sequence"):
             if index < self.num_layers - 1 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
         return x, states
-
-    @untraced
-    def _check(
-        self, x: Tensor, h: Tensor | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> None:
-        """Raise an error if an argument is invalid."""
-        if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
-        letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
-        if x.dim() != 3 or x.shape[2] != self.input_dims:
-            expected = f"{letters.format(self.input_dims)} because input_dims is {self.input_dims}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), embed_remedy(x)))
-        batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-        self._check_beside(x, h, batch)
-        order = "(B, S)" if self.batch_first else "(S, B)"
-        check_reset(self.name, reset, x, order)
-        check_dt(self.name, dt, x, self.cell, order, autocast=is_autocast(x))
-        if lengths is not None:
-            check_lengths(self.name, lengths, batch, steps, x.device)
-
-    def _check_packed(
-        self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Raise an error if an argument is invalid for a PackedSequence; return the packed resets and elapsed times."""
-        if lengths is not None:
-            expected = "None because a PackedSequence has its own lengths"
-            raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
-        if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
-            expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
-        self._check_beside(x.data, h, int(x.batch_sizes[0]))
-        packed_reset, packed_dt = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
-        steps, sequence = "(1, steps)", x.data.unsqueeze(0)
-        if packed_reset is not None:
-            check_reset(self.name, packed_reset.unsqueeze(0), sequence, steps)
-        if packed_dt is not None:
-            check_dt(self.name, packed_dt.unsqueeze(0), sequence, self.cell, steps, autocast=is_autocast(x.data))
-        return packed_reset, packed_dt
-
-    def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
-        """Return the data of an argument that must be packed like x."""
-        if given is None:
-            return None
-        if not isinstance(given, PackedSequence):
-            expected = "a PackedSequence like x"
-            remedy = "pack it with the lengths of x"
-            raise TypeError(expectation(self.name, argument, expected, type(given).__name__, remedy))
-        if not torch.equal(given.batch_sizes, x.batch_sizes):
-            raise ValueError(expectation(self.name, argument, "packed with the lengths of x", "other lengths"))
-        if not torch.equal(_order_of(given), _order_of(x)):
-            raise ValueError(expectation(self.name, argument, "packed in the order of x", "another order"))
-        data: Tensor = given.data
-        return data
-
-    def _check_beside(self, x: Tensor, h: Tensor | None, batch: int) -> None:
-        """Raise an error if x does not fit the weights, or h does not fit x."""
-        autocast = is_autocast(x)
-        layer: Any = next(iter(self.layers))
-        weight = weight_of(layer.linear)
-        if weight is not None:
-            check_like(self.name, "x", x, weight, "the layer's weight", autocast=autocast, ids=True)
-        if h is not None:
-            check_one_state(self.name, h, "(L * D, B, 1, H)", self.cell)
-            check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
-            shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
-            if h.shape != shape:
-                remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"
-                expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
     def extra_repr(self) -> str:
         text = f"{self.input_dims}, {self.hidden_dims}"

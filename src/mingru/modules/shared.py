@@ -1,22 +1,11 @@
-"""Helpers that all layers share: the reverse direction, states that are not views, options in a repr, weights."""
+"""Helpers that all layers share: states that are not views, options in a repr, weights."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Layout, Start, layout
-from ..ops.graph import is_compiling, is_scripting, is_tracing
-
-
-def in_reverse(start: Start, order: Layout) -> Start:
-    """Return the start of the reverse direction, whose resets and elapsed times are shifted by one step."""
-    reset, dt = start.reset, start.dt
-    if reset is not None:
-        reset = layout.reset_seen_in_reverse(reset, order)
-    if dt is not None:
-        dt = layout.dt_seen_in_reverse(dt, order)
-    return Start(start.h, start.initial_state, reset, dt)
+from ..ops.graph import is_captured
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
@@ -24,25 +13,19 @@ def reshaped(x: Tensor, shape: list[int]) -> Tensor:
 
     No operation may have saved x for backward, because in-place changes of the result would not be detected.
     """
-    if is_scripting():
-        return x.view(shape)
-    else:
-        return x.view(shape) if is_tracing() or is_compiling() else torch.ops.aten._unsafe_view(x, shape)
+    return x.view(shape) if is_captured() else torch.ops.aten._unsafe_view(x, shape)
 
 
 def copied(view: Tensor) -> Tensor:
     """Return a copy of a view, because a view cannot be detached in place. In a graph, return the view."""
-    if is_scripting():
-        return view
-    else:
-        return view if is_tracing() or is_compiling() else view.clone()
+    return view if is_captured() else view.clone()
 
 
 def without_dims(state: Tensor, dims: list[int]) -> Tensor:
     """Remove dimensions of size 1 from a new state that has no other references; `dims` must be in descending order."""
     for dim in dims:
         # In place, because `squeeze` would return a view, which cannot be detached in place.
-        state = state.squeeze(dim) if is_scripting() or is_tracing() else state.squeeze_(dim)
+        state = state.squeeze(dim) if is_captured() else state.squeeze_(dim)
     return state
 
 

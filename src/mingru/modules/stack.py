@@ -192,8 +192,7 @@ class Stack(Base, role="sequence", planned=True):
                 residual_input = _data_of(x)
                 if index == 0 and lengths is not None:
                     # The output must stay 0 in the padding.
-                    padding = layout.padding_from_lengths(lengths, residual_input, not self.batch_first)
-                    residual_input = residual_input.masked_fill(padding.unsqueeze(2), 0.0)
+                    residual_input = layout.without_padding(residual_input, lengths, not self.batch_first)
                 added = align(residual_input)
                 if (is_scripting() or not is_tracing()) and added.shape != data.shape:
                     shapes = f"from {_dims(added)} to {_dims(data)}"

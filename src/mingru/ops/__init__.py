@@ -5,7 +5,6 @@ A call consists of tensors and three values: `Spec` (cell, activation, direction
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
-from .graph import for_trace, is_autocast, is_compiling, is_tracing
+from .graph import is_autocast, is_tracing
 from .shape import States, accumulate_dtype, as_dtype, empty_states
 
 __all__ = [
@@ -47,12 +46,12 @@ def linear_scan(
     dtype = accumulate_dtype(b.dtype)
     if is_tracing():
         call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
-        out, last = for_trace(traceable.linear_scan)(*call, reset, reverse)
+        out, last = traceable.linear_scan(*call, reset, reverse)
     else:
         spec = Spec("linear_scan", "linear", reverse)
         name = route.choose(spec, b, backend)
         if b.numel() == 0:
-            return empty_states(a * b, h, 1)
+            return empty_states(a * b, h)
         scan = layout.LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
         out, last = _or_other(lambda name: autograd.scan(name, scan), name, spec, b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
@@ -62,8 +61,6 @@ def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    if is_tracing():
-        return _traced(spec, inputs, start, order)
     name = route.choose(spec, inputs[0], backend)
     return _or_other(lambda name: _run(name, spec, list(inputs), start, order), name, spec, inputs[0], backend)
 
@@ -75,8 +72,6 @@ def linear_recurrence(
 
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
-    if is_tracing():
-        return _traced(spec, linear(x).chunk(NUM_INPUTS[spec.cell], -1), start, order)
 
     def run(name: str) -> States:
         tensors = route.fused_with(linear, name, spec, x, start, order)
@@ -88,15 +83,10 @@ def linear_recurrence(
     return _or_other(run, route.choose(spec, x), spec, x)
 
 
-def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor) -> bool:
+def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
     """Return whether `linear_recurrence` can skip the padding of x for all these linear maps, in eager mode."""
-    if is_tracing() or is_compiling() or is_autocast(x):
-        return False
-    name, start = route.choose(spec, x), Start(x, x, None)
-    kernel = route.backend_of(name).linear_kernel
-    if kernel is None or not kernel.lengths:
-        return False
-    return all(route.fused_with(linear, name, spec, x, start, BATCH_FIRST) is not None for linear in linears)
+    name, start = route.choose(spec, x), Start(x, x, None, dt)
+    return not is_autocast(x) and all(route.fused_with(linear, name, spec, x, start, order) for linear in linears)
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
@@ -106,8 +96,6 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
     """
     batch = x.shape[1 if order.time_first else 0]
     start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
-    if is_tracing():
-        return _traced(spec, of.inputs(x), start, order)
     name = route.choose(spec, x)
     sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
@@ -127,18 +115,14 @@ def _or_other(run: Callable[[str], States], name: str, spec: Spec, sequence: Ten
 
 
 def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+    if is_tracing():
+        return traceable.traced_recurrence(spec, inputs, start, order)
     if inputs[0].numel() == 0:
-        return empty_states(traceable.sum_of(inputs), start.h, 0 if order.time_first else 1)
+        return empty_states(traceable.sum_of(inputs), start.h)
     kernel = route.kernel_of(name, spec, inputs, start, order)
     if kernel is None:
         return autograd.composed(name, spec, inputs, start, order)
-    if order.batch_sizes is None or kernel.packed:
+    if kernel.packed or (order.batch_sizes is None and order.lengths is None):
         return autograd.run_kernel((name, "kernel"), spec, inputs, start, order, False)
     states = autograd.run_kernel((name, "kernel"), *layout.padded_call(spec, inputs, start, order), False)
     return layout.in_layout(spec, states, inputs[0], start.h, order)
-
-
-def _traced(spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout) -> States:
-    run: Any = for_trace(traceable.flat_recurrence)
-    states: States = run(*spec, list(inputs), *start, order.time_first, order.batch_sizes)
-    return states

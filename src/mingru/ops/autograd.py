@@ -26,7 +26,7 @@ from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
-from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call
+from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .route import after, backend_of
 from .shape import States, along
 
@@ -178,7 +178,7 @@ def run_kernel(
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         h, initial_state, reset, dt = start
-        args = (h, None if reset is None else initial_state, reset, dt, *layout[1:], *tensors)
+        args = (h, None if reset is None else initial_state, reset, dt, layout.batch_sizes, layout.lengths, *tensors)
         states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(which).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
@@ -197,8 +197,8 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        h, initial_state, reset, dt, batch_sizes, padding, lengths, *tensors = args
-        call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, padding, lengths))
+        h, initial_state, reset, dt, batch_sizes, lengths, *tensors = args
+        call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, lengths))
         out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
         ctx.which, ctx.spec, ctx.time_first = which, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(tensors[0])
@@ -207,20 +207,19 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        out, kept, h, initial_state, reset, dt, batch_sizes, padding, lengths, *tensors = ctx.saved_tensors
-        layout = Layout(ctx.time_first, batch_sizes, padding, lengths)
-        needs_h, needs_initial_state, _, needs_dt, _, _, _, *needs = ctx.needs_input_grad[4:]
+        out, kept, h, initial_state, reset, dt, batch_sizes, lengths, *tensors = ctx.saved_tensors
+        layout = Layout(ctx.time_first, batch_sizes, lengths)
+        needs_h, needs_initial_state, _, needs_dt, _, _, *needs = ctx.needs_input_grad[4:]
 
         def recompute(name: str) -> Sequence[Tensor | None]:
             def function(h: Tensor, initial_state: Tensor | None, dt: Tensor | None, *tensors: Any) -> States:
                 inputs = list(tensors)
-                if lengths is not None:
-                    # Otherwise a NaN in the padding would reach the gradients of the weights.
-                    inputs[0] = _without_padding(inputs[0], layout)
                 if ctx.which[1] == "linear_kernel":
+                    if lengths is not None:
+                        # Otherwise a NaN in the padding would reach the gradients of the weights.
+                        inputs[0] = without_padding(inputs[0], lengths, layout.time_first)
                     inputs = list(F.linear(*inputs).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-                out, last = composed(name, ctx.spec, inputs, _start(h, initial_state, reset, dt), layout)
-                return out if lengths is None else _without_padding(out, layout), last
+                return composed(name, ctx.spec, inputs, _start(h, initial_state, reset, dt), layout)
 
             needs_all = [needs_h, needs_initial_state, needs_dt, *needs]
             return _differentiable(function, [h, initial_state, dt, *tensors], needs_all, grad)
@@ -238,12 +237,7 @@ class Recurrence(torch.autograd.Function):
             except KernelFailure as failure:
                 grads = recompute(after(failure, ctx.spec, out))
         grad_h, grad_initial_state, grad_dt, *others = grads
-        return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, None, *others
-
-
-def _without_padding(sequence: Tensor, layout: Layout) -> Tensor:
-    assert layout.padding is not None
-    return sequence.masked_fill(layout.padding.unsqueeze(2), 0.0)
+        return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, *others
 
 
 def _differentiable(

@@ -23,10 +23,9 @@ class Kernel:
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     backward: Callable[..., tuple[Tensor | None, ...]]
     packed: bool
-    """If True, the kernel supports packed sequences but no padding. If False, it supports padding, and packed sequences
-    are padded before the call."""
+    """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
-    """Whether the kernel of a linear map takes the lengths of padded sequences."""
+    """Whether the kernel of a linear map takes the lengths of padded sequences, on the CPU, and skips the padding."""
     autocast: bool = False
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     cells: Container[str] = tuple(NUM_INPUTS)

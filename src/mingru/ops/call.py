@@ -40,13 +40,11 @@ class Layout(NamedTuple):
 
     time_first: bool
     """Whether padded sequences are (S, B, *)."""
-    batch_sizes: Tensor | None
+    batch_sizes: Tensor | None = None
     """Number of sequences that have each step, (S), int64, on the CPU; None if the sequences are not packed."""
-    padding: Tensor | None
-    """Boolean mask of padded steps, (B, S) or (S, B). Padded steps keep the state."""
     lengths: Tensor | None = None
-    """Number of steps before the padding, (B), int64, on the CPU, for kernels that skip the padding. Outputs are then 0
-    in the padding."""
+    """Number of valid steps of each padded sequence, (B), int64, from 0 to S; None if all steps are valid. The other
+    steps are the padding: they keep the state, and their output is 0."""
 
 
-BATCH_FIRST = Layout(False, None, None)
+BATCH_FIRST = Layout(False)

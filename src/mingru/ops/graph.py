@@ -20,6 +20,7 @@ __all__ = [
     "are_ordinary",
     "for_trace",
     "is_autocast",
+    "is_captured",
     "is_compiling",
     "is_exporting",
     "is_scripting",
@@ -71,6 +72,14 @@ def are_batched(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_captured() -> bool:
+    """Return whether a graph is captured: scripted, traced, compiled or exported."""
+    if is_scripting():
+        return True
+    else:
+        return is_tracing() or is_compiling()
+
+
 def is_true_for_all_sizes(condition: bool) -> bool:
     """Return whether the condition is true for all sizes of a captured graph. Without a graph, return the condition."""
     if is_scripting():
@@ -87,8 +96,15 @@ def _is_statically_true(condition: bool) -> bool:
 
 
 def for_trace(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function, scripted while tracing, so that the trace keeps its branches and loops for other sizes."""
-    return _scripted(function) if is_tracing() else function
+    """Script the function while tracing, so that the trace keeps its branches and loops for other sizes."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return _scripted(function)(*args, **kwargs) if is_tracing() else function(*args, **kwargs)
+
+    # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
+    vars(run).update(__script_if_tracing_wrapper=True, __original_fn=function)
+    return run
 
 
 @functools.cache

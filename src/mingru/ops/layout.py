@@ -1,4 +1,4 @@
-"""Convert sequences of every layout to (B, S, *), the layout in which all backends scan, and back.
+"""Convert sequences of every layout to (B, S, *), the layout in which tensor operations scan, and back.
 
 Packed data is (P, *), as in `torch.nn.utils.rnn.PackedSequence`: step 0 of all sequences, then step 1 of the sequences
 that have a step 1, and so on, P steps in total. The longest sequence is the first. `batch_sizes` (S), int64, on the
@@ -8,12 +8,11 @@ CPU, counts the sequences that have each step. Everything here is scriptable.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Layout, Spec, Start
 from .cells import coefficients, is_complex
-from .graph import for_trace, is_scripting, is_tracing
+from .graph import for_trace, is_captured
 from .shape import States, along, as_dtype, from_pairs, one_like, plus_times, to_pairs
 
 
@@ -35,49 +34,36 @@ class LinearScan(NamedTuple):
 def padded_call(
     spec: Spec, inputs: list[Tensor], start: Start, layout: Layout
 ) -> tuple[Spec, list[Tensor], Start, Layout]:
-    """Return the same call for batch-first sequences.
-
-    Packed sequences become padded. They are reversed while unpacking, so that the returned call runs forward.
-    """
+    """Return the same call for batch-first sequences, without resets and with elapsed times of 1 in the padding."""
     reset, dt = start.reset, start.dt
-    batch_sizes = layout.batch_sizes
+    batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
-        index, padding = unpack_index(batch_sizes, spec.reverse)
-        inputs = [unpack(x, index, padding) for x in inputs]
-        if reset is not None:
-            reset = unpack(reset, index, padding)
-        if dt is not None:
-            dt = unpack(dt, index, padding)
-        return (
-            Spec(spec.cell, spec.activation, False, spec.min_decay),
-            inputs,
-            Start(start.h, start.initial_state, reset, dt),
-            Layout(False, None, padding.to(inputs[0].device)),
-        )
-    if layout.time_first:
-        padding_or_none = layout.padding
-        return (
-            spec,
-            [x.transpose(0, 1) for x in inputs],
-            Start(
-                start.h,
-                start.initial_state,
-                None if reset is None else reset.transpose(0, 1),
-                None if dt is None else dt.transpose(0, 1),
-            ),
-            Layout(False, None, None if padding_or_none is None else padding_or_none.transpose(0, 1)),
-        )
-    return spec, inputs, start, layout
+        lengths = lengths_of(batch_sizes)
+        shape = [lengths.numel(), batch_sizes.numel()]
+        index, num_steps = packed_index(lengths, shape[1]), shape[0] * shape[1]
+        inputs = [torch.unflatten(unpack(x, index, num_steps), 0, shape) for x in inputs]
+        reset = None if reset is None else unpack(reset, index, num_steps).view(shape)
+        dt = None if dt is None else unpack(dt, index, num_steps).view(shape)
+    else:
+        if layout.time_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+            reset = None if reset is None else reset.transpose(0, 1)
+            dt = None if dt is None else dt.transpose(0, 1)
+        if lengths is not None:
+            padding = padding_of(lengths, inputs[0])
+            reset = None if reset is None else reset.masked_fill(padding, False)
+            dt = None if dt is None else dt.masked_fill(padding, 1.0)
+    return spec, inputs, Start(start.h, start.initial_state, reset, dt), Layout(False, None, lengths)
 
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
     """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
     a, b = coefficients(spec, inputs, start.dt)
     pairs = is_complex(spec)
-    padding = layout.padding
-    if padding is not None:
-        mask = along(padding, a)
-        a, b = torch.where(mask, one_like(a, pairs), a) if pairs else a.masked_fill(mask, 1.0), b.masked_fill(mask, 0.0)
+    lengths = layout.lengths
+    if lengths is not None:
+        padding = along(padding_of(lengths, a), a)
+        a, b = torch.where(padding, one_like(a, pairs), a), b.masked_fill(padding, 0.0)
     h, initial_state = start.h, start.initial_state
     if pairs:
         h, initial_state = to_pairs(h), to_pairs(initial_state.expand_as(h))
@@ -93,11 +79,12 @@ def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layou
     if is_complex(spec):
         out, last = from_pairs(out), from_pairs(last)
     out = as_dtype(out, like.dtype)
-    batch_sizes = layout.batch_sizes
+    batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
-        index, padding = unpack_index(batch_sizes, spec.reverse)
-        out = pack(out, pack_index(index, padding))
-    elif layout.time_first:
+        out = pack(out, packed_index(lengths_of(batch_sizes), batch_sizes.numel()))
+    elif lengths is not None:
+        out = without_padding(out, lengths, False)
+    if layout.time_first:
         # A copy, because outputs must be contiguous and not views. Not in place, because backward keeps `out`.
         out = out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     return out, as_dtype(last, h.dtype)
@@ -108,58 +95,78 @@ def is_transposed(x: Tensor) -> bool:
     return not x.is_contiguous() and x.dim() == 3 and x.stride(0) < x.stride(1)
 
 
-def packing_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `batch_sizes`, the order of the batch, and the index of each packed step in the flattened x."""
-    num_steps = x.size(0 if time_first else 1)
-    lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)
-    exists = steps < lengths
-    batch_sizes = exists.sum(1)[: int(lengths[0])]
-    index = steps * lengths.numel() + order if time_first else order * num_steps + steps
-    return batch_sizes, order, index[exists]
+def lengths_of(batch_sizes: Tensor) -> Tensor:
+    """Return the number of steps of each packed sequence."""
+    num_sequences = int(batch_sizes[:1].sum())
+    return (batch_sizes.unsqueeze(1) > torch.arange(num_sequences, device=batch_sizes.device)).sum(0)
 
 
-def padding_from_lengths(lengths: Tensor, x: Tensor, time_first: bool) -> Tensor:
-    """Return the mask of padded steps of x, (B, S) or (S, B)."""
-    steps = torch.arange(x.size(0 if time_first else 1), device=x.device)
-    padding = steps >= lengths.to(x.device).unsqueeze(1)
-    return padding.transpose(0, 1) if time_first else padding
+def packed_index(lengths: Tensor, num_steps: int, order: Tensor | None = None, time_first: bool = False) -> Tensor:
+    """Return the index of each packed step in the flattened (B, S) or (S, B), for lengths in descending order.
 
-
-def unpack_index(batch_sizes: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the packed index of each step, (B, S), and the mask of padded steps, whose index is 0.
-
-    If `reverse`, the steps are reversed within each sequence.
+    `order` has the batch index of each sequence; by default, the batch has the order of the packed sequences.
     """
-    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(1)
-    lengths = (batch_sizes > batch).sum(1).unsqueeze(1)
-    steps = torch.arange(batch_sizes.numel(), device=batch_sizes.device).unsqueeze(0)
-    padding = steps >= lengths
-    if reverse:
-        steps = lengths - 1 - steps
-    offsets = batch_sizes.cumsum(0) - batch_sizes
-    index = offsets[steps.clamp_min(0)] + batch
-    return index.masked_fill(padding, 0), padding
+    steps = torch.arange(num_steps, device=lengths.device).unsqueeze(1)
+    batch = torch.arange(lengths.numel(), device=lengths.device) if order is None else order
+    index = steps * lengths.numel() + batch if time_first else batch * num_steps + steps
+    return index[steps < lengths]
 
 
-def unpack(packed: Tensor, index: Tensor, padding: Tensor) -> Tensor:
-    """Return packed data (P, *) as padded data (B, S, *), with 0 in the padding."""
-    flat = packed.index_select(0, index.flatten().to(packed.device))
-    padded = torch.unflatten(flat, 0, [index.size(0), index.size(1)])
-    return padded.masked_fill(along(padding.to(packed.device), padded), 0.0)
+def unpack(packed: Tensor, index: Tensor, num_steps: int) -> Tensor:
+    """Return packed data (P, *) as flattened padded data (num_steps, *), with 0 in the padding."""
+    padded = packed.new_zeros([num_steps] + list(packed.shape[1:]))  # noqa: RUF005 (not in TorchScript)
+    return padded.index_copy(0, index.to(packed.device), packed)
 
 
-def pack_index(index: Tensor, padding: Tensor) -> Tensor:
-    """Return the inverse of `unpack_index`: for each of the P packed steps, its index in the flattened (B * S)."""
-    exists = (~padding).flatten().nonzero().squeeze(1)
-    inverse = torch.empty_like(exists)
-    inverse[index.flatten()[exists]] = exists
-    return inverse
+def pack(padded: Tensor, index: Tensor) -> Tensor:
+    """Return padded data (B, S, *) or (S, B, *) as packed data (P, *)."""
+    return padded.flatten(0, 1).index_select(0, index.to(padded.device))
 
 
-def pack(padded: Tensor, inverse: Tensor) -> Tensor:
-    """Return padded data (B, S, *) as packed data (P, *)."""
-    return padded.flatten(0, 1).index_select(0, inverse.to(padded.device))
+@for_trace
+def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `batch_sizes`, the batch index of each packed sequence, and the index of each packed step.
+
+    The longest sequences are the first. Empty sequences are not packed.
+    """
+    lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    num_steps = x.size(0 if time_first else 1)
+    batch_sizes = (torch.arange(num_steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)
+    index = packed_index(lengths, num_steps, order, time_first)
+    return batch_sizes[batch_sizes > 0], order[lengths > 0], index
+
+
+def with_lengths(x: Tensor, lengths: Tensor, time_first: bool) -> tuple[Tensor, Layout]:
+    """Return padded sequences for layers that take lengths, and their layout.
+
+    Kernels skip the padding. A captured graph computes it, and nothing that is there may reach a gradient.
+    """
+    if is_captured():
+        x = without_padding(x, lengths, time_first)
+    else:
+        lengths = lengths.cpu()
+    return x, Layout(time_first, None, lengths.long().contiguous())
+
+
+def in_reverse(start: Start, layout: Layout) -> Start:
+    """Return the start of the reverse direction, whose resets and elapsed times move by one step."""
+    reset, dt = start.reset, start.dt
+    if reset is not None:
+        reset = reset_seen_in_reverse(reset, layout)
+    if dt is not None:
+        dt = dt_seen_in_reverse(dt, layout)
+    return Start(start.h, start.initial_state, reset, dt)
+
+
+def padding_of(lengths: Tensor, like: Tensor) -> Tensor:
+    """Return the mask of padded steps (B, S) of a sequence (B, S, *)."""
+    return torch.arange(like.size(1), device=like.device) >= lengths.to(like.device).unsqueeze(1)
+
+
+def without_padding(x: Tensor, lengths: Tensor, time_first: bool) -> Tensor:
+    """Return a sequence with 0 in the padding."""
+    padding = padding_of(lengths, x.transpose(0, 1) if time_first else x)
+    return x.masked_fill(along(padding.t() if time_first else padding, x), 0.0)
 
 
 def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
@@ -168,19 +175,7 @@ def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
     A reset at step t is a boundary between the steps t - 1 and t. The reverse direction crosses that boundary before
     step t - 1, so the mask moves by one step and is False at the end of each sequence.
     """
-    batch_sizes = layout.batch_sizes
-    if batch_sizes is None:
-        if layout.time_first:
-            return F.pad(reset, [0, 0, 0, 1], value=0.0)[1:]
-        return F.pad(reset, [0, 1], value=0.0)[:, 1:]
-    if not is_scripting():
-        if is_tracing():
-            return for_trace(_packed_reset_seen_in_reverse)(reset, batch_sizes)
-    return _packed_reset_seen_in_reverse(reset, batch_sizes)
-
-
-def _packed_reset_seen_in_reverse(reset: Tensor, batch_sizes: Tensor) -> Tensor:
-    return _packed_next(reset, torch.zeros_like(reset), batch_sizes)
+    return _of_next_step(reset, torch.zeros_like(reset), layout)
 
 
 def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
@@ -191,35 +186,40 @@ def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
     """
     batch_sizes = layout.batch_sizes
     if batch_sizes is not None:
-        if not is_scripting():
-            if is_tracing():
-                return for_trace(_packed_dt_seen_in_reverse)(dt, batch_sizes)
-        return _packed_dt_seen_in_reverse(dt, batch_sizes)
-    padding = layout.padding
+        first = _of_first_step(dt, batch_sizes)
+    else:
+        first = (dt[:1] if layout.time_first else dt[:, :1]).expand_as(dt)
+    return _of_next_step(dt, first, layout)
+
+
+def _of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
+    """Return the value of the next step of each sequence, and `at_end` at its last step."""
+    batch_sizes, lengths = layout.batch_sizes, layout.lengths
+    if batch_sizes is not None:
+        return _of_next_packed_step(x, at_end, batch_sizes)
     if layout.time_first:
-        if padding is not None:
-            dt = torch.where(padding, dt[:1], dt)
-        return torch.cat([dt, dt[:1]])[1:]
-    if padding is not None:
-        dt = torch.where(padding, dt[:, :1], dt)
-    # Not dt[:, 1:] first, because export would add a guard on its size.
-    return torch.cat([dt, dt[:, :1]], 1)[:, 1:]
+        x, at_end = x.t(), at_end.t()
+    if lengths is not None:
+        x = torch.where(padding_of(lengths, x), at_end, x)
+    # Not x[:, 1:] first, because export would add a guard on its size.
+    following = torch.cat([x, at_end[:, :1]], 1)[:, 1:]
+    return following.t() if layout.time_first else following
 
 
-def _packed_dt_seen_in_reverse(dt: Tensor, batch_sizes: Tensor) -> Tensor:
-    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
-    exists = batch < batch_sizes.unsqueeze(1)
-    # The first times of all sequences are the first packed values.
-    sequence = batch.expand_as(exists)[exists]
-    return _packed_next(dt, dt.index_select(0, sequence.to(dt.device)), batch_sizes)
-
-
-def _packed_next(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tensor:
-    """Return the packed value of the next step of each sequence, and `at_end` at its last step."""
-    following = batch_sizes[1:]
+@for_trace
+def _of_next_packed_step(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tensor:
     offsets = batch_sizes.cumsum(0) - batch_sizes
-    batch = torch.arange(int(batch_sizes[0]), device=batch_sizes.device).unsqueeze(0)
-    exists = batch < following.unsqueeze(1)
+    batch = torch.arange(int(batch_sizes[:1].sum()), device=batch_sizes.device)
+    exists = batch < batch_sizes[1:].unsqueeze(1)
     before = (offsets[:-1].unsqueeze(1) + batch)[exists]
     after = (offsets[1:].unsqueeze(1) + batch)[exists]
     return at_end.index_copy(0, before.to(x.device), x.index_select(0, after.to(x.device)))
+
+
+@for_trace
+def _of_first_step(x: Tensor, batch_sizes: Tensor) -> Tensor:
+    """Return the value of the first step of each packed step's sequence."""
+    batch = torch.arange(int(batch_sizes[:1].sum()), device=batch_sizes.device)
+    sequence = batch.expand(batch_sizes.numel(), -1)[batch < batch_sizes.unsqueeze(1)]
+    # The first steps of all sequences are the first packed steps.
+    return x.index_select(0, sequence.to(x.device))

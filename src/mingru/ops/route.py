@@ -140,7 +140,7 @@ def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, lay
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
         return None
-    return None if layout.padding is not None and kernel.packed else kernel
+    return None if layout.lengths is not None and kernel.packed else kernel
 
 
 def fused_with(
@@ -150,14 +150,15 @@ def fused_with(
     kernel = backend_of(name).linear_kernel
     if kernel is None or spec.cell not in kernel.cells:
         return None
-    has_lengths = layout.lengths is not None and kernel.lengths
-    if (layout.padding is not None and not has_lengths) or type(linear) is not nn.Linear or is_hooked(linear):
+    # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
+    has_lengths = kernel.lengths and not is_compiling()
+    if (layout.lengths is not None and not has_lengths) or type(linear) is not nn.Linear or is_hooked(linear):
         return None
     parameters = linear._parameters
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if not x.is_floating_point() or x.numel() == 0 or not are_ordinary(x, weight, *_given(start.dt)):
+    if not are_ordinary(x, weight, *_given(start.dt)) or not x.is_floating_point() or x.numel() == 0:
         return None
     if is_autocast(x):
         return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None

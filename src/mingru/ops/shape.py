@@ -67,13 +67,12 @@ def one_like(a: Tensor, pairs: bool) -> Tensor:
     return torch.stack([one.select(-1, 0), torch.zeros_like(a.select(-1, 1))], -1)
 
 
-def empty_states(out: Tensor, h: Tensor, step_dim: int) -> States:
+def empty_states(out: Tensor, h: Tensor) -> States:
     """Return the result for an empty sequence or batch: the last state is h.
 
     The empty sum connects the last state to the inputs, so that their gradients are empty tensors instead of None.
     """
-    last = out.sum(step_dim)
-    return out, h + last.unsqueeze(1).to(h.dtype)
+    return out, h + out.sum().to(h.dtype)
 
 
 def along(mask: Tensor, like: Tensor) -> Tensor:

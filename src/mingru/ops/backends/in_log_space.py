@@ -8,8 +8,6 @@ exp(a*_t) h_0 is added outside of the logarithm, so that any h_0 is allowed. PyT
 derivative of `logcumsumexp` is NaN where the first derivative is exactly 0.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..call import Layout, Spec, Start
 from ..cells import CELLS, log_coefficients
+from ..layout import padding_of
 from ..shape import States, along
 
 
@@ -35,9 +34,10 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
     log_a, log_b = log_coefficients(spec, inputs, start.dt)
-    if layout.padding is not None:
-        mask = along(layout.padding, log_a)
-        log_a, log_b = log_a.masked_fill(mask, 0.0), log_b.masked_fill(mask, -math.inf)
+    if layout.lengths is not None:
+        padding = along(padding_of(layout.lengths, log_a), log_a)
+        # Finite, because the gradient of `logcumsumexp` is NaN if all its terms are 0.
+        log_a, log_b = log_a.masked_fill(padding, 0.0), log_b.masked_fill(padding, torch.finfo(log_b.dtype).min / 4)
     reset = start.reset
     if spec.reverse:
         log_a, log_b = log_a.flip(1), log_b.flip(1)

@@ -74,9 +74,11 @@ def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
         size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
 
     def part(steps: slice) -> Call:
-        reset, dt, padding = (None if x is None else x[:, steps] for x in (start.reset, start.dt, layout.padding))
-        part_start = start._replace(reset=reset, dt=dt)
-        return spec, [x[:, steps] for x in inputs], part_start, layout._replace(padding=padding)
+        reset, dt = (None if x is None else x[:, steps] for x in (start.reset, start.dt))
+        lengths = layout.lengths
+        if lengths is not None:
+            lengths = (lengths - steps.start).clamp(0, steps.stop - steps.start)
+        return spec, [x[:, steps] for x in inputs], start._replace(reset=reset, dt=dt), layout._replace(lengths=lengths)
 
     blocks = [slice(begin, min(begin + size, num_steps)) for begin in range(0, num_steps, size)]
     return [(steps, part(steps)) for steps in blocks]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..call import Layout, Spec, Start
 from ..cells import is_complex
-from ..graph import is_exporting, is_scripting, is_true_for_all_sizes
+from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
 from ..layout import LinearScan, as_linear_scan, in_layout, padded_call
 from ..shape import States, along, empty_states, one_like, plus_times, times
 
@@ -26,34 +26,32 @@ from ..shape import States, along, empty_states, one_like, plus_times, times
 def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
     """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
     if inputs[0].numel() == 0:
-        return empty_states(sum_of(inputs), start.h, 0 if layout.time_first else 1)
+        return empty_states(sum_of(inputs), start.h)
     padded_spec, padded, padded_start, padded_layout = padded_call(spec, inputs, start, layout)
     states = scan(as_linear_scan(padded_spec, padded, padded_start, padded_layout), is_complex(spec))
     return in_layout(spec, states, inputs[0], start.h, layout)
 
 
-def flat_recurrence(
-    cell: str,
-    activation: str,
-    reverse: bool,
-    min_decay: float,
+@for_trace
+def traced_recurrence(
+    spec: tuple[str, str, bool, float],
     inputs: list[Tensor],
-    h: Tensor,
-    initial_state: Tensor,
-    reset: Tensor | None,
-    dt: Tensor | None,
-    time_first: bool,
-    batch_sizes: Tensor | None,
+    start: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    layout: tuple[bool, Tensor | None, Tensor | None],
 ) -> States:
-    """Call `recurrence` from a trace, which cannot pass a NamedTuple to a scripted function."""
-    spec, start = Spec(cell, activation, reverse, min_decay), Start(h, initial_state, reset, dt)
-    return recurrence(spec, inputs, start, Layout(time_first, batch_sizes, None))
+    """Call `recurrence` from a trace, which can pass tuples to a scripted function, but no NamedTuple."""
+    cell, activation, reverse, min_decay = spec
+    h, initial_state, reset, dt = start
+    time_first, batch_sizes, lengths = layout
+    named = Spec(cell, activation, reverse, min_decay), Start(h, initial_state, reset, dt)
+    return recurrence(named[0], inputs, named[1], Layout(time_first, batch_sizes, lengths))
 
 
+@for_trace
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     """Compute h_t = a_t h_{t-1} + b_t. a, b and h have the same dtype."""
     if b.numel() == 0:
-        return empty_states(a * b, h, 1)
+        return empty_states(a * b, h)
     return scan(LinearScan(a, b, h, reset, reverse))
 
 
