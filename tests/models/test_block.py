@@ -164,6 +164,17 @@ def test_the_comparison_can_fail():
 # Nothing comes from elsewhere
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_lengths_of_each_integer_dtype(dtype):
+    block, lengths = make(conv=4), torch.tensor([9, 0, S])
+    case = Case(lengths.tolist(), [], [(0, 3)], True, 0)
+    x, h = make_inputs(block, case)
+    out, states = block(x, h, case.reset, lengths.to(dtype))
+    expected, others = block(x, h, case.reset, lengths)
+    assert torch.equal(out, expected)
+    assert all(map(torch.equal, states, others))
+
+
 @each_option
 def test_padding_has_no_effect(options):
     block, lengths = make(torch.double, **options), [9, 0, S]

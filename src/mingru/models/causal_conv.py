@@ -72,9 +72,11 @@ class CausalConv(nn.Module):
                 return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             # Not a view, which would keep the whole sequence in memory.
             return last.clone()
-        steps = lengths.to(past.device).unsqueeze(1) + torch.arange(num_past, device=past.device)
+        # int64, because `gather` takes no narrower dtype.
+        lengths = lengths.to(past.device).long()
+        steps = lengths.unsqueeze(1) + torch.arange(num_past, device=past.device)
         last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
         if segment is not None:
-            end = segment.gather(1, (lengths.to(past.device) + num_past - 1).unsqueeze(1))
+            end = segment.gather(1, (lengths + num_past - 1).unsqueeze(1))
             last = last.masked_fill((segment.gather(1, steps) != end).unsqueeze(2), 0.0)
         return last
