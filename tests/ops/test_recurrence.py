@@ -1,4 +1,4 @@
-"""Every body of every recurrence against the float64 reference: values, gradients of everything, and properties."""
+"""Every backend of every recurrence against the float64 reference: values, gradients of everything, and properties."""
 
 import math
 from itertools import pairwise
@@ -6,113 +6,137 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
+from calls import ALL, BACKENDS, TIGHT, assert_same, each, exact, graded, make, run, supports
+from cover import cover, named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import mingru
 from mingru import ops
-from mingru.ops.backends import traceable
+from mingru.ops.cells import TIMED
 
-BODIES = [name for name, can_run in mingru.backends().items() if can_run is True]
-# The form of "torch" for graphs, which is no backend of its own.
-ALL_BODIES = [*BODIES, "traceable"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 257]
+NOT_LOG = [name for name in BACKENDS if name != "log"]
+
+OPTIONS = {
+    "cell": list(reference.CELLS),
+    "activation": ["positive", "linear", "tanh"],
+    "reverse": [False, True],
+    "with_reset": [False, True],
+    "with_dt": [False, True],
+    "min_decay": [0.0, 0.25],
+}
+# Orders in memory of the inputs, and whether time is the first dimension.
+MEMORY = {
+    "contiguous": lambda *inputs: inputs,
+    "time first": lambda *inputs: [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs],
+    "interleaved": lambda *inputs: torch.stack(inputs, -1).unbind(-1),
+    "flipped": lambda *inputs: [x.flip(-1).contiguous().flip(-1) for x in inputs],
+    "parts of a tensor": lambda *inputs: torch.cat(inputs, 2).chunk(len(inputs), 2),
+}
+TABLE = {**OPTIONS, "steps": LENGTHS, "features": [(6,), (18,), (2, 3, 4)], "memory": list(MEMORY)}
+TABLE["time_first"] = [False, True]
 
 
-def run_cell(body, cell, inputs, h, initial, reset=None, activation="positive", reverse=False, layout=ops.BATCH_FIRST):
-    spec, start = ops.Spec(cell, activation, reverse), ops.Start(h, initial, reset)
-    if body == "traceable":
-        return traceable.recurrence(spec, inputs, start, layout)
-    return ops.recurrence(spec, inputs, start, layout, body)
+def is_allowed(backend):
+    def allowed(row):
+        return supports(backend, row["cell"], row["activation"]) and (
+            row["cell"] in TIMED or not (row["with_dt"] or row["min_decay"])
+        )
+
+    return allowed
 
 
-def run_mingru(body, gate, candidate, *rest, **options):
-    return run_cell(body, "mingru", [gate, candidate], *rest, **options)
+def table(factors, backends=ALL):
+    """Rows in which, for each backend, each two values of two options meet."""
+    rows = [(backend, row) for backend in backends for row in cover(factors, is_allowed(backend))]
+    return pytest.mark.parametrize(("backend", "row"), rows, ids=lambda x: x if isinstance(x, str) else named(x))
 
 
-def run_minlstm(body, forget, admit, candidate, *rest, **options):
-    return run_cell(body, "minlstm", [forget, admit, candidate], *rest, **options)
+@table(TABLE)
+def test_values_and_gradients(backend, row):
+    cell, time_first = row["cell"], row["time_first"]
+    inputs, h, initial, reset, dt = make(cell, 3, row["steps"], *row["features"], reset=row["with_reset"])
+    options = {name: row[name] for name in ("activation", "reverse", "min_decay")}
+    tensors = [h, initial, *([dt] if row["with_dt"] else []), *inputs]
+
+    def split(args):
+        h, initial, *rest = args
+        return rest[-len(inputs) :], h, initial, reset, rest[0] if row["with_dt"] else None
+
+    def got(*args):
+        inputs, h, initial, reset, dt = split(args)
+        inputs = MEMORY[row["memory"]](*inputs)
+        if time_first:
+            inputs, reset, dt = [x.transpose(0, 1) for x in inputs], *(x if x is None else x.t() for x in (reset, dt))
+        before = [x.detach().clone() for x in inputs]
+        layout = ops.Layout(True, None, None) if time_first else ops.BATCH_FIRST
+        out, last = run(backend, cell, inputs, h, initial, reset, dt, layout=layout, **options)
+        assert out.is_contiguous() or backend == "traceable"
+        assert all(torch.equal(x, copy) for x, copy in zip(inputs, before, strict=True)), "an input was written to"
+        return out.transpose(0, 1) if time_first else out, last
+
+    names = ["out", "last", *(f"gradient {index} of h, initial, dt and inputs" for index in range(len(tensors)))]
+    expected = graded(lambda *args: exact(cell, *split(args), **options), tensors)
+    assert_same(graded(got, tensors), expected, names)
+    # Other code runs without gradients.
+    with torch.no_grad():
+        assert_same(got(*tensors), expected[:2], names[:2])
 
 
-def serves(body, activation):
-    return body != "log" or activation == "positive"
+def test_the_comparison_can_fail():
+    inputs, h, initial, reset, _ = make("mingru", 3, 20, reset=True)
+    expected = graded(lambda *args: exact("mingru", args[:2], *args[2:], reset), [*inputs, h, initial])
+    inputs[0][1, 7, 2] += 1e-6
+    got = graded(lambda *args: run("torch", "mingru", args[:2], *args[2:], reset), [*inputs, h, initial])
+    with pytest.raises(AssertionError, match="out"):
+        assert_same(got, expected, ["out", "last", *range(4)])
 
 
-def make_mingru(batch, steps, *rest, dtype=torch.double, scale=2.0, reset=False):
-    gate = scale * torch.randn(batch, steps, *rest, dtype=dtype)
-    candidate = scale * torch.randn(batch, steps, *rest, dtype=dtype)
-    h = torch.randn(batch, 1, *rest, dtype=dtype)
-    initial = torch.randn(batch, 1, *rest, dtype=dtype)
-    return gate, candidate, h, initial, torch.rand(batch, steps) < 0.2 if reset else None
+@pytest.mark.parametrize("activation", ["linear", "tanh"])
+def test_the_log_backend_needs_a_positive_candidate(activation):
+    with pytest.raises(ValueError, match="may be negative"):
+        mingru.functional.mingru(torch.zeros(1, 1), torch.zeros(1, 1), activation=activation, backend="log")
 
 
-@pytest.mark.parametrize("steps", LENGTHS)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
-@pytest.mark.parametrize("body", ALL_BODIES)
-def test_values_and_gradients(body, cell, activation, with_reset, reverse, steps):
-    if not serves(body, activation):
-        with pytest.raises(ValueError, match="may be negative"):
-            mingru.functional.mingru(torch.zeros(1, 1), torch.zeros(1, 1), activation=activation, backend=body)
-        return
-    gate, candidate, h, initial, reset = make_mingru(3, steps, 5, reset=with_reset)
-    gates = [gate] if cell == "mingru" else [gate, 2 * torch.randn_like(gate)]
-    weight, weight_last = torch.randn(3, steps, 5).double(), torch.randn(3, 1, 5).double()
-
-    def graded(function):
-        leaves = [tensor.clone().requires_grad_() for tensor in (h, initial, candidate, *gates)]
-        out, last = function(*leaves)
-        loss = (out * weight).sum() + (last.square() * weight_last).sum()
-        return out, last, *torch.autograd.grad(loss, leaves, allow_unused=True)
-
-    def truth(h, initial, candidate, *gates):
-        out = reference.CELLS[cell](*gates, candidate, h, reset, activation, initial, reverse)
-        return out, out[:, :1] if reverse else out[:, -1:]
-
-    def got_by(h, initial, candidate, *gates):
-        return run_cell(body, cell, [*gates, candidate], h, initial, reset, activation, reverse)
-
-    got, expected = graded(got_by), graded(truth)
-    for name, one, other in zip(["out", "last", "h", "initial", "candidate", 0, 1], got, expected, strict=False):
-        if other is None or one is None:
-            # A leaf that took no part: no gradient and a gradient of 0 mean the same.
-            assert (other is None or not other.any()) and (one is None or not one.any()), name
-        else:
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-    assert len(got) == len(expected) == 5 + len(gates)
+SCANS = {
+    "steps": LENGTHS,
+    "dtype": [torch.double, torch.cdouble],
+    "reverse": [False, True],
+    "with_reset": [False, True],
+    "features": [(), (5,), (2, 3)],
+}
 
 
-@pytest.mark.parametrize("steps", LENGTHS)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("body", [name for name in BODIES if name != "log"])
-def test_linear_scan_values_and_gradients(body, with_reset, reverse, steps):
-    a, b, h, _, reset = make_mingru(3, steps, 5, scale=0.9, reset=with_reset)
-    weight = torch.randn_like(a)
-
-    def graded(function):
-        leaves = [tensor.clone().requires_grad_() for tensor in (a, b, h)]
-        out = function(*leaves)
-        return out, *torch.autograd.grad((out * weight).sum(), leaves)
-
-    got = graded(lambda a, b, h: mingru.functional.linear_scan(a, b, h, reverse=reverse, reset=reset, backend=body))
-    expected = graded(lambda a, b, h: reference.linear_scan(a, b, h, reverse, reset))
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+def scan_inputs(batch, steps, *rest, dtype=torch.double):
+    """Return a, of at most 1, b and h."""
+    a, b = torch.randn(2, batch, steps, *rest, dtype=dtype)
+    return a / a.abs().clamp_min(1), b, torch.randn(batch, 1, *rest, dtype=dtype)
 
 
-def test_linear_scan_of_complex_numbers():
-    a = torch.polar(torch.rand(2, 40, 3).double(), 6 * torch.rand(2, 40, 3).double())
-    b, h = torch.randn(2, 40, 3, dtype=torch.cdouble), torch.randn(2, 1, 3, dtype=torch.cdouble)
-    out = mingru.functional.linear_scan(a, b, h)
-    torch.testing.assert_close(out, reference.linear_scan(a, b, h))
-    leaves = [
-        tensor[:, :17].requires_grad_() if tensor.shape[1] > 1 else tensor.requires_grad_() for tensor in (a, b, h)
-    ]
-    assert gradcheck(mingru.functional.linear_scan, leaves)
+@pytest.mark.parametrize("backend", NOT_LOG)
+@pytest.mark.parametrize("row", cover(SCANS), ids=named)
+def test_linear_scan_values_and_gradients(backend, row):
+    tensors = scan_inputs(3, row["steps"], *row["features"], dtype=row["dtype"])
+    reset = torch.rand(3, row["steps"]) < 0.2 if row["with_reset"] else None
+    options = {"reverse": row["reverse"], "reset": reset}
+    got = graded(lambda *args: [mingru.functional.linear_scan(*args, **options, backend=backend)], tensors)
+    expected = graded(lambda *args: [reference.linear_scan(*args, **options)], tensors)
+    assert_same(got, expected, ["out", "a", "b", "h"])
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.cdouble])
+@pytest.mark.parametrize("backend", NOT_LOG)
+def test_derivatives_of_linear_scan(backend, dtype):
+    leaves = [tensor.requires_grad_() for tensor in scan_inputs(2, 17, 2, dtype=dtype)]
+    reset = torch.rand(2, 17) < 0.2
+
+    def function(*leaves):
+        return mingru.functional.linear_scan(*leaves, reset=reset, backend=backend)
+
+    assert gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
 def test_a_scans_gradient_is_a_reversed_scan():
@@ -124,226 +148,195 @@ def test_a_scans_gradient_is_a_reversed_scan():
     torch.testing.assert_close(grad_b, mingru.functional.linear_scan(later, grad_out, reverse=True))
 
 
-@pytest.mark.parametrize("body", ALL_BODIES)
-@pytest.mark.parametrize("cell", ["mingru", "minlstm_unnormalized"])
-@pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_first_and_second_derivatives(body, cell, with_reset, reverse):
-    gate, candidate, h, initial, reset = make_mingru(1, 18, 1, reset=with_reset)
-    # g's derivative jumps at 0; numbers measured across the jump mean nothing.
-    candidate = candidate + 0.1 * candidate.sign()
-    gates = [gate] if cell == "mingru" else [gate, 2 * torch.randn_like(gate)]
-    leaves = [tensor.requires_grad_() for tensor in (h, initial, candidate, *gates)]
-
-    def function(h, initial, candidate, *gates):
-        return run_cell(body, cell, [*gates, candidate], h, initial, reset, reverse=reverse)
-
-    assert gradcheck(function, leaves)
-    assert gradgradcheck(function, leaves)
-
-
-@pytest.mark.parametrize("body", [name for name in BODIES if name != "log"])
-def test_first_and_second_derivatives_of_linear_scan(body):
-    a, b, h, _, reset = make_mingru(2, 18, 2, scale=0.7, reset=True)
-    leaves = [tensor.requires_grad_() for tensor in (a, b, h)]
+@table({**OPTIONS, "steps": [5, 18]})
+def test_first_and_second_derivatives(backend, row):
+    cell, steps = row["cell"], row["steps"]
+    inputs, h, initial, reset, dt = make(cell, 1, steps, 2, reset=row["with_reset"])
+    # The derivative of g jumps at 0; numbers measured across the jump mean nothing.
+    inputs[-1] += 0.1 * inputs[-1].sign()
+    options = {name: row[name] for name in ("activation", "reverse", "min_decay")}
+    leaves = [x.requires_grad_() for x in ([*inputs, h, initial, dt] if row["with_dt"] else [*inputs, h, initial])]
 
     def function(*leaves):
-        return mingru.functional.linear_scan(*leaves, reset=reset, backend=body)
+        *inputs, h, initial = leaves[:-1] if row["with_dt"] else leaves
+        return run(backend, cell, inputs, h, initial, reset, leaves[-1] if row["with_dt"] else None, **options)
 
-    assert gradcheck(function, leaves, check_forward_ad=True)
-    assert gradgradcheck(function, leaves)
-
-
-@pytest.mark.parametrize("body", [name for name in BODIES if name != "log"])
-def test_forward_mode(body):
-    gate, candidate, h, initial, reset = make_mingru(2, 18, 2, reset=True)
-    tangents = tuple(torch.randn_like(tensor) for tensor in (gate, candidate, h, initial))
-
-    def tangent(function):
-        return torch.func.jvp(function, (gate, candidate, h, initial), tangents)[1]
-
-    got = tangent(lambda *leaves: run_mingru(body, *leaves, reset)[0])
-    expected = tangent(lambda gate, candidate, h, initial: reference.mingru(gate, candidate, h, reset, initial=initial))
-    torch.testing.assert_close(got, expected)
+    # Fast, which checks a random direction: each number of a first derivative is compared above.
+    assert gradcheck(function, leaves, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_vmap_and_per_sample_gradients():
-    gate, candidate, h, _, reset = make_mingru(6, 20, 3, reset=True)
+@pytest.mark.parametrize(("backend", "cell"), each(NOT_LOG))
+def test_forward_mode_and_vmap(backend, cell):
+    inputs, h, initial, reset, dt = make(cell, 2, 18, reset=True)
+    timed = {"min_decay": 0.1} if cell in TIMED else {}
+    primals = (*inputs, h, initial, *([dt] if timed else []))
+    tangents = tuple(torch.randn_like(tensor) for tensor in primals)
 
-    def one(gate, candidate, h, reset):
-        return mingru.functional.mingru(gate[None], candidate[None], h[None], reset=reset[None])[0]
+    def function(compute, reset, *primals):
+        rest = primals[len(inputs) :]
+        return compute(primals[: len(inputs)], *rest[:2], reset, *rest[2:], **timed)[0]
 
-    whole = mingru.functional.mingru(gate, candidate, h, reset=reset)
-    torch.testing.assert_close(torch.vmap(one)(gate, candidate, h, reset), whole)
-    per_sample = torch.vmap(torch.func.grad(lambda *args: one(*args).square().sum()))(gate, candidate, h, reset)
-    leaf = gate.clone().requires_grad_()
-    loss = mingru.functional.mingru(leaf, candidate, h, reset=reset).square().sum()
-    torch.testing.assert_close(per_sample, torch.autograd.grad(loss, leaf)[0])
+    def got(*primals, reset=reset):
+        return function(lambda *args, **options: run(backend, cell, *args, **options), reset, *primals)
+
+    def expected(*primals):
+        return function(lambda *args, **options: exact(cell, *args, **options), reset, *primals)
+
+    torch.testing.assert_close(*(torch.func.jvp(each, primals, tangents) for each in (got, expected)), **TIGHT)
+
+    def one(reset, *primals):
+        return got(*(x.unsqueeze(0) for x in primals), reset=reset.unsqueeze(0)).squeeze(0)
+
+    torch.testing.assert_close(torch.vmap(one)(reset, *primals), expected(*primals), **TIGHT)
+    every = tuple(range(1, 1 + len(primals)))
+    grads = torch.vmap(torch.func.grad(lambda *args: one(*args).square().sum(), every))(reset, *primals)
+    leaves = [x.clone().requires_grad_() for x in primals]
+    torch.testing.assert_close(grads, torch.autograd.grad(expected(*leaves).square().sum(), leaves), **TIGHT)
 
 
-@pytest.mark.parametrize("body", ALL_BODIES)
-def test_gradient_at_the_kink_and_at_a_state_of_zero(body):
+@pytest.mark.parametrize("backend", ALL)
+def test_gradient_at_the_kink_and_at_a_state_of_zero(backend):
     candidate = torch.tensor([[0.0], [-0.0]], requires_grad=True)
     h = torch.zeros(2, 1, requires_grad=True)
-    out, _ = run_mingru(body, torch.zeros(2, 1), candidate, h, h.detach())
+    out, _ = run(backend, "mingru", [torch.zeros(2, 1), candidate], h, h.detach())
     grad_candidate, grad_h = torch.autograd.grad(out.sum(), (candidate, h))
     # z = 1/2 and g'(0) = 1; d/dh = 1 - z.
     assert grad_candidate.flatten().tolist() == [0.5, 0.5]
     assert grad_h.flatten().tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("steps", [100, 10_000, 1_000_000])
+@pytest.mark.parametrize("steps", [100, 10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_float32_error_by_length(steps):
     gate, candidate = (2 * torch.randn(1, steps, 2) for _ in range(2))
-    # Float64 by the same chunks, itself held against step-by-step float64 where that is quick.
+    # Float64 by the same chunks, itself compared with step-by-step float64 where that is fast.
     truth = mingru.functional.mingru(gate.double(), candidate.double(), backend="torch")
-    assert (
-        reference.relative_error(
-            truth[:, :1000], reference.mingru(gate[:, :1000].double(), candidate[:, :1000].double())
-        )
-        < 1e-14
-    )
-    for body in BODIES:
-        if body in ("log", "sequential"):
-            continue
-        assert reference.relative_error(mingru.functional.mingru(gate, candidate, backend=body), truth) <= 2e-6
+    first = [x[:, :1000].double() for x in (gate, candidate)]
+    assert reference.relative_error(truth[:, :1000], reference.mingru(*first)) < 1e-14
+    for backend in NOT_LOG:
+        if backend != "sequential":
+            assert reference.relative_error(mingru.functional.mingru(gate, candidate, backend=backend), truth) <= 2e-6
 
 
 def test_gates_near_0_and_1():
     gate = torch.tensor([-90.0, -30.0, -10.0, 0.0, 10.0, 30.0, 90.0]).repeat(20).reshape(1, -1, 1).repeat(1, 1, 4)
     candidate = torch.tensor([-80.0, -1.0, 1.0, 1e4]).expand_as(gate)
     truth = reference.mingru(gate.double(), candidate.double())
-    for body in ALL_BODIES:
-        if body != "log":
-            out, _ = run_mingru(body, gate, candidate, torch.full((1, 1, 4), 0.5), torch.tensor(0.5))
-            assert reference.relative_error(out, truth) <= 2e-6, body
+    for backend in [*NOT_LOG, "traceable"]:
+        out, _ = run(backend, "mingru", [gate, candidate], torch.full((1, 1, 4), 0.5), torch.tensor(0.5))
+        assert reference.relative_error(out, truth) <= 2e-6, backend
 
 
-@pytest.mark.parametrize("body", ALL_BODIES)
+@pytest.mark.parametrize(("backend", "cell"), each())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_width_types_are_float32_inside(body, dtype):
-    gate, candidate, h, initial, reset = make_mingru(2, 300, 4, dtype=dtype, reset=True)
-    h, initial = h.abs(), initial.abs()
-    leaves = [tensor.clone().requires_grad_() for tensor in (gate, candidate, h, initial)]
-    out, last = run_mingru(body, *leaves, reset)
-    assert out.dtype == last.dtype == dtype
-    exact = reference.mingru(*(tensor.double() for tensor in (gate, candidate, h)), reset, initial=initial.double())
-    # One rounding of the result and no more (the log form is less exact than that).
-    allowed = torch.finfo(dtype).eps / 2 * (1.001 if body != "log" else 1.1)
-    assert reference.relative_error(out, exact) <= allowed
-    out.float().square().sum().backward()
-    assert all(leaf.grad is not None and leaf.grad.dtype == dtype for leaf in leaves)
-    # A float32 state beside half-width input stays float32.
-    assert run_mingru(body, gate, candidate, h.float(), initial.float(), reset)[1].dtype == torch.float32
-
-
-@pytest.mark.parametrize("body", ALL_BODIES)
-@pytest.mark.parametrize("cell", ["minlstm", "minlstm_unnormalized"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_width_minlstm_is_float32_inside(body, cell, dtype):
-    forget, candidate, h, initial, reset = make_mingru(2, 300, 4, dtype=dtype, reset=True)
-    admit, h, initial = (3 * torch.randn(2, 300, 4)).to(dtype), h.abs(), initial.abs()
-    out, last = run_cell(body, cell, [forget, admit, candidate], h, initial, reset)
-    assert out.dtype == last.dtype == dtype
-    wide = [tensor.double() for tensor in (forget, admit, candidate, h)]
-    exact = reference.CELLS[cell](*wide, reset, initial=initial.double())
-    allowed = torch.finfo(dtype).eps / 2 * (1.001 if body != "log" else 1.1)
-    assert reference.relative_error(out, exact) <= allowed
-
-
-@pytest.mark.parametrize("body", ALL_BODIES)
-def test_layouts_give_the_same_numbers(body):
-    gate, candidate, h, initial, reset = make_mingru(3, 40, 4, reset=True)
-    expected, _ = run_mingru(body, gate, candidate, h, initial, reset)
-    time_first = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (gate, candidate)]
-    interleaved = torch.stack([gate, candidate], -1).unbind(-1)
-    flipped = [tensor.flip(2).contiguous().flip(2) for tensor in (gate, candidate)]
-    halves = torch.cat([gate, candidate], -1).chunk(2, -1)
-    for pair in (time_first, interleaved, flipped, halves):
-        torch.testing.assert_close(run_mingru(body, *pair, h, initial, reset)[0], expected)
-    before = time_first[0].clone()
-    assert run_mingru(body, *time_first, h, initial)[0].is_contiguous()
-    assert torch.equal(time_first[0], before), "the input was written to"
-    swapped = [tensor.transpose(0, 1) for tensor in (gate, candidate, reset)]
-    for pair in (swapped[:2], [tensor.contiguous() for tensor in swapped[:2]]):
-        out, _ = run_cell(body, "mingru", pair, h, initial, swapped[2], layout=ops.Layout(True, None, None))
-        torch.testing.assert_close(out.transpose(0, 1), expected)
-        assert out.is_contiguous() or body == "traceable"
-    one = gate[:1, :1, :1].expand(3, 40, 4)
-    torch.testing.assert_close(
-        run_mingru(body, one, candidate, h, initial)[0], run_mingru(body, one.clone(), candidate, h, initial)[0]
+def test_reduced_precision_is_float32_inside(backend, cell, dtype):
+    inputs, h, initial, reset, dt = make(cell, 2, 300, 4, dtype=dtype, reset=True)
+    activation = "tanh" if cell in ("mingru_signed", "mingru_rotation") else "positive"
+    if activation == "positive":
+        # Then no terms cancel.
+        h, initial = h.abs(), initial.abs()
+    for timed in ({}, {"dt": dt, "min_decay": 0.1}) if cell in TIMED and backend != "log" else ({},):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, h, initial)]
+        call = (leaves[:-2], *leaves[-2:], reset)
+        out, last = run(backend, cell, *call, activation=activation, **timed)
+        assert out.dtype == last.dtype == dtype
+        wide = [x.double() for x in leaves]
+        timed64 = {**timed, "dt": dt.double()} if timed else {}
+        truth, _ = exact(cell, wide[:-2], *wide[-2:], reset, activation=activation, **timed64)
+        if activation == "positive" and not timed:
+            # One rounding of the result and no more (the logarithm is less exact than that).
+            allowed = torch.finfo(dtype).eps / 2 * (1.001 if backend != "log" else 1.1)
+            assert reference.relative_error(out, truth) <= allowed
+        else:
+            # And the error of float32, whose terms may cancel.
+            assert ((out.double() - truth).abs() <= torch.finfo(dtype).eps / 2 * truth.abs() + 1e-5).all()
+        out.float().square().sum().backward()
+        assert all(leaf.grad is not None and leaf.grad.dtype == dtype for leaf in leaves)
+    # A float32 state beside bfloat16 or float16 stays float32.
+    assert (
+        run(backend, cell, inputs, h.float(), initial.float(), reset, activation=activation)[1].dtype == torch.float32
     )
 
 
-@pytest.mark.parametrize("rest", [(), (4,), (2, 3, 4)])
-@pytest.mark.parametrize("body", BODIES)
-def test_trailing_sizes(body, rest):
-    gate, candidate, h, _, reset = make_mingru(2, 20, *rest, reset=True)
-    out = mingru.functional.mingru(gate, candidate, h, reset=reset, backend=body)
-    torch.testing.assert_close(out, reference.mingru(gate, candidate, h, reset))
+@pytest.mark.parametrize("backend", ALL)
+def test_expanded_inputs_and_no_features(backend):
+    inputs, h, initial, _, _ = make("mingru", 3, 40, 4)
+    one = inputs[0][:1, :1, :1].expand(3, 40, 4)
+    expected = run(backend, "mingru", [one.clone(), inputs[1]], h, initial)
+    torch.testing.assert_close(run(backend, "mingru", [one, inputs[1]], h, initial), expected)
+    if backend != "traceable":
+        args = [x[..., 0] for x in (*inputs, h)]
+        torch.testing.assert_close(mingru.functional.mingru(*args, backend=backend), reference.mingru(*args))
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 0, 3), (2, 5, 0)])
-@pytest.mark.parametrize("body", BODIES)
-def test_nothing_in_nothing_out(body, shape):
+@pytest.mark.parametrize(("backend", "cell"), each(BACKENDS))
+def test_outputs_are_not_views(backend, cell):
+    inputs, h, initial, _, _ = make(cell, 2, 20)
+    for leaf in (inputs[0], inputs[0].clone().requires_grad_()):
+        out, last = run(backend, cell, [leaf, *inputs[1:]], h, initial)
+        assert not out._is_view()
+        assert not last._is_view()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (0, 0, 4), (2, 5, 0)])
+@pytest.mark.parametrize(("backend", "cell"), each())
+def test_nothing_in_nothing_out(backend, cell, shape):
     gate = torch.zeros(shape, requires_grad=True)
     h = torch.ones(shape[0], 1, shape[2], requires_grad=True)
     reset = torch.zeros(shape[:2], dtype=torch.bool)
-    out, last = run_mingru(body, gate, gate, h, torch.tensor(0.5), reset)
+    out, last = run(backend, cell, [gate] * ops.NUM_INPUTS[cell], h, torch.tensor(0.5), reset)
     assert out.shape == shape
     torch.testing.assert_close(last, h)
     torch.autograd.grad(last.sum() + out.sum(), (h, gate))
 
 
-@pytest.mark.parametrize("body", [name for name in ALL_BODIES if name != "log"])
+@pytest.mark.parametrize("backend", [*NOT_LOG, "traceable"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_nan_and_infinity_pass_and_stop_at_a_reset(body, bad, reverse):
-    gate, candidate, h, initial, _ = make_mingru(2, 60, 3, scale=1.0)
-    where, cut = (40, 15) if reverse else (15, 40)
+def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, bad, reverse):
+    (gate, candidate), h, initial, _, _ = make("mingru", 2, 60, 3)
+    where, at = (40, 15) if reverse else (15, 40)
     reset = torch.zeros(2, 60, dtype=torch.bool)
-    reset[:, cut] = True
+    reset[:, at] = True
     candidate[0, where, 1] = bad
     clean = candidate.clone()
     clean[0, where, 1] = 0.0
-    out, _ = run_mingru(body, gate, candidate, h, initial, reset, "linear", reverse)
-    expected, _ = run_mingru(body, gate, clean, h, initial, reset, "linear", reverse)
+    options = {"activation": "linear", "reverse": reverse}
+    out, _ = run(backend, "mingru", [gate, candidate], h, initial, reset, **options)
+    expected, _ = run(backend, "mingru", [gate, clean], h, initial, reset, **options)
     tainted = torch.zeros_like(out, dtype=torch.bool)
-    tainted[0, slice(cut + 1, where + 1) if reverse else slice(where, cut), 1] = True
+    tainted[0, slice(at + 1, where + 1) if reverse else slice(where, at), 1] = True
     assert not out[tainted].isfinite().any()
     torch.testing.assert_close(out[~tainted], expected[~tainted], rtol=0, atol=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), steps=st.integers(1, 120), seed=st.integers(0, 2**31))
 def test_properties(data, steps, seed):
-    """Pieces joined equal the whole, the past ignores the future, a reset cuts, batch elements are alone."""
+    """Segments joined equal the whole, and a change reaches only later steps up to a reset of the same sequence."""
     torch.manual_seed(seed)
-    body = data.draw(st.sampled_from(ALL_BODIES))
+    backend = data.draw(st.sampled_from(ALL))
     reverse = data.draw(st.booleans())
-    gate, candidate, h, initial, reset = make_mingru(3, steps, 2, reset=True)
-    whole, last = run_mingru(body, gate, candidate, h, initial, reset, reverse=reverse)
+    (gate, candidate), h, initial, reset, _ = make("mingru", 3, steps, 2, reset=True)
+    whole, last = run(backend, "mingru", [gate, candidate], h, initial, reset, reverse=reverse)
 
-    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, steps), max_size=3))), steps]
-    state, pieces = h, []
-    spans = list(pairwise(cuts))
+    ends = [0, *sorted(data.draw(st.lists(st.integers(0, steps), max_size=3))), steps]
+    state, segments = h, []
+    spans = list(pairwise(ends))
     for start, end in reversed(spans) if reverse else spans:
-        span = slice(start, end)
-        out, state = run_mingru(
-            body, gate[:, span], candidate[:, span], state, initial, reset[:, span], reverse=reverse
-        )
-        pieces.append(out)
-    torch.testing.assert_close(torch.cat(pieces[::-1] if reverse else pieces, 1), whole)
+        inputs = [gate[:, start:end], candidate[:, start:end]]
+        out, state = run(backend, "mingru", inputs, state, initial, reset[:, start:end], reverse=reverse)
+        segments.append(out)
+    torch.testing.assert_close(torch.cat(segments[::-1] if reverse else segments, 1), whole)
     torch.testing.assert_close(state, last)
 
     at = data.draw(st.integers(0, steps - 1))
     changed = candidate.clone()
     changed[1, at] += 1.0
-    out, _ = run_mingru(body, gate, changed, h, initial, reset, reverse=reverse)
+    out, _ = run(backend, "mingru", [gate, changed], h, initial, reset, reverse=reverse)
     difference = (out - whole).abs().amax(-1) > 1e-9
     expected = torch.zeros_like(difference)
-    reached = range(at, -1, -1) if reverse else range(at, steps)
-    for t in reached:
+    for t in range(at, -1, -1) if reverse else range(at, steps):
         if t != at and reset[1, t]:
             break
         expected[1, t] = True
@@ -352,41 +345,41 @@ def test_properties(data, steps, seed):
 
 
 def test_threads_give_the_same_numbers():
-    gate, candidate, h, initial, _ = make_mingru(2, 3000, 40, dtype=torch.float32)
+    inputs, h, initial, _, _ = make("mingru", 2, 3000, 40, dtype=torch.float32)
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append([run_mingru(body, gate, candidate, h, initial)[0] for body in ("torch", "traceable")])
+            results.append([run(backend, "mingru", inputs, h, initial)[0] for backend in ("torch", "traceable")])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_what_is_kept_for_backward(body):
-    """In values for each of the states; `docs/how_it_works.md` tells these figures."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_for_backward(backend):
+    """Values for each value of the states; `docs/how_it_works.md` has these figures."""
     most = {"native": 3.1, "triton": 3.1, "torch": 3.1, "sequential": 9.1, "log": 13.1}
     shape = (4, 256, 32)
     pre = torch.randn(4, 256, 64, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        mingru.functional.mingru(*pre.chunk(2, -1), backend=body)
-    assert sum(kept) / math.prod(shape) <= most[body]
+        mingru.functional.mingru(*pre.chunk(2, -1), backend=backend)
+    assert sum(kept) / math.prod(shape) <= most[backend]
 
 
-@pytest.mark.parametrize("body", [name for name in BODIES if name != "log"])
+@pytest.mark.parametrize("backend", NOT_LOG)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_linear_scan_that_grows(body, reverse):
+def test_linear_scan_that_grows(backend, reverse):
     """Decays above 1 are allowed; a product of them that overflows must not show where no state does."""
     steps = 10_000
     a, b = torch.full((1, steps, 1), 3.0), torch.zeros(1, steps, 1)
     at = 20 if reverse else steps - 21
     b[0, at] = 1.0
     b.requires_grad_()
-    out = mingru.functional.linear_scan(a, b, reverse=reverse, backend=body)
+    out = mingru.functional.linear_scan(a, b, reverse=reverse, backend=backend)
     expected = reference.linear_scan(a.double(), b.detach().double(), reverse=reverse)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=0)
     early = steps - 21 if reverse else 20

@@ -1,4 +1,7 @@
-"""Elapsed times and lower bounds of the decay: every backend against the float64 reference."""
+"""Elapsed times and lower bounds of the decay, and packed sequences: by hand, accuracy and extreme numbers.
+
+`test_recurrence.py` compares them with the reference.
+"""
 
 import math
 from fractions import Fraction
@@ -6,146 +9,44 @@ from fractions import Fraction
 import pytest
 import reference
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from calls import ALL, BACKENDS, TIGHT, each, exact, make, run
 
-import mingru
 from mingru import functional, ops
-from mingru.ops.backends import traceable
 from mingru.ops.cells import TIMED
 
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "triton"]
-ALL = [*BACKENDS, "traceable"]
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+NOT_LOG = [name for name in ALL if name != "log"]
+each_timed = pytest.mark.parametrize(("backend", "cell"), each(cells=TIMED))
 # For each combination: whether there are elapsed times, and the lower bound.
 FORMS = [(True, 0.0), (True, 0.25), (False, 0.25)]
 
 
-def run(backend, cell, inputs, start, activation="positive", reverse=False, min_decay=0.0, layout=ops.BATCH_FIRST):
-    spec = ops.Spec(cell, activation, reverse, min_decay)
-    if backend == "traceable":
-        return traceable.recurrence(spec, inputs, start, layout)
-    return ops.recurrence(spec, inputs, start, layout, backend)
-
-
-def make(cell, batch, steps, *rest, dtype=torch.double, reset=False):
-    """Return the inputs of a cell, two states, resets and elapsed times from 0 to 3."""
-    rest = rest or (6,)
-    inputs = [2 * torch.randn(batch, steps, *rest, dtype=dtype) for _ in range(ops.NUM_INPUTS[cell])]
-    states = [torch.rand(batch, 1, *rest, dtype=dtype) for _ in range(2)]
-    dt = 3 * torch.rand(batch, steps, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
-    return inputs, *states, torch.rand(batch, steps) < 0.2 if reset else None, dt
-
-
-def runs(backend, cell, activation="positive"):
-    return backend != "log" or (activation == "positive" and cell != "mingru_rotation")
-
-
-def cases(*backends):
-    found = [(backend, cell) for backend in backends or ALL for cell in TIMED if runs(backend, cell)]
-    return pytest.mark.parametrize(("backend", "cell"), found)
-
-
-@pytest.mark.parametrize(("steps", "reverse", "with_reset"), [(1, False, True), (37, False, False), (37, True, True)])
-@pytest.mark.parametrize(("with_dt", "min_decay"), FORMS)
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-@cases()
-def test_values_and_gradients(backend, cell, activation, with_dt, min_decay, with_reset, reverse, steps):
-    if not runs(backend, cell, activation):
-        return
-    inputs, h, initial, reset, dt = make(cell, 3, steps, 18, reset=with_reset)
-    weight, weight_last = torch.randn(3, steps, 18).double(), torch.randn(3, 1, 18).double()
-
-    def graded(function):
-        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, h, initial, dt)]
-        elapsed = leaves[-1] if with_dt else None
-        out, last = function(leaves[:-3], *leaves[-3:-1], elapsed)
-        loss = (out * weight).sum() + (last.square() * weight_last).sum()
-        return out, last, *torch.autograd.grad(loss, leaves, materialize_grads=True)
-
-    def expected(inputs, h, initial, dt):
-        out = reference.CELLS[cell](*inputs, h, reset, activation, initial, reverse, dt, min_decay)
-        return out, out[:, :1] if reverse else out[:, -1:]
-
-    def got(inputs, h, initial, dt):
-        return run(backend, cell, inputs, ops.Start(h, initial, reset, dt), activation, reverse, min_decay)
-
-    for one, other in zip(graded(got), graded(expected), strict=True):
-        torch.testing.assert_close(one, other, **TIGHT)
-
-
-@pytest.mark.parametrize("min_decay", [0.0, 0.25])
-@cases()
-def test_derivatives(backend, cell, min_decay):
-    inputs, h, initial, reset, dt = make(cell, 2, 5, 2, reset=True)
-    leaves = [tensor.requires_grad_() for tensor in (*inputs, h, initial, dt)]
-
-    def function(*leaves):
-        *inputs, h, initial, dt = leaves
-        return run(backend, cell, inputs, ops.Start(h, initial, reset, dt), min_decay=min_decay)
-
-    assert gradcheck(function, leaves, check_batched_grad=True)
-    assert gradgradcheck(function, leaves)
-
-
-@cases(*(name for name in BACKENDS if name != "log"))
-def test_forward_mode_and_vmap(backend, cell):
-    inputs, h, initial, reset, dt = make(cell, 2, 18, reset=True)
-    primals = (*inputs, h, initial, dt)
-    tangents = tuple(torch.randn_like(tensor) for tensor in primals)
-
-    def function(*primals, reset=reset):
-        *inputs, h, initial, dt = primals
-        return run(backend, cell, inputs, ops.Start(h, initial, reset, dt), min_decay=0.1)[0]
-
-    def exact(*primals):
-        *inputs, h, initial, dt = primals
-        return reference.CELLS[cell](*inputs, h, reset, "positive", initial, False, dt, 0.1)
-
-    got, expected = (torch.func.jvp(each, primals, tangents) for each in (function, exact))
-    torch.testing.assert_close(got, expected, **TIGHT)
-
-    def one(reset, *primals):
-        args = [each.unsqueeze(0) for each in primals]
-        return function(*args, reset=reset.unsqueeze(0)).squeeze(0)
-
-    torch.testing.assert_close(torch.vmap(one)(reset, *primals), exact(*primals), **TIGHT)
-
-
-@cases()
-def test_layouts(backend, cell):
-    inputs, h, initial, reset, dt = make(cell, 3, 20, 2, 3, reset=True)
-    expected = reference.CELLS[cell](*inputs, h, reset, "positive", initial, False, dt, 0.1)
-    out, _ = run(backend, cell, inputs, ops.Start(h, initial, reset, dt), min_decay=0.1)
-    torch.testing.assert_close(out, expected, **TIGHT)
-    time_first = [x.transpose(0, 1) for x in inputs]
-    start = ops.Start(h, initial, reset.t(), dt.t())
-    out, _ = run(backend, cell, time_first, start, min_decay=0.1, layout=ops.Layout(True, None, None))
-    torch.testing.assert_close(out.transpose(0, 1), expected, **TIGHT)
-
-
 @pytest.mark.parametrize("reverse", [False, True])
-@cases()
+@pytest.mark.parametrize(("backend", "cell"), each())
 def test_packed(backend, cell, reverse):
     lengths = torch.tensor([9, 4, 1])
     inputs, h, initial, reset, dt = make(cell, 3, 9, reset=True)
+    dt.requires_grad_()
 
     def pack(x):
         return torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
 
     batch_sizes = pack(dt).batch_sizes
-    layout = ops.Layout(False, batch_sizes, None)
-    start = ops.Start(h, initial, pack(reset).data, pack(dt).data.requires_grad_())
-    out, last = run(backend, cell, [pack(x).data for x in inputs], start, reverse=reverse, layout=layout)
-    (grad,) = torch.autograd.grad(out.square().sum(), start.dt)
+    packed_dt = pack(dt).data if cell in TIMED else None
+    call = ([pack(x).data for x in inputs], h, initial, pack(reset).data, packed_dt)
+    out, last = run(backend, cell, *call, reverse=reverse, layout=ops.Layout(False, batch_sizes, None))
     for index, length in enumerate(lengths.tolist()):
-        one = [x[index : index + 1, :length] for x in (*inputs, reset, dt.requires_grad_())]
-        states = [state[index : index + 1] for state in (h, initial)]
-        exact = reference.CELLS[cell](*one[:-2], states[0], one[-2], "positive", states[1], reverse, one[-1])
-        (exact_grad,) = torch.autograd.grad(exact.square().sum(), dt)
+        at = slice(index, index + 1)
+        one = [x[at, :length] for x in (*inputs, reset, dt)]
+        truth = exact(cell, one[:-2], h[at], initial[at], *one[-2:], reverse=reverse)
         steps = (torch.cumsum(batch_sizes, 0) - batch_sizes)[:length] + index
-        torch.testing.assert_close(out[steps], exact[0], **TIGHT)
-        torch.testing.assert_close(last[index], exact[0, :1] if reverse else exact[0, -1:], **TIGHT)
-        torch.testing.assert_close(grad[steps], exact_grad[index, :length], **TIGHT)
+        torch.testing.assert_close(out[steps], truth[0][0], **TIGHT)
+        torch.testing.assert_close(last[index], truth[1][0], **TIGHT)
+        if cell in TIMED:
+            grad, exact_grad = (
+                torch.autograd.grad(each.square().sum(), dt, retain_graph=True)[0][index]
+                for each in (out[steps], truth[0])
+            )
+            torch.testing.assert_close(grad, exact_grad, **TIGHT)
 
 
 def test_by_hand():
@@ -176,39 +77,19 @@ def test_parts_of_a_step_give_the_whole(backend, cell):
     inputs, h, initial, _, _ = make(cell, 2, 1)
     parts = torch.rand(2, 2).double()
     twice = [x.expand(-1, 2, -1) for x in inputs]
-    out, last = run(backend, cell, twice, ops.Start(h, initial, None, parts), min_decay=0.2)
-    _, whole = run(backend, cell, inputs, ops.Start(h, initial, None, parts.sum(1, keepdim=True)), min_decay=0.2)
+    out, last = run(backend, cell, twice, h, initial, None, parts, min_decay=0.2)
+    _, whole = run(backend, cell, inputs, h, initial, None, parts.sum(1, keepdim=True), min_decay=0.2)
     torch.testing.assert_close(last, whole, **TIGHT)
     assert not torch.allclose(out[:, 0], out[:, 1])
 
 
-@cases()
+@each_timed
 def test_a_time_of_1_is_the_ordinary_cell(backend, cell):
     inputs, h, initial, reset, dt = make(cell, 2, 50, dtype=torch.float32, reset=True)
-    timed, _ = run(backend, cell, inputs, ops.Start(h, initial, reset, torch.ones_like(dt)))
-    plain, _ = run(backend, cell, inputs, ops.Start(h, initial, reset))
+    timed, _ = run(backend, cell, inputs, h, initial, reset, torch.ones_like(dt))
+    plain, _ = run(backend, cell, inputs, h, initial, reset)
     tolerance = 1e-3 if backend == "log" else 2e-6
     torch.testing.assert_close(timed, plain, rtol=tolerance, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@cases(*(name for name in ALL if name != "log"))
-def test_half_widths_are_float32_inside(backend, cell, dtype):
-    inputs, h, initial, reset, dt = make(cell, 2, 300, 18, dtype=dtype, reset=True)
-    dt.requires_grad_()
-    leaves = [x.requires_grad_() for x in inputs]
-    out, last = run(backend, cell, leaves, ops.Start(h, initial, reset, dt), min_decay=0.1)
-    assert out.dtype == last.dtype == dtype
-    wide = [x.double() for x in (*inputs, h, initial)]
-    exact = reference.CELLS[cell](*wide[:-2], wide[-2], reset, "positive", wide[-1], False, dt.double(), 0.1)
-    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5
-    assert ((out.double() - exact).abs() <= allowed).all()
-    grads = torch.autograd.grad(out.float().square().sum(), (*leaves, dt))
-    assert grads[0].dtype == dtype
-    assert grads[-1].dtype == torch.float32
-    exact_grad = torch.autograd.grad(exact.square().sum(), dt)[0]
-    # The gradient of dt is a sum of products of rounded states and rounded gradients.
-    assert (grads[-1] - exact_grad).abs().max() <= 4 * torch.finfo(dtype).eps * exact_grad.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -221,16 +102,17 @@ def test_half_widths_are_float32_inside(backend, cell, dtype):
 def test_float32_error_by_length(cell, steps, with_dt, min_decay):
     torch.manual_seed(0)
     inputs, h, initial, _, dt = make(cell, 1, steps, 2, dtype=torch.float32)
-    dt = dt if with_dt else None
-    exact = reference.CELLS[cell](
+    # Positive, so that no terms cancel.
+    h, dt = h.abs(), dt if with_dt else None
+    truth = reference.CELLS[cell](
         *(x.double() for x in inputs), h.double(), dt=None if dt is None else dt.double(), min_decay=min_decay
     )
     for backend in ("native", "torch"):
-        out, _ = run(backend, cell, inputs, ops.Start(h, initial, None, dt), min_decay=min_decay)
-        assert reference.relative_error(out, exact) < 2e-6
+        out, _ = run(backend, cell, inputs, h, initial, None, dt, min_decay=min_decay)
+        assert reference.relative_error(out, truth) < 2e-6
 
 
-@pytest.mark.parametrize("backend", [name for name in ALL if name != "log"])
+@pytest.mark.parametrize("backend", NOT_LOG)
 @pytest.mark.parametrize("min_decay", [0.0, 1e-6, 0.5, 0.999])
 def test_nothing_cancels_for_short_times_and_long_memories(backend, min_decay):
     """The weight of the candidate, 1 - a, keeps its relative precision."""
@@ -238,15 +120,15 @@ def test_nothing_cancels_for_short_times_and_long_memories(backend, min_decay):
     one, zero = torch.ones_like(gate), torch.zeros_like(gate)
     for time in (1e-6, 1e-3, 1.0, 50.0):
         dt = torch.full((1, 1), time)
-        exact = [
+        truth = [
             reference.mingru(
                 *(x.double() for x in (gate, candidate, h)), None, "linear", dt=dt.double(), min_decay=min_decay
             )
             for candidate, h in ((one, zero), (zero, one))
         ]
-        for (candidate, h), expected in zip(((one, zero), (zero, one)), exact, strict=True):
-            start = ops.Start(h, h, None, dt)
-            out, _ = run(backend, "mingru", [gate, candidate], start, "linear", min_decay=min_decay)
+        for (candidate, h), expected in zip(((one, zero), (zero, one)), truth, strict=True):
+            options = {"activation": "linear", "min_decay": min_decay}
+            out, _ = run(backend, "mingru", [gate, candidate], h, h, None, dt, **options)
             # The error of exp(-x) is that of x, and x is up to 30 * 50.
             rtol = 4e-6 if candidate is one else 2e-4
             torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-37)
@@ -254,28 +136,28 @@ def test_nothing_cancels_for_short_times_and_long_memories(backend, min_decay):
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4, math.inf, -math.inf, math.nan, 95.0, -95.0, 0.0])
 @pytest.mark.parametrize("min_decay", [0.0, 0.3])
-@pytest.mark.parametrize("backend", [name for name in ALL if name != "log"])
+@pytest.mark.parametrize("backend", NOT_LOG)
 def test_extreme_pre_activations(backend, extreme, min_decay):
     h = torch.tensor([[[1.0, 0.25, 3.0, 0.5]]])
     gate, candidate = torch.full((1, 1, 4), extreme), torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
     dt = torch.tensor([[0.5]])
     for inputs in ([gate, candidate], [candidate, gate]):
-        out, _ = run(backend, "mingru", inputs, ops.Start(h, h, None, dt), min_decay=min_decay)
-        exact = reference.mingru(*(x.double() for x in (*inputs, h)), dt=dt.double(), min_decay=min_decay)
-        torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        out, _ = run(backend, "mingru", inputs, h, h, None, dt, min_decay=min_decay)
+        truth = reference.mingru(*(x.double() for x in (*inputs, h)), dt=dt.double(), min_decay=min_decay)
+        torch.testing.assert_close(out, truth.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@cases()
+@each_timed
 def test_a_time_of_0_keeps_the_state(backend, cell):
     inputs, h, initial, _, dt = make(cell, 2, 6)
     dt[:, 2] = 0
     dt.requires_grad_()
-    out, _ = run(backend, cell, inputs, ops.Start(h, initial, None, dt))
+    out, _ = run(backend, cell, inputs, h, initial, None, dt)
     torch.testing.assert_close(out[:, 2], out[:, 1], rtol=1e-12, atol=1e-12)
     (grad,) = torch.autograd.grad(out.sum(), dt)
     if backend != "log":  # log(1 - a) has no derivative at a = 1
-        exact = reference.CELLS[cell](*inputs, h, None, "positive", initial, False, dt)
-        torch.testing.assert_close(grad, torch.autograd.grad(exact.sum(), dt)[0], **TIGHT)
+        truth = reference.CELLS[cell](*inputs, h, None, "positive", initial, False, dt)
+        torch.testing.assert_close(grad, torch.autograd.grad(truth.sum(), dt)[0], **TIGHT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -325,7 +207,7 @@ def test_the_number_of_threads_does_not_change_the_bits():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             leaves = [x.clone().requires_grad_() for x in (*inputs, dt)]
-            out, _ = run("native", "mingru", leaves[:2], ops.Start(h, initial, reset, leaves[2]))
+            out, _ = run("native", "mingru", leaves[:2], h, initial, reset, leaves[2])
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     finally:
         torch.set_num_threads(before)
