@@ -19,14 +19,6 @@ def pytest_configure():
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    # Exhaustive tests are slow tests too.
-    for item in items:
-        if item.get_closest_marker("exhaustive"):
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -47,13 +47,6 @@ GIVEN = {
 }
 
 both_cells = pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-every_given = pytest.mark.parametrize(
-    "given",
-    [
-        pytest.param(given, id=name, marks=pytest.mark.slow if name == "all" else pytest.mark.exhaustive)
-        for name, given in GIVEN.items()
-    ],
-)
 
 
 def make(cell="mingru", **options):
@@ -155,20 +148,15 @@ def test_compile_quickly():
 
 
 @compiling
-@every_given
-def test_compile(given):
-    check_compiled(make(dtype=torch.float64), given, [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)], "aot_eager")
+@pytest.mark.slow
+def test_compile():
+    check_compiled(make(dtype=torch.float64), GIVEN["all"], [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)], "aot_eager")
 
 
 @compiling
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param({"cell": "minlstm"}, marks=pytest.mark.exhaustive), {"checkpoint": True}],
-    ids=["minlstm", "checkpoint"],
-)
-def test_compile_with(options):
-    check_compiled(make(dtype=torch.float64, **options), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager")
+def test_compile_with_checkpoints():
+    check_compiled(make(dtype=torch.float64, checkpoint=True), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager")
 
 
 @compiling
@@ -269,9 +257,8 @@ def sizes_of_file(steps):
 
 @compiling
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["mingru", pytest.param("minlstm", marks=pytest.mark.exhaustive)])
-def test_onnx_of_the_whole_pass(cell, tmp_path):
-    lm = make(cell).requires_grad_(False)
+def test_onnx_of_the_whole_pass(tmp_path):
+    lm = make().requires_grad_(False)
     session = Session(lm, tuple(arguments(lm, ("state",)).values()), tmp_path, max_steps=20)
     assert session.sizes() == sizes_of_file("time")
     for batch, steps in [(1, 1), (2, 7), (3, 20)]:
@@ -307,24 +294,22 @@ def check_script(cell, given):
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
-def test_script_quickly():
-    check_script("mingru", GIVEN["all"])
-
-
-@pytest.mark.usefixtures("_scripts_are_freed")
+@pytest.mark.slow
 @both_cells
-@every_given
-def test_script(cell, given):
-    check_script(cell, given)
+def test_script(cell):
+    check_script(cell, GIVEN["all"])
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
-def test_script_rejects_a_wrong_number_of_states():
+def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
     lm = make()
-    args = arguments(lm, ("state",))
+    run = torch.jit.script(lm)
+    args = arguments(lm, GIVEN["all"])
+    with torch.no_grad():
+        assert_equal(run(**args), lm(**args))
     args["state"].pop()
     with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
-        torch.jit.script(lm)(**args)
+        run(**args)
 
 
 # Several processes

@@ -216,19 +216,11 @@ _WITH_LENGTHS = ("MinGRU", "MinGRU (signed)", "MinGRU (rotation)", "MinLSTM", "S
 CASES_WITH_LENGTHS = [case for case in CASES if case.name in _WITH_LENGTHS]
 
 
-def parametrized(
-    cases: list[Case], quick: Sequence[str] | None = None, slow: Sequence[str] | None = None
-) -> pytest.MarkDecorator:
-    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none.
-
-    Those that `slow` does not name either are marked as exhaustive, which includes slow; None marks none.
-    """
+def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
     params = []
     for case in cases:
-        marks = []
-        if quick is not None and case.name not in quick:
-            is_exhaustive = slow is not None and case.name not in slow
-            marks = [pytest.mark.exhaustive if is_exhaustive else pytest.mark.slow]
+        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
         params.append(pytest.param(case, marks=marks, id=case.name))
     return pytest.mark.parametrize("case", params)
 
@@ -245,10 +237,9 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 every_case = parametrized(CASES)
-# The cases of modes that compile for long: a layer, a cell, and a model of many classes.
-FEW_CASES = ("MinGRU", "MinGRUCell", "combined model")
-# The quick tests of a mode use a layer, a convolution and a cell.
-every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinConv2dGRU", "MinGRUCell"], slow=FEW_CASES)
+# The quick tests of a mode that compiles use a layer and a cell.
+every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
+every_case_slowly = parametrized(CASES, quick=[])
 every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 

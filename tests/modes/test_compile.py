@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, CASES_WITH_LENGTHS, FEW_CASES, assert_equal, parametrized, tensors
+from cases import CASES_WITH_LENGTHS, assert_equal, every_case_of_few_quick, every_case_slowly, parametrized, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -57,7 +57,7 @@ def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free
 
 
 @pytest.mark.mode("torch.compile, one graph, any batch and length")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
+@every_case_of_few_quick
 def test_any_size(case):
     for reset in [False, True] if case.resets else [False]:
         torch._dynamo.reset()
@@ -71,7 +71,7 @@ def test_any_size(case):
 
 
 @pytest.mark.mode("torch.compile, inductor, training")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
+@every_case_slowly
 def test_inductor(case):
     module = case.make(dtype=torch.double)
     compiled = torch.compile(module, fullgraph=True, options=OPTIONS.get(case.name))
@@ -90,7 +90,7 @@ class UnderAutocast(nn.Module):
 
 
 @pytest.mark.mode("torch.compile, reduce-overhead, autocast inside")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
+@every_case_slowly
 def test_autocast_inside(case):
     module = UnderAutocast(case.make())
     compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
@@ -110,7 +110,7 @@ def test_autocast_inside(case):
     ("name", "reverse"),
     [
         *(pytest.param("torch", reverse, marks=pytest.mark.slow) for reverse in (False, True)),
-        ("native", False),
+        pytest.param("native", False, marks=pytest.mark.slow),
         ("native", True),
     ],
 )
@@ -131,6 +131,7 @@ def test_functions(name, reverse):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_one_more_graph_over_4096_steps():
     """Where the portable body is compiled, a bound on the length makes most of its graph."""
 
@@ -145,7 +146,7 @@ def test_one_more_graph_over_4096_steps():
 
 
 @pytest.mark.mode("torch.compile, lengths")
-@parametrized(CASES_WITH_LENGTHS, quick=["MinLSTM"], slow=["MinGRU", "Stack"])
+@parametrized(CASES_WITH_LENGTHS, quick=[])
 def test_lengths(case):
     """Padding takes no part, whatever lies there, and gradients know nothing of it."""
     module = case.make(dtype=torch.double)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import (
-    CASES,
     CASES_WITH_LENGTHS,
     assert_equal,
     every_case_of_few_quick,
+    every_case_slowly,
     parametrized,
     selected_cases,
     small_chunks,
@@ -68,7 +68,7 @@ def test_export(case, exported):
 
 
 @pytest.mark.mode("torch.export, strict, with resets")
-@parametrized(CASES, quick=["MinGRUCell"], slow=["MinGRU"])
+@every_case_slowly
 def test_export_strictly(case):
     module = case.make()
     run = export(case, module, case.resets, strict=True).module()
@@ -78,7 +78,7 @@ def test_export_strictly(case):
 
 
 @pytest.mark.mode("torch.export, core ATen")
-@parametrized(CASES, quick=["MinGRU"], slow=["MinGRUCell"])
+@every_case_slowly
 def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
@@ -109,7 +109,7 @@ def loaded(exported, tmp_path_factory, request):
 
 
 @pytest.mark.mode("torch.export, saved, run without mingru")
-@parametrized(CASES, quick=["MinGRU"], slow=["MinGRUCell"])
+@every_case_slowly
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)
@@ -118,7 +118,7 @@ def test_saved(case, exported, loaded):
 
 
 @pytest.mark.mode("AOTInductor, run without mingru")
-@parametrized(CASES, quick=[], slow=["MinGRUCell"])
+@every_case_slowly
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.
@@ -134,6 +134,7 @@ def test_aot_inductor(case, exported, tmp_path):
         assert_equal(result, module(*example))
 
 
+@pytest.mark.slow
 def test_no_bound_on_the_length():
     module = mingru.MinGRU(3, 4)
     program = torch.export.export(module, (torch.randn(2, 7, 3),), dynamic_shapes=({1: Dim("steps")},))
@@ -142,6 +143,7 @@ def test_no_bound_on_the_length():
         assert_equal(program.module()(x), module(x))
 
 
+@pytest.mark.slow
 def test_kernels_stay_where_they_are_asked_for():
     """`use_backend` is the switch: kernels in the graph, for processes that have this package."""
     module, x = mingru.MinLSTM(3, 4), torch.randn(2, 7, 3)
@@ -157,7 +159,7 @@ def test_kernels_stay_where_they_are_asked_for():
 
 
 @pytest.mark.mode("torch.export, lengths")
-@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"], slow=["MinLSTM", "Stack"])
+@parametrized(CASES_WITH_LENGTHS, quick=[])
 def test_lengths(case):
     module = case.make()
     shapes = case.dynamic(BATCH, Dim("steps", max=40))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, FEW_CASES, assert_equal, parametrized, small_chunks, tensors
+from cases import CASES, assert_equal, every_case_slowly, parametrized, small_chunks, tensors
 
 import mingru
 
@@ -48,7 +48,7 @@ def in_use(case):
 
 
 @pytest.mark.mode("ONNX, whole sequence")
-@parametrized(CASES, quick=["MinGRUCell"], slow=["MinGRU"])
+@every_case_slowly
 def test_any_batch_and_any_length(case, path):
     module = in_use(case)
     with small_chunks():
@@ -79,7 +79,8 @@ def test_lengths(path):
         assert_equal(session(x, lengths), tensors(module(x, lengths=lengths)), **TOLERANCE)
 
 
-@pytest.mark.parametrize("bidirectional", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path):
     module = mingru.MinGRU(3, 4, bidirectional=bidirectional).requires_grad_(False)
     session = Session(path, module, torch.randn(1, 7, 3), max_steps=60)
@@ -119,7 +120,7 @@ def test_with_a_reset(path):
 
 
 @pytest.mark.mode("ONNX, single step")
-@parametrized(CASES, quick=["MinGRU", "MinGRUCell"], slow=FEW_CASES)
+@parametrized(CASES, quick=["MinGRU"])
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
     module, num_steps = in_use(case), 20

@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import (
     CASES,
-    FEW_CASES,
     assert_equal,
     every_case,
     every_case_of_few_quick,
+    every_case_slowly,
     parametrized,
     selected_cases,
     tensors,
@@ -106,8 +106,7 @@ def with_dropout(module):
 @pytest.mark.parametrize(
     "given",
     [
-        pytest.param((), id="x"),
-        *(pytest.param((name,), id=f"x and {name}", marks=pytest.mark.exhaustive) for name in ("h", "reset")),
+        pytest.param((), id="x", marks=pytest.mark.slow),
         pytest.param(ALL, id="all"),
     ],
 )
@@ -231,7 +230,7 @@ def elsewhere(tmp_path_factory, request):
         pytest.param("trace", marks=pytest.mark.mode("trace saved, run without mingru")),
     ],
 )
-@parametrized(CASES, quick=["MinGRU"], slow=FEW_CASES)
+@every_case_slowly
 def test_saved_runs_without_mingru(case, form, elsewhere):
     got, expected = elsewhere[form, case.name]
     assert not isinstance(got, str), got
@@ -266,7 +265,7 @@ def for_eight_threads(case, **factory):
 
 
 @pytest.mark.mode("scripted, from several threads")
-@parametrized(CASES, quick=["MinGRU"], slow=FEW_CASES)
+@parametrized(CASES, quick=["MinGRU"])
 def test_threads(case):
     module = case.make(**DOUBLE)
     inputs = for_eight_threads(case, **GRADED)

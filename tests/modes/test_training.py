@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import CASES, FEW_CASES, assert_equal, every_case, parametrized, selected_cases, tensors
+from cases import CASES, assert_equal, every_case, parametrized, selected_cases, tensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -196,25 +196,25 @@ def check_training(found, case):
 
 
 @pytest.mark.mode("DDP (gloo, 2 processes)")
-@parametrized(CASES, quick=[], slow=FEW_CASES)
+@parametrized(CASES, quick=[])
 def test_ddp(case, of_processes):
     check_training(of_processes("ddp", case), case)
 
 
 @pytest.mark.mode("torch.compile with DDP")
-@parametrized(CASES, quick=[], slow=FEW_CASES)
+@parametrized(CASES, quick=[])
 def test_compiled_ddp(case, of_processes):
     check_training(of_processes("compiled_ddp", case), case)
 
 
 @pytest.mark.mode("FSDP2 (fully_shard)")
-@parametrized(CASES, quick=[], slow=FEW_CASES)
+@parametrized(CASES, quick=[])
 def test_fsdp(case, of_processes):
     check_training(of_processes("fsdp", case), case)
 
 
 @pytest.mark.mode("torch.distributed.checkpoint")
-@parametrized(CASES, quick=[], slow=FEW_CASES)
+@parametrized(CASES, quick=[])
 def test_checkpoint_of_one_process_into_a_sharded_module(case, of_processes):
     module, _ = make(case, seed=1, dtype=torch.float64)
     _, args = make(case, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_checkpoint_of_one_process_into_a_sharded_module(case, of_processes):
 
 
 @pytest.mark.mode("torch.distributed.checkpoint")
-@parametrized(CASES, quick=[], slow=FEW_CASES)
+@parametrized(CASES, quick=[])
 def test_checkpoint_of_a_sharded_module_into_one_process(case, of_processes):
     of_processes("checkpoint", case)
     expected, args = make(case, dtype=torch.float64)

@@ -39,15 +39,10 @@ def _fresh_compiler():
 
 every_gate = pytest.mark.parametrize("gate", GATES)
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
-# Capturing a graph takes long, so here each gate has other options, with one layer. CI captures rotations in
-# test_elapsed_time.py.
-SLOW, EXHAUSTIVE = pytest.mark.slow, pytest.mark.exhaustive
+# Capturing a graph takes long. `test_elapsed_time.py` captures rotations.
 in_graphs = pytest.mark.parametrize(
     ("gate", "options"),
-    [
-        pytest.param("signed", {**HIGHWAY, "num_layers": 1}, marks=EXHAUSTIVE, id="signed-highway"),
-        pytest.param("rotation", {**ALL, "num_layers": 1}, marks=EXHAUSTIVE, id="rotation-all"),
-    ],
+    [pytest.param("signed", {**HIGHWAY, "num_layers": 1}, marks=pytest.mark.slow, id="signed-highway")],
 )
 
 
@@ -76,19 +71,24 @@ def graded(rnn, function, x, h, reset):
     return out, last, *torch.autograd.grad(loss, [*leaves, *rnn.parameters()], materialize_grads=True)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "scripted"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @each_option
 @every_gate
 def test_layer_against_the_reference(gate, options, backend):
     rnn = make(gate, **options)
     given = inputs(rnn)
     expected = graded(rnn, lambda *args: reference.layers(rnn, *args), *given)
-    if backend == "scripted":
-        assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
-        return
     with mingru.use_backend(backend):
         assert_close(graded(rnn, rnn, *given), expected, **TIGHT)
         assert_close(rnn(given[0]), reference.layers(rnn, given[0]), **TIGHT)
+
+
+@pytest.mark.parametrize(("gate", "options"), [("signed", HIGHWAY), ("rotation", ALL)], ids=GATES)
+def test_scripted_layer_against_the_reference(gate, options):
+    rnn = make(gate, **options)
+    given = inputs(rnn)
+    expected = graded(rnn, lambda *args: reference.layers(rnn, *args), *given)
+    assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
 
 
 @every_gate
@@ -198,10 +198,10 @@ def test_exported_and_traced(gate, options):
             assert_close(run(*given), rnn(*given), **TIGHT)
 
 
-@pytest.mark.parametrize("gate", [pytest.param("signed", marks=EXHAUSTIVE), pytest.param("rotation", marks=SLOW)])
-def test_onnx(gate, tmp_path):
+@pytest.mark.slow
+def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    rnn = make(gate, dtype=torch.float32, candidate="tanh")
+    rnn = make("rotation", dtype=torch.float32, candidate="tanh")
     path = tmp_path / "model.onnx"
     mingru.export.onnx(rnn, (torch.randn(2, 9, IN),), path, max_steps=64)
     session = onnxruntime.InferenceSession(path)
@@ -260,13 +260,12 @@ def by_steps(rnn, x):
     return reference.CELLS[f"mingru_{rnn.gate}"](*pre.chunk(2, 2), None, None, rnn.candidate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "space", "options"),
     [
-        pytest.param("signed", 2, {}, id="signed-plain", marks=SLOW),
-        pytest.param("rotation", 1, {"groups": 2, "candidate": "tanh"}, id="rotation-groups", marks=SLOW),
-        pytest.param("signed", 1, {"groups": 2}, id="signed-groups", marks=EXHAUSTIVE),
-        pytest.param("rotation", 2, {}, id="rotation-plain", marks=EXHAUSTIVE),
+        pytest.param("signed", 2, {}, id="signed-plain"),
+        pytest.param("rotation", 1, {"groups": 2, "candidate": "tanh"}, id="rotation-groups"),
     ],
 )
 def test_convolutions(gate, space, options):

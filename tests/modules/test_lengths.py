@@ -24,9 +24,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 each_option_and_form = pytest.mark.parametrize(
     ("options", "form"),
     [
-        pytest.param(
-            options, form, marks=pytest.mark.exhaustive if form == "scripted" and options not in ({}, ALL) else ()
-        )
+        pytest.param(options, form, marks=pytest.mark.slow if form == "scripted" and options not in ({}, ALL) else ())
         for form in FORMS
         for options in OPTIONS
     ],
@@ -422,7 +420,7 @@ def test_the_past_ignores_the_future(num_layers, form):
     ("num_layers", "form"),
     [
         *((count, form) for count in (1, 2) for form in FORMS if (count, form) != (2, "scripted")),
-        pytest.param(2, "scripted", marks=pytest.mark.exhaustive),
+        pytest.param(2, "scripted", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("cell", KINDS)

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import reference
 import torch
+from cover import cover
 
 import mingru
 from mingru import ops
@@ -34,11 +35,16 @@ def inputs(*shape, dtype=torch.float32):
     return [2 * torch.randn(*shape).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("with_reset", [False, True])
-@pytest.mark.parametrize("with_bias", [pytest.param(False, marks=pytest.mark.exhaustive), True])
-@pytest.mark.parametrize("layout", ["batch first", "time first", "packed", "lengths"])
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "minlstm_unnormalized"])
+CONTRACTS = {
+    "cell": ["mingru", "minlstm", "minlstm_unnormalized"],
+    "layout": ["batch first", "time first", "packed", "lengths"],
+    "with_bias": [False, True],
+    "with_reset": [False, True],
+    "reverse": [False, True],
+}
+
+
+@pytest.mark.parametrize(tuple(CONTRACTS), [tuple(row.values()) for row in cover(CONTRACTS)])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
     count = ops.NUM_INPUTS[cell]
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None

@@ -146,7 +146,7 @@ def check(spec, inputs, states, reset):
     ("plan", "with_reset"),
     [
         *(("walk", True), ("chunks", False), ("chunks", True), ("segments", True)),
-        *(pytest.param(plan, False, marks=pytest.mark.exhaustive) for plan in ("walk", "segments")),
+        *(pytest.param(plan, False, marks=pytest.mark.slow) for plan in ("walk", "segments")),
         # The plan for this shape.
         *(() if INTERPRETED else ((None, False), (None, True))),
     ],
@@ -158,7 +158,7 @@ def check(spec, inputs, states, reset):
             cell,
             activation,
             # CI computes linear candidates of one cell.
-            marks=pytest.mark.exhaustive if activation == "linear" and cell in NUM_INPUTS and cell != "mingru" else (),
+            marks=pytest.mark.slow if activation == "linear" and cell in NUM_INPUTS and cell != "mingru" else (),
         )
         for cell, activation in CELLS
     ],

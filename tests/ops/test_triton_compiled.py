@@ -66,7 +66,7 @@ def check(case, target):
 def compiled(cell, dtype, target):
     """CI compiles everything for one GPU of each vendor, and a part for the others."""
     in_ci = target in ("sm_90", "gfx942") or cell == "mingru"
-    return pytest.param(cell, dtype, target, marks=() if in_ci else pytest.mark.exhaustive)
+    return pytest.param(cell, dtype, target, marks=() if in_ci else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
