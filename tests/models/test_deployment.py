@@ -267,7 +267,8 @@ def test_onnx_of_the_whole_pass(tmp_path):
 
 
 @compiling
-@pytest.mark.parametrize("cell", ["mingru", pytest.param("minlstm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@both_cells
 def test_onnx_of_a_step(cell, tmp_path):
     lm = make(cell).requires_grad_(False)
     session = Session(lm, ids_of(2, 1), tmp_path, kind="step")

@@ -145,6 +145,7 @@ def test_steps_that_follow_each_other_are_one_pass(case, path):
         assert_equal([torch.cat(outs, time), h], module(whole, state), **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.mode("ONNX, single step")
 def test_a_step_with_a_reset(path):
     module = mingru.MinGRU(3, 4, 2).requires_grad_(False)

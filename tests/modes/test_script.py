@@ -274,6 +274,7 @@ def test_threads(case):
     assert_equal(from_eight_threads(lambda args: graded(run, args), inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.mode("scripted, from several threads")
 def test_threads_with_a_frozen_module():
     case = CASES[-1]

@@ -175,7 +175,8 @@ def test_exported(model):
         assert_close(program.module()(x, h, reset, None, dt), rnn(x, h, reset, dt=dt), **TIGHT)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sequence", marks=pytest.mark.slow), "step"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sequence", "step"])
 def test_onnx(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     rnn = mingru.MinGRU(IN, H, min_decay=0.3)
@@ -288,8 +289,8 @@ def test_errors():
         given, times = (x, dt) if kind is mingru.MinGRU else (x[:, 0], dt[:, 0])
         with pytest.raises(ValueError, match=f"{kind.__name__}: dt must be None because the gate is 'signed'"):
             signed(given, dt=times)
-        with pytest.raises(torch.jit.Error, match=f"{kind.__name__}: dt must be None because this cell takes no"):
-            torch.jit.script(signed)(given, dt=times)
+    with pytest.raises(torch.jit.Error, match="MinGRUCell: dt must be None because this cell takes no"):
+        torch.jit.script(signed)(given, dt=times)
     with pytest.raises(torch.jit.Error, match=r"MinGRU: dt must be \[2, 3\], got \[3, 2\]"):
         torch.jit.script(rnn)(x, dt=dt.t())
     for value in (1.0, -0.1, [0.1, 0.2], math.nan):

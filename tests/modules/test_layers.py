@@ -335,11 +335,16 @@ assert "mingru" not in sys.modules
 
 @scripted_slowly_or_not
 @plain_and_full
-@pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
-def test_empty(family, options, batch, steps, scripted):
+def test_empty(family, options, scripted):
     layers = FAMILIES[family]
     rnn = layers.make(torch.float32, **options)
     run = scripted_or_itself(rnn, scripted)
+    for batch, steps in ((0, 5), (3, 0), (0, 0)):
+        assert_empty(family, rnn, run, batch, steps)
+
+
+def assert_empty(family, rnn, run, batch, steps):
+    layers = FAMILIES[family]
     x, _ = layers.make_input(rnn, torch.float32, batch, steps)
     reset = layers.in_order(rnn, torch.ones(batch, steps, dtype=torch.bool))
     full_out, full_states = rnn(torch.randn(1, 1, *x.shape[2:]))
@@ -360,8 +365,13 @@ def test_empty(family, options, batch, steps, scripted):
 # Dtypes
 
 
-@scripted_slowly_or_not
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "scripted"),
+    [
+        *((dtype, False) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        pytest.param(torch.bfloat16, True, marks=pytest.mark.slow),
+    ],
+)
 @each_family
 def test_what_goes_in_comes_out_in_each_dtype(family, dtype, scripted):
     layers = FAMILIES[family]

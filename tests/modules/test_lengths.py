@@ -17,17 +17,12 @@ LENGTHS = (9, 1, S)
 ALL = OPTIONS[-1]
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
-each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 FORMS = ["lengths", "scripted", "packed"]
-each_form = pytest.mark.parametrize("form", FORMS)
+each_form = pytest.mark.parametrize("form", ["lengths", "packed", pytest.param("scripted", marks=pytest.mark.slow)])
 # TorchScript takes long to compile.
 each_option_and_form = pytest.mark.parametrize(
     ("options", "form"),
-    [
-        pytest.param(options, form, marks=pytest.mark.slow if form == "scripted" and options not in ({}, ALL) else ())
-        for form in FORMS
-        for options in OPTIONS
-    ],
+    [(options, form) for form in FORMS for options in (OPTIONS if form != "scripted" else ({}, ALL))],
     ids=lambda value: value if isinstance(value, str) else named(value),
 )
 plain_and_all = pytest.mark.parametrize(
@@ -302,7 +297,7 @@ def test_states_that_expand(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lengths_of_each_integer_dtype(scripted, dtype):
     rnn = make()
     run = torch.jit.script(rnn) if scripted else rnn
@@ -312,7 +307,7 @@ def test_lengths_of_each_integer_dtype(scripted, dtype):
     assert lengths.tolist() == list(LENGTHS)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @plain_and_all
 def test_an_empty_batch(options, scripted):
     rnn = make(**options)
@@ -416,13 +411,8 @@ def test_the_past_ignores_the_future(num_layers, form):
     assert not changed[1:].any()
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "form"),
-    [
-        *((count, form) for count in (1, 2) for form in FORMS if (count, form) != (2, "scripted")),
-        pytest.param(2, "scripted", marks=pytest.mark.slow),
-    ],
-)
+@each_form
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("cell", KINDS)
 def test_nothing_crosses_a_reset_in_either_direction(cell, num_layers, form):
     rnn = make(cell=cell, num_layers=num_layers, bidirectional=True)
@@ -823,9 +813,15 @@ def end_to_end(rnn, x, lengths, num_steps):
     return in_order(rnn, torch.cat(rows).unsqueeze(0))
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize(
+    ("options", "scripted"),
+    [
+        *((options, False) for options in OPTIONS),
+        *(pytest.param(options, True, marks=pytest.mark.slow) for options in ({}, ALL)),
+    ],
+    ids=lambda value: named(value) if isinstance(value, dict) else "scripted" if value else "",
+)
 @pytest.mark.parametrize("extra", [0, 4])
-@each_option
 def test_one_row_end_to_end_is_each_sequence_alone(options, extra, scripted):
     rnn = make(**options)
     run = torch.jit.script(rnn) if scripted else rnn

@@ -38,10 +38,12 @@ def run(
     activation="positive",
     reverse=False,
     min_decay=0.0,
-    layout=ops.BATCH_FIRST,
+    time_first=False,
+    batch_sizes=None,
 ):
     """Return the states and the last state of a backend."""
     spec, start = ops.Spec(cell, activation, reverse, min_decay), ops.Start(h, initial, reset, dt)
+    layout = ops.Layout(time_first, batch_sizes, None)
     if backend == "traceable":
         return traceable.recurrence(spec, list(inputs), start, layout)
     return ops.recurrence(spec, list(inputs), start, layout, backend)

@@ -71,8 +71,7 @@ def test_values_and_gradients(backend, row):
         if time_first:
             inputs, reset, dt = [x.transpose(0, 1) for x in inputs], *(x if x is None else x.t() for x in (reset, dt))
         before = [x.detach().clone() for x in inputs]
-        layout = ops.Layout(True, None, None) if time_first else ops.BATCH_FIRST
-        out, last = run(backend, cell, inputs, h, initial, reset, dt, layout=layout, **options)
+        out, last = run(backend, cell, inputs, h, initial, reset, dt, time_first=time_first, **options)
         assert out.is_contiguous() or backend == "traceable"
         assert all(torch.equal(x, copy) for x, copy in zip(inputs, before, strict=True)), "an input was written to"
         return out.transpose(0, 1) if time_first else out, last

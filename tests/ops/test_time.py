@@ -11,7 +11,7 @@ import reference
 import torch
 from calls import ALL, BACKENDS, TIGHT, each, exact, make, run
 
-from mingru import functional, ops
+from mingru import functional
 from mingru.ops.cells import TIMED
 
 NOT_LOG = [name for name in ALL if name != "log"]
@@ -33,7 +33,7 @@ def test_packed(backend, cell, reverse):
     batch_sizes = pack(dt).batch_sizes
     packed_dt = pack(dt).data if cell in TIMED else None
     call = ([pack(x).data for x in inputs], h, initial, pack(reset).data, packed_dt)
-    out, last = run(backend, cell, *call, reverse=reverse, layout=ops.Layout(False, batch_sizes, None))
+    out, last = run(backend, cell, *call, reverse=reverse, batch_sizes=batch_sizes)
     for index, length in enumerate(lengths.tolist()):
         at = slice(index, index + 1)
         one = [x[at, :length] for x in (*inputs, reset, dt)]
