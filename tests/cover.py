@@ -4,34 +4,35 @@ import itertools
 import random
 
 
-def cover(factors, allowed=lambda row: True):
+def cover(factors, allowed=lambda row: True, strength=2):
     """Return few rows, with a value of each factor, in which each two values of two factors meet in an allowed row.
 
-    Greedily: each next row is the best of thirty that are drawn around a pair that is missing.
+    `strength` is the number of values that meet, two or more. Greedily: each next row is the best of thirty that are
+    drawn around values that have not met.
     """
     draw = random.Random(0)
 
-    def pairs(row):
-        return set(itertools.combinations(row.items(), 2))
+    def met(row):
+        return set(itertools.combinations(row.items(), strength))
 
     def drawn(start):
         rows = ({name: start.get(name, draw.choice(factors[name])) for name in factors} for _ in range(200))
         return list(itertools.islice(filter(allowed, rows), 30))
 
     missing = {
-        ((one, v), (two, w))
-        for one, two in itertools.combinations(factors, 2)
-        for v, w in itertools.product(factors[one], factors[two])
+        tuple(zip(names, values, strict=True))
+        for names in itertools.combinations(factors, strength)
+        for values in itertools.product(*(factors[name] for name in names))
     }
     rows = []
     while missing:
-        pair = draw.choice(sorted(missing, key=repr))
-        candidates = drawn(dict(pair))
+        values = draw.choice(sorted(missing, key=repr))
+        candidates = drawn(dict(values))
         if candidates:
-            rows.append(max(candidates, key=lambda row: len(missing & pairs(row))))
-            missing -= pairs(rows[-1])
-        # Otherwise no allowed row has both values.
-        missing.discard(pair)
+            rows.append(max(candidates, key=lambda row: len(missing & met(row))))
+            missing -= met(rows[-1])
+        # Otherwise no allowed row has all of these values.
+        missing.discard(values)
     return rows
 
 

@@ -48,13 +48,21 @@ def is_allowed(backend):
     return allowed
 
 
-def table(factors, backends=ALL):
-    """Rows in which, for each backend, each two values of two options meet."""
-    rows = [(backend, row) for backend in backends for row in cover(factors, is_allowed(backend))]
+def table(factors, *more):
+    """Rows in which, for each backend, each two values of two options meet, and more rows."""
+    rows = [
+        (backend, row)
+        for backend in ALL
+        for row in [*cover(factors, is_allowed(backend)), *(row for row in more if is_allowed(backend)(row))]
+    ]
     return pytest.mark.parametrize(("backend", "row"), rows, ids=lambda x: x if isinstance(x, str) else named(x))
 
 
-@table(TABLE)
+# Each three values of three options, for sequences in several chunks and a rest.
+USUAL = {"steps": 65, "features": (6,), "memory": "contiguous", "time_first": False}
+
+
+@table(TABLE, *({**row, **USUAL} for row in cover(OPTIONS, is_allowed("torch"), strength=3)))
 def test_values_and_gradients(backend, row):
     cell, time_first = row["cell"], row["time_first"]
     inputs, h, initial, reset, dt = make(cell, 3, row["steps"], *row["features"], reset=row["with_reset"])
