@@ -167,6 +167,10 @@ def assert_same(peer, layer, x):
 # The same as theirs
 
 
+# TorchScript takes long to compile.
+scripted_slowly_or_not = pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("source", "args"), PEERS)
 def test_one_pass(source, args, length):
@@ -185,7 +189,7 @@ def test_the_comparison_can_fail(place):
         assert_same(peer, layer, x)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@scripted_slowly_or_not
 @pytest.mark.parametrize(("source", "args"), SOME)
 def test_steps_with_state(source, args, scripted):
     peer, layer, x = made(source, args)
@@ -602,7 +606,9 @@ def sequence(sizes, options, length):
 
 
 @pytest.mark.parametrize(
-    ("run", "scripted"), [(0, False), (1, False), (1, True)], ids=["default state", "given state", "scripted"]
+    ("run", "scripted"),
+    [(0, False), (1, False), pytest.param(1, True, marks=pytest.mark.slow)],
+    ids=["default state", "given state", "scripted"],
 )
 @pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["name"])
 def test_recorded_outputs(case, run, scripted):
@@ -652,7 +658,7 @@ def test_cheind_one_pass(version, sizes, options, length):
     assert_states(h, states)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@scripted_slowly_or_not
 @pytest.mark.parametrize(("version", "sizes", "options"), SOME_CHEIND)
 def test_cheind_pieces_from_a_given_state(version, sizes, options, scripted):
     peer = Cheind(version, sizes, **options)

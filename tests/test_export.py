@@ -59,6 +59,7 @@ def test_one_file_and_nothing_else(path, capfd):
     assert {node.domain for node in model.graph.node} == {""}
 
 
+@pytest.mark.slow
 def test_names_and_sizes_of_a_step(path):
     onnx(mingru.MinGRU(3, 4, 2), torch.randn(1, 1, 3), str(path), kind="step")
     inputs, outputs = shapes(path)
