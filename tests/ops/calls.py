@@ -43,7 +43,7 @@ def run(
 ):
     """Return the states and the last state of a backend."""
     spec, start = ops.Spec(cell, activation, reverse, min_decay), ops.Start(h, initial, reset, dt)
-    layout = ops.Layout(time_first, batch_sizes, None)
+    layout = ops.Layout(time_first, batch_sizes)
     if backend == "traceable":
         return traceable.recurrence(spec, list(inputs), start, layout)
     return ops.recurrence(spec, list(inputs), start, layout, backend)

@@ -162,7 +162,7 @@ def test_a_time_of_0_keeps_the_state(backend, cell):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("min_decay", [0.0, 0.25])
-@cases(*(name for name in ALL if name != "log"))
+@pytest.mark.parametrize(("backend", "cell"), each(NOT_LOG, TIMED))
 def test_an_infinite_time_forgets(backend, cell, min_decay, dtype):
     """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
     gates = torch.tensor([-math.inf, -800.0, -200.0, -105.0, -1.0, 0.0, 95.0, 95.0], dtype=dtype).reshape(1, 1, -1)
@@ -172,8 +172,8 @@ def test_an_infinite_time_forgets(backend, cell, min_decay, dtype):
     h = 3 + torch.rand_like(gates[0])
     leaves = [leaf.requires_grad_() for leaf in (*gates, torch.randn_like(h), h)]
     dt = torch.tensor([[math.inf]], dtype=dtype)
-    start = ops.Start(leaves[-1], leaves[-1], None, dt)
-    out, _ = run(backend, cell, leaves[:-1], start, "linear", min_decay=min_decay)
+    state = leaves[-1]
+    out, _ = run(backend, cell, leaves[:-1], state, state, None, dt, activation="linear", min_decay=min_decay)
     kept = 2 if cell == "mingru_rotation" else 1
     torch.testing.assert_close(out[..., kept:], leaves[-2][..., kept:], rtol=0, atol=0)
     if cell != "mingru_rotation":  # its angle after an infinite time is any
@@ -183,7 +183,7 @@ def test_an_infinite_time_forgets(backend, cell, min_decay, dtype):
     assert (grad_candidate[..., kept:] == 1).all()
 
 
-@pytest.mark.parametrize("backend", [name for name in ALL if name != "log"])
+@pytest.mark.parametrize("backend", NOT_LOG)
 def test_angles_of_long_times(backend):
     """Whole turns are subtracted from the exact product of the time and the angle."""
     angles = 2 * torch.randn(1, 1, 500)
@@ -191,10 +191,10 @@ def test_angles_of_long_times(backend):
     h, candidate = torch.tensor([1.0, 0.0]).repeat(500).reshape(1, 1, -1), torch.zeros(1, 1, 1000)
     for time in (0.1, 30.3, 1000.0, 12345.678, 1e6, 3e9):
         dt = torch.tensor([[time]])
-        out, _ = run(backend, "mingru_rotation", [pairs, candidate], ops.Start(h, h, None, dt))
+        out, _ = run(backend, "mingru_rotation", [pairs, candidate], h, h, None, dt)
         turns = [float(Fraction(dt.item()) * Fraction(angle) % 8) for angle in angles.flatten().tolist()]
-        exact = math.pi / 4 * torch.tensor(turns, dtype=torch.float64)
-        expected = torch.stack([exact.cos(), exact.sin()], -1).flatten()
+        radians = math.pi / 4 * torch.tensor(turns, dtype=torch.float64)
+        expected = torch.stack([radians.cos(), radians.sin()], -1).flatten()
         assert (out.double().flatten() - expected).abs().max() < 1.8e-6
 
 
