@@ -9,7 +9,10 @@ import mingru
 from mingru.ops import graph
 
 # Importable only with Triton; they have no doctests.
-collect_ignore = ["src/mingru/ops/backends/triton_kernels.py", "tests/ops/compiling.py"]
+collect_ignore = [
+    *(f"src/mingru/ops/backends/triton/{name}.py" for name in ("math", "cells", "scan", "kernels")),
+    "tests/ops/compiling.py",
+]
 
 
 def pytest_configure():

@@ -11,14 +11,17 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import mangle_type
 
 from mingru.ops import NUM_INPUTS
-from mingru.ops.backends import triton_kernels
-from mingru.ops.backends.triton import KEEPING, Plan, plan_of
+from mingru.ops.backends.triton import device, launch
+from mingru.ops.backends.triton.kernels import recurrence_kernel
+from mingru.ops.backends.triton.plan import Plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,15 +30,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_SEQUENCES = ("x0", "x1", "x2", "out", "grad_out", "grads")
-_STATES = ("h", "initial_state", "last", "dt", "products", "ends")
-_STATES += tuple(f"grad_{name}" for name in ("last", "h", "initial_state", "dt", "bias"))
 
 
 class Case(NamedTuple):
     """A kernel as it is launched for tensors of this shape."""
 
-    kernel: str
+    name: str
+    """Of the pass: "forward" or "backward"."""
     cell: str
     activation: str
     dtype: torch.dtype
@@ -50,54 +51,42 @@ class Case(NamedTuple):
     needs_dt: bool = False
     is_summary: bool = False
     """The first launch, if time is divided into segments."""
-    unit: int | None = None
-    """Number of features of an access; default: as many as the shape allows."""
-    plan: Plan | None = None
 
     def __str__(self):
-        words = [self.kernel.removesuffix("_kernel"), self.cell, self.activation, _TYPES[self.dtype]]
+        words = [self.name, self.cell, self.activation, _TYPES[self.dtype]]
         words += [str(self[4:7]), *(name for name, value in self._asdict().items() if value is True)]
         return " ".join(words)
 
 
-def plan_for(case: Case, wave: int) -> Plan:
-    if case.plan is not None:
-        return case.plan
-    return plan_of(
-        *(case.num_sequences, case.num_steps, case.num_features, case.dtype.itemsize),
-        cell=case.cell,
-        backward=case.kernel == "backward_kernel",
-        has_reset=case.has_reset,
-        is_packed=case.is_packed,
-        is_timed=case.has_dt or case.is_bounded,
-        wave=wave,
-    )
+def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan and the arguments with which the kernel would be launched on this GPU."""
+    batch, steps, features = case.num_sequences, case.num_steps, case.num_features
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    leading, batch_sizes = (batch, steps), None
+    if case.is_packed:
+        leading, batch_sizes = (batch * steps,), torch.full((steps,), batch)
 
+    def empty(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-def _absent(case: Case, plan: Plan) -> set[str]:
-    """Return the names of the arguments that are None."""
-    absent = set() if NUM_INPUTS.get(case.cell, 2) > 2 else {"x2"}
-    if not case.has_reset:
-        absent.add("reset")
-    if not case.has_reset or case.cell not in NUM_INPUTS:
-        absent |= {"initial_state", "grad_initial_state"}
-    if not case.has_bias:
-        absent.add("grad_bias")
-    if not case.is_packed:
-        absent |= {"offsets", "lengths"}
-    if not case.has_dt:
-        absent.add("dt")
-    if not case.needs_dt:
-        absent.add("grad_dt")
-    if not case.is_bounded:
-        absent |= {"log_bound", "log_bound_rest", "log_range", "log_range_rest"}
-    if plan.segments == 1:
-        absent |= {"products", "ends"}
-    if case.is_summary:
-        absent |= {"out", "grads", "h", "last", "grad_last", "grad_h", "grad_initial_state", "grad_dt", "grad_bias"}
-        if case.kernel == "backward_kernel":
-            absent.add("initial_state")
-    return absent
+    sequence, h = empty(*leading, features, dtype=case.dtype), empty(batch, 1, features)
+    inputs = [sequence] * NUM_INPUTS.get(case.cell, 2)
+    reset = empty(*leading, dtype=torch.bool) if case.has_reset else None
+    initial_state = h if case.has_reset and case.cell in NUM_INPUTS else None
+    given = [h, initial_state, reset, empty(*leading) if case.has_dt else None, batch_sizes]
+    cell, min_decay, order = (case.cell, case.activation), 0.1 if case.is_bounded else 0.0, (False, False)
+    launches = []
+    with (
+        mock.patch.object(launch, "run", lambda name, num_programs, *found: launches.append(found)),
+        mock.patch.object(device, "wave_of", return_value=target.warp_size),
+        mock.patch.object(device, "is_amd", return_value=target.backend == "hip"),
+    ):
+        if case.name == "forward":
+            launch.forward(inputs, given, cell, min_decay, order)
+        else:
+            flags = (*order, case.needs_dt, case.has_bias)
+            launch.backward(inputs, given, (sequence, sequence, h), cell, min_decay, flags)
+    return launches[0 if case.is_summary else -1]
 
 
 class Compiled:
@@ -105,27 +94,17 @@ class Compiled:
 
     def __init__(self, case: Case, target: str) -> None:
         self.target = TARGETS[target]
-        self.plan = plan = plan_for(case, self.target.warp_size)
-        kernel = getattr(triton_kernels, case.kernel)
-        unit = case.unit or 16 // case.dtype.itemsize
-        constants: dict[str, Any] = {"CELL": case.cell, "ACTIVATION": case.activation, "KEEPING": KEEPING[case.cell]}
-        constants |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-        constants |= {"V": unit, "EVEN": case.num_features % plan.features == 0}
-        absent = _absent(case, plan)
+        self.plan, args = launched(case, self.target)
+        plan = self.plan
+        args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
         signature, constexprs = {}, {}
-        state = "fp64" if case.dtype == torch.float64 else "fp32"
-        for name in kernel.arg_names:
-            if name in constants or name in absent:
-                signature[name], constexprs[name] = "constexpr", constants.get(name)
-            elif name in _SEQUENCES:
-                signature[name] = f"*{_TYPES[case.dtype]}"
-            elif name in _STATES:
-                signature[name] = f"*{state}"
-            elif name.startswith("log_"):
-                signature[name] = "fp32"
-            else:
-                signature[name] = {"reset": "*i1", "offsets": "*i64", "lengths": "*i64"}.get(name, "i32")
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+        for parameter in recurrence_kernel.params:
+            value = args.get(parameter.name)
+            kind = "constexpr" if parameter.is_constexpr else mangle_type(value)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constexprs[parameter.name] = value
+        source = triton.compiler.ASTSource(fn=recurrence_kernel, signature=signature, constexprs=constexprs)
         options = {"num_warps": plan.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)
         self.shared = self.compiled.metadata.shared
@@ -193,13 +172,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Kernels that were compiled before do not count.
         os.environ["TRITON_CACHE_DIR"] = folder
-        Compiled(Case("forward_kernel", "mingru", "tanh", torch.float32, *few), "sm_90")
+        Compiled(Case("forward", "mingru", "tanh", torch.float32, *few), "sm_90")
         print("seconds  instructions  registers  kernel")
         for cell in ("mingru", "minlstm", "mingru_rotation"):
             for dtype in (torch.float32, torch.bfloat16):
-                for kernel in ("forward_kernel", "backward_kernel"):
+                for name in ("forward", "backward"):
                     for shape in (many, few):
-                        case = Case(kernel, cell, "positive", dtype, *shape, has_bias=kernel == "backward_kernel")
+                        case = Case(name, cell, "positive", dtype, *shape, has_bias=name == "backward")
                         begin = time.perf_counter()
                         found = Compiled(case, "sm_90")
                         seconds = time.perf_counter() - begin

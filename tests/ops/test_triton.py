@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -18,8 +19,8 @@ import mingru
 from mingru import ops
 from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
 from mingru.ops.backend import KernelFailure
-from mingru.ops.backends import triton
-from mingru.ops.backends.triton import Plan
+from mingru.ops.backends.triton import device, launch
+from mingru.ops.backends.triton.plan import Plan
 from mingru.ops.shape import accumulate_dtype
 
 WHY_NOT = mingru.backends()["triton"]
@@ -30,6 +31,8 @@ pytestmark = [
     # From numpy, in the interpreter.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero|underflow) encountered:RuntimeWarning"),
 ]
+if WHY_NOT is True:
+    from mingru.ops.backends.triton import kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else torch.accelerator.current_accelerator() if WHY_NOT is True else "cpu"
 
@@ -50,7 +53,7 @@ PAIRS = ("mingru_rotation", "complex_linear_scan")
 
 @pytest.fixture(autouse=True)
 def _no_failure_before(monkeypatch):
-    monkeypatch.setattr(triton, "_failure", None)
+    monkeypatch.setattr(launch, "_failures", {})
 
 
 @pytest.fixture
@@ -58,10 +61,10 @@ def use_plan(monkeypatch):
     """Use one plan for all kernels."""
 
     def use(plan):
-        def plan_of(*args, cell, is_packed, **options):
-            return plan if cell in NUM_INPUTS and not is_packed else plan._replace(segments=1)
+        def plan_of(work):
+            return plan if work.cell in NUM_INPUTS and not work.is_packed else plan._replace(segments=1)
 
-        monkeypatch.setattr(triton, "plan_of", plan_of)
+        monkeypatch.setattr(launch, "plan_of", plan_of)
 
     return use
 
@@ -484,6 +487,42 @@ def test_angles_of_any_size(dtype, allowed, use_plan):
     assert (out.cpu().double() - truth).abs().max() <= allowed
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 6e-7), (torch.float64, 2e-15)])
+def test_whole_turns_of_a_long_time_are_subtracted_exactly(dtype, allowed, use_plan):
+    use_plan(Plan(1, 1, 1024, 1, 1, None))
+    angle = torch.linspace(-3, 3, 2048).to(dtype)
+    gates, none, h = (
+        torch.stack([x, y], -1).reshape(1, 1, -1)
+        for x, y in ((torch.full_like(angle, -200.0), angle), (0 * angle, 0 * angle), (1 + 0 * angle, 0 * angle))
+    )
+    for dt in (0.3, 1000.1, 1e5 / 3):
+        time = torch.full((1, 1), dt, dtype=dtype)
+        start = Start(h, h, None, time)
+        spec = Spec("mingru_rotation", "linear", False)
+        out, _ = ops.recurrence(spec, on_device([gates, none]), Start(*on_device(start)), backend="triton")
+        # The product is exact in extended precision.
+        turns = (np.longdouble(time.item()) * angle.numpy().astype(np.longdouble)) % 8
+        turn = torch.from_numpy((turns * np.longdouble(math.pi) / 4).astype(np.float64))
+        truth = torch.stack([turn.cos(), turn.sin()], -1).reshape(1, 1, -1)
+        assert (out.cpu().double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
+def test_after_an_infinite_time_only_the_candidate_is_left(cell, dtype, use_plan):
+    use_plan(Plan(1, 1, 8, 1, 1, None))
+    gates = torch.tensor([-2000.0, -110.0, -1.0, 3.0], dtype=dtype).repeat_interleave(2).view(1, 1, 8)
+    candidate, h = torch.linspace(-2, 2, 8, dtype=dtype).view(1, 1, 8), torch.ones(1, 1, 8, dtype=dtype)
+    inputs = [gates, candidate] if cell != "minlstm" else [-gates, gates, candidate]
+    inputs = [x.to(DEVICE).requires_grad_() for x in inputs]
+    start = Start(*on_device([h, h, None, torch.full((1, 1), math.inf, dtype=dtype)]))
+    out, _ = ops.recurrence(Spec(cell, "linear", False), inputs, start, backend="triton")
+    torch.testing.assert_close(out.detach().cpu(), candidate, rtol=0, atol=0)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(grads[-1].cpu(), torch.ones_like(candidate), rtol=0, atol=0)
+    assert not any(grad.any() for grad in grads[:-1])
+
+
 def test_small_candidates_keep_their_relative_precision(use_plan):
     use_plan(Plan(1, 1, 512, 1, 1, None))
     for dtype, allowed in ((torch.float32, 4e-7), (torch.float64, 2e-15)):
@@ -541,7 +580,7 @@ def test_a_reset_that_was_viewed_from_bytes(use_plan):
 
 def linear_call(x, linear, states, reset, spec, layout, keep):
     tensors = (x, linear.weight, linear.bias)
-    return autograd.run_kernel(("triton", "linear_kernel"), spec, tensors, Start(*states, reset), layout, keep)
+    return autograd.run_kernel(("triton", "linear_kernel", True), spec, tensors, Start(*states, reset), layout, keep)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -581,8 +620,8 @@ def test_one_buffer_holds_the_gradients_of_all_inputs(use_plan, monkeypatch):
     """They are one operand of both matrix products, without a copy."""
     use_plan(PLANS["walk"])
     seen = []
-    kept = triton._backward
-    monkeypatch.setattr(triton, "_backward", lambda *args: seen.append(kept(*args)) or seen[-1])
+    kept = launch.backward
+    monkeypatch.setattr(launch, "backward", lambda *args: seen.append(kept(*args)) or seen[-1])
     linear, x = nn.Linear(3, 8, device=DEVICE), torch.randn(2, 5, 3, device=DEVICE)
     state = torch.zeros(2, 1, 4, device=DEVICE)
     out, _ = linear_call(x, linear, (state, state), None, Spec("mingru", "positive", False), ops.BATCH_FIRST, True)
@@ -606,10 +645,10 @@ def _auto(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels launched since the test began."""
+    """Names of the passes launched since the test began."""
     names = []
-    launch = triton._run
-    monkeypatch.setattr(triton, "_run", lambda name, *args: names.append(name) or launch(name, *args))
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda name, *args: names.append(name) or run(name, *args))
     return names
 
 
@@ -624,7 +663,7 @@ def test_layers_run_on_triton(lengths, timed, launches):
     leaves = [*rnn.parameters(), *([] if dt is None else [dt])]
     out, last = rnn(x, None, reset, lengths, dt)
     grads = torch.autograd.grad(out.square().sum() + last.sum(), leaves)
-    assert launches == ["forward_kernel"] * 4 + ["backward_kernel"] * 4
+    assert launches == ["forward"] * 4 + ["backward"] * 4
     with mingru.use_backend("torch"):
         expected, expected_last = rnn(x, None, reset, lengths, dt)
         truth = torch.autograd.grad(expected.square().sum() + expected_last.sum(), leaves)
@@ -633,14 +672,29 @@ def test_layers_run_on_triton(lengths, timed, launches):
 
 
 @pytest.mark.usefixtures("_auto")
+@pytest.mark.parametrize("form", ["lengths", "packed"])
+def test_another_default_device(form, launches):
+    rnn, x, lengths = layer(), torch.randn(3, 7, 3, device=DEVICE), torch.tensor([7, 3, 2])
+    inputs = (x, None, None, lengths)
+    if form == "packed":
+        inputs = (pack_padded_sequence(x, lengths, batch_first=True),)
+    expected, expected_last = rnn(*inputs)
+    with torch.device("meta"):
+        out, last = rnn(*inputs)
+    assert launches == ["forward", "forward"]
+    torch.testing.assert_close(out[0], expected[0])
+    torch.testing.assert_close(last, expected_last)
+
+
+@pytest.mark.usefixtures("_auto")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_step_is_one_launch_for_each_layer(grad, launches):
     with torch.set_grad_enabled(grad):
         layer(num_layers=3)(torch.randn(2, 1, 3, device=DEVICE))
-        assert launches == ["forward_kernel"] * 3
+        assert launches == ["forward"] * 3
         launches.clear()
         mingru.MinGRUCell(3, 8, device=DEVICE)(torch.randn(2, 3, device=DEVICE))
-        assert launches == ["forward_kernel"]
+        assert launches == ["forward"]
 
 
 class NoReads(TorchDispatchMode):
@@ -677,7 +731,7 @@ def test_images_run_on_triton(gate, launches):
     x = torch.randn(1, 4, 2, 3, 3, device=DEVICE)
     out, _ = rnn(x)
     out.sum().backward()
-    assert launches == ["forward_kernel", "backward_kernel"]
+    assert launches == ["forward", "backward"]
     with mingru.use_backend("torch"):
         torch.testing.assert_close(rnn(x)[0], out)
 
@@ -729,14 +783,14 @@ def test_operators_keep_torchs_contract(layout, use_plan):
     inputs = [torch.randn(*leading, 4, device=DEVICE) for _ in range(2)]
     states, reset = on_device(torch.rand(2, 3, 1, 4)), torch.rand(*leading, device=DEVICE) < 0.3
     dt = torch.rand(*leading, device=DEVICE)
-    how = ("mingru", "positive", 0.1, True, layout == "time first")
-    args = (inputs, *states, reset, dt, batch_sizes)
-    operators = torch.ops.mingru
-    torch.library.opcheck(operators.recurrence_triton_forward.default, (*args, *how))
-    out, last = operators.recurrence_triton_forward(*args, *how)
-    for needs_dt, needs_bias in ((False, False), (True, False), (False, True)):
-        behind = (out, torch.randn_like(out), torch.randn_like(last), *how, needs_dt, needs_bias)
-        torch.library.opcheck(operators.recurrence_triton_backward.default, (*args, *behind))
+    given, how = [*states, reset, dt, batch_sizes], (["mingru", "positive"], 0.1)
+    order, operators = [True, layout == "time first"], torch.ops.mingru
+    torch.library.opcheck(operators.recurrence_triton_forward.default, (inputs, given, *how, order))
+    out, last = operators.recurrence_triton_forward(inputs, given, *how, order)
+    saved = [out, torch.randn_like(out), torch.randn_like(last)]
+    for needs in ((False, False), (True, False), (False, True)):
+        args = (inputs, given, saved, *how, [*order, *needs])
+        torch.library.opcheck(operators.recurrence_triton_backward.default, args)
 
 
 # Dynamo's own way of tracing a function.
@@ -769,62 +823,127 @@ def test_exports_with_its_operator():
 
 
 class Broken:
+    """A kernel that fails to launch, for some calls and a number of times."""
+
+    def __init__(self, times=math.inf, fails=lambda options: True):
+        self.times, self.fails, self.kernel = times, fails, kernels.recurrence_kernel
+
     def __getitem__(self, grid):
-        def launch(*args, **options):
-            raise RuntimeError("no C compiler found\nmore lines")
+        def launch(**options):
+            if self.times > 0 and self.fails(options):
+                self.times -= 1
+                raise RuntimeError("no C compiler found\nmore lines")
+            self.kernel[grid](**options)
 
         return launch
 
 
 @pytest.fixture
-def _broken(monkeypatch):
-    from mingru.ops.backends import triton_kernels
-
-    monkeypatch.setattr(triton_kernels, "forward_kernel", Broken())
-    monkeypatch.setattr(triton_kernels, "backward_kernel", Broken())
+def break_kernel(monkeypatch):
+    return lambda *args: monkeypatch.setattr(kernels, "recurrence_kernel", Broken(*args))
 
 
-@pytest.mark.usefixtures("_auto", "_broken")
-def test_torch_runs_if_a_kernel_fails():
+def is_backward(options):
+    return "grad_out" in options
+
+
+FALLS_BACK = "using the slower backend 'torch' from now on.*no C compiler found"
+
+
+@pytest.mark.usefixtures("_auto")
+def test_torch_runs_if_a_kernel_fails(break_kernel):
+    break_kernel()
     x = torch.randn(2, 5, 8, device=DEVICE)
     calls = [
         lambda: mingru.functional.mingru(x, x),
         lambda: mingru.functional.linear_scan(x, x),
+        lambda: mingru.functional.linear_scan(x + 0j, x + 0j),
         lambda: mingru.MinGRU(8, 4, device=DEVICE)(x)[0],
         lambda: mingru.MinConv1dGRU(5, 4, 1, device=DEVICE)(x[:, None])[0],
     ]
     for call in calls:
-        triton._failure = None
-        with pytest.warns(RuntimeWarning, match="using the slower backend 'torch' from now on.*no C compiler found"):
+        launch._failures.clear()
+        with pytest.warns(RuntimeWarning, match=FALLS_BACK):
             out = call()
         assert out.isfinite().all()
-        # Said once; this call does not try again.
-        call()
-    assert "no C compiler found" in mingru.backends()["triton"]
+    # Said once; this call does not try again.
+    call()
 
 
-@pytest.mark.usefixtures("_auto", "_broken")
-def test_a_failure_is_an_error_if_triton_was_selected():
+@pytest.mark.usefixtures("_auto")
+def test_a_failure_concerns_one_device_pass_cell_and_dtype(break_kernel, launches):
+    break_kernel(math.inf, lambda options: options["CELL"] == "minlstm" and options["x0"].dtype == torch.float32)
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match=FALLS_BACK):
+        mingru.functional.minlstm(x, x, x)
+    launches.clear()
+    mingru.functional.mingru(x, x)
+    mingru.functional.minlstm(*[x.double()] * 3)
+    assert launches == ["forward", "forward"]
+    mingru.functional.minlstm(x, x, x)
+    assert launches == ["forward", "forward"]
+    assert mingru.backends()["triton"] is True
+
+
+def test_a_kernel_that_fails_once_is_launched_again(break_kernel):
+    break_kernel(1)
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    out = mingru.functional.mingru(x, x, backend="triton")
+    torch.testing.assert_close(out, mingru.functional.mingru(x, x, backend="torch"))
+    assert not launch._failures
+
+
+@pytest.mark.usefixtures("_auto")
+def test_a_failure_while_a_graph_is_captured_is_an_error_of_that_call_alone(break_kernel, monkeypatch):
+    break_kernel(1)
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="call the module once before the capture"):
+            mingru.functional.mingru(x, x)
+    assert not launch._failures
+    mingru.functional.mingru(x, x)
+
+
+@pytest.mark.usefixtures("_auto")
+def test_a_failure_is_an_error_if_triton_was_selected(break_kernel):
+    break_kernel()
     x = torch.randn(2, 5, 8, device=DEVICE)
     with pytest.raises(KernelFailure, match=r"'triton' cannot run this because .*no C compiler found\); use 'torch'"):
         mingru.functional.mingru(x, x, backend="triton")
-    triton._failure = None
+    launch._failures.clear()
     with mingru.use_backend("triton"), pytest.raises(KernelFailure, match="no C compiler found"):
         mingru.MinGRU(8, 4, device=DEVICE)(x)
 
 
 @pytest.mark.usefixtures("_auto")
-def test_torch_computes_the_gradients_if_only_their_kernel_fails(monkeypatch):
-    from mingru.ops.backends import triton_kernels
+def test_a_failure_in_backward_is_an_error_if_triton_was_selected(break_kernel):
+    x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    out = mingru.functional.mingru(x, x, backend="triton")
+    with mingru.use_backend("triton"):
+        layer_out, _ = mingru.MinGRU(8, 4, device=DEVICE)(x)
+    break_kernel()
+    # Outside of `use_backend`, as in another thread.
+    for states in (out, layer_out):
+        with pytest.raises(KernelFailure, match="no C compiler found"):
+            states.sum().backward()
 
+
+@pytest.mark.usefixtures("_auto")
+def test_torch_computes_the_gradients_if_only_their_kernel_fails(break_kernel, launches):
     rnn, x = layer(), torch.randn(2, 5, 3, device=DEVICE)
     out, _ = rnn(x)
     truth = torch.autograd.grad(out.square().sum(), rnn.parameters(), retain_graph=True)
-    monkeypatch.setattr(triton_kernels, "backward_kernel", Broken())
+    break_kernel(math.inf, is_backward)
     with pytest.warns(RuntimeWarning, match="using the slower backend 'torch' from now on"):
         grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
     for one, other in zip(grads, truth, strict=True):
         torch.testing.assert_close(one, other)
+    # Inference does not need that kernel.
+    launches.clear()
+    with torch.no_grad():
+        rnn(x)
+    assert launches == ["forward"]
 
 
 @pytest.mark.usefixtures("_auto")
@@ -841,7 +960,7 @@ def test_autocast_rounds_as_the_linear_map_does(use_plan, launches):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     leaves = [x, linear.weight, linear.bias]
     grads, truth = (torch.autograd.grad(states.float().square().sum(), leaves) for states in (out, expected))
-    assert launches == ["forward_kernel", "forward_kernel", "backward_kernel", "backward_kernel"]
+    assert launches == ["forward", "forward", "backward", "backward"]
     for grad, other in zip(grads, truth, strict=True):
         assert grad.dtype == torch.float32
         torch.testing.assert_close(grad, other, rtol=2e-2, atol=2e-2)

@@ -23,16 +23,16 @@ TIMED = {"has_dt": True, "is_bounded": True}
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def case_of(kernel, cell, dtype, shape, activation=None, **options):
+def case_of(name, cell, dtype, shape, activation=None, **options):
     activation = activation or ("positive" if cell in NUM_INPUTS else "linear")
-    has_bias = kernel == "backward_kernel" and cell in NUM_INPUTS
-    return Case(kernel, cell, activation, dtype, *shape, **{"has_bias": has_bias, **options})
+    has_bias = name == "backward" and cell in NUM_INPUTS
+    return Case(name, cell, activation, dtype, *shape, **{"has_bias": has_bias, **options})
 
 
 def num_accesses(case, plan):
     """Return how many loads and stores of sequences a thread needs in a tile."""
     count = NUM_INPUTS.get(case.cell, 2)
-    if case.kernel == "forward_kernel":
+    if case.name == "forward":
         return plan.steps * count, plan.steps
     # The gradients of a linear scan do not depend on b.
     loads = count if case.cell in NUM_INPUTS else 1
@@ -73,43 +73,43 @@ def compiled(cell, dtype, target):
     ("cell", "dtype", "target"), [compiled(*each) for each in itertools.product(CELLS, (F32, BF16, F64), TARGETS)]
 )
 def test_every_cell_and_dtype_for_many_and_few_features(cell, dtype, target):
-    for kernel in ("forward_kernel", "backward_kernel"):
+    for name in ("forward", "backward"):
         for shape in (MANY, FEW):
-            check(case_of(kernel, cell, dtype, shape), target)
+            check(case_of(name, cell, dtype, shape), target)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
 def test_elapsed_times_and_lower_bounds(cell, dtype):
     for shape in (MANY, FEW):
-        check(case_of("forward_kernel", cell, dtype, shape, **TIMED), "sm_90")
-        check(case_of("backward_kernel", cell, dtype, shape, **TIMED), "sm_90")
+        check(case_of("forward", cell, dtype, shape, **TIMED), "sm_90")
+        check(case_of("backward", cell, dtype, shape, **TIMED), "sm_90")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients_of_elapsed_times(target):
     """Their sums over features stay inside of a thread, without barriers."""
     for cell, shape in (("mingru", FEW), ("mingru_rotation", MANY)):
-        found = Compiled(case_of("backward_kernel", cell, F32, shape, needs_dt=True, **TIMED), target)
+        found = Compiled(case_of("backward", cell, F32, shape, needs_dt=True, **TIMED), target)
         assert found.local == 0
         if target != "gfx942":
             assert found.opcodes()["BAR"] <= (6 if cell == "mingru" else 0)
 
 
-@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
-def test_other_variants(kernel):
-    check(case_of(kernel, "mingru", F16, MANY), "sm_90")
-    check(case_of(kernel, "mingru", F32, FEW, "tanh"), "sm_90")
-    check(case_of(kernel, "minlstm", BF16, MANY, "linear"), "sm_90")
-    check(case_of(kernel, "mingru", F32, (8, 1, 256)), "sm_90")
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_other_variants(name):
+    check(case_of(name, "mingru", F16, MANY), "sm_90")
+    check(case_of(name, "mingru", F32, FEW, "tanh"), "sm_90")
+    check(case_of(name, "minlstm", BF16, MANY, "linear"), "sm_90")
+    check(case_of(name, "mingru", F32, (8, 1, 256)), "sm_90")
     for cell, dtype in (("mingru", F32), ("minlstm", F32), ("mingru", BF16)):
         for shape in (MANY, FEW):
-            check(case_of(kernel, cell, dtype, shape, has_reset=True), "sm_90")
-    check(case_of(kernel, "mingru", F32, FEW, is_packed=True), "sm_90")
+            check(case_of(name, cell, dtype, shape, has_reset=True), "sm_90")
+    check(case_of(name, "mingru", F32, FEW, is_packed=True), "sm_90")
     for shape in (MANY, FEW):
-        check(case_of(kernel, "complex_linear_scan", F32, shape), "sm_90")
-    check(case_of(kernel, "mingru_rotation", BF16, FEW, "tanh", has_reset=True), "sm_90")
-    segments = case_of(kernel, "mingru", F32, (1, 65_536, 32))
+        check(case_of(name, "complex_linear_scan", F32, shape), "sm_90")
+    check(case_of(name, "mingru_rotation", BF16, FEW, "tanh", has_reset=True), "sm_90")
+    segments = case_of(name, "mingru", F32, (1, 65_536, 32))
     assert check(segments, "sm_90").plan.segments > 1
     summary = Compiled(segments._replace(is_summary=True, has_bias=False), "sm_90")
     assert summary.local == 0
@@ -127,8 +127,8 @@ MOST = {
 @pytest.mark.parametrize(("cell", "dtype"), MOST)
 def test_instructions_per_state(cell, dtype):
     forward, backward, with_bias = MOST[cell, dtype]
-    assert Compiled(case_of("forward_kernel", cell, dtype, MANY), "sm_90").per_state() <= forward
-    case = case_of("backward_kernel", cell, dtype, MANY)
+    assert Compiled(case_of("forward", cell, dtype, MANY), "sm_90").per_state() <= forward
+    case = case_of("backward", cell, dtype, MANY)
     assert Compiled(case, "sm_90").per_state() <= with_bias
     assert Compiled(case._replace(has_bias=False), "sm_90").per_state() <= backward
 
@@ -137,7 +137,7 @@ def test_instructions_per_state(cell, dtype):
 def test_accesses_are_as_wide_as_the_number_of_features_allows(features):
     for dtype in (F32, BF16):
         unit = min(16 // dtype.itemsize, features & -features)
-        found = Compiled(case_of("forward_kernel", "mingru", dtype, (64, 1000, features), unit=unit), "sm_90")
+        found = Compiled(case_of("forward", "mingru", dtype, (64, 1000, features)), "sm_90")
         width = unit * dtype.itemsize
         assert found.accesses[f"st {width}"] >= found.plan.steps
         assert found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"] >= 2 * found.plan.steps

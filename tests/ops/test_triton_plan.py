@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,31 +13,43 @@ import mingru
 from mingru import ops
 from mingru.ops import Spec, Start, route
 from mingru.ops.backends import triton
+from mingru.ops.backends.triton import device, launch
+from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
 
 MINGRU = Spec("mingru", "positive", False)
 NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
+
+
+class Properties(NamedTuple):
+    warp_size: int
 
 
 def is_power_of_2(number):
     return number & (number - 1) == 0
 
 
-@pytest.mark.parametrize("wave", [32, 64])
+# The last one: AMD GPUs for games.
+@pytest.mark.parametrize(("wave", "is_amd"), [(32, False), (64, True), (32, True)])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
-def test_plans(wave, itemsize, backward):
-    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], triton.KEEPING)
+def test_plans(wave, is_amd, itemsize, backward):
+    options = itertools.product([1, 8, 64, 5000], [1, 2, 17, 200, 10**6], [1, 32, 100, 512], KEEPING)
     for batch, steps, features, cell in options:
         for has_reset in (False, True):
-            plan = triton.plan_of(
-                *(batch, steps, features, itemsize),
+            work = Work(
                 cell=cell,
+                itemsize=itemsize,
+                num_sequences=batch,
+                num_steps=steps,
+                num_features=features,
                 backward=backward,
                 has_reset=has_reset,
                 is_packed=has_reset,
                 is_timed=batch == 64,
                 wave=wave,
+                is_amd=is_amd,
             )
+            plan = plan_of(work)
             assert all(is_power_of_2(number) for number in (plan.chunks, plan.features, plan.warps))
             # A thread has at most 16 bytes of each step.
             assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
@@ -45,8 +58,9 @@ def test_plans(wave, itemsize, backward):
             # Most steps of a tile are steps of the sequence, if it is not short.
             assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
             assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
-            if wave == 64:
+            if is_amd:
                 assert plan.warps == 1
+                assert plan.stages is None
 
 
 class Launch:
@@ -54,60 +68,60 @@ class Launch:
 
     def __init__(self, monkeypatch):
         self.kernels = []
-        monkeypatch.setattr(triton, "_run", self)
-        monkeypatch.setattr(triton, "_IS_INTERPRETED", True)
-        monkeypatch.setattr(triton, "_unavailable", lambda: None)
+        monkeypatch.setattr(launch, "run", self)
+        monkeypatch.setattr(device, "IS_INTERPRETED", True)
         backend = triton.BACKEND
         monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
 
-    def __call__(self, name, num_programs, plan, args, constants):
+    def __call__(self, name, num_programs, plan, args):
         assert num_programs > 0
-        missing = tuple(argument is None for argument in args)
-        tile = plan._replace(segments=1)
-        self.kernels.append((name, tile, missing, *constants.values()))
+        given = frozenset(key for key, argument in args.items() if argument is not None)
+        constants = tuple((key, argument) for key, argument in args.items() if key.isupper())
+        self.kernels.append((name, plan._replace(segments=1), given, constants))
+        self.unit = args["V"]
 
 
 def test_few_kernels(monkeypatch):
     """Another length compiles no other kernel, and another batch size rarely."""
-    launch = Launch(monkeypatch)
+    launched = Launch(monkeypatch)
 
     def kernels(batches, lengths):
-        launch.kernels.clear()
+        launched.kernels.clear()
         for batch, steps in itertools.product(batches, lengths):
             # Without memory.
             x = torch.zeros(1, 1, 256, requires_grad=True).expand(batch, steps, 256)
             out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
             torch.autograd.grad(out, x, torch.zeros(1, 1, 256).expand_as(out))
-        return sorted(kernel[0] for kernel in set(launch.kernels))
+        return sorted(kernel[0] for kernel in set(launched.kernels))
 
-    assert kernels([64], [300, 500, 777, 4000]) == ["backward_kernel", "forward_kernel"]
-    assert kernels(range(40, 65, 8), [500]) == ["backward_kernel", "forward_kernel"]
+    assert kernels([64], [300, 500, 777, 4000]) == ["backward", "forward"]
+    assert kernels(range(40, 65, 8), [500]) == ["backward", "forward"]
     assert len(kernels([1, 3, 8, 40, 200, 1000], [500])) <= 10
     assert len(kernels([64], range(1, 400, 7))) <= 10
 
 
 def test_one_launch_for_a_step(monkeypatch):
-    launch = Launch(monkeypatch)
+    launched = Launch(monkeypatch)
     with torch.no_grad(), mingru.use_backend("triton"):
         mingru.MinGRUCell(3, 8)(torch.zeros(2, 3))
         mingru.MinLSTM(3, 8, num_layers=2)(torch.zeros(2, 1, 3))
-    assert [kernel[0] for kernel in launch.kernels] == ["forward_kernel"] * 3
+    assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 3
 
 
 def test_long_sequences_of_few_features_are_divided(monkeypatch):
-    launch = Launch(monkeypatch)
+    launched = Launch(monkeypatch)
     x = torch.zeros(1, 100_000, 32, requires_grad=True)
     out, _ = ops.recurrence(MINGRU, [x, x], Start(x[:, :1], x[:, :1], None), backend="triton")
     out.sum().backward()
-    assert [kernel[0] for kernel in launch.kernels] == ["forward_kernel"] * 2 + ["backward_kernel"] * 2
+    assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 2 + ["backward"] * 2
 
 
 def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
-    launch = Launch(monkeypatch)
+    launched = Launch(monkeypatch)
 
     def unit(x):
         ops.recurrence(MINGRU, [x, x], Start(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
-        return launch.kernels.pop()[-2]
+        return launched.unit
 
     assert unit(torch.zeros(2, 9, 100)) == 4
     assert unit(torch.zeros(2, 9, 100).bfloat16()) == 4
@@ -119,7 +133,7 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
     assert unit(torch.zeros(2, 9, 104)[..., 1:101]) == 1
 
 
-@pytest.mark.skipif(not NONE_HERE or triton._IS_INTERPRETED, reason="there is a device for Triton")
+@pytest.mark.skipif(not NONE_HERE or device.IS_INTERPRETED, reason="there is a device for Triton")
 def test_without_a_device():
     assert mingru.backends()["triton"] == "torch finds no CUDA, ROCm or XPU device"
     x = torch.zeros(1, 2, 3)
@@ -133,9 +147,9 @@ def test_without_a_device():
 @pytest.fixture
 def _a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    triton._why_not.cache_clear()
+    device._why_not.cache_clear()
     yield
-    triton._why_not.cache_clear()
+    device._why_not.cache_clear()
 
 
 @pytest.mark.usefixtures("_a_gpu")
@@ -162,20 +176,29 @@ def test_triton_that_cannot_be_imported(monkeypatch, tmp_path):
     assert "Triton cannot be imported (libcuda.so.1 is missing)" in mingru.backends()["triton"]
 
 
+def test_the_width_of_a_warp_comes_from_the_device(monkeypatch):
+    for wave in (32, 64):
+        device.wave_of.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, wave=wave: Properties(wave))
+        assert device.wave_of(torch.device("cuda", 0)) == wave
+    device.wave_of.cache_clear()
+    assert device.wave_of(torch.device("xpu", 0)) == 32
+
+
 def test_dtypes_and_devices_without_a_kernel():
     on_meta = torch.zeros(1, 2, 3, device="meta")
-    assert "tensors are on meta" in triton._unsupported(on_meta, MINGRU)
+    assert "tensors are on meta" in device.unsupported(on_meta, MINGRU)
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
-    assert triton._unsupported(on_gpu, MINGRU) is None
+    assert device.unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
-    assert triton._unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
+    assert device.unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
     on_gpu.dtype = torch.complex32
-    assert triton._unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
+    assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 
 
 def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     class OnGpu:
-        is_cpu, dtype, device = False, torch.float32, types.SimpleNamespace(type="xpu")
+        is_cpu, dtype, device = False, torch.float32, torch.device("xpu")
 
     def unavailable():
         return "Triton is not installed; install the package triton"

@@ -62,7 +62,10 @@ def recurrence(
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
     name = route.choose(spec, inputs[0], backend)
-    return _or_other(lambda name: _run(name, spec, list(inputs), start, order), name, spec, inputs[0], backend)
+    selected = route.is_selected(backend)
+    return _or_other(
+        lambda name: _run(name, spec, list(inputs), start, order, selected), name, spec, inputs[0], backend
+    )
 
 
 def linear_recurrence(
@@ -78,7 +81,8 @@ def linear_recurrence(
         if tensors is None:
             return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
-        return autograd.run_kernel((name, "linear_kernel"), spec, tensors, start, order, keep)
+        which = (name, "linear_kernel", route.is_selected())
+        return autograd.run_kernel(which, spec, tensors, start, order, keep)
 
     return _or_other(run, route.choose(spec, x), spec, x)
 
@@ -111,10 +115,12 @@ def _or_other(run: Callable[[str], States], name: str, spec: Spec, sequence: Ten
     try:
         return run(name)
     except KernelFailure as failure:
-        return run(route.after(failure, spec, sequence, backend))
+        return run(route.after(failure, name, spec, sequence, route.is_selected(backend)))
 
 
-def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+def _run(
+    name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout, selected: bool | None = None
+) -> States:
     if is_tracing():
         return traceable.traced_recurrence(spec, inputs, start, order)
     if inputs[0].numel() == 0:
@@ -122,7 +128,8 @@ def _run(name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layou
     kernel = route.kernel_of(name, spec, inputs, start, order)
     if kernel is None:
         return autograd.composed(name, spec, inputs, start, order)
+    which = (name, "kernel", route.is_selected() if selected is None else selected)
     if kernel.packed or (order.batch_sizes is None and order.lengths is None):
-        return autograd.run_kernel((name, "kernel"), spec, inputs, start, order, False)
-    states = autograd.run_kernel((name, "kernel"), *layout.padded_call(spec, inputs, start, order), False)
+        return autograd.run_kernel(which, spec, inputs, start, order, False)
+    states = autograd.run_kernel(which, *layout.padded_call(spec, inputs, start, order), False)
     return layout.in_layout(spec, states, inputs[0], start.h, order)

@@ -162,11 +162,12 @@ def _grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
 
 
 def run_kernel(
-    which: tuple[str, str], spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
+    which: tuple[str, str, bool], spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
 ) -> States:
     """Run a kernel, so that it is differentiable.
 
-    `which` is the name of the backend and of its field, because a captured graph can contain strings but no functions.
+    `which` is the name of the backend and of its field, because a captured graph can contain strings but no functions,
+    and whether the caller selected the backend.
     """
     if is_compiling() and which[1] == "kernel" and tensors[0].dim() > 3:
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
@@ -188,7 +189,7 @@ def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None, dt: Te
     return Start(h, h if initial_state is None else initial_state, reset, dt)
 
 
-def _kernel(which: tuple[str, str]) -> Any:
+def _kernel(which: tuple[str, str, bool]) -> Any:
     return getattr(backend_of(which[0]), which[1])
 
 
@@ -196,7 +197,7 @@ class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, which: tuple[str, str], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
+    def forward(ctx: Any, which: tuple[str, str, bool], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
         h, initial_state, reset, dt, batch_sizes, lengths, *tensors = args
         call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, lengths))
         out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
@@ -235,7 +236,7 @@ class Recurrence(torch.autograd.Function):
             try:
                 grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, saved, [needs_dt, *needs])
             except KernelFailure as failure:
-                grads = recompute(after(failure, ctx.spec, out))
+                grads = recompute(after(failure, ctx.which[0], ctx.spec, out, ctx.which[2]))
         grad_h, grad_initial_state, grad_dt, *others = grads
         return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, *others
 

@@ -117,12 +117,18 @@ def is_native() -> bool:
     return name in ("auto", "native") and BACKENDS["native"].unavailable() is None
 
 
-def after(failure: KernelFailure, spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
-    """Return the name of the backend that runs a call whose kernel has failed. If the backend was selected by the
-    caller, raise the failure."""
-    if backend != "auto" or _chosen.name != "auto" or (os.environ.get(VARIABLE) or "auto") != "auto":
+def is_selected(backend: str = "auto") -> bool:
+    """Return whether the caller selected a backend: by this argument, by `use_backend` or by the environment."""
+    return any(name != "auto" for name in (backend, _chosen.name, os.environ.get(VARIABLE) or "auto"))
+
+
+def after(failure: KernelFailure, name: str, spec: Spec, sequence: Tensor, selected: bool) -> str:
+    """Return the name of the backend that runs a call after a kernel of the backend `name` has failed. If the caller
+    selected that backend, raise the failure."""
+    if selected:
         raise failure
-    name = choose(spec, sequence)
+    others = (other for other in FASTEST_FIRST if other != name)
+    name = next(other for other in others if _why_not(other, sequence, spec) is None)
     warnings.warn(f"mingru: using the slower backend {name!r} from now on. {failure}", RuntimeWarning, stacklevel=2)
     return name
 

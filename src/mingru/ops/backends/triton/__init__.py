@@ -1,0 +1,218 @@
+"""The `"triton"` backend: kernels for GPUs, compiled by Triton on first use.
+
+`launch` calls the kernel in `kernels`, divided as `plan` says. Importing this module registers two operators with
+PyTorch's dispatcher, but does not import Triton. Captured graphs contain the operators; eager calls skip the
+dispatcher. States have any floating dtype, and are computed in the accumulation dtype of the sequences. The operators
+take complex numbers as pairs of features.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backend import Backend, Kernel
+from ...call import Layout, Spec, Start
+from ...cells import NUM_INPUTS
+from ...graph import are_ordinary, is_autocast, is_compiling
+from ...layout import LinearScan, is_transposed
+from ...shape import States, accumulate_dtype, as_dtype, as_real
+from . import launch
+from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
+from .plan import KEEPING
+
+__all__ = ["BACKEND", "DEVICES"]
+
+
+def _register() -> torch.library.Library:
+    """Register the operators, and functions that return the shapes of their outputs."""
+    library = torch.library.Library("mingru", "FRAGMENT")  # type: ignore[no-untyped-call]
+    define: Any = library.define
+    implement: Any = library.impl
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    given, how = "Tensor[] inputs, Tensor?[] given", "str[] cell, float min_decay, bool[] flags"
+    define(f"recurrence_triton_forward({given}, {how}) -> (Tensor, Tensor)", tags=tags)
+    define(
+        f"recurrence_triton_backward({given}, Tensor[] saved, {how}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
+    for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
+        implement("recurrence_triton_forward", launch.forward, key)
+        implement("recurrence_triton_backward", launch.backward, key)
+
+    def forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
+        return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)
+
+    def backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+        h, initial_state, _, dt, batch_sizes = given
+        needs_dt, needs_bias = rest[-1][2:]
+        first, num_leading = inputs[0], 2 if batch_sizes is None else 1
+        num_features, dtype = first.shape[num_leading:].numel(), accumulate_dtype(first.dtype)
+        return (
+            launch.grads_like(inputs, num_leading),
+            h.new_empty(h.shape),
+            first.new_empty(0 if initial_state is None else h.shape[0], num_features, dtype=dtype),
+            first.new_empty(0 if dt is None or not needs_dt else dt.shape, dtype=dtype),
+            first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
+        )
+
+    torch.library.register_fake("mingru::recurrence_triton_forward", forward, lib=library)
+    torch.library.register_fake("mingru::recurrence_triton_backward", backward, lib=library)
+    return library
+
+
+_LIBRARY = _register()
+
+
+def _is_direct(*tensors: Tensor) -> bool:
+    """Return whether a call may skip the dispatcher."""
+    return not is_compiling() and are_ordinary(*tensors) and not torch._C._len_torch_dispatch_stack()
+
+
+def _run_forward(spec: Spec, inputs: Sequence[Tensor], given: Sequence[Tensor | None], time_first: bool) -> States:
+    run: Any = launch.forward if _is_direct(*inputs) else torch.ops.mingru.recurrence_triton_forward
+    out, last = run(inputs, given, [spec.cell, spec.activation], spec.min_decay, [spec.reverse, time_first])
+    return out, last
+
+
+def _run_backward(
+    spec: Spec,
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    time_first: bool,
+    needs: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, ...]:
+    """`saved`: out, grad_out, grad_last. `needs`: whether dt and a bias need a gradient."""
+    run: Any = launch.backward if _is_direct(*inputs) else torch.ops.mingru.recurrence_triton_backward
+    flags = [spec.reverse, time_first, *needs]
+    return tuple(run(inputs, given, saved, [spec.cell, spec.activation], spec.min_decay, flags))
+
+
+def _given(start: Start, layout: Layout) -> list[Tensor | None]:
+    """Return the states, resets, elapsed times and batch sizes, as both operators take them."""
+    h, initial_state, reset, dt = start
+    return [h, None if reset is None else initial_state.expand_as(h), reset, dt, layout.batch_sizes]
+
+
+def _recurrence(
+    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
+) -> tuple[Tensor, Tensor, None]:
+    return *_run_forward(spec, inputs, _given(start, layout), layout.time_first), None
+
+
+def _recurrence_backward(
+    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    out, _, *grad = saved
+    given, needs_sums = _given(start, layout), (needs[0], False)
+    grads, *grads_of_start, _ = _run_backward(spec, inputs, given, [out, *grad], layout.time_first, needs_sums)
+    return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
+
+
+def _grads_of_start(
+    start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grad_dt: Tensor
+) -> tuple[Tensor | None, ...]:
+    initial_state, for_initial_state = start.initial_state, None
+    if start.reset is not None:
+        for_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(initial_state.shape)
+        for_initial_state = as_dtype(for_initial_state, initial_state.dtype)
+    return grad_h, for_initial_state, grad_dt if needs_dt else None
+
+
+def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of all inputs, which are side by side in the last dimension."""
+    return tuple(part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """Return a sequence with its first two dimensions in the order of memory; a second call restores the order."""
+    return x.transpose(0, 1) if is_transposed(x) else x
+
+
+def _pre_activations(spec: Spec, tensors: Sequence[Any], kept: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the pre-activations as a matrix with a row for each step, in the order of memory, and as inputs."""
+    x = _in_memory_order(tensors[0])
+    matrix = F.linear(x, *tensors[1:]).flatten(0, -2) if kept is None else kept
+    pre = matrix.view(*x.shape[:-1], matrix.shape[-1])
+    if x is not tensors[0]:
+        pre = pre.transpose(0, 1)
+    return matrix, list(pre.chunk(NUM_INPUTS[spec.cell], -1))
+
+
+def _linear_recurrence(
+    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    matrix, inputs = _pre_activations(spec, tensors, None)
+    out, last, _ = _recurrence(spec, inputs, start, layout, keep)
+    return out, last, matrix if keep else None
+
+
+def _linear_recurrence_backward(
+    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias = tensors
+    needs_dt, needs_x, needs_weight, needs_bias = needs
+    out, kept, *grad = saved
+    # The tensors are in the dtype in which autocast computes.
+    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
+        _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
+        grads, *grads_of_start, grad_bias = _run_backward(
+            spec, inputs, _given(start, layout), [out, *grad], layout.time_first, (needs_dt, needs_bias)
+        )
+        x = _in_memory_order(x)
+        # One matrix of the gradients of all inputs, for both products.
+        matrix = (grads.transpose(0, 1) if is_transposed(inputs[0]) else grads).flatten(0, -2)
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = (matrix @ weight).view(x.shape)
+            grad_x = grad_x if x is tensors[0] else grad_x.transpose(0, 1)
+        if needs_weight:
+            grad_weight = matrix.t() @ x.flatten(0, -2)
+    found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
+    return *_grads_of_start(start, needs_dt, *grads_of_start), *found
+
+
+def _scan_spec(call: LinearScan) -> Spec:
+    return Spec("complex_linear_scan" if call.a.is_complex() else "linear_scan", "linear", call.reverse)
+
+
+def _real(*tensors: Tensor) -> list[Tensor]:
+    """Return complex numbers as pairs of features."""
+    return [as_real(x) if x.is_complex() else x for x in tensors]
+
+
+def _like(a: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.view_as_complex(x) if a.is_complex() else x for x in tensors)
+
+
+def _scan(call: LinearScan) -> States:
+    a, b, h = _real(call.a, call.b, call.h)
+    out, last = _like(call.a, _run_forward(_scan_spec(call), [a, b], [h, None, call.reset, None, None], False))
+    return out, last
+
+
+def _scan_backward(call: LinearScan, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    a, h, *saved_parts = _real(call.a, call.h, *saved)
+    # The gradients do not depend on b.
+    inputs = [a, a]
+    grads, grad_h, *_ = _run_backward(_scan_spec(call), inputs, [h, None, call.reset, None, None], saved_parts, False)
+    return _like(call.a, [*_split(grads, inputs), grad_h])
+
+
+def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
+    return unsupported(sequence, spec) or launch.failure(sequence, spec.cell)
+
+
+BACKEND = Backend(
+    unavailable=unavailable,
+    unsupported=_unsupported,
+    scan=_scan,
+    scan_backward=_scan_backward,
+    differentiable=False,
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
+)

@@ -1,0 +1,221 @@
+"""The cells: a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives.
+
+A number is a tuple: (x,) if it is real, (real, imaginary) if it is complex, () if it is 0. A part that is None is 0.
+
+A cell is one function of its inputs, a tuple of real numbers. Those of a complex cell are pairs: the first input of
+`rotation` consists of a gate and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of
+the decay per unit of time, log(m) and log(1 - m). The function returns a, b, and a derivative for each of the real
+numbers and, last, for the elapsed time: (da, db, scale), so that the derivatives of a and b are scale da and scale db.
+`scale` is a real number, or () if it is 1. The compiler drops derivatives that are not used.
+
+To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import (
+    INFINITY,
+    NAN_STAYS,
+    direction,
+    direction_of_product,
+    half_tangent,
+    hyperbolic_tangent,
+    log1p_of_unit,
+    logistic,
+    minus,
+    positive,
+    power,
+    reciprocal,
+    softplus,
+    tanh_near_0,
+)
+
+QUARTER_PI = tl.constexpr(0.785398163397448309616)
+# Infinite times are replaced by this one where infinity times 0 would be NaN.
+LONGEST = tl.constexpr(1e30)
+
+
+@triton.jit
+def activate(v, HOW):
+    """Return the activation of the candidate and its derivative."""
+    if HOW.ACTIVATION == "positive":
+        return positive(v, HOW.EXACT)
+    elif HOW.ACTIVATION == "tanh":
+        return hyperbolic_tangent(v, HOW.EXACT)
+    else:
+        return v, tl.full(v.shape, 1.0, v.dtype)
+
+
+@triton.jit
+def rate_of(gate, time, EXACT: tl.constexpr):
+    """Return the rate of a decay exp(-dt rate), and its derivative; see csrc/cells.h."""
+    if len(time) == 1:
+        rate, slope, _ = softplus(gate, EXACT)
+        return rate, slope
+    else:
+        # The gate l with sigma(-l) = m + (1 - m) sigma(-gate), without the infinity minus infinity of an infinite gate.
+        above = gate + time[1]
+        _, _, below = softplus(above, EXACT)
+        excess = log1p_of_unit(power(tl.abs(above), -1, EXACT))
+        bounded = tl.minimum(gate, minus(time[1]), propagate_nan=NAN_STAYS) - excess + time[2]
+        rate, slope, _ = softplus(bounded, EXACT)
+        return rate, slope * below
+
+
+@triton.jit
+def finite(elapsed):
+    return tl.minimum(elapsed, LONGEST, propagate_nan=NAN_STAYS)
+
+
+@triton.jit
+def decay(gate, time, EXACT: tl.constexpr):
+    """Return the decay a, the weight z = 1 - a of the candidate, and the derivatives of -log(a) by gate and time."""
+    if len(time) == 0:
+        z, a = logistic(gate, EXACT)
+        return a, z, (z,), ()
+    else:
+        rate, slope = rate_of(gate, time, EXACT)
+        # After an infinite time nothing is left, even if the rate was rounded to 0.
+        x = tl.where(time[0] == INFINITY, time[0] + rate, time[0] * rate)
+        a = power(x, -1, EXACT)
+        # 1 - exp(-x) = tanh(x / 2) (1 + exp(-x)) does not cancel.
+        near = x < 0.7
+        small = tanh_near_0(tl.where(near, 0.5 * x, 0.0), tl.where(near, x, 0.0)) * (1.0 + a)
+        return a, tl.where(near, small, 1.0 - a), (finite(time[0]) * slope,), (rate,)
+
+
+@triton.jit
+def of_decay(slope, value, scale):
+    """Return the derivative of a and b = (1 - a) value, if that of a is - scale slope."""
+    return (minus(slope),), (slope * value,), scale
+
+
+@triton.jit
+def mingru(x, time, HOW):
+    a, z, by_gate, by_time = decay(x[0], time, HOW.EXACT)
+    value, slope = activate(x[1], HOW)
+    of_candidate = (), (z * slope,), ()
+    return (a,), (z * value,), (of_decay(a, value, by_gate), of_candidate, of_decay(a, value, by_time))
+
+
+@triton.jit
+def signed(x, HOW):
+    size, rest = half_tangent(x[0], HOW.EXACT)
+    value, slope = activate(x[1], HOW)
+    a = tl.where(x[0] < 0, size, minus(size))
+    by_gate = (rest * (1.0 + size)) * -0.5
+    # The derivative of |a| at 0 counts as 0, as that of torch.abs.
+    signed_value = tl.where(a > 0, minus(value), tl.where(a < 0, value, 0.0))
+    of_gate = (by_gate,), (signed_value * by_gate,), ()
+    of_candidate = (), (rest * slope,), ()
+    return (a,), (rest * value,), (of_gate, of_candidate)
+
+
+@triton.jit
+def rotation(x, time, HOW):
+    keep, z, by_gate, by_time = decay(x[0], time, HOW.EXACT)
+    value0, slope0 = activate(x[2], HOW)
+    value1, slope1 = activate(x[3], HOW)
+    # The angle is in units of pi / 4.
+    if len(time) == 0:
+        cosine, sine = direction(0.25 * x[1])
+        turn = tl.full((1, 1), QUARTER_PI, keep.dtype)
+    else:
+        elapsed = tl.broadcast_to(finite(time[0]), x[1].shape)
+        cosine, sine = direction_of_product(0.25 * elapsed, x[1])
+        turn = elapsed * QUARTER_PI
+    a, turned = (keep * cosine, keep * sine), (minus(keep * sine), keep * cosine)
+    of_gate = (minus(a[0]), minus(a[1])), (keep * value0, keep * value1), by_gate
+    of_angle = turned, (), (turn,)
+    of_time = (), (), ()
+    if len(time) > 0:
+        rate, turn_in_time = by_time[0], x[1] * QUARTER_PI
+        of_time = (
+            (turn_in_time * turned[0] - rate * a[0], turn_in_time * turned[1] - rate * a[1]),
+            (rate * keep * value0, rate * keep * value1),
+            (),
+        )
+    return (
+        a,
+        (z * value0, z * value1),
+        (of_gate, of_angle, ((), (z * slope0, None), ()), ((), (None, z * slope1), ()), of_time),
+    )
+
+
+@triton.jit
+def normalized_gates(forget, input, EXACT: tl.constexpr):
+    """Return f / (f + i), i / (f + i), sigma(-forget) and sigma(-input), as csrc/cells.h describes."""
+    forget_power, input_power = power(tl.abs(forget), -1, EXACT), power(tl.abs(input), -1, EXACT)
+    ahead = tl.minimum(forget, 0.0, propagate_nan=NAN_STAYS) - tl.minimum(input, 0.0, propagate_nan=NAN_STAYS)
+    behind = power(tl.abs(ahead), -1, EXACT)
+    left = ahead < 0
+    forget_weight = tl.where(left, behind, 1.0) * (1.0 + input_power)
+    input_weight = tl.where(left, 1.0, behind) * (1.0 + forget_power)
+    is_less = forget_weight < input_weight
+    small = tl.where(is_less, forget_weight, input_weight) * reciprocal(forget_weight + input_weight, EXACT)
+    large = 1.0 - small
+    # sigma(-x) from exp(-|x|).
+    without_forget = tl.where(forget < 0, 1.0, forget_power) * reciprocal(1.0 + forget_power, EXACT)
+    without_input = tl.where(input < 0, 1.0, input_power) * reciprocal(1.0 + input_power, EXACT)
+    return tl.where(is_less, small, large), tl.where(is_less, large, small), without_forget, without_input
+
+
+@triton.jit
+def minlstm(x, time, HOW):
+    if len(time) == 0:
+        f, i, without_forget, without_input = normalized_gates(x[0], x[1], HOW.EXACT)
+        slope, by_time = f * i, ()
+    else:
+        # A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
+        forget_cost, without_forget, _ = softplus(minus(x[0]), HOW.EXACT)
+        input_cost, without_input, _ = softplus(minus(x[1]), HOW.EXACT)
+        f, i, by_gate, by_time = decay(forget_cost - input_cost, time, HOW.EXACT)
+        slope = f * by_gate[0]
+    value, value_slope = activate(x[2], HOW)
+    of_forget = of_decay(slope, value, (minus(without_forget),))
+    of_input = of_decay(slope, value, (without_input,))
+    of_candidate = (), (i * value_slope,), ()
+    return (f,), (i * value,), (of_forget, of_input, of_candidate, of_decay(f, value, by_time))
+
+
+@triton.jit
+def unnormalized(x, HOW):
+    f, without_forget = logistic(x[0], HOW.EXACT)
+    i, without_input = logistic(x[1], HOW.EXACT)
+    value, slope = activate(x[2], HOW)
+    of_forget = (f,), (), (without_forget,)
+    of_input = (), (value * i,), (without_input,)
+    of_candidate = (), (i * slope,), ()
+    return (f,), (i * value,), (of_forget, of_input, of_candidate)
+
+
+@triton.jit
+def scans(x):
+    """The cell whose inputs are a and b."""
+    one = tl.full(x[0].shape, 1.0, x[0].dtype)
+    if len(x) == 2:
+        return (x[0],), (x[1],), (((one,), (), ()), ((), (one,), ()))
+    else:
+        return (
+            (x[0], x[1]),
+            (x[2], x[3]),
+            (((one, None), (), ()), ((None, one), (), ()), ((), (one, None), ()), ((), (None, one), ())),
+        )
+
+
+@triton.jit
+def cell(x, time, HOW):
+    """Return a, b and the derivatives."""
+    if HOW.CELL == "mingru":
+        return mingru(x, time, HOW)
+    elif HOW.CELL == "mingru_signed":
+        return signed(x, HOW)
+    elif HOW.CELL == "mingru_rotation":
+        return rotation(x, time, HOW)
+    elif HOW.CELL == "minlstm":
+        return minlstm(x, time, HOW)
+    elif HOW.CELL == "minlstm_unnormalized":
+        return unnormalized(x, HOW)
+    else:
+        return scans(x)

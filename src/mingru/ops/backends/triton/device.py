@@ -1,0 +1,100 @@
+"""Whether the kernels can run in this process and on a device, and what they must know of the device."""
+
+import functools
+import importlib.util
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ...call import Spec
+
+# Types of devices; ROCm calls itself "cuda".
+DEVICES = ("cuda", "xpu")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+_OLDEST = (3, 6)
+# Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    return _why_not()
+
+
+def _call_while_compiling(function: Any) -> None:
+    """Make `torch.compile` call a function instead of tracing it.
+
+    `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+
+
+_call_while_compiling(unavailable)
+
+
+@functools.cache
+def _why_not() -> str | None:
+    """Return the reason why no kernel can run in this process."""
+    if not (IS_INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "torch finds no CUDA, ROCm or XPU device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install the package triton"
+    try:
+        import triton
+    except Exception as error:
+        return f"Triton cannot be imported ({first_line(error)}); reinstall it for this version of torch"
+    version = triton.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"Triton {version} is too old; install Triton {'.'.join(map(str, _OLDEST))} or later"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def unsupported(sequence: torch.Tensor, spec: Spec) -> str | None:
+    kind = sequence.device.type
+    if kind not in DEVICES and not (IS_INTERPRETED and kind == "cpu"):
+        return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
+    if sequence.dtype not in _DTYPES:
+        return f"it does not support {sequence.dtype}"
+    return _why_too_old(sequence.device) if kind == "cuda" else None
+
+
+def _why_too_old(device: torch.device) -> str | None:
+    return _problem_of(device)
+
+
+_call_while_compiling(_why_too_old)
+
+
+@functools.cache
+def _problem_of(device: torch.device) -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return f"Triton needs compute capability 8.0 or higher, and {device} is a {torch.cuda.get_device_name(device)}"
+
+
+@functools.cache
+def wave_of(device: torch.device) -> int:
+    """Return the number of threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def is_amd(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is not None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def current(device: torch.device) -> Any:
+    """Return a context in which this device is the current one."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if module.current_device() == device.index else module.device(device)

@@ -1,0 +1,292 @@
+"""Launch the kernel, for both passes. Triton is imported at the first launch."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backend import KernelFailure
+from ...layout import is_transposed
+from ...shape import States, accumulate_dtype
+from . import device as devices
+from .plan import KEEPING, Plan, Work, plan_of
+
+# Why a kernel cannot be compiled or launched, by device, pass, cell and dtype.
+_failures: dict[tuple[torch.device, str, str, torch.dtype], str] = {}
+
+
+def failure(sequence: Tensor, cell: str) -> str | None:
+    """Return why a kernel failed that this call would need, or None."""
+    passes = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
+    found = (_failures.get((sequence.device, name, cell, sequence.dtype)) for name in passes)
+    return next((why for why in found if why is not None), None)
+
+
+def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
+    """Launch the kernel of a pass, "forward" or "backward", on the device of its first argument."""
+    device, dtype, cell = args["x0"].device, args["x0"].dtype, args["CELL"]
+    key, error = (device, name, cell, dtype), None
+    # Twice, because some reasons to fail pass, such as a full disk.
+    for _ in range(0 if key in _failures else 2):
+        try:
+            return _launch(device, num_programs, plan, args)
+        except Exception as caught:
+            if devices.is_capturing(device):
+                raise RuntimeError(
+                    "mingru: a CUDA graph cannot capture the first call of a Triton kernel, which loads it; call the "
+                    "module once before the capture"
+                ) from caught
+            error = caught
+    if error is not None:
+        reason = devices.first_line(error)
+        _failures[key] = (
+            f"Triton failed to compile or launch the {name} kernel of {cell}, {dtype}, on {device} ({reason})"
+        )
+    raise KernelFailure(f"the backend 'triton' cannot run this because {_failures[key]}; use 'torch'") from error
+
+
+def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
+    from . import kernels
+
+    tile = {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+    with devices.current(device):
+        # Fusion is given, because the default differs between versions of Triton.
+        kernels.recurrence_kernel[(num_programs,)](**args, **tile, num_warps=plan.warps, enable_fp_fusion=True)
+
+
+class _Call:
+    """What both passes have in common."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        cell: Sequence[str],
+        min_decay: float,
+        order: Any,
+    ) -> None:
+        self.initial_state, self.reset, self.dt, self.batch_sizes = given[1:]
+        (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
+        self.x = [self.flat(x) for x in inputs]
+        if any(x.stride() != self.x[0].stride() for x in self.x):
+            self.x = [x.contiguous() for x in self.x]
+        self.num_features = self.x[0].shape[-1]
+        if self.batch_sizes is None:
+            self.num_sequences, self.num_steps = inputs[0].shape[:2][:: -1 if self.time_first else 1]
+        else:
+            self.num_sequences, self.num_steps = int(self.batch_sizes[0]), self.batch_sizes.numel()
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return a sequence with contiguous features in one last dimension."""
+        x = x.flatten(2 if self.batch_sizes is None else 1)
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+    def plan(self, backward: bool) -> Plan:
+        x = self.x[0]
+        work = Work(
+            cell=self.cell,
+            itemsize=x.element_size(),
+            num_sequences=self.num_sequences,
+            num_steps=self.num_steps,
+            num_features=self.num_features,
+            backward=backward,
+            has_reset=self.reset is not None,
+            is_packed=self.batch_sizes is not None,
+            is_timed=self.min_decay != 0 or self.dt is not None,
+            wave=devices.wave_of(x.device),
+            is_amd=devices.is_amd(x.device),
+        )
+        plan = plan_of(work)
+        return plan._replace(segments=-(-self.num_steps // self.segment_steps(plan)))
+
+    def segment_steps(self, plan: Plan) -> int:
+        """Return the number of steps of a segment, which is a whole number of tiles."""
+        tile = plan.chunks * plan.steps
+        return -(-self.num_steps // (plan.segments * tile)) * tile
+
+    def unit(self, *sequences: Tensor) -> int:
+        """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
+        size = self.x[0].element_size()
+        bits = 16 // size | self.num_features
+        for x in (*self.x, *sequences):
+            bits |= x.data_ptr() // size
+            for stride in x.stride()[:-1]:
+                bits |= stride
+        # The lowest bit is the largest power of 2 that divides all of them.
+        return bits & -bits
+
+    def strides(self, name: str, x: Tensor | None, unit: int = 1) -> dict[str, int]:
+        """Return the strides of batch and time in units, as arguments."""
+        if x is None:
+            return {}
+        batch, step = (
+            (0, x.stride(0)) if self.batch_sizes is not None else x.stride()[:2][:: -1 if self.time_first else 1]
+        )
+        return {f"{name}_batch": batch // unit, f"{name}_step": step // unit}
+
+    def sequences(self, unit: int, **sequences: Tensor) -> dict[str, Any]:
+        """Return sequences with their strides, as arguments."""
+        found: dict[str, Any] = dict(sequences)
+        for name, x in sequences.items():
+            found |= self.strides(name, x, unit)
+        return found
+
+    def launch(self, name: str, plan: Plan, unit: int, shared: dict[str, Any], whole: dict[str, Any]) -> None:
+        """Launch the kernel with arguments `shared` and `whole`. If time is divided into segments, launch it first for
+        the segments with `shared` alone."""
+        x = self.x[0]
+        shared |= {
+            **dict(zip(("x0", "x1", "x2"), self.x, strict=False)),
+            **self.strides("x", x, unit),
+            **self.strides("reset", self.reset),
+            **self.strides("dt", self.dt),
+            "reset": self.reset,
+            "dt": self.dt,
+            "bound": _bound(self.min_decay),
+            "num_steps": self.num_steps,
+            "num_units": self.num_features // unit,
+            "num_segments": plan.segments,
+            "segment_steps": self.segment_steps(plan),
+            "backwards": int(self.reverse != (name == "backward")),
+            "CELL": self.cell,
+            "ACTIVATION": self.activation,
+            "KEEPING": KEEPING[self.cell],
+            "V": unit,
+            "EVEN": self.num_features % plan.features == 0,
+        }
+        if self.initial_state is not None:
+            shared["initial_state"], shared["initial_batch"] = _state(self.initial_state)
+        if self.batch_sizes is not None:
+            shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x.device)
+        num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
+        if plan.segments > 1:
+            shape = (2, self.num_sequences, plan.segments, self.num_features)
+            shared["products"], shared["ends"] = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+            run(name, num_programs, plan, shared)
+        run(name, num_programs, plan, shared | whole)
+
+
+def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the offset of each step in packed data, and the length of each sequence, on the device."""
+    if devices.is_capturing(device):
+        raise ValueError(
+            "mingru: packed sequences cannot be captured in a CUDA graph, because their batch_sizes are on the CPU; "
+            "pass padded sequences"
+        )
+    num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    # Batch element b has as many steps as there are batch sizes above b.
+    elements = torch.arange(num_sequences, device=batch_sizes.device)
+    lengths = num_steps - torch.searchsorted(batch_sizes.flip(0), elements, right=True)
+    both = torch.cat([offsets, lengths])
+    if device.type in devices.DEVICES:
+        both = both.pin_memory()
+    both = both.to(device, non_blocking=True)
+    return both[:num_steps], both[num_steps:]
+
+
+def _state(h: Tensor) -> tuple[Tensor, int]:
+    """Return a state (B, N), or (1, N) for all batch elements, and its stride; features are contiguous."""
+    if h.stride(0) == 0:
+        h = h[:1]
+    return h.contiguous(), 0 if h.shape[0] == 1 else h[0].numel()
+
+
+def _bound(min_decay: float) -> tuple[float, ...] | None:
+    """Return log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest."""
+    if min_decay == 0:
+        return None
+    return *_in_float32(math.log(min_decay)), *_in_float32(math.log1p(-min_decay))
+
+
+def _in_float32(number: float) -> tuple[float, float]:
+    # Triton passes numbers as float32, and kernels of float64 need more digits.
+    rounded = ctypes.c_float(number).value
+    return rounded, number - rounded
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    cell: Sequence[str],
+    min_decay: float,
+    order: Sequence[bool],
+) -> States:
+    """Return the states of all steps, and the last state.
+
+    `given`: h, initial_state, reset, dt, batch_sizes. `cell`: name and activation. `order`: reverse, time_first.
+    """
+    call, h = _Call(inputs, given, cell, min_decay, order), given[0]
+    assert h is not None
+    out, last = inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
+    flat = call.flat(out)
+    unit = call.unit(flat)
+    before, h_batch = _state(h)
+    whole = {**call.sequences(unit, out=flat), "h": before, "h_batch": h_batch, "last": last}
+    call.launch("forward", call.plan(backward=False), unit, {}, whole)
+    return out, last
+
+
+def backward(
+    inputs: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    cell: Sequence[str],
+    min_decay: float,
+    flags: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the inputs, side by side, and of h, of the initial state (B, N), of dt and of a bias.
+
+    The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
+    grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
+    """
+    h, initial_state, reset, dt, batch_sizes = given
+    assert h is not None
+    *order, needs_dt, needs_bias = flags
+    if dt is not None:
+        # The kernel writes the gradients of dt with the strides of dt.
+        dt = dt.contiguous()
+    call = _Call(inputs, (h, initial_state, reset, dt, batch_sizes), cell, min_decay, order)
+    grads = grads_like(inputs, 2 if batch_sizes is None else 1)
+    out, grad_out = (call.flat(x) for x in saved[:2])
+    plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
+    before, h_batch = _state(h)
+    whole = {
+        **call.sequences(unit, out=out, grads=grads),
+        "h": before,
+        "h_batch": h_batch,
+        "grad_last": saved[2].contiguous(),
+        "grad_h": h.new_empty(h.shape),
+    }
+    # Sums of the programs of each segment.
+    num_sums, num_features = call.num_sequences * plan.segments, call.num_features
+    dtype = accumulate_dtype(inputs[0].dtype)
+
+    def sums(*shape: int) -> Tensor:
+        return inputs[0].new_empty(*shape, dtype=dtype)
+
+    if initial_state is not None:
+        whole["grad_initial_state"] = sums(num_sums, num_features)
+    if needs_bias:
+        whole["grad_bias"] = sums(num_sums, len(inputs) * num_features)
+    if needs_dt and dt is not None:
+        whole["grad_dt"] = sums(*dt.shape, num_features // unit)
+    call.launch("backward", plan, unit, call.sequences(unit, grad_out=grad_out), whole)
+    grad_initial_state = whole.get("grad_initial_state", sums(0, num_features))
+    if plan.segments > 1 and initial_state is not None:
+        grad_initial_state = grad_initial_state.view(-1, plan.segments, num_features).sum(1)
+    grad_dt = whole["grad_dt"].sum(-1) if "grad_dt" in whole else sums(0)
+    grad_bias = whole["grad_bias"].sum(0) if needs_bias else sums(0)
+    return grads, whole["grad_h"], grad_initial_state, grad_dt, grad_bias
+
+
+def grads_like(inputs: Sequence[Tensor], num_leading: int) -> Tensor:
+    """Return an uninitialized tensor for the gradients of all inputs, side by side, in their memory order."""
+    first = inputs[0]
+    leading, size = first.shape[:num_leading], len(inputs) * first.shape[num_leading:].numel()
+    if is_transposed(first):
+        return first.new_empty(leading[1], leading[0], size).transpose(0, 1)
+    return first.new_empty(*leading, size)

@@ -1,0 +1,98 @@
+"""How a kernel divides its work; see `kernels`."""
+
+from math import inf
+from typing import NamedTuple
+
+from ...cells import NUM_INPUTS
+
+# Inputs with which a step keeps the state, for each cell; the first one of a pair, whose second one is 0.
+KEEPING = {
+    "mingru": (-inf, 0.0),
+    "mingru_signed": (-inf, 0.0),
+    "mingru_rotation": (-inf, 0.0),
+    "minlstm": (0.0, -inf, 0.0),
+    "minlstm_unnormalized": (inf, -inf, 0.0),
+    "linear_scan": (1.0, 0.0),
+    "complex_linear_scan": (1.0, 0.0),
+}
+
+
+class Work(NamedTuple):
+    """What a plan depends on."""
+
+    cell: str
+    itemsize: int
+    """Bytes of an element of the sequences."""
+    num_sequences: int
+    num_steps: int
+    num_features: int
+    backward: bool = False
+    has_reset: bool = False
+    is_packed: bool = False
+    is_timed: bool = False
+    """Whether there are elapsed times or a lower bound of the decay."""
+    wave: int = 32
+    """Number of threads of a warp, 64 on some AMD GPUs."""
+    is_amd: bool = False
+
+
+class Plan(NamedTuple):
+    chunks: int
+    """Number of chunks of a tile, C."""
+    steps: int
+    """Number of steps of a chunk, T."""
+    features: int
+    """Number of features of a program, F."""
+    segments: int
+    """Number of segments of time that are computed in parallel."""
+    warps: int
+    stages: int | None
+    """Number of tiles whose inputs are loaded in advance; None if the compiler decides."""
+
+
+def plan_of(work: Work) -> Plan:
+    """Return the plan of a kernel. It is the same for all GPUs of a vendor with warps of a size, and so are results."""
+    itemsize, backward, num_steps, num_features = work.itemsize, work.backward, work.num_steps, work.num_features
+    # Values of one step that a warp loads if each thread loads 16 bytes.
+    warp = work.wave * 16 // itemsize
+    steps = {2: 8, 4: 8, 8: 4}[itemsize] // (2 if backward else 1)
+    if work.is_timed:
+        # Elapsed times and bounds need more registers, and compile for longer.
+        steps //= 2
+    # Three numbers of each step and feature are needed for the gradients of these cells, instead of two.
+    is_large = backward and work.cell in ("minlstm", "minlstm_unnormalized", "mingru_rotation")
+    if is_large and itemsize == 2:
+        # More steps would need more registers than there are.
+        steps = 2
+    if num_steps == 1:
+        return Plan(1, 1, min(warp, _power_of_2(num_features)), 1, 1, None)
+    walk = Plan(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
+    if num_steps <= 2 * steps or (work.num_sequences * num_features >= 1 << 17 and num_features > warp // 2):
+        return walk
+    if itemsize == 2:
+        # Chunks need more registers, because the coefficients of all their steps are kept.
+        steps = min(steps, 4 if not backward else 2 if work.has_reset else 3)
+    elif is_large and not work.is_timed:
+        steps -= itemsize == 4
+    # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
+    sizes = [size // itemsize for size in (128, 64, 32)]
+    features = next((size for size in sizes if work.num_sequences * -(-num_features // size) >= 264), sizes[-1])
+    programs = work.num_sequences * -(-num_features // features)
+    # One warp on AMD GPUs, where scans across warps were wrong in some versions of Triton (ROCm/triton#947).
+    warps = 1 if work.is_amd or programs >= 1056 else 4 if programs >= 132 else 8
+    chunks = warps * warp // features
+    # Three sizes, so that sequences of many lengths need few kernels.
+    chunks = next((size for size in (8, 32) if size < chunks and size * steps >= num_steps), chunks)
+    warps = max(1, chunks * features // warp)
+    tile = chunks * steps
+    segments = 1
+    # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
+    if work.cell in NUM_INPUTS and not work.is_packed and programs < 64:
+        segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
+    # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
+    return Plan(chunks, steps, features, segments, warps, None if work.is_amd or work.is_packed else 2)
+
+
+def _power_of_2(number: int) -> int:
+    """Return the smallest power of 2 that is not less."""
+    return 1 << (number - 1).bit_length()
