@@ -37,12 +37,12 @@ LONGEST = tl.constexpr(1e30)
 
 
 @triton.jit
-def activate(v, HOW):
+def activate(v, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """Return the activation of the candidate and its derivative."""
-    if HOW.ACTIVATION == "positive":
-        return positive(v, HOW.EXACT)
-    elif HOW.ACTIVATION == "tanh":
-        return hyperbolic_tangent(v, HOW.EXACT)
+    if ACTIVATION == "positive":
+        return positive(v, EXACT)
+    elif ACTIVATION == "tanh":
+        return hyperbolic_tangent(v, EXACT)
     else:
         return v, tl.full(v.shape, 1.0, v.dtype)
 
@@ -92,17 +92,17 @@ def of_decay(slope, value, scale):
 
 
 @triton.jit
-def mingru(x, time, HOW):
-    a, z, by_gate, by_time = decay(x[0], time, HOW.EXACT)
-    value, slope = activate(x[1], HOW)
+def mingru(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    a, z, by_gate, by_time = decay(x[0], time, EXACT)
+    value, slope = activate(x[1], ACTIVATION, EXACT)
     of_candidate = (), (z * slope,), ()
     return (a,), (z * value,), (of_decay(a, value, by_gate), of_candidate, of_decay(a, value, by_time))
 
 
 @triton.jit
-def signed(x, HOW):
-    size, rest = half_tangent(x[0], HOW.EXACT)
-    value, slope = activate(x[1], HOW)
+def signed(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    size, rest = half_tangent(x[0], EXACT)
+    value, slope = activate(x[1], ACTIVATION, EXACT)
     a = tl.where(x[0] < 0, size, minus(size))
     by_gate = (rest * (1.0 + size)) * -0.5
     # The derivative of |a| at 0 counts as 0, as that of torch.abs.
@@ -113,10 +113,10 @@ def signed(x, HOW):
 
 
 @triton.jit
-def rotation(x, time, HOW):
-    keep, z, by_gate, by_time = decay(x[0], time, HOW.EXACT)
-    value0, slope0 = activate(x[2], HOW)
-    value1, slope1 = activate(x[3], HOW)
+def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    keep, z, by_gate, by_time = decay(x[0], time, EXACT)
+    value0, slope0 = activate(x[2], ACTIVATION, EXACT)
+    value1, slope1 = activate(x[3], ACTIVATION, EXACT)
     # The angle is in units of pi / 4.
     if len(time) == 0:
         cosine, sine = direction(0.25 * x[1])
@@ -162,17 +162,17 @@ def normalized_gates(forget, input, EXACT: tl.constexpr):
 
 
 @triton.jit
-def minlstm(x, time, HOW):
+def minlstm(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     if len(time) == 0:
-        f, i, without_forget, without_input = normalized_gates(x[0], x[1], HOW.EXACT)
+        f, i, without_forget, without_input = normalized_gates(x[0], x[1], EXACT)
         slope, by_time = f * i, ()
     else:
         # A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
-        forget_cost, without_forget, _ = softplus(minus(x[0]), HOW.EXACT)
-        input_cost, without_input, _ = softplus(minus(x[1]), HOW.EXACT)
-        f, i, by_gate, by_time = decay(forget_cost - input_cost, time, HOW.EXACT)
+        forget_cost, without_forget, _ = softplus(minus(x[0]), EXACT)
+        input_cost, without_input, _ = softplus(minus(x[1]), EXACT)
+        f, i, by_gate, by_time = decay(forget_cost - input_cost, time, EXACT)
         slope = f * by_gate[0]
-    value, value_slope = activate(x[2], HOW)
+    value, value_slope = activate(x[2], ACTIVATION, EXACT)
     of_forget = of_decay(slope, value, (minus(without_forget),))
     of_input = of_decay(slope, value, (without_input,))
     of_candidate = (), (i * value_slope,), ()
@@ -180,10 +180,10 @@ def minlstm(x, time, HOW):
 
 
 @triton.jit
-def unnormalized(x, HOW):
-    f, without_forget = logistic(x[0], HOW.EXACT)
-    i, without_input = logistic(x[1], HOW.EXACT)
-    value, slope = activate(x[2], HOW)
+def unnormalized(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    f, without_forget = logistic(x[0], EXACT)
+    i, without_input = logistic(x[1], EXACT)
+    value, slope = activate(x[2], ACTIVATION, EXACT)
     of_forget = (f,), (), (without_forget,)
     of_input = (), (value * i,), (without_input,)
     of_candidate = (), (i * slope,), ()
@@ -205,17 +205,17 @@ def scans(x):
 
 
 @triton.jit
-def cell(x, time, HOW):
+def cell(x, time, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """Return a, b and the derivatives."""
-    if HOW.CELL == "mingru":
-        return mingru(x, time, HOW)
-    elif HOW.CELL == "mingru_signed":
-        return signed(x, HOW)
-    elif HOW.CELL == "mingru_rotation":
-        return rotation(x, time, HOW)
-    elif HOW.CELL == "minlstm":
-        return minlstm(x, time, HOW)
-    elif HOW.CELL == "minlstm_unnormalized":
-        return unnormalized(x, HOW)
+    if CELL == "mingru":
+        return mingru(x, time, ACTIVATION, EXACT)
+    elif CELL == "mingru_signed":
+        return signed(x, ACTIVATION, EXACT)
+    elif CELL == "mingru_rotation":
+        return rotation(x, time, ACTIVATION, EXACT)
+    elif CELL == "minlstm":
+        return minlstm(x, time, ACTIVATION, EXACT)
+    elif CELL == "minlstm_unnormalized":
+        return unnormalized(x, ACTIVATION, EXACT)
     else:
         return scans(x)

@@ -119,15 +119,40 @@ def change(derivative, previous):
 
 
 @triton.jit
+def changes_of(derivatives, previous):
+    changes = ()
+    if len(previous) > 0:
+        for k in tl.static_range(len(derivatives)):
+            changes += (change(derivatives[k], previous),)
+    return changes
+
+
+@triton.jit
 def gradient(delta, change, scale):
     """Return the gradient of a real number, from that of the state and the result of `change`."""
     if len(delta) == 1:
         return delta[0] * change[0]
+    elif len(change) == 0:
+        return tl.zeros(delta[0].shape, delta[0].dtype)
     else:
         gradient = add_product(add_product(None, delta[0], change[0]), delta[1], change[1])
-        if len(scale) > 0:
-            gradient *= scale[0]
-        return gradient
+        return gradient * scale[0] if len(scale) > 0 else gradient
+
+
+@triton.jit
+def gradients(delta, changes):
+    """Return the gradients of the inputs and, last, of the elapsed time, as features."""
+    found = ()
+    if len(delta) == 1:
+        for k in tl.static_range(len(changes)):
+            found += (gradient(delta, *changes[k]),)
+    else:
+        for k in tl.static_range(len(changes) // 2):
+            found += (tl.interleave(gradient(delta, *changes[2 * k]), gradient(delta, *changes[2 * k + 1])),)
+        if len(changes) % 2 == 1:
+            by_time = gradient(delta, *changes[len(changes) - 1])
+            found += (tl.interleave(by_time, tl.zeros(by_time.shape, by_time.dtype)),)
+    return found
 
 
 @triton.jit
