@@ -86,7 +86,7 @@ def carry_into(segment, state, products, ends, there, num_features):
 
 
 def kernel(function):
-    """Compile a function. Only constants select another compiled kernel, not numbers that are 1 or a multiple of 16, nor
+    """Compile a function. Only constants select another kernel, not numbers that are 1 or a multiple of 16, nor
     addresses that are a multiple of 16."""
     values = [
         name for name, parameter in signature(function).parameters.items() if parameter.annotation is not tl.constexpr
@@ -158,8 +158,8 @@ def recurrence_kernel(
     """Compute all states, or with `grad_out` the gradients; or without `out`, the products and ends of segments.
 
     In the backward pass, u counts from the last step of the recurrence to its first; `backwards` refers to that order.
-    The state is then the carry, the gradient of the state before a step: c = a (dL/dh + c of the following step). Across
-    a reset, c is added to the gradient of the initial state and continues as 0.
+    The state is then the carry, the gradient of the state before a step: c = a (dL/dh + c of the following step).
+    Across a reset, c is added to the gradient of the initial state and continues as 0.
     """
     BACKWARD: tl.constexpr = grad_out is not None
     PACKED: tl.constexpr = offsets is not None

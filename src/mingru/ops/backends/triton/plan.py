@@ -70,13 +70,16 @@ def plan_of(work: Work) -> Plan:
     if num_steps <= 2 * steps or (work.num_sequences * num_features >= 1 << 17 and num_features > warp // 2):
         return walk
     if itemsize == 2:
-        # Chunks need more registers, because the coefficients of all their steps are kept.
-        steps = min(steps, 4 if not backward else 2 if work.has_reset else 3)
+        # Chunks need more registers, because the coefficients of all their steps are kept: 4 values of a step for each
+        # thread instead of 8.
+        warp //= 2
+        steps = 4 if backward else 8
+        steps = steps // 2 if work.is_timed else steps - (is_large and work.has_reset)
     elif is_large and not work.is_timed:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
     sizes = [size // itemsize for size in (128, 64, 32)]
-    features = next((size for size in sizes if work.num_sequences * -(-num_features // size) >= 264), sizes[-1])
+    features = next((size for size in sizes if work.num_sequences * -(-num_features // size) >= 240), sizes[-1])
     programs = work.num_sequences * -(-num_features // features)
     # One warp on AMD GPUs, where scans across warps were wrong in some versions of Triton (ROCm/triton#947).
     warps = 1 if work.is_amd or programs >= 1056 else 4 if programs >= 132 else 8
