@@ -44,7 +44,8 @@ def begin(x, batch_stride, step, origin, feature, V: tl.constexpr):
         step = step.to(tl.int64) * V
         # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
         ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
-        return tl.multiple_of(x + batch * batch_stride * V + first_row * step, ALIGNMENT) + feature, step * sign
+        at = batch * batch_stride * V + first_row * step
+        return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def recurrence_kernel(
     if SEGMENTS and not SUMMARY:
         state = carry_into(segment, state, products + segments_at, ends + segments_at, there, num_features)
 
-    first_row, sign = tl.zeros((), tl.int64), 1
+    first_row, sign = 0, 1
     if not PACKED:
         first_row, sign = (backwards * (total - 1)).to(tl.int64), 1 - 2 * backwards
     origin = batch, first_row, sign
