@@ -1,6 +1,7 @@
 // The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives by each input. `x` is one
 // feature of each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see
-// `decay`. Derivatives that are not used cost nothing, because all functions are inlined.
+// `decay`. Derivatives that are not used cost nothing, because all functions are inlined. `memo` marks what is computed ahead
+// if a loop is split: see lanes.h.
 // MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
@@ -57,9 +58,9 @@ struct Positive {
   }
 
   // For v > 0 the maximum is v + 0.5, so sigma(0) can replace sigma(v). NaN is preserved.
-  template <class A>
-  MINGRU_INLINE Value<A> of(A v) {
-    const A p = power(v > A(0) ? A(0) : v);
+  template <class A, class Memo>
+  MINGRU_INLINE Value<A> of(A v, Memo& memo) {
+    const A p = memo(0, power(v > A(0) ? A(0) : v));
     const A inverse = A(1) / (A(1) + p);
     const A left = p * inverse;
     return {larger(v + A(0.5), left), larger(v >= A(0) ? A(1) : A(0), left * inverse)};
@@ -67,16 +68,16 @@ struct Positive {
 };
 
 struct Linear {
-  template <class A>
-  MINGRU_INLINE Value<A> of(A v) {
+  template <class A, class Memo>
+  MINGRU_INLINE Value<A> of(A v, Memo&) {
     return {v, A(1)};
   }
 };
 
 struct Tanh {
-  template <class A>
-  MINGRU_INLINE Value<A> of(A v) {
-    return hyperbolic_tangent(v);
+  template <class A, class Memo>
+  MINGRU_INLINE Value<A> of(A v, Memo& memo) {
+    return hyperbolic_tangent(v, memo);
   }
 };
 
@@ -107,36 +108,49 @@ struct Decay {
   OfTime by_dt;
 };
 
-template <class A>
-MINGRU_INLINE Decay<A, Zero> decay(A k, const Untimed<A>&) {
-  const Logistic<A> z = logistic(k);
+template <class A, class Memo>
+MINGRU_INLINE Decay<A, Zero> decay(A k, const Untimed<A>&, Memo& memo) {
+  const Logistic<A> z = logistic(k, memo);
   return {z.minus, z.plus, -(z.plus * z.minus), {}};
 }
 
 // r is exp(-rate).
-template <class A>
-MINGRU_INLINE Value<A> rate_of(A k, const Timed<A>&) {
-  return softplus(k);
+template <class A, class Memo>
+MINGRU_INLINE Value<A> rate_of(A k, const Timed<A>&, Memo& memo) {
+  return softplus(k, memo);
 }
 
 // k becomes the gate l with sigma(-l) = m + (1 - m) sigma(-k).
-template <class A>
-MINGRU_INLINE Value<A> rate_of(A k, const Bounded<A>& time) {
-  const A above = k + time.log_bound;
-  const A most = -time.log_bound;
+template <class A, class Memo>
+MINGRU_INLINE Value<A> rate_of(A k, const Bounded<A>& time, Memo& memo) {
+  const A above = k + time.log_bound, most = -time.log_bound;
+  const A p = memo(0, power(minus_absolute(above)));
   // k - softplus(above) + log(1 - m), without the infinity minus infinity of an infinite k.
-  const A bounded = (most < k ? most : k) - log1p_of_unit(power(minus_absolute(above))) + time.log_range;
-  const Value<A> rate = softplus(bounded);
-  return {rate.value, rate.slope * (A(1) - softplus(above).slope)};
+  const A bounded = (most < k ? most : k) - log1p_of_unit(p) + time.log_range;
+  AtOnce at_once;
+  const Value<A> rate = softplus(bounded, at_once);
+  // sigma(-above)
+  return {rate.value, rate.slope * ((above < A(0) ? A(1) : p) / (A(1) + p))};
 }
 
 // After an infinite time nothing is left, even if the rate of k underflows, unless k is -infinity, which forgets nothing.
-// The elapsed time is then 1, so that the derivatives, which are 0, are not 0 times infinity.
+// The elapsed time is then 1, so that the derivative by the gate, which is 0, is not 0 times infinity.
+template <class Time, class Memo, class A = typename Time::Accumulation>
+MINGRU_INLINE Value<A> rate_at(A k, const Time& time, Memo& memo) {
+  const Value<A> rate = rate_of(k, time, memo);
+  return {k > time.endless_above ? Format<A>::infinity : rate.value, rate.slope};
+}
+
 template <class Time, class A = typename Time::Accumulation>
-MINGRU_INLINE Decay<A, A> decay(A k, const Time& time) {
-  const Value<A> rate = rate_of(k, time);
-  const PowerAndRest<A> kept = power_and_rest(-time.dt * (k > time.endless_above ? Format<A>::infinity : rate.value));
-  return {kept.power, kept.rest, -(kept.power * time.dt * rate.slope), -(kept.power * rate.value)};
+MINGRU_INLINE Decay<A, A> decay_at(const Value<A>& rate, const Time& time) {
+  const PowerAndRest<A> kept = power_and_rest(-time.dt * rate.value);
+  const A by_dt = kept.power == A(0) ? A(0) : -(kept.power * rate.value);
+  return {kept.power, kept.rest, -(kept.power * time.dt * rate.slope), by_dt};
+}
+
+template <class Time, class Memo, class A = typename Time::Accumulation>
+MINGRU_INLINE Decay<A, A> decay(A k, const Time& time, Memo& memo) {
+  return decay_at(memo(1, rate_at(k, time, memo)), time);
 }
 
 // The same for the input and forget gates of a minLSTM, which are normalized: keep = sigma(f) / (sigma(f) + sigma(i)).
@@ -149,50 +163,47 @@ struct TwoGates {
 
 // sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)). With the larger power divided out, nothing overflows or cancels. The sum
 // of the gates is 1 even if both sigmoids underflow.
-template <class A>
-MINGRU_INLINE TwoGates<A, Zero> two_gates(A f, A i, const Untimed<A>&) {
-  const A forget_power = power(minus_absolute(f)), input_power = power(minus_absolute(i));
+template <class A, class Memo>
+MINGRU_INLINE TwoGates<A, Zero> two_gates(A f, A i, const Untimed<A>&, Memo& memo) {
+  const A forget_power = memo(0, power(minus_absolute(f))), input_power = memo(0, power(minus_absolute(i)));
   // By how much log(exp(min(f, 0))) is above log(exp(min(i, 0))).
   const A ahead = (f < A(0) ? f : A(0)) - (i < A(0) ? i : A(0));
-  const A ratio = power(minus_absolute(ahead));
+  const A ratio = memo(0, power(minus_absolute(ahead)));
   const bool left = ahead < A(0);
   const A forget_weight = (left ? ratio : A(1)) * (A(1) + input_power);
   const A input_weight = (left ? A(1) : ratio) * (A(1) + forget_power);
   const A scale = A(1) / (forget_weight + input_weight);
   const A keep = forget_weight * scale, update = input_weight * scale;
   const A change = keep * update;
-  return {keep, update, change * logistic(f).minus, -(change * logistic(i).minus), {}};
+  const A not_forget = (f < A(0) ? A(1) : forget_power) / (A(1) + forget_power);
+  const A not_input = (i < A(0) ? A(1) : input_power) / (A(1) + input_power);
+  return {keep, update, change * not_forget, -(change * not_input), {}};
 }
 
 // A minGRU with the gate log sigma(i) - log sigma(f).
-template <class Time, class A = typename Time::Accumulation>
-MINGRU_INLINE TwoGates<A, A> two_gates(A f, A i, const Time& time) {
-  const Value<A> not_forget = softplus(-f), not_input = softplus(-i);
-  const Decay<A, A> d = decay(not_forget.value - not_input.value, time);
+template <class Time, class Memo, class A = typename Time::Accumulation>
+MINGRU_INLINE TwoGates<A, A> two_gates(A f, A i, const Time& time, Memo& memo) {
+  const Value<A> not_forget = softplus(-f, memo), not_input = softplus(-i, memo);
+  AtOnce at_once;
+  const Decay<A, A> d = decay_at(memo(1, rate_at(not_forget.value - not_input.value, time, at_once)), time);
   return {d.keep, d.update, -(d.by_gate * not_forget.slope), d.by_gate * not_input.slope, d.by_dt};
 }
 
 // How the angle u, in units of pi / 4, turns the state in the time of a step, and its derivative by u.
 template <class A>
 struct Turn {
-  Complex<A> direction;
+  Direction<A> direction;
   A by_angle;
 };
 
 template <class A>
 constexpr A quarter_pi = A(0.785398163397448309616);
 
-template <class A>
-MINGRU_INLINE Complex<A> toward(A u) {
-  const Direction<A> e = direction(A(0.25) * u);
-  return {e.cosine, e.sine};
-}
-
 // Eight units are a whole turn. The first remainder leaves what `direction` takes, also of numbers of any size, because floats
 // above 2^32 are multiples of 512.
 template <class A>
 MINGRU_INLINE Turn<A> turn_of(A u, const Untimed<A>&) {
-  return {toward(remainder(u, A(1024))), quarter_pi<A>};
+  return {direction(A(0.25) * remainder(u, A(1024))), quarter_pi<A>};
 }
 
 // The product is not rounded before whole turns are subtracted.
@@ -201,15 +212,15 @@ MINGRU_INLINE Turn<A> turn_of(A u, const Time& time) {
   const A product = time.dt * u;
   const A lost = error_of_product(time.dt, u, product);
   const A turned = remainder(remainder(product, A(1024)), A(8)) + remainder(remainder(lost, A(1024)), A(8));
-  return {toward(turned), quarter_pi<A> * time.dt};
+  return {direction(A(0.25) * turned), quarter_pi<A> * time.dt};
 }
 
 // Inputs: a and b.
 struct LinearScan {
   static constexpr bool is_complex = false;
 
-  template <class A>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&) {
+  template <class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
     return Step{x[0], x[1], Partial{A(1), A(1), Zero()}, Partial{A(1), Zero(), A(1)}};
   }
 };
@@ -217,8 +228,8 @@ struct LinearScan {
 struct ComplexLinearScan {
   static constexpr bool is_complex = true;
 
-  template <class A>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&) {
+  template <class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
     const Imaginary<A> i{A(1)};
     return Step{
         Complex<A>{x[0], x[1]},
@@ -235,10 +246,10 @@ template <class Activation>
 struct MinGRU {
   static constexpr bool is_complex = false;
 
-  template <class Time, class A>
-  MINGRU_INLINE auto step(const A* x, const Time& time) {
-    const auto d = decay(x[0], time);
-    const Value<A> c = Activation::of(x[1]);
+  template <class Time, class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+    const auto d = decay(x[0], time, memo);
+    const Value<A> c = Activation::of(x[1], memo);
     return Step{
         d.keep, d.update * c.value, Partial{d.by_gate, A(1), -c.value}, Partial{d.update * c.slope, Zero(), A(1)},
         Partial{d.by_dt, A(1), -c.value}};
@@ -251,10 +262,10 @@ template <class Activation>
 struct SignedMinGRU {
   static constexpr bool is_complex = false;
 
-  template <class A>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&) {
-    const PowerAndRest<A> e = power_and_rest(minus_absolute(x[0]));
-    const Value<A> c = Activation::of(x[1]);
+  template <class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
+    const PowerAndRest<A> e = memo(0, power_and_rest(minus_absolute(x[0])));
+    const Value<A> c = Activation::of(x[1], memo);
     const A inverse = A(1) / (A(1) + e.power);
     const A size = e.rest * inverse, rest = A(2) * e.power * inverse;
     const A by_gate = A(-0.5) * rest * (A(1) + size);
@@ -271,12 +282,13 @@ template <class Activation>
 struct RotationMinGRU {
   static constexpr bool is_complex = true;
 
-  template <class Time, class A>
-  MINGRU_INLINE auto step(const A* x, const Time& time) {
-    const auto d = decay(x[0], time);
+  template <class Time, class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+    const auto d = decay(x[0], time, memo);
     const Turn<A> turn = turn_of(x[1], time);
-    const Value<A> first = Activation::of(x[2]), second = Activation::of(x[3]);
-    const Complex<A> c{first.value, second.value}, e = turn.direction;
+    const Direction<A> toward = memo(0, turn.direction);
+    const Value<A> first = Activation::of(x[2], memo), second = Activation::of(x[3], memo);
+    const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine};
     const Imaginary<A> i{A(1)};
     return Step{
         d.keep * e,
@@ -294,10 +306,10 @@ template <class Activation>
 struct MinLSTM {
   static constexpr bool is_complex = false;
 
-  template <class Time, class A>
-  MINGRU_INLINE auto step(const A* x, const Time& time) {
-    const auto d = two_gates(x[0], x[1], time);
-    const Value<A> c = Activation::of(x[2]);
+  template <class Time, class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+    const auto d = two_gates(x[0], x[1], time, memo);
+    const Value<A> c = Activation::of(x[2], memo);
     return Step{
         d.keep,
         d.update * c.value,
@@ -313,10 +325,10 @@ template <class Activation>
 struct UnnormalizedMinLSTM {
   static constexpr bool is_complex = false;
 
-  template <class A>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&) {
-    const Logistic<A> forget = logistic(x[0]), input = logistic(x[1]);
-    const Value<A> c = Activation::of(x[2]);
+  template <class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
+    const Logistic<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
+    const Value<A> c = Activation::of(x[2], memo);
     return Step{
         forget.plus,
         input.plus * c.value,

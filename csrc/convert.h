@@ -21,16 +21,18 @@ constexpr bool has_conversion<BFloat16> = true;
 template <>
 constexpr bool has_conversion<Half> = true;
 
+#if !defined(MINGRU_AVX512) && !defined(MINGRU_AVX2)
 // Called, because the code of a conversion is long.
-template <class A, class T>
-MINGRU_NOT_INLINE void read(A* to, const T* from) {
-  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<A>(from[i]);
+template <class T>
+MINGRU_NOT_INLINE void read(float* to, const T* from) {
+  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-template <class A, class T>
-MINGRU_NOT_INLINE void write(T* to, const A* from) {
+template <class T>
+MINGRU_NOT_INLINE void write(T* to, const float* from) {
   for (int64_t i = 0; i < group; ++i) to[i] = static_cast<T>(from[i]);
 }
+#endif
 
 #ifdef MINGRU_AVX512
 // A bfloat16 is the upper half of a float.

@@ -16,26 +16,32 @@ MINGRU_INLINE void copy_few(T* to, const T* from, int64_t count) {
   if constexpr (size > 1) copy_few<size / 2>(to + copied, from + copied, count);
 }
 
-// The values of a step in a tile: whole groups of features, or fewer than a group, which are padded with 0.
+// The values of a step in a tile: whole groups of features, or fewer than a group, which are padded with 0. Whole groups that
+// need no conversion are never copied.
 template <class A, class T>
 MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t count) {
-  T rest[group] = {};
   for (int64_t step = 0; step < steps; ++step, from.data += from.stride, to += padded_size(count)) {
-    const T* features = from.data;
-    if (count < group) {
-      copy_few(rest, from.data, count);
-      features = rest;
+    if constexpr (has_conversion<T>) {
+      T rest[group] = {};
+      if (count < group) copy_few(rest, from.data, count);
+      for (int64_t i = 0; i < count; i += group) read(to + i, count < group ? rest : from.data + i);
+    } else {
+      std::memset(to, 0, group * sizeof(T));
+      copy_few(to, from.data, count);
     }
-    for (int64_t i = 0; i < count; i += group) read(to + i, features + i);
   }
 }
 
 template <class A, class T>
 MINGRU_NOT_INLINE void store(Rows<T> to, const A* from, int64_t steps, int64_t count) {
-  T rest[group];
   for (int64_t step = 0; step < steps; ++step, to.data += to.stride, from += padded_size(count)) {
-    for (int64_t i = 0; i < count; i += group) write(count < group ? rest : to.data + i, from + i);
-    if (count < group) copy_few(to.data, rest, count);
+    if constexpr (has_conversion<T>) {
+      T rest[group];
+      for (int64_t i = 0; i < count; i += group) write(count < group ? rest : to.data + i, from + i);
+      if (count < group) copy_few(to.data, rest, count);
+    } else {
+      copy_few(to.data, from, count);
+    }
   }
 }
 

@@ -10,9 +10,11 @@
 // Always inlined, because a function call would prevent the vectorization of the loop.
 #if defined(_MSC_VER)
 #define MINGRU_INLINE static __forceinline
+#define MINGRU_INLINE_MEMBER __forceinline
 #define MINGRU_NOT_INLINE static __declspec(noinline)
 #else
 #define MINGRU_INLINE static inline __attribute__((always_inline))
+#define MINGRU_INLINE_MEMBER inline __attribute__((always_inline))
 #define MINGRU_NOT_INLINE static __attribute__((noinline))
 #endif
 
@@ -126,15 +128,23 @@ MINGRU_INLINE A minus_absolute(A x) {
   return bit_cast<A>(bit_cast<UInt>(x) | UInt(1) << (sizeof(A) * 8 - 1));
 }
 
+// Functions take a `memo`, which marks what is computed ahead if a loop is split: see lanes.h. This one computes all at once.
+struct AtOnce {
+  template <class T>
+  MINGRU_INLINE_MEMBER T operator()(int, T value) const {
+    return value;
+  }
+};
+
 // sigma(x) and sigma(-x), both in full relative precision, because 1 - sigma(x) would cancel.
 template <class A>
 struct Logistic {
   A plus, minus;
 };
 
-template <class A>
-MINGRU_INLINE Logistic<A> logistic(A x) {
-  const A p = power(minus_absolute(x));
+template <class A, class Memo>
+MINGRU_INLINE Logistic<A> logistic(A x, Memo& memo) {
+  const A p = memo(0, power(minus_absolute(x)));
   const A large = A(1) / (A(1) + p);
   const A small = p * large;
   const bool left = x < A(0);
@@ -168,17 +178,17 @@ struct Value {
 };
 
 // log(1 + exp(x))
-template <class A>
-MINGRU_INLINE Value<A> softplus(A x) {
-  const A p = power(minus_absolute(x));
+template <class A, class Memo>
+MINGRU_INLINE Value<A> softplus(A x, Memo& memo) {
+  const A p = memo(0, power(minus_absolute(x)));
   const bool left = x < A(0);
   return {(left ? A(0) : x) + log1p_of_unit(p), (left ? p : A(1)) / (A(1) + p)};
 }
 
 // If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 exp(-2|x|) / (1 + exp(-2|x|))^2.
-template <class A>
-MINGRU_INLINE Value<A> hyperbolic_tangent(A x) {
-  const PowerAndRest<A> e = power_and_rest(A(2) * minus_absolute(x));
+template <class A, class Memo>
+MINGRU_INLINE Value<A> hyperbolic_tangent(A x, Memo& memo) {
+  const PowerAndRest<A> e = memo(0, power_and_rest(A(2) * minus_absolute(x)));
   const A inverse = A(1) / (A(1) + e.power);
   const A size = e.rest * inverse;
   const A far = A(4) * e.power * (inverse * inverse);
