@@ -8,7 +8,7 @@ import torch
 
 import mingru
 from mingru import functional
-from mingru.ops import Spec, route
+from mingru.ops import Spec, cells, route
 from mingru.ops.backend import Backend
 
 X = torch.zeros(2, 20, 3)
@@ -241,3 +241,40 @@ def test_the_layer_does_not_know_which_body_ran():
         with mingru.use_backend(name):
             torch.testing.assert_close(rnn(x), expected, rtol=1e-9, atol=1e-9)
         assert list(rnn.state_dict()) == keys
+
+
+class Python(mingru.MinGRU):
+    cell = "only_python"
+
+
+@pytest.fixture
+def _cell_of_python(monkeypatch):
+    """A cell without kernels; `coefficients` computes it like "mingru"."""
+    monkeypatch.setitem(cells.CELLS, "only_python", cells.Cell(2, not_timed="the cell has no clock"))
+    monkeypatch.setitem(cells.NUM_INPUTS, "only_python", 2)
+    route._warn_once_if_a_cell_is_missing.cache_clear()
+    yield
+    route._warn_once_if_a_cell_is_missing.cache_clear()
+
+
+@pytest.mark.usefixtures("_cell_of_python")
+@pytest.mark.skipif(mingru.backends()["native"] is not True, reason="the kernels were not built")
+def test_a_cell_without_kernels_runs_with_a_warning():
+    rnn, same, x = Python(3, 4, bidirectional=True), mingru.MinGRU(3, 4, bidirectional=True), torch.randn(2, 5, 3)
+    same.load_state_dict(rnn.state_dict())
+    expected = same(x)
+    with pytest.warns(RuntimeWarning, match="slower backend 'torch' on the CPU, .* the cell 'only_python'"):
+        found = rnn(x)
+    # Once.
+    with torch.no_grad():
+        without_gradients = rnn(x)
+    for one, other, exact in zip(found, without_gradients, expected, strict=True):
+        torch.testing.assert_close(one, exact)
+        torch.testing.assert_close(other, exact)
+    found[0].sum().backward()
+    expected[0].sum().backward()
+    torch.testing.assert_close(rnn.layers[0].linear.weight.grad, same.layers[0].linear.weight.grad)
+    with pytest.raises(ValueError, match="dt must be None because the cell has no clock"):
+        rnn(x, dt=torch.ones(2, 5))
+    with mingru.use_backend("native"), pytest.raises(ValueError, match="it has no kernel for the cell 'only_python'"):
+        rnn(x)
