@@ -127,14 +127,14 @@ def test_operators_refuse_what_would_read_past_the_end():
 @pytest.mark.parametrize(
     "lengths",
     [
-        torch.tensor([20, 0, 7]),
+        torch.tensor([20, -1, 7]),
         torch.tensor([21, 1, 7]),
         torch.tensor([20, 7]),
         torch.tensor([[20, 1, 7]]),
         torch.tensor([20, 1, 7], dtype=torch.int32),
         torch.tensor([20, 0, 1, 0, 7, 0])[::2],
     ],
-    ids=["0", "more than S", "too few", "two dimensions", "int32", "not contiguous"],
+    ids=["negative", "more than S", "too few", "two dimensions", "int32", "not contiguous"],
 )
 def test_operators_refuse_wrong_lengths(lengths):
     x, weight, h = torch.randn(3, 20, 4), torch.randn(10, 4), torch.rand(3, 1, 5)
