@@ -1,7 +1,7 @@
 // The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives by each input. `x` is one
 // feature of each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see
-// `decay`. Derivatives that are not used cost nothing, because all functions are inlined. `memo` marks what is computed ahead
-// if a loop is split: see lanes.h.
+// `decay`. `memo` marks what is computed ahead if a loop is split: see lanes.h. Derivatives that are not used cost nothing,
+// because all functions are inlined.
 // MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
@@ -81,8 +81,8 @@ struct Tanh {
   }
 };
 
-// The time of a step, if the cell depends on it not at all, on the elapsed time, or also on a lower bound m of the decay per
-// unit of time.
+// The time of a step, if the decay depends on it not at all, on the elapsed time, or also on a lower bound m per unit of
+// time.
 template <class A>
 struct Untimed {
   using Accumulation = A;
@@ -91,7 +91,7 @@ struct Untimed {
 template <class A>
 struct Timed : Untimed<A> {
   A dt;
-  A endless_above;  // see `decay`; infinity unless the elapsed time is infinite
+  A endless_above;  // see `rate_at`; infinity unless the elapsed time is infinite
 };
 
 template <class A>
@@ -199,8 +199,8 @@ struct Turn {
 template <class A>
 constexpr A quarter_pi = A(0.785398163397448309616);
 
-// Eight units are a whole turn. The first remainder leaves what `direction` takes, also of numbers of any size, because floats
-// above 2^32 are multiples of 512.
+// Eight units are a whole turn. The first remainder leaves what `direction` takes, also of large numbers: floats above 2^32
+// are multiples of 512.
 template <class A>
 MINGRU_INLINE Turn<A> turn_of(A u, const Untimed<A>&) {
   return {direction(A(0.25) * remainder(u, A(1024))), quarter_pi<A>};

@@ -16,8 +16,8 @@ MINGRU_INLINE void copy_few(T* to, const T* from, int64_t count) {
   if constexpr (size > 1) copy_few<size / 2>(to + copied, from + copied, count);
 }
 
-// The values of a step in a tile: whole groups of features, or fewer than a group, which are padded with 0. Whole groups that
-// need no conversion are never copied.
+// The values of a step in a tile: whole groups of features, or fewer than a group, which are padded with 0. Whole groups
+// that need no conversion are not copied.
 template <class A, class T>
 MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t count) {
   for (int64_t step = 0; step < steps; ++step, from.data += from.stride, to += padded_size(count)) {

@@ -65,6 +65,7 @@ struct Memo {
     return computed_in < stage ? stored : value;
   }
 
+  // Slopes are only used backward.
   MINGRU_INLINE_MEMBER Value<A> operator()(int computed_in, const Value<A>& f) {
     const A value = (*this)(computed_in, f.value);
     return {value, with_slopes ? (*this)(computed_in, f.slope) : f.slope};
@@ -79,11 +80,12 @@ struct Memo {
   }
 };
 
+// The values that are computed ahead, if the loop is split.
 template <class Cell, class Time, bool with_slopes, class A>
 struct Ahead {
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int last_stage = !is_split ? 0 : is_timed ? 2 : 1;
-  static constexpr int most_values = 12;
+  static constexpr int most_values = 12;  // that a cell marks
 
   A values[is_split ? most_values : 1][most_lanes];
 
@@ -211,7 +213,7 @@ struct Forward {
   }
 };
 
-// From delta = dL/dh_t.
+// The gradient of a number, from delta = dL/dh_t.
 template <class Number, class Scale, class OfA, class OfB>
 MINGRU_INLINE auto gradient(Number delta, Number previous, const Partial<Scale, OfA, OfB>& by) {
   return by.scale * dot(delta, previous * by.a + by.b);
@@ -281,7 +283,7 @@ struct Backward {
   }
 };
 
-// With an infinite elapsed time, see `decay`.
+// For an infinite elapsed time, see `rate_at`.
 template <class A>
 MINGRU_INLINE void set_time(Timed<A>& time, A dt) {
   const bool is_endless = dt == Format<A>::infinity;
@@ -303,7 +305,7 @@ static void run_lanes(const Lanes<A>& given) {
   for (int64_t step = 0; step < lanes.steps; ++step) {
     set_time(time, lanes.dt.data[step * lanes.dt.stride]);
     int64_t lane = 0;
-    for (; lane + chunk <= count;) {
+    while (lane + chunk <= count) {
       int64_t size = chunk;
       if (is_split) size = count - lane < most ? count - lane : most;
       Pass::template block<chunk>(lanes, time, lane * Pass::numbers, size);

@@ -128,7 +128,7 @@ MINGRU_INLINE A minus_absolute(A x) {
   return bit_cast<A>(bit_cast<UInt>(x) | UInt(1) << (sizeof(A) * 8 - 1));
 }
 
-// Functions take a `memo`, which marks what is computed ahead if a loop is split: see lanes.h. This one computes all at once.
+// A `memo` marks what is computed ahead if a loop is split: see lanes.h. This one computes all at once.
 struct AtOnce {
   template <class T>
   MINGRU_INLINE_MEMBER T operator()(int, T value) const {
