@@ -1,6 +1,6 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives.
 
-A number is a tuple: (x,) if it is real, (real, imaginary) if it is complex, () if it is 0. A part that is None is 0.
+A number is a tuple: (real, imaginary), or (x,) if it is real, (x, (), ()) if it is imaginary, () if it is 0.
 
 A cell is one function of its inputs, a tuple of real numbers. Those of a complex cell are pairs: the first input of
 `rotation` consists of a gate and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of
@@ -139,7 +139,7 @@ def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     return (
         a,
         (z * value0, z * value1),
-        (of_gate, of_angle, ((), (z * slope0, None), ()), ((), (None, z * slope1), ()), of_time),
+        (of_gate, of_angle, ((), (z * slope0,), ()), ((), (z * slope1, (), ()), ()), of_time),
     )
 
 
@@ -200,7 +200,7 @@ def scans(x):
         return (
             (x[0], x[1]),
             (x[2], x[3]),
-            (((one, None), (), ()), ((None, one), (), ()), ((), (one, None), ()), ((), (None, one), ())),
+            (((one,), (), ()), ((one, (), ()), (), ()), ((), (one,), ()), ((), (one, (), ()), ())),
         )
 
 

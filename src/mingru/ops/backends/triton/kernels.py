@@ -37,15 +37,12 @@ def load_state(x, there, like, PAIRS: tl.constexpr):
 @triton.jit
 def begin(x, batch_stride, step, origin, feature, V: tl.constexpr):
     """Return a sequence from its first step in the order of the scan, and the stride to the next step, in elements."""
-    if x is None:
-        return x, step
-    else:
-        batch, first_row, sign = origin
-        step = step.to(tl.int64) * V
-        # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
-        ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
-        at = batch * batch_stride * V + first_row * step
-        return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
+    batch, first_row, sign = origin
+    step = step.to(tl.int64) * V
+    # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
+    ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
+    at = batch * batch_stride * V + first_row * step
+    return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
 
 
 @triton.jit
@@ -211,15 +208,21 @@ def recurrence_kernel(
     origin = batch, first_row, sign
     x0, x_rows = begin(x0, x_batch, x_step, origin, feature, V)
     x1 = begin(x1, x_batch, x_step, origin, feature, V)[0]
-    x2 = begin(x2, x_batch, x_step, origin, feature, V)[0]
-    out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
-    grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
-    grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
-    reset, reset_rows = begin(reset, reset_batch, reset_step, origin, 0, 1)
+    if x2 is not None:
+        x2 = begin(x2, x_batch, x_step, origin, feature, V)[0]
+    if not SUMMARY:
+        out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
+    if BACKWARD:
+        grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
+    if BACKWARD and not SUMMARY:
+        grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
+    if reset is not None:
+        reset, reset_rows = begin(reset, reset_batch, reset_step, origin, 0, 1)
     if grad_dt is not None:
         grad_dt_batch, grad_dt_rows = dt_batch.to(tl.int64) * num_units, dt_step.to(tl.int64) * num_units
         grad_dt, grad_dt_rows = begin(grad_dt, grad_dt_batch, grad_dt_rows, origin, unit, 1)
-    dt, dt_rows = begin(dt, dt_batch, dt_step, origin, 0, 1)
+    if dt is not None:
+        dt, dt_rows = begin(dt, dt_batch, dt_step, origin, 0, 1)
 
     keeping = KEEPING[0]
     if PAIRS:

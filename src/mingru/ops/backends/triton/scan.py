@@ -27,36 +27,26 @@ def features(x):
 
 
 @triton.jit
-def add_product(c, a, b):
-    """Return c + a b for parts of numbers."""
-    if a is None or b is None:
-        return c
-    elif c is None:
-        return a * b
-    else:
-        return tl.math.fma(a, b, c)
-
-
-@triton.jit
 def plus_times(c, a, b):
     """Return c + a b."""
     if len(a) == 1:
-        return (add_product(c[0], a[0], b[0]),)
+        return (tl.math.fma(a[0], b[0], c[0]),)
     else:
-        opposite = None if a[1] is None else minus(a[1])
-        return (
-            add_product(add_product(c[0], a[0], b[0]), opposite, b[1]),
-            add_product(add_product(c[1], a[0], b[1]), a[1], b[0]),
-        )
+        real, imaginary = tl.math.fma(a[0], b[0], c[0]), tl.math.fma(a[0], b[1], c[1])
+        return tl.math.fma(minus(a[1]), b[1], real), tl.math.fma(a[1], b[0], imaginary)
 
 
 @triton.jit
 def times(a, b):
-    """Return a b."""
-    if len(a) == 1:
-        return plus_times((None,), a, b)
+    """Return a b. If b is complex, a may be real or imaginary; see `cells`."""
+    if len(b) == 1:
+        return (a[0] * b[0],)
+    elif len(a) == 1:
+        return a[0] * b[0], a[0] * b[1]
+    elif len(a) == 3:
+        return minus(a[0] * b[1]), a[0] * b[0]
     else:
-        return plus_times((None, None), a, b)
+        return a[0] * b[0] - a[1] * b[1], a[1] * b[0] + a[0] * b[1]
 
 
 @triton.jit
@@ -130,12 +120,14 @@ def changes_of(derivatives, previous):
 @triton.jit
 def gradient(delta, change, scale):
     """Return the gradient of a real number, from that of the state and the result of `change`."""
-    if len(delta) == 1:
-        return delta[0] * change[0]
-    elif len(change) == 0:
+    if len(change) == 0:
         return tl.zeros(delta[0].shape, delta[0].dtype)
+    elif len(change) == 1:
+        return delta[0] * change[0]
+    elif len(change) == 3:
+        return delta[1] * change[0]
     else:
-        gradient = add_product(add_product(None, delta[0], change[0]), delta[1], change[1])
+        gradient = delta[0] * change[0] + delta[1] * change[1]
         return gradient * scale[0] if len(scale) > 0 else gradient
 
 
