@@ -1,5 +1,5 @@
 // The call of a recurrence: the one value that all operators take, beside sequences and weights. To add an option, add it
-// here, to `Operands` and the cells, and to `_packed_call` in src/mingru/ops/backends/native.py.
+// here, to `Operands` and the cells, and to `_call` in src/mingru/ops/backends/native.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
