@@ -208,7 +208,11 @@ def test_empty_sequences_on_every_backend(backend, cell, hooked, lengths):
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [("native", ALL), ("torch", {}), ("log", {"bidirectional": True})],
+    [
+        pytest.param("native", ALL, marks=pytest.mark.slow),
+        ("torch", {}),
+        pytest.param("log", {"bidirectional": True}, marks=pytest.mark.slow),
+    ],
     ids=["native", "torch", "log"],
 )
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
