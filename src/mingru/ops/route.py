@@ -114,7 +114,8 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
 def is_native() -> bool:
     """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
     name = _chosen.name if _chosen.name != "auto" else os.environ.get(VARIABLE) or "auto"
-    return name in ("auto", "native") and BACKENDS["native"].unavailable() is None
+    is_first = name == "native" or (name == "auto" and FASTEST_FIRST[0] == "native")
+    return is_first and BACKENDS["native"].unavailable() is None
 
 
 def is_selected(backend: str = "auto") -> bool:
