@@ -99,7 +99,7 @@ class Plan:
             raise ValueError("the instructions cannot describe this module")
 
     def child(self, module: Any, *types: type) -> Any:
-        """Return a submodule of which the plan depends, and refuse all but these types."""
+        """Return a submodule on which the plan depends, and refuse all but these types."""
         self._submodules.append(module)
         self._types.append(type(module))
         self._watch(module)
@@ -118,9 +118,11 @@ class Plan:
             self._then.append(dict(entries))
         self._hooks += map(attributes.get, _HOOKS, repeat({}))
         if module._parameters:
+            dicts, keys, values = self._parameters
             for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
-                for values, value in zip(self._parameters, (entries, key, entries[key]), strict=True):
-                    values.append(value)
+                dicts.append(entries)
+                keys.append(key)
+                values.append(entries[key])
         cls = type(module)
         self.require(cls in _FORWARDS, attributes.get("_compiled_call_impl") is None)
         # An attribute of the instance may stand in for a method of its class.

@@ -152,17 +152,6 @@ def softplus(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def activate(v, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Return the activation of the candidate and its derivative."""
-    if ACTIVATION == "positive":
-        return positive(v, EXACT)
-    elif ACTIVATION == "tanh":
-        return hyperbolic_tangent(v, EXACT)
-    else:
-        return v, tl.full(v.shape, 1.0, v.dtype)
-
-
-@triton.jit
 def small_direction(r):
     """Return cos(pi r) and sin(pi r) for |r| <= 1/4. csrc/math.h has the errors of these polynomials."""
     x = r * r
