@@ -47,7 +47,7 @@ int64_t num_inputs_of(Cell cell);
   INSTRUCTION(rms_norm)                                                                                                 \
   INSTRUCTION(layer_norm)                                                                                               \
   INSTRUCTION(linear)                                                                                                   \
-  INSTRUCTION(gelu)                                                                                                     \
+  INSTRUCTION(linear_gelu)                                                                                              \
   INSTRUCTION(causal_conv)                                                                                              \
   INSTRUCTION(scan)                                                                                                     \
   INSTRUCTION(scan_both)

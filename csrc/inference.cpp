@@ -19,8 +19,10 @@ using namespace mingru;
 enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_ENUM) };
 #undef MINGRU_ENUM
 
-// So many values stay in the second-level cache between the three passes over them.
-constexpr int64_t values_per_erf = 1 << 14;
+// The memory of a pass between its instructions, at most so many bytes for each value. Smaller values are as fast in new
+// memory; larger ones would keep too much.
+constexpr int64_t least_kept_bytes = 1 << 16, most_kept_bytes = 1 << 25;
+thread_local std::array<Scratch, 4> values_scratch;
 
 // Thrown if an argument does not fit. The caller then runs the modules one by one, which names the argument.
 struct DoesNotFit {};
@@ -105,7 +107,10 @@ class Pass {
 
   std::tuple<Tensor, std::vector<Tensor>> run() {
     const auto* code = static_cast<const int64_t*>(code_.data_ptr());
+    int64_t output = code_.size(0) - 1;
+    while (output > 0 && !makes_x(static_cast<Instruction>(code[4 * output]))) --output;
     for (int64_t i = 0; i < code_.size(0); ++i, code += 4) {
+      is_output_ = i == output;
       apply(static_cast<Instruction>(code[0]), code[1] != 0, code[2], code[3]);
     }
     // Every layer of every state has been written.
@@ -153,7 +158,30 @@ class Pass {
     return weight;
   }
 
-  Tensor new_x(int64_t features) const { return empty({x_.size(0), x_.size(1), features}, x_); }
+  static bool makes_x(Instruction instruction) {
+    return instruction != Instruction::add && instruction != Instruction::add_linear &&
+           instruction != Instruction::keep;
+  }
+
+  bool is_used(const void* memory) const {
+    const auto is_there = [&](const Tensor& each) { return each.data_ptr() == memory; };
+    return is_there(x_) || std::any_of(kept_.begin(), kept_.end(), is_there);
+  }
+
+  // In memory that the thread keeps, unless x is the output of the pass.
+  Tensor new_x(int64_t features) const {
+    const int64_t bytes = num_rows() * features * x_.element_size();
+    if (!is_output_ && bytes >= least_kept_bytes && bytes <= most_kept_bytes) {
+      for (Scratch& scratch : values_scratch) {
+        void* memory = scratch.at_least(0);
+        if (memory && is_used(memory)) continue;
+        return torch::stable::from_blob(
+            scratch.at_least(bytes), {x_.size(0), x_.size(1), features}, {x_.size(1) * features, features, 1}, x_.device(),
+            x_.scalar_type());
+      }
+    }
+    return empty({x_.size(0), x_.size(1), features}, x_);
+  }
 
   template <class F>
   void with_type(const F& f) const {
@@ -167,12 +195,12 @@ class Pass {
   void apply(Instruction instruction, bool has_bias, int64_t state, int64_t cell) {
     switch (instruction) {
       case Instruction::keep: kept_.push_back(as_contiguous(x_)); return;
-      case Instruction::add: return add_kept(pop_kept());
-      case Instruction::add_linear: return add_kept(mapped(pop_kept(), has_bias));
+      case Instruction::add: add_kept(kept()); return kept_.pop_back();
+      case Instruction::add_linear: add_kept(mapped(kept(), has_bias)); return kept_.pop_back();
       case Instruction::rms_norm: return norm(false);
       case Instruction::layer_norm: return norm(true);
       case Instruction::linear: x_ = mapped(as_contiguous(x_), has_bias); return;
-      case Instruction::gelu: return apply_gelu();
+      case Instruction::linear_gelu: return map_and_gelu(has_bias);
       case Instruction::causal_conv: return convolve(has_bias, state);
       case Instruction::scan: return recur(has_bias, false, state, cell);
       case Instruction::scan_both: return recur(has_bias, true, state, cell);
@@ -180,11 +208,9 @@ class Pass {
     throw DoesNotFit();
   }
 
-  Tensor pop_kept() {
+  const Tensor& kept() const {
     require(!kept_.empty());
-    const Tensor kept = kept_.back();
-    kept_.pop_back();
-    return kept;
+    return kept_.back();
   }
 
   // Only after an operation that made a new x, because x is changed in place.
@@ -229,29 +255,33 @@ class Pass {
     return out;
   }
 
-  // x (1 + erf(x / sqrt(2))) / 2, after an operation that made a new x, because x is changed in place. Not aten::gelu,
-  // because the stable ABI never frees the string that it takes.
-  void apply_gelu() {
-    require(x_.is_contiguous());
-    with_type([&](auto type) {
-      using T = decltype(type);
-      T* x = static_cast<T*>(x_.data_ptr());
-      torch::stable::parallel_for(0, x_.numel(), values_per_erf, [&](int64_t begin, int64_t end) {
-        std::vector<T> values(std::min(values_per_erf, end - begin));
-        for (int64_t i = begin; i < end; i += values_per_erf) {
-          const int64_t count = std::min(values_per_erf, end - i);
-          for (int64_t k = 0; k < count; ++k) values[k] = x[i + k] * T(0.70710678118654752440);
-          erf_in_place(matrix(values.data(), 1, count, count, 1, x_));
-          for (int64_t k = 0; k < count; ++k) x[i + k] *= T(0.5) * (T(1) + values[k]);
-        }
-      });
-    });
+  // gelu(W x + b). Not by aten::gelu: the stable ABI never frees the string that it takes.
+  void map_and_gelu(bool has_bias) {
+    const Tensor x = as_contiguous(x_);
+    if (num_rows() <= most_few_rows) {
+      x_ = mapped(x, has_bias);
+      with_type([&](auto type) { gelu_in_place(static_cast<decltype(type)*>(x_.data_ptr())); });
+      return;
+    }
+    const Tensor& weight = next_matrix(x.size(2));
+    const int64_t columns = weight.size(0), features = weight.size(1);
+    const Tensor added = has_bias ? next_vector(columns) : matrix(weight.data_ptr(), 1, 1, 1, 1, x);  // times has_bias
+    const Tensor rows = matrix(x.data_ptr(), num_rows(), features, features, 1, x);
+    AtenTensorHandle out;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(
+        added.get(), rows.get(), transposed(weight).get(), has_bias, 1, /*use_gelu=*/1, &out));
+    x_ = torch::stable::view(Tensor(out), {x.size(0), x.size(1), columns});
   }
 
-  static void erf_in_place(const Tensor& x) {
-    std::array<StableIValue, 1> stack{torch::stable::detail::from(x)};
+  template <class T>
+  void gelu_in_place(T* x) const {
+    const int64_t count = x_.numel();
+    std::vector<T> values(x, x + count);
+    for (T& value : values) value *= T(0.70710678118654752440);
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(matrix(values.data(), 1, count, count, 1, x_))};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
+    for (int64_t i = 0; i < count; ++i) x[i] *= T(0.5) * (T(1) + values[i]);
   }
 
   // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.
@@ -378,6 +408,7 @@ class Pass {
   const std::vector<Tensor>&weights_, &states_, &initial_states_, &resets_, &times_;
   const Tensor &code_, &numbers_;
   const bool time_first_;
+  bool is_output_ = false;
   size_t next_weight_ = 0;
   int64_t next_number_ = 0;
   std::vector<Tensor> kept_, last_;

@@ -3,8 +3,6 @@
 // batch element, then those of the next, and so on. Called only by src/mingru/ops/backends/native.py.
 #include "linear.h"
 
-#include <memory>
-
 #include "operands.h"
 
 namespace {
@@ -86,27 +84,6 @@ std::vector<Block> blocks_of(const Operands& operands, bool time_major, bool bac
   if (scan.reverse != backward) std::reverse(blocks.begin(), blocks.end());
   return blocks;
 }
-
-// Memory that a thread keeps between calls, because new pages cost more time than the computation in them.
-class Scratch {
- public:
-  void* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      // Aligned to cache lines, for the matrix multiplication.
-      memory_.reset(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::unique_ptr<Line[]> memory_;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch pre_activations_scratch, grads_scratch, rows_scratch, grad_rows_scratch;
 

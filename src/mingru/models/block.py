@@ -194,8 +194,7 @@ class Block(Base, role="sequence", planned=True):
             plan.require(len(parts) == 4)
             features = plan.keep()
             plan.norm(parts[0])
-            plan.linear(parts[1])
-            plan.gelu(parts[2])
+            plan.linear(parts[1], gelu=parts[2])
             plan.linear(parts[3])
             plan.add(features)
         plan.num_states = state + self.num_states

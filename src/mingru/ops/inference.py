@@ -29,6 +29,7 @@ from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 _DTYPES = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALL = nn.Module.__call__
+_forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
 # The `forward` of every class that a plan may replace, to notice if somebody replaces it.
 _OF_TORCH = (nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)
 _FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in _OF_TORCH}
@@ -89,7 +90,7 @@ class Plan:
         return (
             self.is_supported
             and not any(self._hooks)
-            and [cls.forward for cls in self._classes] == self._forwards
+            and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
         )
 
@@ -148,9 +149,12 @@ class Plan:
         self.require(num_outputs == self._features)
         self._add("add_linear", has_bias)
 
-    def linear(self, linear: Any) -> None:
+    def linear(self, linear: Any, gelu: Any = None) -> None:
+        """Add a linear map of x, and GELU of it if there is one."""
         has_bias, self._features = self._map(linear, self._features)
-        self._add("linear", has_bias)
+        if gelu is not None:
+            self.require(self.child(gelu, nn.GELU).approximate == "none")
+        self._add("linear" if gelu is None else "linear_gelu", has_bias)
 
     def norm(self, norm: Any) -> None:
         self.child(norm, nn.RMSNorm, nn.LayerNorm)
@@ -162,11 +166,6 @@ class Plan:
         # NaN is the default of RMSNorm, which depends on the dtype.
         self._numbers.append(math.nan if norm.eps is None else norm.eps)
         self._add("rms_norm" if is_rms else "layer_norm")
-
-    def gelu(self, gelu: Any) -> None:
-        self.child(gelu, nn.GELU)
-        self.require(gelu.approximate == "none")
-        self._add("gelu")
 
     def causal_conv(self, conv: Any, state: int) -> None:
         """Add the convolution of x; the caller has checked its type."""
@@ -248,7 +247,7 @@ def run(
         states = module.default_states(x, batch)
     elif not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
         return None
-    if [each.shape for each in states] != module.state_shapes(batch):
+    if list(map(_shape_of, states)) != module.state_shapes(batch):
         return None
     initial_states = resets = times = []
     if reset is not None or dt is not None:
