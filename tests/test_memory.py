@@ -11,7 +11,7 @@ from torch import nn
 
 import mingru
 from mingru.ops import Layout, Spec, Start, autograd
-from mingru.ops.layout import LinearScan
+from mingru.ops.scan import LinearScan
 
 C = ctypes.CDLL(None) if sys.platform == "linux" else None
 pytestmark = [

@@ -15,6 +15,7 @@ from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import is_autocast, is_tracing
+from .scan import LinearScan
 from .shape import States, accumulate_dtype, as_dtype, empty_states
 
 __all__ = [
@@ -52,7 +53,7 @@ def linear_scan(
         name = route.choose(spec, b, backend)
         if b.numel() == 0:
             return empty_states(a * b, h)
-        scan = layout.LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
+        scan = LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
         out, last = _or_other(lambda name: autograd.scan(name, scan), name, spec, b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 

@@ -1,12 +1,7 @@
 """Derivatives of the recurrences, for every cell and every backend.
 
-The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence in the opposite direction:
-
-    delta_t = dL/dh_t + a_{t+1} delta_{t+1}
-    dL/db_t = delta_t      dL/da_t = delta_t h_{t-1}      dL/dh_0 = a_1 delta_1
-
-`Scan` computes these formulas by differentiable operations. Forward mode is another scan, and `vmap` folds the mapped
-dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates. It
+`Scan` computes the formulas of `scan` by differentiable operations. Forward mode is another scan, and `vmap` folds the
+mapped dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates. It
 supports every cell, backend and derivative.
 
 `Recurrence` runs fused kernels for the forward pass and the first derivative. It saves the states, and the
@@ -26,9 +21,10 @@ from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
-from .layout import LinearScan, as_linear_scan, in_layout, is_transposed, padded_call, without_padding
+from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .route import after, backend_of
-from .shape import States, along
+from .scan import LinearScan, adjoint, grad_of_h, previous_states
+from .shape import States
 
 
 def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
@@ -93,12 +89,12 @@ class ScanInGraph(torch.autograd.Function):
             return None, *kernel(call, out, *grad), None, None
         # Kernels have no rule for batched gradients.
         run = traceable.scan if batched else lambda call: scan(ctx.name, call)
-        delta = _adjoint(run, call, grad)
+        delta = adjoint(run, call, grad)
         grad_a = grad_h = None
         if ctx.needs_input_grad[1]:
-            grad_a = delta * _previous_states(call, out).conj()
+            grad_a = delta * previous_states(call, out).conj()
         if ctx.needs_input_grad[3]:
-            grad_h = _grad_of_h(call, delta)
+            grad_h = grad_of_h(call, delta)
         return None, grad_a, delta, grad_h, None, None
 
 
@@ -116,7 +112,7 @@ class Scan(ScanInGraph):
         a, h, reset, out = ctx.saved_tensors
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
-            drive = drive + da * _previous_states(LinearScan(a, out, h, reset, ctx.reverse), out)
+            drive = drive + da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out)
         dh = torch.zeros_like(h) if dh is None else dh
         return scan(ctx.name, LinearScan(a, drive, dh, reset, ctx.reverse))
 
@@ -131,34 +127,6 @@ class Scan(ScanInGraph):
         states = scan(name, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
         out, last = (torch.unflatten(tensor, 0, [info.batch_size, -1]) for tensor in states)
         return (out, last), (0, 0)
-
-
-def _first(sequence: Tensor, reverse: bool) -> Tensor:
-    # Not a slice, because a full slice has no rule for `is_grads_batched`.
-    return sequence.narrow(1, sequence.shape[1] - 1 if reverse else 0, 1)
-
-
-def _previous_states(call: LinearScan, out: Tensor) -> Tensor:
-    """Return the previous state of each step, which is 0 at a reset."""
-    previous = torch.cat([out[:, 1:], call.h], 1) if call.reverse else torch.cat([call.h, out[:, :-1]], 1)
-    return previous if call.reset is None else previous.masked_fill(along(call.reset, previous), 0)
-
-
-def _adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
-    """Return delta, by a scan in the opposite direction that uses the decay of the following step."""
-    a, reset, reverse = call.a, call.reset, call.reverse
-    one = torch.ones_like(a[:, :1])
-    decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
-    if reset is not None:
-        no_reset = torch.zeros_like(reset[:, :1])
-        reset = torch.cat([no_reset, reset[:, :-1]] if reverse else [reset[:, 1:], no_reset], 1)
-    grad_out, grad_last = (x.to(a.dtype) for x in grad)
-    return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
-
-
-def _grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
-    grad_h = _first(call.a, call.reverse).conj() * _first(delta, call.reverse)
-    return grad_h if call.reset is None else grad_h.masked_fill(along(_first(call.reset, call.reverse), grad_h), 0)
 
 
 def run_kernel(

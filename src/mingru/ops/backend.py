@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS
-from .layout import LinearScan
+from .scan import LinearScan
 from .shape import States
 
 

@@ -5,30 +5,14 @@ that have a step 1, and so on, P steps in total. The longest sequence is the fir
 CPU, counts the sequences that have each step. Everything here is scriptable.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .call import Layout, Spec, Start
 from .cells import coefficients, is_complex
 from .graph import for_trace, is_captured
+from .scan import LinearScan
 from .shape import States, along, as_dtype, from_pairs, one_like, plus_times, to_pairs
-
-
-class LinearScan(NamedTuple):
-    """The scan h_t = a_t h_{t-1} + b_t. A reset sets h_{t-1} to 0. a, b and h have the accumulation dtype."""
-
-    a: Tensor
-    """Decays, (B, S, *)."""
-    b: Tensor
-    """Inputs, (B, S, *)."""
-    h: Tensor
-    """State before the first step, (B, 1, *)."""
-    reset: Tensor | None
-    """Boolean reset mask, (B, S)."""
-    reverse: bool
-    """Whether the scan runs from the last step to the first."""
 
 
 def padded_call(

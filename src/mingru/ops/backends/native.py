@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..backend import Backend, Kernel
 from ..call import BATCH_FIRST, Layout, Spec, Start
-from ..layout import LinearScan, is_transposed
+from ..layout import is_transposed
+from ..scan import LinearScan
 from ..shape import States, accumulate_dtype, as_dtype, as_real
 
 # The `group` of csrc/scan.h.

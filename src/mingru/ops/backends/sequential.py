@@ -3,7 +3,7 @@
 import torch
 
 from ..backend import Backend
-from ..layout import LinearScan
+from ..scan import LinearScan
 from ..shape import States, along
 
 

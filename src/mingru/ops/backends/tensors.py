@@ -7,7 +7,7 @@ computed one after the other, and one multiply-add adds the carry-in of each chu
     local_t = a_t local_{t-1} + b_t      P_t = a_t P_{t-1}      h_t = local_t + P_t carry
 
 This takes about 2 T + 2 C kernel launches instead of S. For 0 <= a <= 1 and b >= 0 only non-negative terms are added,
-so nothing cancels. These functions work in place and record no gradient; `autograd` defines the derivatives.
+so nothing cancels. The scan works in place and records no gradient; `ops.scan` defines its derivatives.
 """
 
 import math
@@ -21,8 +21,9 @@ from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
 from ..cells import NUM_INPUTS
 from ..graph import is_compiling
-from ..layout import LinearScan, as_linear_scan, padded_call
-from ..shape import States, accumulate_dtype, along, as_dtype
+from ..layout import as_linear_scan, in_layout, padded_call
+from ..scan import LinearScan, adjoint, grad_of_h, previous_states
+from ..shape import States, along
 
 
 def scan(call: LinearScan) -> States:
@@ -56,126 +57,36 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-# On the CPU, coefficients and gradients are computed in blocks of this size, for the reasons in `ops.blocks`.
-_BLOCK_BYTES = 1 << 19
-
-Call = tuple[Spec, list[Tensor], Start, Layout]
-"""The result of `layout.padded_call`."""
-
-
-def _blocks_of(call: Call) -> list[tuple[slice, Call]]:
-    """Return the blocks of steps, each with its part of the call."""
-    spec, inputs, start, layout = call
-    first = inputs[0]
-    num_steps = first.shape[1]
-    size = num_steps
-    if first.is_cpu:
-        # Multiples of 64 steps, so that each of a few threads computes whole SIMD vectors and rounding does not differ.
-        size = max(64, _BLOCK_BYTES // (first.element_size() * first[:, :1].numel()) // 64 * 64)
-
-    def part(steps: slice) -> Call:
-        reset, dt = (None if x is None else x[:, steps] for x in (start.reset, start.dt))
-        lengths = layout.lengths
-        if lengths is not None:
-            lengths = (lengths - steps.start).clamp(0, steps.stop - steps.start)
-        return spec, [x[:, steps] for x in inputs], start._replace(reset=reset, dt=dt), layout._replace(lengths=lengths)
-
-    blocks = [slice(begin, min(begin + size, num_steps)) for begin in range(0, num_steps, size)]
-    return [(steps, part(steps)) for steps in blocks]
-
-
-def _new(like: Tensor, dtype: torch.dtype, time_first: bool) -> Tensor:
-    """Return an uninitialized sequence (B, S, *) in the caller's memory order; the tensor is not a view."""
-    batch, num_steps, *rest = like.shape
-    if time_first:
-        return like.new_empty(num_steps, batch, *rest, dtype=dtype).transpose_(0, 1)
-    return like.new_empty(batch, num_steps, *rest, dtype=dtype)
-
-
 def _recurrence(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool) -> Any:
-    call = padded_call(spec, list(inputs), start, layout)
-    a, b = (_new(call[1][0], accumulate_dtype(inputs[0].dtype), layout.time_first) for _ in range(2))
-    for steps, block in _blocks_of(call):
-        a[:, steps], b[:, steps], *_ = as_linear_scan(*block)
-    h = as_dtype(call[2].h, b.dtype)
-    out, last = _scan_in_place(LinearScan(a, b, h, call[2].reset, call[0].reverse))
-    out = out.to(inputs[0].dtype)
-    if layout.time_first:
-        # In place, so that no output is a view.
-        out.transpose_(0, 1)
-    return out, last.to(start.h.dtype), None
+    # In place, because the coefficients are new.
+    states = _scan_in_place(as_linear_scan(*padded_call(spec, list(inputs), start, layout)))
+    # The padding has states, because backward needs them in the reverse direction.
+    return *in_layout(spec, states, inputs[0], start.h, layout._replace(lengths=None)), None
 
 
 def _recurrence_backward(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients as `autograd` describes, in place and in blocks."""
+    """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
     if layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
-    call = padded_call(spec, list(inputs), start, layout)
-    (_, (first_input, *_), (h, _, reset, _), _), reverse, blocks = call, spec.reverse, _blocks_of(call)
-    # In the order of the scan, not of time.
-    earlier, later, first, last = slice(-1), slice(1, None), slice(1), slice(-1, None)
-    if reverse:
-        earlier, later, first, last = later, earlier, last, first
-
-    a, delta = (_new(first_input, accumulate_dtype(out.dtype), layout.time_first) for _ in range(2))
-    for steps, block in blocks:
-        a[:, steps] = as_linear_scan(*block).a
-    first_a = a[:, first].clone()
-    delta.copy_(grad_out)[:, last] += grad_last
-    later_reset = None if reset is None else reset[:, later]
-    _scan_in_place(LinearScan(a[:, later], delta[:, earlier], delta[:, last].clone(), later_reset, not reverse))
-
-    grad_h = first_a.mul_(delta[:, first])
-    if reset is not None:
-        grad_h.masked_fill_(along(reset[:, first], grad_h), 0)
-    grads = [
-        torch.empty_like(x) if need and x is not None else None
-        for x, need in zip([start.dt, *inputs], needs, strict=True)
-    ]
-    views = [None if grad is None else grad.transpose(0, 1) if layout.time_first else grad for grad in grads]
-    grad_initial_state = None if reset is None else torch.zeros_like(start.initial_state, dtype=delta.dtype)
-    for steps, block in blocks:
-        # The previous state of each step is in `out`, but that of the first step is h.
-        begin, end = (steps.start + 1, steps.stop + 1) if reverse else (steps.start - 1, steps.stop - 1)
-        parts = [out[:, max(begin, 0) : end].to(delta.dtype)]
-        if begin < 0 or end > out.shape[1]:
-            parts.insert(len(parts) if reverse else 0, h.to(delta.dtype))
-        previous = torch.cat(parts, 1)
-        found = _block_backward(block, needs, previous, delta[:, steps])
-        for view, grad in zip(views, found, strict=False):
-            if view is not None:
-                view[:, steps] = grad
-        if grad_initial_state is not None:
-            grad_initial_state += found[-1]
-    if grad_initial_state is not None:
-        grad_initial_state = grad_initial_state.to(start.initial_state.dtype)
-    return grad_h.to(start.h.dtype), grad_initial_state, *grads
-
-
-def _block_backward(call: Call, needs: Sequence[bool], previous: Tensor, delta: Tensor) -> list[Any]:
-    """Return the gradients of dt, of the inputs of a block, and of the initial state, from dL/da and dL/db."""
-    spec, inputs, start, layout = call
+    given = [start.h, start.initial_state, start.dt, *inputs]
+    wants = [True, start.reset is not None, *needs]
     with torch.enable_grad():
         leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip([start.dt, *inputs], needs, strict=True)
+            None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wants, strict=True)
         ]
-        # In the dtype of delta, because the gradients of all blocks are summed in that dtype.
-        initial_state = start.initial_state.detach().to(delta.dtype).requires_grad_(start.reset is not None)
-        leaves.append(initial_state)
-        own = Start(start.h.detach(), initial_state, start.reset, leaves[0])
-        scan = as_linear_scan(spec, leaves[1:-1], own, layout)
-    if start.reset is not None:
-        previous = previous.masked_fill(along(start.reset, previous), 0)
-    outputs = [(x, grad) for x, grad in ((scan.a, previous * delta), (scan.b, delta)) if x.requires_grad]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    if not outputs:
-        return [None] * len(leaves)
-    grads = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
-    return [None if leaf is None or not leaf.requires_grad else next(grads) for leaf in leaves]
+        h, initial_state, dt, *own = leaves
+        call = as_linear_scan(*padded_call(spec, own, Start(h, initial_state, start.reset, dt), layout))
+    with torch.no_grad():
+        # Only the decays are new.
+        delta = adjoint(lambda new: _scan_in_place(new._replace(b=_copy(new.b))), call, (grad_out, grad_last))
+        grads = previous_states(call, out.to(delta.dtype)).mul_(delta), delta, grad_of_h(call, delta)
+    outputs = [(x, grad) for x, grad in zip(call[:3], grads, strict=True) if x.requires_grad]
+    wanted = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
+    found = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
+    return tuple(next(found) if want else None for want in wants)
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:

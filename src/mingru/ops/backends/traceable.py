@@ -19,7 +19,8 @@ from ..backend import Backend
 from ..call import Layout, Spec, Start
 from ..cells import is_complex
 from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
-from ..layout import LinearScan, as_linear_scan, in_layout, padded_call
+from ..layout import as_linear_scan, in_layout, padded_call
+from ..scan import LinearScan
 from ..shape import States, along, empty_states, one_like, plus_times, times
 
 

@@ -18,7 +18,8 @@ from ...backend import Backend, Kernel
 from ...call import Layout, Spec, Start
 from ...cells import NUM_INPUTS
 from ...graph import are_ordinary, is_autocast, is_compiling
-from ...layout import LinearScan, is_transposed
+from ...layout import is_transposed
+from ...scan import LinearScan
 from ...shape import States, accumulate_dtype, as_dtype, as_real
 from . import launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported

@@ -1,0 +1,58 @@
+"""The linear scan and its derivatives, which have one meaning for all backends.
+
+The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence in the opposite direction:
+
+    delta_t = dL/dh_t + a_{t+1} delta_{t+1}
+    dL/db_t = delta_t      dL/da_t = delta_t h_{t-1}      dL/dh_0 = a_1 delta_1
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .shape import States, along
+
+
+class LinearScan(NamedTuple):
+    """The scan h_t = a_t h_{t-1} + b_t. A reset sets h_{t-1} to 0. a, b and h have the accumulation dtype."""
+
+    a: Tensor
+    """Decays, (B, S, *)."""
+    b: Tensor
+    """Inputs, (B, S, *)."""
+    h: Tensor
+    """State before the first step, (B, 1, *)."""
+    reset: Tensor | None
+    """Boolean reset mask, (B, S)."""
+    reverse: bool
+    """Whether the scan runs from the last step to the first."""
+
+
+def _first(sequence: Tensor, reverse: bool) -> Tensor:
+    # Not a slice, because a full slice has no rule for `is_grads_batched`.
+    return sequence.narrow(1, sequence.shape[1] - 1 if reverse else 0, 1)
+
+
+def previous_states(call: LinearScan, out: Tensor) -> Tensor:
+    """Return the previous state of each step, which is 0 at a reset."""
+    previous = torch.cat([out[:, 1:], call.h], 1) if call.reverse else torch.cat([call.h, out[:, :-1]], 1)
+    return previous if call.reset is None else previous.masked_fill(along(call.reset, previous), 0)
+
+
+def adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
+    """Return delta, by a scan in the opposite direction that uses the decay of the following step."""
+    a, reset, reverse = call.a, call.reset, call.reverse
+    one = torch.ones_like(a[:, :1])
+    decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
+    if reset is not None:
+        no_reset = torch.zeros_like(reset[:, :1])
+        reset = torch.cat([no_reset, reset[:, :-1]] if reverse else [reset[:, 1:], no_reset], 1)
+    grad_out, grad_last = (x.to(a.dtype) for x in grad)
+    return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
+
+
+def grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
+    grad_h = _first(call.a, call.reverse).conj() * _first(delta, call.reverse)
+    return grad_h if call.reset is None else grad_h.masked_fill(along(_first(call.reset, call.reverse), grad_h), 0)
