@@ -7,7 +7,7 @@ from torch import nn
 import mingru
 from mingru import functional
 from mingru.ops import Spec
-from mingru.ops.backends import native, tensors
+from mingru.ops.backends import native
 
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
@@ -91,9 +91,8 @@ def test_a_state_of_float32_beside_bfloat16_keeps_its_precision_in_backward(back
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("native", "torch")])
-def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend, monkeypatch):
-    # Many blocks, each of which adds less than the spacing of bfloat16 at the sum.
-    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 1)
+def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend):
+    # Many steps, each of which adds less than the spacing of bfloat16 at the sum.
     gate, candidate = torch.zeros(8, 20_000, 4).bfloat16(), torch.zeros(8, 20_000, 4).bfloat16()
     initial = torch.zeros(1, 1, 4, dtype=torch.bfloat16).requires_grad_()
     reset = torch.ones(8, 20_000, dtype=torch.bool)

@@ -206,7 +206,7 @@ def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     monkeypatch.delenv("MINGRU_BACKEND", raising=False)
     backend = triton.BACKEND
     monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": unavailable}))
-    route._warn_once_if_kernels_are_missing.cache_clear()
+    route._warn_once.cache_clear()
     with pytest.warns(
         RuntimeWarning, match="using the slower backend 'torch' on GPUs, because Triton is not installed"
     ):
@@ -214,7 +214,7 @@ def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     assert route.choose(MINGRU, OnGpu()) == "torch"
     monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
     assert route.choose(MINGRU, OnGpu()) == "triton"
-    route._warn_once_if_kernels_are_missing.cache_clear()
+    route._warn_once.cache_clear()
 
 
 def test_import_does_not_load_triton():

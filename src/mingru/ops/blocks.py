@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import route
 from .call import Layout, Spec, Start
-from .graph import are_ordinary, is_autocast, is_compiling
+from .graph import are_eager, is_autocast
 from .shape import States, accumulate_dtype
 
 _BLOCK_BYTES = 4 << 20
@@ -33,14 +33,10 @@ class Map(NamedTuple):
 
 def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     """Return the size of a block in the first two dimensions of x, or None if blocks cannot be used."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or is_compiling() or is_autocast(x):
+    if not (x.is_cpu and type(of.module) in _CONVOLUTIONS and are_eager(x, *of.module.parameters())):
         return None
     # A hook must be called with the whole batch.
-    if (
-        type(of.module) not in _CONVOLUTIONS
-        or route.is_hooked(of.module)
-        or not are_ordinary(x, *of.module.parameters())
-    ):
+    if torch.is_grad_enabled() or is_autocast(x) or route.is_hooked(of.module):
         return None
     outer, inner = x.shape[:2]
     size = num_inputs * math.prod(of.state_shape) * x.element_size()

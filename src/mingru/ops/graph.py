@@ -7,22 +7,25 @@ on sizes or values are therefore scripted, and the trace contains the scripted f
 import functools
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 from torch.autograd import forward_ad
 from torch.jit import _trace
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "are_batched",
+    "are_eager",
     "are_ordinary",
     "for_trace",
     "is_autocast",
     "is_captured",
     "is_compiling",
     "is_exporting",
+    "is_plain_inference",
     "is_scripting",
     "is_tracing",
     "is_true_for_all_sizes",
@@ -56,6 +59,25 @@ def are_ordinary(*tensors: Tensor) -> bool:
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
     return is_untransformed() and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def are_eager(*tensors: Tensor) -> bool:
+    """Return whether the tensors are ordinary, and no graph is captured, so that they have values."""
+    return not is_compiling() and are_ordinary(*tensors)
+
+
+def is_plain_inference(x: Any) -> bool:
+    """Return whether nobody sees the operations on a tensor: no gradient, graph, transform, mode, autocast or hook."""
+    return (
+        not is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and is_untransformed()
+        and not is_autocast(x)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def is_untransformed() -> bool:

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import route
 from .backends import native
 from .call import Layout, Spec
 from .cells import CELLS
-from .graph import is_compiling, is_untransformed
+from .graph import is_plain_inference
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 
 _DTYPES = (torch.float32, torch.float64)
@@ -217,27 +216,11 @@ def _operator() -> Any:
     return torch.ops.mingru.inference.default
 
 
-def is_open(x: Any) -> bool:
-    """Return whether an inference pass on x may run as one operator."""
-    return (
-        not is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and is_untransformed()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
-
-
 def run(
     module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not is_open(x) or not route.is_native():
+    if not module.planned or not (is_plain_inference(x) and x.is_cpu and x.dtype in _DTYPES) or not route.is_native():
         return None
     shape, plan = x.shape, plan_of(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:

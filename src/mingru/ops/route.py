@@ -82,45 +82,43 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
-def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
-    """Return the name of the backend that runs this spec on this tensor."""
-    selected_by = "backend"
-    if backend == "auto":
-        backend, selected_by = _chosen.name, "use_backend"
-    if backend == "auto":
-        backend, selected_by = os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
-    if backend == "auto":
-        if is_exporting():
-            # The exported graph may run where the kernels of this package are not installed.
-            return "torch"
-        if not is_compiling():
-            if sequence.is_cpu:
-                _warn_once_if_kernels_are_missing()
-            elif sequence.device.type in triton.DEVICES:
-                _warn_once_if_kernels_are_missing("triton", "GPUs")
-        for name in FASTEST_FIRST:
-            if _why_not(name, sequence, spec) is None:
-                if sequence.is_cpu and name != "native" and not is_compiling():
-                    _warn_once_if_a_cell_is_missing(spec.cell)
-                return name
-    selected_by = f"{spec.cell}: {selected_by}"
-    _check_name(backend, selected_by)
-    why = _why_not(backend, sequence, spec)
-    if why is not None:
-        raise ValueError(f"{selected_by} selects {backend!r}, which cannot run this because {why}; use 'auto'")
-    return backend
-
-
-def is_native() -> bool:
-    """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
-    name = _chosen.name if _chosen.name != "auto" else os.environ.get(VARIABLE) or "auto"
-    is_first = name == "native" or (name == "auto" and FASTEST_FIRST[0] == "native")
-    return is_first and BACKENDS["native"].unavailable() is None
+def _selected(backend: str) -> tuple[str, str]:
+    """Return the backend that the caller selected, or "auto", and by which means."""
+    if backend != "auto":
+        return backend, "backend"
+    if _chosen.name != "auto":
+        return _chosen.name, "use_backend"
+    return os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
 
 
 def is_selected(backend: str = "auto") -> bool:
     """Return whether the caller selected a backend: by this argument, by `use_backend` or by the environment."""
-    return any(name != "auto" for name in (backend, _chosen.name, os.environ.get(VARIABLE) or "auto"))
+    return _selected(backend)[0] != "auto"
+
+
+def is_native() -> bool:
+    """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
+    name, _ = _selected("auto")
+    return (FASTEST_FIRST[0] if name == "auto" else name) == "native" and BACKENDS["native"].unavailable() is None
+
+
+def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
+    """Return the name of the backend that runs this spec on this tensor."""
+    name, selected_by = _selected(backend)
+    if name == "auto":
+        if is_exporting():
+            # The exported graph may run where the kernels of this package are not installed.
+            return "torch"
+        name = next(each for each in FASTEST_FIRST if _why_not(each, sequence, spec) is None)
+        if not is_compiling():
+            _warn_if_kernels_are_missing(sequence, spec)
+        return name
+    selected_by = f"{spec.cell}: {selected_by}"
+    _check_name(name, selected_by)
+    why = _why_not(name, sequence, spec)
+    if why is not None:
+        raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
+    return name
 
 
 def after(failure: KernelFailure, name: str, spec: Spec, sequence: Tensor, selected: bool) -> str:
@@ -197,23 +195,22 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
+    """Warn once if the kernels for this device are missing, or those for the CPU lack the cell."""
+    if sequence.is_cpu:
+        why = BACKENDS["native"].unavailable()
+        if why is None and spec.cell not in native.CELLS:
+            why = f"the compiled kernels lack the cell {spec.cell!r}"
+        _warn_once("the CPU", why)
+    elif sequence.device.type in triton.DEVICES:
+        _warn_once("GPUs", BACKENDS["triton"].unavailable())
+
+
 @functools.cache
-def _warn_once_if_kernels_are_missing(name: str = "native", devices: str = "the CPU") -> None:
-    why = BACKENDS[name].unavailable()
+def _warn_once(devices: str, why: str | None) -> None:
     if why is not None:
-        warnings.warn(
-            f"mingru: using the slower backend 'torch' on {devices}, because {why}", RuntimeWarning, stacklevel=2
-        )
-
-
-@functools.cache
-def _warn_once_if_a_cell_is_missing(cell: str) -> None:
-    if native.CELLS and cell not in native.CELLS:
-        warnings.warn(
-            f"mingru: using the slower backend 'torch' on the CPU, because the compiled kernels lack the cell {cell!r}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        message = f"mingru: using the slower backend 'torch' on {devices}, because {why}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:

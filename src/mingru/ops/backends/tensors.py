@@ -20,7 +20,6 @@ from torch import Tensor
 from ..backend import Backend, Kernel
 from ..call import Layout, Spec, Start
 from ..cells import NUM_INPUTS
-from ..graph import is_compiling
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
 from ..shape import States, along
@@ -38,10 +37,9 @@ def _copy(x: Tensor) -> Tensor:
 def _may_overflow(a: Tensor) -> bool:
     """Return whether the cumulative decay of a chunk may overflow, which requires |a| > 1.
 
-    If so, all steps are computed one after the other, because infinity times a carry of 0 is NaN. A captured graph
-    cannot inspect values and always uses chunks.
+    If so, all steps are computed one after the other, because infinity times a carry of 0 is NaN.
     """
-    if is_compiling() or a.is_meta:
+    if a.is_meta:
         return False
     _, size = _chunks_of(a.shape[1])
     most = torch.finfo(a.dtype).max ** (0.5 / size)

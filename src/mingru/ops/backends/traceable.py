@@ -113,10 +113,10 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
 
 def _is_short(num_steps: int, chunk: int) -> bool:
     """Return whether the number of steps is at most `chunk` and, in a captured graph, fixed."""
-    if is_scripting():
-        return num_steps <= chunk
-    else:
-        return any(is_true_for_all_sizes(num_steps == count) for count in range(chunk + 1))
+    for count in range(chunk + 1):  # noqa: SIM110 (not in TorchScript)
+        if is_true_for_all_sizes(num_steps == count):
+            return True
+    return False
 
 
 def _reaches(distance: int, count: int) -> bool:

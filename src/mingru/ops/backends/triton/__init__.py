@@ -17,7 +17,7 @@ from torch import Tensor
 from ...backend import Backend, Kernel
 from ...call import Layout, Spec, Start
 from ...cells import NUM_INPUTS
-from ...graph import are_ordinary, is_autocast, is_compiling
+from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...scan import LinearScan
 from ...shape import States, accumulate_dtype, as_dtype, as_real
@@ -70,7 +70,7 @@ _LIBRARY = _register()
 
 def _is_direct(*tensors: Tensor) -> bool:
     """Return whether a call may skip the dispatcher."""
-    return not is_compiling() and are_ordinary(*tensors) and not torch._C._len_torch_dispatch_stack()
+    return are_eager(*tensors) and not torch._C._len_torch_dispatch_stack()
 
 
 def _run_forward(spec: Spec, inputs: Sequence[Tensor], given: Sequence[Tensor | None], time_first: bool) -> States:
