@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
-    auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device))
+    auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device)).backend
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     for shape in args.shape or SHAPES:
         show(shape, whole_layer(shape, args.device, args.seconds))

@@ -335,7 +335,7 @@ def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
     def function(x, h, initial, weight, *bias):
         args = (x, weight, *bias, *[None] * (1 - len(bias)))
         return autograd.run_kernel(
-            ("native", "linear_kernel", True), spec, args, Start(h, initial, reset), layout, True
+            route.Choice("native", True, "linear_kernel"), spec, args, Start(h, initial, reset), layout, True
         )
 
     leaves = [leaf.detach().requires_grad_() for leaf in (x, h, initial, *linear.parameters())]

@@ -98,7 +98,7 @@ def test_the_backward_pass_runs_on_the_body_of_the_forward_pass(name, ran):
 def test_auto_takes_the_first_that_serves(ran, monkeypatch):
     functional.mingru(X, X)
     functional.linear_scan(X, X)
-    assert ran == [route.choose(MINGRU, X), route.choose(Spec("linear_scan", "linear", False), X)]
+    assert ran == [route.choose(MINGRU, X).backend, route.choose(Spec("linear_scan", "linear", False), X).backend]
     monkeypatch.setitem(route.BACKENDS, "absent", fake(unavailable="not built"))
     monkeypatch.setitem(route.BACKENDS, "narrow", fake(refuses="it serves nothing"))
     monkeypatch.setattr(route, "FASTEST_FIRST", ("absent", "narrow", "sequential", "torch"))
@@ -146,36 +146,36 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
 
 
 def test_blocks_nest_and_end_at_an_exception():
-    assert route.choose(MINGRU, X) != "sequential"
-    outside = route.choose(MINGRU, X)
+    assert route.choose(MINGRU, X).backend != "sequential"
+    outside = route.choose(MINGRU, X).backend
     with mingru.use_backend("sequential"):
         with mingru.use_backend("log"):
-            assert route.choose(MINGRU, X) == "log"
-        assert route.choose(MINGRU, X) == "sequential"
+            assert route.choose(MINGRU, X).backend == "log"
+        assert route.choose(MINGRU, X).backend == "sequential"
         with pytest.raises(ZeroDivisionError), mingru.use_backend("log"):
             1 / 0  # noqa: B018
-        assert route.choose(MINGRU, X) == "sequential"
+        assert route.choose(MINGRU, X).backend == "sequential"
         with mingru.use_backend("auto"):
-            assert route.choose(MINGRU, X) == outside
-    assert route.choose(MINGRU, X) == outside
+            assert route.choose(MINGRU, X).backend == outside
+    assert route.choose(MINGRU, X).backend == outside
 
 
 def test_a_block_is_its_threads_own():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
-        seen.append(route.choose(MINGRU, X))
+        seen.append(route.choose(MINGRU, X).backend)
         with mingru.use_backend("log"):
-            seen.append(route.choose(MINGRU, X))
+            seen.append(route.choose(MINGRU, X).backend)
             inside.set()
             leave.wait(10)
 
-    outside = route.choose(MINGRU, X)
+    outside = route.choose(MINGRU, X).backend
     with mingru.use_backend("sequential"):
         thread = threading.Thread(target=other)
         thread.start()
         assert inside.wait(10)
-        assert route.choose(MINGRU, X) == "sequential"
+        assert route.choose(MINGRU, X).backend == "sequential"
         leave.set()
         thread.join(10)
     assert seen == [outside, "log"]
@@ -186,10 +186,10 @@ def test_unknown_names_are_refused(name, monkeypatch):
     known = r"must be one of 'auto', .*'torch', .*'sequential'.*, got "
     with pytest.raises(ValueError, match=rf"backend {known}{name!r}"):
         functional.mingru(X, X, backend=name)
-    before = route.choose(MINGRU, X)
+    before = route.choose(MINGRU, X).backend
     with pytest.raises(ValueError, match=rf"^use_backend: name {known}{name!r}"), mingru.use_backend(name):
         pytest.fail("the block was entered")
-    assert route.choose(MINGRU, X) == before
+    assert route.choose(MINGRU, X).backend == before
 
 
 def test_an_unknown_name_in_the_environment(monkeypatch):
@@ -204,7 +204,7 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 
 def test_an_empty_variable_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("MINGRU_BACKEND", "")
-    assert route.choose(MINGRU, X) in RUNNABLE
+    assert route.choose(MINGRU, X).backend in RUNNABLE
 
 
 def test_asking_for_what_cannot_run_says_why_and_who_asked(monkeypatch):

@@ -580,7 +580,9 @@ def test_a_reset_that_was_viewed_from_bytes(use_plan):
 
 def linear_call(x, linear, states, reset, spec, layout, keep):
     tensors = (x, linear.weight, linear.bias)
-    return autograd.run_kernel(("triton", "linear_kernel", True), spec, tensors, Start(*states, reset), layout, keep)
+    return autograd.run_kernel(
+        route.Choice("triton", True, "linear_kernel"), spec, tensors, Start(*states, reset), layout, keep
+    )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

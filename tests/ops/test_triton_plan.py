@@ -210,10 +210,10 @@ def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match="using the slower backend 'torch' on GPUs, because Triton is not installed"
     ):
-        assert route.choose(MINGRU, OnGpu()) == "torch"
-    assert route.choose(MINGRU, OnGpu()) == "torch"
+        assert route.choose(MINGRU, OnGpu()).backend == "torch"
+    assert route.choose(MINGRU, OnGpu()).backend == "torch"
     monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
-    assert route.choose(MINGRU, OnGpu()) == "triton"
+    assert route.choose(MINGRU, OnGpu()).backend == "triton"
     route._warn_once.cache_clear()
 
 

@@ -15,6 +15,7 @@ from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import is_autocast, is_tracing
+from .route import Choice
 from .scan import LinearScan
 from .shape import States, accumulate_dtype, as_dtype, empty_states
 
@@ -45,16 +46,15 @@ def linear_scan(
 ) -> States:
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
     dtype = accumulate_dtype(b.dtype)
+    scan = LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
+
+    def run(choice: Choice) -> States:
+        return empty_states(a * b, h) if b.numel() == 0 else autograd.scan(choice.backend, scan)
+
     if is_tracing():
-        call = (as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype))
-        out, last = traceable.linear_scan(*call, reset, reverse)
+        out, last = traceable.linear_scan(*scan)
     else:
-        spec = Spec("linear_scan", "linear", reverse)
-        name = route.choose(spec, b, backend)
-        if b.numel() == 0:
-            return empty_states(a * b, h)
-        scan = LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
-        out, last = _or_other(lambda name: autograd.scan(name, scan), name, spec, b, backend)
+        out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
@@ -62,11 +62,7 @@ def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    name = route.choose(spec, inputs[0], backend)
-    selected = route.is_selected(backend)
-    return _or_other(
-        lambda name: _run(name, spec, list(inputs), start, order, selected), name, spec, inputs[0], backend
-    )
+    return _run_or_other(lambda choice: _run(choice, spec, list(inputs), start, order), spec, inputs[0], backend)
 
 
 def linear_recurrence(
@@ -77,20 +73,19 @@ def linear_recurrence(
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
 
-    def run(name: str) -> States:
-        tensors = route.fused_with(linear, name, spec, x, start, order)
+    def run(choice: Choice) -> States:
+        tensors = route.fused_with(linear, choice.backend, spec, x, start, order)
         if tensors is None:
-            return _run(name, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
+            return _run(choice, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
         keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
-        which = (name, "linear_kernel", route.is_selected())
-        return autograd.run_kernel(which, spec, tensors, start, order, keep)
+        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), spec, tensors, start, order, keep)
 
-    return _or_other(run, route.choose(spec, x), spec, x)
+    return _run_or_other(run, spec, x)
 
 
 def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
     """Return whether `linear_recurrence` can skip the padding of x for all these linear maps, in eager mode."""
-    name, start = route.choose(spec, x), Start(x, x, None, dt)
+    name, start = route.choose(spec, x).backend, Start(x, x, None, dt)
     return not is_autocast(x) and all(route.fused_with(linear, name, spec, x, start, order) for linear in linears)
 
 
@@ -101,36 +96,34 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
     """
     batch = x.shape[1 if order.time_first else 0]
     start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
-    name = route.choose(spec, x)
     sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
     def run(part: Tensor, part_start: Start) -> States:
         inputs = of.inputs(part)
-        return _or_other(lambda name: _run(name, spec, inputs, part_start, order), name, spec, x)
+        return _run_or_other(lambda choice: _run(choice, spec, inputs, part_start, order), spec, x)
 
     return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
 
 
-def _or_other(run: Callable[[str], States], name: str, spec: Spec, sequence: Tensor, backend: str = "auto") -> States:
-    """Run on the backend of this name. If its kernel fails and the caller did not select it, run on another."""
+def _run_or_other(run: Callable[[Choice], States], spec: Spec, sequence: Tensor, backend: str = "auto") -> States:
+    """Run on the chosen backend. If its kernel fails and the caller did not select the backend, run it on another."""
+    choice = route.choose(spec, sequence, backend)
     try:
-        return run(name)
+        return run(choice)
     except KernelFailure as failure:
-        return run(route.after(failure, name, spec, sequence, route.is_selected(backend)))
+        return run(route.after(failure, choice, spec, sequence))
 
 
-def _run(
-    name: str, spec: Spec, inputs: list[Tensor], start: Start, order: Layout, selected: bool | None = None
-) -> States:
+def _run(choice: Choice, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
     if is_tracing():
         return traceable.traced_recurrence(spec, inputs, start, order)
     if inputs[0].numel() == 0:
         return empty_states(traceable.sum_of(inputs), start.h)
-    kernel = route.kernel_of(name, spec, inputs, start, order)
+    kernel = route.kernel_of(choice.backend, spec, inputs, start, order)
     if kernel is None:
-        return autograd.composed(name, spec, inputs, start, order)
-    which = (name, "kernel", route.is_selected() if selected is None else selected)
+        return autograd.composed(choice.backend, spec, inputs, start, order)
+    choice = choice._replace(kernel="kernel")
     if kernel.packed or (order.batch_sizes is None and order.lengths is None):
-        return autograd.run_kernel(which, spec, inputs, start, order, False)
-    states = autograd.run_kernel(which, *layout.padded_call(spec, inputs, start, order), False)
+        return autograd.run_kernel(choice, spec, inputs, start, order, False)
+    states = autograd.run_kernel(choice, *layout.padded_call(spec, inputs, start, order), False)
     return layout.in_layout(spec, states, inputs[0], start.h, order)

@@ -22,7 +22,7 @@ from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
-from .route import after, backend_of
+from .route import Choice, after, backend_of
 from .scan import LinearScan, adjoint, grad_of_h, previous_states
 from .shape import States
 
@@ -129,47 +129,41 @@ class Scan(ScanInGraph):
         return (out, last), (0, 0)
 
 
-def run_kernel(
-    which: tuple[str, str, bool], spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
-) -> States:
-    """Run a kernel, so that it is differentiable.
-
-    `which` is the name of the backend and of its field, because a captured graph can contain strings but no functions,
-    and whether the caller selected the backend.
-    """
-    if is_compiling() and which[1] == "kernel" and tensors[0].dim() > 3:
+def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool) -> States:
+    """Run the chosen kernel, so that it is differentiable."""
+    if is_compiling() and choice.kernel == "kernel" and tensors[0].dim() > 3:
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
         initial_state = start.initial_state.expand_as(start.h)
         flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(which, spec, flat, flat_start, layout, keep)
+        out, last = run_kernel(choice, spec, flat, flat_start, layout, keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         h, initial_state, reset, dt = start
         args = (h, None if reset is None else initial_state, reset, dt, layout.batch_sizes, layout.lengths, *tensors)
-        states: States = Recurrence.apply(which, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
+        states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
-    return _kernel(which).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
+    return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
 
 
 def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Start:
     return Start(h, h if initial_state is None else initial_state, reset, dt)
 
 
-def _kernel(which: tuple[str, str, bool]) -> Any:
-    return getattr(backend_of(which[0]), which[1])
+def _kernel(choice: Choice) -> Any:
+    return getattr(backend_of(choice.backend), choice.kernel)
 
 
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, which: tuple[str, str, bool], spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
+    def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
         h, initial_state, reset, dt, batch_sizes, lengths, *tensors = args
         call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, lengths))
-        out, last, kept = _kernel(which).forward(spec, tensors, *call, keep)
-        ctx.which, ctx.spec, ctx.time_first = which, spec, time_first
+        out, last, kept = _kernel(choice).forward(spec, tensors, *call, keep)
+        ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(tensors[0])
         ctx.save_for_backward(out, kept, *args)
         return out, last
@@ -183,7 +177,7 @@ class Recurrence(torch.autograd.Function):
         def recompute(name: str) -> Sequence[Tensor | None]:
             def function(h: Tensor, initial_state: Tensor | None, dt: Tensor | None, *tensors: Any) -> States:
                 inputs = list(tensors)
-                if ctx.which[1] == "linear_kernel":
+                if ctx.choice.kernel == "linear_kernel":
                     if lengths is not None:
                         # Otherwise a NaN in the padding would reach the gradients of the weights.
                         inputs[0] = without_padding(inputs[0], lengths, layout.time_first)
@@ -194,7 +188,7 @@ class Recurrence(torch.autograd.Function):
             return _differentiable(function, [h, initial_state, dt, *tensors], needs_all, grad)
 
         if torch.is_grad_enabled() or are_batched(*grad):
-            grads = recompute(ctx.which[0])
+            grads = recompute(ctx.choice.backend)
         else:
             if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
@@ -202,9 +196,9 @@ class Recurrence(torch.autograd.Function):
             start = _start(h, initial_state, reset, dt)
             saved = (out, kept, *grad)
             try:
-                grads = _kernel(ctx.which).backward(ctx.spec, tensors, start, layout, saved, [needs_dt, *needs])
+                grads = _kernel(ctx.choice).backward(ctx.spec, tensors, start, layout, saved, [needs_dt, *needs])
             except KernelFailure as failure:
-                grads = recompute(after(failure, ctx.which[0], ctx.spec, out, ctx.which[2]))
+                grads = recompute(after(failure, ctx.choice, ctx.spec, out).backend)
         grad_h, grad_initial_state, grad_dt, *others = grads
         return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, *others
 

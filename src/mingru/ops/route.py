@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
+class Choice(NamedTuple):
+    """What runs a call. It has no functions, so that a captured graph can contain it."""
+
+    backend: str
+    """Name of the backend."""
+    selected: bool
+    """Whether the caller selected it: by the argument `backend`, by `use_backend` or by the environment."""
+    kernel: str = ""
+    """Field of the backend that has the kernel, "kernel" or "linear_kernel"; "" for tensor operations."""
+
+
 def _selected(backend: str) -> tuple[str, str]:
     """Return the backend that the caller selected, or "auto", and by which means."""
     if backend != "auto":
@@ -91,45 +102,39 @@ def _selected(backend: str) -> tuple[str, str]:
     return os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
 
 
-def is_selected(backend: str = "auto") -> bool:
-    """Return whether the caller selected a backend: by this argument, by `use_backend` or by the environment."""
-    return _selected(backend)[0] != "auto"
-
-
 def is_native() -> bool:
     """Return whether calls on the CPU run in the compiled kernels, if these have a kernel for the cell."""
     name, _ = _selected("auto")
     return (FASTEST_FIRST[0] if name == "auto" else name) == "native" and BACKENDS["native"].unavailable() is None
 
 
-def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> str:
-    """Return the name of the backend that runs this spec on this tensor."""
+def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
+    """Choose the backend that runs this spec on this tensor."""
     name, selected_by = _selected(backend)
     if name == "auto":
         if is_exporting():
             # The exported graph may run where the kernels of this package are not installed.
-            return "torch"
+            return Choice("torch", False)
         name = next(each for each in FASTEST_FIRST if _why_not(each, sequence, spec) is None)
         if not is_compiling():
             _warn_if_kernels_are_missing(sequence, spec)
-        return name
+        return Choice(name, False)
     selected_by = f"{spec.cell}: {selected_by}"
     _check_name(name, selected_by)
     why = _why_not(name, sequence, spec)
     if why is not None:
         raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
-    return name
+    return Choice(name, True)
 
 
-def after(failure: KernelFailure, name: str, spec: Spec, sequence: Tensor, selected: bool) -> str:
-    """Return the name of the backend that runs a call after a kernel of the backend `name` has failed. If the caller
-    selected that backend, raise the failure."""
-    if selected:
+def after(failure: KernelFailure, failed: Choice, spec: Spec, sequence: Tensor) -> Choice:
+    """Choose again after a kernel has failed. If the caller selected the backend, raise the failure."""
+    if failed.selected:
         raise failure
-    others = (other for other in FASTEST_FIRST if other != name)
+    others = (other for other in FASTEST_FIRST if other != failed.backend)
     name = next(other for other in others if _why_not(other, sequence, spec) is None)
     warnings.warn(f"mingru: using the slower backend {name!r} from now on. {failure}", RuntimeWarning, stacklevel=2)
-    return name
+    return Choice(name, False)
 
 
 def backend_of(name: str) -> Backend:
