@@ -108,7 +108,9 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
     out = plus_times(all_local, all_decays, carry_in, pairs)
     # Not `flatten`, because it has no rule for `is_grads_batched`.
     shape = [out.size(0), -1] + list(out.shape[3:])  # noqa: RUF005 (not in TorchScript)
-    return _padded(out.reshape(shape), -more, 0.0), last
+    # Not a slice, because it would depend on which of two lengths is smaller. Not `pad`, because ExecuTorch refuses
+    # negative numbers.
+    return out.reshape(shape).index_select(1, torch.arange(num_steps, device=out.device)), last
 
 
 def _is_short(num_steps: int, chunk: int) -> bool:
@@ -144,8 +146,8 @@ def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
 
 
 def _padded(x: Tensor, more: int, value: float) -> Tensor:
-    """Append `more` steps to dimension 1, or remove -more steps if it is negative."""
-    # F.pad takes the last dimension first. Not a slice, because it would depend on which of two lengths is smaller.
+    """Append `more` steps to dimension 1."""
+    # F.pad takes the last dimension first.
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, more], value=value)
 
 
