@@ -1,7 +1,7 @@
 // The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives by each input. `x` is one
 // feature of each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see
 // `decay`. `memo` marks what is computed ahead if a loop is split: see lanes.h. Derivatives that are not used cost nothing,
-// because all functions are inlined.
+// because all functions are inlined. A cell is complex if its `step` returns complex numbers.
 // MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
@@ -217,8 +217,6 @@ MINGRU_INLINE Turn<A> turn_of(A u, const Time& time) {
 
 // Inputs: a and b.
 struct LinearScan {
-  static constexpr bool is_complex = false;
-
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
     return Step{x[0], x[1], Partial{A(1), A(1), Zero()}, Partial{A(1), Zero(), A(1)}};
@@ -226,26 +224,18 @@ struct LinearScan {
 };
 
 struct ComplexLinearScan {
-  static constexpr bool is_complex = true;
-
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
     const Imaginary<A> i{A(1)};
     return Step{
-        Complex<A>{x[0], x[1]},
-        Complex<A>{x[2], x[3]},
-        Partial{A(1), A(1), Zero()},
-        Partial{A(1), i, Zero()},
-        Partial{A(1), Zero(), A(1)},
-        Partial{A(1), Zero(), i}};
+        Complex<A>{x[0], x[1]}, Complex<A>{x[2], x[3]}, Partial{A(1), A(1), Zero()}, Partial{A(1), i, Zero()},
+        Partial{A(1), Zero(), A(1)}, Partial{A(1), Zero(), i}};
   }
 };
 
 // Inputs: gate and candidate.
 template <class Activation>
 struct MinGRU {
-  static constexpr bool is_complex = false;
-
   template <class Time, class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
     const auto d = decay(x[0], time, memo);
@@ -260,8 +250,6 @@ struct MinGRU {
 // e = exp(-|gate|). Neither cancels.
 template <class Activation>
 struct SignedMinGRU {
-  static constexpr bool is_complex = false;
-
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
     const PowerAndRest<A> e = memo(0, power_and_rest(minus_absolute(x[0])));
@@ -280,8 +268,6 @@ struct SignedMinGRU {
 // Inputs: pairs of a gate and an angle in units of pi / 4, and pairs of candidates.
 template <class Activation>
 struct RotationMinGRU {
-  static constexpr bool is_complex = true;
-
   template <class Time, class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
     const auto d = decay(x[0], time, memo);
@@ -291,12 +277,8 @@ struct RotationMinGRU {
     const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine};
     const Imaginary<A> i{A(1)};
     return Step{
-        d.keep * e,
-        d.update * c,
-        Partial{d.by_gate, e, -c},
-        Partial{d.keep * turn.by_angle, e * i, Zero()},
-        Partial{d.update * first.slope, Zero(), A(1)},
-        Partial{d.update * second.slope, Zero(), i},
+        d.keep * e, d.update * c, Partial{d.by_gate, e, -c}, Partial{d.keep * turn.by_angle, e * i, Zero()},
+        Partial{d.update * first.slope, Zero(), A(1)}, Partial{d.update * second.slope, Zero(), i},
         Sum{Partial{d.by_dt, e, -c}, Partial{d.keep * quarter_pi<A> * x[1], e * i, Zero()}}};
   }
 };
@@ -304,37 +286,26 @@ struct RotationMinGRU {
 // Inputs: forget gate, input gate and candidate.
 template <class Activation>
 struct MinLSTM {
-  static constexpr bool is_complex = false;
-
   template <class Time, class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
     const auto d = two_gates(x[0], x[1], time, memo);
     const Value<A> c = Activation::of(x[2], memo);
     return Step{
-        d.keep,
-        d.update * c.value,
-        Partial{d.by_forget, A(1), -c.value},
-        Partial{d.by_input, A(1), -c.value},
-        Partial{d.update * c.slope, Zero(), A(1)},
-        Partial{d.by_dt, A(1), -c.value}};
+        d.keep, d.update * c.value, Partial{d.by_forget, A(1), -c.value}, Partial{d.by_input, A(1), -c.value},
+        Partial{d.update * c.slope, Zero(), A(1)}, Partial{d.by_dt, A(1), -c.value}};
   }
 };
 
 // Inputs: forget gate f, input gate i and candidate. The gates are independent: a = sigma(f), b = sigma(i) candidate.
 template <class Activation>
 struct UnnormalizedMinLSTM {
-  static constexpr bool is_complex = false;
-
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
     const Logistic<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
     const Value<A> c = Activation::of(x[2], memo);
     return Step{
-        forget.plus,
-        input.plus * c.value,
-        Partial{forget.plus * forget.minus, A(1), Zero()},
-        Partial{c.value * (input.plus * input.minus), Zero(), A(1)},
-        Partial{input.plus * c.slope, Zero(), A(1)}};
+        forget.plus, input.plus * c.value, Partial{forget.plus * forget.minus, A(1), Zero()},
+        Partial{c.value * (input.plus * input.minus), Zero(), A(1)}, Partial{input.plus * c.slope, Zero(), A(1)}};
   }
 };
 

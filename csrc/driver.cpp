@@ -9,48 +9,35 @@
 namespace mingru {
 
 namespace baseline {
-bool run(const Scan&, const Span&, void* state, bool backward);
-ProductKernel product_kernel(Storage);
-RowSumKernel row_sum_kernel(Storage);
+Kernels kernels();
 }
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx2 {
-bool run(const Scan&, const Span&, void* state, bool backward);
-ProductKernel product_kernel(Storage);
-RowSumKernel row_sum_kernel(Storage);
+Kernels kernels();
 }
 namespace avx512 {
-bool run(const Scan&, const Span&, void* state, bool backward);
-ProductKernel product_kernel(Storage);
-RowSumKernel row_sum_kernel(Storage);
+Kernels kernels();
 }
 #endif
 
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  Kernel kernel;
-  ProductKernel (*product_kernel)(Storage);
-  RowSumKernel (*row_sum_kernel)(Storage);
-};
-
-InstructionSet best_here() {
+Kernels best_here() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::run, avx512::product_kernel, avx512::row_sum_kernel};
+    return avx512::kernels();
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return {"avx2", avx2::run, avx2::product_kernel, avx2::row_sum_kernel};
+    return avx2::kernels();
   }
 #endif
-  return {"baseline", baseline::run, baseline::product_kernel, baseline::row_sum_kernel};
+  return baseline::kernels();
 }
 
-const InstructionSet& chosen() {
-  static const InstructionSet set = best_here();
-  return set;
+const Kernels& chosen() {
+  static const Kernels kernels = best_here();
+  return kernels;
 }
 
 // With fewer weights, a thread costs more time than it saves.
@@ -65,7 +52,6 @@ class Run {
         part_(part),
         backward_(backward),
         forward_in_time_(scan.reverse == backward),
-        kernel_(chosen().kernel),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
     const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_features;
@@ -87,7 +73,7 @@ class Run {
     each(num_tasks(), [&](int64_t task) {
       alignas(64) char state[most_features * 8];
       start(task, state);
-      kernel_(scan_, span(task, part_.begin, part_.end), state, backward_);
+      chosen().run(scan_, span(task, part_.begin, part_.end), state, backward_);
       finish(task, state);
     });
   }
@@ -98,21 +84,17 @@ class Run {
   }
 
   // Not with a gradient of the initial state, because a chunk that is run again would add its part twice.
-  bool may_split_time() const { return !(backward_ && scan_.grad_initial_state && scan_.reset); }
+  bool may_split_time() const { return !(backward_ && scan_.grad_initial_state && scan_.reset.data); }
 
   // A thread gets neighboring tasks, because their data is probably in its cache. Packed sequences are sorted by length,
   // so each of T threads gets every T-th task, which mixes long and short sequences.
   template <class F>
   void each(int64_t count, const F& f) const {
-    if (threads_ == 1) {
-      for (int64_t i = 0; i < count; ++i) f(i);
-      return;
-    }
     const int64_t stride = scan_.lengths ? threads_ : 1;
     const int64_t share = scan_.lengths ? 1 : ceil_div(count, threads_);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
-        const int64_t last = stride > 1 ? count : std::min(count, (thread + 1) * share);
+        const int64_t last = scan_.lengths ? count : std::min(count, (thread + 1) * share);
         for (int64_t i = thread * share; i < last; i += stride) f(i);
       }
     });
@@ -125,12 +107,13 @@ class Run {
     return {batch, feature, std::min(features_, scan_.num_features - feature), begin, end, nullptr, false};
   }
 
+  // In states.
+  int64_t bytes_before(const Span& at) const { return (at.batch * scan_.num_features + at.feature) * size_; }
+
   void copy_state(int64_t task, void* state, const void* from) const {
     const Span at = span(task, 0, 0);
     std::memset(state, 0, features_ * size_);
-    if (from == nullptr) return;
-    const char* features = static_cast<const char*>(from) + (at.batch * scan_.num_features + at.feature) * size_;
-    std::memcpy(state, features, at.num_features * size_);
+    if (from) std::memcpy(state, static_cast<const char*>(from) + bytes_before(at), at.num_features * size_);
   }
 
   void start(int64_t task, void* state) const {
@@ -142,7 +125,7 @@ class Run {
   void finish(int64_t task, const void* state) const {
     const Span at = span(task, 0, 0);
     char* to = static_cast<char*>(backward_ ? scan_.grad_h : scan_.last);
-    std::memcpy(to + (at.batch * scan_.num_features + at.feature) * size_, state, at.num_features * size_);
+    std::memcpy(to + bytes_before(at), state, at.num_features * size_);
   }
 
   // If there are fewer tasks than threads, time is split into chunks that run in parallel, each from a guessed state.
@@ -172,7 +155,7 @@ class Run {
       } else {
         copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
       }
-      kernel_(scan_, chunk(task, index), state, backward_);
+      chosen().run(scan_, chunk(task, index), state, backward_);
     });
     each(tasks, [&](int64_t task) {
       char* end = ends.data() + task * num_chunks_ * state_size;
@@ -181,7 +164,7 @@ class Run {
       for (int64_t index = 1; index < num_chunks_; ++index) {
         Span at = chunk(task, index);
         at.stop_at_match = true;
-        if (kernel_(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
+        if (chosen().run(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
       }
       finish(task, state);
     });
@@ -191,7 +174,6 @@ class Run {
   const Part part_;
   const bool backward_;
   const bool forward_in_time_;
-  const Kernel kernel_;
   const int64_t size_;
   int64_t features_ = 0, num_chunks_ = 1, threads_ = 1;
 };
@@ -201,18 +183,12 @@ class Run {
 void run(const Scan& scan, const Part& part, bool backward) { Run(scan, part, backward)(); }
 
 void multiply_few_rows(const Product& product) {
-  const ProductKernel kernel = chosen().product_kernel(product.storage);
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
-  if (product.columns <= least) {
-    kernel(product, 0, product.columns);
-  } else {
-    torch::stable::parallel_for(
-        0, product.columns, least, [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
-  }
+  torch::stable::parallel_for(
+      0, product.columns, least, [&](int64_t begin, int64_t end) { chosen().multiply(product, begin, end); });
 }
 
 void add_rows(const RowSum& sum, void* total) {
-  const RowSumKernel kernel = chosen().row_sum_kernel(sum.storage);
   const int64_t size = sum.storage == Storage::float64 ? 8 : 4;
   // By rows, because the thread that wrote a row has it in its cache. The number of tasks does not depend on the number
   // of threads, so that the results do not either.
@@ -223,11 +199,11 @@ void add_rows(const RowSum& sum, void* total) {
   torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task * rows_per_task;
-      kernel(sum, row, std::min(row + rows_per_task, sum.num_rows), parts.data() + task * sum.columns * size);
+      chosen().add_rows(sum, row, std::min(row + rows_per_task, sum.num_rows), parts.data() + task * sum.columns * size);
     }
   });
   const RowSum of_parts{size == 8 ? Storage::float64 : Storage::float32, parts.data(), tasks, sum.columns};
-  chosen().row_sum_kernel(of_parts.storage)(of_parts, 0, tasks, total);
+  chosen().add_rows(of_parts, 0, tasks, total);
 }
 
 const char* instruction_set() { return chosen().name; }

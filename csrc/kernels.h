@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "lanes.h"
+#include "product.h"
 
 namespace mingru::MINGRU_ISA {
 
@@ -21,7 +22,7 @@ MINGRU_INLINE void copy_few(T* to, const T* from, int64_t count) {
 template <class A, class T>
 MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t count) {
   for (int64_t step = 0; step < steps; ++step, from.data += from.stride, to += padded_size(count)) {
-    if constexpr (has_conversion<T>) {
+    if constexpr (!std::is_same_v<T, A>) {
       T rest[group] = {};
       if (count < group) copy_few(rest, from.data, count);
       for (int64_t i = 0; i < count; i += group) read(to + i, count < group ? rest : from.data + i);
@@ -35,7 +36,7 @@ MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t co
 template <class A, class T>
 MINGRU_NOT_INLINE void store(Rows<T> to, const A* from, int64_t steps, int64_t count) {
   for (int64_t step = 0; step < steps; ++step, to.data += to.stride, from += padded_size(count)) {
-    if constexpr (has_conversion<T>) {
+    if constexpr (!std::is_same_v<T, A>) {
       T rest[group];
       for (int64_t i = 0; i < count; i += group) write(count < group ? rest : to.data + i, from + i);
       if (count < group) copy_few(to.data, rest, count);
@@ -100,107 +101,39 @@ struct Run {
   int64_t position, stride, steps;
 };
 
-// The features of a sequence from `span.feature` on.
-template <class T>
-struct Features {
-  T* data = nullptr;
-  int64_t first = 0, stride = 0;
-
-  Features() = default;
-  Features(const Sequence& sequence, const Span& span)
-      : data(static_cast<T*>(sequence.data)),
-        first(
-            (sequence.batch_offsets ? sequence.batch_offsets[span.batch] : span.batch * sequence.batch_stride) +
-            span.feature - sequence.skipped),
-        stride(sequence.step_stride) {}
-
-  // From `feature` after `span.feature` on.
-  Rows<T> of(const Run& run, int64_t feature) const {
-    return {data + (first + run.position * stride + feature), run.stride * stride};
-  }
-};
-
 // The steps of a span.
-template <class T, class A>
+template <class T>
 class Steps {
+  using A = Accumulated<T>;
+
  public:
-  Steps(const Scan& scan, const Span& span, const Loops<A>& loops, A* state, bool is_backward)
-      : scan_(scan),
-        span_(span),
-        loops_(loops),
-        is_backward_(is_backward),
-        padded_(padded_size(span.num_features)),
-        state_(state) {
-    for (int k = 0; k < loops.num_inputs; ++k) inputs_[k] = {scan.inputs[k], span};
+  Steps(const Scan& scan, const Span& span, void* state, bool is_backward)
+      : scan_(scan), span_(span), is_backward_(is_backward), state_(static_cast<A*>(state)) {
     lanes_.time.log_bound = static_cast<A>(scan.log_bound);
     lanes_.time.log_range = static_cast<A>(scan.log_range);
   }
 
-  bool operator()() { return is_backward_ ? backward() : forward(); }
+  // Returns whether the run stopped at a match.
+  bool operator()() {
+    for (int64_t done = 0; done < num_steps();) {
+      const Run run = run_from(done);
+      const bool is_reset = is_reset_at(run.position);
+      if (is_reset && !is_backward_) reset();
+      // Whole groups, and then the rest.
+      for (int64_t feature = 0, count; feature < span_.num_features; feature += count) {
+        count = span_.num_features - feature;
+        if (count >= group) count = count / group * group;
+        run_features(run, done, feature, count);
+      }
+      if (is_reset && is_backward_) reset();
+      done += run.steps;
+      if (is_at_match(done)) return true;
+    }
+    return false;
+  }
 
  private:
   static constexpr const A* no_bias = nullptr;
-
-  bool forward() {
-    const A* initial_state = state_at(scan_.initial_state);
-    const Features<T> out(scan_.out, span_);
-    Tile<A> out_tile;
-    for (int64_t done = 0; done < num_steps();) {
-      const Run run = run_from(done);
-      if (is_reset(run.position)) {
-        for (int64_t i = 0; i < span_.num_features; ++i) state_[i] = initial_state ? initial_state[i] : A(0);
-      }
-      for_each_block(run, [&](int64_t feature, int64_t count) {
-        lanes_.out = out_tile.place(out.of(run, feature), count);
-        loops_.forward(lanes_);
-        out_tile.write(out.of(run, feature), run.steps, count);
-      });
-      done += run.steps;
-      if (is_at_match(done)) return true;
-    }
-    return false;
-  }
-
-  bool backward() {
-    const A *initial_state = state_at(scan_.initial_state), *h = state_at(scan_.h);
-    A* grad_initial_state = state_at(scan_.grad_initial_state);
-    const Features<const T> out(scan_.out, span_), grad_out(scan_.grad_out, span_);
-    Features<T> grads[most_inputs];
-    for (int k = 0; k < loops_.num_inputs; ++k) grads[k] = {scan_.grad_inputs[k], span_};
-    Tile<A> grad_out_tile, previous_tile, grad_tiles[most_inputs];
-    A grads_of_dt[tile_size];
-    for (int64_t done = 0; done < num_steps();) {
-      const Run run = run_from(done);
-      const bool reset = is_reset(run.position), is_in_out = !reset && !is_first(done);
-      const A* previous = reset ? initial_state : h;
-      for_each_block(run, [&](int64_t feature, int64_t count) {
-        lanes_.grad_out = grad_out_tile.read(grad_out.of(run, feature), no_bias, run.steps, count);
-        if (is_in_out) {
-          const Run before = {position_of(done + 1), run.stride, run.steps};
-          lanes_.previous = previous_tile.read(out.of(before, feature), no_bias, run.steps, count);
-        } else {
-          const Rows<const A> given = {previous ? previous + feature : nullptr, 0};
-          lanes_.previous = previous_tile.read(given, no_bias, run.steps, count);
-        }
-        for (int k = 0; k < loops_.num_inputs; ++k) {
-          lanes_.grads[k] = grad_tiles[k].place(grads[k].of(run, feature), count);
-        }
-        lanes_.grads_of_dt = {grads_of_dt, padded_size(count)};
-        loops_.backward(lanes_);
-        for (int k = 0; k < loops_.num_inputs; ++k) grad_tiles[k].write(grads[k].of(run, feature), run.steps, count);
-        if (scan_.grads_of_dt) set_grads_of_dt(run, feature);
-      });
-      if (reset) {
-        for (int64_t i = 0; i < span_.num_features; ++i) {
-          if (grad_initial_state) grad_initial_state[i] += state_[i];
-          state_[i] = A(0);
-        }
-      }
-      done += run.steps;
-      if (is_at_match(done)) return true;
-    }
-    return false;
-  }
 
   int64_t num_steps() const { return span_.end - span_.begin; }
 
@@ -210,8 +143,8 @@ class Steps {
     return scan_.step_offsets ? scan_.step_offsets[step] : step;
   }
 
-  bool is_reset(int64_t position) const {
-    return scan_.reset && scan_.reset[span_.batch * scan_.reset_batch_stride + position * scan_.reset_step_stride];
+  bool is_reset_at(int64_t position) const {
+    return scan_.reset.data && static_cast<const uint8_t*>(scan_.reset.data)[scan_.reset.index(span_.batch, position)];
   }
 
   // Whether the step of a backward pass is the first of the sequence.
@@ -229,11 +162,11 @@ class Steps {
     if (span_.checkpoints) most = smaller(most, steps_per_checkpoint - done % steps_per_checkpoint);
     most = smaller(most, num_steps() - done);
     Run run = {position_of(done), 0, 1};
-    if (is_backward_ && (is_reset(run.position) || is_first(done))) return run;
+    if (is_backward_ && (is_reset_at(run.position) || is_first(done))) return run;
     if (most > 1) run.stride = position_of(done + 1) - run.position;
     while (run.steps < most) {
       const int64_t next = done + run.steps, position = position_of(next);
-      if (position != run.position + run.steps * run.stride || is_reset(position)) break;
+      if (position != run.position + run.steps * run.stride || is_reset_at(position)) break;
       if (is_backward_ && (is_first(next) || position_of(next + 1) != position + run.stride)) break;
       ++run.steps;
     }
@@ -242,42 +175,79 @@ class Steps {
 
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  template <class Pointer>
-  auto state_at(Pointer* states) const {
-    using Value = std::conditional_t<std::is_const_v<Pointer>, const A, A>;
-    return states ? static_cast<Value*>(states) + span_.batch * scan_.num_features + span_.feature : nullptr;
+  // The values of a run, from `feature` after `span.feature` on.
+  template <class Value>
+  Rows<Value> rows_of(const Sequence& sequence, const Run& run, int64_t feature) const {
+    const int64_t first = sequence.index(span_.batch, run.position) + span_.feature + feature;
+    return {static_cast<Value*>(sequence.data) + first, run.stride * sequence.step_stride};
   }
 
-  // Calls `pass` for whole groups, and then for the rest.
-  template <class F>
-  void for_each_block(const Run& run, const F& pass) {
+  template <class Value>
+  Value* state_at(Value* states) const {
+    return states ? states + span_.batch * scan_.num_features + span_.feature : nullptr;
+  }
+
+  void run_features(const Run& run, int64_t done, int64_t feature, int64_t count) {
+    const int num_inputs = loops_.num_inputs, num_written = is_backward_ ? num_inputs : 1;
+    const Sequence* written = is_backward_ ? scan_.grad_inputs : &scan_.out;
     static constexpr A one = 1;
     lanes_.steps = run.steps;
+    lanes_.groups = padded_size(count) / group;
+    lanes_.state = state_ + feature;
     lanes_.dt = {&one, 0};
-    if (scan_.dt) {
-      const int64_t at = span_.batch * scan_.dt_batch_stride + run.position * scan_.dt_step_stride;
-      lanes_.dt = {static_cast<const A*>(scan_.dt) + at, run.stride * scan_.dt_step_stride};
+    if (scan_.dt.data) {
+      const A* dt = static_cast<const A*>(scan_.dt.data) + scan_.dt.index(span_.batch, run.position);
+      lanes_.dt = {dt, run.stride * scan_.dt.step_stride};
     }
-    for (int64_t feature = 0, count; feature < span_.num_features; feature += count) {
-      count = span_.num_features - feature;
-      if (count >= group) count = count / group * group;
-      lanes_.groups = padded_size(count) / group;
-      for (int k = 0; k < loops_.num_inputs; ++k) {
-        const A* bias = static_cast<const A*>(scan_.biases[k]);
-        if (bias) bias += span_.feature + feature;
-        lanes_.inputs[k] = input_tiles_[k].read(inputs_[k].of(run, feature), bias, run.steps, count);
-      }
-      lanes_.state = state_ + feature;
-      pass(feature, count);
+    for (int k = 0; k < num_inputs; ++k) {
+      const A* bias = static_cast<const A*>(scan_.biases[k]);
+      if (bias) bias += span_.feature + feature;
+      lanes_.read[k] = tiles_[k].read(rows_of<const T>(scan_.inputs[k], run, feature), bias, run.steps, count);
+    }
+    if (is_backward_) {
+      const auto grad_out = rows_of<const T>(scan_.grad_out, run, feature);
+      lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, no_bias, run.steps, count);
+      lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
+      lanes_.grads_of_dt = {grads_of_dt_, padded_size(count)};
+    }
+    for (int k = 0; k < num_written; ++k) {
+      lanes_.written[k] = written_tiles_[k].place(rows_of<T>(written[k], run, feature), count);
+    }
+    loops_.run[is_backward_](lanes_);
+    for (int k = 0; k < num_written; ++k) {
+      written_tiles_[k].write(rows_of<T>(written[k], run, feature), run.steps, count);
+    }
+    if (scan_.grads_of_dt.data) set_grads_of_dt(run, feature);
+  }
+
+  Rows<const A> previous_states(const Run& run, int64_t done, int64_t feature, int64_t count) {
+    Tile<A>& tile = tiles_[most_inputs + 1];
+    const bool is_reset = is_reset_at(run.position);
+    if (!is_reset && !is_first(done)) {
+      const Run before = {position_of(done + 1), run.stride, run.steps};
+      return tile.read(rows_of<const T>(scan_.out, before, feature), no_bias, run.steps, count);
+    }
+    const A* previous = state_at(static_cast<const A*>(is_reset ? scan_.initial_state : scan_.h));
+    return tile.read(Rows<const A>{previous ? previous + feature : nullptr, 0}, no_bias, run.steps, count);
+  }
+
+  // The state becomes the initial state. Backward, its gradient is a part of that of the initial state.
+  void reset() {
+    const A* initial_state = is_backward_ ? nullptr : state_at(static_cast<const A*>(scan_.initial_state));
+    A* gradient = state_at(static_cast<A*>(scan_.grad_initial_state));
+    for (int64_t i = 0; i < span_.num_features; ++i) {
+      if (gradient) gradient[i] += state_[i];
+      state_[i] = initial_state ? initial_state[i] : A(0);
     }
   }
 
   // Records the state. If `stop_at_match`, returns true if it equals the state that was recorded before.
   bool is_at_match(int64_t done) {
     if (!span_.checkpoints || done % steps_per_checkpoint != 0) return false;
-    A* recorded = static_cast<A*>(span_.checkpoints) + (done / steps_per_checkpoint - 1) * padded_;
-    if (span_.stop_at_match && std::memcmp(recorded, state_, padded_ * sizeof(A)) == 0) return true;
-    std::memcpy(recorded, state_, padded_ * sizeof(A));
+    const int64_t size = padded_size(span_.num_features) * sizeof(A);
+    void* recorded = static_cast<char*>(span_.checkpoints) + (done / steps_per_checkpoint - 1) * size;
+    if (span_.stop_at_match && std::memcmp(recorded, state_, size) == 0) return true;
+    std::memcpy(recorded, state_, size);
     return false;
   }
 
@@ -286,9 +256,8 @@ class Steps {
     const int64_t size = loops_.is_complex ? group / 2 : group;
     for (int64_t step = 0; step < run.steps; ++step) {
       const A* from = lanes_.grads_of_dt.data + step * lanes_.grads_of_dt.stride;
-      const int64_t at = span_.batch * scan_.grads_of_dt_batch_stride +
-                         (run.position + step * run.stride) * scan_.grads_of_dt_step_stride;
-      A* to = static_cast<A*>(scan_.grads_of_dt) + at + (span_.feature + feature) / group;
+      const int64_t at = scan_.grads_of_dt.index(span_.batch, run.position + step * run.stride);
+      A* to = static_cast<A*>(scan_.grads_of_dt.data) + at + (span_.feature + feature) / group;
       for (int64_t i = 0; i < lanes_.groups; ++i, from += size) {
         A sum = A(0);
         for (int64_t k = 0; k < size; ++k) sum += from[k];
@@ -299,28 +268,20 @@ class Steps {
 
   const Scan& scan_;
   const Span& span_;
-  const Loops<A> loops_;
   const bool is_backward_;
-  const int64_t padded_;
   A* const state_;
-  Features<const T> inputs_[most_inputs];
-  Tile<A> input_tiles_[most_inputs];
+  const Loops<A> loops_ = loops_of<A>(scan_);
   Lanes<A> lanes_;
+  Tile<A> tiles_[most_inputs + 2], written_tiles_[most_inputs];
+  A grads_of_dt_[tile_size];
 };
 
-template <class T, class A>
-static bool run_steps(const Scan& scan, const Span& span, A* state, bool is_backward) {
-  return Steps<T, A>(scan, span, loops_of<A>(scan), state, is_backward)();
+static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
+  return with_type(scan.storage, [&](auto type) { return Steps<decltype(type)>(scan, span, state, is_backward)(); });
 }
 
-bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
-  switch (scan.storage) {
-    case Storage::float32: return run_steps<float>(scan, span, static_cast<float*>(state), is_backward);
-    case Storage::float64: return run_steps<double>(scan, span, static_cast<double*>(state), is_backward);
-    case Storage::bfloat16: return run_steps<BFloat16>(scan, span, static_cast<float*>(state), is_backward);
-    case Storage::float16: return run_steps<Half>(scan, span, static_cast<float*>(state), is_backward);
-  }
-  return false;
-}
+#define MINGRU_QUOTED(name) #name
+#define MINGRU_NAME_OF(set) MINGRU_QUOTED(set)
+Kernels kernels() { return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows}; }
 
 }  // namespace mingru::MINGRU_ISA

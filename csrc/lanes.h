@@ -1,7 +1,9 @@
 // The loops over the features of a step, for each cell.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "cells.h"
 #include "scan.h"
@@ -30,14 +32,12 @@ struct Lanes {
   int64_t steps, groups;
   Bounded<A> time;
   Rows<const A> dt;
-  Rows<const A> inputs[most_inputs];
+  // The inputs and, only backward, the gradient of the states and the previous states.
+  Rows<const A> read[most_inputs + 2];
   // Forward: h. Backward: a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
   A* state;
-  Rows<A> out;  // only forward
-  // Only backward.
-  Rows<const A> grad_out, previous;
-  Rows<A> grads[most_inputs];
-  Rows<A> grads_of_dt;  // of timed cells
+  Rows<A> written[most_inputs];  // forward: the states; backward: the gradients of the inputs
+  Rows<A> grads_of_dt;           // only backward, of timed cells
 };
 
 // Lanes that are computed together: see `Memo`. Two groups of pairs fill a vector of 512 bits.
@@ -53,6 +53,8 @@ constexpr int64_t most_lanes = 64;
 // a processor must work on those of many lanes at the same time, and it sees only some hundred instructions at once.
 // Loops of their own first compute the values that cells mark with 0, the exponentials, and then those marked with 1, the
 // rates of timed cells, which need others. Processors with AVX-512 see enough instructions.
+constexpr int most_values = 12;  // that a cell marks
+
 template <int stage, bool with_slopes, class A>
 struct Memo {
   A (*values)[most_lanes];
@@ -60,6 +62,8 @@ struct Memo {
   int count = 0;
 
   MINGRU_INLINE_MEMBER A operator()(int computed_in, A value) {
+    if constexpr (!is_split) return value;
+    if (count == most_values) std::abort();  // left out by compilers, to which all counts are constants
     A& stored = values[count++][lane];
     if (computed_in == stage) stored = value;
     return computed_in < stage ? stored : value;
@@ -77,40 +81,6 @@ struct Memo {
     const auto [first, second] = pair;
     const A first_value = (*this)(computed_in, first);
     return {first_value, (*this)(computed_in, second)};
-  }
-};
-
-// The values that are computed ahead, if the loop is split.
-template <class Cell, class Time, bool with_slopes, class A>
-struct Ahead {
-  static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
-  static constexpr int last_stage = !is_split ? 0 : is_timed ? 2 : 1;
-  static constexpr int most_values = 12;  // that a cell marks
-
-  A values[is_split ? most_values : 1][most_lanes];
-
-  template <int64_t chunk, int count, int stage = 0>
-  MINGRU_INLINE_MEMBER void compute(const A* const* inputs, const Time& time, int64_t size) {
-    if constexpr (stage < last_stage) {
-      for (int64_t first = 0; first < size; first += chunk) {
-        MINGRU_LANES
-        for (int64_t i = 0; i < chunk; ++i) {
-          A x[count];
-          for (int k = 0; k < count; ++k) x[k] = inputs[k][first + i];
-          Memo<stage, with_slopes, A> memo = {values, first + i};
-          Cell::step(x, time, memo);
-        }
-      }
-      compute<chunk, count, stage + 1>(inputs, time, size);
-    }
-  }
-
-  auto at(int64_t lane) {
-    if constexpr (is_split) {
-      return Memo<last_stage, with_slopes, A>{values, lane};
-    } else {
-      return AtOnce{};
-    }
   }
 };
 
@@ -168,55 +138,10 @@ MINGRU_INLINE void set_number(A* block, int64_t lane, Complex<A> x) {
   block[most_lanes + lane] = x.im;
 }
 
-template <class T>
-MINGRU_INLINE void to_next_step(Rows<T>& rows) {
-  rows.data += rows.stride;
-}
-
-template <class Cell, int num_inputs, class OfStep, class A>
-struct Forward {
-  using Time = OfStep;
-  static constexpr bool is_complex = Cell::is_complex;
-  static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
-
-  template <int64_t chunk>
-  MINGRU_INLINE void block(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
-    Block<A, is_complex> inputs[num_inputs], state;
-    const A* from[count];
-    for (int k = 0; k < num_inputs; ++k) {
-      from[numbers * k] = inputs[k].template read<chunk>(lanes.inputs[k].data + feature, size);
-      if (is_complex) from[numbers * k + 1] = from[numbers * k] + most_lanes;
-    }
-    const A* h = state.template read<chunk>(lanes.state + feature, size);
-    A *next_h = state.place(lanes.state + feature), *out = lanes.out.data + feature;
-    Ahead<Cell, Time, false, A> ahead;
-    ahead.template compute<chunk, count>(from, time, size);
-    for (int64_t first = 0; first < size; first += chunk) {
-      MINGRU_LANES
-      for (int64_t i = first; i < first + chunk; ++i) {
-        A x[count];
-        for (int k = 0; k < count; ++k) x[k] = from[k][i];
-        auto memo = ahead.at(i);
-        const auto step = Cell::step(x, time, memo);
-        const auto next = step.a * number<is_complex>(h, i) + step.b;
-        set_number(next_h, i, next);
-        if constexpr (!is_complex) out[i] = next;
-      }
-    }
-    state.template write<chunk>(lanes.state + feature, size);
-    state.template write<chunk>(out, size);
-  }
-
-  MINGRU_INLINE void next(Lanes<A>& lanes) {
-    for (int k = 0; k < num_inputs; ++k) to_next_step(lanes.inputs[k]);
-    to_next_step(lanes.out);
-  }
-};
-
 // The gradient of a number, from delta = dL/dh_t.
 template <class Number, class Scale, class OfA, class OfB>
 MINGRU_INLINE auto gradient(Number delta, Number previous, const Partial<Scale, OfA, OfB>& by) {
-  return by.scale * dot(delta, previous * by.a + by.b);
+  return by.scale * dot(delta, next_state(by.a, previous, by.b));
 }
 
 template <class Number, class First, class Second>
@@ -231,55 +156,79 @@ MINGRU_INLINE void gradients(Number delta, Number previous, const List<First, Re
   if constexpr (count > 1) gradients<count - 1>(delta, previous, partials.rest, grads + 1);
 }
 
-template <class Cell, int num_inputs, class OfStep, class A>
-struct Backward {
+// A step of a cell, forward or backward.
+template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
+struct Pass {
   using Time = OfStep;
-  static constexpr bool is_complex = Cell::is_complex, is_timed = !std::is_same_v<Time, Untimed<A>>;
+  using Step = decltype(Cell::step(std::declval<const A*>(), std::declval<const Time&>(), std::declval<AtOnce&>()));
+  static constexpr bool is_complex = !std::is_same_v<decltype(Step::a), A>, is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
+  static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
+  static constexpr int last_stage = is_timed ? 2 : 1;
+  using Values = A[is_split ? most_values : 1][most_lanes];
+
+  MINGRU_INLINE void load(A* x, const A* const* from, int64_t lane) {
+    for (int k = 0; k < count; ++k) x[k] = from[k / numbers][k % numbers * most_lanes + lane];
+  }
+
+  template <int64_t chunk, int stage = 0>
+  MINGRU_INLINE void compute_ahead(Values& values, const A* const* from, const Time& time, int64_t size) {
+    if constexpr (is_split && stage < last_stage) {
+      for (int64_t first = 0; first < size; first += chunk) {
+        MINGRU_LANES
+        for (int64_t i = first; i < first + chunk; ++i) {
+          A x[count];
+          load(x, from, i);
+          Memo<stage, is_backward, A> memo = {values, i};
+          Cell::step(x, time, memo);
+        }
+      }
+      compute_ahead<chunk, stage + 1>(values, from, time, size);
+    }
+  }
 
   template <int64_t chunk>
   MINGRU_INLINE void block(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
-    Block<A, is_complex> inputs[num_inputs], grad_out_block, previous_block, state, grad_blocks[num_inputs];
-    const A* from[count];
-    A* to[count];
-    for (int k = 0; k < num_inputs; ++k) {
-      from[numbers * k] = inputs[k].template read<chunk>(lanes.inputs[k].data + feature, size);
-      to[numbers * k] = grad_blocks[k].place(lanes.grads[k].data + feature);
-      if (is_complex) from[numbers * k + 1] = from[numbers * k] + most_lanes;
-      if (is_complex) to[numbers * k + 1] = to[numbers * k] + most_lanes;
-    }
-    const A* grad_out = grad_out_block.template read<chunk>(lanes.grad_out.data + feature, size);
-    const A* previous = previous_block.template read<chunk>(lanes.previous.data + feature, size);
+    Block<A, is_complex> read[num_read], written[num_written], state;
+    const A* from[num_read];
+    A* to[num_written];
+    for (int k = 0; k < num_read; ++k) from[k] = read[k].template read<chunk>(lanes.read[k].data + feature, size);
+    for (int k = 0; k < num_written; ++k) to[k] = written[k].place(lanes.written[k].data + feature);
     const A* carry = state.template read<chunk>(lanes.state + feature, size);
-    A *next_carry = state.place(lanes.state + feature), *grads_of_dt = lanes.grads_of_dt.data + feature / numbers;
-    Ahead<Cell, Time, true, A> ahead;
-    ahead.template compute<chunk, count>(from, time, size);
+    A* next_carry = state.place(lanes.state + feature);
+    A* grads_of_dt = is_backward && is_timed ? lanes.grads_of_dt.data + feature / numbers : nullptr;
+    Values values;
+    compute_ahead<chunk>(values, from, time, size);
     for (int64_t first = 0; first < size; first += chunk) {
       MINGRU_LANES
       for (int64_t i = first; i < first + chunk; ++i) {
         A x[count], grads[count + 1];
-        for (int k = 0; k < count; ++k) x[k] = from[k][i];
-        auto memo = ahead.at(i);
+        load(x, from, i);
+        Memo<last_stage, is_backward, A> memo = {values, i};
         const auto step = Cell::step(x, time, memo);
-        const auto delta = number<is_complex>(grad_out, i) + number<is_complex>(carry, i);
-        gradients<is_timed ? count + 1 : count>(delta, number<is_complex>(previous, i), step.partials, grads);
-        for (int k = 0; k < count; ++k) to[k][i] = grads[k];
-        if constexpr (is_timed) grads_of_dt[i] = grads[count];
-        set_number(next_carry, i, conjugate(step.a) * delta);
+        const auto carried = number<is_complex>(carry, i);
+        if constexpr (is_backward) {
+          const auto delta = number<is_complex>(from[num_inputs], i) + carried;
+          const auto previous = number<is_complex>(from[num_inputs + 1], i);
+          gradients<is_timed ? count + 1 : count>(delta, previous, step.partials, grads);
+          for (int k = 0; k < count; ++k) to[k / numbers][k % numbers * most_lanes + i] = grads[k];
+          if (is_timed) grads_of_dt[i] = grads[count];
+          set_number(next_carry, i, conjugate(step.a) * delta);
+        } else {
+          const auto next = step.a * carried + step.b;
+          set_number(next_carry, i, next);
+          set_number(to[0], i, next);
+        }
       }
     }
-    for (int k = 0; k < num_inputs; ++k) grad_blocks[k].template write<chunk>(lanes.grads[k].data + feature, size);
+    for (int k = 0; k < num_written; ++k) written[k].template write<chunk>(lanes.written[k].data + feature, size);
     state.template write<chunk>(lanes.state + feature, size);
   }
 
   MINGRU_INLINE void next(Lanes<A>& lanes) {
-    for (int k = 0; k < num_inputs; ++k) {
-      to_next_step(lanes.inputs[k]);
-      to_next_step(lanes.grads[k]);
-    }
-    to_next_step(lanes.grad_out);
-    to_next_step(lanes.previous);
-    to_next_step(lanes.grads_of_dt);
+    for (int k = 0; k < num_read; ++k) lanes.read[k].data += lanes.read[k].stride;
+    for (int k = 0; k < num_written; ++k) lanes.written[k].data += lanes.written[k].stride;
+    if (is_backward && is_timed) lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
   }
 };
 
@@ -318,27 +267,28 @@ static void run_lanes(const Lanes<A>& given) {
   }
 }
 
-// The loops of a cell.
+// The loops of a cell, forward and backward.
 template <class A>
 struct Loops {
   int num_inputs;
   bool is_complex, is_timed;
-  void (*forward)(const Lanes<A>&);
-  void (*backward)(const Lanes<A>&);
+  void (*run[2])(const Lanes<A>&);
 };
 
 template <class A, class Cell, int num_inputs, class Time>
-constexpr Loops<A> loops_in_time = {
-    num_inputs, Cell::is_complex, !std::is_same_v<Time, Untimed<A>>, run_lanes<Forward<Cell, num_inputs, Time, A>, A>,
-    run_lanes<Backward<Cell, num_inputs, Time, A>, A>};
+static Loops<A> loops_in_time() {
+  using Forward = Pass<Cell, num_inputs, Time, false, A>;
+  using Backward = Pass<Cell, num_inputs, Time, true, A>;
+  return {num_inputs, Forward::is_complex, Forward::is_timed, {run_lanes<Forward, A>, run_lanes<Backward, A>}};
+}
 
 template <class A, class Cell, int num_inputs, bool takes_time>
 static Loops<A> loops_of(const Scan& scan) {
   if constexpr (takes_time) {
-    if (scan.is_bounded) return loops_in_time<A, Cell, num_inputs, Bounded<A>>;
-    if (scan.dt) return loops_in_time<A, Cell, num_inputs, Timed<A>>;
+    if (scan.is_bounded) return loops_in_time<A, Cell, num_inputs, Bounded<A>>();
+    if (scan.dt.data) return loops_in_time<A, Cell, num_inputs, Timed<A>>();
   }
-  return loops_in_time<A, Cell, num_inputs, Untimed<A>>;
+  return loops_in_time<A, Cell, num_inputs, Untimed<A>>();
 }
 
 template <class A, template <class> class Cell, int num_inputs, bool takes_time>

@@ -2,13 +2,12 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 
 #include "call.h"
 
-namespace mingru {
+HIDDEN_NAMESPACE_BEGIN(mingru)
 
 // Memory that a thread keeps between calls, because new pages cost more time than the computation in them.
 class Scratch {
@@ -31,15 +30,20 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-inline Tensor matrix(
-    const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
-  return torch::stable::from_blob(
-      const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, like.device(), like.scalar_type());
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline Tensor view_of(const void* data, Sizes sizes, Sizes strides, const Tensor& like) {
+  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, like.device(), like.scalar_type());
+}
+
+// Rows that are next to each other.
+inline Tensor matrix(const void* data, int64_t rows, int64_t columns, const Tensor& like) {
+  return view_of(data, {rows, columns}, {columns, 1}, like);
 }
 
 // A view of a contiguous matrix.
 inline Tensor transposed(const Tensor& weight) {
-  return matrix(weight.data_ptr(), weight.size(1), weight.size(0), 1, weight.size(1), weight);
+  return view_of(weight.data_ptr(), {weight.size(1), weight.size(0)}, {1, weight.size(1)}, weight);
 }
 
 inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
@@ -55,10 +59,14 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
 void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
 
-// Computes all states into `out`, the last state into `last` and, if not null, the pre-activations into `kept`, in
-// the memory order of x. The bias may be absent.
-void linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out,
-    const Tensor& last, void* kept);
+// The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the pre-activations
+// in the memory order of x, without the bias if the scan adds it. They are allocated unless `out` and `last` are given.
+struct Outputs {
+  MaybeTensor out, last, kept;
+};
 
-}  // namespace mingru
+// The bias may be absent.
+void linear_recurrence(
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs& outputs);
+
+HIDDEN_NAMESPACE_END(mingru)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 // Always inlined, because a function call would prevent the vectorization of the loop.
 #if defined(_MSC_VER)
@@ -20,35 +21,22 @@
 
 namespace mingru::MINGRU_ISA {
 
+// float or double.
 template <class A>
-struct Format;
-
-template <>
-struct Format<float> {
-  using Int = int32_t;
-  using UInt = uint32_t;
-  static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float lowest = -104.0f;  // exp(lowest) is below half of the smallest subnormal
-  static constexpr int lift = 64;           // keeps `lifted` above the subnormals
-  static constexpr float drop = 5.42101086242752217e-20f;  // 2^-lift
-  static constexpr float infinity = std::numeric_limits<float>::infinity();
-  static constexpr UInt upper = 0xfffff000u;  // the upper half of the mantissa
-};
-
-template <>
-struct Format<double> {
-  using Int = int64_t;
-  using UInt = uint64_t;
-  static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double lowest = -746.0;
-  static constexpr int lift = 512;
-  static constexpr double drop = 7.45834073120020674329e-155;
-  static constexpr double infinity = std::numeric_limits<double>::infinity();
-  static constexpr UInt upper = 0xfffffffff8000000u;
+struct Format {
+  using Limits = std::numeric_limits<A>;
+  static constexpr bool is_double = std::is_same_v<A, double>;
+  using UInt = std::conditional_t<is_double, uint64_t, uint32_t>;
+  static constexpr int mantissa_bits = Limits::digits - 1, bias = Limits::max_exponent - 1;
+  static constexpr UInt sign = UInt(1) << (sizeof(A) * 8 - 1);
+  static constexpr UInt upper_half = ~UInt(0) << (mantissa_bits / 2 + 1);  // of the mantissa
+  static constexpr A rounder = A(UInt(3) << (mantissa_bits - 1));  // 1.5 * 2^mantissa_bits; adding it rounds to an integer
+  static constexpr A ln2_high = is_double ? A(6.93147180369123816490e-01) : A(0.693359375f);
+  static constexpr A ln2_low = is_double ? A(1.90821492927058770002e-10) : A(-2.12194440e-4f);
+  static constexpr A lowest = is_double ? -746 : -104;  // exp(lowest) is below half of the smallest subnormal
+  static constexpr int lift = is_double ? 512 : 64;     // keeps `lifted` above the subnormals
+  static constexpr A drop = is_double ? A(7.45834073120020674329e-155) : A(5.42101086242752217e-20f);  // 2^-lift
+  static constexpr A infinity = Limits::infinity();
 };
 
 template <class To, class From>
@@ -69,9 +57,9 @@ MINGRU_INLINE float rise(float r) {
 }
 
 // terms[0] + terms[1] x + terms[2] x^2 + ...
-template <int count>
-MINGRU_INLINE double polynomial(const double (&terms)[count], double x) {
-  double sum = terms[count - 1];
+template <class A, int count>
+MINGRU_INLINE A polynomial(const A (&terms)[count], A x) {
+  A sum = terms[count - 1];
   for (int n = count - 2; n >= 0; --n) sum = sum * x + terms[n];
   return sum;
 }
@@ -84,48 +72,35 @@ MINGRU_INLINE double rise(double r) {
   return polynomial(inverse_factorial, r) * r;
 }
 
-// exp(x) = (1 + rest) * lifted * drop for x <= 0, with two powers of two, because exponent bits cannot make a subnormal.
-template <class A>
-struct Exponential {
-  A rest, lifted;
-};
-
-template <class A>
-MINGRU_INLINE Exponential<A> exponential(A x) {
-  using F = Format<A>;
-  using UInt = typename F::UInt;
-  x = F::lowest > x ? F::lowest : x;  // preserves NaN
-  const A shifted = x * A(1.44269504088896340736) + F::rounder;
-  const A whole = shifted - F::rounder;
-  const A r = (x - whole * F::ln2_high) - whole * F::ln2_low;
-  // The low bits of `shifted` are those of the integer `whole`.
-  const UInt exponent = bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)) + UInt(F::lift + F::bias);
-  return {rise(r), bit_cast<A>(exponent << F::mantissa_bits)};
-}
-
-template <class A>
-MINGRU_INLINE A power(A x) {
-  const Exponential<A> e = exponential(x);
-  return (e.lifted + e.lifted * e.rest) * Format<A>::drop;
-}
-
 // exp(x) and 1 - exp(x) for x <= 0, both in full relative precision.
 template <class A>
 struct PowerAndRest {
   A power, rest;
 };
 
+// exp(x) is (1 + rise) * lifted * drop, with two powers of two, because exponent bits cannot make a subnormal.
 template <class A>
 MINGRU_INLINE PowerAndRest<A> power_and_rest(A x) {
-  const Exponential<A> e = exponential(x);
-  const A scale = e.lifted * Format<A>::drop;
-  return {(e.lifted + e.lifted * e.rest) * Format<A>::drop, (A(1) - scale) - scale * e.rest};
+  using F = Format<A>;
+  using UInt = typename F::UInt;
+  x = F::lowest > x ? F::lowest : x;  // preserves NaN
+  const A shifted = x * A(1.44269504088896340736) + F::rounder;
+  const A whole = shifted - F::rounder;
+  const A r = rise((x - whole * F::ln2_high) - whole * F::ln2_low);
+  // The low bits of `shifted` are those of the integer `whole`.
+  const UInt exponent = bit_cast<UInt>(shifted) - bit_cast<UInt>(A(F::rounder)) + UInt(F::lift + F::bias);
+  const A lifted = bit_cast<A>(exponent << F::mantissa_bits), scale = lifted * F::drop;
+  return {(lifted + lifted * r) * F::drop, (A(1) - scale) - scale * r};
+}
+
+template <class A>
+MINGRU_INLINE A power(A x) {
+  return power_and_rest(x).power;
 }
 
 template <class A>
 MINGRU_INLINE A minus_absolute(A x) {
-  using UInt = typename Format<A>::UInt;
-  return bit_cast<A>(bit_cast<UInt>(x) | UInt(1) << (sizeof(A) * 8 - 1));
+  return bit_cast<A>(bit_cast<typename Format<A>::UInt>(x) | Format<A>::sign);
 }
 
 // A `memo` marks what is computed ahead if a loop is split: see lanes.h. This one computes all at once.
@@ -195,32 +170,26 @@ MINGRU_INLINE Value<A> hyperbolic_tangent(A x, Memo& memo) {
   return {x < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};
 }
 
-// sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2 with a maximum relative error of 4e-8.
-MINGRU_INLINE float sine_ratio(float r2) {
-  return ((-0.5890750885009766f * r2 + 2.549767017364502f) * r2 - 5.167707920074463f) * r2 + 3.1415927410125732f;
-}
+// sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2. In float32 with a maximum relative error of 4e-8; in
+// float64 as Taylor series, of which the omitted parts are below 3e-18.
+template <class A>
+struct Circle {
+  static constexpr A sine[] = {3.1415927410125732f, -5.167707920074463f, 2.549767017364502f, -0.5890750885009766f};
+  static constexpr A cosine[] = {
+      1.0f, -4.934802055358887f, 4.058707237243652f, -1.335044503211975f, 0.2313287854194641f};
+};
 
-MINGRU_INLINE float small_cosine(float r2) {
-  const float sum = (0.2313287854194641f * r2 - 1.335044503211975f) * r2 + 4.058707237243652f;
-  return (sum * r2 - 4.934802055358887f) * r2 + 1.0f;
-}
-
-// Taylor series. The omitted parts are below 3e-18.
-MINGRU_INLINE double sine_ratio(double r2) {
-  constexpr double terms[] = {
-      3.1415926535897932385,    -5.1677127800499700292,    2.5501640398773454439,
-      -0.59926452932079207689,  0.082145886611128228799,   -0.0073704309457143507773,
+template <>
+struct Circle<double> {
+  static constexpr double sine[] = {
+      3.1415926535897932385,     -5.1677127800499700292,      2.5501640398773454439,
+      -0.59926452932079207689,   0.082145886611128228799,     -0.0073704309457143507773,
       0.00046630280576761256442, -0.000021915353447830215827, 7.9520540014755127848e-7};
-  return polynomial(terms, r2);
-}
-
-MINGRU_INLINE double small_cosine(double r2) {
-  constexpr double terms[] = {
+  static constexpr double cosine[] = {
       1.0,                      -4.9348022005446793094,    4.0587121264167682182,
       -1.3352627688545894959,   0.23533063035889320454,    -0.025806891390014060013,
       0.0019295743094039230479, -0.00010463810492484570712, 4.3030695870329470073e-6};
-  return polynomial(terms, r2);
-}
+};
 
 // x minus a multiple of `unit`, a power of two, without rounding. The multiple is next to x if |x / unit| is at most 2^22
 // (float32) or 2^51 (float64). Otherwise it is some multiple of unit / 2 that is near.
@@ -237,8 +206,7 @@ MINGRU_INLINE double error_of_product(double x, double y, double product) { retu
 #else
 template <class A>
 MINGRU_INLINE A upper_half(A x) {
-  using UInt = typename Format<A>::UInt;
-  return bit_cast<A>(bit_cast<UInt>(x) & Format<A>::upper);
+  return bit_cast<A>(bit_cast<typename Format<A>::UInt>(x) & Format<A>::upper_half);
 }
 
 // The products of the halves are exact.
@@ -264,13 +232,12 @@ MINGRU_INLINE Direction<A> direction(A x) {
   const A shifted = A(2) * x + F::rounder;
   const A r = x - A(0.5) * (shifted - F::rounder);
   const A r2 = r * r;
-  const A s = sine_ratio(r2) * r, c = small_cosine(r2);
+  const A s = polynomial(Circle<A>::sine, r2) * r, c = polynomial(Circle<A>::cosine, r2);
   // The low bits of `shifted` are those of the number of quarter turns.
   const UInt quarters = bit_cast<UInt>(shifted);
   const bool swap = (quarters & UInt(1)) != 0;
-  const UInt sign = UInt(1) << (sizeof(A) * 8 - 1);
-  const UInt cosine_sign = ((quarters + UInt(1)) << (sizeof(A) * 8 - 2)) & sign;
-  const UInt sine_sign = (quarters << (sizeof(A) * 8 - 2)) & sign;
+  const UInt cosine_sign = ((quarters + UInt(1)) << (sizeof(A) * 8 - 2)) & F::sign;
+  const UInt sine_sign = (quarters << (sizeof(A) * 8 - 2)) & F::sign;
   return {
       bit_cast<A>(bit_cast<UInt>(swap ? s : c) ^ cosine_sign), bit_cast<A>(bit_cast<UInt>(swap ? c : s) ^ sine_sign)};
 }

@@ -48,28 +48,17 @@ MINGRU_INLINE Complex<A> operator*(Complex<A> x, A y) {
   return y * x;
 }
 
-template <class A>
-MINGRU_INLINE Zero operator*(A, Zero) {
-  return {};
+// a h + b
+template <class Number, class OfA, class OfB>
+MINGRU_INLINE auto next_state(OfA a, Number h, OfB b) {
+  if constexpr (std::is_same_v<OfA, Zero>) {
+    return b;
+  } else if constexpr (std::is_same_v<OfB, Zero>) {
+    return h * a;
+  } else {
+    return h * a + b;
+  }
 }
-
-template <class A>
-MINGRU_INLINE Zero operator*(Zero, A) {
-  return {};
-}
-
-template <class A>
-MINGRU_INLINE A operator+(A x, Zero) {
-  return x;
-}
-
-template <class A>
-MINGRU_INLINE A operator+(Zero, A x) {
-  return x;
-}
-
-MINGRU_INLINE Zero operator+(Zero, Zero) { return {}; }
-MINGRU_INLINE Zero operator-(Zero) { return {}; }
 
 template <class A>
 MINGRU_INLINE A conjugate(A x) {

@@ -4,10 +4,10 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "call.h"
 
@@ -40,19 +40,11 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
 
 std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
-Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+Tensor empty_as(const Tensor& x) { return empty(sizes_of(x), x); }
 
-std::vector<int64_t> checked_lengths(const char* name, const Tensor& lengths, int64_t num_batch, int64_t num_steps) {
-  STD_TORCH_CHECK(
-      lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
-          lengths.numel() == num_batch,
-      name, ": lengths must be (B), int64, contiguous, on the CPU");
-  const auto* data = static_cast<const int64_t*>(lengths.data_ptr());
-  const std::vector<int64_t> result(data, data + num_batch);
-  for (const int64_t length : result) {
-    STD_TORCH_CHECK(length >= 0 && length <= num_steps, name, ": lengths must be from 0 to S");
-  }
-  return result;
+template <class T>
+T* data_of(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
 }
 
 class Operands {
@@ -69,22 +61,23 @@ class Operands {
     scan.num_features = num_features;
     scan.reverse = call.reverse;
     if (call.batch_sizes) {
+      STD_TORCH_CHECK(!call.lengths, name_, ": lengths must be of sequences that are not packed");
+      batch_dim_ = step_dim_ = 0;
       set_packed(*call.batch_sizes, like);
     } else {
       STD_TORCH_CHECK(like.dim() >= 2, name_, ": sequences must be (B, S, *)");
       scan.num_batch = like.size(batch_dim_);
       scan.num_steps = like.size(step_dim_);
+      if (call.lengths) set_lengths(*call.lengths);
     }
-    if (call.lengths) {
-      STD_TORCH_CHECK(!is_packed(), name_, ": lengths must be of sequences that are not packed");
-      lengths_ = checked_lengths(name_, *call.lengths, scan.num_batch, scan.num_steps);
-      scan.lengths = lengths_.data();
-    }
-    leading_.assign(like.sizes().begin(), like.sizes().begin() + num_leading());
+    leading_.assign(like.sizes().begin(), like.sizes().begin() + (is_packed() ? 1 : 2));
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
     scan.h = state(call.h, "h");
-    if (call.dt) add_dt(*call.dt);
+    if (call.dt) {
+      const char* expected = ": dt must have the leading dimensions of the sequences, in the accumulation dtype";
+      scan.dt = one_per_step(*call.dt, accumulation_dtype(), expected);
+    }
     if (call.min_decay != 0) {
       STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, name_, ": min_decay must be in [0, 1)");
       scan.is_bounded = true;
@@ -92,7 +85,8 @@ class Operands {
       scan.log_range = std::log1p(-call.min_decay);
     }
     if (call.reset) {
-      add_reset(*call.reset);
+      const char* expected = ": reset must be bool, with the leading dimensions of the sequences";
+      scan.reset = one_per_step(*call.reset, ScalarType::Bool, expected);
       // A linear scan has no initial state: a reset sets the state to 0.
       if (scan.cell != Cell::linear_scan && scan.cell != Cell::complex_linear_scan) {
         scan.initial_state = state(contiguous(call.initial_state), "initial_state");
@@ -102,11 +96,13 @@ class Operands {
 
   Operands(const Operands&) = delete;  // `scan` points into this object
 
-  bool is_packed() const { return !step_offsets_.empty(); }
+  bool is_packed() const { return scan.step_offsets != nullptr; }
   bool has_lengths() const { return !is_packed() && scan.lengths; }
   Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
 
-  int64_t step_offset(int64_t step) const { return step < scan.num_steps ? scan.step_offsets[step] : leading_[0]; }
+  // Where the steps of each batch element, or if packed the batch elements of each step, begin in a matrix of all valid
+  // steps; at the end, the number of all. Empty without lengths.
+  const std::vector<int64_t>& row_offsets() const { return row_offsets_; }
 
   std::vector<int64_t> sizes(int64_t trailing) const {
     std::vector<int64_t> sizes = leading_;
@@ -119,6 +115,15 @@ class Operands {
     return kept_.back();
   }
 
+  bool has_contiguous_features(const Tensor& x) const {
+    int64_t expected = 1;
+    for (int64_t dim = x.dim() - 1; dim >= num_leading(); --dim) {
+      if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+      expected *= x.size(dim);
+    }
+    return true;
+  }
+
   // Returns x, or a copy with contiguous features, as a sequence.
   Sequence readable(const Tensor& x) {
     kept_.push_back(has_contiguous_features(x) ? x : torch::stable::contiguous(x));
@@ -126,11 +131,12 @@ class Operands {
   }
 
   Sequence sequence(const Tensor& x) const {
-    const bool fits = x.is_cpu() && x.dim() >= num_leading() && storage_of(x) == scan.storage &&
-                      std::equal(leading_.begin(), leading_.end(), x.sizes().begin()) &&
-                      x.numel() == num_leading_elements() * scan.num_features && has_contiguous_features(x);
-    STD_TORCH_CHECK(fits, name_, ": sequences must be on the CPU, of one shape and dtype, with contiguous features");
-    if (is_packed()) return {x.data_ptr(), x.stride(0), x.stride(0)};
+    int64_t num_elements = scan.num_features;
+    for (const int64_t size : leading_) num_elements *= size;
+    STD_TORCH_CHECK(
+        x.is_cpu() && has_leading_sizes(x) && storage_of(x) == scan.storage && x.numel() == num_elements &&
+            has_contiguous_features(x),
+        name_, ": sequences must be on the CPU, of one shape and dtype, with contiguous features");
     return {x.data_ptr(), x.stride(batch_dim_), x.stride(step_dim_)};
   }
 
@@ -146,15 +152,12 @@ class Operands {
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
-    const int64_t count = num_inputs_of(scan.cell), features = scan.num_features;
+    const int64_t count = traits_of(scan.cell).num_inputs, features = scan.num_features, size = bias.element_size();
     STD_TORCH_CHECK(
-        bias.is_cpu() && bias.is_contiguous() && storage_of(bias) == scan.storage &&
-            bias.numel() == count * features,
-        name_, ": bias must be (num_inputs N), contiguous, with the dtype of the sequences");
-    STD_TORCH_CHECK(bias.element_size() >= 4, name_, ": a bias requires float32 or float64");
-    const int64_t size = bias.element_size();
+        bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, name_,
+        ": bias must be (num_inputs N), float32 or float64, with the dtype of the sequences");
     const int64_t padded = (features + group - 1) / group * group;
-    const char* data = static_cast<const char*>(bias.data_ptr());
+    const char* data = data_of<char>(bias);
     if (padded != features) {
       biases_.assign(count * padded * size, 0);
       for (int64_t k = 0; k < count; ++k) {
@@ -167,94 +170,83 @@ class Operands {
 
   // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
   std::tuple<Tensor, Tensor, Tensor> add_gradients(
-      const Tensor& h, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last, bool needs_dt) {
+      const Call& call, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
-    Tensor grad_h = empty(sizes_of(h), h);
+    Tensor grad_h = empty_as(call.h), grad_initial_state = empty({0}, call.h), grads_of_dt = empty({0}, call.h);
     scan.grad_h = grad_h.data_ptr();
-    Tensor grads_of_dt = empty({0}, h);
-    if (needs_dt && scan.dt) {
-      grads_of_dt = empty(sizes((scan.num_features + group - 1) / group), h);
+    if (call.needs_dt && scan.dt.data) {
+      grads_of_dt = empty(sizes((scan.num_features + group - 1) / group), call.h);
       torch::stable::zero_(grads_of_dt);
-      scan.grads_of_dt = grads_of_dt.data_ptr();
-      scan.grads_of_dt_batch_stride = grads_of_dt.stride(is_packed() ? 0 : batch_dim_);
-      scan.grads_of_dt_step_stride = grads_of_dt.stride(is_packed() ? 0 : step_dim_);
+      scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }
-    if (!scan.reset) return {grad_h, empty({0}, h), grads_of_dt};
-    Tensor grad_initial_state = empty(sizes_of(h), h);
-    torch::stable::zero_(grad_initial_state);
-    if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
+    if (scan.reset.data) {
+      grad_initial_state = empty_as(call.h);
+      torch::stable::zero_(grad_initial_state);
+      if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
+    }
     return {grad_h, grad_initial_state, grads_of_dt};
   }
 
  private:
-  int64_t num_leading() const { return is_packed() ? 1 : 2; }
-  int64_t num_leading_elements() const { return is_packed() ? leading_[0] : leading_[0] * leading_[1]; }
+  int64_t num_leading() const { return static_cast<int64_t>(leading_.size()); }
 
-  bool has_contiguous_features(const Tensor& x) const {
-    int64_t expected = 1;
-    for (int64_t dim = x.dim() - 1; dim >= num_leading(); --dim) {
-      if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-      expected *= x.size(dim);
-    }
-    return true;
+  bool has_leading_sizes(const Tensor& x) const {
+    return x.dim() >= num_leading() && std::equal(leading_.begin(), leading_.end(), x.sizes().begin());
   }
 
-  void add_reset(const Tensor& reset) {
-    STD_TORCH_CHECK(
-        reset.is_cpu() && reset.scalar_type() == ScalarType::Bool && reset.dim() == num_leading() &&
-            std::equal(leading_.begin(), leading_.end(), reset.sizes().begin()),
-        name_, ": reset must be bool, with the leading dimensions of the sequences");
-    scan.reset = static_cast<const uint8_t*>(reset.data_ptr());
-    scan.reset_batch_stride = reset.stride(is_packed() ? 0 : batch_dim_);
-    scan.reset_step_stride = reset.stride(is_packed() ? 0 : step_dim_);
-  }
-
-  void add_dt(const Tensor& dt) {
-    STD_TORCH_CHECK(
-        dt.is_cpu() && dt.scalar_type() == accumulation_dtype() && dt.dim() == num_leading() &&
-            std::equal(leading_.begin(), leading_.end(), dt.sizes().begin()),
-        name_, ": dt must have the leading dimensions of the sequences, in the accumulation dtype");
-    scan.dt = dt.data_ptr();
-    scan.dt_batch_stride = dt.stride(is_packed() ? 0 : batch_dim_);
-    scan.dt_step_stride = dt.stride(is_packed() ? 0 : step_dim_);
+  // A number for each step.
+  Sequence one_per_step(const Tensor& x, ScalarType dtype, const char* expected) const {
+    const bool fits = x.is_cpu() && x.scalar_type() == dtype && x.dim() == num_leading() && has_leading_sizes(x);
+    STD_TORCH_CHECK(fits, name_, expected);
+    return {x.data_ptr(), x.stride(batch_dim_), x.stride(step_dim_)};
   }
 
   ScalarType accumulation_dtype() const {
     return scan.storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
   }
 
+  std::vector<int64_t> numbers(const Tensor& x, int64_t count, const char* expected) const {
+    const bool is_vector = x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Long && x.dim() == 1;
+    STD_TORCH_CHECK(is_vector && x.numel() == count, name_, expected);
+    return {data_of<int64_t>(x), data_of<int64_t>(x) + count};
+  }
+
+  void set_lengths(const Tensor& lengths) {
+    lengths_ = numbers(lengths, scan.num_batch, ": lengths must be (B), int64, contiguous, on the CPU");
+    row_offsets_.push_back(0);
+    for (const int64_t length : lengths_) {
+      STD_TORCH_CHECK(length >= 0 && length <= scan.num_steps, name_, ": lengths must be from 0 to S");
+      row_offsets_.push_back(row_offsets_.back() + length);
+    }
+    scan.lengths = lengths_.data();
+  }
+
   void set_packed(const Tensor& batch_sizes, const Tensor& like) {
-    STD_TORCH_CHECK(
-        like.dim() >= 1 && batch_sizes.is_cpu() && batch_sizes.dim() == 1 && batch_sizes.is_contiguous() &&
-            batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.numel() > 0,
-        name_, ": packed sequences must be (number of steps, *), with int64 batch_sizes (S) on the CPU");
-    const auto* sizes = static_cast<const int64_t*>(batch_sizes.data_ptr());
-    const int64_t steps = batch_sizes.numel();
-    int64_t offset = 0;
-    for (int64_t t = 0; t < steps; ++t) {
+    const char* expected = ": packed sequences must be (number of steps, *), with int64 batch_sizes (S) on the CPU";
+    const std::vector<int64_t> sizes = numbers(batch_sizes, batch_sizes.numel(), expected);
+    STD_TORCH_CHECK(like.dim() >= 1 && !sizes.empty(), name_, expected);
+    row_offsets_.push_back(0);
+    for (size_t t = 0; t < sizes.size(); ++t) {
       STD_TORCH_CHECK(
           sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), name_,
           ": batch_sizes must be positive and must not increase");
-      step_offsets_.push_back(offset);
-      offset += sizes[t];
+      row_offsets_.push_back(row_offsets_.back() + sizes[t]);
     }
-    STD_TORCH_CHECK(offset == like.size(0), name_, ": the sum of batch_sizes must be the number of packed steps");
-    lengths_.resize(sizes[0]);
-    for (int64_t t = 0; t < steps; ++t) {
-      // Sequences without a next step end here.
-      for (int64_t b = t + 1 < steps ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths_[b] = t + 1;
-    }
+    STD_TORCH_CHECK(
+        row_offsets_.back() == like.size(0), name_, ": the sum of batch_sizes must be the number of packed steps");
+    // Sequences without a next step end with the step.
+    for (size_t t = sizes.size(); t > 0; --t) lengths_.resize(sizes[t - 1], static_cast<int64_t>(t));
     scan.num_batch = sizes[0];
-    scan.num_steps = steps;
-    scan.step_offsets = step_offsets_.data();
+    scan.num_steps = static_cast<int64_t>(sizes.size());
+    scan.step_offsets = row_offsets_.data();
     scan.lengths = lengths_.data();
   }
 
   const char* name_;
-  int64_t batch_dim_, step_dim_;
-  std::vector<int64_t> leading_, step_offsets_, lengths_;
+  int64_t batch_dim_, step_dim_;  // of sequences; both 0 if packed
+  std::vector<int64_t> leading_, row_offsets_, lengths_;
   std::vector<Tensor> kept_;
   std::vector<char> biases_;
 };

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "convert.h"
-#include "scan.h"
 
 namespace mingru::MINGRU_ISA {
 
@@ -35,11 +34,15 @@ static void multiply_columns(const Product& product, int64_t begin, int64_t end)
   }
 }
 
+static void multiply(const Product& product, int64_t begin, int64_t end) {
+  const bool is_double = product.storage == Storage::float64;
+  (is_double ? multiply_columns<double> : multiply_columns<float>)(product, begin, end);
+}
+
 template <class T>
-static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, void* to) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, Accumulated<T>* total) {
+  using A = Accumulated<T>;
   constexpr int64_t most = 8;  // rows summed before they are added, which rounds less
-  A* total = static_cast<A*>(to);
   for (int64_t row = begin; row < end; row += most) {
     const int64_t count = end - row < most ? end - row : most;
     const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns;
@@ -47,14 +50,9 @@ static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, void* to)
     for (; column + group <= sum.columns; column += group) {
       A part[group] = {};
       for (int64_t k = 0; k < count; ++k) {
-        const T* from = rows + k * sum.columns + column;
-        if constexpr (has_conversion<T>) {
-          A converted[group];
-          read(converted, from);
-          for (int i = 0; i < group; ++i) part[i] += converted[i];
-        } else {
-          for (int i = 0; i < group; ++i) part[i] += static_cast<A>(from[i]);
-        }
+        A values[group];
+        read(values, rows + k * sum.columns + column);
+        for (int i = 0; i < group; ++i) part[i] += values[i];
       }
       for (int i = 0; i < group; ++i) total[column + i] += part[i];
     }
@@ -66,18 +64,11 @@ static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, void* to)
   }
 }
 
-RowSumKernel row_sum_kernel(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return sum_columns<float>;
-    case Storage::float64: return sum_columns<double>;
-    case Storage::bfloat16: return sum_columns<BFloat16>;
-    case Storage::float16: return sum_columns<Half>;
-  }
-  return nullptr;
-}
-
-ProductKernel product_kernel(Storage storage) {
-  return storage == Storage::float64 ? multiply_columns<double> : multiply_columns<float>;
+static void add_rows(const RowSum& sum, int64_t begin, int64_t end, void* total) {
+  with_type(sum.storage, [&](auto type) {
+    using T = decltype(type);
+    sum_columns<T>(sum, begin, end, static_cast<Accumulated<T>*>(total));
+  });
 }
 
 }  // namespace mingru::MINGRU_ISA

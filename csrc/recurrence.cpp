@@ -10,7 +10,7 @@ void add_inputs(Operands& operands, const std::vector<Tensor>& inputs) {
 }
 
 int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
-  const int64_t count = num_inputs_of(call.cell);
+  const int64_t count = traits_of(call.cell).num_inputs;
   STD_TORCH_CHECK(
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
   STD_TORCH_CHECK(!call.lengths, call.name, ": lengths need the linear map");
@@ -22,10 +22,10 @@ int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
 std::tuple<Tensor, Tensor> recurrence_forward(
     const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay) {
   const Call call = call_of("recurrence_forward", tensors, how, min_decay);
-  Operands operands(call, inputs[0], num_features(call, inputs));
+  const int64_t features = num_features(call, inputs);
+  Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  Tensor out = empty(sizes_of(inputs[0]), inputs[0]);
-  Tensor last = empty(sizes_of(call.h), call.h);
+  Tensor out = empty_as(inputs[0]), last = empty_as(call.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
   run(operands.scan, operands.whole(), false);
@@ -41,12 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state, grads_of_dt] =
-      operands.add_gradients(call.h, out, grad_out, grad_last, has_flag(how, Flag::needs_dt));
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
-    operands.scan.grad_inputs[k] =
-        operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
+    operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
   }
   run(operands.scan, operands.whole(), true);
   return {grads, grad_h, grad_initial_state, grads_of_dt};

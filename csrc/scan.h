@@ -38,7 +38,12 @@ struct Sequence {
   void* data = nullptr;
   int64_t batch_stride = 0, step_stride = 0;
   int64_t skipped = 0;  // number of elements of the sequence before `data`
-  const int64_t* batch_offsets = nullptr;  // where each batch element begins, in place of batch_stride; may be null
+  const int64_t* batch_offsets = nullptr;  // where each batch element begins, in units of batch_stride; null: at its index
+
+  // Of the first feature of a step, whose position is its index in the dimension of time or in packed data.
+  int64_t index(int64_t batch, int64_t position) const {
+    return (batch_offsets ? batch_offsets[batch] : batch) * batch_stride + position * step_stride - skipped;
+  }
 };
 
 // States are (B, N), contiguous, in the accumulation dtype.
@@ -56,12 +61,10 @@ struct Scan {
   // In the accumulation dtype, (N) padded to a multiple of `group`. All are null if there is no bias.
   const void* biases[most_inputs];
   Sequence out;
-  const uint8_t* reset;  // may be null; not bool, because a bool tensor that views bytes may contain other values
-  int64_t reset_batch_stride, reset_step_stride;
+  Sequence reset;  // uint8 or null; not bool, because a bool tensor that views bytes may contain other values
   // Only of cells that take time: the elapsed time of each step, in the accumulation dtype (null: 1), and the lower bound of
   // the decay.
-  const void* dt;
-  int64_t dt_batch_stride, dt_step_stride;
+  Sequence dt;
   bool is_bounded;
   double log_bound, log_range;  // of the bound m: log(m) and log(1 - m)
   const void* h;
@@ -74,8 +77,7 @@ struct Scan {
   void* grad_h;
   void* grad_initial_state;  // may be null
   // A number for each step and group of features, in the accumulation dtype, initially 0. May be null.
-  void* grads_of_dt;
-  int64_t grads_of_dt_batch_stride, grads_of_dt_step_stride;
+  Sequence grads_of_dt;
 };
 
 // A range of batch elements and a range of steps, both in the order of memory.
@@ -100,9 +102,6 @@ struct Product {
   int64_t rows, columns, features;
 };
 
-// Computes a range of columns.
-using ProductKernel = void (*)(const Product&, int64_t begin, int64_t end);
-
 // Rows of `columns` values each, whose sum is computed.
 struct RowSum {
   Storage storage;
@@ -110,10 +109,15 @@ struct RowSum {
   int64_t num_rows, columns;
 };
 
-// Adds a range of rows to `total`, which has the accumulation dtype.
-using RowSumKernel = void (*)(const RowSum&, int64_t begin, int64_t end, void* total);
-
-// Reads and writes `state`. Returns whether the run stopped at a match.
-using Kernel = bool (*)(const Scan&, const Span&, void* state, bool backward);
+// The kernels of an instruction set.
+struct Kernels {
+  const char* name;
+  // Reads and writes `state`. Returns whether the run stopped at a match.
+  bool (*run)(const Scan&, const Span&, void* state, bool is_backward);
+  // Computes a range of columns.
+  void (*multiply)(const Product&, int64_t begin, int64_t end);
+  // Adds a range of rows to `total`, which has the accumulation dtype.
+  void (*add_rows)(const RowSum&, int64_t begin, int64_t end, void* total);
+};
 
 }  // namespace mingru

@@ -3,6 +3,7 @@
 Importing this module registers the operators with PyTorch's dispatcher. They take states in the accumulation dtype.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,53 +41,40 @@ def _register_shapes() -> None:
     def flag(how: int, bit: int) -> bool:
         return bool((how >> (16 + bit)) & 1)
 
-    def grads_of_start(call: list[Tensor | None], how: int) -> tuple[Tensor, Tensor, Tensor]:
+    def grads_of_start(call: list[Any], how: int) -> tuple[Tensor, Tensor, Tensor]:
         h, _, reset, dt, *_ = call
-        assert h is not None
-        grad_h, grad_initial_state = h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape)
-        grads_of_dt = h.new_empty(0)
-        if flag(how, 3) and dt is not None:
-            num_features = h.shape[2:].numel()
-            grads_of_dt = h.new_empty(*dt.shape, (num_features + _GROUP - 1) // _GROUP)
-        return grad_h, grad_initial_state, grads_of_dt
+        num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
+        shape_of_dt = (*dt.shape, num_groups) if flag(how, 3) and dt is not None else (0,)
+        return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape), h.new_empty(shape_of_dt)
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
-    def recurrence_backward(inputs: list[Tensor], call: list[Tensor | None], *rest: Any) -> tuple[Tensor, ...]:
+    def recurrence_backward(inputs: list[Tensor], call: list[Any], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_leading = 2 if call[4] is None else 1
-        leading, trailing = inputs[0].shape[:num_leading], inputs[0].shape[num_leading:]
-        grads = inputs[0].new_empty(*leading, len(inputs) * trailing.numel())
-        return grads, *grads_of_start(call, rest[3])
+        num_grads = len(inputs) * out.shape[num_leading:].numel()
+        return out.new_empty(*out.shape[:num_leading], num_grads), *grads_of_start(call, rest[2])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, min_decay: float
+        x: Tensor, weight: Tensor, bias: Any, call: list[Tensor], how: int, min_decay: float
     ) -> tuple[Tensor, ...]:
+        h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
-        num_kept = x.shape[:-1].numel() if flag(how, 2) else 0
-        h = call[0]
-        out = x.new_empty(*x.shape[:-1], h.shape[-1])
-        return out, h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
+        num_kept = math.prod(leading) if flag(how, 2) else 0
+        return x.new_empty(*leading, h.shape[-1]), h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor | None], *rest: Any
+        x: Tensor, weight: Tensor, bias: Any, call: list[Any], *rest: Any
     ) -> tuple[Tensor, ...]:
         how = rest[4]
-        grad_x = x.new_empty(0)
-        if flag(how, 4):
-            grad_x = x.new_empty(x.shape)
-            if is_transposed(x):
-                grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
+        grad_x = x.new_empty(x.shape if flag(how, 4) else 0)
+        if flag(how, 4) and is_transposed(x):
+            grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if flag(how, 5) else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if flag(how, 6) else 0, weight.shape[0])
         return grad_x, grad_weight, grad_bias, *grads_of_start(call, how)
 
-    for shapes in (
-        recurrence_forward,
-        recurrence_backward,
-        linear_recurrence_forward,
-        linear_recurrence_backward,
-    ):
+    for shapes in (recurrence_forward, recurrence_backward, linear_recurrence_forward, linear_recurrence_backward):
         torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
 
 
@@ -152,7 +140,8 @@ def _recurrence_backward(
     grads, *grads_of_start = torch.ops.mingru.recurrence_backward(
         inputs, call, out, grad_out, _state(grad_last, inputs[0]), how, min_decay
     )
-    return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
+    parts = grads.chunk(len(inputs), -1)
+    return *_grads_of_start(start, needs[0], *grads_of_start), *map(Tensor.view_as, parts, inputs)
 
 
 def _grads_of_start(
@@ -164,11 +153,6 @@ def _grads_of_start(
         return grad_h, None, grad_dt
     initial_state = start.initial_state
     return grad_h, as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape), grad_dt
-
-
-def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of all inputs, which are concatenated in the last dimension."""
-    return tuple(part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True))
 
 
 def _linear_recurrence(
@@ -193,33 +177,30 @@ def _linear_recurrence_backward(
     return *_grads_of_start(start, needs[0], *grads_of_start), *found
 
 
-def _scan_call(call: LinearScan) -> tuple[LinearScan, Spec]:
-    """Return a scan of real numbers, and its cell."""
-    a, b, h, reset, reverse = call
-    if not a.is_complex():
-        return call, Spec("linear_scan", "linear", reverse)
-    spec = Spec("complex_linear_scan", "linear", reverse)
-    return LinearScan(as_real(a), as_real(b), as_real(h), reset, reverse), spec
+def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
+    """Return the cell of a scan, and a, b, h and other tensors as real numbers."""
+    tensors = [*call[:3], *others]
+    if call.a.is_complex():
+        return Spec("complex_linear_scan", "linear", call.reverse), list(map(as_real, tensors))
+    return Spec("linear_scan", "linear", call.reverse), tensors
 
 
 def _scan(call: LinearScan) -> States:
-    (a, b, h, reset, _), spec = _scan_call(call)
-    out, last, _ = _recurrence(spec, [a, b], Start(h, h, reset), BATCH_FIRST, False)
+    spec, (a, b, h) = _real(call)
+    out, last, _ = _recurrence(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST, False)
     if call.a.is_complex():
         return torch.view_as_complex(out), torch.view_as_complex(last)
     return out, last
 
 
-def _scan_backward(call: LinearScan, out: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    (a, _, h, reset, _), spec = _scan_call(call)
-    is_complex = call.a.is_complex()
-    if is_complex:
-        out, grad_out, grad_last = as_real(out), as_real(grad_out), as_real(grad_last)
-    saved = (out, None, grad_out, grad_last)
+def _scan_backward(call: LinearScan, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    spec, (a, _, h, out, *grads_of_states) = _real(call, *saved)
     # The gradients do not depend on b.
-    grad_h, _, _, *grads = _recurrence_backward(spec, [a, a], Start(h, h, reset), BATCH_FIRST, saved, [False])
+    grad_h, _, _, *grads = _recurrence_backward(
+        spec, [a, a], Start(h, h, call.reset), BATCH_FIRST, (out, None, *grads_of_states), [False]
+    )
     found: Any = (*grads, grad_h)
-    return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if is_complex else found
+    return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if call.a.is_complex() else found
 
 
 BACKEND = Backend(
