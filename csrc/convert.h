@@ -1,4 +1,4 @@
-// Conversions of a group of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep subnormals and
+// Conversions of groups of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep subnormals and
 // NaN.
 #pragma once
 
@@ -29,22 +29,19 @@ MINGRU_INLINE auto with_type(Storage storage, const F& f) {
 }
 
 template <class A>
-MINGRU_INLINE void read(A* to, const A* from) {
-  std::memcpy(to, from, group * sizeof(A));
-}
-
-template <class A>
-MINGRU_INLINE void write(A* to, const A* from) {
-  std::memcpy(to, from, group * sizeof(A));
+MINGRU_INLINE void read(A* to, const A* from, int64_t count) {
+  std::memcpy(to, from, count * sizeof(A));
 }
 
 // A bfloat16 is the upper half of a float. Compilers vectorize these loops, but not torch's conversions.
-MINGRU_INLINE void read(float* to, const BFloat16* from) {
-  for (int64_t i = 0; i < group; ++i) to[i] = bit_cast<float>(uint32_t(from[i].x) << 16);
+MINGRU_INLINE void read(float* to, const BFloat16* from, int64_t count) {
+  MINGRU_LANES
+  for (int64_t i = 0; i < count; ++i) to[i] = bit_cast<float>(uint32_t(from[i].x) << 16);
 }
 
-MINGRU_INLINE void write(BFloat16* to, const float* from) {
-  for (int64_t i = 0; i < group; ++i) {
+MINGRU_INLINE void write(BFloat16* to, const float* from, int64_t count) {
+  MINGRU_LANES
+  for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = bit_cast<uint32_t>(from[i]);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     to[i].x = static_cast<uint16_t>(from[i] == from[i] ? rounded : 0x7fc0);
@@ -52,26 +49,26 @@ MINGRU_INLINE void write(BFloat16* to, const float* from) {
 }
 
 #if defined(MINGRU_AVX512) || defined(MINGRU_AVX2)
-MINGRU_INLINE void read(float* to, const Half* from) {
-  for (int i = 0; i < group; i += 8) {
+MINGRU_INLINE void read(float* to, const Half* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
 }
 
-MINGRU_INLINE void write(Half* to, const float* from) {
-  for (int i = 0; i < group; i += 8) {
+MINGRU_INLINE void write(Half* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) {
     const __m128i words = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), words);
   }
 }
 #else
 // Called, because the code of a conversion is long.
-MINGRU_NOT_INLINE void read(float* to, const Half* from) {
-  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<float>(from[i]);
+MINGRU_NOT_INLINE void read(float* to, const Half* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-MINGRU_NOT_INLINE void write(Half* to, const float* from) {
-  for (int64_t i = 0; i < group; ++i) to[i] = static_cast<Half>(from[i]);
+MINGRU_NOT_INLINE void write(Half* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Half>(from[i]);
 }
 #endif
 

@@ -22,13 +22,15 @@ MINGRU_INLINE void copy_few(T* to, const T* from, int64_t count) {
 template <class A, class T>
 MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t count) {
   for (int64_t step = 0; step < steps; ++step, from.data += from.stride, to += padded_size(count)) {
-    if constexpr (!std::is_same_v<T, A>) {
-      T rest[group] = {};
-      if (count < group) copy_few(rest, from.data, count);
-      for (int64_t i = 0; i < count; i += group) read(to + i, count < group ? rest : from.data + i);
-    } else {
+    if constexpr (std::is_same_v<T, A>) {
       std::memset(to, 0, group * sizeof(T));
       copy_few(to, from.data, count);
+    } else if (count < group) {
+      T rest[group] = {};
+      copy_few(rest, from.data, count);
+      read(to, rest, group);
+    } else {
+      read(to, from.data, count);
     }
   }
 }
@@ -36,12 +38,14 @@ MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t co
 template <class A, class T>
 MINGRU_NOT_INLINE void store(Rows<T> to, const A* from, int64_t steps, int64_t count) {
   for (int64_t step = 0; step < steps; ++step, to.data += to.stride, from += padded_size(count)) {
-    if constexpr (!std::is_same_v<T, A>) {
-      T rest[group];
-      for (int64_t i = 0; i < count; i += group) write(count < group ? rest : to.data + i, from + i);
-      if (count < group) copy_few(to.data, rest, count);
-    } else {
+    if constexpr (std::is_same_v<T, A>) {
       copy_few(to.data, from, count);
+    } else if (count < group) {
+      T rest[group];
+      write(rest, from, group);
+      copy_few(to.data, rest, count);
+    } else {
+      write(to.data, from, count);
     }
   }
 }

@@ -10,15 +10,6 @@
 
 namespace mingru::MINGRU_ISA {
 
-// A loop over lanes, which are independent. If it is unrolled too early, it cannot be vectorized.
-#if defined(__clang__)
-#define MINGRU_LANES _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define MINGRU_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
-#else
-#define MINGRU_LANES
-#endif
-
 // Values of some steps: those of the first step, and how far those of the next step are from them.
 template <class T>
 struct Rows {

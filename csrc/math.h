@@ -19,6 +19,15 @@
 #define MINGRU_NOT_INLINE static __attribute__((noinline))
 #endif
 
+// A loop over lanes, which are independent. If it is unrolled too early, it cannot be vectorized.
+#if defined(__clang__)
+#define MINGRU_LANES _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define MINGRU_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#else
+#define MINGRU_LANES
+#endif
+
 namespace mingru::MINGRU_ISA {
 
 // float or double.

@@ -51,7 +51,7 @@ static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, Accumulat
       A part[group] = {};
       for (int64_t k = 0; k < count; ++k) {
         A values[group];
-        read(values, rows + k * sum.columns + column);
+        read(values, rows + k * sum.columns + column, group);
         for (int i = 0; i < group; ++i) part[i] += values[i];
       }
       for (int i = 0; i < group; ++i) total[column + i] += part[i];

@@ -41,7 +41,7 @@ def _register_shapes() -> None:
     def flag(how: int, bit: int) -> bool:
         return bool((how >> (16 + bit)) & 1)
 
-    def grads_of_start(call: list[Any], how: int) -> tuple[Tensor, Tensor, Tensor]:
+    def grads_of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
         h, _, reset, dt, *_ = call
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
         shape_of_dt = (*dt.shape, num_groups) if flag(how, 3) and dt is not None else (0,)
@@ -50,13 +50,13 @@ def _register_shapes() -> None:
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
-    def recurrence_backward(inputs: list[Tensor], call: list[Any], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_leading = 2 if call[4] is None else 1
         num_grads = len(inputs) * out.shape[num_leading:].numel()
         return out.new_empty(*out.shape[:num_leading], num_grads), *grads_of_start(call, rest[2])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Any, call: list[Tensor], how: int, min_decay: float
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, min_decay: float
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
@@ -64,7 +64,7 @@ def _register_shapes() -> None:
         return x.new_empty(*leading, h.shape[-1]), h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
-        x: Tensor, weight: Tensor, bias: Any, call: list[Any], *rest: Any
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         how = rest[4]
         grad_x = x.new_empty(x.shape if flag(how, 4) else 0)
