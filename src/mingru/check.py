@@ -3,10 +3,11 @@
 import difflib
 import functools
 import inspect
+import itertools
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection
-from types import FrameType
 from typing import Any, ParamSpec
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
 from .ops.cells import CELLS, GATES
-from .ops.graph import are_ordinary
+from .ops.graph import are_ordinary, is_captured
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -55,8 +56,32 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
     return f"{name}: {argument} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
-def dims(shape: torch.Size | tuple[int, ...]) -> str:
+def require(
+    name: str, argument: str, ok: bool, expected: str, got: str, remedy: str = "", error: type[Exception] = ValueError
+) -> None:
+    if not ok:
+        raise error(expectation(name, argument, expected, got, remedy))
+
+
+def check_type(name: str, argument: str, value: object, types: Any, expected: str, remedy: str = "") -> None:
+    require(name, argument, isinstance(value, types), expected, type(value).__name__, remedy, TypeError)
+
+
+def dims(shape: tuple[int, ...]) -> str:
     return str(tuple(shape))
+
+
+def not_a_tensor(name: str, argument: str, found: object, expected: str = "a tensor") -> TypeError:
+    return TypeError(expectation(name, argument, expected, type(found).__name__, "use torch.as_tensor"))
+
+
+def on_another_device(name: str, argument: str, x: Tensor, device: torch.device, like_name: str) -> ValueError:
+    remedy = f"use {argument}.to({str(device)!r})"
+    return ValueError(expectation(name, argument, f"on {device} like {like_name}", f"a tensor on {x.device}", remedy))
+
+
+def of_another_shape(name: str, argument: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(expectation(name, argument, f"{letters} = {dims(shape)}", dims(x.shape)))
 
 
 def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -118,42 +143,43 @@ def check_flags(name: str, **flags: object) -> None:
 
 
 def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
-    if not isinstance(flag, bool):
-        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
+    require(name, argument, isinstance(flag, bool), expected, repr(flag), remedy, TypeError)
 
 
 def check_bias(name: str, bias: object) -> None:
     """Check the `bias` of a layer. For a number, the error lists later arguments, because one was probably meant."""
-    is_number = isinstance(bias, (int, float))
     after = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
-    check_flag(name, "bias", bias, after if is_number else "")
+    check_flag(name, "bias", bias, after if is_number(bias) else "")
 
 
 def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
     if residual != "highway":
         check_flag(name, "residual", residual, expected="a bool or 'highway'")
         return
-    if bidirectional:
-        remedy = "use a layer for each direction"
-        raise ValueError(expectation(name, "bidirectional", "False because residual is 'highway'", "True", remedy))
-    if hidden_dims != input_dims:
-        expected = f"{input_dims} like input_dims because residual is 'highway'"
-        remedy = "change the size of x by a torch.nn.Linear before"
-        raise ValueError(expectation(name, "hidden_dims", expected, str(hidden_dims), remedy))
+    remedy = "use a layer for each direction"
+    require(name, "bidirectional", not bidirectional, "False because residual is 'highway'", "True", remedy)
+    expected = f"{input_dims} like input_dims because residual is 'highway'"
+    remedy = "change the size of x by a torch.nn.Linear before"
+    require(name, "hidden_dims", hidden_dims == input_dims, expected, str(hidden_dims), remedy)
 
 
-def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(expectation(name, argument, expected, repr(size)))
-    if size < least:
-        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
+def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
+    is_int = isinstance(size, int) and not isinstance(size, bool)
+    require(name, argument, is_int, expected, repr(size), error=TypeError)
+    require(name, argument, size >= least, f"at least {least}", str(size))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(name: str, argument: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> None:
+    require(name, argument, is_number(value), expected, repr(value), error=TypeError)
+    require(name, argument, is_valid(value), expected, repr(value))
 
 
 def check_dropout(name: str, dropout: float, num_layers: int) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
-    if not 0 <= dropout <= 1:
-        raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+    check_number(name, "dropout", dropout, "a number from 0 to 1", lambda p: 0 <= p <= 1)
     if dropout > 0 and num_layers == 1:
         warnings.warn(
             f"{name}: dropout={dropout} has no effect on one layer, because it is not applied to the last layer's "
@@ -165,60 +191,52 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
 def _level_of_the_caller() -> int:
     """Return the `stacklevel` of the innermost frame outside of this package."""
     package = __name__.partition(".")[0]
-    frame: FrameType | None = sys._getframe(1)
-    level = 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame = frame.f_back
-        level += 1
-    return level
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    inner = itertools.takewhile(lambda each: each.f_globals.get("__name__", "").partition(".")[0] == package, frames)
+    return 1 + sum(1 for _ in inner)
 
 
 def check_options(name: str, norm: str | None, norms: Collection[str], candidate: str, dtype: object) -> None:
-    if norm is not None and norm not in tuple(norms):
-        known = ", ".join(repr(each) for each in (None, *norms))
-        raise ValueError(expectation(name, "norm", f"one of {known}", repr(norm)))
-    if candidate not in ACTIVATIONS:
-        raise ValueError(expectation(name, "candidate", f"one of {ACTIVATIONS}", repr(candidate)))
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(expectation(name, "dtype", "a floating-point dtype", repr(dtype)))
+    known = (None, *norms)
+    require(name, "norm", norm in known, f"one of {', '.join(map(repr, known))}", repr(norm))
+    check_choice(name, "candidate", candidate, ACTIVATIONS)
+    is_valid = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    require(name, "dtype", is_valid, "a floating-point dtype", repr(dtype), error=TypeError)
+
+
+def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
+    # A tuple, because a value that cannot be hashed is not in a dict.
+    require(name, argument, value in tuple(choices), f"one of {tuple(choices)}", repr(value))
 
 
 def check_gate(name: str, argument: str, gate: object) -> None:
-    if gate not in tuple(GATES):
-        raise ValueError(expectation(name, argument, f"one of {tuple(GATES)}", repr(gate)))
+    check_choice(name, argument, gate, GATES)
 
 
 def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into pairs."""
-    if gate == "rotation" and size % 2:
-        raise ValueError(expectation(name, argument, "even because gate='rotation' turns pairs of features", str(size)))
+    is_valid = gate != "rotation" or size % 2 == 0
+    require(name, argument, is_valid, "even because gate='rotation' turns pairs of features", str(size))
 
 
 def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None) -> list[float]:
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
-    if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
-        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if gate == "signed" and any(bounds):
-        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
+    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
+    require(name, "min_decay", is_valid, expected, repr(min_decay))
+    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+    require(name, "min_decay", gate != "signed" or not any(bounds), expected, repr(min_decay))
     return [float(bound) for bound in bounds]
 
 
 def check_tensor(
-    name: str,
-    argument: str,
-    x: Tensor,
-    *,
-    like: Tensor,
-    like_name: str,
-    shape: torch.Size | tuple[int, ...],
+    name: str, argument: str, x: Tensor, like: Tensor, like_name: str, shape: tuple[int, ...] | None = None
 ) -> None:
-    """Check that x is a tensor of this shape, with the dtype and the device of `like`."""
+    """Check that x is a tensor of this shape, or the shape of `like`, with the dtype and the device of `like`."""
     check_like(name, argument, x, like, like_name)
+    shape = like.shape if shape is None else shape
     if x.shape != shape:
         expected = f"{dims(shape)} because {like_name} is {dims(like.shape)}"
         remedy = f"to broadcast, use {argument}.expand, which copies nothing"
@@ -242,7 +260,7 @@ def check_like(
     the error for integers says that token ids must be embedded.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))
+        raise not_a_tensor(name, argument, x)
     if x.dtype not in (like.dtype, or_dtype) and not (autocast and accumulate_dtype(x.dtype) == torch.float32):
         expected = f"{like.dtype} like {like_name}"
         remedy = f"use {argument}.to({like.dtype})"
@@ -250,9 +268,7 @@ def check_like(
             remedy = f"{EMBED}, or {remedy} for numbers"
         raise TypeError(expectation(name, argument, expected, str(x.dtype), remedy))
     if x.device != like.device:
-        expected = f"on {like.device} like {like_name}"
-        remedy = f"use {argument}.to({str(like.device)!r})"
-        raise ValueError(expectation(name, argument, expected, f"a tensor on {x.device}", remedy))
+        raise on_another_device(name, argument, x, like.device, like_name)
 
 
 def embed_remedy(x: Tensor) -> str:
@@ -288,16 +304,13 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
     if reset is None:
         return
     if not isinstance(reset, Tensor):
-        raise TypeError(expectation(name, "reset", "a bool tensor", type(reset).__name__, "use torch.as_tensor"))
+        raise not_a_tensor(name, "reset", reset, "a bool tensor")
     if reset.dtype != torch.bool:
         raise TypeError(expectation(name, "reset", "of dtype torch.bool", str(reset.dtype), "use reset.bool()"))
     if reset.shape != sequence.shape[:2]:
-        expected = f"{letters} = {dims(sequence.shape[:2])}"
-        raise ValueError(expectation(name, "reset", expected, dims(reset.shape)))
+        raise of_another_shape(name, "reset", reset, letters, sequence.shape[:2])
     if reset.device != sequence.device:
-        expected = f"on {sequence.device} like the sequence"
-        remedy = f"use reset.to({str(sequence.device)!r})"
-        raise ValueError(expectation(name, "reset", expected, f"a tensor on {reset.device}", remedy))
+        raise on_another_device(name, "reset", reset, sequence.device, "the sequence")
 
 
 def check_dt(
@@ -318,29 +331,30 @@ def check_dt(
         raise ValueError(expectation(name, "dt", f"None because {why_not}", type(dt).__name__))
     check_like(name, "dt", dt, sequence, like_name, or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
     if dt.shape != sequence.shape[:2]:
-        expected = f"{letters} = {dims(sequence.shape[:2])}"
-        raise ValueError(expectation(name, "dt", expected, dims(dt.shape)))
+        raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
     # On a GPU, the test would synchronize.
-    if dt.is_cpu and not torch.compiler.is_compiling() and are_ordinary(dt):
+    if dt.is_cpu and not is_captured() and are_ordinary(dt):
         valid = dt >= 0
         if not bool(valid.all()):
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))
 
 
+def not_integers(name: str, lengths: Tensor) -> TypeError:
+    return TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), "use lengths.long()"))
+
+
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:
     if not isinstance(lengths, Tensor):
-        remedy = "use torch.as_tensor"
-        raise TypeError(expectation(name, "lengths", "an integer tensor (B,)", type(lengths).__name__, remedy))
+        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (B,)")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        remedy = "use lengths.long()"
-        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
+        raise not_integers(name, lengths)
     if lengths.shape != (batch,):
-        raise ValueError(expectation(name, "lengths", f"(B,) = ({batch},)", dims(lengths.shape)))
+        raise of_another_shape(name, "lengths", lengths, "(B,)", (batch,))
     if lengths.device.type != "cpu" and lengths.device != device:
         expected = f"on the CPU or on {device} like x"
         raise ValueError(expectation(name, "lengths", expected, f"a tensor on {lengths.device}", "use lengths.cpu()"))
-    if torch.compiler.is_compiling():
-        return  # A captured graph has no values.
+    if is_captured():
+        return  # A graph has no values.
     # int64, because a narrower dtype may not be able to hold S.
     long = lengths.long()
     if batch and not bool(((long >= 0) & (long <= steps)).all()):

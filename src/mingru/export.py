@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .check import check_int, dims, expectation
+from .check import check_int, check_type, dims, expectation, not_a_tensor, require
+from .models.generation import in_eval_mode
 from .modules.base import Base, Dims
 
 __all__ = ["onnx"]
@@ -92,7 +93,9 @@ def onnx(
     """
     target = _checked(model, example_inputs, path, kind, max_steps, dynamic_shapes)
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with _in_eval_mode(model), _quiet():
+    with in_eval_mode(list(model.modules())), torch.no_grad(), _quiet():
+        # Not only the attribute `training`, because a module may define `eval` or `train`.
+        model.eval()
         if dynamic_shapes is None:
             args, dynamic_shapes = _with_dynamic_shapes(model, given, kind, max_steps)
         else:
@@ -130,9 +133,20 @@ def onnx(
                 written.replace(target.parent / written.name)
 
 
-def _dims_of(model: nn.Module, x: Tensor) -> Dims | None:
-    """Return the dimensions of x; None for a user's model, even one that subclasses a class of this library."""
-    return model.dims_of(x) if isinstance(model, Base) and model.role != "custom" else None
+def _is_library_class(model: nn.Module) -> TypeGuard[Base]:
+    """Return whether this is no user's model, not even one that subclasses a class of this library."""
+    return isinstance(model, Base) and model.role != "custom"
+
+
+def _dims_of(model: nn.Module, x: Tensor) -> Dims:
+    return model.dims_of(x) if _is_library_class(model) else Dims(0, 1, None)
+
+
+def _dynamic_dims(layout: Dims, kind: str, index: int, name: str) -> list[int]:
+    """Return the dynamic dimensions of an argument of a class of this library."""
+    batch_and_time = [layout.batch, layout.time if kind == "sequence" else None]
+    found = [layout.state] if index == 1 else [0] if name == "lengths" else batch_and_time
+    return [dim for dim in found if dim is not None]
 
 
 def _with_dynamic_shapes(
@@ -145,35 +159,32 @@ def _with_dynamic_shapes(
     # Called before the checks below, so that an error of the model is raised first.
     outputs = model(*args)
     layout = _dims_of(model, x)
-    if layout is None:
+    if not _is_library_class(model):
         args = _enlarged_for_user_model(args, kind)
-        batch: int | None = 0
-        time: int | None = 1
     else:
-        if kind == "step" and layout.time is not None and x.shape[layout.time] != 1:
+        if kind == "step" and layout.time is not None:
             expected = f"of one step in dimension {layout.time} because kind is 'step'"
             remedy = f"use x.narrow({layout.time}, 0, 1)"
-            raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
+            require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
         args = _enlarged(model, args, _state_of(outputs), layout, kind)
-        batch, time = layout.batch, layout.time
-    x_dims: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
-    if kind == "sequence" and time is not None:
-        if max_steps is not None and x.shape[time] > max_steps:
-            expected = f"at least the {x.shape[time]} steps of the example"
-            raise ValueError(expectation(_NAME, "max_steps", expected, str(max_steps)))
-        x_dims[time] = Dim("time", max=max_steps)
-    elif max_steps is not None:
-        raise ValueError(expectation(_NAME, "max_steps", "None because x has no time dimension", str(max_steps)))
+    x_dims: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
+    if kind == "sequence" and layout.time is not None:
+        num_steps = x.shape[layout.time]
+        is_enough = max_steps is None or num_steps <= max_steps
+        expected = f"at least the {num_steps} steps of the example"
+        require(_NAME, "max_steps", is_enough, expected, str(max_steps))
+        x_dims[layout.time] = Dim("time", max=max_steps)
+    else:
+        require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     args = _with_state(model, args, kind)
     names = _parameters(model, args)
 
     def dynamic(other: Tensor, index: int) -> dict[int, Any]:
-        if layout is None:
+        if _is_library_class(model):
+            found = _dynamic_dims(layout, kind, index, names[index])
+        else:
             sizes = [args[0].shape[dim] for dim in x_dims]
             found = [dim for dim, size in enumerate(other.shape) if size in sizes]
-        else:
-            state_dims = [] if layout.state is None else [layout.state]
-            found = state_dims if index == 1 else [0] if names[index] == "lengths" else [*x_dims]
         # Only x names its dimensions, because the exporter warns about a name that is used twice.
         return dict.fromkeys(found, Dim.AUTO)
 
@@ -184,19 +195,15 @@ def _with_dynamic_shapes(
 
 
 def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
-    x, others = args[0], pytree.tree_leaves(args[1:])
-    least = 2 if kind == "sequence" else 1
-    if x.dim() < least:
-        expected = "(B, S, ...)" if kind == "sequence" else "(B, ...)"
-        raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), "or pass dynamic_shapes"))
-    if any(isinstance(other, Tensor) for other in others):
-        for dim in range(least):
-            if x.shape[dim] < 2:
-                expected = f"of size 2 or more in dimension {dim}, to find dynamic dimensions of other inputs"
-                remedy = "use a larger example or pass dynamic_shapes"
-                raise ValueError(expectation(_NAME, "x", expected, dims(x.shape), remedy))
-        return args
+    x, least = args[0], 2 if kind == "sequence" else 1
+    expected = "(B, S, ...)" if kind == "sequence" else "(B, ...)"
+    require(_NAME, "x", x.dim() >= least, expected, dims(x.shape), "or pass dynamic_shapes")
+    has_others = any(isinstance(other, Tensor) for other in pytree.tree_leaves(args[1:]))
     for dim in range(least):
+        if has_others:
+            expected = f"of size 2 or more in dimension {dim}, to find dynamic dimensions of other inputs"
+            remedy = "use a larger example or pass dynamic_shapes"
+            require(_NAME, "x", x.shape[dim] >= 2, expected, dims(x.shape), remedy)
         x = _at_least_two(x, dim)
     return (x, *args[1:])
 
@@ -204,27 +211,19 @@ def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...
 def _enlarged(model: nn.Module, args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
     """Return the inputs of a class of this library, with batch and time of at least 2."""
     enlarged = [*args]
-    if len(args) > 1 and args[1] is not None:
-        # The example state may have size 1 instead of the number of layers or sequences.
-        enlarged[1] = pytree.tree_map(lambda h, full: h.expand_as(full), args[1], state)
-        if layout.state is not None:
-            enlarged[1] = pytree.tree_map(lambda h: _at_least_two(h, layout.state), enlarged[1])
     for index, name in enumerate(_parameters(model, args)):
-        if index == 1 or args[index] is None:
+        if args[index] is None:
             continue
-        if name == "lengths":
-            enlarged[index] = _at_least_two(args[index], 0)
-            continue
-        if layout.batch is not None:
-            enlarged[index] = _at_least_two(enlarged[index], layout.batch)
-        if layout.time is not None and kind == "sequence":
-            enlarged[index] = _at_least_two(enlarged[index], layout.time)
+        if index == 1:
+            # The example state may have size 1 instead of the number of layers or sequences.
+            enlarged[index] = pytree.tree_map(lambda h, full: h.expand_as(full), args[index], state)
+        for dim in _dynamic_dims(layout, kind, index, name):
+            enlarged[index] = pytree.tree_map(lambda x, dim=dim: _at_least_two(x, dim), enlarged[index])
     return tuple(enlarged)
 
 
-def _at_least_two(x: Tensor, dim: int | None) -> Tensor:
+def _at_least_two(x: Tensor, dim: int) -> Tensor:
     """Return x with a dimension of size 1 doubled, because the exporter specializes on a size of 1."""
-    assert dim is not None
     return torch.cat([x, x], dim) if x.shape[dim] == 1 else x
 
 
@@ -233,9 +232,9 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
         return args
     state = _state_of(model(*args))
     takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
-    if state is None or not (takes_state or _is_library_class(model)):
-        expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
-        raise ValueError(expectation(_NAME, "example_inputs", expected, "only x"))
+    expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
+    is_valid = state is not None and (takes_state or _is_library_class(model))
+    require(_NAME, "example_inputs", is_valid, expected, "only x")
     return (args[0], state, *args[2:])
 
 
@@ -262,13 +261,9 @@ def _input_names(model: nn.Module, names: list[str]) -> list[str]:
     return [*["x", "h"][: len(names)], *names[2:]] if _is_library_class(model) else names
 
 
-def _is_library_class(model: nn.Module) -> bool:
-    return _dims_of(model, torch.empty(0)) is not None
-
-
 def _output_names(model: nn.Module, outputs: Any, inputs: list[str]) -> list[str]:
     if isinstance(outputs, Tensor):
-        names = ["h_out" if _dims_of(model, outputs) is not None else "out"]
+        names = ["h_out" if _is_library_class(model) else "out"]
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
         names = ["out", *_numbered("h_out", outputs[1])]
     else:
@@ -281,18 +276,6 @@ def _numbered(name: str, value: Any) -> list[str]:
     if value is None or isinstance(value, Tensor):
         return [] if value is None else [name]
     return [f"{name}_{index}" for index in range(len(pytree.tree_leaves(value)))]
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -314,12 +297,11 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any, dynamic_shapes: Any) -> Path:
     """Check the arguments and return the path of the file."""
-    if kind not in ("sequence", "step"):
-        raise ValueError(expectation(_NAME, "kind", "'sequence' or 'step'", repr(kind)))
+    require(_NAME, "kind", kind in ("sequence", "step"), "'sequence' or 'step'", repr(kind))
     wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
-    if not isinstance(model, nn.Module) or wrapped:
-        remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
-        raise TypeError(expectation(_NAME, "model", "a torch.nn.Module", type(model).__name__, remedy))
+    remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
+    is_module = isinstance(model, nn.Module) and not wrapped
+    require(_NAME, "model", is_module, "a torch.nn.Module", type(model).__name__, remedy, TypeError)
     _check_example(example_inputs)
     if max_steps is not None:
         if kind == "step" or dynamic_shapes is not None:
@@ -327,14 +309,13 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
             remedy = "" if kind == "step" else f"use Dim(..., max={max_steps})"
             raise ValueError(expectation(_NAME, "max_steps", f"None because {why}", repr(max_steps), remedy))
         check_int(_NAME, "max_steps", max_steps, least=2)
-    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        raise TypeError(expectation(_NAME, "path", "a str or os.PathLike", type(path).__name__))
+    is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
+    require(_NAME, "path", is_path, "a str or os.PathLike", type(path).__name__, error=TypeError)
     target = Path(path)
-    if target.is_dir() or not target.name:
-        raise ValueError(expectation(_NAME, "path", "the path of a file", f"the folder {str(target)!r}"))
-    if not target.parent.is_dir():
-        remedy = "create the folder first"
-        raise ValueError(expectation(_NAME, "path", "in an existing folder", repr(str(target)), remedy))
+    is_file = not target.is_dir() and target.name != ""
+    require(_NAME, "path", is_file, "the path of a file", f"the folder {str(target)!r}")
+    remedy = "create the folder first"
+    require(_NAME, "path", target.parent.is_dir(), "in an existing folder", repr(str(target)), remedy)
     for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)
@@ -349,22 +330,18 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
 
 def _check_example(example_inputs: Any) -> None:
     expected = "a tensor x, or a tuple such as (x, h, reset, lengths, dt)"
-    if isinstance(example_inputs, PackedSequence):
-        remedy = "ONNX has no packed sequences; pass the padded tensor"
-        raise TypeError(expectation(_NAME, "example_inputs", expected, "PackedSequence", remedy))
-    if not isinstance(example_inputs, (Tensor, tuple)):
-        raise TypeError(expectation(_NAME, "example_inputs", expected, type(example_inputs).__name__))
+    packed = isinstance(example_inputs, PackedSequence)
+    remedy = "ONNX has no packed sequences; pass the padded tensor" if packed else ""
+    is_valid = isinstance(example_inputs, (Tensor, tuple)) and not packed
+    require(_NAME, "example_inputs", is_valid, expected, type(example_inputs).__name__, remedy, TypeError)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not args:
-        raise ValueError(expectation(_NAME, "example_inputs", expected, "()"))
+    require(_NAME, "example_inputs", len(args) > 0, expected, "()")
     if not isinstance(args[0], Tensor):
-        remedy = "use torch.as_tensor"
-        raise TypeError(expectation(_NAME, "example_inputs[0]", "a tensor", type(args[0]).__name__, remedy))
+        raise not_a_tensor(_NAME, "example_inputs[0]", args[0])
     for index, arg in enumerate(args):
+        argument = f"example_inputs[{index}]"
         for leaf in pytree.tree_leaves(arg):
-            if leaf is not None and not isinstance(leaf, Tensor):
-                expected, remedy = "tensors or None", "set constant arguments in a module around the model"
-                argument = f"example_inputs[{index}]"
-                raise TypeError(expectation(_NAME, argument, expected, type(leaf).__name__, remedy))
-        if isinstance(arg, Tensor) and arg.numel() == 0:
-            raise ValueError(expectation(_NAME, f"example_inputs[{index}]", "a non-empty tensor", dims(arg.shape)))
+            remedy = "set constant arguments in a module around the model"
+            check_type(_NAME, argument, leaf, (Tensor, type(None)), "tensors or None", remedy)
+        if isinstance(arg, Tensor):
+            require(_NAME, argument, arg.numel() > 0, "a non-empty tensor", dims(arg.shape))

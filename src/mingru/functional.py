@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .check import (
+    check_choice,
     check_dt,
     check_flag,
     check_gate,
@@ -18,10 +19,12 @@ from .check import (
     check_tensor,
     dims,
     expectation,
+    not_a_tensor,
+    not_integers,
 )
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
-from .ops.cells import GATES, zero_state
+from .ops.cells import GATES, is_complex, zero_state
 from .ops.shape import accumulate_dtype, as_dtype
 
 __all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
@@ -142,22 +145,20 @@ def mingru(
     name = "mingru"
     check_gate(name, "kind", kind)
     (bound,) = check_min_decay(name, min_decay, 1, kind)
-    if kind != "rotation":
-        if angle is not None:
-            expected = f"None because kind is {kind!r}"
-            raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
-        inputs = {"gate": gate, "candidate": candidate}
-        return _recurrence(
-            ops.Spec(GATES[kind], activation, False, bound), inputs, h, reset, dt, backend, initial_state
-        )
-    _check_sequence(name, "gate", gate, least=3)
-    if angle is None:
-        raise ValueError(expectation(name, "angle", "a tensor like gate because kind is 'rotation'", "None"))
-    check_tensor(name, "angle", angle, like=gate, like_name="gate", shape=gate.shape)
-    shape = (*gate.shape[:2], 2 * gate.shape[2], *gate.shape[3:])
-    check_tensor(name, "candidate", candidate, like=gate, like_name="gate", shape=shape)
-    inputs = {"gate and angle": torch.stack([gate, angle], 3).flatten(2, 3), "candidate": candidate}
-    return _recurrence(ops.Spec(GATES[kind], activation, False, bound), inputs, h, reset, dt, backend, initial_state)
+    spec = ops.Spec(GATES[kind], activation, False, bound)
+    inputs = {"gate": gate, "candidate": candidate}
+    if is_complex(spec):
+        _check_sequence(name, "gate", gate, least=3)
+        if angle is None:
+            raise ValueError(expectation(name, "angle", "a tensor like gate because kind is 'rotation'", "None"))
+        check_tensor(name, "angle", angle, gate, "gate")
+        shape = (*gate.shape[:2], 2 * gate.shape[2], *gate.shape[3:])
+        check_tensor(name, "candidate", candidate, gate, "gate", shape)
+        inputs = {"gate and angle": torch.stack([gate, angle], 3).flatten(2, 3), "candidate": candidate}
+    elif angle is not None:
+        expected = f"None because kind is {kind!r}"
+        raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
+    return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 
 
 def minlstm(
@@ -214,13 +215,15 @@ def minlstm(
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
-    check_flag("minlstm", "normalize", normalize)
+    name = "minlstm"
+    check_flag(name, "normalize", normalize)
+    spec = ops.Spec("minlstm" if normalize else "minlstm_unnormalized", activation, False)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    cell = "minlstm" if normalize else "minlstm_unnormalized"
-    return _recurrence(ops.Spec(cell, activation, False), inputs, h, reset, dt, backend, initial_state)
+    return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 
 
 def _recurrence(
+    name: str,
     spec: ops.Spec,
     inputs: dict[str, Tensor],
     h: Tensor | None,
@@ -229,20 +232,17 @@ def _recurrence(
     backend: str,
     initial_state: Tensor | None,
 ) -> Tensor:
-    cell, activation, *_ = spec
-    name = cell.partition("_")[0]
     (first_name, first), *others = inputs.items()
     _check_sequence(name, first_name, first)
     for argument, sequence in others:
-        check_tensor(name, argument, sequence, like=first, like_name=first_name, shape=first.shape)
-    if activation not in _activation.ACTIVATIONS:
-        raise ValueError(expectation(name, "activation", f"one of {_activation.ACTIVATIONS}", repr(activation)))
+        check_tensor(name, argument, sequence, first, first_name)
+    check_choice(name, "activation", spec.activation, _activation.ACTIVATIONS)
     check_reset(name, reset, first, "(B, S)")
-    check_dt(name, dt, first, cell, "(B, S)", like_name=first_name)
+    check_dt(name, dt, first, spec.cell, "(B, S)", like_name=first_name)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
     if initial_state is None:
-        value = zero_state(cell, activation)
+        value = zero_state(spec.cell, spec.activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
@@ -294,7 +294,7 @@ def linear_scan(
     """
     name = "linear_scan"
     _check_sequence(name, "a", a, or_complex=True)
-    check_tensor(name, "b", b, like=a, like_name="a", shape=a.shape)
+    check_tensor(name, "b", b, a, "a")
     check_reset(name, reset, a, "(B, S)")
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
     return ops.linear_scan(a, b, check_state(name, "h", state, a), reset, reverse, backend)[0]
@@ -332,8 +332,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     """
     name = "parallel_scan_log"
     _check_sequence(name, "log_a", log_a)
-    shape = (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:])
-    check_tensor(name, "log_b", log_b, like=log_a, like_name="log_a", shape=shape)
+    check_tensor(name, "log_b", log_b, log_a, "log_a", (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:]))
     return _in_log_space.parallel_scan_log(log_a, log_b)
 
 
@@ -369,10 +368,9 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     """
     name = "reset_from_lengths"
     if not isinstance(lengths, Tensor):
-        remedy = "use torch.as_tensor"
-        raise TypeError(expectation(name, "lengths", "an integer tensor (N,)", type(lengths).__name__, remedy))
+        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (N,)")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), "use lengths.long()"))
+        raise not_integers(name, lengths)
     if lengths.dim() != 1:
         raise ValueError(expectation(name, "lengths", "(N,)", dims(lengths.shape)))
     count = lengths.numel()
@@ -401,7 +399,7 @@ def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool
 
 def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(expectation(name, argument, "a tensor", type(x).__name__, "use torch.as_tensor"))
+        raise not_a_tensor(name, argument, x)
     if not (x.is_floating_point() or (or_complex and x.is_complex())):
         remedy = f"use {argument}.float()"
         raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype), remedy))

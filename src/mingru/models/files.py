@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..check import dims, expectation
+from ..check import check_type, dims, expectation, require
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LIBRARY = "library_name: mingru"
@@ -25,14 +25,12 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     safetensors = _required("safetensors", "save_pretrained")
     save_file = importlib.import_module("safetensors.torch").save_file
     target = _path("save_pretrained", "folder", folder)
-    if not isinstance(figures, dict):
-        raise TypeError(expectation("save_pretrained", "figures", "a dict or None", type(figures).__name__))
+    check_type("save_pretrained", "figures", figures, dict, "a dict or None")
     config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     difference = _difference(_without_data(type(model), model.config).state_dict(), tensors)
-    if difference:
-        expected = f"{type(model).__name__}(**config) without changes"
-        raise ValueError(expectation("save_pretrained", "the model", expected, f"a model {difference}"))
+    expected = f"{type(model).__name__}(**config) without changes"
+    require("save_pretrained", "the model", not difference, expected, f"a model {difference}")
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as temporary:
@@ -53,11 +51,9 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
             for name in names:
                 os.replace(new / name, target / name)
     except (OSError, safetensors.SafetensorError) as error:
+        expected = "a folder that can be written"
         remedy = "name another folder, or check its permissions and the free space"
-        message = expectation(
-            "save_pretrained", "folder", "a folder that can be written", f"{target} ({error})", remedy
-        )
-        raise ValueError(message) from error
+        raise ValueError(expectation("save_pretrained", "folder", expected, f"{target} ({error})", remedy)) from error
 
 
 def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None, device: Any) -> Any:
@@ -106,16 +102,14 @@ def push(model: Any, name: str, figures: dict[str, Any], options: dict[str, Any]
 
 
 def _path(name: str, argument: str, path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(expectation(name, argument, "a str or a path", type(path).__name__))
+    check_type(name, argument, path, (str, os.PathLike), "a str or a path")
     return Path(path)
 
 
 def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path]:
     folder = _path("from_pretrained", "folder_or_name", folder_or_name)
     if folder.is_dir():
-        if revision is not None:
-            raise ValueError(expectation("from_pretrained", "revision", "None for a folder", repr(revision)))
+        require("from_pretrained", "revision", revision is None, "None for a folder", repr(revision))
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise _invalid(folder, f"no file {name}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check import check_int, dims, expectation
+from ..check import check_int, check_number, check_type, dims, expectation, not_a_tensor, on_another_device, require
 from ..ops.shape import accumulate_dtype
 
 NUM_RANDOM = 1024
@@ -26,13 +26,13 @@ class Sampling(NamedTuple):
     @classmethod
     def checked(cls, name: str, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> "Sampling":
         """Return the options; raise an error if one is invalid."""
-        _check_number(name, "temperature", temperature, 0 <= _number(temperature) < math.inf, "a number, at least 0")
+        check_number(name, "temperature", temperature, "a number, at least 0", lambda x: 0 <= x < math.inf)
         if top_k is not None:
             check_int(name, "top_k", top_k, "an int or None")
         if top_p is not None:
-            _check_number(name, "top_p", top_p, 0 < _number(top_p) <= 1, "a number above 0 and at most 1")
+            check_number(name, "top_p", top_p, "a number above 0 and at most 1", lambda p: 0 < p <= 1)
         if min_p is not None:
-            _check_number(name, "min_p", min_p, 0 <= _number(min_p) <= 1, "a number from 0 to 1")
+            check_number(name, "min_p", min_p, "a number from 0 to 1", lambda p: 0 <= p <= 1)
         return cls(temperature, top_k, top_p, min_p)
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
@@ -120,14 +120,14 @@ def _last_logits(
     lm: Any, modules: list[nn.Module], ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the logits (B, V) after the last token of each sequence, and the states."""
-    with _in_eval_mode(modules):
+    with in_eval_mode(modules):
         x, state = lm._features(ids, state, lengths, None)
         x = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
         return lm._logits(x), state
 
 
 @contextmanager
-def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
+def in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     """Switch to eval mode, and afterwards each module back to its own mode."""
     training = [module for module in modules if module.training]
     for module in training:
@@ -141,24 +141,20 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 
 def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return prompts as (B, S), and the lengths if they differ; raise an error if a prompt is invalid."""
-    lengths: list[int] = []
-    if isinstance(prompts, Tensor):
-        check_ids(name, "prompts", prompts, 2, device)
-        if prompts.shape[1] == 0:
-            raise ValueError(expectation(name, "prompts", "of at least one token", dims(prompts.shape)))
+    is_tensor = isinstance(prompts, Tensor)
+    if not is_tensor:
+        check_type(name, "prompts", prompts, (list, tuple), "a tensor (B, S) or a list of tensors (S,)")
+    named = {"prompts": prompts} if is_tensor else {f"prompts[{index}]": each for index, each in enumerate(prompts)}
+    for argument, prompt in named.items():
+        check_ids(name, argument, prompt, 2 if is_tensor else 1, device)
+        require(name, argument, prompt.shape[-1] > 0, "of at least one token", dims(prompt.shape))
+    lengths = [prompt.shape[-1] for prompt in named.values()]
+    if is_tensor:
         ids = prompts
-    elif isinstance(prompts, (list, tuple)):
-        for index, prompt in enumerate(prompts):
-            check_ids(name, f"prompts[{index}]", prompt, 1, device)
-            if len(prompt) == 0:
-                expected = "of at least one token"
-                raise ValueError(expectation(name, f"prompts[{index}]", expected, dims(prompt.shape)))
-            lengths.append(len(prompt))
-        rows = [prompt.long() for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64, device=device)
+    elif prompts:
+        ids = pad_sequence([prompt.long() for prompt in prompts], batch_first=True)
     else:
-        expected = "a tensor (B, S) or a list of tensors (S,)"
-        raise TypeError(expectation(name, "prompts", expected, type(prompts).__name__))
+        ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong) > 0:
         expected = f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}"
@@ -170,16 +166,13 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
     if not isinstance(ids, Tensor):
-        expected = f"an integer tensor {letters}"
-        raise TypeError(expectation(name, argument, expected, type(ids).__name__, "use torch.as_tensor"))
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
-    if ids.dim() != num_dims:
-        remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
-        raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
+        raise not_a_tensor(name, argument, ids, f"an integer tensor {letters}")
+    is_int = ids.dtype in (torch.int64, torch.int32)
+    require(name, argument, is_int, "int64 or int32", str(ids.dtype), f"use {argument}.long()", TypeError)
+    remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
+    require(name, argument, ids.dim() == num_dims, letters, dims(ids.shape), remedy)
     if ids.device != device:
-        expected, remedy = f"on {device} like the weights", f"use {argument}.to({str(device)!r})"
-        raise ValueError(expectation(name, argument, expected, f"a tensor on {ids.device}", remedy))
+        raise on_another_device(name, argument, ids, device, "the weights")
 
 
 def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | list[Tensor]:
@@ -200,12 +193,10 @@ def stop_tokens(name: str, stop: Any, vocab_size: int) -> list[int]:
     """Return the tokens as a list; raise an error if one is invalid."""
     tokens = [] if stop is None else [stop] if isinstance(stop, int) else stop
     expected = "a token, a list of tokens or None"
-    if not isinstance(tokens, (list, tuple, set)):
-        raise TypeError(expectation(name, "stop", expected, type(stop).__name__))
+    check_type(name, "stop", tokens, (list, tuple, set), expected)
     for token in tokens:
         check_int(name, "stop", token, expected, 0)
-        if token >= vocab_size:
-            raise ValueError(expectation(name, "stop", f"below vocab_size {vocab_size}", str(token)))
+        require(name, "stop", token < vocab_size, f"below vocab_size {vocab_size}", str(token))
     return list(tokens)
 
 
@@ -215,22 +206,9 @@ def seeds_of(name: str, seed: Any, batch: int) -> list[int]:
         seed = int(torch.randint(2**62, (), device="cpu"))
     if isinstance(seed, int) and not isinstance(seed, bool):
         seed = [seed + index for index in range(batch)]
-    if not isinstance(seed, (list, tuple)) or not all(type(each) is int for each in seed):
-        raise TypeError(expectation(name, "seed", "an int, a list of ints or None", repr(seed)))
-    if len(seed) != batch:
-        raise ValueError(expectation(name, "seed", f"{batch} seeds, one for each prompt", str(len(seed))))
+    is_valid = isinstance(seed, (list, tuple)) and all(type(each) is int for each in seed)
+    require(name, "seed", is_valid, "an int, a list of ints or None", repr(seed), error=TypeError)
+    require(name, "seed", len(seed) == batch, f"{batch} seeds, one for each prompt", str(len(seed)))
     for each in seed:
-        if not -(2**63) <= each < 2**64:
-            raise ValueError(expectation(name, "seed", "from -2**63 to 2**64 - 1", str(each)))
+        require(name, "seed", -(2**63) <= each < 2**64, "from -2**63 to 2**64 - 1", str(each))
     return list(seed)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _check_number(name: str, argument: str, value: Any, is_valid: bool, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(expectation(name, argument, expected, repr(value)))
-    if not is_valid:
-        raise ValueError(expectation(name, argument, expected, repr(value)))
