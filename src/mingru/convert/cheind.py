@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import dims, expectation
+from ..check import require
 from ..modules import MinConv2dGRU, MinGRU, Stack
-from .state_dict import check_alike, check_keys, check_shapes, hint, under
+from .state_dict import Checkpoint
 
 
 class Form(NamedTuple):
@@ -29,7 +29,7 @@ class Form(NamedTuple):
         pattern = re.escape(self.linear[0]).replace(r"\{\}", r"\d+") + r"\.weight"
         return sum(re.fullmatch(pattern, key) is not None for key in tensors)
 
-    def keys(self, part: str, index: int, kind: str) -> list[str]:
+    def keys(self, part: str, kind: str, index: int) -> list[str]:
         """Return the keys whose tensors form one parameter of this package; `part` as `RecurrentLayer` names it."""
         names = {"linear": self.linear, "conv": self.linear, "align": (self.align,), "norm": (self.norm,)}[part]
         return [f"{name.format(index)}.{kind}" for name in names if name is not None]
@@ -139,27 +139,28 @@ def from_cheind(
         before it.
     """
     name = "from_cheind"
-    if residual is not None and not isinstance(residual, bool):
-        raise TypeError(expectation(name, "residual", "a bool", repr(residual)))
-    tensors = under(name, state_dict, prefix)
-    form = _form_of(name, state_dict, prefix, tensors)
-    weights = _linears(name, prefix, tensors, form)
+    is_valid = residual is None or isinstance(residual, bool)
+    require(name, "residual", is_valid, "a bool", repr(residual), error=TypeError)
+    found = Checkpoint(name, state_dict, prefix)
+    form = next((form for form in FORMS if form.num_layers(found)), None)
+    if form is None:
+        raise found.without([form.keys("linear", "weight", 0)[0] for form in FORMS])
+    weights = _linears(found, form)
     has_kernel = weights[0].dim() == 4
-    has_norm = form.norm is not None and form.keys("norm", 0, "weight")[0] in tensors
-    for argument, value, needed, fits in (
+    has_norm = form.norm is not None and form.keys("norm", "weight", 0)[0] in found
+    without = f"None because the weights have no {'group norm' if has_kernel else 'convolution'}"
+    for argument, value, is_needed, fits in (
         ("stride", stride, has_kernel, has_kernel),
         ("padding", padding, has_kernel, has_kernel),
         ("num_groups", num_groups, False, has_kernel and has_norm),
     ):
-        if needed and value is None:
-            raise ValueError(expectation(name, argument, "given", "None", "convolutional weights do not show it"))
-        if value is not None and not fits:
-            without = "group norm" if has_kernel else "convolution"
-            raise ValueError(expectation(name, argument, f"None because the weights have no {without}", repr(value)))
+        remedy = "convolutional weights do not show it"
+        require(name, argument, value is not None or not is_needed, "given", "None", remedy)
+        require(name, argument, value is None or fits, without, repr(value))
 
     num_layers = len(weights)
     input_dims, hidden_sizes = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]
-    bias = form.keys("linear", 0, "bias")[0] in tensors
+    bias = form.keys("linear", "bias", 0)[0] in found
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
     factory: dict[str, Any] = {"device": "meta", "dtype": weights[0].dtype}
     options: dict[str, Any] = {"bias": bias, **factory}
@@ -183,84 +184,65 @@ def from_cheind(
         return stack, {f"layers.{index}.layers.0.": rnn.layers[0] for index, rnn in enumerate(rnns)}
 
     if form.align is None:
-        if residual:
-            raise ValueError(expectation(name, "residual", "False or None because a cell has no residual", "True"))
+        require(name, "residual", not residual, "False or None because a cell has no residual", "True")
         residual = False
     elif residual is None:
-        residual = any(form.keys("align", index, "weight")[0] in tensors for index in range(num_layers))
+        residual = any(form.keys("align", "weight", index)[0] in found for index in range(num_layers))
         is_visible = form.is_uniform or any(part.align is not None for part in construct(True, 0.0)[1].values())
-        if not residual and not is_visible:
-            remedy = "the weights do not show it, because no layer changes the size of its input"
-            raise ValueError(expectation(name, "residual", "True or False", "None", remedy))
+        remedy = "the weights do not show it, because no layer changes the size of its input"
+        require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer, parts = construct(residual, dropout)
     if form.is_uniform and residual:
         parts["layers.0."].align = nn.Linear(input_dims, hidden_sizes[0], bias, **factory)
-    _load(name, prefix, tensors, form, layer, parts)
+    _load(found, form, layer, parts)
     if has_kernel and has_norm:
         _regroup(name, num_groups, [part.norm for part in parts.values()])
     return layer
 
 
-def _form_of(name: str, state_dict: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> Form:
-    """Return the form whose names are in these tensors."""
-    for form in FORMS:
-        if form.num_layers(tensors):
-            return form
-    firsts = tuple(form.keys("linear", 0, "weight")[0] for form in FORMS)
-    expected = f"a mapping with keys such as {' or '.join(prefix + key for key in firsts)}"
-    got = f"the key {prefix}{next(iter(tensors))}"
-    raise ValueError(expectation(name, "state_dict", expected, got, hint(state_dict, firsts)))
-
-
-def _linears(name: str, prefix: str, tensors: dict[str, Tensor], form: Form) -> list[Tensor]:
+def _linears(found: Checkpoint, form: Form) -> list[Tensor]:
     """Return the weight of each layer, (2H, I) or (2H, I, kernel_h, kernel_w), gate rows first."""
-    by_layer = [form.keys("linear", index, "weight") for index in range(form.num_layers(tensors))]
+    by_layer = [form.keys("linear", "weight", index) for index in range(form.num_layers(found))]
     keys = [key for of_layer in by_layer for key in of_layer]
-    check_keys(name, prefix, tensors, keys, None)
-    check_alike(name, prefix, tensors, keys[0])
-    first = tensors[keys[0]]
+    found.check_keys(keys, None)
+    found.check_alike(keys[0])
     rows, divisor = ("2 * H", 2) if len(form.linear) == 1 else ("H", 1)
     letters = {2: f"({rows}, I)", 4: f"({rows}, I, kernel_h, kernel_w)"}
-    expected = letters.get(first.dim(), " or ".join(letters.values()))
+    num_dims = found[keys[0]].dim()
+    expected = letters.get(num_dims, " or ".join(letters.values()))
     for key in keys:
-        shape = tensors[key].shape
-        if first.dim() not in letters or len(shape) != first.dim() or not all(shape) or shape[0] % divisor:
-            raise ValueError(expectation(name, prefix + key, expected, dims(shape)))
+        shape = found[key].shape
+        is_valid = num_dims in letters and len(shape) == num_dims and all(shape) and shape[0] % divisor == 0
+        found.check_shape(key, is_valid, expected)
     for gate, *candidate in by_layer:
-        check_shapes(name, prefix, tensors, candidate, tensors[gate].shape, gate)
-    return [torch.cat([tensors[key] for key in of_layer]) for of_layer in by_layer]
+        found.check_shapes(candidate, found[gate].shape, gate)
+    return [torch.cat([found[key] for key in of_layer]) for of_layer in by_layer]
 
 
-def _load(
-    name: str, prefix: str, tensors: dict[str, Tensor], form: Form, layer: nn.Module, parts: dict[str, Any]
-) -> None:
+def _load(found: Checkpoint, form: Form, layer: nn.Module, parts: dict[str, Any]) -> None:
     """Load the tensors into the layer, which must need all of them; `parts` are single layers by their prefix."""
-    shapes, sources = {}, {}
+    targets = []
     for index, (path, part) in enumerate(parts.items()):
         for key, parameter in part.state_dict().items():
             map_name, kind = key.split(".")
-            sources[path + key] = form.keys(map_name, index, kind)
-            shapes[path + key] = parameter.shape
-    first = next(iter(sources.values()))[0]
-    check_keys(name, prefix, tensors, [key for keys in sources.values() for key in keys])
-    for target, keys in sources.items():
-        check_shapes(name, prefix, tensors, keys, (shapes[target][0] // len(keys), *shapes[target][1:]), first)
-    state = {target: torch.cat([tensors[key] for key in keys]) for target, keys in sources.items()}
+            targets.append((path + key, parameter.shape, form.keys(map_name, kind, index)))
+    first = targets[0][2][0]
+    found.check_keys([key for *_, keys in targets for key in keys])
+    for _, shape, keys in targets:
+        found.check_shapes(keys, (shape[0] // len(keys), *shape[1:]), first)
+    state = {target: torch.cat([found[key] for key in keys]) for target, _, keys in targets}
     layer.load_state_dict(state, assign=True)
 
 
 def _regroup(name: str, num_groups: int | list[int] | None, norms: list[Any]) -> None:
     """Set the numbers of groups of the norms: the given numbers, or by cheind/mingru's rule."""
-    if isinstance(num_groups, list) and len(num_groups) != len(norms):
-        expected = f"a number or a list of {len(norms)}, one for each layer"
-        raise ValueError(expectation(name, "num_groups", expected, repr(num_groups)))
-    for index, norm in enumerate(norms):
+    numbers = num_groups if isinstance(num_groups, list) else [num_groups] * len(norms)
+    expected = f"a number or a list of {len(norms)}, one for each layer"
+    require(name, "num_groups", len(numbers) == len(norms), expected, repr(num_groups))
+    for norm, given in zip(norms, numbers, strict=True):
         channels = norm.num_channels
-        groups = num_groups[index] if isinstance(num_groups, list) else num_groups
-        if groups is None:
-            groups = next(
-                each for each in (64, 32, 16, 8, 4, 1) if channels % each == 0 and channels >= each * min(4, channels)
-            )
+        by_rule = (n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels >= n * min(4, channels))
+        groups = next(by_rule) if given is None else given
         if groups != norm.num_groups:
             norm.regroup(groups)
 

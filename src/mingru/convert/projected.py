@@ -1,15 +1,15 @@
 """Convert layers with an output projection, of minGRU-pytorch and of the code of the paper's authors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..check import dims, expectation
+from ..check import dims, require
 from ..modules import MinGRU, MinLSTM
 from ..ops import States
 from ..ops.activation import g
-from .state_dict import check_alike, check_keys, check_shapes, hint, under
+from .state_dict import Checkpoint, loaded
 
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}
 
@@ -99,14 +99,13 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
     References:
         minGRU-pytorch 0.2.1, `minGRU_pytorch/minGRU.py` and `minLSTM.py`.
     """
-    name = "from_lucidrains"
     num_parts = {"to_hidden_and_gate.weight": 2, "to_hidden_and_f_i_gate.weight": 3}
-    tensors = _of_layer(name, state_dict, prefix, tuple(num_parts), (), ("to_out.weight",))
-    first = next(iter(tensors))
-    weight, parts = tensors[first], num_parts[first]
-    if weight.dim() != 2 or weight.shape[0] % parts or not weight.numel():
-        raise ValueError(expectation(name, prefix + first, f"({parts} * H, I)", dims(weight.shape)))
-    return _layer(name, prefix, weight.shape[0] // parts, first, tensors)
+    found = Checkpoint("from_lucidrains", state_dict, prefix)
+    first = _checked(found, num_parts, (), ("to_out.weight",))
+    weight, parts = found[first], num_parts[first]
+    is_valid = weight.dim() == 2 and weight.shape[0] % parts == 0 and weight.numel() > 0
+    found.check_shape(first, is_valid, f"({parts} * H, I)")
+    return _layer(found, weight.shape[0] // parts, first)
 
 
 def from_minrnns(
@@ -161,52 +160,39 @@ def from_minrnns(
     References:
         https://github.com/BorealisAI/minRNNs at ff52e9d, `models/minRNNs.py`.
     """
-    name, first = "from_minrnns", "to_hidden_and_gate.weight"
-    required = ("to_hidden_and_gate.bias", "to_out.weight", "to_out.bias")
-    tensors = _of_layer(name, state_dict, prefix, (first,), required, ("init_hidden_state",))
-    weight, out = tensors[first], tensors["to_out.weight"]
+    found, first = Checkpoint("from_minrnns", state_dict, prefix), "to_hidden_and_gate.weight"
+    _checked(found, (first,), ("to_hidden_and_gate.bias", "to_out.weight", "to_out.bias"), ("init_hidden_state",))
+    weight, out = found[first], found["to_out.weight"]
     # Only the projection shows H.
     hidden_dims = out.shape[1] if out.dim() == 2 else 0
     rows = [parts * hidden_dims for parts in CLASSES_BY_NUM_PARTS]
-    if weight.dim() != 2 or weight.shape[0] not in rows or not weight.numel():
-        expected = f"(2 * H, I) or (3 * H, I) with {prefix}to_out.weight (I, H)"
-        raise ValueError(expectation(name, prefix + first, expected, f"{dims(weight.shape)} with {dims(out.shape)}"))
+    is_valid = weight.dim() == 2 and weight.shape[0] in rows and weight.numel() > 0
+    expected = f"(2 * H, I) or (3 * H, I) with {prefix}to_out.weight (I, H)"
+    require(found.name, prefix + first, is_valid, expected, f"{dims(weight.shape)} with {dims(out.shape)}")
     options: dict[str, Any] = {}
     if weight.shape[0] == 3 * hidden_dims:
-        if not isinstance(use_coeff_norm, bool):
-            expected, remedy = "True or False for a minLSTM", "see the original config.yaml"
-            raise ValueError(expectation(name, "use_coeff_norm", expected, repr(use_coeff_norm), remedy))
+        is_valid, remedy = isinstance(use_coeff_norm, bool), "see the original config.yaml"
+        expected = "True or False for a minLSTM"
+        require(found.name, "use_coeff_norm", is_valid, expected, repr(use_coeff_norm), remedy)
         options["normalize"] = use_coeff_norm
-    layer = _layer(name, prefix, hidden_dims, first, tensors, **options)
+    layer = _layer(found, hidden_dims, first, **options)
     assert isinstance(layer, Projected)
     return layer
 
 
-def _of_layer(
-    name: str,
-    state_dict: Mapping[str, Tensor],
-    prefix: str,
-    firsts: tuple[str, ...],
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-) -> dict[str, Tensor]:
-    """Return the tensors under the prefix, without it: one of `firsts` (the first), all `required`, some `optional`."""
-    found = under(name, state_dict, prefix)
-    first = next((key for key in found if key in firsts), "")
-    if not first:
-        expected = f"a mapping with keys such as {' or '.join(prefix + key for key in firsts)}"
-        got = f"the key {prefix}{next(iter(found))}"
-        raise ValueError(expectation(name, "state_dict", expected, got, hint(state_dict, firsts)))
-    check_keys(name, prefix, found, [first, *required], optional)
-    check_alike(name, prefix, found, first)
-    return {first: found[first], **found}
+def _checked(found: Checkpoint, firsts: Iterable[str], required: tuple[str, ...], optional: tuple[str, ...]) -> str:
+    """Check that there are one of `firsts`, all `required`, and else only `optional`; return the first."""
+    first = next((key for key in found if key in firsts), None)
+    if first is None:
+        raise found.without(firsts)
+    found.check_keys([first, *required], optional)
+    found.check_alike(first)
+    return first
 
 
-def _layer(
-    name: str, prefix: str, hidden_dims: int, first: str, tensors: dict[str, Tensor], **options: Any
-) -> MinGRU | MinLSTM | Projected:
+def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: Any) -> MinGRU | MinLSTM | Projected:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
-    weight = tensors[first]
+    weight = found[first]
     num_rows, input_dims = weight.shape
     shapes = {
         first: (num_rows, input_dims),
@@ -215,30 +201,20 @@ def _layer(
         "to_out.bias": (input_dims,),
         "init_hidden_state": (hidden_dims,),
     }
-    for key in tensors:
-        check_shapes(name, prefix, tensors, [key], shapes[key], first)
+    for key in {first: weight, **found}:
+        found.check_shapes([key], shapes[key], first)
 
-    # "meta" skips the initialization, which would also change the state of the caller's random generator.
-    factory: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
-    bias, pre_state = tensors.get("to_hidden_and_gate.bias"), tensors.get("init_hidden_state")
     # The candidate's rows are first in the other packages and last in this one; the order of the gates is the same.
-    state = {"layers.0.linear.weight": weight.roll(-hidden_dims, 0)}
-    if bias is not None:
-        state["layers.0.linear.bias"] = bias.roll(-hidden_dims, 0)
-    # Set even if it is 0, because the default of this package is 0.5. Resets use it too.
-    value = weight.new_zeros(hidden_dims) if pre_state is None else g(pre_state)
-    state["initial_state"] = value.view(1, 1, 1, hidden_dims)
-    rnn = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims](
-        input_dims, hidden_dims, bias=bias is not None, learn_initial_state=True, **factory, **options
-    )
-    rnn.load_state_dict(state, assign=True)
-    assert rnn.initial_state is not None
-    rnn.initial_state.requires_grad_(pre_state is not None)
-    if "to_out.weight" not in tensors:
+    names = {first: "layers.0.linear.weight", "to_hidden_and_gate.bias": "layers.0.linear.bias"}
+    state = {name: found[key].roll(-hidden_dims, 0) for key, name in names.items() if key in found}
+    pre_state = found.get("init_hidden_state")
+    start = weight.new_zeros(hidden_dims) if pre_state is None else g(pre_state)
+    options |= {"input_dims": input_dims, "hidden_dims": hidden_dims, "bias": len(state) == 2}
+    layer = CLASSES_BY_NUM_PARTS[num_rows // hidden_dims]
+    rnn = loaded(layer, state, start.view(1, 1, 1, hidden_dims), pre_state is not None, **options)
+    projection = {key[len("to_out.") :]: x.clone() for key, x in found.items() if key.startswith("to_out.")}
+    if not projection:
         return rnn
-    out = nn.Linear(hidden_dims, input_dims, bias="to_out.bias" in tensors, **factory)
-    projection = {
-        key.removeprefix("to_out."): tensor.clone() for key, tensor in tensors.items() if key.startswith("to_out.")
-    }
+    out = nn.Linear(hidden_dims, input_dims, "bias" in projection, "meta", weight.dtype)
     out.load_state_dict(projection, assign=True)
     return Projected(rnn, out)

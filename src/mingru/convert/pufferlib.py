@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..check import dims, expectation
 from ..modules import MinGRU
-from .state_dict import check_alike, check_keys, check_shapes, hint, under
+from .state_dict import Checkpoint, loaded
 
 
 def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU:
@@ -54,34 +52,23 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
     References:
         https://github.com/PufferAI/PufferLib at 8e3e754, `pufferlib/models.py`.
     """
-    name, first = "from_pufferlib", "layers.0.weight"
-    tensors = under(name, state_dict, prefix)
-    num_layers = sum(re.fullmatch(r"layers\.\d+\.weight", key) is not None for key in tensors)
+    first, found = "layers.0.weight", Checkpoint("from_pufferlib", state_dict, prefix)
+    num_layers = sum(re.fullmatch(r"layers\.\d+\.weight", key) is not None for key in found)
     if num_layers == 0:
-        expected = f"a mapping with keys such as {prefix}{first}"
-        got = f"the key {prefix}{next(iter(tensors))}"
-        raise ValueError(expectation(name, "state_dict", expected, got, hint(state_dict, (first,))))
+        raise found.without([first])
     keys = [f"layers.{index}.weight" for index in range(num_layers)]
-    check_keys(name, prefix, tensors, keys)
-    check_alike(name, prefix, tensors, first)
-    weight = tensors[first]
-    if weight.dim() != 2 or weight.shape[0] != 3 * weight.shape[1] or not weight.numel():
-        raise ValueError(expectation(name, prefix + first, "(3 * H, H)", dims(weight.shape)))
-    check_shapes(name, prefix, tensors, keys, tuple(weight.shape), first)
+    found.check_keys(keys)
+    found.check_alike(first)
+    weight = found[first]
+    is_valid = weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1] and weight.numel() > 0
+    found.check_shape(first, is_valid, "(3 * H, H)")
+    found.check_shapes(keys, weight.shape, first)
 
-    hidden_dims = weight.shape[1]
     state = {}
     for index, key in enumerate(keys):
-        candidate, gate, highway = tensors[key].chunk(3)
+        candidate, gate, highway = found[key].chunk(3)
         state[f"layers.{index}.linear.weight"] = torch.cat([gate, candidate, highway])
-    # Set even though it is 0, because the default of this package is 0.5. Resets use it too.
-    state["initial_state"] = weight.new_zeros(num_layers, 1, 1, hidden_dims)
-    # "meta" skips the initialization, which would also change the state of the caller's random generator.
-    options: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
-    rnn = MinGRU(
-        hidden_dims, hidden_dims, num_layers, bias=False, residual="highway", learn_initial_state=True, **options
-    )
-    rnn.load_state_dict(state, assign=True)
-    assert rnn.initial_state is not None
-    rnn.initial_state.requires_grad_(False)
-    return rnn
+    dims = weight.shape[1]
+    start = weight.new_zeros(num_layers, 1, 1, dims)
+    sizes = {"input_dims": dims, "hidden_dims": dims, "num_layers": num_layers}
+    return loaded(MinGRU, state, start, False, **sizes, bias=False, residual="highway")

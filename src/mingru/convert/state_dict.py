@@ -1,61 +1,75 @@
-"""Check a state_dict of another package; errors name the first wrong key."""
+"""The state_dict of a layer of another package, and the errors about it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..check import check_like, dims, expectation
+from ..check import check_like, check_type, dims, expectation, require
+from ..modules import MinGRU, MinLSTM
+
+Layer = TypeVar("Layer", bound=MinGRU | MinLSTM)
 
 
-def check_keys(
-    name: str, prefix: str, found: Mapping[str, Tensor], wanted: list[str], optional: tuple[str, ...] | None = ()
-) -> None:
-    """Raise an error if a wanted key is missing, or another is not optional; with `optional=None`, all others are."""
-    wrong = [f"no key {prefix}{key}" for key in wanted if key not in found]
-    if optional is not None:
-        wrong += [f"the unexpected key {prefix}{key}" for key in found if key not in (*wanted, *optional)]
-    if wrong:
-        more = f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""
-        expected = f"a mapping with the keys {', '.join(prefix + key for key in wanted[:8])}{more}"
-        if optional:
-            expected += f" and optionally {', '.join(prefix + key for key in optional)}"
-        raise ValueError(expectation(name, "state_dict", expected, wrong[0]))
+class Checkpoint(dict[str, Tensor]):
+    """The tensors under a prefix, which is removed from their keys. Errors name the first wrong key."""
 
-
-def check_shapes(
-    name: str, prefix: str, tensors: Mapping[str, Tensor], keys: list[str], shape: tuple[int, ...], first: str
-) -> None:
-    for key in keys:
-        if tensors[key].shape != shape:
-            expected = f"{dims(shape)} because {prefix}{first} is {dims(tensors[first].shape)}"
-            raise ValueError(expectation(name, prefix + key, expected, dims(tensors[key].shape)))
-
-
-def under(name: str, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries under the prefix, which is removed; raise an error if there are none."""
-    if not isinstance(state_dict, Mapping):
-        got = type(state_dict).__name__
-        raise TypeError(expectation(name, "state_dict", "a mapping of names to tensors", got, "use .state_dict()"))
-    if not isinstance(prefix, str):
-        raise TypeError(expectation(name, "prefix", "a str", repr(prefix)))
-    found = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-    if not found:
+    def __init__(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        check_type(name, "state_dict", state_dict, Mapping, "a mapping of names to tensors", "use .state_dict()")
+        require(name, "prefix", isinstance(prefix, str), "a str", repr(prefix), error=TypeError)
+        self.name, self.state_dict, self.prefix = name, state_dict, prefix
+        super().__init__((key[len(prefix) :], x) for key, x in state_dict.items() if key.startswith(prefix))
         got = f"the key {next(iter(state_dict))}" if state_dict else "an empty mapping"
-        raise ValueError(expectation(name, "state_dict", f"a mapping with keys that begin with {prefix!r}", got))
-    return found
+        expected = f"a mapping with keys that begin with {prefix!r}"
+        require(name, "state_dict", len(self) > 0, expected, got)
+
+    def listed(self, keys: Iterable[str], separator: str = ", ") -> str:
+        return separator.join(self.prefix + key for key in keys)
+
+    def without(self, firsts: Iterable[str]) -> ValueError:
+        """Return the error for a checkpoint with none of these keys, which names the prefix of a layer, if any."""
+        prefixes = [key[: -len(first)] for key in self.state_dict for first in firsts if key.endswith("." + first)]
+        remedy = f"use prefix={prefixes[0]!r}" if prefixes else ""
+        expected = f"a mapping with keys such as {self.listed(firsts, ' or ')}"
+        got = f"the key {self.prefix}{next(iter(self))}"
+        return ValueError(expectation(self.name, "state_dict", expected, got, remedy))
+
+    def check_keys(self, wanted: list[str], optional: tuple[str, ...] | None = ()) -> None:
+        """Raise an error if a wanted key is missing, or another is not optional; with None, all others are."""
+        wrong = [f"no key {self.prefix}{key}" for key in wanted if key not in self]
+        if optional is not None:
+            wrong += [f"the unexpected key {self.prefix}{key}" for key in self if key not in (*wanted, *optional)]
+        if wrong:
+            more = f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""
+            expected = f"a mapping with the keys {self.listed(wanted[:8])}{more}"
+            if optional:
+                expected += f" and optionally {self.listed(optional)}"
+            raise ValueError(expectation(self.name, "state_dict", expected, wrong[0]))
+
+    def check_alike(self, first: str) -> None:
+        """Check that all are tensors with the dtype and device of the first, and that its dtype is floating."""
+        weight, argument = self[first], self.prefix + first
+        for key in (first, *self):
+            # Comparing the first tensor with itself only checks that it is a tensor.
+            check_like(self.name, self.prefix + key, self[key], weight, argument)
+        is_valid = weight.is_floating_point()
+        require(self.name, argument, is_valid, "of a floating-point dtype", str(weight.dtype), error=TypeError)
+
+    def check_shape(self, key: str, valid: bool, expected: str) -> None:
+        require(self.name, self.prefix + key, valid, expected, dims(self[key].shape))
+
+    def check_shapes(self, keys: Iterable[str], shape: tuple[int, ...], first: str) -> None:
+        expected = f"{dims(shape)} because {self.prefix}{first} is {dims(self[first].shape)}"
+        for key in keys:
+            self.check_shape(key, self[key].shape == shape, expected)
 
 
-def check_alike(name: str, prefix: str, tensors: Mapping[str, Tensor], first: str) -> None:
-    """Check that all are tensors with the dtype and device of the first, and that its dtype is floating."""
-    weight = tensors[first]
-    for key in (first, *tensors):
-        # Comparing the first tensor with itself only checks that it is a tensor.
-        check_like(name, prefix + key, tensors[key], weight, prefix + first)
-    if not weight.is_floating_point():
-        raise TypeError(expectation(name, prefix + first, "of a floating-point dtype", str(weight.dtype)))
-
-
-def hint(state_dict: Mapping[str, Tensor], firsts: tuple[str, ...]) -> str:
-    """Return the remedy that names the prefix of a layer in the state_dict, or "" if there is none."""
-    prefixes = [key[: -len(first)] for key in state_dict for first in firsts if key.endswith("." + first)]
-    return f"use prefix={prefixes[0]!r}" if prefixes else ""
+def loaded(layer: type[Layer], state: dict[str, Tensor], start: Tensor, is_learned: bool, **options: Any) -> Layer:
+    """Return a layer with these parameters and this initial state, (L, 1, 1, H)."""
+    # "meta" skips the initialization, which would also change the state of the caller's random generator.
+    rnn = layer(learn_initial_state=True, device="meta", dtype=start.dtype, **options)
+    # The initial state is set even if it is 0, because the default of this package is 0.5. Resets use it too.
+    rnn.load_state_dict({**state, "initial_state": start}, assign=True)
+    assert rnn.initial_state is not None
+    rnn.initial_state.requires_grad_(is_learned)
+    return rnn
