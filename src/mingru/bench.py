@@ -40,7 +40,7 @@ def medians_ms(
     All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
     differs between rounds. Before it is timed, each call runs once, so that it finds the caches as it leaves them.
     """
-    wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else _nothing
+    wait: Callable[[], Any] = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -58,28 +58,15 @@ def medians_ms(
     return {name: statistics.median(taken) for name, taken in times_ms.items()}
 
 
-def _nothing() -> None:
-    pass
-
-
-def forward(function: Callable[[], Any]) -> Callable[[], None]:
+def forward(function: Callable[[], Any]) -> Callable[[], Any]:
     """Return a function that calls `function` in inference mode."""
-
-    def run() -> None:
-        with torch.inference_mode():
-            function()
-
-    return run
+    return torch.inference_mode()(function)
 
 
-def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
+def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
     """Return a function that computes the gradients of all leaves, from a random gradient of the output."""
     grad = torch.randn_like(function())
-
-    def run() -> None:
-        torch.autograd.grad(function(), leaves, grad)
-
-    return run
+    return lambda: torch.autograd.grad(function(), leaves, grad)
 
 
 def output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -130,9 +117,8 @@ def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, 
         return lambda: output(module(x))
 
     inference = {name: forward(on(module)) for name, module in modules.items()}
-    inference_ms = medians_ms(inference, seconds, 3, device)
     training = {name: forward_backward(on(module), [x, *module.parameters()]) for name, module in modules.items()}
-    training_ms = medians_ms(training, seconds, 3, device)
+    inference_ms, training_ms = (medians_ms(calls, seconds, 3, device) for calls in (inference, training))
     return {name: (inference_ms[name], training_ms[name]) for name in modules}
 
 
