@@ -59,6 +59,7 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
 def require(
     name: str, argument: str, ok: bool, expected: str, got: str, remedy: str = "", error: type[Exception] = ValueError
 ) -> None:
+    """Raise an error if an argument is wrong. Not for `forward`, because the texts of sizes add guards to graphs."""
     if not ok:
         raise error(expectation(name, argument, expected, got, remedy))
 
@@ -143,7 +144,8 @@ def check_flags(name: str, **flags: object) -> None:
 
 
 def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
-    require(name, argument, isinstance(flag, bool), expected, repr(flag), remedy, TypeError)
+    if not isinstance(flag, bool):
+        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
 
 
 def check_bias(name: str, bias: object) -> None:
@@ -164,9 +166,10 @@ def check_residual(name: str, residual: object, input_dims: int, hidden_dims: in
 
 
 def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
-    is_int = isinstance(size, int) and not isinstance(size, bool)
-    require(name, argument, is_int, expected, repr(size), error=TypeError)
-    require(name, argument, size >= least, f"at least {least}", str(size))
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(expectation(name, argument, expected, repr(size)))
+    if size < least:
+        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
 
 
 def is_number(value: object) -> bool:
@@ -206,7 +209,8 @@ def check_options(name: str, norm: str | None, norms: Collection[str], candidate
 
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
     # A tuple, because a value that cannot be hashed is not in a dict.
-    require(name, argument, value in tuple(choices), f"one of {tuple(choices)}", repr(value))
+    if value not in tuple(choices):
+        raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
 
 
 def check_gate(name: str, argument: str, gate: object) -> None:
@@ -223,11 +227,13 @@ def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
-    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
-    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
-    require(name, "min_decay", is_valid, expected, repr(min_decay))
-    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-    require(name, "min_decay", gate != "signed" or not any(bounds), expected, repr(min_decay))
+    if not all(is_number(bound) for bound in bounds):
+        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if gate == "signed" and any(bounds):
+        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     return [float(bound) for bound in bounds]
 
 

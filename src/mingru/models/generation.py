@@ -167,10 +167,11 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
     letters = "(S,)" if num_dims == 1 else "(B, S)"
     if not isinstance(ids, Tensor):
         raise not_a_tensor(name, argument, ids, f"an integer tensor {letters}")
-    is_int = ids.dtype in (torch.int64, torch.int32)
-    require(name, argument, is_int, "int64 or int32", str(ids.dtype), f"use {argument}.long()", TypeError)
-    remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
-    require(name, argument, ids.dim() == num_dims, letters, dims(ids.shape), remedy)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
+    if ids.dim() != num_dims:
+        remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
+        raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
     if ids.device != device:
         raise on_another_device(name, argument, ids, device, "the weights")
 
