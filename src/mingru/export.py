@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .check import check_int, check_type, dims, expectation, not_a_tensor, require
 from .models.generation import in_eval_mode
-from .modules.base import Base, Dims
+from .modules.layer import Dims, Layer
 
 __all__ = ["onnx"]
 
@@ -133,9 +133,9 @@ def onnx(
                 written.replace(target.parent / written.name)
 
 
-def _is_library_class(model: nn.Module) -> TypeGuard[Base]:
+def _is_library_class(model: nn.Module) -> TypeGuard[Layer]:
     """Return whether this is no user's model, not even one that subclasses a class of this library."""
-    return isinstance(model, Base) and model.role != "custom"
+    return isinstance(model, Layer) and model.role != "custom"
 
 
 def _dims_of(model: nn.Module, x: Tensor) -> Dims:

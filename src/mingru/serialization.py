@@ -38,7 +38,7 @@ def safe_globals() -> list[type]:
           )
         )
     """
-    layers = [getattr(modules, name) for name in modules.__all__]
+    layers = [getattr(modules, name) for name in modules.__all__ if name != "Layer"]
     of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
     of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
     others = [drop_in.GRU, drop_in.GRUCell, models.Block, models.LanguageModel]

@@ -1,6 +1,5 @@
 """minGRU layers with torch's interface: names, shapes and types of errors."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,18 +13,21 @@ from ..check import (
     check_bias,
     check_flags,
     check_gate,
+    check_int,
     check_like,
     check_pairs,
     dims,
     embed_remedy,
     expectation,
 )
-from ..modules import MinGRU
-from ..modules.base import Dims
+from ..modules import MinGRU, scripted
+from ..modules.cells import RecurrentCell
+from ..modules.layer import Dims
+from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS, RecurrentLayer
-from ..modules.shared import copied, not_default, weight_of, without_dims
-from ..ops import Layout, States, inference
-from ..ops.graph import is_autocast, is_scripting, untraced
+from ..modules.shared import copied, weight_of, without_dims
+from ..ops import Layout, States
+from ..ops.graph import is_autocast, untraced
 
 Layer = TypeVar("Layer", bound="_DropIn")
 
@@ -35,25 +37,21 @@ CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.valu
 class _DropIn(MinGRU):
     """Base class of `GRU` and `GRUCell`: torch's names, repr and types of errors, and 0 as the initial state."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        too_small: type[Exception],
-        dtype: torch.dtype | None,
-        **options: Any,
-    ) -> None:
-        name = type(self).__name__
+    mistake: type[Exception]
+    """What torch raises for a size of 0 and for an input of another dtype."""
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        name, dtype = type(self).__name__, options["dtype"]
         for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(expectation(name, argument, "an int", repr(size)))
-            if size < 1:
-                raise too_small(expectation(name, argument, "at least 1", str(size)))
+            try:
+                check_int(name, argument, size)
+            except ValueError as error:
+                raise self.mistake(str(error)) from None
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         check_gate(name, "gate", options["gate"])
         check_pairs(name, "hidden_size", hidden_size, options["gate"])
-        super().__init__(input_size, hidden_size, dtype=dtype, **options)
+        super().__init__(input_size, hidden_size, **options)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.zero_state = 0.0
@@ -67,14 +65,14 @@ class _DropIn(MinGRU):
             remedy = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
         raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
 
-    def _check_input(self, x: Tensor, wrong_dtype: type[Exception]) -> None:
+    def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.input_size:
             expected = f"of {self.input_size} features because input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        layer: Any = self.layers[0]
+        layer: Any = next(iter(self.layers))
         weight = weight_of(layer.linear)
         if weight is not None:
-            self._check_as("input", x, weight, "the layer's weight", wrong_dtype)
+            self._check_as("input", x, weight, "the layer's weight", self.mistake)
 
     def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if hx.shape != shape:
@@ -111,12 +109,6 @@ class _DropIn(MinGRU):
 
     def __repr__(self) -> str:
         return f"{self.name}({self.extra_repr()})"
-
-    def extra_repr(self) -> str:
-        constructor = GRU if isinstance(self, GRU) else GRUCell
-        options = list(inspect.signature(constructor).parameters.items())[2:]
-        defaults = {argument: parameter.default for argument, parameter in options} | {"proj_size": 0}
-        return f"{self.input_size}, {self.hidden_size}" + not_default(self, defaults)
 
 
 def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
@@ -188,6 +180,7 @@ class GRU(_DropIn, role="torch", planned=True):
         GRU(10, 20, num_layers=2)
     """
 
+    mistake = ValueError
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = ("all_weights",)
 
@@ -217,86 +210,65 @@ class GRU(_DropIn, role="torch", planned=True):
         check_flags(name, batch_first=batch_first, bidirectional=bidirectional, residual=residual)
         if isinstance(dropout, (bool, str)):
             raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
-        super().__init__(
-            input_size,
-            hidden_size,
-            ValueError,
-            dtype,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            residual=residual,
-            norm=norm,
-            candidate=candidate,
-            gate=gate,
-            device=device,
-        )
+        super().__init__(**arguments_of(locals(), "name", "proj_size"))
         self.mode = "GRU"
         self.proj_size = 0
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> States:  # type: ignore[override]
-        if is_scripting():
-            if input.dim() not in (2, 3) or input.size(-1) != self.input_size or input.size(self._time(input)) == 0:
-                letters = "(B, S, " if self.batch_first else "(S, B, "
-                raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {input.shape}")
-            if hx is not None and list(hx.shape) != self._state_shape(input):
-                raise ValueError(f"{self.name}: hx must be {self._state_shape(input)}, got {hx.shape}")
-        else:
-            done = inference.run(self, input, None if hx is None else [hx], None, not self.batch_first)
-            if done is not None:
-                return done[0], done[1][0]
-            if isinstance(input, PackedSequence):
-                return self._packed_call(input, hx)
-            self._check_call(input, hx)
+        done = self._begin(input, None if hx is None else [hx], None, None, None)
+        if done is not None:
+            return done[0], done[1][0]
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         x = input if batched else input.unsqueeze(batch_dim)
         h = hx
         if hx is not None:
             h = (hx if batched else hx.unsqueeze(1)).unsqueeze(2)
-        order = Layout(not self.batch_first, None, None)
-        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, None, order)
+        out, last = self._run(x, self._state(x, h, x.size(batch_dim)), None, None, Layout(not self.batch_first))
         if batched:
             return out, without_dims(last, [2])
         return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
-
-    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
-        """Return the state that replaces hx=None."""
-        return [self._state(x, None, batch).squeeze(2)]
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, self.hidden_size)]
 
-    def _packed_call(self, input: PackedSequence, hx: Tensor | None) -> Any:
-        data = input.data
-        if data.dim() != 2:
-            expected = "packed steps (sum of lengths, I)"
-            raise RuntimeError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
-        self._check_input(data, ValueError)
-        if hx is not None:
-            self._check_tensor("hx", hx)
-            shape = (self.num_layers * self.num_directions, int(input.batch_sizes[0]), self.hidden_size)
-            self._check_hx(hx, data, shape, "L * D, B, H")
-        out, last = self._packed(input, None if hx is None else hx.unsqueeze(2), None, None, None)
-        return out, without_dims(last, [2])
+    def extra_repr(self) -> str:
+        # `proj_size` is 0, as in torch.nn.GRU, and cannot be passed.
+        return super().extra_repr().replace(", proj_size=0", "")
+
+    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+        if x.dim() not in (2, 3) or x.size(-1) != self.input_size or x.size(self._time(x)) == 0:
+            letters = "(B, S, " if self.batch_first else "(S, B, "
+            raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {x.shape}")
+        scripted.check_shape(self.name, "hx", None if h is None else h[0], self._state_shape(x))
 
     @untraced
-    def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
-        self._check_tensor("input", input)
-        if input.dim() not in (2, 3):
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+        packed = isinstance(x, PackedSequence)
+        data = x.data if packed else x
+        self._check_tensor("input", data)
+        if packed and data.dim() != 2:
+            expected = "packed steps (sum of lengths, I)"
+            raise RuntimeError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
+        if data.dim() not in (2, 3):
             letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
             expected = f"{letters} or (S, {{}})".format(*[self.input_size] * 2)
-            raise ValueError(expectation(self.name, "input", expected, dims(input.shape), embed_remedy(input)))
-        self._check_input(input, ValueError)
-        if input.shape[self._time(input)] == 0:
-            raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(input.shape)))
-        if hx is not None:
+            raise ValueError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
+        self._check_input(data)
+        if not packed and data.shape[self._time(data)] == 0:
+            raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(data.shape)))
+        if h is not None:
+            (hx,) = h
             self._check_tensor("hx", hx)
-            letters = "L * D, B, H" if input.dim() == 3 else "L * D, H"
-            self._check_hx(hx, input, tuple(self._state_shape(input)), letters)
+            (shape,) = self.state_shapes(int(x.batch_sizes[0])) if packed else [tuple(self._state_shape(x))]
+            self._check_hx(hx, data, shape, "L * D, B, H" if len(shape) == 3 else "L * D, H")
+
+    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+        if not isinstance(x, PackedSequence):
+            return None
+        out, (last,) = self._packed(x, None if h is None else [h[0].unsqueeze(2)], None, None)
+        return out, [without_dims(last, [2])]
 
     def _time(self, input: Tensor) -> int:
         return 1 if self.batch_first and input.dim() == 3 else 0
@@ -311,8 +283,8 @@ class GRU(_DropIn, role="torch", planned=True):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
-        maps = [each for layer in self.layers for each in (layer.linear, layer.linear_reverse)]
-        return [list(each.parameters()) for each in maps if isinstance(each, nn.Module)]
+        layers: Any = self.layers
+        return [list(linear.parameters()) for layer in layers for linear in layer.maps()]
 
     def dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states."""
@@ -322,7 +294,7 @@ class GRU(_DropIn, role="torch", planned=True):
         """Do nothing; present for compatibility with torch.nn.GRU."""
 
 
-class GRUCell(_DropIn, role="step", planned=True):
+class GRUCell(_DropIn, RecurrentCell, role="step", planned=True):
     """Compute one step of a one-layer minGRU, with the interface of `torch.nn.GRUCell`.
 
     Args:
@@ -361,6 +333,8 @@ class GRUCell(_DropIn, role="step", planned=True):
         torch.Size([3, 20])
     """
 
+    mistake = RuntimeError
+
     @arguments_checked()
     def __init__(
         self,
@@ -375,46 +349,28 @@ class GRUCell(_DropIn, role="step", planned=True):
         gate: str = "sigmoid",
     ) -> None:
         check_flags(type(self).__name__, bias=bias)
-        options = {"bias": bias, "norm": norm, "candidate": candidate, "gate": gate, "device": device}
-        super().__init__(input_size, hidden_size, RuntimeError, dtype, **options)
+        super().__init__(**arguments_of(locals()))
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if is_scripting():
-            if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
-                raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {input.shape}")
-            if hx is not None and (hx.shape[:-1] != input.shape[:-1] or hx.size(-1) != self.hidden_size):
-                raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {hx.shape}")
-        else:
-            done = inference.run(self, input, None if hx is None else [hx], None, False)
-            if done is not None:
-                return done[1][0]
-            self._check_call(input, hx)
-        batched = input.dim() == 2
-        x = input.unsqueeze(1) if batched else input.unsqueeze(0).unsqueeze(0)
-        h = hx
-        if hx is not None:
-            h = (hx if batched else hx.unsqueeze(0)).unsqueeze(1)
-        _, states = self._run_layers(x, self._state(x, h, x.size(0)), None, None, Layout(False, None, None))
-        last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
-        return copied(last)
+        done = self._begin(input, None if hx is None else [hx], None, None, None)
+        return self._new_state(input, hx, None, None) if done is None else done[1][0]
 
-    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
-        """Return the state that replaces hx=None."""
-        return [self._state(x, None, batch).view(batch, self.hidden_size)]
-
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shape of the state in a list."""
-        return [(batch, self.hidden_dims)]
+    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+        if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
+            raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {x.shape}")
+        if h is not None and (h[0].shape[:-1] != x.shape[:-1] or h[0].size(-1) != self.hidden_size):
+            raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {h[0].shape}")
 
     @untraced
-    def _check_call(self, input: Tensor, hx: Tensor | None) -> None:
-        self._check_tensor("input", input)
-        if input.dim() not in (1, 2):
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+        self._check_tensor("input", x)
+        if x.dim() not in (1, 2):
             expected = f"(B, {self.input_size}) or ({self.input_size},)"
-            raise ValueError(expectation(self.name, "input", expected, dims(input.shape), embed_remedy(input)))
-        self._check_input(input, RuntimeError)
-        if hx is not None:
+            raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
+        self._check_input(x)
+        if h is not None:
+            (hx,) = h
             self._check_tensor("hx", hx)
             if hx.dim() not in (1, 2):
                 raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(hx.shape)))
-            self._check_hx(hx, input, (*input.shape[:-1], self.hidden_size), "B, H" if input.dim() == 2 else "H,")
+            self._check_hx(hx, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")

@@ -1,6 +1,5 @@
 """The residual block around a recurrent layer."""
 
-import inspect
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..check import (
+    check_dropout,
     check_dt,
     check_flag,
     check_int,
@@ -20,12 +20,11 @@ from ..check import (
     unknown_argument,
 )
 from ..check import dims as dims_text
-from ..modules import MinGRU, MinLSTM
-from ..modules.base import Base
+from ..modules import Layer, MinGRU, MinLSTM
 from ..modules.recurrent import NORMS
-from ..modules.shared import not_default, weight_of
-from ..ops import inference, layout
-from ..ops.graph import is_autocast, is_scripting, untraced
+from ..modules.shared import defaults_of, not_default, weight_of
+from ..ops import layout
+from ..ops.graph import is_autocast, untraced
 from ..ops.inference import Plan
 from .causal_conv import CausalConv
 from .state import check_states
@@ -34,7 +33,7 @@ CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
 LAYER_OPTIONS = ("bias", "bidirectional", "candidate", "learn_initial_state", "recompute", "device", "dtype")
 
 
-class Block(Base, role="sequence", planned=True):
+class Block(Layer, role="sequence", planned=True):
     """Apply a residual block around a minGRU or minLSTM layer to a sequence.
 
         x_t = x_t + conv(x)_t           if `conv`
@@ -104,7 +103,6 @@ class Block(Base, role="sequence", planned=True):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        self.name = type(self).__name__
         check_int(self.name, "dims", dims)
         if cell not in tuple(CELLS):
             raise ValueError(expectation(self.name, "cell", f"one of {tuple(CELLS)}", repr(cell)))
@@ -115,10 +113,8 @@ class Block(Base, role="sequence", planned=True):
             _check_ratio(self.name, "mlp", mlp, dims)
         if norm not in tuple(NORMS):
             raise ValueError(expectation(self.name, "norm", f"one of {tuple(NORMS)}", repr(norm)))
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            raise TypeError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
-        if not 0 <= dropout <= 1:
-            raise ValueError(expectation(self.name, "dropout", "a number from 0 to 1", repr(dropout)))
+        # On two outputs, so that there is no warning as for a single layer.
+        check_dropout(self.name, dropout, 2)
         check_flag(self.name, "checkpoint", checkpoint)
         for option in ("num_layers", "batch_first", "residual"):
             if option in layer_options:
@@ -126,7 +122,7 @@ class Block(Base, role="sequence", planned=True):
         options = (*LAYER_OPTIONS, *(("gate", "min_decay") if cell == "mingru" else ("forget_bias", "normalize")))
         for option in layer_options:
             if option not in options:
-                own = [name for name in inspect.signature(Block).parameters if name != "layer_options"]
+                own = [name for name in defaults_of(self) if name != "layer_options"]
                 raise TypeError(unknown_argument(self.name, option, [*own, *options]))
         factory = {name: layer_options.get(name) for name in ("device", "dtype")}
         bias = layer_options.get("bias", True)
@@ -150,25 +146,13 @@ class Block(Base, role="sequence", planned=True):
             )
         self.num_states = 1 if conv is None else 2
 
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        self.rnn.reset_parameters()
-        self.out.reset_parameters()
-        if self.conv is not None:
-            self.conv.reset_parameters()
-        if self.mlp is not None:
-            for module in self.mlp:
-                if not isinstance(module, nn.GELU):
-                    module.reset_parameters()  # type: ignore[operator]
-
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
         check_int(self.name, "batch", batch, least=0)
         # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
         like = next(self.parameters())
         states = [self.rnn._state(like, None, batch)]
-        if self.conv is not None:
-            shape = (1, batch, self.conv.kernel_size - 1, self.input_dims)
+        for shape in self.state_shapes(batch)[1:]:
             states.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return states
 
@@ -199,13 +183,6 @@ class Block(Base, role="sequence", planned=True):
             plan.add(features)
         plan.num_states = state + self.num_states
 
-    def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Call the block."""
-        out, states = self(x, h, reset, lengths, dt)
-        return out, states
-
     def forward(
         self,
         x: Tensor,
@@ -214,20 +191,13 @@ class Block(Base, role="sequence", planned=True):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        if is_scripting():
-            if h is not None and len(h) != self.num_states:
-                raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
-            return self._run(x, h, reset, lengths, dt)
-        else:
-            if lengths is None:
-                done = inference.run(self, x, h, reset, False, dt)
-                if done is not None:
-                    return done
-            self._check(x, h, reset, lengths, dt)
-            if self.checkpoint and self.training and torch.is_grad_enabled():
-                out, states = checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
-                return out, states
-            return self._run(x, h, reset, lengths, dt)
+        done = self._begin(x, h, reset, lengths, dt)
+        return self._run(x, h, reset, lengths, dt) if done is None else done
+
+    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+        if self.checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
+        return None
 
     def _run(
         self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
@@ -265,8 +235,7 @@ class Block(Base, role="sequence", planned=True):
         weight = weight_of(self.out)
         if weight is not None:
             check_like(self.name, "x", x, weight, "the block's weights", autocast=is_autocast(x), ids=True)
-        if h is not None:
-            check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
+        check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
         check_reset(self.name, reset, x, "(B, S)")
         check_dt(self.name, dt, x, self.rnn.cell, "(B, S)", autocast=is_autocast(x))
         if lengths is not None:
@@ -274,13 +243,13 @@ class Block(Base, role="sequence", planned=True):
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of each state."""
-        shapes: list[tuple[int, ...]] = [(self.rnn.num_directions, batch, 1, self.rnn.hidden_dims)]
+        shapes: list[tuple[int, ...]] = self.rnn.state_shapes(batch)
         if self.conv is not None:
             shapes.append((1, batch, self.conv.kernel_size - 1, self.input_dims))
         return shapes
 
     def extra_repr(self) -> str:
-        return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, {"dropout": 0.0, "checkpoint": False})
+        return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")
 
 
 def _check_ratio(name: str, argument: str, ratio: object, dims: int) -> None:

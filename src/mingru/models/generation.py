@@ -121,7 +121,7 @@ def _last_logits(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the logits (B, V) after the last token of each sequence, and the states."""
     with in_eval_mode(modules):
-        x, state = lm._features(ids, state, lengths, None)
+        x, state = lm.blocks(lm._embed(ids), state, None, lengths)
         x = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
         return lm._logits(x), state
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..check import check_flag, check_int, check_min_decay, expectation
 from ..modules import Stack
 from ..modules.recurrent import NORMS
-from ..ops.graph import is_compiling, is_scripting, untraced
+from ..ops.graph import is_scripting, untraced
 from . import files, generation
 from .block import Block
 from .state import check_states
@@ -126,21 +126,13 @@ class LanguageModel(nn.Module):
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        if not is_scripting():
-            self._check(ids, state)
-        x, state = self._features(ids, state, lengths, reset)
-        return self._logits(x), state
-
-    def _features(
-        self, ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the features after the last block (B, S, dims), and the states."""
-        if is_scripting():  # noqa: SIM108 (TorchScript omits a branch of an if statement only)
+        if is_scripting():
             x = self.embedding(ids)
         else:
-            x = self.embedding(ids) if is_compiling() else self._embed(ids)
-        x, states = self.blocks(x, state, reset, lengths)
-        return x, states
+            self._check(ids, state)
+            x = self._embed(ids)
+        x, state = self.blocks(x, state, reset, lengths)
+        return self._logits(x), state
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head
@@ -167,9 +159,8 @@ class LanguageModel(nn.Module):
         self._check_state(state, ids.shape[0])
 
     def _check_state(self, state: Any, batch: int) -> None:
-        if state is not None:
-            shapes = [shape for block in self.blocks.layers for shape in block.state_shapes(batch)]  # type: ignore[operator]
-            check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
+        shapes = self.blocks.state_shapes(batch)
+        check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
     @torch.jit.unused
     def generate(

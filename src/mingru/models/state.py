@@ -35,7 +35,9 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
 def check_states(
     name: str, argument: str, states: Any, shapes: list[tuple[int, ...]], like: Tensor, like_name: str
 ) -> None:
-    """Check that states are tensors of these shapes, with a dtype and the device that fit `like`."""
+    """Check that states are None or tensors of these shapes, with a dtype and the device that fit `like`."""
+    if states is None:
+        return
     expected = f"a list of {len(shapes)} tensors"
     if not isinstance(states, (list, tuple)):
         raise TypeError(expectation(name, argument, expected, type(states).__name__))

@@ -1,6 +1,7 @@
 """Layers and cells. They hold parameters and check shapes; `ops` chooses what runs on which device."""
 
 from .cells import MinGRUCell, MinLSTMCell
+from .layer import Layer
 from .minconvgru import (
     MinConv1dGRU,
     MinConv1dGRUCell,
@@ -14,6 +15,7 @@ from .minlstm import MinLSTM
 from .stack import Stack
 
 __all__ = [
+    "Layer",
     "MinConv1dGRU",
     "MinConv1dGRUCell",
     "MinConv2dGRU",

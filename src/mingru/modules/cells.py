@@ -5,86 +5,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
-    arguments_checked,
-    check_dt,
-    check_flag,
-    check_like,
-    check_one_state,
-    check_reset,
-    dims,
-    embed_remedy,
-    expectation,
-)
-from ..ops import Layout, inference
-from ..ops.graph import is_autocast, is_scripting, untraced
+from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, dims, expectation
+from ..ops import Start
+from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
+from . import scripted
 from .mingru import MinGRU
 from .minlstm import MinLSTM
+from .options import arguments_of
 from .recurrent import Recurrent
 from .shared import copied
+from .stacked import Step
 
 ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
 
 
-class RecurrentCell(Recurrent, role="step"):
+class RecurrentCell(Step, Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
-        if is_scripting():
-            if x.dim() not in (1, 2) or x.size(-1) != self.input_dims:
-                raise ValueError(f"{self.name}: x must be (B, {self.input_dims}), got {x.shape}")
-            shape = list(x.shape)
-            shape[-1] = self.hidden_dims
-            if h is not None and list(h.shape) != shape:
-                raise ValueError(f"{self.name}: h must be {shape}, got {h.shape}")
-            self._check_scripted(list(x.shape[:-1]), reset, dt)
-        else:
-            done = inference.run(self, x, None if h is None else [h], reset, False, dt)
-            if done is not None:
-                return done[1][0]
-            self._check_step(x, h, reset, dt)
-        batched = x.dim() == 2
-        if not batched:
-            x = x.unsqueeze(0)
-            h = None if h is None else h.unsqueeze(0)
-            reset = None if reset is None else reset.unsqueeze(0)
-            dt = None if dt is None else dt.unsqueeze(0)
-        state = self._state(x, None if h is None else h.unsqueeze(1), x.size(0))
-        reset = None if reset is None else reset.unsqueeze(1)
-        dt = None if dt is None else dt.unsqueeze(1)
-        # The state, not the output, because the state stays float32 under autocast.
-        _, states = self._run_layers(x.unsqueeze(1), state, reset, dt, Layout(False, None, None))
-        last = states[0].squeeze(1) if batched else states[0].squeeze(1).squeeze(0)
-        return copied(last)
+        done = self._begin(x, None if h is None else [h], reset, None, dt)
+        return self._new_state(x, h, reset, dt) if done is None else done[1][0]
 
-    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
-        """Return the state that replaces h=None."""
-        return [self._state(x, None, batch).view(batch, self.hidden_dims)]
+    def _new_state(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Tensor:
+        # The state, not the output, because the state stays float32 under autocast.
+        state = self._step(x, h, reset, dt).squeeze(1)
+        return copied(state if x.dim() == 2 else state.squeeze(0))
+
+    def _starts(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
+        state = self._state(x, None if h is None else h[0], x.size(0))
+        return self._starts_from(state, x, reset, dt)
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(batch, self.hidden_dims)]
 
+    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+        scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
+        batch = list(x.shape[:-1])
+        scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
+        self._check_steps(batch, reset, dt)
+
     @untraced
-    def _check_step(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> None:
-        """Raise an error if an argument is invalid."""
-        if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
-        if x.dim() not in (1, 2) or x.shape[-1] != self.input_dims:
-            expected = f"(B, {self.input_dims}) or ({self.input_dims},) because input_dims is {self.input_dims}"
-            remedy = "use a layer, not a cell, for sequences" if x.dim() == 3 else embed_remedy(x)
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy))
-        self._check_beside(x, None, 1)
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+        is_sequence = isinstance(x, Tensor) and x.dim() == 3
+        remedy = "use a layer, not a cell, for sequences" if is_sequence else ""
+        self._check_x(x, (0, 1), f"(B, {self.input_dims}) or ({self.input_dims},)", remedy)
         batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
         if h is not None:
-            check_one_state(self.name, h, f"({letters}H)", self.cell)
-            check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
-            if h.shape != (*batch, self.hidden_dims):
+            (state,) = h
+            check_one_state(self.name, state, f"({letters}H)", self.cell)
+            autocast = is_autocast(x)
+            check_like(self.name, "h", state, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
+            if state.shape != (*batch, self.hidden_dims):
                 expected = f"({letters}H) = {dims((*batch, self.hidden_dims))}"
-                raise ValueError(expectation(self.name, "h", expected, dims(h.shape)))
+                raise ValueError(expectation(self.name, "h", expected, dims(state.shape)))
         first, order = x.select(-1, 0), "(B,)" if batch else "a scalar"
         check_reset(self.name, reset, first, order)
         check_dt(self.name, dt, first, self.cell, order, autocast=is_autocast(x))
@@ -162,18 +139,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
-        super().__init__(
-            input_dims,
-            hidden_dims,
-            bias=bias,
-            norm=norm,
-            candidate=candidate,
-            gate=gate,
-            min_decay=min_decay,
-            learn_initial_state=learn_initial_state,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(**arguments_of(locals()))
 
 
 class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
@@ -241,15 +207,4 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
-        super().__init__(
-            input_dims,
-            hidden_dims,
-            bias=bias,
-            forget_bias=forget_bias,
-            normalize=normalize,
-            norm=norm,
-            candidate=candidate,
-            learn_initial_state=learn_initial_state,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(**arguments_of(locals()))

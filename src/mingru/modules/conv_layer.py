@@ -1,17 +1,24 @@
 """One layer of the convolutional minGRU: norm, convolution, recurrence and residual."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import Layout, Map, Spec, Start, States, layout, traceable
+from ..check import check_flags, check_int, check_pairs, dims, expectation
+from ..ops import Layout, Map, Spec, Start, States, traceable
 from ..ops.cells import GATES, zero_state
-from ..ops.graph import is_autocast, is_scripting
+from ..ops.graph import is_autocast
 from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
+from .layer import reset_all
+from .options import Options
+from .stacked import Directions
 
+# A list has one entry for each layer, a tuple one number for each spatial dimension.
+Sizes = int | tuple[int, ...] | list[Any]
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -43,70 +50,119 @@ class Geometry(NamedTuple):
         return tuple((size - reach) // stride + 1 for size, reach, stride in sizes)
 
 
-class MinConvLayer(nn.Module):
+@dataclass(frozen=True)
+class ConvOptions(Options):
+    """The options of the convolutional layers."""
+
+    norms = ("group",)
+
+    num_space_dims: int
+    hidden_dims: int | list[int]
+    kernel_size: Sizes
+    stride: Sizes
+    padding: Sizes | str
+    dilation: Sizes
+    groups: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int(self.name, "groups", self.groups)
+        check_flags(self.name, residual=self.residual)
+        widths = self.widths()
+        for width in widths:
+            check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
+        if any(width % self.groups for width in [self.input_dims, *widths]):
+            expected = f"a divisor of input_dims={self.input_dims} and hidden_dims={self.hidden_dims}"
+            raise ValueError(expectation(self.name, "groups", expected, str(self.groups)))
+        for width in widths:
+            argument = "hidden_dims" if self.groups == 1 else "hidden_dims / groups"
+            check_pairs(self.name, argument, width // self.groups, self.gate)
+
+    def widths(self) -> list[int]:
+        """Return the number of state channels of each layer."""
+        return self._per_layer("hidden_dims")
+
+    def geometries(self) -> list[Geometry]:
+        """Return the sizes of the convolution of each layer."""
+        by_option = [
+            [self._per_dimension(option, size) for size in self._per_layer(option)] for option in Geometry._fields
+        ]
+        geometries = [Geometry(*of_layer) for of_layer in zip(*by_option, strict=True)]
+        for geometry in geometries:
+            if geometry.padding == "same" and any(step > 1 for step in geometry.stride):
+                expected = f"a number because stride is {dims(geometry.stride)}"
+                raise ValueError(expectation(self.name, "padding", expected, "'same'", "'same' needs a stride of 1"))
+        return geometries
+
+    def _per_layer(self, option: str) -> list[Any]:
+        sizes = getattr(self, option)
+        if not isinstance(sizes, list):
+            return [sizes] * self.num_layers
+        if len(sizes) != self.num_layers:
+            expected = f"a list of {self.num_layers} entries because num_layers is {self.num_layers}"
+            remedy = "a list has one entry for each layer, a tuple one number for each spatial dimension"
+            raise ValueError(expectation(self.name, option, expected, f"{sizes!r}", remedy))
+        return sizes
+
+    def _per_dimension(self, argument: str, size: Any) -> Any:
+        if argument == "padding" and size == "same":
+            return size
+        count = self.num_space_dims
+        numbers = size if isinstance(size, tuple) else (size,) * count
+        single = "an int" if count == 1 else f"an int, a tuple of {count} ints"
+        expected = f"{single}, or a list of these with one for each layer"
+        if len(numbers) != count:
+            raise ValueError(expectation(self.name, argument, expected, f"{size!r}"))
+        for number in numbers:
+            check_int(self.name, argument, number, expected, 0 if argument == "padding" else 1)
+        return numbers
+
+
+class MinConvLayer(Directions):
     """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
-    def __init__(
-        self,
-        input_dims: int,
-        hidden_dims: int,
-        geometry: Geometry,
-        groups: int,
-        bias: bool,
-        bidirectional: bool,
-        residual: bool,
-        norm: str | None,
-        candidate: str,
-        gate: str,
-        learn_initial_state: bool,
-        factory: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.num_directions = 2 if bidirectional else 1
+    def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, options: ConvOptions) -> None:
+        super().__init__(GATES[options.gate], hidden_dims, 0.0, options)
+        self.num_directions = options.num_directions
         output_dims = self.num_directions * hidden_dims
         self.geometry = geometry
-        self.hidden_dims = hidden_dims
-        self.groups = groups
-        self.candidate = candidate
-        self.cell = GATES[gate]
-        self.residual = residual
+        self.groups = options.groups
+        self.residual = options.residual
         convolution: Any = CONVOLUTIONS[len(geometry.kernel_size)]
-        common: dict[str, Any] = {**geometry._asdict(), "groups": groups, **factory}
-        self.norm = GroupNorm(_num_groups(input_dims), input_dims, **factory) if norm == "group" else None
-        self.conv = convolution(input_dims, 2 * hidden_dims, bias=bias, **common)
-        self.conv_reverse = convolution(input_dims, 2 * hidden_dims, bias=bias, **common) if bidirectional else None
+        common: dict[str, Any] = {**geometry._asdict(), "groups": options.groups, **options.factory}
+        maps = {"out_channels": 2 * hidden_dims, "bias": options.bias, **common}
+        self.norm = GroupNorm(_num_groups(input_dims), input_dims, **options.factory) if options.norm else None
+        self.conv = convolution(input_dims, **maps)
+        self.conv_reverse = convolution(input_dims, **maps) if options.bidirectional else None
         self.align = None
-        if residual and not (input_dims == output_dims and geometry.keeps_space()):
+        if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
             self.align = convolution(input_dims, output_dims, bias=False, **common)
-        self.zero_state = zero_state(self.cell, candidate)
-        shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
-        self.initial_state = (
-            nn.Parameter(torch.full(shape, self.zero_state, **factory)) if learn_initial_state else None
-        )
+        self.zero_state = zero_state(self.cell, options.candidate)
+        self.initial_state = None
+        if options.learn_initial_state:
+            shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
+            self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        reset_all(self.children())
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 
-    def forward(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, and the last state of each direction.
+    def start(self, x: Tensor, h: Tensor | None, reset: Tensor | None, direction: int) -> Start:
+        """Return the start of one direction, whose state expands to (B, 1, H, *space)."""
+        if self.initial_state is not None:
+            initial_state = self.initial_state[direction]
+        else:
+            initial_state = torch.full([1] * x.dim(), self.zero_state, dtype=x.dtype, device=x.device)
+        return Start(initial_state if h is None else h, initial_state, reset)
 
-        x is (B, S, C, *space) or (S, B, C, *space); each tensor of h expands to (B, 1, H, *space).
-        """
+    def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Return the output in the layout of x, (B, S, C, *space) or (S, B, C, *space), and the last states."""
         steps = x.flatten(0, 1)
         y = x
         if self.norm is not None:
             y = torch.unflatten(self.norm(steps), 0, [x.size(0), x.size(1)])
-        out, last = self._direction(y, h, reset, order, False)
-        states = [last]
-        if self.conv_reverse is not None:
-            back, last = self._direction(y, h, reset, order, True)
-            out = torch.cat([out, back], 2)
-            states.append(last)
+        out, states = self._directions(y, starts, order)
         if self.residual:
             added = x
             if self.align is not None:
@@ -115,32 +171,18 @@ class MinConvLayer(nn.Module):
             out = out + added
         return out, states
 
-    def _direction(
-        self, y: Tensor, h: list[Tensor] | None, reset: Tensor | None, order: Layout, reverse: bool
-    ) -> States:
-        spec = Spec(self.cell, self.candidate, reverse)
-        index = 1 if reverse else 0
-        if self.initial_state is not None:
-            initial_state = self.initial_state[index]
-        else:
-            dtype = y.dtype
-            if is_scripting():
-                # y may have the autocast dtype of the previous layer's output, which a scripted layer cannot detect.
-                dtype = self.conv.weight.dtype
-            initial_state = torch.full([1] * y.dim(), self.zero_state, dtype=dtype, device=y.device)
-        start = Start(initial_state if h is None else h[index], initial_state, reset)
-        if reverse:
-            start = layout.in_reverse(start, order)
-        if is_scripting():
-            inputs = self._inputs(y, reverse)
-            shape = list(inputs[0].shape)
-            batch = [shape[1 if order.time_first else 0], 1]
-            start = Start(start.h.expand(batch + shape[2:]), initial_state, start.reset)
-            return traceable.recurrence(spec, inputs, start, order)
-        else:
-            return self._mapped(spec, y, start, order)
+    def maps(self) -> list[Any]:
+        """Return the convolution of each direction."""
+        return [self.conv] if self.conv_reverse is None else [self.conv, self.conv_reverse]
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        inputs = self._inputs(y, spec.reverse)
+        shape = list(inputs[0].shape)
+        batch = [shape[1 if order.time_first else 0], 1]
+        start = Start(start.h.expand(batch + shape[2:]), start.initial_state, start.reset)
+        return traceable.recurrence(spec, inputs, start, order)
+
+    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
         if is_autocast(y):
             start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv

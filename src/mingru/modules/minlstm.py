@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..check import arguments_checked, check_flags, expectation
+from .options import arguments_of
 from .recurrent import Recurrent
 
 
@@ -108,22 +109,7 @@ class MinLSTM(Recurrent, planned=True):
         if not normalize:
             # Before the layers are constructed, because they take it.
             self.cell = "minlstm_unnormalized"
-        super().__init__(
-            input_dims,
-            hidden_dims,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            residual=residual,
-            norm=norm,
-            candidate=candidate,
-            learn_initial_state=learn_initial_state,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(**arguments_of(locals(), "forget_bias", "normalize"))
         if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
             raise TypeError(expectation(self.name, "forget_bias", "a number", repr(forget_bias)))
         if forget_bias and not self.bias:

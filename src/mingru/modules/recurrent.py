@@ -1,75 +1,70 @@
-"""The base class of MinGRU, MinLSTM and their cells: stacked layers, directions, states and options.
+"""The base class of MinGRU, MinLSTM and their cells.
 
 TorchScript compiles `forward` and the functions that it calls. A scripted module checks only shapes; other errors are
 raised by torch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..check import (
-    arguments_checked,
-    check_bias,
-    check_dropout,
-    check_flag,
-    check_flags,
-    check_gate,
-    check_int,
-    check_min_decay,
-    check_options,
-    check_pairs,
-    check_residual,
-)
-from ..ops import Layout, Spec, Start, States, inference, layout, traceable
+from ..check import arguments_checked, check_bias, check_flag, check_int, check_min_decay, check_pairs, check_residual
+from ..ops import Layout, Spec, Start, States, layout, traceable
 from ..ops.cells import CELLS, GATES, zero_state
-from ..ops.graph import is_autocast, is_captured, is_compiling, is_scripting
+from ..ops.graph import is_autocast, is_captured
 from ..ops.inference import Plan, plannable
 from ..ops.shape import accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
-from .shared import not_default, reshaped
+from .options import Options, arguments_of
+from .shared import reshaped
+from .stacked import Directions
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
+@dataclass(frozen=True)
+class RecurrentOptions(Options):
+    """The options of MinGRU and MinLSTM."""
+
+    norms = tuple(NORMS)
+
+    hidden_dims: int
+    min_decay: float | Sequence[float]
+    recompute: bool | None
+
+    def __post_init__(self) -> None:
+        check_bias(self.name, self.bias)
+        check_int(self.name, "hidden_dims", self.hidden_dims)
+        super().__post_init__()
+        if self.recompute is not None:
+            check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
+        check_pairs(self.name, "hidden_dims", self.hidden_dims, self.gate)
+        check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
+
+
 @plannable
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(Directions):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
-    def __init__(
-        self,
-        cell: str,
-        input_dims: int,
-        hidden_dims: int,
-        bias: bool,
-        bidirectional: bool,
-        residual: bool | str,
-        norm: str | None,
-        candidate: str,
-        min_decay: float,
-        recompute: bool | None,
-        factory: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        output_dims = hidden_dims * (2 if bidirectional else 1)
-        self.cell = cell
-        self.hidden_dims = hidden_dims
+    def __init__(self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions) -> None:
+        super().__init__(cell, options.hidden_dims, min_decay, options)
+        output_dims, factory = options.hidden_dims * options.num_directions, options.factory
         self.num_inputs = ops.NUM_INPUTS[cell]
-        self.candidate = candidate
-        self.min_decay = min_decay
-        self.recompute = recompute
-        self.residual = residual is True
-        self.highway = residual == "highway"
+        self.recompute = options.recompute
+        self.residual = options.residual is True
+        self.highway = options.residual == "highway"
         # The highway's rows are the last.
-        pre_dims = hidden_dims * (self.num_inputs + self.highway)
-        self.norm: nn.Module | None = None if norm is None else NORMS[norm](input_dims, **factory)
-        self.linear = nn.Linear(input_dims, pre_dims, bias, **factory)
-        self.linear_reverse = nn.Linear(input_dims, pre_dims, bias, **factory) if bidirectional else None
+        pre_dims = self.hidden_dims * (self.num_inputs + self.highway)
+        self.norm: nn.Module | None = None if options.norm is None else NORMS[options.norm](input_dims, **factory)
+        self.linear = nn.Linear(input_dims, pre_dims, options.bias, **factory)
+        self.linear_reverse = (
+            nn.Linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
+        )
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
@@ -81,12 +76,7 @@ class RecurrentLayer(nn.Module):
             y = self.norm(x)
         if self.highway:
             return self._with_highway(x, y, starts[0], order)
-        out, last = self._direction(y, starts[0], order, False)
-        states = [last]
-        if self.linear_reverse is not None:
-            back, last = self._direction(y, layout.in_reverse(starts[1], order), order, True)
-            out = torch.cat([out, back], -1)
-            states.append(last)
+        out, states = self._directions(y, starts, order)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
@@ -97,44 +87,38 @@ class RecurrentLayer(nn.Module):
         features = plan.keep() if self.residual else 0
         if self.norm is not None:
             plan.norm(self.norm)
-        plan.scan(self._spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
+        plan.scan(self.spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
         if self.residual and self.align is None:
             plan.add(features)
         elif self.residual:
             plan.add_linear(self.align, features)
 
-    def _spec(self, reverse: bool) -> Spec:
-        return Spec(self.cell, self.candidate, reverse, self.min_decay)
+    def maps(self) -> list[Any]:
+        """Return the linear map of each direction."""
+        return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
 
     def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> tuple[Tensor, list[Tensor]]:
         inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
         gate = inputs.pop()
-        spec = self._spec(False)
-        if is_scripting():
-            out, last = traceable.recurrence(spec, inputs, start, order)
-        else:
-            out, last = ops.recurrence(spec, inputs, start, order)
+        out, last = ops.recurrence(self.spec(False), inputs, start, order)
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        spec = self._spec(reverse)
-        if is_scripting():
-            pre = y
-            if not reverse:
-                pre = self.linear(y)
-            elif self.linear_reverse is not None:
-                pre = self.linear_reverse(y)
-            return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
-        else:
-            linear: Any = self.linear_reverse if reverse else self.linear
-            return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
+    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        pre = y
+        if not spec.reverse:
+            pre = self.linear(y)
+        elif self.linear_reverse is not None:
+            pre = self.linear_reverse(y)
+        return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
+
+    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        linear: Any = self.linear_reverse if spec.reverse else self.linear
+        return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
 class Recurrent(CheckedCalls, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
-
-    cell: str
 
     @arguments_checked()
     def __init__(
@@ -157,71 +141,26 @@ class Recurrent(CheckedCalls, role="sequence"):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.name = type(self).__name__
-        for argument, size in (("input_dims", input_dims), ("hidden_dims", hidden_dims), ("num_layers", num_layers)):
-            check_int(self.name, argument, size)
-        check_bias(self.name, bias)
-        check_flags(self.name, batch_first=batch_first, bidirectional=bidirectional)
-        check_flags(self.name, learn_initial_state=learn_initial_state)
-        if recompute is not None:
-            check_flag(self.name, "recompute", recompute, expected="a bool or None")
-        check_dropout(self.name, dropout, num_layers)
-        check_options(self.name, norm, NORMS, candidate, dtype)
-        check_gate(self.name, "gate", gate)
-        check_pairs(self.name, "hidden_dims", hidden_dims, gate)
-        bounds = check_min_decay(self.name, min_decay, num_layers, gate)
-        check_residual(self.name, residual, input_dims, hidden_dims, bidirectional)
-        self.input_dims = input_dims
-        self.hidden_dims = hidden_dims
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.residual = residual
-        self.norm = norm
-        self.candidate = candidate
-        self.gate = gate
+        options = RecurrentOptions(type(self).__name__, **arguments_of(locals()))
+        bounds = check_min_decay(options.name, min_decay, num_layers, gate)
+        cell = GATES[gate] if self.cell == "mingru" else self.cell
+        sizes = [input_dims, *[options.num_directions * hidden_dims] * (num_layers - 1)]
+        layers = zip(sizes, bounds, strict=True)
+        super().__init__(options, [RecurrentLayer(cell, *layer, options) for layer in layers])
+        self.cell = cell
         # A number, or a tuple with one for each layer.
         self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
-        if self.cell == "mingru":
-            self.cell = GATES[gate]
-        self.is_timed = CELLS[self.cell].not_timed is None
-        self.learn_initial_state = learn_initial_state
-        self.recompute = recompute
-
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_directions = 2 if bidirectional else 1
+        self.is_timed = CELLS[cell].not_timed is None
         self.num_states = 1
-        self.output_dims = output_dims = self.num_directions * hidden_dims
-        self.layers = nn.ModuleList(
-            RecurrentLayer(
-                self.cell,
-                input_dims if index == 0 else output_dims,
-                hidden_dims,
-                self.bias,
-                self.bidirectional,
-                self.residual,
-                norm,
-                candidate,
-                bounds[index],
-                self.recompute,
-                factory,
-            )
-            for index in range(num_layers)
-        )
         self.zero_state = zero_state(self.cell, candidate)
-        shape = (num_layers * self.num_directions, 1, 1, hidden_dims)
-        self.initial_state = (
-            nn.Parameter(torch.full(shape, self.zero_state, **factory)) if learn_initial_state else None
-        )
+        self.initial_state = None
+        if learn_initial_state:
+            shape = (num_layers * self.num_directions, 1, 1, hidden_dims)
+            self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
-        for module in self.layers.modules():
-            if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()
+        super().reset_parameters()
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 
@@ -233,23 +172,12 @@ class Recurrent(CheckedCalls, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> States:
-        if is_scripting():
-            self._check_scripted_call(x, reset, dt)
-        else:
-            if lengths is None:
-                done = inference.run(self, x, None if h is None else [h], reset, not self.batch_first, dt)
-                if done is not None:
-                    return done[0], done[1][0]
-            if isinstance(x, PackedSequence):
-                return self._packed(x, h, reset, lengths, dt)
-            self._check(x, h, reset, lengths, dt)
+        done = self._begin(x, None if h is None else [h], reset, lengths, dt)
+        if done is not None:
+            return done[0], done[1][0]
         state = self._state(x, h, x.size(0 if self.batch_first else 1))
         if lengths is None:
             return self._run(x, state, reset, dt, Layout(not self.batch_first))
-        if not is_scripting():
-            if self._takes_lengths(x, lengths, dt):
-                x, order = layout.with_lengths(x, lengths, not self.batch_first)
-                return self._run(x, state, reset, dt, order)
         return self._run_packed(x, state, reset, dt, lengths)
 
     def with_states(
@@ -261,7 +189,8 @@ class Recurrent(CheckedCalls, role="sequence"):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        return [self._state(x, None, batch)]
+        (shape,) = self.state_shapes(batch)
+        return [self._state(x, None, batch).view(shape)]
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
@@ -280,19 +209,22 @@ class Recurrent(CheckedCalls, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
-    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
-        """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed.
+    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+        if isinstance(x, PackedSequence):
+            return self._packed(x, h, reset, dt)
+        if lengths is None or not self._takes_lengths(x, lengths, dt):
+            return None
+        state = self._state(x, None if h is None else h[0], x.size(0 if self.batch_first else 1))
+        x, order = layout.with_lengths(x, lengths, not self.batch_first)
+        out, last = self._run(x, state, reset, dt, order)
+        return out, [last]
 
-        A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel that skips
-        the padding computes a linear map and its recurrence, but no norm and no residual.
-        """
-        if is_compiling():
-            return True
+    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
+        """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
         layers: Any = self.layers
-        if any(layer.norm is not None or layer.residual or layer.highway for layer in layers):
-            return False
-        linears = [each for layer in layers for each in (layer.linear, layer.linear_reverse) if each is not None]
-        return ops.takes_lengths(layers[0]._spec(False), linears, x, dt, Layout(False, None, lengths))
+        has_more = any(layer.norm is not None or layer.residual or layer.highway for layer in layers)
+        linears = [] if has_more else [linear for layer in layers for linear in layer.maps()]
+        return ops.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, lengths: Tensor) -> States:
         """Pack the valid steps once for all layers."""
@@ -306,23 +238,21 @@ class Recurrent(CheckedCalls, role="sequence"):
         # The state of an empty sequence stays.
         return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), state.index_copy(1, order, last)
 
-    def _packed(self, x: PackedSequence, h: Tensor | None, reset: Any, lengths: Any, dt: Any) -> Any:
+    def _packed(self, x: PackedSequence, h: Any, reset: Any, dt: Any) -> Any:
         """Return a PackedSequence, and the states in the order of the batch before packing."""
         data, batch_sizes, order, original_order = x
-        packed_reset, packed_dt = self._check_packed(x, h, reset, lengths, dt)
-        state = self._state(data, h, int(batch_sizes[0]))
+        reset, dt = (None if each is None else each.data for each in (reset, dt))
+        state = self._state(data, None if h is None else h[0], int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(data, state, packed_reset, packed_dt, Layout(False, batch_sizes))
+        out, last = self._run(data, state, reset, dt, Layout(False, batch_sizes))
         if original_order is not None:
             last = last.index_select(1, original_order)
-        return PackedSequence(out, batch_sizes, order, original_order), last
+        return PackedSequence(out, batch_sizes, order, original_order), [last]
 
     def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
         """Return h expanded to (L * D, B, 1, H), or the initial state if h is None."""
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
-        autocast = False
-        if not is_scripting():
-            autocast = is_autocast(x)
+        autocast = is_autocast(x)
         dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
         if h is None and self.initial_state is None:
             return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
@@ -337,13 +267,11 @@ class Recurrent(CheckedCalls, role="sequence"):
 
     def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout) -> States:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, state, reset, dt, order)
+        out, states = self._run_layers(x, self._starts_from(state, x, reset, dt), order)
         return out, torch.stack(states)
 
-    def _run_layers(
-        self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x."""
+    def _starts_from(self, state: Tensor, x: Tensor, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
+        """Return a start for each layer and direction; reset and dt have the leading dimensions of x."""
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         constant = state
@@ -353,31 +281,4 @@ class Recurrent(CheckedCalls, role="sequence"):
         for index, h in enumerate(state.unbind(0)):
             initial_state = constant if self.initial_state is None else self.initial_state[index]
             starts.append(Start(h, h if reset is None else initial_state, reset, dt))
-        states: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            first = index * self.num_directions
-            x, last = layer(x, starts[first : first + self.num_directions], order)
-            states += last
-            if index < self.num_layers - 1 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
-        return x, states
-
-    def extra_repr(self) -> str:
-        text = f"{self.input_dims}, {self.hidden_dims}"
-        defaults = {
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": True,
-            "dropout": 0.0,
-            "bidirectional": False,
-            "residual": False,
-            "norm": None,
-            "candidate": "positive",
-            "gate": "sigmoid",
-            "min_decay": 0.0,
-            "learn_initial_state": False,
-            "recompute": None,
-            "forget_bias": 0.0,
-            "normalize": True,
-        }
-        return text + not_default(self, defaults)
+        return starts

@@ -1,5 +1,6 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,10 +30,25 @@ def without_dims(state: Tensor, dims: list[int]) -> Tensor:
     return state
 
 
-def not_default(module: nn.Module, defaults: dict[str, Any]) -> str:
-    """Return the options that differ from their defaults, for a repr. Options that the module lacks are omitted."""
-    options = {name: getattr(module, name, default) for name, default in defaults.items()}
-    return "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
+def defaults_of(module: nn.Module) -> dict[str, Any]:
+    """Return the default of each argument of the constructor, from the class of this package that defines it.
+
+    The default of a required argument is `inspect.Parameter.empty`. Subclasses elsewhere may have other arguments.
+    """
+    package = __name__.partition(".")[0]
+    own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
+    return {name: each.default for name, each in inspect.signature(own).parameters.items()}
+
+
+def not_default(module: nn.Module, *names: str) -> str:
+    """Return ", name=value" for each of these options that differs from its default; without names, for all options."""
+    defaults = defaults_of(module)
+    text = ""
+    for name in names or defaults:
+        value = getattr(module, name, defaults[name])
+        if defaults[name] is not inspect.Parameter.empty and value != defaults[name]:
+            text += f", {name}={value!r}"
+    return text
 
 
 def weight_of(module: nn.Module) -> Tensor | None:

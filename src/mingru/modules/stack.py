@@ -4,20 +4,22 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from ..check import arguments_checked, check_dropout, check_flags, dims, expectation
-from ..ops import inference, layout
-from ..ops.graph import is_scripting, is_tracing, untraced
+from ..check import arguments_checked, check_dropout, check_flags, expectation
+from ..ops import layout
+from ..ops.graph import untraced
 from ..ops.inference import Plan
-from .base import Base
+from .layer import Layer
+from .scripted import check_same_shape, data_of, with_data
+from .shared import not_default
 
 PASS_A_LIST = "pass the layers in one list"
 
 
-class Stack(Base, role="sequence", planned=True):
+class Stack(Layer, role="sequence", planned=True):
     """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -26,9 +28,9 @@ class Stack(Base, role="sequence", planned=True):
     differ, otherwise the identity.
 
     Args:
-        layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU` or `Stack`. Each has as
-            many input features as the previous layer has output features, D * H. All have the same `batch_first` and
-            the same number of spatial dimensions.
+        layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU` or `Stack`, or a layer
+            of your own, see [mingru.modules.Layer][]. Each has as many input features as the previous layer has
+            output features, D * H. All have the same `batch_first` and the same number of spatial dimensions.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
             The layers' own dropout is applied too.
         residual: If True, add each layer's input to its output. A convolutional layer must then keep the shape of its
@@ -68,7 +70,6 @@ class Stack(Base, role="sequence", planned=True):
     @arguments_checked(PASS_A_LIST)
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
-        self.name = type(self).__name__
         found: list[Any] = self._checked(layers)
         check_flags(self.name, residual=residual)
         check_dropout(self.name, dropout, len(found))
@@ -94,9 +95,17 @@ class Stack(Base, role="sequence", planned=True):
         if not found:
             raise ValueError(expectation(self.name, "layers", "a list of at least one layer", "an empty list"))
         for index, layer in enumerate(found):
-            if not isinstance(layer, Base) or layer.role != "sequence":
+            got, remedy = type(layer).__name__, ""
+            if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU or Stack"
-                raise TypeError(expectation(self.name, f"layers[{index}]", expected, type(layer).__name__))
+                if isinstance(layer, Layer) and layer.role == "custom":
+                    remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
+                raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
+            missing = [name for name in ("input_dims", "output_dims") if getattr(layer, name, None) is None]
+            if missing:
+                expected = "a layer that sets input_dims and output_dims"
+                got += f" without {' and '.join(missing)}"
+                raise TypeError(expectation(self.name, f"layers[{index}]", expected, got))
         for index, (previous, layer) in enumerate(pairwise(found)):
             argument, previous_name = f"layers[{index + 1}]", f"layers[{index}]"
             if layer.batch_first != previous.batch_first:
@@ -109,13 +118,6 @@ class Stack(Base, role="sequence", planned=True):
                 expected = f"a layer with input_dims={previous.output_dims}, the output features of {previous_name}"
                 raise ValueError(expectation(self.name, argument, expected, str(layer.input_dims)))
         return found
-
-    def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Call the stack."""
-        out, states = self(x, h, reset, lengths, dt)
-        return out, states
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
@@ -152,14 +154,8 @@ class Stack(Base, role="sequence", planned=True):
             got = f"{layer.input_dims} input and {layer.output_dims} output channels"
             remedy = "pass residual=True to the layer instead"
             raise ValueError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
-        weight = next(layer.parameters())
+        weight = next(layer.parameters(), torch.empty(0))
         return nn.Linear(layer.input_dims, layer.output_dims, bias=False, device=weight.device, dtype=weight.dtype)
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        for module in [*self.layers, *self.aligns]:
-            if not isinstance(module, nn.Identity):
-                module.reset_parameters()
 
     def forward(
         self,
@@ -169,15 +165,9 @@ class Stack(Base, role="sequence", planned=True):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        if is_scripting():
-            if h is not None and len(h) != self.num_states:
-                raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
-        else:
-            if lengths is None:
-                done = inference.run(self, x, h, reset, not self.batch_first, dt)
-                if done is not None:
-                    return done
-            self._check(h)
+        done = self._begin(x, h, reset, lengths, dt)
+        if done is not None:
+            return done
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
         if dt is not None and self.num_space_dims > 0:
@@ -187,28 +177,23 @@ class Stack(Base, role="sequence", planned=True):
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
             out, after = layer.with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
             states += after
-            data = _data_of(out)
+            data = data_of(out)
             if self.residual:
-                residual_input = _data_of(x)
+                residual_input = data_of(x)
                 if index == 0 and lengths is not None:
                     # The output must stay 0 in the padding.
                     residual_input = layout.without_padding(residual_input, lengths, not self.batch_first)
                 added = align(residual_input)
-                if (is_scripting() or not is_tracing()) and added.shape != data.shape:
-                    shapes = f"from {_dims(added)} to {_dims(data)}"
-                    raise ValueError(
-                        f"{self.name}: layers[{index}] must keep the shape of x because residual is True, "
-                        f"got {shapes}; pass residual=True to the layer instead"
-                    )
+                check_same_shape(self.name, index, added, data)
                 data = data + added
             if index < len(self.layers) - 1 and self.dropout > 0:
                 data = F.dropout(data, self.dropout, self.training)
-            x = _with_data(out, data)
+            x = with_data(out, data)
         return x, states
 
     @untraced
-    def _check(self, h: Any) -> None:
-        """Raise an error if h is not a list of `num_states` tensors; the layers check each tensor."""
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+        """Raise an error if h is not a list of `num_states` tensors; the layers check the other arguments."""
         if h is None:
             return
         if not isinstance(h, (list, tuple)):
@@ -227,28 +212,4 @@ class Stack(Base, role="sequence", planned=True):
         return "pass " + ", ".join(f"{count} for {name}" for count, name in zip(counts, names, strict=True))
 
     def extra_repr(self) -> str:
-        options = {"dropout": 0.0, "residual": False}
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) != options[name])
-
-
-def _dims(x: Tensor) -> str:
-    if is_scripting():
-        return str(x.shape)
-    else:
-        return dims(x.shape)
-
-
-def _data_of(x: Tensor) -> Tensor:
-    """Return a tensor unchanged, or the data of a PackedSequence."""
-    if is_scripting():
-        return x
-    else:
-        return x.data if isinstance(x, PackedSequence) else x
-
-
-def _with_data(x: Tensor, data: Tensor) -> Tensor:
-    """Return data, packed like x if x is a PackedSequence."""
-    if is_scripting():
-        return data
-    else:
-        return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+        return not_default(self).removeprefix(", ")

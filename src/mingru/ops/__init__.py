@@ -14,7 +14,7 @@ from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
-from .graph import is_autocast, is_tracing
+from .graph import is_autocast, is_compiling, is_tracing, scripted_as
 from .route import Choice
 from .scan import LinearScan
 from .shape import States, accumulate_dtype, as_dtype, empty_states
@@ -58,6 +58,7 @@ def linear_scan(
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
+@scripted_as(traceable.recurrence)
 def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
@@ -84,9 +85,17 @@ def linear_recurrence(
 
 
 def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
-    """Return whether `linear_recurrence` can skip the padding of x for all these linear maps, in eager mode."""
+    """Return whether `linear_recurrence` takes padded sequences with lengths, for all these linear maps.
+
+    A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
+    computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
+    """
+    if is_compiling():
+        return True
+    if not linears or is_autocast(x):
+        return False
     name, start = route.choose(spec, x).backend, Start(x, x, None, dt)
-    return not is_autocast(x) and all(route.fused_with(linear, name, spec, x, start, order) for linear in linears)
+    return all(route.fused_with(linear, name, spec, x, start, order) for linear in linears)
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:

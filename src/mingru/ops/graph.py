@@ -30,6 +30,7 @@ __all__ = [
     "is_tracing",
     "is_true_for_all_sizes",
     "is_untransformed",
+    "scripted_as",
     "untraced",
 ]
 
@@ -45,7 +46,23 @@ def is_tracing() -> bool:
     return bool(_trace.is_tracing())  # type: ignore[no-untyped-call]
 
 
+def scripted_as(twin: Callable[..., object]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function in whose place TorchScript compiles `twin`."""
+
+    def decorated(function: Callable[P, T]) -> Callable[P, T]:
+        vars(function)["__prepare_scriptable__"] = lambda: twin
+        return function
+
+    return decorated
+
+
+def _no_autocast(x: Tensor) -> bool:
+    return False
+
+
+@scripted_as(_no_autocast)
 def is_autocast(x: Tensor) -> bool:
+    """Return whether autocast is enabled on the device of x, which a scripted module cannot know."""
     if x.is_cpu:
         return torch.is_autocast_enabled("cpu")
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
@@ -138,8 +155,9 @@ def _scripted(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def untraced(check: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a check so that a trace does not record its operations."""
+    """Wrap a check so that a trace does not record its operations. TorchScript compiles the check itself."""
 
+    @scripted_as(check)
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         if not is_tracing():

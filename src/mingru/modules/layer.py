@@ -1,0 +1,164 @@
+"""The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..check import misfit
+from ..ops import inference
+from ..ops.graph import is_scripting
+from ..ops.inference import Plan, plannable
+from .scripted import check_count
+
+
+class Dims(NamedTuple):
+    """Indices of the batch and time dimensions of x, and of the batch dimension of each state; None if absent."""
+
+    batch: int | None
+    time: int | None
+    state: int | None
+
+
+class Layer(nn.Module):
+    """Base class of all layers, cells and stacks, and of layers of your own in a [mingru.Stack][].
+
+    A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
+
+        forward(x, h=None, reset=None, lengths=None, dt=None) -> (out, states)
+
+    where h is None, which means the initial state, or a list of `num_states` tensors, like `states`. The other
+    arguments are those of [mingru.MinGRU][]; an argument that the layer does not support is None in every call that
+    does not use it. Everything else has a default. Override an attribute or a method if the default does not fit.
+
+    Examples:
+        >>> class Sum(mingru.modules.Layer, role="sequence"):
+        ...     def __init__(self, dims):
+        ...         super().__init__()
+        ...         self.input_dims = self.output_dims = dims
+        ...
+        ...     def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+        ...         out = x.cumsum(1) if h is None else h[0] + x.cumsum(1)
+        ...         return out, [out[:, -1:]]
+        >>> stack = mingru.Stack([mingru.MinGRU(3, 8), Sum(8)])
+        >>> out, states = stack(torch.randn(10, 128, 3))
+        >>> [state.shape for state in states]
+        [torch.Size([1, 10, 1, 8]), torch.Size([10, 1, 8])]
+    """
+
+    # The plan of an inference pass, see `ops.inference`.
+    __slots__ = ("_plan",)
+
+    name: str
+    """Name of the class, for errors."""
+    role = "custom"
+    """"sequence": forward(x, h, reset, ...) -> (out, h); "step": forward(x, h, ...) -> h; "torch": as `torch.nn.GRU`.
+    A subclass that defines `forward` is "custom" unless it passes `role`."""
+    input_dims: int
+    """Number of features of x."""
+    output_dims: int
+    """Number of features of the output."""
+    num_states = 1
+    """Number of tensors in the list of states."""
+    num_space_dims = 0
+    """Number of spatial dimensions, which follow the features."""
+    batch_first = True
+    """Whether x is (B, S, *), otherwise (S, B, *)."""
+    planned = False
+    """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
+
+    def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.planned = planned
+        if planned:
+            plannable(cls)
+        if role is not None or "forward" in cls.__dict__:
+            cls.role = role or "custom"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+
+    def with_states(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Call the layer as `Stack` does: with its states in a list, and all arguments by position."""
+        out, states = self(x, h, reset, lengths, dt)
+        return out, states
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        reset_all(self.children())
+
+    def dims_of(self, x: Tensor) -> Dims:
+        """Return the dimensions of x and of the states, for the export; the role must not be "custom"."""
+        if self.role == "step":
+            return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
+        batch, time = (0, 1) if self.batch_first else (1, 0)
+        return Dims(batch, time, 0 if self.num_space_dims else 1)
+
+    def plan(self, plan: Plan) -> None:
+        """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
+        raise NotImplementedError
+
+    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the states of a batch, if the class is `planned`."""
+        raise NotImplementedError
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace h=None, if the class is `planned`."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return nn.Module.__call__(self, *args, **kwargs)
+        except TypeError as error:
+            # Checked after the call, because valid calls then cost nothing, and a pre-hook may change the arguments.
+            if "forward() " not in str(error):
+                raise
+            signature = inspect.signature(type(self).forward)
+            problem = misfit(self.name, signature, (self, *args), kwargs)
+            if not problem:
+                raise
+            raise TypeError(problem) from None
+
+    def _begin(
+        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Check the arguments of a call. Return its result if one operator or `_eager` has computed it."""
+        if is_scripting():
+            self._check_scripted(x, h, reset, dt)
+            return None
+        else:
+            if lengths is None:
+                done = inference.run(self, x, h, reset, not self.batch_first, dt)
+                if done is not None:
+                    return done
+            self._check(x, h, reset, lengths, dt)
+            called: tuple[Tensor, list[Tensor]] | None = self._eager(x, h, reset, lengths, dt)
+            return called
+
+    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+        """Check the shapes of the arguments of a scripted module; torch raises all other errors."""
+        check_count(self.name, h, self.num_states)
+
+    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+        """Raise an error if an argument is invalid."""
+
+    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+        """Return the result of a call that TorchScript cannot express, otherwise None."""
+
+
+# Without the name, so that copies and pickles do not take the plan along.
+del Layer.__slots__
+
+
+def reset_all(modules: Iterable[nn.Module]) -> None:
+    """Re-initialize the parameters of modules, and of their children if they have no method for that."""
+    for module in modules:
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            reset_all(module.children())
+        else:
+            reset()

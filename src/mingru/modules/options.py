@@ -1,0 +1,54 @@
+"""The options of layers: the arguments of their constructors, checked once."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..check import check_dropout, check_flags, check_gate, check_int, check_options
+
+
+def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
+    """Return the arguments of a constructor from its `locals()`, without some of them."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__", *without)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that all layers have. All but device and dtype become attributes of the layer."""
+
+    norms: ClassVar[tuple[str, ...]]
+    """Names of the norms that the layer has."""
+
+    name: str
+    """Name of the class that is constructed, for errors."""
+    input_dims: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    residual: bool | str
+    norm: str | None
+    candidate: str
+    gate: str
+    learn_initial_state: bool
+    device: Any
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        check_int(self.name, "input_dims", self.input_dims)
+        check_int(self.name, "num_layers", self.num_layers)
+        check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
+        check_flags(self.name, learn_initial_state=self.learn_initial_state)
+        check_dropout(self.name, self.dropout, self.num_layers)
+        check_options(self.name, self.norm, self.norms, self.candidate, self.dtype)
+        check_gate(self.name, "gate", self.gate)
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype}
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.bidirectional else 1

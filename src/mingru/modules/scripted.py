@@ -1,0 +1,75 @@
+"""What differs in TorchScript: checks of shapes in place of the checks of arguments, and no packed sequences."""
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import check
+from ..ops.graph import scripted_as, untraced
+
+
+def _list(shape: list[int]) -> str:
+    return str(shape)
+
+
+dims = scripted_as(_list)(check.dims)
+
+
+def check_count(name: str, h: list[Tensor] | None, num_states: int) -> None:
+    if h is not None and len(h) != num_states:
+        raise ValueError(f"{name}: h must be {num_states} tensors, got {len(h)}")
+
+
+def check_sequence(name: str, x: Tensor, input_dims: int, num_space_dims: int, batch_first: bool) -> None:
+    if x.dim() != 3 + num_space_dims or x.size(2) != input_dims:
+        letters = "B, S" if batch_first else "S, B"
+        raise ValueError(f"{name}: x must be ({letters}, {_features(input_dims, num_space_dims)}), got {x.shape}")
+
+
+def check_step(name: str, x: Tensor, input_dims: int, num_space_dims: int) -> None:
+    leading = x.dim() - 1 - num_space_dims
+    if leading not in (0, 1) or x.size(leading) != input_dims:
+        raise ValueError(f"{name}: x must be (B, {_features(input_dims, num_space_dims)}), got {x.shape}")
+
+
+def check_shape(name: str, argument: str, x: Tensor | None, shape: list[int]) -> None:
+    if x is not None and list(x.shape) != shape:
+        raise ValueError(f"{name}: {argument} must be {shape}, got {x.shape}")
+
+
+def check_timed(name: str, dt: Tensor | None, is_timed: bool) -> None:
+    if dt is not None and not is_timed:
+        raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")
+
+
+def _features(input_dims: int, num_space_dims: int) -> str:
+    return f"{input_dims}, *space" if num_space_dims > 0 else f"{input_dims}"
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _second(x: Tensor, data: Tensor) -> Tensor:
+    return data
+
+
+@scripted_as(_same)
+def data_of(x: Tensor) -> Tensor:
+    """Return a tensor unchanged, or the data of a PackedSequence."""
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+@scripted_as(_second)
+def with_data(x: Tensor, data: Tensor) -> Tensor:
+    """Return data, packed like x if x is a PackedSequence."""
+    return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+
+
+@untraced
+def check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
+    """Raise an error if a layer of a stack with a residual changes the shape of its input."""
+    if added.shape != data.shape:
+        raise ValueError(
+            f"{name}: layers[{index}] must keep the shape of x because residual is True, "
+            f"got from {dims(added.shape)} to {dims(data.shape)}; pass residual=True to the layer instead"
+        )

@@ -1,0 +1,145 @@
+"""Stacked layers of one cell type: what MinGRU, MinLSTM and the convolutional layers have in common."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..check import check_like, dims, embed_remedy, expectation
+from ..ops import Layout, Spec, Start, States, layout
+from ..ops.graph import is_autocast, is_scripting
+from .layer import Layer
+from .options import Options
+from .shared import defaults_of, not_default, weight_of
+
+
+class Directions(nn.Module):
+    """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
+
+    def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
+        super().__init__()
+        self.cell = cell
+        self.hidden_dims = hidden_dims
+        self.candidate = options.candidate
+        self.min_decay = min_decay
+
+    def spec(self, reverse: bool) -> Spec:
+        """Return the recurrence of one direction."""
+        return Spec(self.cell, self.candidate, reverse, self.min_decay)
+
+    def _directions(self, y: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Return the states of all steps and the last states; `starts` has one entry for each direction."""
+        out, last = self._direction(y, starts[0], order, False)
+        states = [last]
+        if len(starts) > 1:
+            back, last = self._direction(y, layout.in_reverse(starts[1], order), order, True)
+            # The features of packed steps are dimension 1.
+            out = torch.cat([out, back], min(2, y.dim() - 1))
+            states.append(last)
+        return out, states
+
+    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+        spec = self.spec(reverse)
+        if is_scripting():
+            return self._traceable(spec, y, start, order)
+        else:
+            return self._fused(spec, y, start, order)
+
+    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        """Run one direction by operations that TorchScript can compile."""
+        raise NotImplementedError
+
+    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+        """Run one direction, by one kernel if possible."""
+        raise NotImplementedError
+
+
+class Stacked(Layer):
+    """Apply stacked layers of one cell type. `Options` become attributes."""
+
+    num_layers: int
+    bias: bool
+    dropout: float
+    bidirectional: bool
+    norm: str | None
+    candidate: str
+    gate: str
+    learn_initial_state: bool
+
+    def __init__(self, options: Options, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for option, value in vars(options).items():
+            if option not in options.factory:
+                # A copy, so that later changes to the caller's list have no effect.
+                setattr(self, option, list(value) if isinstance(value, list) else value)
+        self.dropout = float(options.dropout)
+        self.num_directions = options.num_directions
+        self.output_dims: int = self.num_directions * layers[-1].hidden_dims
+        # Also set on the instance: TorchScript ignores class attributes.
+        self.num_space_dims = type(self).num_space_dims
+
+    def _check_x(self, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
+        """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
+        if not isinstance(x, Tensor):
+            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
+        count = self.num_space_dims
+        at = x.dim() - 1 - count
+        if at not in leading or x.shape[at] != self.input_dims:
+            space = f" and space is {count}-dimensional" if count else ""
+            expected = f"{letters} because input_dims is {self.input_dims}{space}"
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy or embed_remedy(x)))
+        self._check_weight(x)
+
+    def _check_weight(self, x: Tensor) -> None:
+        """Raise an error if x does not have the dtype and device of the weights."""
+        first: Any = next(iter(self.layers))
+        weight = weight_of(first.maps()[0])
+        if weight is not None:
+            check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x), ids=True)
+
+    def _starts(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
+        """Return the start of each layer and direction for x (B, S, *)."""
+        raise NotImplementedError
+
+    def _run_layers(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Run all layers, and return a state (B, 1, *) for each layer and direction, as `starts` has them."""
+        states: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            first = index * self.num_directions
+            x, last = layer(x, starts[first : first + self.num_directions], order)
+            states += last
+            if index < self.num_layers - 1 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, states
+
+    def extra_repr(self) -> str:
+        required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
+        return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
+
+
+class Step(Stacked):
+    """A cell: one layer that computes one step."""
+
+    def _step(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Tensor:
+        """Return the state after the step, (B, 1, *), with a batch of size 1 if x has none."""
+        batched = x.dim() == 2 + self.num_space_dims
+        states: list[Tensor] | None = None
+        if h is not None:
+            # Before the time dimension is added, because h may have fewer dimensions than x.
+            while h.dim() < x.dim():
+                h = h.unsqueeze(0)
+            states = [_sequence_of(h, batched)]
+        reset = None if reset is None else _sequence_of(reset, batched)
+        dt = None if dt is None else _sequence_of(dt, batched)
+        x = _sequence_of(x, batched)
+        _, states = self._run_layers(x, self._starts(x, states, reset, dt), Layout(False))
+        return states[0]
+
+
+def _sequence_of(step: Tensor, batched: bool) -> Tensor:
+    """Return a sequence of one step, with a batch of size 1 if there is none."""
+    return step.unsqueeze(1) if batched else step.unsqueeze(0).unsqueeze(0)
