@@ -1,0 +1,209 @@
+"""Layers of a user's own in a `Stack`: the protocol of `mingru.modules.Layer`."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mingru
+from mingru.modules import Layer
+
+
+class Smooth(Layer, role="sequence"):
+    """Average over the past, with a trained decay for each feature. A minimal layer: sizes and `forward`."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.input_dims = self.output_dims = dims
+        self.decay = nn.Parameter(torch.linspace(-1.0, 2.0, dims))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.decay)
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        assert lengths is None and dt is None
+        a = self.decay.sigmoid()
+        state = torch.zeros_like(x[:, 0]) if h is None else h[0]
+        out: list[Tensor] = []
+        for step in range(x.size(1)):
+            if reset is not None:
+                state = state.masked_fill(reset[:, step : step + 1], 0.0)
+            state = a * state + (1.0 - a) * x[:, step]
+            out.append(state)
+        return torch.stack(out, 1), [state]
+
+
+class Doubled(Smooth, role="sequence"):
+    """A layer of two states, another size, and everything else as in its base class."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims)
+        self.output_dims = 2 * dims
+        self.num_states = 2
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        a = self.decay.sigmoid()
+        first = torch.zeros_like(x[:, 0]) if h is None else h[0]
+        second = torch.zeros_like(x[:, 0]) if h is None else h[1]
+        out: list[Tensor] = []
+        for step in range(x.size(1)):
+            if reset is not None:
+                first = first.masked_fill(reset[:, step : step + 1], 0.0)
+                second = second.masked_fill(reset[:, step : step + 1], 0.0)
+            first, second = a * first + x[:, step], a * second - x[:, step]
+            out.append(torch.cat([first, second], -1))
+        return torch.stack(out, 1), [first, second]
+
+
+B, S, DIMS = 3, 7, 4
+RESET = torch.zeros(B, S, dtype=torch.bool)
+RESET[0, 2] = RESET[1, 0] = RESET[2, 5] = True
+
+
+def stack_of(**options):
+    layers = [mingru.MinGRU(DIMS, DIMS), Smooth(DIMS), Doubled(DIMS), mingru.Stack([mingru.MinLSTM(2 * DIMS, 5)])]
+    return mingru.Stack(layers, **options).double()
+
+
+def by_hand(stack, x, h=None, reset=None):
+    """Call one layer after the other."""
+    rnn, smooth, doubled, inner = stack.layers
+    h = [None] * 5 if h is None else h
+    x, first = rnn(x, h[0], reset)
+    x, second = smooth(x, None if h[1] is None else h[1:2], reset)
+    x, third = doubled(x, None if h[2] is None else h[2:4], reset)
+    x, fourth = inner(x, None if h[4] is None else h[4:], reset)
+    return x, [first, *second, *third, *fourth]
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("reset", [None, RESET], ids=["", "reset"])
+def test_states_go_in_and_come_out(grad, reset):
+    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
+    with torch.set_grad_enabled(grad):
+        out, h = stack(x, None, reset)
+        assert_close((out, h), by_hand(stack, x, None, reset))
+        assert stack.num_states == len(h) == 5
+        # Two segments are one sequence.
+        resets = (None, None) if reset is None else (reset[:, :3], reset[:, 3:])
+        first, state = stack(x[:, :3], None, resets[0])
+        second, last = stack(x[:, 3:], state, resets[1])
+        assert_close(torch.cat([first, second], 1), out)
+        assert_close(last, h)
+
+
+def test_gradients():
+    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double, requires_grad=True)
+    stack(x)[0].square().sum().backward()
+    expected = torch.autograd.grad(by_hand(stack, x)[0].square().sum(), [x, *stack.parameters()])
+    assert_close([each.grad for each in (x, *stack.parameters())], list(expected))
+
+
+def test_options_of_the_stack():
+    stack, x = stack_of(dropout=0.5, residual=True), torch.randn(B, S, DIMS, dtype=torch.double)
+    assert [type(align) for align in stack.aligns] == [nn.Identity, nn.Identity, nn.Linear, nn.Linear]
+    stack.eval()
+    residual, out = x, None
+    for layer, align in zip(stack.layers, stack.aligns, strict=True):
+        out = layer(residual)[0] + align(residual)
+        residual = out
+    assert_close(stack(x)[0], out)
+    stack.train()
+    assert not torch.equal(stack(x)[0], stack(x)[0])
+
+
+def test_state_dict_and_copies():
+    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
+    assert {"layers.1.decay", "layers.2.decay"} < stack.state_dict().keys()
+    other = stack_of()
+    other.load_state_dict(stack.state_dict())
+    file = io.BytesIO()
+    torch.save(stack, file)
+    file.seek(0)
+    for twin in (other, copy.deepcopy(stack), torch.load(file, weights_only=False)):
+        assert_close(twin(x), stack(x), rtol=0, atol=0)
+    stack.reset_parameters()
+    assert not stack.layers[1].decay.any()
+    assert not torch.equal(stack.layers[0].layers[0].linear.weight, other.layers[0].layers[0].linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_graphs():
+    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
+    expected = stack(x, None, RESET)
+    scripted = torch.jit.script(stack)
+    assert_close(scripted(x, None, RESET), expected)
+    assert_close(scripted(x, expected[1]), stack(x, expected[1]))
+    torch.compiler.reset()
+    compiled = torch.compile(stack, fullgraph=True, backend="eager")
+    assert_close(compiled(x, None, RESET), expected)
+
+
+def test_defaults():
+    class Unscaled(Layer, role="sequence"):
+        """Not even parameters."""
+
+        def __init__(self):
+            super().__init__()
+            self.input_dims = self.output_dims = 2
+
+        def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+            return x, [x[:, -1]]
+
+    layer = Unscaled()
+    assert (layer.name, layer.num_states, layer.num_space_dims, layer.batch_first) == ("Unscaled", 1, 0, True)
+    layer.reset_parameters()
+    with torch.no_grad():
+        out, (h,) = mingru.Stack([layer], residual=True)(torch.ones(1, 2, 2))
+    assert_close(out, torch.full((1, 2, 2), 2.0))
+    assert_close(h, torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"^Unscaled: no argument 'hx'; use h"):
+        layer(torch.ones(1, 2, 2), hx=None)
+
+
+class NoRole(Layer):
+    def forward(self, x):
+        return x
+
+
+class NoSizes(Layer, role="sequence"):
+    pass
+
+
+class NoOutput(Layer, role="sequence"):
+    input_dims = 4
+
+
+BAD = {
+    "no role": (NoRole, r'layers\[0\] must be a MinGRU, .*, got NoRole; if .*, pass role="sequence" to the class'),
+    "no sizes": (NoSizes, r"layers\[0\] must be a layer that sets input_dims and output_dims, got NoSizes without "),
+    "one size": (NoOutput, r"layers\[0\] must be a layer that sets .*, got NoOutput without output_dims$"),
+}
+
+
+@pytest.mark.parametrize(("cls", "message"), BAD.values(), ids=BAD)
+def test_what_is_missing_is_named(cls, message):
+    with pytest.raises(TypeError, match=message):
+        mingru.Stack([cls()])
+
+
+def test_a_layer_of_another_size():
+    with pytest.raises(ValueError, match=r"layers\[1\] must be a layer with input_dims=8, the output features of"):
+        mingru.Stack([Doubled(4), Smooth(4)])
