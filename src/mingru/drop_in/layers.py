@@ -25,7 +25,7 @@ from ..modules.cells import RecurrentCell
 from ..modules.layer import Dims
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS, RecurrentLayer
-from ..modules.shared import copied, weight_of, without_dims
+from ..modules.shared import MaybeList, MaybeTensor, Result, copied, weight_of, without_dims
 from ..ops import Layout, States
 from ..ops.graph import is_autocast, untraced
 
@@ -237,18 +237,18 @@ class GRU(_DropIn, role="torch", planned=True):
         # `proj_size` is 0, as in torch.nn.GRU, and cannot be passed.
         return super().extra_repr().replace(", proj_size=0", "")
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (2, 3) or x.size(-1) != self.input_size or x.size(self._time(x)) == 0:
             letters = "(B, S, " if self.batch_first else "(S, B, "
             raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {x.shape}")
         scripted.check_shape(self.name, "hx", None if h is None else h[0], self._state_shape(x))
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
-        packed = isinstance(x, PackedSequence)
-        data = x.data if packed else x
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        packed_batch = int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else None
+        data = x if packed_batch is None else x.data
         self._check_tensor("input", data)
-        if packed and data.dim() != 2:
+        if packed_batch is not None and data.dim() != 2:
             expected = "packed steps (sum of lengths, I)"
             raise RuntimeError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
         if data.dim() not in (2, 3):
@@ -256,15 +256,15 @@ class GRU(_DropIn, role="torch", planned=True):
             expected = f"{letters} or (S, {{}})".format(*[self.input_size] * 2)
             raise ValueError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
         self._check_input(data)
-        if not packed and data.shape[self._time(data)] == 0:
+        if packed_batch is None and data.shape[self._time(data)] == 0:
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(data.shape)))
         if h is not None:
             (hx,) = h
             self._check_tensor("hx", hx)
-            (shape,) = self.state_shapes(int(x.batch_sizes[0])) if packed else [tuple(self._state_shape(x))]
+            shape = tuple(self._state_shape(x)) if packed_batch is None else self.state_shapes(packed_batch)[0]
             self._check_hx(hx, data, shape, "L * D, B, H" if len(shape) == 3 else "L * D, H")
 
-    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if not isinstance(x, PackedSequence):
             return None
         out, (last,) = self._packed(x, None if h is None else [h[0].unsqueeze(2)], None, None)
@@ -355,14 +355,14 @@ class GRUCell(_DropIn, RecurrentCell, role="step", planned=True):
         done = self._begin(input, None if hx is None else [hx], None, None, None)
         return self._new_state(input, hx, None, None) if done is None else done[1][0]
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
             raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {x.shape}")
         if h is not None and (h[0].shape[:-1] != x.shape[:-1] or h[0].size(-1) != self.hidden_size):
             raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {h[0].shape}")
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         self._check_tensor("input", x)
         if x.dim() not in (1, 2):
             expected = f"(B, {self.input_size}) or ({self.input_size},)"

@@ -22,7 +22,7 @@ from ..check import (
 from ..check import dims as dims_text
 from ..modules import Layer, MinGRU, MinLSTM
 from ..modules.recurrent import NORMS
-from ..modules.shared import defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.inference import Plan
@@ -194,14 +194,13 @@ class Block(Layer, role="sequence", planned=True):
         done = self._begin(x, h, reset, lengths, dt)
         return self._run(x, h, reset, lengths, dt) if done is None else done
 
-    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if self.checkpoint and self.training and torch.is_grad_enabled():
-            return checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
+            out, states = checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
+            return out, states
         return None
 
-    def _run(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.
             x = layout.without_padding(x, lengths, False)
@@ -224,7 +223,7 @@ class Block(Layer, role="sequence", planned=True):
         return x, states
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
         dims = self.input_dims
         if not isinstance(x, Tensor):

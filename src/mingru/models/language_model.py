@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..check import check_flag, check_int, check_min_decay, expectation
 from ..modules import Stack
+from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
 from ..ops.graph import is_scripting, untraced
 from . import files, generation
@@ -72,6 +73,7 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any) -> None:
+        own_options = arguments_of(locals(), "block_options")
         super().__init__()
         self.name = type(self).__name__
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
@@ -84,13 +86,7 @@ class LanguageModel(nn.Module):
         factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
-        self.config = {
-            "vocab_size": vocab_size,
-            "dims": dims,
-            "num_layers": num_layers,
-            "tied": tied,
-            **{name: value for name, value in block_options.items() if name not in factory},
-        }
+        self.config = own_options | {name: value for name, value in block_options.items() if name not in factory}
         # First, because they check the options.
         given = block_options.pop("min_decay", 0.0)
         bounds = check_min_decay(self.name, given, num_layers, block_options.get("gate"))
@@ -205,21 +201,12 @@ class LanguageModel(nn.Module):
             TypeError: An argument has the wrong type.
             ValueError: A prompt is empty, an id or option is out of range, or the state does not fit.
         """
+        options = arguments_of(locals(), "streamer")
         if streamer is not None and not callable(streamer):
             expected = "a function of the new tokens, or None"
             raise TypeError(expectation(self.name, "streamer", expected, type(streamer).__name__))
         new = []
-        for tokens in self.stream(
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop=stop,
-            seed=seed,
-            state=state,
-        ):
+        for tokens in self.stream(**options):
             new.append(tokens)
             if streamer is not None:
                 streamer(tokens.clone())

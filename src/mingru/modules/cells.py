@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, dims, expectation
-from ..ops import Start
+from ..ops import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
 from . import scripted
@@ -14,7 +14,7 @@ from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .options import arguments_of
 from .recurrent import Recurrent
-from .shared import copied
+from .shared import MaybeList, MaybeTensor, copied
 from .stacked import Step
 
 ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
@@ -29,27 +29,28 @@ class RecurrentCell(Step, Recurrent, role="step"):
         done = self._begin(x, None if h is None else [h], reset, None, dt)
         return self._new_state(x, h, reset, dt) if done is None else done[1][0]
 
-    def _new_state(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Tensor:
+    def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         # The state, not the output, because the state stays float32 under autocast.
         state = self._step(x, h, reset, dt).squeeze(1)
         return copied(state if x.dim() == 2 else state.squeeze(0))
 
-    def _starts(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
+    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
         state = self._state(x, None if h is None else h[0], x.size(0))
-        return self._starts_from(state, x, reset, dt)
+        _, states = self._run_layers(x, state, reset, dt, Layout(False))
+        return states
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(batch, self.hidden_dims)]
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
         self._check_steps(batch, reset, dt)
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         is_sequence = isinstance(x, Tensor) and x.dim() == 3
         remedy = "use a layer, not a cell, for sequences" if is_sequence else ""
         self._check_x(x, (0, 1), f"(B, {self.input_dims}) or ({self.input_dims},)", remedy)

@@ -20,6 +20,7 @@ from ..check import (
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
 from . import scripted
+from .shared import MaybeList, MaybeTensor
 from .stacked import Stacked
 
 
@@ -28,11 +29,10 @@ class CheckedCalls(Stacked):
 
     cell: str
     hidden_dims: int
-    num_directions: int
     is_timed: bool
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         if isinstance(x, PackedSequence):
             self._check_packed(x, h, reset, lengths, dt)
             return
@@ -89,11 +89,11 @@ class CheckedCalls(Stacked):
             remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"
             expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_sequence(self.name, x, self.input_dims, self.num_space_dims, self.batch_first)
         self._check_steps(list(x.shape[:2]), reset, dt)
 
-    def _check_steps(self, shape: list[int], reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_steps(self, shape: list[int], reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the arguments of a scripted module that have one value for each step."""
         scripted.check_shape(self.name, "reset", reset, shape)
         scripted.check_shape(self.name, "dt", dt, shape)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..check import arguments_checked, check_like, check_one_state, check_reset, expanded, expectation
-from ..ops import Layout, Start
+from ..ops import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import arguments_of
-from .shared import reshaped
+from .shared import MaybeList, MaybeTensor, Outputs, reshaped
 from .stacked import Stacked, Step
 
 
@@ -61,33 +61,37 @@ class MinConv(Stacked, role="sequence"):
         done = self._begin(x, h, reset, None, None)
         if done is not None:
             return done
-        return self._run_layers(x, self._starts(x, h, reset, None), Layout(not self.batch_first))
+        return self._run_layers(x, h, reset, Layout(not self.batch_first))
 
-    def _starts(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
-        """Return a start for each layer and direction; dt is None."""
-        starts: list[Start] = []
-        for layer in self.layers:
-            for direction in range(self.num_directions):
-                state = None if h is None else h[len(starts)]
-                starts.append(layer.start(x, state, reset, direction))  # type: ignore[operator]
-        return starts
+    def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout) -> Outputs:
+        """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
+        states: list[Tensor] = []
+        # Under autocast, the output of a layer has another dtype, but states do not.
+        dtype = x.dtype
+        for index, layer in enumerate(self.layers):
+            first = index * self.num_directions
+            before = None if h is None else h[first : first + self.num_directions]
+            x, last = layer(x, before, reset, order, dtype)
+            x = self._dropped(x, index)
+            states += last
+        return x, states
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs:
         """Call the layer; `lengths` and `dt` must be None."""
         assert lengths is None and dt is None
         out, last = self(x, h, reset)
         return out, last
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_sequence(self.name, x, self.input_dims, self.num_space_dims, self.batch_first)
         scripted.check_shape(self.name, "reset", reset, list(x.shape[:2]))
         if h is not None and len(h) != self.num_states:
             raise ValueError(f"{self.name}: h must have one state per layer and direction, got {len(h)}")
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
         self._check_x(x, (2,), f"({order}, {self.input_dims}, *space)")
         shapes = self._shapes(tuple(x.shape[3:]))
@@ -147,6 +151,9 @@ class MinConvCell(Step, MinConv, role="step"):
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
+    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
+        return self._run_layers(x, h, reset, Layout(False))[1]
+
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> Tensor:  # type: ignore[override]
         self._begin(x, None if h is None else [h], reset, None, None)
         last = self._step(x, h, reset, None)
@@ -154,7 +161,7 @@ class MinConvCell(Step, MinConv, role="step"):
         shape = list(last.shape)
         return reshaped(last, shape[first:1] + shape[2:])
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
         if h is not None and h[0].dim() > x.dim():
             shapes = f"{h[0].shape} with x {x.shape}"
@@ -162,7 +169,7 @@ class MinConvCell(Step, MinConv, role="step"):
         scripted.check_shape(self.name, "reset", reset, list(x.shape[: x.dim() - 1 - self.num_space_dims]))
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims
         start = "B, " if batched else ""
         self._check_x(x, (int(batched),), f"({start}{self.input_dims}, *space)")

@@ -15,6 +15,7 @@ from ..ops.shape import accumulate_dtype
 from .group_norm import GroupNorm
 from .layer import reset_all
 from .options import Options
+from .shared import MaybeList, MaybeTensor, Outputs
 from .stacked import Directions
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
@@ -148,20 +149,21 @@ class MinConvLayer(Directions):
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 
-    def start(self, x: Tensor, h: Tensor | None, reset: Tensor | None, direction: int) -> Start:
-        """Return the start of one direction, whose state expands to (B, 1, H, *space)."""
-        if self.initial_state is not None:
-            initial_state = self.initial_state[direction]
-        else:
-            initial_state = torch.full([1] * x.dim(), self.zero_state, dtype=x.dtype, device=x.device)
-        return Start(initial_state if h is None else h, initial_state, reset)
+    def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout, dtype: torch.dtype) -> Outputs:
+        """Return the output in the layout of x, and the last state of each direction.
 
-    def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, (B, S, C, *space) or (S, B, C, *space), and the last states."""
+        x is (B, S, C, *space) or (S, B, C, *space); each tensor of h expands to (B, 1, H, *space). `dtype` is that of
+        the default initial state.
+        """
         steps = x.flatten(0, 1)
         y = x
         if self.norm is not None:
             y = torch.unflatten(self.norm(steps), 0, [x.size(0), x.size(1)])
+        constant = torch.full([1] * x.dim(), self.zero_state, dtype=dtype, device=x.device)
+        starts: list[Start] = []
+        for index in range(self.num_directions):
+            initial_state = constant if self.initial_state is None else self.initial_state[index]
+            starts.append(Start(initial_state if h is None else h[index], initial_state, reset))
         out, states = self._directions(y, starts, order)
         if self.residual:
             added = x

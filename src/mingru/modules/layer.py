@@ -11,6 +11,7 @@ from ..ops import inference
 from ..ops.graph import is_scripting
 from ..ops.inference import Plan, plannable
 from .scripted import check_count
+from .shared import MaybeList, MaybeTensor, Outputs, Result
 
 
 class Dims(NamedTuple):
@@ -28,9 +29,10 @@ class Layer(nn.Module):
 
         forward(x, h=None, reset=None, lengths=None, dt=None) -> (out, states)
 
-    where h is None, which means the initial state, or a list of `num_states` tensors, like `states`. The other
-    arguments are those of [mingru.MinGRU][]; an argument that the layer does not support is None in every call that
-    does not use it. Everything else has a default. Override an attribute or a method if the default does not fit.
+    where h is None, which means the initial state, or a list of `num_states` tensors like `states`. The other arguments
+    are those of [mingru.MinGRU][], and None unless the caller of the stack passes them. All other attributes and
+    methods have defaults; override those that do not fit, such as `num_states`. Residual and dropout are the stack's.
+    A stack with a layer of your own calls its layers one by one, also without gradients.
 
     Examples:
         >>> class Sum(mingru.modules.Layer, role="sequence"):
@@ -81,8 +83,8 @@ class Layer(nn.Module):
         self.name = type(self).__name__
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs:
         """Call the layer as `Stack` does: with its states in a list, and all arguments by position."""
         out, states = self(x, h, reset, lengths, dt)
         return out, states
@@ -123,9 +125,7 @@ class Layer(nn.Module):
                 raise
             raise TypeError(problem) from None
 
-    def _begin(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]] | None:
+    def _begin(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Check the arguments of a call. Return its result if one operator or `_eager` has computed it."""
         if is_scripting():
             self._check_scripted(x, h, reset, dt)
@@ -136,17 +136,16 @@ class Layer(nn.Module):
                 if done is not None:
                     return done
             self._check(x, h, reset, lengths, dt)
-            called: tuple[Tensor, list[Tensor]] | None = self._eager(x, h, reset, lengths, dt)
-            return called
+            return self._eager(x, h, reset, lengths, dt)
 
-    def _check_scripted(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> None:
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the shapes of the arguments of a scripted module; torch raises all other errors."""
         check_count(self.name, h, self.num_states)
 
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if an argument is invalid."""
 
-    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Return the result of a call that TorchScript cannot express, otherwise None."""
 
 

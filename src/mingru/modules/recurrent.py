@@ -21,7 +21,7 @@ from ..ops.inference import Plan, plannable
 from ..ops.shape import accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
 from .options import Options, arguments_of
-from .shared import reshaped
+from .shared import MaybeList, MaybeTensor, Outputs, Result, reshaped
 from .stacked import Directions
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -97,7 +97,7 @@ class RecurrentLayer(Directions):
         """Return the linear map of each direction."""
         return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
 
-    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> tuple[Tensor, list[Tensor]]:
+    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> Outputs:
         inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
         gate = inputs.pop()
         out, last = ops.recurrence(self.spec(False), inputs, start, order)
@@ -181,8 +181,8 @@ class Recurrent(CheckedCalls, role="sequence"):
         return self._run_packed(x, state, reset, dt, lengths)
 
     def with_states(
-        self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs:
         """Call the layer with its state in a list, and return the new state in a list."""
         out, last = self(x, None if h is None else h[0], reset, lengths, dt)
         return out, [last]
@@ -209,7 +209,7 @@ class Recurrent(CheckedCalls, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
-    def _eager(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> Any:
+    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if isinstance(x, PackedSequence):
             return self._packed(x, h, reset, dt)
         if lengths is None or not self._takes_lengths(x, lengths, dt):
@@ -219,14 +219,14 @@ class Recurrent(CheckedCalls, role="sequence"):
         out, last = self._run(x, state, reset, dt, order)
         return out, [last]
 
-    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
+    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
         layers: Any = self.layers
         has_more = any(layer.norm is not None or layer.residual or layer.highway for layer in layers)
         linears = [] if has_more else [linear for layer in layers for linear in layer.maps()]
         return ops.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
 
-    def _run_packed(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, lengths: Tensor) -> States:
+    def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> States:
         """Pack the valid steps once for all layers."""
         batch_sizes, order, index = layout.packing_of(lengths, x, not self.batch_first)
         index, order = index.to(x.device), order.to(x.device)
@@ -249,7 +249,7 @@ class Recurrent(CheckedCalls, role="sequence"):
             last = last.index_select(1, original_order)
         return PackedSequence(out, batch_sizes, order, original_order), [last]
 
-    def _state(self, x: Tensor, h: Tensor | None, batch: int) -> Tensor:
+    def _state(self, x: Tensor, h: MaybeTensor, batch: int) -> Tensor:
         """Return h expanded to (L * D, B, 1, H), or the initial state if h is None."""
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
         autocast = is_autocast(x)
@@ -265,13 +265,13 @@ class Recurrent(CheckedCalls, role="sequence"):
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
-    def _run(self, x: Tensor, state: Tensor, reset: Tensor | None, dt: Tensor | None, order: Layout) -> States:
+    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout) -> States:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, self._starts_from(state, x, reset, dt), order)
+        out, states = self._run_layers(x, state, reset, dt, order)
         return out, torch.stack(states)
 
-    def _starts_from(self, state: Tensor, x: Tensor, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
-        """Return a start for each layer and direction; reset and dt have the leading dimensions of x."""
+    def _run_layers(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout) -> Outputs:
+        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x."""
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         constant = state
@@ -281,4 +281,10 @@ class Recurrent(CheckedCalls, role="sequence"):
         for index, h in enumerate(state.unbind(0)):
             initial_state = constant if self.initial_state is None else self.initial_state[index]
             starts.append(Start(h, h if reset is None else initial_state, reset, dt))
-        return starts
+        states: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            first = index * self.num_directions
+            x, last = layer(x, starts[first : first + self.num_directions], order)
+            x = self._dropped(x, index)
+            states += last
+        return x, states

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 from ..ops.graph import is_captured
 
+MaybeTensor = Tensor | None
+MaybeList = list[Tensor] | None
+# The output of a layer, and its last states; or None if they are not yet computed.
+Outputs = tuple[Tensor, list[Tensor]]
+Result = Outputs | None
+
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
     """Return x in another shape but not as a view, so that it can be detached in place.

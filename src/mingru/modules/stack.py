@@ -14,7 +14,7 @@ from ..ops.graph import untraced
 from ..ops.inference import Plan
 from .layer import Layer
 from .scripted import check_same_shape, data_of, with_data
-from .shared import not_default
+from .shared import MaybeList, MaybeTensor, not_default
 
 PASS_A_LIST = "pass the layers in one list"
 
@@ -192,7 +192,7 @@ class Stack(Layer, role="sequence", planned=True):
         return x, states
 
     @untraced
-    def _check(self, x: Any, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if h is not a list of `num_states` tensors; the layers check the other arguments."""
         if h is None:
             return

@@ -13,7 +13,7 @@ from ..ops import Layout, Spec, Start, States, layout
 from ..ops.graph import is_autocast, is_scripting
 from .layer import Layer
 from .options import Options
-from .shared import defaults_of, not_default, weight_of
+from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
 
 
 class Directions(nn.Module):
@@ -30,7 +30,7 @@ class Directions(nn.Module):
         """Return the recurrence of one direction."""
         return Spec(self.cell, self.candidate, reverse, self.min_decay)
 
-    def _directions(self, y: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
+    def _directions(self, y: Tensor, starts: list[Start], order: Layout) -> Outputs:
         """Return the states of all steps and the last states; `starts` has one entry for each direction."""
         out, last = self._direction(y, starts[0], order, False)
         states = [last]
@@ -101,20 +101,11 @@ class Stacked(Layer):
         if weight is not None:
             check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x), ids=True)
 
-    def _starts(self, x: Tensor, h: list[Tensor] | None, reset: Tensor | None, dt: Tensor | None) -> list[Start]:
-        """Return the start of each layer and direction for x (B, S, *)."""
-        raise NotImplementedError
-
-    def _run_layers(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers, and return a state (B, 1, *) for each layer and direction, as `starts` has them."""
-        states: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            first = index * self.num_directions
-            x, last = layer(x, starts[first : first + self.num_directions], order)
-            states += last
-            if index < self.num_layers - 1 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
-        return x, states
+    def _dropped(self, x: Tensor, index: int) -> Tensor:
+        """Return the output of a layer after dropout, which all layers except the last have."""
+        if index < self.num_layers - 1 and self.dropout > 0:
+            x = F.dropout(x, self.dropout, self.training)
+        return x
 
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
@@ -124,7 +115,11 @@ class Stacked(Layer):
 class Step(Stacked):
     """A cell: one layer that computes one step."""
 
-    def _step(self, x: Tensor, h: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Tensor:
+    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
+        """Return the last state of a sequence (B, S, *), in a list."""
+        raise NotImplementedError
+
+    def _step(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         """Return the state after the step, (B, 1, *), with a batch of size 1 if x has none."""
         batched = x.dim() == 2 + self.num_space_dims
         states: list[Tensor] | None = None
@@ -135,9 +130,7 @@ class Step(Stacked):
             states = [_sequence_of(h, batched)]
         reset = None if reset is None else _sequence_of(reset, batched)
         dt = None if dt is None else _sequence_of(dt, batched)
-        x = _sequence_of(x, batched)
-        _, states = self._run_layers(x, self._starts(x, states, reset, dt), Layout(False))
-        return states[0]
+        return self._run_sequence(_sequence_of(x, batched), states, reset, dt)[0]
 
 
 def _sequence_of(step: Tensor, batched: bool) -> Tensor:
