@@ -274,11 +274,9 @@ class GRU(_DropIn, role="torch", planned=True):
         return 1 if self.batch_first and input.dim() == 3 else 0
 
     def _state_shape(self, input: Tensor) -> list[int]:
-        count = self.num_layers * self.num_directions
-        if input.dim() == 2:
-            return [count, self.hidden_size]
-        else:
-            return [count, input.size(0 if self.batch_first else 1), self.hidden_size]
+        batch = list(input.shape[:-1])
+        batch.pop(self._time(input))
+        return [self.num_layers * self.num_directions] + batch + [self.hidden_size]  # noqa: RUF005 (not in TorchScript)
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:

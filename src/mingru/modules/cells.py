@@ -15,12 +15,12 @@ from .minlstm import MinLSTM
 from .options import arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, copied
-from .stacked import Step
+from .stacked import as_sequence
 
 ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
 
 
-class RecurrentCell(Step, Recurrent, role="step"):
+class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     def forward(  # type: ignore[override]
@@ -30,14 +30,12 @@ class RecurrentCell(Step, Recurrent, role="step"):
         return self._new_state(x, h, reset, dt) if done is None else done[1][0]
 
     def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
+        sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)
+        state = self._state(sequence, h, sequence.size(0))
         # The state, not the output, because the state stays float32 under autocast.
-        state = self._step(x, h, reset, dt).squeeze(1)
-        return copied(state if x.dim() == 2 else state.squeeze(0))
-
-    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
-        state = self._state(x, None if h is None else h[0], x.size(0))
-        _, states = self._run_layers(x, state, reset, dt, Layout(False))
-        return states
+        _, states = self._run_layers(sequence, state, reset, dt, Layout(False))
+        last = states[0].squeeze(1)
+        return copied(last if x.dim() == 2 else last.squeeze(0))
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
@@ -47,7 +45,7 @@ class RecurrentCell(Step, Recurrent, role="step"):
         scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
-        self._check_steps(batch, reset, dt)
+        scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:

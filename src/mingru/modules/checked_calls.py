@@ -91,13 +91,7 @@ class CheckedCalls(Stacked):
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_sequence(self.name, x, self.input_dims, self.num_space_dims, self.batch_first)
-        self._check_steps(list(x.shape[:2]), reset, dt)
-
-    def _check_steps(self, shape: list[int], reset: MaybeTensor, dt: MaybeTensor) -> None:
-        """Check the arguments of a scripted module that have one value for each step."""
-        scripted.check_shape(self.name, "reset", reset, shape)
-        scripted.check_shape(self.name, "dt", dt, shape)
-        scripted.check_timed(self.name, dt, self.is_timed)
+        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self.is_timed)
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:

@@ -17,7 +17,7 @@ from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped
-from .stacked import Stacked, Step
+from .stacked import Stacked, as_sequence
 
 
 class MinConv(Stacked, role="sequence"):
@@ -127,7 +127,7 @@ class MinConv(Stacked, role="sequence"):
         return states
 
 
-class MinConvCell(Step, MinConv, role="step"):
+class MinConvCell(MinConv, role="step"):
     """Compute one step of one layer; the base class of `MinConv2dGRUCell` and its variants."""
 
     @arguments_checked()
@@ -151,15 +151,13 @@ class MinConvCell(Step, MinConv, role="step"):
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
-    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
-        return self._run_layers(x, h, reset, Layout(False))[1]
-
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> Tensor:  # type: ignore[override]
         self._begin(x, None if h is None else [h], reset, None, None)
-        last = self._step(x, h, reset, None)
-        first = 0 if x.dim() == 2 + self.num_space_dims else 1
-        shape = list(last.shape)
-        return reshaped(last, shape[first:1] + shape[2:])
+        num_dims = 2 + self.num_space_dims
+        sequence, h, reset, _ = as_sequence(x, h, reset, None, num_dims)
+        _, states = self._run_layers(sequence, None if h is None else [h], reset, Layout(False))
+        shape = list(states[0].shape)
+        return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)

@@ -1,4 +1,7 @@
-"""What differs in TorchScript: checks of shapes in place of the checks of arguments, and no packed sequences."""
+"""Functions that TorchScript compiles: checks of shapes in place of the checks of arguments, and packed sequences.
+
+TorchScript knows that a tensor is no PackedSequence, and omits the branch.
+"""
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -36,7 +39,9 @@ def check_shape(name: str, argument: str, x: Tensor | None, shape: list[int]) ->
         raise ValueError(f"{name}: {argument} must be {shape}, got {x.shape}")
 
 
-def check_timed(name: str, dt: Tensor | None, is_timed: bool) -> None:
+def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | None, is_timed: bool) -> None:
+    check_shape(name, "reset", reset, shape)
+    check_shape(name, "dt", dt, shape)
     if dt is not None and not is_timed:
         raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")
 
@@ -45,24 +50,18 @@ def _features(input_dims: int, num_space_dims: int) -> str:
     return f"{input_dims}, *space" if num_space_dims > 0 else f"{input_dims}"
 
 
-def _same(x: Tensor) -> Tensor:
+def data_of(x: Tensor) -> Tensor:
+    """Return a tensor unchanged, or the data of a PackedSequence."""
+    if isinstance(x, PackedSequence):
+        return x.data
     return x
 
 
-def _second(x: Tensor, data: Tensor) -> Tensor:
-    return data
-
-
-@scripted_as(_same)
-def data_of(x: Tensor) -> Tensor:
-    """Return a tensor unchanged, or the data of a PackedSequence."""
-    return x.data if isinstance(x, PackedSequence) else x
-
-
-@scripted_as(_second)
 def with_data(x: Tensor, data: Tensor) -> Tensor:
     """Return data, packed like x if x is a PackedSequence."""
-    return PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+    if isinstance(x, PackedSequence):
+        return PackedSequence(data, *x[1:])
+    return data
 
 
 @untraced

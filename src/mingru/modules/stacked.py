@@ -13,7 +13,7 @@ from ..ops import Layout, Spec, Start, States, layout
 from ..ops.graph import is_autocast, is_scripting
 from .layer import Layer
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
+from .shared import MaybeTensor, Outputs, defaults_of, not_default, weight_of
 
 
 class Directions(nn.Module):
@@ -112,27 +112,23 @@ class Stacked(Layer):
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
 
 
-class Step(Stacked):
-    """A cell: one layer that computes one step."""
+def as_sequence(
+    x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor, num_dims: int
+) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    """Return the arguments of a cell as those of a sequence of one step.
 
-    def _run_sequence(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> list[Tensor]:
-        """Return the last state of a sequence (B, S, *), in a list."""
-        raise NotImplementedError
-
-    def _step(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
-        """Return the state after the step, (B, 1, *), with a batch of size 1 if x has none."""
-        batched = x.dim() == 2 + self.num_space_dims
-        states: list[Tensor] | None = None
-        if h is not None:
-            # Before the time dimension is added, because h may have fewer dimensions than x.
-            while h.dim() < x.dim():
-                h = h.unsqueeze(0)
-            states = [_sequence_of(h, batched)]
-        reset = None if reset is None else _sequence_of(reset, batched)
-        dt = None if dt is None else _sequence_of(dt, batched)
-        return self._run_sequence(_sequence_of(x, batched), states, reset, dt)[0]
+    `num_dims` is the number of dimensions of x with a batch. The batch has size 1 if x has none.
+    """
+    batched = x.dim() == num_dims
+    if h is not None:
+        # Before the time dimension is added, because h may have fewer dimensions than x.
+        while h.dim() < x.dim():
+            h = h.unsqueeze(0)
+        h = _with_time(h, batched)
+    reset = None if reset is None else _with_time(reset, batched)
+    dt = None if dt is None else _with_time(dt, batched)
+    return _with_time(x, batched), h, reset, dt
 
 
-def _sequence_of(step: Tensor, batched: bool) -> Tensor:
-    """Return a sequence of one step, with a batch of size 1 if there is none."""
-    return step.unsqueeze(1) if batched else step.unsqueeze(0).unsqueeze(0)
+def _with_time(x: Tensor, batched: bool) -> Tensor:
+    return x.unsqueeze(1) if batched else x.unsqueeze(0).unsqueeze(0)
