@@ -33,14 +33,14 @@ class Smooth(Layer, role="sequence"):
     ) -> tuple[Tensor, list[Tensor]]:
         assert lengths is None and dt is None
         a = self.decay.sigmoid()
-        state = torch.zeros_like(x[:, 0]) if h is None else h[0]
+        state = torch.zeros_like(x[:, 0]) if h is None else h[0][0]
         out: list[Tensor] = []
         for step in range(x.size(1)):
             if reset is not None:
                 state = state.masked_fill(reset[:, step : step + 1], 0.0)
             state = a * state + (1.0 - a) * x[:, step]
             out.append(state)
-        return torch.stack(out, 1), [state]
+        return torch.stack(out, 1), [state.unsqueeze(0)]
 
 
 class Doubled(Smooth, role="sequence"):
@@ -60,8 +60,8 @@ class Doubled(Smooth, role="sequence"):
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         a = self.decay.sigmoid()
-        first = torch.zeros_like(x[:, 0]) if h is None else h[0]
-        second = torch.zeros_like(x[:, 0]) if h is None else h[1]
+        first = torch.zeros_like(x[:, 0]) if h is None else h[0][0]
+        second = torch.zeros_like(x[:, 0]) if h is None else h[1][0]
         out: list[Tensor] = []
         for step in range(x.size(1)):
             if reset is not None:
@@ -69,7 +69,7 @@ class Doubled(Smooth, role="sequence"):
                 second = second.masked_fill(reset[:, step : step + 1], 0.0)
             first, second = a * first + x[:, step], a * second - x[:, step]
             out.append(torch.cat([first, second], -1))
-        return torch.stack(out, 1), [first, second]
+        return torch.stack(out, 1), [first.unsqueeze(0), second.unsqueeze(0)]
 
 
 B, S, DIMS = 3, 7, 4
@@ -165,7 +165,7 @@ def test_defaults():
             self.input_dims = self.output_dims = 2
 
         def forward(self, x, h=None, reset=None, lengths=None, dt=None):
-            return x, [x[:, -1]]
+            return x, [x[:, -1:].transpose(0, 1)]
 
     layer = Unscaled()
     assert (layer.name, layer.num_states, layer.num_space_dims, layer.batch_first) == ("Unscaled", 1, 0, True)
@@ -173,7 +173,7 @@ def test_defaults():
     with torch.no_grad():
         out, (h,) = mingru.Stack([layer], residual=True)(torch.ones(1, 2, 2))
     assert_close(out, torch.full((1, 2, 2), 2.0))
-    assert_close(h, torch.ones(1, 2))
+    assert_close(h, torch.ones(1, 1, 2))
     with pytest.raises(TypeError, match=r"^Unscaled: no argument 'hx'; use h"):
         layer(torch.ones(1, 2, 2), hx=None)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..check import (
+    check_choice,
     check_dropout,
     check_dt,
     check_flag,
@@ -17,6 +18,8 @@ from ..check import (
     check_like,
     check_reset,
     expectation,
+    is_number,
+    require,
     unknown_argument,
 )
 from ..check import dims as dims_text
@@ -104,15 +107,13 @@ class Block(Layer, role="sequence", planned=True):
     ) -> None:
         super().__init__()
         check_int(self.name, "dims", dims)
-        if cell not in tuple(CELLS):
-            raise ValueError(expectation(self.name, "cell", f"one of {tuple(CELLS)}", repr(cell)))
+        check_choice(self.name, "cell", cell, CELLS)
         _check_ratio(self.name, "expansion", expansion, dims)
         if conv is not None:
             check_int(self.name, "conv", conv, "an int or None", 2)
         if mlp is not None:
             _check_ratio(self.name, "mlp", mlp, dims)
-        if norm not in tuple(NORMS):
-            raise ValueError(expectation(self.name, "norm", f"one of {tuple(NORMS)}", repr(norm)))
+        check_choice(self.name, "norm", norm, NORMS)
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
         check_flag(self.name, "checkpoint", checkpoint)
@@ -251,9 +252,7 @@ class Block(Layer, role="sequence", planned=True):
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")
 
 
-def _check_ratio(name: str, argument: str, ratio: object, dims: int) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(expectation(name, argument, "a number", repr(ratio)))
-    if not (math.isfinite(ratio * dims) and round(ratio * dims) >= 1):
-        expected = f"a finite number with {argument} * dims >= 1"
-        raise ValueError(expectation(name, argument, expected, repr(ratio)))
+def _check_ratio(name: str, argument: str, ratio: Any, dims: int) -> None:
+    require(name, argument, is_number(ratio), "a number", repr(ratio), error=TypeError)
+    is_valid = math.isfinite(ratio * dims) and round(ratio * dims) >= 1
+    require(name, argument, is_valid, f"a finite number with {argument} * dims >= 1", repr(ratio))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_flag, check_int, check_min_decay, expectation
+from ..check import check_flag, check_int, check_min_decay, check_number, expectation, require
 from ..modules import Stack
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
@@ -80,9 +80,8 @@ class LanguageModel(nn.Module):
             check_int(self.name, argument, size)
         check_flag(self.name, "tied", tied)
         bidirectional = block_options.get("bidirectional", False)
-        if bidirectional is not False:
-            remedy = "the reverse direction would read the tokens that are to be predicted"
-            raise ValueError(expectation(self.name, "bidirectional", "False", repr(bidirectional), remedy))
+        remedy = "the reverse direction would read the tokens that are to be predicted"
+        require(self.name, "bidirectional", bidirectional is False, "False", repr(bidirectional), remedy)
         factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
@@ -248,11 +247,7 @@ class LanguageModel(nn.Module):
         Args:
             weight_decay: Weight decay of the first group, a number of at least 0.
         """
-        expected = "a number, at least 0"
-        if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
-            raise TypeError(expectation(self.name, "weight_decay", expected, repr(weight_decay)))
-        if not weight_decay >= 0:
-            raise ValueError(expectation(self.name, "weight_decay", expected, repr(weight_decay)))
+        check_number(self.name, "weight_decay", weight_decay, "a number, at least 0", lambda decay: decay >= 0)
         groups: list[list[nn.Parameter]] = [[], []]
         for name, parameter in self.named_parameters():
             has_decay = parameter.dim() > 1 and ".rnn." not in name

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, dims, expectation
+from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, of_another_shape
 from ..ops import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
@@ -59,8 +59,7 @@ class RecurrentCell(Recurrent, role="step"):
             autocast = is_autocast(x)
             check_like(self.name, "h", state, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
             if state.shape != (*batch, self.hidden_dims):
-                expected = f"({letters}H) = {dims((*batch, self.hidden_dims))}"
-                raise ValueError(expectation(self.name, "h", expected, dims(state.shape)))
+                raise of_another_shape(self.name, "h", state, f"({letters}H)", (*batch, self.hidden_dims))
         first, order = x.select(-1, 0), "(B,)" if batch else "a scalar"
         check_reset(self.name, reset, first, order)
         check_dt(self.name, dt, first, self.cell, order, autocast=is_autocast(x))

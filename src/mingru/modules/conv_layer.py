@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_flags, check_int, check_pairs, dims, expectation
+from ..check import check_flags, check_int, check_pairs, dims, require
 from ..ops import Layout, Map, Spec, Start, States, traceable
 from ..ops.cells import GATES, zero_state
 from ..ops.graph import is_autocast
@@ -72,9 +72,9 @@ class ConvOptions(Options):
         widths = self.widths()
         for width in widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
-        if any(width % self.groups for width in [self.input_dims, *widths]):
-            expected = f"a divisor of input_dims={self.input_dims} and hidden_dims={self.hidden_dims}"
-            raise ValueError(expectation(self.name, "groups", expected, str(self.groups)))
+        is_divisor = not any(width % self.groups for width in [self.input_dims, *widths])
+        expected = f"a divisor of input_dims={self.input_dims} and hidden_dims={self.hidden_dims}"
+        require(self.name, "groups", is_divisor, expected, str(self.groups))
         for width in widths:
             argument = "hidden_dims" if self.groups == 1 else "hidden_dims / groups"
             check_pairs(self.name, argument, width // self.groups, self.gate)
@@ -90,19 +90,18 @@ class ConvOptions(Options):
         ]
         geometries = [Geometry(*of_layer) for of_layer in zip(*by_option, strict=True)]
         for geometry in geometries:
-            if geometry.padding == "same" and any(step > 1 for step in geometry.stride):
-                expected = f"a number because stride is {dims(geometry.stride)}"
-                raise ValueError(expectation(self.name, "padding", expected, "'same'", "'same' needs a stride of 1"))
+            is_valid = geometry.padding != "same" or all(step == 1 for step in geometry.stride)
+            expected = f"a number because stride is {dims(geometry.stride)}"
+            require(self.name, "padding", is_valid, expected, "'same'", "'same' needs a stride of 1")
         return geometries
 
     def _per_layer(self, option: str) -> list[Any]:
         sizes = getattr(self, option)
         if not isinstance(sizes, list):
             return [sizes] * self.num_layers
-        if len(sizes) != self.num_layers:
-            expected = f"a list of {self.num_layers} entries because num_layers is {self.num_layers}"
-            remedy = "a list has one entry for each layer, a tuple one number for each spatial dimension"
-            raise ValueError(expectation(self.name, option, expected, f"{sizes!r}", remedy))
+        expected = f"a list of {self.num_layers} entries because num_layers is {self.num_layers}"
+        remedy = "a list has one entry for each layer, a tuple one number for each spatial dimension"
+        require(self.name, option, len(sizes) == self.num_layers, expected, f"{sizes!r}", remedy)
         return sizes
 
     def _per_dimension(self, argument: str, size: Any) -> Any:
@@ -112,8 +111,7 @@ class ConvOptions(Options):
         numbers = size if isinstance(size, tuple) else (size,) * count
         single = "an int" if count == 1 else f"an int, a tuple of {count} ints"
         expected = f"{single}, or a list of these with one for each layer"
-        if len(numbers) != count:
-            raise ValueError(expectation(self.name, argument, expected, f"{size!r}"))
+        require(self.name, argument, len(numbers) == count, expected, f"{size!r}")
         for number in numbers:
             check_int(self.name, argument, number, expected, 0 if argument == "padding" else 1)
         return numbers

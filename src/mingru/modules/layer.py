@@ -29,10 +29,10 @@ class Layer(nn.Module):
 
         forward(x, h=None, reset=None, lengths=None, dt=None) -> (out, states)
 
-    where h is None, which means the initial state, or a list of `num_states` tensors like `states`. The other arguments
-    are those of [mingru.MinGRU][], and None unless the caller of the stack passes them. All other attributes and
-    methods have defaults; override those that do not fit, such as `num_states`. Residual and dropout are the stack's.
-    A stack with a layer of your own calls its layers one by one, also without gradients.
+    where h is None, which means the initial state, or a list of `num_states` tensors like `states`, with the batch in
+    dimension 1. The other arguments are those of [mingru.MinGRU][], and None unless the caller of the stack passes
+    them. All other attributes and methods have defaults; override those that do not fit, such as `num_states`. Residual
+    and dropout are the stack's. A stack with a layer of your own calls its layers one by one, also without gradients.
 
     Examples:
         >>> class Sum(mingru.modules.Layer, role="sequence"):
@@ -41,12 +41,13 @@ class Layer(nn.Module):
         ...         self.input_dims = self.output_dims = dims
         ...
         ...     def forward(self, x, h=None, reset=None, lengths=None, dt=None):
-        ...         out = x.cumsum(1) if h is None else h[0] + x.cumsum(1)
-        ...         return out, [out[:, -1:]]
+        ...         before = 0 if h is None else h[0].transpose(0, 1)
+        ...         out = before + x.cumsum(1)
+        ...         return out, [out[:, -1:].transpose(0, 1)]
         >>> stack = mingru.Stack([mingru.MinGRU(3, 8), Sum(8)])
         >>> out, states = stack(torch.randn(10, 128, 3))
         >>> [state.shape for state in states]
-        [torch.Size([1, 10, 1, 8]), torch.Size([10, 1, 8])]
+        [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
     # The plan of an inference pass, see `ops.inference`.

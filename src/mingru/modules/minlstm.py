@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import arguments_checked, check_flags, expectation
+from ..check import arguments_checked, check_flags, is_number, require
 from .options import arguments_of
 from .recurrent import Recurrent
 
@@ -110,10 +110,9 @@ class MinLSTM(Recurrent, planned=True):
             # Before the layers are constructed, because they take it.
             self.cell = "minlstm_unnormalized"
         super().__init__(**arguments_of(locals(), "forget_bias", "normalize"))
-        if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
-            raise TypeError(expectation(self.name, "forget_bias", "a number", repr(forget_bias)))
-        if forget_bias and not self.bias:
-            raise ValueError(expectation(self.name, "forget_bias", "0 because bias is False", repr(forget_bias)))
+        require(self.name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
+        is_valid = self.bias or forget_bias == 0
+        require(self.name, "forget_bias", is_valid, "0 because bias is False", repr(forget_bias))
         self.forget_bias = float(forget_bias)
         self.normalize = normalize
         self._add_forget_bias()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_dropout, check_flags, expectation
+from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, require
 from ..ops import layout
 from ..ops.graph import untraced
 from ..ops.inference import Plan
@@ -89,11 +89,9 @@ class Stack(Layer, role="sequence", planned=True):
 
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
-        if not isinstance(layers, Iterable):
-            raise TypeError(expectation(self.name, "layers", "a list of layers", type(layers).__name__, PASS_A_LIST))
+        check_type(self.name, "layers", layers, Iterable, "a list of layers", PASS_A_LIST)
         found = list(layers)
-        if not found:
-            raise ValueError(expectation(self.name, "layers", "a list of at least one layer", "an empty list"))
+        require(self.name, "layers", bool(found), "a list of at least one layer", "an empty list")
         for index, layer in enumerate(found):
             got, remedy = type(layer).__name__, ""
             if not isinstance(layer, Layer) or layer.role != "sequence":
@@ -102,21 +100,26 @@ class Stack(Layer, role="sequence", planned=True):
                     remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
             missing = [name for name in ("input_dims", "output_dims") if getattr(layer, name, None) is None]
-            if missing:
-                expected = "a layer that sets input_dims and output_dims"
-                got += f" without {' and '.join(missing)}"
-                raise TypeError(expectation(self.name, f"layers[{index}]", expected, got))
-        for index, (previous, layer) in enumerate(pairwise(found)):
-            argument, previous_name = f"layers[{index + 1}]", f"layers[{index}]"
-            if layer.batch_first != previous.batch_first:
-                expected = f"a layer with batch_first={previous.batch_first} like {previous_name}"
-                raise ValueError(expectation(self.name, argument, expected, str(layer.batch_first)))
-            if layer.num_space_dims != previous.num_space_dims:
-                expected = f"a layer with {previous.num_space_dims} spatial dimensions like {previous_name}"
-                raise ValueError(expectation(self.name, argument, expected, str(layer.num_space_dims)))
-            if layer.input_dims != previous.output_dims:
-                expected = f"a layer with input_dims={previous.output_dims}, the output features of {previous_name}"
-                raise ValueError(expectation(self.name, argument, expected, str(layer.input_dims)))
+            expected = "a layer that sets input_dims and output_dims"
+            got += f" without {' and '.join(missing)}"
+            require(self.name, f"layers[{index}]", not missing, expected, got, error=TypeError)
+        for index, (before, layer) in enumerate(pairwise(found)):
+            argument, name = f"layers[{index + 1}]", f"layers[{index}]"
+            for option, wanted, expected in (
+                ("batch_first", before.batch_first, f"batch_first={before.batch_first} like {name}"),
+                (
+                    "num_space_dims",
+                    before.num_space_dims,
+                    f"{before.num_space_dims} spatial dimensions like {name}",
+                ),
+                (
+                    "input_dims",
+                    before.output_dims,
+                    f"input_dims={before.output_dims}, the output features of {name}",
+                ),
+            ):
+                got = getattr(layer, option)
+                require(self.name, argument, got == wanted, f"a layer with {expected}", str(got))
         return found
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:

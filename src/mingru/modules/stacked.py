@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_like, dims, embed_remedy, expectation
+from ..check import check_like, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import Layout, Spec, Start, States, layout
 from ..ops.graph import is_autocast, is_scripting
 from .layer import Layer
@@ -85,7 +85,7 @@ class Stacked(Layer):
     def _check_x(self, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
         """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
         if not isinstance(x, Tensor):
-            raise TypeError(expectation(self.name, "x", "a tensor", type(x).__name__, "use torch.as_tensor"))
+            raise not_a_tensor(self.name, "x", x)
         count = self.num_space_dims
         at = x.dim() - 1 - count
         if at not in leading or x.shape[at] != self.input_dims:
