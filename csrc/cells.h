@@ -20,15 +20,6 @@ struct Partial {
 template <class Scale, class OfA, class OfB>
 Partial(Scale, OfA, OfB) -> Partial<Scale, OfA, OfB>;
 
-template <class First, class Second>
-struct Sum {
-  First first;
-  Second second;
-};
-
-template <class First, class Second>
-Sum(First, Second) -> Sum<First, Second>;
-
 // Not std::tuple, whose functions are not always inlined.
 template <class... Partials>
 struct List {};
@@ -51,19 +42,15 @@ Step(Number, Number, Partials...) -> Step<Number, Partials...>;
 
 // Activations of the candidate.
 struct Positive {
-  // g(v) = max(v + 0.5, sigma(v)), because sigma(v) - 0.5 is between 0 and v. A branch would prevent vectorization.
-  template <class A>
-  MINGRU_INLINE A larger(A right, A left) {
-    return right > left ? right : left;
-  }
-
-  // For v > 0 the maximum is v + 0.5, so sigma(0) can replace sigma(v). NaN is preserved.
+  // g(v) = max(v + 0.5, sigma(v)), because sigma(v) - 0.5 is between 0 and v. A branch would prevent vectorization. For
+  // v > 0 the maximum is v + 0.5, so sigma(0) can replace sigma(v). NaN is preserved.
   template <class A, class Memo>
   MINGRU_INLINE Value<A> of(A v, Memo& memo) {
     const A p = memo(0, power(v > A(0) ? A(0) : v));
     const A inverse = A(1) / (A(1) + p);
-    const A left = p * inverse;
-    return {larger(v + A(0.5), left), larger(v >= A(0) ? A(1) : A(0), left * inverse)};
+    const Value<A> right = {v + A(0.5), v >= A(0) ? A(1) : A(0)}, left = {p * inverse, p * inverse * inverse};
+    return {
+        right.value > left.value ? right.value : left.value, right.slope > left.slope ? right.slope : left.slope};
   }
 };
 
@@ -86,6 +73,7 @@ struct Tanh {
 template <class A>
 struct Untimed {
   using Accumulation = A;
+  static constexpr A dt = 1;
 };
 
 template <class A>
@@ -101,17 +89,16 @@ struct Bounded : Timed<A> {
 
 // The decay of the state by a gate z = sigma(k): 1 - z, or r^dt with r = m + (1 - m) (1 - z). `update` is 1 - keep, in
 // full relative precision.
-template <class A, class OfTime>
+template <class A>
 struct Decay {
   A keep, update;
-  A by_gate;  // derivatives of `keep`
-  OfTime by_dt;
+  A by_gate, by_dt;  // derivatives of `keep`
 };
 
 template <class A, class Memo>
-MINGRU_INLINE Decay<A, Zero> decay(A k, const Untimed<A>&, Memo& memo) {
+MINGRU_INLINE Decay<A> decay(A k, const Untimed<A>&, Memo& memo) {
   const Logistic<A> z = logistic(k, memo);
-  return {z.minus, z.plus, -(z.plus * z.minus), {}};
+  return {z.minus, z.plus, -(z.plus * z.minus), A(0)};
 }
 
 // r is exp(-rate).
@@ -142,29 +129,28 @@ MINGRU_INLINE Value<A> rate_at(A k, const Time& time, Memo& memo) {
 }
 
 template <class Time, class A = typename Time::Accumulation>
-MINGRU_INLINE Decay<A, A> decay_at(const Value<A>& rate, const Time& time) {
+MINGRU_INLINE Decay<A> decay_at(const Value<A>& rate, const Time& time) {
   const PowerAndRest<A> kept = power_and_rest(-time.dt * rate.value);
   const A by_dt = kept.power == A(0) ? A(0) : -(kept.power * rate.value);
   return {kept.power, kept.rest, -(kept.power * time.dt * rate.slope), by_dt};
 }
 
 template <class Time, class Memo, class A = typename Time::Accumulation>
-MINGRU_INLINE Decay<A, A> decay(A k, const Time& time, Memo& memo) {
+MINGRU_INLINE Decay<A> decay(A k, const Time& time, Memo& memo) {
   return decay_at(memo(1, rate_at(k, time, memo)), time);
 }
 
 // The same for the input and forget gates of a minLSTM, which are normalized: keep = sigma(f) / (sigma(f) + sigma(i)).
-template <class A, class OfTime>
+template <class A>
 struct TwoGates {
   A keep, update;
-  A by_forget, by_input;  // derivatives of `keep`
-  OfTime by_dt;
+  A by_forget, by_input, by_dt;  // derivatives of `keep`
 };
 
 // sigma(x) = exp(min(x, 0)) / (1 + exp(-|x|)). With the larger power divided out, nothing overflows or cancels. The sum
 // of the gates is 1 even if both sigmoids underflow.
 template <class A, class Memo>
-MINGRU_INLINE TwoGates<A, Zero> two_gates(A f, A i, const Untimed<A>&, Memo& memo) {
+MINGRU_INLINE TwoGates<A> two_gates(A f, A i, const Untimed<A>&, Memo& memo) {
   const A forget_power = memo(0, power(minus_absolute(f))), input_power = memo(0, power(minus_absolute(i)));
   // By how much log(exp(min(f, 0))) is above log(exp(min(i, 0))).
   const A ahead = (f < A(0) ? f : A(0)) - (i < A(0) ? i : A(0));
@@ -177,42 +163,35 @@ MINGRU_INLINE TwoGates<A, Zero> two_gates(A f, A i, const Untimed<A>&, Memo& mem
   const A change = keep * update;
   const A not_forget = (f < A(0) ? A(1) : forget_power) / (A(1) + forget_power);
   const A not_input = (i < A(0) ? A(1) : input_power) / (A(1) + input_power);
-  return {keep, update, change * not_forget, -(change * not_input), {}};
+  return {keep, update, change * not_forget, -(change * not_input), A(0)};
 }
 
 // A minGRU with the gate log sigma(i) - log sigma(f).
 template <class Time, class Memo, class A = typename Time::Accumulation>
-MINGRU_INLINE TwoGates<A, A> two_gates(A f, A i, const Time& time, Memo& memo) {
+MINGRU_INLINE TwoGates<A> two_gates(A f, A i, const Time& time, Memo& memo) {
   const Value<A> not_forget = softplus(-f, memo), not_input = softplus(-i, memo);
   AtOnce at_once;
-  const Decay<A, A> d = decay_at(memo(1, rate_at(not_forget.value - not_input.value, time, at_once)), time);
+  const Decay<A> d = decay_at(memo(1, rate_at(not_forget.value - not_input.value, time, at_once)), time);
   return {d.keep, d.update, -(d.by_gate * not_forget.slope), d.by_gate * not_input.slope, d.by_dt};
 }
-
-// How the angle u, in units of pi / 4, turns the state in the time of a step, and its derivative by u.
-template <class A>
-struct Turn {
-  Direction<A> direction;
-  A by_angle;
-};
 
 template <class A>
 constexpr A quarter_pi = A(0.785398163397448309616);
 
-// Eight units are a whole turn. The first remainder leaves what `direction` takes, also of large numbers: floats above 2^32
-// are multiples of 512.
+// How the angle u, in units of pi / 4, turns the state in the time of a step. Eight units are a whole turn. The remainder
+// leaves what `direction` takes, also of large numbers: floats above 2^32 are multiples of 512.
 template <class A>
-MINGRU_INLINE Turn<A> turn_of(A u, const Untimed<A>&) {
-  return {direction(A(0.25) * remainder(u, A(1024))), quarter_pi<A>};
+MINGRU_INLINE Direction<A> turn_of(A u, const Untimed<A>&) {
+  return direction(A(0.25) * remainder(u, A(1024)));
 }
 
 // The product is not rounded before whole turns are subtracted.
 template <class Time, class A = typename Time::Accumulation>
-MINGRU_INLINE Turn<A> turn_of(A u, const Time& time) {
+MINGRU_INLINE Direction<A> turn_of(A u, const Time& time) {
   const A product = time.dt * u;
   const A lost = error_of_product(time.dt, u, product);
   const A turned = remainder(remainder(product, A(1024)), A(8)) + remainder(remainder(lost, A(1024)), A(8));
-  return {direction(A(0.25) * turned), quarter_pi<A> * time.dt};
+  return direction(A(0.25) * turned);
 }
 
 // Inputs: a and b.
@@ -271,15 +250,15 @@ struct RotationMinGRU {
   template <class Time, class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
     const auto d = decay(x[0], time, memo);
-    const Turn<A> turn = turn_of(x[1], time);
-    const Direction<A> toward = memo(0, turn.direction);
+    const Direction<A> toward = memo(0, turn_of(x[1], time));
     const Value<A> first = Activation::of(x[2], memo), second = Activation::of(x[3], memo);
     const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine};
     const Imaginary<A> i{A(1)};
+    const Complex<A> a_by_dt = d.by_dt * e + d.keep * quarter_pi<A> * x[1] * (e * i);
     return Step{
-        d.keep * e, d.update * c, Partial{d.by_gate, e, -c}, Partial{d.keep * turn.by_angle, e * i, Zero()},
+        d.keep * e, d.update * c, Partial{d.by_gate, e, -c}, Partial{d.keep * (quarter_pi<A> * time.dt), e * i, Zero()},
         Partial{d.update * first.slope, Zero(), A(1)}, Partial{d.update * second.slope, Zero(), i},
-        Sum{Partial{d.by_dt, e, -c}, Partial{d.keep * quarter_pi<A> * x[1], e * i, Zero()}}};
+        Partial{A(1), a_by_dt, -(d.by_dt * c)}};
   }
 };
 

@@ -8,16 +8,10 @@
 
 namespace mingru {
 
-namespace baseline {
-Kernels kernels();
-}
+namespace baseline { Kernels kernels(); }
 #if defined(__x86_64__) && defined(__GNUC__)
-namespace avx2 {
-Kernels kernels();
-}
-namespace avx512 {
-Kernels kernels();
-}
+namespace avx2 { Kernels kernels(); }
+namespace avx512 { Kernels kernels(); }
 #endif
 
 namespace {
@@ -66,10 +60,7 @@ class Run {
   }
 
   void operator()() const {
-    if (num_chunks_ > 1) {
-      in_chunks();
-      return;
-    }
+    if (num_chunks_ > 1) return in_chunks();
     each(num_tasks(), [&](int64_t task) {
       alignas(64) char state[most_features * 8];
       start(task, state);
@@ -150,11 +141,8 @@ class Run {
     each(tasks * num_chunks_, [&](int64_t item) {
       const int64_t task = item / num_chunks_, index = item % num_chunks_;
       char* state = ends.data() + item * state_size;
-      if (index == 0) {
-        start(task, state);
-      } else {
-        copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
-      }
+      if (index == 0) start(task, state);
+      if (index > 0) copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
       chosen().run(scan_, chunk(task, index), state, backward_);
     });
     each(tasks, [&](int64_t task) {

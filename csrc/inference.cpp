@@ -146,9 +146,8 @@ class Pass : Arguments {
     return data_of<const double>(numbers)[next_number_++];
   }
 
-  static bool makes_x(Instruction instruction) {
-    return instruction != Instruction::add && instruction != Instruction::add_linear &&
-           instruction != Instruction::keep;
+  static bool makes_x(Instruction i) {
+    return i != Instruction::keep && i != Instruction::add && i != Instruction::add_linear;
   }
 
   bool is_used(const void* memory) const {
@@ -351,7 +350,8 @@ class Pass : Arguments {
       const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * traits_of(call.cell).num_inputs);
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      Outputs outputs = {both ? torch::stable::narrow(out, 2, direction * features, features) : out, layer_of(last_[state], index), {}};
+      const Tensor of_direction = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
+      Outputs outputs = {of_direction, layer_of(last_[state], index), {}};
       linear_recurrence(call, x, weight, bias, outputs);
     }
     x_ = out;

@@ -25,12 +25,10 @@ MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t co
     if constexpr (std::is_same_v<T, A>) {
       std::memset(to, 0, group * sizeof(T));
       copy_few(to, from.data, count);
-    } else if (count < group) {
-      T rest[group] = {};
-      copy_few(rest, from.data, count);
-      read(to, rest, group);
     } else {
-      read(to, from.data, count);
+      T rest[group] = {};
+      if (count < group) copy_few(rest, from.data, count);
+      read(to, count < group ? rest : from.data, padded_size(count));
     }
   }
 }
@@ -40,12 +38,10 @@ MINGRU_NOT_INLINE void store(Rows<T> to, const A* from, int64_t steps, int64_t c
   for (int64_t step = 0; step < steps; ++step, to.data += to.stride, from += padded_size(count)) {
     if constexpr (std::is_same_v<T, A>) {
       copy_few(to.data, from, count);
-    } else if (count < group) {
-      T rest[group];
-      write(rest, from, group);
-      copy_few(to.data, rest, count);
     } else {
-      write(to.data, from, count);
+      T rest[group];
+      write(count < group ? rest : to.data, from, padded_size(count));
+      if (count < group) copy_few(to.data, rest, count);
     }
   }
 }

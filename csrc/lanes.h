@@ -129,21 +129,11 @@ MINGRU_INLINE void set_number(A* block, int64_t lane, Complex<A> x) {
   block[most_lanes + lane] = x.im;
 }
 
-// The gradient of a number, from delta = dL/dh_t.
-template <class Number, class Scale, class OfA, class OfB>
-MINGRU_INLINE auto gradient(Number delta, Number previous, const Partial<Scale, OfA, OfB>& by) {
-  return by.scale * dot(delta, next_state(by.a, previous, by.b));
-}
-
-template <class Number, class First, class Second>
-MINGRU_INLINE auto gradient(Number delta, Number previous, const Sum<First, Second>& by) {
-  return gradient(delta, previous, by.first) + gradient(delta, previous, by.second);
-}
-
-// Computes the first `count` gradients.
+// Computes the gradients of the first `count` numbers, from delta = dL/dh_t.
 template <int count, class Number, class A, class First, class... Rest>
 MINGRU_INLINE void gradients(Number delta, Number previous, const List<First, Rest...>& partials, A* grads) {
-  grads[0] = gradient(delta, previous, partials.first);
+  const First& by = partials.first;
+  grads[0] = by.scale * dot(delta, next_state(by.a, previous, by.b));
   if constexpr (count > 1) gradients<count - 1>(delta, previous, partials.rest, grads + 1);
 }
 

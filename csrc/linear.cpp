@@ -243,16 +243,12 @@ void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weig
   const int64_t columns = weight.size(0), features = weight.size(1);
   if (rows <= most_few_rows && weight.element_size() >= 4) {
     const void* added = bias ? bias->data_ptr() : nullptr;
-    multiply_few_rows({storage_of(weight), x, weight.data_ptr(), added, out, rows, columns, features});
-    return;
+    return multiply_few_rows({storage_of(weight), x, weight.data_ptr(), added, out, rows, columns, features});
   }
   const Tensor result = matrix(out, rows, columns, weight);
   const Tensor left = matrix(x, rows, features, weight);
-  if (bias) {
-    multiply_and_add(result, *bias, left, transposed(weight));
-  } else {
-    multiply(result, left, transposed(weight));
-  }
+  if (bias) return multiply_and_add(result, *bias, left, transposed(weight));
+  multiply(result, left, transposed(weight));
 }
 
 void mingru::linear_recurrence(

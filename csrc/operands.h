@@ -177,13 +177,11 @@ class Operands {
     Tensor grad_h = empty_as(call.h), grad_initial_state = empty({0}, call.h), grads_of_dt = empty({0}, call.h);
     scan.grad_h = grad_h.data_ptr();
     if (call.needs_dt && scan.dt.data) {
-      grads_of_dt = empty(sizes((scan.num_features + group - 1) / group), call.h);
-      torch::stable::zero_(grads_of_dt);
+      grads_of_dt = torch::stable::new_zeros(call.h, sizes((scan.num_features + group - 1) / group));
       scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }
     if (scan.reset.data) {
-      grad_initial_state = empty_as(call.h);
-      torch::stable::zero_(grad_initial_state);
+      grad_initial_state = torch::stable::new_zeros(call.h, call.h.sizes());
       if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
     }
     return {grad_h, grad_initial_state, grads_of_dt};

@@ -4,12 +4,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
 
 #include "scan.h"
 
