@@ -20,7 +20,8 @@ std::string names() {
 Call call_of(const char* name, MaybeTensors tensors, int64_t how, double min_decay) {
   constexpr int64_t num_cells = std::size(cells), num_activations = 3;
   const int64_t number = how & 0xff, activation = how >> 8 & 0xff;
-  STD_TORCH_CHECK(number < num_cells && activation < num_activations, name, ": unknown cell ", number, " or activation");
+  const bool is_known = number < num_cells && activation < num_activations;
+  STD_TORCH_CHECK(is_known, name, ": unknown cell ", number, " or activation");
   STD_TORCH_CHECK(tensors.size() == 6 && tensors[0] && tensors[1], name, ": a call has 6 tensors, the first two required");
   const auto cell = static_cast<Cell>(number);
   const auto flag = [&](int bit) { return (how >> (16 + bit) & 1) != 0; };

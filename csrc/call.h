@@ -27,8 +27,8 @@ struct Call {
   MaybeTensor reset, dt, batch_sizes, lengths;
 };
 
-// `how` has the numbers of the cell and the activation in a byte each, and then the flags, in the order of a call. `tensors`
-// are its six tensors; the first two are not optional.
+// `how` has the numbers of the cell and the activation in a byte each, and then the flags, in the order of a call.
+// `tensors` are its six tensors; the first two are not optional.
 Call call_of(const char* name, MaybeTensors tensors, int64_t how, double min_decay);
 
 struct CellTraits {

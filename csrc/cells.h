@@ -178,8 +178,8 @@ MINGRU_INLINE TwoGates<A> two_gates(A f, A i, const Time& time, Memo& memo) {
 template <class A>
 constexpr A quarter_pi = A(0.785398163397448309616);
 
-// How the angle u, in units of pi / 4, turns the state in the time of a step. Eight units are a whole turn. The remainder
-// leaves what `direction` takes, also of large numbers: floats above 2^32 are multiples of 512.
+// How the angle u, in units of pi / 4, turns the state in the time of a step. Eight units are a whole turn. The
+// remainder leaves what `direction` takes, also of large numbers: floats above 2^32 are multiples of 512.
 template <class A>
 MINGRU_INLINE Direction<A> turn_of(A u, const Untimed<A>&) {
   return direction(A(0.25) * remainder(u, A(1024)));

@@ -1,5 +1,5 @@
-// Conversions of groups of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep subnormals and
-// NaN.
+// Conversions of groups of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep subnormals
+// and NaN.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -186,8 +186,8 @@ void add_rows(const RowSum& sum, void* total) {
   const int64_t least = ceil_div(values_per_thread, rows_per_task * sum.columns);
   torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task * rows_per_task;
-      chosen().add_rows(sum, row, std::min(row + rows_per_task, sum.num_rows), parts.data() + task * sum.columns * size);
+      const int64_t row = task * rows_per_task, last = std::min(row + rows_per_task, sum.num_rows);
+      chosen().add_rows(sum, row, last, parts.data() + task * sum.columns * size);
     }
   });
   const RowSum of_parts{size == 8 ? Storage::float64 : Storage::float32, parts.data(), tasks, sum.columns};

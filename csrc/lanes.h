@@ -40,12 +40,13 @@ constexpr bool is_split = true;
 constexpr int64_t most_lanes = 64;
 #endif
 
+// The most values that a cell may mark, if the loop over lanes is split.
+constexpr int most_values = 12;
+
 // The loop over the lanes of a block may be split. Exponentials are long chains of operations that wait for each other, so
 // a processor must work on those of many lanes at the same time, and it sees only some hundred instructions at once.
 // Loops of their own first compute the values that cells mark with 0, the exponentials, and then those marked with 1, the
 // rates of timed cells, which need others. Processors with AVX-512 see enough instructions.
-constexpr int most_values = 12;  // that a cell marks
-
 template <int stage, bool with_slopes, class A>
 struct Memo {
   A (*values)[most_lanes];
@@ -54,7 +55,7 @@ struct Memo {
 
   MINGRU_INLINE_MEMBER A operator()(int computed_in, A value) {
     if constexpr (!is_split) return value;
-    if (count == most_values) std::abort();  // left out by compilers, to which all counts are constants
+    if (count == most_values) std::abort();  // never: compilers leave this out, because all counts are constants
     A& stored = values[count++][lane];
     if (computed_in == stage) stored = value;
     return computed_in < stage ? stored : value;
@@ -142,7 +143,8 @@ template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
 struct Pass {
   using Time = OfStep;
   using Step = decltype(Cell::step(std::declval<const A*>(), std::declval<const Time&>(), std::declval<AtOnce&>()));
-  static constexpr bool is_complex = !std::is_same_v<decltype(Step::a), A>, is_timed = !std::is_same_v<Time, Untimed<A>>;
+  static constexpr bool is_complex = !std::is_same_v<decltype(Step::a), A>;
+  static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
   static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
   static constexpr int last_stage = is_timed ? 2 : 1;

@@ -34,8 +34,8 @@ int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
   return weight.size(0) / num_inputs;
 }
 
-// The operands of the recurrence and of its linear map. x is a matrix in the order of memory, copied only if neither x nor
-// its transpose is contiguous. With lengths, x is not copied here, because only the valid steps are rows.
+// The operands of the recurrence and of its linear map. x is a matrix in the order of memory, copied only if neither x
+// nor its transpose is contiguous. With lengths, x is not copied here, because only the valid steps are rows.
 class LinearOperands : public Operands {
  public:
   const Tensor weight;
@@ -62,8 +62,8 @@ class LinearOperands : public Operands {
   int64_t num_rows() const { return row_offsets().empty() ? x_.numel() / num_features : row_offsets().back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
 
-  // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch elements,
-  // or a part of one step or batch element.
+  // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch
+  // elements, or a part of one step or batch element.
   std::vector<Block> blocks(bool backward) const {
     const int64_t most = std::clamp(block_bytes / bytes_of_columns(1), int64_t(64), most_block_rows);
     const int64_t outer = time_major_ ? scan.num_steps : scan.num_batch;
@@ -104,11 +104,11 @@ class LinearOperands : public Operands {
   // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a block.
   void set_sequences(Sequence* sequences, char* data, const Block& block) const {
     const int64_t stride = num_columns, part = scan.num_features * x_.element_size();
-    const bool are_steps_apart = time_major_ && !is_packed(), are_rows = time_major_ || has_lengths();
+    const int64_t batch_stride = time_major_ || has_lengths() ? stride : scan.num_steps * stride;
+    const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
+    const int64_t* batch_offsets = has_lengths() ? row_offsets().data() : nullptr;
     for (int64_t k = 0; k < stride / scan.num_features; ++k) {
-      sequences[k] = {
-          data + k * part, are_rows ? stride : scan.num_steps * stride, are_steps_apart ? scan.num_batch * stride : stride,
-          block.row * stride, has_lengths() ? row_offsets().data() : nullptr};
+      sequences[k] = {data + k * part, batch_stride, step_stride, block.row * stride, batch_offsets};
     }
   }
 
@@ -179,8 +179,8 @@ class LinearOperands : public Operands {
     for (int64_t step = begin; step < end; step += run) f(step_of(sequence, batch, step), run * size);
   }
 
-  // Calls f, by several threads, with the memory of neighboring steps of a block in a sequence, their memory in the matrix
-  // of the block's rows, and their size, in bytes.
+  // Calls f, by several threads, with the memory of neighboring steps of a block in a sequence, their memory in the
+  // matrix of the block's rows, and their size, in bytes.
   template <class F>
   void each_part_of(const Block& block, const Tensor& sequence, char* rows, const F& f) const {
     parallel_for(block.row, block.row + block.num_rows, row_bytes(), [&](int64_t begin, int64_t end) {

@@ -59,8 +59,9 @@ inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tenso
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
 void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
 
-// The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the pre-activations
-// in the memory order of x, without the bias if the scan adds it. They are allocated unless `out` and `last` are given.
+// The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the
+// pre-activations in the memory order of x, without the bias if the scan adds it. They are allocated unless `out` and
+// `last` are given.
 struct Outputs {
   MaybeTensor out, last, kept;
 };

@@ -39,7 +39,7 @@ struct Format {
   static constexpr int mantissa_bits = Limits::digits - 1, bias = Limits::max_exponent - 1;
   static constexpr UInt sign = UInt(1) << (sizeof(A) * 8 - 1);
   static constexpr UInt upper_half = ~UInt(0) << (mantissa_bits / 2 + 1);  // of the mantissa
-  static constexpr A rounder = A(UInt(3) << (mantissa_bits - 1));  // 1.5 * 2^mantissa_bits; adding it rounds to an integer
+  static constexpr A rounder = A(UInt(3) << (mantissa_bits - 1));  // 1.5 * 2^mantissa_bits; adding it rounds
   static constexpr A ln2_high = is_double ? A(6.93147180369123816490e-01) : A(0.693359375f);
   static constexpr A ln2_low = is_double ? A(1.90821492927058770002e-10) : A(-2.12194440e-4f);
   static constexpr A lowest = is_double ? -746 : -104;  // exp(lowest) is below half of the smallest subnormal
@@ -179,8 +179,8 @@ MINGRU_INLINE Value<A> hyperbolic_tangent(A x, Memo& memo) {
   return {x < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};
 }
 
-// sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2. In float32 with a maximum relative error of 4e-8; in
-// float64 as Taylor series, of which the omitted parts are below 3e-18.
+// sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2. In float32 the maximum relative error is 4e-8; in
+// float64 they are Taylor series, whose omitted parts are below 3e-18.
 template <class A>
 struct Circle {
   static constexpr A sine[] = {3.1415927410125732f, -5.167707920074463f, 2.549767017364502f, -0.5890750885009766f};

@@ -38,7 +38,8 @@ struct Sequence {
   void* data = nullptr;
   int64_t batch_stride = 0, step_stride = 0;
   int64_t skipped = 0;  // number of elements of the sequence before `data`
-  const int64_t* batch_offsets = nullptr;  // where each batch element begins, in units of batch_stride; null: at its index
+  // Where each batch element begins, in units of batch_stride. Null: at its index.
+  const int64_t* batch_offsets = nullptr;
 
   // Of the first feature of a step, whose position is its index in the dimension of time or in packed data.
   int64_t index(int64_t batch, int64_t position) const {
