@@ -23,6 +23,7 @@ from ...scan import LinearScan
 from ...shape import States, accumulate_dtype, as_dtype, as_real
 from . import launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
+from .launch import Tensors
 from .plan import KEEPING
 
 __all__ = ["BACKEND", "DEVICES"]
@@ -55,7 +56,7 @@ def _register() -> torch.library.Library:
         return (
             launch.grads_like(inputs, num_leading),
             h.new_empty(h.shape),
-            first.new_empty(0 if initial_state is None else h.shape[0], num_features, dtype=dtype),
+            first.new_empty(0 if initial_state is None else (h.shape[0], num_features), dtype=dtype),
             first.new_empty(0 if dt is None or not needs_dt else dt.shape, dtype=dtype),
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )
@@ -68,29 +69,12 @@ def _register() -> torch.library.Library:
 _LIBRARY = _register()
 
 
-def _is_direct(*tensors: Tensor) -> bool:
-    """Return whether a call may skip the dispatcher."""
-    return are_eager(*tensors) and not torch._C._len_torch_dispatch_stack()
-
-
-def _run_forward(spec: Spec, inputs: Sequence[Tensor], given: Sequence[Tensor | None], time_first: bool) -> States:
-    run: Any = launch.forward if _is_direct(*inputs) else torch.ops.mingru.recurrence_triton_forward
-    out, last = run(inputs, given, [spec.cell, spec.activation], spec.min_decay, [spec.reverse, time_first])
-    return out, last
-
-
-def _run_backward(
-    spec: Spec,
-    inputs: Sequence[Tensor],
-    given: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    time_first: bool,
-    needs: tuple[bool, bool] = (False, False),
-) -> tuple[Tensor, ...]:
-    """`saved`: out, grad_out, grad_last. `needs`: whether dt and a bias need a gradient."""
-    run: Any = launch.backward if _is_direct(*inputs) else torch.ops.mingru.recurrence_triton_backward
-    flags = [spec.reverse, time_first, *needs]
-    return tuple(run(inputs, given, saved, [spec.cell, spec.activation], spec.min_decay, flags))
+def _run(name: str, spec: Spec, tensors: tuple[Sequence[Any], ...], *flags: bool) -> tuple[Tensor, ...]:
+    """Call the operator of a pass. `tensors`: inputs, given, and for "backward" out, grad_out and grad_last."""
+    # A call may skip the dispatcher if nothing else could take it.
+    is_direct = are_eager(*tensors[0]) and not torch._C._len_torch_dispatch_stack()
+    run: Any = getattr(launch, name) if is_direct else getattr(torch.ops.mingru, f"recurrence_triton_{name}")
+    return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, [spec.reverse, *flags]))
 
 
 def _given(start: Start, layout: Layout) -> list[Tensor | None]:
@@ -99,18 +83,17 @@ def _given(start: Start, layout: Layout) -> list[Tensor | None]:
     return [h, None if reset is None else initial_state.expand_as(h), reset, dt, layout.batch_sizes]
 
 
-def _recurrence(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
-) -> tuple[Tensor, Tensor, None]:
-    return *_run_forward(spec, inputs, _given(start, layout), layout.time_first), None
+def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, None]:
+    out, last = _run("forward", spec, (inputs, _given(start, layout)), layout.time_first)
+    return out, last, None
 
 
 def _recurrence_backward(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
+    spec: Spec, inputs: Tensors, start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, *grad = saved
-    given, needs_sums = _given(start, layout), (needs[0], False)
-    grads, *grads_of_start, _ = _run_backward(spec, inputs, given, [out, *grad], layout.time_first, needs_sums)
+    tensors = inputs, _given(start, layout), [out, *grad]
+    grads, *grads_of_start, _ = _run("backward", spec, tensors, layout.time_first, needs[0], False)
     return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
 
 
@@ -124,7 +107,7 @@ def _grads_of_start(
     return grad_h, for_initial_state, grad_dt if needs_dt else None
 
 
-def _split(grads: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _split(grads: Tensor, inputs: Tensors) -> tuple[Tensor, ...]:
     """Return the gradients of all inputs, which are side by side in the last dimension."""
     return tuple(part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True))
 
@@ -161,9 +144,8 @@ def _linear_recurrence_backward(
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
         _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
-        grads, *grads_of_start, grad_bias = _run_backward(
-            spec, inputs, _given(start, layout), [out, *grad], layout.time_first, (needs_dt, needs_bias)
-        )
+        of_call = inputs, _given(start, layout), [out, *grad]
+        grads, *grads_of_start, grad_bias = _run("backward", spec, of_call, layout.time_first, needs_dt, needs_bias)
         x = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(inputs[0]) else grads).flatten(0, -2)
@@ -186,21 +168,22 @@ def _real(*tensors: Tensor) -> list[Tensor]:
     return [as_real(x) if x.is_complex() else x for x in tensors]
 
 
-def _like(a: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _like(a: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
     return tuple(torch.view_as_complex(x) if a.is_complex() else x for x in tensors)
 
 
 def _scan(call: LinearScan) -> States:
     a, b, h = _real(call.a, call.b, call.h)
-    out, last = _like(call.a, _run_forward(_scan_spec(call), [a, b], [h, None, call.reset, None, None], False))
+    given = [h, None, call.reset, None, None]
+    out, last = _like(call.a, _run("forward", _scan_spec(call), ([a, b], given), False))
     return out, last
 
 
 def _scan_backward(call: LinearScan, *saved: Tensor) -> tuple[Tensor | None, ...]:
     a, h, *saved_parts = _real(call.a, call.h, *saved)
     # The gradients do not depend on b.
-    inputs = [a, a]
-    grads, grad_h, *_ = _run_backward(_scan_spec(call), inputs, [h, None, call.reset, None, None], saved_parts, False)
+    inputs, given = [a, a], [h, None, call.reset, None, None]
+    grads, grad_h, *_ = _run("backward", _scan_spec(call), (inputs, given, saved_parts), False, False, False)
     return _like(call.a, [*_split(grads, inputs), grad_h])
 
 

@@ -1,12 +1,10 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives.
 
-A number is a tuple: (real, imaginary), or (x,) if it is real, (x, (), ()) if it is imaginary, () if it is 0.
-
-A cell is one function of its inputs, a tuple of real numbers. Those of a complex cell are pairs: the first input of
-`rotation` consists of a gate and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of
-the decay per unit of time, log(m) and log(1 - m). The function returns a, b, and a derivative for each of the real
-numbers and, last, for the elapsed time: (da, db, scale), so that the derivatives of a and b are scale da and scale db.
-`scale` is a real number, or () if it is 1. The compiler drops derivatives that are not used.
+A cell is one function of its inputs, a tuple of numbers as in `scan`: the first input of `rotation` consists of a gate
+and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of
+the decay per unit of time, log(m) and log(1 - m). The function returns a, b, and a derivative for each of the
+parts of the inputs and, last, for the elapsed time, as of a number: (da, db, scale), so that the derivatives of a and b
+are scale da and scale db. `scale` is a real number, or () if it is 1. The compiler drops unused derivatives.
 
 To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
 """
@@ -19,8 +17,8 @@ from .math import (
     NAN_STAYS,
     direction,
     direction_of_product,
-    half_tangent,
     hyperbolic_tangent,
+    is_there,
     log1p_of_unit,
     logistic,
     minus,
@@ -28,6 +26,7 @@ from .math import (
     power,
     reciprocal,
     softplus,
+    tangent,
     tanh_near_0,
 )
 
@@ -73,7 +72,7 @@ def decay(gate, time, EXACT: tl.constexpr):
     """Return the decay a, the weight z = 1 - a of the candidate, and the derivatives of -log(a) by gate and time."""
     if len(time) == 0:
         z, a = logistic(gate, EXACT)
-        return a, z, (z,), ()
+        return a, z, z, ()
     else:
         rate, slope = rate_of(gate, time, EXACT)
         # After an infinite time nothing is left, even if the rate was rounded to 0.
@@ -82,65 +81,68 @@ def decay(gate, time, EXACT: tl.constexpr):
         # 1 - exp(-x) = tanh(x / 2) (1 + exp(-x)) does not cancel.
         near = x < 0.7
         small = tanh_near_0(tl.where(near, 0.5 * x, 0.0), tl.where(near, x, 0.0)) * (1.0 + a)
-        return a, tl.where(near, small, 1.0 - a), (finite(time[0]) * slope,), (rate,)
+        return a, tl.where(near, small, 1.0 - a), finite(time[0]) * slope, rate
 
 
 @triton.jit
 def of_decay(slope, value, scale):
     """Return the derivative of a and b = (1 - a) value, if that of a is - scale slope."""
-    return (minus(slope),), (slope * value,), scale
+    return (minus(slope), ()), (slope * value, ()), scale
+
+
+@triton.jit
+def of_b(real, imaginary):
+    """Return the derivative by a number on which only b depends."""
+    return ((), ()), (real, imaginary), ()
 
 
 @triton.jit
 def mingru(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    a, z, by_gate, by_time = decay(x[0], time, EXACT)
-    value, slope = activate(x[1], ACTIVATION, EXACT)
-    of_candidate = (), (z * slope,), ()
-    return (a,), (z * value,), (of_decay(a, value, by_gate), of_candidate, of_decay(a, value, by_time))
+    a, z, by_gate, by_time = decay(x[0][0], time, EXACT)
+    value, slope = activate(x[1][0], ACTIVATION, EXACT)
+    return (a, ()), (z * value, ()), (of_decay(a, value, by_gate), of_b(z * slope, ()), of_decay(a, value, by_time))
 
 
 @triton.jit
 def signed(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    size, rest = half_tangent(x[0], EXACT)
-    value, slope = activate(x[1], ACTIVATION, EXACT)
-    a = tl.where(x[0] < 0, size, minus(size))
-    by_gate = (rest * (1.0 + size)) * -0.5
+    gate = x[0][0]
+    size, rest, slope_of_gate = tangent(0.5 * tl.abs(gate), tl.abs(gate), EXACT)
+    value, slope = activate(x[1][0], ACTIVATION, EXACT)
+    a = tl.where(gate < 0, size, minus(size))
+    by_gate = slope_of_gate * -0.5
     # The derivative of |a| at 0 counts as 0, as that of torch.abs.
     signed_value = tl.where(a > 0, minus(value), tl.where(a < 0, value, 0.0))
-    of_gate = (by_gate,), (signed_value * by_gate,), ()
-    of_candidate = (), (rest * slope,), ()
-    return (a,), (rest * value,), (of_gate, of_candidate)
+    of_gate = (by_gate, ()), (signed_value * by_gate, ()), ()
+    return (a, ()), (rest * value, ()), (of_gate, of_b(rest * slope, ()))
 
 
 @triton.jit
 def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    keep, z, by_gate, by_time = decay(x[0], time, EXACT)
-    value0, slope0 = activate(x[2], ACTIVATION, EXACT)
-    value1, slope1 = activate(x[3], ACTIVATION, EXACT)
+    gate, angle = x[0]
+    keep, z, by_gate, by_time = decay(gate, time, EXACT)
+    value0, slope0 = activate(x[1][0], ACTIVATION, EXACT)
+    value1, slope1 = activate(x[1][1], ACTIVATION, EXACT)
     # The angle is in units of pi / 4.
     if len(time) == 0:
-        cosine, sine = direction(0.25 * x[1])
+        cosine, sine = direction(0.25 * angle)
         turn = tl.full((1, 1), QUARTER_PI, keep.dtype)
     else:
-        elapsed = tl.broadcast_to(finite(time[0]), x[1].shape)
-        cosine, sine = direction_of_product(0.25 * elapsed, x[1])
+        elapsed = tl.broadcast_to(finite(time[0]), angle.shape)
+        cosine, sine = direction_of_product(0.25 * elapsed, angle)
         turn = elapsed * QUARTER_PI
     a, turned = (keep * cosine, keep * sine), (minus(keep * sine), keep * cosine)
     of_gate = (minus(a[0]), minus(a[1])), (keep * value0, keep * value1), by_gate
-    of_angle = turned, (), (turn,)
-    of_time = (), (), ()
+    of_angle = turned, ((), ()), turn
+    of_time = of_b((), ())
     if len(time) > 0:
-        rate, turn_in_time = by_time[0], x[1] * QUARTER_PI
+        turn_in_time = angle * QUARTER_PI
         of_time = (
-            (turn_in_time * turned[0] - rate * a[0], turn_in_time * turned[1] - rate * a[1]),
-            (rate * keep * value0, rate * keep * value1),
+            (turn_in_time * turned[0] - by_time * a[0], turn_in_time * turned[1] - by_time * a[1]),
+            (by_time * keep * value0, by_time * keep * value1),
             (),
         )
-    return (
-        a,
-        (z * value0, z * value1),
-        (of_gate, of_angle, ((), (z * slope0,), ()), ((), (z * slope1, (), ()), ()), of_time),
-    )
+    derivatives = of_gate, of_angle, of_b(z * slope0, ()), of_b((), z * slope1), of_time, of_b((), ())
+    return a, (z * value0, z * value1), derivatives
 
 
 @triton.jit
@@ -163,45 +165,41 @@ def normalized_gates(forget, input, EXACT: tl.constexpr):
 
 @triton.jit
 def minlstm(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    forget, input = x[0][0], x[1][0]
     if len(time) == 0:
-        f, i, without_forget, without_input = normalized_gates(x[0], x[1], EXACT)
+        f, i, without_forget, without_input = normalized_gates(forget, input, EXACT)
         slope, by_time = f * i, ()
     else:
         # A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
-        forget_cost, without_forget, _ = softplus(minus(x[0]), EXACT)
-        input_cost, without_input, _ = softplus(minus(x[1]), EXACT)
+        forget_cost, without_forget, _ = softplus(minus(forget), EXACT)
+        input_cost, without_input, _ = softplus(minus(input), EXACT)
         f, i, by_gate, by_time = decay(forget_cost - input_cost, time, EXACT)
-        slope = f * by_gate[0]
-    value, value_slope = activate(x[2], ACTIVATION, EXACT)
-    of_forget = of_decay(slope, value, (minus(without_forget),))
-    of_input = of_decay(slope, value, (without_input,))
-    of_candidate = (), (i * value_slope,), ()
-    return (f,), (i * value,), (of_forget, of_input, of_candidate, of_decay(f, value, by_time))
+        slope = f * by_gate
+    value, value_slope = activate(x[2][0], ACTIVATION, EXACT)
+    of_forget, of_input = of_decay(slope, value, minus(without_forget)), of_decay(slope, value, without_input)
+    return (f, ()), (i * value, ()), (of_forget, of_input, of_b(i * value_slope, ()), of_decay(f, value, by_time))
 
 
 @triton.jit
 def unnormalized(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    f, without_forget = logistic(x[0], EXACT)
-    i, without_input = logistic(x[1], EXACT)
-    value, slope = activate(x[2], ACTIVATION, EXACT)
-    of_forget = (f,), (), (without_forget,)
-    of_input = (), (value * i,), (without_input,)
-    of_candidate = (), (i * slope,), ()
-    return (f,), (i * value,), (of_forget, of_input, of_candidate)
+    f, without_forget = logistic(x[0][0], EXACT)
+    i, without_input = logistic(x[1][0], EXACT)
+    value, slope = activate(x[2][0], ACTIVATION, EXACT)
+    of_forget = (f, ()), ((), ()), without_forget
+    of_input = ((), ()), (value * i, ()), without_input
+    return (f, ()), (i * value, ()), (of_forget, of_input, of_b(i * slope, ()))
 
 
 @triton.jit
 def scans(x):
     """The cell whose inputs are a and b."""
-    one = tl.full(x[0].shape, 1.0, x[0].dtype)
-    if len(x) == 2:
-        return (x[0],), (x[1],), (((one,), (), ()), ((), (one,), ()))
+    a, b = x
+    one = tl.full(a[0].shape, 1.0, a[0].dtype)
+    of_a, of_imaginary_a = ((one, ()), ((), ()), ()), (((), one), ((), ()), ())
+    if is_there(a[1]):
+        return a, b, (of_a, of_imaginary_a, of_b(one, ()), of_b((), one))
     else:
-        return (
-            (x[0], x[1]),
-            (x[2], x[3]),
-            (((one,), (), ()), ((one, (), ()), (), ()), ((), (one,), ()), ((), (one, (), ()), ())),
-        )
+        return a, b, (of_a, of_b(one, ()))
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .cells import cell
-from .math import INFINITY
+from .math import INFINITY, is_there
 from .scan import carries, changes_of, conjugate, constant, features, gradients, number, plus, step, times, where
 
 
@@ -37,12 +37,15 @@ def load_state(x, there, like, PAIRS: tl.constexpr):
 @triton.jit
 def begin(x, batch_stride, step, origin, feature, V: tl.constexpr):
     """Return a sequence from its first step in the order of the scan, and the stride to the next step, in elements."""
-    batch, first_row, sign = origin
-    step = step.to(tl.int64) * V
-    # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
-    ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
-    at = batch * batch_stride * V + first_row * step
-    return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
+    if x is None:
+        return (), ()
+    else:
+        batch, first_row, sign = origin
+        step = step.to(tl.int64) * V
+        # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
+        ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
+        at = batch * batch_stride * V + first_row * step
+        return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def time_of(dt, here, bound, A: tl.constexpr):
 @triton.jit
 def carry_into(segment, state, products, ends, there, num_features):
     """Return the state before a segment, from the results of all segments before it, in their order."""
-    PAIRS: tl.constexpr = len(state) > 1
+    PAIRS: tl.constexpr = is_there(state[1])
     for before in range(segment):
         p = tl.load(products + before * num_features, there, other=1.0)
         l = tl.load(ends + before * num_features, there, other=0.0)
@@ -83,12 +86,18 @@ def carry_into(segment, state, products, ends, there, num_features):
     return state
 
 
+@triton.jit
+def derived(x, time, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return the conjugate of a, and the derivatives of the state; `previous` is () if they are not needed."""
+    a, _, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
+    return conjugate(a), changes_of(derivatives, previous) if len(previous) > 0 else ()
+
+
 def kernel(function):
     """Compile a function. Only constants select another kernel, not numbers that are 1 or a multiple of 16, nor
     addresses that are a multiple of 16."""
-    values = [
-        name for name, parameter in signature(function).parameters.items() if parameter.annotation is not tl.constexpr
-    ]
+    parameters = signature(function).parameters.values()
+    values = [each.name for each in parameters if each.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=values)(function)
 
 
@@ -111,8 +120,8 @@ def recurrence_kernel(
     # Sequences, None if there are none, and their strides of batch and time.
     x0,
     x1,
-    x_batch,
-    x_step,
+    x0_batch,
+    x0_step,
     x2=None,
     out=None,
     out_batch=None,
@@ -137,10 +146,10 @@ def recurrence_kernel(
     h=None,
     h_batch=None,
     initial_state=None,
-    initial_batch=None,
-    last=None,
+    initial_state_batch=None,
     grad_last=None,
-    grad_h=None,
+    # State after the last step, or gradient of h.
+    after=None,
     # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
     grad_initial_state=None,
     grad_bias=None,
@@ -198,7 +207,7 @@ def recurrence_kernel(
         earliest = load_state(h + batch * h_batch + feature, there, real, PAIRS)
         state = load_state(grad_last + state_at, there, real, PAIRS) if BACKWARD else earliest
     if initial_state is not None:
-        start = load_state(initial_state + batch * initial_batch + feature, there, real, PAIRS)
+        start = load_state(initial_state + batch * initial_state_batch + feature, there, real, PAIRS)
     if SEGMENTS and not SUMMARY:
         state = carry_into(segment, state, products + segments_at, ends + segments_at, there, num_features)
 
@@ -206,16 +215,12 @@ def recurrence_kernel(
     if not PACKED:
         first_row, sign = (backwards * (total - 1)).to(tl.int64), 1 - 2 * backwards
     origin = batch, first_row, sign
-    x0, x_rows = begin(x0, x_batch, x_step, origin, feature, V)
-    x1 = begin(x1, x_batch, x_step, origin, feature, V)[0]
-    if x2 is not None:
-        x2 = begin(x2, x_batch, x_step, origin, feature, V)[0]
-    if not SUMMARY:
-        out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
-    if BACKWARD:
-        grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
-    if BACKWARD and not SUMMARY:
-        grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
+    x0, x_rows = begin(x0, x0_batch, x0_step, origin, feature, V)
+    x1 = begin(x1, x0_batch, x0_step, origin, feature, V)[0]
+    x2 = begin(x2, x0_batch, x0_step, origin, feature, V)[0]
+    out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
+    grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
+    grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
     if reset is not None:
         reset, reset_rows = begin(reset, reset_batch, reset_step, origin, 0, 1)
     if grad_dt is not None:
@@ -233,7 +238,7 @@ def recurrence_kernel(
     for tile in tl.range(begin_at, end, C * T, num_stages=STAGES):
         u = tile + chunk * T
         first = u.to(tl.int64)
-        rows, inputs, resets, moments, deltas, states = (), (), (), (), (), ()
+        rows, masks, steps, resets, deltas = (), (), (), (), ()
         if PACKED:
             # The backward pass needs one more, because the previous state is in the row of the next u.
             for t in tl.static_range(T + BACKWARD):
@@ -242,76 +247,61 @@ def recurrence_kernel(
         for t in tl.static_range(T):
             here = u + t < end
             mask = here if EVEN else here & there
+            masks += (mask,)
             at = address(first, t, rows, x_rows)
-            x = number(tl.load(x0 + at, mask, other=keeping).to(A), PAIRS)
-            x += number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PAIRS)
-            if x2 is not None:
-                x += (tl.load(x2 + at, mask, other=KEEPING[2]).to(A),)
-            inputs += (x,)
-            if reset is not None:
-                resets += (tl.load(reset + address(first, t, rows, reset_rows), here, other=0) != 0,)
+            x = (number(tl.load(x0 + at, mask, other=keeping).to(A), PAIRS),)
+            x += (number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PAIRS),)
+            if NUM_INPUTS == 3:
+                x += (number(tl.load(x2 + at, mask, other=KEEPING[2]).to(A), PAIRS),)
+            resets += (
+                () if reset is None else tl.load(reset + address(first, t, rows, reset_rows), here, other=0) != 0,
+            )
             elapsed = None if dt is None else dt + address(first, t, rows, dt_rows)
-            moments += (time_of(elapsed, here, bound, A),)
+            previous = ()
             if BACKWARD:
                 deltas += (load_state(grad_out + address(first, t, rows, grad_out_rows), mask, real, PAIRS),)
-                if SUMMARY:
-                    states += ((),)
-                else:
-                    # The state before the first step is not in `out`.
-                    inside = u + t < tl.minimum(end, total - 1)
-                    at = address(first, t + 1, rows, out_rows)
-                    previous = load_state(out + at, inside if EVEN else inside & there, real, PAIRS)
-                    previous = where(u + t == total - 1, earliest, previous)
-                    states += (where(resets[t], start, previous) if len(resets) > 0 else previous,)
-        a, b, changes = (), (), ()
-        before = state
-        if not BACKWARD:
-            for t in tl.static_range(T):
-                a_t, b_t, _ = cell(inputs[t], moments[t], CELL, ACTIVATION, EXACT)
+            if BACKWARD and not SUMMARY:
+                # The state before the first step is not in `out`.
+                inside = u + t < tl.minimum(end, total - 1)
+                at = address(first, t + 1, rows, out_rows)
+                previous = load_state(out + at, inside if EVEN else inside & there, real, PAIRS)
+                previous = where(resets[t], start, where(u + t == total - 1, earliest, previous))
+            steps += ((x, time_of(elapsed, here, bound, A), previous),)
+        a, b, changes, before = (), deltas, (), state
+        # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived
+        # first, and bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
+        FIRST: tl.constexpr = C > 1 or EXACT
+        for t in tl.static_range(T):
+            if not BACKWARD:
+                a_t, b_t, _ = cell(steps[t][0], steps[t][1], CELL, ACTIVATION, EXACT)
                 a += (a_t,)
                 b += (b_t,)
-            if C > 1:
-                before, state, decay_of_tile = carries(a, b, resets, start, state, MAY_GROW)
-            if not SUMMARY:
-                for t in tl.static_range(T):
-                    before = step(before, a[t], b[t], resets[t] if len(resets) > 0 else None, start)
-                    here = u + t < end
+            elif FIRST:
+                a_t, changes_t = derived(*steps[t], CELL, ACTIVATION, EXACT)
+                a += (a_t,)
+                changes += (changes_t,)
+        if C > 1:
+            before, state, decay_of_tile = carries(a, b, resets, None if BACKWARD else start, state, MAY_GROW)
+        if not SUMMARY:
+            for t in tl.static_range(T):
+                if not BACKWARD:
+                    before = step(before, a[t], b[t], resets[t], start)
                     at = address(first, t, rows, out_rows)
-                    tl.store(out + at, features(before).to(out.dtype.element_ty), here if EVEN else here & there)
-        else:
-            # Chunks need all a first. Otherwise float32 takes fewer instructions if all steps are derived first, and
-            # bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
-            FIRST: tl.constexpr = C > 1 or EXACT
-            if FIRST:
-                for t in tl.static_range(T):
-                    a_t, _, derivatives = cell(inputs[t], moments[t], CELL, ACTIVATION, EXACT)
-                    a += (conjugate(a_t),)
-                    changes += (changes_of(derivatives, states[t]),)
-            if C > 1:
-                before, state, decay_of_tile = carries(a, deltas, resets, None, state, MAY_GROW)
-            if not SUMMARY:
-                for t in tl.static_range(T):
-                    here = u + t < end
-                    mask = here if EVEN else here & there
+                    tl.store(out + at, features(before).to(out.dtype.element_ty), masks[t])
+                else:
+                    a_t, changes_t = (a[t], changes[t]) if FIRST else derived(*steps[t], CELL, ACTIVATION, EXACT)
                     delta = plus(deltas[t], before)
-                    at = address(first, t, rows, grads_rows)
-                    if FIRST:
-                        a_t, changes_t = a[t], changes[t]
-                    else:
-                        a_t, _, derivatives = cell(inputs[t], moments[t], CELL, ACTIVATION, EXACT)
-                        a_t, changes_t = conjugate(a_t), changes_of(derivatives, states[t])
                     found = gradients(delta, changes_t)
+                    at = address(first, t, rows, grads_rows)
                     for k in tl.static_range(NUM_INPUTS):
-                        tl.store(grads + at + k * num_features, found[k].to(grads.dtype.element_ty), mask)
+                        tl.store(grads + at + k * num_features, found[k].to(grads.dtype.element_ty), masks[t])
                     if grad_dt is not None:
                         by_unit = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
                         at = address(first, t, rows, grad_dt_rows)
-                        tl.store(grad_dt + at, by_unit, here & (unit < num_units))
+                        tl.store(grad_dt + at, by_unit, (u + t < end) & (unit < num_units))
                     before = times(a_t, delta)
-                    to_initial = tl.zeros((C, F), A)
-                    if len(resets) > 0:
-                        to_initial = tl.where(resets[t], features(before), 0.0)
-                        before = where(resets[t], constant(before, 0.0), before)
+                    to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
+                    before = where(resets[t], constant(before, 0.0), before)
                     summed = (sums[0] + to_initial,)
                     for k in tl.static_range(NUM_INPUTS):
                         summed += (sums[k + 1] + found[k],)
@@ -320,15 +310,15 @@ def recurrence_kernel(
             state = before
         if SUMMARY:
             decay = times(decay, decay_of_tile)
-            for t in tl.static_range(len(resets)):
-                any_reset = any_reset | tl.max(resets[t].to(tl.int32), 0)[None, :]
+            if reset is not None:
+                for t in tl.static_range(T):
+                    any_reset = any_reset | tl.max(resets[t].to(tl.int32), 0)[None, :]
 
     if SUMMARY:
         at = segments_at + segment * num_features
         tl.store(products + at, tl.where(any_reset != 0, INFINITY, features(decay)), there)
         tl.store(ends + at, features(state), there)
     else:
-        after = grad_h if BACKWARD else last
         is_last = segment == num_segments - 1 if SEGMENTS else True
         if is_last:
             tl.store(after + state_at, features(state).to(after.dtype.element_ty), there)

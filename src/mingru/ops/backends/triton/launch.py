@@ -1,6 +1,7 @@
 """Launch the kernel, for both passes. Triton is imported at the first launch."""
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from ...layout import is_transposed
 from ...shape import States, accumulate_dtype
 from . import device as devices
 from .plan import KEEPING, Plan, Work, plan_of
+
+Tensors = Sequence[Tensor]
+Given = Sequence[Tensor | None]
 
 # Why a kernel cannot be compiled or launched, by device, pass, cell and dtype.
 _failures: dict[tuple[torch.device, str, str, torch.dtype], str] = {}
@@ -60,14 +64,7 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
 class _Call:
     """What both passes have in common."""
 
-    def __init__(
-        self,
-        inputs: Sequence[Tensor],
-        given: Sequence[Tensor | None],
-        cell: Sequence[str],
-        min_decay: float,
-        order: Any,
-    ) -> None:
+    def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
         self.initial_state, self.reset, self.dt, self.batch_sizes = given[1:]
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
         self.x = [self.flat(x) for x in inputs]
@@ -118,20 +115,14 @@ class _Call:
         # The lowest bit is the largest power of 2 that divides all of them.
         return bits & -bits
 
-    def strides(self, name: str, x: Tensor | None, unit: int = 1) -> dict[str, int]:
-        """Return the strides of batch and time in units, as arguments."""
-        if x is None:
-            return {}
-        batch, step = (
-            (0, x.stride(0)) if self.batch_sizes is not None else x.stride()[:2][:: -1 if self.time_first else 1]
-        )
-        return {f"{name}_batch": batch // unit, f"{name}_step": step // unit}
-
-    def sequences(self, unit: int, **sequences: Tensor) -> dict[str, Any]:
-        """Return sequences with their strides, as arguments."""
-        found: dict[str, Any] = dict(sequences)
+    def sequences(self, unit: int, **sequences: Tensor | None) -> dict[str, Any]:
+        """Return those sequences that are there, and their strides of batch and time in units, as arguments."""
+        found: dict[str, Any] = {}
         for name, x in sequences.items():
-            found |= self.strides(name, x, unit)
+            if x is not None:
+                leading = (0, x.stride(0)) if self.batch_sizes is not None else x.stride()[:2]
+                batch, step = leading[::-1] if self.time_first and self.batch_sizes is None else leading
+                found |= {name: x, f"{name}_batch": batch // unit, f"{name}_step": step // unit}
         return found
 
     def launch(self, name: str, plan: Plan, unit: int, shared: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -140,11 +131,9 @@ class _Call:
         x = self.x[0]
         shared |= {
             **dict(zip(("x0", "x1", "x2"), self.x, strict=False)),
-            **self.strides("x", x, unit),
-            **self.strides("reset", self.reset),
-            **self.strides("dt", self.dt),
-            "reset": self.reset,
-            "dt": self.dt,
+            **self.sequences(unit, x0=x),
+            **self.sequences(1, reset=self.reset, dt=self.dt),
+            **_state("initial_state", self.initial_state),
             "bound": _bound(self.min_decay),
             "num_steps": self.num_steps,
             "num_units": self.num_features // unit,
@@ -157,8 +146,6 @@ class _Call:
             "V": unit,
             "EVEN": self.num_features % plan.features == 0,
         }
-        if self.initial_state is not None:
-            shared["initial_state"], shared["initial_batch"] = _state(self.initial_state)
         if self.batch_sizes is not None:
             shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x.device)
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
@@ -188,11 +175,12 @@ def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     return both[:num_steps], both[num_steps:]
 
 
-def _state(h: Tensor) -> tuple[Tensor, int]:
-    """Return a state (B, N), or (1, N) for all batch elements, and its stride; features are contiguous."""
-    if h.stride(0) == 0:
-        h = h[:1]
-    return h.contiguous(), 0 if h.shape[0] == 1 else h[0].numel()
+def _state(name: str, h: Tensor | None) -> dict[str, Any]:
+    """Return a state (B, N), or (1, N) for all batch elements, and its stride, as arguments."""
+    if h is None:
+        return {}
+    h = (h[:1] if h.stride(0) == 0 else h).contiguous()
+    return {name: h, f"{name}_batch": 0 if h.shape[0] == 1 else h[0].numel()}
 
 
 def _bound(min_decay: float) -> tuple[float, ...] | None:
@@ -208,13 +196,7 @@ def _in_float32(number: float) -> tuple[float, float]:
     return rounded, number - rounded
 
 
-def forward(
-    inputs: Sequence[Tensor],
-    given: Sequence[Tensor | None],
-    cell: Sequence[str],
-    min_decay: float,
-    order: Sequence[bool],
-) -> States:
+def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
     """Return the states of all steps, and the last state.
 
     `given`: h, initial_state, reset, dt, batch_sizes. `cell`: name and activation. `order`: reverse, time_first.
@@ -224,19 +206,13 @@ def forward(
     out, last = inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
     flat = call.flat(out)
     unit = call.unit(flat)
-    before, h_batch = _state(h)
-    whole = {**call.sequences(unit, out=flat), "h": before, "h_batch": h_batch, "last": last}
+    whole = {**call.sequences(unit, out=flat), **_state("h", h), "after": last}
     call.launch("forward", call.plan(backward=False), unit, {}, whole)
     return out, last
 
 
 def backward(
-    inputs: Sequence[Tensor],
-    given: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    cell: Sequence[str],
-    min_decay: float,
-    flags: Sequence[bool],
+    inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the inputs, side by side, and of h, of the initial state (B, N), of dt and of a bias.
 
@@ -253,37 +229,29 @@ def backward(
     grads = grads_like(inputs, 2 if batch_sizes is None else 1)
     out, grad_out = (call.flat(x) for x in saved[:2])
     plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
-    before, h_batch = _state(h)
-    whole = {
-        **call.sequences(unit, out=out, grads=grads),
-        "h": before,
-        "h_batch": h_batch,
-        "grad_last": saved[2].contiguous(),
-        "grad_h": h.new_empty(h.shape),
-    }
+    grad_h = h.new_empty(h.shape)
+    whole = {**call.sequences(unit, out=out, grads=grads), **_state("h", h), "after": grad_h}
+    whole["grad_last"] = saved[2].contiguous()
+    batch, segments, num_features = call.num_sequences, plan.segments, call.num_features
+    new = functools.partial(inputs[0].new_empty, dtype=accumulate_dtype(inputs[0].dtype))
     # Sums of the programs of each segment.
-    num_sums, num_features = call.num_sequences * plan.segments, call.num_features
-    dtype = accumulate_dtype(inputs[0].dtype)
-
-    def sums(*shape: int) -> Tensor:
-        return inputs[0].new_empty(*shape, dtype=dtype)
-
-    if initial_state is not None:
-        whole["grad_initial_state"] = sums(num_sums, num_features)
-    if needs_bias:
-        whole["grad_bias"] = sums(num_sums, len(inputs) * num_features)
-    if needs_dt and dt is not None:
-        whole["grad_dt"] = sums(*dt.shape, num_features // unit)
-    call.launch("backward", plan, unit, call.sequences(unit, grad_out=grad_out), whole)
-    grad_initial_state = whole.get("grad_initial_state", sums(0, num_features))
-    if plan.segments > 1 and initial_state is not None:
-        grad_initial_state = grad_initial_state.view(-1, plan.segments, num_features).sum(1)
-    grad_dt = whole["grad_dt"].sum(-1) if "grad_dt" in whole else sums(0)
-    grad_bias = whole["grad_bias"].sum(0) if needs_bias else sums(0)
-    return grads, whole["grad_h"], grad_initial_state, grad_dt, grad_bias
+    sums: dict[str, Tensor | None] = {
+        "grad_initial_state": None if initial_state is None else new((batch, segments, num_features)),
+        "grad_dt": None if dt is None or not needs_dt else new((*dt.shape, num_features // unit)),
+        "grad_bias": new((batch * segments, len(inputs) * num_features)) if needs_bias else None,
+    }
+    call.launch("backward", plan, unit, call.sequences(unit, grad_out=grad_out), whole | sums)
+    grad_initial_state, grad_dt, grad_bias = (
+        new(0) if x is None else _summed(x, dim) for x, dim in zip(sums.values(), (1, -1, 0), strict=True)
+    )
+    return grads, grad_h, grad_initial_state, grad_dt, grad_bias
 
 
-def grads_like(inputs: Sequence[Tensor], num_leading: int) -> Tensor:
+def _summed(x: Tensor, dim: int) -> Tensor:
+    return x.select(dim, 0) if x.shape[dim] == 1 else x.sum(dim)
+
+
+def grads_like(inputs: Tensors, num_leading: int) -> Tensor:
     """Return an uninitialized tensor for the gradients of all inputs, side by side, in their memory order."""
     first = inputs[0]
     leading, size = first.shape[:num_leading], len(inputs) * first.shape[num_leading:].numel()

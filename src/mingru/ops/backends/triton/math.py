@@ -17,6 +17,12 @@ ROUNDER_64 = tl.constexpr(6755399441055744.0)
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
+@triton.constexpr_function
+def is_there(x):
+    """Return whether a value in a tuple is there. Otherwise it is (), because Triton 3.6 returns no tuple with None."""
+    return isinstance(x, tl.tensor)
+
+
 @triton.jit
 def minus(x):
     # Not -x, which Triton computes as 0 - x: a multiplication by -1 becomes a sign of the operand that uses it.
@@ -96,27 +102,22 @@ def tanh_near_0(x, double):
 
 
 @triton.jit
-def hyperbolic_tangent(x, EXACT: tl.constexpr):
-    """Return tanh(x) and its derivative, computed as 4 p / (1 + p)^2 where 1 - tanh(x)^2 would cancel."""
-    double = 2.0 * tl.abs(x)
+def tangent(x, double, EXACT: tl.constexpr):
+    """Return tanh(x), 1 - tanh(x) and 1 - tanh(x)^2 for x >= 0, all in full relative precision; `double` is 2x."""
     p = power(double, -1, EXACT)
     inverse = reciprocal(1.0 + p, EXACT)
-    near = tl.abs(x) < 0.35
+    near = double < 0.7
     # Far from 0, the function is not used, but its operations must not fail.
-    size = tl.where(near, tanh_near_0(tl.where(near, tl.abs(x), 0.0), tl.where(near, double, 0.0)), (1.0 - p) * inverse)
-    slope = tl.where(near, 1.0 - size * size, 4.0 * p * (inverse * inverse))
-    return tl.where(x < 0, minus(size), size), slope
+    small = tanh_near_0(tl.where(near, x, 0.0), tl.where(near, double, 0.0))
+    half = p * inverse
+    return tl.where(near, small, (1.0 - p) * inverse), 2.0 * half, 4.0 * (half * inverse)
 
 
 @triton.jit
-def half_tangent(x, EXACT: tl.constexpr):
-    """Return |tanh(x / 2)| and 1 - |tanh(x / 2)|, both in full relative precision."""
-    size = tl.abs(x)
-    p = power(size, -1, EXACT)
-    inverse = reciprocal(1.0 + p, EXACT)
-    near = size < 0.7
-    small = tanh_near_0(tl.where(near, 0.5 * size, 0.0), tl.where(near, size, 0.0))
-    return tl.where(near, small, (1.0 - p) * inverse), 2.0 * (p * inverse)
+def hyperbolic_tangent(x, EXACT: tl.constexpr):
+    """Return tanh(x) and its derivative."""
+    size, _, slope = tangent(tl.abs(x), 2.0 * tl.abs(x), EXACT)
+    return tl.where(x < 0, minus(size), size), slope
 
 
 @triton.jit

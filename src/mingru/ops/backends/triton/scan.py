@@ -1,9 +1,12 @@
-"""Numbers, real or complex, and the combination of the chunks of a tile; see `cells` and `kernels`."""
+"""Numbers, real or complex, and the combination of the chunks of a tile; see `cells` and `kernels`.
+
+A number is a tuple (real, imaginary). A part that is always 0 is (), and takes no instructions.
+"""
 
 import triton
 import triton.language as tl
 
-from .math import INFINITY, minus
+from .math import INFINITY, is_there, minus
 
 # If V > 1, a pair is in one thread, so that taking pairs apart and joining them moves no data.
 
@@ -14,210 +17,138 @@ def number(x, PAIRS: tl.constexpr):
     if PAIRS:
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     else:
-        return (x,)
+        return x, ()
 
 
 @triton.jit
 def features(x):
     """Return a number as features (C, F)."""
-    if len(x) == 1:
-        return x[0]
+    return tl.interleave(x[0], x[1]) if is_there(x[1]) else x[0]
+
+
+@triton.jit
+def plus_product(c, x, y):
+    """Return c + x y of parts."""
+    if is_there(x) and is_there(y):
+        return tl.math.fma(x, y, c) if is_there(c) else x * y
     else:
-        return tl.interleave(x[0], x[1])
+        return c
 
 
 @triton.jit
 def plus_times(c, a, b):
     """Return c + a b."""
-    if len(a) == 1:
-        return (tl.math.fma(a[0], b[0], c[0]),)
-    else:
-        real, imaginary = tl.math.fma(a[0], b[0], c[0]), tl.math.fma(a[0], b[1], c[1])
-        return tl.math.fma(minus(a[1]), b[1], real), tl.math.fma(a[1], b[0], imaginary)
+    real = plus_product(c[0], a[0], b[0])
+    if is_there(a[1]):
+        real = plus_product(real, minus(a[1]), b[1])
+    return real, plus_product(plus_product(c[1], a[0], b[1]), a[1], b[0])
 
 
 @triton.jit
 def times(a, b):
-    """Return a b. If b is complex, a may be real or imaginary; see `cells`."""
-    if len(b) == 1:
-        return (a[0] * b[0],)
-    elif len(a) == 1:
-        return a[0] * b[0], a[0] * b[1]
-    elif len(a) == 3:
-        return minus(a[0] * b[1]), a[0] * b[0]
-    else:
-        return a[0] * b[0] - a[1] * b[1], a[1] * b[0] + a[0] * b[1]
+    return plus_times(((), ()), a, b)
 
 
 @triton.jit
 def plus(a, b):
-    if len(a) == 1:
-        return (a[0] + b[0],)
-    else:
-        return a[0] + b[0], a[1] + b[1]
+    return a[0] + b[0], a[1] + b[1] if is_there(a[1]) else ()
 
 
 @triton.jit
 def where(condition, a, b):
-    if len(a) == 1:
-        return (tl.where(condition, a[0], b[0]),)
+    """Return a where the condition is true, otherwise b. A condition that is never true is ()."""
+    if is_there(condition):
+        return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1]) if is_there(a[1]) else ()
     else:
-        return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1])
+        return b
 
 
 @triton.jit
 def conjugate(a):
-    if len(a) == 1:
-        return a
-    else:
-        return a[0], minus(a[1])
-
-
-@triton.jit
-def broadcast(a, shape):
-    if len(a) == 1:
-        return (tl.broadcast_to(a[0], shape),)
-    else:
-        return tl.broadcast_to(a[0], shape), tl.broadcast_to(a[1], shape)
+    return a[0], minus(a[1]) if is_there(a[1]) else ()
 
 
 @triton.jit
 def constant(like, VALUE: tl.constexpr):
     """Return a real constant as a number."""
     real = tl.full(like[0].shape, VALUE, like[0].dtype)
-    if len(like) == 1:
-        return (real,)
-    else:
-        return real, tl.zeros(like[0].shape, like[0].dtype)
-
-
-@triton.jit
-def change(derivative, previous):
-    """Return the derivative of a state by a real number, and a scale as in `cells`."""
-    da, db, scale = derivative
-    if len(da) == 0:
-        change = db
-    elif len(db) == 0:
-        change = times(da, previous)
-    else:
-        change = plus_times(db, da, previous)
-    # Of a complex number, the gradient is scaled instead, which has one part.
-    if len(scale) > 0 and len(previous) == 1:
-        return (change[0] * scale[0],), ()
-    else:
-        return change, scale
+    return real, tl.zeros(like[0].shape, like[0].dtype) if is_there(like[1]) else ()
 
 
 @triton.jit
 def changes_of(derivatives, previous):
+    """Return the derivatives of a state by real numbers, each with a scale as in `cells`."""
     changes = ()
-    if len(previous) > 0:
-        for k in tl.static_range(len(derivatives)):
-            changes += (change(derivatives[k], previous),)
+    for k in tl.static_range(len(derivatives)):
+        da, db, scale = derivatives[k]
+        change = plus_times(db, da, previous)
+        # Of a complex number, the gradient is scaled instead, which has one part.
+        if is_there(scale) and not is_there(previous[1]):
+            changes += (((change[0] * scale, ()), ()),)
+        else:
+            changes += ((change, scale),)
     return changes
 
 
 @triton.jit
 def gradient(delta, change, scale):
-    """Return the gradient of a real number, from that of the state and the result of `change`."""
-    if len(change) == 0:
-        return tl.zeros(delta[0].shape, delta[0].dtype)
-    elif len(change) == 1:
-        return delta[0] * change[0]
-    elif len(change) == 3:
-        return delta[1] * change[0]
+    """Return the gradient of a real number, from that of the state and the result of `changes_of`."""
+    gradient = plus_product(plus_product((), delta[0], change[0]), delta[1], change[1])
+    if is_there(gradient):
+        return gradient * scale if is_there(scale) else gradient
     else:
-        gradient = delta[0] * change[0] + delta[1] * change[1]
-        return gradient * scale[0] if len(scale) > 0 else gradient
+        return tl.zeros(delta[0].shape, delta[0].dtype)
 
 
 @triton.jit
 def gradients(delta, changes):
     """Return the gradients of the inputs and, last, of the elapsed time, as features."""
     found = ()
-    if len(delta) == 1:
-        for k in tl.static_range(len(changes)):
-            found += (gradient(delta, *changes[k]),)
-    else:
-        for k in tl.static_range(len(changes) // 2):
-            found += (tl.interleave(gradient(delta, *changes[2 * k]), gradient(delta, *changes[2 * k + 1])),)
-        if len(changes) % 2 == 1:
-            by_time = gradient(delta, *changes[len(changes) - 1])
-            found += (tl.interleave(by_time, tl.zeros(by_time.shape, by_time.dtype)),)
+    PARTS: tl.constexpr = 2 if is_there(delta[1]) else 1
+    for k in tl.static_range(len(changes) // PARTS):
+        real = gradient(delta, *changes[PARTS * k])
+        imaginary = gradient(delta, *changes[PARTS * k + 1]) if PARTS == 2 else ()
+        found += (features((real, imaginary)),)
     return found
 
 
 @triton.jit
 def step(state, a, b, reset, start):
-    """Return the state after a step; `reset` is None or a mask. If `start` is None, return the carry of the backward
+    """Return the state after a step; `reset` is a mask or (). If `start` is None, return the carry of the backward
     pass, which a reset sets to 0 after the step."""
     if start is not None:
-        if reset is not None:
-            state = where(reset, start, state)
-        return plus_times(b, a, state)
+        return plus_times(b, a, where(reset, start, state))
     else:
         state = times(a, plus(b, state))
-        if reset is not None:
-            state = where(reset, constant(state, 0.0), state)
-        return state
+        return where(reset, constant(state, 0.0), state)
+
+
+# Maps h -> p h + l of neighboring chunks are combined; capitals belong to the second one. q and m are the map without
+# the last chunk, because shifting the result by one chunk would exchange data between threads.
 
 
 @triton.jit
-def then(p_left, l_left, p_before, l_before, p_right, l_right, p_before_right, l_before_right):
-    """Combine maps h -> p h + l. The last two values are the map without the last chunk, because shifting the result by
-    one chunk would exchange data between threads."""
-    return (
-        p_left * p_right,
-        p_right * l_left + l_right,
-        p_left * p_before_right,
-        p_before_right * l_left + l_before_right,
-    )
+def then(p, l, q, m, P, L, Q, M):
+    return p * P, P * l + L, p * Q, Q * l + M
 
 
 @triton.jit
-def then_pairs(
-    p0_left,
-    p1_left,
-    l0_left,
-    l1_left,
-    p0_before,
-    p1_before,
-    l0_before,
-    l1_before,
-    p0_right,
-    p1_right,
-    l0_right,
-    l1_right,
-    p0_before_right,
-    p1_before_right,
-    l0_before_right,
-    l1_before_right,
-):
-    """Combine maps of complex numbers as `then` does. 0 marks the real part, and 1 the imaginary part."""
-    return (
-        p0_left * p0_right - p1_left * p1_right,
-        p1_left * p0_right + p0_left * p1_right,
-        l0_right + p0_right * l0_left - p1_right * l1_left,
-        l1_right + p1_right * l0_left + p0_right * l1_left,
-        p0_left * p0_before_right - p1_left * p1_before_right,
-        p1_left * p0_before_right + p0_left * p1_before_right,
-        l0_before_right + p0_before_right * l0_left - p1_before_right * l1_left,
-        l1_before_right + p1_before_right * l0_left + p0_before_right * l1_left,
-    )
+def then_pairs(p0, p1, l0, l1, q0, q1, m0, m1, P0, P1, L0, L1, Q0, Q1, M0, M1):
+    """Combine maps of complex numbers. 0 marks the real part, and 1 the imaginary part."""
+    p, l, P, Q = (p0, p1), (l0, l1), (P0, P1), (Q0, Q1)
+    return times(p, P) + plus_times((L0, L1), P, l) + times(p, Q) + plus_times((M0, M1), Q, l)
 
 
 @triton.jit
 def combined(p, l):
     """Return the maps h -> p h + l from the first chunk to each chunk, and to the chunk before it."""
     one, zero = constant(p, 1.0), constant(p, 0.0)
-    if len(p) == 1:
-        p, l, p_before, l_before = tl.associative_scan(p + l + one + zero, 0, then)
-        return (p,), (l,), (p_before,), (l_before,)
+    if is_there(p[1]):
+        p0, p1, l0, l1, q0, q1, m0, m1 = tl.associative_scan(p + l + one + zero, 0, then_pairs)
+        return (p0, p1), (l0, l1), (q0, q1), (m0, m1)
     else:
-        p0, p1, l0, l1, p0_before, p1_before, l0_before, l1_before = tl.associative_scan(
-            p + l + one + zero, 0, then_pairs
-        )
-        return (p0, p1), (l0, l1), (p0_before, p1_before), (l0_before, l1_before)
+        p, l, q, m = tl.associative_scan((p[0], l[0], one[0], zero[0]), 0, then)
+        return (p, ()), (l, ()), (q, ()), (m, ())
 
 
 @triton.jit
@@ -228,10 +159,7 @@ def row(x, CHUNK):
 
 @triton.jit
 def chunk_of(x, CHUNK):
-    if len(x) == 1:
-        return (row(x[0], CHUNK),)
-    else:
-        return row(x[0], CHUNK), row(x[1], CHUNK)
+    return row(x[0], CHUNK), row(x[1], CHUNK) if is_there(x[1]) else ()
 
 
 @triton.jit
@@ -244,20 +172,17 @@ def is_any(condition):
 def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
     """Return the state before each chunk (C, F), the state after the last one and the decay of all chunks (1, F).
 
-    a, b and `resets` have a value for each step of a chunk; without resets, `resets` is empty. The state before the
-    first chunk is `state` (1, F). If `start` is None, the states are the carries of the backward pass.
+    a, b and `resets` have a value for each step of a chunk; without resets, it is (). The state before the first
+    chunk is `state` (1, F). If `start` is None, the states are the carries of the backward pass.
     """
     p, l = constant(a[0], 1.0), constant(a[0], 0.0)
     for t in tl.static_range(len(a)):
-        reset = resets[t] if len(resets) > 0 else None
-        l = step(l, a[t], b[t], reset, start)
+        l = step(l, a[t], b[t], resets[t], start)
         p = times(p, a[t])
-        if reset is not None:
-            p = where(reset, constant(p, 0.0), p)
+        p = where(resets[t], constant(p, 0.0), p)
     p, l, p_before, l_before = combined(p, l)
-    from_state = broadcast(state, p[0].shape)
-    before = plus_times(l_before, p_before, from_state)
-    last = chunk_of(plus_times(l, p, from_state), p[0].shape[0] - 1)
+    before = plus_times(l_before, p_before, state)
+    last = chunk_of(plus_times(l, p, state), p[0].shape[0] - 1)
     # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN; or it may overflow if
     # |a| > 1. Then the chunks are computed one after the other. NaN stays until the last chunk.
     wrong = is_any(features(last) != features(last))
@@ -267,9 +192,9 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
         last = state
         for chunk in range(p[0].shape[0]):
             here = tl.arange(0, p[0].shape[0])[:, None] == chunk
-            before = where(here, broadcast(last, p[0].shape), before)
-            h = broadcast(last, p[0].shape)
+            before = where(here, last, before)
+            h = last
             for t in tl.static_range(len(a)):
-                h = step(h, a[t], b[t], resets[t] if len(resets) > 0 else None, start)
+                h = step(h, a[t], b[t], resets[t], start)
             last = chunk_of(h, chunk)
     return before, last, chunk_of(p, p[0].shape[0] - 1)
