@@ -40,7 +40,7 @@ def medians_ms(
     All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
     differs between rounds. Before it is timed, each call runs once, so that it finds the caches as it leaves them.
     """
-    wait: Callable[[], Any] = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
+    wait: Callable[[], object] = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -58,12 +58,12 @@ def medians_ms(
     return {name: statistics.median(taken) for name, taken in times_ms.items()}
 
 
-def forward(function: Callable[[], Any]) -> Callable[[], Any]:
+def forward(function: Callable[[], object]) -> Callable[[], object]:
     """Return a function that calls `function` in inference mode."""
     return torch.inference_mode()(function)
 
 
-def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
+def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
     """Return a function that computes the gradients of all leaves, from a random gradient of the output."""
     grad = torch.randn_like(function())
     return lambda: torch.autograd.grad(function(), leaves, grad)
