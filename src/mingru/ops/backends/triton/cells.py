@@ -1,10 +1,10 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives.
 
 A cell is one function of its inputs, a tuple of numbers as in `scan`: the first input of `rotation` consists of a gate
-and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of
-the decay per unit of time, log(m) and log(1 - m). The function returns a, b, and a derivative for each of the
-parts of the inputs and, last, for the elapsed time, as of a number: (da, db, scale), so that the derivatives of a and b
-are scale da and scale db. `scale` is a real number, or () if it is 1. The compiler drops unused derivatives.
+and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of the decay per unit of time,
+log(m) and log(1 - m). The function returns a, b, and a derivative for each of the parts of the inputs and, last, for
+the elapsed time, as of a number: (da, db, scale), so that the derivatives of a and b are scale da and scale db. `scale`
+is a real number, or () if it is 1. The compiler drops unused derivatives.
 
 To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
 """
