@@ -67,8 +67,8 @@ class MinGRU(Recurrent, planned=True):
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
-            thirds of the stored values. Default: whichever is faster. Only the "native" backend supports this; the
-            other backends always store them, and so does `residual="highway"`.
+            thirds of the stored values. Default: whichever is faster. The backends "native" and "triton" support
+            this; the others always store them, and so does `residual="highway"`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 

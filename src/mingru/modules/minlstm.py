@@ -65,8 +65,7 @@ class MinLSTM(Recurrent, planned=True):
         first, then input gate rows, then candidate rows. With `residual="highway"`, the highway's H rows are the last.
 
     Numerics:
-        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow. On a GPU, the recurrence
-        of `normalize=False` runs as a linear scan, not as a fused kernel.
+        As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.
 
     Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, output gate or recurrent
     weight. Defaults differ as in `MinGRU`.

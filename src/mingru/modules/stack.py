@@ -28,9 +28,10 @@ class Stack(Layer, role="sequence", planned=True):
     differ, otherwise the identity.
 
     Args:
-        layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU` or `Stack`, or a layer
-            of your own, see [mingru.modules.Layer][]. Each has as many input features as the previous layer has
-            output features, D * H. All have the same `batch_first` and the same number of spatial dimensions.
+        layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU`, `Stack` or
+            [mingru.models.Block][], or a layer of your own, see [mingru.modules.Layer][]. Each has as many input
+            features as the previous layer has output features, D * H. All have the same `batch_first` and the same
+            number of spatial dimensions.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
             The layers' own dropout is applied too.
         residual: If True, add each layer's input to its output. A convolutional layer must then keep the shape of its
@@ -42,6 +43,7 @@ class Stack(Layer, role="sequence", planned=True):
           initial state of each layer.
         - **reset**: Boolean mask that all layers share, as in their `forward`.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
+        - **dt**: Time since the step before, if all layers take elapsed times.
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.
