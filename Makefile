@@ -49,6 +49,7 @@ seeds:
 
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
+	$(PYTHON) benchmarks/speed.py --ratios --json docs/ratios.json
 
 # Run the tests of every class in every mode, and write the table of docs/modes.md.
 modes:

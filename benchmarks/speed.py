@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                             # tables
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
+    python benchmarks/speed.py --ratios                    # time relative to MinGRU by shape, the README's table
 
 Times are medians of interleaved runs in one process, in milliseconds, of one layer. Forward is timed in inference mode.
 Forward + backward includes the gradients of all inputs and parameters. The dtype is float32 unless a name says bf16.
@@ -21,6 +22,7 @@ from measure import add_shape_option, where, write_json
 from torch import Tensor, nn
 
 import mingru
+from mingru import bench
 from mingru.bench import GRU, LINEAR, forward, forward_backward, medians_ms, output, print_table
 
 try:
@@ -30,6 +32,16 @@ except ImportError:
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
 IN_BF16 = SHAPES[:3]
+RATIO_SHAPES = [
+    (1, 256, 256, 256),
+    (1, 4096, 256, 256),
+    (1, 4096, 64, 64),
+    (8, 512, 256, 256),
+    (16, 1024, 512, 512),
+    (32, 1024, 128, 128),
+    (64, 1000, 10, 100),
+    (128, 32, 128, 128),
+]
 BACKENDS = [
     name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "sequential")
 ]
@@ -184,6 +196,19 @@ def sweep(timer: Timer, hidden_dims: int) -> dict[str, dict[int, float]]:
     return times
 
 
+def ratios(shapes: list[tuple[int, ...]], seconds: float) -> dict[str, dict[str, float]]:
+    """Print how many times as long a training step of other layers takes, as a Markdown table by shape."""
+    print(f"\n| (B, S, I, H) | MinGRU | {GRU} | nn.LSTM | {LINEAR} |\n| --- | --- | --- | --- | --- |")
+    results = {}
+    for shape in shapes:
+        training_ms = {name: taken[1] for name, taken in bench.whole_layer(shape, "cpu", seconds).items()}
+        relative = [training_ms[name] / training_ms["mingru"] for name in (GRU, "nn.LSTM", LINEAR)]
+        cells = (f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×" for ratio in relative)
+        print(f"| {shape} | {training_ms['mingru']:.3g} ms |", " | ".join(cells), "|", flush=True)
+        results[str(shape)] = training_ms
+    return results
+
+
 def plot(times: dict[str, dict[int, float]], hidden_dims: int, path: Path) -> None:
     import matplotlib as mpl
 
@@ -214,6 +239,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     parser.add_argument("--hidden-dims", type=int, default=256, help="features in the sweep (default: %(default)s)")
+    parser.add_argument("--ratios", action="store_true", help="print times relative to MinGRU instead of the tables")
     parser.add_argument("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     add_shape_option(parser, "five shapes")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
@@ -230,6 +256,8 @@ def main() -> None:
         results: object = sweep(timer, args.hidden_dims)
         if args.plot:
             plot(results, args.hidden_dims, args.plot)
+    elif args.ratios:
+        results = ratios([tuple(shape) for shape in args.shape or RATIO_SHAPES], args.seconds)
     else:
         results = {}
         for batch, steps, input_dims, hidden_dims in args.shape or SHAPES:

@@ -1,6 +1,7 @@
 """The README's code runs as it stands, and the usage code is the one that was asked for."""
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -31,3 +32,14 @@ def test_files_that_it_names_are_there():
 def test_kernels_were_built_where_this_project_checks_itself():
     if os.environ.get("CI"):
         assert mingru.backends()["native"] is True
+
+
+def test_its_table_of_ratios_is_what_the_command_wrote():
+    root = Path(__file__).parent.parent
+    results = json.loads((root / "docs" / "ratios.json").read_text())["results"]
+    names = ("nn.GRU", "nn.LSTM", "nn.Linear(I, 2H)")
+    for shape, times_ms in results.items():
+        ratios = [times_ms[name] / times_ms["mingru"] for name in names]
+        cells = [f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×" for ratio in ratios]
+        assert f"| {shape} | {times_ms['mingru']:.3g} ms | {' | '.join(cells)} |" in README
+    assert README.count("\n| (") == len(results) + 1

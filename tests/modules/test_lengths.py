@@ -210,7 +210,7 @@ def test_empty_sequences_on_every_backend(backend, cell, hooked, lengths):
     ("backend", "options"),
     [
         pytest.param("native", ALL, marks=pytest.mark.slow),
-        ("torch", {}),
+        pytest.param("torch", {}, marks=pytest.mark.slow),
         pytest.param("log", {"bidirectional": True}, marks=pytest.mark.slow),
     ],
     ids=["native", "torch", "log"],

@@ -144,6 +144,7 @@ def test_state_dict_and_copies():
     assert not torch.equal(stack.layers[0].layers[0].linear.weight, other.layers[0].layers[0].linear.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_graphs():
     stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)

@@ -190,7 +190,9 @@ class Recurrent(CheckedCalls, role="sequence"):
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
         (shape,) = self.state_shapes(batch)
-        return [self._state(x, None, batch).view(shape)]
+        state = self._state(x, None, batch)
+        # A view would take longer than the state.
+        return [state if state.shape == shape else state.view(shape)]
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
