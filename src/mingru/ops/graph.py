@@ -84,13 +84,14 @@ def are_eager(*tensors: Tensor) -> bool:
 
 
 def is_plain_inference(x: Any) -> bool:
-    """Return whether nobody sees the operations on a tensor: no gradient, graph, transform, mode, autocast or hook."""
+    """Return whether nobody sees the operations on a tensor on the CPU: no gradient, graph, transform, mode or hook."""
     return (
         not is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is Tensor
+        and x.is_cpu
         and is_untransformed()
-        and not is_autocast(x)
+        and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]

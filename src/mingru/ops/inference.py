@@ -220,7 +220,7 @@ def run(
     module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not (is_plain_inference(x) and x.is_cpu and x.dtype in _DTYPES) or not route.is_native():
+    if not module.planned or not (is_plain_inference(x) and x.dtype in _DTYPES) or not route.is_native():
         return None
     shape, plan = x.shape, plan_of(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:

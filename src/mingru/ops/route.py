@@ -33,6 +33,7 @@ BACKENDS: dict[str, Backend] = {
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
 VARIABLE = "MINGRU_BACKEND"
+_BY_VARIABLE = f"the environment variable {VARIABLE}"
 
 
 class _Chosen(threading.local):
@@ -99,7 +100,7 @@ def _selected(backend: str) -> tuple[str, str]:
         return backend, "backend"
     if _chosen.name != "auto":
         return _chosen.name, "use_backend"
-    return os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}"
+    return os.environ.get(VARIABLE) or "auto", _BY_VARIABLE
 
 
 def is_native() -> bool:
