@@ -282,6 +282,14 @@ def embed_remedy(x: Tensor) -> str:
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
+def check_list(name: str, argument: str, values: Any, count: int, expected: str) -> None:
+    """Check that values are a list or a tuple of so many."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(expectation(name, argument, expected, type(values).__name__))
+    if len(values) != count:
+        raise ValueError(expectation(name, argument, expected, str(len(values))))
+
+
 def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
     """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
     if not isinstance(h, (list, tuple)):

@@ -208,3 +208,34 @@ def test_what_is_missing_is_named(cls, message):
 def test_a_layer_of_another_size():
     with pytest.raises(ValueError, match=r"layers\[1\] must be a layer with input_dims=8, the output features of"):
         mingru.Stack([Doubled(4), Smooth(4)])
+
+
+class Returning(Layer, role="sequence"):
+    """A layer that returns other states than it says."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.input_dims = self.output_dims = DIMS
+        self.returned = states
+
+    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+        return x, self.returned
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize(
+    ("states", "error", "message"),
+    [
+        (
+            torch.zeros(1, B, DIMS),
+            TypeError,
+            r"^Stack: layers\[1\] must return its states in a list, .*\(out, \[state\]\)$",
+        ),
+        ([], ValueError, r"^Stack: layers\[1\] must return num_states = 1 states, got 0; set num_states$"),
+        ([torch.zeros(1, B, DIMS)] * 2, ValueError, "num_states = 1 states, got 2"),
+    ],
+)
+def test_other_states_than_it_says(states, error, message, with_gradients):
+    stack = mingru.Stack([mingru.MinGRU(DIMS, DIMS), Returning(states)])
+    with torch.set_grad_enabled(with_gradients), pytest.raises(error, match=message):
+        stack(torch.randn(B, S, DIMS))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..check import check_like, check_type, dims, expectation, require
 from ..modules import MinGRU, MinLSTM
 
-Layer = TypeVar("Layer", bound=MinGRU | MinLSTM)
+AnyLayer = TypeVar("AnyLayer", bound=MinGRU | MinLSTM)
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -64,7 +64,9 @@ class Checkpoint(dict[str, Tensor]):
             self.check_shape(key, self[key].shape == shape, expected)
 
 
-def loaded(layer: type[Layer], state: dict[str, Tensor], start: Tensor, is_learned: bool, **options: Any) -> Layer:
+def loaded(
+    layer: type[AnyLayer], state: dict[str, Tensor], start: Tensor, is_learned: bool, **options: Any
+) -> AnyLayer:
     """Return a layer with these parameters and this initial state, (L, 1, 1, H)."""
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
     rnn = layer(learn_initial_state=True, device="meta", dtype=start.dtype, **options)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import check_like, dims, expectation
+from ..check import check_like, check_list, dims, expectation
 from ..ops.graph import is_autocast
 from ..ops.shape import accumulate_dtype
 
@@ -38,11 +38,7 @@ def check_states(
     """Check that states are None or tensors of these shapes, with a dtype and the device that fit `like`."""
     if states is None:
         return
-    expected = f"a list of {len(shapes)} tensors"
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(expectation(name, argument, expected, type(states).__name__))
-    if len(states) != len(shapes):
-        raise ValueError(expectation(name, argument, expected, str(len(states))))
+    check_list(name, argument, states, len(shapes), f"a list of {len(shapes)} tensors")
     or_dtype, autocast = accumulate_dtype(like.dtype), is_autocast(like)
     for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
         check_like(name, f"{argument}[{index}]", state, like, like_name, or_dtype=or_dtype, autocast=autocast)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_like, check_one_state, check_reset, expanded, expectation
+from ..check import arguments_checked, check_like, check_list, check_one_state, check_reset, expanded, expectation
 from ..ops import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
@@ -98,11 +98,8 @@ class MinConv(Stacked, role="sequence"):
         check_reset(self.name, reset, x, f"({order})")
         if h is None:
             return
-        expected = f"a list of {self.num_states} states, one for each layer and direction"
-        if not isinstance(h, (list, tuple)):
-            raise TypeError(expectation(self.name, "h", expected, type(h).__name__))
-        if len(h) != self.num_states:
-            raise ValueError(expectation(self.name, "h", expected, str(len(h))))
+        count = self.num_states
+        check_list(self.name, "h", h, count, f"a list of {count} states, one for each layer and direction")
         batch = x.shape[0 if self.batch_first else 1]
         for index, state in enumerate(h):
             shape = (batch, 1, *shapes[index // self.num_directions])

@@ -65,6 +65,16 @@ def with_data(x: Tensor, data: Tensor) -> Tensor:
 
 
 @untraced
+def check_returned(name: str, index: int, states: list[Tensor], num_states: int) -> None:
+    """Raise an error if a layer of a stack returns other states than it says, which the next call could not take."""
+    layer = f"{name}: layers[{index}]"
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(f"{layer} must return its states in a list, got something else; return (out, [state])")
+    if len(states) != num_states:
+        raise ValueError(f"{layer} must return num_states = {num_states} states, got {len(states)}; set num_states")
+
+
+@untraced
 def check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
     """Raise an error if a layer of a stack with a residual changes the shape of its input."""
     if added.shape != data.shape:

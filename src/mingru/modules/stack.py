@@ -13,7 +13,7 @@ from ..ops import layout
 from ..ops.graph import untraced
 from ..ops.inference import Plan
 from .layer import Layer
-from .scripted import check_same_shape, data_of, with_data
+from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, not_default
 
 PASS_A_LIST = "pass the layers in one list"
@@ -106,22 +106,14 @@ class Stack(Layer, role="sequence", planned=True):
             got += f" without {' and '.join(missing)}"
             require(self.name, f"layers[{index}]", not missing, expected, got, error=TypeError)
         for index, (before, layer) in enumerate(pairwise(found)):
-            argument, name = f"layers[{index + 1}]", f"layers[{index}]"
-            for option, wanted, expected in (
-                ("batch_first", before.batch_first, f"batch_first={before.batch_first} like {name}"),
-                (
-                    "num_space_dims",
-                    before.num_space_dims,
-                    f"{before.num_space_dims} spatial dimensions like {name}",
-                ),
-                (
-                    "input_dims",
-                    before.output_dims,
-                    f"input_dims={before.output_dims}, the output features of {name}",
-                ),
+            for option, of_before, expected in (
+                ("batch_first", "batch_first", "batch_first={} like"),
+                ("num_space_dims", "num_space_dims", "{} spatial dimensions like"),
+                ("input_dims", "output_dims", "input_dims={}, the output features of"),
             ):
-                got = getattr(layer, option)
-                require(self.name, argument, got == wanted, f"a layer with {expected}", str(got))
+                wanted, got = getattr(before, of_before), getattr(layer, option)
+                text = f"a layer with {expected.format(wanted)} layers[{index}]"
+                require(self.name, f"layers[{index + 1}]", got == wanted, text, str(got))
         return found
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
@@ -181,6 +173,7 @@ class Stack(Layer, role="sequence", planned=True):
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
             before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
             out, after = layer.with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
+            check_returned(self.name, index, after, self.ends[index + 1] - self.ends[index])
             states += after
             data = data_of(out)
             if self.residual:

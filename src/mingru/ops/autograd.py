@@ -1,8 +1,8 @@
 """Derivatives of the recurrences, for every cell and every backend.
 
-`Scan` computes the formulas of `scan` by differentiable operations. Forward mode is another scan, and `vmap` folds the
-mapped dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates. It
-supports every cell, backend and derivative.
+`Scan` computes the formulas of `ops.scan` by differentiable operations. Forward mode is another scan, and `vmap` folds
+the mapped dimension into the batch. `composed` combines `Scan` with `cells.coefficients`, which PyTorch differentiates.
+It supports every cell, backend and derivative.
 
 `Recurrence` runs fused kernels for the forward pass and the first derivative. It saves the states, and the
 pre-activations unless backward recomputes them. For all other derivatives it calls `composed`.

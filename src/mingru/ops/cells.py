@@ -52,7 +52,7 @@ def is_complex(spec: Spec) -> bool:
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a and b, in the accumulation dtype.
+    """Return a and b, in the accumulation dtype. Both are new tensors, because a scan may overwrite them.
 
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
     mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
