@@ -298,19 +298,20 @@ def test_nothing_in_nothing_out(backend, cell, shape):
 
 
 @pytest.mark.parametrize("backend", [*NOT_LOG, "traceable"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("index", "bad"), [(1, math.nan), (1, math.inf), (1, -math.inf), (0, math.nan)])
+@pytest.mark.parametrize("distance", [25, 2])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, bad, reverse):
-    (gate, candidate), h, initial, _, _ = make("mingru", 2, 60, 3)
-    where, at = (40, 15) if reverse else (15, 40)
+def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, index, bad, distance, reverse):
+    inputs, h, initial, _, _ = make("mingru", 2, 60, 3)
+    where = 40 if reverse else 16
+    at = where + (-distance if reverse else distance)
     reset = torch.zeros(2, 60, dtype=torch.bool)
     reset[:, at] = True
-    candidate[0, where, 1] = bad
-    clean = candidate.clone()
-    clean[0, where, 1] = 0.0
+    clean = [x.clone() for x in inputs]
+    inputs[index][0, where, 1] = bad
     options = {"activation": "linear", "reverse": reverse}
-    out, _ = run(backend, "mingru", [gate, candidate], h, initial, reset, **options)
-    expected, _ = run(backend, "mingru", [gate, clean], h, initial, reset, **options)
+    out, _ = run(backend, "mingru", inputs, h, initial, reset, **options)
+    expected, _ = run(backend, "mingru", clean, h, initial, reset, **options)
     tainted = torch.zeros_like(out, dtype=torch.bool)
     tainted[0, slice(at + 1, where + 1) if reverse else slice(where, at), 1] = True
     assert not out[tainted].isfinite().any()

@@ -10,31 +10,13 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch._jit_internal import is_scripting
+from torch import Tensor, _jit_internal, nn
 from torch.autograd import forward_ad
 from torch.jit import _trace
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = [
-    "are_batched",
-    "are_eager",
-    "are_ordinary",
-    "for_trace",
-    "is_autocast",
-    "is_captured",
-    "is_compiling",
-    "is_exporting",
-    "is_plain_inference",
-    "is_scripting",
-    "is_tracing",
-    "is_true_for_all_sizes",
-    "is_untransformed",
-    "scripted_as",
-    "untraced",
-]
-
-# `is_compiling` is true for `torch.compile` and `torch.export`, `is_exporting` only for `torch.export`.
+is_scripting = _jit_internal.is_scripting
+# True for `torch.compile` and `torch.export`, and only for `torch.export`.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
 

@@ -12,6 +12,7 @@ so nothing cancels. The scan works in place and records no gradient; `ops.scan` 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,10 +113,10 @@ def _in_order(sequence: Tensor, dim: int, reverse: bool) -> list[Tensor]:
     return steps[::-1] if reverse else steps
 
 
-def _step_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reverse: bool) -> Tensor:
-    """Overwrite b with the states, one step after the other in dimension 1. Return the last state."""
-    resets = [None] * b.shape[1] if reset is None else _in_order(along(reset, b), 1, reverse)
-    for a_t, b_t, reset_t in zip(_in_order(a, 1, reverse), _in_order(b, 1, reverse), resets, strict=True):
+def _step_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reverse: bool, dim: int = 1) -> Tensor:
+    """Overwrite b with the states, one step after the other in this dimension. Return the last state."""
+    resets = [None] * b.shape[dim] if reset is None else _in_order(along(reset, b), dim, reverse)
+    for a_t, b_t, reset_t in zip(_in_order(a, dim, reverse), _in_order(b, dim, reverse), resets, strict=True):
         # Masked instead of multiplied by 0, so that NaN does not pass a reset.
         h = b_t.addcmul_(a_t, h if reset_t is None else h.masked_fill(reset_t, 0))
     return h
@@ -123,38 +124,22 @@ def _step_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, revers
 
 def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reverse: bool) -> Tensor:
     """Overwrite b with the states of all chunks; a and b are (B, C, T, *), reset (B, C, T). Return the last state."""
-    seen_reset = None
+    _step_in_place(a, b, reset, torch.zeros_like(b.select(2, 0)), reverse, 2)
+    for before, decay in pairwise(_in_order(a, 2, reverse)):
+        decay.mul_(before)
+    end = 0 if reverse else -1
+    has_reset = seen_reset = None
     if reset is not None:
-        mask = along(reset, b)
-        a.masked_fill_(mask, 0)
-        in_time = reset.flip(2) if reverse else reset
-        seen_reset = in_time.cummax(2).values
-        seen_reset = along(seen_reset.flip(2) if reverse else seen_reset, b)
-
-    decays, locals_ = _in_order(a, 2, reverse), _in_order(b, 2, reverse)
-    resets = [None] * len(decays) if reset is None else _in_order(mask, 2, reverse)
-    for t in range(1, len(decays)):
-        before, reset_t = locals_[t - 1], resets[t]
-        locals_[t].addcmul_(decays[t], before if reset_t is None else before.masked_fill(reset_t, 0))
-        decays[t].mul_(decays[t - 1])
-
-    carries = torch.empty_like(locals_[-1])
-    stops: list[Any] = [None] * b.shape[1]
-    if seen_reset is not None:
-        stops = _in_order(seen_reset.select(2, 0 if reverse else -1), 1, reverse)
-    chunks = zip(
-        _in_order(carries, 1, reverse),
-        _in_order(locals_[-1], 1, reverse),
-        _in_order(decays[-1], 1, reverse),
-        stops,
-        strict=True,
-    )
-    for carry, local, decay, stop in chunks:
-        carry.copy_(h)
-        h = torch.addcmul(local, decay, h if stop is None else h.masked_fill(stop, 0))
-
-    carry_in = carries.unsqueeze(2)
-    b.addcmul_(a, carry_in if seen_reset is None else carry_in.expand_as(b).masked_fill(seen_reset, 0))
+        seen_reset = reset.flip(2).cummax(2).values.flip(2) if reverse else reset.cummax(2).values
+        has_reset = seen_reset.select(2, end)
+        # Not only at the reset, because the product of NaN and 0 is NaN.
+        seen_reset = along(seen_reset, b)
+        a.masked_fill_(seen_reset, 0)
+    # The states after each chunk; each chunk starts from the one before.
+    states, before_all = b.select(2, end).clone(), h.unsqueeze(1)
+    h = _step_in_place(a.select(2, end), states, has_reset, h, reverse)
+    carry = torch.cat([states[:, 1:], before_all] if reverse else [before_all, states[:, :-1]], 1).unsqueeze(2)
+    b.addcmul_(a, carry if seen_reset is None else carry.expand_as(b).masked_fill(seen_reset, 0))
     return h
 
 
