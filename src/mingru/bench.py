@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules import MinGRU
-from .ops import Spec
+from .ops.call import Spec
 from .ops.route import backends, choose
 
 # Batch, steps, input features, hidden features.

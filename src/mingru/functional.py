@@ -24,6 +24,7 @@ from .check import (
 )
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
+from .ops.call import Spec, Start
 from .ops.cells import GATES, is_complex, zero_state
 from .ops.shape import accumulate_dtype, as_dtype
 
@@ -145,7 +146,7 @@ def mingru(
     name = "mingru"
     check_gate(name, "kind", kind)
     (bound,) = check_min_decay(name, min_decay, 1, kind)
-    spec = ops.Spec(GATES[kind], activation, False, bound)
+    spec = Spec(GATES[kind], activation, False, bound)
     inputs = {"gate": gate, "candidate": candidate}
     if is_complex(spec):
         _check_sequence(name, "gate", gate, least=3)
@@ -217,14 +218,14 @@ def minlstm(
     """
     name = "minlstm"
     check_flag(name, "normalize", normalize)
-    spec = ops.Spec("minlstm" if normalize else "minlstm_unnormalized", activation, False)
+    spec = Spec("minlstm" if normalize else "minlstm_unnormalized", activation, False)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
     return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 
 
 def _recurrence(
     name: str,
-    spec: ops.Spec,
+    spec: Spec,
     inputs: dict[str, Tensor],
     h: Tensor | None,
     reset: Tensor | None,
@@ -246,7 +247,7 @@ def _recurrence(
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
     initial = check_state(name, "initial_state", initial_state, first)
     state = initial if h is None else check_state(name, "h", h, first)
-    start = ops.Start(state, initial, reset, dt)
+    start = Start(state, initial, reset, dt)
     return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..check import dims, require
 from ..modules import MinGRU, MinLSTM
-from ..ops import States
 from ..ops.activation import g
+from ..ops.shape import States
 from .state_dict import Checkpoint, loaded
 
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}

@@ -26,8 +26,9 @@ from ..modules.layer import Dims
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS, RecurrentLayer
 from ..modules.shared import MaybeList, MaybeTensor, Result, copied, weight_of, without_dims
-from ..ops import Layout, States
+from ..ops.call import Layout
 from ..ops.graph import is_autocast, untraced
+from ..ops.shape import States
 
 Layer = TypeVar("Layer", bound="_DropIn")
 

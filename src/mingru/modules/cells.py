@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, of_another_shape
-from ..ops import Layout
+from ..ops.call import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
 from . import scripted

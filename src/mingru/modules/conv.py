@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..check import arguments_checked, check_like, check_list, check_one_state, check_reset, expanded, expectation
-from ..ops import Layout
+from ..ops.call import Layout
 from ..ops.graph import is_autocast, untraced
 from ..ops.shape import accumulate_dtype
 from . import scripted

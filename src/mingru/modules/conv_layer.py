@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check import check_flags, check_int, check_pairs, dims, require
-from ..ops import Layout, Map, Spec, Start, States, traceable
+from ..ops.backends import traceable
+from ..ops.blocks import Map
+from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES, zero_state
 from ..ops.graph import is_autocast
-from ..ops.shape import accumulate_dtype
+from ..ops.shape import States, accumulate_dtype
 from .group_norm import GroupNorm
 from .layer import reset_all
 from .options import Options

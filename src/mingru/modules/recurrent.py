@@ -14,11 +14,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
 from ..check import arguments_checked, check_bias, check_flag, check_int, check_min_decay, check_pairs, check_residual
-from ..ops import Layout, Spec, Start, States, layout, traceable
-from ..ops.cells import CELLS, GATES, zero_state
+from ..ops import layout
+from ..ops.backends import traceable
+from ..ops.call import Layout, Spec, Start
+from ..ops.cells import CELLS, GATES, NUM_INPUTS, zero_state
 from ..ops.graph import is_autocast, is_captured
 from ..ops.inference import Plan, plannable
-from ..ops.shape import accumulate_dtype, as_dtype
+from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
 from .options import Options, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, Result, reshaped
@@ -54,7 +56,7 @@ class RecurrentLayer(Directions):
     def __init__(self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
         output_dims, factory = options.hidden_dims * options.num_directions, options.factory
-        self.num_inputs = ops.NUM_INPUTS[cell]
+        self.num_inputs = NUM_INPUTS[cell]
         self.recompute = options.recompute
         self.residual = options.residual is True
         self.highway = options.residual == "highway"
@@ -83,7 +85,7 @@ class RecurrentLayer(Directions):
 
     def plan(self, plan: Plan, state: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.require(not self.highway, self.num_inputs == ops.NUM_INPUTS[self.cell])
+        plan.require(not self.highway, self.num_inputs == NUM_INPUTS[self.cell])
         features = plan.keep() if self.residual else 0
         if self.norm is not None:
             plan.norm(self.norm)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_like, dims, embed_remedy, expectation, not_a_tensor
-from ..ops import Layout, Spec, Start, States, layout
+from ..ops import layout
+from ..ops.call import Layout, Spec, Start
 from ..ops.graph import is_autocast, is_scripting
+from ..ops.shape import States
 from .layer import Layer
 from .options import Options
 from .shared import MaybeTensor, Outputs, defaults_of, not_default, weight_of

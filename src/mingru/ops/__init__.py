@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from . import autograd, blocks, inference, layout, route
+from . import autograd, blocks, layout, route
 from .backend import KernelFailure
 from .backends import traceable
 from .blocks import Map
@@ -18,24 +18,6 @@ from .graph import is_autocast, is_compiling, is_tracing, scripted_as
 from .route import Choice
 from .scan import LinearScan
 from .shape import States, accumulate_dtype, as_dtype, empty_states
-
-__all__ = [
-    "BATCH_FIRST",
-    "NUM_INPUTS",
-    "Layout",
-    "Map",
-    "Spec",
-    "Start",
-    "States",
-    "inference",
-    "layout",
-    "linear_recurrence",
-    "linear_scan",
-    "mapped_recurrence",
-    "recurrence",
-    "takes_lengths",
-    "traceable",
-]
 
 # With fewer input features, backward recomputes the pre-activations, because that is faster than storing them.
 _WIDE = 64
