@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
 from ..check import arguments_checked, check_bias, check_flag, check_int, check_min_decay, check_pairs, check_residual
-from ..ops import layout
+from ..ops import layout, route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import CELLS, GATES, NUM_INPUTS, zero_state
@@ -228,7 +228,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         layers: Any = self.layers
         has_more = any(layer.norm is not None or layer.residual or layer.highway for layer in layers)
         linears = [] if has_more else [linear for layer in layers for linear in layer.maps()]
-        return ops.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
+        return route.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> States:
         """Pack the valid steps once for all layers."""

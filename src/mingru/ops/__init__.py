@@ -14,7 +14,7 @@ from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
-from .graph import is_autocast, is_compiling, is_tracing, scripted_as
+from .graph import scripted_as
 from .route import Choice
 from .scan import LinearScan
 from .shape import States, accumulate_dtype, as_dtype, empty_states
@@ -31,12 +31,11 @@ def linear_scan(
     scan = LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
 
     def run(choice: Choice) -> States:
+        if choice.is_traced:
+            return traceable.linear_scan(*scan)
         return empty_states(a * b, h) if b.numel() == 0 else autograd.scan(choice.backend, scan)
 
-    if is_tracing():
-        out, last = traceable.linear_scan(*scan)
-    else:
-        out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
+    out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
@@ -66,20 +65,6 @@ def linear_recurrence(
     return _run_or_other(run, spec, x)
 
 
-def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
-    """Return whether `linear_recurrence` takes padded sequences with lengths, for all these linear maps.
-
-    A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
-    computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
-    """
-    if is_compiling():
-        return True
-    if not linears or is_autocast(x):
-        return False
-    name, start = route.choose(spec, x).backend, Start(x, x, None, dt)
-    return all(route.fused_with(linear, name, spec, x, start, order) for linear in linears)
-
-
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
     """Compute the recurrence of the pre-activations that the map `of` computes from x.
 
@@ -106,7 +91,7 @@ def _run_or_other(run: Callable[[Choice], States], spec: Spec, sequence: Tensor,
 
 
 def _run(choice: Choice, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
-    if is_tracing():
+    if choice.is_traced:
         return traceable.traced_recurrence(spec, inputs, start, order)
     if inputs[0].numel() == 0:
         return empty_states(traceable.sum_of(inputs), start.h)

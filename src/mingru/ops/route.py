@@ -20,7 +20,7 @@ from .backend import Backend, Kernel, KernelFailure
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Layout, Spec, Start
 from .cells import is_complex
-from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
+from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_tracing
 from .shape import as_dtype
 
 BACKENDS: dict[str, Backend] = {
@@ -92,6 +92,8 @@ class Choice(NamedTuple):
     """Whether the caller selected it: by the argument `backend`, by `use_backend` or by the environment."""
     kernel: str = ""
     """Field of the backend that has the kernel, "kernel" or "linear_kernel"; "" for tensor operations."""
+    is_traced: bool = False
+    """Whether `torch.jit.trace` records the call, as operations that do not depend on sizes."""
 
 
 def _selected(backend: str) -> tuple[str, str]:
@@ -112,6 +114,10 @@ def is_native() -> bool:
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
     """Choose the backend that runs this spec on this tensor."""
     name, selected_by = _selected(backend)
+    selected_by = f"{spec.cell}: {selected_by}"
+    _check_name(name, selected_by)
+    if is_tracing():
+        return Choice("torch", False, is_traced=True)
     if name == "auto":
         if is_exporting():
             # The exported graph may run where the kernels of this package are not installed.
@@ -120,8 +126,6 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
         if not is_compiling():
             _warn_if_kernels_are_missing(sequence, spec)
         return Choice(name, False)
-    selected_by = f"{spec.cell}: {selected_by}"
-    _check_name(name, selected_by)
     why = _why_not(name, sequence, spec)
     if why is not None:
         raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
@@ -174,6 +178,20 @@ def fused_with(
     if is_autocast(x):
         return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None
     return (x, weight, parameters["bias"]) if x.dtype == weight.dtype else None
+
+
+def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
+    """Return whether `ops.linear_recurrence` takes padded sequences with lengths, for all these linear maps.
+
+    A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
+    computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
+    """
+    if is_compiling():
+        return True
+    if not linears or is_autocast(x):
+        return False
+    name, start = choose(spec, x).backend, Start(x, x, None, dt)
+    return all(fused_with(linear, name, spec, x, start, order) for linear in linears)
 
 
 def _autocast(*tensors: Tensor | None) -> Any:
