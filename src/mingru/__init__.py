@@ -2,19 +2,18 @@
 
 from . import convert, drop_in, export, functional, models
 from ._version import __version__
-from .modules import (
+from .modules.cells import MinGRUCell, MinLSTMCell
+from .modules.minconvgru import (
     MinConv1dGRU,
     MinConv1dGRUCell,
     MinConv2dGRU,
     MinConv2dGRUCell,
     MinConv3dGRU,
     MinConv3dGRUCell,
-    MinGRU,
-    MinGRUCell,
-    MinLSTM,
-    MinLSTMCell,
-    Stack,
 )
+from .modules.mingru import MinGRU
+from .modules.minlstm import MinLSTM
+from .modules.stack import Stack
 from .ops.route import backends, use_backend
 from .serialization import safe_globals
 

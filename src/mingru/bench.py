@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .modules import MinGRU
+from .modules.mingru import MinGRU
 from .ops.call import Spec
 from .ops.route import backends, choose
 

@@ -1,8 +1,10 @@
 """Saving and loading of whole models."""
 
+import sys
+
 from torch import nn
 
-from . import drop_in, models, modules
+from . import drop_in, models
 from .convert import Projected
 from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
@@ -38,7 +40,8 @@ def safe_globals() -> list[type]:
           )
         )
     """
-    layers = [getattr(modules, name) for name in modules.__all__ if name != "Layer"]
+    package = sys.modules[__name__.partition(".")[0]]
+    layers = [each for each in (getattr(package, name) for name in package.__all__) if isinstance(each, type)]
     of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
     of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
     others = [drop_in.GRU, drop_in.GRUCell, models.Block, models.LanguageModel]

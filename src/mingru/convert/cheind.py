@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..check import require
-from ..modules import MinConv2dGRU, MinGRU, Stack
+from ..modules.minconvgru import MinConv2dGRU
+from ..modules.mingru import MinGRU
+from ..modules.stack import Stack
 from .state_dict import Checkpoint
 
 

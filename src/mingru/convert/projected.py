@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..check import dims, require
-from ..modules import MinGRU, MinLSTM
+from ..modules.mingru import MinGRU
+from ..modules.minlstm import MinLSTM
 from ..ops.activation import g
 from ..ops.shape import States
 from .state_dict import Checkpoint, loaded

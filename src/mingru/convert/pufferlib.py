@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..modules import MinGRU
+from ..modules.mingru import MinGRU
 from .state_dict import Checkpoint, loaded
 
 

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..check import check_like, check_type, dims, expectation, require
-from ..modules import MinGRU, MinLSTM
+from ..modules.mingru import MinGRU
+from ..modules.minlstm import MinLSTM
 
 AnyLayer = TypeVar("AnyLayer", bound=MinGRU | MinLSTM)
 

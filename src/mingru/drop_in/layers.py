@@ -20,9 +20,10 @@ from ..check import (
     embed_remedy,
     expectation,
 )
-from ..modules import MinGRU, scripted
+from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.layer import Dims
+from ..modules.mingru import MinGRU
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS, RecurrentLayer
 from ..modules.shared import MaybeList, MaybeTensor, Result, copied, weight_of, without_dims

@@ -23,7 +23,9 @@ from ..check import (
     unknown_argument,
 )
 from ..check import dims as dims_text
-from ..modules import Layer, MinGRU, MinLSTM
+from ..modules.layer import Layer
+from ..modules.mingru import MinGRU
+from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout

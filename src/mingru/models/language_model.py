@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_flag, check_int, check_min_decay, check_number, expectation, require
-from ..modules import Stack
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
+from ..modules.stack import Stack
 from ..ops.graph import is_scripting, untraced
 from . import files, generation
 from .block import Block
