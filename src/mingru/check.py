@@ -7,7 +7,7 @@ import itertools
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
 from .ops.cells import CELLS, GATES
-from .ops.graph import are_ordinary, is_captured
+from .ops.graph import are_ordinary, is_autocast, is_captured
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -250,24 +250,15 @@ def check_tensor(
 
 
 def check_like(
-    name: str,
-    argument: str,
-    x: Tensor,
-    like: Tensor,
-    like_name: str,
-    *,
-    or_dtype: torch.dtype | None = None,
-    autocast: bool = False,
-    ids: bool = False,
+    name: str, argument: str, x: Tensor, like: Tensor, like_name: str, others: Sequence[Any] = (), ids: bool = False
 ) -> None:
-    """Check that x is a tensor with the device and the dtype of `like`.
+    """Check that x is a tensor with the device of `like`, and with its dtype or one of the others.
 
-    The dtype `or_dtype` is accepted too. With `autocast`, every dtype that autocast converts is accepted. With `ids`,
-    the error for integers says that token ids must be embedded.
+    With `ids`, the error for integers says that token ids must be embedded.
     """
     if not isinstance(x, Tensor):
         raise not_a_tensor(name, argument, x)
-    if x.dtype not in (like.dtype, or_dtype) and not (autocast and accumulate_dtype(x.dtype) == torch.float32):
+    if x.dtype not in (like.dtype, *others):
         expected = f"{like.dtype} like {like_name}"
         remedy = f"use {argument}.to({like.dtype})"
         if ids and embed_remedy(x):
@@ -275,6 +266,21 @@ def check_like(
         raise TypeError(expectation(name, argument, expected, str(x.dtype), remedy))
     if x.device != like.device:
         raise on_another_device(name, argument, x, like.device, like_name)
+
+
+def check_input(name: str, x: Tensor, weight: Tensor, like_name: str) -> None:
+    """Check that x has the device of the weight, and its dtype unless autocast converts it."""
+    check_like(name, "x", x, weight, like_name, converted(weight), ids=True)
+
+
+def check_kind(name: str, argument: str, x: Tensor, like: Tensor, like_name: str = "x") -> None:
+    """Check that x, a state or a time, has the device of a sequence, and its dtype or its accumulation dtype."""
+    check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *converted(like)))
+
+
+def converted(like: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that autocast converts, if it is enabled."""
+    return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
 
 
 def embed_remedy(x: Tensor) -> str:
@@ -302,7 +308,7 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
 
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
     """Return h expanded to the state (B, 1, *) of a sequence (B, S, *)."""
-    check_like(name, argument, h, sequence, "the sequence", or_dtype=accumulate_dtype(sequence.dtype))
+    check_kind(name, argument, h, sequence, "the sequence")
     return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)")
 
 
@@ -327,23 +333,14 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
         raise on_another_device(name, "reset", reset, sequence.device, "the sequence")
 
 
-def check_dt(
-    name: str,
-    dt: Tensor | None,
-    sequence: Tensor,
-    cell: str,
-    letters: str,
-    *,
-    like_name: str = "x",
-    autocast: bool = False,
-) -> None:
+def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters: str, like_name: str = "x") -> None:
     """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
     if dt is None:
         return
     why_not = CELLS[cell].not_timed
     if why_not is not None:
         raise ValueError(expectation(name, "dt", f"None because {why_not}", type(dt).__name__))
-    check_like(name, "dt", dt, sequence, like_name, or_dtype=accumulate_dtype(sequence.dtype), autocast=autocast)
+    check_kind(name, "dt", dt, sequence, like_name)
     if dt.shape != sequence.shape[:2]:
         raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
     # On a GPU, the test would synchronize.

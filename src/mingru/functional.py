@@ -239,7 +239,7 @@ def _recurrence(
         check_tensor(name, argument, sequence, first, first_name)
     check_choice(name, "activation", spec.activation, _activation.ACTIVATIONS)
     check_reset(name, reset, first, "(B, S)")
-    check_dt(name, dt, first, spec.cell, "(B, S)", like_name=first_name)
+    check_dt(name, dt, first, spec.cell, "(B, S)", first_name)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
     if initial_state is None:

@@ -16,6 +16,7 @@ from ..check import (
     check_int,
     check_like,
     check_pairs,
+    converted,
     dims,
     embed_remedy,
     expectation,
@@ -28,7 +29,7 @@ from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS, RecurrentLayer
 from ..modules.shared import MaybeList, MaybeTensor, Result, copied, weight_of, without_dims
 from ..ops.call import Layout
-from ..ops.graph import is_autocast, untraced
+from ..ops.graph import untraced
 from ..ops.shape import States
 
 Layer = TypeVar("Layer", bound="_DropIn")
@@ -90,11 +91,11 @@ class _DropIn(MinGRU):
     def _check_as(self, argument: str, x: Tensor, like: Tensor, like_name: str, wrong_dtype: type[Exception]) -> None:
         if x.dtype == like.dtype and x.device == like.device:
             return
-        autocast = is_autocast(x)
+        others = converted(x)
         try:
-            check_like(self.name, argument, x, like, like_name, autocast=autocast, ids=argument == "input")
+            check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
         except TypeError as error:
-            raise (RuntimeError if autocast else wrong_dtype)(str(error)) from None
+            raise (RuntimeError if others else wrong_dtype)(str(error)) from None
         except ValueError as error:
             raise RuntimeError(str(error)) from None
 

@@ -13,9 +13,9 @@ from ..check import (
     check_dropout,
     check_dt,
     check_flag,
+    check_input,
     check_int,
     check_lengths,
-    check_like,
     check_reset,
     expectation,
     is_number,
@@ -29,7 +29,7 @@ from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
-from ..ops.graph import is_autocast, untraced
+from ..ops.graph import untraced
 from ..ops.inference import Plan
 from .causal_conv import CausalConv
 from .state import check_states
@@ -236,10 +236,10 @@ class Block(Layer, role="sequence", planned=True):
             raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
         weight = weight_of(self.out)
         if weight is not None:
-            check_like(self.name, "x", x, weight, "the block's weights", autocast=is_autocast(x), ids=True)
+            check_input(self.name, x, weight, "the block's weights")
         check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
         check_reset(self.name, reset, x, "(B, S)")
-        check_dt(self.name, dt, x, self.rnn.cell, "(B, S)", autocast=is_autocast(x))
+        check_dt(self.name, dt, x, self.rnn.cell, "(B, S)")
         if lengths is not None:
             check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
 

@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import check_like, check_list, dims, expectation
-from ..ops.graph import is_autocast
-from ..ops.shape import accumulate_dtype
+from ..check import check_kind, check_list, dims, expectation
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> list[Tensor]:
@@ -39,9 +37,8 @@ def check_states(
     if states is None:
         return
     check_list(name, argument, states, len(shapes), f"a list of {len(shapes)} tensors")
-    or_dtype, autocast = accumulate_dtype(like.dtype), is_autocast(like)
     for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
-        check_like(name, f"{argument}[{index}]", state, like, like_name, or_dtype=or_dtype, autocast=autocast)
+        check_kind(name, f"{argument}[{index}]", state, like, like_name)
         if state.shape != shape:
             remedy = "pass a state of this batch size and of a module with the same options"
             raise ValueError(expectation(name, f"{argument}[{index}]", dims(shape), dims(state.shape), remedy))

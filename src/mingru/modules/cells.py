@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_dt, check_flag, check_like, check_one_state, check_reset, of_another_shape
+from ..check import arguments_checked, check_dt, check_flag, check_kind, check_one_state, check_reset, of_another_shape
 from ..ops.call import Layout
-from ..ops.graph import is_autocast, untraced
-from ..ops.shape import accumulate_dtype
+from ..ops.graph import untraced
 from . import scripted
 from .mingru import MinGRU
 from .minlstm import MinLSTM
@@ -56,13 +55,12 @@ class RecurrentCell(Recurrent, role="step"):
         if h is not None:
             (state,) = h
             check_one_state(self.name, state, f"({letters}H)", self.cell)
-            autocast = is_autocast(x)
-            check_like(self.name, "h", state, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=autocast)
+            check_kind(self.name, "h", state, x)
             if state.shape != (*batch, self.hidden_dims):
                 raise of_another_shape(self.name, "h", state, f"({letters}H)", (*batch, self.hidden_dims))
         first, order = x.select(-1, 0), "(B,)" if batch else "a scalar"
         check_reset(self.name, reset, first, order)
-        check_dt(self.name, dt, first, self.cell, order, autocast=is_autocast(x))
+        check_dt(self.name, dt, first, self.cell, order)
 
 
 class MinGRUCell(RecurrentCell, MinGRU, planned=True):

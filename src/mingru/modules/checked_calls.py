@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import (
     check_dt,
+    check_kind,
     check_lengths,
-    check_like,
     check_one_state,
     check_reset,
     dims,
@@ -17,8 +17,7 @@ from ..check import (
     expanded,
     expectation,
 )
-from ..ops.graph import is_autocast, untraced
-from ..ops.shape import accumulate_dtype
+from ..ops.graph import untraced
 from . import scripted
 from .shared import MaybeList, MaybeTensor
 from .stacked import Stacked
@@ -41,10 +40,8 @@ class CheckedCalls(Stacked):
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         if h is not None:
             self._check_state(x, h[0], batch)
-        if reset is not None:
-            check_reset(self.name, reset, x, f"({order})")
-        if dt is not None:
-            check_dt(self.name, dt, x, self.cell, f"({order})", autocast=is_autocast(x))
+        check_reset(self.name, reset, x, f"({order})")
+        check_dt(self.name, dt, x, self.cell, f"({order})")
         if lengths is not None:
             check_lengths(self.name, lengths, batch, steps, x.device)
 
@@ -60,13 +57,11 @@ class CheckedCalls(Stacked):
             self._check_state(x.data, h[0], int(x.batch_sizes[0]))
         packed_reset, packed_dt = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
         steps, sequence = "(1, steps)", x.data.unsqueeze(0)
-        if packed_reset is not None:
-            check_reset(self.name, packed_reset.unsqueeze(0), sequence, steps)
-        if packed_dt is not None:
-            check_dt(self.name, packed_dt.unsqueeze(0), sequence, self.cell, steps, autocast=is_autocast(x.data))
+        check_reset(self.name, packed_reset, sequence, steps)
+        check_dt(self.name, packed_dt, sequence, self.cell, steps)
 
     def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
-        """Return the data of an argument that must be packed like x."""
+        """Return the data (1, P) of an argument that must be packed like x."""
         if given is None:
             return None
         if not isinstance(given, PackedSequence):
@@ -77,13 +72,12 @@ class CheckedCalls(Stacked):
             raise ValueError(expectation(self.name, argument, "packed with the lengths of x", "other lengths"))
         if not torch.equal(_order_of(given), _order_of(x)):
             raise ValueError(expectation(self.name, argument, "packed in the order of x", "another order"))
-        data: Tensor = given.data
-        return data
+        return given.data.unsqueeze(0)
 
     def _check_state(self, x: Tensor, h: Any, batch: int) -> None:
         """Raise an error if h does not fit x."""
         check_one_state(self.name, h, "(L * D, B, 1, H)", self.cell)
-        check_like(self.name, "h", h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
+        check_kind(self.name, "h", h, x)
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
         if h.shape != shape:
             remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"

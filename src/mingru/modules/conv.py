@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_like, check_list, check_one_state, check_reset, expanded, expectation
+from ..check import arguments_checked, check_kind, check_list, check_one_state, check_reset, expanded, expectation
 from ..ops.call import Layout
-from ..ops.graph import is_autocast, untraced
-from ..ops.shape import accumulate_dtype
+from ..ops.graph import untraced
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import arguments_of
@@ -106,7 +105,7 @@ class MinConv(Stacked, role="sequence"):
             self._check_state(x, f"h[{index}]", state, shape, "(B, 1, H, *space)")
 
     def _check_state(self, x: Tensor, argument: str, h: Any, shape: tuple[int, ...], letters: str) -> None:
-        check_like(self.name, argument, h, x, "x", or_dtype=accumulate_dtype(x.dtype), autocast=is_autocast(x))
+        check_kind(self.name, argument, h, x)
         expanded(self.name, argument, h, shape, letters)
 
     def _shapes(self, space: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_like, dims, embed_remedy, expectation, not_a_tensor
+from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
-from ..ops.graph import is_autocast, is_scripting
+from ..ops.graph import is_scripting
 from ..ops.shape import States
 from .layer import Layer
 from .options import Options
@@ -101,7 +101,7 @@ class Stacked(Layer):
         first: Any = next(iter(self.layers))
         weight = weight_of(first.maps()[0])
         if weight is not None:
-            check_like(self.name, "x", x, weight, "the layer's weight", autocast=is_autocast(x), ids=True)
+            check_input(self.name, x, weight, "the layer's weight")
 
     def _dropped(self, x: Tensor, index: int) -> Tensor:
         """Return the output of a layer after dropout, which all layers except the last have."""

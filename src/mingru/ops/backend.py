@@ -3,12 +3,13 @@
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .call import Layout, Spec, Start
+from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .scan import LinearScan
-from .shape import States
+from .shape import States, as_real
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,33 @@ class Kernel:
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
+
+
+def scan_by(kernel: Kernel, call: LinearScan) -> States:
+    """Compute the linear scan by a fused kernel, which takes complex numbers as pairs of features."""
+    spec, (a, b, h) = _real(call)
+    out, last, _ = kernel.forward(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST, False)
+    return _like(call, out), _like(call, last)
+
+
+def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[Tensor, ...]:
+    """Compute the gradients of a, b and h; `saved`: out, grad_out, grad_last."""
+    spec, (a, _, h, out, *grad) = _real(call, *saved)
+    # The gradients do not depend on b.
+    of_call = spec, [a, a], Start(h, h, call.reset), BATCH_FIRST
+    grad_h, _, _, *grads = kernel.backward(*of_call, (out, None, *grad), [False])
+    return tuple(_like(call, x) for x in (*grads, grad_h) if x is not None)
+
+
+def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
+    """Return the cell of a scan, and a, b, h and other tensors as real numbers."""
+    if call.a.is_complex():
+        return Spec("complex_linear_scan", "linear", call.reverse), [as_real(x) for x in (*call[:3], *others)]
+    return Spec("linear_scan", "linear", call.reverse), [*call[:3], *others]
+
+
+def _like(call: LinearScan, x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.contiguous()) if call.a.is_complex() else x
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)

@@ -5,17 +5,17 @@ Importing this module registers the operators with PyTorch's dispatcher. They ta
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel
-from ..call import BATCH_FIRST, Layout, Spec, Start
+from ..backend import Backend, Kernel, scan_backward_by, scan_by
+from ..call import Layout, Spec, Start
 from ..layout import is_transposed
-from ..scan import LinearScan
-from ..shape import States, accumulate_dtype, as_dtype, as_real
+from ..shape import States, accumulate_dtype, as_dtype
 
 # The `group` of csrc/scan.h.
 _GROUP = 16
@@ -177,39 +177,14 @@ def _linear_recurrence_backward(
     return *_grads_of_start(start, needs[0], *grads_of_start), *found
 
 
-def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
-    """Return the cell of a scan, and a, b, h and other tensors as real numbers."""
-    tensors = [*call[:3], *others]
-    if call.a.is_complex():
-        return Spec("complex_linear_scan", "linear", call.reverse), list(map(as_real, tensors))
-    return Spec("linear_scan", "linear", call.reverse), tensors
-
-
-def _scan(call: LinearScan) -> States:
-    spec, (a, b, h) = _real(call)
-    out, last, _ = _recurrence(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST, False)
-    if call.a.is_complex():
-        return torch.view_as_complex(out), torch.view_as_complex(last)
-    return out, last
-
-
-def _scan_backward(call: LinearScan, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    spec, (a, _, h, out, *grads_of_states) = _real(call, *saved)
-    # The gradients do not depend on b.
-    grad_h, _, _, *grads = _recurrence_backward(
-        spec, [a, a], Start(h, h, call.reset), BATCH_FIRST, (out, None, *grads_of_states), [False]
-    )
-    found: Any = (*grads, grad_h)
-    return tuple(torch.view_as_complex(grad.contiguous()) for grad in found) if call.a.is_complex() else found
-
-
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    scan=_scan,
-    scan_backward=_scan_backward,
+    scan=partial(scan_by, _KERNEL),
+    scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS),
+    kernel=_KERNEL,
     linear_kernel=Kernel(
         _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=CELLS
     ),

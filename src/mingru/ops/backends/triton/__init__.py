@@ -8,19 +8,19 @@ take complex numbers as pairs of features.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel
+from ...backend import Backend, Kernel, scan_backward_by, scan_by
 from ...call import Layout, Spec, Start
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
-from ...scan import LinearScan
-from ...shape import States, accumulate_dtype, as_dtype, as_real
+from ...shape import States, accumulate_dtype, as_dtype
 from . import launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .launch import Tensors
@@ -77,14 +77,16 @@ def _run(name: str, spec: Spec, tensors: tuple[Sequence[Any], ...], *flags: bool
     return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, [spec.reverse, *flags]))
 
 
-def _given(start: Start, layout: Layout) -> list[Tensor | None]:
+def _given(spec: Spec, start: Start, layout: Layout) -> list[Tensor | None]:
     """Return the states, resets, elapsed times and batch sizes, as both operators take them."""
     h, initial_state, reset, dt = start
-    return [h, None if reset is None else initial_state.expand_as(h), reset, dt, layout.batch_sizes]
+    # A linear scan starts from 0 after a reset.
+    has_initial_state = reset is not None and spec.cell in NUM_INPUTS
+    return [h, initial_state.expand_as(h) if has_initial_state else None, reset, dt, layout.batch_sizes]
 
 
 def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, None]:
-    out, last = _run("forward", spec, (inputs, _given(start, layout)), layout.time_first)
+    out, last = _run("forward", spec, (inputs, _given(spec, start, layout)), layout.time_first)
     return out, last, None
 
 
@@ -92,7 +94,7 @@ def _recurrence_backward(
     spec: Spec, inputs: Tensors, start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     out, _, *grad = saved
-    tensors = inputs, _given(start, layout), [out, *grad]
+    tensors = inputs, _given(spec, start, layout), [out, *grad]
     grads, *grads_of_start, _ = _run("backward", spec, tensors, layout.time_first, needs[0], False)
     return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
 
@@ -101,7 +103,7 @@ def _grads_of_start(
     start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grad_dt: Tensor
 ) -> tuple[Tensor | None, ...]:
     initial_state, for_initial_state = start.initial_state, None
-    if start.reset is not None:
+    if grad_initial_state.numel() > 0:
         for_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(initial_state.shape)
         for_initial_state = as_dtype(for_initial_state, initial_state.dtype)
     return grad_h, for_initial_state, grad_dt if needs_dt else None
@@ -144,7 +146,7 @@ def _linear_recurrence_backward(
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
         _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
-        of_call = inputs, _given(start, layout), [out, *grad]
+        of_call = inputs, _given(spec, start, layout), [out, *grad]
         grads, *grads_of_start, grad_bias = _run("backward", spec, of_call, layout.time_first, needs_dt, needs_bias)
         x = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
@@ -159,44 +161,17 @@ def _linear_recurrence_backward(
     return *_grads_of_start(start, needs_dt, *grads_of_start), *found
 
 
-def _scan_spec(call: LinearScan) -> Spec:
-    return Spec("complex_linear_scan" if call.a.is_complex() else "linear_scan", "linear", call.reverse)
-
-
-def _real(*tensors: Tensor) -> list[Tensor]:
-    """Return complex numbers as pairs of features."""
-    return [as_real(x) if x.is_complex() else x for x in tensors]
-
-
-def _like(a: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
-    return tuple(torch.view_as_complex(x) if a.is_complex() else x for x in tensors)
-
-
-def _scan(call: LinearScan) -> States:
-    a, b, h = _real(call.a, call.b, call.h)
-    given = [h, None, call.reset, None, None]
-    out, last = _like(call.a, _run("forward", _scan_spec(call), ([a, b], given), False))
-    return out, last
-
-
-def _scan_backward(call: LinearScan, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    a, h, *saved_parts = _real(call.a, call.h, *saved)
-    # The gradients do not depend on b.
-    inputs, given = [a, a], [h, None, call.reset, None, None]
-    grads, grad_h, *_ = _run("backward", _scan_spec(call), (inputs, given, saved_parts), False, False, False)
-    return _like(call.a, [*_split(grads, inputs), grad_h])
-
-
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return unsupported(sequence, spec) or launch.failure(sequence, spec.cell)
 
 
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING)
 BACKEND = Backend(
     unavailable=unavailable,
     unsupported=_unsupported,
-    scan=_scan,
-    scan_backward=_scan_backward,
+    scan=partial(scan_by, _KERNEL),
+    scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
-    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING),
+    kernel=_KERNEL,
     linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
 )
