@@ -65,6 +65,7 @@ CONTRACT = {
         "state_dict, prefix='', *, residual=None, dropout=0.0, stride=None, padding=None, num_groups=None"
     ),
     "convert.from_lucidrains": "state_dict, prefix=''",
+    "convert.language_model_from_lucidrains": "state_dict, prefix=''",
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
     "convert.from_pufferlib": "state_dict, prefix=''",
     "export.onnx": "model, example_inputs, path, *, kind='sequence'",

@@ -10,12 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minGRU_pytorch import minGRU
+from minGRU_pytorch.minLM import minLM
 from minGRU_pytorch.minLSTM import minLSTM
 from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru.convert import Projected, from_cheind, from_lucidrains, from_minrnns, from_pufferlib
+from mingru.convert import (
+    Projected,
+    from_cheind,
+    from_lucidrains,
+    from_minrnns,
+    from_pufferlib,
+    language_model_from_lucidrains,
+)
 
 B = 3
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -243,6 +251,69 @@ def test_their_minlstm_puts_a_carried_state_through_g(length):
     out, _ = peer(x, h)
     assert_close(layer(x, mingru.functional.g(h))[0], out, **TIGHT)
     assert (layer(x, h)[0] - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("expansion", [1.0, 1.5])
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
+    theirs = minLM(num_tokens=11, dim=8, depth=3, ff_mult=2, expansion=expansion, use_lstm=use_lstm, dropout=0.1)
+    theirs = theirs.double().eval()
+    for parameter in theirs.parameters():
+        # Norms start as the identity.
+        nn.init.normal_(parameter)
+    ours = language_model_from_lucidrains({f"net.{name}": x for name, x in theirs.state_dict().items()}, "net.")
+    ids, new = torch.randint(11, (2, 13)), torch.randint(11, (2, 1))
+    expected, hidden = theirs(ids, return_prev_hiddens=True)
+    logits, _ = ours(ids)
+    assert_close(logits, expected, **TIGHT)
+    expected, _ = theirs(torch.cat([ids, new], 1), prev_hiddens=hidden, return_prev_hiddens=True)
+    assert_close(ours(new, [h.unsqueeze(0) for h in hidden])[0], expected, **TIGHT)
+    ours(ids)[0].sum().backward()
+    assert {name for name, x in ours.named_parameters() if x.grad is None} == {
+        f"blocks.layers.{index}.rnn.initial_state" for index in range(3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm.weight": None}, "got no key norm.weight"),
+        ({"layers.1.2.to_out.weight": torch.zeros(4, 5)}, r"layers.1.2.to_out.weight must be \(4, 6\)"),
+        ({"layers.1.4.0.weight": torch.zeros(9, 4)}, r"layers.1.4.0.weight must be \(8, 4\)"),
+        ({"layers.0.0.net.0.weight": torch.zeros(4, 1, 3)}, "of a model without convolutions"),
+        ({"other": torch.zeros(1)}, "unexpected key other"),
+    ],
+)
+def test_errors_of_a_language_model(change, message):
+    state = minLM(num_tokens=5, dim=4, depth=2, ff_mult=2).state_dict() | change
+    with pytest.raises(ValueError, match=message):
+        language_model_from_lucidrains({name: x for name, x in state.items() if x is not None})
+
+
+@pytest.mark.parametrize("options", [("reset",), ("dt",), ("lengths",), ("reset", "dt", "lengths")])
+def test_projected_takes_all_arguments_also_in_a_stack(options):
+    projected = Projected(mingru.MinGRU(4, 6, 2), nn.Linear(6, 4))
+    stack = mingru.Stack([projected, mingru.MinLSTM(4, 5)])
+    x, lengths = torch.randn(B, 9, 4), torch.tensor([9, 0, 4])
+    given = {"reset": torch.rand(B, 9) < 0.2, "dt": torch.rand(B, 9), "lengths": lengths}
+    given = {name: given[name] for name in options}
+    y, h = projected.rnn(x, **given)
+    expected = projected.out(y)
+    if "lengths" in options:
+        expected[torch.arange(9) >= lengths.unsqueeze(1)] = 0.0
+    out, state = projected(x, **given)
+    assert_close(out, expected)
+    assert torch.equal(state, h)
+    last, last_state = stack.layers[1](expected, **given)
+    out, states = stack(x, **given)
+    assert_close([out, *states], [last, h, last_state])
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([9, 2, 4]), True, False)
+    assert projected(packed)[0].data.shape == (15, 4)
+
+
+def test_projected_takes_only_layers():
+    with pytest.raises(TypeError, match="Projected: rnn must be a layer such as MinGRU, got GRU"):
+        Projected(nn.GRU(3, 4), nn.Linear(4, 3))
 
 
 # What comes back

@@ -165,7 +165,7 @@ def check_residual(name: str, residual: object, input_dims: int, hidden_dims: in
     require(name, "hidden_dims", hidden_dims == input_dims, expected, str(hidden_dims), remedy)
 
 
-def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
+def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(expectation(name, argument, expected, repr(size)))
     if size < least:
@@ -288,7 +288,7 @@ def embed_remedy(x: Tensor) -> str:
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
-def check_list(name: str, argument: str, values: Any, count: int, expected: str) -> None:
+def check_list(name: str, argument: str, values: object, count: int, expected: str) -> None:
     """Check that values are a list or a tuple of so many."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(expectation(name, argument, expected, type(values).__name__))

@@ -208,7 +208,7 @@ def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...
     return (x, *args[1:])
 
 
-def _enlarged(model: nn.Module, args: tuple[Any, ...], state: Any, layout: Dims, kind: str) -> tuple[Any, ...]:
+def _enlarged(model: nn.Module, args: tuple[Any, ...], state: object, layout: Dims, kind: str) -> tuple[Any, ...]:
     """Return the inputs of a class of this library, with batch and time of at least 2."""
     enlarged = [*args]
     for index, name in enumerate(_parameters(model, args)):
@@ -238,7 +238,7 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
     return (args[0], state, *args[2:])
 
 
-def _state_of(outputs: Any) -> Any:
+def _state_of(outputs: object) -> Any:
     """Return the state: the second of a pair (out, h), or a cell's only output. None for other outputs."""
     if isinstance(outputs, Tensor):
         return outputs
@@ -261,7 +261,7 @@ def _input_names(model: nn.Module, names: list[str]) -> list[str]:
     return [*["x", "h"][: len(names)], *names[2:]] if _is_library_class(model) else names
 
 
-def _output_names(model: nn.Module, outputs: Any, inputs: list[str]) -> list[str]:
+def _output_names(model: nn.Module, outputs: object, inputs: list[str]) -> list[str]:
     if isinstance(outputs, Tensor):
         names = ["h_out" if _is_library_class(model) else "out"]
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
@@ -272,7 +272,7 @@ def _output_names(model: nn.Module, outputs: Any, inputs: list[str]) -> list[str
     return [f"{name}_" if name in inputs else name for name in names]
 
 
-def _numbered(name: str, value: Any) -> list[str]:
+def _numbered(name: str, value: object) -> list[str]:
     if value is None or isinstance(value, Tensor):
         return [] if value is None else [name]
     return [f"{name}_{index}" for index in range(len(pytree.tree_leaves(value)))]
@@ -328,7 +328,7 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     return target
 
 
-def _check_example(example_inputs: Any) -> None:
+def _check_example(example_inputs: object) -> None:
     expected = "a tensor x, or a tuple such as (x, h, reset, lengths, dt)"
     packed = isinstance(example_inputs, PackedSequence)
     remedy = "ONNX has no packed sequences; pass the padded tensor" if packed else ""

@@ -5,9 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..check import dims, require
+from ..check import check_type, dims, require
+from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
+from ..modules.scripted import data_of, with_data
+from ..modules.shared import MaybeList, MaybeTensor, Outputs
+from ..ops import layout
 from ..ops.activation import g
 from ..ops.shape import States
 from .state_dict import Checkpoint, loaded
@@ -15,28 +19,31 @@ from .state_dict import Checkpoint, loaded
 CLASSES_BY_NUM_PARTS: dict[int, type[MinGRU] | type[MinLSTM]] = {2: MinGRU, 3: MinLSTM}
 
 
-class Projected(nn.Module):
+class Projected(Layer, role="sequence"):
     """Apply a linear map to the output of a recurrent layer.
 
-        y_t, h = rnn(x, h, reset)
+        y_t, h = rnn(x, h, reset, lengths, dt)
         out_t = W y_t + b
 
     where y is the layer's output, h its state, and W and b are the parameters of `out`. The state is not projected.
 
     Args:
-        rnn: Recurrent layer, such as [mingru.MinGRU][], with an output of (B, S, D * H).
-        out: Map of the output: `torch.nn.Linear(D * H, O)` or another module that takes (B, S, D * H).
+        rnn: [mingru.MinGRU][], [mingru.MinLSTM][], [mingru.Stack][] or a layer of your own with an output of
+            (B, S, D * H), see [mingru.modules.Layer][].
+        out: Map of the output: `torch.nn.Linear(D * H, O)` or another module that takes (B, S, D * H). Without an
+            attribute `out_features`, O is D * H.
 
     Inputs:
         - **x**: Input sequence that `rnn` accepts.
         - **h**: State before the first step, as `rnn` accepts it. Default: the initial state of `rnn`.
-        - **reset**: Reset mask that `rnn` accepts.
+        - **reset**, **lengths**, **dt**: As `rnn` accepts them.
 
     Outputs:
-        - **out**: Projected output, (B, S, O) or (S, B, O).
+        - **out**: Projected output, (B, S, O) or (S, B, O), packed if x is packed. It is 0 in the padding.
         - **h**: State as `rnn` returns it; `layer(x2, h)` continues the sequence.
 
     Raises:
+        TypeError: `rnn` is not a layer.
         TypeError, ValueError: Raised by `rnn`.
 
     State dict:
@@ -49,14 +56,37 @@ class Projected(nn.Module):
         (torch.Size([2, 10, 4]), torch.Size([1, 2, 1, 6]))
     """
 
-    def __init__(self, rnn: nn.Module, out: nn.Module) -> None:
+    def __init__(self, rnn: Layer, out: nn.Module) -> None:
         super().__init__()
+        check_type(self.name, "rnn", rnn, Layer, "a layer such as MinGRU")
         self.rnn = rnn
         self.out = out
+        self.input_dims, self.num_states, self.batch_first = rnn.input_dims, rnn.num_states, rnn.batch_first
+        self.output_dims = getattr(out, "out_features", rnn.output_dims)
 
-    def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> States:
-        y, h = self.rnn(x, h, reset)
-        return self.out(y), h
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> States:
+        y, h = self.rnn(x, h, reset, lengths, dt)
+        return self._projected(y, lengths), h
+
+    def with_states(
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs:
+        """Call the layer with its states in a list, and return the new states in a list."""
+        y, states = self.rnn.with_states(x, h, reset, lengths, dt)
+        return self._projected(y, lengths), states
+
+    def _projected(self, y: Tensor, lengths: MaybeTensor) -> Tensor:
+        out = self.out(data_of(y))
+        if lengths is not None:
+            out = layout.without_padding(out, lengths, not self.batch_first)
+        return with_data(y, out)
 
 
 def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU | MinLSTM | Projected:
@@ -191,7 +221,7 @@ def _checked(found: Checkpoint, firsts: Iterable[str], required: tuple[str, ...]
     return first
 
 
-def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: Any) -> MinGRU | MinLSTM | Projected:
+def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -> MinGRU | MinLSTM | Projected:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
     weight = found[first]
     num_rows, input_dims = weight.shape

@@ -142,7 +142,7 @@ def _without_data(cls: type, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_same_save(source: Any, config: dict[str, Any], saved: Any) -> None:
+def _check_same_save(source: object, config: dict[str, Any], saved: object) -> None:
     """Raise an error if config.json differs from the options in the file of the weights."""
     saved = saved if isinstance(saved, dict) else {}
     for name in [name for name in {**saved, **config} if name not in ("model", "mingru")]:
@@ -169,7 +169,7 @@ def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     return ""
 
 
-def _invalid(source: Any, got: str) -> ValueError:
+def _invalid(source: object, got: str) -> ValueError:
     expected = "a complete model that save_pretrained wrote"
     return ValueError(expectation("from_pretrained", "folder_or_name", expected, f"{source} with {got}"))
 

@@ -45,7 +45,7 @@ class CheckedCalls(Stacked):
         if lengths is not None:
             check_lengths(self.name, lengths, batch, steps, x.device)
 
-    def _check_packed(self, x: PackedSequence, h: Any, reset: Any, lengths: Any, dt: Any) -> None:
+    def _check_packed(self, x: PackedSequence, h: Any, reset: Any, lengths: object, dt: object) -> None:
         if lengths is not None:
             expected = "None because a PackedSequence has its own lengths"
             raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
@@ -60,7 +60,7 @@ class CheckedCalls(Stacked):
         check_reset(self.name, packed_reset, sequence, steps)
         check_dt(self.name, packed_dt, sequence, self.cell, steps)
 
-    def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
+    def _packed_like(self, x: PackedSequence, argument: str, given: object) -> Tensor | None:
         """Return the data (1, P) of an argument that must be packed like x."""
         if given is None:
             return None

@@ -106,7 +106,7 @@ class ConvOptions(Options):
         require(self.name, option, len(sizes) == self.num_layers, expected, f"{sizes!r}", remedy)
         return sizes
 
-    def _per_dimension(self, argument: str, size: Any) -> Any:
+    def _per_dimension(self, argument: str, size: object) -> Any:
         if argument == "padding" and size == "same":
             return size
         count = self.num_space_dims

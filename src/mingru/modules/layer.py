@@ -71,7 +71,7 @@ class Layer(nn.Module):
     planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
 
-    def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.planned = planned
         if planned:
@@ -113,7 +113,7 @@ class Layer(nn.Module):
         """Return the states that replace h=None, if the class is `planned`."""
         raise NotImplementedError
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         try:
             return nn.Module.__call__(self, *args, **kwargs)
         except TypeError as error:

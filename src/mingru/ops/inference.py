@@ -148,7 +148,7 @@ class Plan:
         self.require(num_outputs == self._features)
         self._add("add_linear", has_bias)
 
-    def linear(self, linear: Any, gelu: Any = None) -> None:
+    def linear(self, linear: object, gelu: Any = None) -> None:
         """Add a linear map of x, and GELU of it if there is one."""
         has_bias, self._features = self._map(linear, self._features)
         if gelu is not None:

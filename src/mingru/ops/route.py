@@ -243,7 +243,7 @@ def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
     return backend.unsupported(sequence, spec) or backend.unavailable()
 
 
-def _check_name(name: Any, selected_by: str) -> None:
+def _check_name(name: object, selected_by: str) -> None:
     if name not in ("auto", *BACKENDS):
         names = ", ".join(repr(known) for known in ("auto", *BACKENDS))
         raise ValueError(f"{selected_by} must be one of {names}, got {name!r}")
