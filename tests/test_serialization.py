@@ -29,6 +29,8 @@ MODELS = {
     "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
     "GRU": lambda: drop_in.GRU(3, 4, 2, bidirectional=True, dropout=0.5),
     "GRUCell": lambda: drop_in.GRUCell(3, 4),
+    "LSTM": lambda: drop_in.LSTM(3, 4, 2, proj_size=2),
+    "LSTMCell": lambda: drop_in.LSTMCell(3, 4),
 }
 
 LOAD = """

@@ -138,6 +138,10 @@ def _is_library_class(model: nn.Module) -> TypeGuard[Layer]:
     return isinstance(model, Layer) and model.role != "custom"
 
 
+def _is_cell(model: nn.Module) -> bool:
+    return _is_library_class(model) and model.role == "step"
+
+
 def _dims_of(model: nn.Module, x: Tensor) -> Dims:
     return model.dims_of(x) if _is_library_class(model) else Dims(0, 1, None)
 
@@ -166,7 +170,7 @@ def _with_dynamic_shapes(
             expected = f"of one step in dimension {layout.time} because kind is 'step'"
             remedy = f"use x.narrow({layout.time}, 0, 1)"
             require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
-        args = _enlarged(model, args, _state_of(outputs), layout, kind)
+        args = _enlarged(model, args, _state_of(model, outputs), layout, kind)
     x_dims: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
     if kind == "sequence" and layout.time is not None:
         num_steps = x.shape[layout.time]
@@ -230,7 +234,7 @@ def _at_least_two(x: Tensor, dim: int) -> Tensor:
 def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
     if kind == "sequence" or (len(args) > 1 and args[1] is not None):
         return args
-    state = _state_of(model(*args))
+    state = _state_of(model, model(*args))
     takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
     expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
     is_valid = state is not None and (takes_state or _is_library_class(model))
@@ -238,9 +242,9 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any
     return (args[0], state, *args[2:])
 
 
-def _state_of(outputs: object) -> Any:
-    """Return the state: the second of a pair (out, h), or a cell's only output. None for other outputs."""
-    if isinstance(outputs, Tensor):
+def _state_of(model: nn.Module, outputs: object) -> Any:
+    """Return the state: the second of a pair (out, h), or what a cell returns. None for other outputs."""
+    if isinstance(outputs, Tensor) or _is_cell(model):
         return outputs
     return outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
 
@@ -262,8 +266,8 @@ def _input_names(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _output_names(model: nn.Module, outputs: object, inputs: list[str]) -> list[str]:
-    if isinstance(outputs, Tensor):
-        names = ["h_out" if _is_library_class(model) else "out"]
+    if isinstance(outputs, Tensor) or _is_cell(model):
+        names = _numbered("h_out" if _is_library_class(model) else "out", outputs)
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
         names = ["out", *_numbered("h_out", outputs[1])]
     else:

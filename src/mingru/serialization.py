@@ -44,6 +44,6 @@ def safe_globals() -> list[type]:
     layers = [each for each in (getattr(package, name) for name in package.__all__) if isinstance(each, type)]
     of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
     of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
-    others = [drop_in.GRU, drop_in.GRUCell, models.Block, models.LanguageModel]
+    others = [drop_in.GRU, drop_in.GRUCell, drop_in.LSTM, drop_in.LSTMCell, models.Block, models.LanguageModel]
     inner = [CausalConv, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
     return [*layers, *others, *inner, *of_torch]

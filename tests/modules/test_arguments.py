@@ -24,7 +24,10 @@ CLASSES = {
     mingru.Stack: (([mingru.MinGRU(3, 4)],), X),
     drop_in.GRU: ((3, 4), X),
     drop_in.GRUCell: ((3, 4), X[0]),
+    drop_in.LSTM: ((3, 4), X),
+    drop_in.LSTMCell: ((3, 4), X[0]),
 }
+DROP_IN = (drop_in.GRU, drop_in.GRUCell, drop_in.LSTM, drop_in.LSTMCell)
 FLAGS = [
     (kind, name)
     for kind in CLASSES
@@ -57,7 +60,7 @@ def test_a_flag_is_a_bool(kind):
     sizes, _ = CLASSES[kind]
     for flag in (flag for each, flag in FLAGS if each is kind):
         expected = "a bool"
-        if flag == "residual" and kind in (mingru.MinGRU, mingru.MinLSTM):
+        if flag == "residual" and kind in (mingru.MinGRU, mingru.MinLSTM, drop_in.GRU, drop_in.LSTM):
             expected += " or 'highway'"
         for value in (0, 1, None, "False", 0.2, torch.tensor(True)):
             with pytest.raises(TypeError) as caught:
@@ -109,14 +112,14 @@ MEANT = {
 }
 OF_LAYERS = {"n_layers": "num_layers", "bidirectonal": "bidirectional", "dropuot": "dropout", "residuals": "residual"}
 OF_CONV = {"kernel_sizes": "kernel_size", "strides": "stride", "paddings": "padding", "dilations": "dilation"}
-OF_DROP_IN = {"input_dims": "input_size", "hidden_dims": "hidden_size", "learn_initial_state": None, "nrom": None}
+OF_DROP_IN = {"input_dims": "input_size", "hidden_dims": "hidden_size", "lern_initial_state": "learn_initial_state"}
 OF_STACK = {"layer": "layers", "residuals": "residual", "num_layers": None}
 
 
 def meant_by(kind):
     if kind is mingru.Stack:
         return OF_STACK
-    if issubclass(kind, (drop_in.GRU, drop_in.GRUCell)):
+    if issubclass(kind, DROP_IN):
         return OF_DROP_IN
     of_conv = OF_CONV if "Conv" in kind.__name__ else {}
     return MEANT | of_conv | ({} if "Cell" in kind.__name__ else OF_LAYERS)
@@ -169,9 +172,9 @@ def test_calls_know_what_is_meant(kind):
     layer = kind(*sizes)
     parameters = list(inspect.signature(kind.forward).parameters)[1:]
     theirs = {"h": "hx", "h0": "hx", "hidden": "hx", "x": "input"}
-    unknown = (theirs if "hx" in parameters else CALLS) | {"mask": None}
+    unknown = (theirs if "hx" in parameters else CALLS) | {"flag": None}
     if "lengths" not in parameters:
-        unknown["lengths"] = None
+        unknown |= {"lengths": None, "mask": None}
     expected = layer(x)
     for name, meant in unknown.items():
         remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
@@ -276,7 +279,7 @@ def test_token_ids_are_to_be_embedded(kind, dtype):
     layer = kind(*sizes)
     inner = "MinGRU" if kind is mingru.Stack else kind.__name__
     argument = "input" if "hx" in inspect.signature(kind.forward).parameters else "x"
-    error = {drop_in.GRU: ValueError, drop_in.GRUCell: RuntimeError}.get(kind, TypeError)
+    error = kind.mistake if kind in DROP_IN else TypeError
     remedy = rf"embed token ids first \(torch\.nn\.Embedding\), or use {argument}\.to\(torch\.float32\) for numbers"
     got = rf"{inner}: {argument} must be torch\.float32 like the layer's weight, got {dtype}; {remedy}"
     with refused(error, got):

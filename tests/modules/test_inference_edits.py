@@ -72,6 +72,7 @@ MODULES = {
     "Stack of blocks": lambda: mingru.Stack([mingru.models.Block(DIMS, mlp=2, norm="layer") for _ in range(2)]),
     "drop_in.GRU": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, norm="rms", batch_first=True),
     "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(DIMS, DIMS),
+    "projected": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, batch_first=True, proj_size=2),
 }
 
 
@@ -369,10 +370,10 @@ def test_right_and_wrong_arguments(data):
     h = given_states(module, x, data.draw(st.lists(st.sampled_from(list(STATES)), min_size=3, max_size=3)))
     wrong_kind = data.draw(st.sampled_from([None, None, None, None, {1, 2}, "text", (), [], 3]))
     h = h if wrong_kind is None else wrong_kind
-    kwargs = {}
-    if not isinstance(module, mingru.drop_in.GRU | mingru.drop_in.GRUCell):
-        kwargs["reset"] = MASKS[data.draw(st.sampled_from(list(MASKS)))](x)
-        kwargs["dt"] = TIMES[data.draw(st.sampled_from(list(TIMES)))](x)
+    kwargs = {
+        "reset": MASKS[data.draw(st.sampled_from(list(MASKS)))](x),
+        "dt": TIMES[data.draw(st.sampled_from(list(TIMES)))](x),
+    }
     given_x = INPUTS[data.draw(st.sampled_from(["right"] * 6 + list(INPUTS)))](x)
     assert_same_as_one_by_one(module, given_x, h, context=context, **kwargs)
 

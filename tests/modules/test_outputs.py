@@ -57,6 +57,9 @@ CALLS = {
     "drop_in.GRU, packed": lambda: (mingru.drop_in.GRU(INPUT, HIDDEN), packed()),
     "drop_in.GRUCell": lambda: (mingru.drop_in.GRUCell(INPUT, HIDDEN), torch.randn(B, INPUT)),
     "drop_in.GRUCell, one": lambda: (mingru.drop_in.GRUCell(INPUT, HIDDEN), torch.randn(INPUT)),
+    "drop_in.LSTM": lambda: (mingru.drop_in.LSTM(INPUT, HIDDEN), sequence(time_first=True)),
+    "drop_in.LSTM, projected, one": lambda: (mingru.drop_in.LSTM(INPUT, HIDDEN, proj_size=2), torch.randn(S, INPUT)),
+    "drop_in.LSTMCell": lambda: (mingru.drop_in.LSTMCell(INPUT, HIDDEN), torch.randn(B, INPUT)),
 }
 
 

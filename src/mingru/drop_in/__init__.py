@@ -1,11 +1,14 @@
-"""minGRU layers with the names, shapes and error types of `torch.nn.GRU` and `torch.nn.GRUCell`: change one import.
+"""minGRU and minLSTM with the names, shapes and error types of `torch.nn.GRU`, `LSTM` and their cells.
 
-    from mingru.drop_in import GRU      # was: from torch.nn import GRU
+    from mingru.drop_in import GRU, LSTM      # was: from torch.nn import GRU, LSTM
 
-`replace` swaps the layers inside an existing model. Trained weights are not kept, because the equations differ.
+`replace` swaps the layers inside an existing model, `patch` those of a program that builds its own. Trained weights are
+not kept, because the equations differ.
 """
 
-from .layers import GRU, GRUCell
+from .cells import GRUCell, LSTMCell
+from .layers import GRU, LSTM
+from .patching import PatchReport, patch
 from .replacing import Report, replace
 
-__all__ = ["GRU", "GRUCell", "Report", "replace"]
+__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "PatchReport", "Report", "patch", "replace"]

@@ -53,9 +53,11 @@ class RecurrentOptions(Options):
 class RecurrentLayer(Directions):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
-    def __init__(self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions) -> None:
+    def __init__(
+        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, proj_size: int = 0
+    ) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
-        output_dims, factory = options.hidden_dims * options.num_directions, options.factory
+        output_dims, factory = (proj_size or options.hidden_dims) * options.num_directions, options.factory
         self.num_inputs = NUM_INPUTS[cell]
         self.recompute = options.recompute
         self.residual = options.residual is True
@@ -67,6 +69,12 @@ class RecurrentLayer(Directions):
         self.linear_reverse = (
             nn.Linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
         )
+        self.projections: nn.ModuleList | None = None
+        if proj_size > 0:
+            maps = (
+                nn.Linear(self.hidden_dims, proj_size, bias=False, **factory) for _ in range(options.num_directions)
+            )
+            self.projections = nn.ModuleList(maps)
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
@@ -79,6 +87,8 @@ class RecurrentLayer(Directions):
         if self.highway:
             return self._with_highway(x, y, starts[0], order)
         out, states = self._directions(y, starts, order)
+        if self.projections is not None:
+            out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
@@ -90,6 +100,9 @@ class RecurrentLayer(Directions):
         if self.norm is not None:
             plan.norm(self.norm)
         plan.scan(self.spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
+        if self.projections is not None:
+            (projection,) = plan.children(self.projections, nn.ModuleList, nn.Linear)
+            plan.linear(projection)
         if self.residual and self.align is None:
             plan.add(features)
         elif self.residual:
@@ -98,6 +111,14 @@ class RecurrentLayer(Directions):
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
         return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
+
+    def projected(self, states: list[Tensor]) -> list[Tensor]:
+        """Return the projection of the states of each direction."""
+        found: list[Tensor] = []
+        if self.projections is not None:
+            for index, projection in enumerate(self.projections):
+                found.append(projection(states[index]))
+        return found
 
     def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> Outputs:
         inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
@@ -121,6 +142,9 @@ class RecurrentLayer(Directions):
 
 class Recurrent(CheckedCalls, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
+
+    proj_size = 0
+    """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
     @arguments_checked()
     def __init__(
@@ -146,9 +170,9 @@ class Recurrent(CheckedCalls, role="sequence"):
         options = RecurrentOptions(type(self).__name__, **arguments_of(locals()))
         bounds = check_min_decay(options.name, min_decay, num_layers, gate)
         cell = GATES[gate] if self.cell == "mingru" else self.cell
-        sizes = [input_dims, *[options.num_directions * hidden_dims] * (num_layers - 1)]
+        sizes = [input_dims, *[options.num_directions * (self.proj_size or hidden_dims)] * (num_layers - 1)]
         layers = zip(sizes, bounds, strict=True)
-        super().__init__(options, [RecurrentLayer(cell, *layer, options) for layer in layers])
+        super().__init__(options, [RecurrentLayer(cell, *layer, options, self.proj_size) for layer in layers])
         self.cell = cell
         # A number, or a tuple with one for each layer.
         self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
@@ -226,7 +250,9 @@ class Recurrent(CheckedCalls, role="sequence"):
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
         layers: Any = self.layers
-        has_more = any(layer.norm is not None or layer.residual or layer.highway for layer in layers)
+        has_more = self.proj_size > 0 or any(
+            layer.norm is not None or layer.residual or layer.highway for layer in layers
+        )
         linears = [] if has_more else [linear for layer in layers for linear in layer.maps()]
         return route.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
 

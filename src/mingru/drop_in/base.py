@@ -1,0 +1,204 @@
+"""What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..check import (
+    check_choice,
+    check_flags,
+    check_int,
+    check_like,
+    converted,
+    dims,
+    embed_remedy,
+    expectation,
+    is_number,
+    require,
+)
+from ..modules.minlstm import MinLSTM
+from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
+from ..modules.shared import defaults_of, not_default, weight_of
+from ..ops.graph import scripted_as, untraced
+
+Layer = TypeVar("Layer", bound="DropIn")
+Pair = tuple[Tensor, Tensor]
+
+CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
+ONE_TENSOR = "unlike the (h, c) of an LSTM, the state is one tensor"
+
+
+class DropIn(Recurrent):
+    """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
+
+    mistake: type[Exception]
+    """What torch raises for a size of 0 and for an input of another dtype."""
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        name, dtype = type(self).__name__, options["dtype"]
+        for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            try:
+                check_int(name, argument, size)
+            except ValueError as error:
+                raise self.mistake(str(error)) from None
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
+        try:
+            # Not the constructor of MinLSTM, which does not have the options of a minGRU.
+            Recurrent.__init__(self, input_size, hidden_size, **options)
+        except ValueError as error:
+            text = str(error).replace("input_dims", "input_size").replace("hidden_dims", "hidden_size")
+            raise ValueError(text) from None
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.output_dims = self.num_directions * (self.proj_size or hidden_size)
+        self.zero_state = 0.0
+        if self.initial_state is not None:
+            nn.init.zeros_(self.initial_state)
+
+    def _check_tensor(self, argument: str, x: Any) -> None:
+        """Raise AttributeError if x is not a tensor, as torch's layers do."""
+        if isinstance(x, Tensor):
+            return
+        remedy = "use torch.as_tensor"
+        if isinstance(x, tuple):
+            remedy = ONE_TENSOR if argument == "hx" else ""
+        raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.input_size:
+            expected = f"of {self.input_size} features because input_size is {self.input_size}"
+            raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
+        layer: Any = next(iter(self.layers))
+        weight = weight_of(layer.linear)
+        if weight is not None:
+            self._check_as("input", x, weight, "the layer's weight", self.mistake)
+
+    def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+        if hx.shape != shape:
+            expected = f"({letters}) = {dims(shape)}"
+            remedy = ""
+            if hx.dim() == len(shape) + 1 and hx.shape[-2] == 1:
+                remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
+            elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
+                remedy = "batch_first applies to the input only; the state is always (L * D, B, H)"
+            raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
+        self._check_as("hx", hx, x, "input", RuntimeError)
+
+    def _check_as(self, argument: str, x: Tensor, like: Tensor, like_name: str, wrong_dtype: type[Exception]) -> None:
+        if x.dtype == like.dtype and x.device == like.device:
+            return
+        others = converted(x)
+        try:
+            check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
+        except TypeError as error:
+            raise (RuntimeError if others else wrong_dtype)(str(error)) from None
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+
+    def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
+        """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
+
+        A function that initializes each `torch.nn.Linear` of a model therefore does not change the layer. `fn` is also
+        applied to modules that were added to the layer after its construction, such as observers for quantization.
+        """
+        for module in _modules_added_to(self):
+            module.apply(fn)
+        fn(self)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
+        # Also if the caller is not strict, as torch does with weights of another shape.
+        if of_torch is not None:
+            remedy = "build and load this model outside of mingru.drop_in.patch(), or train it again"
+            expected = f"weights of mingru.drop_in.{self.name} because the equations differ"
+            errors.append(expectation(self.name, "state_dict", expected, f"{of_torch} of torch.nn", remedy))
+
+    def extra_repr(self) -> str:
+        defaults = defaults_of(self)
+        # `self.cell` is more than the argument: it includes the gate.
+        cell = ", cell='mingru'" if "cell" in defaults and self.cell.startswith("mingru") else ""
+        # As in torch, `proj_size` is the first option.
+        names = sorted(defaults.keys() - {"cell"}, key=["proj_size", *defaults].index)
+        return f"{self.input_size}, {self.hidden_size}{not_default(self, *names)}{cell}"
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.extra_repr()})"
+
+
+def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that the constructors did not create."""
+    for child in module.children():
+        if type(child) in CREATED_BY_CONSTRUCTORS:
+            yield from _modules_added_to(child)
+        else:
+            yield child
+
+
+class WithPair(DropIn, MinLSTM):
+    """Base class of `LSTM` and `LSTMCell`: the choice of the cell, its forget bias, and the state, which is a pair."""
+
+    def __init__(self, cell: str, forget_bias: float, normalize: bool, **options: Any) -> None:
+        name = type(self).__name__
+        check_choice(name, "cell", cell, ("minlstm", "mingru"))
+        check_flags(name, normalize=normalize)
+        require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
+        why = f"cell is {cell!r}"
+        fixed: list[tuple[str, Any, str]] = [("normalize", True, why), ("forget_bias", 1.0, why)]
+        if cell == "minlstm":
+            fixed = [("gate", "sigmoid", why), ("min_decay", 0.0, why)]
+            fixed += [] if options["bias"] else [("forget_bias", 1.0, "bias is False")]
+        given = {**options, "normalize": normalize, "forget_bias": forget_bias}
+        for option, default, why in fixed:
+            require(name, option, given[option] == default, f"left out because {why}", repr(given[option]))
+        # Before the layers are constructed, because they take it.
+        self.cell = cell if normalize else "minlstm_unnormalized"
+        super().__init__(**options)
+        self.normalize = normalize
+        self.forget_bias = float(forget_bias)
+        self._add_forget_bias()
+
+    def _add_forget_bias(self) -> None:
+        if self.cell.startswith("minlstm"):
+            super()._add_forget_bias()
+
+    def _state_of(self, hx: Pair | None, proj_size: int) -> Tensor | None:
+        """Return the one state that stands for the pair (h, c)."""
+        if hx is None:
+            return None
+        check_pair(self.name, hx, proj_size)
+        return hx[1] if proj_size > 0 else (hx[0] + hx[1]) / 2
+
+
+def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
+    h, c = hx
+    num_features = c.size(-1) if proj_size == 0 else proj_size
+    if h.shape[:-1] != c.shape[:-1] or h.size(-1) != num_features:
+        raise ValueError(f"{name}: hx must be (h, c) with {num_features} features in h, got {h.shape} and {c.shape}")
+
+
+@scripted_as(_check_scripted_pair)
+@untraced
+def check_pair(name: str, hx: Any, proj_size: int) -> None:
+    """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, "h alone is passed as (h, h)"))
+    if len(hx) != 2:
+        raise RuntimeError(expectation(name, "hx", "a pair (h, c)", f"{len(hx)} values"))
+    for each in hx:
+        if not isinstance(each, Tensor):
+            raise AttributeError(expectation(name, "hx", "a pair (h, c) of tensors", type(each).__name__))
+    h, c = hx
+    shape = (*c.shape[:-1], proj_size) if proj_size > 0 else tuple(c.shape)
+    if h.shape != shape:
+        expected = f"(h, c) with h {dims(shape)} because c is {dims(c.shape)}"
+        raise RuntimeError(expectation(name, "hx", expected, f"h {dims(h.shape)}"))
+    if (h.dtype, h.device) != (c.dtype, c.device) or not h.is_floating_point():
+        got = f"{h.dtype} on {h.device}, and {c.dtype} on {c.device}"
+        raise RuntimeError(expectation(name, "hx", "(h, c) of one floating-point dtype, on one device", got))

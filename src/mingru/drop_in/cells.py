@@ -1,0 +1,189 @@
+"""minGRU and minLSTM cells with torch's interface."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import arguments_checked, check_dt, check_flags, check_reset, dims, embed_remedy, expectation
+from ..modules import scripted
+from ..modules.cells import RecurrentCell
+from ..modules.mingru import MinGRU
+from ..modules.options import arguments_of
+from ..modules.shared import MaybeList, MaybeTensor
+from ..ops.graph import untraced
+from .base import DropIn, Pair, WithPair
+
+
+class DropInCell(DropIn, RecurrentCell):
+    """Base class of `GRUCell` and `LSTMCell`."""
+
+    mistake = RuntimeError
+
+    def _step(self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
+        done = self._begin(input, None if hx is None else [hx], reset, None, dt)
+        return self._new_state(input, hx, reset, dt) if done is None else done[1][0]
+
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
+        if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
+            raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {x.shape}")
+        if h is not None and (h[0].shape[:-1] != x.shape[:-1] or h[0].size(-1) != self.hidden_size):
+            raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {h[0].shape}")
+        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self.is_timed)
+
+    @untraced
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        self._check_tensor("input", x)
+        if x.dim() not in (1, 2):
+            expected = f"(B, {self.input_size}) or ({self.input_size},)"
+            raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
+        self._check_input(x)
+        if h is not None:
+            (hx,) = h
+            self._check_tensor("hx", hx)
+            if hx.dim() not in (1, 2):
+                raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(hx.shape)))
+            self._check_hx(hx, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
+        first, letters = x.select(-1, 0), "(B,)" if x.dim() == 2 else "a scalar"
+        check_reset(self.name, reset, first, letters)
+        check_dt(self.name, dt, first, self.cell, letters, "input")
+
+
+class GRUCell(DropInCell, MinGRU, role="step", planned=True):
+    """Compute one step of a one-layer minGRU, with the interface of `torch.nn.GRUCell`.
+
+    Args:
+        input_size: Number of input features, I; at least 1.
+        hidden_size: Number of state features, H; at least 1.
+        bias: If False, the linear map has no bias.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        norm: Not in torch. "layer", "rms" or None: norm of the input.
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        gate: Not in torch. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
+        min_decay: Not in torch. Lower bound of the decay.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+
+    Inputs:
+        - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
+        - **hx**: State before the step, any real numbers; (B, H) or (H,). Default: 0, or the learned state.
+        - **reset**: Not in torch. Boolean mask, (B,) or a scalar. Where True, the state is set to its default first.
+        - **dt**: Not in torch. Time since the step before, (B,) or a scalar tensor. Default: 1.
+
+    Outputs:
+        - **hx**: State after the step, with the shape of the input `hx`; float32 under autocast.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.GRUCell` raises for the same
+            mistake. Also RuntimeError for a size of 0, which torch accepts.
+
+    State dict:
+        As in a one-layer `GRU`: the state_dict of one loads into the other.
+
+    As with `GRU`, there is no `weight_ih`, `apply` treats the cell as one module, and `isinstance(cell,
+    torch.nn.GRUCell)` is false outside of [mingru.drop_in.patch][].
+
+    Examples:
+        >>> cell = mingru.drop_in.GRUCell(10, 20)
+        >>> hx = None
+        >>> for x in torch.randn(6, 3, 10):  # six steps
+        ...     hx = cell(x, hx)
+        >>> hx.shape
+        torch.Size([3, 20])
+    """
+
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | None = None,
+        candidate: str = "positive",
+        gate: str = "sigmoid",
+        min_decay: float = 0.0,
+        learn_initial_state: bool = False,
+    ) -> None:
+        check_flags(type(self).__name__, bias=bias)
+        super().__init__(**arguments_of(locals()))
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
+    ) -> Tensor:
+        return self._step(input, hx, reset, dt)
+
+
+class LSTMCell(WithPair, DropInCell, role="step", planned=True):
+    """Compute one step of a one-layer minLSTM, with the interface of `torch.nn.LSTMCell`.
+
+    The state before the step is (h + c) / 2, as in [mingru.drop_in.LSTM][].
+
+    Args:
+        input_size: Number of input features, I; at least 1.
+        hidden_size: Number of state features, H; at least 1.
+        bias: If False, the linear map has no bias.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        cell: Not in torch. "minlstm", or "mingru", which has a third fewer weights.
+        forget_bias: Not in torch. Number added to the forget gate's bias at initialization, as in `LSTM`.
+        normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
+        norm: Not in torch. "layer", "rms" or None: norm of the input.
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed" or "rotation".
+        min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+
+    Inputs:
+        - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
+        - **hx**: Pair (h, c) before the step, any real numbers; each (B, H) or (H,). Default: 0, or the learned state.
+        - **reset**, **dt**: As in [mingru.drop_in.GRUCell][].
+
+    Outputs:
+        - **(h, c)**: Pair of two equal tensors after the step, each with the shape of `h`; float32 under autocast.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.LSTMCell` raises for the same
+            mistake. Also RuntimeError for a size of 0, which torch accepts.
+
+    State dict:
+        As in a one-layer `LSTM`: the state_dict of one loads into the other.
+
+    Examples:
+        >>> cell = mingru.drop_in.LSTMCell(10, 20)
+        >>> hx = None
+        >>> for x in torch.randn(6, 3, 10):  # six steps
+        ...     hx = cell(x, hx)
+        >>> h, c = hx
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        cell: str = "minlstm",
+        forget_bias: float = 1.0,
+        normalize: bool = True,
+        norm: str | None = None,
+        candidate: str = "positive",
+        gate: str = "sigmoid",
+        min_decay: float = 0.0,
+        learn_initial_state: bool = False,
+    ) -> None:
+        check_flags(type(self).__name__, bias=bias)
+        super().__init__(**arguments_of(locals()))
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: Pair | None = None, reset: Tensor | None = None, dt: Tensor | None = None
+    ) -> Pair:
+        c = self._step(input, self._state_of(hx, 0), reset, dt)
+        return c.clone(), c

@@ -1,0 +1,231 @@
+"""Build a program's recurrent layers from this library, while a block runs.
+
+In the block, torch.nn has a `StandIn` under each name that is patched. It constructs one of our layers if a patch is
+active where it is called, and otherwise a layer of torch, so that other threads, and names that are bound in the block
+and used after it, do what they did without it.
+"""
+
+import copyreg
+import sys
+import threading
+import types
+import warnings
+from abc import ABCMeta
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from inspect import signature
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..check import check_flags
+from .twins import SUBCLASS, TWINS, Wanted, described, wanted_twins
+
+
+class PatchReport(NamedTuple):
+    """Printable report of `patch`."""
+
+    built: list[tuple[str, str]]
+    """Layer, and the place in the program that constructed it, for each layer that was built in the block."""
+    left: list[tuple[str, str]]
+    """Class, and the reason, for each subclass of torch's layers, which stays what it is."""
+
+    def __str__(self) -> str:
+        lines = [f"{place}: {layer}" for layer, place in self.built]
+        lines += [f"{name} not replaced: {why}" for name, why in self.left]
+        return "\n".join(lines) or "nothing built"
+
+
+class _Patch:
+    """A block that is running: what it replaces, where, and its report."""
+
+    def __init__(self, wanted: Wanted, everywhere: bool) -> None:
+        self.wanted = wanted
+        self.everywhere = everywhere
+        self.report = PatchReport([], [])
+
+    def leave(self, cls: type, stacklevel: int) -> None:
+        """Report a class that is not replaced, and warn."""
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        self.report.left.append((name, SUBCLASS))
+        text = f"patch: {name} is not replaced, because {SUBCLASS}; derive it from a class of mingru.drop_in instead"
+        warnings.warn(text, stacklevel=stacklevel)
+
+
+# Innermost last. A thread, and a task of asyncio, sees the blocks that it has entered.
+_PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
+# The blocks of all threads.
+_RUNNING: list[_Patch] = []
+_LOCK = threading.Lock()
+
+
+class StandIn(ABCMeta):
+    """Metaclass of the classes that torch.nn has in a block. They are classes, because programs ask isinstance."""
+
+    of_torch: type[nn.Module]
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        if not any(isinstance(base, StandIn) for base in bases):
+            return super().__new__(mcs, name, bases, namespace, **options)
+        # A class statement of the program: it subclasses torch's class, as if it had been loaded before the block.
+        of_torch = tuple(base.of_torch if isinstance(base, StandIn) else base for base in bases)
+        cls = types.new_class(name, of_torch, options, lambda made: made.update(namespace))
+        for base in bases:
+            patch = base.patch() if isinstance(base, StandIn) else None
+            if patch is not None:
+                patch.leave(cls, 3)
+        return cls
+
+    def patch(cls) -> _Patch | None:
+        """Return the innermost active patch of this class."""
+        return next((each for each in reversed(_PATCHES.get()) if cls.of_torch in each.wanted), None)
+
+    def classes(cls, asked_by: str) -> tuple[type, ...]:
+        """Return the classes that this one is for a module."""
+        # Torch must not take our layers for its own: torch.compile, for example, rejects those.
+        is_ours = cls.patch() is not None and asked_by.partition(".")[0] != "torch"
+        return (cls.of_torch, TWINS[cls.of_torch]) if is_ours else (cls.of_torch,)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.classes(sys._getframe(1).f_globals.get("__name__", "")))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.classes(sys._getframe(1).f_globals.get("__name__", "")))
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        patch, twin = cls.patch(), TWINS[cls.of_torch]
+        if patch is None:
+            return cls.of_torch(*args, **kwargs)
+        try:
+            bound = signature(twin).bind(*args, **kwargs)
+        except TypeError:
+            return twin(*args, **kwargs)  # whose error says more
+        bound.arguments.update(patch.wanted[cls.of_torch])
+        layer = twin(*bound.args, **bound.kwargs)
+        frame = sys._getframe(1)
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        patch.report.built.append((described(layer), place))
+        return layer
+
+
+def class_named(name: str) -> Any:
+    """Return the class that torch.nn has now; files have this call where a program stores the class itself."""
+    return getattr(nn, name)
+
+
+def _pickled(cls: StandIn) -> tuple[Callable[[str], Any], tuple[str]]:
+    return class_named, (cls.__name__,)
+
+
+copyreg.pickle(StandIn, _pickled)
+
+_STAND_INS: dict[type[nn.Module], StandIn] = {
+    of_torch: StandIn(of_torch.__name__, (twin,), {"of_torch": of_torch, "__module__": "torch.nn"})
+    for of_torch, twin in TWINS.items()
+}
+
+
+@contextmanager
+def patch(
+    gru: bool = True, lstm: bool = True, *, everywhere: bool = False, num_layers: int | None = None, **options: Any
+) -> Iterator[PatchReport]:
+    """Let a program build the layers of this library wherever it builds `torch.nn.GRU`, `torch.nn.LSTM` or their cells.
+
+    For programs that construct their own layers, such as other libraries. In the block, `torch.nn.GRU` stands for
+    [mingru.drop_in.GRU][], and likewise the other classes. This includes `getattr(torch.nn, name)` and
+    `isinstance(m, torch.nn.GRU)`. Some libraries construct layers in `fit` or `train`: then the block must contain
+    these calls.
+
+    Args:
+        gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
+        lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
+        everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
+        num_layers: Number of layers of each layer that is built, in place of the program's. Default: the program's.
+        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="mingru"`. A class
+            gets those that it has.
+
+    Returns:
+        A context manager. It returns a report, which can be printed: `report.built` has (layer, place in the program)
+        for each layer that was built, `report.left` has (class, reason) for each subclass of torch's layers, which is
+        not replaced.
+
+    Raises:
+        TypeError: An argument has the wrong type, or no class has an option of this name.
+        ValueError: `gru` and `lstm` are both False.
+
+    Warns:
+        UserWarning: The block built no layer, or the program has a class that inherits from one of torch's classes.
+
+    However the block is left, torch's names are restored, also in modules that were loaded in the block. Blocks may be
+    nested; the innermost one that replaces a class decides. A block applies to the thread that entered it, and other
+    threads build layers of torch.
+
+    A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
+    program that builds the model again and then loads weights must do this in a block with the same options, or call
+    [mingru.drop_in.replace][] on the new model before it loads them. Whole models, saved by `torch.save` or pickle,
+    load with and without a block.
+
+    Examples:
+        >>> def program():
+        ...     return torch.nn.Sequential(torch.nn.LSTM(3, 4))
+        >>> with mingru.drop_in.patch(norm="rms") as report:
+        ...     model = program()
+        >>> model
+        Sequential(
+          (0): LSTM(3, 4, norm='rms')
+        )
+        >>> [layer for layer, place in report.built]
+        ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
+    """
+    check_flags("patch", everywhere=everywhere)
+    running = _Patch(wanted_twins("patch", gru, lstm, num_layers, options), everywhere)
+    for of_torch in running.wanted:
+        for subclass in _subclasses(of_torch):
+            running.leave(subclass, 4)
+    _PATCHES.set((*_PATCHES.get(), running))
+    with _LOCK:
+        _RUNNING.append(running)
+        modules = [nn, *_modules_of_programs()] if everywhere else [nn]
+        _bind({of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}, modules)
+    try:
+        yield running.report
+    finally:
+        _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
+        with _LOCK:
+            _RUNNING.remove(running)
+            _restore([nn], _RUNNING)
+            # Also names that the block has bound by an import.
+            _restore(_modules_of_programs(), [each for each in _RUNNING if each.everywhere])
+    if not running.report.built:
+        remedy = "put the call that constructs the layers into the block, such as fit or train, or pass everywhere=True"
+        warnings.warn(f"patch: no layer was built in the block; {remedy}", stacklevel=3)
+
+
+def _subclasses(of_torch: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    """Yield the loaded classes that inherit from a class of torch, except torch's own."""
+    for subclass in of_torch.__subclasses__():
+        if subclass.__module__.partition(".")[0] != "torch":
+            yield subclass
+        yield from _subclasses(subclass)
+
+
+def _modules_of_programs() -> list[types.ModuleType]:
+    loaded = list(sys.modules.items())
+    own = ("torch", __name__.partition(".")[0])
+    return [each for name, each in loaded if isinstance(each, types.ModuleType) and name.partition(".")[0] not in own]
+
+
+def _bind(classes: dict[Any, Any], modules: list[types.ModuleType]) -> None:
+    """Bind every name for a key of `classes` to its value."""
+    by_id = {id(old): new for old, new in classes.items()}
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if id(value) in by_id:
+                setattr(module, name, by_id[id(value)])
+
+
+def _restore(modules: list[types.ModuleType], running: Collection[_Patch]) -> None:
+    """Bind names to torch's classes again, except those that a running block replaces."""
+    stay = {of_torch for each in running for of_torch in each.wanted}
+    _bind({stand_in: of_torch for of_torch, stand_in in _STAND_INS.items() if of_torch not in stay}, modules)

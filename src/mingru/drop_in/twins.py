@@ -1,0 +1,47 @@
+"""Which class takes the place of which class of torch, and with which options."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..check import check_flags, check_int, expectation, unknown_argument
+from .cells import GRUCell, LSTMCell
+from .layers import GRU, LSTM
+
+TWINS: dict[type[nn.Module], Any] = {nn.GRU: GRU, nn.GRUCell: GRUCell, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+SUBCLASS = "a subclass may compute something else"
+# The options for each class of torch that is replaced.
+Wanted = dict[type[nn.Module], dict[str, Any]]
+
+
+def wanted_twins(name: str, gru: bool, lstm: bool, num_layers: int | None, options: dict[str, Any]) -> Wanted:
+    """Return torch's classes to replace, each with those of the options that its twin has.
+
+    Raise an error if no twin has an option.
+    """
+    check_flags(name, gru=gru, lstm=lstm)
+    if not (gru or lstm):
+        raise ValueError(expectation(name, "gru or lstm", "True", "False for both"))
+    # By their names, because `torch.nn.GRU` is another class in a block of `patch`.
+    twins = [(of_torch, twin) for of_torch, twin in TWINS.items() if (gru if "GRU" in twin.__name__ else lstm)]
+    known = {of_torch: inspect.signature(twin).parameters for of_torch, twin in twins}
+    names = [
+        each.name for parameters in known.values() for each in parameters.values() if each.kind is each.KEYWORD_ONLY
+    ]
+    for option in options:
+        if option not in names:
+            raise TypeError(unknown_argument(name, option, list(dict.fromkeys(names))))
+    if num_layers is not None:
+        check_int(name, "num_layers", num_layers)
+        options = {**options, "num_layers": num_layers}
+    return {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
+
+
+def described(layer: nn.Module) -> str:
+    """Return the repr on one line, with the module of the class."""
+    cls = type(layer)
+    module_name = cls.__module__
+    if cls in TWINS or cls in TWINS.values():
+        module_name = "torch.nn" if cls in TWINS else "mingru.drop_in"
+    return f"{module_name}.{cls.__name__}({layer.extra_repr()})"
