@@ -1,0 +1,299 @@
+"""patch: what a program builds in a block, and that nothing of it remains afterwards."""
+
+import abc
+import copy
+import io
+import pickle
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from refusals import assert_refused
+from torch import nn
+from torch.nn import GRU
+
+import mingru
+from mingru import drop_in
+from mingru.drop_in import patch
+
+IN, H = 3, 4
+NAMES = ("GRU", "GRUCell", "LSTM", "LSTMCell")
+OF_TORCH = {name: getattr(nn, name) for name in NAMES}
+# Subclasses that other tests of this process have defined.
+pytestmark = pytest.mark.filterwarnings("ignore:patch. .* is not replaced:UserWarning")
+
+
+class Program(nn.Module):
+    """Builds its layers in each way that programs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = nn.GRU
+        self.encoder = getattr(nn, "GRU")(IN, H, num_layers=1, batch_first=True)  # noqa: B009
+        self.decoder = nn.LSTM(H, H, 1, True, True)
+        self.cell = torch.nn.LSTMCell(input_size=H, hidden_size=H)
+        self.head = nn.Linear(H, 1)
+
+    def forward(self, x):
+        out, _ = self.encoder(x)
+        out, (h, c) = self.decoder(out) if isinstance(self.decoder, nn.LSTM) else None
+        return self.head(self.cell(out[:, -1], (h[-1], c[-1]))[0])
+
+
+def are_torchs():
+    names = [getattr(nn, name) is OF_TORCH[name] for name in NAMES]
+    return all(names) and GRU is OF_TORCH["GRU"]
+
+
+def test_what_a_program_builds():
+    with patch(norm="rms", forget_bias=2.0, num_layers=2) as report:
+        model = Program()
+        kinds = [type(each) for each in (model.encoder, model.decoder, model.cell)]
+        of_torch = OF_TORCH["GRU"](IN, H)
+        assert isinstance(model.encoder, nn.GRU) and isinstance(of_torch, nn.GRU)
+        assert not isinstance(model.encoder, nn.LSTM) and not isinstance(model.head, nn.GRU)
+        assert issubclass(type(model.encoder), nn.GRU) and issubclass(nn.GRU, nn.Module)
+        assert nn.GRU.__name__ == "GRU"
+        assert type(GRU(IN, H)) is OF_TORCH["GRU"]  # bound before the block
+        assert model(torch.randn(2, 5, IN)).shape == (2, 1)
+    assert are_torchs()
+    assert kinds == [drop_in.GRU, drop_in.LSTM, drop_in.LSTMCell]
+    text = [
+        "mingru.drop_in.GRU(3, 4, num_layers=2, batch_first=True, norm='rms')",
+        "mingru.drop_in.LSTM(4, 4, num_layers=2, batch_first=True, forget_bias=2.0, norm='rms')",
+        "mingru.drop_in.LSTMCell(4, 4, forget_bias=2.0, norm='rms')",
+    ]
+    line = Program.__init__.__code__.co_firstlineno + 3
+    assert report.built == [(each, f"{__file__}:{line + at} in __init__") for at, each in enumerate(text)]
+    assert str(report).splitlines()[0] == f"{__file__}:{line} in __init__: {text[0]}"
+    assert not isinstance(model.encoder, nn.GRU)
+    assert isinstance(Program().encoder, nn.GRU)
+
+
+def test_errors_are_those_of_the_class():
+    with patch(gru=False, cell="mingru"):
+        assert type(nn.GRU(IN, H)) is OF_TORCH["GRU"]
+        assert nn.LSTM(IN, H, 2).cell == "mingru"
+        with pytest.raises(TypeError, match=r"^LSTM: no argument 'input_dims'; use input_size$"):
+            nn.LSTM(input_dims=3)
+
+
+class ProgramError(Exception):
+    pass
+
+
+def test_every_way_out():
+    def fails():
+        with patch():
+            raise ProgramError
+
+    def generates():
+        with patch():
+            yield nn.GRU(IN, H)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ProgramError):
+            fails()
+    assert are_torchs()
+    assert type(next(generates())) is drop_in.GRU  # the generator is closed
+    assert are_torchs()
+
+
+def test_blocks_in_blocks():
+    with patch(norm="rms") as outer:
+        with patch(lstm=False, norm="layer") as inner:
+            assert nn.GRU(IN, H).norm == "layer"
+            assert nn.LSTM(IN, H).norm == "rms"
+        assert nn.GRU(IN, H).norm == nn.LSTM(IN, H).norm == "rms"
+    assert are_torchs()
+    assert (len(inner.built), len(outer.built)) == (1, 3)
+
+
+def test_everywhere():
+    late = types.ModuleType("late")
+    early = types.ModuleType("early")
+    early.GRU = nn.GRU
+    sys.modules.update(early=early, late=late)
+    try:
+        with patch():
+            late.__dict__.update(kind=nn.LSTM)  # as an import in the block does
+            assert type(early.GRU(IN, H)) is OF_TORCH["GRU"]
+            with patch(everywhere=True):
+                assert type(early.GRU(IN, H)) is type(GRU(IN, H)) is drop_in.GRU
+            assert early.GRU is GRU is OF_TORCH["GRU"]
+            kept = nn.GRU
+            assert type(kept(IN, H)) is drop_in.GRU
+        assert late.kind is OF_TORCH["LSTM"]
+        assert are_torchs()
+        # A name that stays bound is torch's class.
+        assert type(kept(IN, H)) is OF_TORCH["GRU"]
+        assert isinstance(GRU(IN, H), kept) and not isinstance(drop_in.GRU(IN, H), kept)
+    finally:
+        del sys.modules["early"], sys.modules["late"]
+
+
+def test_threads_do_not_see_each_other():
+    """Each builds what its own block says, in whatever order the blocks are left."""
+    barrier, found = threading.Barrier(3, timeout=20), {}
+
+    def run(name, **options):
+        if options:
+            with patch(**options):
+                barrier.wait()
+                found[name] = nn.GRU(IN, H)
+                barrier.wait()
+        else:
+            barrier.wait()
+            found[name] = nn.GRU(IN, H)
+            barrier.wait()
+
+    threads = [
+        threading.Thread(target=run, args=(name,), kwargs=options)
+        for name, options in {"rms": {"norm": "rms"}, "layer": {"norm": "layer"}, "torch": {}}.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found["rms"].norm, found["layer"].norm) == ("rms", "layer")
+    assert type(found["torch"]) is OF_TORCH["GRU"]
+    assert are_torchs()
+
+
+def defined_in_a_block():
+    with patch() as report:
+        # As pytorch-forecasting does.
+        class Base(abc.ABC, nn.RNNBase):
+            pass
+
+        class Inside(Base, nn.GRU):
+            pass
+
+        nn.GRU(IN, H)
+    return Inside, report
+
+
+@pytest.mark.filterwarnings("default:patch. .* is not replaced:UserWarning")
+def test_subclasses_stay_what_they_are():
+    with pytest.warns(
+        UserWarning, match="Inside is not replaced, because a subclass may compute something else"
+    ) as seen:
+        inside, report = defined_in_a_block()
+    assert {warning.filename for warning in seen} == {__file__}
+    assert isinstance(inside(IN, H), GRU) and drop_in.GRU not in inside.__mro__
+    left = (f"{__name__}.{inside.__qualname__}", "a subclass may compute something else")
+    assert report.left[-1] == left
+    with pytest.warns(UserWarning, match="Inside is not replaced"), patch(lstm=False) as report:
+        nn.GRU(IN, H)
+    assert left in report.left
+
+
+def test_a_block_that_builds_nothing_warns():
+    message = r"^patch: no layer was built in the block; .* fit or train"
+    with pytest.warns(UserWarning, match=message) as seen, patch():
+        nn.Linear(1, 1)
+    assert seen[-1].filename == __file__
+    assert str(drop_in.PatchReport([], [])) == "nothing built"
+
+
+def test_wrong_arguments():
+    def run(**given):
+        with patch(**given):
+            pass
+
+    cases = {
+        "no option": ({"nrom": "rms"}, TypeError, "no argument 'nrom'; the arguments are residual, norm, "),
+        "of others": ({"lstm": False, "forget_bias": 1.0}, TypeError, "no argument 'forget_bias'; only a minLSTM"),
+        "a program's argument": ({"dropout": 0.1}, TypeError, "no argument 'dropout'"),
+        "nothing": ({"gru": False, "lstm": False}, ValueError, "gru or lstm must be True, got False for both"),
+        "no flag": ({"gru": 1}, TypeError, "gru must be a bool, got 1"),
+        "everywhere": ({"everywhere": None}, TypeError, "everywhere must be a bool"),
+        "layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    }
+    assert_refused(run, cases, "patch: ")
+    assert are_torchs()
+    tables = {case: ({"model": nn.Identity(), **given}, *rest) for case, (given, *rest) in cases.items()}
+    del tables["everywhere"], tables["nothing"]
+    assert_refused(drop_in.replace, tables, "replace: ")
+
+
+# What was saved comes back
+
+
+def saved(save, value):
+    file = io.BytesIO()
+    save(value, file)
+    file.seek(0)
+    return file
+
+
+def test_what_was_saved_comes_back():
+    options = {"norm": "rms", "num_layers": 2}
+    x = torch.randn(2, 5, IN)
+    with patch(**options):
+        model = Program()
+        expected = model(x)
+        weights, whole = saved(torch.save, model.state_dict()), saved(torch.save, model)
+        pickled, copied = pickle.dumps(model), copy.deepcopy(model)
+        again = Program()
+        again.load_state_dict(torch.load(weights))
+        loaded = [again, copied, pickle.loads(pickled), torch.load(whole, weights_only=False)]
+        for other in loaded:
+            torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+        assert all(other.kind is nn.GRU for other in loaded)
+    # Outside: the class that the program stored is torch's again, the layers are ours.
+    outside = pickle.loads(pickled)
+    assert outside.kind is OF_TORCH["GRU"] and type(outside.encoder) is drop_in.GRU
+    # The program builds torch's layers, until they are replaced.
+    weights.seek(0)
+    state_dict = torch.load(weights)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Program().load_state_dict(state_dict)
+    other = Program()
+    drop_in.replace(other, lstm=True, **options)
+    other.load_state_dict(state_dict)
+    torch.testing.assert_close([*other.parameters()], [*model.parameters()], rtol=0, atol=0)
+
+
+def test_weights_of_torch_name_the_block():
+    weights = Program().state_dict()
+    with patch():
+        model = Program()
+    message = r"GRU: .*got encoder\.weight_ih_l0 .*mingru\.drop_in\.patch\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(weights)
+
+
+# Torch's own code
+
+
+def test_torch_does_not_take_our_layers_for_its_own():
+    """torch.compile rejects its own; whoever asks is known by the name of the module."""
+    with patch():
+        names = {"nn": nn, "rnn": nn.GRU(IN, H), "of_torch": GRU(IN, H)}
+        for module, expected in (("torch._dynamo.variables.builder", False), ("torchrl.modules", True)):
+            names["__name__"] = module
+            assert eval("isinstance(rnn, nn.GRU)", names) is eval("issubclass(type(rnn), nn.GRU)", names) is expected
+            assert eval("isinstance(of_torch, nn.GRU)", names)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_compiled_and_scripted_in_the_block():
+    torch.compiler.reset()
+    x = torch.randn(2, 5, IN)
+    with patch():
+        model = nn.Sequential(nn.GRU(IN, H, batch_first=True))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_the_report_keeps_no_layer_alive():
+    with mingru.drop_in.patch() as report:
+        nn.GRU(IN, H)
+    assert all(isinstance(text, str) for each in report.built for text in each)
