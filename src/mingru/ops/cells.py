@@ -83,10 +83,10 @@ def log_coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tup
     gate, candidate = _gate_and_candidate(spec, inputs)
     if spec.min_decay == 0 and dt is None:
         return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
-    log_keep = _log_decay(gate, spec.min_decay)
-    if dt is not None:
-        log_keep = log_keep * along(dt, gate)
-    return log_keep, (-log_keep.expm1()).log() + log_g(candidate)
+    log_keep = _log_decay(gate, spec.min_decay) if dt is None else _log_decay_in(gate, spec.min_decay, dt)
+    # Not 0, because the logarithm of 0 has no derivative. The derivative of b is then right also for dt = 0.
+    least = torch.finfo(gate.dtype).tiny ** 0.5
+    return log_keep, (least - log_keep.expm1()).log() + log_g(candidate)
 
 
 def _decay(gate: Tensor, min_decay: float, dt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,9 +97,7 @@ def _decay(gate: Tensor, min_decay: float, dt: Tensor | None) -> tuple[Tensor, T
         if min_decay == 0:
             return keep, update
         return min_decay + (1.0 - min_decay) * keep, (1.0 - min_decay) * update
-    log_keep = _log_decay(gate, min_decay) * along(_elapsed(dt), gate)
-    # Not minus infinity times a decay that underflowed to 0. A gate of minus infinity forgets nothing.
-    log_keep = log_keep.masked_fill(along(dt, gate).isinf() & (gate > -math.inf), -math.inf)
+    log_keep = _log_decay_in(gate, min_decay, dt)
     keep = log_keep.exp()
     # 1 - exp(x) = -tanh(x / 2) (1 + exp(x)) does not cancel. `expm1` would in ONNX graphs.
     return keep, -(0.5 * log_keep).tanh() * (1.0 + keep)
@@ -118,6 +116,13 @@ def _log_decay(gate: Tensor, min_decay: float) -> Tensor:
     log_min, log_range = math.log(min_decay), math.log1p(-min_decay)
     bounded = gate.clamp_max(-log_min) + log_range + F.logsigmoid((gate + log_min).abs())
     return F.logsigmoid(-bounded)
+
+
+def _log_decay_in(gate: Tensor, min_decay: float, dt: Tensor) -> Tensor:
+    """Return the logarithm of the decay in the time dt."""
+    log_keep = _log_decay(gate, min_decay) * along(_elapsed(dt), gate)
+    # Not minus infinity times a decay that underflowed to 0. A gate of minus infinity forgets nothing.
+    return log_keep.masked_fill(along(dt, gate).isinf() & (gate > -math.inf), -math.inf)
 
 
 def _wide(inputs: list[Tensor]) -> list[Tensor]:

@@ -43,21 +43,24 @@ def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) 
         log_a, log_b = log_a.flip(1), log_b.flip(1)
         reset = None if reset is None else reset.flip(1)
     h, initial_state = start.h.to(log_b.dtype), start.initial_state.to(log_b.dtype)
-    if reset is None:
+    if reset is None and start.dt is None:
         out = parallel_scan_log(log_a[:, 1:], log_b) + log_a.cumsum(1).exp() * h
     else:
-        out = _scan_between_resets(log_a, log_b, h, initial_state, reset)
+        # Also without resets, because the decay of an infinite time is 0.
+        out = _scan_in_doubling_spans(log_a, log_b, h, initial_state, reset)
     last = out[:, -1:].clone()
     return out.flip(1) if spec.reverse else out, last
 
 
-def _scan_between_resets(log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor) -> Tensor:
-    """Scan the steps between two resets separately, because a decay of 0 has no finite logarithm.
+def _scan_in_doubling_spans(
+    log_a: Tensor, log_b: Tensor, h: Tensor, initial_state: Tensor, reset: Tensor | None
+) -> Tensor:
+    """Scan the steps between two resets separately. A decay of 0, whose logarithm is not finite, is allowed.
 
     By recursive doubling, each step is combined with the 1, 2, 4, ... steps before it, back to the last reset.
     Only a mask depends on the resets, so vmap and graph capture work.
     """
-    seen_reset = along(reset, log_b)
+    seen_reset = torch.zeros_like(log_b, dtype=torch.bool) if reset is None else along(reset, log_b)
     # Finite even if a gate is 0, because -inf - (-inf) is NaN.
     log_b = log_b.clamp_min(torch.finfo(log_b.dtype).min / 4)
     span = 1
