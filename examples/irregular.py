@@ -19,8 +19,8 @@ optimizer and training steps. Only the time since the observation before, dt, re
 - minGRU-none does not have it.
 - nn.GRU has its logarithm as one more input feature.
 
-The unit of dt is 3 hours, the mean gap in training. The minGRU models have `gate="rotation"` by default, because a
-rotation can follow the daily cycle.
+The unit of dt is 3 hours, the mean gap in training, which is also the time before the first observation. The minGRU
+models have `gate="rotation"` by default, because a rotation can follow the daily cycle.
 
 Root mean square errors in °C, mean of three seeds and half of their range, with the default options:
 
@@ -138,10 +138,12 @@ def observe(series: Series, places: Tensor, starts: Tensor, mean_gap: float, gen
     is_kept = kept.gather(1, index)
     now = values.gather(1, index)
     target = values.gather(1, index + HORIZON) - now
+    dt = mingru.functional.elapsed_times(index, first=UNIT, lengths=kept.sum(1)) / UNIT
     return Batch(
         hours.gather(1, index),
         now.where(is_kept, 0.0),
-        (index.diff(dim=1, prepend=index[:, :1] - UNIT) / UNIT).where(is_kept, 1.0),
+        # Not 0 in the padding, because two models have the logarithm.
+        dt.where(is_kept, 1.0),
         target,
         is_kept & ~target.isnan() & (index >= WINDOW // 2),
     )

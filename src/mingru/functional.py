@@ -20,15 +20,24 @@ from .check import (
     dims,
     expectation,
     not_a_tensor,
-    not_integers,
 )
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.call import Spec, Start
 from .ops.cells import GATES, is_complex, zero_state
 from .ops.shape import accumulate_dtype, as_dtype
+from .sequences import elapsed_times, reset_from_lengths
 
-__all__ = ["g", "linear_scan", "log_g", "mingru", "minlstm", "parallel_scan_log", "reset_from_lengths"]
+__all__ = [
+    "elapsed_times",
+    "g",
+    "linear_scan",
+    "log_g",
+    "mingru",
+    "minlstm",
+    "parallel_scan_log",
+    "reset_from_lengths",
+]
 
 
 def g(x: Tensor) -> Tensor:
@@ -107,7 +116,9 @@ def mingru(
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
         reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
-        dt: Time since the step before, (B, S), at least 0; dtype of `gate` or float32. Default: 1. Not for "signed".
+        dt: Time since the step before, (B, S), at least 0; at the first step, the time since `h`, where 0 would ignore
+            the first candidate: see [mingru.functional.elapsed_times][]. Dtype of `gate` or float32. Default: 1. Not
+            for "signed".
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
         kind: "sigmoid", "signed" or "rotation": the layer's `gate`, which is a tensor here.
         angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
@@ -189,7 +200,8 @@ def minlstm(
         candidate: Pre-activation of the candidate state; shape, dtype and device of `forget`.
         h: State before the first step. Default: `initial_state`.
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
-        dt: Time since the step before, (B, S), at least 0. Default: 1.
+        dt: Time since the step before, (B, S), at least 0; at the first step, the time since `h`, where 0 would ignore
+            the first candidate. Default: 1. Must be None if `normalize` is False.
         backend: Name of a backend, or "auto".
         normalize: If False, the gates are not divided by their sum.
         activation: "positive" (`g`), "linear" or "tanh".
@@ -335,60 +347,6 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     _check_sequence(name, "log_a", log_a)
     check_tensor(name, "log_b", log_b, log_a, "log_a", (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:]))
     return _in_log_space.parallel_scan_log(log_a, log_b)
-
-
-def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
-    """Return the reset mask for sequences that are concatenated along time.
-
-        reset_t = True if t = lengths_0 + ... + lengths_{n-1} for an n from 0 to N
-
-    With this mask, one long sequence gives the results of N sequences of different lengths, in both directions and
-    without padding.
-
-    Args:
-        lengths: Number of steps of each sequence, (N,); integers, at least 1.
-        num_steps: Total number of steps S, at least the sum of `lengths`. Default: the sum. The first step after the
-            last sequence is a reset too, so that padding cannot influence this sequence in the reverse direction.
-
-    Returns:
-        Boolean mask, (1, S), on the device of `lengths`: the argument `reset` of a layer, `mingru`, `minlstm` or
-        `linear_scan`. On a GPU, the call synchronizes with the host.
-
-    Raises:
-        TypeError: `lengths` is not an integer tensor, or `num_steps` is not an int.
-        ValueError: `lengths` has another shape or a value below 1, or `num_steps` is below the sum.
-
-    Examples:
-        >>> sequences = [torch.randn(length, 3) for length in (2, 1, 3)]
-        >>> reset = mingru.functional.reset_from_lengths(torch.tensor([2, 1, 3]))
-        >>> reset
-        tensor([[ True, False,  True,  True, False, False]])
-        >>> rnn = mingru.MinGRU(3, 8, bidirectional=True)
-        >>> out, h = rnn(torch.cat(sequences).unsqueeze(0), reset=reset)
-        >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
-    """
-    name = "reset_from_lengths"
-    if not isinstance(lengths, Tensor):
-        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (N,)")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise not_integers(name, lengths)
-    if lengths.dim() != 1:
-        raise ValueError(expectation(name, "lengths", "(N,)", dims(lengths.shape)))
-    count = lengths.numel()
-    if count and int(lengths.min()) < 1:
-        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
-    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
-        raise TypeError(expectation(name, "num_steps", "an int", repr(num_steps)))
-    ends = lengths.cumsum(0)
-    total = int(ends[-1]) if count else 0
-    num_steps = total if num_steps is None else num_steps
-    if num_steps < total:
-        raise ValueError(expectation(name, "num_steps", f"at least {total}, the sum of lengths", str(num_steps)))
-    # One more element, for the reset after the last sequence.
-    reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
-    reset[0, ends - lengths] = True
-    reset[0, total] = True
-    return reset[:, :num_steps]
 
 
 def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False, least: int = 2) -> None:

@@ -67,7 +67,8 @@ class Block(Layer, role="sequence", planned=True):
           and zeros.
         - **reset**: Bool mask, (B, S). Where True, both states are set to their default before that step.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. `out` is 0 in the padding.
-        - **dt**: Time since the step before, (B, S), for the layer; the convolution does not depend on it.
+        - **dt**: Time since the step before, at the first step since `h`, (B, S), for the layer; the convolution does
+          not depend on it.
 
     Outputs:
         - **out**: Sequence, (B, S, dims).

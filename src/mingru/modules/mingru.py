@@ -31,13 +31,14 @@ class MinGRU(Recurrent, planned=True):
     deviation of 0.6, so that the angles begin near no turn, at 26 degrees. The unit pi / 4 makes it exact to subtract
     whole turns. States of both gates may be negative: `candidate` "tanh" or "linear" is usual, "positive" is not.
 
-    `dt` in the call is the time since the step before, for sequences that are sampled unevenly, and `min_decay` is a
-    lower bound m of the decay, for a memory that must last (Qin et al. 2023). Together they replace 1 - z_t by
+    `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
+    time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
+    2023). Together they replace 1 - z_t by
 
         r_t = (m + (1 - m) (1 - z_t))^dt_t
 
     and z_t by 1 - r_t, which does not cancel for short times. With "rotation", theta_t becomes dt_t theta_t. Times of 1
-    give the ordinary layer. Two steps with the same x are one step of the sum of their times (not with "rotation",
+    give the ordinary layer. Steps of dt 1 and 2 with the same x equal one step of dt 3 (not with "rotation",
     because the candidate does not turn). "signed" takes neither option, because a flip of the sign has no fraction, and
     because the decay must pass 0 to change its sign.
 
@@ -84,10 +85,11 @@ class MinGRU(Recurrent, planned=True):
           previous one.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. Padded steps are skipped, and
           `out` is 0 there. The state of an empty sequence is its initial state. Must be None if x is packed.
-        - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0; packed if x is packed. Its dtype is
-          that of x or float32. Scale it so that usual values are near 1. Default: 1. A time of 0 keeps the state.
-          Negative times and NaN are only found in eager mode on the CPU. The reverse direction crosses the same times;
-          its first step, the last one, uses the time before the first step.
+        - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0. At the first step, it is the time
+          since `h`; 0 there would ignore the first input, because a time of 0 keeps the state.
+          [mingru.functional.elapsed_times][] computes `dt` from times. The dtype is that of x or float32. Scale it so
+          that usual values are near 1. Default: 1. It is packed if x is packed. Negative times and NaN are only found
+          in eager mode on the CPU. The reverse direction uses `dt[:, t + 1]` at step t, `dt[:, 0]` at the last step.
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H) or (S, B, D * H), with both directions in the order of time.

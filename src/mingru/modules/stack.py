@@ -43,7 +43,8 @@ class Stack(Layer, role="sequence", planned=True):
           initial state of each layer.
         - **reset**: Boolean mask that all layers share, as in their `forward`.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
-        - **dt**: Time since the step before, if all layers take elapsed times.
+        - **dt**: Time since the step before, at the first step since `h`, if all layers take elapsed times. A first
+          time of 0 would ignore the first input.
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.

@@ -1,0 +1,167 @@
+"""Arguments of a layer's call that are computed from a description of the sequences."""
+
+import torch
+from torch import Tensor
+
+from .check import (
+    check_flag,
+    check_lengths,
+    check_number,
+    check_reset,
+    dims,
+    expectation,
+    not_a_tensor,
+    not_integers,
+    of_another_shape,
+    on_another_device,
+)
+from .ops.graph import are_ordinary, is_captured
+from .ops.layout import padding_of
+
+
+def elapsed_times(
+    t: Tensor,
+    first: float | Tensor,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    batch_first: bool = True,
+) -> Tensor:
+    """Compute the elapsed times `dt` of a layer from the times of its observations.
+
+        dt_1 = first      dt_t = t_t - t_{t-1}
+
+    `first` is the time from the state to the first observation. A first time of 0, which is what a difference padded
+    with zeros has, would make the layer ignore the first observation.
+
+    Args:
+        t: Times of the observations, (B, S), which do not decrease; floating-point or integers, such as Unix times.
+            Pass large times as integers or float64, because float32 has only 7 digits.
+        first: Time from the state before the sequence to the first observation, at least 0: a number, or a tensor with
+            one for each sequence, (B,). A typical gap is a good choice for the initial state. To continue a sequence,
+            pass `t[:, 0]` minus the time of its last observation.
+        reset: Boolean mask, (B, S), of the steps that start from the initial state. Their elapsed time is `first`, and
+            their times may be less than those before.
+        lengths: Number of valid steps, integers (B,). Times in the padding are ignored, and their elapsed time is 0.
+        batch_first: If False, `t`, `reset` and the result are (S, B).
+
+    Returns:
+        Elapsed times in the unit of `t`, (B, S); divide them by a typical gap. The dtype is that of `t`, or the default
+        dtype if `t` has integers. A float32 layer needs `.float()` if `t` is float64.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape or device is invalid, `first` is below 0, or times decrease or are NaN. Values of tensors
+            are only checked in eager mode on the CPU.
+
+    Examples:
+        >>> t = torch.tensor([[10, 12, 15, 15]])
+        >>> mingru.functional.elapsed_times(t, first=2)
+        tensor([[2., 2., 3., 0.]])
+        >>> rnn = mingru.MinGRU(3, 8)
+        >>> out, h = rnn(torch.randn(1, 4, 3), dt=mingru.functional.elapsed_times(t, first=2) / 2)
+        >>> later = torch.tensor([[18, 19]])
+        >>> mingru.functional.elapsed_times(later, first=later[:, 0] - t[:, -1])
+        tensor([[3., 1.]])
+    """
+    name, letters = "elapsed_times", "(B, S)" if batch_first else "(S, B)"
+    check_flag(name, "batch_first", batch_first)
+    if not isinstance(t, Tensor):
+        remedy = "use torch.as_tensor; convert numpy.datetime64 with .astype('int64') before"
+        raise TypeError(expectation(name, "t", f"a tensor {letters}", type(t).__name__, remedy))
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
+    if t.dim() != 2:
+        raise ValueError(expectation(name, "t", letters, dims(t.shape)))
+    check_reset(name, reset, t, letters)
+    if not batch_first:
+        t, reset = t.t(), None if reset is None else reset.t()
+    batch, steps = t.shape
+    # Narrow integers could not hold the differences.
+    t = t if t.is_floating_point() else t.long()
+    between = t - t.roll(1, 1)
+    between = between if t.is_floating_point() else between.to(torch.get_default_dtype())
+    if not isinstance(first, Tensor):
+        check_number(name, "first", first, "a number of at least 0, or a tensor (B,)", lambda time: time >= 0)
+        before = torch.full((batch, 1), first, dtype=between.dtype, device=t.device)
+    elif first.shape != (batch,):
+        raise of_another_shape(name, "first", first, "(B,)", (batch,))
+    elif first.device != t.device:
+        raise on_another_device(name, "first", first, t.device, "t")
+    else:
+        before = first.to(between.dtype).unsqueeze(1)
+    starts = (torch.arange(steps, device=t.device) == 0).expand(batch, steps)
+    starts = starts if reset is None else starts | reset
+    dt = torch.where(starts, before, between)
+    if lengths is not None:
+        check_lengths(name, lengths, batch, steps, t.device)
+        dt = dt.masked_fill(padding_of(lengths, dt), 0.0)
+    # On a GPU, the test would synchronize.
+    if dt.is_cpu and not is_captured() and are_ordinary(dt):
+        _check_elapsed(name, dt, t, starts, batch_first)
+    return dt if batch_first else dt.t()
+
+
+def _check_elapsed(name: str, dt: Tensor, t: Tensor, starts: Tensor, batch_first: bool) -> None:
+    """Raise an error for the first time that is negative or NaN."""
+    for index, step in (~(dt >= 0)).nonzero().tolist()[:1]:
+        if starts[index, step]:
+            raise ValueError(expectation(name, "first", "at least 0", f"{dt[index, step].item()} for sequence {index}"))
+        place = f"[{index}, {step}]" if batch_first else f"[{step}, {index}]"
+        got = f"{t[index, step].item()} after {t[index, step - 1].item()} at t{place}"
+        remedy = "sort the observations; for padding pass lengths, for concatenated sequences reset"
+        raise ValueError(expectation(name, "t", "times that do not decrease", got, remedy))
+
+
+def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
+    """Return the reset mask for sequences that are concatenated along time.
+
+        reset_t = True if t = lengths_0 + ... + lengths_{n-1} for an n from 0 to N
+
+    With this mask, one long sequence gives the results of N sequences of different lengths, in both directions and
+    without padding.
+
+    Args:
+        lengths: Number of steps of each sequence, (N,); integers, at least 1.
+        num_steps: Total number of steps S, at least the sum of `lengths`. Default: the sum. The first step after the
+            last sequence is a reset too, so that padding cannot influence this sequence in the reverse direction.
+
+    Returns:
+        Boolean mask, (1, S), on the device of `lengths`: the argument `reset` of a layer, `mingru`, `minlstm` or
+        `linear_scan`. On a GPU, the call synchronizes with the host.
+
+    Raises:
+        TypeError: `lengths` is not an integer tensor, or `num_steps` is not an int.
+        ValueError: `lengths` has another shape or a value below 1, or `num_steps` is below the sum.
+
+    Examples:
+        >>> sequences = [torch.randn(length, 3) for length in (2, 1, 3)]
+        >>> reset = mingru.functional.reset_from_lengths(torch.tensor([2, 1, 3]))
+        >>> reset
+        tensor([[ True, False,  True,  True, False, False]])
+        >>> rnn = mingru.MinGRU(3, 8, bidirectional=True)
+        >>> out, h = rnn(torch.cat(sequences).unsqueeze(0), reset=reset)
+        >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
+    """
+    name = "reset_from_lengths"
+    if not isinstance(lengths, Tensor):
+        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (N,)")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise not_integers(name, lengths)
+    if lengths.dim() != 1:
+        raise ValueError(expectation(name, "lengths", "(N,)", dims(lengths.shape)))
+    count = lengths.numel()
+    if count and int(lengths.min()) < 1:
+        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
+    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
+        raise TypeError(expectation(name, "num_steps", "an int", repr(num_steps)))
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if count else 0
+    num_steps = total if num_steps is None else num_steps
+    if num_steps < total:
+        raise ValueError(expectation(name, "num_steps", f"at least {total}, the sum of lengths", str(num_steps)))
+    # One more element, for the reset after the last sequence.
+    reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
+    reset[0, ends - lengths] = True
+    reset[0, total] = True
+    return reset[:, :num_steps]
