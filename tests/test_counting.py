@@ -65,14 +65,25 @@ def test_a_short_run(tmp_path, capsys):
     [
         (["--tasks", "1"], "argument --tasks: must be an integer of at least 2, got '1'"),
         (["--num-steps", "0"], "argument --num-steps: must be an integer of at least 1, got '0'"),
-        (["--plot", "missing/plot.png"], "the folder of missing/plot.png does not exist; create it"),
+        (
+            ["--plot", "missing/plot.png"],
+            "missing/plot.png cannot be written (No such file or directory); name another",
+        ),
+        (["--plot", "plot.xyz"], "--plot must end in one of ."),
+        (["--plot", "plot"], "--plot must end in one of ."),
+        (
+            ["--plot", "{folder}/plot.png", "--json", "{folder}"],
+            " cannot be written (Is a directory); name another file",
+        ),
     ],
 )
-def test_bad_options(options, says, capsys):
+def test_bad_options(options, says, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        script.main([*SMALL, *options])
+        script.main([*SMALL, *(option.format(folder=tmp_path) for option in options)])
     assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert says in err
+    assert out == ""
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -154,7 +154,11 @@ def test_a_short_run(weather, tmp_path, capsys):
         (["--train-gaps", "0"], "argument --train-gaps: must be an integer of at least 1, got '0'"),
         (["--gate", "signed"], "argument --gate: invalid choice: 'signed'"),
         (["--hidden-dims", "9"], "--hidden-dims must be even for --gate rotation, got 9"),
-        (["--plot", "missing/plot.png"], "the folder of missing/plot.png does not exist; create it"),
+        (
+            ["--plot", "missing/plot.png"],
+            "missing/plot.png cannot be written (No such file or directory); name another",
+        ),
+        (["--plot", "plot.xyz"], "--plot must end in one of ."),
         (["--csv", "missing.csv"], "there is no file missing.csv; check the path"),
     ],
 )
@@ -178,6 +182,31 @@ def test_a_file_without_times_is_refused(tmp_path):
     path.write_text("origin,temp\nJFK,32\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="must have the columns origin, time_hour and temp, got origin, temp"):
         script.main(["--csv", str(path), *SMALL])
+
+
+HEADER = "origin,time_hour,temp\n"
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        ("", "must have the columns origin, time_hour and temp, got none"),
+        (HEADER, "must have observations, got none"),
+        (HEADER + "JFK,2013-01-31T22:00:00Z,NA\n", "must have observations, got none"),
+        (HEADER + "JFK,31.01.2013,32\n", "must have times such as .*, got time data '31.01.2013' does not match"),
+        (
+            HEADER + "JFK,2013-01-31T22:00:00Z,cold\n",
+            "must have .* numbers or NA as temp, got could not convert .*'cold'",
+        ),
+        (HEADER + "JFK\n", "must have times such as"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, contents, says):
+    path = tmp_path / "bad.csv"
+    path.write_text(contents, encoding="utf-8")
+    with pytest.raises(SystemExit, match=says) as stop:
+        script.main(["--csv", str(path), *SMALL])
+    assert "\n" not in stop.value.code
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

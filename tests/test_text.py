@@ -721,6 +721,14 @@ def test_options_that_do_not_fit_are_refused(hamlet, tmp_path, more, message):
     assert message in found
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_accelerator_is_refused_before_training(hamlet, capsys):
+    found = refusal(["--text", str(hamlet), *SMALL.split(), "--accelerator", "cuda"])
+    assert found.startswith("text.py: --accelerator must be one of this machine, got cuda (")
+    assert found.endswith("; use --accelerator auto")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "option", ["--steps", "--batch", "--dims", "--temperature", "--dropout", "--devices", "--conv"]
 )
