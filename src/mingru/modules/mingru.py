@@ -20,7 +20,8 @@ class MinGRU(Recurrent, planned=True):
         signed:    h_t = a_t h_{t-1} + (1 - |a_t|) c_t                          a_t = -tanh(k_t / 2)
         rotation:  h_t = (1 - z_t) exp(i theta_t) h_{t-1} + z_t c_t             theta_t = (pi / 4) u_t
 
-    - "signed" keeps the state (k -> -inf), replaces it (k = 0) or flips its sign (k -> inf). It can compute parity.
+    - "signed" keeps the state (k -> -inf), replaces it (k = 0) or flips its sign (k -> inf). It can compute parity with
+      one layer; more layers drift at lengths far beyond those of the training.
     - "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, which are the real and the
       imaginary part of one complex number. It can count modulo any number. For pair j, rows 2 j and 2 j + 1 of W_z
       compute the gate k and the angle u.
