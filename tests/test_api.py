@@ -13,12 +13,12 @@ import mingru
 
 CONV = (
     "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
-    "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate='positive', gate='sigmoid', "
+    "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate=None, gate='sigmoid', "
     "learn_initial_state=False, batch_first=True, device=None, dtype=None"
 )
 CONV_CELL = (
     "input_dims, hidden_dims, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None, "
-    "candidate='positive', gate='sigmoid', learn_initial_state=False, device=None, dtype=None"
+    "candidate=None, gate='sigmoid', learn_initial_state=False, device=None, dtype=None"
 )
 OF_TORCH = (
     "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
@@ -26,17 +26,17 @@ OF_TORCH = (
 )
 CELL_OF_TORCH = "input_size, hidden_size, bias=True, device=None, dtype=None"
 OPTIONS = (
-    "residual=False, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, learn_initial_state=False, "
+    "residual=False, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False, "
     "recompute=None"
 )
-CELL_OPTIONS = "norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, learn_initial_state=False"
+CELL_OPTIONS = "norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False"
 LSTM_OPTIONS = "cell='minlstm', forget_bias=1.0, normalize=True"
 FORWARD = "self, x, h=None, reset=None"
 # Name, and what stands between the brackets of its signature.
 CONTRACT = {
     "MinGRU": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
-        "*, residual=False, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, "
+        "*, residual=False, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, "
         "learn_initial_state=False, recompute=None, device=None, dtype=None"
     ),
     "MinGRU.forward": f"{FORWARD}, lengths=None, dt=None",
@@ -47,7 +47,7 @@ CONTRACT = {
     ),
     "MinLSTM.forward": f"{FORWARD}, lengths=None, dt=None",
     "MinGRUCell": (
-        "input_dims, hidden_dims, bias=True, *, norm=None, candidate='positive', gate='sigmoid', min_decay=0.0, "
+        "input_dims, hidden_dims, bias=True, *, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, "
         "learn_initial_state=False, device=None, dtype=None"
     ),
     "MinGRUCell.forward": f"{FORWARD}, dt=None",
@@ -106,7 +106,7 @@ CONTRACT = {
 }
 # Keywords that the library adds behind those of the contract.
 ADDED = {
-    "functional.mingru": "*, kind='sigmoid', angle=None, min_decay=0.0, activation='positive', initial_state=None",
+    "functional.mingru": "*, kind='sigmoid', angle=None, min_decay=0.0, activation=None, initial_state=None",
     "functional.minlstm": "*, normalize=True, activation='positive', initial_state=None",
     "export.onnx": "*, max_steps=None, dynamic_shapes=None",
 }

@@ -24,7 +24,7 @@ from .check import (
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.call import Spec, Start
-from .ops.cells import GATES, is_complex, zero_state
+from .ops.cells import GATES, default_candidate, is_complex, zero_state
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import elapsed_times, reset_from_lengths
 
@@ -97,7 +97,7 @@ def mingru(
     kind: str = "sigmoid",
     angle: Tensor | None = None,
     min_decay: float = 0.0,
-    activation: str = "positive",
+    activation: str | None = None,
     initial_state: Tensor | None = None,
 ) -> Tensor:
     """Compute the states of a minGRU from its pre-activations.
@@ -124,7 +124,8 @@ def mingru(
         angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
             "rotation", otherwise None.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive). 0 for "signed".
-        activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh".
+        activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh". Default: "positive" for
+            "sigmoid", "tanh" for "signed" and "rotation", whose states have both signs.
         initial_state: State after a reset, and default of `h`; expandable to (B, 1, *), dtype as for `h`. Default: g(0)
             = 0.5 for "sigmoid" with "positive", else 0.
 
@@ -157,6 +158,7 @@ def mingru(
     name = "mingru"
     check_gate(name, "kind", kind)
     (bound,) = check_min_decay(name, min_decay, 1, kind)
+    activation = default_candidate(kind) if activation is None else activation
     spec = Spec(GATES[kind], activation, False, bound)
     inputs = {"gate": gate, "candidate": candidate}
     if is_complex(spec):

@@ -312,13 +312,101 @@ def test_drop_in(gate):
     expected, expected_last = rnn(x, h)
     assert_close(out.transpose(0, 1), expected, **TIGHT)
     assert_close(last, expected_last.squeeze(2), **TIGHT)
-    cell = mingru.drop_in.GRUCell(IN, H, gate=gate, candidate="tanh", dtype=torch.double)
+    cell = mingru.drop_in.GRUCell(IN, H, gate=gate, candidate="linear", dtype=torch.double)
     with torch.no_grad():
         assert_close(cell(x[:, 0], h[0, :, 0]), copy.deepcopy(cell)(x[:, 0], h[0, :, 0]), **TIGHT)
-    assert repr(cell) == f"GRUCell(4, 6, candidate='tanh', gate='{gate}')"
+    assert repr(cell) == f"GRUCell(4, 6, candidate='linear', gate='{gate}')"
 
 
 # States, files, errors
+
+
+KINDS = {
+    "MinGRU": lambda **options: mingru.MinGRU(4, 6, **options),
+    "MinGRUCell": lambda **options: mingru.MinGRUCell(4, 6, **options),
+    "MinConv1dGRU": lambda **options: mingru.MinConv1dGRU(4, 6, 3, **options),
+    "MinConv2dGRUCell": lambda **options: mingru.MinConv2dGRUCell(4, 6, 3, **options),
+    "drop_in.GRU": lambda **options: mingru.drop_in.GRU(4, 6, **options),
+    "drop_in.GRUCell": lambda **options: mingru.drop_in.GRUCell(4, 6, **options),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_chooses_the_candidate(kind):
+    for gate, candidate in (("sigmoid", "positive"), ("signed", "tanh"), ("rotation", "tanh")):
+        rnn = KINDS[kind](gate=gate)
+        assert rnn.candidate == rnn.layers[0].candidate == candidate
+        assert "candidate" not in repr(rnn)
+        for given in ("positive", "linear"):
+            other = KINDS[kind](gate=gate, candidate=given)
+            assert other.candidate == given
+            assert ("candidate" in repr(other)) == (given != candidate)
+
+
+@every_gate
+def test_the_kind_of_a_function_chooses_its_candidate(gate):
+    inputs = {"gate": torch.randn(2, 3, 2), "candidate": torch.randn(2, 3, 4 if gate == "rotation" else 2)}
+    options = {"kind": gate, "angle": torch.randn(2, 3, 2) if gate == "rotation" else None}
+    out = mingru.functional.mingru(**inputs, **options)
+    assert_close(out, mingru.functional.mingru(**inputs, **options, activation="tanh"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_another_gate_are_refused(kind):
+    layers = {gate: KINDS[kind](gate=gate) for gate in ("sigmoid", *GATES)}
+    assert not any("gate" in key for key in layers["sigmoid"].state_dict())
+    for theirs, source in layers.items():
+        saved = io.BytesIO()
+        torch.save(source.state_dict(), saved)
+        saved.seek(0)
+        for state in (source.state_dict(), torch.load(saved)):
+            for ours, rnn in layers.items():
+                if ours == theirs:
+                    rnn.load_state_dict(state)
+                    continue
+                with pytest.raises(
+                    RuntimeError, match=f"layers.0: weights trained with gate='{theirs}' cannot be used"
+                ):
+                    rnn.load_state_dict(state, strict=False)
+
+
+@every_gate
+def test_weights_without_a_mark_load_with_a_warning(gate):
+    """State dicts of older versions have no mark, and those of safetensors and of dict comprehensions no version."""
+    rnn = make(gate, num_layers=2)
+    state = rnn.state_dict()
+    for key in ("layers.0.gate", "layers.1.gate"):
+        del state[key]
+    for layer in ("layers.0", "layers.1"):
+        state._metadata[layer]["version"] = 1
+    for old in (state, dict(state)):
+        for assign in (False, True):
+            new = make(gate, num_layers=2)
+            with pytest.warns(UserWarning, match=f"^load_state_dict: the weights do not say .* gate='{gate}'"):
+                assert str(new.load_state_dict(old, assign=assign)) == "<All keys matched successfully>"
+            assert new.state_dict().keys() == rnn.state_dict().keys()
+            assert_close(dict(new.state_dict()), dict(rnn.state_dict()), rtol=0, atol=0)
+    plain = mingru.MinGRU(3, 4)
+    state = plain.state_dict()
+    state._metadata["layers.0"]["version"] = 1
+    for old in (state, dict(state)):
+        plain.load_state_dict(old)
+
+
+@every_gate
+def test_a_mark_is_no_parameter_and_is_there_after_to_empty(gate):
+    with torch.device("meta"):
+        empty = make(gate)
+    rnn = make(gate)
+    assert [name for name, _ in rnn.named_parameters()] == ["layers.0.linear.weight", "layers.0.linear.bias"]
+    empty.to_empty(device="cpu")
+    empty.layers[0].gate.fill_(77)
+    empty.reset_parameters()
+    rnn.load_state_dict(empty.state_dict())
+    assert rnn.half().state_dict()["layers.0.gate"].dtype == torch.int64
+    x = torch.randn(2, 5, IN, dtype=torch.double)
+    rnn = make(gate)
+    assert_close(torch.func.functional_call(rnn, dict(rnn.state_dict()), x), rnn(x), rtol=0, atol=0)
 
 
 @every_gate

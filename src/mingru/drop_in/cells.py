@@ -59,7 +59,8 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         norm: Not in torch. "layer", "rms" or None: norm of the input.
-        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
+            `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
@@ -102,7 +103,7 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         dtype: torch.dtype | None = None,
         *,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
@@ -131,7 +132,8 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization, as in `LSTM`.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         norm: Not in torch. "layer", "rms" or None: norm of the input.
-        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
+            `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed" or "rotation".
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
@@ -174,7 +176,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         forget_bias: float = 1.0,
         normalize: bool = True,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,

@@ -209,7 +209,8 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         dtype: Floating-point dtype of the parameters.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
-        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
+            `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
@@ -281,7 +282,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         *,
         residual: bool | str = False,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
@@ -332,7 +333,8 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
-        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh".
+        candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
+            `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed" or "rotation", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.
@@ -392,7 +394,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         normalize: bool = True,
         residual: bool | str = False,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..check import check_type, dims, expectation, require
+from ..modules.marked import marks_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LIBRARY = "library_name: mingru"
@@ -79,11 +80,16 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
     for name in ("device", "dtype"):
         if name in config:
             raise _invalid(folder_or_name, f"{CONFIG} with the unexpected option {name}")
+    if config.get("gate", "sigmoid") != "sigmoid":
+        # Older versions saved only options that were passed, and this was the default of all gates.
+        config.setdefault("candidate", "positive")
     try:
         model = _without_data(cls, config)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise _invalid(folder_or_name, f"{CONFIG} with invalid options ({reason})") from error
+    # Models of older versions were saved without marks.
+    tensors = {**marks_of(model), **tensors}
     difference = _difference(model.state_dict(), tensors)
     if difference:
         raise _invalid(folder_or_name, f"{WEIGHTS} {difference}")
@@ -161,9 +167,9 @@ def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
             return f"with the unexpected {name}"
         if tensor.shape != expected[name].shape:
             return f"with {name} {dims(tensor.shape)} instead of {dims(expected[name].shape)}"
-        if not tensor.is_floating_point():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
             return f"with {name} of dtype {tensor.dtype}"
-    dtypes = {tensor.dtype: name for name, tensor in found.items()}
+    dtypes = {tensor.dtype: name for name, tensor in found.items() if tensor.is_floating_point()}
     if len(dtypes) > 1:
         return "with " + " but ".join(f"{name} of dtype {dtype}" for dtype, name in dtypes.items())
     return ""

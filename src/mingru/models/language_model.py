@@ -91,6 +91,9 @@ class LanguageModel(nn.Module):
         bounds = check_min_decay(self.name, given, num_layers, block_options.get("gate"))
         options: list[dict[str, Any]] = [{"min_decay": bound} if bound else {} for bound in bounds]
         blocks = [Block(dims, **block_options, **own) for own in options]
+        if block_options.get("gate", "sigmoid") != "sigmoid":
+            # Saved, because the default was another one in older versions.
+            self.config["candidate"] = blocks[0].rnn.candidate
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
         self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)

@@ -76,7 +76,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         hidden_dims: Number of state features, H.
         bias: If False, the linear maps have no bias.
         norm: "layer", "rms" or None: norm of the input.
-        candidate: "positive" (g), "linear" or "tanh".
+        candidate: "positive" (g), "linear" or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
         gate: "sigmoid", "signed" or "rotation".
         min_decay: Lower bound of the decay.
         learn_initial_state: If True, the initial state is a parameter.
@@ -128,7 +128,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         bias: bool = True,
         *,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,

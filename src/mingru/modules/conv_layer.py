@@ -15,7 +15,6 @@ from ..ops.cells import GATES, zero_state
 from ..ops.graph import is_autocast
 from ..ops.shape import States, accumulate_dtype
 from .group_norm import GroupNorm
-from .layer import reset_all
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
 from .stacked import Directions
@@ -145,7 +144,7 @@ class MinConvLayer(Directions):
             self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
 
     def reset_parameters(self) -> None:
-        reset_all(self.children())
+        super().reset_parameters()
         if self.initial_state is not None:
             nn.init.constant_(self.initial_state, self.zero_state)
 

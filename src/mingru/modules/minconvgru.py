@@ -58,7 +58,7 @@ class MinConv2dGRU(MinConv):
             largest divisor of the channel count that is at most 32 and leaves at least 16 channels per group. Below 32
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
-            in the paper's vanilla version) or "tanh".
+            in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
         gate: "sigmoid", "signed" or "rotation", see [mingru.MinGRU][]. "rotation" turns pairs of channels, and needs an
             even number of state channels in each group.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
@@ -170,7 +170,7 @@ class MinConv2dGRUCell(MinConvCell):
         groups: Number of groups of the convolution.
         bias: If False, the convolution has no bias.
         norm: "group" or None: norm of the input.
-        candidate: "positive" (g), "linear" or "tanh".
+        candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.
         gate: "sigmoid", "signed" or "rotation".
         learn_initial_state: If True, the initial state is a parameter.
         device: Device of the parameters.

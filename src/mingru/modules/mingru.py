@@ -30,7 +30,7 @@ class MinGRU(Recurrent, planned=True):
     no turn (u = 0), a third (u = 8 / 3) and half a turn (u = 4) are all reached at finite pre-activations, and none of
     them is harder to leave than another. With the default initialization and inputs of variance 1, u has a standard
     deviation of 0.6, so that the angles begin near no turn, at 26 degrees. The unit pi / 4 makes it exact to subtract
-    whole turns. States of both gates may be negative: `candidate` "tanh" or "linear" is usual, "positive" is not.
+    whole turns. States of both gates may be negative, and their default `candidate` is "tanh".
 
     `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
     time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
@@ -63,7 +63,7 @@ class MinGRU(Recurrent, planned=True):
             The returned state does not include the residual.
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
-            in the paper's vanilla version) or "tanh".
+            in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
         gate: "sigmoid", "signed" or "rotation"; see above. "rotation" needs an even `hidden_dims`.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
@@ -111,6 +111,8 @@ class MinGRU(Recurrent, planned=True):
           `torch.nn.Linear`.
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
+        - `layers.{l}.gate`: 1 for "signed", 2 for "rotation", so that weights do not load into a layer with another
+          gate, whose weights have the same shapes. Weights of older versions load with a warning.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..check import check_dropout, check_flags, check_gate, check_int, check_options
+from ..ops.cells import default_candidate
 
 
 def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
@@ -31,6 +32,7 @@ class Options:
     residual: bool | str
     norm: str | None
     candidate: str
+    """Default: the one of the gate."""
     gate: str
     learn_initial_state: bool
     device: Any
@@ -42,8 +44,10 @@ class Options:
         check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
         check_flags(self.name, learn_initial_state=self.learn_initial_state)
         check_dropout(self.name, self.dropout, self.num_layers)
-        check_options(self.name, self.norm, self.norms, self.candidate, self.dtype)
         check_gate(self.name, "gate", self.gate)
+        if self.candidate is None:
+            object.__setattr__(self, "candidate", default_candidate(self.gate))
+        check_options(self.name, self.norm, self.norms, self.candidate, self.dtype)
 
     @property
     def factory(self) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         *,
         residual: bool | str = False,
         norm: str | None = None,
-        candidate: str = "positive",
+        candidate: str | None = None,
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
@@ -178,7 +178,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
         self.is_timed = CELLS[cell].not_timed is None
         self.num_states = 1
-        self.zero_state = zero_state(self.cell, candidate)
+        self.zero_state = zero_state(self.cell, options.candidate)
         self.initial_state = None
         if learn_initial_state:
             shape = (num_layers * self.num_directions, 1, 1, hidden_dims)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.cells import default_candidate
 from ..ops.graph import is_captured
 
 MaybeTensor = Tensor | None
@@ -43,7 +44,10 @@ def defaults_of(module: nn.Module) -> dict[str, Any]:
     """
     package = __name__.partition(".")[0]
     own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
-    return {name: each.default for name, each in inspect.signature(own).parameters.items()}
+    defaults = {name: each.default for name, each in inspect.signature(own).parameters.items()}
+    if "candidate" in defaults and "gate" in defaults:
+        defaults["candidate"] = default_candidate(module.gate)  # type: ignore[arg-type]
+    return defaults
 
 
 def not_default(module: nn.Module, *names: str) -> str:

@@ -14,16 +14,16 @@ from ..ops.call import Layout, Spec, Start
 from ..ops.graph import is_scripting
 from ..ops.shape import States
 from .layer import Layer
+from .marked import Marked
 from .options import Options
 from .shared import MaybeTensor, Outputs, defaults_of, not_default, weight_of
 
 
-class Directions(nn.Module):
+class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
-        super().__init__()
-        self.cell = cell
+        super().__init__(cell, options.device)
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate
         self.min_decay = min_decay

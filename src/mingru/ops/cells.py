@@ -41,6 +41,11 @@ TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
 
 
+def default_candidate(gate: str) -> str:
+    """Return the default activation of the candidate: symmetric if the gate gives the state both signs."""
+    return "positive" if CELLS[GATES[gate]].has_logarithms else "tanh"
+
+
 def zero_state(cell: str, activation: str) -> float:
     """Return the default initial state: g(0) = 0.5, or 0 if the state may be negative."""
     return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else 0.0
