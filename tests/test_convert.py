@@ -410,6 +410,33 @@ def test_a_layer_inside_a_model(source):
 # What is refused
 
 
+CONVERTERS = {
+    "from_cheind": (from_cheind, "layers.0.gate_hidden.weight", torch.zeros(12, 4)),
+    "from_lucidrains": (from_lucidrains, "to_hidden_and_gate.weight", torch.zeros(12, 4)),
+    "from_minrnns": (from_minrnns, "to_hidden_and_gate.weight", torch.zeros(12, 4)),
+    "from_pufferlib": (from_pufferlib, "layers.0.weight", torch.zeros(12, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_keys_that_are_no_strings_and_sparse_tensors(name):
+    function, key, weight = CONVERTERS[name]
+    for other in ({0: weight}, {key: weight, 1: weight}):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: the key [01] of state_dict must be a str, got int; use .state_d"
+        ):
+            function(other)
+    more = {
+        "to_out.weight": torch.zeros(4, 6),
+        "to_out.bias": torch.zeros(4),
+        "to_hidden_and_gate.bias": torch.zeros(12),
+    }
+    sparse = {key: weight.to_sparse(), **(more if name == "from_minrnns" else {})}
+    message = rf"^{name}: {key} must be of layout torch.strided, got torch.sparse_coo; use .to_dense\(\)$"
+    with pytest.raises(TypeError, match=message):
+        function(sparse)
+
+
 def lucidrains_weights():
     return Lucidrains("mingru", 4, 1.5).module.state_dict()
 

@@ -416,7 +416,7 @@ def same_outcome(both, call, argument):
     assert type(ours) is type(theirs), (call, ours, theirs)
     if argument:
         kind = ("LSTM" if "LSTM" in both[1] else "GRU") + ("Cell" if "cell" in call.lower() else "")
-        assert re.match(rf"{kind}: {argument} must be .+, got .+", str(ours)), (call, ours)
+        assert re.match(rf"mingru\.drop_in\.{kind}: {argument} must be .+, got .+", str(ours)), (call, ours)
 
 
 @pytest.mark.parametrize("calls", [CONSTRUCTORS, CALLS], ids=["constructors", "calls"])
@@ -1149,6 +1149,29 @@ def test_replace_leaves_subclasses():
     assert [name for name, _, _ in report.replaced] == ["1"]
     assert report.left == [("0", f"{__name__}.Own(3, 4)", "a subclass may compute something else")]
     assert str(report).endswith(f"0: {__name__}.Own(3, 4) not replaced: a subclass may compute something else")
+
+
+def test_replace_says_which_other_layers_it_left():
+    model = nn.ModuleList([nn.LSTM(IN, H), nn.RNNCell(IN, H)])
+    report = drop_in.replace(model)
+    assert report.replaced == []
+    assert str(report).splitlines() == [
+        "0: torch.nn.LSTM(3, 4) not replaced: only GRUs are replaced",
+        "1: torch.nn.RNNCell(3, 4) not replaced: only GRUs are replaced",
+    ]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_torch_are_refused(strict):
+    for layer, old in (
+        (drop_in.GRU(IN, H), nn.GRU(IN, H)),
+        (drop_in.GRUCell(IN, H), nn.GRUCell(IN, H)),
+        (mingru.MinLSTM(IN, H), nn.LSTM(IN, H)),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"weights of torch.nn.GRU or torch.nn.LSTM cannot be used, because the eq"
+        ):
+            nn.ModuleDict({"rnn": layer}).load_state_dict(nn.ModuleDict({"rnn": old}).state_dict(), strict=strict)
 
 
 def test_replace_does_not_warn_again():

@@ -46,9 +46,17 @@ REMEDIES = {
     "proj_out": LINEAR_BEHIND,
     "forget_bias": "only a minLSTM has a forget gate",
     "normalize": "only a minLSTM has two gates",
+    "gate": "only a minGRU has several gates",
+    "min_decay": "only a minGRU has a bound of its decay",
 }
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
+
+
+def name_of(cls: type) -> str:
+    """Return the name of a class for errors; that of a class of `drop_in` is not the name of torch's class."""
+    package, is_drop_in, _ = cls.__module__.partition(".drop_in.")
+    return f"{package}.drop_in.{cls.__name__}" if is_drop_in else cls.__name__
 
 
 def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:
@@ -96,7 +104,7 @@ def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callabl
 
         @functools.wraps(init)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            problem = misfit(type(args[0]).__name__, signature, args, kwargs, remedy)
+            problem = misfit(name_of(type(args[0])), signature, args, kwargs, remedy)
             if problem:
                 raise TypeError(problem)
             init(*args, **kwargs)
@@ -112,10 +120,10 @@ def misfit(
     """Return why a method cannot be called with these arguments, of which the first is self; "" if it can."""
     known = list(signature.parameters.values())[1:]
     names = [parameter.name for parameter in known]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        for argument in kwargs:
-            if argument not in names:
-                return unknown_argument(name, argument, names)
+    has_options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
+    for argument in kwargs:
+        if argument not in names and (not has_options or _spelled_like(argument, names)):
+            return unknown_argument(name, argument, names)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -130,12 +138,15 @@ def unknown_argument(name: str, argument: str, names: list[str]) -> str:
 
 
 def _meant(argument: str, names: list[str]) -> str:
-    meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names]
-    # The high cutoff, 0.8, accepts only typing errors.
-    meant = meant or difflib.get_close_matches(argument, names, 1, 0.8)
+    meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names] or _spelled_like(argument, names)
     if meant:
         return f"use {' and '.join(meant)}"
     return REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
+
+
+def _spelled_like(argument: str, names: list[str]) -> list[str]:
+    # The high cutoff, 0.8, accepts only typing errors.
+    return difflib.get_close_matches(argument, names, 1, 0.8)
 
 
 def check_flags(name: str, **flags: object) -> None:
@@ -263,6 +274,8 @@ def check_like(
         remedy = f"use {argument}.to({like.dtype})"
         if ids and embed_remedy(x):
             remedy = f"{EMBED}, or {remedy} for numbers"
+        if argument == "h":
+            remedy = mask_remedy(x) or remedy
         raise TypeError(expectation(name, argument, expected, str(x.dtype), remedy))
     if x.device != like.device:
         raise on_another_device(name, argument, x, like.device, like_name)
@@ -283,15 +296,19 @@ def converted(like: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
 
 
+def mask_remedy(h: Any) -> str:
+    """Return the fix for a mask in place of a state; otherwise ""."""
+    return "pass a mask as reset=" if getattr(h, "dtype", None) == torch.bool else ""
+
+
 def embed_remedy(x: Tensor) -> str:
     """Return the fix for token ids, if x has a dtype that an embedding accepts; otherwise ""."""
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
-def check_list(name: str, argument: str, values: object, count: int, expected: str) -> None:
+def check_list(name: str, argument: str, values: Any, count: int, expected: str) -> None:
     """Check that values are a list or a tuple of so many."""
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(expectation(name, argument, expected, type(values).__name__))
+    check_type(name, argument, values, (list, tuple), expected, mask_remedy(values) if argument == "h" else "")
     if len(values) != count:
         raise ValueError(expectation(name, argument, expected, str(len(values))))
 

@@ -308,6 +308,9 @@ def linear_scan(
         tensor([[1.8750, 1.7500, 1.5000, 1.0000]])
     """
     name = "linear_scan"
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and _is_expandable(a, b):
+        expected = f"(B, S, *) = {dims(b.shape)} like b"
+        raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))
     _check_sequence(name, "a", a, or_complex=True)
     check_tensor(name, "b", b, a, "a")
     check_reset(name, reset, a, "(B, S)")
@@ -349,6 +352,12 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     _check_sequence(name, "log_a", log_a)
     check_tensor(name, "log_b", log_b, log_a, "log_a", (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:]))
     return _in_log_space.parallel_scan_log(log_a, log_b)
+
+
+def _is_expandable(x: Tensor, like: Tensor) -> bool:
+    """Return whether x has another shape, but can be expanded to the shape of `like`."""
+    sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
+    return x.shape != like.shape and x.dim() <= like.dim() and all(size in (1, other) for size, other in sizes)
 
 
 def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False, least: int = 2) -> None:

@@ -365,7 +365,7 @@ BAD_OPTIONS = {
     "dropout of NaN": ({"dropout": NAN}, ValueError, "dropout must be a number from 0 to 1, got nan"),
     "dropout of bool": ({"dropout": True}, TypeError, "dropout must be a number from 0 to 1, got True"),
     "checkpoint": ({"checkpoint": 1}, TypeError, "checkpoint must be a bool, got 1"),
-    "num_layers": ({"num_layers": 2}, TypeError, "no argument 'num_layers'; a block has one layer, x is (B, S, 5)"),
+    "num_layers": ({"num_layers": 2}, TypeError, "no argument 'num_layers'; a block has one layer, and its x"),
     "batch_first": ({"batch_first": True}, TypeError, "no argument 'batch_first'; a block has one layer"),
     "residual": ({"residual": True}, TypeError, "no argument 'residual'; a block has one layer"),
     "hidden_dims": ({"hidden_dims": 8}, TypeError, "no argument 'hidden_dims'; use expansion"),

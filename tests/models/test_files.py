@@ -190,6 +190,91 @@ def test_a_subclass(tmp_path):
         LanguageModel.from_pretrained(tmp_path)
 
 
+# Models that the options do not describe
+
+
+def test_later_changes_of_the_callers_list_do_not_reach_the_config(tmp_path):
+    bounds = [0.0, 0.75]
+    lm = LanguageModel(7, 4, 2, min_decay=bounds)
+    bounds[1] = 0.5
+    assert lm.config["min_decay"] == [0.0, 0.75]
+    lm.save_pretrained(tmp_path)
+    assert_same_model(LanguageModel.from_pretrained(tmp_path), lm)
+
+
+def tie(lm):
+    lm.head.weight = lm.embedding.weight
+
+
+def share(lm):
+    lm.blocks.layers[1].out.weight = lm.blocks.layers[0].out.weight
+
+
+def set_attribute(path, name, value):
+    return lambda lm: setattr(lm.get_submodule(path), name, value)
+
+
+CHANGED = {
+    "a tied head": (tie, "without shared tensors, got one whose head.weight is embedding.weight; use tied=True for"),
+    "shared weights": (
+        share,
+        "without shared tensors, got one whose blocks.layers.1.out.weight is blocks.layers.0.out",
+    ),
+    "dropout": (
+        set_attribute("blocks.layers.0", "dropout", 0.5),
+        "with blocks.layers.0.dropout 0.5 instead of 0.0; pass",
+    ),
+    "a bound": (
+        set_attribute("blocks.layers.1.rnn.layers.0", "min_decay", 0.5),
+        "with blocks.layers.1.rnn.layers.0.min_decay 0.5 instead of 0.0; pass the change to the constructor",
+    ),
+    "a candidate": (
+        set_attribute("blocks.layers.1.rnn.layers.0", "candidate", "tanh"),
+        "with blocks.layers.1.rnn.layers.0.candidate 'tanh' instead of 'positive'",
+    ),
+    "an epsilon": (set_attribute("norm", "eps", 0.1), "with norm.eps 0.1 instead of None"),
+    "another activation": (
+        set_attribute("blocks.layers.0.mlp", "2", torch.nn.ReLU()),
+        "with blocks.layers.0.mlp.2 ReLU instead of GELU",
+    ),
+    "another module": (
+        lambda lm: lm.blocks.layers[0].mlp.append(torch.nn.Dropout()),
+        "with the additional blocks.layers.0.mlp.4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_model_is_not_saved(case, tmp_path):
+    change, message = CHANGED[case]
+    lm = make(mlp=2)
+    change(lm)
+    with pytest.raises(ValueError, match=r"^save_pretrained: the model must be .*" + re.escape(message)):
+        lm.save_pretrained(tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_a_changed_option_is_saved_if_the_config_has_it(tmp_path):
+    lm = make("plain")
+    for block in lm.blocks.layers:
+        block.dropout = 0.5
+    lm.config["dropout"] = 0.5
+    lm.save_pretrained(tmp_path)
+    assert LanguageModel.from_pretrained(tmp_path).blocks.layers[1].dropout == 0.5
+
+
+def test_a_model_of_an_older_version(tmp_path):
+    """It has no marks of its gates, and "positive" was the default candidate."""
+    lm = make("bounds", candidate="positive")
+    lm.save_pretrained(tmp_path)
+    rewrite_tensors(lambda tensors: [tensors.pop(f"blocks.layers.{index}.rnn.layers.0.gate") for index in (0, 1)])(
+        tmp_path
+    )
+    rewrite_config(lambda config: config.pop("candidate"))(tmp_path)
+    assert_same_model(LanguageModel.from_pretrained(tmp_path), lm)
+    assert make("bounds").config["candidate"] == "tanh"
+
+
 # Files that are no model
 
 
@@ -267,7 +352,7 @@ DAMAGES = {
     "a foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "with config.json of something else"),
     "the config of a block": (set_option(model="Block"), "with config.json of something else"),
     "a missing option": (rewrite_config(lambda config: config.pop("dims")), OPTIONS),
-    "an unknown option": (set_option(heads=2), f"{OPTIONS}Block: no argument 'heads'; "),
+    "an unknown option": (set_option(heads=2), f"{OPTIONS}LanguageModel: no argument 'heads'; "),
     "an option of Python": (set_option(self=1), OPTIONS),
     "an invalid option": (set_option(cell="gru"), f"{OPTIONS}Block: cell must be one of "),
     "an option of a wrong type": (set_option(norm=["rms"]), f"{OPTIONS}Block: norm must be one of "),

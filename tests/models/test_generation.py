@@ -601,8 +601,16 @@ BAD_CALLS = {
         ValueError,
         "prompts[1] must be of at least one token, got (0,)",
     ),
-    "a text": ({"prompts": "abc"}, TypeError, "prompts must be a tensor (B, S) or a list of tensors (S,), got str"),
-    "a list of texts": ({"prompts": ["abc"]}, TypeError, "prompts[0] must be an integer tensor (S,), got str"),
+    "a text": (
+        {"prompts": "abc"},
+        TypeError,
+        "prompts must be a tensor (B, S) or a list of tensors (S,), got str; encode the text first",
+    ),
+    "a list of texts": (
+        {"prompts": ["abc"]},
+        TypeError,
+        "prompts[0] must be an integer tensor (S,), got str; encode the",
+    ),
     "a list of lists": ({"prompts": [[1, 2]]}, TypeError, "prompts[0] must be an integer tensor (S,), got list; use"),
     "None": ({"prompts": None}, TypeError, "prompts must be a tensor (B, S) or a list of tensors (S,), got NoneType"),
     "max_new_tokens below 0": ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),

@@ -308,12 +308,16 @@ BAD_OPTIONS = {
     ),
     "bidirectional of 1": ({"bidirectional": 1}, ValueError, "LanguageModel: bidirectional must be False, got 1"),
     "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "LanguageModel: min_decay must be a number from 0 to 1"),
-    "min_decay of a minLSTM": ({"cell": "minlstm", "min_decay": 0.5}, TypeError, "Block: no argument 'min_decay'"),
+    "min_decay of a minLSTM": (
+        {"cell": "minlstm", "min_decay": 0.5},
+        TypeError,
+        "LanguageModel: no argument 'min_decay'; only a",
+    ),
     "cell": ({"cell": "lstm"}, ValueError, "Block: cell must be one of ('mingru', 'minlstm'), got 'lstm'"),
     "norm in a list": ({"norm": ["rms"]}, ValueError, "Block: norm must be one of ('layer', 'rms'), got ['rms']"),
-    "residual": ({"residual": True}, TypeError, "Block: no argument 'residual'; a block has one layer"),
-    "unknown": ({"heads": 2}, TypeError, "Block: no argument 'heads'; the arguments are dims, cell, "),
-    "typing error": ({"droput": 0.1}, TypeError, "Block: no argument 'droput'; use dropout"),
+    "residual": ({"residual": True}, TypeError, "LanguageModel: no argument 'residual'; a block has"),
+    "unknown": ({"heads": 2}, TypeError, "LanguageModel: no argument 'heads'; the arguments are vocab_size, dims, "),
+    "typing error": ({"droput": 0.1}, TypeError, "LanguageModel: no argument 'droput'; use dropout"),
     "dtype": ({"dtype": torch.int64}, TypeError, "MinGRU: dtype must be a floating-point dtype, got torch.int64"),
 }
 
@@ -323,6 +327,22 @@ def test_bad_options(case):
     options, error, message = BAD_OPTIONS[case]
     with pytest.raises(error, match="^" + re.escape(message)):
         LanguageModel(**{"vocab_size": V, "dims": DIMS, "num_layers": 2, **options})
+
+
+def test_wrong_names_of_arguments():
+    with pytest.raises(TypeError, match=r"^LanguageModel: no argument 'num_layer'; use num_layers$"):
+        LanguageModel(V, DIMS, num_layer=2)
+    with pytest.raises(
+        TypeError, match=r"^LanguageModel: missing a required argument: 'num_layers'; the positional arg"
+    ):
+        LanguageModel(V, DIMS, conv=2)
+    lm = LanguageModel(V, DIMS, 2)
+    with pytest.raises(
+        TypeError, match=r"^LanguageModel: no argument 'dt'; the arguments are ids, state, reset, length"
+    ):
+        lm(IDS, dt=torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"^LanguageModel: ids must be an integer tensor .*, got str; encode the text"):
+        lm("hello")
 
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)

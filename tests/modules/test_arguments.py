@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ FLAGS = [
 every_class = pytest.mark.parametrize("kind", CLASSES, ids=[kind.__name__ for kind in CLASSES])
 
 
+def named(kind):
+    """Return the name in errors."""
+    return f"mingru.drop_in.{kind.__name__}" if kind in (drop_in.GRU, drop_in.GRUCell) else kind.__name__
+
+
 def refused(error, message):
     return pytest.raises(error, match=f"^{message}$")
 
@@ -65,7 +71,7 @@ def test_a_flag_is_a_bool(kind):
         for value in (0, 1, None, "False", 0.2, torch.tensor(True)):
             with pytest.raises(TypeError) as caught:
                 kind(*sizes, **{flag: value})
-            assert str(caught.value).startswith(f"{kind.__name__}: {flag} must be {expected}, got {value!r}")
+            assert str(caught.value).startswith(f"{named(kind)}: {flag} must be {expected}, got {value!r}")
         for value in (True, False):
             assert getattr(kind(*sizes, **{flag: value}), flag) is value
 
@@ -75,23 +81,23 @@ def test_recompute_is_a_bool_or_none(kind):
     for value in (True, False, None):
         assert kind(3, 4, recompute=value).recompute is value
     for value in (0, 1, "False"):
-        with refused(TypeError, rf"{kind.__name__}: recompute must be a bool or None, got {value!r}"):
+        with refused(TypeError, rf"{named(kind)}: recompute must be a bool or None, got {value!r}"):
             kind(3, 4, recompute=value)
 
 
 @pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, drop_in.GRU])
 def test_a_dropout_by_position_is_told_from_bias(kind):
     remedy = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
-    with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 0.2; {remedy}"):
+    with refused(TypeError, f"{named(kind)}: bias must be a bool, got 0.2; {remedy}"):
         kind(3, 4, 2, 0.2)
-    with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 'no'"):
+    with refused(TypeError, f"{named(kind)}: bias must be a bool, got 'no'"):
         kind(3, 4, 2, "no")
 
 
 @pytest.mark.parametrize("kind", [mingru.MinGRUCell, mingru.MinLSTMCell])
 def test_a_number_of_layers_by_position_is_told_from_bias(kind):
     remedy = "a cell has no num_layers; bias comes after hidden_dims"
-    with refused(TypeError, f"{kind.__name__}: bias must be a bool, got 2; {remedy}"):
+    with refused(TypeError, f"{named(kind)}: bias must be a bool, got 2; {remedy}"):
         kind(3, 4, 2)
 
 
@@ -130,7 +136,7 @@ def test_constructors_know_what_is_meant(kind):
     sizes, _ = CLASSES[kind]
     for name, meant in meant_by(kind).items():
         takes = f"the arguments are {', '.join(inspect.signature(kind).parameters)}"
-        with refused(TypeError, f"{kind.__name__}: no argument '{name}'; {f'use {meant}' if meant else takes}"):
+        with refused(TypeError, f"{named(kind)}: no argument '{name}'; {f'use {meant}' if meant else takes}"):
             kind(*sizes, **{name: 3})
 
 
@@ -148,12 +154,12 @@ def test_a_projection_is_a_layer_of_its_own(name):
 @every_class
 def test_constructors_with_too_few_and_too_many(kind):
     sizes, _ = CLASSES[kind]
-    with pytest.raises(TypeError, match=f"^{kind.__name__}: missing a required argument: '.*'; "):
+    with pytest.raises(TypeError, match=f"^{named(kind)}: missing a required argument: '.*'; "):
         kind(*sizes[:-1])
-    with pytest.raises(TypeError, match=f"^{kind.__name__}: too many positional arguments; "):
+    with pytest.raises(TypeError, match=f"^{named(kind)}: too many positional arguments; "):
         kind(*sizes, *[1] * 20)
     parameters = list(inspect.signature(kind).parameters)
-    with pytest.raises(TypeError, match=f"^{kind.__name__}: multiple values for argument '{parameters[0]}'; "):
+    with pytest.raises(TypeError, match=f"^{named(kind)}: multiple values for argument '{parameters[0]}'; "):
         kind(*sizes, **{parameters[0]: 3})
 
 
@@ -178,14 +184,14 @@ def test_calls_know_what_is_meant(kind):
     expected = layer(x)
     for name, meant in unknown.items():
         remedy = f"use {meant}" if meant else f"the arguments are {', '.join(parameters)}"
-        with refused(TypeError, f"{kind.__name__}: no argument '{name}'; {remedy}"):
+        with refused(TypeError, f"{named(kind)}: no argument '{name}'; {remedy}"):
             layer(x, **{name: None})
-    with refused(TypeError, rf"{kind.__name__}: missing a required argument: '\w+'; the positional arguments are .*"):
+    with refused(TypeError, rf"{named(kind)}: missing a required argument: '\w+'; the positional arguments are .*"):
         layer()
-    with refused(TypeError, rf"{kind.__name__}: too many positional arguments; the positional arguments are .*"):
+    with refused(TypeError, rf"{named(kind)}: too many positional arguments; the positional arguments are .*"):
         layer(x, *[None] * len(parameters))
     with refused(
-        TypeError, f"{kind.__name__}: multiple values for argument '{parameters[0]}'; the positional arguments are .*"
+        TypeError, f"{named(kind)}: multiple values for argument '{parameters[0]}'; the positional arguments are .*"
     ):
         layer(x, **{parameters[0]: x})
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
@@ -262,7 +268,7 @@ def test_signatures_copies_and_scripts_stay(kind):
 
 @pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, drop_in.GRU])
 def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
-    with pytest.warns(UserWarning, match=f"^{kind.__name__}: dropout=0.5 has no effect") as seen:
+    with pytest.warns(UserWarning, match=f"^{named(kind)}: dropout=0.5 has no effect") as seen:
         kind(3, 4, dropout=0.5)
     assert [warning.filename for warning in seen] == [__file__]
 
@@ -277,7 +283,7 @@ INTEGERS = [torch.int64, torch.int32]
 def test_token_ids_are_to_be_embedded(kind, dtype):
     sizes, x = CLASSES[kind]
     layer = kind(*sizes)
-    inner = "MinGRU" if kind is mingru.Stack else kind.__name__
+    inner = "MinGRU" if kind is mingru.Stack else named(kind)
     argument = "input" if "hx" in inspect.signature(kind.forward).parameters else "x"
     error = kind.mistake if kind in DROP_IN else TypeError
     remedy = rf"embed token ids first \(torch\.nn\.Embedding\), or use {argument}\.to\(torch\.float32\) for numbers"
@@ -311,11 +317,39 @@ def test_other_numbers_are_not_token_ids(kind):
 def test_packed_token_ids():
     ids = torch.nn.utils.rnn.pack_sequence([torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)])
     for kind, error in ((mingru.MinGRU, ValueError), (drop_in.GRU, RuntimeError)):
-        with pytest.raises(error, match=f"^{kind.__name__}: .*; embed token ids first"):
+        with pytest.raises(error, match=f"^{named(kind)}: .*; embed token ids first"):
             kind(3, 4)(ids)
 
 
 # One state
+
+
+def test_only_a_mingru_has_gates():
+    for kind in (mingru.MinLSTM, mingru.MinLSTMCell):
+        with refused(TypeError, f"{kind.__name__}: no argument 'gate'; only a minGRU has several gates"):
+            kind(3, 4, gate="signed")
+        with refused(TypeError, f"{kind.__name__}: no argument 'min_decay'; only a minGRU has a bound of its decay"):
+            kind(3, 4, min_decay=0.5)
+
+
+@every_class
+def test_a_mask_is_no_state(kind):
+    sizes, x = CLASSES[kind]
+    if "reset" in inspect.signature(kind.forward).parameters:
+        mask = torch.zeros(2, dtype=torch.bool) if "Cell" in kind.__name__ else torch.zeros(2, 5, dtype=torch.bool)
+        with refused(TypeError, f"{kind.__name__}: h must be .*; pass a mask as reset="):
+            kind(*sizes)(x, mask)
+
+
+def test_a_state_of_another_size_is_not_that_of_torch():
+    layer = mingru.MinGRU(3, 4)
+    expected = r"MinGRU: h must be expandable to \(L \* D, B, 1, H\) = \(1, 2, 1, 4\)"
+    for shape in ((1, 3, 1, 4), (1, 2, 1, 5), (2, 5)):
+        with refused(ValueError, rf"{expected}, got {re.escape(str(shape))}"):
+            layer(X, torch.zeros(shape))
+    with refused(ValueError, rf"{expected}, got \(1, 2, 4\); convert a state of nn.GRU, .*, with h.unsqueeze\(2\)"):
+        layer(X, torch.zeros(1, 2, 4))
+
 
 PAIRS = {"tuple": tuple, "list": list}
 

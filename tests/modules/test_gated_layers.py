@@ -446,12 +446,14 @@ def test_rotations_begin_near_no_turn():
 def test_errors(kind):
     for gate in ("tanh", None, ["signed"], 1):
         with pytest.raises(
-            ValueError, match=rf"^{kind.__name__}: gate must be one of \('sigmoid', 'signed', 'rotation'\), got"
+            ValueError,
+            match=rf"^(mingru.drop_in.)?{kind.__name__}: gate must be one of \('sigmoid', 'signed', 'rotation'\), got",
         ):
             kind(3, 4, gate=gate)
     name = "hidden_size" if kind.__module__.startswith("mingru.drop_in") else "hidden_dims"
     with pytest.raises(
-        ValueError, match=f"^{kind.__name__}: {name} must be even because gate='rotation' turns pairs of fe"
+        ValueError,
+        match=f"^(mingru.drop_in.)?{kind.__name__}: {name} must be even because gate='rotation' turns pairs of fe",
     ):
         kind(3, 5, gate="rotation")
     kind(3, 5, gate="signed")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..check import check_like, check_type, dims, expectation, require
@@ -18,6 +19,8 @@ class Checkpoint(dict[str, Tensor]):
     def __init__(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         check_type(name, "state_dict", state_dict, Mapping, "a mapping of names to tensors", "use .state_dict()")
         require(name, "prefix", isinstance(prefix, str), "a str", repr(prefix), error=TypeError)
+        for key in state_dict:
+            check_type(name, f"the key {key!r} of state_dict", key, str, "a str", "use .state_dict()")
         self.name, self.state_dict, self.prefix = name, state_dict, prefix
         super().__init__((key[len(prefix) :], x) for key, x in state_dict.items() if key.startswith(prefix))
         got = f"the key {next(iter(state_dict))}" if state_dict else "an empty mapping"
@@ -53,6 +56,9 @@ class Checkpoint(dict[str, Tensor]):
         for key in (first, *self):
             # Comparing the first tensor with itself only checks that it is a tensor.
             check_like(self.name, self.prefix + key, self[key], weight, argument)
+            layout = self[key].layout
+            is_dense, remedy = layout == torch.strided, "use .to_dense()"
+            require(self.name, self.prefix + key, is_dense, "of layout torch.strided", str(layout), remedy, TypeError)
         is_valid = weight.is_floating_point()
         require(self.name, argument, is_valid, "of a floating-point dtype", str(weight.dtype), error=TypeError)
 

@@ -16,6 +16,7 @@ from ..check import (
     embed_remedy,
     expectation,
     is_number,
+    name_of,
     require,
 )
 from ..modules.minlstm import MinLSTM
@@ -37,7 +38,7 @@ class DropIn(Recurrent):
     """What torch raises for a size of 0 and for an input of another dtype."""
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        name, dtype = type(self).__name__, options["dtype"]
+        name, dtype = name_of(type(self)), options["dtype"]
         for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             try:
                 check_int(name, argument, size)
@@ -117,7 +118,7 @@ class DropIn(Recurrent):
         # Also if the caller is not strict, as torch does with weights of another shape.
         if of_torch is not None:
             remedy = "build and load this model outside of mingru.drop_in.patch(), or train it again"
-            expected = f"weights of mingru.drop_in.{self.name} because the equations differ"
+            expected = f"weights of {self.name} because the equations differ"
             errors.append(expectation(self.name, "state_dict", expected, f"{of_torch} of torch.nn", remedy))
 
     def extra_repr(self) -> str:
@@ -129,7 +130,7 @@ class DropIn(Recurrent):
         return f"{self.input_size}, {self.hidden_size}{not_default(self, *names)}{cell}"
 
     def __repr__(self) -> str:
-        return f"{self.name}({self.extra_repr()})"
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
@@ -145,7 +146,7 @@ class WithPair(DropIn, MinLSTM):
     """Base class of `LSTM` and `LSTMCell`: the choice of the cell, its forget bias, and the state, which is a pair."""
 
     def __init__(self, cell: str, forget_bias: float, normalize: bool, **options: Any) -> None:
-        name = type(self).__name__
+        name = name_of(type(self))
         check_choice(name, "cell", cell, ("minlstm", "mingru"))
         check_flags(name, normalize=normalize)
         require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)

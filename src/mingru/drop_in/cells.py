@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_dt, check_flags, check_reset, dims, embed_remedy, expectation
+from ..check import arguments_checked, check_dt, check_flags, check_reset, dims, embed_remedy, expectation, name_of
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
@@ -108,7 +108,7 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
     ) -> None:
-        check_flags(type(self).__name__, bias=bias)
+        check_flags(name_of(type(self)), bias=bias)
         super().__init__(**arguments_of(locals()))
 
     def forward(  # type: ignore[override]
@@ -181,7 +181,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
     ) -> None:
-        check_flags(type(self).__name__, bias=bias)
+        check_flags(name_of(type(self)), bias=bias)
         super().__init__(**arguments_of(locals()))
 
     def forward(  # type: ignore[override]

@@ -18,6 +18,7 @@ from ..check import (
     dims,
     embed_remedy,
     expectation,
+    name_of,
     of_another_shape,
     require,
 )
@@ -40,7 +41,7 @@ class DropInLayer(DropIn):
     __jit_unused_properties__ = ("all_weights",)
 
     def __init__(self, proj_size: int, **options: Any) -> None:
-        name, hidden_size = type(self).__name__, options["hidden_size"]
+        name, hidden_size = name_of(type(self)), options["hidden_size"]
         check_bias(name, options["bias"])
         check_flags(name, batch_first=options["batch_first"], bidirectional=options["bidirectional"])
         if isinstance(options["dropout"], (bool, str)):

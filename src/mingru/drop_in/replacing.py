@@ -42,8 +42,8 @@ def replace(
 
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
-        `left` has (qualified name, layer, reason) for each layer of torch that is not replaced: subclasses, and those
-        that `gru` or `lstm` exclude.
+        `left` has (qualified name, layer, reason) for each recurrent layer of torch that is not replaced: subclasses,
+        those that `gru` or `lstm` exclude, and `torch.nn.RNN`.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or no class has an option of this name.
@@ -66,7 +66,7 @@ def replace(
         (parent, key, f"{prefix}.{key}" if prefix else key, layer)
         for prefix, parent in model.named_modules()
         for key, layer in parent._modules.items()
-        if isinstance(layer, of_torch)
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
     ]
     new_layers: dict[nn.Module, nn.Module] = {}
     for _, _, name, layer in found:
@@ -83,8 +83,10 @@ def replace(
             parent._modules[key] = new_layers[layer]
             report.replaced.append((name, described(layer), described(new_layers[layer])))
         else:
-            excluded = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
-            report.left.append((name, described(layer), excluded if type(layer) in TWINS else SUBCLASS))
+            why = SUBCLASS if isinstance(layer, of_torch) else "only GRUs and LSTMs are replaced"
+            if type(layer) in TWINS:
+                why = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
+            report.left.append((name, described(layer), why))
     return report
 
 

@@ -41,7 +41,5 @@ def wanted_twins(name: str, gru: bool, lstm: bool, num_layers: int | None, optio
 def described(layer: nn.Module) -> str:
     """Return the repr on one line, with the module of the class."""
     cls = type(layer)
-    module_name = cls.__module__
-    if cls in TWINS or cls in TWINS.values():
-        module_name = "torch.nn" if cls in TWINS else "mingru.drop_in"
+    module_name = "mingru.drop_in" if cls in TWINS.values() else cls.__module__.removesuffix(".modules.rnn")
     return f"{module_name}.{cls.__name__}({layer.extra_repr()})"

@@ -1,6 +1,7 @@
 """The residual block around a recurrent layer."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..check import (
+    arguments_checked,
     check_choice,
     check_dropout,
     check_dt,
@@ -95,6 +97,7 @@ class Block(Layer, role="sequence", planned=True):
         Feng et al. 2024, "Were RNNs All We Needed?", appendix C, and the authors' code.
     """
 
+    @arguments_checked()
     def __init__(
         self,
         dims: int,
@@ -120,14 +123,7 @@ class Block(Layer, role="sequence", planned=True):
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
         check_flag(self.name, "checkpoint", checkpoint)
-        for option in ("num_layers", "batch_first", "residual"):
-            if option in layer_options:
-                raise TypeError(f"{self.name}: no argument {option!r}; a block has one layer, x is (B, S, {dims})")
-        options = (*LAYER_OPTIONS, *(("gate", "min_decay") if cell == "mingru" else ("forget_bias", "normalize")))
-        for option in layer_options:
-            if option not in options:
-                own = [name for name in defaults_of(self) if name != "layer_options"]
-                raise TypeError(unknown_argument(self.name, option, [*own, *options]))
+        check_layer_options(self.name, cell, layer_options, list(defaults_of(self)))
         factory = {name: layer_options.get(name) for name in ("device", "dtype")}
         bias = layer_options.get("bias", True)
         check_flag(self.name, "bias", bias)
@@ -253,6 +249,17 @@ class Block(Layer, role="sequence", planned=True):
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")
+
+
+def check_layer_options(name: str, cell: str, layer_options: Iterable[str], arguments: list[str]) -> None:
+    """Raise an error for an option that the layer in a block does not have."""
+    own = [argument for argument in arguments if not argument.endswith("_options")]
+    own += [*LAYER_OPTIONS, *(("gate", "min_decay") if cell == "mingru" else ("forget_bias", "normalize"))]
+    for option in layer_options:
+        if option in ("num_layers", "batch_first", "residual"):
+            raise TypeError(f"{name}: no argument {option!r}; a block has one layer, and its x is (B, S, dims)")
+        if option not in own:
+            raise TypeError(unknown_argument(name, option, own))
 
 
 def _check_ratio(name: str, argument: str, ratio: Any, dims: int) -> None:

@@ -29,9 +29,13 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     check_type("save_pretrained", "figures", figures, dict, "a dict or None")
     config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    difference = _difference(_without_data(type(model), model.config).state_dict(), tensors)
-    expected = f"{type(model).__name__}(**config) without changes"
-    require("save_pretrained", "the model", not difference, expected, f"a model {difference}")
+    saved = _without_data(type(model), model.config)
+    difference = _difference(saved.state_dict(), tensors) or _changed(saved, model)
+    expected, remedy = f"{type(model).__name__}(**config) without changes", "pass the change to the constructor"
+    require("save_pretrained", "the model", not difference, expected, f"a model {difference}", remedy)
+    shared = _shared(tensors)
+    expected, remedy = "a model without shared tensors", "use tied=True for the head, and .clone() for other tensors"
+    require("save_pretrained", "the model", not shared, expected, f"one {shared}", remedy)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as temporary:
@@ -172,6 +176,30 @@ def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     dtypes = {tensor.dtype: name for name, tensor in found.items() if tensor.is_floating_point()}
     if len(dtypes) > 1:
         return "with " + " but ".join(f"{name} of dtype {dtype}" for dtype, name in dtypes.items())
+    return ""
+
+
+def _changed(saved: nn.Module, model: nn.Module) -> str:
+    """Return which module or attribute of a model will not be the same after loading; "" if all will be."""
+    found = dict(model.named_modules())
+    for name, module in saved.named_modules():
+        other = found.pop(name, None)
+        if type(other) is not type(module):
+            return f"with {name} {type(other).__name__} instead of {type(module).__name__}"
+        for attribute, value in vars(module).items():
+            if not attribute.startswith("_") and attribute != "training" and vars(other).get(attribute) != value:
+                path = f"{name}.{attribute}".removeprefix(".")
+                return f"with {path} {vars(other).get(attribute)!r} instead of {value!r}"
+    return "".join(f"with the additional {name}" for name in list(found)[:1])
+
+
+def _shared(tensors: dict[str, Tensor]) -> str:
+    """Return which tensor has the memory of another, which safetensors does not save; "" if there is none."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = names.setdefault(tensor.untyped_storage().data_ptr(), name)
+        if first != name and tensor.numel() > 0:
+            return f"whose {name} is {first}"
     return ""
 
 

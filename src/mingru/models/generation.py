@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check import check_int, check_number, check_type, dims, expectation, not_a_tensor, on_another_device, require
+from ..check import check_int, check_number, check_type, dims, expectation, on_another_device, require
 from ..ops.shape import accumulate_dtype
 
 NUM_RANDOM = 1024
@@ -143,7 +143,8 @@ def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tu
     """Return prompts as (B, S), and the lengths if they differ; raise an error if a prompt is invalid."""
     is_tensor = isinstance(prompts, Tensor)
     if not is_tensor:
-        check_type(name, "prompts", prompts, (list, tuple), "a tensor (B, S) or a list of tensors (S,)")
+        expected = "a tensor (B, S) or a list of tensors (S,)"
+        check_type(name, "prompts", prompts, (list, tuple), expected, encode_remedy(prompts))
     named = {"prompts": prompts} if is_tensor else {f"prompts[{index}]": each for index, each in enumerate(prompts)}
     for argument, prompt in named.items():
         check_ids(name, argument, prompt, 2 if is_tensor else 1, device)
@@ -166,7 +167,8 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
     if not isinstance(ids, Tensor):
-        raise not_a_tensor(name, argument, ids, f"an integer tensor {letters}")
+        remedy = encode_remedy(ids) or "use torch.as_tensor"
+        raise TypeError(expectation(name, argument, f"an integer tensor {letters}", type(ids).__name__, remedy))
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
     if ids.dim() != num_dims:
@@ -174,6 +176,11 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
         raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
     if ids.device != device:
         raise on_another_device(name, argument, ids, device, "the weights")
+
+
+def encode_remedy(ids: Any) -> str:
+    """Return the fix for a text in place of tokens; otherwise ""."""
+    return "encode the text first: the model takes the numbers of tokens" if isinstance(ids, str) else ""
 
 
 def joined(prompts: Tensor | Sequence[Tensor], new: list[Tensor]) -> Tensor | list[Tensor]:

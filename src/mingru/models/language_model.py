@@ -1,5 +1,7 @@
 """A language model of recurrent blocks."""
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
@@ -8,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_flag, check_int, check_min_decay, check_number, expectation, require
+from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, expectation, require
+from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting, untraced
 from . import files, generation
-from .block import Block
+from .block import Block, check_layer_options
 from .state import check_states
 
 
@@ -72,10 +75,17 @@ class LanguageModel(nn.Module):
         Feng et al. 2024, "Were RNNs All We Needed?", section 4.
     """
 
+    # Its errors about arguments name the class.
+    __call__ = Layer.__call__
+
+    @arguments_checked()
     def __init__(self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any) -> None:
         own_options = arguments_of(locals(), "block_options")
         super().__init__()
         self.name = type(self).__name__
+        parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
+        of_blocks = {name for name in block_options if name not in parameters}
+        check_layer_options(self.name, block_options.get("cell", "mingru"), of_blocks, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
         check_flag(self.name, "tied", tied)
@@ -85,7 +95,9 @@ class LanguageModel(nn.Module):
         factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
-        self.config = own_options | {name: value for name, value in block_options.items() if name not in factory}
+        # A copy, so that later changes to the caller's list have no effect.
+        block_config = {name: value for name, value in block_options.items() if name not in factory}
+        self.config = own_options | copy.deepcopy(block_config)
         # First, because they check the options.
         given = block_options.pop("min_decay", 0.0)
         bounds = check_min_decay(self.name, given, num_layers, block_options.get("gate"))

@@ -74,13 +74,23 @@ class CheckedCalls(Stacked):
             raise ValueError(expectation(self.name, argument, "packed in the order of x", "another order"))
         return given.data.unsqueeze(0)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith((f"{prefix}weight_hh", f"{prefix}weight_ih")) for key in state_dict):
+            *_, error_msgs = args
+            error_msgs.append(
+                f"{self.name}: weights of torch.nn.GRU or torch.nn.LSTM cannot be used, because the equations differ; "
+                "train the layer from its initialization"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _check_state(self, x: Tensor, h: Any, batch: int) -> None:
         """Raise an error if h does not fit x."""
         check_one_state(self.name, h, "(L * D, B, 1, H)", self.cell)
         check_kind(self.name, "h", h, x)
         shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
         if h.shape != shape:
-            remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)"
+            remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)" if h.dim() == 3 else ""
             expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:

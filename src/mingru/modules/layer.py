@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..check import misfit
+from ..check import misfit, name_of
 from ..ops import inference
 from ..ops.graph import is_scripting
 from ..ops.inference import Plan, plannable
@@ -81,7 +81,7 @@ class Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = type(self).__name__
+        self.name = name_of(type(self))
 
     def with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor

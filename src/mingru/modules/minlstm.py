@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import arguments_checked, check_flags, is_number, require
+from ..check import arguments_checked, check_flags, is_number, name_of, require
 from .options import arguments_of
 from .recurrent import Recurrent
 
@@ -105,7 +105,7 @@ class MinLSTM(Recurrent, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_flags(type(self).__name__, normalize=normalize)
+        check_flags(name_of(type(self)), normalize=normalize)
         if not normalize:
             # Before the layers are constructed, because they take it.
             self.cell = "minlstm_unnormalized"

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..check import arguments_checked, check_bias, check_flag, check_int, check_min_decay, check_pairs, check_residual
+from ..check import (
+    arguments_checked,
+    check_bias,
+    check_flag,
+    check_int,
+    check_min_decay,
+    check_pairs,
+    check_residual,
+    name_of,
+)
 from ..ops import layout, route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Spec, Start
@@ -167,7 +176,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = RecurrentOptions(type(self).__name__, **arguments_of(locals()))
+        options = RecurrentOptions(name_of(type(self)), **arguments_of(locals()))
         bounds = check_min_decay(options.name, min_decay, num_layers, gate)
         cell = GATES[gate] if self.cell == "mingru" else self.cell
         sizes = [input_dims, *[options.num_directions * (self.proj_size or hidden_dims)] * (num_layers - 1)]

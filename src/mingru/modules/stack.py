@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, require
+from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
 from ..ops.graph import untraced
 from ..ops.inference import Plan
@@ -98,7 +98,7 @@ class Stack(Layer, role="sequence", planned=True):
         for index, layer in enumerate(found):
             got, remedy = type(layer).__name__, ""
             if not isinstance(layer, Layer) or layer.role != "sequence":
-                expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU or Stack"
+                expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
                 if isinstance(layer, Layer) and layer.role == "custom":
                     remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
@@ -197,7 +197,8 @@ class Stack(Layer, role="sequence", planned=True):
             return
         if not isinstance(h, (list, tuple)):
             expected = f"a list of {self.num_states} tensors"
-            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, self._counts()))
+            remedy = mask_remedy(h) or self._counts()
+            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, remedy))
         if len(h) != self.num_states:
             expected = f"{self.num_states} tensors"
             raise ValueError(expectation(self.name, "h", expected, str(len(h)), self._counts()))
