@@ -140,6 +140,12 @@ def root(tmp_path_factory):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "_kernels.*"))
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, root / file)
+    # Build one instruction set without optimizations, because the other sets compile the same code.
+    for path, before, after in [
+        (root / "setup.py", "-O3", "-O0"),
+        *((path, "defined(__x86_64__)", "false") for path in (root / "csrc").iterdir()),
+    ]:
+        path.write_text(path.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
     return root
 
 
