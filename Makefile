@@ -19,7 +19,7 @@ check:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest -n auto --dist loadscope
+	$(PYTHON) -m pytest -n auto --dist worksteal
 
 # Test the Triton kernels without a GPU: in Triton's interpreter, and compiled for four GPUs.
 triton:
