@@ -59,15 +59,13 @@ def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free
 @pytest.mark.mode("torch.compile, one graph, any batch and length")
 @every_case_of_few_quick
 def test_any_size(case):
-    for reset in [False, True] if case.resets else [False]:
-        torch._dynamo.reset()
-        counters.clear()
-        module = case.make(dtype=torch.double)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        assert_equal_with_gradients(case, module, compiled, SIZES, reset)
-        # One for the first sizes, one for all.
-        assert counters["stats"]["unique_graphs"] == 2
-        assert not counters["graph_break"]
+    module = case.make(dtype=torch.double)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    # `test_inductor` compiles without resets.
+    assert_equal_with_gradients(case, module, compiled, SIZES, case.resets)
+    # One for the first sizes, one for all.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 @pytest.mark.mode("torch.compile, inductor, training")

@@ -120,7 +120,7 @@ def test_script(case, given):
 
 
 @pytest.mark.mode("torch.jit.script")
-@every_case_of_few_quick
+@parametrized(CASES, quick=["MinGRU"])
 def test_script_in_training_and_not(case):
     module = with_dropout(case.make(**DOUBLE))
     run = torch.jit.script(module)
@@ -172,7 +172,7 @@ def test_trace_refuses_what_does_not_fit(case):
         pytest.param(torch.jit.optimize_for_inference, marks=pytest.mark.mode("optimize_for_inference")),
     ],
 )
-@every_case_of_few_quick
+@every_case_slowly
 def test_frozen(case, change):
     module = case.make().eval()
     run = change(torch.jit.script(module))
@@ -265,7 +265,7 @@ def for_eight_threads(case, **factory):
 
 
 @pytest.mark.mode("scripted, from several threads")
-@parametrized(CASES, quick=["MinGRU"])
+@every_case_slowly
 def test_threads(case):
     module = case.make(**DOUBLE)
     inputs = for_eight_threads(case, **GRADED)
