@@ -47,7 +47,7 @@ REMEDIES = {
     "forget_bias": "only a minLSTM has a forget gate",
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
-    "min_decay": "only a minGRU has a bound of its decay",
+    "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
 }
 
 EMBED = "embed token ids first (torch.nn.Embedding)"

@@ -311,7 +311,7 @@ BAD_OPTIONS = {
     "min_decay of a minLSTM": (
         {"cell": "minlstm", "min_decay": 0.5},
         TypeError,
-        "LanguageModel: no argument 'min_decay'; only a",
+        "LanguageModel: no argument 'min_decay'; only MinGRU",
     ),
     "cell": ({"cell": "lstm"}, ValueError, "Block: cell must be one of ('mingru', 'minlstm'), got 'lstm'"),
     "norm in a list": ({"norm": ["rms"]}, ValueError, "Block: norm must be one of ('layer', 'rms'), got ['rms']"),

@@ -328,7 +328,7 @@ def test_only_a_mingru_has_gates():
     for kind in (mingru.MinLSTM, mingru.MinLSTMCell):
         with refused(TypeError, f"{kind.__name__}: no argument 'gate'; only a minGRU has several gates"):
             kind(3, 4, gate="signed")
-        with refused(TypeError, f"{kind.__name__}: no argument 'min_decay'; only a minGRU has a bound of its decay"):
+        with refused(TypeError, f"{kind.__name__}: no argument 'min_decay'; only MinGRU and MinGRUCell have a bound of the decay"):
             kind(3, 4, min_decay=0.5)
 
 

@@ -33,9 +33,10 @@ class Marked(nn.Module):
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         reset_all(self.children())
-        if self.gate is not None:
+        mark = self._buffers.get("gate")
+        if mark is not None:
             # It is undefined after `to_empty`.
-            self.gate.fill_(NUMBERS[self.cell])
+            mark.fill_(NUMBERS[self.cell])
 
     def _load_from_state_dict(
         self,
