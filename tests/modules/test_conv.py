@@ -310,8 +310,15 @@ def test_equals_the_reference(case):
     assert_same(got, graded(true_of(rnn), rnn, x, h, reset), **TIGHT)
 
 
+# What ALL does not have.
+SCRIPTED_SLOWLY = [
+    {"space": 1, "dilation": 2, "bias": False, "candidate": "tanh"},
+    {"space": 3, "padding": 1, "residual": True, "hidden_dims": IN, "candidate": "linear"},
+]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, ALL, *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:-1:2])], ids=named
+    "options", [{}, ALL, *(pytest.param(options, marks=pytest.mark.slow) for options in SCRIPTED_SLOWLY)], ids=named
 )
 def test_scripted_equals_the_reference(options):
     """S is enough for the chunks of TorchScript's own scan."""
@@ -648,9 +655,13 @@ def test_a_cell_is_the_layer_step_by_step(options, scripted):
         assert_same(graded(looped(run), run, *args), expected, **TIGHT)
 
 
-@scripted_slowly_or_not
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("space", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("space", "learned", "scripted"),
+    [
+        *((space, learned, False) for space in (1, 2, 3) for learned in (False, True)),
+        pytest.param(1, True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_cells_state_expands(space, learned, scripted):
     cell, _ = pair(space=space, stride=2, padding=1, learn_initial_state=learned)
     run = torch.jit.script(cell) if scripted else cell
