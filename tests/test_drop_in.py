@@ -883,7 +883,7 @@ def test_wrong_arguments_of_our_own():
         "a mask for packed input": (packed, {"mask": none}, ValueError, "mask must be None unless input is pad"),
     }
     tables = {case: ({"x": x, "given": given}, *rest) for case, (x, given, *rest) in cases.items()}
-    assert_refused(lambda x, given: rnn(x, **given), tables, "LSTM: ")
+    assert_refused(lambda x, given: rnn(x, **given), tables, "mingru.drop_in.LSTM: ")
     options = {
         "cell": ({"cell": "lstm"}, ValueError, "cell must be one of"),
         "gate": ({"gate": "signed"}, ValueError, "gate must be left out because cell is 'minlstm'"),
@@ -902,8 +902,8 @@ def test_wrong_arguments_of_our_own():
         "normalize": ({"cell": "mingru", "normalize": False}, ValueError, "normalize must be left out because cell is"),
         "highway": ({"residual": "highway"}, ValueError, "hidden_size must be 3 like input_size because"),
     }
-    assert_refused(lambda **given: drop_in.LSTM(IN, H, **given), options, "LSTM: ")
-    with pytest.raises(ValueError, match=r"^GRU: proj_size must be 0 because residual is 'highway', got 2$"):
+    assert_refused(lambda **given: drop_in.LSTM(IN, H, **given), options, "mingru.drop_in.LSTM: ")
+    with pytest.raises(ValueError, match=r"^mingru\.drop_in\.GRU: proj_size must be 0 because residual is 'highway', got 2$"):
         drop_in.GRU(H, H, residual="highway", proj_size=2)
 
 
@@ -1156,8 +1156,8 @@ def test_replace_says_which_other_layers_it_left():
     report = drop_in.replace(model)
     assert report.replaced == []
     assert str(report).splitlines() == [
-        "0: torch.nn.LSTM(3, 4) not replaced: only GRUs are replaced",
-        "1: torch.nn.RNNCell(3, 4) not replaced: only GRUs are replaced",
+        "0: torch.nn.LSTM(3, 4) not replaced: lstm is False",
+        "1: torch.nn.RNNCell(3, 4) not replaced: only GRUs and LSTMs are replaced",
     ]
 
 

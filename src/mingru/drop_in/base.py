@@ -16,6 +16,7 @@ from ..check import (
     embed_remedy,
     expectation,
     is_number,
+    mask_remedy,
     name_of,
     require,
 )
@@ -80,7 +81,7 @@ class DropIn(Recurrent):
     def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if hx.shape != shape:
             expected = f"({letters}) = {dims(shape)}"
-            remedy = ""
+            remedy = mask_remedy(hx)
             if hx.dim() == len(shape) + 1 and hx.shape[-2] == 1:
                 remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
             elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
@@ -189,7 +190,8 @@ def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
 def check_pair(name: str, hx: Any, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     if not isinstance(hx, (tuple, list)):
-        raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, "h alone is passed as (h, h)"))
+        remedy = mask_remedy(hx) or "h alone is passed as (h, h)"
+        raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, remedy))
     if len(hx) != 2:
         raise RuntimeError(expectation(name, "hx", "a pair (h, c)", f"{len(hx)} values"))
     for each in hx:
