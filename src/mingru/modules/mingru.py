@@ -40,7 +40,7 @@ class MinGRU(Recurrent, planned=True):
 
     and z_t by 1 - r_t, which does not cancel for short times. With "rotation", theta_t becomes dt_t theta_t. Times of 1
     give the ordinary layer. Steps of dt 1 and 2 with the same x equal one step of dt 3 (not with "rotation",
-    because the candidate does not turn). "signed" takes neither option, because a flip of the sign has no fraction, and
+    because the candidate does not turn). "signed" takes neither option, because a negative decay has no real power, and
     because the decay must pass 0 to change its sign.
 
     `residual="highway"` computes the output y of a layer from its state and its input, with a gate of its own:
@@ -122,7 +122,7 @@ class MinGRU(Recurrent, planned=True):
         (1 / (1 - |a|)), and usually far below.
 
     Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. There are no weights from state to
-    state, so one layer cannot compare, and counts only with another `gate`; stack layers instead. The shape and default
+    state, so one layer cannot compare its input with its state; stack layers instead. The shape and default
     of the state and the default of `batch_first` differ too. Unlike in the paper, the initial state may be any real
     numbers.
 
