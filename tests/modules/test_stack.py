@@ -173,18 +173,16 @@ def test_the_states_are_those_of_the_layers_in_order(layers):
         assert [tuple(state.shape) for state in h] == shapes
 
 
-@scripted_slowly_or_not
 @pytest.mark.parametrize("residual", [False, True])
-def test_pieces_and_steps_equal_the_whole(residual, scripted):
+def test_pieces_and_steps_equal_the_whole(residual):
     stack = Stack(ahead(), residual=residual)
-    run = torch.jit.script(stack) if scripted else stack
     x, h, reset = inputs(stack)
 
     def joined(sizes):
         def function(x, h, reset):
             outs = []
             for piece, cuts in zip(x.split(sizes, 1), reset.split(sizes, 1), strict=True):
-                out, h = run(piece, h, cuts)
+                out, h = stack(piece, h, cuts)
                 outs.append(out)
             return torch.cat(outs, 1), h
 
@@ -195,20 +193,16 @@ def test_pieces_and_steps_equal_the_whole(residual, scripted):
         assert_same(graded(joined(sizes), stack, x, h, reset), expected)
 
 
-@pytest.mark.parametrize(
-    ("layers", "scripted"),
-    [*((layers, False) for layers in (mixed, nested, time_first)), pytest.param(mixed, True, marks=pytest.mark.slow)],
-)
-def test_nothing_crosses_a_reset(layers, scripted):
+@pytest.mark.parametrize("layers", [mixed, nested, time_first])
+def test_nothing_crosses_a_reset(layers):
     stack = Stack(layers(), residual=True)
-    run = torch.jit.script(stack) if scripted else stack
     x, h, _ = inputs(stack)
     cuts = [0, 3, 5, S]
     reset = torch.zeros(B, S, dtype=torch.bool)
     reset[1, cuts[1:-1]] = True
 
     def outputs(x):
-        out, _ = run(x, h, reset if stack.batch_first else reset.T)
+        out, _ = stack(x, h, reset if stack.batch_first else reset.T)
         return out if stack.batch_first else out.transpose(0, 1)
 
     before = outputs(x)
@@ -216,8 +210,7 @@ def test_nothing_crosses_a_reset(layers, scripted):
         for at in (start, end - 1):
             other = x.clone()
             (other if stack.batch_first else other.transpose(0, 1))[1, at] += 1
-            # Scripted, the same numbers come out of other code, and so other in the last bits, from the second call on.
-            changed = ((outputs(other) - before).abs() > 1e-12).any(-1)
+            changed = (outputs(other) != before).any(-1)
             assert changed[1].any()
             changed[1, start:end] = False
             assert not changed.any()
@@ -254,15 +247,13 @@ def test_no_residual_makes_no_parameter():
     ]
 
 
-@scripted_slowly_or_not
-def test_residual_of_convolutions_that_keep_the_shape(scripted):
+def test_residual_of_convolutions_that_keep_the_shape():
     layers = [MinConv2dGRU(2, 2, 3, padding=1), MinConv2dGRU(2, 1, (1, 5), padding=(0, 2), bidirectional=True)]
     stack = Stack(layers, residual=True)
-    run = torch.jit.script(stack) if scripted else stack
     x = torch.randn(2, 4, 2, 5, 6)
     first, _ = layers[0](x)
     second, _ = layers[1](first + x)
-    assert_close(run(x)[0], second + first + x)
+    assert_close(stack(x)[0], second + first + x)
 
 
 @scripted_slowly_or_not
@@ -279,16 +270,9 @@ def test_residual_of_convolutions_that_change_space_is_refused(scripted):
 # Dropout
 
 
-@pytest.mark.parametrize(
-    ("layers", "scripted"),
-    [
-        *((layers, False) for layers in (mixed, time_first, convolutional)),
-        pytest.param(time_first, True, marks=pytest.mark.slow),
-    ],
-)
-def test_dropout_is_on_every_layers_output_but_the_last(layers, scripted):
+@pytest.mark.parametrize("layers", [mixed, time_first, convolutional])
+def test_dropout_is_on_every_layers_output_but_the_last(layers):
     stack = Stack(layers(), dropout=0.4, residual=layers is not convolutional)
-    run = torch.jit.script(stack) if scripted else stack
     x, _, reset = inputs(stack)
 
     alone = [Stack([layer], residual=stack.residual) for layer in stack.layers]
@@ -305,15 +289,14 @@ def test_dropout_is_on_every_layers_output_but_the_last(layers, scripted):
         return y
 
     outs = []
-    for function in (expected, lambda: run(x, None, reset)[0], lambda: run(x, None, reset)[0]):
+    for function in (expected, lambda: stack(x, None, reset)[0]):
         torch.manual_seed(3)
         outs.append(function())
     assert_close(outs[1], outs[0], **TIGHT)
-    assert_close(outs[2], outs[0], **TIGHT)
-    assert not torch.equal(run(x, None, reset)[0], outs[1]), "another seed gave the same mask"
+    assert not torch.equal(stack(x, None, reset)[0], outs[1]), "another seed gave the same mask"
     plain = Stack(stack.layers, residual=stack.residual)
     plain.aligns = stack.aligns
-    assert_close(run.eval()(x, None, reset)[0], plain.eval()(x, None, reset)[0], **TIGHT)
+    assert_close(stack.eval()(x, None, reset)[0], plain.eval()(x, None, reset)[0], **TIGHT)
 
 
 def test_dropout_of_everything_gives_the_next_layer_zeros():
@@ -352,7 +335,7 @@ def test_dropout_of_a_packed_sequence():
     ("layers", "form", "residual"),
     [
         *itertools.product(OF_FEATURES, ["lengths", "packed"], [False, True]),
-        *(pytest.param(layers, "scripted", True, marks=pytest.mark.slow) for layers in (mixed, nested)),
+        pytest.param(mixed, "scripted", True, marks=pytest.mark.slow),
     ],
 )
 def test_sequences_of_different_lengths_equal_each_alone(layers, form, residual):
@@ -399,13 +382,11 @@ def test_sequences_of_different_lengths_equal_each_alone(layers, form, residual)
 # Dtypes
 
 
-@scripted_slowly_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_goes_in_comes_out_in_each_dtype(dtype, scripted):
+def test_what_goes_in_comes_out_in_each_dtype(dtype):
     stack = Stack([MinGRU(IN, 6, dtype=dtype), MinLSTM(6, 5, dtype=dtype)], dropout=0.1, residual=True)
     assert stack.aligns[0].weight.dtype == dtype
-    run = torch.jit.script(stack) if scripted else stack
-    out, h = run(torch.randn(B, S, IN, dtype=dtype))
+    out, h = stack(torch.randn(B, S, IN, dtype=dtype))
     assert {out.dtype, *(state.dtype for state in h)} == {dtype}
     assert out.isfinite().all()
 
