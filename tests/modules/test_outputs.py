@@ -96,7 +96,7 @@ def test_a_state_detached_in_place_cuts_the_gradient_and_nothing_else(name, back
     assert all(weight.grad is not None for weight in module.parameters() if weight.requires_grad)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_truncated_backpropagation_as_books_write_it(scripted):
     """h.detach_() between segments: the gradient is the sum of the segments', each from a state that is a number."""
     x = torch.randn(12, B, INPUT)

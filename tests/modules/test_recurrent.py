@@ -265,10 +265,16 @@ def test_a_highway_by_hand():
 
 # Scripting
 
+# What HIGHWAY and ALL do not have.
+SCRIPTED_SLOWLY = [
+    {"cell": "minlstm", "candidate": "tanh", "norm": "layer", "recompute": True},
+    {"cell": "minlstm_unnormalized", "candidate": "linear", "num_layers": 2, "bias": False},
+]
+
 
 @pytest.mark.parametrize(
     "options",
-    [{}, HIGHWAY, ALL, *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:-2:3])],
+    [{}, HIGHWAY, ALL, *(pytest.param(options, marks=pytest.mark.slow) for options in SCRIPTED_SLOWLY)],
     ids=named,
 )
 def test_scripted_equals_eager(options):
@@ -278,23 +284,13 @@ def test_scripted_equals_eager(options):
     x, reset = make_input(rnn, torch.float32)
     h = make_state(rnn, "full", torch.float32)
     # Each twice and more: TorchScript runs other code once it has seen the shapes.
-    for h_case, reset_case in [(None, None), (h, reset), (h, None), (None, reset), (h[:1, :1], reset)]:
+    for h_case, reset_case in [(None, None), (h, reset), (h[:1, :1], reset)]:
         got = graded(scripted, scripted, x, h_case, reset_case)
         assert_same(got, graded(rnn, rnn, x, h_case, reset_case))
     for steps in (1, 15, 16, 50):
         x, reset = in_order(rnn, torch.randn(2, steps, rnn.input_dims)), in_order(rnn, torch.rand(2, steps) < 0.2)
         with torch.no_grad():
             assert_close(scripted.eval()(x, h[:, :2], reset), rnn.eval()(x, h[:, :2], reset))
-
-
-@pytest.mark.slow
-def test_scripted_in_float64_is_exact():
-    rnn = make(num_layers=2, bidirectional=True, residual=True, norm="layer", learn_initial_state=True)
-    scripted = torch.jit.script(rnn)
-    x, reset = make_input(rnn)
-    expected = graded(true_of(rnn), rnn, x, None, reset)
-    for _ in range(3):
-        assert_same(graded(scripted, scripted, x, None, reset), expected, **TIGHT)
 
 
 @pytest.mark.slow
