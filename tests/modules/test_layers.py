@@ -4,8 +4,6 @@ import copy
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -270,71 +268,16 @@ def test_dropout_without_a_layer_to_drop_warns(family):
         kind(*sizes, num_layers=2, dropout=0.5)
 
 
-# Scripting
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "some"),
-    [("features", [*recurrent.OPTIONS[::3], recurrent.ALL]), ("images", [{}, {"space": 1}, {"space": 3}, conv.ALL])],
-    ids=FAMILIES,
-)
-def test_saved_modules_run_without_the_package(family, some, tmp_path):
-    layers, expected = FAMILIES[family], {}
-    modules = [(layers.make(torch.float32, **options), layers) for options in some]
-    for index, (module, _) in enumerate(modules):
-        path = str(tmp_path / f"{index}.pt")
-        torch.jit.save(torch.jit.script(module), path)
-        x, reset = layers.make_input(module, torch.float32)
-        h = layers.make_states(module, x)
-        one = h[:, :1] if family == "features" else [state[:1] for state in h]
-        calls = [(x, None, None), (x, h, reset), (x, one, None)]
-        torch.save(calls, path + ".in")
-        expected[path] = [module(*call) for call in calls for _ in range(2)]
-    for cell in conv.cells() if family == "images" else []:
-        path = str(tmp_path / f"{type(cell).__name__}.pt")
-        torch.jit.save(torch.jit.script(cell), path)
-        x = torch.randn(conv.B, conv.IN, *conv.make_space(cell))
-        calls = [(x, None, None), (x, cell(x).detach(), torch.tensor([True, False, False]))]
-        torch.save(calls, path + ".in")
-        expected[path] = [cell(*call) for call in calls for _ in range(2)]
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_MINGRU, *expected]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["no mingru"]
-    for path, results in expected.items():
-        for got, result in zip(torch.load(path + ".out"), results, strict=True):
-            assert_close(got, result)
-
-
-WITHOUT_MINGRU = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "mingru":
-            raise ModuleNotFoundError("mingru is not here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import mingru
-except ModuleNotFoundError:
-    print("no mingru")
-import torch
-
-for path in sys.argv[1:]:
-    case = torch.load(path + ".in")
-    rnn = torch.jit.load(path)
-    torch.save([rnn(*args) for args in case for _ in range(2)], path + ".out")
-assert "mingru" not in sys.modules
-"""
-
-
 # Nothing in, nothing out
 
 
-@scripted_slowly_or_not
-@plain_and_full
+@pytest.mark.parametrize(
+    ("family", "options", "scripted"),
+    [
+        *((*each, False) for each in FEW),
+        *(pytest.param(family, {}, True, marks=pytest.mark.slow) for family in FAMILIES),
+    ],
+)
 def test_empty(family, options, scripted):
     layers = FAMILIES[family]
     rnn = layers.make(torch.float32, **options)
