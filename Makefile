@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples docs/hooks.py selective_copying.py conftest.py
 
-.PHONY: setup format check test triton bench gpu seeds picture modes docs sanitize wheel
+.PHONY: setup format check test triton integrations bench gpu seeds picture modes docs sanitize wheel
 
 setup:
 	python3 -m venv .venv
@@ -26,6 +26,11 @@ triton:
 	$(PYTHON) -c "import triton"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py
 	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py
+
+# Test the modules for other libraries, with these libraries.
+integrations:
+	$(PYTHON) -m pip install --no-build-isolation -e ".[integrations]"
+	$(PYTHON) -m pytest -n auto tests/integrations
 
 # On a GPU.
 gpu:

@@ -903,7 +903,8 @@ def test_wrong_arguments_of_our_own():
         "highway": ({"residual": "highway"}, ValueError, "hidden_size must be 3 like input_size because"),
     }
     assert_refused(lambda **given: drop_in.LSTM(IN, H, **given), options, "mingru.drop_in.LSTM: ")
-    with pytest.raises(ValueError, match=r"^mingru\.drop_in\.GRU: proj_size must be 0 because residual is 'highway', got 2$"):
+    got = r"^mingru\.drop_in\.GRU: proj_size must be 0 because residual is 'highway', got 2$"
+    with pytest.raises(ValueError, match=got):
         drop_in.GRU(H, H, residual="highway", proj_size=2)
 
 

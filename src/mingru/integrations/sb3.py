@@ -1,0 +1,114 @@
+"""Recurrent policies for `RecurrentPPO` of sb3-contrib, which compute each sequence in one pass, with resets.
+
+A policy of sb3-contrib steps through a sequence in Python as soon as an episode starts inside it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import drop_in
+from ..drop_in.base import Pair
+from . import require
+
+require("sb3_contrib", "sb3-contrib 2.9", __name__)
+from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy  # noqa: E402
+
+__all__ = [
+    "MinGRUCnnPolicy",
+    "MinGRUMultiInputPolicy",
+    "MinGRUPolicy",
+    "MinLSTMCnnPolicy",
+    "MinLSTMMultiInputPolicy",
+    "MinLSTMPolicy",
+]
+
+
+class _OnePass:
+    """Replaces the LSTMs of a policy, and the loop over its steps."""
+
+    cell: str
+
+    def __init__(self, *args: Any, lstm_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        policy: Any = self
+        policy.lstm_kwargs = lstm_kwargs or {}
+        # A state of both signs; with "positive", CartPole without velocities is not learned.
+        options = {"cell": self.cell, "candidate": "tanh", **policy.lstm_kwargs}
+        for name in ("lstm_actor", "lstm_critic"):
+            old = getattr(policy, name)
+            if old is not None:
+                setattr(policy, name, drop_in.LSTM(old.input_size, old.hidden_size, old.num_layers, **options))
+        schedule = kwargs["lr_schedule"] if "lr_schedule" in kwargs else args[2]
+        policy.optimizer = policy.optimizer_class(policy.parameters(), lr=schedule(1), **policy.optimizer_kwargs)
+
+    @staticmethod
+    def _process_sequence(
+        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: drop_in.LSTM
+    ) -> tuple[Tensor, Pair]:
+        """Return the output of all steps (N, H), and the states after the last step of each sequence."""
+        batch = lstm_states[0].shape[1]
+        x, starts = (torch.unflatten(each, 0, [batch, -1]).transpose(0, 1) for each in (features, episode_starts))
+        out, states = lstm(x, lstm_states, reset=starts != 0)
+        return out.transpose(0, 1).flatten(0, 1), states
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        policy: Any = self
+        return {
+            **super()._get_constructor_parameters(),  # type: ignore[misc]
+            "lstm_hidden_size": policy.lstm_output_dim,
+            "n_lstm_layers": policy.lstm_actor.num_layers,
+            "shared_lstm": policy.shared_lstm,
+            "enable_critic_lstm": policy.enable_critic_lstm,
+            "lstm_kwargs": policy.lstm_kwargs,
+        }
+
+
+class MinGRUPolicy(_OnePass, MlpLstmPolicy):
+    """Use minGRU layers in `RecurrentPPO`, for observations that are vectors.
+
+        h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
+
+    Pass the class instead of the name of a policy. The arguments are those of `MlpLstmPolicy`; `lstm_kwargs` are
+    options of [mingru.drop_in.LSTM][]. The default candidate is "tanh". Models are saved and loaded as usual.
+
+    Examples:
+        >>> from sb3_contrib import RecurrentPPO  # doctest: +SKIP
+        >>> model = RecurrentPPO(MinGRUPolicy, "CartPole-v1", policy_kwargs={"lstm_hidden_size": 64})  # doctest: +SKIP
+
+    References:
+        sb3-contrib 2.9, `sb3_contrib/common/recurrent/policies.py`.
+    """
+
+    cell = "mingru"
+
+
+class MinGRUCnnPolicy(_OnePass, CnnLstmPolicy):
+    """Use minGRU layers behind a convolutional network, for images; see `MinGRUPolicy`."""
+
+    cell = "mingru"
+
+
+class MinGRUMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
+    """Use minGRU layers for observations that are dictionaries; see `MinGRUPolicy`."""
+
+    cell = "mingru"
+
+
+class MinLSTMPolicy(_OnePass, MlpLstmPolicy):
+    """Use minLSTM layers in `RecurrentPPO`; see `MinGRUPolicy`."""
+
+    cell = "minlstm"
+
+
+class MinLSTMCnnPolicy(_OnePass, CnnLstmPolicy):
+    """Use minLSTM layers behind a convolutional network, for images; see `MinGRUPolicy`."""
+
+    cell = "minlstm"
+
+
+class MinLSTMMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
+    """Use minLSTM layers for observations that are dictionaries; see `MinGRUPolicy`."""
+
+    cell = "minlstm"

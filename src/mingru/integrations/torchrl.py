@@ -1,0 +1,102 @@
+"""Recurrent modules for TorchRL, which compute all trajectories of a batch in one pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import drop_in
+from . import require
+
+require("torchrl", "torchrl 0.14", __name__)
+from torchrl.modules import GRUModule, LSTMModule  # noqa: E402
+
+__all__ = ["MinGRUModule", "MinLSTMModule"]
+
+# Arguments of TorchRL's modules that are not options of the layer.
+_OF_MODULE = ("in_key", "in_keys", "out_key", "out_keys", "default_recurrent_mode")
+
+
+class MinGRUModule(GRUModule):
+    """Apply minGRU layers to a tensordict, as TorchRL's `GRUModule` does.
+
+    In recurrent mode, all trajectories in the rows of a batch are computed in one call. The state before a step with
+    `is_init` is 0. As in TorchRL, the state after the last step of a trajectory is written at that step; elsewhere, 0
+    is written.
+
+    Args:
+        input_size: Number of input features.
+        hidden_size: Number of state features.
+        num_layers: Number of layers.
+        in_key: Key of the input; or `in_keys`, with the key of the state: ["observation", "state"].
+        out_key: Key of the output; or `out_keys`, with the key of the next state: ["features", ("next", "state")].
+        default_recurrent_mode: Mode outside of `torchrl.modules.set_recurrent_mode`.
+        **options: Other arguments of [mingru.drop_in.GRU][], such as `candidate="tanh"`.
+
+    Examples:
+        >>> from tensordict import TensorDict  # doctest: +SKIP
+        >>> module = MinGRUModule(3, 8, in_keys=["obs", "h"], out_keys=["y", ("next", "h")])  # doctest: +SKIP
+        >>> data = TensorDict({"obs": torch.randn(2, 3), "is_init": torch.ones(2, 1).bool()}, [2])  # doctest: +SKIP
+        >>> module(data)["y"].shape  # doctest: +SKIP
+        torch.Size([2, 8])
+
+    References:
+        TorchRL 0.14, `torchrl/modules/tensordict_module/rnn.py`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
+        gru = drop_in.GRU(input_size, hidden_size, num_layers, batch_first=True, **options)
+        super().__init__(gru=gru, **of_module)
+        # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
+        self.recurrent_backend = "scan"
+
+    def _gru_scan_with_resets(
+        self, input: Tensor, hidden_in: Tensor, hidden: Tensor, is_init: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _in_one_pass(lambda x, h: self.gru(x, *h), input, (hidden,), is_init)
+
+
+class MinLSTMModule(LSTMModule):
+    """Apply minLSTM layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
+
+    The keys are those of the input and of the two states. `options` are arguments of [mingru.drop_in.LSTM][].
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
+        lstm = drop_in.LSTM(input_size, hidden_size, num_layers, batch_first=True, **options)
+        super().__init__(lstm=lstm, **of_module)
+        self.recurrent_backend = "scan"
+
+    def _lstm_scan_with_resets(
+        self, input: Tensor, hidden0_in: Tensor, hidden1_in: Tensor, hidden: tuple[Tensor, Tensor], is_init: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _in_one_pass(self.lstm, input, hidden, is_init)
+
+
+def _in_one_pass(rnn: Any, x: Tensor, h: tuple[Tensor, ...], is_init: Tensor) -> tuple[Tensor, ...]:
+    """Return the outputs (B, S, *), and the states (B, S, L, H) at the last step of each trajectory, 0 elsewhere.
+
+    The trajectories are packed, so that the layer returns the last states of all. h (L, B, H) is the state of each row.
+    """
+    batch, num_steps = is_init.shape
+    begins = is_init.clone()
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero().squeeze(1)
+    lengths = starts.diff(append=starts.new_tensor([batch * num_steps]))
+    lengths, order = lengths.sort(descending=True, stable=True)
+    starts = starts[order]
+    steps = torch.arange(int(lengths[0]), device=x.device).unsqueeze(1)
+    index = (starts + steps)[steps < lengths]
+    packed = PackedSequence(x.flatten(0, 1).index_select(0, index), (steps < lengths).sum(1).cpu())
+    is_new = is_init.flatten()[starts].unsqueeze(1)
+    out, last = rnn(packed, tuple(each[:, starts // num_steps].masked_fill(is_new, 0.0) for each in h))
+    y = torch.zeros_like(out.data).index_copy(0, index, out.data)
+    states = []
+    for state in (last,) if isinstance(last, Tensor) else last:
+        by_trajectory = state.transpose(0, 1)
+        everywhere = by_trajectory.new_zeros(batch * num_steps, *by_trajectory.shape[1:])
+        states.append(everywhere.index_copy(0, starts + lengths - 1, by_trajectory))
+    return tuple(torch.unflatten(each, 0, (batch, num_steps)) for each in (y, *states))

@@ -1,0 +1,84 @@
+"""sb3-contrib's RecurrentPPO: a sequence in one pass equals its steps; training, saving and loading."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sb3_contrib", reason="pip install sb3-contrib")
+import gymnasium
+from sb3_contrib import RecurrentPPO
+
+from mingru.integrations import sb3
+
+B, S, IN, H = 3, 9, 4, 5
+
+
+class Images(gymnasium.Env):
+    """Random images or dictionaries; an episode has 7 steps."""
+
+    def __init__(self, space):
+        self.observation_space, self.action_space, self.step_count = space, gymnasium.spaces.Discrete(2), 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.step_count = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.step_count += 1
+        return self.observation_space.sample(), float(action), self.step_count == 7, False, {}
+
+
+IMAGE = gymnasium.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+VECTOR = gymnasium.spaces.Box(-1.0, 1.0, (3,), np.float32)
+SPACES = {"Policy": VECTOR, "CnnPolicy": IMAGE, "MultiInputPolicy": gymnasium.spaces.Dict({"a": VECTOR, "b": VECTOR})}
+SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_one_pass_equals_steps(cell, num_layers):
+    lstm = sb3.drop_in.LSTM(IN, H, num_layers, cell=cell, candidate="tanh")
+    features, starts = torch.randn(B * S, IN), (torch.rand(B * S) < 0.3).float()
+    states = torch.randn(2, num_layers, B, H).unbind()
+    out, last = sb3.MinGRUPolicy._process_sequence(features, states, starts, lstm)
+    found = []
+    for x, start in zip(features.view(B, S, IN).unbind(1), starts.view(B, S).unbind(1), strict=True):
+        states = tuple(state * (1 - start).view(1, B, 1) for state in states)
+        y, states = lstm(x.unsqueeze(0), states)
+        found.append(y.squeeze(0))
+    torch.testing.assert_close(out, torch.stack(found, 1).flatten(0, 1))
+    torch.testing.assert_close(last, states)
+
+
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("cell", ["MinGRU", "MinLSTM"])
+def test_training_saving_and_loading(cell, kind, tmp_path):
+    policy = getattr(sb3, cell + kind)
+    options = {"lstm_hidden_size": 8, "n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}
+    model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=options, **SMALL)
+    before = [x.detach().clone() for x in model.policy.lstm_actor.parameters()]
+    model.learn(64)
+    lstm = model.policy.lstm_actor
+    assert (lstm.cell, lstm.candidate, lstm.norm, lstm.num_layers) == (policy.cell, "tanh", "rms", 2)
+    assert all(not torch.equal(x, old) for x, old in zip(lstm.parameters(), before, strict=True))
+    model.save(tmp_path / "model")
+    loaded = RecurrentPPO.load(tmp_path / "model", device="cpu")
+    model.policy.save(tmp_path / "policy")
+    alone = policy.load(tmp_path / "policy", device="cpu")
+    state = start = None
+    for _ in range(4):
+        observation = SPACES[kind].sample()
+        actions = [each.predict(observation, state, start, deterministic=True) for each in (model, loaded, alone)]
+        for action, new in actions[1:]:
+            assert np.array_equal(action, actions[0][0])
+            for one, other in zip(new, actions[0][1], strict=True):
+                np.testing.assert_array_equal(one, other)
+        state, start = actions[0][1], np.array([False])
+
+
+@pytest.mark.parametrize("options", [{"enable_critic_lstm": False}, {"shared_lstm": True, "enable_critic_lstm": False}])
+def test_one_layer_for_actor_and_critic(options):
+    model = RecurrentPPO(sb3.MinGRUPolicy, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
+    model.learn(32)
+    assert model.policy.lstm_critic is None

@@ -1,0 +1,99 @@
+"""TorchRL's modules: a rollout stepped with resets equals one pass over the stored batch."""
+
+import pytest
+import torch
+
+pytest.importorskip("torchrl", reason="pip install torchrl")
+from tensordict import TensorDict
+from torchrl.envs.utils import step_mdp
+from torchrl.modules import GRUModule, set_recurrent_mode
+
+from mingru.integrations.torchrl import MinGRUModule, MinLSTMModule
+
+B, S, IN, H = 3, 12, 4, 5
+KEYS = {MinGRUModule: ["h"], MinLSTMModule: ["h", "c"]}
+
+
+def make(kind, **options):
+    states = KEYS[kind]
+    return kind(IN, H, in_keys=["obs", *states], out_keys=["y", *(("next", name) for name in states)], **options)
+
+
+def rollout(module, obs, is_init, states):
+    """Step through the observations, as a collector does, and return the stored batch."""
+    stored = []
+    for t in range(obs.shape[1]):
+        data = TensorDict({"obs": obs[:, t], "is_init": is_init[:, t], **states}, [len(obs)])
+        data = module(data)
+        stored.append(data)
+        states = {name: data["next", name] for name in states}
+    return torch.stack(stored, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "residual": True, "norm": "rms", "candidate": "tanh"}])
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rollout_equals_one_pass(kind, options, seed):
+    torch.manual_seed(seed)
+    module = make(kind, **options).double()
+    num_layers = options.get("num_layers", 1)
+    obs = torch.randn(B, S, IN, dtype=torch.double)
+    is_init = torch.rand(B, S, 1) < 0.3
+    state = torch.randn(B, num_layers, H, dtype=torch.double)
+    stored = rollout(module, obs, is_init, dict.fromkeys(KEYS[kind], state))
+    # The states before an episode are those that a primer writes.
+    batch = stored.detach().clone()
+    for name in KEYS[kind]:
+        batch[name] = batch[name].masked_fill(is_init.unsqueeze(-1), 0.0)
+    with set_recurrent_mode(True):
+        found = module(batch.clone())
+    torch.testing.assert_close(found["y"], stored["y"])
+    is_end = torch.cat([is_init[:, 1:], torch.ones(B, 1, 1, dtype=torch.bool)], 1).unsqueeze(-1)
+    for name in KEYS[kind]:
+        expected = stored["next", name].masked_fill(~is_end, 0.0)
+        torch.testing.assert_close(found["next", name], expected)
+    weight = torch.randn_like(stored["y"])
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad((stored["y"] * weight).sum(), parameters)
+    torch.testing.assert_close(torch.autograd.grad((found["y"] * weight).sum(), parameters), expected)
+
+
+def test_states_have_the_places_of_torchrl():
+    obs, is_init = torch.randn(B, S, IN), torch.rand(B, S, 1) < 0.3
+    batch = TensorDict({"obs": obs, "is_init": is_init, "h": torch.zeros(B, S, 1, H)}, [B, S])
+    theirs = GRUModule(IN, H, in_keys=["obs", "h"], out_keys=["y", ("next", "h")])
+    with set_recurrent_mode(True):
+        places = [(module(batch.clone())["next", "h"] != 0).all(-1) for module in (theirs, make(MinGRUModule))]
+    assert torch.equal(*places)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_primer_and_single_trajectory(kind):
+    module = make(kind)
+    primer = module.make_tensordict_primer()
+    assert {tuple(primer.primers[name].shape) for name in KEYS[kind]} == {(1, H)}
+    with set_recurrent_mode(True):
+        found = module(TensorDict({"obs": torch.randn(S, IN), "is_init": torch.zeros(S, 1).bool()}, [S]))
+    assert found["y"].shape == (S, H)
+    assert step_mdp(found)["h"].shape == (S, 1, H)
+
+
+def test_training_steps_lower_the_loss():
+    """The last observation of each episode is to be remembered from its first step."""
+    torch.manual_seed(0)
+    module, head = make(MinGRUModule, candidate="tanh"), torch.nn.Linear(H, 1)
+    optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], 0.03)
+    losses = []
+    for _ in range(40):
+        is_init = torch.rand(16, S, 1) < 0.2
+        is_init[:, 0] = True
+        obs = torch.randn(16, S, IN)
+        data = TensorDict({"obs": obs, "is_init": is_init}, [16, S])
+        with set_recurrent_mode(True):
+            y = module(data)["y"]
+        loss = (head(y) - obs[..., :1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
