@@ -220,6 +220,10 @@ CHANGED = {
         share,
         "without shared tensors, got one whose blocks.layers.1.out.weight is blocks.layers.0.out",
     ),
+    "a shared block": (
+        lambda lm: lm.blocks.layers.__setitem__(1, lm.blocks.layers[0]),
+        "without shared tensors, got one whose blocks.layers.1.",
+    ),
     "dropout": (
         set_attribute("blocks.layers.0", "dropout", 0.5),
         "with blocks.layers.0.dropout 0.5 instead of 0.0; pass",

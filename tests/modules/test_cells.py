@@ -283,11 +283,11 @@ def test_meta_device(options):
 
 
 def test_signatures():
-    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate='positive', {}learn_initial_state=False, "
+    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate={}learn_initial_state=False, "
     shared += "device=None, dtype=None"
     for kind, extra in (
-        (MinGRUCell, ("", "gate='sigmoid', min_decay=0.0, ")),
-        (MinLSTMCell, ("forget_bias=0.0, normalize=True, ", "")),
+        (MinGRUCell, ("", "None, gate='sigmoid', min_decay=0.0, ")),
+        (MinLSTMCell, ("forget_bias=0.0, normalize=True, ", "'positive', ")),
     ):
         found, expected = (
             [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]

@@ -663,7 +663,6 @@ BAD_OPTIONS = {
         ValueError,
         r"candidate must be one of \('positive', .*\), got 'relu'",
     ),
-    "candidate None": ({"candidate": None}, ValueError, r"candidate must be one of \('positive', .*\), got None"),
     "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
     "complex dtype": (
         {"dtype": torch.cfloat},

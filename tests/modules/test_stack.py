@@ -480,7 +480,7 @@ def test_repr_says_what_is_not_default():
 BAD_LAYERS = {
     "none": ([], {}, ValueError, r"layers must be a list of at least one layer, got an empty list"),
     "a layer without its list": (MinGRU(3, 4), {}, TypeError, r"layers must be a list of layers, got MinGRU"),
-    "nn.GRU": ([nn.GRU(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, MinLSTM, .* or Stack, got GRU"),
+    "nn.GRU": ([nn.GRU(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, MinLSTM, .* or models.Block, got GRU"),
     "nn.Linear": ([MinGRU(3, 4), nn.Linear(4, 5)], {}, TypeError, r"layers\[1\] must be a MinGRU, .*got Linear"),
     "no module": (["MinGRU"], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got str"),
     "a class": ([MinGRU], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got type"),

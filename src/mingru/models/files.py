@@ -181,7 +181,7 @@ def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
 
 def _changed(saved: nn.Module, model: nn.Module) -> str:
     """Return which module or attribute of a model will not be the same after loading; "" if all will be."""
-    found = dict(model.named_modules())
+    found = dict(model.named_modules(remove_duplicate=False))
     for name, module in saved.named_modules():
         other = found.pop(name, None)
         if type(other) is not type(module):

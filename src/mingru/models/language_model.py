@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.name = type(self).__name__
         parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
-        of_blocks = {name for name in block_options if name not in parameters}
+        of_blocks = [name for name in block_options if name not in parameters]
         check_layer_options(self.name, block_options.get("cell", "mingru"), of_blocks, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)

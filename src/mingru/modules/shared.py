@@ -46,7 +46,7 @@ def defaults_of(module: nn.Module) -> dict[str, Any]:
     own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
     defaults = {name: each.default for name, each in inspect.signature(own).parameters.items()}
     if "candidate" in defaults and "gate" in defaults:
-        defaults["candidate"] = default_candidate(module.gate)  # type: ignore[arg-type]
+        defaults["candidate"] = default_candidate(vars(module)["gate"])
     return defaults
 
 
