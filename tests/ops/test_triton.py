@@ -420,7 +420,12 @@ def test_extreme_pre_activations(activation, use_plan):
 def test_angles_of_any_size(dtype, allowed, use_plan):
     """Whole turns are subtracted exactly, so that a large angle is as accurate as a small one."""
     use_plan(Plan(1, 1, 1024, 1, 1, None))
-    angle = torch.cat([torch.linspace(-30, 30, 2048), torch.linspace(-1e5, 1e5, 2048)]).to(dtype)
+    # From 2^digits on, all numbers are integers, and soon all are whole turns, which are 8.
+    digits = 23 if dtype == torch.float32 else 52
+    integers = [
+        2.0**power + 2.0 ** (power - digits) * torch.arange(64).double() for power in range(digits - 2, digits + 14)
+    ]
+    angle = torch.cat([torch.linspace(-30, 30, 2048), torch.linspace(-1e5, 1e5, 2048), *integers]).to(dtype)
     # Pairs of a gate that keeps the state and an angle, of no candidate, and of the state 1.
     gates, none, h = (
         torch.stack([torch.full_like(angle, x), y], -1).reshape(1, 1, -1)

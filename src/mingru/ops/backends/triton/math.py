@@ -171,16 +171,22 @@ def small_direction(r):
 
 
 @triton.jit
+def remainder(x, UNIT: tl.constexpr):
+    """Return x minus a multiple of a power of two, without rounding; see csrc/math.h."""
+    ROUNDER: tl.constexpr = ROUNDER_64 if x.dtype == tl.float64 else ROUNDER_32
+    return x - ((x * (1.0 / UNIT) + ROUNDER) - ROUNDER) * UNIT
+
+
+@triton.jit
 def direction(x):
     """Return cos(pi x) and sin(pi x); see csrc/math.h."""
     INTEGER: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     BITS: tl.constexpr = 64 if x.dtype == tl.float64 else 32
     ROUNDER: tl.constexpr = ROUNDER_64 if x.dtype == tl.float64 else ROUNDER_32
-    # The number of quarter turns.
+    # First many turns, because the number of quarter turns of a large x would be rounded.
+    x = remainder(x, 256.0)
     shifted = 2.0 * x + ROUNDER
     r = x - 0.5 * (shifted - ROUNDER)
-    # Larger numbers have no fraction, but would leave the range of the polynomials.
-    r = tl.maximum(tl.minimum(r, 0.25, propagate_nan=NAN_STAYS), -0.25, propagate_nan=NAN_STAYS)
     cosine, sine = small_direction(r)
     # The low bits of `shifted` are those of the number of quarter turns. The second bit becomes the sign.
     quarters = shifted.to(INTEGER, bitcast=True)
@@ -198,6 +204,4 @@ def direction_of_product(x, y):
     """Return cos(pi x y) and sin(pi x y). Whole turns are subtracted before the product is rounded."""
     product = x * y
     rest = tl.math.fma(x, y, minus(product))
-    ROUNDER: tl.constexpr = ROUNDER_64 if x.dtype == tl.float64 else ROUNDER_32
-    turns = (0.5 * product + ROUNDER) - ROUNDER
-    return direction((product - 2.0 * turns) + rest)
+    return direction(remainder(product, 2.0) + rest)
