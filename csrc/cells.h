@@ -31,14 +31,15 @@ struct List<First, Rest...> {
 };
 
 // The partial derivatives are in the order of the inputs. That by the elapsed time is the last.
-template <class Number, class... Partials>
+template <class OfA, class Number, class... Partials>
 struct Step {
-  Number a, b;
+  OfA a;
+  Number b;
   List<Partials...> partials;
 };
 
-template <class Number, class... Partials>
-Step(Number, Number, Partials...) -> Step<Number, Partials...>;
+template <class OfA, class Number, class... Partials>
+Step(OfA, Number, Partials...) -> Step<OfA, Number, Partials...>;
 
 // Activations of the candidate.
 struct Positive {
@@ -87,16 +88,15 @@ struct Bounded : Timed<A> {
   A log_bound, log_range;  // log(m) and log(1 - m)
 };
 
-// The decay of the state by a gate z = sigma(k): 1 - z, or r^dt with r = m + (1 - m) (1 - z). `update` is 1 - keep, in
-// full relative precision.
+// The decay of the state by a gate z = sigma(k): 1 - z, or r^dt with r = m + (1 - m) (1 - z).
 template <class A>
-struct Decay {
+struct OneGate {
   A keep, update;
   A by_gate, by_dt;  // derivatives of `keep`
 };
 
 template <class A, class Memo>
-MINGRU_INLINE Decay<A> decay(A k, const Untimed<A>&, Memo& memo) {
+MINGRU_INLINE OneGate<A> decay(A k, const Untimed<A>&, Memo& memo) {
   const Logistic<A> z = logistic(k, memo);
   return {z.minus, z.plus, -(z.plus * z.minus), A(0)};
 }
@@ -129,14 +129,14 @@ MINGRU_INLINE Value<A> rate_at(A k, const Time& time, Memo& memo) {
 }
 
 template <class Time, class A = typename Time::Accumulation>
-MINGRU_INLINE Decay<A> decay_at(const Value<A>& rate, const Time& time) {
+MINGRU_INLINE OneGate<A> decay_at(const Value<A>& rate, const Time& time) {
   const PowerAndRest<A> kept = power_and_rest(-time.dt * rate.value);
   const A by_dt = kept.power == A(0) ? A(0) : -(kept.power * rate.value);
   return {kept.power, kept.rest, -(kept.power * time.dt * rate.slope), by_dt};
 }
 
 template <class Time, class Memo, class A = typename Time::Accumulation>
-MINGRU_INLINE Decay<A> decay(A k, const Time& time, Memo& memo) {
+MINGRU_INLINE OneGate<A> decay(A k, const Time& time, Memo& memo) {
   return decay_at(memo(1, rate_at(k, time, memo)), time);
 }
 
@@ -171,7 +171,7 @@ template <class Time, class Memo, class A = typename Time::Accumulation>
 MINGRU_INLINE TwoGates<A> two_gates(A f, A i, const Time& time, Memo& memo) {
   const Value<A> not_forget = softplus(-f, memo), not_input = softplus(-i, memo);
   AtOnce at_once;
-  const Decay<A> d = decay_at(memo(1, rate_at(not_forget.value - not_input.value, time, at_once)), time);
+  const OneGate<A> d = decay_at(memo(1, rate_at(not_forget.value - not_input.value, time, at_once)), time);
   return {d.keep, d.update, -(d.by_gate * not_forget.slope), d.by_gate * not_input.slope, d.by_dt};
 }
 
@@ -220,8 +220,8 @@ struct MinGRU {
     const auto d = decay(x[0], time, memo);
     const Value<A> c = Activation::of(x[1], memo);
     return Step{
-        d.keep, d.update * c.value, Partial{d.by_gate, A(1), -c.value}, Partial{d.update * c.slope, Zero(), A(1)},
-        Partial{d.by_dt, A(1), -c.value}};
+        Decay<A>{d.keep, d.update}, d.update * c.value, Partial{d.by_gate, A(1), -c.value},
+        Partial{d.update * c.slope, Zero(), A(1)}, Partial{d.by_dt, A(1), -c.value}};
   }
 };
 
@@ -239,7 +239,7 @@ struct SignedMinGRU {
     // The derivative of |a| at 0 counts as 0, as that of torch.abs.
     const A signed_candidate = x[0] < A(0) ? -c.value : x[0] > A(0) ? c.value : A(0);
     return Step{
-        x[0] < A(0) ? size : -size, rest * c.value, Partial{by_gate, A(1), signed_candidate},
+        Turn<A, A>{{size, rest}, x[0] < A(0) ? A(1) : A(-1)}, rest * c.value, Partial{by_gate, A(1), signed_candidate},
         Partial{rest * c.slope, Zero(), A(1)}};
   }
 };
@@ -256,7 +256,8 @@ struct RotationMinGRU {
     const Imaginary<A> i{A(1)};
     const Complex<A> a_by_dt = d.by_dt * e + d.keep * quarter_pi<A> * x[1] * (e * i);
     return Step{
-        d.keep * e, d.update * c, Partial{d.by_gate, e, -c}, Partial{d.keep * (quarter_pi<A> * time.dt), e * i, Zero()},
+        Turn<A, Complex<A>>{{d.keep, d.update}, e}, d.update * c, Partial{d.by_gate, e, -c},
+        Partial{d.keep * (quarter_pi<A> * time.dt), e * i, Zero()},
         Partial{d.update * first.slope, Zero(), A(1)}, Partial{d.update * second.slope, Zero(), i},
         Partial{A(1), a_by_dt, -(d.by_dt * c)}};
   }
@@ -270,8 +271,9 @@ struct MinLSTM {
     const auto d = two_gates(x[0], x[1], time, memo);
     const Value<A> c = Activation::of(x[2], memo);
     return Step{
-        d.keep, d.update * c.value, Partial{d.by_forget, A(1), -c.value}, Partial{d.by_input, A(1), -c.value},
-        Partial{d.update * c.slope, Zero(), A(1)}, Partial{d.by_dt, A(1), -c.value}};
+        Decay<A>{d.keep, d.update}, d.update * c.value, Partial{d.by_forget, A(1), -c.value},
+        Partial{d.by_input, A(1), -c.value}, Partial{d.update * c.slope, Zero(), A(1)},
+        Partial{d.by_dt, A(1), -c.value}};
   }
 };
 
@@ -283,7 +285,7 @@ struct UnnormalizedMinLSTM {
     const Logistic<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
     const Value<A> c = Activation::of(x[2], memo);
     return Step{
-        forget.plus, input.plus * c.value, Partial{forget.plus * forget.minus, A(1), Zero()},
+        Decay<A>{forget.plus, forget.minus}, input.plus * c.value, Partial{forget.plus * forget.minus, A(1), Zero()},
         Partial{c.value * (input.plus * input.minus), Zero(), A(1)}, Partial{input.plus * c.slope, Zero(), A(1)}};
   }
 };

@@ -143,7 +143,7 @@ template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
 struct Pass {
   using Time = OfStep;
   using Step = decltype(Cell::step(std::declval<const A*>(), std::declval<const Time&>(), std::declval<AtOnce&>()));
-  static constexpr bool is_complex = !std::is_same_v<decltype(Step::a), A>;
+  static constexpr bool is_complex = !std::is_same_v<decltype(Step::b), A>;
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
   static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
@@ -191,14 +191,14 @@ struct Pass {
         const auto step = Cell::step(x, time, memo);
         const auto carried = number<is_complex>(carry, i);
         if constexpr (is_backward) {
-          const auto delta = number<is_complex>(from[num_inputs], i) + carried;
+          const auto grad_out = number<is_complex>(from[num_inputs], i), delta = grad_out + carried;
           const auto previous = number<is_complex>(from[num_inputs + 1], i);
           gradients<is_timed ? count + 1 : count>(delta, previous, step.partials, grads);
           for (int k = 0; k < count; ++k) to[k / numbers][k % numbers * most_lanes + i] = grads[k];
           if (is_timed) grads_of_dt[i] = grads[count];
-          set_number(next_carry, i, conjugate(step.a) * delta);
+          set_number(next_carry, i, previous_gradient(step.a, carried, grad_out));
         } else {
-          const auto next = step.a * carried + step.b;
+          const auto next = next_state(step.a, carried, step.b);
           set_number(next_carry, i, next);
           set_number(to[0], i, next);
         }

@@ -225,6 +225,48 @@ def test_float32_error_by_length(steps):
             assert reference.relative_error(mingru.functional.mingru(gate, candidate, backend=backend), truth) <= 2e-6
 
 
+# Inputs before the candidate and options, and the number of steps that the state lasts.
+LONG = [
+    ("mingru", [-14.3], {}, 1.6e6),
+    ("mingru", [-8.0], {}, 3000.0),
+    ("mingru", [-3.0], {"min_decay": 0.999}, 2.1e4),
+    ("mingru", [-8.0], {"dt": 1e-3}, 3e6),
+    ("mingru_signed", [-14.3], {}, 8e5),
+    ("mingru_rotation", [-14.3], {}, 1.6e6),
+    ("minlstm", [0.0, -14.3], {}, 8e5),
+    ("minlstm_unnormalized", [14.3, -14.3], {}, 1.6e6),
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("cell", "gates", "options", "lifetime"), LONG)
+def test_errors_of_long_memories_grow_like_a_random_walk(cell, gates, options, lifetime, reverse):
+    """A decay near 1, rounded to float32, would have the same error in each step that the state lasts."""
+    steps = 100_000
+    inputs = [torch.full((1, steps, 2), gate) for gate in gates]
+    if cell == "mingru_rotation":
+        inputs[0][..., 1] = 0.0  # the angle
+    inputs += [0.5 + torch.rand(1, steps, 2), 0.5 + torch.rand(1, 1, 2)]
+    dt = torch.full((1, steps), options["dt"]) if "dt" in options else None
+
+    def by_native(*inputs):
+        *inputs, h = inputs
+        time = None if dt is None else dt.to(h.dtype)
+        options_of = {"activation": "linear", "min_decay": options.get("min_decay", 0.0), "reverse": reverse}
+        return run("native", cell, inputs, h, torch.zeros_like(h), None, time, **options_of)
+
+    weight = torch.rand(1, steps, 2)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out, _ = by_native(*leaves)
+        results.append([out, *torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)])
+    for index, (got, truth) in enumerate(zip(*results, strict=True)):
+        size = truth.abs().amax(1, keepdim=True)
+        error = ((got - truth).abs() / size).nan_to_num().max()
+        assert error <= 5e-7 * min(lifetime, steps) ** 0.5, f"gradient {index}" if index else "states"
+
+
 def test_gates_near_0_and_1():
     gate = torch.tensor([-90.0, -30.0, -10.0, 0.0, 10.0, 30.0, 90.0]).repeat(20).reshape(1, -1, 1).repeat(1, 1, 4)
     candidate = torch.tensor([-80.0, -1.0, 1.0, 1e4]).expand_as(gate)
