@@ -14,14 +14,15 @@ from ..check import arguments_checked, check_flag, check_int, check_min_decay, c
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
+from ..modules.shared import MaybeList, MaybeTensor, Result
 from ..modules.stack import Stack
-from ..ops.graph import is_scripting, untraced
+from ..ops.graph import untraced
 from . import files, generation
 from .block import Block, check_layer_options
 from .state import check_states
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Layer):
     """Predict the next token of a sequence with a stack of recurrent blocks.
 
         x_t = embedding of ids_t
@@ -75,14 +76,10 @@ class LanguageModel(nn.Module):
         Feng et al. 2024, "Were RNNs All We Needed?", section 4.
     """
 
-    # Its errors about arguments name the class.
-    __call__ = Layer.__call__
-
     @arguments_checked()
     def __init__(self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any) -> None:
         own_options = arguments_of(locals(), "block_options")
         super().__init__()
-        self.name = type(self).__name__
         parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
         of_blocks = [name for name in block_options if name not in parameters]
         check_layer_options(self.name, block_options.get("cell", "mingru"), of_blocks, parameters)
@@ -108,6 +105,7 @@ class LanguageModel(nn.Module):
             self.config["candidate"] = blocks[0].rnn.candidate
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
+        self.num_states = self.blocks.num_states
         self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)
         self.head = None if tied else nn.Linear(dims, vocab_size, bias=False, **factory)
         self._initialize_embedding()
@@ -136,13 +134,15 @@ class LanguageModel(nn.Module):
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        if is_scripting():
-            x = self.embedding(ids)
-        else:
-            self._check(ids, state)
-            x = self._embed(ids)
-        x, state = self.blocks(x, state, reset, lengths)
+        done = self._begin(ids, state, reset, lengths, None)
+        if done is not None:
+            return done
+        x, state = self.blocks(self.embedding(ids), state, reset, lengths)
         return self._logits(x), state
+
+    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
+        y, states = self.blocks(self._embed(x), h, reset, lengths)
+        return self._logits(y), states
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head
@@ -150,7 +150,6 @@ class LanguageModel(nn.Module):
         logits: Tensor = F.linear(x, self.embedding.weight) if head is None else head(x)
         return logits
 
-    @torch.jit.unused
     def _embed(self, ids: Tensor) -> Tensor:
         try:
             x: Tensor = self.embedding(ids)
@@ -163,10 +162,10 @@ class LanguageModel(nn.Module):
         return x
 
     @untraced
-    def _check(self, ids: Any, state: Any) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if ids are not integers (B, S), or the state does not fit them."""
-        generation.check_ids(self.name, "ids", ids, 2, self.embedding.weight.device)
-        self._check_state(state, ids.shape[0])
+        generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
+        self._check_state(h, x.shape[0])
 
     def _check_state(self, state: Any, batch: int) -> None:
         shapes = self.blocks.state_shapes(batch)
