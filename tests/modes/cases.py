@@ -28,7 +28,8 @@ class Case(NamedTuple):
     # Dimensions of x; cells have no time dimension.
     batch_dim: int = 0
     time_dim: int | None = 1
-    resets: bool = True
+    # Type of a list of states.
+    of_states: type = list
 
     def x(self, batch: int = 2, steps: int = 7, **factory: Any) -> Tensor:
         leading = {self.batch_dim: batch}
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     def h(self, batch: int = 2, **factory: Any) -> Any:
         sizes = self.states(batch)
         if isinstance(sizes, list):
-            return [torch.randn(each, **factory) for each in sizes]
+            return self.of_states(torch.randn(each, **factory) for each in sizes)
         return torch.randn(sizes, **factory)
 
     def reset(self, batch: int = 2, steps: int = 7) -> Tensor:
@@ -56,7 +57,7 @@ class Case(NamedTuple):
         # A state's batch dimension is the one that differs between batches of 2 and 3.
         one, two = self.states(2), self.states(3)
         if isinstance(one, list):
-            return x_dims, [_differing(*pair, batch) for pair in zip(one, two, strict=True)]
+            return x_dims, self.of_states(_differing(*pair, batch) for pair in zip(one, two, strict=True))
         return x_dims, _differing(one, two, batch)
 
 
@@ -184,14 +185,27 @@ CASES = [
         states=lambda batch: (2, batch, HIDDEN),
         batch_dim=1,
         time_dim=0,
-        resets=False,
     ),
     Case(
         "drop_in.GRUCell",
         lambda **factory: mingru.drop_in.GRUCell(INPUT, HIDDEN, **factory),
         states=lambda batch: (batch, HIDDEN),
         time_dim=None,
-        resets=False,
+    ),
+    Case(
+        "drop_in.LSTM",
+        lambda **factory: mingru.drop_in.LSTM(INPUT, HIDDEN, bidirectional=True, **factory),
+        states=lambda batch: [(2, batch, HIDDEN), (2, batch, HIDDEN)],
+        batch_dim=1,
+        time_dim=0,
+        of_states=tuple,
+    ),
+    Case(
+        "drop_in.LSTMCell",
+        lambda **factory: mingru.drop_in.LSTMCell(INPUT, HIDDEN, **factory),
+        states=lambda batch: [(batch, HIDDEN), (batch, HIDDEN)],
+        time_dim=None,
+        of_states=tuple,
     ),
     Case(
         "models.Block",
@@ -212,8 +226,8 @@ CASES = [
 ]
 
 
-_WITH_LENGTHS = ("MinGRU", "MinGRU (signed)", "MinGRU (rotation)", "MinLSTM", "Stack", "models.Block")
-CASES_WITH_LENGTHS = [case for case in CASES if case.name in _WITH_LENGTHS]
+_WITHOUT_LENGTHS = ("Cell", "Conv", "combined")
+CASES_WITH_LENGTHS = [case for case in CASES if not any(part in case.name for part in _WITHOUT_LENGTHS)]
 
 
 def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
@@ -236,7 +250,8 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
     return [case for case in CASES if case.name in names]
 
 
-every_case = parametrized(CASES)
+# The classes of `drop_in` share their code; `drop_in.LSTM` has the most.
+every_case = parametrized(CASES, quick=[case.name for case in CASES if not case.name.startswith("drop_in.GRU")])
 # The quick tests of a mode that compiles use a layer and a cell.
 every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
 every_case_slowly = parametrized(CASES, quick=[])

@@ -29,7 +29,7 @@ def _nothing_compiled_before(_fresh_compiler):
 def with_free_sizes(case, inputs):
     """Batch and time marked so that the first graph serves all; where it could not, torch raises."""
     of_x, of_h = case.dynamic("batch", "steps")
-    of_all = [of_x, *(of_h if isinstance(of_h, list) else [of_h])]
+    of_all = [of_x, *(of_h if isinstance(of_h, (list, tuple)) else [of_h])]
     for tensor, sizes in zip(tensors(inputs), of_all, strict=True):
         for dim in sizes:
             torch._dynamo.mark_dynamic(tensor, dim)
@@ -99,7 +99,7 @@ def test_autocast_inside(case):
             assert [each.dtype for each in got] == [each.dtype for each in expected]
             # Products are rounded to 8 bits, in whatever order they are added up.
             assert_equal(got, expected, rtol=2**-6, atol=2**-6)
-            in_float32 = ("drop_in.GRUCell", "MinGRUCell", "MinLSTMCell", "models.Block")
+            in_float32 = ("drop_in.GRUCell", "drop_in.LSTMCell", "MinGRUCell", "MinLSTMCell", "models.Block")
             if case.name not in in_float32 and "Conv" not in case.name:
                 assert torch.bfloat16 in {each.dtype for each in got}
 
@@ -156,7 +156,7 @@ def test_lengths(case):
             case.reset(batch, steps),
         )
         lengths = torch.randint(0, steps, (batch,))
-        x[0, lengths[0] :] = torch.nan
+        x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
         leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
         results = []
         for run in (compiled, module):
@@ -165,6 +165,16 @@ def test_lengths(case):
             results.append((out, torch.autograd.grad(loss, leaves)))
         assert_equal(*results)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_a_layer_after_a_cell():
+    """The graph for any number of features, which inputs of other dimensions bring about, has the same kernel."""
+    cell, y = mingru.MinLSTMCell(3, 4), torch.randn(2, 3)
+    torch.compile(cell, fullgraph=True, backend="eager")(y, cell(y))
+    for module, x in ((mingru.MinGRU(3, 4), torch.randn(7, 2, 3)), (mingru.MinGRU(5, 4, 2), torch.randn(7, 2, 5))):
+        h = module(x)[1]
+        assert_equal(torch.compile(module, fullgraph=True, backend="eager")(x, h), module(x, h))
 
 
 def test_fused_kernel_is_in_the_graph():

@@ -71,9 +71,9 @@ def test_export(case, exported):
 @every_case_slowly
 def test_export_strictly(case):
     module = case.make()
-    run = export(case, module, case.resets, strict=True).module()
+    run = export(case, module, True, strict=True).module()
     for size in SIZES:
-        inputs = inputs_of(case, size, case.resets)
+        inputs = inputs_of(case, size, True)
         assert_equal(run(*inputs), module(*inputs))
 
 
@@ -165,13 +165,12 @@ def test_lengths(case):
     shapes = case.dynamic(BATCH, Dim("steps", max=40))
     program = torch.export.export(
         module,
-        (case.x(), case.h()),
-        {"lengths": torch.tensor([3, 7])},
-        dynamic_shapes={"x": shapes[0], "h": shapes[1], "lengths": {0: BATCH}},
+        (case.x(), case.h(), None, torch.tensor([3, 7])),
+        dynamic_shapes=(*shapes, None, {0: BATCH}),
     )
     for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
         x, h = case.x(batch, steps), case.h(batch)
         lengths = torch.randint(0, steps + 1, (batch,))
-        x[0, lengths[0] :] = torch.nan
-        assert_equal(program.module()(x, h, lengths=lengths), module(x, h, lengths=lengths))
-    assert tensors(program.module()(x, h, lengths=lengths))
+        x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
+        assert_equal(program.module()(x, h, None, lengths), module(x, h, None, lengths))
+    assert tensors(program.module()(x, h, None, lengths))

@@ -133,7 +133,7 @@ def test_steps_that_follow_each_other_are_one_pass(case, path):
     for x in xs:
         outputs = session(x, h)
         outs.append(outputs[0])
-        h = outputs[-len(h) :] if isinstance(h, list) else outputs[-1]
+        h = outputs[-len(h) :] if isinstance(h, (list, tuple)) else outputs[-1]
         if time is None or is_of_both_directions(module):
             # Step by step is the only way, or another one than all at once.
             result = module(x, state)

@@ -63,7 +63,7 @@ def test_what_warns_is_seen():
 def arguments(case, given, batch, steps, **factory):
     """For the call: x, and what is given of h and reset."""
     args = [case.x(batch, steps, **factory)]
-    with_reset = "reset" in given and case.resets
+    with_reset = "reset" in given
     if "h" in given or with_reset:
         args.append(case.h(batch, **factory) if "h" in given else None)
     if with_reset:

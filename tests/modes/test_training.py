@@ -38,18 +38,19 @@ def make(case, seed=0, batch=2 * PROCESSES, **factory):
     torch.manual_seed(seed)
     module = case.make(**factory)
     args = [case.x(batch, **factory), case.h(batch, **factory)]
-    return module, [*args, case.reset(batch)] if case.resets else args
+    return module, [*args, case.reset(batch)]
 
 
 def rows(case, args, first, end):
     """These of the batch, of all that a module is called with."""
     x, h, *reset = args
     _, dims = case.dynamic(None, None)
-    states = h if isinstance(h, list) else [h]
-    of_h = [next(iter(dim)) for dim in (dims if isinstance(h, list) else [dims])]
+    is_one = isinstance(h, torch.Tensor)
+    states = [h] if is_one else h
+    of_h = [next(iter(dim)) for dim in ([dims] if is_one else dims)]
     parts = [state.narrow(dim, first, end - first) for state, dim in zip(states, of_h, strict=True)]
     cut = [mask.narrow(case.batch_dim, first, end - first) for mask in reset]
-    return [x.narrow(case.batch_dim, first, end - first), parts if isinstance(h, list) else parts[0], *cut]
+    return [x.narrow(case.batch_dim, first, end - first), parts[0] if is_one else case.of_states(parts), *cut]
 
 
 def maps(module):

@@ -54,21 +54,20 @@ def plainly(function, *args: Any) -> Any:
 
 
 def given(case: Case, batch: int = BATCH, steps: int = STEPS) -> tuple[Any, ...]:
-    """What the module is called with: x, states and, if it knows them, resets."""
-    args = (case.x(batch, steps, **DOUBLE), case.h(batch, **DOUBLE))
-    return (*args, case.reset(batch, steps)) if case.resets else args
+    """What the module is called with: x, states and resets."""
+    return case.x(batch, steps, **DOUBLE), case.h(batch, **DOUBLE), case.reset(batch, steps)
 
 
 def batch_dims(case: Case) -> tuple[Any, ...]:
     """Where each of these has its batch."""
     _, of_h = case.dynamic("batch", "steps")
-    dims = [next(iter(each)) for each in of_h] if isinstance(of_h, list) else next(iter(of_h))
-    return (case.batch_dim, dims, case.batch_dim) if case.resets else (case.batch_dim, dims)
+    dims = next(iter(of_h)) if isinstance(of_h, dict) else case.of_states(next(iter(each)) for each in of_h)
+    return case.batch_dim, dims, case.batch_dim
 
 
 def alone(case: Case, call):
     """The call for one sample, whose tensors have no batch."""
-    if case.time_dim is None or case.name == "drop_in.GRU":
+    if case.time_dim is None or case.name in ("drop_in.GRU", "drop_in.LSTM"):
         return call
     return lambda *args: call(*pytree.tree_map(torch.unsqueeze, args, batch_dims(case)))
 

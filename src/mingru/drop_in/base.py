@@ -111,10 +111,9 @@ class DropIn(Recurrent):
         fn(self)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        errors: list[str] = args[-1]
         of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
         # Also if the caller is not strict, as torch does with weights of another shape.
         if of_torch is not None:

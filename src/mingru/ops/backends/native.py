@@ -121,7 +121,9 @@ def _call(
     initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
     how = number_of(spec)
     for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 16):
-        how |= flag << bit
+        # A branch, because `keep` is symbolic in a graph of any number of features.
+        if flag:
+            how |= 1 << bit
     return [h, initial_state, reset, dt, layout.batch_sizes, layout.lengths], how, spec.min_decay
 
 
