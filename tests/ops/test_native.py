@@ -297,10 +297,15 @@ def test_what_runs_instead_is_said_once(monkeypatch):
     route._warn_once.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("time_first", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 5), (3, 40, 7, 20), (2, 5000, 4, 16), (300, 33, 4, 17), (5, 2100, 3, 300)])
+IN_BLOCKS = {
+    "shape": [(1, 1, 3, 5), (3, 40, 7, 20), (2, 5000, 4, 16), (300, 33, 4, 17), (5, 2100, 3, 300)],
+    "reverse": [False, True],
+    "time_first": [False, True],
+    "dtype": [torch.float32, torch.float64],
+}
+
+
+@pytest.mark.parametrize(tuple(IN_BLOCKS), [tuple(row.values()) for row in cover(IN_BLOCKS)])
 def test_linear_and_recurrence_in_one_go(shape, reverse, time_first, dtype):
     """Several blocks of rows, whole sequences in a block and stretches of one: as the two do it one by one."""
     batch, steps, features, lanes = shape

@@ -50,10 +50,12 @@ def is_allowed(backend):
 
 def table(factors, *more):
     """Rows in which, for each backend, each two values of two options meet, and more rows."""
+    # All backends but "log" compute every cell.
+    covered = {backend: cover(factors, is_allowed(backend)) for backend in ("log", "torch")}
     rows = [
         (backend, row)
         for backend in ALL
-        for row in [*cover(factors, is_allowed(backend)), *(row for row in more if is_allowed(backend)(row))]
+        for row in [*covered.get(backend, covered["torch"]), *(row for row in more if is_allowed(backend)(row))]
     ]
     return pytest.mark.parametrize(("backend", "row"), rows, ids=lambda x: x if isinstance(x, str) else named(x))
 
@@ -424,7 +426,7 @@ def test_what_is_kept_for_backward(backend):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_linear_scan_that_grows(backend, reverse):
     """Decays above 1 are allowed; a product of them that overflows must not show where no state does."""
-    steps = 10_000
+    steps = 1_000
     a, b = torch.full((1, steps, 1), 3.0), torch.zeros(1, steps, 1)
     at = 20 if reverse else steps - 21
     b[0, at] = 1.0
