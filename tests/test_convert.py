@@ -197,20 +197,28 @@ def test_the_comparison_can_fail(place):
         assert_same(peer, layer, x)
 
 
-@scripted_slowly_or_not
-@pytest.mark.parametrize(("source", "args"), SOME)
-def test_steps_with_state(source, args, scripted):
-    peer, layer, x = made(source, args)
-    run = torch.jit.script(layer) if scripted else layer
+def check_steps(peer, layer, x):
     whole, last = peer(x)
     theirs, ours = None, None
     for t in range(x.shape[1]):
         out, theirs = peer(x[:, t : t + 1], theirs)
-        our_out, ours = run(x[:, t : t + 1], ours)
+        our_out, ours = layer(x[:, t : t + 1], ours)
         assert_close(our_out, out, **TIGHT)
         assert_close(ours[0], theirs, **TIGHT)
         assert_close(our_out, whole[:, t : t + 1], **TIGHT)
     assert_close(ours[0], last, **TIGHT)
+
+
+@pytest.mark.parametrize(("source", "args"), SOME)
+def test_steps_with_state(source, args):
+    check_steps(*made(source, args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "args"), [SOME[0], SOME[-1]])
+def test_scripted_steps_with_state(source, args):
+    peer, layer, x = made(source, args)
+    check_steps(peer, torch.jit.script(layer), x)
 
 
 @pytest.mark.parametrize(("source", "args"), SOME)
@@ -703,13 +711,9 @@ def sequence(sizes, options, length):
     return double(B, length, sizes[0], *((5, 6) if "kernels" in options else ()))
 
 
-@pytest.mark.parametrize(
-    ("run", "scripted"),
-    [(0, False), (1, False), pytest.param(1, True, marks=pytest.mark.slow)],
-    ids=["default state", "given state", "scripted"],
-)
+@pytest.mark.parametrize("run", [0, 1], ids=["default state", "given state"])
 @pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["name"])
-def test_recorded_outputs(case, run, scripted):
+def test_recorded_outputs(case, run):
     weights = {name: torch.tensor(weight, dtype=torch.double) for name, weight in case["weights"].items()}
     x, found = torch.tensor(case["x"], dtype=torch.double), case["runs"][run]
 
@@ -723,14 +727,13 @@ def test_recorded_outputs(case, run, scripted):
     h, last = state(found["h"]), state(found["last"])
     both = next(iter(weights)).startswith("rnn.")
     layer = from_cheind(weights, "rnn." if both else "", **case["options"])
-    call = torch.jit.script(layer) if scripted else layer
     if both:
         half = len(last) // 2
-        forward, ours = call(x, None if h is None else as_ours(layer, h[:half]))
-        backward, more = call(x.flip(1), None if h is None else as_ours(layer, h[half:]))
+        forward, ours = layer(x, None if h is None else as_ours(layer, h[:half]))
+        backward, more = layer(x.flip(1), None if h is None else as_ours(layer, h[half:]))
         out, ours = torch.cat([forward, backward], 2), [*ours, *more]
     else:
-        out, ours = call(x, None if h is None else as_ours(layer, h))
+        out, ours = layer(x, None if h is None else as_ours(layer, h))
     assert_close(out, torch.tensor(found["out"], dtype=torch.double), **TIGHT)
     assert_states(ours, last)
 
