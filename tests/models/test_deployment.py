@@ -27,6 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import mingru
 from mingru.models import Block, LanguageModel, map_state
+from mingru.ops.backends import traceable
 
 # PyTorch's compiler and exporter warn about PyTorch's own code.
 pytestmark = [
@@ -149,20 +150,12 @@ def test_compile_quickly():
 
 @compiling
 @pytest.mark.slow
-def test_compile():
-    check_compiled(make(dtype=torch.float64), GIVEN["all"], [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)], "aot_eager")
-
-
-@compiling
-@pytest.mark.slow
-def test_compile_with_checkpoints():
-    check_compiled(make(dtype=torch.float64, checkpoint=True), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager")
-
-
-@compiling
-@pytest.mark.slow
-def test_inductor():
-    check_compiled(make(dtype=torch.float64), ("state",), [(2, 7), (3, 9)], "inductor")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compile(checkpoint):
+    # tests/modes compiles a block with inductor.
+    check_compiled(
+        make(dtype=torch.float64, checkpoint=checkpoint), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager"
+    )
 
 
 @compiling
@@ -204,9 +197,10 @@ def one_by_one(step, args):
 
 @compiling
 @pytest.mark.slow
-@both_cells
-def test_export_of_the_whole_pass(cell):
-    lm = make(cell).eval()
+def test_export_of_the_whole_pass(monkeypatch):
+    # Exporting few steps in a chunk takes a third of the time.
+    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
+    lm = make().eval()
     run = export(lm, 7)
     for batch, steps in [(2, 7), (1, 1), (3, 2), (3, 40)]:
         args = arguments(lm, ("state",), batch, steps)
@@ -257,7 +251,8 @@ def sizes_of_file(steps):
 
 @compiling
 @pytest.mark.slow
-def test_onnx_of_the_whole_pass(tmp_path):
+def test_onnx_of_the_whole_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
     lm = make().requires_grad_(False)
     session = Session(lm, tuple(arguments(lm, ("state",)).values()), tmp_path, max_steps=20)
     assert session.sizes() == sizes_of_file("time")
@@ -268,9 +263,8 @@ def test_onnx_of_the_whole_pass(tmp_path):
 
 @compiling
 @pytest.mark.slow
-@both_cells
-def test_onnx_of_a_step(cell, tmp_path):
-    lm = make(cell).requires_grad_(False)
+def test_onnx_of_a_step(tmp_path):
+    lm = make("minlstm").requires_grad_(False)
     session = Session(lm, ids_of(2, 1), tmp_path, kind="step")
     assert session.sizes() == sizes_of_file(1)
     args = arguments(lm, ("state",), 3, 9)
@@ -280,8 +274,10 @@ def test_onnx_of_a_step(cell, tmp_path):
 # TorchScript
 
 
-def check_script(cell, given):
-    lm = make(cell, dtype=torch.float64)
+@pytest.mark.usefixtures("_scripts_are_freed")
+@pytest.mark.slow
+def test_script():
+    lm = make("minlstm", dtype=torch.float64)
     run = torch.jit.script(lm)
     saved = io.BytesIO()
     torch.jit.save(run, saved)
@@ -289,16 +285,9 @@ def check_script(cell, given):
     loaded = torch.jit.load(saved)
     # TorchScript specializes the code in the first calls; the other sizes are then new to it.
     for batch, steps in [(2, 7), (2, 7), (3, 1), (1, 17)]:
-        args = arguments(lm, given, batch, steps)
+        args = arguments(lm, GIVEN["all"], batch, steps)
         assert_equal(with_gradients(lm, args, run), with_gradients(lm, args))
         assert_equal(loaded(**args), lm(**args))
-
-
-@pytest.mark.usefixtures("_scripts_are_freed")
-@pytest.mark.slow
-@both_cells
-def test_script(cell):
-    check_script(cell, GIVEN["all"])
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import mingru
 from mingru.functional import elapsed_times
+from mingru.ops.backends import traceable
 
 B, S, IN, H = 3, 21, 4, 6
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -166,7 +167,9 @@ def test_compiled(model, backend):
 
 
 @in_graphs
-def test_exported(model):
+def test_exported(model, monkeypatch):
+    # Exporting few steps in a chunk takes a third of the time.
+    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
     rnn = make(model, num_layers=1).eval()
     x, h, reset, dt = inputs(rnn)
     batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
@@ -179,8 +182,9 @@ def test_exported(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sequence", "step"])
-def test_onnx(kind, tmp_path):
+def test_onnx(kind, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
     rnn = mingru.MinGRU(IN, H, min_decay=0.3)
     size = 1 if kind == "step" else 9
     example = torch.randn(1, size, IN), torch.rand(1, 1, 1, H), None, None, torch.ones(1, size)
