@@ -140,8 +140,8 @@ def mingru(
     Numerics:
         bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space. With
         kind "sigmoid", the activation "positive" and a positive state, all terms are positive, and the relative error
-        in float32 stays below 2e-6 at a million steps. The error of "log" grows with length, to 1e-3 at 10,000 steps.
-        [mingru.MinGRU][] bounds the error of the other kinds.
+        in float32 does not grow with length. [mingru.MinGRU][] has its bound by the number of steps that a state lasts,
+        and that of the other kinds. The error of "log" grows with length, to 1e-3 at 10,000 steps.
 
     z = 1 takes the candidate. In `torch.nn.GRU`, z = 1 keeps the previous state.
 
