@@ -22,8 +22,6 @@ from mingru.drop_in import patch
 IN, H = 3, 4
 NAMES = ("GRU", "GRUCell", "LSTM", "LSTMCell")
 OF_TORCH = {name: getattr(nn, name) for name in NAMES}
-# Subclasses that other tests of this process have defined.
-pytestmark = pytest.mark.filterwarnings("ignore:patch. .* is not replaced:UserWarning")
 
 
 class Program(nn.Module):
@@ -95,9 +93,7 @@ def test_every_way_out():
             yield nn.GRU(IN, H)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # Another test file, loaded in the same process, has a subclass of torch's layer.
-        warnings.filterwarnings("ignore", "patch: test_drop_in")
+        warnings.filterwarnings("error", "patch: no layer was built")
         with pytest.raises(ProgramError):
             fails()
     assert are_torchs()
@@ -179,7 +175,6 @@ def defined_in_a_block():
     return Inside, report
 
 
-@pytest.mark.filterwarnings("default:patch. .* is not replaced:UserWarning")
 def test_subclasses_stay_what_they_are():
     with pytest.warns(
         UserWarning, match="Inside is not replaced, because a subclass may compute something else"
