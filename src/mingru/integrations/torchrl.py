@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -55,7 +56,7 @@ class MinGRUModule(GRUModule):
     def _gru_scan_with_resets(
         self, input: Tensor, hidden_in: Tensor, hidden: Tensor, is_init: Tensor
     ) -> tuple[Tensor, ...]:
-        return _in_one_pass(lambda x, h: self.gru(x, *h), input, (hidden,), is_init)
+        return _in_one_pass(self.gru, input, (hidden,), is_init)
 
 
 class MinLSTMModule(LSTMModule):
@@ -79,9 +80,15 @@ class MinLSTMModule(LSTMModule):
 def _in_one_pass(rnn: Any, x: Tensor, h: tuple[Tensor, ...], is_init: Tensor) -> tuple[Tensor, ...]:
     """Return the outputs (B, S, *), and the states (B, S, L, H) at the last step of each trajectory, 0 elsewhere.
 
-    The trajectories are packed, so that the layer returns the last states of all. h (L, B, H) is the state of each row.
+    h (L, B, H) is the state of each row.
     """
     batch, num_steps = is_init.shape
+    if rnn.num_layers == 1 and not (rnn.residual or rnn.proj_size or rnn.bidirectional or rnn.learn_initial_state):
+        # The output is the state, and a reset sets it to 0.
+        y, _ = rnn(x, h if len(h) > 1 else h[0], reset=is_init)
+        goes_on = F.pad(~is_init[:, 1:], (0, 1)).unsqueeze(2)
+        return y, *(y.masked_fill(goes_on, 0.0).unsqueeze(2) for _ in h)
+    # The trajectories are packed, so that the layer returns the last states of all.
     begins = is_init.clone()
     begins[:, 0] = True
     starts = begins.flatten().nonzero().squeeze(1)
@@ -92,7 +99,8 @@ def _in_one_pass(rnn: Any, x: Tensor, h: tuple[Tensor, ...], is_init: Tensor) ->
     index = (starts + steps)[steps < lengths]
     packed = PackedSequence(x.flatten(0, 1).index_select(0, index), (steps < lengths).sum(1).cpu())
     is_new = is_init.flatten()[starts].unsqueeze(1)
-    out, last = rnn(packed, tuple(each[:, starts // num_steps].masked_fill(is_new, 0.0) for each in h))
+    begin = tuple(each[:, starts // num_steps].masked_fill(is_new, 0.0) for each in h)
+    out, last = rnn(packed, begin if len(begin) > 1 else begin[0])
     y = torch.zeros_like(out.data).index_copy(0, index, out.data)
     states = []
     for state in (last,) if isinstance(last, Tensor) else last:

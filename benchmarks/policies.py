@@ -1,0 +1,102 @@
+"""Compare recurrent policies in TorchRL and sb3-contrib: seconds of a pass, and returns on CartPole without velocities.
+
+    python benchmarks/policies.py
+    python benchmarks/policies.py --steps 30720 --seeds 0 1 2
+
+Needs the extra `integrations`. The observation has only the positions of cart and pole, so that a policy must remember.
+"""
+
+import argparse
+import statistics
+import time
+
+import gymnasium
+import numpy as np
+import torch
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from tensordict import TensorDict
+from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
+
+from mingru.bench import medians_ms, print_table, where
+from mingru.integrations.sb3 import MinGRUPolicy, MinLSTMPolicy
+from mingru.integrations.torchrl import MinGRUModule, MinLSTMModule
+
+SHAPES = [(16, 64, 64), (32, 256, 128)]
+POLICIES = {"nn.LSTM": "MlpLstmPolicy", "minGRU": MinGRUPolicy, "minLSTM": MinLSTMPolicy}
+# Those of sb3's zoo for this task, with fewer features.
+OPTIONS = {"n_steps": 128, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3, "gae_lambda": 0.95, "gamma": 0.99}
+
+
+class Positions(gymnasium.ObservationWrapper):
+    """Hide the velocities."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def observation(self, observation):
+        return observation[[0, 2]]
+
+
+def make_environment():
+    return Positions(gymnasium.make("CartPole-v1"))
+
+
+def passes(shape, seconds):
+    """Return the milliseconds of forward and backward over a batch in which episodes begin anywhere."""
+    batch, steps, features = shape
+    calls = {}
+    for kind in (GRUModule, LSTMModule, MinGRUModule, MinLSTMModule):
+        states = ["h"] if "GRU" in kind.__name__ else ["h", "c"]
+        keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", name) for name in states)]}
+        module = kind(features, features, **keys)
+        data = {"x": torch.randn(batch, steps, features), "is_init": torch.rand(batch, steps, 1) < 0.02}
+        data |= {name: torch.zeros(batch, steps, 1, features) for name in states}
+        data = TensorDict(data, [batch, steps])
+
+        def call(module=module, data=data):
+            module.zero_grad()
+            with set_recurrent_mode(True):
+                module(data.clone(recurse=False))["y"].sum().backward()
+
+        calls[kind.__name__] = call
+    return medians_ms(calls, seconds, 3)
+
+
+def train(policy, steps, seed):
+    """Return the seconds of training, and the mean return of 50 episodes after it."""
+    environments = make_vec_env(make_environment, 8, seed=seed)
+    options = {"lstm_hidden_size": 64, "enable_critic_lstm": False, "ortho_init": False}
+    model = RecurrentPPO(policy, environments, seed=seed, device="cpu", policy_kwargs=options, **OPTIONS)
+    start = time.perf_counter()
+    model.learn(steps)
+    seconds = time.perf_counter() - start
+    mean, _ = evaluate_policy(model, environments, 50, deterministic=True)
+    return seconds, mean
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30720, help="steps of training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds for each shape (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, value in where().items():
+        print(f"{name}: {value}")
+    for shape in SHAPES:
+        taken = passes(shape, args.seconds)
+        rows = [[name, f"{ms:.1f}", f"{taken['GRUModule'] / ms:.1f}"] for name, ms in taken.items()]
+        print_table(f"(B, S, H) = {shape}", ["TorchRL", "ms", "speed-up over GRUModule"], rows)
+    rows = []
+    for name, policy in POLICIES.items():
+        found = [train(policy, args.steps, seed) for seed in args.seeds]
+        returns = ", ".join(f"{mean:.0f}" for _, mean in found)
+        rows.append([name, f"{statistics.median(seconds for seconds, _ in found):.0f}" if found else "", returns])
+    print_table(f"RecurrentPPO, {args.steps} steps", ["policy", "seconds", "mean return, by seed"], rows)
+
+
+if __name__ == "__main__":
+    main()
