@@ -47,7 +47,7 @@ def test_the_functions_equal_the_cells():
     candidate, reset = torch.randn(2, 9, 6).double(), torch.rand(2, 9) < 0.3
     out = functional.mingru(gate, candidate, h, kind="rotation", angle=angle, reset=reset)
     pairs = torch.stack([gate, angle], 3).flatten(2)
-    torch.testing.assert_close(out, reference.mingru_rotation(pairs, candidate, h, reset), **TIGHT)
+    torch.testing.assert_close(out, reference.mingru_rotation(pairs, candidate, h, reset, "tanh"), **TIGHT)
     # The default initial state is 0, for every activation.
     assert functional.mingru(gate, candidate[..., :3], kind="signed", backend="torch").shape == gate.shape
     for activation in ("positive", "tanh"):
