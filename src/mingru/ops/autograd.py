@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms
 
-from .backend import KernelFailure
+from .backend import Kernel, KernelFailure
 from .backends import traceable
 from .call import Layout, Spec, Start
 from .cells import NUM_INPUTS, is_complex
@@ -140,19 +140,23 @@ def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start,
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        h, initial_state, reset, dt = start
-        args = (h, None if reset is None else initial_state, reset, dt, layout.batch_sizes, layout.lengths, *tensors)
+        given = start if start.reset is not None else start._replace(initial_state=start.h)
+        args = (*given, *layout[1:], *tensors)
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
-    return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]  # type: ignore[no-any-return]
+    return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]
 
 
-def _start(h: Tensor, initial_state: Tensor | None, reset: Tensor | None, dt: Tensor | None) -> Start:
-    return Start(h, h if initial_state is None else initial_state, reset, dt)
+def _parts(args: Sequence[Any]) -> tuple[Start, Sequence[Any], Sequence[Any]]:
+    """Return what the flat list has: the start, the layout without its first field, and the tensors of the kernel."""
+    first = len(Start._fields)
+    last = first + len(Layout._fields) - 1
+    return Start(*args[:first]), args[first:last], args[last:]
 
 
-def _kernel(choice: Choice) -> Any:
-    return getattr(backend_of(choice.backend), choice.kernel)
+def _kernel(choice: Choice) -> Kernel:
+    kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
+    return kernel
 
 
 class Recurrence(torch.autograd.Function):
@@ -160,9 +164,8 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        h, initial_state, reset, dt, batch_sizes, lengths, *tensors = args
-        call = (_start(h, initial_state, reset, dt), Layout(time_first, batch_sizes, lengths))
-        out, last, kept = _kernel(choice).forward(spec, tensors, *call, keep)
+        start, layout, tensors = _parts(args)
+        out, last, kept = _kernel(choice).forward(spec, tensors, start, Layout(time_first, *layout), keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(tensors[0])
         ctx.save_for_backward(out, kept, *args)
@@ -170,22 +173,23 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        out, kept, h, initial_state, reset, dt, batch_sizes, lengths, *tensors = ctx.saved_tensors
-        layout = Layout(ctx.time_first, batch_sizes, lengths)
-        needs_h, needs_initial_state, _, needs_dt, _, _, *needs = ctx.needs_input_grad[4:]
+        out, kept, *args = ctx.saved_tensors
+        start, rest, tensors = _parts(args)
+        layout = Layout(ctx.time_first, *rest)
+        needs = ctx.needs_input_grad[4:]
 
         def recompute(name: str) -> Sequence[Tensor | None]:
-            def function(h: Tensor, initial_state: Tensor | None, dt: Tensor | None, *tensors: Any) -> States:
+            def function(*args: Any) -> States:
+                start, _, tensors = _parts(args)
                 inputs = list(tensors)
                 if ctx.choice.kernel == "linear_kernel":
-                    if lengths is not None:
+                    if layout.lengths is not None:
                         # Otherwise a NaN in the padding would reach the gradients of the weights.
-                        inputs[0] = without_padding(inputs[0], lengths, layout.time_first)
+                        inputs[0] = without_padding(inputs[0], layout.lengths, layout.time_first)
                     inputs = list(F.linear(*inputs).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-                return composed(name, ctx.spec, inputs, _start(h, initial_state, reset, dt), layout)
+                return composed(name, ctx.spec, inputs, start, layout)
 
-            needs_all = [needs_h, needs_initial_state, needs_dt, *needs]
-            return _differentiable(function, [h, initial_state, dt, *tensors], needs_all, grad)
+            return _differentiable(function, args, needs, grad)
 
         if torch.is_grad_enabled() or are_batched(*grad):
             grads = recompute(ctx.choice.backend)
@@ -193,14 +197,16 @@ class Recurrence(torch.autograd.Function):
             if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
-            start = _start(h, initial_state, reset, dt)
-            saved = (out, kept, *grad)
+            of_start, _, of_tensors = _parts(needs)
             try:
-                grads = _kernel(ctx.choice).backward(ctx.spec, tensors, start, layout, saved, [needs_dt, *needs])
+                saved = (out, kept, *grad)
+                found, of_kernel = _kernel(ctx.choice).backward(
+                    ctx.spec, tensors, start, layout, saved, (of_start, of_tensors)
+                )
+                grads = (*found, *(None for _ in rest), *of_kernel)
             except KernelFailure as failure:
                 grads = recompute(after(failure, ctx.choice, ctx.spec, out).backend)
-        grad_h, grad_initial_state, grad_dt, *others = grads
-        return None, None, None, None, grad_h, grad_initial_state, None, grad_dt, None, None, *others
+        return None, None, None, None, *grads
 
 
 def _differentiable(

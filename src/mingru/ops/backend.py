@@ -1,7 +1,8 @@
 """The description of a backend: its functions, what it supports, and how it fails."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,21 @@ from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_real
 
+# Of the fields of a `Start`, and of tensors.
+Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+
 
 @dataclass(frozen=True)
 class Kernel:
     """A forward and a backward function; `autograd.Recurrence` makes them differentiable.
 
     forward(spec, tensors, start, layout, keep) -> (out, last, kept)
-    backward(spec, tensors, start, layout, (out, kept, grad_out, grad_last), needs) -> (grad_h, grad_initial_state,
-        grad_dt, *grads), where `needs` has an entry for dt and for each tensor: whether it needs a gradient
+    backward(spec, tensors, start, layout, (out, kept, grad_out, grad_last), needs) -> `Grads`, where `needs` has a bool
+        for each field of start, and one for each tensor
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., Grads]
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
@@ -45,8 +49,10 @@ def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[
     spec, (a, _, h, out, *grad) = _real(call, *saved)
     # The gradients do not depend on b.
     of_call = spec, [a, a], Start(h, h, call.reset), BATCH_FIRST
-    grad_h, _, _, *grads = kernel.backward(*of_call, (out, None, *grad), [False])
-    return tuple(_like(call, x) for x in (*grads, grad_h) if x is not None)
+    no: Any = False
+    needs = Start(*[no] * len(Start._fields)), [True, True]
+    of_start, grads = kernel.backward(*of_call, (out, None, *grad), needs)
+    return tuple(_like(call, x) for x in (*grads, of_start[0]) if x is not None)
 
 
 def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:

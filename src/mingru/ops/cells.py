@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import activate, log_g
-from .call import Spec
+from .call import Spec, Start
 from .shape import accumulate_dtype, along, as_dtype, to_pairs
 
 
@@ -56,7 +56,7 @@ def is_complex(spec: Spec) -> bool:
     return spec.cell == "mingru_rotation"
 
 
-def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
+def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype. Both are new tensors, because a scan may overwrite them.
 
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
@@ -71,21 +71,22 @@ def coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[T
     if spec.cell == "mingru_signed":
         return _signed(spec, inputs)
     if spec.cell == "mingru_rotation":
-        return _rotation(spec, inputs, dt)
+        return _rotation(spec, inputs, start)
     if spec.cell == "minlstm_unnormalized":
         forget, input, candidate = _wide(inputs)
         return forget.sigmoid(), input.sigmoid() * activate(candidate, spec.activation)
     gate, candidate = _gate_and_candidate(spec, inputs)
-    keep, update = _decay(gate, spec.min_decay, dt)
+    keep, update = _decay(gate, spec.min_decay, start)
     return keep, update * activate(candidate, spec.activation)
 
 
-def log_coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
+def log_coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
     """Return log a and log b for the activation "positive"."""
     if spec.cell == "minlstm_unnormalized":
         forget, input, candidate = _wide(inputs)
         return F.logsigmoid(forget), F.logsigmoid(input) + log_g(candidate)
     gate, candidate = _gate_and_candidate(spec, inputs)
+    dt = start.dt
     if spec.min_decay == 0 and dt is None:
         return F.logsigmoid(-gate), F.logsigmoid(gate) + log_g(candidate)
     log_keep = _log_decay(gate, spec.min_decay) if dt is None else _log_decay_in(gate, spec.min_decay, dt)
@@ -94,8 +95,9 @@ def log_coefficients(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tup
     return log_keep, (least - log_keep.expm1()).log() + log_g(candidate)
 
 
-def _decay(gate: Tensor, min_decay: float, dt: Tensor | None) -> tuple[Tensor, Tensor]:
+def _decay(gate: Tensor, min_decay: float, start: Start) -> tuple[Tensor, Tensor]:
     """Return r and 1 - r as in `coefficients`, both in full relative precision."""
+    dt = start.dt
     if dt is None:
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         keep, update = (-gate).sigmoid(), gate.sigmoid()
@@ -151,10 +153,11 @@ def _signed(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
 
 
-def _rotation(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rotation(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
     gates, candidates = [to_pairs(x) for x in _wide(inputs)]
     gate, turn = gates.unbind(-1)
+    dt = start.dt
     if dt is None:
         turn = _without_whole_turns(turn)
     else:
@@ -163,7 +166,7 @@ def _rotation(spec: Spec, inputs: list[Tensor], dt: Tensor | None) -> tuple[Tens
         lost = _error_of_product(elapsed, turn, product).detach()
         turn = _without_whole_turns(product) + _without_whole_turns(lost)
     angle = turn * (0.25 * math.pi)
-    keep, update = _decay(gate, spec.min_decay, dt)
+    keep, update = _decay(gate, spec.min_decay, start)
     a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
     return a, update.unsqueeze(-1) * activate(candidates, spec.activation)
 

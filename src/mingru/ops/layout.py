@@ -42,7 +42,7 @@ def padded_call(
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
     """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
-    a, b = coefficients(spec, inputs, start.dt)
+    a, b = coefficients(spec, inputs, start)
     pairs = is_complex(spec)
     lengths = layout.lengths
     if lengths is not None:

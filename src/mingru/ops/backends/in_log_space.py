@@ -33,7 +33,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-    log_a, log_b = log_coefficients(spec, inputs, start.dt)
+    log_a, log_b = log_coefficients(spec, inputs, start)
     if layout.lengths is not None:
         padding = along(padding_of(layout.lengths, log_a), log_a)
         # Finite, because the gradient of `logcumsumexp` is NaN if all its terms are 0.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, scan_backward_by, scan_by
+from ..backend import Backend, Grads, Kernel, scan_backward_by, scan_by
 from ..call import Layout, Spec, Start
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
@@ -135,15 +135,16 @@ def _recurrence(
 
 
 def _recurrence_backward(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
+) -> Grads:
     out, _, grad_out, grad_last = saved
-    call, how, min_decay = _call(spec, start, layout, inputs[0], needs=needs[:1])
+    needs_dt = needs[0].dt
+    call, how, min_decay = _call(spec, start, layout, inputs[0], needs=[needs_dt])
     grads, *grads_of_start = torch.ops.mingru.recurrence_backward(
         inputs, call, out, grad_out, _state(grad_last, inputs[0]), how, min_decay
     )
     parts = grads.chunk(len(inputs), -1)
-    return *_grads_of_start(start, needs[0], *grads_of_start), *map(Tensor.view_as, parts, inputs)
+    return _grads_of_start(start, needs_dt, *grads_of_start), [*map(Tensor.view_as, parts, inputs)]
 
 
 def _grads_of_start(
@@ -152,9 +153,10 @@ def _grads_of_start(
     grad_h = as_dtype(grad_h, start.h.dtype)
     grad_dt = grads_of_dt.sum(-1) if needs_dt else None
     if start.reset is None:
-        return grad_h, None, grad_dt
+        return grad_h, None, None, grad_dt
     initial_state = start.initial_state
-    return grad_h, as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape), grad_dt
+    of_initial_state = as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape)
+    return grad_h, of_initial_state, None, grad_dt
 
 
 def _linear_recurrence(
@@ -167,16 +169,17 @@ def _linear_recurrence(
 
 
 def _linear_recurrence_backward(
-    spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
+) -> Grads:
     out, pre_activations, grad_out, grad_last = saved
-    call, how, min_decay = _call(spec, start, layout, tensors[0], needs=needs)
+    of_start, of_tensors = needs
+    call, how, min_decay = _call(spec, start, layout, tensors[0], needs=[of_start.dt, *of_tensors])
     grad_x, grad_weight, grad_bias, *grads_of_start = torch.ops.mingru.linear_recurrence_backward(
         *tensors, call, out, pre_activations, grad_out, _state(grad_last, tensors[0]), how, min_decay
     )
-    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs[3] else None)
-    found = (grad if need else None for grad, need in zip(grads, needs[1:], strict=True))
-    return *_grads_of_start(start, needs[0], *grads_of_start), *found
+    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if of_tensors[2] else None)
+    found = [grad if need else None for grad, need in zip(grads, of_tensors, strict=True)]
+    return _grads_of_start(start, of_start.dt, *grads_of_start), found
 
 
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS)

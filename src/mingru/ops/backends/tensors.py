@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel
+from ..backend import Backend, Grads, Kernel
 from ..call import Layout, Spec, Start
 from ..cells import NUM_INPUTS
 from ..layout import as_linear_scan, in_layout, padded_call
@@ -64,20 +64,21 @@ def _recurrence(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layo
 
 
 def _recurrence_backward(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
+) -> Grads:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
     if layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
-    given = [start.h, start.initial_state, start.dt, *inputs]
-    wants = [True, start.reset is not None, *needs]
+    of_start, of_inputs = needs
+    given = [*start, *inputs]
+    wants = [*of_start._replace(h=True, initial_state=start.reset is not None), *of_inputs]
     with torch.enable_grad():
         leaves: list[Any] = [
             None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wants, strict=True)
         ]
-        h, initial_state, dt, *own = leaves
-        call = as_linear_scan(*padded_call(spec, own, Start(h, initial_state, start.reset, dt), layout))
+        own = Start(*leaves[: len(start)])
+        call = as_linear_scan(*padded_call(spec, leaves[len(start) :], own, layout))
     with torch.no_grad():
         # Only the decays are new.
         delta = adjoint(lambda new: _scan_in_place(new._replace(b=_copy(new.b))), call, (grad_out, grad_last))
@@ -85,7 +86,8 @@ def _recurrence_backward(
     outputs = [(x, grad) for x, grad in zip(call[:3], grads, strict=True) if x.requires_grad]
     wanted = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
     found = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
-    return tuple(next(found) if want else None for want in wants)
+    grads_of_all = [next(found) if want else None for want in wants]
+    return grads_of_all[: len(start)], grads_of_all[len(start) :]
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, scan_backward_by, scan_by
+from ...backend import Backend, Grads, Kernel, scan_backward_by, scan_by
 from ...call import Layout, Spec, Start
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
@@ -90,13 +90,12 @@ def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep:
     return out, last, None
 
 
-def _recurrence_backward(
-    spec: Spec, inputs: Tensors, start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+def _recurrence_backward(spec: Spec, inputs: Tensors, start: Start, layout: Layout, saved: Any, needs: Any) -> Grads:
     out, _, *grad = saved
     tensors = inputs, _given(spec, start, layout), [out, *grad]
-    grads, *grads_of_start, _ = _run("backward", spec, tensors, layout.time_first, needs[0], False)
-    return _grads_of_start(start, needs[0], *grads_of_start) + _split(grads, inputs)
+    needs_dt = needs[0].dt
+    grads, *grads_of_start, _ = _run("backward", spec, tensors, layout.time_first, needs_dt, False)
+    return _grads_of_start(start, needs_dt, *grads_of_start), _split(grads, inputs)
 
 
 def _grads_of_start(
@@ -106,7 +105,7 @@ def _grads_of_start(
     if grad_initial_state.numel() > 0:
         for_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(initial_state.shape)
         for_initial_state = as_dtype(for_initial_state, initial_state.dtype)
-    return grad_h, for_initial_state, grad_dt if needs_dt else None
+    return grad_h, for_initial_state, None, grad_dt if needs_dt else None
 
 
 def _split(grads: Tensor, inputs: Tensors) -> tuple[Tensor, ...]:
@@ -138,10 +137,10 @@ def _linear_recurrence(
 
 
 def _linear_recurrence_backward(
-    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Any
+) -> Grads:
     x, weight, bias = tensors
-    needs_dt, needs_x, needs_weight, needs_bias = needs
+    needs_dt, (needs_x, needs_weight, needs_bias) = needs[0].dt, needs[1]
     out, kept, *grad = saved
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
@@ -158,7 +157,7 @@ def _linear_recurrence_backward(
         if needs_weight:
             grad_weight = matrix.t() @ x.flatten(0, -2)
     found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
-    return *_grads_of_start(start, needs_dt, *grads_of_start), *found
+    return _grads_of_start(start, needs_dt, *grads_of_start), found
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
