@@ -140,8 +140,8 @@ def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start,
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        given = start if start.reset is not None else start._replace(initial_state=start.h)
-        args = (*given, *layout[1:], *tensors)
+        h, initial_state, reset, *others = start
+        args = (h, None if reset is None else initial_state, reset, *others, *layout[1:], *tensors)
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]
@@ -151,7 +151,10 @@ def _parts(args: Sequence[Any]) -> tuple[Start, Sequence[Any], Sequence[Any]]:
     """Return what the flat list has: the start, the layout without its first field, and the tensors of the kernel."""
     first = len(Start._fields)
     last = first + len(Layout._fields) - 1
-    return Start(*args[:first]), args[first:last], args[last:]
+    start = Start(*args[:first])
+    if start.initial_state is None:
+        start = start._replace(initial_state=start.h)
+    return start, args[first:last], args[last:]
 
 
 def _kernel(choice: Choice) -> Kernel:
