@@ -1,6 +1,7 @@
 """patch: what a program builds in a block, and that nothing of it remains afterwards."""
 
 import abc
+import contextvars
 import copy
 import io
 import pickle
@@ -132,6 +133,36 @@ def test_everywhere():
         assert isinstance(GRU(IN, H), kept) and not isinstance(drop_in.GRU(IN, H), kept)
     finally:
         del sys.modules["early"], sys.modules["late"]
+
+
+class ReadOnly(types.ModuleType):
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+def test_everywhere_includes_modules_that_refuse_setattr():
+    module = ReadOnly("readonly")
+    vars(module)["GRU"] = nn.GRU
+    sys.modules["readonly"] = module
+    try:
+        with patch(everywhere=True):
+            assert type(module.GRU(IN, H)) is drop_in.GRU
+        assert module.GRU is OF_TORCH["GRU"] and are_torchs()
+    finally:
+        del sys.modules["readonly"]
+
+
+def test_a_block_ends_in_every_context():
+    """A copy of the context, such as a task's, may outlive the block, and another thread may leave it."""
+    block = patch()
+    block.__enter__()
+    kept, copy_of_context = nn.GRU, contextvars.copy_context()
+    assert type(kept(IN, H)) is copy_of_context.run(lambda: type(kept(IN, H))) is drop_in.GRU
+    thread = threading.Thread(target=block.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert are_torchs()
+    assert type(kept(IN, H)) is copy_of_context.run(lambda: type(kept(IN, H))) is OF_TORCH["GRU"]
 
 
 def test_threads_do_not_see_each_other():

@@ -79,7 +79,9 @@ class StandIn(ABCMeta):
 
     def patch(cls) -> _Patch | None:
         """Return the innermost active patch of this class."""
-        return next((each for each in reversed(_PATCHES.get()) if cls.of_torch in each.wanted), None)
+        # A copy of the context, such as a task's, may outlive its block.
+        running = [each for each in _PATCHES.get() if each in _RUNNING and cls.of_torch in each.wanted]
+        return running[-1] if running else None
 
     def classes(cls, asked_by: str) -> tuple[type, ...]:
         """Return the classes that this one is for a module."""
@@ -134,8 +136,8 @@ def patch(
 
     For programs that construct their own layers, such as other libraries. In the block, `torch.nn.GRU` stands for
     [mingru.drop_in.GRU][], and likewise the other classes. This includes `getattr(torch.nn, name)` and
-    `isinstance(m, torch.nn.GRU)`. Some libraries construct layers in `fit` or `train`: then the block must contain
-    these calls.
+    `isinstance(m, torch.nn.GRU)`, but not `type(m) is torch.nn.GRU`. Some libraries construct layers in `fit` or
+    `train`: then the block must contain these calls.
 
     Args:
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
@@ -184,11 +186,11 @@ def patch(
         for subclass in _subclasses(of_torch):
             running.leave(subclass, 4)
     _PATCHES.set((*_PATCHES.get(), running))
-    with _LOCK:
-        _RUNNING.append(running)
-        modules = [nn, *_modules_of_programs()] if everywhere else [nn]
-        _bind({of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}, modules)
+    _RUNNING.append(running)
     try:
+        with _LOCK:
+            modules = [nn, *_modules_of_programs()] if everywhere else [nn]
+            _bind({of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}, modules)
         yield running.report
     finally:
         _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
@@ -222,7 +224,8 @@ def _bind(classes: dict[Any, Any], modules: list[types.ModuleType]) -> None:
     for module in modules:
         for name, value in list(vars(module).items()):
             if id(value) in by_id:
-                setattr(module, name, by_id[id(value)])
+                # Not by setattr, which a class of modules may refuse.
+                vars(module)[name] = by_id[id(value)]
 
 
 def _restore(modules: list[types.ModuleType], running: Collection[_Patch]) -> None:
