@@ -37,6 +37,7 @@ class DropIn(Recurrent):
 
     mistake: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
+    remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
         name, dtype = name_of(type(self)), options["dtype"]
@@ -110,16 +111,6 @@ class DropIn(Recurrent):
             module.apply(fn)
         fn(self)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        errors: list[str] = args[-1]
-        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
-        # Also if the caller is not strict, as torch does with weights of another shape.
-        if of_torch is not None:
-            remedy = "build and load this model outside of mingru.drop_in.patch(), or train it again"
-            expected = f"weights of {self.name} because the equations differ"
-            errors.append(expectation(self.name, "state_dict", expected, f"{of_torch} of torch.nn", remedy))
 
     def extra_repr(self) -> str:
         defaults = defaults_of(self)

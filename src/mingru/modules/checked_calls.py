@@ -29,6 +29,8 @@ class CheckedCalls(Stacked):
     cell: str
     hidden_dims: int
     is_timed: bool
+    remedy_for_weights = "train the layer from its initialization"
+    """What to do about a state_dict of torch.nn."""
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
@@ -75,12 +77,12 @@ class CheckedCalls(Stacked):
         return given.data.unsqueeze(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith((f"{prefix}weight_hh", f"{prefix}weight_ih")) for key in state_dict):
-            *_, error_msgs = args
-            error_msgs.append(
-                f"{self.name}: weights of torch.nn.GRU or torch.nn.LSTM cannot be used, because the equations differ; "
-                "train the layer from its initialization"
-            )
+        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
+        if of_torch is not None:
+            expected = f"weights of {self.name} because the equations differ"
+            got = f"{of_torch} of torch.nn"
+            # Also if the caller is not strict, as torch does with weights of another shape.
+            args[-1].append(expectation(self.name, "state_dict", expected, got, self.remedy_for_weights))
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 

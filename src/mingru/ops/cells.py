@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 CELLS = {
     "mingru": Cell(2),
-    "mingru_signed": Cell(2, False, "the gate is 'signed', and a flip of the sign has no fraction"),
+    "mingru_signed": Cell(2, False, "the gate is 'signed', and a negative decay has no real power"),
     "mingru_rotation": Cell(2, False),
     "minlstm": Cell(3),
     "minlstm_unnormalized": Cell(3, True, "normalize is False, so that the gates have no common decay"),
