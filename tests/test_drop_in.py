@@ -483,6 +483,18 @@ def test_autocast_dtypes():
         assert (packed.data.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("home", [nn, drop_in])
+def test_the_pair_may_have_two_dtypes_under_autocast(home):
+    """As an encoder's output and zeros have."""
+    lstm, x = home.LSTM(IN, H), torch.randn(S, B, IN)
+    h, c = torch.randn(1, B, H), torch.zeros(1, B, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lstm(x, (h.bfloat16(), c))
+        assert_close(got, lstm(x, (h.bfloat16(), c.bfloat16())))
+    with pytest.raises(RuntimeError):
+        lstm(x, (h.bfloat16(), c))
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_width(half):
     rnn = drop_in.GRU(IN, H, 2, dtype=half)
