@@ -394,6 +394,18 @@ def test_weights_without_a_mark_load_with_a_warning(gate):
 
 
 @every_gate
+def test_a_mark_without_a_value_or_a_name(gate):
+    """The device "meta" has shapes only, and a later version may have more gates."""
+    rnn = make(gate)
+    with torch.device("meta"):
+        empty = make(gate)
+    assert str(empty.load_state_dict(empty.state_dict(), assign=True)) == "<All keys matched successfully>"
+    state = {**rnn.state_dict(), "layers.0.gate": torch.tensor(9)}
+    with pytest.raises(RuntimeError, match="weights trained with gate=9 cannot be used in a layer with gate="):
+        rnn.load_state_dict(state)
+
+
+@every_gate
 def test_a_mark_is_no_parameter_and_is_there_after_to_empty(gate):
     with torch.device("meta"):
         empty = make(gate)

@@ -10,7 +10,7 @@ from ..ops.cells import GATES
 from .layer import reset_all
 
 NUMBERS = {cell: number for number, cell in enumerate(GATES.values())}
-NAMES = tuple(GATES)
+NAMES = dict(enumerate(GATES))
 
 
 class Marked(nn.Module):
@@ -51,8 +51,10 @@ class Marked(nn.Module):
         key, own = prefix + "gate", NUMBERS.get(self.cell, 0)
         found = state_dict.get(key)
         is_known = found is not None or local_metadata.get("version", 1) > 1
-        if is_known and int(found or 0) != own:
-            gates = f"weights trained with gate={NAMES[int(found or 0)]!r}", f"a layer with gate={NAMES[own]!r}"
+        # On the device "meta", a mark has no value.
+        number = own if found is not None and found.is_meta else int(found or 0)
+        if is_known and number != own:
+            gates = f"weights trained with gate={NAMES.get(number, number)!r}", f"a layer with gate={NAMES[own]!r}"
             error_msgs.append(f"{prefix[:-1]}: {gates[0]} cannot be used in {gates[1]}; construct it with their gate")
             return
         if own and not is_known:
