@@ -84,6 +84,15 @@ def test_primer_and_single_trajectory(kind):
     assert step_mdp(found)["h"].shape == (S, 1, H)
 
 
+@pytest.mark.parametrize("kind", [*KEYS, GRUModule])
+def test_batch_first(kind):
+    """An argument of TorchRL's modules, with one valid value."""
+    keys = {"in_key": "obs", "out_key": "y"}
+    assert kind(IN, H, batch_first=True, **keys).out_keys[0] == "y"
+    with pytest.raises(ValueError, match="must have batch_first=True"):
+        kind(IN, H, batch_first=False, **keys)
+
+
 def test_training_steps_lower_the_loss():
     """The last observation of each episode is to be remembered from its first step."""
     torch.manual_seed(0)

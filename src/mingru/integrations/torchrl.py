@@ -48,7 +48,7 @@ class MinGRUModule(GRUModule):
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
         of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
-        gru = drop_in.GRU(input_size, hidden_size, num_layers, batch_first=True, **options)
+        gru = drop_in.GRU(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
         super().__init__(gru=gru, **of_module)
         # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
         self.recurrent_backend = "scan"
@@ -67,7 +67,7 @@ class MinLSTMModule(LSTMModule):
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
         of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
-        lstm = drop_in.LSTM(input_size, hidden_size, num_layers, batch_first=True, **options)
+        lstm = drop_in.LSTM(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
         super().__init__(lstm=lstm, **of_module)
         self.recurrent_backend = "scan"
 
