@@ -1059,6 +1059,12 @@ def test_apply_reaches_what_was_put_into_a_layer():
     seen = []
     rnn.apply(seen.append)
     assert seen == [adapter.base, adapter, observer, rnn]
+    for home in (nn, drop_in):
+        rnn = home.LSTM(IN, H)
+        head = rnn.head = nn.Linear(H, 1)  # as the constructor of a subclass does
+        seen = []
+        rnn.apply(seen.append)
+        assert seen == [head, rnn]
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")

@@ -107,8 +107,9 @@ class DropIn(Recurrent):
         A function that initializes each `torch.nn.Linear` of a model therefore does not change the layer. `fn` is also
         applied to modules that were added to the layer after its construction, such as observers for quantization.
         """
-        for module in _modules_added_to(self):
-            module.apply(fn)
+        for name, child in self.named_children():
+            for module in _modules_added_to(child) if name == "layers" else [child]:
+                module.apply(fn)
         fn(self)
         return self
 
