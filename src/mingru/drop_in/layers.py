@@ -48,13 +48,10 @@ class DropInLayer(DropIn):
             raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(options["dropout"])))
         check_int(name, "proj_size", proj_size, least=0)
         if proj_size > 0:
-            expected = "smaller than hidden_size"
-            require(
-                name, "proj_size", not isinstance(hidden_size, int) or proj_size < hidden_size, expected, f"{proj_size}"
-            )
-            require(
-                name, "proj_size", options["residual"] != "highway", "0 because residual is 'highway'", str(proj_size)
-            )
+            is_smaller = not isinstance(hidden_size, int) or proj_size < hidden_size
+            require(name, "proj_size", is_smaller, "smaller than hidden_size", str(proj_size))
+            expected, is_possible = "0 because residual is 'highway'", options["residual"] != "highway"
+            require(name, "proj_size", is_possible, expected, str(proj_size))
         # Before the layers are constructed, because they take it.
         self.proj_size = proj_size
         super().__init__(**options)
@@ -417,7 +414,6 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         if self.proj_size == 0:
             return output, (c_n.clone(), c_n)
         projected: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            first = index * self.num_directions
-            projected += layer.projected(list(c_n[first : first + self.num_directions].unbind(0)))  # type: ignore[operator]
+        for layer in self.layers:
+            projected += layer.projected(list(c_n[len(projected) :].unbind(0)))  # type: ignore[operator]
         return output, (torch.stack(projected), c_n)
