@@ -124,6 +124,9 @@ def test_everywhere():
             with patch(everywhere=True):
                 assert type(early.GRU(IN, H)) is type(GRU(IN, H)) is drop_in.GRU
             assert early.GRU is GRU is OF_TORCH["GRU"]
+            with patch():
+                nn.GRU(IN, H)
+            assert type(late.kind(IN, H)) is drop_in.LSTM  # still in the block that has bound it
             kept = nn.GRU
             assert type(kept(IN, H)) is drop_in.GRU
         assert late.kind is OF_TORCH["LSTM"]

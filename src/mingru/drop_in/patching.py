@@ -187,18 +187,20 @@ def patch(
             running.leave(subclass, 4)
     _PATCHES.set((*_PATCHES.get(), running))
     _RUNNING.append(running)
+    changed: list[types.ModuleType] = []
     try:
         with _LOCK:
-            modules = [nn, *_modules_of_programs()] if everywhere else [nn]
-            _bind({of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}, modules)
+            stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}
+            _bind(stand_ins, [nn])
+            changed += _bind(stand_ins, _modules_of_programs() if everywhere else [])
         yield running.report
     finally:
         _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
         with _LOCK:
             _RUNNING.remove(running)
-            _restore([nn], _RUNNING)
-            # Also names that the block has bound by an import.
-            _restore(_modules_of_programs(), [each for each in _RUNNING if each.everywhere])
+            # Also names that the block has bound by an import. Those of a block around it stay.
+            _restore([nn, *_modules_of_programs()], _RUNNING)
+            _restore(changed, [each for each in _RUNNING if each.everywhere])
     if not running.report.built:
         remedy = "put the call that constructs the layers into the block, such as fit or train, or pass everywhere=True"
         warnings.warn(f"patch: no layer was built in the block; {remedy}", stacklevel=3)
@@ -218,14 +220,16 @@ def _modules_of_programs() -> list[types.ModuleType]:
     return [each for name, each in loaded if isinstance(each, types.ModuleType) and name.partition(".")[0] not in own]
 
 
-def _bind(classes: dict[Any, Any], modules: list[types.ModuleType]) -> None:
-    """Bind every name for a key of `classes` to its value."""
-    by_id = {id(old): new for old, new in classes.items()}
+def _bind(classes: dict[Any, Any], modules: list[types.ModuleType]) -> list[types.ModuleType]:
+    """Bind every name for a key of `classes` to its value. Return the modules that have such names."""
+    by_id, changed = {id(old): new for old, new in classes.items()}, []
     for module in modules:
         for name, value in list(vars(module).items()):
             if id(value) in by_id:
                 # Not by setattr, which a class of modules may refuse.
                 vars(module)[name] = by_id[id(value)]
+                changed.append(module)
+    return changed
 
 
 def _restore(modules: list[types.ModuleType], running: Collection[_Patch]) -> None:
