@@ -324,6 +324,20 @@ def test_compiled_and_scripted_in_the_block():
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_isinstance_in_compiled_code():
+    def output_of(rnn, x):
+        single, several = isinstance(rnn, nn.GRU), isinstance(rnn, (nn.GRU, nn.LSTM))
+        return rnn(x)[0] if single and several and issubclass(type(rnn), nn.GRU) else None
+
+    torch.compiler.reset()
+    x = torch.randn(2, 5, IN)
+    with patch():
+        rnn = nn.GRU(IN, H)
+        compiled = torch.compile(output_of, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(rnn, x), output_of(rnn, x))
+
+
 def test_the_report_keeps_no_layer_alive():
     with mingru.drop_in.patch() as report:
         nn.GRU(IN, H)

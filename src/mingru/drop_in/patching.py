@@ -53,6 +53,9 @@ class _Patch:
         warnings.warn(text, stacklevel=stacklevel)
 
 
+# The modules in which torch.compile answers what a program asks.
+ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
+
 # Innermost last. A thread, and a task of asyncio, sees the blocks that it has entered.
 _PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The blocks of all threads.
@@ -86,7 +89,8 @@ class StandIn(ABCMeta):
     def classes(cls, asked_by: str) -> tuple[type, ...]:
         """Return the classes that this one is for a module."""
         # Torch must not take our layers for its own: torch.compile, for example, rejects those.
-        is_ours = cls.patch() is not None and asked_by.partition(".")[0] != "torch"
+        is_program = asked_by.partition(".")[0] != "torch" or asked_by in ASKED_BY_COMPILED
+        is_ours = cls.patch() is not None and is_program
         return (cls.of_torch, TWINS[cls.of_torch]) if is_ours else (cls.of_torch,)
 
     def __instancecheck__(cls, instance: Any) -> bool:
