@@ -10,6 +10,7 @@ import threading
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from refusals import assert_refused
@@ -78,6 +79,19 @@ def test_errors_are_those_of_the_class():
         assert nn.LSTM(IN, H, 2).cell == "mingru"
         with pytest.raises(TypeError, match=r"^mingru\.drop_in\.LSTM: no argument 'input_dims'; use input_size$"):
             nn.LSTM(input_dims=3)
+
+
+def test_numbers_that_torch_takes():
+    """A program that passes them is not to be changed. The classes themselves take bools only."""
+    given = {"num_layers": np.int64(2), "bidirectional": 0}
+    model = nn.ModuleDict({"rnn": nn.GRU(IN, H, **given)})
+    drop_in.replace(model)
+    with patch():
+        for rnn in (model["rnn"], nn.GRU(IN, H, **given), nn.GRU(IN, H, np.int64(2), True)):
+            assert repr(rnn) == "GRU(3, 4, num_layers=2)" and rnn(torch.randn(2, 5, IN))[1].shape == (2, 5, H)
+        for wrong in ((1.5,), (1, 0.5)):
+            with pytest.raises(TypeError):
+                nn.GRU(IN, H, *wrong)
 
 
 class ProgramError(Exception):

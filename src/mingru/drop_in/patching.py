@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..check import check_flags
-from .twins import SUBCLASS, TWINS, Wanted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, Wanted, converted, described, wanted_twins
 
 
 class PatchReport(NamedTuple):
@@ -107,7 +107,7 @@ class StandIn(ABCMeta):
             bound = signature(twin).bind(*args, **kwargs)
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
-        bound.arguments.update(patch.wanted[cls.of_torch])
+        bound.arguments.update(converted(bound.arguments) | patch.wanted[cls.of_torch])
         layer = twin(*bound.args, **bound.kwargs)
         frame = sys._getframe(1)
         place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

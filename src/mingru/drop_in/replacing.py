@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..check import expectation
-from .twins import SUBCLASS, TWINS, described, wanted_twins
+from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
 
 
 class Report(NamedTuple):
@@ -94,9 +94,8 @@ def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:
     """Return the twin of a layer or cell, with its arguments."""
     twin, weight = TWINS[type(old)], next(old.parameters())
     names = [name for name in inspect.signature(twin).parameters if name in vars(old)]
-    arguments = {name: getattr(old, name) for name in names}
-    # torch's classes also take numbers.
-    arguments |= {name: bool(arguments[name]) for name in ("bias", "bidirectional") if name in arguments}
+    # Torch's cells also take a number as `bias`.
+    arguments = converted({name: getattr(old, name) for name in names} | {"bias": bool(old.bias)})
     # Set afterwards, because the constructor would warn again about a dropout without effect.
     dropout = arguments.pop("dropout", None)
     new: nn.Module = twin(**arguments | options, device=weight.device, dtype=weight.dtype)

@@ -1,6 +1,7 @@
 """Which class takes the place of which class of torch, and with which options."""
 
 import inspect
+import operator
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ from .layers import GRU, LSTM
 
 TWINS: dict[type[nn.Module], Any] = {nn.GRU: GRU, nn.GRUCell: GRUCell, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 SUBCLASS = "a subclass may compute something else"
+# Torch's classes also take numbers as this flag, and integers of numpy.
+CONVERTED = {"bidirectional": bool, "num_layers": operator.index}
 # The options for each class of torch that is replaced.
 Wanted = dict[type[nn.Module], dict[str, Any]]
 
@@ -36,6 +39,11 @@ def wanted_twins(name: str, gru: bool, lstm: bool, num_layers: int | None, optio
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}
     return {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
+
+
+def converted(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a class of torch as those of its twin."""
+    return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
 
 
 def described(layer: nn.Module) -> str:
