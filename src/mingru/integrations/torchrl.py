@@ -30,10 +30,9 @@ class MinGRUModule(GRUModule):
         input_size: Number of input features.
         hidden_size: Number of state features.
         num_layers: Number of layers.
-        in_key: Key of the input; or `in_keys`, with the key of the state: ["observation", "state"].
-        out_key: Key of the output; or `out_keys`, with the key of the next state: ["features", ("next", "state")].
-        default_recurrent_mode: Mode outside of `torchrl.modules.set_recurrent_mode`.
-        **options: Other arguments of [mingru.drop_in.GRU][], such as `candidate="tanh"`.
+        **options: Arguments of TorchRL's module: `in_key` or `in_keys`, such as ["observation", "state"], `out_key` or
+            `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. Others are options of
+            [mingru.drop_in.GRU][], such as `candidate="tanh"`.
 
     Examples:
         >>> from tensordict import TensorDict  # doctest: +SKIP
