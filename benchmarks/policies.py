@@ -88,7 +88,6 @@ def main():
     for name, policy in POLICIES.items():
         found = [train(policy, args.steps, seed) for seed in args.seeds]
         returns = ", ".join(f"{mean:.0f}" for _, mean in found)
-        print(name, found, flush=True)
         rows.append([name, f"{statistics.median(seconds for seconds, _ in found):.0f}" if found else "", returns])
     print_table(f"RecurrentPPO, {args.steps} steps", ["policy", "seconds", "mean return, by seed"], rows)
 

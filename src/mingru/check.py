@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .ops.activation import ACTIVATIONS
 from .ops.cells import CELLS, GATES
-from .ops.graph import are_ordinary, is_autocast, is_captured
+from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -283,15 +283,15 @@ def check_like(
 
 def check_input(name: str, x: Tensor, weight: Tensor, like_name: str) -> None:
     """Check that x has the device of the weight, and its dtype unless autocast converts it."""
-    check_like(name, "x", x, weight, like_name, converted(weight), ids=True)
+    check_like(name, "x", x, weight, like_name, autocast_dtypes(weight), ids=True)
 
 
 def check_kind(name: str, argument: str, x: Tensor, like: Tensor, like_name: str = "x") -> None:
     """Check that x, a state or a time, has the device of a sequence, and its dtype or its accumulation dtype."""
-    check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *converted(like)))
+    check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *autocast_dtypes(like)))
 
 
-def converted(like: Tensor) -> tuple[torch.dtype, ...]:
+def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
     """Return the dtypes that autocast converts, if it is enabled."""
     return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
 
@@ -361,7 +361,7 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
     if dt.shape != sequence.shape[:2]:
         raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
     # On a GPU, the test would synchronize.
-    if dt.is_cpu and not is_captured() and are_ordinary(dt):
+    if dt.is_cpu and are_eager(dt):
         valid = dt >= 0
         if not bool(valid.all()):
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))

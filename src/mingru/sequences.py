@@ -15,7 +15,7 @@ from .check import (
     of_another_shape,
     on_another_device,
 )
-from .ops.graph import are_ordinary, is_captured
+from .ops.graph import are_eager
 from .ops.layout import padding_of
 
 
@@ -97,7 +97,7 @@ def elapsed_times(
         check_lengths(name, lengths, batch, steps, t.device)
         dt = dt.masked_fill(padding_of(lengths, dt), 0.0)
     # On a GPU, the test would synchronize.
-    if dt.is_cpu and not is_captured() and are_ordinary(dt):
+    if dt.is_cpu and are_eager(dt):
         _check_elapsed(name, dt, t, starts, batch_first)
     return dt if batch_first else dt.t()
 

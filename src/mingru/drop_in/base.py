@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..check import (
+    autocast_dtypes,
     check_choice,
     check_flags,
     check_int,
     check_like,
-    converted,
     dims,
     embed_remedy,
     expectation,
@@ -93,7 +93,7 @@ class DropIn(Recurrent):
     def _check_as(self, argument: str, x: Tensor, like: Tensor, like_name: str, wrong_dtype: type[Exception]) -> None:
         if x.dtype == like.dtype and x.device == like.device:
             return
-        others = converted(x)
+        others = autocast_dtypes(x)
         try:
             check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
         except TypeError as error:
@@ -194,7 +194,7 @@ def check_pair(name: str, hx: Any, proj_size: int) -> None:
         expected = f"(h, c) with h {dims(shape)} because c is {dims(c.shape)}"
         raise RuntimeError(expectation(name, "hx", expected, f"h {dims(h.shape)}"))
     # Under autocast, an encoder's output and new zeros have different dtypes.
-    fits = h.dtype == c.dtype or {h.dtype, c.dtype} <= {*converted(c)}
+    fits = h.dtype == c.dtype or {h.dtype, c.dtype} <= {*autocast_dtypes(c)}
     if not fits or h.device != c.device or not h.is_floating_point():
         got = f"{h.dtype} on {h.device}, and {c.dtype} on {c.device}"
         raise RuntimeError(expectation(name, "hx", "(h, c) of one floating-point dtype, on one device", got))

@@ -34,7 +34,7 @@ class _OnePass:
         super().__init__(*args, **kwargs)
         policy: Any = self
         policy.lstm_kwargs = lstm_kwargs or {}
-        # A state of both signs; with "positive", CartPole without velocities is not learned.
+        # A state of both signs, as that of an LSTM.
         options = {"cell": self.cell, "candidate": "tanh", **policy.lstm_kwargs}
         for name in ("lstm_actor", "lstm_critic"):
             old = getattr(policy, name)
