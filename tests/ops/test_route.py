@@ -1,10 +1,12 @@
 """Which body runs: the argument over `use_backend` over the environment over "auto"."""
 
+import _thread
 import dataclasses
 import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import mingru
 from mingru import functional
@@ -179,6 +181,38 @@ def test_a_block_is_its_threads_own():
         leave.set()
         thread.join(10)
     assert seen == [outside, "log"]
+
+
+def test_threads_of_autograd_use_the_last_open_block():
+    def chosen_elsewhere():
+        """The backend in a thread that `threading` has not started."""
+        found, done = [], threading.Event()
+
+        def run():
+            found.append(route.choose(MINGRU, X).backend)
+            done.set()
+
+        _thread.start_new_thread(run, ())
+        assert done.wait(10)
+        return found[0]
+
+    outside = chosen_elsewhere()
+    assert outside == route.choose(MINGRU, X).backend
+    with mingru.use_backend("log"):
+        with mingru.use_backend("sequential"):
+            assert chosen_elsewhere() == "sequential"
+        assert chosen_elsewhere() == "log"
+        with mingru.use_backend("auto"):
+            assert chosen_elsewhere() == outside
+    assert chosen_elsewhere() == outside
+
+
+def test_a_checkpoint_in_a_block():
+    rnn, x = mingru.MinGRU(3, 4), X.clone().requires_grad_()
+    with mingru.use_backend("torch"):
+        out, _ = checkpoint(rnn, x, use_reentrant=False)
+        out.sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "Torch", None, 3])

@@ -39,10 +39,12 @@ _BY_VARIABLE = f"the environment variable {VARIABLE}"
 class _Chosen(threading.local):
     """The backend that `use_backend` sets in this thread."""
 
-    name = "auto"
+    name: str | None = None
 
 
 _chosen = _Chosen()
+# The backends of all open blocks, the last one last.
+_open: list[str] = []
 
 
 def backends() -> dict[str, bool | str]:
@@ -63,6 +65,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Use this backend for `"auto"` in the current thread until the `with` block ends.
 
     It takes precedence over the environment variable `MINGRU_BACKEND`, which sets the backend for the whole process.
+    Threads that Python did not start, as those in which PyTorch runs the backward pass of a GPU, use the block that was
+    entered last. Call `backward` inside the block if it calls layers again, as `torch.utils.checkpoint` does.
 
     Args:
         name: Name of a backend, see [mingru.backends][], or `"auto"`.
@@ -77,10 +81,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     _check_name(name, "use_backend: name")
     before, _chosen.name = _chosen.name, name
+    _open.append(name)
     try:
         yield
     finally:
         _chosen.name = before
+        # Its last entry: blocks of other threads may be open too.
+        del _open[len(_open) - 1 - _open[::-1].index(name)]
 
 
 class Choice(NamedTuple):
@@ -100,8 +107,11 @@ def _selected(backend: str) -> tuple[str, str]:
     """Return the backend that the caller selected, or "auto", and by which means."""
     if backend != "auto":
         return backend, "backend"
-    if _chosen.name != "auto":
-        return _chosen.name, "use_backend"
+    name = _chosen.name
+    if name is None and _open and isinstance(threading.current_thread(), threading._DummyThread):
+        name = _open[-1]
+    if name not in (None, "auto"):
+        return name, "use_backend"
     return os.environ.get(VARIABLE) or "auto", _BY_VARIABLE
 
 
