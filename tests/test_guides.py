@@ -1,7 +1,10 @@
 """The guides: their code runs as it stands, and their links lead somewhere."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 # With the least number of blocks of code.
-GUIDES = {"coming_from_another_mingru.md": 5, "coming_from_gru.md": 5, "deploying.md": 8, "index.md": 3, "models.md": 9}
+GUIDES = {"coming_from_another_mingru.md": 5, "coming_from_gru.md": 5, "deploying.md": 8, "distributed.md": 0, "faq.md": 1}
+GUIDES |= {"gates.md": 0, "index.md": 1, "irregular.md": 3, "models.md": 9, "programs.md": 0, "states.md": 6}
 GUIDES["reinforcement_learning.md"] = 1
 
 
@@ -45,3 +49,16 @@ def test_the_code_runs(guide, tmp_path, monkeypatch):
 def test_the_links_are_there(guide):
     for link in re.findall(r"\]\(([^)#:]+)\)", (DOCS / guide).read_text(encoding="utf-8")):
         assert (DOCS / link).is_file(), link
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_two_processes(index, tmp_path):
+    """The programs of distributed.md."""
+    text = (DOCS / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(re.findall(r"```py\n(.*?)```", text, re.DOTALL)[index])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "trained 2 processes" in done.stdout
