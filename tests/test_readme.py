@@ -34,12 +34,22 @@ def test_kernels_were_built_where_this_project_checks_itself():
         assert mingru.backends()["native"] is True
 
 
-def test_its_table_of_ratios_is_what_the_command_wrote():
+def test_the_tables_of_ratios_are_what_the_command_wrote():
     root = Path(__file__).parent.parent
     results = json.loads((root / "docs" / "ratios.json").read_text())["results"]
+    page = (root / "docs" / "speed.md").read_text()
     names = ("nn.GRU", "nn.LSTM", "nn.Linear(I, 2H)")
+    rows = []
     for shape, times_ms in results.items():
         ratios = [times_ms[name] / times_ms["mingru"] for name in names]
         cells = [f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×" for ratio in ratios]
-        assert f"| {shape} | {times_ms['mingru']:.3g} ms | {' | '.join(cells)} |" in README
-    assert README.count("\n| (") == len(results) + 1
+        rows.append(f"| {shape} | {times_ms['mingru']:.3g} ms | {' | '.join(cells)} |")
+    assert [line for line in page.splitlines() if line.startswith("| (")][1:] == rows
+    in_readme = [line for line in README.splitlines() if line.startswith("| (")][1:]
+    assert len(in_readme) == 4
+    assert set(in_readme) < set(rows)
+
+
+def test_the_citation_has_the_version():
+    citation = (Path(__file__).parent.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {mingru.__version__}\n" in citation
