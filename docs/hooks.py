@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: link names to their pages, and check the rendered reference."""
+"""Hooks of mkdocs: link names to their pages, check the rendered reference, and add pages from other files."""
 
 import logging
 import re
+from pathlib import Path
 
 log = logging.getLogger("mkdocs.hooks")
 
@@ -9,6 +10,43 @@ log = logging.getLogger("mkdocs.hooks")
 NAME = re.compile(r"<(pre|a|h[1-6])\b.*?</\1>|<code>((?:mingru|torch\.nn)\.[\w.]+)</code>", re.DOTALL)
 TORCH = "https://docs.pytorch.org/docs/stable/generated"
 SECTIONS = "Args|Example|Examples|Inputs|Numerics|Outputs|Parameters|Raises|References|Returns|Source|State dict"
+
+ROOT = Path(__file__).parents[1]
+# Pages that are files of the repository.
+PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+
+
+def on_config(config):
+    version = re.search(r'"(.*)"', (ROOT / "src/mingru/_version.py").read_text(encoding="utf-8"))
+    config.copyright = f"torch-mingru {version[1]}, MIT license"
+
+
+def on_files(files, config):
+    from mkdocs.structure.files import File  # the tests need this module without mkdocs
+
+    for page, source in PAGES.items():
+        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, page, content=text))
+
+
+def on_post_build(config):
+    """Write llms.txt: a list of all pages, and then their text."""
+    paths = sorted(Path(config.docs_dir).rglob("*.md"), key=lambda path: ("reference" in path.parts, path))
+    texts = {path.relative_to(config.docs_dir).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    guides = {name: text for name, text in texts.items() if not name.startswith("reference/")}
+    links = "\n".join(f"- [{title_of(name, text)}]({address_of(name)})" for name, text in texts.items())
+    parts = [f"# {config.site_name}", f"> {config.site_description}", "## Pages", links, *guides.values()]
+    Path(config.site_dir, "llms.txt").write_text("\n\n".join(parts), encoding="utf-8")
+
+
+def address_of(name):
+    return name.removesuffix(".md").removesuffix("index") or "."
+
+
+def title_of(name, text):
+    """Return the title of a page. A page of the reference has that of the object that it documents."""
+    found = re.search(r"^(?:# |::: )(.+)$", text, re.MULTILINE)
+    return found[1] if found else name
 
 
 def on_page_content(html, page, config, files):

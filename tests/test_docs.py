@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import types
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_names_become_links():
     assert "torch.nn.GRU.html" in hooks.linked("<code>torch.nn.GRU</code>", documented)
     for html in ("<code>mingru.MinLSTM</code>", "<pre><code>mingru.MinGRU</code></pre>", "<code>torch.nn.utils</code>"):
         assert hooks.linked(html, documented) == html
+
+
+def test_the_text_for_language_models(tmp_path):
+    config = types.SimpleNamespace(site_name="NAME", site_description="WHAT", docs_dir=DOCS, site_dir=tmp_path)
+    hooks.on_post_build(config)
+    lines = (tmp_path / "llms.txt").read_text(encoding="utf-8").splitlines()
+    for line in ("# NAME", "> WHAT", "- [torch-mingru](.)", "- [States](states)", "# States"):
+        assert line in lines
+    assert "- [mingru.MinGRU](reference/MinGRU)" in lines
+    assert sum(line.startswith("- [") and "](reference/" in line for line in lines) == len(
+        list(DOCS.glob("reference/*"))
+    )
 
 
 def test_each_public_name_has_a_page():

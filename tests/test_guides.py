@@ -12,9 +12,21 @@ import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 # With the least number of blocks of code.
-GUIDES = {"coming_from_another_mingru.md": 5, "coming_from_gru.md": 5, "deploying.md": 8, "distributed.md": 0, "faq.md": 1}
-GUIDES |= {"gates.md": 0, "index.md": 1, "irregular.md": 3, "models.md": 9, "programs.md": 0, "speed.md": 0, "states.md": 6}
-GUIDES["reinforcement_learning.md"] = 1
+GUIDES = {
+    "coming_from_another_mingru.md": 5,
+    "coming_from_gru.md": 5,
+    "deploying.md": 8,
+    "distributed.md": 0,
+    "faq.md": 1,
+    "gates.md": 0,
+    "index.md": 1,
+    "irregular.md": 3,
+    "models.md": 9,
+    "programs.md": 0,
+    "reinforcement_learning.md": 1,
+    "speed.md": 0,
+    "states.md": 6,
+}
 
 
 @pytest.fixture(autouse=True)
