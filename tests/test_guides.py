@@ -60,7 +60,8 @@ def test_the_code_runs(guide, tmp_path, monkeypatch):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_links_are_there(guide):
     for link in re.findall(r"\]\(([^)#:]+)\)", (DOCS / guide).read_text(encoding="utf-8")):
-        assert (DOCS / link).is_file(), link
+        # docs/hooks.py makes this page.
+        assert (DOCS / link).is_file() or link == "contributing.md", link
 
 
 @pytest.mark.slow
