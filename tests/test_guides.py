@@ -1,6 +1,7 @@
 """The guides: their code runs as it stands, and their links lead somewhere."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,19 @@ def test_the_links_are_there(guide):
     for link in re.findall(r"\]\(([^)#:]+)\)", (DOCS / guide).read_text(encoding="utf-8")):
         # docs/hooks.py makes this page.
         assert (DOCS / link).is_file() or link == "contributing.md", link
+
+
+def test_the_notebook_runs():
+    cells = json.loads((DOCS / "first_hour.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), "first_hour.ipynb", "exec"), names)
+    # The model remembers the first of ten times as many steps as in training. Guessing has an error of 1.
+    x, target = names["sample"](256, 300)
+    with torch.no_grad():
+        assert torch.nn.functional.mse_loss(names["model"](x), target) < 0.1
 
 
 @pytest.mark.slow
