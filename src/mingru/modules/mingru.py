@@ -20,17 +20,9 @@ class MinGRU(Recurrent, planned=True):
         signed:    h_t = a_t h_{t-1} + (1 - |a_t|) c_t                          a_t = -tanh(k_t / 2)
         rotation:  h_t = (1 - z_t) exp(i theta_t) h_{t-1} + z_t c_t             theta_t = (pi / 4) u_t
 
-    - "signed" keeps the state (k -> -inf), replaces it (k = 0) or flips its sign (k -> inf). It can compute parity with
-      one layer; more layers drift at lengths far beyond those of the training.
-    - "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, which are the real and the
-      imaginary part of one complex number. It can count modulo any number. For pair j, rows 2 j and 2 j + 1 of W_z
-      compute the gate k and the angle u.
-
-    Sums modulo a number cannot be computed for all lengths with "sigmoid", at any depth. The angle is linear, so that
-    no turn (u = 0), a third (u = 8 / 3) and half a turn (u = 4) are all reached at finite pre-activations, and none of
-    them is harder to leave than another. With the default initialization and inputs of variance 1, u has a standard
-    deviation of 0.6, so that the angles begin near no turn, at 26 degrees. The unit pi / 4 makes it exact to subtract
-    whole turns. States of both gates may be negative, and their default `candidate` is "tanh".
+    "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, which are the real and the imaginary
+    part of one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "signed" can compute parity and "rotation"
+    can count modulo any number, see [Gates](../gates.md).
 
     `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
     time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
