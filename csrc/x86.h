@@ -1,5 +1,5 @@
-// The kernels for MINGRU_TARGET. All code is in the namespace MINGRU_ISA: the linker could use code outside it on any
-// processor. So headers with functions are included before the target.
+// The kernels for MINGRU_TARGET. All code is in the namespace MINGRU_ISA. Otherwise the linker may merge inline functions,
+// and code for new processors runs on old ones. So headers with functions are included before the target.
 #include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -38,7 +38,7 @@ def medians_ms(
     """Return the median time of each call, in milliseconds.
 
     All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
-    differs between rounds. Before it is timed, each call runs once, so that it finds the caches as it leaves them.
+    differs between rounds. Before it is timed, each call runs once, so that its data is in the caches.
     """
     wait: Callable[[], object] = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
     times_ms: dict[str, list[float]] = {name: [] for name in calls}

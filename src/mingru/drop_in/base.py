@@ -150,7 +150,7 @@ class WithPair(DropIn, MinLSTM):
         given = {**options, "normalize": normalize, "forget_bias": forget_bias}
         for option, default, why in fixed:
             require(name, option, given[option] == default, f"left out because {why}", repr(given[option]))
-        # Before the layers are constructed, because they take it.
+        # Before the layers, whose constructor reads it.
         self.cell = cell if normalize else "minlstm_unnormalized"
         super().__init__(**options)
         self.normalize = normalize

@@ -52,7 +52,7 @@ class DropInLayer(DropIn):
             require(name, "proj_size", is_smaller, "smaller than hidden_size", str(proj_size))
             expected, is_possible = "0 because residual is 'highway'", options["residual"] != "highway"
             require(name, "proj_size", is_possible, expected, str(proj_size))
-        # Before the layers are constructed, because they take it.
+        # Before the layers, whose constructor reads it.
         self.proj_size = proj_size
         super().__init__(**options)
 

@@ -107,7 +107,7 @@ class MinLSTM(Recurrent, planned=True):
     ) -> None:
         check_flags(name_of(type(self)), normalize=normalize)
         if not normalize:
-            # Before the layers are constructed, because they take it.
+            # Before the layers, whose constructor reads it.
             self.cell = "minlstm_unnormalized"
         super().__init__(**arguments_of(locals(), "forget_bias", "normalize"))
         require(self.name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
