@@ -51,9 +51,9 @@ class MinConv2dGRU(MinConv):
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
         bidirectional: If True, each layer has a reverse direction with its own weights, which runs from the last step
             to the first. D is 2 if True, otherwise 1.
-        residual: If True, add each layer's input to its output. If the channels differ, or if padding or
-            stride may change the spatial size, the input goes through a convolution with the layer's kernel, stride, padding, dilation and groups, without
-            bias. The returned state does not include the residual.
+        residual: If True, add each layer's input to its output. If the channels differ, or if padding or stride may
+            change the spatial size, the input goes through a convolution with the layer's kernel, stride, padding,
+            dilation and groups, without bias. The returned state does not include the residual.
         norm: "group" or None: group norm of each layer's input, separate for each step. The number of groups is the
             largest divisor of the channel count that is at most 32 and leaves at least 16 channels per group. Below 32
             channels it is 1.

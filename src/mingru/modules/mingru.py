@@ -20,9 +20,9 @@ class MinGRU(Recurrent, planned=True):
         signed:    h_t = a_t h_{t-1} + (1 - |a_t|) c_t                          a_t = -tanh(k_t / 2)
         rotation:  h_t = (1 - z_t) exp(i theta_t) h_{t-1} + z_t c_t             theta_t = (pi / 4) u_t
 
-    "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, which are the real and the imaginary
-    part of one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "signed" can compute parity and "rotation"
-    can count modulo any number, see [Gates](../gates.md).
+    "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, the real and the imaginary part of
+    one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "signed" can compute parity and "rotation" can
+    count modulo any number, see [Gates](../gates.md).
 
     `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
     time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
