@@ -26,16 +26,21 @@ triton:
 	$(PYTHON) -c "import triton"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py
 	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py
+	TRITON_INTERPRET=1 $(PYTHON) -m benchmarks.gpu.smoke --device cpu --small --configurations 4
 
 # Test the modules for other libraries, with these libraries.
 integrations:
 	$(PYTHON) -m pip install --no-build-isolation -e ".[integrations]"
 	$(PYTHON) -m pytest -n auto tests/integrations
 
-# On a GPU.
+# The first hour on a GPU; see CONTRIBUTING.md. It stops at the first program that finds a wrong value.
+gpu: RESULTS = benchmarks/gpu/results
 gpu:
-	$(PYTHON) -m pytest tests/ops/test_triton.py
-	$(PYTHON) benchmarks/gpu.py --json out/gpu.json --plot out/gpu.png
+	$(PYTHON) -m benchmarks.gpu.smoke --json $(RESULTS)/smoke.json
+	$(PYTHON) -m pytest -n 16 tests/ops/test_triton.py
+	$(PYTHON) -m benchmarks.gpu.speed --json $(RESULTS)/speed.json
+	$(PYTHON) -m benchmarks.gpu.plans --json $(RESULTS)/plans.json
+	$(PYTHON) -m benchmarks.gpu.page
 
 # Depends on `test`, so that no speed is reported if a test fails.
 bench: test

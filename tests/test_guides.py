@@ -20,6 +20,7 @@ GUIDES = {
     "distributed.md": 0,
     "faq.md": 1,
     "gates.md": 0,
+    "gpu.md": 2,
     "index.md": 1,
     "irregular.md": 3,
     "models.md": 9,

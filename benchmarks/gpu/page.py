@@ -1,0 +1,138 @@
+"""Write the results of a GPU into docs/gpu.md, and the sentence about GPUs into the README and the pages that have it.
+
+    python -m benchmarks.gpu.page
+
+The results are the JSON files that `make gpu` writes into benchmarks/gpu/results. Without them, the page says that the
+kernels have never run on a GPU. The texts are written between comments, `<!-- gpu: NAME -->` and `<!-- gpu: end -->`.
+"""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from mingru.bench import GRU, LINEAR
+
+from .speed import COLUMNS, cells
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "gpu" / "results"
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "how_it_works.md", "gpu.md"))]
+MARKED = re.compile(r"^( *)<!-- gpu: (\w+) -->\n(?:.*?\n)?? *<!-- gpu: end -->$", re.DOTALL | re.MULTILINE)
+Results = dict[str, Any]
+
+
+def read(folder: Path) -> Results | None:
+    """Return the results of the three programs by name, or None if the kernels have not run on a GPU."""
+    names = ("smoke", "speed", "plans")
+    missing = [name for name in names if not (folder / f"{name}.json").exists()]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {missing[0]}.json; run `make gpu`, which writes {', '.join(names)}")
+    results: Results = {name: json.loads((folder / f"{name}.json").read_text())["results"] for name in names}
+    found = {
+        (*(each["device"][key] for key in ("name", "device", "commit")), each["backend"]) for each in results.values()
+    }
+    if len(found) > 1 or any(device == "cpu" or backend != "triton" for _, device, _, backend in found):
+        raise ValueError(f"{folder} must have results of one GPU, one commit and the backend 'triton', got {found}")
+    return results
+
+
+def sentence(results: Results | None) -> str:
+    """Return what is known of the kernels on GPUs."""
+    if results is None:
+        return (
+            "The GPU kernels have been compiled for NVIDIA and AMD GPUs and tested in Triton's interpreter, but have "
+            "never run on a GPU."
+        )
+    device, smoke = results["smoke"]["device"], results["smoke"]
+    right = "were all right" if not smoke["wrong"] else f"gave {len(smoke['wrong'])} wrong results"
+    return (
+        f"The GPU kernels have run on one GPU, {device['name']} (torch {device['torch']}, Triton {device['triton']}): "
+        f"{smoke['count']} checks {right}."
+    )
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def summary(speed: Results) -> str:
+    """Return a table of training: the share of the floor of a minGRU, and how much faster a layer is than others."""
+    rows = []
+    for title, layers in speed["layers"].items():
+        passes = [speed["recurrences"][title]["minGRU"].get(name, {}) for name in ("forward", "training")]
+        shares = [x["floor"] / x["device"] if x.get("device") else None for x in passes]
+        own, *others = [
+            layers.get(name, {}).get("training", {}).get("call") for name in ("MinGRU", GRU, "nn.LSTM", LINEAR)
+        ]
+        ratios = [f"{other / own:.2f}" if own and other else "" for other in others]
+        rows.append([title, *("" if share is None else f"{share:.0%}" for share in shares), *ratios])
+    return table(
+        ["", "share of the floor", "training", f"{GRU} / MinGRU", "nn.LSTM / MinGRU", f"{LINEAR} / MinGRU"], rows
+    )
+
+
+def tables(results: Results | None) -> str:
+    """Return all results as Markdown."""
+    if results is None:
+        return "The kernels have never run on a GPU. No time, accuracy or memory use on a GPU is known."
+    smoke, speed, plans = results["smoke"], results["speed"], results["plans"]
+    facts = ", ".join(f"{name} {value}" for name, value in smoke["device"].items() if value is not None)
+    parts = [f"Machine: {facts}.", "### Checks"]
+    most = max(smoke["shares"].values())
+    rows = [[f"{len(smoke['shares'])} random configurations", f"at most {most:.2f} of the allowed error"]]
+    rows += [[name, f"{value:.1e}"] for name, value in smoke["errors"].items()]
+    rows += [[f"CUDA graph: {name}", value] for name, value in smoke["graphs"].items()]
+    rows += [[f"**wrong**: {name}", ""] for name in smoke["wrong"]]
+    parts += [table(["check", "result"], rows), "### Training, summary", summary(speed)]
+    parts.append(
+        f"A copy moves {speed['bandwidth'] * 1e-3:.0f} GB/s; the floor is the time of a copy of the bytes that must be "
+        f"read and written. A copy of one number takes {speed['one_launch_us']:.1f} µs. The ratios are of times of "
+        "training calls, with Python."
+    )
+    for kind in ("recurrences", "layers"):
+        parts.append(f"### All {kind}, in µs")
+        for title, rows_of in speed[kind].items():
+            shown = [[name, *cells(row)] for name, row in rows_of.items()]
+            parts += [f"**{title}**", table(COLUMNS, shown)]
+    parts.append("### Plans, in µs")
+    rows = []
+    for each in plans["classes"]:
+        best = each["fastest"][0] if each["fastest"] else {}
+        chosen = f"{each['chosen']['us']:.1f}" if "us" in each["chosen"] else each["chosen"]["why"]
+        fastest = [f"{best['us']:.1f}", str(tuple(best["plan"]))] if best else ["", ""]
+        rows.append([each["class"], chosen, *fastest])
+    parts.append(
+        table(["class", "chosen plan", "fastest plan", "chunks, steps, features, segments, warps, stages"], rows)
+    )
+    return "\n\n".join(parts)
+
+
+def filled(page: str, results: Results | None) -> str:
+    """Return a page with the texts between its comments."""
+    texts = {"sentence": sentence(results), "results": tables(results)}
+
+    def fill(match: re.Match[str]) -> str:
+        indent, name = match[1], match[2]
+        if name == "sentence":
+            text = textwrap.fill(texts[name], 120, initial_indent=indent, subsequent_indent=indent)
+        else:
+            text = f"\n{texts[name]}\n"
+        return f"{indent}<!-- gpu: {name} -->\n{text}\n{indent}<!-- gpu: end -->"
+
+    return MARKED.sub(fill, page)
+
+
+def main() -> None:
+    results = read(RESULTS)
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(sentence(results))
+
+
+if __name__ == "__main__":
+    main()

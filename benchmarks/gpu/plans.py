@@ -1,0 +1,174 @@
+"""Try many plans for each class of shapes, check their values, and write the fastest as JSON.
+
+    python -m benchmarks.gpu.plans [--json FILE] [--shape 64 1000 100]
+
+A plan divides the work of a kernel (`src/mingru/ops/backends/triton/plan.py`). All plans are first compiled, in
+parallel. Then each is timed by replays of a CUDA graph, with none of its data in the L2 cache: a forward plan in
+inference, a backward plan in training, with the usual forward plan. The program prints, for each class, the plan that
+`plan_of` chooses and the three fastest, in microseconds.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import mingru
+from mingru.bench import forward, forward_backward, print_table
+from mingru.ops.backends.triton import launch
+from mingru.ops.backends.triton.device import first_line
+from mingru.ops.backends.triton.plan import Plan, Work
+
+from ..measure import write_json
+from .device import Clock, about, allowed, error, parse
+
+# Batch, steps, features. The last three have 2^16, 2^17 and 2^18 features together; `plan_of` walks from 2^17 on.
+SHAPES = [(64, 1000, 100), (8, 4096, 256), (1, 4096, 256), (1, 1_000_000, 64), (1024, 128, 512)]
+SHAPES += [(128, 256, 512), (256, 256, 512), (512, 256, 512)]
+
+
+class Task(NamedTuple):
+    """A plan for a pass, in a class of shapes."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    backward: bool
+    plan: Plan | None
+    """None for the plan that `plan_of` chooses."""
+
+
+def candidates(task: Task, wave: int) -> list[Plan]:
+    """Return plans whose tiles are not much longer than the sequences."""
+    batch, steps, features = task.shape
+    # Features of a step that a thread has: 16 bytes, or half of that. More steps would need too many registers.
+    widths, times = (4,) if task.dtype.itemsize == 4 else (4, 8), (2, 4) if task.backward else (4, 8)
+    plans = []
+    for width, time, stages in itertools.product(widths, times, (None, 2, 3)):
+        if wave * width < 2 * features:
+            plans.append(Plan(1, time, wave * width, 1, 1, stages))
+        for warps, num_features in itertools.product((1, 2, 4, 8), (8, 16, 32)):
+            chunks = wave * width * warps // num_features
+            tile, programs = chunks * time, batch * -(-features // num_features)
+            if tile <= 2 * steps and num_features < 2 * features:
+                # With segments, up to four programs for each of 132 processors.
+                most = max(1, min(64, steps // (2 * tile), 528 // programs))
+                segments = {1, 2} if most == 2 else {max(1, most // 2), most}
+                plans += [Plan(chunks, time, num_features, each, warps, stages) for each in segments]
+    return plans
+
+
+@contextmanager
+def using(task: Task) -> Iterator[list[Plan]]:
+    """Use the plan of the task for its pass; collect the plans of that pass."""
+    used, usual = [], launch.plan_of
+
+    def plan_of(work: Work) -> Plan:
+        plan = usual(work) if task.plan is None or work.backward != task.backward else task.plan
+        if work.backward == task.backward:
+            used.append(plan)
+        return plan
+
+    with mock.patch.object(launch, "plan_of", plan_of):
+        yield used
+
+
+def inputs_of(task: Task, device: torch.device) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(task.shape, device=device).to(task.dtype).requires_grad_() for _ in range(2)]
+
+
+def results_of(inputs: list[Tensor], backward: bool, backend: str) -> list[Tensor]:
+    """Return the states, or the gradients."""
+    if not backward:
+        return [mingru.functional.mingru(*inputs, backend=backend)]
+    out = mingru.functional.mingru(*inputs, backend=backend)
+    return list(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+
+
+def compile_plan(task: Task, device: str) -> None:
+    """Run a plan once, so that Triton stores its kernel on disk."""
+    with using(task):
+        try:
+            results_of(inputs_of(task, torch.device(device)), task.backward, "triton")
+        except (RuntimeError, ValueError) as failed:
+            # It fails again when it is timed, and is then in the results.
+            print(f"{task.plan}: {first_line(failed)}", flush=True)
+
+
+def compile_all(tasks: list[Task], device: torch.device) -> None:
+    """Compile the kernels of the tasks in parallel processes. They do not depend on the number of sequences."""
+    smaller = [task._replace(shape=(1, min(task.shape[1], 8192), task.shape[2])) for task in tasks]
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_plan, dict.fromkeys(smaller), itertools.repeat(str(device)), chunksize=8))
+
+
+def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], backend: str) -> dict[str, Any]:
+    """Return the plan, its time, and its error as a share of what is allowed; or why there is none."""
+
+    def call() -> Tensor:
+        return mingru.functional.mingru(*inputs, backend=backend)
+
+    with using(task) as used:
+        # A plan that failed must not prevent the next one.
+        launch._failures.clear()
+        try:
+            got = results_of(inputs, task.backward, backend)
+        except (RuntimeError, ValueError) as failed:
+            return {"plan": task.plan, "why": first_line(failed)}
+        result = {"plan": used[0] if used else task.plan}
+        result["share"] = error(got, exact) / allowed(task.dtype)
+        del got
+        if not result["share"] <= 1.0:
+            return result | {"why": "its values are wrong"}
+        replay, why = clock.capture(forward_backward(call, inputs) if task.backward else forward(call))
+        return result | ({"why": why} if replay is None else {"us": clock.replay_us(replay)})
+
+
+def sweep(clock: Clock, kind: Task, plans: list[Plan], backend: str) -> dict[str, Any]:
+    """Return the usual plan and all others of a class, the fastest first, and print the fastest."""
+    inputs = inputs_of(kind, clock.device)
+    exact = results_of([x.detach().double().requires_grad_() for x in inputs], kind.backward, "torch")
+    exact = [x.detach() for x in exact]
+    chosen, *found = [timed(clock, kind._replace(plan=plan), inputs, exact, backend) for plan in (None, *plans)]
+    fastest = sorted((each for each in found if "us" in each), key=lambda each: each["us"])
+    rows = [
+        [name, str(tuple(each["plan"] or ())), f"{each['us']:.1f}" if "us" in each else each["why"]]
+        for name, each in [("chosen", chosen), *(("fastest", each) for each in fastest[:3])]
+    ]
+    title = f"{kind.shape}, {str(kind.dtype).removeprefix('torch.')}, {'training' if kind.backward else 'forward'}"
+    print_table(f"{title}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
+    failed = Counter(each["why"] for each in found if "us" not in each)
+    return {"class": title, "plans": len(found), "chosen": chosen, "fastest": fastest[:10], "failed": failed}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.01, help="for each plan (default: %(default)s)")
+    parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("B", "S", "H"), help="may be repeated")
+    parser.add_argument("--most", type=int, help="try only the first plans")
+    parser.add_argument("--json", type=Path, help="write all plans and times to this file")
+    args = parse(parser, arguments)
+    clock = Clock(args.device, args.seconds)
+    wave = getattr(torch.cuda.get_device_properties(args.device), "warp_size", 32) if args.device.type == "cuda" else 32
+    shapes = [tuple(shape) for shape in args.shape or SHAPES]
+    kinds = [Task(*each, None) for each in itertools.product(shapes, (torch.float32, torch.bfloat16), (False, True))]
+    plans = {kind: candidates(kind, wave)[: args.most] for kind in kinds}
+    if args.device.type != "cpu":
+        compile_all([kind._replace(plan=plan) for kind in kinds for plan in plans[kind]], args.device)
+    found = [sweep(clock, kind, plans[kind], args.backend) for kind in kinds]
+    if args.json is not None:
+        write_json(args.json, {"device": about(args.device), "backend": args.backend, "classes": found})
+
+
+if __name__ == "__main__":
+    main()
