@@ -254,10 +254,14 @@ def test_results_must_belong_together(folder, tmp_path):
         shutil.copy(folder / f"{name}.json", tmp_path)
     path = tmp_path / "plans.json"
     whole = path.read_text()
-    for right, wrong in (('"backend": "triton"', '"backend": "torch"'), ('"device": "cuda"', '"device": "cpu"')):
+    for right, wrong in (
+        ('"backend": "triton"', '"backend": "torch"'),
+        ('"device": "cuda"', '"device": "cpu"'),
+        ('"name": "CPU"', '"name": "another"'),
+    ):
         path.write_text(whole.replace(right, wrong))
         assert path.read_text() != whole
-        with pytest.raises(ValueError, match="one GPU, one commit and the backend 'triton'"):
+        with pytest.raises(ValueError, match="on one GPU, of one commit"):
             page.read(tmp_path)
 
 

@@ -98,6 +98,7 @@ def results_of(inputs: list[Tensor], backward: bool, backend: str) -> list[Tenso
 def compile_plan(task: Task, device: str) -> None:
     """Run a plan once, so that Triton stores its kernel on disk."""
     with using(task):
+        launch._failures.clear()
         try:
             results_of(inputs_of(task, torch.device(device)), task.backward, "triton")
         except (RuntimeError, ValueError) as failed:
