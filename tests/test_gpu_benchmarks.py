@@ -146,7 +146,7 @@ def test_wrong_values_of_a_benchmark_are_marked():
         assert row["training"]["floor"] == 4 * 6 * 4
 
 
-def test_other_libraries_get_the_arguments_that_they_need(monkeypatch):
+def test_other_libraries_get_the_arguments_that_they_need(monkeypatch, capsys):
     """Time last and padded to a power of 2; logarithms of the decays."""
 
     def scan(a, b):
@@ -169,9 +169,14 @@ def test_other_libraries_get_the_arguments_that_they_need(monkeypatch):
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     a, b = torch.rand(2, 40, 3, requires_grad=True), torch.randn(2, 40, 3, requires_grad=True)
+    # Without the cache of what is installed here.
+    monkeypatch.setattr(speed, "imported", speed.imported.__wrapped__)
     rows = speed.measure_all(Clock(CPU, 0.001), speed.others(a, b), "torch", 1.0)
     assert len(rows) == 3
     assert all(row["error"] < 1e-6 for row in rows.values())
+    monkeypatch.setitem(sys.modules, "fla.ops.hgrn", None)
+    assert len(speed.others(a, b)) == 1
+    assert "not timed: fla.ops.hgrn (" in capsys.readouterr().out
 
 
 def test_a_library_that_fails_has_a_reason_and_our_failure_is_an_error():

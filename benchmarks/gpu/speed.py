@@ -15,6 +15,8 @@ are installed. These two compute the scan from the decays and inputs, not from t
 
 import argparse
 import copy
+import functools
+import importlib
 import itertools
 import os
 import sys
@@ -83,6 +85,16 @@ def scan(a: Tensor, b: Tensor) -> Tensor:
     return mingru.functional.linear_scan(a, b, backend="torch")
 
 
+@functools.cache
+def imported(name: str) -> Any:
+    """Return a module of another library, or None. accelerated-scan compiles its kernels when it is imported."""
+    try:
+        return importlib.import_module(name)
+    except Exception as failed:
+        print(f"not timed: {name} ({first_line(failed)})")
+        return None
+
+
 def others(a: Tensor, b: Tensor) -> dict[str, Method]:
     """Return implementations of the linear scan by other libraries."""
     methods = {}
@@ -94,24 +106,19 @@ def others(a: Tensor, b: Tensor) -> dict[str, Method]:
 
         compiled = torch.compile(lambda a, b: associative_scan(then, (a, b), 1)[1], dynamic=False)
         methods["associative_scan, compiled"] = Method(compiled, [a, b], scan)
-    try:
-        from accelerated_scan.warp import scan as warp_scan
-    except ImportError as missing:
-        print(f"not timed: accelerated-scan ({missing})")
-    else:
+    if (warp := imported("accelerated_scan.warp")) is not None:
         # It needs time last, and a power of 2 from 32 to 65536 as number of steps.
         steps = max(32, 1 << (a.shape[1] - 1).bit_length())
         turned = [F.pad(x.detach().mT, (0, steps - a.shape[1])).contiguous().requires_grad_() for x in (a, b)]
         name = f"accelerated-scan (time last, {steps} steps)"
-        methods[name] = Method(warp_scan, turned, lambda a, b: scan(a.mT, b.mT).mT)
-    try:
-        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
-    except ImportError as missing:
-        print(f"not timed: flash-linear-attention ({missing})")
-    else:
+        methods[name] = Method(warp.scan, turned, lambda a, b: scan(a.mT, b.mT).mT)
+    if (hgrn := imported("fla.ops.hgrn")) is not None:
         logs = [b.detach().requires_grad_(), a.detach().log().requires_grad_()]
-        for name, hgrn in (("chunk_hgrn", chunk_hgrn), ("fused_recurrent_hgrn", fused_recurrent_hgrn)):
-            methods[f"fla, {name}"] = Method(lambda x, g, hgrn=hgrn: hgrn(x, g)[0], logs, lambda x, g: scan(g.exp(), x))
+        for name in ("chunk_hgrn", "fused_recurrent_hgrn"):
+            function = getattr(hgrn, name)
+            methods[f"fla, {name}"] = Method(
+                lambda x, g, function=function: function(x, g)[0], logs, lambda x, g: scan(g.exp(), x)
+            )
     return methods
 
 
