@@ -202,7 +202,7 @@ def test_candidates_are_plans_that_a_kernel_takes(shape, dtype, backward):
         assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= shape[1]
 
 
-def test_a_plan_is_used_for_its_pass_only():
+def test_a_plan_is_used_for_its_pass_only(monkeypatch):
     task = plans.Task((1, 64, 8), torch.float32, True, Plan(2, 2, 8, 1, 1, None))
     work = Work("mingru", 4, 1, 64, 8)
     usual = launch.plan_of(work)
@@ -211,6 +211,10 @@ def test_a_plan_is_used_for_its_pass_only():
         assert launch.plan_of(work._replace(backward=True)) == task.plan
     assert used == [task.plan]
     assert launch.plan_of(work._replace(backward=True)) != task.plan
+    inputs = plans.inputs_of(task, CPU)
+    monkeypatch.setattr(plans, "results_of", lambda *args: inputs)
+    with pytest.raises(AssertionError, match="its plan is unknown"):
+        plans.timed(Clock(CPU, 0.001), task, inputs, inputs, "triton")
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,8 @@ def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], b
             got = results_of(inputs, task.backward, backend)
         except (RuntimeError, ValueError) as failed:
             return {"plan": task.plan, "why": first_line(failed)}
+        if backend == "triton" and not used:
+            raise AssertionError("the launch did not call `plan_of`, so that its plan is unknown")
         result = {"plan": used[0] if used else task.plan}
         result["share"] = error(got, exact) / allowed(task.dtype)
         del got
