@@ -1,0 +1,209 @@
+"""Classify speakers from utterances of different lengths: bidirectional minGRU, nn.GRU and a model without order.
+
+    pip install ".[examples]"            # in a clone of the repository
+    pip install --no-deps aeon==1.6.0    # the utterances
+    python examples/speakers.py          # all models, three seeds, with a confusion matrix in speakers.png
+
+The data are Japanese vowels (Kudo, Toyama and Shimbo 1999, UCI archive): nine speakers said "ae", recorded as 12 linear
+prediction coefficients in 7 to 29 time steps. 270 utterances are for training, and 370 for the test. They come from the
+PyPI package aeon 1.6.0.
+
+- minGRU: two layers, both directions, norm and residual. It takes the padded batch and `lengths=`.
+- nn.GRU: two layers, both directions, with a packed sequence.
+- mean: the mean and the standard deviation of each coefficient over the valid time steps, and a hidden layer. The order
+  of the time steps is lost.
+
+All models end with the mean of their outputs over the valid time steps and a linear map, and have about as many
+parameters. Utterances that are right, of 370, mean of three seeds and half of their range, with the default options:
+
+    minGRU   361.0 ± 1.0   97.6%
+    nn.GRU   361.7 ± 2.0   97.7%
+    mean     359.0 ± 1.0   97.0%
+
+The order of the time steps adds little here: utterances are short, and both recurrent models are right in two or three
+more of 370 than the mean. A run of minGRU takes half as long as one of nn.GRU.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from tqdm import tqdm
+
+import mingru
+
+MODELS = ("minGRU", "nn.GRU", "mean")
+NUM_SPEAKERS, NUM_COEFFICIENTS = 9, 12
+
+
+def read(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return padded utterances (B, S, 12), their lengths (B) and their speakers (B) from a .ts file."""
+    utterances, speakers = [], []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        for line in lines[lines.index("@data") + 1 :]:
+            *coefficients, speaker = line.split(":")
+            utterance = torch.tensor([[float(value) for value in values.split(",")] for values in coefficients])
+            if utterance.shape[0] != NUM_COEFFICIENTS or not 1 <= int(speaker) <= NUM_SPEAKERS:
+                raise ValueError(f"{utterance.shape[0]} coefficients of speaker {speaker}")
+            utterances.append(utterance.t())
+            speakers.append(int(speaker) - 1)
+    except ValueError as error:
+        sys.exit(f"{path} must be a .ts file with 12 coefficients of 9 speakers, got {error}")
+    lengths = torch.tensor([len(utterance) for utterance in utterances])
+    return pad_sequence(utterances, batch_first=True), lengths, torch.tensor(speakers)
+
+
+class Recurrent(nn.Module):
+    """Apply recurrent layers in both directions, average over the valid time steps, and map to speakers."""
+
+    def __init__(self, name: str, hidden_dims: int) -> None:
+        super().__init__()
+        if name == "minGRU":
+            options = {"norm": "rms", "residual": True}
+            self.rnn: nn.Module = mingru.MinGRU(NUM_COEFFICIENTS, hidden_dims, 2, bidirectional=True, **options)
+        else:
+            self.rnn = nn.GRU(NUM_COEFFICIENTS, hidden_dims, 2, batch_first=True, bidirectional=True)
+        self.is_packed = name == "nn.GRU"
+        self.head = nn.Linear(2 * hidden_dims, NUM_SPEAKERS)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.is_packed:
+            packed, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            out, _ = pad_packed_sequence(packed, batch_first=True)
+        else:
+            out, _ = self.rnn(x, lengths=lengths)
+        # The output of padding is 0.
+        return self.head(out.sum(1) / lengths.unsqueeze(1))
+
+
+class Mean(nn.Module):
+    """Map the mean and the standard deviation of each coefficient to speakers."""
+
+    def __init__(self, hidden_dims: int) -> None:
+        super().__init__()
+        sizes = (2 * NUM_COEFFICIENTS, hidden_dims)
+        self.layers = nn.Sequential(nn.Linear(*sizes), nn.GELU(), nn.Linear(hidden_dims, NUM_SPEAKERS))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        count = lengths.unsqueeze(1)
+        mean = x.sum(1) / count
+        square = x.square().sum(1) / count
+        return self.layers(torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1))
+
+
+def make(name: str, num_parameters: int) -> nn.Module:
+    """Return the largest model of at most this many parameters."""
+
+    def of_width(width: int) -> nn.Module:
+        return Mean(width) if name == "mean" else Recurrent(name, width)
+
+    def is_larger(width: int) -> bool:
+        return sum(x.numel() for x in of_width(width).parameters()) > num_parameters
+
+    return of_width(next(width for width in itertools.count(1) if is_larger(width + 1)))
+
+
+def train(name: str, seed: int, data: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(seed)
+    x, lengths, speakers = data
+    model = make(name, args.num_parameters)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.num_steps, pct_start=0.1)
+    for _ in tqdm(range(args.num_steps), f"{name}, seed {seed}", leave=False, disable=None):
+        rows = torch.randint(len(x), (args.batch_size,))
+        noisy = x[rows] + args.noise * torch.randn(args.batch_size, 1, NUM_COEFFICIENTS)
+        valid = torch.arange(x.shape[1]) < lengths[rows].unsqueeze(1)
+        loss = F.cross_entropy(model(noisy * valid.unsqueeze(2), lengths[rows]), speakers[rows], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def plot(path: Path, confusion: Tensor) -> None:
+    """Draw how often each speaker (rows) was taken for each speaker (columns)."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    axes.imshow(confusion.numpy(), cmap="Greens")
+    for row, counts in enumerate(confusion.tolist()):
+        for column, count in enumerate(counts):
+            if count:
+                color = "white" if count > confusion.max() / 2 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=color)
+    names = range(1, NUM_SPEAKERS + 1)
+    axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
+    axes.set_xticks(range(NUM_SPEAKERS), names)
+    axes.set_yticks(range(NUM_SPEAKERS), names)
+    figure.savefig(path, dpi=120)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--num-steps", type=int, default=600, help="training steps; default: 600")
+    parser.add_argument("--num-parameters", type=int, default=20000, help="of each model, about; default: 20,000")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="highest learning rate; default: 0.005")
+    parser.add_argument("--noise", type=float, default=0.1, help="shift of the coefficients in training; default: 0.1")
+    parser.add_argument("--folder", type=Path, help="folder of the two .ts files; default: that in the package aeon")
+    parser.add_argument("--plot", type=Path, default=Path("speakers.png"), help="default: speakers.png")
+    return parser
+
+
+def installed(parser: argparse.ArgumentParser) -> Path:
+    """Return the folder in the package aeon."""
+    # The package is located but not imported, because its import needs other packages.
+    package = importlib.util.find_spec("aeon")
+    if package is None or not package.submodule_search_locations:
+        parser.error("the package aeon is not installed; run `pip install --no-deps aeon==1.6.0`, or use --folder")
+    return Path(package.submodule_search_locations[0], "datasets", "data", "JapaneseVowels")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if min(args.num_steps, args.batch_size) < 1 or args.num_parameters < 1000:
+        parser.error("--num-steps and --batch-size must be at least 1, and --num-parameters at least 1000")
+    if not args.plot.absolute().parent.is_dir():
+        parser.error(f"--plot must be in a folder that exists, got {args.plot}")
+    files = [(args.folder or installed(parser)) / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"there is no file {file}; check the path")
+    data, (x, lengths, speakers) = map(read, files)
+    for name in args.models:
+        right, seconds, confusion = [], [], torch.zeros(NUM_SPEAKERS, NUM_SPEAKERS, dtype=torch.long)
+        for seed in args.seeds:
+            start = time.perf_counter()
+            model = train(name, seed, data, args)
+            seconds.append(time.perf_counter() - start)
+            with torch.no_grad():
+                found = model(x, lengths).argmax(1)
+            right.append(int((found == speakers).sum()))
+            confusion = torch.bincount(speakers * NUM_SPEAKERS + found, minlength=NUM_SPEAKERS**2)
+        half = (max(right) - min(right)) / 2
+        mean = statistics.mean(right)
+        share = 100 * mean / len(speakers)
+        print(f"{name:8} {mean:5.1f} ± {half:3.1f}  {share:5.1f}%  {statistics.mean(seconds):5.1f} s", flush=True)
+        if name == "minGRU":
+            plot(args.plot, confusion.view(NUM_SPEAKERS, NUM_SPEAKERS))
+            print(f"saved {args.plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
