@@ -4,7 +4,7 @@ A cell is one function of its inputs, a tuple of numbers as in `scan`: the first
 and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of the decay per unit of time,
 log(m) and log(1 - m). The function returns a, b, and a derivative for each of the parts of the inputs and, last, for
 the elapsed time, as of a number: (da, db, scale), so that the derivatives of a and b are scale da and scale db. `scale`
-is a real number, or () if it is 1. The compiler drops unused derivatives.
+is a real number, or ABSENT if it is 1. The compiler drops unused derivatives.
 
 To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
 """
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .math import (
+    ABSENT,
     INFINITY,
     NAN_STAYS,
     direction,
@@ -72,7 +73,7 @@ def decay(gate, time, EXACT: tl.constexpr):
     """Return the decay a, the weight z = 1 - a of the candidate, and the derivatives of -log(a) by gate and time."""
     if len(time) == 0:
         z, a = logistic(gate, EXACT)
-        return a, z, z, ()
+        return a, z, z, ABSENT
     else:
         rate, slope = rate_of(gate, time, EXACT)
         # After an infinite time nothing is left, even if the rate was rounded to 0.
@@ -87,20 +88,24 @@ def decay(gate, time, EXACT: tl.constexpr):
 @triton.jit
 def of_decay(slope, value, scale):
     """Return the derivative of a and b = (1 - a) value, if that of a is - scale slope."""
-    return (minus(slope), ()), (slope * value, ()), scale
+    return (minus(slope), ABSENT), (slope * value, ABSENT), scale
 
 
 @triton.jit
 def of_b(real, imaginary):
     """Return the derivative by a number on which only b depends."""
-    return ((), ()), (real, imaginary), ()
+    return (ABSENT, ABSENT), (real, imaginary), ABSENT
 
 
 @triton.jit
 def mingru(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     a, z, by_gate, by_time = decay(x[0][0], time, EXACT)
     value, slope = activate(x[1][0], ACTIVATION, EXACT)
-    return (a, ()), (z * value, ()), (of_decay(a, value, by_gate), of_b(z * slope, ()), of_decay(a, value, by_time))
+    return (
+        (a, ABSENT),
+        (z * value, ABSENT),
+        (of_decay(a, value, by_gate), of_b(z * slope, ABSENT), of_decay(a, value, by_time)),
+    )
 
 
 @triton.jit
@@ -112,8 +117,8 @@ def signed(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     by_gate = slope_of_gate * -0.5
     # The derivative of |a| at 0 counts as 0, as that of torch.abs.
     signed_value = tl.where(a > 0, minus(value), tl.where(a < 0, value, 0.0))
-    of_gate = (by_gate, ()), (signed_value * by_gate, ()), ()
-    return (a, ()), (rest * value, ()), (of_gate, of_b(rest * slope, ()))
+    of_gate = (by_gate, ABSENT), (signed_value * by_gate, ABSENT), ABSENT
+    return (a, ABSENT), (rest * value, ABSENT), (of_gate, of_b(rest * slope, ABSENT))
 
 
 @triton.jit
@@ -132,16 +137,16 @@ def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         turn = elapsed * QUARTER_PI
     a, turned = (keep * cosine, keep * sine), (minus(keep * sine), keep * cosine)
     of_gate = (minus(a[0]), minus(a[1])), (keep * value0, keep * value1), by_gate
-    of_angle = turned, ((), ()), turn
-    of_time = of_b((), ())
+    of_angle = turned, (ABSENT, ABSENT), turn
+    of_time = of_b(ABSENT, ABSENT)
     if len(time) > 0:
         turn_in_time = angle * QUARTER_PI
         of_time = (
             (turn_in_time * turned[0] - by_time * a[0], turn_in_time * turned[1] - by_time * a[1]),
             (by_time * keep * value0, by_time * keep * value1),
-            (),
+            ABSENT,
         )
-    derivatives = of_gate, of_angle, of_b(z * slope0, ()), of_b((), z * slope1), of_time, of_b((), ())
+    derivatives = of_gate, of_angle, of_b(z * slope0, ABSENT), of_b(ABSENT, z * slope1), of_time, of_b(ABSENT, ABSENT)
     return a, (z * value0, z * value1), derivatives
 
 
@@ -168,7 +173,7 @@ def minlstm(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     forget, input = x[0][0], x[1][0]
     if len(time) == 0:
         f, i, without_forget, without_input = normalized_gates(forget, input, EXACT)
-        slope, by_time = f * i, ()
+        slope, by_time = f * i, ABSENT
     else:
         # A minLSTM is a minGRU with the gate log sigma(i) - log sigma(f).
         forget_cost, without_forget, _ = softplus(minus(forget), EXACT)
@@ -177,7 +182,11 @@ def minlstm(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         slope = f * by_gate
     value, value_slope = activate(x[2][0], ACTIVATION, EXACT)
     of_forget, of_input = of_decay(slope, value, minus(without_forget)), of_decay(slope, value, without_input)
-    return (f, ()), (i * value, ()), (of_forget, of_input, of_b(i * value_slope, ()), of_decay(f, value, by_time))
+    return (
+        (f, ABSENT),
+        (i * value, ABSENT),
+        (of_forget, of_input, of_b(i * value_slope, ABSENT), of_decay(f, value, by_time)),
+    )
 
 
 @triton.jit
@@ -185,9 +194,9 @@ def unnormalized(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     f, without_forget = logistic(x[0][0], EXACT)
     i, without_input = logistic(x[1][0], EXACT)
     value, slope = activate(x[2][0], ACTIVATION, EXACT)
-    of_forget = (f, ()), ((), ()), without_forget
-    of_input = ((), ()), (value * i, ()), without_input
-    return (f, ()), (i * value, ()), (of_forget, of_input, of_b(i * slope, ()))
+    of_forget = (f, ABSENT), (ABSENT, ABSENT), without_forget
+    of_input = (ABSENT, ABSENT), (value * i, ABSENT), without_input
+    return (f, ABSENT), (i * value, ABSENT), (of_forget, of_input, of_b(i * slope, ABSENT))
 
 
 @triton.jit
@@ -195,11 +204,11 @@ def scans(x):
     """The cell whose inputs are a and b."""
     a, b = x
     one = tl.full(a[0].shape, 1.0, a[0].dtype)
-    of_a, of_imaginary_a = ((one, ()), ((), ()), ()), (((), one), ((), ()), ())
+    of_a, of_imaginary_a = ((one, ABSENT), (ABSENT, ABSENT), ABSENT), ((ABSENT, one), (ABSENT, ABSENT), ABSENT)
     if is_there(a[1]):
-        return a, b, (of_a, of_imaginary_a, of_b(one, ()), of_b((), one))
+        return a, b, (of_a, of_imaginary_a, of_b(one, ABSENT), of_b(ABSENT, one))
     else:
-        return a, b, (of_a, of_b(one, ()))
+        return a, b, (of_a, of_b(one, ABSENT))
 
 
 @triton.jit

@@ -15,12 +15,15 @@ INFINITY = tl.constexpr(float("inf"))
 ROUNDER_32 = tl.constexpr(12582912.0)
 ROUNDER_64 = tl.constexpr(6755399441055744.0)
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+# A part of a number that is not there; a scalar of int1 after a function returned it. Triton 3.6 returns no tuple with
+# None, and it does not distinguish plus_times(x, (), y) from plus_times((), x, y): it calls the one compiled first.
+ABSENT = tl.constexpr(False)
 
 
 @triton.constexpr_function
 def is_there(x):
-    """Return whether a value in a tuple is there. Otherwise it is (), because Triton 3.6 returns no tuple with None."""
-    return isinstance(x, tl.tensor)
+    """Return whether a part of a number, or a condition, is neither ABSENT nor ()."""
+    return isinstance(x, tl.tensor) and x.type != tl.int1
 
 
 @triton.jit

@@ -1,12 +1,12 @@
 """Numbers, real or complex, and the combination of the chunks of a tile; see `cells` and `kernels`.
 
-A number is a tuple (real, imaginary). A part that is always 0 is (), and takes no instructions.
+A number is a tuple (real, imaginary). A part that is always 0 is ABSENT, and takes no instructions.
 """
 
 import triton
 import triton.language as tl
 
-from .math import INFINITY, is_there, minus
+from .math import ABSENT, INFINITY, is_there, minus
 
 # If V > 1, a pair is in one thread, so that taking pairs apart and joining them moves no data.
 
@@ -17,7 +17,7 @@ def number(x, PAIRS: tl.constexpr):
     if PAIRS:
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     else:
-        return x, ()
+        return x, ABSENT
 
 
 @triton.jit
@@ -46,33 +46,33 @@ def plus_times(c, a, b):
 
 @triton.jit
 def times(a, b):
-    return plus_times(((), ()), a, b)
+    return plus_times((ABSENT, ABSENT), a, b)
 
 
 @triton.jit
 def plus(a, b):
-    return a[0] + b[0], a[1] + b[1] if is_there(a[1]) else ()
+    return a[0] + b[0], a[1] + b[1] if is_there(a[1]) else ABSENT
 
 
 @triton.jit
 def where(condition, a, b):
     """Return a where the condition is true, otherwise b. A condition that is never true is ()."""
     if is_there(condition):
-        return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1]) if is_there(a[1]) else ()
+        return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1]) if is_there(a[1]) else ABSENT
     else:
         return b
 
 
 @triton.jit
 def conjugate(a):
-    return a[0], minus(a[1]) if is_there(a[1]) else ()
+    return a[0], minus(a[1]) if is_there(a[1]) else ABSENT
 
 
 @triton.jit
 def constant(like, VALUE: tl.constexpr):
     """Return a real constant as a number."""
     real = tl.full(like[0].shape, VALUE, like[0].dtype)
-    return real, tl.zeros(like[0].shape, like[0].dtype) if is_there(like[1]) else ()
+    return real, tl.zeros(like[0].shape, like[0].dtype) if is_there(like[1]) else ABSENT
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def changes_of(derivatives, previous):
         change = plus_times(db, da, previous)
         # Of a complex number, the gradient is scaled instead, which has one part.
         if is_there(scale) and not is_there(previous[1]):
-            changes += (((change[0] * scale, ()), ()),)
+            changes += (((change[0] * scale, ABSENT), ABSENT),)
         else:
             changes += ((change, scale),)
     return changes
@@ -93,7 +93,7 @@ def changes_of(derivatives, previous):
 @triton.jit
 def gradient(delta, change, scale):
     """Return the gradient of a real number, from that of the state and the result of `changes_of`."""
-    gradient = plus_product(plus_product((), delta[0], change[0]), delta[1], change[1])
+    gradient = plus_product(plus_product(ABSENT, delta[0], change[0]), delta[1], change[1])
     if is_there(gradient):
         return gradient * scale if is_there(scale) else gradient
     else:
@@ -107,7 +107,7 @@ def gradients(delta, changes):
     PARTS: tl.constexpr = 2 if is_there(delta[1]) else 1
     for k in tl.static_range(len(changes) // PARTS):
         real = gradient(delta, *changes[PARTS * k])
-        imaginary = gradient(delta, *changes[PARTS * k + 1]) if PARTS == 2 else ()
+        imaginary = gradient(delta, *changes[PARTS * k + 1]) if PARTS == 2 else ABSENT
         found += (features((real, imaginary)),)
     return found
 
@@ -148,7 +148,7 @@ def combined(p, l):
         return (p0, p1), (l0, l1), (q0, q1), (m0, m1)
     else:
         p, l, q, m = tl.associative_scan((p[0], l[0], one[0], zero[0]), 0, then)
-        return (p, ()), (l, ()), (q, ()), (m, ())
+        return (p, ABSENT), (l, ABSENT), (q, ABSENT), (m, ABSENT)
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def row(x, CHUNK):
 
 @triton.jit
 def chunk_of(x, CHUNK):
-    return row(x[0], CHUNK), row(x[1], CHUNK) if is_there(x[1]) else ()
+    return row(x[0], CHUNK), row(x[1], CHUNK) if is_there(x[1]) else ABSENT
 
 
 @triton.jit
