@@ -263,6 +263,24 @@ def test_half_width_input_takes_a_state_of_its_own_dtype_or_float32(dtype):
     assert torch.equal(initial, functional.mingru(gate, candidate, h))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_derivatives_of_a_half_width_scan(dtype):
+    a, b = torch.rand(2, 40, 3).to(dtype), torch.randn(2, 40, 3).to(dtype)
+
+    def scan(a, b):
+        return functional.linear_scan(a, b).double()
+
+    for derive in (
+        lambda *args: torch.func.jvp(scan, args, args)[1],
+        torch.func.grad(lambda *args: scan(*args).square().sum(), (0, 1)),
+        torch.func.jacrev(lambda *args: scan(*args)[:, -1].sum(-1), (0, 1)),
+        torch.func.grad(lambda *args: torch.func.grad(lambda *args: scan(*args).square().sum())(*args).sum()),
+    ):
+        got, exact = derive(a, b), derive(a.double(), b.double())
+        for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, exact)), strict=True):
+            assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
+
+
 @pytest.mark.parametrize("backend", ["auto", *(name for name, can_run in mingru.backends().items() if can_run is True)])
 def test_every_back_end_by_its_name(backend):
     gate, candidate = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()

@@ -503,6 +503,30 @@ def test_linear_scan_that_grows(reverse, plan, use_plan):
     torch.testing.assert_close(first, torch.tensor(3.0).double() ** 20)
 
 
+@covered(reverse=[False, True], cell=["linear_scan", "complex_linear_scan"])
+def test_linear_scan_whose_decays_underflow_before_they_grow(reverse, cell, plan, use_plan):
+    use_plan(plan)
+    decays, pair = (
+        torch.tensor([1e-20] * 3 + [1] + [1e9] * 4),
+        torch.tensor([1.0, cell == "linear_scan"]),
+    )
+    a, b = decays[None, :, None] * pair, torch.zeros(1, 8, 2)
+    spec, inputs = Spec(cell, "linear", reverse), on_device([a.flip(1) if reverse else a, b])
+    states = on_device(torch.full((2, 1, 1, 2), 1e25))
+    got, expected = (
+        graded(
+            function,
+            spec,
+            *([x.to(dtype) for x in xs] for xs in (inputs, states)),
+            None,
+            [torch.ones_like(x) for x in (a, states[0])],
+        )
+        for function, dtype in ((run, torch.float32), (by_steps, torch.float64))
+    )
+    for name in ("out", "last", "1", "2"):
+        torch.testing.assert_close(got[name].cpu().double(), expected[name], rtol=1e-5, atol=0)
+
+
 def test_a_half_width_state_is_read_and_written_in_its_dtype(use_plan):
     use_plan(PLANS["chunks"])
     inputs, states, reset = make("mingru", 2, 13, 8, torch.bfloat16, reset=True)

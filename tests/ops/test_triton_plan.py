@@ -78,7 +78,7 @@ class Launch:
         given = frozenset(key for key, argument in args.items() if argument is not None)
         constants = tuple((key, argument) for key, argument in args.items() if key.isupper())
         self.kernels.append((name, plan._replace(segments=1), given, constants))
-        self.unit = args["V"]
+        self.args = args
 
 
 def test_few_kernels(monkeypatch):
@@ -121,7 +121,7 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
 
     def unit(x):
         ops.recurrence(MINGRU, [x, x], Start(torch.zeros(2, 1, x.shape[2]), x[:, :1], None), backend="triton")
-        return launched.unit
+        return launched.args["V"]
 
     assert unit(torch.zeros(2, 9, 100)) == 4
     assert unit(torch.zeros(2, 9, 100).bfloat16()) == 4
@@ -131,6 +131,28 @@ def test_accesses_are_as_wide_as_sizes_strides_and_addresses_allow(monkeypatch):
     assert unit(torch.zeros(2, 9, 100).double()) == 2
     assert unit(torch.zeros(2, 9, 202)[..., :100]) == 2
     assert unit(torch.zeros(2, 9, 104)[..., 1:101]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decays_that_do_not_depend_on_time_and_half_widths_are_not_copied(dtype, monkeypatch):
+    launched = Launch(monkeypatch)
+    a, b = torch.rand(8, dtype=dtype).requires_grad_(), torch.rand(2, 9, 8, dtype=dtype)
+    out = mingru.functional.linear_scan(a.expand_as(b), b, backend="triton")
+    assert [launched.args[name].data_ptr() for name in ("x0", "x1")] == [a.data_ptr(), b.data_ptr()]
+    out.backward(b)
+    assert [launched.args[name].data_ptr() for name in ("x0", "grad_out")] == [a.data_ptr(), b.data_ptr()]
+
+
+def test_pre_activations_are_recomputed_only_on_the_cpu(monkeypatch):
+    kept = []
+    monkeypatch.setattr(ops.autograd, "run_kernel", lambda *args: kept.append(args[-1]))
+    monkeypatch.setattr(route, "FASTEST_FIRST", ("triton",))
+    without_checks = type(triton.BACKEND)(linear_kernel=triton.BACKEND.linear_kernel)
+    monkeypatch.setitem(route.BACKENDS, "triton", without_checks)
+    for kind, num_features in (("cpu", 63), ("cpu", 64), ("meta", 63)):
+        x, linear = torch.empty(1, 2, num_features, device=kind), torch.nn.Linear(num_features, 8, device=kind)
+        ops.linear_recurrence(MINGRU, x, linear, Start(x, x, None), ops.BATCH_FIRST)
+    assert kept == [False, True, True]
 
 
 @pytest.mark.skipif(not NONE_HERE or device.IS_INTERPRETED, reason="there is a device for Triton")
@@ -185,13 +207,32 @@ def test_the_width_of_a_warp_comes_from_the_device(monkeypatch):
     assert device.wave_of(torch.device("xpu", 0)) == 32
 
 
-def test_dtypes_and_devices_without_a_kernel():
+def test_dtypes_and_devices_without_a_kernel(monkeypatch):
     on_meta = torch.zeros(1, 2, 3, device="meta")
     assert "tensors are on meta" in device.unsupported(on_meta, MINGRU)
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
     assert device.unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
     assert device.unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
+    for capability, dtype, why in (
+        ((7, 5), torch.float16, None),
+        (
+            (7, 5),
+            torch.bfloat16,
+            "the kernels of torch.bfloat16 need compute capability 8.0 or higher, and cuda:0 is a T4",
+        ),
+        (
+            (7, 0),
+            torch.float32,
+            "the kernels of torch.float32 need compute capability 7.5 or higher, and cuda:0 is a T4",
+        ),
+    ):
+        device._problem_of.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+        on_cuda = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+        assert device.unsupported(on_cuda, MINGRU) == why
+    device._problem_of.cache_clear()
     on_gpu.dtype = torch.complex32
     assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 

@@ -16,10 +16,10 @@ from .call import BATCH_FIRST, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import scripted_as
 from .route import Choice
-from .scan import LinearScan
-from .shape import States, accumulate_dtype, as_dtype, empty_states
+from .scan import LinearScan, in_accumulation_dtype
+from .shape import States, as_dtype, empty_states
 
-# With fewer input features, backward recomputes the pre-activations, because that is faster than storing them.
+# With fewer input features, backward recomputes the pre-activations on the CPU, which is faster than storing them.
 _WIDE = 64
 
 
@@ -27,13 +27,16 @@ def linear_scan(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
 ) -> States:
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
-    dtype = accumulate_dtype(b.dtype)
-    scan = LinearScan(as_dtype(a, dtype), as_dtype(b, dtype), as_dtype(h, dtype), reset, reverse)
+    scan = LinearScan(a, b, h, reset, reverse)
 
     def run(choice: Choice) -> States:
         if choice.is_traced:
-            return traceable.linear_scan(*scan)
-        return empty_states(a * b, h) if b.numel() == 0 else autograd.scan(choice.backend, scan)
+            return traceable.linear_scan(*in_accumulation_dtype(scan))
+        if b.numel() == 0:
+            return empty_states(a * b, h)
+        # Kernels convert numbers when they load them.
+        has_kernel = route.backend_of(choice.backend).scan_backward is not None
+        return autograd.scan(choice.backend, scan if has_kernel else in_accumulation_dtype(scan))
 
     out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
@@ -59,7 +62,7 @@ def linear_recurrence(
         tensors = route.fused_with(linear, choice.backend, spec, x, start, order)
         if tensors is None:
             return _run(choice, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
-        keep = x.shape[-1] >= _WIDE if recompute is None else not recompute
+        keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
         return autograd.run_kernel(choice._replace(kernel="linear_kernel"), spec, tensors, start, order, keep)
 
     return _run_or_other(run, spec, x)

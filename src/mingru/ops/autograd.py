@@ -23,8 +23,8 @@ from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .route import Choice, after, backend_of
-from .scan import LinearScan, adjoint, grad_of_h, previous_states
-from .shape import States
+from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
+from .shape import States, as_dtype
 
 
 def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
@@ -60,6 +60,11 @@ def scan(name: str, call: LinearScan) -> States:
     return states
 
 
+def _traceable_scan(call: LinearScan) -> States:
+    out, last = traceable.scan(in_accumulation_dtype(call))
+    return as_dtype(out, call.b.dtype), as_dtype(last, call.h.dtype)
+
+
 class ScanInGraph(torch.autograd.Function):
     """Compute the linear scan, with reverse-mode derivatives of any order.
 
@@ -88,7 +93,7 @@ class ScanInGraph(torch.autograd.Function):
         if kernel is not None and not torch.is_grad_enabled() and not batched:
             return None, *kernel(call, out, *grad), None, None
         # Kernels have no rule for batched gradients.
-        run = traceable.scan if batched else lambda call: scan(ctx.name, call)
+        run = _traceable_scan if batched else lambda call: scan(ctx.name, call)
         delta = adjoint(run, call, grad)
         grad_a = grad_h = None
         if ctx.needs_input_grad[1]:
@@ -112,7 +117,7 @@ class Scan(ScanInGraph):
         a, h, reset, out = ctx.saved_tensors
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
-            drive = drive + da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out)
+            drive = drive + as_dtype(da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out), out.dtype)
         dh = torch.zeros_like(h) if dh is None else dh
         return scan(ctx.name, LinearScan(a, drive, dh, reset, ctx.reverse))
 

@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shape import States, along
+from .shape import States, accumulate_dtype, along, as_dtype
 
 
 class LinearScan(NamedTuple):
-    """The scan h_t = a_t h_{t-1} + b_t. A reset sets h_{t-1} to 0. a, b and h have the accumulation dtype."""
+    """The scan h_t = a_t h_{t-1} + b_t. A reset sets h_{t-1} to 0.
+
+    a, b and h have the accumulation dtype. Backends with a kernel also take half widths, which it computes in float32.
+    """
 
     a: Tensor
     """Decays, (B, S, *)."""
@@ -28,6 +31,12 @@ class LinearScan(NamedTuple):
     """Boolean reset mask, (B, S)."""
     reverse: bool
     """Whether the scan runs from the last step to the first."""
+
+
+def in_accumulation_dtype(call: LinearScan) -> LinearScan:
+    dtype = accumulate_dtype(call.b.dtype)
+    a, b, h = (as_dtype(x, dtype) for x in call[:3])
+    return call._replace(a=a, b=b, h=h)
 
 
 def _first(sequence: Tensor, reverse: bool) -> Tensor:

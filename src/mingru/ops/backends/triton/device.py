@@ -60,21 +60,23 @@ def unsupported(sequence: torch.Tensor, spec: Spec) -> str | None:
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it does not support {sequence.dtype}"
-    return _why_too_old(sequence.device) if kind == "cuda" else None
+    return _why_too_old(sequence.device, sequence.dtype) if kind == "cuda" else None
 
 
-def _why_too_old(device: torch.device) -> str | None:
-    return _problem_of(device)
+def _why_too_old(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _problem_of(device, dtype)
 
 
 _call_while_compiling(_why_too_old)
 
 
 @functools.cache
-def _problem_of(device: torch.device) -> str | None:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+def _problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= least:
         return None
-    return f"Triton needs compute capability 8.0 or higher, and {device} is a {torch.cuda.get_device_name(device)}"
+    needed = f"the kernels of {dtype} need compute capability {least[0]}.{least[1]} or higher"
+    return f"{needed}, and {device} is a {torch.cuda.get_device_name(device)}"
 
 
 @functools.cache

@@ -122,6 +122,9 @@ def recurrence_kernel(
     x1,
     x0_batch,
     x0_step,
+    # Of x1 and x2, if their strides differ from those of x0.
+    x1_batch=None,
+    x1_step=None,
     x2=None,
     out=None,
     out_batch=None,
@@ -216,8 +219,9 @@ def recurrence_kernel(
         first_row, sign = (backwards * (total - 1)).to(tl.int64), 1 - 2 * backwards
     origin = batch, first_row, sign
     x0, x_rows = begin(x0, x0_batch, x0_step, origin, feature, V)
-    x1 = begin(x1, x0_batch, x0_step, origin, feature, V)[0]
-    x2 = begin(x2, x0_batch, x0_step, origin, feature, V)[0]
+    others = (x0_batch, x0_step) if x1_batch is None else (x1_batch, x1_step)
+    x1, other_rows = begin(x1, others[0], others[1], origin, feature, V)
+    x2 = begin(x2, others[0], others[1], origin, feature, V)[0]
     out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
     grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
     grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
@@ -250,6 +254,8 @@ def recurrence_kernel(
             masks += (mask,)
             at = address(first, t, rows, x_rows)
             x = (number(tl.load(x0 + at, mask, other=keeping).to(A), PAIRS),)
+            if x1_batch is not None:
+                at = address(first, t, rows, other_rows)
             x += (number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PAIRS),)
             if NUM_INPUTS == 3:
                 x += (number(tl.load(x2 + at, mask, other=KEEPING[2]).to(A), PAIRS),)

@@ -68,7 +68,7 @@ class _Call:
         self.initial_state, self.reset, self.dt, self.batch_sizes = given[1:]
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
         self.x = [self.flat(x) for x in inputs]
-        if any(x.stride() != self.x[0].stride() for x in self.x):
+        if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
             self.x = [x.contiguous() for x in self.x]
         self.num_features = self.x[0].shape[-1]
         if self.batch_sizes is None:
@@ -131,7 +131,7 @@ class _Call:
         x = self.x[0]
         shared |= {
             **dict(zip(("x0", "x1", "x2"), self.x, strict=False)),
-            **self.sequences(unit, x0=x),
+            **self.sequences(unit, x0=x, x1=None if self.x[1].stride() == x.stride() else self.x[1]),
             **self.sequences(1, reset=self.reset, dt=self.dt),
             **_state("initial_state", self.initial_state),
             "bound": _bound(self.min_decay),

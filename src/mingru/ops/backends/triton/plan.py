@@ -74,7 +74,8 @@ def plan_of(work: Work) -> Plan:
         # thread instead of 8.
         warp //= 2
         steps = 4 if backward else 8
-        steps = steps // 2 if work.is_timed else steps - (is_large and work.has_reset)
+        is_rdna = work.is_amd and work.wave == 32
+        steps = steps // 2 if work.is_timed else steps - (is_large and (work.has_reset or is_rdna))
     elif is_large and not work.is_timed:
         steps -= itemsize == 4
     # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.

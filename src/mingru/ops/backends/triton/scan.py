@@ -6,7 +6,7 @@ A number is a tuple (real, imaginary). A part that is always 0 is ABSENT, and ta
 import triton
 import triton.language as tl
 
-from .math import ABSENT, INFINITY, is_there, minus
+from .math import ABSENT, INFINITY, NAN_STAYS, is_there, minus
 
 # If V > 1, a pair is in one thread, so that taking pairs apart and joining them moves no data.
 
@@ -163,9 +163,8 @@ def chunk_of(x, CHUNK):
 
 
 @triton.jit
-def is_any(condition):
-    """Return whether the condition (R, F) is true anywhere."""
-    return tl.max(tl.max(condition.to(tl.int32), 1), 0) != 0
+def either(x, y):
+    return x | y
 
 
 @triton.jit
@@ -183,12 +182,22 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
     p, l, p_before, l_before = combined(p, l)
     before = plus_times(l_before, p_before, state)
     last = chunk_of(plus_times(l, p, state), p[0].shape[0] - 1)
-    # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN; or it may overflow if
-    # |a| > 1. Then the chunks are computed one after the other. NaN stays until the last chunk.
-    wrong = is_any(features(last) != features(last))
+    # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN. If |a| > 1, a product
+    # may overflow, or underflow before it grows again. Then the chunks are computed one after the other. NaN stays
+    # until the last chunk.
+    whole = last[0] + last[1] if is_there(last[1]) else last[0]
+    flags = (whole != whole).to(tl.int32)
     if MAY_GROW:
-        wrong = wrong | is_any((tl.abs(features(p)) < INFINITY).to(tl.int32) == 0)
-    if wrong:
+        SMALLEST: tl.constexpr = 2.2250738585072014e-308 if whole.dtype == tl.float64 else 1.1754943508222875e-38
+        size, square = tl.abs(p[0]), tl.zeros(p[0].shape, whole.dtype)
+        if is_there(p[1]):
+            size = tl.maximum(size, tl.abs(p[1]), propagate_nan=NAN_STAYS)
+        for t in tl.static_range(len(a)):
+            square = tl.maximum(square, plus_product(a[t][0] * a[t][0], a[t][1], a[t][1]))
+        is_finite, is_small, grows = size < INFINITY, size < SMALLEST, square > 1.0
+        flags = flags | (is_finite.to(tl.int32) ^ 1) | is_small.to(tl.int32) << 1 | grows.to(tl.int32) << 2
+    flags = tl.reduce(tl.reduce(flags, 1, either), 0, either)
+    if (flags & 1 != 0) | (flags & 6 == 6):
         last = state
         for chunk in range(p[0].shape[0]):
             here = tl.arange(0, p[0].shape[0])[:, None] == chunk
