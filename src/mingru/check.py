@@ -381,8 +381,8 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
     if lengths.device.type != "cpu" and lengths.device != device:
         expected = f"on the CPU or on {device} like x"
         raise ValueError(expectation(name, "lengths", expected, f"a tensor on {lengths.device}", "use lengths.cpu()"))
-    if is_captured():
-        return  # A graph has no values.
+    if is_captured() or not lengths.is_cpu:
+        return  # A graph has no values, and a GPU would be waited for.
     # int64, because a narrower dtype may not be able to hold S.
     long = lengths.long()
     if batch and not bool(((long >= 0) & (long <= steps)).all()):

@@ -1,8 +1,11 @@
 """Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
 
-As a program, print the figures of docs/how_it_works.md.
+As a program, print the figures of docs/how_it_works.md, and others for other targets:
+
+    python tests/ops/compiling.py [--target sm_90]
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -24,11 +27,15 @@ from mingru.ops.backends.triton.kernels import recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
 
 TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+# Warps, blocks and KB of shared memory of a multiprocessor. A block of sm_80 and later needs another KB.
+_PROCESSORS = {75: (32, 16, 64), 80: (64, 32, 164)}
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -46,6 +53,7 @@ class Case(NamedTuple):
     has_reset: bool = False
     has_bias: bool = False
     is_packed: bool = False
+    has_lengths: bool = False
     has_dt: bool = False
     is_bounded: bool = False
     needs_dt: bool = False
@@ -73,7 +81,8 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     inputs = [sequence] * NUM_INPUTS.get(case.cell, 2)
     reset = empty(*leading, dtype=torch.bool) if case.has_reset else None
     initial_state = h if case.has_reset and case.cell in NUM_INPUTS else None
-    given = [h, initial_state, reset, empty(*leading) if case.has_dt else None, batch_sizes]
+    lengths = torch.empty(batch, dtype=torch.int64, device="meta") if case.has_lengths else None
+    given = [h, initial_state, reset, empty(*leading) if case.has_dt else None, batch_sizes, lengths]
     cell, min_decay, order = (case.cell, case.activation), 0.1 if case.is_bounded else 0.0, (False, False)
     launches = []
     with (
@@ -135,7 +144,8 @@ class Compiled:
         self.stack = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         self.local = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         self.accesses = Counter()
-        sizes = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+        rdna = {"u8": 1, "b8": 1, "u16": 2, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
+        sizes = rdna | {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
         for way, suffix in re.findall(r"(?:global|buffer)_(load|store)_(\w+)", text):
             size = re.sub(r"_?d16_hi|_?d16", "", suffix).strip("_")
             if size in sizes:
@@ -162,27 +172,46 @@ class Compiled:
         states = self.plan.chunks * self.plan.steps * self.plan.features / (self.target.warp_size * self.plan.warps)
         return len(self.loop()) / states
 
+    def num_blocks(self) -> int:
+        """Return how many programs run on a multiprocessor at a time, for CUDA targets."""
+        warps, blocks, shared = _PROCESSORS.get(self.target.arch, (64, 32, 228))
+        # Registers of a warp are allocated in units of 256.
+        by_registers = 65_536 // (-(-self.registers * 32 // 256) * 256) // self.plan.warps
+        return min(by_registers, warps // self.plan.warps, blocks, (shared << 10) // (self.shared + 1024))
+
+    def num_spills(self) -> int:
+        """Return how many registers are saved in the loop, or on AMD GPUs anywhere."""
+        if self.target.backend == "hip":
+            return self.stack
+        opcodes = self.opcodes()
+        return opcodes["STL"] + opcodes["LDL"]
+
     def opcodes(self) -> Counter[str]:
         return Counter(re.sub(r"^@!?\w+\s+", "", line).split()[0].split(".")[0] for line in self.loop())
 
 
 def main() -> None:
-    """Print how long some kernels compile for sm_90, and how many instructions they have for each state."""
+    """Print how long some kernels compile, how many instructions they have for each state, and what limits them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target", choices=[name for name in TARGETS if name.startswith("sm")], default="sm_90")
+    target = parser.parse_args().target
     many, few = (1024, 128, 512), (8, 4096, 256)
     with tempfile.TemporaryDirectory() as folder:
         # Kernels that were compiled before do not count.
         os.environ["TRITON_CACHE_DIR"] = folder
-        Compiled(Case("forward", "mingru", "tanh", torch.float32, *few), "sm_90")
-        print("seconds  instructions  registers  kernel")
+        Compiled(Case("forward", "mingru", "tanh", torch.float32, *few), target)
+        print(f"Triton {triton.__version__}, {target}; spills are those in the loop, blocks those of a multiprocessor")
+        print("seconds  instructions  registers  spills  shared bytes  blocks  kernel")
         for cell in ("mingru", "minlstm", "mingru_rotation"):
             for dtype in (torch.float32, torch.bfloat16):
                 for name in ("forward", "backward"):
                     for shape in (many, few):
                         case = Case(name, cell, "positive", dtype, *shape, has_bias=name == "backward")
                         begin = time.perf_counter()
-                        found = Compiled(case, "sm_90")
-                        seconds = time.perf_counter() - begin
-                        print(f"{seconds:7.1f}  {found.per_state():12.1f}  {found.registers:9}  {case}", flush=True)
+                        found = Compiled(case, target)
+                        row = f"{time.perf_counter() - begin:7.1f}  {found.per_state():12.1f}  {found.registers:9}"
+                        row += f"  {found.num_spills():6}  {found.shared:12}  {found.num_blocks():6}  {case}"
+                        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
 from mingru.ops.cells import TIMED
-from mingru.ops.shape import accumulate_dtype
+from mingru.ops.shape import accumulate_dtype, along
 
 WHY_NOT = mingru.backends()["triton"]
 pytestmark = [
@@ -320,6 +320,32 @@ def test_packed_sequences(cell, reverse, with_reset, plan, use_plan):
         for got, grad in zip(grads[2:], expected[2:], strict=True):
             if grad is not None:
                 torch.testing.assert_close(got[b : b + 1].cpu().double(), grad, **close)
+
+
+@covered(cell=["mingru", "minlstm", "mingru_rotation"], reverse=[False, True], time_first=[False, True])
+def test_padded_sequences(cell, reverse, time_first, plan, use_plan):
+    """The state passes the padding, whose output and gradients are 0 whatever it contains."""
+    use_plan(plan)
+    lengths = torch.tensor([13, 0, 18], device=DEVICE)
+    inputs, states, reset = make(cell, 3, 18, 4, torch.float32, reset=True)
+    padding = torch.arange(18, device=DEVICE) >= lengths[:, None]
+    dt, weight = torch.rand(3, 18, device=DEVICE), torch.linspace(-1, 1, 4, device=DEVICE)
+    layout = Layout(time_first, None, lengths)
+
+    def results(function, name, in_padding):
+        leaves = [x.masked_fill(along(padding, x), in_padding) for x in (dt, *on_device(inputs))]
+        leaves = [x.requires_grad_() for x in (*leaves, *on_device(states))]
+        *sequences, mask = [x.transpose(0, 1) if time_first else x for x in (*leaves[:-2], reset.to(DEVICE))]
+        start = Start(*leaves[-2:], mask, sequences[0])
+        out, last = function(name, Spec(cell, "positive", reverse), sequences[1:], start, layout)
+        grads = torch.autograd.grad((out * weight).sum() + last.square().sum(), leaves)
+        return [out, last, *grads]
+
+    def kernel(name, *call):
+        return autograd.run_kernel(route.Choice(name, True, "kernel"), *call, False)
+
+    for got, truth in zip(results(kernel, "triton", math.nan), results(autograd.composed, "torch", 0.0), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
@@ -746,15 +772,16 @@ def test_vmap_and_forward_mode(use_plan):
     torch.testing.assert_close(found, truth)
 
 
-@pytest.mark.parametrize("layout", ["batch first", "time first", "packed"])
+@pytest.mark.parametrize("layout", ["time first", "packed", "lengths"])
 def test_operators_keep_torchs_contract(layout, use_plan):
     use_plan(PLANS["segments"])
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
-    leading = {"batch first": (3, 5), "time first": (5, 3), "packed": (11,)}[layout]
+    leading = {"lengths": (3, 5), "time first": (5, 3), "packed": (11,)}[layout]
     inputs = [torch.randn(*leading, 4, device=DEVICE) for _ in range(2)]
     states, reset = on_device(torch.rand(2, 3, 1, 4)), torch.rand(*leading, device=DEVICE) < 0.3
     dt = torch.rand(*leading, device=DEVICE)
-    given, how = [*states, reset, dt, batch_sizes], (["mingru", "positive"], 0.1)
+    lengths = torch.tensor([5, 2, 0], device=DEVICE) if layout == "lengths" else None
+    given, how = [*states, reset, dt, batch_sizes, lengths], (["mingru", "positive"], 0.1)
     order, operators = [True, layout == "time first"], torch.ops.mingru
     torch.library.opcheck(operators.recurrence_triton_forward.default, (inputs, given, *how, order))
     out, last = operators.recurrence_triton_forward(inputs, given, *how, order)

@@ -4,7 +4,6 @@ They are compiled for GPUs that need not be there. Triton must not be in interpr
 """
 
 import importlib.util
-import itertools
 import os
 
 import pytest
@@ -14,6 +13,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
 
 from compiling import TARGETS, Case, Compiled
+from cover import cover, named
 
 from mingru.ops import NUM_INPUTS
 
@@ -45,57 +45,74 @@ def check(case, target):
     # In chunks of half-width numbers, a thread has 4 features.
     width = 8 if case.dtype.itemsize == 2 and found.plan.chunks > 1 else 16
     assert found.local == 0, case
+    # Of a block, on GPUs with the least: sm_86, sm_89 and sm_120.
+    assert found.shared <= 101_376, case
     assert found.accesses[f"st {width}"] == stores, (case, found.accesses)
-    if target == "gfx942":
+    if target.startswith("gfx"):
         # The compiler may unroll.
-        assert found.stack == 0, case
-        assert found.registers <= 512, case
         assert found.accesses[f"ld {width}"] >= loads, (case, found.accesses)
+        assert found.registers <= (512 if target == "gfx942" else 256), case
+        assert found.num_spills() == 0, case
         return found
     # A copy to shared memory is written twice, because the first tiles are loaded before the loop.
     copied = found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"]
     assert copied in (loads, 2 * loads), (case, found.accesses)
-    assert found.registers <= 255, case
     # Registers that are saved once, outside of the loop.
-    assert found.stack <= 32, case
-    opcodes = found.opcodes()
-    assert opcodes["STL"] == opcodes["LDL"] == 0, case
+    assert found.stack <= 40, case
+    assert found.num_spills() <= (target == "sm_75"), case
     # Triton 3.7 makes up to 8 of these, Triton 3.9 up to 10.
     most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 3 * (case.cell not in NUM_INPUTS)
-    assert opcodes["BAR"] <= most, (case, opcodes["BAR"])
+    assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
 
 
-def compiled(cell, dtype, target):
-    """CI compiles everything for one GPU of each vendor, and a part for the others."""
-    in_ci = target in ("sm_90", "gfx942") or cell == "mingru"
-    return pytest.param(cell, dtype, target, marks=() if in_ci else pytest.mark.slow)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_most_registers_of_each_cell(cell):
+    """CI compiles these with the oldest version of Triton, too."""
+    check(case_of("backward", cell, BF16, FEW), "sm_90")
 
 
-@pytest.mark.parametrize(
-    ("cell", "dtype", "target"), [compiled(*each) for each in itertools.product(CELLS, (F32, BF16, F64), TARGETS)]
-)
-def test_every_cell_and_dtype_for_many_and_few_features(cell, dtype, target):
-    for name in ("forward", "backward"):
-        for shape in (MANY, FEW):
-            check(case_of(name, cell, dtype, shape), target)
+FACTORS = {
+    "name": ["forward", "backward"],
+    "cell": CELLS,
+    "dtype": [F32, BF16, F64],
+    "shape": [MANY, FEW],
+    "target": list(TARGETS),
+}
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
-def test_elapsed_times_and_lower_bounds(cell, dtype):
-    for shape in (MANY, FEW):
-        check(case_of("forward", cell, dtype, shape, **TIMED), "sm_90")
-        check(case_of("backward", cell, dtype, shape, **TIMED), "sm_90")
+def is_supported(row):
+    return row["target"] != "sm_75" or row["dtype"] != BF16
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("row", cover(FACTORS, is_supported), ids=named)
+def test_some_kernels(row):
+    *case, target = row.values()
+    check(case_of(*case), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", cover(FACTORS, is_supported, len(FACTORS)), ids=named)
+def test_all_kernels(row):
+    test_some_kernels(row)
+
+
+WITH_TIME = {**FACTORS, "cell": ["mingru", "mingru_rotation", "minlstm"], "dtype": [F32, BF16], "target": ["sm_90"]}
+
+
+@pytest.mark.parametrize("row", cover(WITH_TIME, strength=3), ids=named)
+def test_elapsed_times_and_lower_bounds(row):
+    *case, target = row.values()
+    check(case_of(*case, **TIMED), target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx1100"])
 def test_gradients_of_elapsed_times(target):
     """Their sums over features stay inside of a thread, without barriers."""
     for cell, shape in (("mingru", FEW), ("mingru_rotation", MANY)):
         found = Compiled(case_of("backward", cell, F32, shape, needs_dt=True, **TIMED), target)
         assert found.local == 0
-        if target != "gfx942":
+        if target == "sm_90":
             assert found.opcodes()["BAR"] <= (6 if cell == "mingru" else 0)
 
 
@@ -109,6 +126,8 @@ def test_other_variants(name):
         for shape in (MANY, FEW):
             check(case_of(name, cell, dtype, shape, has_reset=True), "sm_90")
     check(case_of(name, "mingru", F32, FEW, is_packed=True), "sm_90")
+    with_lengths = Compiled(case_of(name, "mingru", F32, FEW, has_lengths=True), "sm_90")
+    assert with_lengths.num_spills() == with_lengths.local == 0
     for shape in (MANY, FEW):
         check(case_of(name, "complex_linear_scan", F32, shape), "sm_90")
     check(case_of(name, "mingru_rotation", BF16, FEW, "tanh", has_reset=True), "sm_90")

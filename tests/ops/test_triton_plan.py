@@ -143,6 +143,29 @@ def test_decays_that_do_not_depend_on_time_and_half_widths_are_not_copied(dtype,
     assert [launched.args[name].data_ptr() for name in ("x0", "grad_out")] == [a.data_ptr(), b.data_ptr()]
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "residual": True, "bidirectional": True}])
+def test_lengths_on_a_gpu_are_not_read(options):
+    """Tensors on the device meta have no values."""
+    with torch.device("meta"):
+        rnn, x, lengths = mingru.MinGRU(3, 8, 2, **options), torch.empty(2, 5, 3), torch.ones(2, dtype=torch.int32)
+        out, h = rnn(x, None, torch.zeros(2, 5, dtype=torch.bool), lengths, torch.ones(2, 5))
+        (out.sum() + h.sum()).backward()
+    assert all(p.grad.shape == p.shape for p in rnn.parameters())
+
+
+def test_batch_sizes_are_copied_once(monkeypatch):
+    launched, made = Launch(monkeypatch), []
+    new = launch._new_packing
+    monkeypatch.setattr(launch, "_new_packing", lambda *args: made.append(args) or new(*args))
+    rnn = mingru.MinGRU(3, 8, num_layers=2, bidirectional=True)
+    sequences = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    with mingru.use_backend("triton"):
+        out, _ = rnn(sequences)
+        out.data.sum().backward()
+    assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 4 + ["backward"] * 4
+    assert len(made) == 1
+
+
 def test_pre_activations_are_recomputed_only_on_the_cpu(monkeypatch):
     kept = []
     monkeypatch.setattr(ops.autograd, "run_kernel", lambda *args: kept.append(args[-1]))

@@ -258,6 +258,8 @@ class Recurrent(CheckedCalls, role="sequence"):
 
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
+        if not x.is_cpu:
+            return True  # To pack them, the CPU would wait for the lengths.
         layers: Any = self.layers
         has_more = self.proj_size > 0 or any(
             layer.norm is not None or layer.residual or layer.highway for layer in layers

@@ -123,12 +123,13 @@ def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Te
 def with_lengths(x: Tensor, lengths: Tensor, time_first: bool) -> tuple[Tensor, Layout]:
     """Return padded sequences for layers that take lengths, and their layout.
 
-    Kernels skip the padding. A captured graph computes it, and nothing that is there may reach a gradient.
+    Kernels skip the padding. A captured graph computes it, and a GPU computes all but the recurrence there; nothing
+    that is there may reach a gradient.
     """
-    if is_captured():
+    if not is_captured():
+        lengths = lengths.to(x.device, non_blocking=True)
+    if is_captured() or not x.is_cpu:
         x = without_padding(x, lengths, time_first)
-    else:
-        lengths = lengths.cpu()
     return x, Layout(time_first, None, lengths.long().contiguous())
 
 

@@ -49,7 +49,7 @@ def _register() -> torch.library.Library:
         return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)
 
     def backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-        h, initial_state, _, dt, batch_sizes = given
+        h, initial_state, _, dt, batch_sizes, _ = given
         needs_dt, needs_bias = rest[-1][2:]
         first, num_leading = inputs[0], 2 if batch_sizes is None else 1
         num_features, dtype = first.shape[num_leading:].numel(), accumulate_dtype(first.dtype)
@@ -78,11 +78,11 @@ def _run(name: str, spec: Spec, tensors: tuple[Sequence[Any], ...], *flags: bool
 
 
 def _given(spec: Spec, start: Start, layout: Layout) -> list[Tensor | None]:
-    """Return the states, resets, elapsed times and batch sizes, as both operators take them."""
+    """Return the states, resets, elapsed times, batch sizes and lengths, as both operators take them."""
     h, initial_state, reset, dt = start
     # A linear scan starts from 0 after a reset.
     has_initial_state = reset is not None and spec.cell in NUM_INPUTS
-    return [h, initial_state.expand_as(h) if has_initial_state else None, reset, dt, layout.batch_sizes]
+    return [h, initial_state.expand_as(h) if has_initial_state else None, reset, dt, *layout[1:]]
 
 
 def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, None]:
@@ -164,7 +164,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return unsupported(sequence, spec) or launch.failure(sequence, spec.cell)
 
 
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=KEEPING)
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING)
 BACKEND = Backend(
     unavailable=unavailable,
     unsupported=_unsupported,
@@ -172,5 +172,7 @@ BACKEND = Backend(
     scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
     kernel=_KERNEL,
-    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, packed=True, autocast=True, cells=KEEPING),
+    linear_kernel=Kernel(
+        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=KEEPING
+    ),
 )

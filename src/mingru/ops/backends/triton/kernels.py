@@ -156,7 +156,7 @@ def recurrence_kernel(
     # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
     grad_initial_state=None,
     grad_bias=None,
-    # Offset of each packed step, and length of each packed sequence.
+    # Offset of each packed step, and length of each sequence, packed or padded.
     offsets=None,
     lengths=None,
     # Decay and last state from a state of 0 of each segment, (B, num_segments, N).
@@ -191,15 +191,16 @@ def recurrence_kernel(
     there = feature < num_features
     begin_at, end, total = 0, num_steps, num_steps
     sums_of = batch
-    if PACKED:
-        total = tl.load(lengths + batch).to(tl.int32)
-        end = total
     if SEGMENTS:
         segment = (batch % num_segments).to(tl.int32)
         batch = batch // num_segments
         begin_at = segment * segment_steps
         end = tl.minimum(begin_at + segment_steps, num_steps)
         segments_at = batch * num_segments * num_features + feature
+    end_of_padding = end
+    if lengths is not None:
+        total = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), num_steps).to(tl.int32)
+        end = tl.minimum(end, total)
     chunk = tl.arange(0, C)[:, None]
 
     real = tl.zeros((1, F), A)
@@ -319,6 +320,21 @@ def recurrence_kernel(
             if reset is not None:
                 for t in tl.static_range(T):
                     any_reset = any_reset | tl.max(resets[t].to(tl.int32), 0)[None, :]
+
+    if lengths is not None and not (PACKED or SUMMARY):
+        # The padding is not reversed.
+        for tile in range(tl.maximum(begin_at, total), end_of_padding, C):
+            row = (tile + chunk).to(tl.int64)
+            mask, u = (row < end_of_padding) & there, (row - first_row) * sign
+            nothing = tl.zeros((C, F), A)
+            if BACKWARD:
+                for k in tl.static_range(NUM_INPUTS):
+                    tl.store(grads + u * grads_rows + k * num_features, nothing.to(grads.dtype.element_ty), mask)
+                if grad_dt is not None:
+                    by_unit = tl.zeros((C, F // V), A)
+                    tl.store(grad_dt + u * grad_dt_rows, by_unit, (row < end_of_padding) & (unit < num_units))
+            else:
+                tl.store(out + u * out_rows, nothing.to(out.dtype.element_ty), mask)
 
     if SUMMARY:
         at = segments_at + segment * num_features

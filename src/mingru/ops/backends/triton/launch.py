@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...backend import KernelFailure
 from ...layout import is_transposed
@@ -65,7 +66,7 @@ class _Call:
     """What both passes have in common."""
 
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
-        self.initial_state, self.reset, self.dt, self.batch_sizes = given[1:]
+        self.initial_state, self.reset, self.dt, self.batch_sizes, self.lengths = given[1:]
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
         self.x = [self.flat(x) for x in inputs]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
@@ -148,6 +149,8 @@ class _Call:
         }
         if self.batch_sizes is not None:
             shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x.device)
+        elif self.lengths is not None:
+            shared["lengths"] = self.lengths
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
         if plan.segments > 1:
             shape = (2, self.num_sequences, plan.segments, self.num_features)
@@ -156,12 +159,23 @@ class _Call:
         run(name, num_programs, plan, shared | whole)
 
 
+# For each tensor of batch sizes and device, because a module calls the kernel many times with the same one.
+_packings: Any = WeakTensorKeyDictionary()
+
+
 def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data, and the length of each sequence, on the device."""
+    kept = {} if batch_sizes.is_meta else _packings.setdefault(batch_sizes, {})
+    if device not in kept:
+        kept[device] = _new_packing(batch_sizes, device)
+    return kept[device]
+
+
+def _new_packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if devices.is_capturing(device):
         raise ValueError(
             "mingru: packed sequences cannot be captured in a CUDA graph, because their batch_sizes are on the CPU; "
-            "pass padded sequences"
+            "pass padded sequences and lengths"
         )
     num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
     offsets = batch_sizes.cumsum(0) - batch_sizes
@@ -199,7 +213,8 @@ def _in_float32(number: float) -> tuple[float, float]:
 def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
     """Return the states of all steps, and the last state.
 
-    `given`: h, initial_state, reset, dt, batch_sizes. `cell`: name and activation. `order`: reverse, time_first.
+    `given`: h, initial_state, reset, dt, batch_sizes, lengths. `cell`: name and activation. `order`: reverse,
+    time_first.
     """
     call, h = _Call(inputs, given, cell, min_decay, order), given[0]
     assert h is not None
@@ -219,13 +234,13 @@ def backward(
     The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
     grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
     """
-    h, initial_state, reset, dt, batch_sizes = given
+    h, initial_state, reset, dt, batch_sizes, lengths = given
     assert h is not None
     *order, needs_dt, needs_bias = flags
     if dt is not None:
         # The kernel writes the gradients of dt with the strides of dt.
         dt = dt.contiguous()
-    call = _Call(inputs, (h, initial_state, reset, dt, batch_sizes), cell, min_decay, order)
+    call = _Call(inputs, (h, initial_state, reset, dt, batch_sizes, lengths), cell, min_decay, order)
     grads = grads_like(inputs, 2 if batch_sizes is None else 1)
     out, grad_out = (call.flat(x) for x in saved[:2])
     plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
