@@ -21,7 +21,7 @@ check:
 test:
 	$(PYTHON) -m pytest -n auto --dist worksteal
 
-# Test the Triton kernels without a GPU: in Triton's interpreter, and compiled for four GPUs.
+# Test the Triton kernels without a GPU: in Triton's interpreter, and compiled for six GPUs.
 triton:
 	$(PYTHON) -c "import triton"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py

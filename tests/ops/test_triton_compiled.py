@@ -19,6 +19,7 @@ from mingru.ops import NUM_INPUTS
 
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
 CELLS = ("mingru", "mingru_signed", "mingru_rotation", "minlstm", "minlstm_unnormalized", "linear_scan")
+SCANS = ("linear_scan", "complex_linear_scan")
 TIMED = {"has_dt": True, "is_bounded": True}
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -60,8 +61,8 @@ def check(case, target):
     # Registers that are saved once, outside of the loop.
     assert found.stack <= 40, case
     assert found.num_spills() <= (target == "sm_75"), case
-    # Triton 3.7 makes up to 8 of these, Triton 3.9 up to 10.
-    most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 3 * (case.cell not in NUM_INPUTS)
+    # Triton 3.6 makes up to 14 of these in a rotation, Triton 3.9 up to 10.
+    most = 0 if found.plan.chunks == 1 else 10 + 3 * case.has_reset + 4 * (case.cell in ("mingru_rotation", *SCANS))
     assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
 

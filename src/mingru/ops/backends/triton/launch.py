@@ -165,7 +165,7 @@ _packings: Any = WeakTensorKeyDictionary()
 
 def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data, and the length of each sequence, on the device."""
-    kept = {} if batch_sizes.is_meta else _packings.setdefault(batch_sizes, {})
+    kept: dict[torch.device, tuple[Tensor, Tensor]] = _packings.setdefault(batch_sizes, {})
     if device not in kept:
         kept[device] = _new_packing(batch_sizes, device)
     return kept[device]

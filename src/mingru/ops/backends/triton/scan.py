@@ -189,15 +189,20 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
     flags = (whole != whole).to(tl.int32)
     if MAY_GROW:
         SMALLEST: tl.constexpr = 2.2250738585072014e-308 if whole.dtype == tl.float64 else 1.1754943508222875e-38
-        size, square = tl.abs(p[0]), tl.zeros(p[0].shape, whole.dtype)
+        size, largest = tl.abs(p[0]), tl.zeros(p[0].shape, whole.dtype)
         if is_there(p[1]):
             size = tl.maximum(size, tl.abs(p[1]), propagate_nan=NAN_STAYS)
         for t in tl.static_range(len(a)):
-            square = tl.maximum(square, plus_product(a[t][0] * a[t][0], a[t][1], a[t][1]))
-        is_finite, is_small, grows = size < INFINITY, size < SMALLEST, square > 1.0
+            # |a|^2 of complex numbers.
+            a0, a1 = a[t]
+            largest = tl.maximum(largest, plus_product(a0 * a0, a1, a1) if is_there(a1) else tl.abs(a0))
+        is_finite, is_small, grows = size < INFINITY, size < SMALLEST, largest > 1.0
         flags = flags | (is_finite.to(tl.int32) ^ 1) | is_small.to(tl.int32) << 1 | grows.to(tl.int32) << 2
     flags = tl.reduce(tl.reduce(flags, 1, either), 0, either)
-    if (flags & 1 != 0) | (flags & 6 == 6):
+    wrong = flags != 0
+    if MAY_GROW:
+        wrong = (flags & 1 != 0) | (flags & 6 == 6)
+    if wrong:
         last = state
         for chunk in range(p[0].shape[0]):
             here = tl.arange(0, p[0].shape[0])[:, None] == chunk
