@@ -1,13 +1,15 @@
 """Layers in the form that other libraries expect. Each module needs its library, and is imported by its name."""
 
-import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def require(package: str, tested: str, name: str) -> None:
-    """Raise an error if a package is missing; `tested` is the version with which the module `name` was tested."""
+@contextmanager
+def require(package: str, tested: str, name: str) -> Iterator[None]:
+    """Add to an ImportError in the block: what `pip` installs, and the version with which module `name` was tested."""
     try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{name} needs the package {package} (tested with {tested}): run pip install {package}", name=error.name
+        yield
+    except ImportError as error:
+        raise type(error)(
+            f'{name} was tested with {tested}: {error}. Run pip install "{package}"', name=error.name
         ) from error

@@ -12,8 +12,8 @@ from .. import drop_in
 from ..drop_in.base import Pair
 from . import require
 
-require("sb3_contrib", "sb3-contrib 2.9", __name__)
-from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy  # noqa: E402
+with require("sb3-contrib", "sb3-contrib 2.9", __name__):
+    from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 
 __all__ = [
     "MinGRUCnnPolicy",

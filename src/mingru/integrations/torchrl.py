@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import drop_in
 from . import require
 
-require("torchrl", "torchrl 0.14", __name__)
-from torchrl.modules import GRUModule, LSTMModule  # noqa: E402
+with require("torchrl", "torchrl 0.14", __name__):
+    from torchrl.modules import GRUModule, LSTMModule
 
 __all__ = ["MinGRUModule", "MinLSTMModule"]
 

@@ -1,0 +1,57 @@
+"""A `SequenceTagger` for flair with minGRU or minLSTM layers, whose files load like others."""
+
+from typing import Any
+
+from torch import nn
+
+from .. import drop_in
+from . import require
+
+with require("flair", "flair 0.15", __name__):
+    from flair.models import SequenceTagger
+
+__all__ = ["MinGRUTagger"]
+
+
+class MinGRUTagger(SequenceTagger):
+    """Tag the words of sentences, as flair's `SequenceTagger` does.
+
+    The arguments are those of `SequenceTagger`, with other defaults for two of them. `rnn_type` is "GRU" for
+    [mingru.drop_in.GRU][] (the default), or "LSTM" for [mingru.drop_in.LSTM][]. `rnn_layers` is 2. The layers have
+    `norm="rms"` and `residual=True`. For other options, pass such a layer with `batch_first=True` as `rnn`.
+
+    `save`, `load` and flair's `ModelTrainer` work as usual. Load a file with `MinGRUTagger.load`.
+
+    Examples:
+        >>> tagger = MinGRUTagger(embeddings, tag_dictionary, "ner")  # doctest: +SKIP
+        >>> tagger.save("tagger.pt")  # doctest: +SKIP
+        >>> tagger = MinGRUTagger.load("tagger.pt")  # doctest: +SKIP
+
+    References:
+        flair 0.15, `flair/models/sequence_tagger_model.py`.
+    """
+
+    def __init__(self, *args: Any, rnn_type: str = "GRU", rnn_layers: int = 2, **kwargs: Any) -> None:
+        super().__init__(*args, rnn_type=rnn_type, rnn_layers=rnn_layers, **kwargs)
+
+    @staticmethod
+    def RNN(  # noqa: N802 (the name in flair)
+        rnn_type: str, rnn_layers: int, hidden_size: int, bidirectional: bool, rnn_input_dim: int
+    ) -> nn.Module:
+        """Return the layers of a new tagger."""
+        if rnn_type not in ("GRU", "LSTM"):
+            raise ValueError(f'MinGRUTagger: rnn_type must be "GRU" or "LSTM", got {rnn_type!r}')
+        dropout = 0.0 if rnn_layers == 1 else 0.5
+        options = {"bidirectional": bidirectional, "dropout": dropout, "norm": "rms", "residual": True}
+        layer: nn.Module = getattr(drop_in, rnn_type)(
+            rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options
+        )
+        return layer
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        # The layers with their options. Their tensors are those of the state_dict, so that the file has them once.
+        return {**super()._get_state_dict(), "rnn": self.rnn if self.use_rnn else None}
+
+    @classmethod
+    def _init_model_with_state_dict(cls, state: dict[str, Any], **kwargs: Any) -> Any:
+        return super()._init_model_with_state_dict(state, rnn=state["rnn"], **kwargs)

@@ -1,0 +1,123 @@
+"""Recurrent layers for PufferLib: `MinGRUWrapper` for version 3, and the network `MinGRU` for version 4.
+
+This module does not import PufferLib, because its versions have different classes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import drop_in
+from ..check import dims, expectation
+
+__all__ = ["MinGRU", "MinGRUWrapper"]
+
+# A state of both signs, as that of an LSTM.
+DEFAULTS = {"batch_first": True, "candidate": "tanh", "residual": True}
+
+
+class MinGRUWrapper(nn.Module):
+    """Add minGRU layers to a policy of PufferLib 3, between `encode_observations` and `decode_actions`.
+
+    Use it in place of `pufferlib.models.LSTMWrapper`, with `use_rnn` on. As there, the policy is initialized again, and
+    the state is not reset where an episode ends.
+
+    Args:
+        env: Environment of PufferLib; `single_observation_space` is read.
+        policy: Module with PufferLib's methods `encode_observations` and `decode_actions`.
+        input_size: Number of features that `encode_observations` returns.
+        hidden_size: Number of features that `decode_actions` takes.
+        num_layers: Number of layers, L. PufferLib stores L * `hidden_size` state features, the attribute `hidden_size`.
+        **options: Options of [mingru.drop_in.GRU][].
+
+    Examples:
+        >>> policy = MinGRUWrapper(vecenv.driver_env, policy)  # doctest: +SKIP
+        >>> trainer = pufferl.PuffeRL(config, vecenv, policy)  # doctest: +SKIP
+
+    References:
+        PufferLib 3.0, `pufferlib/models.py` and `pufferlib/pufferl.py`.
+    """
+
+    def __init__(
+        self, env: Any, policy: Any, input_size: int = 128, hidden_size: int = 128, num_layers: int = 1, **options: Any
+    ) -> None:
+        super().__init__()
+        self.obs_shape = tuple(env.single_observation_space.shape)
+        self.policy = policy
+        self.is_continuous = policy.is_continuous
+        for name, parameter in policy.named_parameters():
+            if "layer_norm" not in name and "bias" in name:
+                nn.init.zeros_(parameter)
+            elif "layer_norm" not in name and "weight" in name and parameter.ndim > 1:
+                nn.init.orthogonal_(parameter)
+        # PufferLib looks for an attribute of this name.
+        self.lstm = drop_in.GRU(input_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+        self.hidden_size = num_layers * hidden_size
+
+    def forward_eval(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Return logits and values (B, 1) of one step, and write the next state into `state`."""
+        logits, values, _ = self._steps(observations, 1, state)
+        return logits, values
+
+    def forward(self, observations: Tensor, state: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Return logits (B * S, *) and values (B, S) of whole sequences (B, S, *), or of one step (B, *)."""
+        num_dims = len(self.obs_shape)
+        shape = tuple(observations.shape)
+        if shape[len(shape) - num_dims :] != self.obs_shape or len(shape) - num_dims not in (1, 2):
+            letters = f"(B, S, *) or (B, *) with {dims(self.obs_shape)} in place of *"
+            raise ValueError(expectation("MinGRUWrapper", "observations", letters, dims(shape)))
+        num_steps = shape[1] if len(shape) - num_dims == 2 else 1
+        logits, values, state["hidden"] = self._steps(observations.reshape(-1, *self.obs_shape), num_steps, state)
+        return logits, values.reshape(-1, num_steps)
+
+    def _steps(self, observations: Tensor, num_steps: int, state: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+        x = self.policy.encode_observations(observations, state=state).unflatten(0, (-1, num_steps))
+        h = state["lstm_h"]
+        if h is not None:
+            h = h.unflatten(1, (self.lstm.num_layers, -1)).transpose(0, 1).contiguous()
+        out, h = self.lstm(x, h)
+        # `lstm_c` is not needed, and stays as it is.
+        state["lstm_h"] = h.transpose(0, 1).flatten(1).detach()
+        logits, values = self.policy.decode_actions(out.flatten(0, 1))
+        return logits, values, out
+
+
+class MinGRU(nn.Module):
+    """Network of minGRU layers for a policy of PufferLib 4, in place of a class of `pufferlib.models`.
+
+        Policy(encoder, decoder, MinGRU(hidden_size, num_layers=2))
+
+    As with PufferLib's networks, the state is not reset where an episode ends, and training begins from the initial
+    state. To continue with weights of PufferLib's own `MinGRU`, see [mingru.convert.from_pufferlib][].
+
+    Args:
+        hidden_size: Number of features, H.
+        num_layers: Number of layers, L.
+        **options: Options of [mingru.drop_in.GRU][].
+
+    References:
+        PufferLib 4, `pufferlib/models.py`.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.rnn = drop_in.GRU(hidden_size, hidden_size, num_layers, **{**DEFAULTS, **options})
+
+    def initial_state(self, batch_size: int, device: Any) -> tuple[Tensor]:
+        """Return the state (L, B, H) in a tuple."""
+        # An empty sequence keeps its initial state, learned or 0.
+        x = torch.zeros(batch_size, 1, self.hidden_size, device=device)
+        return (self.rnn(x, lengths=torch.zeros(batch_size, dtype=torch.long, device=device))[1],)
+
+    def forward_eval(self, h: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        """Return the output (B, H) of one step, and the next state."""
+        out, last = self.rnn(h.unsqueeze(1), state[0])
+        return out.squeeze(1), (last,)
+
+    def forward_train(self, h: Tensor) -> Tensor:
+        """Return the output (B, S, H) of whole sequences."""
+        out: Tensor = self.rnn(h)[0]
+        return out

@@ -1,0 +1,109 @@
+"""SpeechBrain's models with an rnn_class: relative lengths, YAML, training, saving and loading."""
+
+import pytest
+import torch
+
+pytest.importorskip("speechbrain", reason="pip install speechbrain")
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.lobes.models.RNNLM import RNNLM
+from speechbrain.nnet import RNN
+from speechbrain.nnet.containers import LengthsCapableSequential
+from speechbrain.utils.checkpoints import Checkpointer
+
+from mingru.integrations import speechbrain
+
+# Of the libraries that SpeechBrain uses.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+B, S, IN, H = 3, 12, 4, 5
+KINDS = {"GRU": speechbrain.MinGRU, "LSTM": speechbrain.MinLSTM}
+YAML = """
+model: !new:speechbrain.lobes.models.CRDNN.CRDNN
+    input_shape: [null, null, 16]
+    cnn_channels: [4, 4]
+    rnn_class: !name:mingru.integrations.speechbrain.Min{kind}
+        candidate: tanh
+    rnn_layers: 2
+    rnn_neurons: 8
+    dnn_neurons: 8
+    use_rnnp: {use_rnnp}
+"""
+
+
+def tensors(states):
+    return states if isinstance(states, tuple) else (states,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_calls_as_with_speechbrain(kind, bidirectional):
+    """The class of SpeechBrain, which packs the sequences, has the same results with these layers inside."""
+    options = {"input_shape": (None, None, IN // 2, 2), "num_layers": 2, "bidirectional": bidirectional}
+    rnn, old = KINDS[kind](H, **options), getattr(RNN, kind)(H, **options)
+    old.rnn = rnn.rnn
+    x, hx = torch.randn(B, S, IN // 2, 2), torch.randn(2 * (1 + bidirectional), B, H)
+    hx = hx if kind == "GRU" else (hx, hx)
+    for lengths in (None, torch.tensor([0.5, 1.0, 0.3]), torch.tensor([0.5, 0.7, 0.1])):
+        for h in (None, hx):
+            (out, states), (expected, old_states) = (each(x, h, lengths=lengths) for each in (rnn, old))
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(tensors(states), tensors(old_states))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options(kind):
+    rnn = KINDS[kind](
+        H, input_size=IN, num_layers=2, bias=False, dropout=0.1, re_init=True, norm=None, gate="sigmoid"
+    ).rnn
+    assert (rnn.num_layers, rnn.bias, rnn.dropout, rnn.norm, rnn.residual) == (2, False, 0.1, None, True)
+    with pytest.raises(ValueError, match="Expected one of input_shape or input_size"):
+        KINDS[kind](H)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_rnnp", [False, True])
+def test_training_saving_and_loading(kind, use_rnnp, tmp_path):
+    def make():
+        return load_hyperpyyaml(YAML.format(kind=kind, use_rnnp=use_rnnp))["model"]
+
+    torch.manual_seed(0)
+    model, x, labels = make(), torch.randn(B, S, 16), torch.randn(B, S, 8)
+    layers = [each for each in model.modules() if isinstance(each, KINDS[kind])]
+    assert [layer.rnn.num_layers for layer in layers] == ([1, 1] if use_rnnp else [2])
+    assert all(layer.rnn.candidate == "tanh" for layer in layers)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses = []
+    for _ in range(15):
+        loss = (model(x) - labels).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    Checkpointer(tmp_path, {"model": model}).save_checkpoint()
+    loaded = make()
+    Checkpointer(tmp_path, {"model": loaded}).recover_if_possible()
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+def test_lengths_in_a_sequential():
+    """The container passes lengths only to layers whose `forward` names them."""
+    model = LengthsCapableSequential(input_shape=[None, None, IN])
+    model.append(speechbrain.MinGRU, hidden_size=H)
+    x, lengths = torch.randn(B, S, IN), torch.tensor([1.0, 0.5, 0.8])
+    assert not model(x, lengths)[1, S // 2 :].any()
+    assert model(x)[1, S // 2 :].any()
+
+
+def test_language_model():
+    """RNNLM steps with the state that it returns."""
+    model = RNNLM(
+        9, embedding_dim=IN, rnn_class=speechbrain.MinLSTM, rnn_neurons=H, dnn_neurons=7, return_hidden=True
+    ).eval()
+    ids = torch.randint(9, (B, S))
+    expected, _ = model(ids)
+    outputs, hidden = [], None
+    for step in ids.split(1, 1):
+        out, hidden = model(step, hidden)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected)
