@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples docs/hooks.py selective_copying.py conftest.py
 
-.PHONY: setup format check test triton integrations bench gpu seeds picture modes docs sanitize wheel
+.PHONY: setup format check test triton integrations slow-integrations bench gpu seeds picture modes docs sanitize wheel
 
 setup:
 	python3 -m venv .venv
@@ -32,6 +32,17 @@ triton:
 integrations:
 	$(PYTHON) -m pip install --no-build-isolation -e ".[integrations]"
 	$(PYTHON) -m pytest -n auto tests/integrations
+
+# The same with libraries that take longer to install, each in an environment of its own: flair needs older versions of
+# packages of other extras. On Linux, PyPI's torchaudio is built for CUDA. SpeechBrain does not need the file removed here.
+slow-integrations:
+	set -e; for library in flair speechbrain "transformers[torch]"; do \
+	    python3 -m venv --clear out/library; \
+	    out/library/bin/python -m pip install "setuptools>=77" torch pytest pytest-xdist "$$library"; \
+	    out/library/bin/python -m pip install --no-build-isolation -e .; \
+	    rm -f out/library/lib/python*/site-packages/torchaudio/lib/_torchaudio.abi3.so; \
+	    out/library/bin/python -m pytest -n auto tests/integrations; \
+	done
 
 # The first hour on a GPU; see CONTRIBUTING.md. It stops at the first program that finds a wrong value.
 gpu: RESULTS = benchmarks/gpu/results

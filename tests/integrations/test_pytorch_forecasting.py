@@ -111,12 +111,12 @@ def test_training_saving_and_loading(name, dataset, tmp_path):
         assert (rnn.num_layers, rnn.residual, rnn.candidate) == (2 if len(layers) == 1 else 1, True, "tanh")
     before = [x.detach().clone() for rnn in layers for x in rnn.parameters()]
     options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=1, limit_train_batches=4, default_root_dir=tmp_path, **options)
+    trainer = lightning.Trainer(max_epochs=1, limit_train_batches=2, default_root_dir=tmp_path, **options)
     trainer.fit(model, dataset.to_dataloader(batch_size=8, num_workers=0))
     after = [x for rnn in layers for x in rnn.parameters()]
     assert not any(torch.equal(x, old) for x, old in zip(after, before, strict=True))
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = model_class.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=False)
+    loaded = model_class.load_from_checkpoint(tmp_path / "model.ckpt")
     assert repr(loaded) == repr(model)
     batch, _ = next(iter(dataset.to_dataloader(train=False, batch_size=8, num_workers=0)))
     predictions = []

@@ -19,7 +19,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, inputs, lengths, labels=None):
-        out, h = self.rnn(inputs, lengths=lengths)
+        _, h = self.rnn(inputs, lengths=lengths)
         logits = self.head(h[-1, :, 0])
         return {"logits": logits, **({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})}
 

@@ -1,0 +1,148 @@
+"""Compare layers in the recurrent forecasters of Darts and NeuralForecast: errors of forecasts of AirPassengers.
+
+    python benchmarks/forecasters.py darts
+    python benchmarks/forecasters.py neuralforecast
+
+Needs `pip install "darts[torch]"` or `pip install neuralforecast`. The last months are forecast from those before. The
+options of Darts are those of its example: month and year are known, and RNNModel feeds its output back. With `--alone`,
+the forecast depends on the series only.
+"""
+
+import argparse
+import logging
+import os
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mingru import drop_in
+from mingru.bench import print_table, where
+
+# International airline passengers in thousands, 1949 to 1960. Box and Jenkins, Time Series Analysis, 1970, series G.
+PASSENGERS = """
+112 118 132 129 121 135 148 148 136 119 104 118 115 126 141 135 125 149 170 170 158 133 114 140
+145 150 178 163 172 178 199 199 184 162 146 166 171 180 193 181 183 218 230 242 209 191 172 194
+196 196 236 235 229 243 264 272 237 211 180 201 204 188 235 227 234 264 302 293 259 229 203 229
+242 233 267 269 270 315 364 347 312 274 237 278 284 277 317 313 318 374 413 405 355 306 271 306
+315 301 356 348 355 422 465 467 404 347 305 336 340 318 362 348 363 435 491 505 404 359 310 337
+360 342 406 396 420 472 548 559 463 407 362 405 417 391 419 461 472 535 622 606 508 461 390 432
+"""
+VALUES = np.array(PASSENGERS.split(), np.float32)
+MONTHS = pd.date_range("1949-01", periods=len(VALUES), freq="MS")
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+QUIET |= {"enable_model_summary": False}
+FORECASTER = {"residual": True, "candidate": "tanh"}
+
+
+def percent(found, expected):
+    return 100 * float(np.mean(np.abs(found / expected - 1)))
+
+
+def darts_rows(args):
+    from darts import TimeSeries
+    from darts.models import RNNModel
+
+    from mingru.integrations.darts import MinGRUModule, MinLSTMModule
+
+    class Default(MinGRUModule):
+        options = {}  # noqa: RUF012
+
+    class Normed(MinGRUModule):
+        options = {**FORECASTER, "norm": "rms"}  # noqa: RUF012
+
+    cells = {
+        "nn.GRU": ("GRU", 1),
+        "nn.LSTM": ("LSTM", 1),
+        "nn.GRU, 2 layers": ("GRU", 2),
+        "nn.LSTM, 2 layers": ("LSTM", 2),
+        "MinGRUModule, 2 layers": (MinGRUModule, 2),
+        "MinLSTMModule, 2 layers": (MinLSTMModule, 2),
+        "MinGRUModule, 1 layer": (MinGRUModule, 1),
+        'MinGRUModule, 2 layers, norm="rms"': (Normed, 2),
+        "MinGRU with the layer's defaults, 1 layer": (Default, 1),
+    }
+    year = (MONTHS.year.to_numpy() - 1949) / 12
+    known = np.column_stack([year, np.eye(12)[MONTHS.month.to_numpy() - 1]]).astype(np.float32)
+    covariates = {} if args.alone else {"future_covariates": TimeSeries.from_times_and_values(MONTHS, known)}
+    end = len(VALUES) - args.months
+    scale = VALUES[:end].max()
+    series = TimeSeries.from_times_and_values(MONTHS[:end], VALUES[:end] / scale)
+    lengths = {"input_chunk_length": 24, "training_length": 36} if args.alone else {"input_chunk_length": 14}
+    lengths = {"training_length": 20, **lengths}
+
+    def forecast(kind, num_layers, seed):
+        options = {"hidden_dim": 20, "batch_size": 16, "n_epochs": args.epochs, "optimizer_kwargs": {"lr": args.lr}}
+        model = RNNModel(
+            model=kind, n_rnn_layers=num_layers, random_state=seed, pl_trainer_kwargs=QUIET, **options, **lengths
+        )
+        model.fit(series, **covariates)
+        return model.predict(args.months, **covariates).values()[:, 0] * scale
+
+    return cells, forecast, end
+
+
+def neuralforecast_rows(args):
+    from neuralforecast import NeuralForecast, models
+
+    kinds = {
+        "torch": None,
+        "patch()": {},
+        'patch(num_layers=2, norm="rms", residual=True)': {"num_layers": 2, "norm": "rms", "residual": True},
+        'patch(num_layers=2, residual=True, candidate="tanh")': {"num_layers": 2, **FORECASTER},
+    }
+    cells = {f"{name}, {kind}": (name, options) for name in ("GRU", "LSTM") for kind, options in kinds.items()}
+    end = len(VALUES) - args.months
+    frame = pd.DataFrame({"unique_id": "passengers", "ds": MONTHS[:end], "y": VALUES[:end]})
+
+    def forecast(name, options, seed):
+        def fit():
+            model = getattr(models, name)(
+                h=args.months, input_size=24, max_steps=args.epochs, random_seed=seed, scaler_type="standard", **QUIET
+            )
+            forecaster = NeuralForecast([model], freq="MS")
+            forecaster.fit(frame)
+            return forecaster.predict()[name].to_numpy()
+
+        if options is None:
+            return fit()
+        with drop_in.patch(**options):
+            return fit()
+
+    return cells, forecast, end
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", choices=["darts", "neuralforecast"])
+    parser.add_argument("--alone", action="store_true", help="Darts forecasts without month and year")
+    parser.add_argument("--epochs", type=int, default=300, help="epochs, of one batch in NeuralForecast (default: 300)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Darts (default: %(default)s)")
+    parser.add_argument("--months", type=int, default=36, help="months to forecast (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for name, value in where().items():
+        print(f"{name}: {value}")
+    cells, forecast, end = (darts_rows if args.library == "darts" else neuralforecast_rows)(args)
+    last_year = np.tile(VALUES[end - 12 : end], 1 + args.months // 12)[: args.months]
+    rows = [["the last year again", f"{percent(last_year, VALUES[end:]):.1f}", ""]]
+    for name, cell in cells.items():
+        errors, start = [], time.perf_counter()
+        for seed in args.seeds:
+            errors.append(f"{percent(forecast(*cell, seed), VALUES[end:]):.1f}")
+        seconds = (time.perf_counter() - start) / max(1, len(args.seeds))
+        rows.append([name, ", ".join(errors), f"{seconds:.0f}"])
+        print(*rows[-1], sep="; ", flush=True)
+    title = f"{args.library}, {args.months} months, {args.epochs} epochs{', series alone' if args.alone else ''}"
+    print_table(title, ["layer", "mean absolute percentage error, by seed", "seconds"], rows)
+
+
+if __name__ == "__main__":
+    main()
