@@ -80,6 +80,7 @@ CONTRACT = {
     "convert.from_minrnns": "state_dict, prefix='', *, use_coeff_norm=None",
     "convert.from_pufferlib": "state_dict, prefix=''",
     "export.onnx": "model, example_inputs, path, *, kind='sequence'",
+    "functional.check_resets": "rnn, x, h, reset, out",
     "functional.elapsed_times": "t, first, *, reset=None, lengths=None, batch_first=True",
     "functional.g": "x",
     "functional.log_g": "x",

@@ -26,9 +26,10 @@ from .ops.backends import in_log_space as _in_log_space
 from .ops.call import Spec, Start
 from .ops.cells import GATES, default_candidate, is_complex, zero_state
 from .ops.shape import accumulate_dtype, as_dtype
-from .sequences import elapsed_times, reset_from_lengths
+from .sequences import check_resets, elapsed_times, reset_from_lengths
 
 __all__ = [
+    "check_resets",
     "elapsed_times",
     "g",
     "linear_scan",

@@ -1,4 +1,7 @@
-"""Arguments of a layer's call that are computed from a description of the sequences."""
+"""Arguments of a layer's call that are computed from a description of the sequences, and a check of resets."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,3 +168,65 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     reset[0, ends - lengths] = True
     reset[0, total] = True
     return reset[:, :num_steps]
+
+
+@torch.no_grad()
+def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out: Tensor) -> None:
+    """Raise an error unless one pass over a stored rollout, with its reset flags, gives the outputs of the rollout.
+
+    The error says what is wrong with the flags: one step early or late, inverted, or not used in the rollout. Call this
+    function once, after the first rollout of a program and before its first update.
+
+    Args:
+        rnn: Layer, or a function that returns the output first. It is called as `rnn(x, h, reset=...)`, and must be as
+            it was in the rollout, without dropout. Time is dimension 1, or 0 if `rnn.batch_first` is False.
+        x: Stored observations, (B, S, *).
+        h: State before the rollout, as `rnn` takes it, or None.
+        reset: Stored flags, (B, S), bool. True somewhere after the first step.
+        out: Outputs of the rollout, (B, S, *), computed one step at a time.
+
+    Raises:
+        TypeError: `reset` is not a bool tensor.
+        ValueError: A shape is wrong, no episode begins after the first step, or the pass gives other outputs.
+
+    Examples:
+        >>> rnn, x, done = mingru.MinGRU(3, 8), torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
+        >>> done[:, 2] = True  # the action of step 2 ended an episode
+        >>> rollout, _ = rnn(x, reset=done.roll(1, 1))
+        >>> mingru.functional.check_resets(rnn, x, None, done, rollout)
+        Traceback (most recent call last):
+        ...
+        ValueError: check_resets: reset must be True where an observation is the first of an episode, got flags one step
+        early; pass reset[t] = flags[t - 1]
+    """
+    name, time = "check_resets", 1 if getattr(rnn, "batch_first", True) else 0
+    check_reset(name, reset, x, "(B, S)" if time == 1 else "(S, B)")
+    if not reset.narrow(time, 1, reset.shape[time] - 1).any():
+        expected = "True somewhere after the first step"
+        raise ValueError(expectation(name, "reset", expected, "no such flag", "pass a rollout in which episodes begin"))
+
+    def errors(flags: Tensor) -> Tensor:
+        """Return the largest error in each sequence."""
+        found = rnn(x, h, reset=flags)[0]
+        if found.shape != out.shape:
+            raise of_another_shape(name, "out", out, "the shape of a pass", found.shape)
+        return (found - out).abs().movedim(1 - time, 0).flatten(1).amax(1)
+
+    def fits(flags: Tensor, unknown: int) -> bool:
+        """Return whether the flags reproduce each sequence, with one of both values at the unknown step."""
+        step = torch.tensor([unknown], device=flags.device)
+        tried = [errors(flags.index_fill(time, step, value)) for value in (False, True)]
+        return bool((torch.minimum(*tried) <= tolerance).all())
+
+    tolerance = torch.finfo(out.dtype).eps ** 0.5 * out.abs().max()
+    if (errors(reset) <= tolerance).all():
+        return
+    causes = [
+        ("flags one step early; pass reset[t] = flags[t - 1]", reset.roll(1, time), 0),
+        ("flags one step late; pass reset[t] = flags[t + 1]", reset.roll(-1, time), reset.shape[time] - 1),
+        ("inverted flags; pass ~reset", ~reset, 0),
+        ("a rollout without resets; pass each step its flags there too", torch.zeros_like(reset), 0),
+    ]
+    unknown = "flags that do not reproduce the rollout; check h, and that rnn has not changed and has no dropout"
+    got = next((cause for cause, flags, step in causes if fits(flags, step)), unknown)
+    raise ValueError(expectation(name, "reset", "True where an observation is the first of an episode", got))
