@@ -1,0 +1,121 @@
+"""examples/memory_cartpole.py: rollouts, resets, advantages, and a short run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("gymnasium", reason="pip install gymnasium")
+SCRIPT = Path(__file__).parents[1] / "examples" / "memory_cartpole.py"
+spec = importlib.util.spec_from_file_location("memory_cartpole", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+SMALL = "--num-steps 500 --num-envs 4 --hidden-dims 8 --seeds 1".split()
+
+
+@pytest.mark.parametrize("name", script.POLICIES)
+def test_one_pass_equals_the_rollout(name):
+    torch.manual_seed(0)
+    policy, player = script.Policy(name, 8), script.Player(5, 0)
+    player.play(policy, 20)
+    state = player.state
+    data, *_ = player.play(policy, 60)
+    assert data.reset.any(1).sum() > 5
+    with torch.no_grad():
+        logits, value, last = policy(data.x, state, data.reset)
+    assert_close(value, data.value)
+    assert_close(torch.distributions.Categorical(logits=logits).log_prob(data.action), data.log_prob)
+    for h, expected in zip(last, player.state, strict=True):
+        assert_close(h, expected)
+    # The loss of PPO depends on the resets: the policy has a memory, or none.
+    with torch.no_grad():
+        _, other, _ = policy(data.x, state, torch.zeros_like(data.reset))
+    assert torch.equal(other, value) == (name == "no memory")
+
+
+def test_episodes():
+    torch.manual_seed(0)
+    data, _, returns = script.Player(4, 0).play(script.Policy("minGRU", 8), 200)
+    assert data.reset[0].all()
+    assert torch.equal(data.reset[1:], data.is_last[:-1])
+    assert torch.equal(data.terminated[:-1], data.is_last[1:])
+    # In CartPole-v1, an episode begins within 0.05 of the middle.
+    start = data.x[data.reset] * torch.tensor([2.4, 0.2095])
+    assert start.abs().max() <= 0.05
+    # The last position of an episode is at a limit.
+    assert (data.x[data.is_last].abs().amax(1) > 0.999).all()
+    assert (data.x[~data.is_last].abs().amax(1) < 1.001).all()
+    assert sum(returns) + data.reward[data.is_last.flip(0).cumsum(0).flip(0) == 0].sum() == pytest.approx(
+        data.reward.sum().item()
+    )
+    assert (data.reward == (~data.is_last).float()).all()
+
+
+def test_advantages():
+    """An episode that ends because the pole falls, and one that ends because of its length; both end after step 2."""
+    value, last_value = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).expand(2, 4).T, torch.tensor([[16.0, 16.0]])
+    is_last = torch.tensor([False, False, True, False])[:, None].expand(4, 2)
+    terminated = torch.zeros(4, 2, dtype=torch.bool)
+    terminated[1, 0] = True
+    data = script.Rollout(None, None, is_last, None, None, value, (~is_last).float(), terminated)
+    decay = 0.99 * 0.95
+    last = 0.01 + 0.99 * 16 - 8
+    fallen, truncated = 0.01 - 2, 0.01 + 0.99 * 4 - 2
+    first = 0.01 + 0.99 * 2 - 1
+    expected = [[first + decay * end, end, 0.0, last] for end in (fallen, truncated)]
+    assert_close(script.advantages(data, last_value), torch.tensor(expected).T)
+
+
+def test_only_first_episodes_are_evaluated(monkeypatch):
+    reset = torch.tensor([[1, 1], [0, 0], [0, 1], [1, 0]]).bool()
+    reward = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    played = SimpleNamespace(
+        play=lambda policy, num_steps, is_greedy: (SimpleNamespace(reset=reset, reward=reward), None, [])
+    )
+    monkeypatch.setattr(script, "Player", lambda num_envs, seed: played)
+    assert script.evaluate(None, 0) == 1.5
+
+
+def test_training_improves_the_policy():
+    args = script.make_parser().parse_args(["--num-steps", "10240", "--learning-rate", "0.005"])
+    _, curve = script.train("minGRU", 0, args)
+    assert curve[-1][2] > 2 * curve[0][2]
+
+
+def test_a_short_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "MAX_STEPS", 20)
+    plot = tmp_path / "plot.png"
+    script.main([*SMALL, "--plot", str(plot)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-4] for row in rows[1:]] == ["1"] * len(script.POLICIES)
+    # The pole needs 8 steps to fall.
+    assert all(8 <= float(row.split()[-1]) <= 20 for row in rows[1:])
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num-envs", "3"], "argument --num-envs: must be an integer of at least 4, got '3'"),
+        (["--plot", "missing/plot.png"], "--plot must be a file that can be written, got missing/plot.png: [Errno 2]"),
+        (["--plot", "plot.xyz"], "got plot.xyz: Format 'xyz' is not supported"),
+    ],
+)
+def test_bad_options(options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([*SMALL, *options])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert out == ""
+
+
+def test_without_gymnasium(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(SystemExit, match="the package gymnasium is not installed; run `pip install gymnasium`"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
