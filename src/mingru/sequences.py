@@ -207,7 +207,7 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out:
 
     def errors(flags: Tensor) -> Tensor:
         """Return the largest error in each sequence."""
-        found = rnn(x, h, reset=flags)[0]
+        found: Tensor = rnn(x, h, reset=flags)[0]
         if found.shape != out.shape:
             raise of_another_shape(name, "out", out, "the shape of a pass", found.shape)
         return (found - out).abs().movedim(1 - time, 0).flatten(1).amax(1)
