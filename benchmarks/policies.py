@@ -1,9 +1,10 @@
 """Compare recurrent policies in TorchRL and sb3-contrib: seconds of a pass, and returns on CartPole without velocities.
 
     python benchmarks/policies.py
-    python benchmarks/policies.py --steps 30720 --seeds 0 1 2
+    python benchmarks/policies.py --normalize --steps 30720 --seeds 0 1 2
 
 Needs the extra `integrations`. The observation has only the positions of cart and pole, so that a policy must remember.
+With `--normalize`, it is normalized by `VecNormalize` of Stable-Baselines3.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from tensordict import TensorDict
 from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
@@ -62,19 +64,25 @@ def passes(shape, seconds):
     return medians_ms(calls, seconds, 3)
 
 
-def train(policy, steps, seed):
-    """Return the seconds of training, and the mean return of its last 100 episodes. All options have their defaults."""
+def train(policy, steps, seed, normalize):
+    """Return the processor seconds of training, and the mean return of its last 100 episodes.
+
+    All options have their defaults.
+    """
     environments = make_vec_env(make_environment, 8, seed=seed)
+    if normalize:
+        environments = VecNormalize(environments, norm_reward=False)
     model = RecurrentPPO(policy, environments, seed=seed, device="cpu")
-    start = time.perf_counter()
+    start = time.process_time()
     model.learn(steps)
-    return time.perf_counter() - start, statistics.mean(episode["r"] for episode in model.ep_info_buffer)
+    return time.process_time() - start, statistics.mean(episode["r"] for episode in model.ep_info_buffer)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30720, help="steps of training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--normalize", action="store_true", help="normalize the observations")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds for each shape (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,10 +94,10 @@ def main():
         print_table(f"(B, S, H) = {shape}", ["TorchRL", "ms", "speed-up over GRUModule"], rows)
     rows = []
     for name, policy in POLICIES.items():
-        found = [train(policy, args.steps, seed) for seed in args.seeds]
+        found = [train(policy, args.steps, seed, args.normalize) for seed in args.seeds]
         returns = ", ".join(f"{mean:.0f}" for _, mean in found)
         rows.append([name, f"{statistics.median(seconds for seconds, _ in found):.0f}" if found else "", returns])
-    print_table(f"RecurrentPPO, {args.steps} steps", ["policy", "seconds", "mean return, by seed"], rows)
+    print_table(f"RecurrentPPO, {args.steps} steps", ["policy", "processor seconds", "mean return, by seed"], rows)
 
 
 if __name__ == "__main__":

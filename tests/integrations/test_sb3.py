@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("sb3_contrib", reason="pip install sb3-contrib")
 import gymnasium
 from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
 from mingru.integrations import sb3
 
@@ -51,6 +52,49 @@ def test_one_pass_equals_steps(cell, num_layers):
     torch.testing.assert_close(last, states)
 
 
+SHARED = {"enable_critic_lstm": False, "shared_lstm": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}, SHARED])
+@pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinLSTMPolicy])
+def test_training_equals_the_steps_of_sb3(policy, options):
+    """Rollouts, minibatches, losses, gradients and updates are those of sb3's own loop with the same layers."""
+
+    class Stepped(policy):
+        _process_sequence = staticmethod(RecurrentActorCriticPolicy._process_sequence)
+
+    trained = []
+    for each in (policy, Stepped):
+        VECTOR.seed(0)
+        model = RecurrentPPO(each, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
+        gradients = []
+        model.policy.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, gradients=gradients: gradients.extend(
+                x.grad.clone() for group in optimizer.param_groups for x in group["params"] if x.grad is not None
+            )
+        )
+        model.learn(64)
+        trained.append((gradients, list(model.policy.parameters())))
+    assert len(trained[0][0]) > 8 * 10
+    torch.testing.assert_close(*trained)
+
+
+@pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinLSTMPolicy, sb3.MinGRUCnnPolicy])
+def test_defaults(policy):
+    kind = "CnnPolicy" if policy is sb3.MinGRUCnnPolicy else "Policy"
+    model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs={"n_lstm_layers": 2}, **SMALL)
+    for lstm in (model.policy.lstm_actor, model.policy.lstm_critic):
+        assert (lstm.candidate, lstm.residual, lstm.norm) == ("tanh", True, None)
+        first, second = lstm.layers
+        gain = 3 if kind == "Policy" else 1
+        for weight, bound in ((first.linear.weight, gain), (first.align.weight, gain), (second.linear.weight, 1)):
+            # Uniform, as torch.nn.Linear initializes it.
+            assert 0.9 * bound < weight.abs().max() * weight.shape[1] ** 0.5 <= 1.0001 * bound
+    own = {"lstm_hidden_size": 8, "lstm_kwargs": {"candidate": "linear", "residual": False}}
+    lstm = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=own, **SMALL).policy.lstm_actor
+    assert (lstm.candidate, lstm.residual) == ("linear", False)
+
+
 @pytest.mark.parametrize("kind", SPACES)
 @pytest.mark.parametrize("cell", ["MinGRU", "MinLSTM"])
 def test_training_saving_and_loading(cell, kind, tmp_path):
@@ -77,7 +121,7 @@ def test_training_saving_and_loading(cell, kind, tmp_path):
         state, start = actions[0][1], np.array([False])
 
 
-@pytest.mark.parametrize("options", [{"enable_critic_lstm": False}, {"shared_lstm": True, "enable_critic_lstm": False}])
+@pytest.mark.parametrize("options", [{"enable_critic_lstm": False}, SHARED])
 def test_one_layer_for_actor_and_critic(options):
     model = RecurrentPPO(sb3.MinGRUPolicy, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
     model.learn(32)

@@ -29,17 +29,24 @@ class _OnePass:
     """Replaces the LSTMs of a policy, and the loop over its steps."""
 
     cell: str
+    # Factor of the initial weights of the first layer.
+    input_gain = 1.0
 
     def __init__(self, *args: Any, lstm_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         policy: Any = self
         policy.lstm_kwargs = lstm_kwargs or {}
-        # A state of both signs, as that of an LSTM.
-        options = {"cell": self.cell, "candidate": "tanh", **policy.lstm_kwargs}
+        # A state of both signs, as that of an LSTM, and beside it the input: their difference is a change over time.
+        options = {"cell": self.cell, "candidate": "tanh", "residual": True, **policy.lstm_kwargs}
         for name in ("lstm_actor", "lstm_critic"):
             old = getattr(policy, name)
             if old is not None:
-                setattr(policy, name, drop_in.LSTM(old.input_size, old.hidden_size, old.num_layers, **options))
+                lstm = drop_in.LSTM(old.input_size, old.hidden_size, old.num_layers, **options)
+                first: Any = lstm.layers[0]
+                for parameter in first.parameters():
+                    if parameter.dim() > 1:
+                        parameter.data *= self.input_gain
+                setattr(policy, name, lstm)
         schedule = kwargs["lr_schedule"] if "lr_schedule" in kwargs else args[2]
         policy.optimizer = policy.optimizer_class(policy.parameters(), lr=schedule(1), **policy.optimizer_kwargs)
 
@@ -71,7 +78,12 @@ class MinGRUPolicy(_OnePass, MlpLstmPolicy):
         h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
 
     Pass the class instead of the name of a policy. The arguments are those of `MlpLstmPolicy`; `lstm_kwargs` are
-    options of [mingru.drop_in.LSTM][]. The default candidate is "tanh". Models are saved and loaded as usual.
+    options of [mingru.drop_in.LSTM][]. The default candidate is "tanh", and `residual` is True by default. Models are
+    saved and loaded as usual.
+
+    The initial weights of the first layer are 3 times those of `torch.nn.Linear`, because observations that are not
+    normalized are often small. A subclass may have another factor as `input_gain`. It is 1 in the policies for images
+    and dictionaries.
 
     Examples:
         >>> from sb3_contrib import RecurrentPPO  # doctest: +SKIP
@@ -82,6 +94,7 @@ class MinGRUPolicy(_OnePass, MlpLstmPolicy):
     """
 
     cell = "mingru"
+    input_gain = 3.0
 
 
 class MinGRUCnnPolicy(_OnePass, CnnLstmPolicy):
@@ -100,6 +113,7 @@ class MinLSTMPolicy(_OnePass, MlpLstmPolicy):
     """Use minLSTM layers in `RecurrentPPO`; see `MinGRUPolicy`."""
 
     cell = "minlstm"
+    input_gain = 3.0
 
 
 class MinLSTMCnnPolicy(_OnePass, CnnLstmPolicy):
