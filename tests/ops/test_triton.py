@@ -842,13 +842,25 @@ def test_operators_keep_torchs_contract(layout, use_plan):
 # Dynamo's own way of tracing a function.
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 9])])
+def test_compiles_without_a_graph_break(lengths):
     torch.compiler.reset()
     rnn = layer(bidirectional=True)
     x = torch.randn(2, 9, 3, device=DEVICE, requires_grad=True)
     reset = torch.rand(2, 9, device=DEVICE) < 0.2
-    out, last = torch.compile(rnn, fullgraph=True, backend="aot_eager")(x, None, reset)
-    expected, expected_last = rnn(x, None, reset)
+    graphs = []
+
+    def capture(graph, example_inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiler = aot_autograd(fw_compiler=capture)
+    out, last = torch.compile(rnn, fullgraph=True, backend=compiler)(x, None, reset, lengths)
+    assert "recurrence_triton_forward" in graphs[0].code
+    expected, expected_last = rnn(x, None, reset, lengths)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(last, expected_last)
     (grad,) = torch.autograd.grad(out.square().sum(), x)

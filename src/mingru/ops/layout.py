@@ -126,8 +126,7 @@ def with_lengths(x: Tensor, lengths: Tensor, time_first: bool) -> tuple[Tensor, 
     Kernels skip the padding. A captured graph computes it, and a GPU computes all but the recurrence there; nothing
     that is there may reach a gradient.
     """
-    if not is_captured():
-        lengths = lengths.to(x.device, non_blocking=True)
+    lengths = lengths.to(x.device, non_blocking=True)
     if is_captured() or not x.is_cpu:
         x = without_padding(x, lengths, time_first)
     return x, Layout(time_first, None, lengths.long().contiguous())

@@ -165,7 +165,7 @@ def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, lay
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
         return None
-    return None if layout.lengths is not None and kernel.packed else kernel
+    return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 
 
 def fused_with(
