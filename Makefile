@@ -34,7 +34,7 @@ integrations:
 	$(PYTHON) -m pytest -n auto tests/integrations
 
 # The same with libraries that take longer to install, each in an environment of its own: flair needs older versions of
-# packages of other extras. On Linux, PyPI's torchaudio is built for CUDA. SpeechBrain does not need the file removed here.
+# packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the removed file.
 slow-integrations:
 	set -e; for library in flair speechbrain "transformers[torch]"; do \
 	    python3 -m venv --clear out/library; \

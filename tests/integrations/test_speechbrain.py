@@ -1,9 +1,13 @@
-"""SpeechBrain's models with an rnn_class: relative lengths, YAML, training, saving and loading."""
+"""SpeechBrain's models with an rnn_class: relative lengths, YAML, training, saving and loading.
+
+PyPI's torchaudio for Linux, which SpeechBrain imports, is built for CUDA: beside torch for the CPU, delete its file
+`lib/_torchaudio.abi3.so`, as `make slow-integrations` does.
+"""
 
 import pytest
 import torch
 
-pytest.importorskip("speechbrain", reason="pip install speechbrain")
+pytest.importorskip("speechbrain", reason="pip install speechbrain, and see above", exc_type=(ImportError, OSError))
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.RNNLM import RNNLM
 from speechbrain.nnet import RNN
