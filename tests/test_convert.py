@@ -1169,7 +1169,7 @@ def test_puffer_by_hand():
     assert (out.item(), h.item()) == (2.0, 1.0)
 
 
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_puffer_steps_and_resets(scripted):
     network = PufferNetwork(4, 2)
     rnn = from_pufferlib(network.state_dict())

@@ -136,7 +136,7 @@ def assert_same(got, expected):
     [
         *((layers, False, False) for layers in STACKS),
         *((layers, True, False) for layers in OF_FEATURES),
-        (nested, True, True),
+        pytest.param(nested, True, True, marks=pytest.mark.slow),
         *(pytest.param(layers, layers is not convolutional, True, marks=pytest.mark.slow) for layers in SCRIPTED),
     ],
 )
