@@ -18,7 +18,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 def supports(backend, cell, activation="positive"):
     """Return whether the backend computes the cell; the log backend needs positive numbers."""
-    return backend != "log" or (activation == "positive" and cell not in ("mingru_signed", "mingru_rotation"))
+    return backend != "log" or (activation == "positive" and ops.cells.CELLS[cell].has_logarithms)
 
 
 def each(backends=ALL, cells=CELLS, activation="positive"):
