@@ -9,9 +9,8 @@ import mingru
 from mingru.ops import graph
 
 # Importable only with Triton or another library; they have no doctests that run.
+collect_ignore_glob = ["src/mingru/integrations/*.py"]
 collect_ignore = [
-    "src/mingru/integrations/sb3.py",
-    "src/mingru/integrations/torchrl.py",
     *(f"src/mingru/ops/backends/triton/{name}.py" for name in ("math", "cells", "scan", "kernels")),
     "tests/ops/compiling.py",
 ]
