@@ -174,7 +174,7 @@ def train(task, name, seed):
     width = width_of(cls, options)
     model = Model(task.encoder(width), cls, options, width, task.num_outputs)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, task.num_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(task.num_steps, 20), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     for _ in range(task.num_steps):

@@ -117,7 +117,9 @@ def train(name: str, seed: int, data: tuple[Tensor, Tensor, Tensor], args: argpa
     x, lengths, speakers = data
     model = make(name, args.num_parameters)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.num_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
+    )
     for _ in tqdm(range(args.num_steps), f"{name}, seed {seed}", leave=False, disable=None):
         rows = torch.randint(len(x), (args.batch_size,))
         noisy = x[rows] + args.noise * torch.randn(args.batch_size, 1, NUM_COEFFICIENTS)
