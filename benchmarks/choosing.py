@@ -7,7 +7,8 @@
 - copying: selective copying with 3 tokens in 48 time steps (see selective_copying.py); % of new tokens that are right.
 - text: characters of Shakespeare, sequences of 128; nats per held-out character.
 - forecast: two sine waves of random periods and phases with noise. A model learns to predict the next value, and then
-  forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period.
+  forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period. The
+  mean as forecast has 0.83.
 
 All models have about as many parameters in their layers, the same optimizer and the same number of training steps.
 """
