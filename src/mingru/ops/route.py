@@ -43,8 +43,8 @@ class _Chosen(threading.local):
 
 
 _chosen = _Chosen()
-# The backends of all open blocks, the last one last.
-_open: list[str] = []
+# The backends of all open blocks of all threads, the last one last.
+_open: dict[object, str] = {}
 
 
 def backends() -> dict[str, bool | str]:
@@ -81,13 +81,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     _check_name(name, "use_backend: name")
     before, _chosen.name = _chosen.name, name
-    _open.append(name)
+    block = object()
+    _open[block] = name
     try:
         yield
     finally:
         _chosen.name = before
-        # Its last entry: blocks of other threads may be open too.
-        del _open[len(_open) - 1 - _open[::-1].index(name)]
+        del _open[block]
 
 
 class Choice(NamedTuple):
@@ -109,7 +109,7 @@ def _selected(backend: str) -> tuple[str, str]:
         return backend, "backend"
     name = _chosen.name
     if name is None and _open and isinstance(threading.current_thread(), threading._DummyThread):
-        name = _open[-1]
+        name = list(_open.values())[-1]
     if name not in (None, "auto"):
         return name, "use_backend"
     return os.environ.get(VARIABLE) or "auto", _BY_VARIABLE
