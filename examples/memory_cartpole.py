@@ -16,11 +16,11 @@ steps in one call. nn.LSTM has no resets: it is called for each part between two
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import at_least
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -201,15 +201,6 @@ def plot(path: Path, results: dict[str, list[Curve]]) -> None:
     by_seconds.set(xlabel="Processor seconds, one thread")
     figure.legend(*by_steps.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import check_plot_and_files
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from tqdm import tqdm
@@ -183,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--num-steps and --batch-size must be at least 1, and --num-parameters at least 1000")
     if not args.plot.absolute().parent.is_dir():
         parser.error(f"--plot must be in a folder that exists, got {args.plot}")
+    check_plot_and_files(parser, args.plot)
     files = [(args.folder or installed(parser)) / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
     for file in files:
         if not file.is_file():

@@ -67,6 +67,7 @@ def test_a_short_run(folder, tmp_path, capsys):
     [
         (["--num-steps", "0"], "must be at least 1"),
         (["--plot", "missing/plot.png"], "--plot must be in a folder that exists"),
+        (["--plot", "plot.xyz"], "--plot must end in one of"),
         (["--folder", "missing"], "there is no file missing"),
     ],
 )
