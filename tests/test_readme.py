@@ -50,6 +50,8 @@ def test_the_tables_of_ratios_are_what_the_command_wrote():
     assert set(in_readme) < set(rows)
 
 
-def test_the_citation_has_the_version():
-    citation = (Path(__file__).parent.parent / "CITATION.cff").read_text()
-    assert f"\nversion: {mingru.__version__}\n" in citation
+def test_citation_and_changelog_have_the_version():
+    root = Path(__file__).parent.parent
+    assert f"\nversion: {mingru.__version__}\n" in (root / "CITATION.cff").read_text()
+    newest = re.search(r"^## ([^\s]+)", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == mingru.__version__
