@@ -17,6 +17,7 @@ check:
 	$(PYTHON) -m ruff check $(FILES)
 	$(PYTHON) -m ruff format --check $(FILES)
 	$(PYTHON) -m mypy
+	$(PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 test:
 	$(PYTHON) -m pytest -n auto --dist worksteal
@@ -25,7 +26,7 @@ test:
 triton:
 	$(PYTHON) -c "import triton"
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py
-	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py
+	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py tests/ops/test_triton_launch.py
 	TRITON_INTERPRET=1 $(PYTHON) -m benchmarks.gpu.smoke --device cpu --small --configurations 4
 
 # Test the modules for other libraries, with these libraries.

@@ -110,16 +110,21 @@ def graded(function: Callable[[list[Tensor]], Any], tensors: list[Tensor], weigh
     return [*results, *torch.autograd.grad(results, leaves, weights, allow_unused=True, materialize_grads=True)]
 
 
-def check(config: Config, device: torch.device, backend: str) -> float:
-    """Return the largest error of a configuration, as a share of what is allowed; infinity if two runs differ."""
+def drawn(config: Config) -> tuple[list[Tensor], Tensor | None, Tensor, list[Tensor]]:
+    """Return random tensors, resets and lengths of a configuration, and weights of its states and last states."""
     (batch, steps, features), dtype = config["shape"], config["dtype"]
     inputs, *states, reset, dt = make(config["cell"], batch, steps, features, dtype=dtype, reset=config["reset"])
-    tensors = [*inputs, *states, *([dt] if config["dt"] else [])]
     lengths = torch.full((batch,), steps)
     if config["layout"] in ("lengths", "packed"):
         # The longest is the first, and has all steps.
         lengths[1:] = torch.randint(1, steps + 1, (batch - 1,)).sort(descending=True).values
     weights = [torch.randn(batch, size, features).to(dtype) for size in (steps, 1)]
+    return [*inputs, *states, *([dt] if config["dt"] else [])], reset, lengths, weights
+
+
+def check(config: Config, device: torch.device, backend: str) -> float:
+    """Return the largest error of a configuration, as a share of what is allowed; infinity if two runs differ."""
+    tensors, reset, lengths, weights = drawn(config)
     truth = graded(lambda leaves: by_steps(config, lengths, reset, leaves), [x.double() for x in tensors], weights)
     own = [x.to(device) for x in tensors], None if reset is None else reset.to(device)
 
@@ -132,7 +137,7 @@ def check(config: Config, device: torch.device, backend: str) -> float:
         raise AssertionError(f"{config}: only the passes {names} ran in Triton")
     if not all(torch.equal(one, other) for one, other in zip(results, got(), strict=True)):
         return float("inf")
-    return error(results, truth) / allowed(dtype, 4 if config["dt"] or config["min_decay"] else 2)
+    return error(results, truth) / allowed(config["dtype"], 4 if config["dt"] or config["min_decay"] else 2)
 
 
 def fuzz(configs: Iterator[Config], device: torch.device, backend: str) -> dict[str, float]:

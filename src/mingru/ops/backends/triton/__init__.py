@@ -119,21 +119,19 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 
 def _pre_activations(spec: Spec, tensors: Sequence[Any], kept: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the pre-activations as a matrix with a row for each step, in the order of memory, and as inputs."""
+    """Return the pre-activations in the order of memory, and as inputs. `kept`: a matrix with a row for each step."""
     x = _in_memory_order(tensors[0])
-    matrix = F.linear(x, *tensors[1:]).flatten(0, -2) if kept is None else kept
-    pre = matrix.view(*x.shape[:-1], matrix.shape[-1])
-    if x is not tensors[0]:
-        pre = pre.transpose(0, 1)
-    return matrix, list(pre.chunk(NUM_INPUTS[spec.cell], -1))
+    pre = F.linear(x, *tensors[1:]) if kept is None else kept.view(*x.shape[:-1], kept.shape[-1])
+    inputs = pre if x is tensors[0] else pre.transpose(0, 1)
+    return pre, list(inputs.chunk(NUM_INPUTS[spec.cell], -1))
 
 
 def _linear_recurrence(
     spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    matrix, inputs = _pre_activations(spec, tensors, None)
+    pre, inputs = _pre_activations(spec, tensors, None)
     out, last, _ = _recurrence(spec, inputs, start, layout, keep)
-    return out, last, matrix if keep else None
+    return out, last, pre.flatten(0, -2) if keep else None
 
 
 def _linear_recurrence_backward(

@@ -20,6 +20,7 @@ load over a store.
 """
 
 from inspect import signature
+from operator import itemgetter
 
 import triton
 import triton.language as tl
@@ -350,3 +351,7 @@ def recurrence_kernel(
             for k in tl.static_range(NUM_INPUTS):
                 at = (sums_of * NUM_INPUTS + k) * num_features + feature
                 tl.store(grad_bias + at, tl.sum(sums[k + 1], 0)[None, :], there)
+
+
+PARAMETERS = signature(recurrence_kernel.fn).parameters
+constants_of = itemgetter(*(at for at, each in enumerate(PARAMETERS.values()) if each.annotation is tl.constexpr))

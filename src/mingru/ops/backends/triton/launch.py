@@ -53,13 +53,32 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
     raise KernelFailure(f"the backend 'triton' cannot run this because {_failures[key]}; use 'torch'") from error
 
 
+# Compiled kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its
+# own search takes most of the time of a launch.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
     from . import kernels
 
-    tile = {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+    args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+    values = [args.get(name) for name in kernels.PARAMETERS]
+    dtypes = tuple(x.dtype for x in values if isinstance(x, Tensor))
+    # Integers of 32 and of 64 bits have different types.
+    integers = [x for x in values if type(x) is int]
+    wide = () if _fits(min(integers)) and _fits(max(integers)) else tuple(map(_fits, integers))
+    key = (device, plan.warps, kernels.constants_of(values), tuple(map(type, values)), dtypes, wide)
     with devices.current(device):
-        # Fusion is given, because the default differs between versions of Triton.
-        kernels.recurrence_kernel[(num_programs,)](**args, **tile, num_warps=plan.warps, enable_fp_fusion=True)
+        if (compiled := _compiled.get(key)) is not None:
+            compiled[(num_programs, 1, 1)](*values)
+        else:
+            # Fusion is given, because the default differs between versions of Triton. The interpreter returns None.
+            kernel = kernels.recurrence_kernel[(num_programs,)]
+            _compiled[key] = kernel(**args, num_warps=plan.warps, enable_fp_fusion=True)
+
+
+def _fits(number: int) -> bool:
+    return -(2**31) <= number < 2**31
 
 
 class _Call:

@@ -1,5 +1,6 @@
 """How a kernel divides its work; see `kernels`."""
 
+import functools
 from math import inf
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     """Number of tiles whose inputs are loaded in advance; None if the compiler decides."""
 
 
+@functools.lru_cache(1024)
 def plan_of(work: Work) -> Plan:
     """Return the plan of a kernel. It is the same for all GPUs of a vendor with warps of a size, and so are results."""
     itemsize, backward, num_steps, num_features = work.itemsize, work.backward, work.num_steps, work.num_features
