@@ -1,8 +1,9 @@
-"""`docs/hooks.py`: the checks and links of the rendered documentation, on pages as mkdocs makes them."""
+"""The hooks of mkdocs in `docs`, on pages as mkdocs makes them, and what the pages say."""
 
 import importlib.util
 import inspect
 import json
+import re
 import types
 from pathlib import Path
 
@@ -11,9 +12,16 @@ import pytest
 import mingru
 
 DOCS = Path(__file__).parents[1] / "docs"
-spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
-hooks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hooks)
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks, equations = imported(DOCS / "hooks.py"), imported(DOCS / "equations.py")
 
 EXAMPLE = "<pre><code>&gt;&gt;&gt; rnn = mingru.MinGRU(3, 4)</code></pre>"
 INPUTS = "<details><summary>Inputs</summary>\n<ul><li><strong>x</strong>: Sequence.</li></ul></details>"
@@ -44,6 +52,63 @@ def test_names_become_links():
     assert "torch.nn.GRU.html" in hooks.linked("<code>torch.nn.GRU</code>", documented)
     for html in ("<code>mingru.MinLSTM</code>", "<pre><code>mingru.MinGRU</code></pre>", "<code>torch.nn.utils</code>"):
         assert hooks.linked(html, documented) == html
+
+
+def plain(text):
+    return f'<div class="highlight"><pre><span></span><code>{text}\n</code></pre></div>'
+
+
+def mathml(text):
+    """Return the MathML of an equation in short form: without attributes, brackets and products as they are."""
+    return re.sub(r' \w+="\w+"|</?mo[^>]*>|</?math>', "", equations.mathml(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "typeset"),
+    [
+        ("a = -b - 2", "<mi>a</mi>=−<mi>b</mi>−<mn>2</mn>"),
+        ("h_{t-1}", "<msub><mi>h</mi><mrow><mi>t</mi>−<mn>1</mn></mrow></msub>"),
+        ("f'_t", "<msub><mrow><mi>f</mi>′</mrow><mi>t</mi></msub>"),
+        ("m)^dt_t", "<mi>m</mi><msup>)<msub><mi>dt</mi><mi>t</mi></msub></msup>"),
+        ("sigma(log_a_t)", "<mi>σ</mi>(<msub><mi>log_a</mi><mi>t</mi></msub>)"),
+        ("z if v >= 0", "<mi>z</mi><mspace/><mtext>&nbsp;if&nbsp;</mtext><mspace/><mi>v</mi>≥<mn>0</mn>"),
+    ],
+)
+def test_equations_are_typeset(text, typeset):
+    assert mathml(text).replace('<mspace width="0.2em"/>', "<mspace/>") == typeset
+
+
+def test_signs_and_products():
+    prefix = '<mo stretchy="false" form="prefix">−</mo>'
+    assert [prefix in equations.mathml(text) for text in ("-a", "x = -a", "f(-a)", "b - a")] == [True] * 3 + [False]
+    spaces = [equations.mathml(text).count("<mspace") for text in ("a b", "(a) b", "a (b)", "a + b", "f(a)")]
+    assert spaces == [1, 1, 1, 0, 0]
+
+
+def test_which_blocks_are_equations():
+    typeset = equations.on_page_content(plain("a_t = 1    b = c\n\nd = 2"))
+    assert "<pre" not in typeset
+    assert [typeset.count(f"<{tag}") for tag in ("table", "tr", "td", "math")] == [2, 2, 3, 3]
+    for block in (
+        plain("pip install ."),
+        plain("a = 1\nprint(a)"),
+        '<pre><code><span class="n">a</span> = 1</code></pre>',
+    ):
+        assert equations.on_page_content(block) == block
+
+
+def test_indices_in_text():
+    text = "<p>The state x_t, h_{t-1} and dt_t.</p>"
+    typeset = "<p>The state <i>x</i><sub>t</sub>, <i>h</i><sub>t−1</sub> and <i>dt</i><sub>t</sub>.</p>"
+    assert equations.on_page_content(text) == typeset
+    for same in (
+        "<code>h_n</code>",
+        "<p>state_dict</p>",
+        "<strong>h_n</strong>",
+        '<a href="h_n">h_n</a>',
+        "<p>x_dim</p>",
+    ):
+        assert equations.on_page_content(same) == same
 
 
 def test_the_text_for_language_models(tmp_path):
@@ -85,3 +150,10 @@ def test_the_table_of_options_is_what_the_command_wrote():
             mean, half = sum(metrics) / len(metrics), (max(metrics) - min(metrics)) / 2
             cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
         assert f"\n| {name} | {' | '.join(cells)} |\n" in page
+
+
+def test_the_error_of_the_mean_is_on_the_page_of_options(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
+    error = imported(DOCS.parent / "benchmarks" / "choosing.py").Forecast().error_of_mean()
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    assert f"error of {error:.2f}" in page
