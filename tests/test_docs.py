@@ -152,6 +152,38 @@ def test_the_table_of_options_is_what_the_command_wrote():
         assert f"\n| {name} | {' | '.join(cells)} |\n" in page
 
 
+def missing_options(cls, page):
+    """Return the arguments of a class and of its calls that no table of the page has in its first column."""
+    in_tables = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    arguments = [
+        *inspect.signature(cls).parameters.values(),
+        *list(inspect.signature(cls.forward).parameters.values())[1:],
+    ]
+    return [each.name for each in arguments if each.kind is not each.VAR_KEYWORD and each.name not in in_tables]
+
+
+CLASSES = [
+    *(getattr(mingru, name) for name in mingru.__all__ if name.startswith(("Min", "Stack"))),
+    *(getattr(mingru.drop_in, name) for name in ("GRU", "GRUCell", "LSTM", "LSTMCell")),
+    mingru.models.Block,
+    mingru.models.LanguageModel,
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_each_option_is_in_a_table(cls):
+    """If this fails, add the option to the section "All options" of docs/choosing.md."""
+    assert missing_options(cls, (DOCS / "choosing.md").read_text(encoding="utf-8")) == []
+
+
+def test_an_option_that_is_in_no_table_is_named():
+    class New(mingru.MinGRUCell):
+        def __init__(self, input_dims, hidden_dims, new_option=False): ...
+
+    page = "| `input_dims`, `hidden_dims` | `new_option` |\n| `x`, `h`, `reset`, `dt` | |\n"
+    assert missing_options(New, page) == ["new_option"]
+
+
 def test_the_error_of_the_mean_is_on_the_page_of_options(monkeypatch):
     monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     error = imported(DOCS.parent / "benchmarks" / "choosing.py").Forecast().error_of_mean()
