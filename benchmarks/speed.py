@@ -216,7 +216,7 @@ def plot(times: dict[str, dict[int, float]], hidden_dims: int, path: Path) -> No
     import matplotlib.pyplot as plt
 
     colors = {"mingru": "#0b6e4f", GRU: "#c1121f", "nn.LSTM": "#e07a1f", LINEAR: "#8d99ae", PEER: "#b5179e"}
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     for name, by_steps in times.items():
         is_mingru = name == "mingru"
         label = "mingru.MinGRU" if is_mingru else name
@@ -228,9 +228,9 @@ def plot(times: dict[str, dict[int, float]], hidden_dims: int, path: Path) -> No
     axes.set_xscale("log", base=2)
     axes.set_xlabel("sequence length (steps)")
     axes.set_ylabel("forward + backward (ms)")
-    axes.set_title(f"One layer, batch 1, {hidden_dims} features, float32, {torch.get_num_threads()} CPU threads")
+    axes.set_title(f"One layer, batch 1, {hidden_dims} features, {torch.get_num_threads()} CPU threads")
     axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 

@@ -22,7 +22,7 @@ def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     for label, curve in curves.items():
         cell, points = curve["settings"]["cell"], curve["points"]
         style = {"linewidth": 3.0, "zorder": 3} if cell == "mingru" else {"linewidth": 1.6}

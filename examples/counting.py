@@ -105,9 +105,11 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(results), 3.6), dpi=150, layout="constrained")
+    # Below one another and narrow, so that the text is readable on phones.
+    figure = Figure(figsize=(5.5, 1 + 2.4 * len(results)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (task, by_model) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    all_axes = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
+    for axes, (task, by_model) in zip(all_axes, results.items(), strict=True):
         for name, runs in by_model.items():
             color = f"C{MODELS.index(name)}"
             means = torch.tensor(runs).mean(0) * 100
@@ -118,12 +120,12 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
                 axes.plot(LENGTHS, [100 * accuracy for accuracy in run], color=color, alpha=0.25, linewidth=0.8)
         axes.axhline(100 / int(task), color="gray", linestyle="--", linewidth=1, label="chance")
         axes.axvline(TRAIN_LENGTH, color="gray", linestyle=":", linewidth=1)
-        axes.set(xscale="log", xlabel="Length", title=f"Sum modulo {task}", ylim=(0, 104))
+        axes.set(xscale="log", ylabel="Accuracy (%)", title=f"Sum modulo {task}", ylim=(0, 104))
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Accuracy (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    all_axes[-1].set_xlabel("Length")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 

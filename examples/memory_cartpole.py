@@ -191,15 +191,17 @@ def evaluate(policy: Policy, seed: int) -> float:
 
 def plot(path: Path, results: dict[str, list[Curve]]) -> None:
     """Save a plot of the returns in training against time steps and against processor seconds."""
-    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
-    by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
+    # Below one another and narrow, so that the text is readable on phones.
+    figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
+    by_steps, by_seconds = figure.subplots(2)
     for name, runs in results.items():
         for index, (steps, seconds, returns) in enumerate(zip(*run, strict=True) for run in runs):
-            for axes, x in ((by_steps, steps), (by_seconds, seconds)):
+            for axes, x in ((by_steps, [step / 1000 for step in steps]), (by_seconds, seconds)):
                 axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else name)
-    by_steps.set(xlabel="Time steps", ylabel="Return, mean of 100 episodes", ylim=(0, MAX_STEPS + 10))
-    by_seconds.set(xlabel="Processor seconds, one thread")
-    figure.legend(*by_steps.get_legend_handles_labels(), loc="outside right center")
+    for axes, label in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
+        axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
+        axes.grid(alpha=0.3)
+    figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
