@@ -231,14 +231,40 @@ def evaluate(forecast: Callable[[Batch], Tensor], series: Series) -> list[float]
     return errors
 
 
-def plot(path: Path, results: dict[str, list[list[float]]], train_gaps: list[int]) -> None:
-    """Save a plot of the error against the mean gap: the mean over the seeds, and each seed in a light color."""
+@torch.no_grad()
+def plot(
+    path: Path,
+    results: dict[str, list[list[float]]],
+    train_gaps: list[int],
+    series: Series,
+    shown: str,
+    model: nn.Module,
+) -> None:
+    """Save a plot of forecasts of one model in five days, and of the errors of all against the mean gap.
+
+    The errors are the mean over the seeds, and each seed in a light color.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    days, axes = figure.subplots(2, 1)
+
+    batch = observe(series, torch.tensor([0]), torch.tensor([series.num_train]), 6, torch.Generator().manual_seed(0))
+    start = series.num_train + WINDOW // 2
+    hours = torch.arange(start - HORIZON, series.num_train + WINDOW)
+    days.plot((hours - start) / DAY, series.values[0, hours] * series.scale, color="gray", linewidth=1, label="true")
+    for label, shift, values, style in (
+        ("observed, all that the model sees", 0, batch.values, {"color": "black", "marker": "o"}),
+        (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + model(batch), {"color": "C0", "marker": "^"}),
+    ):
+        moments = batch.hours[0] + shift
+        is_shown = (moments >= hours[0]) & (moments <= hours[-1])
+        x, y = (moments[is_shown] - start) / DAY, values[0, is_shown] * series.scale
+        days.plot(x, y, markersize=4, linestyle="", label=label, **style)
+    days.set(xlabel="Day", ylabel="°C from the mean", title="One observation in 6 hours, on average")
+
     for name, runs in results.items():
         means = torch.tensor(runs).mean(0)
         if name in BASELINES:
@@ -252,11 +278,12 @@ def plot(path: Path, results: dict[str, list[list[float]]], train_gaps: list[int
     for gap in train_gaps:
         axes.axvline(gap, color="gray", linestyle=":", linewidth=1)
     label = "Mean hours between observations (dotted: in training)"
-    axes.set(xscale="log", xlabel=label, ylabel="Root mean square error (°C)")
+    axes.set(xscale="log", xlabel=label, ylabel="Error (°C)")
     axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    for each, num_columns in ((days, 1), (axes, 3)):
+        each.grid(alpha=0.3)
+        each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=num_columns, frameon=False)
     figure.savefig(path)
 
 
@@ -304,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_plot_and_files(parser, args.plot)
 
     print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
-    results = {}
+    results, first = {}, None
     for name in BASELINES:
         results[name] = [evaluate(baseline(name, series), series)]
         print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
@@ -315,13 +342,14 @@ def main(arguments: list[str] | None = None) -> None:
             model = train(name, seed, series, args)
             seconds = time.perf_counter() - start
             results[name].append(evaluate(model.eval(), series))
+            first = first or (name, model)
             print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in results[name][-1]), flush=True)
     print("\nmean and, over the seeds, half of the range")
     for name, runs in results.items():
         errors = torch.tensor(runs)
         means, halves = errors.mean(0).tolist(), ((errors.amax(0) - errors.amin(0)) / 2).tolist()
         print(f"{name:14}", *(f"{mean:6.3f} ± {half:.3f}" for mean, half in zip(means, halves, strict=True)))
-    plot(args.plot, results, args.train_gaps)
+    plot(args.plot, results, args.train_gaps, series, *first)
     print(f"saved {args.plot}", file=sys.stderr)
 
 
