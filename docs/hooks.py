@@ -26,7 +26,13 @@ def on_files(files, config):
 
     for page, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
-        files.append(File.generated(config, page, content=text))
+        generated = File.generated(config, page, content=text)
+        generated.edit_uri = f"../{source}"
+        files.append(generated)
+    for file in files.documentation_pages():
+        # The others of these pages only name an object, whose docstring is their text.
+        if file.src_uri.startswith("reference/") and file.name not in ("index", "integrations"):
+            file.edit_uri = None
 
 
 def on_post_build(config):
