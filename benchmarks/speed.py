@@ -1,21 +1,32 @@
-"""Time MinGRU and its recurrence, and compare them with nn.GRU, nn.LSTM, nn.Linear and minGRU-pytorch.
+"""Time MinGRU and its recurrence, and compare them with nn.GRU, nn.LSTM, nn.Linear and other packages.
 
     python benchmarks/speed.py                             # tables
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
     python benchmarks/speed.py --ratios                    # time relative to MinGRU by shape, the README's table
+    python benchmarks/speed.py --page                      # the same by batch, length, width and threads; writes them
+                                                           # into docs/speed.md and docs/speed.json, in 5 minutes
 
 Times are medians of interleaved runs in one process, in milliseconds, of one layer. Forward is timed in inference mode.
 Forward + backward includes the gradients of all inputs and parameters. The dtype is float32 unless a name says bf16.
 
 minGRU-pytorch is another package on PyPI. Without its output projection it computes the same recurrence from I to H
-features, in log space. Its linear map has no bias, and its initial state is 0 instead of 0.5.
+features, in log space. Its linear map has no bias, and its initial state is 0 instead of 0.5. mingru-scans computes it
+in log space too. It is imported as `mingru`, so install it in a folder of its own, and name this folder:
+
+    pip install --no-deps --target out/scans mingru-scans==0.2.0
+    python benchmarks/speed.py --page --scans out/scans
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import add_shape_option, where, write_json
@@ -42,12 +53,26 @@ RATIO_SHAPES = [
     (64, 1000, 10, 100),
     (128, 32, 128, 128),
 ]
+# One shape, and others that differ in batch, steps or features.
+PAGE_SHAPES = [
+    (8, 512, 128, 128),
+    (1, 512, 128, 128),
+    (64, 512, 128, 128),
+    (8, 1, 128, 128),
+    (8, 16, 128, 128),
+    (8, 64, 128, 128),
+    (8, 4096, 128, 128),
+    (8, 512, 32, 32),
+    (8, 512, 512, 512),
+]
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 BACKENDS = [
     name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "sequential")
 ]
 LENGTHS = [2**power for power in range(4, 17)]
 SLOW_MS = 3000.0
-PEER = "minGRU-pytorch"
+PEER, SCANS = "minGRU-pytorch", "mingru-scans"
 BF16 = ", bf16 autocast"
 FASTEST = "fastest linear, I to 2H"
 # Milliseconds of forward, and of forward + backward or None if only forward was timed.
@@ -209,6 +234,70 @@ def ratios(shapes: list[tuple[int, ...]], seconds: float) -> dict[str, dict[str,
     return results
 
 
+def scans_of(folder: Path) -> Any:
+    """Return the module of mingru-scans that pip installed in `folder`, under another name than `mingru`."""
+    spec = importlib.util.spec_from_file_location("scans", folder / "mingru" / "min_gru.py")
+    scans = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scans)
+    return scans
+
+
+def by_threads(
+    timer: Timer, shapes: list[tuple[int, ...]], numbers: list[int], scans: Any
+) -> dict[str, dict[str, Figures]]:
+    """Time forward, and forward + backward, of one layer of each class, by number of threads and shape."""
+    results: dict[str, dict[str, Figures]] = {}
+    for threads in numbers:
+        torch.set_num_threads(threads)
+        of_shapes = results[str(threads)] = {}
+        for batch, steps, input_dims, hidden_dims in shapes:
+            modules = layers(input_dims, hidden_dims)
+            del modules["mingru, scripted"]
+            if scans is not None:
+                modules[SCANS] = scans.MinGRU(input_dims, hidden_dims)
+            x = torch.randn(batch, steps, input_dims, requires_grad=True)
+            functions = {name: (lambda module=module, x=x: output(module(x))) for name, module in modules.items()}
+            leaves = {name: [x, *module.parameters()] for name, module in modules.items()}
+            shape = str((batch, steps, input_dims, hidden_dims))
+            of_shapes[shape] = time_both(timer, functions, leaves)
+            print(threads, shape, {name: f"{both:.3g}" for name, (_, both) in of_shapes[shape].items()}, flush=True)
+    return results
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Return the tables of docs/speed.md from what docs/speed.json has."""
+    where, versions = record["where"], record["results"]["versions"]
+    machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
+    others = "".join(f", {name} {version}" for name, version in versions.items())
+    load = record["results"]["load"]
+    lines = [f"{machine}{others}. The load average before the run was {load:.1f}."]
+    if load > where["cores"] / 2:
+        lines[0] += " Other programs ran at the same time, so these ratios are rough."
+    for column, title in ((1, "A training step"), (0, "Forward, without gradients")):
+        for threads, by_shape in record["results"]["times"].items():
+            names = [name for name in next(iter(by_shape.values())) if name != "mingru"]
+            lines += ["", f"{title}, {threads} thread{'s' * (threads != '1')}:", ""]
+            lines += [f"| (B, S, I, H) | MinGRU | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+            for shape, figures in by_shape.items():
+                base = figures["mingru"][column]
+                cells = [as_ratio(figures[name][column] / base) for name in names]
+                lines.append(f"| {shape} | {base:.3g} ms | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_ratio(ratio: float) -> str:
+    """Return a ratio as the page shows it, in bold if the other layer is faster than MinGRU."""
+    text = f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×"
+    return f"**{text}**" if ratio < 1 else text
+
+
+def write_page(page: Path, text: str) -> None:
+    """Replace what is between the marks of the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def plot(times: dict[str, dict[int, float]], hidden_dims: int, path: Path) -> None:
     import matplotlib as mpl
 
@@ -234,12 +323,38 @@ def plot(times: dict[str, dict[int, float]], hidden_dims: int, path: Path) -> No
     figure.savefig(path, dpi=150)
 
 
+def page(parser: argparse.ArgumentParser, args: argparse.Namespace, timer: Timer) -> None:
+    """Write docs/speed.json and the tables of docs/speed.md; with --json, only this file."""
+    load = os.getloadavg()[0]
+    versions = {} if PeerMinGRU is None else {PEER: importlib.metadata.version(PEER)}
+    if args.scans:
+        found = next(importlib.metadata.distributions(name=SCANS, path=[str(args.scans)]), None)
+        if found is None:
+            fix = f"run pip install --no-deps --target {args.scans} {SCANS}"
+            parser.error(f"--scans must be a folder with {SCANS}, got {args.scans}; {fix}")
+        versions[SCANS] = found.version
+    shapes = [tuple(shape) for shape in args.shape or PAGE_SHAPES]
+    times = by_threads(timer, shapes, sorted({1, args.threads}), scans_of(args.scans) if args.scans else None)
+    path = args.json or PAGE.with_suffix(".json")
+    write_json(path, {"load": load, "versions": versions, "times": times})
+    text = tables(json.loads(path.read_text(encoding="utf-8")))
+    print(text)
+    if not args.json:
+        write_page(PAGE, text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     parser.add_argument("--hidden-dims", type=int, default=256, help="features in the sweep (default: %(default)s)")
     parser.add_argument("--ratios", action="store_true", help="print times relative to MinGRU instead of the tables")
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="print times by shape, with one thread and with --threads, and write docs/speed.md",
+    )
+    parser.add_argument("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     parser.add_argument("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     add_shape_option(parser, "five shapes")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
@@ -252,6 +367,9 @@ def main() -> None:
     if PeerMinGRU is None:
         print(f"{PEER} is not installed, so its rows are left out")
     timer = partial(medians_ms, seconds=args.seconds, least=args.rounds)
+    if args.page:
+        page(parser, args, timer)
+        return
     if args.sweep or args.plot:
         results: object = sweep(timer, args.hidden_dims)
         if args.plot:

@@ -58,7 +58,8 @@ def row(tokens, end=None):
             is_first, before = before in ("", "=", "(", ","), tokens[0]
             parts.append(term(tokens, is_first))
     del tokens[:1]
-    return "".join(parts)
+    # Words that follow one another are one text.
+    return re.sub("&nbsp;</mtext><mspace[^>]*/><mtext>&nbsp;", "&nbsp;", "".join(parts))
 
 
 def is_factor(token, brackets):

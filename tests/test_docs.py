@@ -71,6 +71,7 @@ def mathml(text):
         ("f'_t", "<msub><mrow><mi>f</mi>′</mrow><mi>t</mi></msub>"),
         ("m)^dt_t", "<mi>m</mi><msup>)<msub><mi>dt</mi><mi>t</mi></msub></msup>"),
         ("sigma(log_a_t)", "<mi>σ</mi>(<msub><mi>log_a</mi><mi>t</mi></msub>)"),
+        ("a else if b", "<mi>a</mi><mspace/><mtext>&nbsp;else&nbsp;if&nbsp;</mtext><mspace/><mi>b</mi>"),
         ("z if v >= 0", "<mi>z</mi><mspace/><mtext>&nbsp;if&nbsp;</mtext><mspace/><mi>v</mi>≥<mn>0</mn>"),
     ],
 )
@@ -150,6 +151,24 @@ def test_the_table_of_options_is_what_the_command_wrote():
             mean, half = sum(metrics) / len(metrics), (max(metrics) - min(metrics)) / 2
             cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
         assert f"\n| {name} | {' | '.join(cells)} |\n" in page
+
+
+def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
+    speed = imported(DOCS.parent / "benchmarks" / "speed.py")
+    record = json.loads((DOCS / "speed.json").read_text(encoding="utf-8"))
+    _, _, page = (DOCS / "speed.md").read_text(encoding="utf-8").partition(speed.MARKS[0])
+    page = page.partition(speed.MARKS[1])[0]
+    assert page.strip() == speed.tables(record).strip(), "run python benchmarks/speed.py --page"
+    faster = [
+        (figures[name][column] < figures["mingru"][column])
+        for column in (1, 0)
+        for by_shape in record["results"]["times"].values()
+        for figures in by_shape.values()
+        for name in figures
+        if name != "mingru"
+    ]
+    assert page.count("**") == 2 * sum(faster) > 0
 
 
 def missing_options(cls, page):

@@ -37,7 +37,7 @@ def test_kernels_were_built_where_this_project_checks_itself():
 def test_the_tables_of_ratios_are_what_the_command_wrote():
     root = Path(__file__).parent.parent
     results = json.loads((root / "docs" / "ratios.json").read_text())["results"]
-    page = (root / "docs" / "speed.md").read_text()
+    page = (root / "docs" / "speed.md").read_text().partition("## By batch")[0]
     names = ("nn.GRU", "nn.LSTM", "nn.Linear(I, 2H)")
     rows = []
     for shape, times_ms in results.items():
