@@ -270,24 +270,27 @@ def tables(record: dict[str, Any]) -> str:
     machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
     others = "".join(f", {name} {version}" for name, version in versions.items())
     load = record["results"]["load"]
-    lines = [f"{machine}{others}. The load average before the run was {load:.1f}."]
+    lines = [f"{machine}{others}.", f"The load average before the run was {load:.1f}."]
     if load > where["cores"] / 2:
-        lines[0] += " Other programs ran at the same time, so these ratios are rough."
+        lines += ["Other programs ran at the same time, so these ratios are rough."]
     for column, title in ((1, "A training step"), (0, "Forward, without gradients")):
         for threads, by_shape in record["results"]["times"].items():
             names = [name for name in next(iter(by_shape.values())) if name != "mingru"]
             lines += ["", f"{title}, {threads} thread{'s' * (threads != '1')}:", ""]
-            lines += [f"| (B, S, I, H) | MinGRU | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+            headings = " | ".join(name.removesuffix("(I, 2H)") for name in names)
+            lines += [f"| B, S, H | MinGRU, ms | {headings} |", "| --- " * (len(names) + 2) + "|"]
             for shape, figures in by_shape.items():
+                batch, steps, input_dims, hidden_dims = json.loads(f"[{shape[1:-1]}]")
+                features = hidden_dims if input_dims == hidden_dims else f"{input_dims} to {hidden_dims}"
                 base = figures["mingru"][column]
                 cells = [as_ratio(figures[name][column] / base) for name in names]
-                lines.append(f"| {shape} | {base:.3g} ms | {' | '.join(cells)} |")
+                lines.append(f"| {batch}, {steps}, {features} | {base:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def as_ratio(ratio: float) -> str:
     """Return a ratio as the page shows it, in bold if the other layer is faster than MinGRU."""
-    text = f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×"
+    text = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return f"**{text}**" if ratio < 1 else text
 
 
