@@ -17,15 +17,16 @@ RNNs Through Negative Eigenvalues").
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import at_least, check_plot_and_files
+from common import Parser, Run, at_least, positive, write, write_figure
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import mingru
@@ -37,6 +38,7 @@ TRAIN_LENGTH = 40
 LENGTHS = (40, 64, 128, 256, 512, 1024)
 # The accuracy at a length is the mean over so many last steps.
 WINDOW = 8
+QUICK = {"num_steps": 20, "batch_size": 16, "hidden_dims": 16, "seeds": [0], "num_test": 16}
 
 
 def generate(batch_size: int, num_steps: int, modulus: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -62,25 +64,28 @@ class Model(nn.Module):
         return self.head(out[:, 1:])
 
 
-def train(name: str, modulus: int, seed: int, args: argparse.Namespace) -> tuple[nn.Module, float]:
-    """Return a trained model and its loss, the mean over the last 50 steps."""
+def train(run: Run, name: str, modulus: int, seed: int, args: argparse.Namespace) -> tuple[list[float], float, float]:
+    """Return a trained model's accuracies, its loss (the mean over the last 50 steps) and the seconds of training."""
     generator = torch.manual_seed(seed)
     # At 1,024 time steps, one signed layer computes parity without an error, and two layers drift.
     num_layers = args.num_layers or (1 if name == "signed" else 2)
     model = Model(name, modulus, args.hidden_dims, num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.num_steps))
-    losses = []
-    for _ in range(args.num_steps):
-        tokens, sums = generate(args.batch_size, TRAIN_LENGTH, modulus, generator)
+    model, optimizer = run.fabric.setup(model, optimizer)
+    losses: list[float] = []
+    for _ in run.steps(args.num_steps, model, optimizer, schedule, losses):
+        tokens, sums = run.fabric.to_device(generate(args.batch_size, TRAIN_LENGTH, modulus, generator))
         loss = F.cross_entropy(model(tokens).flatten(0, 1), sums.flatten(), label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return model, sum(losses[-50:]) / len(losses[-50:])
+        run.log(loss=losses[-1])
+    seconds = run.seconds
+    return evaluate(run.fabric, model, modulus, seed, args.num_test), sum(losses[-50:]) / len(losses[-50:]), seconds
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
@@ -92,22 +97,20 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, modulus: int, seed: int, num_test: int) -> list[float]:
+def evaluate(fabric: Fabric, model: nn.Module, modulus: int, seed: int, num_test: int) -> list[float]:
     """Return the accuracy at each of LENGTHS, on new sequences."""
     generator = torch.Generator().manual_seed(10_000 + seed)
-    tokens, sums = generate(num_test, LENGTHS[-1], modulus, generator)
-    right = (model.eval()(tokens).argmax(-1) == sums).double().mean(0)
+    tokens, sums = fabric.to_device(generate(num_test, LENGTHS[-1], modulus, generator))
+    right = (model.eval()(tokens).argmax(-1) == sums).cpu().double().mean(0)
     return [right[length - WINDOW : length].mean().item() for length in LENGTHS]
 
 
 def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
     """Save a plot of accuracy against length: the mean over the seeds, and each seed in a light color."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Below one another and narrow, so that the text is readable on phones.
     figure = Figure(figsize=(5.5, 1 + 2.4 * len(results)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
     for axes, (task, by_model) in zip(all_axes, results.items(), strict=True):
         for name, runs in by_model.items():
@@ -126,48 +129,44 @@ def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
         axes.grid(alpha=0.3)
     all_axes[-1].set_xlabel("Length")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tasks", type=at_least(2), nargs="+", default=TASKS, metavar="M", help="moduli; default: 2 3 5"
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="default: 0 1 2")
-    parser.add_argument("--num-steps", type=at_least(1), default=1500, help="training steps; default: 1500")
-    parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: 128")
-    parser.add_argument("--hidden-dims", type=at_least(2), default=64, help="features of each layer; default: 64")
-    parser.add_argument("--num-layers", type=at_least(1), help="default: 1 for signed, otherwise 2")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate; default: 0.003")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
-    parser.add_argument("--label-smoothing", type=float, default=0.1, help="default: 0.1")
-    parser.add_argument("--num-test", type=at_least(1), default=256, help="test sequences of each model; default: 256")
-    parser.add_argument("--plot", type=Path, default=Path("counting.png"), help="default: counting.png")
-    parser.add_argument("--json", type=Path, help="save all accuracies")
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK)
+    add = parser.add_argument
+    add("--tasks", type=at_least(2), nargs="+", default=TASKS, metavar="M", help="moduli")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and sequences")
+    add("--num-steps", type=at_least(1), default=1500, help="training steps of each model")
+    add("--batch-size", type=at_least(1), default=128, help="sequences in each training step")
+    add("--hidden-dims", type=at_least(2), default=64, help="features of each layer")
+    add("--num-layers", type=at_least(1), help="number of layers; if omitted, 1 for signed, otherwise 2")
+    add("--learning-rate", type=positive, default=3e-3, help="highest learning rate")
+    add("--weight-decay", type=at_least(0, float), default=0.0, help="weight decay of AdamW")
+    add("--label-smoothing", type=at_least(0, float, 1), default=0.1, help="share of the targets that is uniform")
+    add("--num-test", type=at_least(1), default=256, help="test sequences of each model")
+    parser.add_output("--plot", Path("counting.png"), "picture of the accuracies")
+    parser.add_output("--json", help="file for all accuracies")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    # Before the training, which takes many minutes.
-    check_plot_and_files(parser, args.plot, *([args.json] if args.json else []))
+    args = parser.parse_args(argv)
+    run = Run(parser, args, free=["tasks", "models", "seeds"])
     results: dict[str, dict[str, list[list[float]]]] = {}
-    print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
-    for modulus in args.tasks:
-        for name in args.models:
-            for seed in args.seeds:
-                start = time.perf_counter()
-                model, loss = train(name, modulus, seed, args)
-                seconds = time.perf_counter() - start
-                accuracies = evaluate(model, modulus, seed, args.num_test)
-                results.setdefault(str(modulus), {}).setdefault(name, []).append(accuracies)
-                row = " ".join(f"{accuracy:7.2%}" for accuracy in accuracies)
-                print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f}  {row}", flush=True)
+    run.print(
+        f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length {' '.join(map(str, LENGTHS))}"
+    )
+    for modulus, name, seed in itertools.product(args.tasks, args.models, args.seeds):
+        key = f"modulo {modulus}, {name}, seed {seed}"
+        accuracies, loss, seconds = run.once(key, train, run, name, modulus, seed, args)
+        results.setdefault(str(modulus), {}).setdefault(name, []).append(accuracies)
+        row = " ".join(f"{accuracy:7.2%}" for accuracy in accuracies)
+        run.print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f}  {row}")
     if args.json:
-        args.json.write_text(json.dumps({"lengths": LENGTHS, "accuracies": results}))
+        write(args.json, json.dumps({"lengths": LENGTHS, "accuracies": results}).encode())
     plot(args.plot, results)
     print(f"saved {args.plot}", file=sys.stderr)
 
