@@ -207,6 +207,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         args = super().parse_args(argv)
+        assert self.quick.keys() <= vars(args).keys()
         if args.quick:
             self.set_defaults(**self.quick)
             args = super().parse_args(argv)
@@ -233,7 +234,6 @@ class Run:
         self.results: dict[str, Any] = {}
         self.unfinished: dict[str, dict[str, Any]] = {}
         self.current: tuple[int, Sequence[Any]] | None = None
-        self._restart_clocks(0.0, 0.0)
 
         outputs = {name: getattr(args, name) for name in parser.outputs if getattr(args, name)}
         for name, path in outputs.items():
@@ -305,17 +305,18 @@ class Run:
                     name, metrics = self.name and f"{self.name}: ", self._metrics() and f", {self._metrics()}"
                     print(f"{name}step {done}{of}{metrics}, {speed:.3g} steps/s{left}", file=sys.stderr, flush=True)
         finally:
+            self.ended = clocks()
             bar.close()
             self._each_logger("finalize", "success")
 
     @property
     def seconds(self) -> float:
-        """Seconds of the training so far, before and after an interruption."""
-        return time.perf_counter() - self._began[0]
+        """Seconds of the latest training so far, those before an interruption included."""
+        return (self.ended or clocks())[0] - self.began[0]
 
     @property
     def processor_seconds(self) -> float:
-        return time.process_time() - self._began[1]
+        return (self.ended or clocks())[1] - self.began[1]
 
     def log(self, **metrics: Tensor | float) -> None:
         """Show these numbers of this step beside the bar, and write them to the logs."""
@@ -324,10 +325,10 @@ class Run:
             step = self.current[0] + 1 if self.current else 0
             self._each_logger("log_metrics", {name: float(value) for name, value in self.metrics.items()}, step)
 
-    def print(self, line: str) -> None:
-        """Print a line above the bar."""
+    def print(self, *values: Any) -> None:
+        """Print a line, above the bar if there is one, and only once if there are several processes."""
         if self.fabric.is_global_zero:
-            tqdm.write(line, sys.stdout)
+            tqdm.write(" ".join(map(str, values)), sys.stdout)
             sys.stdout.flush()
 
     def save(self) -> None:
@@ -382,7 +383,8 @@ class Run:
     def _restore(self, objects: Sequence[Any]) -> int:
         """Load the states of the objects if the checkpoint has them, and return the number of steps done."""
         start = self.unfinished.get(self.name)
-        self._restart_clocks(*(start["seconds"] if start else (0.0, 0.0)))
+        seconds, processor_seconds = start["seconds"] if start else (0.0, 0.0)
+        self.began, self.ended = (clocks()[0] - seconds, clocks()[1] - processor_seconds), None
         if not start:
             return 0
         try:
@@ -403,9 +405,6 @@ class Run:
         device, states = self.fabric.device.type, {"cpu": torch.get_rng_state()}
         return states if device == "cpu" else {**states, device: torch.get_device_module(device).get_rng_state()}
 
-    def _restart_clocks(self, seconds: float, processor_seconds: float) -> None:
-        self._began = time.perf_counter() - seconds, time.process_time() - processor_seconds
-
     def _make_loggers(self) -> list[Any]:
         """Return loggers in a new folder version_0, version_1, ..., so that a resumed run leaves the first logs."""
         from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
@@ -421,6 +420,10 @@ class Run:
 
     def _metrics(self) -> str:
         return ", ".join(f"{name} {float(value):.4g}" for name, value in self.metrics.items())
+
+
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def plain(value: Any) -> Any:
@@ -449,17 +452,3 @@ def load_state(thing: Any, state: Any) -> None:
         thing[:] = state
     else:
         thing.load_state_dict(state)
-
-
-def check_plot_and_files(parser: argparse.ArgumentParser, plot: Path, *others: Path) -> None:
-    """Stop the program if a file cannot be written. A new file is created, and stays empty until the end."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if plot.suffix[1:].lower() not in endings:
-        parser.error(f"--plot must end in one of .{', .'.join(endings)}, got {plot}")
-    for path in (plot, *others):
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            parser.error(f"{path} cannot be written ({error.strerror}); name another file")

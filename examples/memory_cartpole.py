@@ -14,24 +14,23 @@ steps in one call. nn.LSTM has no resets: it is called for each part between two
 """
 
 import argparse
+import itertools
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import at_least
-from matplotlib.figure import Figure
+from common import Parser, Run, at_least, fail, positive, write_figure
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from tqdm import tqdm
 
 import mingru
 
 try:
     import gymnasium
 except ModuleNotFoundError:
-    sys.exit("the package gymnasium is not installed; run `pip install gymnasium`")
+    fail("the package gymnasium is not installed; run `pip install gymnasium`")
 
 POLICIES = ("minGRU", "minLSTM", "nn.LSTM", "no memory")
 # Index of each observed position, and the limit at which an episode ends: 2.4 m for the cart, 12° for the pole.
@@ -40,6 +39,7 @@ MAX_STEPS, NUM_TEST = 500, 100
 # Of PPO. A rollout has 128 steps of each environment, and is used in 8 epochs of 4 minibatches.
 DISCOUNT, GAE_LAMBDA, CLIP, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5
 ROLLOUT, NUM_EPOCHS, NUM_MINIBATCHES = 128, 8, 4
+QUICK = {"num_steps": 4096, "seeds": [0]}
 Curve = list[tuple[int, float, float]]  # time steps, processor seconds, return
 
 
@@ -101,12 +101,22 @@ class Rollout(NamedTuple):
 class Player:
     """Environments, and the observation, flags and state with which a policy goes on in them."""
 
-    def __init__(self, num_envs: int, seed: int) -> None:
-        self.envs = gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode="vector_entry_point")
-        self.x = positions(self.envs.reset(seed=seed)[0])
-        self.reset, self.is_last = torch.ones(num_envs, dtype=torch.bool), torch.zeros(num_envs, dtype=torch.bool)
+    def __init__(self, num_envs: int, seed: int, device: torch.device | None = None) -> None:
+        self.envs = gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode="vector_entry_point").unwrapped
+        self.x = positions(self.envs.reset(seed=seed)[0]).to(device)
+        self.reset = torch.ones(num_envs, dtype=torch.bool, device=device)
+        self.is_last, self.returns = torch.zeros_like(self.reset), torch.zeros(num_envs, device=device)
         self.state: list[Tensor] = []
-        self.returns = torch.zeros(num_envs)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "envs"}
+        envs = {name: torch.from_numpy(getattr(self.envs, name)) for name in ("state", "steps", "prev_done")}
+        return {"own": own, "envs": envs, "generator": self.envs.np_random.bit_generator.state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        vars(self).update(move_data_to_device(saved["own"], self.x.device))
+        vars(self.envs).update({name: value.numpy() for name, value in saved["envs"].items()})
+        self.envs.np_random.bit_generator.state = saved["generator"]
 
     @torch.no_grad()
     def play(self, policy: Policy, num_steps: int, is_greedy: bool = False) -> tuple[Rollout, Tensor, list[float]]:
@@ -117,11 +127,15 @@ class Player:
             actions = Categorical(logits=logits[0])
             action = logits[0].argmax(-1) if is_greedy else actions.sample()
             log_prob = actions.log_prob(action)
-            observation, *results, _ = self.envs.step(action.numpy())
-            reward, terminated, truncated = (torch.from_numpy(each) for each in results)
+            observation, *results, _ = self.envs.step(action.cpu().numpy())
+            reward, terminated, truncated = (torch.from_numpy(each).to(action.device) for each in results)
             steps.append((self.x, self.reset, self.is_last, action, log_prob, value[0], reward, terminated))
             # An environment returns the last position of an episode, and in the next step the first one of another.
-            self.x, self.reset, self.is_last = positions(observation), self.is_last, terminated | truncated
+            self.x, self.reset, self.is_last = (
+                positions(observation).to(action.device),
+                self.is_last,
+                terminated | truncated,
+            )
             self.returns += reward
             finished += self.returns[self.is_last].tolist()
             self.returns[self.is_last] = 0.0
@@ -156,16 +170,17 @@ def loss_of(policy: Policy, data: Rollout, state: list[Tensor], advantage: Tenso
     return (0.25 * (value - data.value - advantage).square() - surrogate)[is_used].mean()
 
 
-def train(name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, Curve]:
+def train(run: Run, name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, Curve]:
     """Return a policy and the means of its last 100 returns, after each iteration."""
     torch.manual_seed(seed)
-    policy, player = Policy(name, args.hidden_dims), Player(args.num_envs, seed)
+    policy, player = Policy(name, args.hidden_dims), Player(args.num_envs, seed, run.fabric.device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, eps=1e-5)
     num_iterations = -(-args.num_steps // (args.num_envs * ROLLOUT))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / num_iterations, num_iterations)
-    curve, recent, start = [], [], time.process_time()
-    progress = tqdm(range(1, num_iterations + 1), desc=f"{name}, seed {seed}", leave=False, disable=None)
-    for iteration in progress:
+    policy, optimizer = run.fabric.setup(policy, optimizer)
+    curve: Curve = []
+    recent: list[float] = []
+    for iteration in run.steps(num_iterations, policy, optimizer, schedule, player, curve, recent):
         state = player.state  # before the rollout, for each epoch
         data, last_value, finished = player.play(policy, ROLLOUT)
         advantage = advantages(data, last_value)
@@ -173,24 +188,32 @@ def train(name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, Curve
             for rows in torch.randperm(args.num_envs).chunk(NUM_MINIBATCHES):
                 part, first = Rollout(*(each[:, rows] for each in data)), [h[:, rows] for h in state]
                 optimizer.zero_grad()
-                loss_of(policy, part, first, advantage[:, rows]).backward()
-                nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+                run.fabric.backward(loss_of(policy, part, first, advantage[:, rows]))
+                run.fabric.clip_gradients(policy, optimizer, max_norm=MAX_GRAD_NORM)
                 optimizer.step()
         schedule.step()
-        recent = (recent + finished)[-100:]
-        curve.append((iteration * args.num_envs * ROLLOUT, time.process_time() - start, sum(recent) / len(recent)))
-        progress.set_postfix({"return": f"{curve[-1][2]:.0f}"})
+        recent[:] = (recent + finished)[-100:]
+        mean = sum(recent) / len(recent)
+        curve.append(((iteration + 1) * args.num_envs * ROLLOUT, run.processor_seconds, mean))
+        run.log(**{"return": mean})
     return policy, curve
 
 
-def evaluate(policy: Policy, seed: int) -> float:
+def evaluate(policy: Policy, seed: int, device: torch.device | None = None) -> float:
     """Return the mean return of the first episodes in NUM_TEST environments, with the more probable actions."""
-    data, *_ = Player(NUM_TEST, 10_000 + seed).play(policy, MAX_STEPS, is_greedy=True)
+    data, *_ = Player(NUM_TEST, 10_000 + seed, device).play(policy, MAX_STEPS, is_greedy=True)
     return (data.reward * (data.reset.cumsum(0) == 1)).sum(0).mean().item()
+
+
+def train_and_test(run: Run, name: str, seed: int, args: argparse.Namespace) -> tuple[Curve, float, float]:
+    policy, curve = train(run, name, seed, args)
+    return curve, evaluate(policy, seed, run.fabric.device), run.seconds
 
 
 def plot(path: Path, results: dict[str, list[Curve]]) -> None:
     """Save a plot of the returns in training against time steps and against processor seconds."""
+    from matplotlib.figure import Figure
+
     # Below one another and narrow, so that the text is readable on phones.
     figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
     by_steps, by_seconds = figure.subplots(2)
@@ -202,38 +225,33 @@ def plot(path: Path, results: dict[str, list[Curve]]) -> None:
         axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
         axes.grid(alpha=0.3)
     figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="default: all")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="default: 0 1 2")
-    parser.add_argument("--num-steps", type=at_least(1), default=150_000, help="time steps; default: 150000")
-    parser.add_argument("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="environments; default: 16")
-    parser.add_argument("--hidden-dims", type=at_least(1), default=64, help="features of each layer; default: 64")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest learning rate; default: 0.002")
-    parser.add_argument("--plot", type=Path, default=Path("memory_cartpole.png"), help="default: memory_cartpole.png")
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK, save_every=10, accelerator="cpu")
+    add = parser.add_argument
+    add("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to train")
+    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and episodes")
+    add("--num-steps", type=at_least(1), default=150_000, help="time steps of each policy")
+    add("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="number of environments")
+    add("--hidden-dims", type=at_least(1), default=64, help="features of each layer")
+    add("--learning-rate", type=positive, default=2e-3, help="highest learning rate")
+    parser.add_output("--plot", Path("memory_cartpole.png"), "picture of the returns")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    try:
-        plot(args.plot, {})  # before the training
-    except (OSError, ValueError) as error:
-        parser.error(f"--plot must be a file that can be written, got {args.plot}: {error}")
+    args = parser.parse_args(argv)
+    run = Run(parser, args, free=["policies", "seeds"])
     torch.set_num_threads(1)  # The layers are too small for more.
-    print(f"{'policy':9} {'seed':>4} {'time':>6} {'processor':>10}  mean return of {NUM_TEST} new episodes")
+    run.print(f"{'policy':9} {'seed':>4} {'time':>6} {'processor':>10}  mean return of {NUM_TEST} new episodes")
     results: dict[str, list[Curve]] = {}
-    for name in args.policies:
-        for seed in args.seeds:
-            start = time.perf_counter()
-            policy, curve = train(name, seed, args)
-            results.setdefault(name, []).append(curve)
-            times = f"{time.perf_counter() - start:5.0f}s {curve[-1][1]:9.0f}s"
-            print(f"{name:9} {seed:4} {times}  {evaluate(policy, seed):6.1f}", flush=True)
+    for name, seed in itertools.product(args.policies, args.seeds):
+        curve, mean, seconds = run.once(f"{name}, seed {seed}", train_and_test, run, name, seed, args)
+        results.setdefault(name, []).append(curve)
+        run.print(f"{name:9} {seed:4} {seconds:5.0f}s {curve[-1][1]:9.0f}s  {mean:6.1f}")
     plot(args.plot, results)
     print(f"saved {args.plot}", file=sys.stderr)
 

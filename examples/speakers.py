@@ -25,27 +25,26 @@ more of 370 than the mean. A run of minGRU takes half as long as one of nn.GRU.
 """
 
 import argparse
-import importlib.util
 import itertools
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import check_plot_and_files
+from common import Parser, Run, at_least, fail, installed, positive, write_figure
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from tqdm import tqdm
 
 import mingru
 
 MODELS = ("minGRU", "nn.GRU", "mean")
 NUM_SPEAKERS, NUM_COEFFICIENTS = 9, 12
+QUICK = {"num_steps": 20, "num_parameters": 2000, "seeds": [0]}
+Utterances = tuple[Tensor, Tensor, Tensor]  # padded coefficients, lengths, speakers
 
 
-def read(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+def read(path: Path) -> Utterances:
     """Return padded utterances (B, S, 12), their lengths (B) and their speakers (B) from a .ts file."""
     utterances, speakers = [], []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -58,7 +57,7 @@ def read(path: Path) -> tuple[Tensor, Tensor, Tensor]:
             utterances.append(utterance.t())
             speakers.append(int(speaker) - 1)
     except ValueError as error:
-        sys.exit(f"{path} must be a .ts file with 12 coefficients of 9 speakers, got {error}")
+        fail(f"{path} must be a .ts file with 12 coefficients of 9 speakers, got {error}")
     lengths = torch.tensor([len(utterance) for utterance in utterances])
     return pad_sequence(utterances, batch_first=True), lengths, torch.tensor(speakers)
 
@@ -78,7 +77,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         if self.is_packed:
-            packed, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            packed, _ = self.rnn(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
             out, _ = pad_packed_sequence(packed, batch_first=True)
         else:
             out, _ = self.rnn(x, lengths=lengths)
@@ -113,7 +112,7 @@ def make(name: str, num_parameters: int) -> nn.Module:
     return of_width(next(width for width in itertools.count(1) if is_larger(width + 1)))
 
 
-def train(name: str, seed: int, data: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> nn.Module:
+def train(run: Run, name: str, seed: int, data: Utterances, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(seed)
     x, lengths, speakers = data
     model = make(name, args.num_parameters)
@@ -121,26 +120,39 @@ def train(name: str, seed: int, data: tuple[Tensor, Tensor, Tensor], args: argpa
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
     )
-    for _ in tqdm(range(args.num_steps), f"{name}, seed {seed}", leave=False, disable=None):
+    model, optimizer = run.fabric.setup(model, optimizer)
+    for _ in run.steps(args.num_steps, model, optimizer, schedule):
         rows = torch.randint(len(x), (args.batch_size,))
         noisy = x[rows] + args.noise * torch.randn(args.batch_size, 1, NUM_COEFFICIENTS)
         valid = torch.arange(x.shape[1]) < lengths[rows].unsqueeze(1)
-        loss = F.cross_entropy(model(noisy * valid.unsqueeze(2), lengths[rows]), speakers[rows], label_smoothing=0.1)
+        *inputs, target = run.fabric.to_device((noisy * valid.unsqueeze(2), lengths[rows], speakers[rows]))
+        loss = F.cross_entropy(model(*inputs), target, label_smoothing=0.1)
         optimizer.zero_grad()
-        loss.backward()
+        run.fabric.backward(loss)
         optimizer.step()
         schedule.step()
+        run.log(loss=loss)
     return model.eval()
+
+
+def train_and_test(
+    run: Run, name: str, seed: int, data: Utterances, test: Utterances, args: argparse.Namespace
+) -> tuple[Tensor, float]:
+    """Return how often each speaker (rows) was taken for each speaker (columns), and the seconds of training."""
+    model = train(run, name, seed, data, args)
+    *inputs, speakers = test
+    with torch.no_grad():
+        found = model(*run.fabric.to_device(inputs)).argmax(1).cpu()
+    confusion = torch.bincount(speakers * NUM_SPEAKERS + found, minlength=NUM_SPEAKERS**2)
+    return confusion.view(NUM_SPEAKERS, NUM_SPEAKERS), run.seconds
 
 
 def plot(path: Path, confusion: Tensor) -> None:
     """Draw how often each speaker (rows) was taken for each speaker (columns)."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.imshow(confusion.numpy(), cmap="Greens")
     for row, counts in enumerate(confusion.tolist()):
         for column, count in enumerate(counts):
@@ -151,61 +163,45 @@ def plot(path: Path, confusion: Tensor) -> None:
     axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
     axes.set_xticks(range(NUM_SPEAKERS), names)
     axes.set_yticks(range(NUM_SPEAKERS), names)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--num-steps", type=int, default=600, help="training steps; default: 600")
-    parser.add_argument("--num-parameters", type=int, default=20000, help="of each model, about; default: 20,000")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="highest learning rate; default: 0.005")
-    parser.add_argument("--noise", type=float, default=0.1, help="shift of the coefficients in training; default: 0.1")
-    parser.add_argument("--folder", type=Path, help="folder of the two .ts files; default: that in the package aeon")
-    parser.add_argument("--plot", type=Path, default=Path("speakers.png"), help="default: speakers.png")
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and batches")
+    add("--num-steps", type=at_least(1), default=600, help="training steps of each model")
+    add("--num-parameters", type=at_least(1000), default=20000, help="parameters of each model, about")
+    add("--batch-size", type=at_least(1), default=64, help="utterances in each training step")
+    add("--learning-rate", type=positive, default=5e-3, help="highest learning rate")
+    add("--noise", type=at_least(0, float), default=0.1, help="shift of the coefficients in training")
+    add("--folder", type=Path, help="folder of the two .ts files; if omitted, that in the package aeon")
+    parser.add_output("--plot", Path("speakers.png"), "picture of what minGRU takes for what")
     return parser
 
 
-def installed(parser: argparse.ArgumentParser) -> Path:
-    """Return the folder in the package aeon."""
-    # The package is located but not imported, because its import needs other packages.
-    package = importlib.util.find_spec("aeon")
-    if package is None or not package.submodule_search_locations:
-        parser.error("the package aeon is not installed; run `pip install --no-deps aeon==1.6.0`, or use --folder")
-    return Path(package.submodule_search_locations[0], "datasets", "data", "JapaneseVowels")
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    if min(args.num_steps, args.batch_size) < 1 or args.num_parameters < 1000:
-        parser.error("--num-steps and --batch-size must be at least 1, and --num-parameters at least 1000")
-    if not args.plot.absolute().parent.is_dir():
-        parser.error(f"--plot must be in a folder that exists, got {args.plot}")
-    check_plot_and_files(parser, args.plot)
-    files = [(args.folder or installed(parser)) / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
+    args = parser.parse_args(argv)
+    fix = "run `pip install --no-deps aeon==1.6.0`, or use --folder"
+    folder = args.folder or installed("aeon", fix) / "datasets" / "data" / "JapaneseVowels"
+    files = [folder / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
     for file in files:
         if not file.is_file():
-            parser.error(f"there is no file {file}; check the path")
-    data, (x, lengths, speakers) = map(read, files)
+            fail(f"there is no file {file}; check the path")
+    data, test = map(read, files)
+    run = Run(parser, args, free=["models", "seeds"])
     for name in args.models:
-        right, seconds, confusion = [], [], torch.zeros(NUM_SPEAKERS, NUM_SPEAKERS, dtype=torch.long)
-        for seed in args.seeds:
-            start = time.perf_counter()
-            model = train(name, seed, data, args)
-            seconds.append(time.perf_counter() - start)
-            with torch.no_grad():
-                found = model(x, lengths).argmax(1)
-            right.append(int((found == speakers).sum()))
-            confusion = torch.bincount(speakers * NUM_SPEAKERS + found, minlength=NUM_SPEAKERS**2)
-        half = (max(right) - min(right)) / 2
-        mean = statistics.mean(right)
-        share = 100 * mean / len(speakers)
-        print(f"{name:8} {mean:5.1f} ± {half:3.1f}  {share:5.1f}%  {statistics.mean(seconds):5.1f} s", flush=True)
+        key = f"{name}, seed "
+        results = [run.once(f"{key}{seed}", train_and_test, run, name, seed, data, test, args) for seed in args.seeds]
+        confusions, seconds = zip(*results, strict=True)
+        right = [int(confusion.trace()) for confusion in confusions]
+        half, mean = (max(right) - min(right)) / 2, statistics.mean(right)
+        share = 100 * mean / len(test[0])
+        run.print(f"{name:8} {mean:5.1f} ± {half:3.1f}  {share:5.1f}%  {statistics.mean(seconds):5.1f} s")
         if name == "minGRU":
-            plot(args.plot, confusion.view(NUM_SPEAKERS, NUM_SPEAKERS))
+            plot(args.plot, confusions[-1])
             print(f"saved {args.plot}", file=sys.stderr)
 
 

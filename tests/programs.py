@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def load(path: str) -> ModuleType:
+def load(path: str | Path) -> ModuleType:
     """Return the module of a program, given its path in the repository."""
     spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_program", ROOT / path)
     module = importlib.util.module_from_spec(spec)
