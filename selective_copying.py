@@ -4,6 +4,7 @@
     python selective_copying.py --seq-len 256 --vocab-size 16 --num-tokens 8 --num-steps 20000 --plot curves.png
     python selective_copying.py --save model.safetensors
     python selective_copying.py --load model.safetensors
+    python selective_copying.py --checkpoint run.pt             # if it is killed, add --resume to continue
 
 Run `pip install ".[examples]"` in a clone of the repository first. The task is from Gu and Dao 2023, "Mamba:
 Linear-Time Sequence Modeling with Selective State Spaces". The layers are from Feng et al. 2024, "Were RNNs All We
@@ -23,13 +24,11 @@ probability 1 / (vocab_size - 2), which is 25% by default.
 """
 
 import argparse
-import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -37,20 +36,22 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import mingru
+from examples.common import Parser, Run, at_least, check_shapes, fail, positive, write, write_figure
 
 Config = dict[str, Any]
 
 PRINT_EVERY = 20
 # Validation adds this number to the seed. Seeds are smaller, so no run trains on validation data of any seed.
 MAX_SEED = 2**31
-CHOICES = {"norm": ("layer", "rms", "none"), "precision": ("32-true", "bf16-mixed")}
-MAY_BE_ZERO = ("seed", "warmup", "weight_decay")
+LEAST = {"seed": 0, "warmup": 0, "weight_decay": 0, "vocab_size": 4}
+MOST = {"seed": MAX_SEED - 1, "warmup": 1}
+NORMS = ("layer", "rms", "none")
+QUICK = {"num_steps": 100, "num_validation": 512}
 HELP = {
     "seq_len": "time steps before the markers",
-    "vocab_size": "number of different tokens, noise and marker included",
+    "vocab_size": "number of different tokens: noise, marker and at least two data tokens",
     "num_tokens": "data tokens in each sequence",
     "embedding_dims": "features of each embedded token",
     "hidden_dims": "state features of each layer",
@@ -64,13 +65,8 @@ HELP = {
     "weight_decay": "weight decay of AdamW",
     "max_grad_norm": "norm to which larger gradients are scaled down",
     "num_validation": "number of validation sequences",
-    "precision": "floating-point precision",
     "seed": "random seed of weights and sequences",
 }
-
-
-class UserError(Exception):
-    """An error of the user, reported in one line."""
 
 
 def generate(batch_size: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -102,32 +98,31 @@ class Model(nn.Module):
         return self.head(out)
 
 
-def train(config: Config, fabric: Fabric) -> tuple[nn.Module, Tensor]:
+def train(config: Config, run: Run) -> tuple[nn.Module, Tensor]:
     """Train a model, and return it with the loss and accuracy of each training step, (num_steps, 2)."""
     generator = torch.manual_seed(config["seed"])
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-    model, optimizer = fabric.setup(model, optimizer)
+    model, optimizer = run.fabric.setup(model, optimizer)
 
-    history = torch.zeros(config["num_steps"], 2, device=fabric.device)
-    for step in tqdm(range(config["num_steps"]), desc="Training", unit="step", leave=False, disable=None):
-        tokens, targets = fabric.to_device(generate(config["batch_size"], config, generator))
+    history = torch.zeros(config["num_steps"], 2, device=run.fabric.device)
+    for step in run.steps(config["num_steps"], model, optimizer, schedule, history):
+        tokens, targets = run.fabric.to_device(generate(config["batch_size"], config, generator))
         logits = model(tokens)[:, -config["num_tokens"] :]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=config["max_grad_norm"])
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=config["max_grad_norm"])
         optimizer.step()
         schedule.step()
 
         history[step, 0] = loss.detach()
         history[step, 1] = (logits.argmax(-1) == targets).float().mean()
+        run.log(loss=history[step, 0], accuracy=history[step, 1])
         if step % PRINT_EVERY == 0:
             loss_now, accuracy = history[step].tolist()
-            tqdm.write(
-                f"Step [{step + 1}/{config['num_steps']}], Loss: {loss_now:.4f}, Accuracy: {accuracy:.2%}", sys.stdout
-            )
+            run.print(f"Step [{step + 1}/{config['num_steps']}], Loss: {loss_now:.4f}, Accuracy: {accuracy:.2%}")
     return model, history.cpu()
 
 
@@ -153,32 +148,9 @@ def evaluate(model: nn.Module, config: Config, fabric: Fabric) -> float:
     return num_right / (config["num_validation"] * config["num_tokens"])
 
 
-def check(config: Config) -> None:
-    """Raise UserError if an entry of the config is invalid."""
-    for name, default in cfg.items():
-        value = config[name]
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise UserError(f"{name} must be of type {type(default).__name__}, got {value!r}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if name in MAY_BE_ZERO and not 0 <= value < math.inf:
-                raise UserError(f"{name} must be 0 or more, got {value}")
-            if name not in MAY_BE_ZERO and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0, got {value}")
-    if config["vocab_size"] < 4:
-        raise UserError(f"vocab_size must be at least 4 (noise, marker, two data tokens), got {config['vocab_size']}")
-    if config["num_tokens"] > config["seq_len"]:
-        raise UserError(f"num_tokens must be at most seq_len ({config['seq_len']}), got {config['num_tokens']}")
-    if config["warmup"] > 1:
-        raise UserError(f"warmup must be a fraction of the training steps, at most 1, got {config['warmup']}")
-    if config["seed"] >= MAX_SEED:
-        raise UserError(f"seed must be below {MAX_SEED}, got {config['seed']}")
-
-
 def save(path: Path, model: nn.Module, config: Config) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(path, safetensors.torch.save(tensors, metadata={"config": json.dumps(config)}))
+    write(path, safetensors.torch.save(tensors, metadata={"config": json.dumps(config)}))
 
 
 def load(path: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -188,75 +160,16 @@ def load(path: Path) -> tuple[Config, dict[str, Tensor]]:
             config = json.loads((file.metadata() or {}).get("config", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        fail(f"cannot read {path}: {error.strerror or error}")
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of this program: {error}") from error
-    if not isinstance(config, dict) or config.keys() != cfg.keys():
-        raise UserError(f"{path} is not a checkpoint of this program: its config is missing or incomplete")
+        fail(f"{path} is damaged or not a checkpoint of this program: {error}")
+    if not isinstance(config, dict) or config.keys() != {*cfg, "precision"}:
+        fail(f"{path} is not a checkpoint of this program: its config is missing or incomplete")
     return config, tensors
-
-
-def load_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise UserError(
-                f"{path} does not match the config: {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such tensor')}"
-            )
-    model.load_state_dict(tensors)
-
-
-def check_writable(path: Path) -> None:
-    """Raise UserError if path cannot be written. Called before training, so that no result is lost."""
-    try:
-        if target(path).is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is not a regular file")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"cannot write {path}: it is read-only")
-        # The temporary file is tested, because its name is longer than that of the file, and may be too long.
-        temporary(path).touch()
-        temporary(path).unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def target(path: Path) -> Path:
-    """Return the path with symbolic links resolved, so that writing does not replace a link."""
-    return Path(os.path.realpath(path))
-
-
-def temporary(path: Path) -> Path:
-    return target(path).with_name(f"{target(path).name}.{os.getpid()}.part")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write the content to path; if that fails, leave the old file unchanged."""
-    try:
-        temporary(path).write_bytes(content)
-        os.replace(temporary(path), target(path))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary(path).unlink(missing_ok=True)
-
-
-def check_plot(path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('--plot needs matplotlib: run pip install ".[examples]" in a clone of mingru') from error
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise UserError(f"--plot must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}, got {path}")
 
 
 def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     """Save a plot of loss and accuracy over the training steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = range(1, config["num_steps"] + 1)
@@ -265,7 +178,6 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     chance = 1 / (config["vocab_size"] - 2)
 
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} time steps, "
         f"vocabulary {config['vocab_size']}\n"
@@ -285,73 +197,63 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     upper.legend(loc="upper right", framealpha=1)
     lower.legend(loc="lower right", framealpha=1)
 
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower())
-    write_whole(path, content.getvalue())
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+    write_figure(path, figure)
 
 
 def make_parser() -> Parser:
     """Return a parser with one option for each entry of `cfg` and three options for files."""
-    parser = Parser("selective_copying.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser = Parser(__file__, __doc__, quick=QUICK)
     for name, default in cfg.items():
-        option = f"--{name.replace('_', '-')}"
-        text = f"{HELP[name]}; default: {default}"
         if isinstance(default, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, str):
+            kind = {"choices": NORMS}
+        elif isinstance(default, float) and name not in LEAST:
+            kind = {"type": positive}
         else:
-            parser.add_argument(option, type=type(default), choices=CHOICES.get(name), help=text)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a plot of loss and accuracy by training step")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="save the trained model (safetensors)")
-    parser.add_argument(
-        "--load",
-        type=Path,
-        metavar="FILE",
-        help="validate a saved model instead of training; the options that it was trained with become the defaults",
-    )
+            kind = {"type": at_least(LEAST.get(name, 1), type(default), MOST.get(name, math.inf))}
+        # argparse checks defaults that are strings, so that an entry that was edited is checked too.
+        checked = default if isinstance(default, bool) else str(default)
+        parser.add_argument(option(name), default=checked, help=HELP[name], **kind)
+    parser.add_output("--plot", help="plot of loss and accuracy by training step")
+    parser.add_output("--save", help="file for the trained model (safetensors)")
+    text = "validate a saved model instead of training; the options that it was trained with become the defaults"
+    parser.add_argument("--load", type=Path, help=text)
     return parser
 
 
-def run(given: Config) -> None:
-    plot_path, save_path, load_path = (given.pop(name, None) for name in ("plot", "save", "load"))
-    if load_path and (plot_path or save_path):
-        raise UserError("--load does not train, so it cannot be combined with --save or --plot")
-    if save_path and plot_path and target(save_path) == target(plot_path):
-        raise UserError(f"--save and --plot must be different files, got {save_path} for both")
-    loaded, tensors = load(load_path) if load_path else ({}, {})
-    config = {**cfg, **loaded, **given}
-    check(config)
-    for path in filter(None, (save_path, plot_path)):
-        check_writable(path)
-    if plot_path:
-        check_plot(plot_path)
-
-    fabric = Fabric(accelerator="auto", devices=1, precision=config["precision"])
-    if load_path:
-        model = Model(config)
-        load_weights(model, tensors, load_path)
-        model = fabric.setup_module(model)
-    else:
-        model, history = train(config, fabric)
-    if save_path:
-        save(save_path, model, config)
-    accuracy = evaluate(model, config, fabric)
-    if plot_path:
-        plot(plot_path, history, accuracy, config)
-    print(f"Validation Accuracy: {accuracy:.2%}")
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    given = vars(parser.parse_args(argv))
-    try:
-        run(given)
-    except UserError as error:
-        parser.error(str(error))
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.load:
+        if args.save or args.plot or args.checkpoint:
+            fail("--load does not train, so it cannot be combined with --save, --plot or --checkpoint")
+        saved, tensors = load(args.load)
+        flags = [option(name if value else f"no_{name}") for name, value in saved.items() if isinstance(value, bool)]
+        given = [f"{option(name)}={value}" for name, value in saved.items() if not isinstance(value, bool)]
+        args = parser.parse_args([*flags, *given, *argv])
+    config = {name: getattr(args, name) for name in (*cfg, "precision")}
+    if config["num_tokens"] > config["seq_len"]:
+        fail(f"--num-tokens must be at most --seq-len ({config['seq_len']}), got {config['num_tokens']}")
+    run = Run(parser, args, free=["load", "num_validation"])
+    if args.load:
+        model = Model(config)
+        check_shapes(tensors, model, args.load)
+        model.load_state_dict(tensors)
+        model = run.fabric.setup_module(model)
+    else:
+        model, history = train(config, run)
+    if args.save:
+        save(args.save, model, config)
+    accuracy = evaluate(model, config, run.fabric)
+    if args.plot:
+        plot(args.plot, history, accuracy, config)
+    run.print(f"Validation Accuracy: {accuracy:.2%}")
 
 
 # Each entry can be changed here or on the command line.
@@ -371,7 +273,6 @@ cfg: Config = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "num_validation": 8192,
-    "precision": "32-true",
     "seed": 0,
 }
 

@@ -1,33 +1,30 @@
 """The front door, selective_copying.py: its task, its options, its files and its refusals."""
 
-import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from programs import ROOT, load, refusal
 
-SCRIPT = Path(__file__).parents[1] / "selective_copying.py"
-spec = importlib.util.spec_from_file_location("selective_copying", SCRIPT)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+from examples.common import Run
 
-SMALL = ["--seq-len=6", "--num-tokens=2", "--hidden-dims=16", "--num-layers=2", "--batch-size=16"]
+SCRIPT = ROOT / "selective_copying.py"
+script = load(SCRIPT)
+
+SMALL = ["--accelerator=cpu", "--seq-len=6", "--num-tokens=2", "--hidden-dims=16", "--num-layers=2", "--batch-size=16"]
 SMALL += ["--num-validation=100"]
 STEP_LINE = re.compile(r"Step \[(\d+)/(\d+)\], Loss: (\d+\.\d{4}), Accuracy: (\d+\.\d{2})%")
 LAST_LINE = re.compile(r"Validation Accuracy: (\d+\.\d{2})%")
 
 
 def config(**changes):
-    return {**script.cfg, **changes}
+    return {**script.cfg, "precision": "32-true", **changes}
 
 
 def batch(seed, size=16, **changes):
@@ -42,15 +39,10 @@ def run(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line on stderr of a run that must not begin."""
-    with pytest.raises(SystemExit) as caught:
-        script.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert caught.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("selective_copying.py: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
+    """The one line of a run that must not begin."""
+    line = refusal(script.main, [str(argument) for argument in arguments])
+    assert capsys.readouterr().out == ""
+    return line
 
 
 @pytest.fixture
@@ -106,14 +98,21 @@ def test_every_entry_of_cfg_is_an_option_of_its_type():
     help_text = " ".join(parser.format_help().split())
     for name, default in script.cfg.items():
         option = "--" + name.replace("_", "-")
-        assert re.search(rf" {option}[ ,].*?default: (\S+)", help_text)[1] == str(default)
+        assert re.search(rf" {option}[ ,].*?\(default: (\S+)\)", help_text)[1] == str(default)
+        assert getattr(parser.parse_args([]), name) == default
         if isinstance(default, bool):
-            assert parser.parse_args([option.replace("--", "--no-")]) == Namespace(**{name: False})
-            assert parser.parse_args([option]) == Namespace(**{name: True})
+            assert getattr(parser.parse_args([option.replace("--", "--no-")]), name) is False
+            assert getattr(parser.parse_args([option]), name) is True
         else:
-            value = script.CHOICES[name][-1] if name in script.CHOICES else type(default)(7)
-            assert parser.parse_args([option, str(value)]) == Namespace(**{name: value})
-    assert vars(parser.parse_args([])) == {}
+            value = "rms" if name == "norm" else 1
+            found = getattr(parser.parse_args([option, str(value)] if name != "vocab_size" else [option, "4"]), name)
+            assert found == (4 if name == "vocab_size" else value)
+            assert type(found) is type(default)
+
+
+def test_an_edited_entry_of_cfg_is_checked(monkeypatch, capsys):
+    monkeypatch.setitem(script.cfg, "num_steps", 0)
+    assert refused(capsys) == "argument --num-steps: must be an integer of at least 1, got '0'"
 
 
 def test_options_reach_the_model_and_the_file(tmp_path, capsys):
@@ -208,83 +207,36 @@ def test_plot_writes_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-tokens 65", "num_tokens must be at most seq_len (64), got 65"),
-        ("--num-tokens 0", "num_tokens must be above 0, got 0"),
-        ("--vocab-size 3", "vocab_size must be at least 4 (noise, marker, two data tokens), got 3"),
-        ("--num-steps 0", "num_steps must be above 0, got 0"),
-        ("--batch-size -1", "batch_size must be above 0, got -1"),
-        ("--hidden-dims 0", "hidden_dims must be above 0, got 0"),
-        ("--num-validation 0", "num_validation must be above 0, got 0"),
-        ("--learning-rate nan", "learning_rate must be above 0, got nan"),
-        ("--learning-rate inf", "learning_rate must be above 0, got inf"),
-        ("--weight-decay -1", "weight_decay must be 0 or more, got -1.0"),
-        ("--warmup 2", "warmup must be a fraction of the training steps, at most 1, got 2.0"),
-        ("--seed -1", "seed must be 0 or more, got -1"),
-        ("--seed 2147483648", "seed must be below 2147483648, got 2147483648"),
-        ("--seq-len long", "argument --seq-len: invalid int value: 'long'"),
+        ("--num-tokens 65", "--num-tokens must be at most --seq-len (64), got 65"),
+        ("--num-tokens 0", "argument --num-tokens: must be an integer of at least 1, got '0'"),
+        ("--vocab-size 3", "argument --vocab-size: must be an integer of at least 4, got '3'"),
+        ("--learning-rate nan", "argument --learning-rate: must be a number of at least 0, got 'nan'"),
+        ("--weight-decay -1", "argument --weight-decay: must be a number of at least 0, got '-1'"),
+        ("--warmup 2", "argument --warmup: must be a number from 0 to 1, got '2'"),
+        ("--seed 2147483648", "argument --seed: must be an integer from 0 to 2147483647, got '2147483648'"),
         ("--norm batch", "argument --norm: invalid choice: 'batch'"),
-        ("--colour red", "unrecognized arguments: --colour red"),
-        ("--load a --save b", "--load does not train, so it cannot be combined with --save or --plot"),
-        ("--save a.png --plot ./a.png", "--save and --plot must be different files, got a.png for both"),
-        ("--plot curves.xyz", "--plot must end in one of ."),
+        ("--load a --save b", "--load does not train, so it cannot be combined with --save, --plot or --checkpoint"),
     ],
 )
 def test_senseless_options_are_refused(capsys, arguments, message):
-    assert refused(capsys, *arguments.split()).startswith(f"selective_copying.py: {message}")
-
-
-@pytest.mark.parametrize("option", ["--save", "--plot"])
-def test_unwritable_paths_are_refused_before_training(tmp_path, capsys, option):
-    (tmp_path / "file").touch()
-    assert refused(capsys, option, tmp_path) == f"selective_copying.py: cannot write {tmp_path}: it is a folder\n"
-    path = tmp_path / "missing" / "x.png"
-    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: No such file or directory\n"
-    path = tmp_path / "file" / "x.png"
-    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: Not a directory\n"
-    path = tmp_path / f"{'x' * 252}.png"
-    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: File name too long\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("option", ["--save", "--plot"])
-def test_what_is_no_file_or_read_only_is_refused_and_left_alone(tmp_path, capsys, monkeypatch, option):
-    path = tmp_path / "x.png"
-    os.mkfifo(path)
-    message = f"selective_copying.py: cannot write {path}: it is not a regular file\n"
-    assert refused(capsys, option, path) == message
-    assert path.is_fifo()
-    path.unlink()
-    path.write_text("old")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
-    assert refused(capsys, option, path) == f"selective_copying.py: cannot write {path}: it is read-only\n"
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_link_is_written_through(tmp_path, capsys):
-    path, link = tmp_path / "model", tmp_path / "link"
-    link.symlink_to(path)
-    run(capsys, "--num-steps", 1, "--warmup", 0, "--save", link)
-    assert link.is_symlink()
-    assert script.load(path)[0]["warmup"] == 0
+    assert refused(capsys, *arguments.split()).startswith(message)
 
 
 def test_without_warm_up_the_first_step_has_the_full_learning_rate():
-    script.check(config(warmup=0))
     assert script.learning_rate_factor(0, config(warmup=0)) == 1
 
 
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, capsys):
     path = tmp_path / "x"
-    assert refused(capsys, "--load", path).endswith(f"cannot read {path}: No such file or directory\n")
-    assert refused(capsys, "--load", tmp_path).endswith(f"cannot read {tmp_path}: Is a directory\n")
+    assert refused(capsys, "--load", path) == f"cannot read {path}: No such file or directory"
+    assert refused(capsys, "--load", tmp_path) == f"cannot read {tmp_path}: Is a directory"
     for content in (b"", b"no tensors in here", b"\xff" * 100):
         path.write_bytes(content)
         assert f"{path} is damaged or not a checkpoint of this program: " in refused(capsys, "--load", path)
     for metadata in (None, {"config": "null"}, {"config": "[]"}, {"config": '{"seq_len": 64}'}):
         path.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, metadata))
-        message = f"{path} is not a checkpoint of this program: its config is missing or incomplete\n"
-        assert refused(capsys, "--load", path).endswith(message)
+        message = f"{path} is not a checkpoint of this program: its config is missing or incomplete"
+        assert refused(capsys, "--load", path) == message
     path.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, {"config": "{"}))
     assert f"{path} is damaged or not a checkpoint of this program: " in refused(capsys, "--load", path)
 
@@ -305,31 +257,38 @@ def test_a_checkpoint_that_does_not_fit_its_sizes_is_refused(checkpoint, capsys)
         checkpoint.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps({**saved, **changes})}))
         return refused(capsys, "--load", checkpoint)
 
-    message = f"{checkpoint} does not match the config: "
-    assert f"{message}head.weight is (6, 16), expected (6, 32)\n" in rewrite(tensors, hidden_dims=32)
-    assert f"{message}rnn.layers.2.linear.bias is missing, expected (32,)\n" in rewrite(tensors, num_layers=3)
+    message = f"{checkpoint} does not match this model: "
+    assert f"{message}head.weight is (6, 16), expected (6, 32)" in rewrite(tensors, hidden_dims=32)
+    assert f"{message}rnn.layers.2.linear.bias is missing, expected (32,)" in rewrite(tensors, num_layers=3)
     fewer = {name: tensor for name, tensor in tensors.items() if name != "head.bias"}
-    assert f"{message}head.bias is missing, expected (6,)\n" in rewrite(fewer)
-    assert f"{message}more is (1,), expected no such tensor\n" in rewrite({**tensors, "more": torch.ones(1)})
-    assert "hidden_dims must be of type int, got '16'" in rewrite(tensors, hidden_dims="16")
-    assert "norm must be one of layer, rms, none, got batch" in rewrite(tensors, norm="batch")
+    assert f"{message}head.bias is missing, expected (6,)" in rewrite(fewer)
+    assert f"{message}more is (1,), expected no such tensor" in rewrite({**tensors, "more": torch.ones(1)})
+    assert "--hidden-dims: must be an integer of at least 1, got 'x'" in rewrite(tensors, hidden_dims="x")
+    assert "--norm: invalid choice: 'batch'" in rewrite(tensors, norm="batch")
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_whole(checkpoint, capsys, monkeypatch):
-    before = checkpoint.read_bytes()
+def test_a_killed_run_goes_on_as_if_uninterrupted(tmp_path, capsys, monkeypatch):
+    files = ["--checkpoint", tmp_path / "run.pt", "--save"]
+    expected = run(capsys, "--num-steps", 60, "--save", tmp_path / "whole").splitlines()
 
-    def half_written(path, content):
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
+    class Killed(BaseException):
+        pass
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
-    with pytest.raises(SystemExit) as caught:
-        script.main([*SMALL, "--num-steps", "1", "--seed", "5", "--save", str(checkpoint)])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == f"selective_copying.py: cannot write {checkpoint}: No space left on device\n"
-    assert checkpoint.read_bytes() == before
-    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    def steps(self, *arguments):
+        for step in kept(self, *arguments):
+            if step == 30:
+                raise Killed
+            yield step
+
+    kept = Run.steps
+    monkeypatch.setattr(Run, "steps", steps)
+    with pytest.raises(Killed):
+        run(capsys, "--num-steps", 60, *files, tmp_path / "resumed", "--save-every", 7)
+    capsys.readouterr()
+    monkeypatch.setattr(Run, "steps", kept)
+    found = run(capsys, "--num-steps", 60, *files, tmp_path / "resumed", "--resume", "--plot", tmp_path / "a.png")
+    assert found.splitlines() == expected[2:]
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_bugs_are_not_swallowed(monkeypatch):
