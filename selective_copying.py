@@ -30,15 +30,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Imported first, because it says how to install missing packages.
+from examples.common import Fabric, Parser, Run, at_least, check_shapes, fail, positive, write, write_figure
+
+# isort: split
 import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import mingru
-from examples.common import Parser, Run, at_least, check_shapes, fail, positive, write, write_figure
 
 Config = dict[str, Any]
 

@@ -28,6 +28,7 @@ import argparse
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import random
@@ -41,9 +42,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
-
 
 def fail(message: str) -> NoReturn:
     """Stop the program with a message of one line."""
@@ -52,7 +50,12 @@ def fail(message: str) -> NoReturn:
 
 EXTRA = 'run `pip install ".[examples]"` in a clone of the repository'
 try:
+    # All packages of the extra "examples" that programs import at the top.
+    import numpy  # noqa: F401
+    import safetensors  # noqa: F401
+    import torch
     from lightning_fabric import Fabric
+    from torch import Tensor, nn
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     fail(f"the package {error.name} is not installed; {EXTRA}")
@@ -118,6 +121,10 @@ def write(path: Path, content: bytes) -> None:
             os.replace(temporary(path), target(path))
         finally:
             temporary(path).unlink(missing_ok=True)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    write(path, (json.dumps(contents, indent=1) + "\n").encode())
 
 
 def write_figure(path: Path, figure: Any) -> None:

