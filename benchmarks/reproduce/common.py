@@ -1,0 +1,139 @@
+"""What the programs share: layers, training, accuracy, and results that the next run continues."""
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mingru
+import selective_copying
+
+from ..measure import where
+
+RESULTS = Path(__file__).parent / "results"
+OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True}
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "minGRU": functools.partial(mingru.MinGRU, **OPTIONS),
+    "minGRU, signed": functools.partial(mingru.MinGRU, gate="signed", **OPTIONS),
+    "minGRU, rotation": functools.partial(mingru.MinGRU, gate="rotation", **OPTIONS),
+    "minLSTM": functools.partial(mingru.MinLSTM, **OPTIONS),
+    "nn.GRU": functools.partial(nn.GRU, batch_first=True),
+    "nn.LSTM": functools.partial(nn.LSTM, batch_first=True),
+}
+# Runs of other seeds, models, ... continue a file: each run has them in its key. The machine has the threads.
+UNRECORDED = ("json", "threads", "peer", "models", "layers", "lengths", "tasks", "seeds")
+# Return tokens (B, S), and the classes (B, T) that the model must output at the last T time steps.
+Sample = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def copying(**config: int) -> Sample:
+    """Return the sampler of selective_copying.py, with the config's seq_len, num_tokens and vocab_size."""
+    return lambda batch_size, generator: selective_copying.generate(batch_size, config, generator)
+
+
+def build(rnn: nn.Module, vocab_size: int, dims: int, device: str) -> nn.Module:
+    """Return an embedding, recurrent layers and a linear head. Call torch.manual_seed before `rnn` is constructed."""
+    config = {"vocab_size": vocab_size, "embedding_dims": dims, "hidden_dims": dims}
+    model = selective_copying.Model({**selective_copying.cfg, **config})
+    model.rnn = rnn
+    return model.to(device)
+
+
+def training(
+    model: nn.Module,
+    sample: Sample,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    decay: bool = True,
+) -> Iterator[tuple[int, float]]:
+    """Train, and yield the number of steps so far and the accuracy on the batch before each step.
+
+    The learning rate rises during the first 5% of the steps, and falls to 0 along half a cosine if `decay`.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    config = {"warmup": 0.05, "num_steps": num_steps}
+    for step in range(num_steps):
+        factor = selective_copying.learning_rate_factor(step, config) if decay else min(1.0, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = learning_rate * factor
+        tokens, targets = (x.to(device) for x in sample(batch_size, generator))
+        logits = model.train()(tokens)[:, -targets.shape[1] :]
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield step + 1, (logits.argmax(-1) == targets).float().mean().item()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, sample: Sample, num_test: int, seed: int) -> float:
+    """Return the fraction of outputs that are right, in new sequences."""
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(2**31 + seed)
+    tokens, targets = sample(num_test, generator)
+    logits = [model.eval()(part)[:, -targets.shape[1] :].cpu() for part in tokens.to(device).split(64)]
+    return (torch.cat(logits).argmax(-1) == targets).double().mean().item()
+
+
+class Results:
+    """Results of a program in a JSON file, which is written after each run. A run that the file has is skipped."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        machine = {name: value for name, value in where().items() if name != "commit"}
+        # As JSON has them, so that they compare.
+        self.found = json.loads(json.dumps({"where": machine, "settings": settings, "runs": {}}))
+        self.path = path
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if any(found[name] != self.found[name] for name in ("where", "settings")):
+                raise SystemExit(
+                    f"{path} has results of other settings or of another machine: name a new file by --json"
+                )
+            self.found = found
+
+    def run(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `compute` returned for this key, with the seconds that the processor and the clock took."""
+        runs: dict[str, dict[str, Any]] = self.found["runs"]
+        if key not in runs:
+            processor, clock = time.process_time(), time.perf_counter()
+            runs[key] = compute()
+            runs[key]["processor_seconds"] = round(time.process_time() - processor, 1)
+            runs[key]["seconds"] = round(time.perf_counter() - clock, 1)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, self.path)
+            print(f"{key}: {json.dumps(runs[key])}", flush=True)
+        return runs[key]
+
+
+def start(
+    name: str, doc: str, defaults: dict[str, Any], arguments: list[str] | None
+) -> tuple[argparse.Namespace, Results]:
+    """Return the options and the results of a program. Each default is an option, and is recorded with the results."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for option, value in defaults.items():
+        several = {"nargs": "+"} if isinstance(value, list) else {}
+        kind = type(value[0] if isinstance(value, list) else value)
+        shown = " ".join(str(x) for x in value) if isinstance(value, list) else value
+        parser.add_argument(
+            f"--{option.replace('_', '-')}", type=kind, default=value, help=f"default: {shown}", **several
+        )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
+    path = RESULTS / f"{name}.json"
+    parser.add_argument("--json", type=Path, default=path, help="file of the results; default: the one of the page")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    return args, Results(args.json, settings)

@@ -1,0 +1,141 @@
+"""Write the tables of docs/reproduction.md from the results of the other programs.
+
+    python -m benchmarks.reproduce.page
+
+The tables are written between comments, `<!-- reproduce: NAME -->` and `<!-- reproduce: end -->`.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ..gpu.page import table
+from .chomsky import TASKS
+from .common import RESULTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
+MARKED = re.compile(r"<!-- reproduce: (\w+) -->\n.*?<!-- reproduce: end -->", re.DOTALL)
+Runs = dict[str, dict[str, Any]]
+# Feng et al. 2024: accuracy in % and its standard deviation; how many times as fast as a loop in Python.
+PAPER = {
+    "minGRU, 1 layers": "37.0 ± 2.3",
+    "minGRU, 2 layers": "96.8 ± 3.2",
+    "minGRU, 3 layers": "99.5 ± 0.2",
+    "minLSTM, 1 layers": "37.6 ± 2.0",
+    "minLSTM, 2 layers": "85.7 ± 5.8",
+    "minLSTM, 3 layers": "96.0 ± 2.8",
+}
+PAPER_SPEED = {"GRU, 512": "175", "LSTM, 512": "235", "GRU, 4096": "1324", "LSTM, 4096": "1361"}
+# mingru-scans 0.2.0, accuracy in % at 1,024 time steps.
+PUBLISHED = {
+    "parity: nn.GRU": "100.0",
+    "parity: mingru-scans log": "50.2",
+    "parity: mingru-scans signed": "99.4",
+    "S3: nn.GRU": "100.0",
+    "S3: mingru-scans log": "17.1",
+    "S3: mingru-scans signed": "73.2",
+    "S3: mingru-scans rotation": "95.8",
+}
+
+
+def cell(values: list[float], most: int) -> str:
+    """Return mean and standard deviation in %, and the number of seeds if it is not that of all seeds."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    count = "" if len(values) == most else f" (n = {len(values)})"
+    return f"{100 * statistics.mean(values):.1f}{spread}{count}"
+
+
+def by_seed(runs: Runs) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """Return the runs of all seeds by the rest of their key, and the largest number of seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for key, run in runs.items():
+        groups.setdefault(key.rpartition(", seed ")[0], []).append(run)
+    return groups, max(len(group) for group in groups.values())
+
+
+def copying(runs: Runs, _: dict[str, Any]) -> str:
+    groups, most = by_seed(runs)
+    rows = [[key, cell([run["accuracy"] for run in groups[key]], most), PAPER[key]] for key in PAPER if key in groups]
+    return table(["model", "here", "paper, full task"], rows)
+
+
+def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
+    groups, most = by_seed(runs)
+    models = list(dict.fromkeys(key.split(": ")[1].rpartition(", learning rate ")[0] for key in groups))
+
+    def at(task: str, model: str, where: str) -> str:
+        keys = [f"{task}: {model}, learning rate {rate}" for rate in settings["learning_rates"]]
+        if any(key not in groups for key in keys):
+            return ""
+        best = max(keys, key=lambda key: groups[key][0]["near"])
+        return cell([run[where] for run in groups[best]], most)
+
+    tables = []
+    for where, title in (("far", "Lengths 40 to 256:"), ("near", "Lengths 8 to 40, as in training:")):
+        tables += [
+            title,
+            table(["", *TASKS], [[model, *(at(task, model, where) for task in TASKS)] for model in models]),
+        ]
+    return "\n\n".join(tables)
+
+
+def words(runs: Runs, _: dict[str, Any]) -> str:
+    groups, most = by_seed(runs)
+    rows = []
+    for key in sorted(groups):
+        lengths = zip(*(run["accuracy"] for run in groups[key]), strict=True)
+        rows.append([*key.split(": "), *(cell(list(values), most) for values in lengths), PUBLISHED.get(key, "")])
+    return table(["task", "model", "64", "256", "512", "1,024", "published, 1,024"], rows)
+
+
+def layers(runs: Runs, settings: dict[str, Any]) -> str:
+    groups, most = by_seed(runs)
+    rows = []
+    for key, group in groups.items():
+        steps = zip(*(run["accuracy"] for run in group), strict=True)
+        rows.append([key, f"{group[0]['parameters']:,}", *(cell(list(values), most) for values in steps)])
+    return table(["model", "parameters", *(f"{count:,} steps" for count in settings["steps"])], rows)
+
+
+def speed(runs: Runs, _: dict[str, Any]) -> str:
+    rows = []
+    for key, run in runs.items():
+        kind, length = key.split(", ")
+        ms = run["ms"]
+        ratios = [f"{ms[name] / ms['minimal']:.1f}" for name in ("layer", "loop")]
+        rows.append([f"min{kind}", f"{int(length):,}", f"{ms['minimal']:.1f}", *ratios, PAPER_SPEED.get(key, "")])
+    rows.sort(key=lambda row: row[0])
+    return table(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
+
+
+TABLES = {function.__name__: function for function in (copying, chomsky, words, layers, speed)}
+
+
+def text_of(name: str, found: dict[str, Any]) -> str:
+    """Return a table, and what it was measured with."""
+    where, runs = found["where"], found["runs"]
+    hours = sum(run["processor_seconds"] for run in runs.values()) / 3600
+    settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+    machine = f"{where['processor']} ({where['instructions']}), {where['threads']} thread, torch {where['torch']}"
+    facts = f"{len(runs)} runs, {hours:.2f} processor hours; {machine}; {settings}."
+    return f"{TABLES[name](runs, found['settings'])}\n\n{facts}"
+
+
+def filled(page: str, folder: Path) -> str:
+    """Return the page with the tables between its comments."""
+
+    def fill(match: re.Match[str]) -> str:
+        found = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))
+        return f"<!-- reproduce: {match[1]} -->\n\n{text_of(match[1], found)}\n\n<!-- reproduce: end -->"
+
+    return MARKED.sub(fill, page)
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

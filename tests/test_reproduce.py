@@ -1,0 +1,145 @@
+"""benchmarks/reproduce: the tasks, short runs of each program, runs that are continued, and the page."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks.reproduce import chomsky, common, copying, layers, page, speed, words
+
+SHORT = {
+    "copying": (copying, ["--layers", "1", "--num-steps", "2", "--num-test", "8", "--seq-len", "32"], 2, 2),
+    "chomsky": (chomsky, ["--num-steps", "2", "--num-test", "8", "--tasks", "parity", "bucket sort"], 24, 12),
+    "words": (words, ["--num-steps", "2"], 8, 8),
+    "layers": (layers, ["--steps", "1", "2", "--num-test", "8"], 5, 5),
+    "speed": (speed, ["--lengths", "4", "--seconds", "0.001"], 2, 2),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_many_threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, capsys):
+    program, arguments, count, num_rows = SHORT[name]
+    monkeypatch.setattr(words, "LENGTHS", (8, 16, 24, 32))
+    monkeypatch.setattr(chomsky, "FAR", (40, 44))
+    path = tmp_path / f"{name}.json"
+    arguments = [*arguments, "--json", str(path), *([] if name == "speed" else ["--seeds", "3"])]
+    program.main(arguments)
+    found = json.loads(path.read_text())
+    assert len(found["runs"]) == count == len(capsys.readouterr().out.splitlines())
+    assert all(run["processor_seconds"] >= 0 and run["seconds"] >= 0 for run in found["runs"].values())
+    assert found["where"]["torch"] == torch.__version__ and found["settings"]["device"] == "cpu"
+    table = page.TABLES[name](found["runs"], found["settings"])
+    assert len(re.findall(r"^\| ", table, re.MULTILINE)) == num_rows + 2 * (2 if name == "chomsky" else 1)
+
+    program.main(arguments)
+    assert capsys.readouterr().out == "" and json.loads(path.read_text()) == found
+    option = "--hidden-dims" if name in ("copying", "chomsky", "speed") else "--batch-size"
+    with pytest.raises(SystemExit, match="name a new file by --json"):
+        program.main([*arguments, option, "8"])
+
+
+def test_another_machine_is_refused(tmp_path, monkeypatch):
+    results = common.Results(tmp_path / "x.json", {"seq_len": 3})
+    assert results.run("a", lambda: {"value": 1})["value"] == 1
+    assert common.Results(tmp_path / "x.json", {"seq_len": 3}).run("a", lambda: {"value": 2})["value"] == 1
+    monkeypatch.setattr(common, "where", lambda: {"processor": "other", "commit": ""})
+    with pytest.raises(SystemExit, match="of another machine"):
+        common.Results(tmp_path / "x.json", {"seq_len": 3})
+
+
+def naive(task, symbols):
+    """Return the output of a task for a list of symbols."""
+    if task == "parity":
+        return [sum(symbols) % 2]
+    if task == "even pairs":
+        return [int(symbols[0] != symbols[-1])]
+    if task == "cycle navigation":
+        return [sum({0: 0, 1: 1, 2: -1}[symbol] for symbol in symbols) % 5]
+    if task == "majority":
+        return [int(symbols.count(1) > symbols.count(0))]
+    if task == "bucket sort":
+        return sorted(symbols)
+    return [eval("".join("01234+-*"[symbol] for symbol in symbols)) % 5]
+
+
+@pytest.mark.parametrize("task", chomsky.TASKS)
+def test_the_outputs_of_formal_languages(task):
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for length in (1, 2, 3, 8, 21):
+        tokens, targets = chomsky.sample_of(task, length)(40, generator)
+        width = targets.shape[1]
+        assert (tokens[:, -width:] == chomsky.MARKER).all() and (tokens[:, :-width] != chomsky.MARKER).all()
+        for row, target in zip(tokens[:, :-width].tolist(), targets.tolist(), strict=True):
+            assert len(row) == length - (task == "modular arithmetic" and length in (2, 8))
+            assert target == naive(task, row)
+            seen.update(target)
+    assert seen == set(range(2 if task in ("parity", "even pairs", "majority") else 5))
+    lengths = {chomsky.sample_of("parity", 3, 5)(1, generator)[0].shape[1] for _ in range(20)}
+    assert lengths == {4, 6}
+
+
+def test_the_word_problems():
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = words.generate(4, generator, "parity", 9)
+    assert [list(itertools.accumulate(row, lambda a, b: a ^ b)) for row in tokens.tolist()] == targets.tolist()
+    tokens, targets = words.generate(50, generator, "S3", 7)
+    for row, states in zip(tokens.tolist(), targets.tolist(), strict=True):
+        objects = [0, 1, 2]
+        for token, state in zip(row, states, strict=True):
+            objects = [words.PERMUTATIONS[token][place] for place in objects]
+            assert words.PERMUTATIONS[state] == tuple(objects)
+    assert set(tokens.flatten().tolist()) == set(targets.flatten().tolist()) == set(range(6))
+
+
+def test_accuracy_and_training():
+    """A model that copies its input is right; one that is trained becomes right."""
+
+    def sample(batch_size, generator):
+        tokens = torch.randint(4, (batch_size, 5), generator=generator)
+        return tokens, tokens[:, -2:]
+
+    torch.manual_seed(0)
+    model = common.build(common.LAYERS["minGRU"](8, 8), 4, 8, "cpu")
+    assert common.accuracy(model, sample, 100, 0) < 0.6
+    found = dict(common.training(model, sample, 60, 32, 0.05, 0))
+    assert list(found) == list(range(1, 61)) and found[60] > 0.95
+    assert common.accuracy(model, sample, 100, 0) > 0.95
+
+
+def test_sizes_of_the_models_of_layers():
+    for title in layers.DEFAULTS["models"]:
+        assert abs(layers.size(layers.model_of(title, 60_000, "cpu")) - 60_000) < 1000
+
+
+def test_the_package_of_a_folder_must_be_there(tmp_path):
+    with pytest.raises(SystemExit, match="pip install --no-deps --target"):
+        words.layers("mingru-scans log", str(tmp_path))
+    (tmp_path / "mingru").mkdir()
+    (tmp_path / "mingru" / "__init__.py").write_text(
+        "def MinGRUStack(*args, **options):\n    return (args, options)\n", encoding="utf-8"
+    )
+    assert words.layers("mingru-scans log", str(tmp_path)) == ((64, 64), {"n_layers": 1, "mixer": "log"})
+
+
+def test_cells_have_mean_deviation_and_number_of_seeds():
+    assert page.cell([0.5, 0.7, 0.9], 3) == "70.0 ± 20.0"
+    assert page.cell([0.5], 1) == "50.0"
+    assert page.cell([0.5], 3) == "50.0 (n = 1)"
+
+
+def test_a_table_has_the_rate_that_the_first_seed_chose():
+    runs = {
+        f"parity: m, learning rate {rate}, seed {seed}": {"near": near, "far": far}
+        for rate, seed, near, far in [(0.1, 0, 0.5, 0.9), (0.2, 0, 0.6, 0.3), (0.2, 1, 0.1, 0.5)]
+    }
+    assert "| m | 40.0 ± 14.1 |" in page.chomsky(runs, {"learning_rates": [0.1, 0.2]})
