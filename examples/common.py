@@ -60,8 +60,9 @@ try:
 except ModuleNotFoundError as error:
     fail(f"the package {error.name} is not installed; {EXTRA}")
 
-# Seconds between two lines of progress, if stderr is not a terminal.
+# If stderr is not a terminal, progress is a line every so many seconds.
 PLAIN_EVERY = 30
+PLAIN_FORMAT = "{desc}: step {n}/{total}{postfix}, {rate_fmt}, {remaining} left"
 
 
 def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], Any]:
@@ -153,14 +154,14 @@ def check_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
 
 
-def check_plot(option: str, path: Path) -> None:
+def check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
-        fail(f"{option} needs the package matplotlib; {EXTRA}")
+        fail(f"--plot needs the package matplotlib; {EXTRA}")
     endings = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings:
-        fail(f"{option} must end in one of .{', .'.join(endings)}, got {path}")
+        fail(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
 
 
 def check_shapes(found: Mapping[str, Any], module: nn.Module, path: Path) -> None:
@@ -236,7 +237,8 @@ class Run:
         self.args = args
         not_settings = {"quick", "resume", "save_every", "log", "accelerator", "devices", *parser.outputs, *free}
         options = {name: value for name, value in vars(args).items() if name not in not_settings}
-        self.settings = {"program": parser.prog, **{name: plain(value) for name, value in (options | more).items()}}
+        # As a checkpoint holds them: paths are strings, and tuples are lists.
+        self.settings = json.loads(json.dumps({"program": parser.prog, **options, **more}, default=str))
         self.name, self.metrics, self.loggers = "", {}, []
         self.results: dict[str, Any] = {}
         self.unfinished: dict[str, dict[str, Any]] = {}
@@ -248,7 +250,7 @@ class Run:
             if len(same) > 1:
                 fail(f"--{' and --'.join(same)} must be different files, got {path} for both")
             if name == "plot":
-                check_plot("--plot", path)
+                check_plot(path)
             check_writable(path)
         if args.log:
             if not importlib.util.find_spec("tensorboardX"):
@@ -288,12 +290,19 @@ class Run:
                 `torch.Generator` and `random.Random`. The generators of torch and of the device need not be passed.
         """
         first = self._restore(objects)
-        self.loggers = self._make_loggers() if self.args.log else []
-        is_shown, is_terminal = self.fabric.is_global_zero, sys.stderr.isatty()
+        self.metrics, self.loggers = {}, self._make_loggers() if self.args.log else []
+        is_terminal = sys.stderr.isatty()
+        plain = {"file": io.StringIO(), "bar_format": PLAIN_FORMAT, "mininterval": PLAIN_EVERY}
         bar = tqdm(
-            initial=first, total=num_steps, desc=self.name, unit="step", leave=False, disable=not is_shown or None
+            **({} if is_terminal else plain),
+            initial=first,
+            total=num_steps,
+            desc=self.name or "training",
+            unit=" steps",
+            miniters=1,
+            leave=False,
+            disable=not self.fabric.is_global_zero,
         )
-        began = line_at = time.monotonic()
         try:
             for step in itertools.count(first) if num_steps is None else range(first, num_steps):
                 self.current = (step, objects)
@@ -303,14 +312,10 @@ class Run:
                 if self.args.checkpoint and (done % self.args.save_every == 0 or done == num_steps):
                     self.save()
                 if bar.update():
-                    bar.set_postfix_str(self._metrics())
-                elif is_shown and not is_terminal and time.monotonic() >= line_at + PLAIN_EVERY:
-                    line_at = time.monotonic()
-                    speed = (done - first) / (line_at - began)
-                    left = "" if num_steps is None else f", {tqdm.format_interval((num_steps - done) / speed)} left"
-                    of = "" if num_steps is None else f"/{num_steps}"
-                    name, metrics = self.name and f"{self.name}: ", self._metrics() and f", {self._metrics()}"
-                    print(f"{name}step {done}{of}{metrics}, {speed:.3g} steps/s{left}", file=sys.stderr, flush=True)
+                    metrics = (f"{name} {float(value):.4g}" for name, value in self.metrics.items())
+                    bar.set_postfix_str(", ".join(metrics), refresh=is_terminal)
+                    if not is_terminal:
+                        print(bar, file=sys.stderr, flush=True)
         finally:
             self.ended = clocks()
             bar.close()
@@ -348,7 +353,7 @@ class Run:
             self.unfinished[self.name] = {
                 "step": self.current[0],
                 "seconds": (self.seconds, self.processor_seconds),
-                "random": self._random_states(),
+                "random": [module.get_rng_state() for module in self._with_random_state()],
                 "objects": [state_of(each) for each in self.current[1]],
             }
         if self.fabric.is_global_zero:
@@ -362,55 +367,51 @@ class Run:
         path, fix = self.args.checkpoint, "name a checkpoint of this program, or start again without --resume"
         if not path:
             fail("--resume needs --checkpoint; name the file to continue from")
-        if not path.exists():
-            fail(f"there is no file {path} to resume from; {fix}")
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
+        except OSError as error:
+            fail(f"cannot read {path} ({error.strerror}); {fix}")
         except zipfile.BadZipFile:
             damaged = "all"
         if damaged:
             fail(f"{path} is damaged, incomplete or not a checkpoint; {fix}")
         try:
             contents = torch.load(path, map_location="cpu", weights_only=True)
+            settings, self.results, self.unfinished = (contents[name] for name in ("settings", "results", "unfinished"))
+            program = settings["program"]
         except Exception:  # files of other programs raise errors of many types
             fail(f"{path} is not a checkpoint of {self.settings['program']}; {fix}")
-        settings = contents.get("settings") if isinstance(contents, dict) else None
-        if not isinstance(settings, dict) or contents.keys() != {"settings", "results", "unfinished"}:
-            fail(f"{path} is not a checkpoint of {self.settings['program']}; {fix}")
-        if settings.get("program") != self.settings["program"] or settings.keys() != self.settings.keys():
-            program = settings.get("program", "another program")
+        if program != self.settings["program"] or settings.keys() != self.settings.keys():
             fail(f"{path} is a checkpoint of {program} with other options; {fix}")
         for name, value in settings.items():
             if value != self.settings[name]:
                 option = "--" + name.replace("_", "-")
                 fail(f"{option} must be {value}, as in {path}, got {self.settings[name]}; give the same {option}")
-        self.results, self.unfinished = contents["results"], contents["unfinished"]
 
     def _restore(self, objects: Sequence[Any]) -> int:
         """Load the states of the objects if the checkpoint has them, and return the number of steps done."""
-        start = self.unfinished.get(self.name)
-        seconds, processor_seconds = start["seconds"] if start else (0.0, 0.0)
+        start = self.unfinished.get(self.name, {"step": 0, "seconds": (0.0, 0.0)})
+        seconds, processor_seconds = start["seconds"]
         self.began, self.ended = (clocks()[0] - seconds, clocks()[1] - processor_seconds), None
-        if not start:
+        self.current = (start["step"], objects)
+        if not start["step"]:
             return 0
         try:
             for thing, state in zip(objects, start["objects"], strict=True):
                 if isinstance(thing, nn.Module):
                     check_shapes(state, thing, self.args.checkpoint)
                 load_state(thing, self.fabric.to_device(state) if isinstance(thing, list) else state)
+            # On another kind of device, its random numbers are new.
+            for module, state in zip(self._with_random_state(), start["random"], strict=False):
+                module.set_rng_state(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.args.checkpoint} does not match this program: {error}; start again without --resume")
-        torch.set_rng_state(start["random"]["cpu"])
-        device = self.fabric.device.type
-        if device != "cpu" and device in start["random"]:
-            torch.get_device_module(device).set_rng_state(start["random"][device])
-        self.current = (start["step"], objects)
         return start["step"]
 
-    def _random_states(self) -> dict[str, Tensor]:
-        device, states = self.fabric.device.type, {"cpu": torch.get_rng_state()}
-        return states if device == "cpu" else {**states, device: torch.get_device_module(device).get_rng_state()}
+    def _with_random_state(self) -> list[Any]:
+        device = self.fabric.device.type
+        return [torch] if device == "cpu" else [torch, torch.get_device_module(device)]
 
     def _make_loggers(self) -> list[Any]:
         """Return loggers in a new folder version_0, version_1, ..., so that a resumed run leaves the first logs."""
@@ -425,19 +426,9 @@ class Run:
             for logger in self.loggers:
                 getattr(logger, method)(*arguments)
 
-    def _metrics(self) -> str:
-        return ", ".join(f"{name} {float(value):.4g}" for name, value in self.metrics.items())
-
 
 def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
-
-
-def plain(value: Any) -> Any:
-    """Return a value that a checkpoint can hold."""
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def state_of(thing: Any) -> Any:

@@ -360,22 +360,18 @@ def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curv
 
         done = step + 1
         last = done == args.steps if args.steps else streams.seconds >= 60 * args.minutes
-        run.log(loss=loss)
+        losses = {}
         if done % args.eval_every == 0 or last:
             mean = fabric.all_reduce(streams.total).item() / streams.count
             streams.total.zero_()
             streams.count = 0
-            now = {
-                "step": done,
-                "seconds": streams.seconds,
-                "characters": done * args.batch * args.length / (ratios[0] or 1),
-                "training": report(run, f"step {done}  training", mean, ratios[0]),
-                "held_out": report(run, f"step {done}  held out", heldout_loss(model, heldout), ratios[1]),
-            }
-            curve["points"].append(now)
-            run.log(loss=loss, training=now["training"], held_out=now["held_out"])
+            losses["training"] = report(run, f"step {done}  training", mean, ratios[0])
+            losses["held_out"] = report(run, f"step {done}  held out", heldout_loss(model, heldout), ratios[1])
+            characters = done * args.batch * args.length / (ratios[0] or 1)
+            curve["points"].append({"step": done, "seconds": streams.seconds, "characters": characters, **losses})
             if args.curve and fabric.is_global_zero:
                 write_json(args.curve, curve)
+        run.log(loss=loss, **losses)
         if last and args.minutes:
             break
 

@@ -99,7 +99,7 @@ def test_seconds_go_on(tmp_path):
     run.unfinished["next"] = {
         "step": 5,
         "seconds": (100.0, 50.0),
-        "random": {"cpu": torch.get_rng_state()},
+        "random": [torch.get_rng_state()],
         "objects": [],
     }
     run.name = "next"
@@ -145,7 +145,7 @@ def zipped(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (Path.unlink, "there is no file {path} to resume from; "),
+        (Path.unlink, "cannot read {path} (No such file or directory); "),
         (truncate, "{path} is damaged, incomplete or not a checkpoint; "),
         (flip, "{path} is damaged, incomplete or not a checkpoint; "),
         (lambda path: path.write_text("not a checkpoint"), "{path} is damaged, incomplete or not a checkpoint; "),
@@ -178,7 +178,7 @@ def test_other_settings_are_refused(checkpoint):
 
 def test_a_model_of_other_sizes_is_refused(checkpoint):
     states = [{"0.weight": torch.zeros(4, 2)}]
-    unfinished = {"third": {"step": 3, "seconds": (0.0, 0.0), "random": {}, "objects": states}}
+    unfinished = {"third": {"step": 3, "seconds": (0.0, 0.0), "random": [], "objects": states}}
     change(checkpoint, unfinished=unfinished)
     arguments = ["--checkpoint", checkpoint, "--resume", "--models", "third"]
     found = refused(*arguments)
