@@ -19,6 +19,8 @@ PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 def on_config(config):
     version = re.search(r'"(.*)"', (ROOT / "src/mingru/_version.py").read_text(encoding="utf-8"))
     config.copyright = f"torch-mingru {version[1]}, MIT license"
+    if not config.repo_url:
+        config.edit_uri = None  # otherwise the links that edit a page would lead nowhere
 
 
 def on_files(files, config):

@@ -112,6 +112,14 @@ def test_indices_in_text():
         assert equations.on_page_content(same) == same
 
 
+@pytest.mark.parametrize(("address", "kept"), [(None, None), ("https://example.org/mingru", "edit/main/docs/")])
+def test_pages_are_edited_only_where_the_repository_is(address, kept):
+    config = types.SimpleNamespace(repo_url=address, edit_uri="edit/main/docs/")
+    hooks.on_config(config)
+    assert config.edit_uri == kept
+    assert mingru.__version__ in config.copyright
+
+
 def test_the_text_for_language_models(tmp_path):
     config = types.SimpleNamespace(site_name="NAME", site_description="WHAT", docs_dir=DOCS, site_dir=tmp_path)
     hooks.on_post_build(config)
