@@ -360,6 +360,8 @@ class Run:
             contents = {"settings": self.settings, "results": self.results, "unfinished": self.unfinished}
             file = io.BytesIO()
             torch.save(contents, file)
+            # An object that `_load` could not read raises an error here, before the last checkpoint is replaced.
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
             write(self.args.checkpoint, file.getvalue())
 
     def _load(self) -> None:

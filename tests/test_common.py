@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -123,6 +124,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, monkeypatch):
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
+def test_a_result_that_could_not_be_read_again_is_not_saved(checkpoint, finished, monkeypatch):
+    monkeypatch.setattr(small_program, "train", lambda run, name, args: Path(name))
+    with pytest.raises(pickle.UnpicklingError, match="Path"):
+        main("--checkpoint", checkpoint, "--resume", "--models", "third")
+    assert checkpoint.read_bytes() == finished
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -223,6 +231,16 @@ def test_files_are_checked_and_not_created(tmp_path):
     assert found == f"--plot and --results must be different files, got {path} for both"
     assert refused("--plot", "a.xyz").startswith("--plot must end in one of .")
     assert refused("--plot", "a").startswith("--plot must end in one of .")
+
+
+def test_a_file_is_replaced_in_one_operation(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    # The old file is not written to: who has it open reads it to its end.
+    with path.open("rb") as reader:
+        common.write(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
 
 
 def test_a_link_is_written_through(tmp_path):
