@@ -69,7 +69,7 @@ WINDOW = torch.hann_window(FRAME).sqrt()
 RATIOS_DB = (0, 5, 10)
 LEAST = 1e-8
 SPEAKERS, MUSIC = ("fr_CA_f_June", "ru_RU_f_IvrvoiceRU"), ("reno_project-system", "manolo_camp-morning_coffee")
-PACKAGES = "install the packages (first lines of the program), or name another --folder"
+PACKAGES = "install the packages (first lines of the program), or name other --folder"
 QUICK = {"num_steps": 20, "batch_size": 4, "seconds": 2, "num_test": 4, "seeds": [0]}
 
 
@@ -113,7 +113,7 @@ def read_folder(folder: Path, test: list[str], seconds: int) -> tuple[Sources, S
         for kind, signals in zip(("speaker", "music"), sources, strict=True):
             if not signals:
                 names = " ".join(path.stem for path in (*speakers, *pieces)) or "no wav files"
-                fail(f"{folder} has no {kind} for the {part}, but {names}; {PACKAGES}, or other --test")
+                fail(f"{folder} has no {kind} for the {part}, but {names}; {PACKAGES} or --test")
     return parts
 
 
@@ -212,12 +212,10 @@ def train(run: Run, name: str, seed: int, sources: Sources, tests: list[tuple[Te
     model, optimizer = run.fabric.setup(module, optimizer)
     for _ in run.steps(args.num_steps, model, optimizer, schedule):
         # Ratios from -2.5 to 12.5 dB, and a volume from -6 to 6 dB.
-        ratios_db, volume = (
-            15 * torch.rand(args.batch_size, 1) - 2.5,
-            10 ** (0.6 * torch.rand(args.batch_size, 1) - 0.3),
-        )
+        ratios_db = 15 * torch.rand(args.batch_size, 1) - 2.5
         clean, noisy = run.fabric.to_device(mix(*sources, args.batch_size, args.seconds, ratios_db))
-        loss = -ratio(denoise(model, run.fabric.to_device(volume) * noisy), clean).mean()
+        volume = run.fabric.to_device(10 ** (0.6 * torch.rand(args.batch_size, 1) - 0.3))
+        loss = -ratio(denoise(model, volume * noisy), clean).mean()
         optimizer.zero_grad()
         run.fabric.backward(loss)
         run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
