@@ -27,6 +27,7 @@ GUIDES = {
     "models.md": 9,
     "programs.md": 0,
     "reinforcement_learning.md": 1,
+    "reproduction.md": 0,
     "speed.md": 0,
     "states.md": 6,
 }

@@ -95,7 +95,9 @@ class Results:
         self.path = path
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if any(found[name] != self.found[name] for name in ("where", "settings")):
+            # Another version of this library continues the file, which keeps the version of its first run.
+            same = found["where"] | {"mingru": machine["mingru"]} == self.found["where"]
+            if not same or found["settings"] != self.found["settings"]:
                 raise SystemExit(
                     f"{path} has results of other settings or of another machine: name a new file by --json"
                 )

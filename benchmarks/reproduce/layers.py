@@ -18,7 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "models": ["nn.GRU, 1 layer", "minGRU, 1 layer", "minGRU, 2 layers", "minGRU, 3 layers", "minGRU, 4 layers"],
     "seeds": [0, 1, 2],
     "num_parameters": 60_000,
-    "steps": [500, 1000, 2000],
+    "steps": [500, 1000, 1500],
     "batch_size": 32,
     "learning_rate": 3e-3,
     "num_test": 1024,

@@ -8,6 +8,7 @@ The tables are written between comments, `<!-- reproduce: NAME -->` and `<!-- re
 import json
 import re
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def copying(runs: Runs, _: dict[str, Any]) -> str:
 
 def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
+    tasks = [task for task in TASKS if any(key.startswith(f"{task}: ") for key in groups)]
     models = list(dict.fromkeys(key.split(": ")[1].rpartition(", learning rate ")[0] for key in groups))
 
     def at(task: str, model: str, where: str) -> str:
@@ -73,10 +75,10 @@ def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
         return cell([run[where] for run in groups[best]], most)
 
     tables = []
-    for where, title in (("far", "Lengths 40 to 256:"), ("near", "Lengths 8 to 40, as in training:")):
+    for where, title in (("far", "Lengths 40 to 256:"), ("near", "Lengths 1 to 40, as in training:")):
         tables += [
             title,
-            table(["", *TASKS], [[model, *(at(task, model, where) for task in TASKS)] for model in models]),
+            table(["", *tasks], [[model, *(at(task, model, where) for task in tasks)] for model in models]),
         ]
     return "\n\n".join(tables)
 
@@ -119,8 +121,10 @@ def text_of(name: str, found: dict[str, Any]) -> str:
     hours = sum(run["processor_seconds"] for run in runs.values()) / 3600
     settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
     machine = f"{where['processor']} ({where['instructions']}), {where['threads']} thread, torch {where['torch']}"
-    facts = f"{len(runs)} runs, {hours:.2f} processor hours; {machine}; {settings}."
-    return f"{TABLES[name](runs, found['settings'])}\n\n{facts}"
+    seeds = sorted({key.rpartition(", seed ")[2] for key in runs if ", seed " in key})
+    seeds_text = f" with seeds {', '.join(seeds)}" if seeds else ""
+    facts = f"{len(runs)} runs{seeds_text}, {hours:.2f} processor hours; {machine}; {settings}."
+    return f"{TABLES[name](runs, found['settings'])}\n\n{textwrap.fill(facts, 120)}"
 
 
 def filled(page: str, folder: Path) -> str:
