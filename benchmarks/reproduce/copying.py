@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "hidden_dims": 64,
     "batch_size": 16,
     "learning_rate": 5e-3,
-    "num_steps": 2000,
+    "num_steps": 10_000,
     "num_test": 1024,
 }
 
