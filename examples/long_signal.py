@@ -15,6 +15,22 @@ it.
    time step after the other.
 3. Length: processor seconds and peak memory of a forward and backward pass over one sequence, for minGRU, nn.GRU and
    attention (`scaled_dot_product_attention`) of about as many parameters, up to a limit of seconds.
+
+With the default options, OMP_NUM_THREADS=1, torch 2.13 and an AMD EPYC. Root mean square error, where 1 is the standard
+deviation of the signal in training; mean of three seeds and half of their range:
+
+                        10 ms           50 ms          200 ms    processor seconds
+    mean                0.860           0.860           0.860
+    no change           0.648           1.225           1.173
+    linear              0.218           0.785           0.793            12
+    minGRU      0.138 ± 0.015   0.433 ± 0.066   0.753 ± 0.006            28
+
+200 ms ahead, minGRU gains little over the linear filter.
+
+All 1,536,570 time steps take 2.2 processor seconds forward, and 9.7 forward and backward, with 3.4 GiB. Differences
+from float64 are at most 2.6e-5 of the root mean square in the first 10,000 time steps, 2.6e-5 in the last 10,000, and
+5.9e-5 in all, both in one call and in segments. Within 60 seconds, nn.GRU gets to 65,536 time steps (33 s, 3.1 GiB)
+and attention to 16,384 (17 s).
 """
 
 import argparse
@@ -101,8 +117,10 @@ def read(path: Path, num_steps: int | None) -> Signal:
         values = torch.from_numpy(np.load(path)).double()
     except (OSError, TypeError, ValueError) as error:
         fail(f"{path} must be a .npy file of numbers, got {error}")
-    if values.ndim != 1 or len(values) < least or not values.isfinite().all():
-        fail(f"{path} must have one axis of at least {least:,} finite numbers, got the shape {tuple(values.shape)}")
+    if values.ndim != 1 or len(values) < least:
+        fail(f"{path} must have one axis of at least {least:,} numbers, got the shape {tuple(values.shape)}")
+    if not values.isfinite().all():
+        fail(f"{path} must have finite numbers, got {values[~values.isfinite()][0]}")
     values = values[:num_steps]
     num_train = len(values) * 3 // 4
     train = values[:num_train]
@@ -308,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     length = stream_length(signal, args)
     if args.segment > length:
         fail(f"--segment must be at most {length} with --batch-size {args.batch_size}, got {args.segment}")
-    run = Run(parser, args, free=["models", "seeds", "limit"])
+    run = Run(parser, args, free=["models", "seeds"])
 
     run.print(f"{len(signal.values):,} time steps; error of forecasts {', '.join(map(str, HORIZONS))} ms ahead")
     rows = torch.arange(signal.num_train, len(signal.values) - max(HORIZONS))

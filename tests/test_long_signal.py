@@ -9,6 +9,7 @@ from common import Run
 from programs import load, refusal
 
 script = load("examples/long_signal.py")
+apart = script.apart
 
 SMALL = "--num-steps 3 --num-parameters 500 --batch-size 4 --segment 64 --num-layers 1 --seeds 0 2 --limit 10".split()
 
@@ -100,6 +101,10 @@ def test_lengths_stop_at_the_limit(file, run, monkeypatch, capsys, name, exponen
     assert expected in capsys.readouterr().out
 
 
+def test_another_process():
+    assert apart(os.getpid) != os.getpid()
+
+
 def test_measure():
     seconds, memory = script.measure(script.make("minGRU", 500, 1), torch.randn(4096), torch.get_num_threads())
     assert seconds > 0
@@ -125,8 +130,10 @@ def test_refusals(file, tmp_path):
         "--segment must be at most 700 with --batch-size 4, got 800"
     )
     assert refused("--max-length", "10") == "argument --max-length: must be an integer of at least 1200, got '10'"
-    expected = f"{file} must have one axis of at least 1,200 finite numbers, got the shape "
-    for values in (np.zeros(100), np.zeros((2000, 2)), np.full(2000, np.nan)):
+    np.save(file, np.full(2000, np.nan))
+    assert refused() == f"{file} must have finite numbers, got nan"
+    expected = f"{file} must have one axis of at least 1,200 numbers, got the shape "
+    for values in (np.zeros(100), np.zeros((2000, 2))):
         np.save(file, values)
         assert refused() == f"{expected}{values.shape}"
     file.write_text("no numbers")

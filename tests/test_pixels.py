@@ -107,6 +107,13 @@ def test_refusals(folder):
         return refusal(script.main, [*SMALL, *arguments])
 
     assert refused("--folder", str(folder), "--data", "digits") == "--folder needs --data fashion"
+    labels = folder / "t10k-labels-idx1-ubyte"
+    for wrong in (torch.zeros(19), torch.full((20,), 10), torch.zeros(20, 1), torch.zeros(0)):
+        labels.write_bytes(idx(wrong.byte()))
+        expected = (
+            f"{folder} must have images of 10 classes and a label for each of them, got t10k images (20, 4, 3) and"
+        )
+        assert refused("--folder", str(folder)) == f"{expected} labels {tuple(wrong.shape)}"
     path = folder / "train-images-idx3-ubyte.gz"
     for content in (b"", b"no", gzip.compress(b"\0\0\x0d\1\0\0\0\1\0"), gzip.compress(b"\0\0\x08\1\0\0\0\4\0")):
         path.write_bytes(content)
