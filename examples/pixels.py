@@ -38,18 +38,8 @@ BASELINES = ("logistic, pixels", "logistic, bag of values")
 NUM_CLASSES = 10
 # Learning rates that --tune tries.
 RATES = (0.005, 0.01, 0.02)
-# Training steps, and the learning rates of MODELS.
-DEFAULTS = {
-    "mnist1d": (2000, (0.01, 0.01, 0.01)),
-    "digits": (400, (0.01, 0.01, 0.01)),
-    "fashion": (400, (0.01, 0.01, 0.01)),
-}
+NUM_STEPS = {"mnist1d": 2000, "digits": 300, "fashion": 300}
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-# The layers have different lower bounds of the decay, so that the upper ones remember hundreds of time steps.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "minGRU": {"norm": "rms", "residual": True, "candidate": "tanh", "min_decay": [0.0, 0.9, 0.99]},
-    "minLSTM": {"norm": "rms", "residual": True, "candidate": "tanh", "forget_bias": 2.0},
-}
 QUICK = {"num_steps": 20, "seeds": [0], "num_parameters": 3000, "most": 400}
 
 
@@ -71,7 +61,7 @@ def read_idx(folder: Path, name: str) -> Tensor:
 
 def read(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return sequences (N, S) and classes (N) of the training, and those of the test."""
-    if folder or name == "fashion":
+    if name == "fashion":
         images, classes, test_images, test_classes = (
             read_idx(folder or FASHION, f"{part}-{kind}-ubyte")
             for part in ("train", "t10k")
@@ -106,16 +96,20 @@ def read(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 class Model(nn.Module):
-    """Map sequences (B, S) to logits (B, 10) of the output of the last time step."""
+    """Map sequences (B, S) to logits (B, 10) of the output of the last time step. `length` is S."""
 
-    def __init__(self, name: str, hidden_dims: int) -> None:
+    def __init__(self, name: str, hidden_dims: int, length: int) -> None:
         super().__init__()
         self.encoder = nn.Linear(1, hidden_dims)
-        if name == "nn.GRU":
-            self.rnn: nn.Module = nn.GRU(hidden_dims, hidden_dims, batch_first=True)
+        options: dict[str, Any] = {"norm": "rms", "residual": True, "candidate": "tanh"}
+        if name == "minGRU":
+            # The upper layers must remember hundreds of time steps, if there are so many.
+            options["min_decay"] = [0.0, 0.9, 0.99] if length > 100 else 0.0
+            self.rnn: nn.Module = mingru.MinGRU(hidden_dims, hidden_dims, 3, **options)
+        elif name == "minLSTM":
+            self.rnn = mingru.MinLSTM(hidden_dims, hidden_dims, 3, forget_bias=2.0, **options)
         else:
-            layer = mingru.MinGRU if name == "minGRU" else mingru.MinLSTM
-            self.rnn = layer(hidden_dims, hidden_dims, 3, **OPTIONS[name])
+            self.rnn = nn.GRU(hidden_dims, hidden_dims, batch_first=True)
         self.norm = nn.RMSNorm(hidden_dims)
         self.head = nn.Linear(hidden_dims, NUM_CLASSES)
 
@@ -128,10 +122,10 @@ def size_of(model: nn.Module) -> int:
     return sum(x.numel() for x in model.parameters())
 
 
-def make(name: str, num_parameters: int) -> Model:
+def make(name: str, length: int, num_parameters: int) -> Model:
     """Return the widest model of at most this many parameters."""
-    width = next(width for width in itertools.count(2) if size_of(Model(name, width + 1)) > num_parameters)
-    return Model(name, width)
+    width = next(width for width in itertools.count(2) if size_of(Model(name, width + 1, length)) > num_parameters)
+    return Model(name, width, length)
 
 
 @torch.no_grad()
@@ -146,7 +140,7 @@ def train(
     """Return the accuracy in the test and the processor seconds of the training."""
     torch.manual_seed(seed)
     x, classes, test_x, test_classes = (run.fabric.to_device(each) for each in data)
-    model = make(name, args.num_parameters)
+    model = make(name, x.shape[1], args.num_parameters)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     # At least 20, because the rate must rise for at least one step.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
@@ -174,6 +168,7 @@ def logistic(x: Tensor, classes: Tensor, test_x: Tensor, test_classes: Tensor) -
     """Return the accuracy of a logistic regression, with a small penalty on its weights."""
     linear = nn.Linear(x.shape[1], NUM_CLASSES)
     nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -228,11 +223,13 @@ def make_parser() -> Parser:
     add("--folder", type=Path, help="folder of four IDX files for --data fashion, such as those of MNIST")
     add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
     add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and batches")
-    add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 400")
+    add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 300")
     add("--num-parameters", type=at_least(1000), default=10_000, help="of each model, at most")
     add("--batch-size", type=at_least(1), default=16, help="images in each training step")
-    add("--learning-rate", type=positive, help="highest learning rate; if omitted, the best of tuning")
-    add("--tune", action="store_true", help="choose the learning rates on a quarter of the training images")
+    add("--learning-rate", type=positive, default=0.01, help="highest learning rate, without --tune")
+    add(
+        "--tune", action="store_true", help="choose the learning rate of each model on a quarter of the training images"
+    )
     add("--most", type=at_least(100), help="use at most so many images for training and so many for the test")
     parser.add_output("--plot", Path("pixels.png"), "picture of accuracies and times")
     return parser
@@ -248,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     for data_name in args.data:
         data = tuple(each[: args.most] for each in read(data_name, args.folder))
         run.print(f"{data_name}: {len(data[0]):,} sequences of {data[0].shape[1]} pixels, {len(data[2]):,} in the test")
-        num_steps = args.num_steps or DEFAULTS[data_name][0]
+        num_steps = args.num_steps or NUM_STEPS[data_name]
         results[data_name] = {
             BASELINES[0]: [(logistic(*data), 0.0)],
             BASELINES[1]: [(logistic(bag(data[0]), data[1], bag(data[2]), data[3]), 0.0)],
@@ -256,9 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in BASELINES:
             run.print(f"{name:24} {results[data_name][name][0][0]:5.1f}%")
         for name in args.models:
-            rate = args.learning_rate or DEFAULTS[data_name][1][MODELS.index(name)]
-            if args.tune:
-                rate = tune(run, name, data_name, num_steps, data, args)
+            rate = tune(run, name, data_name, num_steps, data, args) if args.tune else args.learning_rate
             runs = []
             for seed in args.seeds:
                 label = f"{data_name}, {name}, rate {rate}, seed {seed}"
@@ -266,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             results[data_name][name] = runs
             accuracies, seconds = zip(*runs, strict=True)
             half = (max(accuracies) - min(accuracies)) / 2
-            mean, size = statistics.mean(accuracies), size_of(make(name, args.num_parameters))
+            mean, size = statistics.mean(accuracies), size_of(make(name, data[0].shape[1], args.num_parameters))
             line = f"{mean:5.1f} ± {half:.1f}%  {statistics.mean(seconds):6.0f} s  {size:,} parameters, rate {rate}"
             run.print(f"{name:24} {line}")
     plot(args.plot, results)
