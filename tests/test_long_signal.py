@@ -111,15 +111,21 @@ def test_measure():
     assert memory >= 0 or not os.path.exists("/proc/self/status")
 
 
-def test_a_short_run(file, tmp_path, capsys):
-    plot, models = tmp_path / "plot.png", ["--models", *script.MODELS]
-    script.main([*SMALL, *models, "--file", str(file), "--plot", str(plot)])
+def test_a_short_run(file, tmp_path, capsys, monkeypatch):
+    plot, checkpoint = tmp_path / "plot.png", tmp_path / "run.pt"
+    arguments = [*SMALL, "--models", *script.MODELS, "--file", str(file), "--plot", str(plot)]
+    script.main([*arguments, "--checkpoint", str(checkpoint)])
     out = capsys.readouterr().out
     assert [out.count(f"\n{name}, seed ") for name in script.MODELS] == [2, 2]
     assert out.count("mean and half of the range") == 2
     assert "one call of 4,000 time steps" in out
     assert out.splitlines()[-1].startswith("attention       4,000 ")
     assert plot.stat().st_size > 10_000
+    for name in ("train", "time_lengths"):
+        monkeypatch.setattr(script, name, None)
+    script.main([*arguments, "--checkpoint", str(checkpoint), "--resume", "--seeds", "2"])
+    expected = next(line for line in out.splitlines() if line.startswith("minGRU, seed 2"))
+    assert expected in capsys.readouterr().out
 
 
 def test_refusals(file, tmp_path):

@@ -93,13 +93,17 @@ def test_tuning_trains_on_three_quarters_and_returns_the_best_rate(tmp_path, mon
     assert script.tune(Run(parser, args), "minGRU", "digits", 5, data, args) == 0.01
 
 
-def test_a_short_run(folder, tmp_path, capsys):
+def test_a_short_run(folder, tmp_path, capsys, monkeypatch):
     plot = tmp_path / "plot.png"
-    script.main([*SMALL, "--folder", str(folder), "--plot", str(plot)])
+    arguments = [*SMALL, "--folder", str(folder), "--plot", str(plot), "--checkpoint", str(tmp_path / "run.pt")]
+    script.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "fashion: 40 sequences of 12 pixels, 20 in the test"
     assert [line[:24].strip() for line in lines[1:]] == [*script.BASELINES, *script.MODELS]
     assert plot.stat().st_size > 10_000
+    monkeypatch.setattr(script, "train", None)
+    script.main([*arguments, "--resume"])
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_refusals(folder):
