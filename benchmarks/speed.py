@@ -271,7 +271,7 @@ def tables(record: dict[str, Any]) -> str:
     others = "".join(f", {name} {version}" for name, version in versions.items())
     load = record["results"]["load"]
     lines = [f"{machine}{others}.", f"The load average before the run was {load:.1f}."]
-    if load > where["cores"] / 2:
+    if load > where["cores"]:
         lines += ["Other programs ran at the same time, so these ratios are rough."]
     for column, title in ((1, "A training step"), (0, "Forward, without gradients")):
         for threads, by_shape in record["results"]["times"].items():

@@ -58,7 +58,11 @@ def by_seed(runs: Runs) -> tuple[dict[str, list[dict[str, Any]]], int]:
 
 def copying(runs: Runs, _: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
-    rows = [[key, cell([run["accuracy"] for run in groups[key]], most), PAPER[key]] for key in PAPER if key in groups]
+    rows = [
+        [key.replace("1 layers", "1 layer"), cell([run["accuracy"] for run in groups[key]], most), PAPER[key]]
+        for key in PAPER
+        if key in groups
+    ]
     return table(["model", "here", "paper, full task"], rows)
 
 
