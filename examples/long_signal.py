@@ -294,7 +294,9 @@ def plot(path: Path, signal: Signal, forecasts: dict[str, Tensor], lengths: dict
     for number, (axes, label) in enumerate(zip(bottom.subplots(1, 2), ("Processor seconds", "GiB"), strict=True), 1):
         for name, rows in lengths.items():
             axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="Time steps", ylabel=label, title="Forward and backward")
+        # A short sequence may need no new memory, and 0 has no logarithm.
+        scale = "log" if any(row[number] > 0 for rows in lengths.values() for row in rows) else "linear"
+        axes.set(xscale="log", yscale=scale, xlabel="Time steps", ylabel=label, title="Forward and backward")
         axes.grid(alpha=0.3)
         axes.legend()
     write_figure(path, figure)
