@@ -1,5 +1,6 @@
 """examples/long_signal.py: its signal, models, linear filter, comparisons, times, refusals and a short run."""
 
+import itertools
 import os
 
 import numpy as np
@@ -111,7 +112,11 @@ def test_measure():
     assert memory >= 0 or not os.path.exists("/proc/self/status")
 
 
-def test_a_short_run(file, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("growth", [0, 1])
+def test_a_short_run(file, tmp_path, capsys, monkeypatch, growth):
+    """Also if no sequence needs more memory than the ones before it in the process."""
+    memory = itertools.count(1, growth)
+    monkeypatch.setattr(script, "peak_memory", lambda: next(memory))
     plot, checkpoint = tmp_path / "plot.png", tmp_path / "run.pt"
     arguments = [*SMALL, "--models", *script.MODELS, "--file", str(file), "--plot", str(plot)]
     script.main([*arguments, "--checkpoint", str(checkpoint)])
