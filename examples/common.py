@@ -164,6 +164,22 @@ def check_plot(path: Path) -> None:
         fail(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
 
 
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def widest(build: Callable[[int], nn.Module], most: int, first: int = 1, step: int = 1) -> Any:
+    """Return the widest model of at most this many parameters. The widths are `first`, `first + step`, ..."""
+    widths = itertools.count(first, step)
+    return build(next(width for width in widths if num_parameters(build(width + step)) > most))
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, rate: float, num_steps: int) -> Any:
+    """Return a schedule that raises the learning rate to `rate` in the first tenth of the steps, and then lowers it."""
+    # At least 20, because the rate must rise for at least one step.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
+
+
 def check_shapes(found: Mapping[str, Any], module: nn.Module, path: Path) -> None:
     """Stop the program if the tensors in a file are not those of a module."""
 

@@ -41,7 +41,7 @@ layers with norms. Much of the music stays. For speakers and music of the traini
 6.5 dB.
 """
 
-import itertools
+import io
 import statistics
 import sys
 import tempfile
@@ -49,13 +49,26 @@ import time
 import warnings
 import wave
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, check_folder, fail, installed, positive, write_figure
+from common import (
+    Parser,
+    Run,
+    at_least,
+    check_folder,
+    fail,
+    installed,
+    one_cycle,
+    positive,
+    widest,
+    write,
+    write_figure,
+)
 from torch import Tensor, nn
 
 import mingru
@@ -86,10 +99,12 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
-def write(path: Path, samples: Tensor) -> None:
-    with wave.open(str(path), "wb") as file:
+def write_wav(path: Path, samples: Tensor) -> None:
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
         file.writeframes((samples.clamp(-1, 1) * (2**15 - 1)).numpy().astype("<i2").tobytes())
+    write(path, content.getvalue())
 
 
 def read_folder(folder: Path, test: list[str], seconds: int) -> tuple[Sources, Sources]:
@@ -178,11 +193,7 @@ def denoise(model: nn.Module, noisy: Tensor) -> Tensor:
 
 def make(name: str, num_parameters: int) -> Denoiser:
     """Return the largest model of at most this many parameters."""
-
-    def is_larger(width: int) -> bool:
-        return sum(x.numel() for x in Denoiser(name, width).parameters()) > num_parameters
-
-    return Denoiser(name, next(width for width in itertools.count(1) if is_larger(width + 1)))
+    return widest(partial(Denoiser, name), num_parameters)
 
 
 def wiener(noisy: Tensor) -> Tensor:
@@ -206,9 +217,7 @@ def train(run: Run, name: str, seed: int, sources: Sources, tests: list[tuple[Te
     torch.manual_seed(seed)
     module = make(name, args.num_parameters)
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
     model, optimizer = run.fabric.setup(module, optimizer)
     for _ in run.steps(args.num_steps, model, optimizer, schedule):
         # Ratios from -2.5 to 12.5 dB, and a volume from -6 to 6 dB.
@@ -365,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"saved {args.plot}", file=sys.stderr)
     if args.listen:
         for name, samples in signals.items():
-            write(args.listen / f"{name.replace(',', '').replace(' ', '_')}.wav", samples)
+            write_wav(args.listen / f"{name.replace(',', '').replace(' ', '_')}.wav", samples)
 
 
 if __name__ == "__main__":

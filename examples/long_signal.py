@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
 from torch import Tensor, nn
 
 import mingru
@@ -136,11 +136,7 @@ def stream_length(signal: Signal, args: argparse.Namespace) -> int:
 
 def make(name: str, num_parameters: int, num_layers: int) -> Model:
     """Return the largest model of at most this many parameters, whose width is a multiple of 4."""
-
-    def is_larger(width: int) -> bool:
-        return sum(x.numel() for x in Model(name, width, num_layers).parameters()) > num_parameters
-
-    return Model(name, next(width for width in itertools.count(4, 4) if is_larger(width + 4)), num_layers)
+    return widest(lambda width: Model(name, width, num_layers), num_parameters, 4, 4)
 
 
 def train(run: Run, name: str, seed: int, signal: Signal, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,10 +147,7 @@ def train(run: Run, name: str, seed: int, signal: Signal, args: argparse.Namespa
     torch.manual_seed(seed)
     model = make(name, args.num_parameters, args.num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    # At least 20, because the rate must rise for at least one step.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
     model, optimizer = run.fabric.setup(model, optimizer)
     length = stream_length(signal, args)
     values, targets = (

@@ -32,7 +32,6 @@ regression. With --num-steps 3000, which take 145 s, minGRU has 89.7 ± 0.5%.
 
 import argparse
 import gzip
-import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from common import Parser, Run, at_least, fail, installed, num_parameters, one_cycle, positive, widest, write_figure
 from torch import Tensor, nn
 
 import mingru
@@ -133,14 +132,9 @@ class Model(nn.Module):
         return self.head(self.norm(out[:, -1]))
 
 
-def size_of(model: nn.Module) -> int:
-    return sum(x.numel() for x in model.parameters())
-
-
 def make(name: str, length: int, num_parameters: int) -> Model:
     """Return the widest model of at most this many parameters."""
-    width = next(width for width in itertools.count(2) if size_of(Model(name, width + 1, length)) > num_parameters)
-    return Model(name, width, length)
+    return widest(lambda width: Model(name, width, length), num_parameters, 2)
 
 
 @torch.no_grad()
@@ -157,8 +151,7 @@ def train(
     x, classes, test_x, test_classes = (run.fabric.to_device(each) for each in data)
     model = make(name, x.shape[1], args.num_parameters)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    # At least 20, because the rate must rise for at least one step.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
+    schedule = one_cycle(optimizer, rate, num_steps)
     model, optimizer = run.fabric.setup(model, optimizer)
     for _ in run.steps(num_steps, model, optimizer, schedule):
         rows = torch.randint(len(x), (args.batch_size,))
@@ -278,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             results[data_name][name] = runs
             accuracies, seconds = zip(*runs, strict=True)
             half = (max(accuracies) - min(accuracies)) / 2
-            mean, size = statistics.mean(accuracies), size_of(make(name, data[0].shape[1], args.num_parameters))
+            mean, size = statistics.mean(accuracies), num_parameters(make(name, data[0].shape[1], args.num_parameters))
             line = f"{mean:5.1f} ± {half:.1f}%  {statistics.mean(seconds):6.0f} s  {size:,} parameters, rate {rate}"
             run.print(f"{name:24} {line}")
     plot(args.plot, results)

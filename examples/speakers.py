@@ -25,14 +25,13 @@ more of 370 than the mean. A run of minGRU takes half as long as one of nn.GRU.
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
@@ -106,10 +105,7 @@ def make(name: str, num_parameters: int) -> nn.Module:
     def of_width(width: int) -> nn.Module:
         return Mean(width) if name == "mean" else Recurrent(name, width)
 
-    def is_larger(width: int) -> bool:
-        return sum(x.numel() for x in of_width(width).parameters()) > num_parameters
-
-    return of_width(next(width for width in itertools.count(1) if is_larger(width + 1)))
+    return widest(of_width, num_parameters)
 
 
 def train(run: Run, name: str, seed: int, data: Utterances, args: argparse.Namespace) -> nn.Module:
@@ -117,9 +113,7 @@ def train(run: Run, name: str, seed: int, data: Utterances, args: argparse.Names
     x, lengths, speakers = data
     model = make(name, args.num_parameters)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
     model, optimizer = run.fabric.setup(model, optimizer)
     for _ in run.steps(args.num_steps, model, optimizer, schedule):
         rows = torch.randint(len(x), (args.batch_size,))

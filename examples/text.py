@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Imported first, because it says how to install missing packages.
-from common import Parser, Run, at_least, check_folder, fail, installed, positive, write, write_json
+from common import Parser, Run, at_least, check_folder, fail, installed, num_parameters, positive, write, write_json
 
 # isort: split
 import numpy as np
@@ -295,10 +295,6 @@ class Peer(nn.Module):
 
 
 Model = LanguageModel | Peer
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def build(settings: dict[str, Any], vocab_size: int) -> Model:

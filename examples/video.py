@@ -29,12 +29,13 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
 from torch import Tensor, nn
 
 import mingru
@@ -130,11 +131,7 @@ class Model(nn.Module):
 
 def make(name: str, num_parameters: int) -> Model:
     """Return the largest model of at most this many parameters."""
-
-    def is_larger(width: int) -> bool:
-        return sum(x.numel() for x in Model(name, width).parameters()) > num_parameters
-
-    return Model(name, next(width for width in itertools.count(1) if is_larger(width + 1)))
+    return widest(partial(Model, name), num_parameters)
 
 
 def sections(frames: Tensor, args: Any) -> Tensor:
@@ -159,9 +156,7 @@ def train(run: Run, name: str, seed: int, frames: Tensor, test: Tensor) -> dict[
     torch.manual_seed(seed)
     model = make(name, args.num_parameters)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, max(args.num_steps, 20), pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
     model, optimizer = run.fabric.setup(model, optimizer)
     scale = frames.std()
     for _ in run.steps(args.num_steps, model, optimizer, schedule):

@@ -25,7 +25,7 @@ def folder(tmp_path):
     for name, signal in signals.items():
         path = tmp_path / f"{name}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        script.write(path, 0.5 * signal)
+        script.write_wav(path, 0.5 * signal)
     return tmp_path
 
 

@@ -59,7 +59,7 @@ def test_the_data_of_packages(name, package, length):
 @pytest.mark.parametrize("name", script.MODELS)
 def test_models_are_of_the_given_size_and_depend_on_the_first_pixel(name):
     model = script.make(name, 12, 3000)
-    assert 2500 < script.size_of(model) <= 3000
+    assert 2500 < script.num_parameters(model) <= 3000
     x = torch.randn(2, 12)
     changed = x.clone()
     changed[0, 0] += 1

@@ -9,7 +9,6 @@ launches nothing, so that the time of CUDA itself is missing. On a GPU, `benchma
 
 import argparse
 import statistics
-import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -111,4 +110,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -61,7 +61,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
     from . import kernels
 
-    args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+    args = args | {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
     values = [args.get(name) for name in kernels.PARAMETERS]
     dtypes = tuple(x.dtype for x in values if isinstance(x, Tensor))
     # Integers of 32 and of 64 bits have different types.
