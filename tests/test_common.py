@@ -351,3 +351,24 @@ def test_logs_have_all_steps(tmp_path):
 
     assert rows("first/version_0") == [*enumerate(results["first"]["losses"], 1)]
     assert rows("second/version_0") + rows("second/version_1") == [*enumerate(results["second"]["losses"], 1)]
+
+
+def test_the_widest_model_has_at_most_the_given_parameters():
+    def build(width):
+        return torch.nn.Linear(width, 1, bias=False)
+
+    assert common.num_parameters(common.widest(build, 10)) == 10
+    assert common.num_parameters(common.widest(build, 10, 4, 4)) == 8
+
+
+def test_the_learning_rate_rises_and_falls_also_in_few_steps():
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    for num_steps in (1, 50):
+        schedule, rates = common.one_cycle(optimizer, 0.5, num_steps), []
+        for _ in range(num_steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert rates.index(max(rates)) == 4
+    assert max(rates) == 0.5
+    assert rates[-1] < 0.01
