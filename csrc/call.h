@@ -1,11 +1,12 @@
-// The call of a recurrence: the one value that all operators take, beside sequences and weights. To add an option, add it
-// here, to `Operands` and the cells, and to `_call` in src/mingru/ops/backends/native.py.
+// The call of a recurrence: the one value that all operators take, beside sequences and weights. `Operands` reads it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <iterator>
 #include <optional>
+#include <vector>
 
 #include "driver.h"
 
@@ -14,22 +15,6 @@ HIDDEN_NAMESPACE_BEGIN(mingru)
 
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using MaybeTensors = torch::headeronly::HeaderOnlyArrayRef<MaybeTensor>;
-
-struct Call {
-  const char* name;  // of the operator, for errors
-  Cell cell;
-  Activation activation;
-  double min_decay;
-  bool reverse, time_first, keep, needs_dt, needs_x, needs_weight, needs_bias;
-  Tensor h;              // the state before the first step, contiguous
-  Tensor initial_state;  // the state after a reset
-  MaybeTensor reset, dt, batch_sizes, lengths;
-};
-
-// `how` has the numbers of the cell and the activation in a byte each, and then the flags, in the order of a call.
-// `tensors` are its six tensors; the first two are not optional.
-Call call_of(const char* name, MaybeTensors tensors, int64_t how, double min_decay);
 
 struct CellTraits {
   int64_t num_inputs;
@@ -40,21 +25,32 @@ struct CellTraits {
 constexpr CellTraits cells[] = {MINGRU_CELLS(MINGRU_TRAITS)};
 #undef MINGRU_TRAITS
 
-constexpr CellTraits traits_of(Cell cell) { return cells[static_cast<int>(cell)]; }
+// The bits of a call after the cell and the activation.
+enum class Flag { reverse, time_first, keep, needs_dt, needs_x, needs_weight, needs_bias };
+
+constexpr auto num_arguments = static_cast<size_t>(Argument::count);
+
+struct Call {
+  const char* name;  // of the operator, for errors
+  const std::vector<MaybeTensor>& tensors;
+  int64_t how;  // the numbers of cell and activation, a byte each, and the flags
+  double min_decay;
+
+  const MaybeTensor& operator[](Argument argument) const { return tensors[static_cast<size_t>(argument)]; }
+  bool has(Flag flag) const { return (how >> (16 + static_cast<int>(flag)) & 1) != 0; }
+  Cell cell() const { return static_cast<Cell>(how & 0xff); }
+  Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
+
+  // Raises an error if the call is none. It must be called first.
+  const CellTraits& traits() const {
+    const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
+    STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
+    const bool is_whole = tensors.size() == num_arguments && tensors[0] && tensors[1];
+    STD_TORCH_CHECK(is_whole, name, ": a call has ", num_arguments, " tensors, the first two required");
+    return cells[how & 0xff];
+  }
+};
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-// The instructions of an inference pass; see inference.cpp.
-#define MINGRU_INSTRUCTIONS(INSTRUCTION) \
-  INSTRUCTION(keep)                      \
-  INSTRUCTION(add)                       \
-  INSTRUCTION(add_linear)                \
-  INSTRUCTION(rms_norm)                  \
-  INSTRUCTION(layer_norm)                \
-  INSTRUCTION(linear)                    \
-  INSTRUCTION(linear_gelu)               \
-  INSTRUCTION(causal_conv)               \
-  INSTRUCTION(scan)                      \
-  INSTRUCTION(scan_both)
 
 HIDDEN_NAMESPACE_END(mingru)

@@ -8,12 +8,25 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "operands.h"
 
 namespace {
 
 using namespace mingru;
+
+#define MINGRU_INSTRUCTIONS(INSTRUCTION) \
+  INSTRUCTION(keep)                      \
+  INSTRUCTION(add)                       \
+  INSTRUCTION(add_linear)                \
+  INSTRUCTION(rms_norm)                  \
+  INSTRUCTION(layer_norm)                \
+  INSTRUCTION(linear)                    \
+  INSTRUCTION(linear_gelu)               \
+  INSTRUCTION(causal_conv)               \
+  INSTRUCTION(scan)                      \
+  INSTRUCTION(scan_both)
 
 #define MINGRU_ENUM(name) name,
 enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_ENUM) };
@@ -342,16 +355,19 @@ class Pass : Arguments {
     Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = first + direction, flags = direction << 16 | int64_t(time_first) << 17;
-      const MaybeTensor tensors[] = {layer_of(h, index), layer_of(initial_state, index), {}, {}, {}, {}};
-      Call call = call_of("inference", tensors, how | flags, min_decay);
-      require(times.empty() || traits_of(call.cell).takes_time);
-      if (!resets.empty()) call.reset = resets[direction];
-      if (!times.empty()) call.dt = times[direction];
+      std::vector<MaybeTensor> tensors(num_arguments);
+      const auto set = [&](Argument argument, const Tensor& x) { tensors[static_cast<size_t>(argument)] = x; };
+      set(Argument::h, layer_of(h, index));
+      set(Argument::initial_state, layer_of(initial_state, index));
+      if (!resets.empty()) set(Argument::reset, resets[direction]);
+      if (!times.empty()) set(Argument::dt, times[direction]);
+      const Call call{"inference", tensors, how | flags, min_decay};
+      require(times.empty() || call.traits().takes_time);
       const Tensor& weight = next_weight(2, x.size(2));
-      require(weight.size(0) == features * traits_of(call.cell).num_inputs);
+      require(weight.size(0) == features * call.traits().num_inputs);
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      const Tensor of_direction = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
-      Outputs outputs = {of_direction, layer_of(last_[state], index), {}};
+      const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
+      Outputs outputs = {part, layer_of(last_[state], index), {}};
       linear_recurrence(call, x, weight, bias, outputs);
     }
     x_ = out;
@@ -364,6 +380,13 @@ class Pass : Arguments {
   std::vector<Tensor> kept_, last_;
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };
+
+// The names of cells, activations and instructions, in the order of their numbers.
+std::string names() {
+#define MINGRU_NAME(name, ...) #name " "
+  return MINGRU_CELLS(MINGRU_NAME) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_NAME);
+#undef MINGRU_NAME
+}
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
 // the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets` and
@@ -382,9 +405,12 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
+  library.def("names() -> str");
   library.def(
       "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
       "Tensor[] times, Tensor code, Tensor numbers, bool time_first) -> (Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }
+
+STABLE_TORCH_LIBRARY_IMPL(mingru, CompositeExplicitAutograd, library) { library.impl("names", TORCH_BOX(&names)); }

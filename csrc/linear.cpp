@@ -25,9 +25,9 @@ thread_local Scratch pre_activations_scratch, grads_scratch, rows_scratch, grad_
 
 // The number of features of the states.
 int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
-  const int64_t num_inputs = traits_of(call.cell).num_inputs;
+  const int64_t num_inputs = call.traits().num_inputs;
   STD_TORCH_CHECK(
-      x.dim() == (call.batch_sizes ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
+      x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
           weight.scalar_type() == x.scalar_type() && weight.size(0) % num_inputs == 0 && weight.size(1) == x.size(-1) &&
           x.numel() > 0,
       call.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), of the same dtype");
@@ -46,9 +46,9 @@ class LinearOperands : public Operands {
         weight(as_contiguous(any_weight)),
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
-        batch_dim_(call.time_first ? 1 : 0),
+        batch_dim_(call.has(Flag::time_first) ? 1 : 0),
         is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
-        time_major_(is_packed() || (!has_lengths() && call.time_first != is_transposed_)),
+        time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         x_(in_memory_order(x)) {
     // The scan adds a bias of float32 or float64, unless the cell is timed.
     if (bias && (weight.element_size() < 4 || scan.dt.data || scan.is_bounded)) {
@@ -256,11 +256,11 @@ void mingru::linear_recurrence(
   LinearOperands operands(call, x, weight, bias);
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
-    outputs.kept = empty({call.keep ? operands.num_rows() : 0, operands.num_columns}, x);
+    outputs.kept = empty({call.has(Flag::keep) ? operands.num_rows() : 0, operands.num_columns}, x);
     outputs.out = empty(operands.sizes(operands.scan.num_features), x);
-    outputs.last = empty_as(call.h);
+    outputs.last = empty_as(operands.h);
   }
-  char* kept = call.keep ? data_of<char>(*outputs.kept) : nullptr;
+  char* kept = call.has(Flag::keep) ? data_of<char>(*outputs.kept) : nullptr;
   operands.clear_padding(*outputs.out);
   Scan& scan = operands.scan;
   scan.out = operands.sequence(*outputs.out);
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors, int64_t how,
     double min_decay) {
   Outputs outputs;
-  linear_recurrence(call_of("linear_recurrence_forward", tensors, how, min_decay), x, weight, bias, outputs);
+  linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, outputs);
   return {*outputs.out, *outputs.last, *outputs.kept};
 }
 
@@ -290,7 +290,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors,
     const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how,
     double min_decay) {
-  const Call call = call_of("linear_recurrence_backward", tensors, how, min_decay);
+  const Call call{"linear_recurrence_backward", tensors, how, min_decay};
+  const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
+  const bool needs_bias = call.has(Flag::needs_bias);
   LinearOperands operands(call, x, weight, bias);
   const int64_t columns = operands.num_columns, features = operands.num_features;
   STD_TORCH_CHECK(
@@ -299,10 +301,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
            pre_activations.numel() == operands.num_rows() * columns),
       call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
-  Tensor grad_x = call.needs_x ? operands.empty_like_x() : empty({0}, x);
-  if (call.needs_x) operands.clear_padding(grad_x);
-  SumOfBlocks grad_weight(x, call.needs_weight ? columns : 0, features), grad_bias(x, call.needs_bias ? 1 : 0, columns);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call.has(Flag::needs_dt), out, grad_out, grad_last);
+  Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
+  if (needs_x) operands.clear_padding(grad_x);
+  SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   Scan& scan = operands.scan;
   for (const Block& block : operands.blocks(true)) {
     const int64_t count = block.num_rows;
@@ -310,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
       run(scan, block.part, true);
       continue;
     }
-    const void* rows = !kept || call.needs_weight ? operands.rows_of(block) : nullptr;
+    const void* rows = !kept || needs_weight ? operands.rows_of(block) : nullptr;
     char* pre = operands.pre_activations_of(block, kept);
     if (!kept) operands.map(pre, rows, block);
     char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
@@ -319,13 +321,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     run(scan, block.part, true);
 
     const Tensor grads = matrix(to, count, columns, x);
-    if (call.needs_x) {
+    if (needs_x) {
       operands.set_grad_rows(block, grad_x, [&](void* grad_rows) {
         multiply(matrix(grad_rows, count, features, x), grads, operands.weight);
       });
     }
-    if (call.needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
-    if (call.needs_bias) grad_bias.add_rows(grads);
+    if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
+    if (needs_bias) grad_bias.add_rows(grads);
   }
   return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state, grads_of_dt};
 }

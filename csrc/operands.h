@@ -50,46 +50,55 @@ T* data_of(const Tensor& x) {
 class Operands {
  public:
   Scan scan{};
+  const CellTraits traits;
+  const Tensor h;
 
   // `like` has the leading dimensions and the dtype of all sequences.
   Operands(const Call& call, const Tensor& like, int64_t num_features)
-      : name_(call.name), batch_dim_(call.time_first ? 1 : 0), step_dim_(call.time_first ? 0 : 1) {
+      : traits(call.traits()),
+        h(as_contiguous(*call[Argument::h])),
+        name_(call.name),
+        batch_dim_(call.has(Flag::time_first) ? 1 : 0),
+        step_dim_(1 - batch_dim_) {
     STD_TORCH_CHECK(like.is_cpu(), name_, ": sequences must be on the CPU");
-    scan.cell = call.cell;
-    scan.activation = call.activation;
+    scan.cell = call.cell();
+    scan.activation = call.activation();
     scan.storage = storage_of(like);
     scan.num_features = num_features;
-    scan.reverse = call.reverse;
-    if (call.batch_sizes) {
-      STD_TORCH_CHECK(!call.lengths, name_, ": lengths must be of sequences that are not packed");
+    scan.reverse = call.has(Flag::reverse);
+    const MaybeTensor &lengths = call[Argument::lengths], &dt = call[Argument::dt], &reset = call[Argument::reset];
+    if (const MaybeTensor& batch_sizes = call[Argument::batch_sizes]) {
+      STD_TORCH_CHECK(!lengths, name_, ": lengths must be of sequences that are not packed");
       batch_dim_ = step_dim_ = 0;
-      set_packed(*call.batch_sizes, like);
+      set_packed(*batch_sizes, like);
     } else {
       STD_TORCH_CHECK(like.dim() >= 2, name_, ": sequences must be (B, S, *)");
       scan.num_batch = like.size(batch_dim_);
       scan.num_steps = like.size(step_dim_);
-      if (call.lengths) set_lengths(*call.lengths);
+      if (lengths) set_lengths(*lengths);
     }
     leading_.assign(like.sizes().begin(), like.sizes().begin() + (is_packed() ? 1 : 2));
     STD_TORCH_CHECK(
         scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
-    scan.h = state(call.h, "h");
-    if (call.dt) {
+    scan.h = state(h, "h");
+    if (dt) {
+      STD_TORCH_CHECK(traits.takes_time, name_, ": this cell takes no elapsed times");
       const char* expected = ": dt must have the leading dimensions of the sequences, in the accumulation dtype";
-      scan.dt = one_per_step(*call.dt, accumulation_dtype(), expected);
+      scan.dt = one_per_step(*dt, accumulation_dtype(), expected);
     }
     if (call.min_decay != 0) {
+      STD_TORCH_CHECK(traits.takes_time, name_, ": this cell has no lower bound of its decay");
       STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, name_, ": min_decay must be in [0, 1)");
       scan.is_bounded = true;
       scan.log_bound = std::log(call.min_decay);
       scan.log_range = std::log1p(-call.min_decay);
     }
-    if (call.reset) {
+    if (reset) {
       const char* expected = ": reset must be bool, with the leading dimensions of the sequences";
-      scan.reset = one_per_step(*call.reset, ScalarType::Bool, expected);
+      scan.reset = one_per_step(*reset, ScalarType::Bool, expected);
       // A linear scan has no initial state: a reset sets the state to 0.
       if (scan.cell != Cell::linear_scan && scan.cell != Cell::complex_linear_scan) {
-        scan.initial_state = state(contiguous(call.initial_state), "initial_state");
+        scan.initial_state = state(contiguous(*call[Argument::initial_state]), "initial_state");
       }
     }
   }
@@ -152,7 +161,7 @@ class Operands {
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
-    const int64_t count = traits_of(scan.cell).num_inputs, features = scan.num_features, size = bias.element_size();
+    const int64_t count = traits.num_inputs, features = scan.num_features, size = bias.element_size();
     STD_TORCH_CHECK(
         bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, name_,
         ": bias must be (num_inputs N), float32 or float64, with the dtype of the sequences");
@@ -170,18 +179,18 @@ class Operands {
 
   // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
   std::tuple<Tensor, Tensor, Tensor> add_gradients(
-      const Call& call, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
+      bool needs_dt, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
-    Tensor grad_h = empty_as(call.h), grad_initial_state = empty({0}, call.h), grads_of_dt = empty({0}, call.h);
+    Tensor grad_h = empty_as(h), grad_initial_state = empty({0}, h), grads_of_dt = empty({0}, h);
     scan.grad_h = grad_h.data_ptr();
-    if (call.needs_dt && scan.dt.data) {
-      grads_of_dt = torch::stable::new_zeros(call.h, sizes((scan.num_features + group - 1) / group));
+    if (needs_dt && scan.dt.data) {
+      grads_of_dt = torch::stable::new_zeros(h, sizes((scan.num_features + group - 1) / group));
       scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }
     if (scan.reset.data) {
-      grad_initial_state = torch::stable::new_zeros(call.h, call.h.sizes());
+      grad_initial_state = torch::stable::new_zeros(h, h.sizes());
       if (scan.initial_state) scan.grad_initial_state = grad_initial_state.data_ptr();
     }
     return {grad_h, grad_initial_state, grads_of_dt};

@@ -10,22 +10,22 @@ void add_inputs(Operands& operands, const std::vector<Tensor>& inputs) {
 }
 
 int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
-  const int64_t count = traits_of(call.cell).num_inputs;
+  const int64_t count = call.traits().num_inputs;
   STD_TORCH_CHECK(
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
-  STD_TORCH_CHECK(!call.lengths, call.name, ": lengths need the linear map");
+  STD_TORCH_CHECK(!call[Argument::lengths], call.name, ": lengths need the linear map");
   int64_t features = 1;
-  for (int64_t dim = call.batch_sizes ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
+  for (int64_t dim = call[Argument::batch_sizes] ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
   return features;
 }
 
 std::tuple<Tensor, Tensor> recurrence_forward(
     const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay) {
-  const Call call = call_of("recurrence_forward", tensors, how, min_decay);
+  const Call call{"recurrence_forward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs);
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  Tensor out = empty_as(inputs[0]), last = empty_as(call.h);
+  Tensor out = empty_as(inputs[0]), last = empty_as(operands.h);
   operands.scan.out = operands.sequence(out);
   operands.scan.last = last.data_ptr();
   run(operands.scan, operands.whole(), false);
@@ -37,11 +37,11 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
     const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, const Tensor& out,
     const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
-  const Call call = call_of("recurrence_backward", tensors, how, min_decay);
+  const Call call{"recurrence_backward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call.has(Flag::needs_dt), out, grad_out, grad_last);
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));

@@ -25,6 +25,9 @@ enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
 // Of the candidate. Linear scans have none.
 enum class Activation { positive, linear, tanh };
 
+// The tensors of a call: the fields of `Start` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
+enum class Argument { h, initial_state, reset, dt, batch_sizes, lengths, count };
+
 constexpr int most_inputs = 3;
 // A state of this size stays in the first-level cache while the inputs are read.
 constexpr int64_t most_features = 512;

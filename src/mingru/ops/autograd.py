@@ -18,7 +18,7 @@ from torch._functorch import eager_transforms
 
 from .backend import Kernel, KernelFailure
 from .backends import traceable
-from .call import Layout, Spec, Start
+from .call import Layout, Spec, Start, flattened, from_flat
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
@@ -145,21 +145,17 @@ def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start,
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        h, initial_state, reset, *others = start
-        args = (h, None if reset is None else initial_state, reset, *others, *layout[1:], *tensors)
+        used: Any = None if start.reset is None else start.initial_state
+        args = *flattened(start._replace(initial_state=used), layout), *tensors
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]
 
 
-def _parts(args: Sequence[Any]) -> tuple[Start, Sequence[Any], Sequence[Any]]:
-    """Return what the flat list has: the start, the layout without its first field, and the tensors of the kernel."""
-    first = len(Start._fields)
-    last = first + len(Layout._fields) - 1
-    start = Start(*args[:first])
-    if start.initial_state is None:
-        start = start._replace(initial_state=start.h)
-    return start, args[first:last], args[last:]
+def _parts(args: Sequence[Any], time_first: bool) -> tuple[Start, Layout, Sequence[Any]]:
+    """Return what the flat list has: start, layout, and the tensors of the kernel."""
+    start, layout, tensors = from_flat(args, time_first)
+    return start if start.reset is not None else start._replace(initial_state=start.h), layout, tensors
 
 
 def _kernel(choice: Choice) -> Kernel:
@@ -172,8 +168,8 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        start, layout, tensors = _parts(args)
-        out, last, kept = _kernel(choice).forward(spec, tensors, start, Layout(time_first, *layout), keep)
+        start, layout, tensors = _parts(args, time_first)
+        out, last, kept = _kernel(choice).forward(spec, tensors, start, layout, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(tensors[0])
         ctx.save_for_backward(out, kept, *args)
@@ -182,13 +178,12 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         out, kept, *args = ctx.saved_tensors
-        start, rest, tensors = _parts(args)
-        layout = Layout(ctx.time_first, *rest)
+        start, layout, tensors = _parts(args, ctx.time_first)
         needs = ctx.needs_input_grad[4:]
 
         def recompute(name: str) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
-                start, _, tensors = _parts(args)
+                start, _, tensors = _parts(args, ctx.time_first)
                 inputs = list(tensors)
                 if ctx.choice.kernel == "linear_kernel":
                     if layout.lengths is not None:
@@ -205,13 +200,13 @@ class Recurrence(torch.autograd.Function):
             if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
-            of_start, _, of_tensors = _parts(needs)
+            of_start, _, of_tensors = from_flat(needs)
             try:
                 saved = (out, kept, *grad)
                 found, of_kernel = _kernel(ctx.choice).backward(
                     ctx.spec, tensors, start, layout, saved, (of_start, of_tensors)
                 )
-                grads = (*found, *(None for _ in rest), *of_kernel)
+                grads = (*found, *(None for _ in layout[1:]), *of_kernel)
             except KernelFailure as failure:
                 grads = recompute(after(failure, ctx.choice, ctx.spec, out).backend)
         return None, None, None, None, *grads

@@ -70,6 +70,6 @@ def in_blocks(
             steps = slice(begin, begin + sizes[time])
             at = (steps, elements) if order.time_first else (elements, steps)
             reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
-            out[at], last = run(x[at], Start(last, start.initial_state, reset, dt))
+            out[at], last = run(x[at], start._replace(h=last, reset=reset, dt=dt))
         lasts.append(last)
     return out, torch.cat(lasts).to(start.h.dtype)

@@ -1,10 +1,13 @@
 """The arguments of a recurrence: its cell, its states, resets and elapsed times, and its memory layout.
 
+To add an option, add it here, to the cells, and to the kernels; CONTRIBUTING.md names the places.
+
 NamedTuples without methods, because TorchScript compiles the functions that take them. TorchScript refines an optional
 field only after it was read into a local variable.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -48,3 +51,35 @@ class Layout(NamedTuple):
 
 
 BATCH_FIRST = Layout(False)
+# The fields as tuples, because a trace can pass tuples to a scripted function, but no NamedTuple.
+SpecTuple = tuple[str, str, bool, float]
+StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
+
+
+def named(spec: SpecTuple, start: StartTuple, layout: LayoutTuple) -> tuple[Spec, Start, Layout]:
+    cell, activation, reverse, min_decay = spec
+    h, initial_state, reset, dt = start
+    time_first, batch_sizes, lengths = layout
+    return (
+        Spec(cell, activation, reverse, min_decay),
+        Start(h, initial_state, reset, dt),
+        Layout(time_first, batch_sizes, lengths),
+    )
+
+
+def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
+    """Return a start with other resets and elapsed times, the values that belong to steps."""
+    return Start(start.h, start.initial_state, reset, dt)
+
+
+def flattened(start: Start, layout: Layout) -> list[Tensor | None]:
+    """Return all tensors in one list, for operators and autograd."""
+    return [*start, *layout[1:]]
+
+
+def from_flat(tensors: Sequence[Any], time_first: bool = False) -> tuple[Start, Layout, Sequence[Any]]:
+    """Return the start and the layout of such a list, and what follows them."""
+    first = len(Start._fields)
+    last = first + len(Layout._fields) - 1
+    return Start(*tensors[:first]), Layout(time_first, *tensors[first:last]), tensors[last:]

@@ -8,7 +8,7 @@ CPU, counts the sequences that have each step. Everything here is scriptable.
 import torch
 from torch import Tensor
 
-from .call import Layout, Spec, Start
+from .call import Layout, Spec, Start, with_steps
 from .cells import coefficients, is_complex
 from .graph import for_trace, is_captured
 from .scan import LinearScan
@@ -37,7 +37,7 @@ def padded_call(
             padding = padding_of(lengths, inputs[0])
             reset = None if reset is None else reset.masked_fill(padding, False)
             dt = None if dt is None else dt.masked_fill(padding, 1.0)
-    return spec, inputs, Start(start.h, start.initial_state, reset, dt), Layout(False, None, lengths)
+    return spec, inputs, with_steps(start, reset, dt), Layout(False, None, lengths)
 
 
 def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
@@ -139,7 +139,7 @@ def in_reverse(start: Start, layout: Layout) -> Start:
         reset = reset_seen_in_reverse(reset, layout)
     if dt is not None:
         dt = dt_seen_in_reverse(dt, layout)
-    return Start(start.h, start.initial_state, reset, dt)
+    return with_steps(start, reset, dt)
 
 
 def padding_of(lengths: Tensor, like: Tensor) -> Tensor:

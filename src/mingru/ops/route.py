@@ -160,7 +160,7 @@ def backend_of(name: str) -> Backend:
 def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
     kernel = backend_of(name).kernel
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(start.dt)):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start)):
         return None
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -183,7 +183,7 @@ def fused_with(
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if not are_ordinary(x, weight, *_given(start.dt)) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, weight, *_given(*start)) or not x.is_floating_point() or x.numel() == 0:
         return None
     if is_autocast(x):
         return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, scan_backward_by, scan_by
-from ..call import Layout, Spec, Start
+from ..call import Layout, Spec, Start, flattened, from_flat
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 
@@ -42,7 +42,8 @@ def _register_shapes() -> None:
         return bool((how >> (16 + bit)) & 1)
 
     def grads_of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
-        h, _, reset, dt, *_ = call
+        start, _, _ = from_flat(call)
+        h, reset, dt = start.h, start.reset, start.dt
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
         shape_of_dt = (*dt.shape, num_groups) if flag(how, 3) and dt is not None else (0,)
         return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape), h.new_empty(shape_of_dt)
@@ -51,7 +52,7 @@ def _register_shapes() -> None:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        num_leading = 2 if call[4] is None else 1
+        num_leading = 2 if from_flat(call)[1].batch_sizes is None else 1
         num_grads = len(inputs) * out.shape[num_leading:].numel()
         return out.new_empty(*out.shape[:num_leading], num_grads), *grads_of_start(call, rest[2])
 
@@ -116,15 +117,15 @@ def _call(
 
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
     """
-    h, initial_state, reset, dt = start
-    h = _state(h, like)
-    initial_state = h if reset is None else _state(initial_state.expand_as(h), like)
+    h = _state(start.h, like)
+    initial_state = h if start.reset is None else _state(start.initial_state.expand_as(h), like)
+    start = start._replace(h=h, initial_state=initial_state)
     how = number_of(spec)
     for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 16):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
-    return [h, initial_state, reset, dt, layout.batch_sizes, layout.lengths], how, spec.min_decay
+    return flattened(start, layout), how, spec.min_decay
 
 
 def _recurrence(
@@ -149,14 +150,12 @@ def _recurrence_backward(
 
 def _grads_of_start(
     start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grads_of_dt: Tensor
-) -> tuple[Tensor | None, ...]:
-    grad_h = as_dtype(grad_h, start.h.dtype)
-    grad_dt = grads_of_dt.sum(-1) if needs_dt else None
-    if start.reset is None:
-        return grad_h, None, None, grad_dt
-    initial_state = start.initial_state
-    of_initial_state = as_dtype(grad_initial_state, initial_state.dtype).sum_to_size(initial_state.shape)
-    return grad_h, of_initial_state, None, grad_dt
+) -> Sequence[Tensor | None]:
+    of_initial_state: Any = None
+    if start.reset is not None:
+        of_initial_state = as_dtype(grad_initial_state, start.initial_state.dtype)
+        of_initial_state = of_initial_state.sum_to_size(start.initial_state.shape)
+    return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grads_of_dt.sum(-1) if needs_dt else None)
 
 
 def _linear_recurrence(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import Backend
-from ..call import Layout, Spec, Start
+from ..call import Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, named
 from ..cells import is_complex
 from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, in_layout, padded_call
@@ -34,18 +34,10 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
 
 
 @for_trace
-def traced_recurrence(
-    spec: tuple[str, str, bool, float],
-    inputs: list[Tensor],
-    start: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    layout: tuple[bool, Tensor | None, Tensor | None],
-) -> States:
-    """Call `recurrence` from a trace, which can pass tuples to a scripted function, but no NamedTuple."""
-    cell, activation, reverse, min_decay = spec
-    h, initial_state, reset, dt = start
-    time_first, batch_sizes, lengths = layout
-    named = Spec(cell, activation, reverse, min_decay), Start(h, initial_state, reset, dt)
-    return recurrence(named[0], inputs, named[1], Layout(time_first, batch_sizes, lengths))
+def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], start: StartTuple, layout: LayoutTuple) -> States:
+    """Call `recurrence` from a trace."""
+    call = named(spec, start, layout)
+    return recurrence(call[0], inputs, call[1], call[2])
 
 
 @for_trace

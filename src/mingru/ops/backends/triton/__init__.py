@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backend import Backend, Grads, Kernel, scan_backward_by, scan_by
-from ...call import Layout, Spec, Start
+from ...call import Layout, Spec, Start, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
@@ -49,9 +49,10 @@ def _register() -> torch.library.Library:
         return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)
 
     def backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-        h, initial_state, _, dt, batch_sizes, _ = given
+        start, layout, _ = from_flat(given)
+        h, initial_state, dt = start.h, start.initial_state, start.dt
         needs_dt, needs_bias = rest[-1][2:]
-        first, num_leading = inputs[0], 2 if batch_sizes is None else 1
+        first, num_leading = inputs[0], 2 if layout.batch_sizes is None else 1
         num_features, dtype = first.shape[num_leading:].numel(), accumulate_dtype(first.dtype)
         return (
             launch.grads_like(inputs, num_leading),
@@ -78,11 +79,11 @@ def _run(name: str, spec: Spec, tensors: tuple[Sequence[Any], ...], *flags: bool
 
 
 def _given(spec: Spec, start: Start, layout: Layout) -> list[Tensor | None]:
-    """Return the states, resets, elapsed times, batch sizes and lengths, as both operators take them."""
-    h, initial_state, reset, dt = start
+    """Return all tensors but the inputs, as both operators take them."""
     # A linear scan starts from 0 after a reset.
-    has_initial_state = reset is not None and spec.cell in NUM_INPUTS
-    return [h, initial_state.expand_as(h) if has_initial_state else None, reset, dt, *layout[1:]]
+    has_initial_state = start.reset is not None and spec.cell in NUM_INPUTS
+    initial_state: Any = start.initial_state.expand_as(start.h) if has_initial_state else None
+    return flattened(start._replace(initial_state=initial_state), layout)
 
 
 def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, None]:
@@ -100,12 +101,12 @@ def _recurrence_backward(spec: Spec, inputs: Tensors, start: Start, layout: Layo
 
 def _grads_of_start(
     start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grad_dt: Tensor
-) -> tuple[Tensor | None, ...]:
-    initial_state, for_initial_state = start.initial_state, None
+) -> Sequence[Tensor | None]:
+    of_initial_state: Any = None
     if grad_initial_state.numel() > 0:
-        for_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(initial_state.shape)
-        for_initial_state = as_dtype(for_initial_state, initial_state.dtype)
-    return grad_h, for_initial_state, None, grad_dt if needs_dt else None
+        of_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(start.initial_state.shape)
+        of_initial_state = as_dtype(of_initial_state, start.initial_state.dtype)
+    return Start(grad_h, of_initial_state, None, grad_dt if needs_dt else None)
 
 
 def _split(grads: Tensor, inputs: Tensors) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...backend import KernelFailure
+from ...call import from_flat
 from ...layout import is_transposed
 from ...shape import States, accumulate_dtype
 from . import device as devices
@@ -85,8 +86,9 @@ class _Call:
     """What both passes have in common."""
 
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
-        self.initial_state, self.reset, self.dt, self.batch_sizes, self.lengths = given[1:]
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
+        self.start, layout, _ = from_flat(given)
+        self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
         self.x = [self.flat(x) for x in inputs]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
             self.x = [x.contiguous() for x in self.x]
@@ -110,9 +112,9 @@ class _Call:
             num_steps=self.num_steps,
             num_features=self.num_features,
             backward=backward,
-            has_reset=self.reset is not None,
+            has_reset=self.start.reset is not None,
             is_packed=self.batch_sizes is not None,
-            is_timed=self.min_decay != 0 or self.dt is not None,
+            is_timed=self.min_decay != 0 or self.start.dt is not None,
             wave=devices.wave_of(x.device),
             is_amd=devices.is_amd(x.device),
         )
@@ -152,8 +154,8 @@ class _Call:
         shared |= {
             **dict(zip(("x0", "x1", "x2"), self.x, strict=False)),
             **self.sequences(unit, x0=x, x1=None if self.x[1].stride() == x.stride() else self.x[1]),
-            **self.sequences(1, reset=self.reset, dt=self.dt),
-            **_state("initial_state", self.initial_state),
+            **self.sequences(1, reset=self.start.reset, dt=self.start.dt),
+            **_state("initial_state", self.start.initial_state),
             "bound": _bound(self.min_decay),
             "num_steps": self.num_steps,
             "num_units": self.num_features // unit,
@@ -232,11 +234,10 @@ def _in_float32(number: float) -> tuple[float, float]:
 def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
     """Return the states of all steps, and the last state.
 
-    `given`: h, initial_state, reset, dt, batch_sizes, lengths. `cell`: name and activation. `order`: reverse,
-    time_first.
+    `given`: see `call.flattened`. `cell`: name and activation. `order`: reverse, time_first.
     """
-    call, h = _Call(inputs, given, cell, min_decay, order), given[0]
-    assert h is not None
+    call = _Call(inputs, given, cell, min_decay, order)
+    h = call.start.h
     out, last = inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
     flat = call.flat(out)
     unit = call.unit(flat)
@@ -253,14 +254,13 @@ def backward(
     The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
     grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
     """
-    h, initial_state, reset, dt, batch_sizes, lengths = given
-    assert h is not None
     *order, needs_dt, needs_bias = flags
-    if dt is not None:
+    call = _Call(inputs, given, cell, min_decay, order)
+    if call.start.dt is not None:
         # The kernel writes the gradients of dt with the strides of dt.
-        dt = dt.contiguous()
-    call = _Call(inputs, (h, initial_state, reset, dt, batch_sizes, lengths), cell, min_decay, order)
-    grads = grads_like(inputs, 2 if batch_sizes is None else 1)
+        call.start = call.start._replace(dt=call.start.dt.contiguous())
+    h, initial_state, dt = call.start.h, call.start.initial_state, call.start.dt
+    grads = grads_like(inputs, 2 if call.batch_sizes is None else 1)
     out, grad_out = (call.flat(x) for x in saved[:2])
     plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
     grad_h = h.new_empty(h.shape)
