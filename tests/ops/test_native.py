@@ -13,7 +13,7 @@ from cover import cover
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops import Call, Layout, Spec, Start, autograd, route
 from mingru.ops.backends import native
 from mingru.ops.cells import TIMED
 
@@ -338,10 +338,8 @@ def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
     spec, layout = Spec("mingru", "tanh", True), Layout(time_first, None, None)
 
     def function(x, h, initial, weight, *bias):
-        args = (x, weight, *bias, *[None] * (1 - len(bias)))
-        return autograd.run_kernel(
-            route.Choice("native", True, "linear_kernel"), spec, args, Start(h, initial, reset), layout, True
-        )
+        call = Call(spec, [x, weight, *bias, *[None] * (1 - len(bias))], Start(h, initial, reset), layout)
+        return autograd.run_kernel(route.Choice("native", True, "linear_kernel"), call, True)
 
     leaves = [leaf.detach().requires_grad_() for leaf in (x, h, initial, *linear.parameters())]
     assert torch.autograd.gradcheck(function, leaves)

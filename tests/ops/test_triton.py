@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 from mingru import ops
-from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
+from mingru.ops import NUM_INPUTS, Call, Layout, Spec, Start, autograd, route
 from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
@@ -385,12 +385,12 @@ def test_padded_sequences(cell, reverse, time_first, plan, use_plan):
         leaves = [x.requires_grad_() for x in (*leaves, *on_device(states))]
         *sequences, mask = [x.transpose(0, 1) if time_first else x for x in (*leaves[:-2], reset.to(DEVICE))]
         start = Start(*leaves[-2:], mask, sequences[0])
-        out, last = function(name, Spec(cell, "positive", reverse), sequences[1:], start, layout)
+        out, last = function(name, Call(Spec(cell, "positive", reverse), sequences[1:], start, layout))
         grads = torch.autograd.grad((out * weight).sum() + last.square().sum(), leaves)
         return [out, last, *grads]
 
-    def kernel(name, *call):
-        return autograd.run_kernel(route.Choice(name, True, "kernel"), *call, False)
+    def kernel(name, call):
+        return autograd.run_kernel(route.Choice(name, True, "kernel"), call, False)
 
     for got, truth in zip(results(kernel, "triton", math.nan), results(autograd.composed, "torch", 0.0), strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
@@ -627,10 +627,8 @@ def test_a_reset_that_was_viewed_from_bytes(use_plan):
 
 
 def linear_call(x, linear, states, reset, spec, layout, keep):
-    tensors = (x, linear.weight, linear.bias)
-    return autograd.run_kernel(
-        route.Choice("triton", True, "linear_kernel"), spec, tensors, Start(*states, reset), layout, keep
-    )
+    call = Call(spec, [x, linear.weight, linear.bias], Start(*states, reset), layout)
+    return autograd.run_kernel(route.Choice("triton", True, "linear_kernel"), call, keep)
 
 
 @covered(

@@ -12,7 +12,7 @@ from . import autograd, blocks, layout, route
 from .backend import KernelFailure
 from .backends import traceable
 from .blocks import Map
-from .call import BATCH_FIRST, Layout, Spec, Start
+from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import scripted_as
 from .route import Choice
@@ -47,7 +47,7 @@ def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    return _run_or_other(lambda choice: _run(choice, spec, list(inputs), start, order), spec, inputs[0], backend)
+    return _run_call(Call(spec, list(inputs), start, order), backend)
 
 
 def linear_recurrence(
@@ -58,12 +58,14 @@ def linear_recurrence(
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
 
+    call = Call(spec, [x], start, order)
+
     def run(choice: Choice) -> States:
-        tensors = route.fused_with(linear, choice.backend, spec, x, start, order)
+        tensors = route.fused_with(linear, choice.backend, call)
         if tensors is None:
-            return _run(choice, spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order)
+            return _run(choice, call._replace(tensors=list(linear(x).chunk(NUM_INPUTS[spec.cell], -1))))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
-        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), spec, tensors, start, order, keep)
+        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), call._replace(tensors=tensors), keep)
 
     return _run_or_other(run, spec, x)
 
@@ -78,8 +80,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
     sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
     def run(part: Tensor, part_start: Start) -> States:
-        inputs = of.inputs(part)
-        return _run_or_other(lambda choice: _run(choice, spec, inputs, part_start, order), spec, x)
+        return _run_call(Call(spec, of.inputs(part), part_start, order))
 
     return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
 
@@ -93,16 +94,20 @@ def _run_or_other(run: Callable[[Choice], States], spec: Spec, sequence: Tensor,
         return run(route.after(failure, choice, spec, sequence))
 
 
-def _run(choice: Choice, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+def _run_call(call: Call, backend: str = "auto") -> States:
+    return _run_or_other(lambda choice: _run(choice, call), call.spec, call.tensors[0], backend)
+
+
+def _run(choice: Choice, call: Call) -> States:
     if choice.is_traced:
-        return traceable.traced_recurrence(spec, inputs, start, order)
-    if inputs[0].numel() == 0:
-        return empty_states(traceable.sum_of(inputs), start.h)
-    kernel = route.kernel_of(choice.backend, spec, inputs, start, order)
+        return traceable.traced_recurrence(*call)
+    if call.tensors[0].numel() == 0:
+        return empty_states(traceable.sum_of(call.tensors), call.start.h)
+    kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
-        return autograd.composed(choice.backend, spec, inputs, start, order)
+        return autograd.composed(choice.backend, call)
     choice = choice._replace(kernel="kernel")
-    if kernel.packed or (order.batch_sizes is None and order.lengths is None):
-        return autograd.run_kernel(choice, spec, inputs, start, order, False)
-    states = autograd.run_kernel(choice, *layout.padded_call(spec, inputs, start, order), False)
-    return layout.in_layout(spec, states, inputs[0], start.h, order)
+    if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
+        return autograd.run_kernel(choice, call, False)
+    states = autograd.run_kernel(choice, layout.padded_call(call), False)
+    return layout.in_layout(states, call)

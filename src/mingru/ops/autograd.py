@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import eager_transforms
 
-from .backend import Kernel, KernelFailure
+from .backend import Kernel, KernelFailure, Needs, Saved
 from .backends import traceable
-from .call import Layout, Spec, Start, flattened, from_flat
+from .call import Call, Spec, flattened, from_flat
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
@@ -27,26 +27,26 @@ from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previou
 from .shape import States, as_dtype
 
 
-def composed(name: str, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+def composed(name: str, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
-    padded = padded_call(spec, inputs, start, layout)
+    padded = padded_call(call)
     own = backend_of(name).recurrence
     if own is not None:
-        states = own(*padded)
-    elif not is_complex(spec):
-        states = scan(name, as_linear_scan(*padded))
+        states = own(padded)
+    elif not is_complex(call.spec):
+        states = scan(name, as_linear_scan(padded))
     elif is_compiling():
         # Compilers and exported graphs may not support complex numbers.
-        states = traceable.scan(as_linear_scan(*padded), True)
+        states = traceable.scan(as_linear_scan(padded), True)
     else:
-        a, b, h, reset, reverse = as_linear_scan(*padded)
+        a, b, h, reset, reverse = as_linear_scan(padded)
         a, b, h = (torch.view_as_complex(x.contiguous()) for x in (a, b, h))
         out, last = scan(name, LinearScan(a, b, h, reset, reverse))
         states = torch.view_as_real(out), torch.view_as_real(last)
-        out, last = in_layout(spec, states, inputs[0], start.h, layout)
+        out, last = in_layout(states, call)
         # Copies, because outputs must not be views.
         return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
-    return in_layout(spec, states, inputs[0], start.h, layout)
+    return in_layout(states, call)
 
 
 def scan(name: str, call: LinearScan) -> States:
@@ -134,14 +134,15 @@ class Scan(ScanInGraph):
         return (out, last), (0, 0)
 
 
-def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool) -> States:
+def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
     """Run the chosen kernel, so that it is differentiable."""
+    spec, tensors, start, layout = call
     if is_compiling() and choice.kernel == "kernel" and tensors[0].dim() > 3:
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
         initial_state = start.initial_state.expand_as(start.h)
         flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(choice, spec, flat, flat_start, layout, keep)
+        out, last = run_kernel(choice, Call(spec, flat, flat_start, layout), keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
@@ -149,13 +150,15 @@ def run_kernel(choice: Choice, spec: Spec, tensors: Sequence[Any], start: Start,
         args = *flattened(start._replace(initial_state=used), layout), *tensors
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
-    return _kernel(choice).forward(spec, tensors, start, layout, False)[:2]
+    return _kernel(choice).forward(call, False)[:2]
 
 
-def _parts(args: Sequence[Any], time_first: bool) -> tuple[Start, Layout, Sequence[Any]]:
-    """Return what the flat list has: start, layout, and the tensors of the kernel."""
+def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
+    """Return the call of the flat list."""
     start, layout, tensors = from_flat(args, time_first)
-    return start if start.reset is not None else start._replace(initial_state=start.h), layout, tensors
+    if start.reset is None:
+        start = start._replace(initial_state=start.h)
+    return Call(spec, list(tensors), start, layout)
 
 
 def _kernel(choice: Choice) -> Kernel:
@@ -168,45 +171,43 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
-        start, layout, tensors = _parts(args, time_first)
-        out, last, kept = _kernel(choice).forward(spec, tensors, start, layout, keep)
+        call = _call(spec, time_first, args)
+        out, last, kept = _kernel(choice).forward(call, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
-        ctx.is_transposed = kept is not None and is_transposed(tensors[0])
+        ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
         ctx.save_for_backward(out, kept, *args)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         out, kept, *args = ctx.saved_tensors
-        start, layout, tensors = _parts(args, ctx.time_first)
-        needs = ctx.needs_input_grad[4:]
+        call, needs = _call(ctx.spec, ctx.time_first, args), ctx.needs_input_grad[4:]
 
         def recompute(name: str) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
-                start, _, tensors = _parts(args, ctx.time_first)
-                inputs = list(tensors)
+                call = _call(ctx.spec, ctx.time_first, args)
                 if ctx.choice.kernel == "linear_kernel":
+                    (x, weight, bias), layout = call.tensors, call.layout
                     if layout.lengths is not None:
                         # Otherwise a NaN in the padding would reach the gradients of the weights.
-                        inputs[0] = without_padding(inputs[0], layout.lengths, layout.time_first)
-                    inputs = list(F.linear(*inputs).chunk(NUM_INPUTS[ctx.spec.cell], -1))
-                return composed(name, ctx.spec, inputs, start, layout)
+                        x = without_padding(x, layout.lengths, layout.time_first)
+                    inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.spec.cell], -1)
+                    call = call._replace(tensors=list(inputs))
+                return composed(name, call)
 
             return _differentiable(function, args, needs, grad)
 
         if torch.is_grad_enabled() or are_batched(*grad):
             grads = recompute(ctx.choice.backend)
         else:
-            if kept is not None and is_transposed(tensors[0]) != ctx.is_transposed:
+            if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 kept = kept.new_empty(0)
             of_start, _, of_tensors = from_flat(needs)
             try:
-                saved = (out, kept, *grad)
-                found, of_kernel = _kernel(ctx.choice).backward(
-                    ctx.spec, tensors, start, layout, saved, (of_start, of_tensors)
-                )
-                grads = (*found, *(None for _ in layout[1:]), *of_kernel)
+                saved = Saved(out, kept, *grad)
+                found, of_kernel = _kernel(ctx.choice).backward(call, saved, Needs(of_start, of_tensors))
+                grads = (*found, *(None for _ in call.layout[1:]), *of_kernel)
             except KernelFailure as failure:
                 grads = recompute(after(failure, ctx.choice, ctx.spec, out).backend)
         return None, None, None, None, *grads

@@ -2,31 +2,47 @@
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import BATCH_FIRST, Layout, Spec, Start
+from .call import BATCH_FIRST, Call, Spec, Start
 from .cells import NUM_INPUTS
 from .scan import LinearScan
-from .shape import States, as_real
+from .shape import States, as_dtype, as_real
 
-# Of the fields of a `Start`, and of tensors.
+# Of the fields of a `Start`, and of the tensors of a call.
 Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+
+
+class Saved(NamedTuple):
+    """What a backward pass has: results of the forward pass, and their gradients."""
+
+    out: Tensor
+    kept: Tensor | None
+    grad_out: Tensor
+    grad_last: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    start: Any
+    """A `Start` of bools."""
+    tensors: Sequence[bool]
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A forward and a backward function; `autograd.Recurrence` makes them differentiable.
 
-    forward(spec, tensors, start, layout, keep) -> (out, last, kept)
-    backward(spec, tensors, start, layout, (out, kept, grad_out, grad_last), needs) -> `Grads`, where `needs` has a bool
-        for each field of start, and one for each tensor
+    Backward computes the pre-activations again unless forward keeps them.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    backward: Callable[..., Grads]
+    forward: Callable[[Call, bool], tuple[Tensor, Tensor, Tensor | None]]
+    """(call, keep) -> (out, last, kept)"""
+    backward: Callable[[Call, Saved, Needs], Grads]
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
@@ -40,7 +56,7 @@ class Kernel:
 def scan_by(kernel: Kernel, call: LinearScan) -> States:
     """Compute the linear scan by a fused kernel, which takes complex numbers as pairs of features."""
     spec, (a, b, h) = _real(call)
-    out, last, _ = kernel.forward(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST, False)
+    out, last, _ = kernel.forward(Call(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST), False)
     return _like(call, out), _like(call, last)
 
 
@@ -48,10 +64,10 @@ def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[
     """Compute the gradients of a, b and h; `saved`: out, grad_out, grad_last."""
     spec, (a, _, h, out, *grad) = _real(call, *saved)
     # The gradients do not depend on b.
-    of_call = spec, [a, a], Start(h, h, call.reset), BATCH_FIRST
+    recurrence = Call(spec, [a, a], Start(h, h, call.reset), BATCH_FIRST)
     no: Any = False
-    needs = Start(*[no] * len(Start._fields)), [True, True]
-    of_start, grads = kernel.backward(*of_call, (out, None, *grad), needs)
+    needs = Needs(Start(*[no] * len(Start._fields)), [True, True])
+    of_start, grads = kernel.backward(recurrence, Saved(out, None, *grad), needs)
     return tuple(_like(call, x) for x in (*grads, of_start[0]) if x is not None)
 
 
@@ -64,6 +80,16 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous()) if call.a.is_complex() else x
+
+
+def grads_of_start(start: Start, of_states: Sequence[Tensor], grad_dt: Tensor | None) -> Start:
+    """Return gradients as a start. `of_states`: of h and of the initial state, that for each sequence, or empty."""
+    grad_h, grad_initial_state = of_states
+    of_initial_state: Any = None
+    if start.reset is not None and grad_initial_state.numel() > 0:
+        summed = grad_initial_state.view(start.h.shape).sum_to_size(start.initial_state.shape)
+        of_initial_state = as_dtype(summed, start.initial_state.dtype)
+    return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
@@ -84,7 +110,7 @@ class Backend:
     """Compute its gradients, (call, out, grad_out, grad_last) -> (grad_a, grad_b, grad_h). Default: another scan."""
     differentiable: bool = True
     """Whether `scan` consists of differentiable operations."""
-    recurrence: Callable[[Spec, list[Tensor], Start, Layout], States] | None = None
+    recurrence: Callable[[Call], States] | None = None
     """Compute the recurrence of a `layout.padded_call` by differentiable operations. Default: by `scan`."""
     kernel: Kernel | None = None
     """Fused kernel of the recurrence. Its tensors are the pre-activations."""

@@ -51,21 +51,31 @@ class Layout(NamedTuple):
 
 
 BATCH_FIRST = Layout(False)
+
+
+class Call(NamedTuple):
+    """A recurrence and everything that it is computed from."""
+
+    spec: Spec
+    tensors: list[Tensor]
+    """The inputs of the cell, which are its pre-activations; for a kernel of a linear map, x, weight and bias."""
+    start: Start
+    layout: Layout
+
+
 # The fields as tuples, because a trace can pass tuples to a scripted function, but no NamedTuple.
 SpecTuple = tuple[str, str, bool, float]
 StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
 
 
-def named(spec: SpecTuple, start: StartTuple, layout: LayoutTuple) -> tuple[Spec, Start, Layout]:
+def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: LayoutTuple) -> Call:
+    """Return the call of these tuples."""
     cell, activation, reverse, min_decay = spec
     h, initial_state, reset, dt = start
     time_first, batch_sizes, lengths = layout
-    return (
-        Spec(cell, activation, reverse, min_decay),
-        Start(h, initial_state, reset, dt),
-        Layout(time_first, batch_sizes, lengths),
-    )
+    named = Spec(cell, activation, reverse, min_decay), Start(h, initial_state, reset, dt)
+    return Call(named[0], tensors, named[1], Layout(time_first, batch_sizes, lengths))
 
 
 def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:

@@ -8,18 +8,17 @@ CPU, counts the sequences that have each step. Everything here is scriptable.
 import torch
 from torch import Tensor
 
-from .call import Layout, Spec, Start, with_steps
+from .call import Call, Layout, Start, with_steps
 from .cells import coefficients, is_complex
 from .graph import for_trace, is_captured
 from .scan import LinearScan
 from .shape import States, along, as_dtype, from_pairs, one_like, plus_times, to_pairs
 
 
-def padded_call(
-    spec: Spec, inputs: list[Tensor], start: Start, layout: Layout
-) -> tuple[Spec, list[Tensor], Start, Layout]:
+def padded_call(call: Call) -> Call:
     """Return the same call for batch-first sequences, without resets and with elapsed times of 1 in the padding."""
-    reset, dt = start.reset, start.dt
+    inputs, layout = call.tensors, call.layout
+    reset, dt = call.start.reset, call.start.dt
     batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
         lengths = lengths_of(batch_sizes)
@@ -37,14 +36,15 @@ def padded_call(
             padding = padding_of(lengths, inputs[0])
             reset = None if reset is None else reset.masked_fill(padding, False)
             dt = None if dt is None else dt.masked_fill(padding, 1.0)
-    return spec, inputs, with_steps(start, reset, dt), Layout(False, None, lengths)
+    return Call(call.spec, inputs, with_steps(call.start, reset, dt), Layout(False, None, lengths))
 
 
-def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> LinearScan:
+def as_linear_scan(call: Call) -> LinearScan:
     """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
-    a, b = coefficients(spec, inputs, start)
+    spec, start = call.spec, call.start
+    a, b = coefficients(spec, call.tensors, start)
     pairs = is_complex(spec)
-    lengths = layout.lengths
+    lengths = call.layout.lengths
     if lengths is not None:
         padding = along(padding_of(lengths, a), a)
         a, b = torch.where(padding, one_like(a, pairs), a), b.masked_fill(padding, 0.0)
@@ -57,12 +57,13 @@ def as_linear_scan(spec: Spec, inputs: list[Tensor], start: Start, layout: Layou
     return LinearScan(a, b, as_dtype(h, b.dtype), reset, spec.reverse)
 
 
-def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layout) -> States:
-    """Return states (B, S, *) in the given layout and the dtype of `like`, and the last state in the dtype of h."""
+def in_layout(states: States, call: Call) -> States:
+    """Return states (B, S, *) in the layout and dtype of a call, and the last state in the dtype of its h."""
+    layout = call.layout
     out, last = states
-    if is_complex(spec):
+    if is_complex(call.spec):
         out, last = from_pairs(out), from_pairs(last)
-    out = as_dtype(out, like.dtype)
+    out = as_dtype(out, call.tensors[0].dtype)
     batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
         out = pack(out, packed_index(lengths_of(batch_sizes), batch_sizes.numel()))
@@ -71,7 +72,7 @@ def in_layout(spec: Spec, states: States, like: Tensor, h: Tensor, layout: Layou
     if layout.time_first:
         # A copy, because outputs must be contiguous and not views. Not in place, because backward keeps `out`.
         out = out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    return out, as_dtype(last, h.dtype)
+    return out, as_dtype(last, call.start.h.dtype)
 
 
 def is_transposed(x: Tensor) -> bool:

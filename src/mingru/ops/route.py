@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import Backend, Kernel, KernelFailure
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
-from .call import Layout, Spec, Start
+from .call import Call, Layout, Spec, Start
 from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_tracing
 from .shape import as_dtype
@@ -157,8 +157,9 @@ def backend_of(name: str) -> Backend:
     return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
 
 
-def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Kernel | None:
-    """Return the fused kernel that can compute the recurrence from these pre-activations, or None."""
+def kernel_of(name: str, call: Call) -> Kernel | None:
+    """Return the fused kernel that can compute the recurrence from its pre-activations, or None."""
+    spec, inputs, start, layout = call
     kernel = backend_of(name).kernel
     if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start)):
         return None
@@ -168,10 +169,9 @@ def kernel_of(name: str, spec: Spec, inputs: Sequence[Tensor], start: Start, lay
     return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 
 
-def fused_with(
-    linear: nn.Module, name: str, spec: Spec, x: Tensor, start: Start, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return x, weight and bias if a fused kernel can compute the recurrence together with this linear map."""
+def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
+    """Return x, weight and bias if a fused kernel can compute the recurrence of linear(x), otherwise None."""
+    spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
     if kernel is None or spec.cell not in kernel.cells:
         return None
@@ -200,8 +200,8 @@ def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tenso
         return True
     if not linears or is_autocast(x):
         return False
-    name, start = choose(spec, x).backend, Start(x, x, None, dt)
-    return all(fused_with(linear, name, spec, x, start, order) for linear in linears)
+    name, call = choose(spec, x).backend, Call(spec, [x], Start(x, x, None, dt), order)
+    return all(fused_with(linear, name, call) for linear in linears)
 
 
 def _autocast(*tensors: Tensor | None) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import Backend
-from ..call import Layout, Spec, Start
+from ..call import Call, Spec
 from ..cells import CELLS, log_coefficients
 from ..layout import padding_of
 from ..shape import States, along
@@ -32,10 +32,11 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (decay + (log_b - decay).logcumsumexp(1)).exp()
 
 
-def _recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-    log_a, log_b = log_coefficients(spec, inputs, start)
-    if layout.lengths is not None:
-        padding = along(padding_of(layout.lengths, log_a), log_a)
+def _recurrence(call: Call) -> States:
+    spec, start, lengths = call.spec, call.start, call.layout.lengths
+    log_a, log_b = log_coefficients(spec, call.tensors, start)
+    if lengths is not None:
+        padding = along(padding_of(lengths, log_a), log_a)
         # Finite, because the gradient of `logcumsumexp` is NaN if all its terms are 0.
         log_a, log_b = log_a.masked_fill(padding, 0.0), log_b.masked_fill(padding, torch.finfo(log_b.dtype).min / 4)
     reset = start.reset

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel, scan_backward_by, scan_by
-from ..call import Layout, Spec, Start, flattened, from_flat
+from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, scan_backward_by, scan_by
+from ..call import Call, Spec, flattened, from_flat
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 
@@ -41,7 +41,7 @@ def _register_shapes() -> None:
     def flag(how: int, bit: int) -> bool:
         return bool((how >> (16 + bit)) & 1)
 
-    def grads_of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
         start, _, _ = from_flat(call)
         h, reset, dt = start.h, start.reset, start.dt
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
@@ -54,7 +54,7 @@ def _register_shapes() -> None:
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_leading = 2 if from_flat(call)[1].batch_sizes is None else 1
         num_grads = len(inputs) * out.shape[num_leading:].numel()
-        return out.new_empty(*out.shape[:num_leading], num_grads), *grads_of_start(call, rest[2])
+        return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
     def linear_recurrence_forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, min_decay: float
@@ -73,7 +73,7 @@ def _register_shapes() -> None:
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if flag(how, 5) else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if flag(how, 6) else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *grads_of_start(call, how)
+        return grad_x, grad_weight, grad_bias, *of_start(call, how)
 
     for shapes in (recurrence_forward, recurrence_backward, linear_recurrence_forward, linear_recurrence_backward):
         torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
@@ -110,75 +110,54 @@ def _state(h: Tensor, sequence: Tensor) -> Tensor:
     return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
-def _call(
-    spec: Spec, start: Start, layout: Layout, like: Tensor, keep: bool = False, needs: Sequence[bool] = ()
-) -> tuple[list[Tensor | None], int, float]:
-    """Return the call as all operators take it: tensors, numbers and flags in one number, and `min_decay`.
+def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tuple[list[Tensor | None], int, float]:
+    """Return a call as all operators take it: tensors, numbers and flags in one number, and `min_decay`.
 
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
     """
+    spec, tensors, start, layout = call
+    like = tensors[0]
     h = _state(start.h, like)
     initial_state = h if start.reset is None else _state(start.initial_state.expand_as(h), like)
-    start = start._replace(h=h, initial_state=initial_state)
     how = number_of(spec)
     for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 16):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
-    return flattened(start, layout), how, spec.min_decay
+    return flattened(start._replace(h=h, initial_state=initial_state), layout), how, spec.min_decay
 
 
-def _recurrence(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool
-) -> tuple[Tensor, Tensor, None]:
-    out, last = torch.ops.mingru.recurrence_forward(inputs, *_call(spec, start, layout, inputs[0]))
-    return out, as_dtype(last, start.h.dtype), None
+def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
+    out, last = torch.ops.mingru.recurrence_forward(call.tensors, *_arguments(call))
+    return out, as_dtype(last, call.start.h.dtype), None
 
 
-def _recurrence_backward(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
-) -> Grads:
-    out, _, grad_out, grad_last = saved
-    needs_dt = needs[0].dt
-    call, how, min_decay = _call(spec, start, layout, inputs[0], needs=[needs_dt])
-    grads, *grads_of_start = torch.ops.mingru.recurrence_backward(
-        inputs, call, out, grad_out, _state(grad_last, inputs[0]), how, min_decay
+def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
+    inputs, needs_dt = call.tensors, needs.start.dt
+    tensors, how, min_decay = _arguments(call, needs=[needs_dt])
+    grad_last = _state(saved.grad_last, inputs[0])
+    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
+        inputs, tensors, saved.out, saved.grad_out, grad_last, how, min_decay
     )
-    parts = grads.chunk(len(inputs), -1)
-    return _grads_of_start(start, needs_dt, *grads_of_start), [*map(Tensor.view_as, parts, inputs)]
+    parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
+    return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), [*parts]
 
 
-def _grads_of_start(
-    start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grads_of_dt: Tensor
-) -> Sequence[Tensor | None]:
-    of_initial_state: Any = None
-    if start.reset is not None:
-        of_initial_state = as_dtype(grad_initial_state, start.initial_state.dtype)
-        of_initial_state = of_initial_state.sum_to_size(start.initial_state.shape)
-    return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grads_of_dt.sum(-1) if needs_dt else None)
+def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep))
+    return out, as_dtype(last, call.start.h.dtype), kept
 
 
-def _linear_recurrence(
-    spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, last, pre_activations = torch.ops.mingru.linear_recurrence_forward(
-        *tensors, *_call(spec, start, layout, tensors[0], keep)
+def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
+    needs_dt = needs.start.dt
+    tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
+    out, kept, grad_out, grad_last = saved
+    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
+        *call.tensors, tensors, out, kept, grad_out, _state(grad_last, call.tensors[0]), how, min_decay
     )
-    return out, as_dtype(last, start.h.dtype), pre_activations
-
-
-def _linear_recurrence_backward(
-    spec: Spec, tensors: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
-) -> Grads:
-    out, pre_activations, grad_out, grad_last = saved
-    of_start, of_tensors = needs
-    call, how, min_decay = _call(spec, start, layout, tensors[0], needs=[of_start.dt, *of_tensors])
-    grad_x, grad_weight, grad_bias, *grads_of_start = torch.ops.mingru.linear_recurrence_backward(
-        *tensors, call, out, pre_activations, grad_out, _state(grad_last, tensors[0]), how, min_decay
-    )
-    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if of_tensors[2] else None)
-    found = [grad if need else None for grad, need in zip(grads, of_tensors, strict=True)]
-    return _grads_of_start(start, of_start.dt, *grads_of_start), found
+    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
+    found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
+    return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), found
 
 
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS)

@@ -11,15 +11,14 @@ so nothing cancels. The scan works in place and records no gradient; `ops.scan` 
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel
-from ..call import Layout, Spec, Start
+from ..backend import Backend, Grads, Kernel, Needs, Saved
+from ..call import Call, Start
 from ..cells import NUM_INPUTS
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
@@ -56,29 +55,27 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-def _recurrence(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, keep: bool) -> Any:
+def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
     # In place, because the coefficients are new.
-    states = _scan_in_place(as_linear_scan(*padded_call(spec, list(inputs), start, layout)))
+    states = _scan_in_place(as_linear_scan(padded_call(call)))
     # The padding has states, because backward needs them in the reverse direction.
-    return *in_layout(spec, states, inputs[0], start.h, layout._replace(lengths=None)), None
+    return *in_layout(states, call._replace(layout=call.layout._replace(lengths=None))), None
 
 
-def _recurrence_backward(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout, saved: Any, needs: Any
-) -> Grads:
+def _recurrence_backward(given: Call, saved: Saved, needs: Needs) -> Grads:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
-    if layout.time_first:
+    if given.layout.time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
-    of_start, of_inputs = needs
-    given = [*start, *inputs]
-    wants = [*of_start._replace(h=True, initial_state=start.reset is not None), *of_inputs]
+    start = given.start
+    wants = [*needs.start._replace(h=True, initial_state=start.reset is not None), *needs.tensors]
     with torch.enable_grad():
         leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wants, strict=True)
+            None if x is None else x.detach().requires_grad_(want)
+            for x, want in zip((*start, *given.tensors), wants, strict=True)
         ]
-        own = Start(*leaves[: len(start)])
-        call = as_linear_scan(*padded_call(spec, leaves[len(start) :], own, layout))
+        own = given._replace(start=Start(*leaves[: len(start)]), tensors=leaves[len(start) :])
+        call = as_linear_scan(padded_call(own))
     with torch.no_grad():
         # Only the decays are new.
         delta = adjoint(lambda new: _scan_in_place(new._replace(b=_copy(new.b))), call, (grad_out, grad_last))

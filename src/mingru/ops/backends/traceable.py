@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import Backend
-from ..call import Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, named
+from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
 from ..cells import is_complex
 from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, in_layout, padded_call
@@ -28,16 +28,15 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
     """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
     if inputs[0].numel() == 0:
         return empty_states(sum_of(inputs), start.h)
-    padded_spec, padded, padded_start, padded_layout = padded_call(spec, inputs, start, layout)
-    states = scan(as_linear_scan(padded_spec, padded, padded_start, padded_layout), is_complex(spec))
-    return in_layout(spec, states, inputs[0], start.h, layout)
+    call = Call(spec, inputs, start, layout)
+    return in_layout(scan(as_linear_scan(padded_call(call)), is_complex(spec)), call)
 
 
 @for_trace
 def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], start: StartTuple, layout: LayoutTuple) -> States:
     """Call `recurrence` from a trace."""
-    call = named(spec, start, layout)
-    return recurrence(call[0], inputs, call[1], call[2])
+    call = call_of(spec, inputs, start, layout)
+    return recurrence(call.spec, inputs, call.start, call.layout)
 
 
 @for_trace

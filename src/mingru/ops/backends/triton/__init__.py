@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Grads, Kernel, scan_backward_by, scan_by
-from ...call import Layout, Spec, Start, flattened, from_flat
+from ...backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, scan_backward_by, scan_by
+from ...call import Call, Spec, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...shape import States, accumulate_dtype, as_dtype
 from . import launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
-from .launch import Tensors
 from .plan import KEEPING
 
 __all__ = ["BACKEND", "DEVICES"]
@@ -70,48 +69,35 @@ def _register() -> torch.library.Library:
 _LIBRARY = _register()
 
 
-def _run(name: str, spec: Spec, tensors: tuple[Sequence[Any], ...], *flags: bool) -> tuple[Tensor, ...]:
-    """Call the operator of a pass. `tensors`: inputs, given, and for "backward" out, grad_out and grad_last."""
-    # A call may skip the dispatcher if nothing else could take it.
-    is_direct = are_eager(*tensors[0]) and not torch._C._len_torch_dispatch_stack()
-    run: Any = getattr(launch, name) if is_direct else getattr(torch.ops.mingru, f"recurrence_triton_{name}")
-    return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, [spec.reverse, *flags]))
-
-
-def _given(spec: Spec, start: Start, layout: Layout) -> list[Tensor | None]:
-    """Return all tensors but the inputs, as both operators take them."""
+def _run(name: str, call: Call, saved: Sequence[Tensor], *flags: bool) -> tuple[Tensor, ...]:
+    """Call the operator of a pass. `saved`, only for "backward": out, grad_out and grad_last."""
+    spec, inputs, start, layout = call
     # A linear scan starts from 0 after a reset.
     has_initial_state = start.reset is not None and spec.cell in NUM_INPUTS
     initial_state: Any = start.initial_state.expand_as(start.h) if has_initial_state else None
-    return flattened(start._replace(initial_state=initial_state), layout)
+    given = flattened(start._replace(initial_state=initial_state), layout)
+    tensors = (inputs, given, saved) if name == "backward" else (inputs, given)
+    # A call may skip the dispatcher if nothing else could take it.
+    is_direct = are_eager(*inputs) and not torch._C._len_torch_dispatch_stack()
+    run: Any = getattr(launch, name) if is_direct else getattr(torch.ops.mingru, f"recurrence_triton_{name}")
+    flags = spec.reverse, layout.time_first, *flags
+    return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, list(flags)))
 
 
-def _recurrence(spec: Spec, inputs: Tensors, start: Start, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, None]:
-    out, last = _run("forward", spec, (inputs, _given(spec, start, layout)), layout.time_first)
+def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
+    out, last = _run("forward", call, [])
     return out, last, None
 
 
-def _recurrence_backward(spec: Spec, inputs: Tensors, start: Start, layout: Layout, saved: Any, needs: Any) -> Grads:
+def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     out, _, *grad = saved
-    tensors = inputs, _given(spec, start, layout), [out, *grad]
-    needs_dt = needs[0].dt
-    grads, *grads_of_start, _ = _run("backward", spec, tensors, layout.time_first, needs_dt, False)
-    return _grads_of_start(start, needs_dt, *grads_of_start), _split(grads, inputs)
+    grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs.start.dt, False)
+    of_inputs = [part.view(x.shape) for part, x in zip(_split(grads, call), call.tensors, strict=True)]
+    return grads_of_start(call.start, of_states, grad_dt if needs.start.dt else None), of_inputs
 
 
-def _grads_of_start(
-    start: Start, needs_dt: bool, grad_h: Tensor, grad_initial_state: Tensor, grad_dt: Tensor
-) -> Sequence[Tensor | None]:
-    of_initial_state: Any = None
-    if grad_initial_state.numel() > 0:
-        of_initial_state = grad_initial_state.view(start.h.shape).sum_to_size(start.initial_state.shape)
-        of_initial_state = as_dtype(of_initial_state, start.initial_state.dtype)
-    return Start(grad_h, of_initial_state, None, grad_dt if needs_dt else None)
-
-
-def _split(grads: Tensor, inputs: Tensors) -> tuple[Tensor, ...]:
-    """Return the gradients of all inputs, which are side by side in the last dimension."""
-    return tuple(part.view(x.shape) for part, x in zip(grads.chunk(len(inputs), -1), inputs, strict=True))
+def _split(side_by_side: Tensor, call: Call) -> list[Tensor]:
+    return list(side_by_side.chunk(NUM_INPUTS.get(call.spec.cell, 2), -1))
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -119,44 +105,39 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.transpose(0, 1) if is_transposed(x) else x
 
 
-def _pre_activations(spec: Spec, tensors: Sequence[Any], kept: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the pre-activations in the order of memory, and as inputs. `kept`: a matrix with a row for each step."""
-    x = _in_memory_order(tensors[0])
-    pre = F.linear(x, *tensors[1:]) if kept is None else kept.view(*x.shape[:-1], kept.shape[-1])
-    inputs = pre if x is tensors[0] else pre.transpose(0, 1)
-    return pre, list(inputs.chunk(NUM_INPUTS[spec.cell], -1))
+def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
+    """Return the pre-activations in the order of memory, and their call. `kept`: a matrix with a row for each step."""
+    x, weight, bias = call.tensors
+    rows = _in_memory_order(x)
+    pre = F.linear(rows, weight, bias) if kept is None else kept.view(*rows.shape[:-1], kept.shape[-1])
+    return pre, call._replace(tensors=_split(pre if rows is x else pre.transpose(0, 1), call))
 
 
-def _linear_recurrence(
-    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    pre, inputs = _pre_activations(spec, tensors, None)
-    out, last, _ = _recurrence(spec, inputs, start, layout, keep)
+def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    pre, mapped = _mapped(call, None)
+    out, last, _ = _recurrence(mapped, keep)
     return out, last, pre.flatten(0, -2) if keep else None
 
 
-def _linear_recurrence_backward(
-    spec: Spec, tensors: Sequence[Any], start: Start, layout: Layout, saved: Any, needs: Any
-) -> Grads:
-    x, weight, bias = tensors
-    needs_dt, (needs_x, needs_weight, needs_bias) = needs[0].dt, needs[1]
+def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
+    x, weight, bias = call.tensors
+    needs_dt, (needs_x, needs_weight, needs_bias) = needs.start.dt, needs.tensors
     out, kept, *grad = saved
     # The tensors are in the dtype in which autocast computes.
     with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
-        _, inputs = _pre_activations(spec, tensors, kept if kept is not None and kept.numel() else None)
-        of_call = inputs, _given(spec, start, layout), [out, *grad]
-        grads, *grads_of_start, grad_bias = _run("backward", spec, of_call, layout.time_first, needs_dt, needs_bias)
-        x = _in_memory_order(x)
+        _, mapped = _mapped(call, kept if kept is not None and kept.numel() else None)
+        grads, *of_states, grad_dt, grad_bias = _run("backward", mapped, [out, *grad], needs_dt, needs_bias)
+        rows = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
-        matrix = (grads.transpose(0, 1) if is_transposed(inputs[0]) else grads).flatten(0, -2)
+        matrix = (grads.transpose(0, 1) if is_transposed(mapped.tensors[0]) else grads).flatten(0, -2)
         grad_x = grad_weight = None
         if needs_x:
-            grad_x = (matrix @ weight).view(x.shape)
-            grad_x = grad_x if x is tensors[0] else grad_x.transpose(0, 1)
+            grad_x = (matrix @ weight).view(rows.shape)
+            grad_x = grad_x if rows is x else grad_x.transpose(0, 1)
         if needs_weight:
-            grad_weight = matrix.t() @ x.flatten(0, -2)
+            grad_weight = matrix.t() @ rows.flatten(0, -2)
     found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
-    return _grads_of_start(start, needs_dt, *grads_of_start), found
+    return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
