@@ -22,7 +22,7 @@ from ..check import (
 )
 from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
-from ..modules.shared import defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
 from ..ops.graph import scripted_as, untraced
 
 Layer = TypeVar("Layer", bound="DropIn")
@@ -39,8 +39,8 @@ class DropIn(Recurrent):
     """What torch raises for a size of 0 and for an input of another dtype."""
     remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
 
-    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        name, dtype = name_of(type(self)), options["dtype"]
+    def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
+        name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
         for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             try:
                 check_int(name, argument, size)
@@ -48,6 +48,14 @@ class DropIn(Recurrent):
                 raise self.mistake(str(error)) from None
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
+        if isinstance(dropout, (bool, str)):
+            raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+        check_int(name, "proj_size", proj_size, least=0)
+        require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
+        is_possible = proj_size == 0 or options["residual"] != "highway"
+        require(name, "proj_size", is_possible, "0 because residual is 'highway'", str(proj_size))
+        # Before the layers, whose constructor reads it.
+        self.proj_size = proj_size
         try:
             # Not the constructor of MinLSTM, which does not have the options of a minGRU.
             Recurrent.__init__(self, input_size, hidden_size, **options)
@@ -56,7 +64,7 @@ class DropIn(Recurrent):
             raise ValueError(text) from None
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.output_dims = self.num_directions * (self.proj_size or hidden_size)
+        self.output_dims = self.num_directions * (proj_size or hidden_size)
         self.zero_state = 0.0
         if self.initial_state is not None:
             nn.init.zeros_(self.initial_state)
@@ -79,7 +87,11 @@ class DropIn(Recurrent):
         if weight is not None:
             self._check_as("input", x, weight, "the layer's weight", self.mistake)
 
-    def _check_hx(self, hx: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    def _check_hx(self, h: MaybeList, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+        if h is None:
+            return
+        (hx,) = h
+        self._check_tensor("hx", hx)
         if hx.shape != shape:
             expected = f"({letters}) = {dims(shape)}"
             remedy = mask_remedy(hx)
@@ -142,14 +154,15 @@ class WithPair(DropIn, MinLSTM):
         check_choice(name, "cell", cell, ("minlstm", "mingru"))
         check_flags(name, normalize=normalize)
         require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
-        why = f"cell is {cell!r}"
-        fixed: list[tuple[str, Any, str]] = [("normalize", True, why), ("forget_bias", 1.0, why)]
+        # The options that only the other cell has must be their defaults.
+        others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}
         if cell == "minlstm":
-            fixed = [("gate", "sigmoid", why), ("min_decay", 0.0, why)]
-            fixed += [] if options["bias"] else [("forget_bias", 1.0, "bias is False")]
+            others = {"gate": "sigmoid", "min_decay": 0.0}
         given = {**options, "normalize": normalize, "forget_bias": forget_bias}
-        for option, default, why in fixed:
-            require(name, option, given[option] == default, f"left out because {why}", repr(given[option]))
+        for option, default in others.items():
+            require(name, option, given[option] == default, f"left out because cell is {cell!r}", repr(given[option]))
+        has_bias = options["bias"] or forget_bias == 1.0
+        require(name, "forget_bias", has_bias, "left out because bias is False", repr(forget_bias))
         # Before the layers, whose constructor reads it.
         self.cell = cell if normalize else "minlstm_unnormalized"
         super().__init__(**options)
@@ -161,12 +174,12 @@ class WithPair(DropIn, MinLSTM):
         if self.cell.startswith("minlstm"):
             super()._add_forget_bias()
 
-    def _state_of(self, hx: Pair | None, proj_size: int) -> Tensor | None:
+    def _state_of(self, hx: Pair | None) -> Tensor | None:
         """Return the one state that stands for the pair (h, c)."""
         if hx is None:
             return None
-        check_pair(self.name, hx, proj_size)
-        return hx[1] if proj_size > 0 else (hx[0] + hx[1]) / 2
+        check_pair(self.name, hx, self.proj_size)
+        return hx[1] if self.proj_size > 0 else (hx[0] + hx[1]) / 2
 
 
 def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:

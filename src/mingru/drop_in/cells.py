@@ -20,6 +20,24 @@ class DropInCell(DropIn, RecurrentCell):
 
     mistake = RuntimeError
 
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str | None = None,
+        candidate: str | None = None,
+        gate: str = "sigmoid",
+        min_decay: float = 0.0,
+        learn_initial_state: bool = False,
+    ) -> None:
+        check_flags(name_of(type(self)), bias=bias)
+        super().__init__(**arguments_of(locals()))
+
     def _step(self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         done = self._begin(input, None if hx is None else [hx], reset, None, dt)
         return self._new_state(input, hx, reset, dt) if done is None else done[1][0]
@@ -38,12 +56,9 @@ class DropInCell(DropIn, RecurrentCell):
             expected = f"(B, {self.input_size}) or ({self.input_size},)"
             raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
         self._check_input(x)
-        if h is not None:
-            (hx,) = h
-            self._check_tensor("hx", hx)
-            if hx.dim() not in (1, 2):
-                raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(hx.shape)))
-            self._check_hx(hx, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
+        if h is not None and isinstance(h[0], Tensor) and h[0].dim() not in (1, 2):
+            raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
+        self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
         first, letters = x.select(-1, 0), "(B,)" if x.dim() == 2 else "a scalar"
         check_reset(self.name, reset, first, letters)
         check_dt(self.name, dt, first, self.cell, letters, "input")
@@ -92,24 +107,6 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         >>> hx.shape
         torch.Size([3, 20])
     """
-
-    @arguments_checked()
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
-        min_decay: float = 0.0,
-        learn_initial_state: bool = False,
-    ) -> None:
-        check_flags(name_of(type(self)), bias=bias)
-        super().__init__(**arguments_of(locals()))
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
@@ -181,11 +178,10 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
     ) -> None:
-        check_flags(name_of(type(self)), bias=bias)
         super().__init__(**arguments_of(locals()))
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Pair | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Pair:
-        c = self._step(input, self._state_of(hx, 0), reset, dt)
+        c = self._step(input, self._state_of(hx), reset, dt)
         return c.clone(), c

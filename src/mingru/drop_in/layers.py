@@ -9,16 +9,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import (
     arguments_checked,
-    check_bias,
     check_dt,
-    check_flags,
-    check_int,
     check_lengths,
     check_reset,
     dims,
     embed_remedy,
     expectation,
-    name_of,
     of_another_shape,
     require,
 )
@@ -28,7 +24,7 @@ from ..modules.mingru import MinGRU
 from ..modules.options import arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Result, copied, without_dims
 from ..ops.call import Layout
-from ..ops.graph import is_captured, scripted_as, untraced
+from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
 from .base import DropIn, Pair, WithPair
 
@@ -40,36 +36,45 @@ class DropInLayer(DropIn):
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = ("all_weights",)
 
-    def __init__(self, proj_size: int, **options: Any) -> None:
-        name, hidden_size = name_of(type(self)), options["hidden_size"]
-        check_bias(name, options["bias"])
-        check_flags(name, batch_first=options["batch_first"], bidirectional=options["bidirectional"])
-        if isinstance(options["dropout"], (bool, str)):
-            raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(options["dropout"])))
-        check_int(name, "proj_size", proj_size, least=0)
-        if proj_size > 0:
-            is_smaller = not isinstance(hidden_size, int) or proj_size < hidden_size
-            require(name, "proj_size", is_smaller, "smaller than hidden_size", str(proj_size))
-            expected, is_possible = "0 because residual is 'highway'", options["residual"] != "highway"
-            require(name, "proj_size", is_possible, expected, str(proj_size))
-        # Before the layers, whose constructor reads it.
-        self.proj_size = proj_size
-        super().__init__(**options)
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        residual: bool | str = False,
+        norm: str | None = None,
+        candidate: str | None = None,
+        gate: str = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        learn_initial_state: bool = False,
+        recompute: bool | None = None,
+    ) -> None:
+        super().__init__(**arguments_of(locals()))
+        self.mode = "GRU"
+
+    def _lengths(self, input: Tensor, lengths: MaybeTensor, mask: MaybeTensor) -> MaybeTensor:
+        """Return the lengths, or the numbers of valid steps of the mask."""
+        if mask is None:
+            return lengths
+        time_dim = 1 if self.batch_first else 0
+        if not is_scripting():
+            check_mask(self.name, mask, input, lengths, time_dim)
+        return mask.sum(time_dim)
 
     def _outputs(
-        self,
-        input: Tensor,
-        hx: MaybeTensor,
-        reset: MaybeTensor,
-        lengths: MaybeTensor,
-        dt: MaybeTensor,
-        mask: MaybeTensor,
+        self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> States:
         """Return the output, and the state of each layer and direction, (L * D, B, H) or (L * D, H)."""
         batch_dim = 0 if self.batch_first else 1
-        if mask is not None:
-            check_mask(self.name, mask, input, lengths, 1 - batch_dim)
-            lengths = mask.sum(1 - batch_dim)
         done = self._begin(input, None if hx is None else [hx], reset, lengths, dt)
         if done is not None:
             return done[0], done[1][0]
@@ -102,33 +107,24 @@ class DropInLayer(DropIn):
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        packed_batch = int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else None
-        data = x if packed_batch is None else x.data
-        self._check_tensor("input", data)
-        if packed_batch is not None and data.dim() != 2:
-            expected = "packed steps (sum of lengths, I)"
-            raise RuntimeError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
-        if data.dim() not in (2, 3):
-            letters = "(B, S, {})" if self.batch_first else "(S, B, {})"
-            expected = f"{letters} or (S, {{}})".format(*[self.input_size] * 2)
-            raise ValueError(expectation(self.name, "input", expected, dims(data.shape), embed_remedy(data)))
-        self._check_input(data)
-        if packed_batch is None and data.shape[self._time(data)] == 0:
-            raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(data.shape)))
-        if h is not None:
-            (hx,) = h
-            self._check_tensor("hx", hx)
-            shape = tuple(self._state_shape(x)) if packed_batch is None else self.state_shapes(packed_batch)[0]
-            self._check_hx(hx, data, shape, "L * D, B, H" if len(shape) == 3 else "L * D, H")
         if isinstance(x, PackedSequence):
+            if x.data.dim() != 2:
+                expected = "packed steps (sum of lengths, I)"
+                raise RuntimeError(expectation(self.name, "input", expected, dims(x.data.shape), embed_remedy(x.data)))
+            self._check_input(x.data)
+            self._check_hx(h, x.data, self.state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
             self._check_packed(x, None, reset, lengths, dt)
-        else:
-            self._check_steps(x, reset, lengths, dt)
-
-    def _check_steps(self, x: Tensor, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        """Raise an error if an argument that torch's layers do not have is invalid."""
-        letters = "(S,)" if x.dim() == 2 else "(B, S)" if self.batch_first else "(S, B)"
-        steps = x.select(-1, 0)
+            return
+        self._check_tensor("input", x)
+        order = "B, S" if self.batch_first else "S, B"
+        if x.dim() not in (2, 3):
+            expected = f"({order}, {self.input_size}) or (S, {self.input_size})"
+            raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
+        self._check_input(x)
+        if x.shape[self._time(x)] == 0:
+            raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(x.shape)))
+        self._check_hx(h, x, tuple(self._state_shape(x)), "L * D, B, H" if x.dim() == 3 else "L * D, H")
+        letters, steps = f"({order})" if x.dim() == 3 else "(S,)", x.select(-1, 0)
         check_reset(self.name, reset, steps, letters)
         check_dt(self.name, dt, steps, self.cell, letters, "input")
         if lengths is not None:
@@ -163,11 +159,6 @@ class DropInLayer(DropIn):
         """Do nothing; present for compatibility with torch.nn."""
 
 
-def _accept(name: str, mask: Tensor, input: Tensor, lengths: MaybeTensor, time_dim: int) -> None:
-    pass
-
-
-@scripted_as(_accept)
 @untraced
 def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:
     """Raise an error if the mask is not True for the first steps of each sequence, and only for them."""
@@ -264,31 +255,6 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         GRU(10, 20, num_layers=2)
     """
 
-    @arguments_checked()
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        residual: bool | str = False,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        recompute: bool | None = None,
-    ) -> None:
-        super().__init__(**arguments_of(locals()))
-        self.mode = "GRU"
-
     def forward(
         self,
         input: Tensor,
@@ -298,7 +264,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> States:
-        return self._outputs(input, hx, reset, lengths, dt, mask)
+        return self._outputs(input, hx, reset, self._lengths(input, lengths, mask), dt)
 
 
 class LSTM(WithPair, DropInLayer, role="torch", planned=True):
@@ -410,7 +376,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Pair]:
-        output, c_n = self._outputs(input, self._state_of(hx, self.proj_size), reset, lengths, dt, mask)
+        output, c_n = self._outputs(input, self._state_of(hx), reset, self._lengths(input, lengths, mask), dt)
         if self.proj_size == 0:
             return output, (c_n.clone(), c_n)
         projected: list[Tensor] = []
