@@ -1,6 +1,5 @@
 """Convert weights of every version of the package cheind/mingru."""
 
-import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,9 +26,8 @@ class Form(NamedTuple):
         """Return whether all layers have one hidden size, and a residual always has one map, in the first layer."""
         return self.align is not None and "{}" not in self.align
 
-    def num_layers(self, tensors: Mapping[str, Tensor]) -> int:
-        pattern = re.escape(self.linear[0]).replace(r"\{\}", r"\d+") + r"\.weight"
-        return sum(re.fullmatch(pattern, key) is not None for key in tensors)
+    def num_layers(self, found: Checkpoint) -> int:
+        return found.count(f"{self.linear[0]}.weight")
 
     def keys(self, part: str, kind: str, index: int) -> list[str]:
         """Return the keys whose tensors form one parameter of this package; `part` as `RecurrentLayer` names it."""
@@ -206,8 +204,7 @@ def _linears(found: Checkpoint, form: Form) -> list[Tensor]:
     """Return the weight of each layer, (2H, I) or (2H, I, kernel_h, kernel_w), gate rows first."""
     by_layer = [form.keys("linear", "weight", index) for index in range(form.num_layers(found))]
     keys = [key for of_layer in by_layer for key in of_layer]
-    found.check_keys(keys, None)
-    found.check_alike(keys[0])
+    found.check(keys, None)
     rows, divisor = ("2 * H", 2) if len(form.linear) == 1 else ("H", 1)
     letters = {2: f"({rows}, I)", 4: f"({rows}, I, kernel_h, kernel_w)"}
     num_dims = found[keys[0]].dim()
@@ -229,7 +226,7 @@ def _load(found: Checkpoint, form: Form, layer: nn.Module, parts: dict[str, Any]
             map_name, kind = key.split(".")
             targets.append((path + key, parameter.shape, form.keys(map_name, kind, index)))
     first = targets[0][2][0]
-    found.check_keys([key for *_, keys in targets for key in keys])
+    found.check([key for *_, keys in targets for key in keys])
     for _, shape, keys in targets:
         found.check_shapes(keys, (shape[0] // len(keys), *shape[1:]), first)
     state = {target: torch.cat([found[key] for key in keys]) for target, _, keys in targets}

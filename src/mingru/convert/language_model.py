@@ -67,7 +67,7 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
     has_conv = "layers.0.0.net.0.weight" in found
     remedy = "a Block has no map of all features after its convolution"
     require(found.name, "state_dict", not has_conv, "of a model without convolutions", "enable_conv=True", remedy)
-    num_layers = max(1, sum(re.fullmatch(r"layers\.\d+\.1\.weight", key) is not None for key in found))
+    num_layers = max(1, found.count("layers.{}.1.weight"))
     first = "token_emb.weight"
     names = {first: "embedding.weight", "norm.weight": "norm.weight", "to_logits.weight": "head.weight"}
     parts = {"1.weight": "rnn.layers.0.norm.weight", "3.weight": "mlp.0.weight"}
@@ -75,8 +75,7 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
     for index in range(num_layers):
         names |= {f"layers.{index}.{part}": f"blocks.layers.{index}.{name}" for part, name in parts.items()}
     of_layers = tuple(key for key in found if re.match(r"layers\.\d+\.2\.", key))
-    found.check_keys([*names], of_layers)
-    found.check_alike(first)
+    found.check([*names], of_layers)
     found.check_shape(first, found[first].dim() == 2 and found[first].numel() > 0, "(V, dims)")
     vocab_size, dims = found[first].shape
 

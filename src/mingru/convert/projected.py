@@ -216,8 +216,7 @@ def _checked(found: Checkpoint, firsts: Iterable[str], required: tuple[str, ...]
     first = next((key for key in found if key in firsts), None)
     if first is None:
         raise found.without(firsts)
-    found.check_keys([first, *required], optional)
-    found.check_alike(first)
+    found.check([first, *required], optional)
     return first
 
 

@@ -1,6 +1,5 @@
 """Convert weights that PufferLib trained."""
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -53,12 +52,11 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
         https://github.com/PufferAI/PufferLib at 8e3e754, `pufferlib/models.py`.
     """
     first, found = "layers.0.weight", Checkpoint("from_pufferlib", state_dict, prefix)
-    num_layers = sum(re.fullmatch(r"layers\.\d+\.weight", key) is not None for key in found)
+    num_layers = found.count("layers.{}.weight")
     if num_layers == 0:
         raise found.without([first])
     keys = [f"layers.{index}.weight" for index in range(num_layers)]
-    found.check_keys(keys)
-    found.check_alike(first)
+    found.check(keys)
     weight = found[first]
     is_valid = weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1] and weight.numel() > 0
     found.check_shape(first, is_valid, "(3 * H, H)")

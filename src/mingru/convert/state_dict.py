@@ -1,5 +1,6 @@
 """The state_dict of a layer of another package, and the errors about it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -38,8 +39,16 @@ class Checkpoint(dict[str, Tensor]):
         got = f"the key {self.prefix}{next(iter(self))}"
         return ValueError(expectation(self.name, "state_dict", expected, got, remedy))
 
-    def check_keys(self, wanted: list[str], optional: tuple[str, ...] | None = ()) -> None:
-        """Raise an error if a wanted key is missing, or another is not optional; with None, all others are."""
+    def count(self, form: str) -> int:
+        """Return how many keys have this form, in which {} stands for a number."""
+        pattern = re.escape(form).replace(r"\{\}", r"\d+")
+        return sum(re.fullmatch(pattern, key) is not None for key in self)
+
+    def check(self, wanted: list[str], optional: tuple[str, ...] | None = ()) -> None:
+        """Raise an error if a wanted key is missing, or another is not optional; with None, all others are.
+
+        All must be tensors with the dtype and device of the first wanted one, whose dtype must be floating.
+        """
         wrong = [f"no key {self.prefix}{key}" for key in wanted if key not in self]
         if optional is not None:
             wrong += [f"the unexpected key {self.prefix}{key}" for key in self if key not in (*wanted, *optional)]
@@ -49,11 +58,8 @@ class Checkpoint(dict[str, Tensor]):
             if optional:
                 expected += f" and optionally {self.listed(optional)}"
             raise ValueError(expectation(self.name, "state_dict", expected, wrong[0]))
-
-    def check_alike(self, first: str) -> None:
-        """Check that all are tensors with the dtype and device of the first, and that its dtype is floating."""
-        weight, argument = self[first], self.prefix + first
-        for key in (first, *self):
+        weight, argument = self[wanted[0]], self.prefix + wanted[0]
+        for key in (wanted[0], *self):
             # Comparing the first tensor with itself only checks that it is a tensor.
             check_like(self.name, self.prefix + key, self[key], weight, argument)
             layout = self[key].layout

@@ -16,7 +16,7 @@ __all__ = ["MinGRUBlockModule", "MinGRUModule", "MinLSTMBlockModule", "MinLSTMMo
 class _Replaced:
     """Replaces the layers of a module of Darts."""
 
-    name: str
+    name = "GRU"
     options: ClassVar[dict[str, Any]] = {"residual": True, "candidate": "tanh"}
 
     def __init_subclass__(cls) -> None:
@@ -48,8 +48,6 @@ class MinGRUModule(_Replaced, _RNNModule):
         Darts 0.48, `darts/models/forecasting/rnn_model.py`.
     """
 
-    name = "GRU"
-
 
 class MinLSTMModule(_Replaced, _RNNModule):
     """Use minLSTM layers in `RNNModel`; see `MinGRUModule`. The options are those of [mingru.drop_in.LSTM][]."""
@@ -59,8 +57,6 @@ class MinLSTMModule(_Replaced, _RNNModule):
 
 class MinGRUBlockModule(_Replaced, _BlockRNNModule):
     """Use minGRU layers in `BlockRNNModel`; see `MinGRUModule`."""
-
-    name = "GRU"
 
 
 class MinLSTMBlockModule(_Replaced, _BlockRNNModule):

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from .. import drop_in
 from . import require
 
@@ -37,16 +35,13 @@ class MinGRUTagger(SequenceTagger):
     @staticmethod
     def RNN(  # noqa: N802 (the name in flair)
         rnn_type: str, rnn_layers: int, hidden_size: int, bidirectional: bool, rnn_input_dim: int
-    ) -> nn.Module:
+    ) -> Any:
         """Return the layers of a new tagger."""
         if rnn_type not in ("GRU", "LSTM"):
             raise ValueError(f'MinGRUTagger: rnn_type must be "GRU" or "LSTM", got {rnn_type!r}')
         dropout = 0.0 if rnn_layers == 1 else 0.5
         options = {"bidirectional": bidirectional, "dropout": dropout, "norm": "rms", "residual": True}
-        layer: nn.Module = getattr(drop_in, rnn_type)(
-            rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options
-        )
-        return layer
+        return getattr(drop_in, rnn_type)(rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options)
 
     def _get_state_dict(self) -> dict[str, Any]:
         # The layers with their options. Their tensors are those of the state_dict, so that the file has them once.

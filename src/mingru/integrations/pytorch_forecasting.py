@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .. import drop_in
-from ..drop_in.base import Pair
 from . import require
 
 with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):
@@ -16,54 +16,37 @@ with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):
 __all__ = ["GRU", "LSTM", "DeepAR", "RecurrentNetwork", "TemporalFusionTransformer"]
 
 
-def _zeros(rnn: drop_in.GRU | drop_in.LSTM, x: Tensor) -> Tensor:
-    batch = x.shape[0 if rnn.batch_first else 1]
-    return x.new_zeros(rnn.num_layers * rnn.num_directions, batch, rnn.hidden_size)
+class _WithStates:
+    """Adds what the models call: `enforce_sorted`, and methods for states, each of them one tensor or a pair."""
+
+    def forward(self, x: Tensor, hx: Any = None, lengths: Tensor | None = None, enforce_sorted: bool = True) -> Any:
+        rnn: Any = self
+        if x.shape[1 if rnn.batch_first else 0] == 0:
+            return x.new_zeros(*x.shape[:2], rnn.output_dims), self.init_hidden_state(x) if hx is None else hx
+        return super().forward(x, hx, lengths=lengths)  # type: ignore[misc]
+
+    def init_hidden_state(self, x: Tensor) -> Any:
+        rnn: Any = self
+        batch = x.shape[0 if rnn.batch_first else 1]
+        zeros = x.new_zeros(rnn.num_layers * rnn.num_directions, batch, rnn.hidden_size)
+        return zeros if rnn.mode == "GRU" else (zeros, zeros.clone())
+
+    def handle_no_encoding(self, hidden_state: Any, no_encoding: Tensor, initial_hidden_state: Any) -> Any:
+        return tree_map(lambda h, initial: torch.where(no_encoding, initial, h), hidden_state, initial_hidden_state)
+
+    def repeat_interleave(self, hidden_state: Any, n_samples: int) -> Any:
+        return tree_map(lambda h: h.repeat_interleave(n_samples, 1), hidden_state)
 
 
-class GRU(drop_in.GRU):
+class GRU(_WithStates, drop_in.GRU, role="custom"):  # type: ignore[misc]
     """Add to [mingru.drop_in.GRU][] what the models call: `enforce_sorted`, and methods for states.
 
     A length may be 0, also where all of them are: such a sequence keeps its initial state.
     """
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None, enforce_sorted: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        if x.shape[1 if self.batch_first else 0] == 0:
-            return x.new_zeros(*x.shape[:2], self.output_dims), self.init_hidden_state(x) if hx is None else hx
-        return super().forward(x, hx, lengths=lengths)
 
-    def init_hidden_state(self, x: Tensor) -> Tensor:
-        return _zeros(self, x)
-
-    def handle_no_encoding(self, hidden_state: Tensor, no_encoding: Tensor, initial_hidden_state: Tensor) -> Tensor:
-        return torch.where(no_encoding, initial_hidden_state, hidden_state)
-
-    def repeat_interleave(self, hidden_state: Tensor, n_samples: int) -> Tensor:
-        return hidden_state.repeat_interleave(n_samples, 1)
-
-
-class LSTM(drop_in.LSTM):
+class LSTM(_WithStates, drop_in.LSTM, role="custom"):  # type: ignore[misc]
     """Add to [mingru.drop_in.LSTM][] what `GRU` adds, for pairs of states."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, hx: Pair | None = None, lengths: Tensor | None = None, enforce_sorted: bool = True
-    ) -> tuple[Tensor, Pair]:
-        if x.shape[1 if self.batch_first else 0] == 0:
-            return x.new_zeros(*x.shape[:2], self.output_dims), self.init_hidden_state(x) if hx is None else hx
-        return super().forward(x, hx, lengths=lengths)
-
-    def init_hidden_state(self, x: Tensor) -> Pair:
-        return _zeros(self, x), _zeros(self, x)
-
-    def handle_no_encoding(self, hidden_state: Pair, no_encoding: Tensor, initial_hidden_state: Pair) -> Pair:
-        (h, c), (h_0, c_0) = hidden_state, initial_hidden_state
-        return torch.where(no_encoding, h_0, h), torch.where(no_encoding, c_0, c)
-
-    def repeat_interleave(self, hidden_state: Pair, n_samples: int) -> Pair:
-        h, c = hidden_state
-        return h.repeat_interleave(n_samples, 1), c.repeat_interleave(n_samples, 1)
 
 
 class _Replaced:

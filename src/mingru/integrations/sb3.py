@@ -28,7 +28,7 @@ __all__ = [
 class _OnePass:
     """Replaces the LSTMs of a policy, and the loop over its steps."""
 
-    cell: str
+    cell = "mingru"
     # Factor of the initial weights of the first layer.
     input_gain = 1.0
 
@@ -93,20 +93,15 @@ class MinGRUPolicy(_OnePass, MlpLstmPolicy):
         sb3-contrib 2.9, `sb3_contrib/common/recurrent/policies.py`.
     """
 
-    cell = "mingru"
     input_gain = 3.0
 
 
 class MinGRUCnnPolicy(_OnePass, CnnLstmPolicy):
     """Use minGRU layers behind a convolutional network, for images; see `MinGRUPolicy`."""
 
-    cell = "mingru"
-
 
 class MinGRUMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
     """Use minGRU layers for observations that are dictionaries; see `MinGRUPolicy`."""
-
-    cell = "mingru"
 
 
 class MinLSTMPolicy(_OnePass, MlpLstmPolicy):

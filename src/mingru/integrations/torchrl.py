@@ -19,7 +19,20 @@ __all__ = ["MinGRUModule", "MinLSTMModule"]
 _OF_MODULE = ("in_key", "in_keys", "out_key", "out_keys", "default_recurrent_mode")
 
 
-class MinGRUModule(GRUModule):
+class _OnePass:
+    """Replaces the layers of a module of TorchRL, and its scan with resets."""
+
+    name = "GRU"
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
+        layer = getattr(drop_in, self.name)(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
+        super().__init__(**{self.name.lower(): layer}, **of_module)
+        # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
+        self.recurrent_backend = "scan"
+
+
+class MinGRUModule(_OnePass, GRUModule):
     """Apply minGRU layers to a tensordict, as TorchRL's `GRUModule` does.
 
     In recurrent mode, all trajectories in the rows of a batch are computed in one call. The state before a step with
@@ -45,30 +58,19 @@ class MinGRUModule(GRUModule):
         TorchRL 0.14, `torchrl/modules/tensordict_module/rnn.py`.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
-        gru = drop_in.GRU(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
-        super().__init__(gru=gru, **of_module)
-        # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
-        self.recurrent_backend = "scan"
-
     def _gru_scan_with_resets(
         self, input: Tensor, hidden_in: Tensor, hidden: Tensor, is_init: Tensor
     ) -> tuple[Tensor, ...]:
         return _in_one_pass(self.gru, input, (hidden,), is_init)
 
 
-class MinLSTMModule(LSTMModule):
+class MinLSTMModule(_OnePass, LSTMModule):
     """Apply minLSTM layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
 
     The keys are those of the input and of the two states. `options` are arguments of [mingru.drop_in.LSTM][].
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
-        lstm = drop_in.LSTM(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
-        super().__init__(lstm=lstm, **of_module)
-        self.recurrent_backend = "scan"
+    name = "LSTM"
 
     def _lstm_scan_with_resets(
         self, input: Tensor, hidden0_in: Tensor, hidden1_in: Tensor, hidden: tuple[Tensor, Tensor], is_init: Tensor
