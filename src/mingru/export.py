@@ -142,10 +142,6 @@ def _is_cell(model: nn.Module) -> bool:
     return _is_library_class(model) and model.role == "step"
 
 
-def _dims_of(model: nn.Module, x: Tensor) -> Dims:
-    return model.dims_of(x) if _is_library_class(model) else Dims(0, 1, None)
-
-
 def _dynamic_dims(layout: Dims, kind: str, index: int, name: str) -> list[int]:
     """Return the dynamic dimensions of an argument of a class of this library."""
     batch_and_time = [layout.batch, layout.time if kind == "sequence" else None]
@@ -162,10 +158,11 @@ def _with_dynamic_shapes(
     x = args[0]
     # Called before the checks below, so that an error of the model is raised first.
     outputs = model(*args)
-    layout = _dims_of(model, x)
     if not _is_library_class(model):
+        layout = Dims(0, 1, None)
         args = _enlarged_for_user_model(args, kind)
     else:
+        layout = model.dims_of(x)
         if kind == "step" and layout.time is not None:
             expected = f"of one step in dimension {layout.time} because kind is 'step'"
             remedy = f"use x.narrow({layout.time}, 0, 1)"
@@ -266,12 +263,12 @@ def _input_names(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _output_names(model: nn.Module, outputs: object, inputs: list[str]) -> list[str]:
-    if isinstance(outputs, Tensor) or _is_cell(model):
-        names = _numbered("h_out" if _is_library_class(model) else "out", outputs)
+    if _is_cell(model):
+        names = _numbered("h_out", outputs)
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
         names = ["out", *_numbered("h_out", outputs[1])]
     else:
-        names = [f"out_{index}" for index in range(len(pytree.tree_leaves(outputs)))]
+        names = _numbered("out", outputs)
     # An input and an output of a graph cannot share a name.
     return [f"{name}_" if name in inputs else name for name in names]
 

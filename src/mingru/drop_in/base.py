@@ -29,7 +29,6 @@ Layer = TypeVar("Layer", bound="DropIn")
 Pair = tuple[Tensor, Tensor]
 
 CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
-ONE_TENSOR = "unlike the (h, c) of an LSTM, the state is one tensor"
 
 
 class DropIn(Recurrent):
@@ -75,7 +74,7 @@ class DropIn(Recurrent):
             return
         remedy = "use torch.as_tensor"
         if isinstance(x, tuple):
-            remedy = ONE_TENSOR if argument == "hx" else ""
+            remedy = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
         raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
 
     def _check_input(self, x: Tensor) -> None:
