@@ -4,8 +4,7 @@ import sys
 
 from torch import nn
 
-from . import drop_in, models
-from .convert import Projected
+from . import convert, drop_in, models
 from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
@@ -40,10 +39,10 @@ def safe_globals() -> list[type]:
           )
         )
     """
-    package = sys.modules[__name__.partition(".")[0]]
-    layers = [each for each in (getattr(package, name) for name in package.__all__) if isinstance(each, type)]
+    homes = (sys.modules[__name__.partition(".")[0]], convert, drop_in, models)
+    public = [getattr(home, name) for home in homes for name in home.__all__]
+    layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
     of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
-    others = [drop_in.GRU, drop_in.GRUCell, drop_in.LSTM, drop_in.LSTMCell, models.Block, models.LanguageModel]
-    inner = [CausalConv, Projected, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
-    return [*layers, *others, *inner, *of_torch]
+    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    return [*layers, *inner, *of_torch]

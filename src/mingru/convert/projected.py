@@ -1,6 +1,6 @@
 """Convert layers with an output projection, of minGRU-pytorch and of the code of the paper's authors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,7 +132,10 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
     """
     num_parts = {"to_hidden_and_gate.weight": 2, "to_hidden_and_f_i_gate.weight": 3}
     found = Checkpoint("from_lucidrains", state_dict, prefix)
-    first = _checked(found, num_parts, (), ("to_out.weight",))
+    first = next((key for key in found if key in num_parts), None)
+    if first is None:
+        raise found.without(num_parts)
+    found.check([first], ("to_out.weight",))
     weight, parts = found[first], num_parts[first]
     is_valid = weight.dim() == 2 and weight.shape[0] % parts == 0 and weight.numel() > 0
     found.check_shape(first, is_valid, f"({parts} * H, I)")
@@ -192,7 +195,9 @@ def from_minrnns(
         https://github.com/BorealisAI/minRNNs at ff52e9d, `models/minRNNs.py`.
     """
     found, first = Checkpoint("from_minrnns", state_dict, prefix), "to_hidden_and_gate.weight"
-    _checked(found, (first,), ("to_hidden_and_gate.bias", "to_out.weight", "to_out.bias"), ("init_hidden_state",))
+    if first not in found:
+        raise found.without([first])
+    found.check([first, "to_hidden_and_gate.bias", "to_out.weight", "to_out.bias"], ("init_hidden_state",))
     weight, out = found[first], found["to_out.weight"]
     # Only the projection shows H.
     hidden_dims = out.shape[1] if out.dim() == 2 else 0
@@ -211,15 +216,6 @@ def from_minrnns(
     return layer
 
 
-def _checked(found: Checkpoint, firsts: Iterable[str], required: tuple[str, ...], optional: tuple[str, ...]) -> str:
-    """Check that there are one of `firsts`, all `required`, and else only `optional`; return the first."""
-    first = next((key for key in found if key in firsts), None)
-    if first is None:
-        raise found.without(firsts)
-    found.check([first, *required], optional)
-    return first
-
-
 def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -> MinGRU | MinLSTM | Projected:
     """Return the layer with these weights and its projection, if any; `first` is the key of the layer's linear map."""
     weight = found[first]
@@ -231,7 +227,7 @@ def _layer(found: Checkpoint, hidden_dims: int, first: str, **options: object) -
         "to_out.bias": (input_dims,),
         "init_hidden_state": (hidden_dims,),
     }
-    for key in {first: weight, **found}:
+    for key in found:
         found.check_shapes([key], shapes[key], first)
 
     # The candidate's rows are first in the other packages and last in this one; the order of the gates is the same.

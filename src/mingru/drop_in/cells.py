@@ -45,9 +45,9 @@ class DropInCell(DropIn, RecurrentCell):
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
             raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {x.shape}")
-        if h is not None and (h[0].shape[:-1] != x.shape[:-1] or h[0].size(-1) != self.hidden_size):
-            raise ValueError(f"{self.name}: hx must be (B, {self.hidden_size}) with the B of input, got {h[0].shape}")
-        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self.is_timed)
+        batch = list(x.shape[:-1])
+        scripted.check_shape(self.name, "hx", None if h is None else h[0], batch + [self.hidden_size])  # noqa: RUF005
+        scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:

@@ -37,14 +37,11 @@ class _Replaced:
         module: Any = self
         module.rnn = self.layer(module.rnn.input_size, hidden_size, num_layers, **options)
 
-    def forward(
-        self, x: Tensor, hx: Tensor | Pair | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | Pair]:
+    def forward(self, x: Tensor, hx: Tensor | Pair | None = None, lengths: Tensor | None = None) -> Any:
         module: Any = self
         x = x.flatten(2)
         if lengths is None:
-            result: tuple[Tensor, Tensor | Pair] = module.rnn(x, hx)
-            return result
+            return module.rnn(x, hx)
         # SpeechBrain's lengths are parts of S. It rounds them down, and cuts off what is padding in all sequences.
         lengths = (lengths * x.shape[1]).long()
         out, states = module.rnn(x, hx, lengths=lengths)
