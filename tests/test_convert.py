@@ -260,7 +260,10 @@ IMAGES = [
     (Cheind, ("1.4.0", (2, 3, 3)), {"kernels": [3, 1], "stride": [2, 1], "padding": [1, 0], "residual": True}),
     (Cheind, ("1.4.2", (3, 3)), {"kernels": [3], "stride": [1], "padding": [1], "residual": True, "bias": False}),
     (Cheind, ("1.4.2", (3, 3)), {"kernels": [3], "stride": [1], "padding": [0], "residual": True}),
-    (Cheind, ("1.4.2", (64, 12)), {"kernels": [1], "stride": [1], "padding": [0], "norm": True}),
+    *(
+        (Cheind, ("1.4.2", (channels, 12)), {"kernels": [1], "stride": [1], "padding": [0], "norm": True})
+        for channels in (64, 256)
+    ),
 ]
 # Theirs has 8 groups in the first layer and 1 in the second, ours would have 2 and 1.
 NORMED = {"kernels": [3, 1], "stride": [1, 2], "padding": [1, 1], "residual": True, "norm": True}
@@ -678,6 +681,7 @@ MISFITS = [
         "must be a mapping with the keys a.layers.0.weight, got no key a.layers.0",
     ),
     (PUFFER, {"layers.0.bias": zeros(12)}, "a.layers.1.weight, got the unexpected key a.layers.0.bias"),
+    (PUFFER, {"layers.0.weight_g": zeros(12)}, "a.layers.1.weight, got the unexpected key a.layers.0.weight_g"),
     (PUFFER, {"layers.0.weight": zeros(12)}, "a.layers.0.weight must be (3 * H, H), got (12,)"),
     (PUFFER, {"layers.0.weight": zeros(12, 5)}, "a.layers.0.weight must be (3 * H, H), got (12, 5)"),
     (PUFFER, {"layers.0.weight": zeros(0, 0)}, "a.layers.0.weight must be (3 * H, H), got (0, 0)"),
