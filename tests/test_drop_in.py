@@ -112,7 +112,8 @@ CALLS = calls(
             first(x[:, :0])  first(x[:0, 0])
             gru(PackedSequence(sorted_.data[:, :2], sorted_.batch_sizes))
             gru(PackedSequence(sorted_.data[:, 0], sorted_.batch_sizes))
-            gru(PackedSequence(sorted_.data[..., None], sorted_.batch_sizes))  gru(sorted_.double())
+            gru(PackedSequence(sorted_.data[..., None], sorted_.batch_sizes))
+            gru(PackedSequence(sorted_.data[:, None], sorted_.batch_sizes))  gru(sorted_.double())
             gru(sorted_.long())  gru(sorted_.to('meta'))
             meta(sorted_)
             cell(None)  cell([y])  cell(y.numpy())  cell(sorted_)  cell(x)  cell(y[0, 0])  cell(y[:, :2])
@@ -396,6 +397,8 @@ def test_messages_tell_the_remedy():
     }.items():
         error = outcome(call, {"first": first, "x": x, "h": torch.zeros(1, B, H), "drop_in": drop_in})
         assert str(error).endswith("; " + remedy), error
+    # A cell has no num_layers, which the remedy for a layer mentions.
+    assert str(outcome("drop_in.GRUCell(3, 4, 1)", {"drop_in": drop_in})).endswith("bias must be a bool, got 1")
 
 
 def test_dropout_without_a_layer_to_drop_warns_as_torch_does():
