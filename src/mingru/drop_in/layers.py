@@ -24,7 +24,7 @@ from ..modules.mingru import MinGRU
 from ..modules.options import arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Result, copied, without_dims
 from ..ops.call import Layout
-from ..ops.graph import is_captured, is_scripting, untraced
+from ..ops.graph import is_captured, scripted_as, untraced
 from ..ops.shape import States
 from .base import DropIn, Pair, WithPair
 
@@ -66,8 +66,7 @@ class DropInLayer(DropIn):
         if mask is None:
             return lengths
         time_dim = 1 if self.batch_first else 0
-        if not is_scripting():
-            check_mask(self.name, mask, input, lengths, time_dim)
+        check_mask(self.name, mask, input, lengths, time_dim)
         return mask.sum(time_dim)
 
     def _outputs(
@@ -159,6 +158,11 @@ class DropInLayer(DropIn):
         """Do nothing; present for compatibility with torch.nn."""
 
 
+def _accept(name: str, mask: Tensor, input: Tensor, lengths: MaybeTensor, time_dim: int) -> None:
+    pass
+
+
+@scripted_as(_accept)
 @untraced
 def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:
     """Raise an error if the mask is not True for the first steps of each sequence, and only for them."""
