@@ -13,8 +13,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from .ops.activation import ACTIVATIONS
-from .ops.cells import CELLS, GATES
+from .ops.cells import CELLS
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.shape import accumulate_dtype
 
@@ -155,8 +154,7 @@ def check_flags(name: str, **flags: object) -> None:
 
 
 def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
-    if not isinstance(flag, bool):
-        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
+    require(name, argument, isinstance(flag, bool), expected, repr(flag), remedy, TypeError)
 
 
 def check_bias(name: str, bias: object) -> None:
@@ -176,11 +174,10 @@ def check_residual(name: str, residual: object, input_dims: int, hidden_dims: in
     require(name, "hidden_dims", hidden_dims == input_dims, expected, str(hidden_dims), remedy)
 
 
-def check_int(name: str, argument: str, size: object, expected: str = "an int", least: int = 1) -> None:
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(expectation(name, argument, expected, repr(size)))
-    if size < least:
-        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
+def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
+    is_int = isinstance(size, int) and not isinstance(size, bool)
+    require(name, argument, is_int, expected, repr(size), error=TypeError)
+    require(name, argument, size >= least, f"at least {least}", str(size))
 
 
 def is_number(value: object) -> bool:
@@ -210,22 +207,10 @@ def _level_of_the_caller() -> int:
     return 1 + sum(1 for _ in inner)
 
 
-def check_options(name: str, norm: str | None, norms: Collection[str], candidate: str, dtype: object) -> None:
-    known = (None, *norms)
-    require(name, "norm", norm in known, f"one of {', '.join(map(repr, known))}", repr(norm))
-    check_choice(name, "candidate", candidate, ACTIVATIONS)
-    is_valid = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
-    require(name, "dtype", is_valid, "a floating-point dtype", repr(dtype), error=TypeError)
-
-
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
     # A tuple, because a value that cannot be hashed is not in a dict.
     if value not in tuple(choices):
         raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
-
-
-def check_gate(name: str, argument: str, gate: object) -> None:
-    check_choice(name, argument, gate, GATES)
 
 
 def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
@@ -238,13 +223,11 @@ def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
-    if not all(is_number(bound) for bound in bounds):
-        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if gate == "signed" and any(bounds):
-        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
+    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
+    require(name, "min_decay", is_valid, expected, repr(min_decay))
+    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+    require(name, "min_decay", gate != "signed" or not any(bounds), expected, repr(min_decay))
     return [float(bound) for bound in bounds]
 
 
@@ -309,18 +292,15 @@ def embed_remedy(x: Tensor) -> str:
 def check_list(name: str, argument: str, values: Any, count: int, expected: str) -> None:
     """Check that values are a list or a tuple of so many."""
     check_type(name, argument, values, (list, tuple), expected, mask_remedy(values) if argument == "h" else "")
-    if len(values) != count:
-        raise ValueError(expectation(name, argument, expected, str(len(values))))
+    require(name, argument, len(values) == count, expected, str(len(values)))
 
 
 def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
     """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
-    if not isinstance(h, (list, tuple)):
-        return
-    remedy = f"a minGRU's state is one tensor h, {letters}"
-    if cell.startswith("minlstm"):
-        remedy = f"a minLSTM's state is one tensor h, {letters}, without a cell state"
-    raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
+    if isinstance(h, (list, tuple)):
+        layer, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
+        remedy = f"a {layer}'s state is one tensor h, {letters}{end}"
+        raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
 
 
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
@@ -367,15 +347,16 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))
 
 
-def not_integers(name: str, lengths: Tensor) -> TypeError:
-    return TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), "use lengths.long()"))
+def check_integers(name: str, lengths: Tensor, letters: str) -> None:
+    if not isinstance(lengths, Tensor):
+        raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        expected = "of an integer dtype"
+        raise TypeError(expectation(name, "lengths", expected, str(lengths.dtype), "use lengths.long()"))
 
 
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:
-    if not isinstance(lengths, Tensor):
-        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (B,)")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise not_integers(name, lengths)
+    check_integers(name, lengths, "(B,)")
     if lengths.shape != (batch,):
         raise of_another_shape(name, "lengths", lengths, "(B,)", (batch,))
     if lengths.device.type != "cpu" and lengths.device != device:

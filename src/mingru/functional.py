@@ -12,7 +12,6 @@ from .check import (
     check_choice,
     check_dt,
     check_flag,
-    check_gate,
     check_min_decay,
     check_reset,
     check_state,
@@ -157,7 +156,7 @@ def mingru(
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
     name = "mingru"
-    check_gate(name, "kind", kind)
+    check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, 1, kind)
     activation = default_candidate(kind) if activation is None else activation
     spec = Spec(GATES[kind], activation, False, bound)

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from .check import (
     check_flag,
+    check_int,
+    check_integers,
     check_lengths,
     check_number,
     check_reset,
     dims,
     expectation,
-    not_a_tensor,
-    not_integers,
     of_another_shape,
     on_another_device,
+    require,
 )
 from .ops.graph import are_eager
 from .ops.layout import padding_of
@@ -147,22 +148,15 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
         >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
     """
     name = "reset_from_lengths"
-    if not isinstance(lengths, Tensor):
-        raise not_a_tensor(name, "lengths", lengths, "an integer tensor (N,)")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise not_integers(name, lengths)
-    if lengths.dim() != 1:
-        raise ValueError(expectation(name, "lengths", "(N,)", dims(lengths.shape)))
-    count = lengths.numel()
-    if count and int(lengths.min()) < 1:
+    check_integers(name, lengths, "(N,)")
+    require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
+    if bool((lengths < 1).any()):
         raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
-    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
-        raise TypeError(expectation(name, "num_steps", "an int", repr(num_steps)))
     ends = lengths.cumsum(0)
-    total = int(ends[-1]) if count else 0
+    total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps
-    if num_steps < total:
-        raise ValueError(expectation(name, "num_steps", f"at least {total}, the sum of lengths", str(num_steps)))
+    check_int(name, "num_steps", num_steps, least=0)
+    require(name, "num_steps", num_steps >= total, f"at least {total}, the sum of lengths", str(num_steps))
     # One more element, for the reset after the last sequence.
     reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
     reset[0, ends - lengths] = True

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..check import check_int, expectation
+from ..check import check_int, require
 
 
 class GroupNorm(nn.GroupNorm):
@@ -24,9 +24,8 @@ class GroupNorm(nn.GroupNorm):
     def regroup(self, num_groups: int) -> None:
         """Change the number of groups."""
         check_int("GroupNorm", "num_groups", num_groups)
-        if self.num_channels % num_groups:
-            expected = f"a divisor of the number of channels, {self.num_channels}"
-            raise ValueError(expectation("GroupNorm", "num_groups", expected, str(num_groups)))
+        expected = f"a divisor of the number of channels, {self.num_channels}"
+        require("GroupNorm", "num_groups", self.num_channels % num_groups == 0, expected, str(num_groups))
         self.num_groups = num_groups
         self.groups = torch.tensor(num_groups, device=self.weight.device)
 

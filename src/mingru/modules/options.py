@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..check import check_dropout, check_flags, check_gate, check_int, check_options
-from ..ops.cells import default_candidate
+from ..check import check_choice, check_dropout, check_flags, check_int, require
+from ..ops.activation import ACTIVATIONS
+from ..ops.cells import GATES, default_candidate
 
 
 def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
@@ -44,10 +45,14 @@ class Options:
         check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
         check_flags(self.name, learn_initial_state=self.learn_initial_state)
         check_dropout(self.name, self.dropout, self.num_layers)
-        check_gate(self.name, "gate", self.gate)
+        check_choice(self.name, "gate", self.gate, GATES)
         if self.candidate is None:
             object.__setattr__(self, "candidate", default_candidate(self.gate))
-        check_options(self.name, self.norm, self.norms, self.candidate, self.dtype)
+        check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
+        norms = (None, *self.norms)
+        require(self.name, "norm", self.norm in norms, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
+        is_valid = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
+        require(self.name, "dtype", is_valid, "a floating-point dtype", repr(self.dtype), error=TypeError)
 
     @property
     def factory(self) -> dict[str, Any]:
