@@ -1,5 +1,7 @@
 """A causal depthwise convolution whose last inputs are a state."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,18 +17,11 @@ class CausalConv(nn.Module):
     reset count as 0.
     """
 
-    def __init__(
-        self,
-        dims: int,
-        kernel_size: int,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dims: int, kernel_size: int, bias: bool, **factory: Any) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.empty(kernel_size, dims, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(dims, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(kernel_size, dims, **factory))
+        self.bias = nn.Parameter(torch.empty(dims, **factory)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,16 +62,16 @@ class CausalConv(nn.Module):
         past = past.unsqueeze(0)
         if lengths is None:
             last = past[:, :, past.size(2) - num_past :]
-            if segment is not None:
-                is_before_reset = segment[:, segment.size(1) - num_past :] != segment[:, -1:]
-                return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
-            # Not a view, which would keep the whole sequence in memory.
-            return last.clone()
-        # int64, because `gather` takes no narrower dtype.
-        lengths = lengths.to(past.device).long()
-        steps = lengths.unsqueeze(1) + torch.arange(num_past, device=past.device)
-        last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
-        if segment is not None:
-            end = segment.gather(1, (lengths + num_past - 1).unsqueeze(1))
-            last = last.masked_fill((segment.gather(1, steps) != end).unsqueeze(2), 0.0)
-        return last
+            if segment is None:
+                # Not a view, which would keep the whole sequence in memory.
+                return last.clone()
+            segment = segment[:, segment.size(1) - num_past :]
+        else:
+            # int64, because `gather` takes no narrower dtype.
+            steps = lengths.to(past.device).long().unsqueeze(1) + torch.arange(num_past, device=past.device)
+            last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
+            if segment is None:
+                return last
+            segment = segment.gather(1, steps)
+        is_before_reset = segment != segment[:, -1:]
+        return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)

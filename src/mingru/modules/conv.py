@@ -46,8 +46,7 @@ class MinConv(Stacked, role="sequence"):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        cls = type(self)
-        options = ConvOptions(cls.__name__, num_space_dims=cls.num_space_dims, **arguments_of(locals(), "cls"))
+        options = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
         widths = options.widths()
         sizes = [input_dims, *(options.num_directions * width for width in widths[:-1])]
         layers = zip(sizes, widths, options.geometries(), strict=True)
@@ -57,9 +56,7 @@ class MinConv(Stacked, role="sequence"):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        done = self._begin(x, h, reset, None, None)
-        if done is not None:
-            return done
+        self._begin(x, h, reset, None, None)
         return self._run_layers(x, h, reset, Layout(not self.batch_first))
 
     def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout) -> Outputs:
@@ -102,11 +99,8 @@ class MinConv(Stacked, role="sequence"):
         batch = x.shape[0 if self.batch_first else 1]
         for index, state in enumerate(h):
             shape = (batch, 1, *shapes[index // self.num_directions])
-            self._check_state(x, f"h[{index}]", state, shape, "(B, 1, H, *space)")
-
-    def _check_state(self, x: Tensor, argument: str, h: Any, shape: tuple[int, ...], letters: str) -> None:
-        check_kind(self.name, argument, h, x)
-        expanded(self.name, argument, h, shape, letters)
+            check_kind(self.name, f"h[{index}]", state, x)
+            expanded(self.name, f"h[{index}]", state, shape, "(B, 1, H, *space)")
 
     def _shapes(self, space: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Return (channels, *space) of each layer's states; raise an error if the space of x is too small."""
@@ -170,5 +164,6 @@ class MinConvCell(MinConv, role="step"):
         (shape,) = self._shapes(tuple(x.shape[1 + batched :]))
         if h is not None:
             check_one_state(self.name, h[0], f"({start}H, *space)")
-            self._check_state(x, "h", h[0], (*x.shape[:batched], *shape), f"({start}H, *space)")
+            check_kind(self.name, "h", h[0], x)
+            expanded(self.name, "h", h[0], (*x.shape[:batched], *shape), f"({start}H, *space)")
         check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")

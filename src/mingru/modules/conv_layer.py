@@ -1,6 +1,7 @@
 """One layer of the convolutional minGRU: norm, convolution, recurrence and residual."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +22,8 @@ from .stacked import Directions
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
-CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
+# By the number of spatial dimensions.
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Geometry(NamedTuple):
@@ -128,15 +126,14 @@ class MinConvLayer(Directions):
         self.geometry = geometry
         self.groups = options.groups
         self.residual = options.residual
-        convolution: Any = CONVOLUTIONS[len(geometry.kernel_size)]
-        common: dict[str, Any] = {**geometry._asdict(), "groups": options.groups, **options.factory}
-        maps = {"out_channels": 2 * hidden_dims, "bias": options.bias, **common}
+        sizes = {**geometry._asdict(), "groups": options.groups, **options.factory}
+        convolution = partial(CONVOLUTIONS[len(geometry.kernel_size)], input_dims, **sizes)
         self.norm = GroupNorm(_num_groups(input_dims), input_dims, **options.factory) if options.norm else None
-        self.conv = convolution(input_dims, **maps)
-        self.conv_reverse = convolution(input_dims, **maps) if options.bidirectional else None
+        self.conv = convolution(2 * hidden_dims, bias=options.bias)
+        self.conv_reverse = convolution(2 * hidden_dims, bias=options.bias) if options.bidirectional else None
         self.align = None
         if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
-            self.align = convolution(input_dims, output_dims, bias=False, **common)
+            self.align = convolution(output_dims, bias=False)
         self.zero_state = zero_state(self.cell, options.candidate)
         self.initial_state = None
         if options.learn_initial_state:

@@ -38,24 +38,19 @@ class Marked(nn.Module):
             # It is undefined after `to_empty`.
             mark.fill_(NUMBERS[self.cell])
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        metadata, *_, error_msgs = args
         key, own = prefix + "gate", NUMBERS.get(self.cell, 0)
         found = state_dict.get(key)
-        is_known = found is not None or local_metadata.get("version", 1) > 1
+        is_known = found is not None or metadata.get("version", 1) > 1
         # On the device "meta", a mark has no value.
         number = own if found is not None and found.is_meta else int(found or 0)
         if is_known and number != own:
-            gates = f"weights trained with gate={NAMES.get(number, number)!r}", f"a layer with gate={NAMES[own]!r}"
-            error_msgs.append(f"{prefix[:-1]}: {gates[0]} cannot be used in {gates[1]}; construct it with their gate")
+            of_weights, of_layer = NAMES.get(number, number), NAMES[own]
+            error_msgs.append(
+                f"{prefix[:-1]}: weights trained with gate={of_weights!r} cannot be used in a layer with "
+                f"gate={of_layer!r}; construct it with their gate"
+            )
             return
         if own and not is_known:
             # Without the name of the layer, so that it is shown once.
@@ -66,9 +61,7 @@ class Marked(nn.Module):
                 stacklevel=2,
             )
             state_dict = {**state_dict, key: torch.tensor(own)}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
