@@ -474,7 +474,7 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 def test_filters(logits, temperature, top_k, top_p, min_p):
     expected, margin = filtered(logits, temperature, top_k, top_p, min_p)
     assume(margin > 1e-9)  # Rounding must not decide.
-    sampling = Sampling.checked("test", temperature, top_k, top_p, min_p)
+    sampling = Sampling("test", temperature, top_k, top_p, min_p)
     # Another row, so that a filter must not compare rows.
     rows = torch.tensor([logits, [200.0, *[0.0] * (len(logits) - 1)]], dtype=torch.double)
     probabilities = sampling.probabilities(rows)[0]
@@ -494,7 +494,7 @@ def test_filters_by_hand():
         ({"min_p": 0.7}, [0.0, 1.0, 0.0, 0.0]),
         ({"top_k": 3, "top_p": 0.5}, [0.0, 0.6, 0.4, 0.0]),
     ):
-        sampling = Sampling.checked("test", 1.0, options.get("top_k"), options.get("top_p"), options.get("min_p"))
+        sampling = Sampling("test", 1.0, **options)
         probabilities = sampling.probabilities(logits)[0]
         wanted = torch.tensor(expected)
         torch.testing.assert_close(probabilities / probabilities.sum(), wanted / wanted.sum())
@@ -507,7 +507,7 @@ def test_uniform_numbers_give_the_distribution():
     count = 100_000
     uniform = (torch.arange(count) + 0.5) / count
     for options in ({}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}):
-        sampling = Sampling.checked("test", 0.8, options.get("top_k"), options.get("top_p"), options.get("min_p"))
+        sampling = Sampling("test", 0.8, **options)
         tokens = sampling.sample(logits.double().expand(count, -1), uniform)
         probabilities = sampling.probabilities(logits.double().unsqueeze(0))[0]
         expected = count * probabilities / probabilities.sum()
@@ -520,7 +520,7 @@ def test_the_smallest_and_largest_random_number(dtype):
     logits = torch.tensor([[-math.inf, 3.0, -math.inf, 1.0, 0.3, -math.inf]] * 2, dtype=dtype)
     uniform = torch.tensor([0.0, 1 - 2**-24])
     for temperature in (1e-45, 0.5, 1.0, 1e30):
-        tokens = Sampling(temperature, None, None, None).sample(logits, uniform)
+        tokens = Sampling("test", temperature).sample(logits, uniform)
         assert tokens.tolist() == ([1, 1] if temperature < 0.1 else [1, 4])
 
 
@@ -530,7 +530,7 @@ def test_rounding_of_the_sum_does_not_sample_a_filtered_token(monkeypatch):
     noise = 1e-3 * torch.rand(1, 50)
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: exact(self, dim) + noise)
     logits = torch.randn(1, 50).expand(20_000, -1)
-    sampling = Sampling(1.0, 5, None, None)
+    sampling = Sampling("test", top_k=5)
     tokens = sampling.sample(logits, torch.linspace(0, 1 - 2**-24, len(logits)))
     assert set(tokens.tolist()) == set(logits[0].topk(5).indices.tolist())
 

@@ -1,5 +1,6 @@
 """The residual block around a recurrent layer."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,8 @@ from .causal_conv import CausalConv
 from .state import check_states
 
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
-LAYER_OPTIONS = ("bias", "bidirectional", "candidate", "learn_initial_state", "recompute", "device", "dtype")
+# Arguments of a layer that a block sets.
+SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
 
 
 class Block(Layer, role="sequence", planned=True):
@@ -254,7 +256,8 @@ class Block(Layer, role="sequence", planned=True):
 def check_layer_options(name: str, cell: str, layer_options: Iterable[str], arguments: list[str]) -> None:
     """Raise an error for an option that the layer in a block does not have."""
     own = [argument for argument in arguments if not argument.endswith("_options")]
-    own += [*LAYER_OPTIONS, *(("gate", "min_decay") if cell == "mingru" else ("forget_bias", "normalize"))]
+    of_layer = inspect.signature(MinGRU if cell == "mingru" else MinLSTM).parameters
+    own += [argument for argument in of_layer if argument not in (*own, *SET_BY_THE_BLOCK)]
     for option in layer_options:
         if option in ("num_layers", "batch_first", "residual"):
             raise TypeError(f"{name}: no argument {option!r}; a block has one layer, and its x is (B, S, dims)")

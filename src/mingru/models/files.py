@@ -46,13 +46,17 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
             # safetensors gives the file to its owner only.
             shutil.copymode(new / CONFIG, new / WEIGHTS)
             names = [WEIGHTS, CONFIG]
-            if _may_replace_card(target / CARD):
+            card = target / CARD
+            # A README.md of something else, such as the project in whose folder a model is saved, remains.
+            if not card.is_file() or LIBRARY in card.read_text(encoding="utf-8", errors="replace"):
                 (new / CARD).write_text(_card(model, figures), encoding="utf-8")
                 names.append(CARD)
             for name in names:
                 if (target / name).is_dir():
                     raise IsADirectoryError(f"{name} is a folder")
-                _write_to_disk(new / name)
+                with (new / name).open("rb+") as file:
+                    # Some file systems report a full disk only here.
+                    os.fsync(file.fileno())
             for name in names:
                 os.replace(new / name, target / name)
     except (OSError, safetensors.SafetensorError) as error:
@@ -132,17 +136,6 @@ def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tupl
     hub = _required("huggingface_hub", f"from_pretrained: {name!r} is not a folder; for a name on the hub it")
     config_path, weights_path = (Path(hub.hf_hub_download(name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
     return config_path, weights_path
-
-
-def _may_replace_card(path: Path) -> bool:
-    """Return whether there is no README.md of something else, such as the project in whose folder a model is saved."""
-    return not path.is_file() or LIBRARY in path.read_text(encoding="utf-8", errors="replace")
-
-
-def _write_to_disk(path: Path) -> None:
-    # Some file systems report a full disk only here.
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _without_data(cls: type, options: dict[str, Any]) -> nn.Module:

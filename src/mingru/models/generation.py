@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +16,25 @@ from ..ops.shape import accumulate_dtype
 NUM_RANDOM = 1024
 
 
-class Sampling(NamedTuple):
+@dataclass(frozen=True)
+class Sampling:
     """How a token is sampled from logits. The options apply in this order."""
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
+    name: str
+    """Name of the model's class, for errors."""
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
 
-    @classmethod
-    def checked(cls, name: str, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> "Sampling":
-        """Return the options; raise an error if one is invalid."""
-        check_number(name, "temperature", temperature, "a number, at least 0", lambda x: 0 <= x < math.inf)
-        if top_k is not None:
-            check_int(name, "top_k", top_k, "an int or None")
-        if top_p is not None:
-            check_number(name, "top_p", top_p, "a number above 0 and at most 1", lambda p: 0 < p <= 1)
-        if min_p is not None:
-            check_number(name, "min_p", min_p, "a number from 0 to 1", lambda p: 0 <= p <= 1)
-        return cls(temperature, top_k, top_p, min_p)
+    def __post_init__(self) -> None:
+        check_number(self.name, "temperature", self.temperature, "a number, at least 0", lambda x: 0 <= x < math.inf)
+        if self.top_k is not None:
+            check_int(self.name, "top_k", self.top_k, "an int or None")
+        if self.top_p is not None:
+            check_number(self.name, "top_p", self.top_p, "a number above 0 and at most 1", lambda p: 0 < p <= 1)
+        if self.min_p is not None:
+            check_number(self.name, "min_p", self.min_p, "a number from 0 to 1", lambda p: 0 <= p <= 1)
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Return a token (B,) for each row of logits (B, V), with uniform random numbers (B,) from 0 to 1."""
@@ -68,39 +69,37 @@ class Sampling(NamedTuple):
 
 
 def stream(
-    lm: Any,
-    ids: Tensor,
-    lengths: Tensor | None,
-    state: list[Tensor] | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stops: list[int],
-    seeds: list[int],
+    lm: Any, prompts: Any, max_new_tokens: int, sampling: Sampling, stop: Any, seed: Any, state: Any
 ) -> Iterator[Tensor]:
-    """Yield the new tokens of each step, with -1 for sequences that have ended."""
-    if max_new_tokens == 0 or len(ids) == 0:
-        return
-    modules, uniforms = list(lm.modules()), random_numbers(seeds, ids.device)
-    stop_tokens = torch.tensor(stops, device=ids.device)
-    active = torch.arange(len(ids), device=ids.device)
-    logits, state = _last_logits(lm, modules, ids, state, lengths)
-    if bool(logits.isnan().any()):
-        raise ValueError(f"{lm.name}: the logits after the prompts are NaN; check the parameters and the state")
-    for step in range(max_new_tokens):
-        tokens = sampling.sample(logits, next(uniforms)[active])
-        new = torch.full((len(ids),), -1, dtype=torch.int64, device=ids.device)
-        new[active] = tokens
-        yield new
-        if stops:
-            going = ~torch.isin(tokens, stop_tokens)
-            if not bool(going.all()):
-                index = going.nonzero().squeeze(1)
-                active, tokens = active[index], tokens[index]
-                state = [each.index_select(1, index) for each in state]
-                if len(active) == 0:
-                    return
-        if step < max_new_tokens - 1:
-            logits, state = _last_logits(lm, modules, tokens.unsqueeze(1), state, None)
+    """Return an iterator over the new tokens of each step, with -1 for sequences that have ended."""
+    ids, lengths = padded(lm.name, prompts, lm.vocab_size, lm.embedding.weight.device)
+    check_int(lm.name, "max_new_tokens", max_new_tokens, least=0)
+    lm.check_state(state, len(ids))
+    stops = torch.tensor(stop_tokens(lm.name, stop, lm.vocab_size), device=ids.device)
+    uniforms = random_numbers(seeds_of(lm.name, seed, len(ids)), ids.device)
+
+    def steps(state: list[Tensor] | None) -> Iterator[Tensor]:
+        modules, active = list(lm.modules()), torch.arange(len(ids), device=ids.device)
+        logits, state = _last_logits(lm, modules, ids, state, lengths)
+        if bool(logits.isnan().any()):
+            raise ValueError(f"{lm.name}: the logits after the prompts are NaN; check the parameters and the state")
+        for step in range(max_new_tokens):
+            tokens = sampling.sample(logits, next(uniforms)[active])
+            new = torch.full((len(ids),), -1, dtype=torch.int64, device=ids.device)
+            new[active] = tokens
+            yield new
+            if len(stops) > 0:
+                going = ~torch.isin(tokens, stops)
+                if not bool(going.all()):
+                    index = going.nonzero().squeeze(1)
+                    active, tokens = active[index], tokens[index]
+                    state = [each.index_select(1, index) for each in state]
+                    if len(active) == 0:
+                        return
+            if step < max_new_tokens - 1:
+                logits, state = _last_logits(lm, modules, tokens.unsqueeze(1), state, None)
+
+    return iter(()) if max_new_tokens == 0 or len(ids) == 0 else steps(state)
 
 
 def random_numbers(seeds: list[int], device: torch.device) -> Iterator[Tensor]:
@@ -156,10 +155,7 @@ def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tu
         ids = pad_sequence([prompt.long() for prompt in prompts], batch_first=True)
     else:
         ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong) > 0:
-        expected = f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}"
-        raise ValueError(expectation(name, "prompts", expected, str(int(wrong[0]))))
+    check_range(name, "prompts", ids, vocab_size)
     return ids, torch.tensor(lengths, device="cpu") if len(set(lengths)) > 1 else None
 
 
@@ -176,6 +172,14 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
         raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
     if ids.device != device:
         raise on_another_device(name, argument, ids, device, "the weights")
+
+
+def check_range(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:
+    """Check that ids are below `vocab_size`, and not negative."""
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong) > 0:
+        expected = f"from 0 to {vocab_size - 1} because vocab_size is {vocab_size}"
+        raise ValueError(expectation(name, argument, expected, str(int(wrong[0])))) from None
 
 
 def encode_remedy(ids: Any) -> str:

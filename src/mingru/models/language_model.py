@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, expectation, require
+from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, require
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
@@ -81,8 +81,7 @@ class LanguageModel(Layer):
         own_options = arguments_of(locals(), "block_options")
         super().__init__()
         parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
-        of_blocks = [name for name in block_options if name not in parameters]
-        check_layer_options(self.name, block_options.get("cell", "mingru"), of_blocks, parameters)
+        check_layer_options(self.name, block_options.get("cell", "mingru"), block_options, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
         check_flag(self.name, "tied", tied)
@@ -116,11 +115,8 @@ class LanguageModel(Layer):
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
+        super().reset_parameters()
         self._initialize_embedding()
-        self.blocks.reset_parameters()
-        self.norm.reset_parameters()
-        if self.head is not None:
-            self.head.reset_parameters()
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
@@ -154,20 +150,18 @@ class LanguageModel(Layer):
         try:
             x: Tensor = self.embedding(ids)
         except IndexError:
-            wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-            if wrong.numel() == 0:
-                raise
-            expected = f"from 0 to {self.vocab_size - 1} because vocab_size is {self.vocab_size}"
-            raise ValueError(expectation(self.name, "ids", expected, f"{int(wrong[0])}")) from None
+            generation.check_range(self.name, "ids", ids, self.vocab_size)
+            raise
         return x
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if ids are not integers (B, S), or the state does not fit them."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
-        self._check_state(h, x.shape[0])
+        self.check_state(h, x.shape[0])
 
-    def _check_state(self, state: Any, batch: int) -> None:
+    def check_state(self, state: Any, batch: int) -> None:
+        """Raise an error if a state does not fit a batch of this size."""
         shapes = self.blocks.state_shapes(batch)
         check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
@@ -215,9 +209,8 @@ class LanguageModel(Layer):
             ValueError: A prompt is empty, an id or option is out of range, or the state does not fit.
         """
         options = arguments_of(locals(), "streamer")
-        if streamer is not None and not callable(streamer):
-            expected = "a function of the new tokens, or None"
-            raise TypeError(expectation(self.name, "streamer", expected, type(streamer).__name__))
+        is_valid, got = streamer is None or callable(streamer), type(streamer).__name__
+        require(self.name, "streamer", is_valid, "a function of the new tokens, or None", got, error=TypeError)
         new = []
         for tokens in self.stream(**options):
             new.append(tokens)
@@ -243,13 +236,8 @@ class LanguageModel(Layer):
 
         The arguments are those of [generate][mingru.models.LanguageModel.generate].
         """
-        sampling = generation.Sampling.checked(self.name, temperature, top_k, top_p, min_p)
-        ids, lengths = generation.padded(self.name, prompts, self.vocab_size, self.embedding.weight.device)
-        check_int(self.name, "max_new_tokens", max_new_tokens, least=0)
-        self._check_state(state, len(ids))
-        stops = generation.stop_tokens(self.name, stop, self.vocab_size)
-        seeds = generation.seeds_of(self.name, seed, len(ids))
-        return generation.stream(self, ids, lengths, state, max_new_tokens, sampling, stops, seeds)
+        sampling = generation.Sampling(self.name, temperature, top_k, top_p, min_p)
+        return generation.stream(self, prompts, max_new_tokens, sampling, stop, seed, state)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameters in two groups for an optimizer such as `torch.optim.AdamW`.
