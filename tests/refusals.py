@@ -1,6 +1,12 @@
-"""Tables of wrong calls: each must raise the right error, and its message must say what is wrong."""
+"""Tables of wrong calls: each must raise the right error, and its message must say what is wrong.
 
+A case is (arguments, error, pattern), and its name says what is wrong.
+"""
+
+import math
 import re
+
+import torch
 
 
 def assert_refused(call, cases, prefix=""):
@@ -12,3 +18,107 @@ def assert_refused(call, cases, prefix=""):
         except Exception as raised:
             found = raised
         assert isinstance(found, error) and re.match(prefix + message, str(found)), f"{case}: {found!r}"
+
+
+def wrong_tensors(argument, right, like):
+    """Return calls with an argument that is no tensor, or has another dtype or device than `like`."""
+    return {
+        f"{argument} is no tensor": ({argument: [1.0]}, TypeError, f"{argument} must be a tensor, got list"),
+        f"{argument} of float64": (
+            {argument: right.double()},
+            TypeError,
+            rf"{argument} must be torch\.float32 like {like}, got torch\.float64; use {argument}\.to\(torch\.float32\)",
+        ),
+        f"{argument} on another device": (
+            {argument: right.to("meta")},
+            ValueError,
+            rf"{argument} must be on cpu like {like}, got a tensor on meta; use {argument}\.to\('cpu'\)",
+        ),
+    }
+
+
+def wrong_resets(letters, *shape):
+    """Return calls with a reset of a wrong type, dtype, shape or device; `shape` is the right one."""
+    right = torch.zeros(shape, dtype=torch.bool)
+    got = type(right.tolist()).__name__
+    cases = {
+        "reset is no tensor": ({"reset": right.tolist()}, TypeError, f"reset must be a bool tensor, got {got}"),
+        "reset of numbers": (
+            {"reset": right.float()},
+            TypeError,
+            r"reset must be of dtype torch\.bool, got torch\.float32; use reset\.bool\(\)",
+        ),
+        "reset on another device": (
+            {"reset": right.to("meta")},
+            ValueError,
+            r"reset must be on cpu like the sequence, got a tensor on meta; use reset\.to\('cpu'\)",
+        ),
+    }
+    for wrong in (right[:1], right[..., :-1], right.unsqueeze(-1)):
+        message = re.escape(f"reset must be {letters} = {shape}, got {tuple(wrong.shape)}")
+        cases[f"reset of shape {tuple(wrong.shape)}"] = ({"reset": wrong}, ValueError, message)
+    return cases
+
+
+def wrong_values(option, expected, types=(), values=()):
+    """Return calls with values of an option that have a wrong type, or that are not allowed."""
+    errors = [*((TypeError, value) for value in types), *((ValueError, value) for value in values)]
+    return {
+        f"{option} of {value!r}": ({option: value}, error, re.escape(f"{option} must be {expected}, got {value!r}"))
+        for error, value in errors
+    }
+
+
+def literal(cases):
+    """Return cases whose messages are given as text, not as patterns."""
+    return {case: (arguments, error, re.escape(message)) for case, (arguments, error, message) in cases.items()}
+
+
+def wrong_states(argument, right, like):
+    """Return calls with a list of states that does not fit; `right` is a list that fits."""
+    count, last, first = len(right), f"{argument}[{len(right) - 1}]", f"{argument}[0]"
+    of_count = f"{argument} must be a list of {count} tensors, got"
+    of_shape = f"{first} must be {tuple(right[0].shape)}, got"
+    narrow = [each[:, :1] for each in right]
+    remedy = "pass a state of this batch size and of a module with the same options"
+    found = [
+        (right[:1], ValueError, f"{of_count} 1"),
+        ([*right, right[0]], ValueError, f"{of_count} {count + 1}"),
+        (right[0], TypeError, f"{of_count} Tensor"),
+        (dict(enumerate(right)), TypeError, f"{of_count} dict"),
+        ([None, *right[1:]], TypeError, f"{first} must be a tensor, got NoneType"),
+        ([*right[:-1], 1.0], TypeError, f"{last} must be a tensor, got float"),
+        (narrow, ValueError, f"{of_shape} {tuple(narrow[0].shape)}; {remedy}"),
+        (right[::-1], ValueError, f"{of_shape} {tuple(right[-1].shape)}; {remedy}"),
+        (
+            [each.double() for each in right],
+            TypeError,
+            f"{first} must be torch.float32 like {like}, got torch.float64; use {first}.to(torch.float32)",
+        ),
+        (
+            [*right[:-1], right[-1].to("meta")],
+            ValueError,
+            f"{last} must be on cpu like {like}, got a tensor on meta; use {last}.to('cpu')",
+        ),
+    ]
+    return literal({message: ({argument: states}, error, message) for states, error, message in found})
+
+
+DROPOUT = wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan))
+DTYPE = wrong_values("dtype", "a floating-point dtype", types=(torch.int64, torch.cfloat, "float32"))
+CANDIDATE = wrong_values("candidate", "one of ('positive', 'linear', 'tanh')", values=("relu",))
+# Options that all layers and cells refuse, and those that all layers refuse.
+WRONG_OPTIONS = {
+    **wrong_values("input_dims", "an int", types=(3.0,)),
+    **wrong_values("input_dims", "at least 1", values=(0,)),
+    "unknown norm": ({"norm": "batch"}, ValueError, "norm must be one of None, '.*', got 'batch'"),
+    "norm True": ({"norm": True}, ValueError, "norm must be one of None, '.*', got True"),
+    **CANDIDATE,
+    **DTYPE,
+}
+WRONG_LAYER_OPTIONS = {
+    **WRONG_OPTIONS,
+    **DROPOUT,
+    **wrong_values("num_layers", "an int", types=("2", True)),
+    **wrong_values("num_layers", "at least 1", values=(0,)),
+}

@@ -1,12 +1,13 @@
 """The functions as users call them: values at the edges, what they refuse, states and back ends. Bodies: ops/."""
 
+import functools
 import math
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from refusals import assert_refused
+from refusals import assert_refused, wrong_resets, wrong_tensors
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -294,183 +295,92 @@ def test_every_back_end_by_its_name(backend):
 # What is refused
 
 X = torch.zeros(2, 5, 3)
-NO = torch.zeros(2, 5, dtype=torch.bool)
-
-BAD_FOR_EACH = {
-    # For mingru (gate, candidate) and linear_scan (a, b), whose first and second argument are {0} and {1}.
-    "first no tensor": ({0: [[0.0]]}, TypeError, r"{0} must be a tensor, got list"),
-    "first of integers": ({0: X.long()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.int64"),
-    "first of bools": ({0: X.bool()}, TypeError, r"{0} must be of a floating-point dtype, got torch\.bool"),
-    "first without steps": ({0: torch.zeros(3)}, ValueError, r"{0} must be \(B, S, \*\).*, got \(3,\)"),
-    "first a scalar": ({0: torch.tensor(1.0)}, ValueError, r"{0} must be \(B, S, \*\).*, got \(\)"),
-    "second no tensor": ({1: 0.5}, TypeError, r"{1} must be a tensor, got float"),
-    "second None": ({1: None}, TypeError, r"{1} must be a tensor, got NoneType"),
-    "second of other shape": (
-        {1: X[:, :4]},
-        ValueError,
-        r"{1} must be \(2, 5, 3\) because {0} is \(2, 5, 3\), got \(2, 4, 3\)",
-    ),
-    "second would broadcast": (
-        {1: X[:1]},
-        ValueError,
-        r"{1} must be \(2, 5, 3\) because {0} is .*got \(1, 5, 3\); to broadcast, use {1}\.expand",
-    ),
-    "second of other rank": (
-        {1: X[..., None]},
-        ValueError,
-        r"{1} must be \(2, 5, 3\) because {0} is .*got \(2, 5, 3, 1\)",
-    ),
-    "second of other dtype": ({1: X.double()}, TypeError, r"{1} must be torch\.float32 like {0}, got torch\.float64"),
-    "second of half": ({1: X.half()}, TypeError, r"{1} must be torch\.float32 like {0}, got torch\.float16"),
-    "second on meta": ({1: X.to("meta")}, ValueError, r"{1} must be on cpu like {0}, got a tensor on meta"),
-    "h no tensor": ({"h": 0.5}, TypeError, r"h must be a tensor, got float"),
-    "h of other dtype": ({"h": X[:, :1].double()}, TypeError, r"h must be torch\.float32 .*, got torch\.float64"),
-    "h of integers": ({"h": X[:, :1].long()}, TypeError, r"h must be torch\.float32 .*, got torch\.int64"),
-    "h of half": ({"h": X[:, :1].half()}, TypeError, r"h must be torch\.float32 .*, got torch\.float16"),
-    "h on meta": ({"h": X[:, :1].to("meta")}, ValueError, r"h must be on cpu .*, got a tensor on meta"),
-    "h without the dimension of time": (
-        {"h": X[:, 0]},
-        ValueError,
-        r"h must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 3\)",
-    ),
-    "h of all steps": ({"h": X}, ValueError, r"h must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 5, 3\)"),
-    "h of layers": ({"h": X[None, :, :1]}, ValueError, r"h must be expandable .*, got \(1, 2, 1, 3\)"),
-    "reset no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
-    "reset of numbers": ({"reset": NO.int()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.int32"),
-    "reset of other shape": ({"reset": NO[:, :1]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 1\)"),
-    "reset with features": ({"reset": X.bool()}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 5, 3\)"),
-    "reset on meta": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
-}
 
 
-@pytest.mark.parametrize(("name", "names"), [("mingru", ("gate", "candidate")), ("linear_scan", ("a", "b"))])
-def test_bad_calls(name, names):
-    given = dict.fromkeys(names, X)
+@pytest.mark.parametrize(("name", "first", "second"), [("mingru", "gate", "candidate"), ("linear_scan", "a", "b")])
+def test_bad_calls(name, first, second):
+    floating, sequence = f"{first} must be of a floating-point dtype, got", rf"{first} must be \(B, S, \*\).*, got"
+    like, expanded = rf"{second} must be \(2, 5, 3\) because {first} is \(2, 5, 3\), got", "h must be expandable to"
     cases = {
-        case: (
-            {**given, **{names[at] if isinstance(at, int) else at: arg for at, arg in changed.items()}},
-            error,
-            message.replace("{0}", names[0]).replace("{1}", names[1]),
-        )
-        for case, (changed, error, message) in BAD_FOR_EACH.items()
+        "first no tensor": ({first: [[0.0]]}, TypeError, f"{first} must be a tensor, got list"),
+        "first of integers": ({first: X.long()}, TypeError, rf"{floating} torch\.int64"),
+        "first of bools": ({first: X.bool()}, TypeError, rf"{floating} torch\.bool"),
+        "first without steps": ({first: torch.zeros(3)}, ValueError, rf"{sequence} \(3,\)"),
+        "first a scalar": ({first: torch.tensor(1.0)}, ValueError, rf"{sequence} \(\)"),
+        **wrong_tensors(second, X, first),
+        "second of other shape": ({second: X[:, :4]}, ValueError, rf"{like} \(2, 4, 3\)"),
+        "second would broadcast": (
+            {second: X[:1]},
+            ValueError,
+            rf"{like} \(1, 5, 3\); to broadcast, use {second}\.expand",
+        ),
+        "second of other rank": ({second: X[..., None]}, ValueError, rf"{like} \(2, 5, 3, 1\)"),
+        **wrong_tensors("h", X[:, :1], "the sequence"),
+        "h of half": ({"h": X[:, :1].half()}, TypeError, r"h must be torch\.float32 .*, got torch\.float16"),
+        "h without time": ({"h": X[:, 0]}, ValueError, rf"{expanded} \(B, 1, \*\) = \(2, 1, 3\), got \(2, 3\)"),
+        "h of all steps": ({"h": X}, ValueError, rf"{expanded} .*, got \(2, 5, 3\)"),
+        "h of layers": ({"h": X[None, :, :1]}, ValueError, rf"{expanded} .*, got \(1, 2, 1, 3\)"),
+        **wrong_resets("(B, S)", 2, 5),
     }
-    assert_refused(getattr(functional, name), cases, f"{name}: ")
+    assert_refused(lambda **given: getattr(functional, name)(**{first: X, second: X, **given}), cases, f"{name}: ")
 
 
-BAD_CALLS = {
-    "unknown activation": (
-        lambda: functional.mingru(X, X, activation="relu"),
-        ValueError,
-        r"mingru: activation must be one of \('positive', 'linear', 'tanh'\), got 'relu'",
-    ),
-    "complex gate": (
-        lambda: functional.mingru(X.cfloat(), X.cfloat()),
-        TypeError,
-        r"mingru: gate must be of a floating-point dtype, got torch\.complex64",
-    ),
-    "initial_state no tensor": (
-        lambda: functional.mingru(X, X, initial_state=0.5),
-        TypeError,
-        r"mingru: initial_state must be a tensor, got float",
-    ),
-    "initial_state of other shape": (
-        lambda: functional.mingru(X, X, initial_state=X),
-        ValueError,
-        r"mingru: initial_state must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 5, 3\)",
-    ),
-    "initial_state of other dtype, beside h": (
-        lambda: functional.mingru(X, X, X[:, :1], initial_state=X[:, :1].double()),
-        TypeError,
-        r"mingru: initial_state must be torch\.float32 .*, got torch\.float64",
-    ),
-    "unknown back end": (
-        lambda: functional.mingru(X, X, backend="cuda"),
-        ValueError,
-        r".*backend must be one of 'auto', .*'torch'.*, got 'cuda'",
-    ),
-    "unknown back end, linear_scan": (
-        lambda: functional.linear_scan(X, X, backend="Torch"),
-        ValueError,
-        r".*backend must be one of 'auto', .*'torch'.*, got 'Torch'",
-    ),
-    "unknown back end, nothing to run": (
-        lambda: functional.mingru(X[:0], X[:0], backend="cuda"),
-        ValueError,
-        r".*backend must be one of 'auto', .*'torch'.*, got 'cuda'",
-    ),
-    "log form of any a and b": (
-        lambda: functional.linear_scan(X, X, backend="log"),
-        ValueError,
-        r".*backend selects 'log', which cannot run this because it takes the logarithm of a and b.*; use 'auto'",
-    ),
-    "log form of a candidate of any sign": (
-        lambda: functional.mingru(X, X, activation="tanh", backend="log"),
-        ValueError,
-        r".*backend selects 'log', which cannot run this because .* may be negative with activation 'tanh'; use 'auto'",
-    ),
-    "parallel_scan_log of no tensor": (
-        lambda: functional.parallel_scan_log([0.0], X),
-        TypeError,
-        r"parallel_scan_log: log_a must be a tensor, got list",
-    ),
-    "parallel_scan_log of integers": (
-        lambda: functional.parallel_scan_log(X.long(), X),
-        TypeError,
-        r"parallel_scan_log: log_a must be of a floating-point dtype, got torch\.int64",
-    ),
-    "parallel_scan_log of one dimension": (
-        lambda: functional.parallel_scan_log(X[0, 0], X),
-        ValueError,
-        r"parallel_scan_log: log_a must be \(B, S, \*\), got \(3,\)",
-    ),
-    "parallel_scan_log without x_0": (
-        lambda: functional.parallel_scan_log(X, X),
-        ValueError,
-        r"parallel_scan_log: log_b must be \(2, 6, 3\) because log_a is \(2, 5, 3\), got \(2, 5, 3\)",
-    ),
-    "parallel_scan_log, dtypes": (
-        lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3).double()),
-        TypeError,
-        r"parallel_scan_log: log_b must be torch\.float32 like log_a, got torch\.float64",
-    ),
-    "parallel_scan_log, devices": (
-        lambda: functional.parallel_scan_log(X, torch.zeros(2, 6, 3, device="meta")),
-        ValueError,
-        r"parallel_scan_log: log_b must be on cpu like log_a, got a tensor on meta",
-    ),
-    "g of a number": (lambda: functional.g(0.5), TypeError, r"g: x must be a tensor, got float"),
-    "g of integers": (
-        lambda: functional.g(X.long()),
-        TypeError,
-        r"g: x must be of a floating-point dtype, got torch\.int64",
-    ),
-    "g of complex": (
-        lambda: functional.g(X.cfloat()),
-        TypeError,
-        r"g: x must be of a floating-point dtype, got torch\.complex64",
-    ),
-    "normalize of a number": (
-        lambda: functional.minlstm(X, X, X, normalize=0),
-        TypeError,
-        r"minlstm: normalize must be a bool, got 0$",
-    ),
-    "normalize=False of another shape": (
-        lambda: functional.minlstm(X, X[:, :1], X, normalize=False),
-        ValueError,
-        r"minlstm: input must be \(2, 5, 3\) because forget is \(2, 5, 3\), got \(2, 1, 3\)",
-    ),
-    "log_g of a list": (lambda: functional.log_g([0.5]), TypeError, r"log_g: x must be a tensor, got list"),
-    "log_g of bools": (
-        lambda: functional.log_g(NO),
-        TypeError,
-        r"log_g: x must be of a floating-point dtype, got torch\.bool",
-    ),
-}
+def test_bad_calls_of_activations():
+    for name in ("g", "log_g"):
+        cases = {"a list": ({"x": [0.5]}, TypeError, "x must be a tensor, got list")}
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            cases[str(dtype)] = ({"x": X.to(dtype)}, TypeError, f"x must be of a floating-point dtype, got {dtype}")
+        assert_refused(getattr(functional, name), cases, f"{name}: ")
 
 
-def test_other_bad_calls():
-    cases = {case: ({"call": call}, error, message) for case, (call, error, message) in BAD_CALLS.items()}
-    assert_refused(lambda call: call(), cases)
+def test_bad_calls_of_one_recurrence():
+    h, unknown = X[:, :1], {"activation": "relu"}
+    cases = {
+        "activation": (unknown, ValueError, r"activation must be one of \('positive', 'linear', 'tanh'\), got 'relu'"),
+        "gate": ({"gate": X.cfloat()}, TypeError, r"gate must be of a floating-point dtype, got torch\.complex64"),
+        **wrong_tensors("initial_state", h, "the sequence"),
+        "initial_state": (
+            {"initial_state": X},
+            ValueError,
+            r"initial_state must be expandable to \(B, 1, \*\) = \(2, 1, 3\), got \(2, 5, 3\)",
+        ),
+    }
+    for state in (None, h):
+        call = functools.partial(functional.mingru, h=state)
+        assert_refused(lambda call=call, **given: call(**{"gate": X, "candidate": X, **given}), cases, "mingru: ")
+    shape = r"input must be \(2, 5, 3\) because forget is \(2, 5, 3\), got \(2, 1, 3\)"
+    cases = {
+        "a number": ({"normalize": 0}, TypeError, r"normalize must be a bool, got 0$"),
+        "another shape": ({"normalize": False, "input": X[:, :1]}, ValueError, shape),
+    }
+    inputs = {"forget": X, "input": X, "candidate": X}
+    assert_refused(lambda **given: functional.minlstm(**{**inputs, **given}), cases, "minlstm: ")
+
+
+def test_bad_calls_of_parallel_scan_log():
+    inputs = {"log_a": X, "log_b": torch.zeros(2, 6, 3)}
+    shape = r"log_b must be \(2, 6, 3\) because log_a is \(2, 5, 3\), got \(2, 5, 3\)"
+    cases = {
+        "no tensor": ({"log_a": [0.0]}, TypeError, "log_a must be a tensor, got list"),
+        "integers": ({"log_a": X.long()}, TypeError, r"log_a must be of a floating-point dtype, got torch\.int64"),
+        "one dimension": ({"log_a": X[0, 0]}, ValueError, r"log_a must be \(B, S, \*\), got \(3,\)"),
+        "without x_0": ({"log_b": X}, ValueError, shape),
+        **wrong_tensors("log_b", inputs["log_b"], "log_a"),
+    }
+    assert_refused(lambda **given: functional.parallel_scan_log(**{**inputs, **given}), cases, "parallel_scan_log: ")
+
+
+def test_backends_that_cannot_run():
+    unknown, cannot = "backend must be one of 'auto', .*'torch'.*, got", "backend selects 'log', which cannot run this"
+    for function, inputs, options, message in (
+        (functional.mingru, X, {"backend": "cuda"}, f"{unknown} 'cuda'"),
+        (functional.linear_scan, X, {"backend": "Torch"}, f"{unknown} 'Torch'"),
+        (functional.mingru, X[:0], {"backend": "cuda"}, f"{unknown} 'cuda'"),
+        (functional.linear_scan, X, {"backend": "log"}, f"{cannot} .* the logarithm of a and b.*; use 'auto'"),
+        (functional.mingru, X, {"backend": "log", "activation": "tanh"}, f"{cannot} .* activation 'tanh'; use 'auto'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(inputs, inputs, **options)
 
 
 def test_the_remedy_of_a_refused_b_works():

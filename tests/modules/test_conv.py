@@ -13,7 +13,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cover import cover, named
-from refusals import assert_refused
+from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_tensors, wrong_values
 from test_recurrent import TIGHT, assert_same
 from torch import nn
 from torch.testing import assert_close
@@ -36,43 +36,20 @@ LAYERS = {1: MinConv1dGRU, 2: MinConv2dGRU, 3: MinConv3dGRU}
 CELLS = {1: MinConv1dGRUCell, 2: MinConv2dGRUCell, 3: MinConv3dGRUCell}
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-# Every option on its own, and together.
-OPTIONS = [
-    {},
-    {"space": 1},
-    {"space": 3},
-    {"num_layers": 2},
-    {"num_layers": 2, "hidden_dims": [4, 6]},
-    {"num_layers": 2, "kernel_size": [(1, 3), 2]},
-    {"stride": (1, 2)},
-    {"padding": 1},
-    {"padding": "same"},
-    {"dilation": (2, 1)},
-    {"groups": 2},
-    {"bias": False},
-    {"batch_first": False},
-    {"bidirectional": True},
-    {"residual": True},
-    {"residual": True, "padding": 1, "hidden_dims": IN},
-    {"norm": "group"},
-    {"candidate": "linear"},
-    {"candidate": "tanh"},
-    {"learn_initial_state": True},
-    {
-        "num_layers": 2,
-        "hidden_dims": [4, 6],
-        "kernel_size": [3, (2, 1)],
-        "stride": [1, 2],
-        "padding": ["same", (1, 0)],
-        "groups": 2,
-        "batch_first": False,
-        "bidirectional": True,
-        "residual": True,
-        "norm": "group",
-        "learn_initial_state": True,
-    },
-]
-ALL = OPTIONS[-1]
+# All options together.
+ALL = {
+    "num_layers": 2,
+    "hidden_dims": [4, 6],
+    "kernel_size": [3, (2, 1)],
+    "stride": [1, 2],
+    "padding": ["same", (1, 0)],
+    "groups": 2,
+    "batch_first": False,
+    "bidirectional": True,
+    "residual": True,
+    "norm": "group",
+    "learn_initial_state": True,
+}
 # Those that matter to blocks of steps and batch elements.
 BLOCKED = [
     {},
@@ -882,6 +859,8 @@ NO = torch.zeros(2, 5, dtype=torch.bool)
 H = torch.zeros(2, 1, 8, 6, 6)
 
 BAD_CALLS = {
+    **wrong_tensors("x", X, "the layer's weight"),
+    **wrong_resets("(B, S)", 2, 5),
     "x without batch": (
         {"x": X[0]},
         ValueError,
@@ -893,10 +872,7 @@ BAD_CALLS = {
         r"x must be \(B, S, 3, \*space\) .*, got \(2, 5, 2, 6, 6\)",
     ),
     "x with channels last": ({"x": X.movedim(2, -1)}, ValueError, r"x must be .*, got \(2, 5, 6, 6, 3\)"),
-    "x is no tensor": ({"x": [1.0]}, TypeError, r"x must be a tensor, got list"),
     "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
-    "x of float64": ({"x": X.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64; use x\.to"),
-    "x on another device": ({"x": X.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),
     "x too small for the first layer": (
         {"x": X[..., :0]},
         ValueError,
@@ -926,10 +902,6 @@ BAD_CALLS = {
     "h of too many dimensions": ({"h": [H[None]] * 2}, ValueError, r"h\[0\] must be expandable to"),
     "h of float64": ({"h": [H.double()] * 2}, TypeError, r"h\[0\] must be torch\.float32 like x, got torch\.float64"),
     "h on another device": ({"h": [H.to("meta")] * 2}, ValueError, r"h\[0\] must be on cpu like x, .*meta"),
-    "reset is no tensor": ({"reset": [[True]]}, TypeError, r"reset must be a bool tensor, got list"),
-    "reset of other length": ({"reset": NO[:, :4]}, ValueError, r"reset must be \(B, S\) = \(2, 5\), got \(2, 4\)"),
-    "reset of numbers": ({"reset": NO.float()}, TypeError, r"reset must be of dtype torch\.bool, got torch\.float32"),
-    "reset on another device": ({"reset": NO.to("meta")}, ValueError, r"reset must be on cpu .*, got a tensor on meta"),
 }
 
 
@@ -956,6 +928,9 @@ def test_bad_calls_in_the_order_of_time():
 
 
 BAD_CELL_CALLS = {
+    **wrong_tensors("x", X[:, 0], "the layer's weight"),
+    **wrong_tensors("h", H[:, 0, :, :4, :4], "x"),
+    **wrong_resets("(B,)", 2),
     "x of a sequence": (
         {"x": torch.zeros(2, 5, 3, 6, 6)},
         ValueError,
@@ -987,16 +962,11 @@ BAD_CELL_CALLS = {
         ValueError,
         r"h must be .* = \(2, 8, 4, 4\), got \(2, 8, 6, 6\)",
     ),
-    "h of float64": ({"h": torch.zeros(2, 8, 4, 4).double()}, TypeError, r"h must be torch\.float32 like x"),
     "h with a batch beside x without": (
         {"x": torch.zeros(3, 6, 6), "h": torch.zeros(1, 8, 4, 4)},
         ValueError,
         r"h must be expandable to \(H, \*space\) = \(8, 4, 4\), got \(1, 8, 4, 4\)",
     ),
-    "h is a list": ({"h": [torch.zeros(2, 8, 4, 4)]}, TypeError, r"h must be a tensor, got list"),
-    "reset of other batch": ({"reset": NO[0, :3]}, ValueError, r"reset must be \(B,\) = \(2,\), got \(3,\)"),
-    "reset of a sequence": ({"reset": NO[:, :1]}, ValueError, r"reset must be \(B,\) = \(2,\), got \(2, 1\)"),
-    "reset of numbers": ({"reset": torch.zeros(2)}, TypeError, r"reset must be of dtype torch\.bool"),
     "reset with a batch beside x without": (
         {"x": torch.zeros(3, 6, 6), "reset": NO[0, :1]},
         ValueError,
@@ -1010,72 +980,35 @@ def test_bad_calls_of_a_cell():
     assert_refused(lambda **args: cell(**{"x": x, **args}), BAD_CELL_CALLS, "MinConv2dGRUCell: ")
 
 
+NUMBERS = "an int, a tuple of 2 ints, or a list of these with one for each layer"
 BAD_OPTIONS = {
-    "input_dims of 0": ({"input_dims": 0}, ValueError, r"input_dims must be at least 1, got 0"),
-    "input_dims of 3.0": ({"input_dims": 3.0}, TypeError, r"input_dims must be an int, got 3\.0"),
-    "no layers": ({"num_layers": 0}, ValueError, r"num_layers must be at least 1, got 0"),
-    "num_layers True": ({"num_layers": True}, TypeError, r"num_layers must be an int, got True"),
-    "hidden_dims of 0": ({"hidden_dims": [8, 0]}, ValueError, r"hidden_dims must be at least 1, got 0"),
-    "hidden_dims a tuple": (
-        {"hidden_dims": (8, 8)},
-        TypeError,
-        r"hidden_dims must be an int, or a list of ints with one for each layer, got \(8, 8\)",
-    ),
-    "hidden_dims of other layers": (
-        {"hidden_dims": [8]},
-        ValueError,
-        r"hidden_dims must be a list of 2 entries because num_layers is 2, got \[8\]; a list has one",
-    ),
-    "kernel_size of other layers": (
-        {"kernel_size": [3, 3, 3]},
-        ValueError,
-        r"kernel_size must be a list of 2 entries",
-    ),
-    "stride of other layers": ({"stride": [1]}, ValueError, r"stride must be a list of 2 entries"),
-    "padding of other layers": ({"padding": ["same"]}, ValueError, r"padding must be a list of 2 entries"),
-    "dilation of no layers": ({"dilation": []}, ValueError, r"dilation must be a list of 2 entries .*, got \[\]"),
-    "kernel_size of other space": (
-        {"kernel_size": (3, 3, 3)},
-        ValueError,
-        r"kernel_size must be an int, a tuple of 2 ints, or a list of these with one for each layer, got \(3, 3, 3\)",
-    ),
-    "kernel_size of 0": ({"kernel_size": (3, 0)}, ValueError, r"kernel_size must be at least 1, got 0"),
-    "kernel_size a number": ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an int, a tuple .*, got 3\.0"),
-    "kernel_size None": ({"kernel_size": None}, TypeError, r"kernel_size must be an int, a tuple .*, got None"),
-    "kernel_size 'same'": ({"kernel_size": "same"}, TypeError, r"kernel_size must be an int, a tuple .*, got 'same'"),
+    **WRONG_LAYER_OPTIONS,
+    **wrong_values("norm", "one of None, 'group'", values=("layer",)),
+    **wrong_values("hidden_dims", "an int, or a list of ints with one for each layer", types=((8, 8),)),
+    **wrong_values("hidden_dims", "a list of 2 entries because num_layers is 2", values=([8],)),
+    **wrong_values("kernel_size", "a list of 2 entries because num_layers is 2", values=([3, 3, 3],)),
+    **wrong_values("stride", "a list of 2 entries because num_layers is 2", values=([1],)),
+    **wrong_values("padding", "a list of 2 entries because num_layers is 2", values=(["same"],)),
+    **wrong_values("dilation", "a list of 2 entries because num_layers is 2", values=([],)),
+    **wrong_values("kernel_size", NUMBERS, types=(3.0, None, "same"), values=((3, 3, 3),)),
+    **wrong_values("padding", NUMBERS, types=("full",)),
+    **wrong_values("padding", "at least 0", values=(-1,)),
+    **wrong_values("groups", "at least 1", values=(0,)),
+    **wrong_values("groups", "a divisor of input_dims=4 and hidden_dims=8", values=(3,)),
+    "hidden_dims of 0": ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims must be at least 1, got 0"),
+    "kernel_size of 0": ({"kernel_size": (3, 0)}, ValueError, "kernel_size must be at least 1, got 0"),
     "kernel_size twice listed": ({"kernel_size": [[3, 3], 3]}, TypeError, r"kernel_size must be .*, got \[3, 3\]"),
-    "stride of 0": ({"stride": [1, (0, 1)]}, ValueError, r"stride must be at least 1, got 0"),
-    "padding below 0": ({"padding": -1}, ValueError, r"padding must be at least 0, got -1"),
-    "padding 'full'": ({"padding": "full"}, TypeError, r"padding must be an int, a tuple .*, got 'full'"),
+    "stride of 0": ({"stride": [1, (0, 1)]}, ValueError, "stride must be at least 1, got 0"),
     "padding 'same' with a stride": (
         {"padding": [0, "same"], "stride": [2, (1, 2)]},
         ValueError,
         r"padding must be a number because stride is \(1, 2\), got 'same'; 'same' needs a stride of 1",
-    ),
-    "groups of 0": ({"groups": 0}, ValueError, r"groups must be at least 1, got 0"),
-    "groups that don't divide": (
-        {"groups": 3},
-        ValueError,
-        r"groups must be a divisor of input_dims=4 and hidden_dims=8, got 3",
     ),
     "groups that divide one layer": (
         {"hidden_dims": [8, 5], "groups": 2},
         ValueError,
         r"groups must be a divisor .*\[8, 5\]",
     ),
-    "dropout above 1": ({"dropout": 1.5}, ValueError, r"dropout must be a number from 0 to 1, got 1\.5"),
-    "dropout NaN": ({"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1, got nan"),
-    "dropout a string": ({"dropout": "0.5"}, TypeError, r"dropout must be a number from 0 to 1, got '0\.5'"),
-    "dropout True": ({"dropout": True}, TypeError, r"dropout must be a number from 0 to 1, got True"),
-    "norm of other layers": ({"norm": "layer"}, ValueError, r"norm must be one of None, 'group', got 'layer'"),
-    "norm True": ({"norm": True}, ValueError, r"norm must be one of None, 'group', got True"),
-    "unknown candidate": (
-        {"candidate": "relu"},
-        ValueError,
-        r"candidate must be one of \('positive', .*\), got 'relu'",
-    ),
-    "integer dtype": ({"dtype": torch.int64}, TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
-    "dtype a string": ({"dtype": "float32"}, TypeError, r"dtype must be a floating-point dtype, got 'float32'"),
 }
 
 
