@@ -1,22 +1,19 @@
-"""The residual block: against the float64 reference, in pieces, padded and with resets, its states and its errors."""
+"""The residual block: hard cases, padding, options, states and errors. `test_routes.py` has all routes."""
 
 import itertools
 import math
-import re
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from cover import named
 from hypothesis import strategies as st
+from refusals import CANDIDATE, DROPOUT, DTYPE, assert_refused, literal, wrong_resets, wrong_states, wrong_values
 from routes import (
     Case,
     assert_as_exact,
-    assert_equals_the_reference,
     assert_routes_equal,
-    cases,
-    detached_pieces,
     errors,
     graded,
     graded_reference,
@@ -57,9 +54,7 @@ OPTIONS = [
     {"checkpoint": True, "conv": 3, "mlp": 2},
     {"cell": "minlstm", "conv": 4, "mlp": 2, "norm": "layer", "expansion": 1.4, "learn_initial_state": True},
 ]
-each_option = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()) or "plain"
-)
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 some_options = st.fixed_dictionaries(
     {
         "cell": st.sampled_from(["mingru", "minlstm"]),
@@ -74,8 +69,16 @@ some_options = st.fixed_dictionaries(
 )
 
 
+# One of each part, for the parameters.
+EVERYTHING = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "cell": "minlstm", "forget_bias": 1.0}
+
+
+def build(**options):
+    return Block(DIMS, **options)
+
+
 def make(dtype=torch.float32, **options):
-    return varied(Block(DIMS, dtype=dtype, **options))
+    return varied(build(dtype=dtype, **options))
 
 
 def make_inputs(block, case):
@@ -86,42 +89,7 @@ def make_inputs(block, case):
     return x, h if case.with_state else None
 
 
-# Values, states and gradients
-
-
-@each_option
-@pytest.mark.parametrize("with_state", [False, True])
-def test_equals_the_reference(options, with_state):
-    block = make(torch.double, **options)
-    for lengths, resets in (([S] * B, []), ([9, 1, S], [(0, 0), (0, 1), (2, 4), (2, 5), (2, 10)])):
-        case = Case(lengths, [], resets, with_state, 0)
-        assert_equals_the_reference(reference.block, block, *make_inputs(block, case), case)
-
-
-@pytest.mark.parametrize("examples", [15, pytest.param(200, marks=pytest.mark.slow)])
-def test_all_routes_are_equal(examples):
-    # No shrinking, because it takes minutes and the cases are small.
-    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
-    @given(case=cases(), options=some_options)
-    def check(case, options):
-        block = make(**options)
-        assert_routes_equal(reference.block, block, *make_inputs(block, case), case)
-
-    check()
-
-
-@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.slow)])
-def test_pieces_with_detached_states(examples):
-    """Truncated backpropagation through time."""
-
-    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
-    @given(case=cases(equal_lengths=True), options=some_options)
-    def check(case, options):
-        block = make(torch.double, **options)
-        inputs = make_inputs(block, case)
-        assert_equals_the_reference(reference.block, block, *inputs, case, detached_pieces, detached_pieces)
-
-    check()
+# Hard cases
 
 
 ROWS = [7, 7]
@@ -161,7 +129,7 @@ def test_the_comparison_can_fail():
         assert_as_exact("changed", (values, gradients), expected, allowed)
 
 
-# Nothing comes from elsewhere
+# Padding and what a step depends on
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -264,36 +232,7 @@ def test_checkpoint_gives_the_same_gradients_with_dropout():
     assert all(itertools.starmap(torch.equal, zip(*found, strict=True)))
 
 
-def test_reset_parameters():
-    options = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "cell": "minlstm", "forget_bias": 1.0}
-    torch.manual_seed(0)
-    fresh = Block(DIMS, **options)
-    block = make(**options)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.fill_(math.nan)
-    block.reset_parameters()
-    for name, parameter in block.named_parameters():
-        assert parameter.isfinite().all(), name
-        assert (parameter.std(correction=0) == 0) == (fresh.get_parameter(name).std(correction=0) == 0), name
-
-
 # States
-
-
-@each_option
-def test_the_default_state(options):
-    block = make(torch.double, **options)
-    x = torch.randn(B, S, DIMS).double()
-    h = block.initial_state(B)
-    assert [each.shape for each in h] == [each.shape for each in block(x)[1]] == block.state_shapes(B)
-    for one, other in zip(block(x, h)[0], block(x)[0], strict=True):
-        assert torch.equal(one, other)
-    reset = torch.zeros(B, S, dtype=torch.bool)
-    reset[:, 0] = True
-    random = [torch.randn_like(each) for each in h]
-    if not block.rnn.bidirectional:
-        assert_close(block(x, random, reset), block(x))
 
 
 @each_option
@@ -317,14 +256,6 @@ def test_states_of_a_scripted_block_do_not_keep_the_sequence():
     assert [each.untyped_storage().nbytes() for each in h] == [4 * B * DIMS, 4 * B * 3 * DIMS]
 
 
-def test_states_are_a_list_or_a_tuple():
-    block = make(conv=3)
-    x = torch.randn(B, S, DIMS)
-    _, h = block(x)
-    assert isinstance(h, list)
-    assert torch.equal(block(x, tuple(h))[0], block(x, h)[0])
-
-
 def test_blocks_in_a_stack():
     stack = mingru.Stack([make(conv=3, dtype=torch.double), mingru.MinGRU(DIMS, DIMS, dtype=torch.double)])
     x = torch.randn(B, S, DIMS).double()
@@ -337,148 +268,62 @@ def test_blocks_in_a_stack():
 
 # Bad input
 
-NAN = math.nan
-RATIO = "a finite number"
+RATIO = "a finite number with {0} * dims >= 1"
 BAD_OPTIONS = {
-    "dims of 0": ({"dims": 0}, ValueError, "dims must be at least 1, got 0"),
-    "dims of float": ({"dims": 5.0}, TypeError, "dims must be an int, got 5.0"),
-    "dims of bool": ({"dims": True}, TypeError, "dims must be an int, got True"),
-    "cell": ({"cell": "gru"}, ValueError, "cell must be one of ('mingru', 'minlstm'), got 'gru'"),
-    "cell in a list": ({"cell": ["mingru"]}, ValueError, "cell must be one of ('mingru', 'minlstm'), got ['mingru']"),
-    "expansion of 0": ({"expansion": 0}, ValueError, f"expansion must be {RATIO} with expansion * dims >= 1, got 0"),
-    "expansion below 0": ({"expansion": -1.0}, ValueError, f"expansion must be {RATIO} with "),
-    "expansion of NaN": ({"expansion": NAN}, ValueError, f"expansion must be {RATIO} with "),
-    "expansion too large": ({"expansion": 1e308}, ValueError, f"expansion must be {RATIO} with "),
-    "expansion too small": ({"expansion": 0.05}, ValueError, f"expansion must be {RATIO} with "),
-    "expansion of bool": ({"expansion": True}, TypeError, "expansion must be a number, got True"),
-    "expansion of str": ({"expansion": "1"}, TypeError, "expansion must be a number, got '1'"),
-    "mlp of 0": ({"mlp": 0}, ValueError, f"mlp must be {RATIO} with mlp * dims >= 1, got 0"),
-    "mlp of bool": ({"mlp": True}, TypeError, "mlp must be a number, got True"),
-    "conv of 1": ({"conv": 1}, ValueError, "conv must be at least 2, got 1"),
-    "conv of float": ({"conv": 3.0}, TypeError, "conv must be an int or None, got 3.0"),
-    "conv of bool": ({"conv": True}, TypeError, "conv must be an int or None, got True"),
-    "norm": ({"norm": "batch"}, ValueError, "norm must be one of ('layer', 'rms'), got 'batch'"),
-    "no norm": ({"norm": None}, ValueError, "norm must be one of ('layer', 'rms'), got None"),
-    "norm in a list": ({"norm": ["rms"]}, ValueError, "norm must be one of ('layer', 'rms'), got ['rms']"),
-    "bias": ({"bias": 1}, TypeError, "bias must be a bool, got 1"),
-    "dropout above 1": ({"dropout": 1.1}, ValueError, "dropout must be a number from 0 to 1, got 1.1"),
-    "dropout of NaN": ({"dropout": NAN}, ValueError, "dropout must be a number from 0 to 1, got nan"),
-    "dropout of bool": ({"dropout": True}, TypeError, "dropout must be a number from 0 to 1, got True"),
-    "checkpoint": ({"checkpoint": 1}, TypeError, "checkpoint must be a bool, got 1"),
-    "num_layers": ({"num_layers": 2}, TypeError, "no argument 'num_layers'; a block has one layer, and its x"),
-    "batch_first": ({"batch_first": True}, TypeError, "no argument 'batch_first'; a block has one layer"),
-    "residual": ({"residual": True}, TypeError, "no argument 'residual'; a block has one layer"),
-    "hidden_dims": ({"hidden_dims": 8}, TypeError, "no argument 'hidden_dims'; use expansion"),
-    "expansion_factor": ({"expansion_factor": 2}, TypeError, "no argument 'expansion_factor'; use expansion"),
-    "batch_norm": ({"batch_norm": True}, TypeError, "no argument 'batch_norm'; use norm"),
-    "typing error": ({"candidat": "tanh"}, TypeError, "no argument 'candidat'; use candidate"),
-    "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are dims, cell, expansion, conv, mlp, "),
-    "normalize of a minGRU": (
-        {"normalize": False},
-        TypeError,
-        "no argument 'normalize'; only a minLSTM has two gates",
-    ),
-    "forget_bias of a minGRU": (
-        {"forget_bias": 1.0},
-        TypeError,
-        "no argument 'forget_bias'; only a minLSTM has a forget gate",
-    ),
+    **wrong_values("dims", "an int", types=(5.0, True)),
+    **wrong_values("dims", "at least 1", values=(0,)),
+    **wrong_values("cell", "one of ('mingru', 'minlstm')", values=("gru", ["mingru"])),
+    **wrong_values("expansion", "a number", types=(True, "1")),
+    **wrong_values("expansion", RATIO.format("expansion"), values=(0, -1.0, math.nan, 1e308, 0.05)),
+    **wrong_values("mlp", "a number", types=(True,)),
+    **wrong_values("mlp", RATIO.format("mlp"), values=(0,)),
+    **wrong_values("conv", "an int or None", types=(3.0, True)),
+    **wrong_values("conv", "at least 2", values=(1,)),
+    **wrong_values("norm", "one of ('layer', 'rms')", values=("batch", None, ["rms"])),
+    **wrong_values("bias", "a bool", types=(1,)),
+    **wrong_values("checkpoint", "a bool", types=(1,)),
+    **DROPOUT,
+    **{
+        f"the option {name}": ({name: value}, TypeError, f"no argument '{name}'; {remedy}")
+        for name, value, remedy in (
+            ("num_layers", 2, "a block has one layer, and its x"),
+            ("batch_first", True, "a block has one layer"),
+            ("residual", True, "a block has one layer"),
+            ("hidden_dims", 8, "use expansion"),
+            ("expansion_factor", 2, "use expansion"),
+            ("batch_norm", True, "use norm"),
+            ("candidat", "tanh", "use candidate"),
+            ("heads", 2, "the arguments are dims, cell, expansion, conv, mlp, "),
+            ("normalize", False, "only a minLSTM has two gates"),
+            ("forget_bias", 1.0, "only a minLSTM has a forget gate"),
+        )
+    },
 }
-
-
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_bad_options(case):
-    options, error, message = BAD_OPTIONS[case]
-    with pytest.raises(error, match="^Block: " + re.escape(message)):
-        Block(**{"dims": DIMS, **options})
-
-
 OF_THE_LAYER = {
-    "candidate": ({"candidate": "relu"}, ValueError, "candidate must be one of ('positive', 'linear', 'tanh'), got"),
-    "bidirectional": ({"bidirectional": 1}, TypeError, "bidirectional must be a bool, got 1"),
-    "learn_initial_state": ({"learn_initial_state": 1}, TypeError, "learn_initial_state must be a bool, got 1"),
-    "recompute": ({"recompute": 1}, TypeError, "recompute must be a bool or None, got 1"),
-    "dtype": ({"dtype": torch.int64}, TypeError, "dtype must be a floating-point dtype, got torch.int64"),
+    **wrong_values("bidirectional", "a bool", types=(1,)),
+    **wrong_values("learn_initial_state", "a bool", types=(1,)),
+    **wrong_values("recompute", "a bool or None", types=(1,)),
+    **CANDIDATE,
+    **DTYPE,
 }
 
 
-@pytest.mark.parametrize("case", OF_THE_LAYER)
-def test_bad_options_of_the_layer(case):
-    options, error, message = OF_THE_LAYER[case]
-    with pytest.raises(error, match="^MinGRU: " + re.escape(message)):
-        Block(DIMS, **options)
+def test_bad_options():
+    assert_refused(lambda **options: Block(**{"dims": DIMS, **options}), BAD_OPTIONS, "Block: ")
+    assert_refused(lambda **options: Block(DIMS, **options), OF_THE_LAYER, "MinGRU: ")
 
 
 X = torch.zeros(2, 4, DIMS)
 STATE = [torch.zeros(1, 2, 1, DIMS), torch.zeros(1, 2, 2, DIMS)]
-SHAPES = "(1, 2, 1, 5)", "(1, 2, 2, 5)"
-OTHER = "pass a state of this batch size and of a module with the same options"
+LIKE, SEQUENCE = "x must be torch.float32 like the block's weights, got", "x must be a tensor (B, S, 5), got"
 BAD_CALLS = {
     "x of two dimensions": ({"x": X[0]}, ValueError, "x must be (B, S, 5), got (4, 5)"),
     "x of other features": ({"x": X[..., 1:]}, ValueError, "x must be (B, S, 5), got (2, 4, 4)"),
-    "x of ids": (
-        {"x": X.long()},
-        TypeError,
-        "x must be torch.float32 like the block's weights, got torch.int64; embed",
-    ),
-    "x of float64": (
-        {"x": X.double()},
-        TypeError,
-        "x must be torch.float32 like the block's weights, got torch.float64",
-    ),
+    "x of ids": ({"x": X.long()}, TypeError, f"{LIKE} torch.int64; embed"),
+    "x of float64": ({"x": X.double()}, TypeError, f"{LIKE} torch.float64"),
     "x on another device": ({"x": X.to("meta")}, ValueError, "x must be on cpu like the block's weights, got a tensor"),
-    "x of a list": ({"x": X.tolist()}, TypeError, "x must be a tensor (B, S, 5), got list; use torch.as_tensor"),
-    "x packed": ({"x": pack_sequence([X[0]])}, TypeError, "x must be a tensor (B, S, 5), got PackedSequence; pad the"),
-    "one state": ({"h": STATE[:1]}, ValueError, "h must be a list of 2 tensors, got 1"),
-    "three states": ({"h": [*STATE, X]}, ValueError, "h must be a list of 2 tensors, got 3"),
-    "a tensor as states": ({"h": STATE[0]}, TypeError, "h must be a list of 2 tensors, got Tensor"),
-    "a dict as states": ({"h": {0: STATE[0], 1: STATE[1]}}, TypeError, "h must be a list of 2 tensors, got dict"),
-    "None in the states": ({"h": [None, STATE[1]]}, TypeError, "h[0] must be a tensor, got NoneType"),
-    "a number in the states": ({"h": [STATE[0], 1.0]}, TypeError, "h[1] must be a tensor, got float"),
-    "states of another batch": (
-        {"h": [torch.zeros(1, 3, 1, DIMS), STATE[1]]},
-        ValueError,
-        f"h[0] must be {SHAPES[0]}, got (1, 3, 1, 5); {OTHER}",
-    ),
-    "states of one sequence": (
-        {"h": map_state(lambda state: state[:, :1], STATE)},
-        ValueError,
-        f"h[0] must be {SHAPES[0]}, got (1, 1, 1, 5); {OTHER}",
-    ),
-    "states in another order": ({"h": STATE[::-1]}, ValueError, f"h[0] must be {SHAPES[0]}, got {SHAPES[1]}; {OTHER}"),
-    "states of another kernel size": (
-        {"h": [STATE[0], torch.zeros(1, 2, 1, DIMS)]},
-        ValueError,
-        f"h[1] must be {SHAPES[1]}, got (1, 2, 1, 5); {OTHER}",
-    ),
-    "states of float64": (
-        {"h": map_state(torch.Tensor.double, STATE)},
-        TypeError,
-        "h[0] must be torch.float32 like x, got torch.float64; use h[0].to(torch.float32)",
-    ),
-    "states on another device": (
-        {"h": [STATE[0], STATE[1].to("meta")]},
-        ValueError,
-        "h[1] must be on cpu like x, got a tensor on meta; use h[1].to('cpu')",
-    ),
-    "reset of other steps": (
-        {"reset": torch.zeros(2, 3, dtype=torch.bool)},
-        ValueError,
-        "reset must be (B, S) = (2, 4), got (2, 3)",
-    ),
-    "reset of numbers": (
-        {"reset": torch.zeros(2, 4)},
-        TypeError,
-        "reset must be of dtype torch.bool, got torch.float32",
-    ),
-    "length below 0": ({"lengths": torch.tensor([4, -1])}, ValueError, "lengths must be from 0 to S = 4, got [4, -1]"),
-    "length above S": ({"lengths": torch.tensor([5, 4])}, ValueError, "lengths must be from 0 to S = 4, got [5, 4]"),
-    "lengths of a list": ({"lengths": [4, 4]}, TypeError, "lengths must be an integer tensor (B,), got list"),
-    "lengths of float": (
-        {"lengths": torch.ones(2)},
-        TypeError,
-        "lengths must be of an integer dtype, got torch.float32",
-    ),
+    "x of a list": ({"x": X.tolist()}, TypeError, f"{SEQUENCE} list; use torch.as_tensor"),
+    "x packed": ({"x": pack_sequence([X[0]])}, TypeError, f"{SEQUENCE} PackedSequence; pad the"),
     "negative times": ({"dt": -torch.ones(2, 4)}, ValueError, "dt must be at least 0, got -1.0"),
     "an unknown argument": (
         {"mask": None},
@@ -486,20 +331,29 @@ BAD_CALLS = {
         "no argument 'mask'; the arguments are x, h, reset, lengths, dt",
     ),
     "state instead of h": ({"state": STATE}, TypeError, "no argument 'state'; use h"),
+    "states of another kernel size": (
+        {"h": [STATE[0], torch.zeros(1, 2, 1, DIMS)]},
+        ValueError,
+        "h[1] must be (1, 2, 2, 5), got (1, 2, 1, 5); pass a state of this batch size",
+    ),
+}
+LENGTHS = {
+    "a length below 0": (
+        {"lengths": torch.tensor([4, -1])},
+        ValueError,
+        "lengths must be from 0 to S = 4, got [4, -1]",
+    ),
+    "a length above S": ({"lengths": torch.tensor([5, 4])}, ValueError, "lengths must be from 0 to S = 4, got [5, 4]"),
+    "a list": ({"lengths": [4, 4]}, TypeError, "lengths must be an integer tensor (B,), got list"),
+    "float": ({"lengths": torch.ones(2)}, TypeError, "lengths must be of an integer dtype, got torch.float32"),
 }
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(case, with_grad):
-    arguments, error, message = BAD_CALLS[case]
-    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^Block: " + re.escape(message)):
-        Block(DIMS, conv=3)(**{"x": X, **arguments})
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("case", [name for name in BAD_CALLS if "lengths" in name or "reset" in name])
-def test_bad_calls_without_convolution(case, with_grad):
-    arguments, error, message = BAD_CALLS[case]
-    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^Block: " + re.escape(message)):
-        Block(DIMS)(**{"x": X, **arguments})
+def test_bad_calls(with_grad):
+    without_conv = {**literal(LENGTHS), **wrong_resets("(B, S)", 2, 4)}
+    with_conv = {**literal(BAD_CALLS), **wrong_states("h", STATE, "x"), **without_conv}
+    for conv, cases in ((3, with_conv), (None, without_conv)):
+        with torch.set_grad_enabled(with_grad):
+            block = Block(DIMS, conv=conv)
+            assert_refused(lambda block=block, **arguments: block(**{"x": X, **arguments}), cases, "Block: ")

@@ -1,23 +1,15 @@
-"""The language model: against the float64 reference, in pieces, padded and with resets, its state and its errors."""
+"""The language model: texts, padding, its state, options, groups and errors. `test_routes.py` has all routes."""
 
 import copy
 import math
-import re
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from cover import named
 from hypothesis import strategies as st
-from routes import (
-    Case,
-    assert_equals_the_reference,
-    assert_routes_equal,
-    cases,
-    detached_pieces,
-    varied,
-)
+from refusals import DTYPE, assert_refused, literal, wrong_resets, wrong_states, wrong_values
+from routes import varied
 from torch.testing import assert_close
 
 from mingru.models import Block, LanguageModel, map_state
@@ -32,9 +24,7 @@ OPTIONS = [
     {"cell": "minlstm", "expansion": 1.5, "learn_initial_state": True, "conv": 2},
     {"bias": False, "candidate": "tanh", "mlp": 1, "checkpoint": True},
 ]
-each_option = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()) or "plain"
-)
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=named)
 some_options = st.fixed_dictionaries(
     {
         "cell": st.sampled_from(["mingru", "minlstm"]),
@@ -47,8 +37,15 @@ some_options = st.fixed_dictionaries(
 )
 
 
+EVERYTHING = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "tied": False}
+
+
+def build(**options):
+    return LanguageModel(V, DIMS, LAYERS, **options)
+
+
 def make(dtype=torch.float32, **options):
-    lm = varied(LanguageModel(V, DIMS, LAYERS, dtype=dtype, **options))
+    lm = varied(build(dtype=dtype, **options))
     with torch.no_grad():
         # At first, the features that enter the blocks are so small that the blocks' norms divide by them.
         lm.embedding.weight.mul_(2)
@@ -62,42 +59,7 @@ def make_inputs(lm, case):
     return ids, state if case.with_state else None
 
 
-# Values, states and gradients
-
-
-@each_option
-@pytest.mark.parametrize("with_state", [False, True])
-def test_equals_the_reference(options, with_state):
-    lm = make(torch.double, **options)
-    for lengths, resets in (([S] * B, []), ([7, 1, S], [(0, 0), (0, 1), (2, 4), (2, 5), (2, 8)])):
-        case = Case(lengths, [], resets, with_state, 0)
-        assert_equals_the_reference(reference.language_model, lm, *make_inputs(lm, case), case)
-
-
-@pytest.mark.parametrize("examples", [15, pytest.param(150, marks=pytest.mark.slow)])
-def test_all_routes_are_equal(examples):
-    # No shrinking, because it takes minutes and the cases are small.
-    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
-    @given(case=cases(), options=some_options)
-    def check(case, options):
-        lm = make(**options)
-        assert_routes_equal(reference.language_model, lm, *make_inputs(lm, case), case)
-
-    check()
-
-
-@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_pieces_with_detached_states(examples):
-    """Truncated backpropagation through time."""
-
-    @settings(deadline=None, derandomize=True, max_examples=examples, phases=[Phase.generate])
-    @given(case=cases(equal_lengths=True), options=some_options)
-    def check(case, options):
-        lm = make(torch.double, **options)
-        inputs = make_inputs(lm, case)
-        assert_equals_the_reference(reference.language_model, lm, *inputs, case, detached_pieces, detached_pieces)
-
-    check()
+# Texts and padding
 
 
 def test_a_list_of_texts_in_one_row():
@@ -155,19 +117,6 @@ def test_the_logits_of_the_first_steps():
 # The state
 
 
-@each_option
-def test_the_default_state(options):
-    lm = make(torch.double, **options)
-    ids = torch.randint(V, (B, S))
-    state = lm.initial_state(B)
-    logits, after = lm(ids)
-    assert [each.shape for each in state] == [each.shape for each in after]
-    assert torch.equal(lm(ids, state)[0], logits)
-    reset = torch.zeros(B, S, dtype=torch.bool)
-    reset[:, 0] = True
-    assert_close(lm(ids, [torch.randn_like(each) for each in state], reset=reset), (logits, after))
-
-
 @pytest.mark.parametrize(("conv", "expansion"), [(None, 1), (4, 1.5)])
 def test_memory_of_a_state(conv, expansion):
     """A sequence has num_layers * (H + (conv - 1) * dims) numbers, however many tokens were read."""
@@ -211,18 +160,6 @@ def test_a_tied_output_layer_has_no_parameters():
     assert torch.equal(tied(ids)[0], untied(ids)[0])
 
 
-def test_reset_parameters():
-    options = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "tied": False}
-    fresh, lm = LanguageModel(V, DIMS, 2, **options), make(**options)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.fill_(math.nan)
-    lm.reset_parameters()
-    for name, parameter in lm.named_parameters():
-        assert parameter.isfinite().all(), name
-        assert (parameter.std(correction=0) == 0) == (fresh.get_parameter(name).std(correction=0) == 0), name
-
-
 def test_dropout_is_used_in_training_only():
     lm = make(dropout=0.5)
     ids = torch.randint(V, (B, S))
@@ -233,7 +170,6 @@ def test_dropout_is_used_in_training_only():
 # Groups of an optimizer
 
 WITH_DECAY = {"embedding.weight", "head.weight", "conv.weight", "out.weight", "mlp.1.weight", "mlp.3.weight"}
-EVERYTHING = {"conv": 3, "mlp": 2, "norm": "layer", "learn_initial_state": True, "tied": False}
 
 
 def decays(lm, weight_decay=0.1):
@@ -282,51 +218,47 @@ def test_the_groups_in_adamw():
         assert_close(lm.get_parameter(name).detach(), before[name] * (1 - 0.5 * decay))
 
 
-@pytest.mark.parametrize(
-    ("decay", "error"),
-    [(-0.1, ValueError), (math.nan, ValueError), (True, TypeError), ("0.1", TypeError), (None, TypeError)],
-)
-def test_bad_weight_decay(decay, error):
-    with pytest.raises(error, match=r"^LanguageModel: weight_decay must be a number, at least 0, got "):
-        make().parameter_groups(decay)
+def test_bad_weight_decay():
+    cases = wrong_values("weight_decay", "a number, at least 0", types=(True, "0.1", None), values=(-0.1, math.nan))
+    assert_refused(make().parameter_groups, cases, "LanguageModel: ")
 
 
 # Bad input
 
+# By the class that refuses them.
 BAD_OPTIONS = {
-    "vocab_size of 0": ({"vocab_size": 0}, ValueError, "LanguageModel: vocab_size must be at least 1, got 0"),
-    "vocab_size of float": ({"vocab_size": 7.0}, TypeError, "LanguageModel: vocab_size must be an int, got 7.0"),
-    "dims below 0": ({"dims": -1}, ValueError, "LanguageModel: dims must be at least 1, got -1"),
-    "dims of str": ({"dims": "4"}, TypeError, "LanguageModel: dims must be an int, got '4'"),
-    "num_layers of 0": ({"num_layers": 0}, ValueError, "LanguageModel: num_layers must be at least 1, got 0"),
-    "num_layers of bool": ({"num_layers": True}, TypeError, "LanguageModel: num_layers must be an int, got True"),
-    "tied": ({"tied": 1}, TypeError, "LanguageModel: tied must be a bool, got 1"),
-    "bidirectional": (
-        {"bidirectional": True},
-        ValueError,
-        "LanguageModel: bidirectional must be False, got True; the reverse direction would read the tokens",
-    ),
-    "bidirectional of 1": ({"bidirectional": 1}, ValueError, "LanguageModel: bidirectional must be False, got 1"),
-    "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "LanguageModel: min_decay must be a number from 0 to 1"),
-    "min_decay of a minLSTM": (
-        {"cell": "minlstm", "min_decay": 0.5},
-        TypeError,
-        "LanguageModel: no argument 'min_decay'; only MinGRU",
-    ),
-    "cell": ({"cell": "lstm"}, ValueError, "Block: cell must be one of ('mingru', 'minlstm'), got 'lstm'"),
-    "norm in a list": ({"norm": ["rms"]}, ValueError, "Block: norm must be one of ('layer', 'rms'), got ['rms']"),
-    "residual": ({"residual": True}, TypeError, "LanguageModel: no argument 'residual'; a block has"),
-    "unknown": ({"heads": 2}, TypeError, "LanguageModel: no argument 'heads'; the arguments are vocab_size, dims, "),
-    "typing error": ({"droput": 0.1}, TypeError, "LanguageModel: no argument 'droput'; use dropout"),
-    "dtype": ({"dtype": torch.int64}, TypeError, "MinGRU: dtype must be a floating-point dtype, got torch.int64"),
+    "LanguageModel": {
+        **wrong_values("vocab_size", "at least 1", values=(0,)),
+        **wrong_values("vocab_size", "an int", types=(7.0,)),
+        **wrong_values("dims", "at least 1", values=(-1,)),
+        **wrong_values("dims", "an int", types=("4",)),
+        **wrong_values("num_layers", "at least 1", values=(0,)),
+        **wrong_values("num_layers", "an int", types=(True,)),
+        **wrong_values("tied", "a bool", types=(1,)),
+        **wrong_values("bidirectional", "False", values=(True, 1)),
+        "why": ({"bidirectional": True}, ValueError, ".*, got True; the reverse direction would read the tokens"),
+        "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "min_decay must be a number from 0 to 1"),
+        "a bound of a minLSTM": (
+            {"cell": "minlstm", "min_decay": 0.5},
+            TypeError,
+            "no argument 'min_decay'; only MinGRU",
+        ),
+        "residual": ({"residual": True}, TypeError, "no argument 'residual'; a block has"),
+        "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are vocab_size, dims, "),
+        "typing error": ({"droput": 0.1}, TypeError, "no argument 'droput'; use dropout"),
+    },
+    "Block": {
+        **wrong_values("cell", "one of ('mingru', 'minlstm')", values=("lstm",)),
+        **wrong_values("norm", "one of ('layer', 'rms')", values=(["rms"],)),
+    },
+    "MinGRU": DTYPE,
 }
 
 
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_bad_options(case):
-    options, error, message = BAD_OPTIONS[case]
-    with pytest.raises(error, match="^" + re.escape(message)):
-        LanguageModel(**{"vocab_size": V, "dims": DIMS, "num_layers": 2, **options})
+def test_bad_options():
+    sizes = {"vocab_size": V, "dims": DIMS, "num_layers": 2}
+    for name, cases in BAD_OPTIONS.items():
+        assert_refused(lambda **options: LanguageModel(**{**sizes, **options}), cases, f"{name}: ")
 
 
 def test_wrong_names_of_arguments():
@@ -341,19 +273,16 @@ def test_wrong_names_of_arguments():
         TypeError, match=r"^LanguageModel: no argument 'dt'; the arguments are ids, state, reset, length"
     ):
         lm(IDS, dt=torch.ones(2, 3))
-    with pytest.raises(TypeError, match=r"^LanguageModel: ids must be an integer tensor .*, got str; encode the text"):
-        lm("hello")
 
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
-STATE = LanguageModel(V, DIMS, 2, conv=3).initial_state(2)
-OTHER = "pass a state of this batch size and of a module with the same options"
-BAD_CALLS = {
+DTYPES = "ids must be int64 or int32, got"
+BAD_IDS = {
     "an id above": ({"ids": IDS + V}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got 7"),
     "an id below": ({"ids": IDS - 1}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got -1"),
-    "ids of float": ({"ids": IDS.float()}, TypeError, "ids must be int64 or int32, got torch.float32; use ids.long()"),
-    "ids of bool": ({"ids": IDS.bool()}, TypeError, "ids must be int64 or int32, got torch.bool; use ids.long()"),
-    "ids of uint8": ({"ids": IDS.byte()}, TypeError, "ids must be int64 or int32, got torch.uint8; use ids.long()"),
+    "ids of float": ({"ids": IDS.float()}, TypeError, f"{DTYPES} torch.float32; use ids.long()"),
+    "ids of bool": ({"ids": IDS.bool()}, TypeError, f"{DTYPES} torch.bool; use ids.long()"),
+    "ids of uint8": ({"ids": IDS.byte()}, TypeError, f"{DTYPES} torch.uint8; use ids.long()"),
     "ids on another device": (
         {"ids": IDS.to("meta")},
         ValueError,
@@ -367,70 +296,25 @@ BAD_CALLS = {
     "ids of no dimension": ({"ids": IDS[0, 0]}, ValueError, "ids must be (B, S), got ()"),
     "ids of three dimensions": ({"ids": IDS[None]}, ValueError, "ids must be (B, S), got (1, 2, 3)"),
     "ids in a list": ({"ids": [[1, 2]]}, TypeError, "ids must be an integer tensor (B, S), got list; use torch.as"),
-    "a state of another batch": (
-        {"state": map_state(lambda each: each[:, :1], STATE)},
-        ValueError,
-        f"state[0] must be (1, 2, 1, 4), got (1, 1, 1, 4); {OTHER}",
-    ),
-    "a state of a smaller model": ({"state": STATE[:2]}, ValueError, "state must be a list of 4 tensors, got 2"),
-    "a state of a larger model": ({"state": STATE * 2}, ValueError, "state must be a list of 4 tensors, got 8"),
-    "a state of a wider model": (
-        {"state": LanguageModel(V, 8, 2, conv=3).initial_state(2)},
-        ValueError,
-        f"state[0] must be (1, 2, 1, 4), got (1, 2, 1, 8); {OTHER}",
-    ),
-    "a state of another kernel size": (
-        {"state": LanguageModel(V, DIMS, 2, conv=2).initial_state(2)},
-        ValueError,
-        f"state[1] must be (1, 2, 2, 4), got (1, 2, 1, 4); {OTHER}",
-    ),
-    "a state of float64": (
-        {"state": map_state(torch.Tensor.double, STATE)},
-        TypeError,
-        "state[0] must be torch.float32 like the weights, got torch.float64; use state[0].to(torch.float32)",
-    ),
-    "a state on another device": (
-        {"state": map_state(lambda each: each.to("meta"), STATE)},
-        ValueError,
-        "state[0] must be on cpu like the weights, got a tensor on meta; use state[0].to('cpu')",
-    ),
-    "a state of numbers": ({"state": [1, 2, 3, 4]}, TypeError, "state[0] must be a tensor, got int"),
-    "a state of states": ({"state": [STATE, STATE, STATE, STATE]}, TypeError, "state[0] must be a tensor, got list"),
-    "a tensor as a state": ({"state": STATE[0]}, TypeError, "state must be a list of 4 tensors, got Tensor"),
+    "a text": ({"ids": "hello"}, TypeError, "ids must be an integer tensor (B, S), got str; encode the text"),
+}
+BAD_MASKS = {
+    "lengths": ({"lengths": torch.tensor([4, 3])}, ValueError, "lengths must be from 0 to S = 3, got [4, 3]"),
+    "lengths of a list": ({"lengths": [3, 3]}, TypeError, "lengths must be an integer tensor (B,), got list"),
 }
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(case, with_grad):
-    arguments, error, message = BAD_CALLS[case]
+def test_bad_calls(with_grad):
     lm = LanguageModel(V, DIMS, 2, conv=3)
-    with torch.set_grad_enabled(with_grad), pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
-        lm(**{"ids": IDS, **arguments})
-    if "state" in arguments:
-        with pytest.raises(error, match="^LanguageModel: " + re.escape(message)):
-            lm.generate(IDS, 0, **arguments)
-
-
-def test_a_state_in_a_tuple():
-    lm = LanguageModel(V, DIMS, 2, conv=3)
-    _, state = lm(IDS)
-    assert torch.equal(lm(IDS, tuple(state))[0], lm(IDS, state)[0])
-
-
-BAD_MASKS = {
-    "lengths": ({"lengths": torch.tensor([4, 3])}, ValueError, "lengths must be from 0 to S = 3, got [4, 3]"),
-    "lengths of a list": ({"lengths": [3, 3]}, TypeError, "lengths must be an integer tensor (B,), got list"),
-    "reset": ({"reset": IDS}, TypeError, "reset must be of dtype torch.bool, got torch.int64; use reset.bool()"),
-    "reset of other steps": ({"reset": IDS[:, :2].bool()}, ValueError, "reset must be (B, S) = (2, 3), got (2, 2)"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_MASKS)
-def test_bad_masks(case):
-    arguments, error, message = BAD_MASKS[case]
-    with pytest.raises(error, match="^Block: " + re.escape(message)):
-        LanguageModel(V, DIMS, 2)(IDS, **arguments)
+    states = wrong_states("state", lm.initial_state(2), "the weights")
+    with torch.set_grad_enabled(with_grad):
+        for cases, name in (
+            ({**literal(BAD_IDS), **states}, "LanguageModel: "),
+            ({**literal(BAD_MASKS), **wrong_resets("(B, S)", 2, 3)}, "Block: "),
+        ):
+            assert_refused(lambda **arguments: lm(**{"ids": IDS, **arguments}), cases, name)
+    assert_refused(lambda **arguments: lm.generate(IDS, 0, **arguments), states, "LanguageModel: ")
 
 
 @pytest.mark.parametrize("batch", [-1, 2.0, True, None])
