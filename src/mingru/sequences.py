@@ -13,6 +13,7 @@ from .check import (
     check_lengths,
     check_number,
     check_reset,
+    check_type,
     dims,
     expectation,
     of_another_shape,
@@ -70,9 +71,8 @@ def elapsed_times(
     """
     name, letters = "elapsed_times", "(B, S)" if batch_first else "(S, B)"
     check_flag(name, "batch_first", batch_first)
-    if not isinstance(t, Tensor):
-        remedy = "use torch.as_tensor; convert numpy.datetime64 with .astype('int64') before"
-        raise TypeError(expectation(name, "t", f"a tensor {letters}", type(t).__name__, remedy))
+    remedy = "use torch.as_tensor; convert numpy.datetime64 with .astype('int64') before"
+    check_type(name, "t", t, Tensor, f"a tensor {letters}", remedy)
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
     if t.dim() != 2:

@@ -20,6 +20,7 @@ from ..check import (
     check_int,
     check_lengths,
     check_reset,
+    check_type,
     expectation,
     is_number,
     require,
@@ -228,9 +229,8 @@ class Block(Layer, role="sequence", planned=True):
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
         dims = self.input_dims
-        if not isinstance(x, Tensor):
-            remedy = "pad the sequences and pass lengths" if hasattr(x, "batch_sizes") else "use torch.as_tensor"
-            raise TypeError(expectation(self.name, "x", f"a tensor (B, S, {dims})", type(x).__name__, remedy))
+        remedy = "pad the sequences and pass lengths" if hasattr(x, "batch_sizes") else "use torch.as_tensor"
+        check_type(self.name, "x", x, Tensor, f"a tensor (B, S, {dims})", remedy)
         if x.dim() != 3 or x.shape[2] != dims:
             raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
         weight = weight_of(self.out)

@@ -162,9 +162,8 @@ def padded(name: str, prompts: Any, vocab_size: int, device: torch.device) -> tu
 def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.device) -> None:
     """Check that ids are integers (S,) or (B, S) on this device."""
     letters = "(S,)" if num_dims == 1 else "(B, S)"
-    if not isinstance(ids, Tensor):
-        remedy = encode_remedy(ids) or "use torch.as_tensor"
-        raise TypeError(expectation(name, argument, f"an integer tensor {letters}", type(ids).__name__, remedy))
+    remedy = encode_remedy(ids) or "use torch.as_tensor"
+    check_type(name, argument, ids, Tensor, f"an integer tensor {letters}", remedy)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(expectation(name, argument, "int64 or int32", str(ids.dtype), f"use {argument}.long()"))
     if ids.dim() != num_dims:

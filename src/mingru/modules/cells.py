@@ -41,7 +41,7 @@ class RecurrentCell(Recurrent, role="step"):
         return [(batch, self.hidden_dims)]
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
-        scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
+        scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
         scripted.check_steps(self.name, batch, reset, dt, self.is_timed)

@@ -12,10 +12,12 @@ from ..check import (
     check_lengths,
     check_one_state,
     check_reset,
+    check_type,
     dims,
     embed_remedy,
     expanded,
     expectation,
+    require,
 )
 from ..ops.graph import untraced
 from . import scripted
@@ -48,9 +50,8 @@ class CheckedCalls(Stacked):
             check_lengths(self.name, lengths, batch, steps, x.device)
 
     def _check_packed(self, x: PackedSequence, h: Any, reset: Any, lengths: object, dt: object) -> None:
-        if lengths is not None:
-            expected = "None because a PackedSequence has its own lengths"
-            raise ValueError(expectation(self.name, "lengths", expected, type(lengths).__name__))
+        expected = "None because a PackedSequence has its own lengths"
+        require(self.name, "lengths", lengths is None, expected, type(lengths).__name__)
         if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
             expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
@@ -62,19 +63,18 @@ class CheckedCalls(Stacked):
         check_reset(self.name, packed_reset, sequence, steps)
         check_dt(self.name, packed_dt, sequence, self.cell, steps)
 
-    def _packed_like(self, x: PackedSequence, argument: str, given: object) -> Tensor | None:
+    def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
         """Return the data (1, P) of an argument that must be packed like x."""
         if given is None:
             return None
-        if not isinstance(given, PackedSequence):
-            expected = "a PackedSequence like x"
-            remedy = "pack it with the lengths of x"
-            raise TypeError(expectation(self.name, argument, expected, type(given).__name__, remedy))
-        if not torch.equal(given.batch_sizes, x.batch_sizes):
-            raise ValueError(expectation(self.name, argument, "packed with the lengths of x", "other lengths"))
-        if not torch.equal(_order_of(given), _order_of(x)):
-            raise ValueError(expectation(self.name, argument, "packed in the order of x", "another order"))
-        return given.data.unsqueeze(0)
+        remedy = "pack it with the lengths of x"
+        check_type(self.name, argument, given, PackedSequence, "a PackedSequence like x", remedy)
+        has_lengths = torch.equal(given.batch_sizes, x.batch_sizes)
+        require(self.name, argument, has_lengths, "packed with the lengths of x", "other lengths")
+        has_order = torch.equal(_order_of(given), _order_of(x))
+        require(self.name, argument, has_order, "packed in the order of x", "another order")
+        data: Tensor = given.data.unsqueeze(0)
+        return data
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
@@ -96,7 +96,8 @@ class CheckedCalls(Stacked):
             expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
-        scripted.check_sequence(self.name, x, self.input_dims, self.num_space_dims, self.batch_first)
+        order = "B, S" if self.batch_first else "S, B"
+        scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
         scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self.is_timed)
 
 

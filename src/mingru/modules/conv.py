@@ -81,7 +81,8 @@ class MinConv(Stacked, role="sequence"):
         return out, last
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
-        scripted.check_sequence(self.name, x, self.input_dims, self.num_space_dims, self.batch_first)
+        order = "B, S" if self.batch_first else "S, B"
+        scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
         scripted.check_shape(self.name, "reset", reset, list(x.shape[:2]))
         if h is not None and len(h) != self.num_states:
             raise ValueError(f"{self.name}: h must have one state per layer and direction, got {len(h)}")
@@ -150,7 +151,7 @@ class MinConvCell(MinConv, role="step"):
         return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
-        scripted.check_step(self.name, x, self.input_dims, self.num_space_dims)
+        scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)
         if h is not None and h[0].dim() > x.dim():
             shapes = f"{h[0].shape} with x {x.shape}"
             raise ValueError(f"{self.name}: h must be expandable to (B, H, *space), got {shapes}")

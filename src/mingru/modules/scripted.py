@@ -22,16 +22,11 @@ def check_count(name: str, h: list[Tensor] | None, num_states: int) -> None:
         raise ValueError(f"{name}: h must be {num_states} tensors, got {len(h)}")
 
 
-def check_sequence(name: str, x: Tensor, input_dims: int, num_space_dims: int, batch_first: bool) -> None:
-    if x.dim() != 3 + num_space_dims or x.size(2) != input_dims:
-        letters = "B, S" if batch_first else "S, B"
-        raise ValueError(f"{name}: x must be ({letters}, {_features(input_dims, num_space_dims)}), got {x.shape}")
-
-
-def check_step(name: str, x: Tensor, input_dims: int, num_space_dims: int) -> None:
-    leading = x.dim() - 1 - num_space_dims
-    if leading not in (0, 1) or x.size(leading) != input_dims:
-        raise ValueError(f"{name}: x must be (B, {_features(input_dims, num_space_dims)}), got {x.shape}")
+def check_x(name: str, x: Tensor, leading: list[int], letters: str, input_dims: int, num_space_dims: int) -> None:
+    at = x.dim() - 1 - num_space_dims
+    if at not in leading or x.size(at) != input_dims:
+        space = ", *space" if num_space_dims > 0 else ""
+        raise ValueError(f"{name}: x must be ({letters}, {input_dims}{space}), got {x.shape}")
 
 
 def check_shape(name: str, argument: str, x: Tensor | None, shape: list[int]) -> None:
@@ -44,10 +39,6 @@ def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | 
     check_shape(name, "dt", dt, shape)
     if dt is not None and not is_timed:
         raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")
-
-
-def _features(input_dims: int, num_space_dims: int) -> str:
-    return f"{input_dims}, *space" if num_space_dims > 0 else f"{input_dims}"
 
 
 def data_of(x: Tensor) -> Tensor:
