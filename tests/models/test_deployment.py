@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 import mingru
-from mingru.models import Block, LanguageModel, map_state
+from mingru.models import LanguageModel, map_state
 from mingru.ops.backends import traceable
 
 # PyTorch's compiler and exporter warn about PyTorch's own code.
@@ -91,7 +91,7 @@ def assert_equal(got, expected, **tolerance):
     torch.testing.assert_close(got, expected, **tolerance)
 
 
-# States and padding
+# States
 
 
 @pytest.mark.parametrize("given", [(), ("reset",), ("lengths",), ("reset", "lengths")])
@@ -102,20 +102,6 @@ def test_states_are_not_views(given):
     for each in [logits, *state]:
         assert each.grad_fn is not None and each.is_contiguous()
         each.detach_()
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_values_in_the_padding_do_not_matter(checkpoint):
-    block = Block(DIMS, conv=3, mlp=2, checkpoint=checkpoint, dtype=torch.float64)
-    x, lengths = torch.randn(2, 7, DIMS, dtype=torch.float64), torch.tensor([3, 7])
-    results = []
-    for value in (0.0, torch.nan):
-        x = x.detach()
-        x[0, 3:] = value
-        x.requires_grad_()
-        out, h = block(x, lengths=lengths)
-        results.append([out, *h, *torch.autograd.grad(loss_of((out, h)), [x, *block.parameters()])])
-    assert_equal(results[1], results[0], rtol=0, atol=0)
 
 
 # torch.compile

@@ -5,7 +5,6 @@
 
 import copy
 import itertools
-import pickle
 import warnings
 
 import pytest
@@ -782,15 +781,6 @@ def test_autocast_keeps_the_states_in_float32(scripted, learned):
         with torch.autocast("cpu", torch.bfloat16):
             _, states = rnn(x, [state.bfloat16() for state in states])
         assert {state.dtype for state in states} == {torch.float32}
-
-
-@pytest.mark.parametrize("kinds", [LAYERS, CELLS], ids=["layers", "cells"])
-@pytest.mark.parametrize("space", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_cells_and_layers_are_copied_and_scripted(kinds, space):
-    module = make(kinds=kinds, space=space)
-    x = torch.randn(B, *[S] * (kinds is LAYERS), IN, *make_space(module)).double()
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.jit.script(module)):
-        assert_close(twin(x), module(x), **TIGHT)
 
 
 def test_parameter_names_and_shapes():
