@@ -347,6 +347,14 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))
 
 
+def check_steps(
+    name: str, sequence: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x"
+) -> None:
+    """Check the resets and the elapsed times of the steps of a sequence."""
+    check_reset(name, reset, sequence, letters)
+    check_dt(name, dt, sequence, cell, letters, like_name)
+
+
 def check_integers(name: str, lengths: Tensor, letters: str) -> None:
     if not isinstance(lengths, Tensor):
         raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")

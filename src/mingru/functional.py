@@ -10,11 +10,11 @@ from torch import Tensor
 from . import ops
 from .check import (
     check_choice,
-    check_dt,
     check_flag,
     check_min_decay,
     check_reset,
     check_state,
+    check_steps,
     check_tensor,
     dims,
     expectation,
@@ -252,8 +252,7 @@ def _recurrence(
     for argument, sequence in others:
         check_tensor(name, argument, sequence, first, first_name)
     check_choice(name, "activation", spec.activation, _activation.ACTIVATIONS)
-    check_reset(name, reset, first, "(B, S)")
-    check_dt(name, dt, first, spec.cell, "(B, S)", first_name)
+    check_steps(name, first, "(B, S)", spec.cell, reset, dt, first_name)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
     if initial_state is None:

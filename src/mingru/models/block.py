@@ -14,19 +14,18 @@ from ..check import (
     arguments_checked,
     check_choice,
     check_dropout,
-    check_dt,
     check_flag,
     check_input,
     check_int,
     check_lengths,
-    check_reset,
+    check_steps,
     check_type,
+    dims,
     expectation,
     is_number,
     require,
     unknown_argument,
 )
-from ..check import dims as dims_text
 from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
@@ -228,17 +227,16 @@ class Block(Layer, role="sequence", planned=True):
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
-        dims = self.input_dims
+        letters = f"(B, S, {self.input_dims})"
         remedy = "pad the sequences and pass lengths" if hasattr(x, "batch_sizes") else "use torch.as_tensor"
-        check_type(self.name, "x", x, Tensor, f"a tensor (B, S, {dims})", remedy)
-        if x.dim() != 3 or x.shape[2] != dims:
-            raise ValueError(expectation(self.name, "x", f"(B, S, {dims})", dims_text(x.shape)))
+        check_type(self.name, "x", x, Tensor, f"a tensor {letters}", remedy)
+        if x.dim() != 3 or x.shape[2] != self.input_dims:
+            raise ValueError(expectation(self.name, "x", letters, dims(x.shape)))
         weight = weight_of(self.out)
         if weight is not None:
             check_input(self.name, x, weight, "the block's weights")
         check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
-        check_reset(self.name, reset, x, "(B, S)")
-        check_dt(self.name, dt, x, self.rnn.cell, "(B, S)")
+        check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt)
         if lengths is not None:
             check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
 

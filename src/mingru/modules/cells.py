@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_dt, check_flag, check_kind, check_one_state, check_reset, of_another_shape
+from ..check import arguments_checked, check_flag, check_kind, check_one_state, check_steps, of_another_shape
 from ..ops.call import Layout
 from ..ops.graph import untraced
 from . import scripted
@@ -58,9 +58,7 @@ class RecurrentCell(Recurrent, role="step"):
             check_kind(self.name, "h", state, x)
             if state.shape != (*batch, self.hidden_dims):
                 raise of_another_shape(self.name, "h", state, f"({letters}H)", (*batch, self.hidden_dims))
-        first, order = x.select(-1, 0), "(B,)" if batch else "a scalar"
-        check_reset(self.name, reset, first, order)
-        check_dt(self.name, dt, first, self.cell, order)
+        check_steps(self.name, x.select(-1, 0), "(B,)" if batch else "a scalar", self.cell, reset, dt)
 
 
 class MinGRUCell(RecurrentCell, MinGRU, planned=True):

@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check import (
-    check_dt,
     check_kind,
     check_lengths,
     check_one_state,
-    check_reset,
+    check_steps,
     check_type,
     dims,
     embed_remedy,
@@ -44,8 +43,7 @@ class CheckedCalls(Stacked):
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         if h is not None:
             self._check_state(x, h[0], batch)
-        check_reset(self.name, reset, x, f"({order})")
-        check_dt(self.name, dt, x, self.cell, f"({order})")
+        check_steps(self.name, x, f"({order})", self.cell, reset, dt)
         if lengths is not None:
             check_lengths(self.name, lengths, batch, steps, x.device)
 
@@ -58,10 +56,8 @@ class CheckedCalls(Stacked):
         self._check_weight(x.data)
         if h is not None:
             self._check_state(x.data, h[0], int(x.batch_sizes[0]))
-        packed_reset, packed_dt = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
-        steps, sequence = "(1, steps)", x.data.unsqueeze(0)
-        check_reset(self.name, packed_reset, sequence, steps)
-        check_dt(self.name, packed_dt, sequence, self.cell, steps)
+        packed = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
+        check_steps(self.name, x.data.unsqueeze(0), "(1, steps)", self.cell, *packed)
 
     def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
         """Return the data (1, P) of an argument that must be packed like x."""
