@@ -104,6 +104,26 @@ def wrong_states(argument, right, like):
     return literal({message: ({argument: states}, error, message) for states, error, message in found})
 
 
+def wrong_ids(argument, right, vocab_size):
+    """Return calls with ids (B, S) that are out of range, or of a wrong dtype, device or shape."""
+    of_dtype, of_shape = f"{argument} must be int64 or int32, got", f"{argument} must be (B, S), got"
+    of_range = f"{argument} must be from 0 to {vocab_size - 1} because vocab_size is {vocab_size}, got"
+    device = f"{argument} must be on cpu like the weights, got a tensor on meta; use {argument}.to('cpu')"
+    batch = f"add a batch dimension with {argument}.unsqueeze(0)"
+    found = [
+        (right + vocab_size, ValueError, f"{of_range} {vocab_size}"),
+        (right - 1, ValueError, f"{of_range} -1"),
+        (right.float(), TypeError, f"{of_dtype} torch.float32; use {argument}.long()"),
+        (right.bool(), TypeError, f"{of_dtype} torch.bool; use {argument}.long()"),
+        (right.byte(), TypeError, f"{of_dtype} torch.uint8; use {argument}.long()"),
+        (right.to("meta"), ValueError, device),
+        (right[0], ValueError, f"{of_shape} ({right.shape[1]},); {batch}"),
+        (right[0, 0], ValueError, f"{of_shape} ()"),
+        (right[None], ValueError, f"{of_shape} {(1, *right.shape)}"),
+    ]
+    return literal({message: ({argument: ids}, error, message) for ids, error, message in found})
+
+
 DROPOUT = wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan))
 DTYPE = wrong_values("dtype", "a floating-point dtype", types=(torch.int64, torch.cfloat, "float32"))
 CANDIDATE = wrong_values("candidate", "one of ('positive', 'linear', 'tanh')", values=("relu",))

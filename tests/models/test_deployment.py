@@ -24,6 +24,7 @@ from torch.export import Dim
 from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
+from torch.testing import assert_close
 
 import mingru
 from mingru.models import LanguageModel, map_state
@@ -87,10 +88,6 @@ def with_gradients(lm, args, call=None):
     return [logits, *state, *torch.autograd.grad(loss_of((logits, state)), leaves)]
 
 
-def assert_equal(got, expected, **tolerance):
-    torch.testing.assert_close(got, expected, **tolerance)
-
-
 # States
 
 
@@ -125,7 +122,7 @@ def check_compiled(lm, given, sizes, backend):
     compiled = torch.compile(lm, fullgraph=True, backend=backend)
     for batch, steps in sizes:
         args = arguments(lm, given, batch, steps)
-        assert_equal(with_gradients(lm, args, compiled), with_gradients(lm, args))
+        assert_close(with_gradients(lm, args, compiled), with_gradients(lm, args))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -152,7 +149,7 @@ def test_generate_with_compiled_blocks():
     expected = lm.generate(prompts, 8, temperature=0)
     for block in lm.blocks.layers:
         block.compile(fullgraph=True, backend="aot_eager")
-    assert_equal(lm.generate(prompts, 8, temperature=0), expected)
+    assert_close(lm.generate(prompts, 8, temperature=0), expected)
     num_graphs = counters["stats"]["unique_graphs"]
     lm.generate(prompts, 20, temperature=0)
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
@@ -190,7 +187,7 @@ def test_export_of_the_whole_pass(monkeypatch):
     run = export(lm, 7)
     for batch, steps in [(2, 7), (1, 1), (3, 2), (3, 40)]:
         args = arguments(lm, ("state",), batch, steps)
-        assert_equal(run(**args), lm(**args))
+        assert_close(run(**args), lm(**args))
 
 
 @compiling
@@ -200,7 +197,7 @@ def test_export_of_a_step(cell):
     step = export(lm, 1)
     for batch in (1, 3):
         args = arguments(lm, ("state",), batch, 9)
-        assert_equal(one_by_one(step, args), lm(**args))
+        assert_close(one_by_one(step, args), lm(**args))
 
 
 class Session:
@@ -244,7 +241,7 @@ def test_onnx_of_the_whole_pass(tmp_path, monkeypatch):
     assert session.sizes() == sizes_of_file("time")
     for batch, steps in [(1, 1), (2, 7), (3, 20)]:
         args = arguments(lm, ("state",), batch, steps)
-        assert_equal(session(**args), lm(**args))
+        assert_close(session(**args), lm(**args))
 
 
 @compiling
@@ -254,7 +251,7 @@ def test_onnx_of_a_step(tmp_path):
     session = Session(lm, ids_of(2, 1), tmp_path, kind="step")
     assert session.sizes() == sizes_of_file(1)
     args = arguments(lm, ("state",), 3, 9)
-    assert_equal(one_by_one(session, args), lm(**args))
+    assert_close(one_by_one(session, args), lm(**args))
 
 
 # TorchScript
@@ -272,8 +269,8 @@ def test_script():
     # TorchScript specializes the code in the first calls; the other sizes are then new to it.
     for batch, steps in [(2, 7), (2, 7), (3, 1), (1, 17)]:
         args = arguments(lm, GIVEN["all"], batch, steps)
-        assert_equal(with_gradients(lm, args, run), with_gradients(lm, args))
-        assert_equal(loaded(**args), lm(**args))
+        assert_close(with_gradients(lm, args, run), with_gradients(lm, args))
+        assert_close(loaded(**args), lm(**args))
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
@@ -282,7 +279,7 @@ def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
     run = torch.jit.script(lm)
     args = arguments(lm, GIVEN["all"])
     with torch.no_grad():
-        assert_equal(run(**args), lm(**args))
+        assert_close(run(**args), lm(**args))
     args["state"].pop()
     with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
         run(**args)
@@ -391,7 +388,7 @@ def of_processes(tmp_path_factory):
     def of(way):
         for found in (one[way], other[way]):
             assert not isinstance(found, str), found
-        assert_equal(one[way], other[way], rtol=0, atol=0)
+        assert_close(one[way], other[way], rtol=0, atol=0)
         return one[way]
 
     return of
@@ -401,13 +398,13 @@ def of_processes(tmp_path_factory):
 @pytest.mark.parametrize("way", list(WAYS)[:-1])
 def test_several_processes_train_as_one(way, of_processes):
     lm = make(cell="minlstm" if "minlstm" in way else "mingru", dtype=torch.float64)
-    assert_equal(of_processes(way), loss_and_gradients(lm, global_batch(lm)))
+    assert_close(of_processes(way), loss_and_gradients(lm, global_batch(lm)))
 
 
 @pytest.mark.slow
 def test_sharded_model_generates(of_processes):
     lm = make(dtype=torch.float64)
-    assert_equal(of_processes("fsdp, generate"), [lm.generate(ids_of(*PROMPTS), 8, temperature=0)])
+    assert_close(of_processes("fsdp, generate"), [lm.generate(ids_of(*PROMPTS), 8, temperature=0)])
 
 
 # Activation checkpointing
@@ -423,7 +420,7 @@ def test_checkpoint_has_equal_gradients(cell):
         torch.manual_seed(1)
         expected = with_gradients(stored, args)
         torch.manual_seed(1)
-        assert_equal(with_gradients(recomputed, args), expected)
+        assert_close(with_gradients(recomputed, args), expected)
 
 
 def stored_bytes(lm, args):
@@ -492,7 +489,7 @@ def test_per_sample_gradients():
         rows = slice(index, index + 1)
         loss = loss_of(lm(args["ids"][rows], [each[:, rows] for each in args["state"]], args["reset"][rows]))
         expected = torch.autograd.grad(loss, list(lm.parameters()))
-        assert_equal([each[index] for each in found.values()], list(expected))
+        assert_close([each[index] for each in found.values()], list(expected))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["copy", "pickle"])
@@ -501,7 +498,7 @@ def test_copies(copied, tied):
     lm = make(tied=tied)
     other = copied(lm)
     args = arguments(lm, GIVEN["all"])
-    assert_equal(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
+    assert_close(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
     with torch.no_grad():
         other.embedding.weight.zero_()
     assert lm.embedding.weight.abs().min() > 0
@@ -520,8 +517,8 @@ def test_weight_norm():
     expected, tokens = lm(**args), lm.generate(prompts, 5, seed=0)
     for each in linear_maps(lm):
         weight_norm(each)
-    assert_equal(lm(**args), expected)
-    assert_equal(lm.generate(prompts, 5, seed=0, state=lm.initial_state(2)), tokens)
+    assert_close(lm(**args), expected)
+    assert_close(lm.generate(prompts, 5, seed=0, state=lm.initial_state(2)), tokens)
     loss_of(lm(**args)).backward()
     assert all(weight.grad is not None for weight in lm.parameters())
 
@@ -534,11 +531,11 @@ def check_quantized(quantized, dequantized):
     args = arguments(dequantized, GIVEN["all"])
     prompts = [torch.arange(5), torch.arange(3)]
     with torch.no_grad():
-        assert_equal(quantized(**args), dequantized(**args))
+        assert_close(quantized(**args), dequantized(**args))
     found, expected = (
         lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in (quantized, dequantized)
     )
-    assert_equal(found, expected)
+    assert_close(found, expected)
 
 
 def test_torchao_int8_weights():
@@ -582,7 +579,7 @@ def test_hook_of_a_block_runs_in_each_step():
     assert shapes == [(3, 5), (3, 1), (3, 1), (3, 1)]
     assert not torch.equal(after, before)
     handle.remove()
-    assert_equal(lm.generate(prompts, 4, temperature=0), before)
+    assert_close(lm.generate(prompts, 4, temperature=0), before)
 
 
 # Precision and devices
@@ -606,7 +603,7 @@ def test_pieces_under_autocast(cell):
     assert pieces[0].dtype == whole[0].dtype == torch.bfloat16
     assert {each.dtype for each in [*pieces[1], *whole[1]]} == {torch.float32}
     # The state of the first convolution consists of embeddings, which are exact.
-    assert_equal(pieces[1][1], whole[1][1], rtol=0, atol=0)
+    assert_close(pieces[1][1], whole[1][1], rtol=0, atol=0)
     for one, other, truth in zip(*([logits, *states] for logits, states in (pieces, whole, exact)), strict=True):
         allowed = (other - truth).norm()
         assert allowed < 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
@@ -624,7 +621,7 @@ def test_bfloat16_model_generates(cell):
     for _ in range(8):
         tokens.append(logits[:, -1:].argmax(-1))
         logits, state = lm(tokens[-1], state)
-    assert_equal(lm.generate(prompts, 8, temperature=0), torch.cat(tokens, 1))
+    assert_close(lm.generate(prompts, 8, temperature=0), torch.cat(tokens, 1))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -646,4 +643,4 @@ def test_meta_device(tied):
     expected.reset_parameters()
     args = arguments(lm, GIVEN["all"])
     assert lm(**args)[0].isfinite().all()
-    assert_equal(with_gradients(lm, args), with_gradients(expected, args), rtol=0, atol=0)
+    assert_close(with_gradients(lm, args), with_gradients(expected, args), rtol=0, atol=0)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from cover import named
 from hypothesis import strategies as st
-from refusals import DTYPE, assert_refused, literal, wrong_resets, wrong_states, wrong_values
+from refusals import DTYPE, assert_refused, literal, wrong_ids, wrong_resets, wrong_states, wrong_values
 from routes import varied
 from torch.testing import assert_close
 
@@ -276,25 +276,7 @@ def test_wrong_names_of_arguments():
 
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
-DTYPES = "ids must be int64 or int32, got"
 BAD_IDS = {
-    "an id above": ({"ids": IDS + V}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got 7"),
-    "an id below": ({"ids": IDS - 1}, ValueError, "ids must be from 0 to 6 because vocab_size is 7, got -1"),
-    "ids of float": ({"ids": IDS.float()}, TypeError, f"{DTYPES} torch.float32; use ids.long()"),
-    "ids of bool": ({"ids": IDS.bool()}, TypeError, f"{DTYPES} torch.bool; use ids.long()"),
-    "ids of uint8": ({"ids": IDS.byte()}, TypeError, f"{DTYPES} torch.uint8; use ids.long()"),
-    "ids on another device": (
-        {"ids": IDS.to("meta")},
-        ValueError,
-        "ids must be on cpu like the weights, got a tensor on meta; use ids.to('cpu')",
-    ),
-    "ids of one dimension": (
-        {"ids": IDS[0]},
-        ValueError,
-        "ids must be (B, S), got (3,); add a batch dimension with ids.unsqueeze(0)",
-    ),
-    "ids of no dimension": ({"ids": IDS[0, 0]}, ValueError, "ids must be (B, S), got ()"),
-    "ids of three dimensions": ({"ids": IDS[None]}, ValueError, "ids must be (B, S), got (1, 2, 3)"),
     "ids in a list": ({"ids": [[1, 2]]}, TypeError, "ids must be an integer tensor (B, S), got list; use torch.as"),
     "a text": ({"ids": "hello"}, TypeError, "ids must be an integer tensor (B, S), got str; encode the text"),
 }
@@ -310,7 +292,7 @@ def test_bad_calls(with_grad):
     states = wrong_states("state", lm.initial_state(2), "the weights")
     with torch.set_grad_enabled(with_grad):
         for cases, name in (
-            ({**literal(BAD_IDS), **states}, "LanguageModel: "),
+            ({**literal(BAD_IDS), **wrong_ids("ids", IDS, V), **states}, "LanguageModel: "),
             ({**literal(BAD_MASKS), **wrong_resets("(B, S)", 2, 3)}, "Block: "),
         ):
             assert_refused(lambda **arguments: lm(**{"ids": IDS, **arguments}), cases, name)
