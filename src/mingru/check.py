@@ -335,8 +335,7 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
     if dt is None:
         return
     why_not = CELLS[cell].not_timed
-    if why_not is not None:
-        raise ValueError(expectation(name, "dt", f"None because {why_not}", type(dt).__name__))
+    require(name, "dt", why_not is None, f"None because {why_not}", type(dt).__name__)
     check_kind(name, "dt", dt, sequence, like_name)
     if dt.shape != sequence.shape[:2]:
         raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])

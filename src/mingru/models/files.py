@@ -85,9 +85,8 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
     num_layers = config.get("num_layers")
     if isinstance(num_layers, int) and num_layers > len(tensors):
         raise _invalid(folder_or_name, f"{num_layers} layers in {CONFIG} and {len(tensors)} tensors in {WEIGHTS}")
-    for name in ("device", "dtype"):
-        if name in config:
-            raise _invalid(folder_or_name, f"{CONFIG} with the unexpected option {name}")
+    for name in {"device", "dtype"} & config.keys():
+        raise _invalid(folder_or_name, f"{CONFIG} with the unexpected option {name}")
     if config.get("gate", "sigmoid") != "sigmoid":
         # Older versions saved only options that were passed, and this was the default of all gates.
         config.setdefault("candidate", "positive")
