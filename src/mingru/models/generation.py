@@ -74,7 +74,7 @@ def stream(
     """Return an iterator over the new tokens of each step, with -1 for sequences that have ended."""
     ids, lengths = padded(lm.name, prompts, lm.vocab_size, lm.embedding.weight.device)
     check_int(lm.name, "max_new_tokens", max_new_tokens, least=0)
-    lm.check_state(state, len(ids))
+    lm._check_state(state, len(ids))
     stops = torch.tensor(stop_tokens(lm.name, stop, lm.vocab_size), device=ids.device)
     uniforms = random_numbers(seeds_of(lm.name, seed, len(ids)), ids.device)
 

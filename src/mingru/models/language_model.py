@@ -158,10 +158,9 @@ class LanguageModel(Layer):
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if ids are not integers (B, S), or the state does not fit them."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
-        self.check_state(h, x.shape[0])
+        self._check_state(h, x.shape[0])
 
-    def check_state(self, state: Any, batch: int) -> None:
-        """Raise an error if a state does not fit a batch of this size."""
+    def _check_state(self, state: Any, batch: int) -> None:
         shapes = self.blocks.state_shapes(batch)
         check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
