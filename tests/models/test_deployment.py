@@ -329,16 +329,10 @@ def sharded(lm):
     return fully_shard(lm, mesh=mesh)
 
 
-def ddp(**options):
+def train(distributed, **options):
     lm = make(dtype=torch.float64, **options)
     args = global_batch(lm)
-    return in_process(DistributedDataParallel(lm), args)
-
-
-def fsdp(**options):
-    lm = make(dtype=torch.float64, **options)
-    args = global_batch(lm)
-    return in_process(sharded(lm), args)
+    return in_process(distributed(lm), args)
 
 
 def fsdp_generate():
@@ -352,12 +346,12 @@ def fsdp_generate():
 
 
 WAYS = {
-    "ddp": ddp,
-    "ddp, checkpoint": lambda: ddp(checkpoint=True),
-    "ddp, minlstm": lambda: ddp(cell="minlstm"),
-    "fsdp": fsdp,
-    "fsdp, checkpoint": lambda: fsdp(checkpoint=True),
-    "fsdp, minlstm": lambda: fsdp(cell="minlstm"),
+    "ddp": lambda: train(DistributedDataParallel),
+    "ddp, checkpoint": lambda: train(DistributedDataParallel, checkpoint=True),
+    "ddp, minlstm": lambda: train(DistributedDataParallel, cell="minlstm"),
+    "fsdp": lambda: train(sharded),
+    "fsdp, checkpoint": lambda: train(sharded, checkpoint=True),
+    "fsdp, minlstm": lambda: train(sharded, cell="minlstm"),
     "fsdp, generate": fsdp_generate,
 }
 
