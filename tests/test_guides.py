@@ -20,7 +20,7 @@ GUIDES = {
     "deploying.md": 8,
     "distributed.md": 0,
     "faq.md": 1,
-    "gates.md": 0,
+    "gates.md": 1,
     "gpu.md": 2,
     "index.md": 1,
     "irregular.md": 3,

@@ -12,7 +12,7 @@ from benchmarks.reproduce import chomsky, common, copying, layers, page, speed, 
 SHORT = {
     "copying": (copying, ["--layers", "1", "--num-steps", "2", "--num-test", "8", "--seq-len", "32"], 2, 2),
     "chomsky": (chomsky, ["--num-steps", "2", "--num-test", "8", "--tasks", "parity", "bucket sort"], 24, 12),
-    "words": (words, ["--num-steps", "2"], 8, 8),
+    "words": (words, ["--num-steps", "2"], 10, 10),
     "layers": (layers, ["--steps", "1", "2", "--num-test", "8"], 5, 5),
     "speed": (speed, ["--lengths", "4", "--seconds", "0.001"], 2, 2),
 }

@@ -25,8 +25,10 @@ import mingru
 
 from .common import LAYERS, accuracy, build, start, training
 
+FREE = "tanh, own input gate"
+
 DEFAULTS: dict[str, Any] = {
-    "models": ["minGRU", "signed", "rotation", "nn.GRU"],
+    "models": ["minGRU", "signed", "rotation", FREE, "nn.GRU"],
     "tasks": ["parity", "S3"],
     "seeds": [0, 1, 2],
     "num_steps": 1600,
@@ -40,6 +42,22 @@ PRODUCTS = torch.tensor(
     [[PERMUTATIONS.index(tuple(a[i] for i in b)) for b in PERMUTATIONS] for a in PERMUTATIONS], dtype=torch.long
 )
 PEERS = {"mingru-scans log": "log", "mingru-scans signed": "signed", "mingru-scans rotation": "rotation"}
+
+
+class OwnInputGate(nn.Module):
+    """A block like `models.Block` whose state is h_t = tanh(f_t) h_{t-1} + sigma(i_t) tanh(c_t), by `linear_scan`."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.norm, self.linear, self.out = nn.LayerNorm(dims), nn.Linear(dims, 3 * dims), nn.Linear(dims, dims)
+        self.mlp = nn.Sequential(nn.LayerNorm(dims), nn.Linear(dims, 4 * dims), nn.GELU(), nn.Linear(4 * dims, dims))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        forget, input, candidate = self.linear(self.norm(x)).chunk(3, -1)
+        h = torch.zeros_like(x[:, :1])
+        states = mingru.functional.linear_scan(forget.tanh(), input.sigmoid() * candidate.tanh(), h)
+        x = x + self.out(states)
+        return x + self.mlp(x), states[:, -1:]
 
 
 def generate(batch_size: int, generator: torch.Generator, task: str, length: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +87,8 @@ def layers(name: str, folder: str) -> nn.Module:
     """Return one layer, in a block with an MLP."""
     if name in PEERS:
         return peer(folder).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
+    if name == FREE:
+        return OwnInputGate(DIMS)
     if name == "nn.GRU":
         return LAYERS[name](DIMS, DIMS)
     return mingru.models.Block(DIMS, mlp=4, norm="layer", gate="sigmoid" if name == "minGRU" else name)
