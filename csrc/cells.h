@@ -1,7 +1,7 @@
-// The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives by each input. `x` is one
-// feature of each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see
-// `decay`. `memo` marks what is computed ahead if a loop is split: see lanes.h. Derivatives that are not used cost nothing,
-// because all functions are inlined. A cell is complex if its `step` returns complex numbers.
+// The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and the gradients of its inputs. `x` is one feature of
+// each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see `decay`.
+// `h` is h_{t-1}, and `delta` the gradient of h_t. `memo` marks what is computed ahead if a loop is split: see lanes.h.
+// Gradients that are not used cost nothing, because all functions are inlined.
 // MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
 #pragma once
 
@@ -9,37 +9,26 @@
 
 namespace mingru::MINGRU_ISA {
 
-// The derivative of h_t by one number: scale (a h_{t-1} + b). What several derivatives share is computed once.
-template <class Scale, class OfA, class OfB>
-struct Partial {
-  Scale scale;
-  OfA a;
-  OfB b;
-};
-
-template <class Scale, class OfA, class OfB>
-Partial(Scale, OfA, OfB) -> Partial<Scale, OfA, OfB>;
-
-// Not std::tuple, whose functions are not always inlined.
-template <class... Partials>
-struct List {};
-
-template <class First, class... Rest>
-struct List<First, Rest...> {
-  First first;
-  List<Rest...> rest;
-};
-
-// The partial derivatives are in the order of the inputs. That by the elapsed time is the last.
-template <class OfA, class Number, class... Partials>
+// The gradients are in the order of the inputs. That of the elapsed time is the last.
+template <class OfA, class Number, class A, int count>
 struct Step {
   OfA a;
   Number b;
-  List<Partials...> partials;
+  A grads[count];
 };
 
-template <class OfA, class Number, class... Partials>
-Step(OfA, Number, Partials...) -> Step<OfA, Number, Partials...>;
+template <class OfA, class Number, class A, class... Rest>
+Step(OfA, Number, A, Rest...) -> Step<OfA, Number, A, 1 + sizeof...(Rest)>;
+
+struct RealCell {
+  template <class A>
+  using Number = A;
+};
+
+struct ComplexCell {
+  template <class A>
+  using Number = Complex<A>;
+};
 
 // Activations of the candidate.
 struct Positive {
@@ -195,42 +184,41 @@ MINGRU_INLINE Direction<A> turn_of(A u, const Time& time) {
 }
 
 // Inputs: a and b.
-struct LinearScan {
+struct LinearScan : RealCell {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
-    return Step{x[0], x[1], Partial{A(1), A(1), Zero()}, Partial{A(1), Zero(), A(1)}};
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo&) {
+    return Step{x[0], x[1], delta * h, delta};
   }
 };
 
-struct ComplexLinearScan {
+struct ComplexLinearScan : ComplexCell {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo&) {
-    const Imaginary<A> i{A(1)};
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Complex<A> h, Complex<A> delta, Memo&) {
     return Step{
-        Complex<A>{x[0], x[1]}, Complex<A>{x[2], x[3]}, Partial{A(1), A(1), Zero()}, Partial{A(1), i, Zero()},
-        Partial{A(1), Zero(), A(1)}, Partial{A(1), Zero(), i}};
+        Complex<A>{x[0], x[1]}, Complex<A>{x[2], x[3]}, dot(delta, h), dot(delta, quarter_turn(h)), delta.re, delta.im};
   }
 };
 
 // Inputs: gate and candidate.
 template <class Activation>
-struct MinGRU {
+struct MinGRU : RealCell {
   template <class Time, class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Time& time, A h, A delta, Memo& memo) {
     const auto d = decay(x[0], time, memo);
     const Value<A> c = Activation::of(x[1], memo);
+    const A by_keep = delta * (h - c.value);
     return Step{
-        Decay<A>{d.keep, d.update}, d.update * c.value, Partial{d.by_gate, A(1), -c.value},
-        Partial{d.update * c.slope, Zero(), A(1)}, Partial{d.by_dt, A(1), -c.value}};
+        Decay<A>{d.keep, d.update}, d.update * c.value, d.by_gate * by_keep, d.update * c.slope * delta,
+        d.by_dt * by_keep};
   }
 };
 
 // Inputs: gate and candidate. a = -tanh(gate / 2) = -+(1 - e) / (1 + e) and 1 - |a| = 2 e / (1 + e), with
 // e = exp(-|gate|). Neither cancels.
 template <class Activation>
-struct SignedMinGRU {
+struct SignedMinGRU : RealCell {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo& memo) {
     const PowerAndRest<A> e = memo(0, power_and_rest(minus_absolute(x[0])));
     const Value<A> c = Activation::of(x[1], memo);
     const A inverse = A(1) / (A(1) + e.power);
@@ -239,54 +227,52 @@ struct SignedMinGRU {
     // The derivative of |a| at 0 counts as 0, as that of torch.abs.
     const A signed_candidate = x[0] < A(0) ? -c.value : x[0] > A(0) ? c.value : A(0);
     return Step{
-        Turn<A, A>{{size, rest}, x[0] < A(0) ? A(1) : A(-1)}, rest * c.value, Partial{by_gate, A(1), signed_candidate},
-        Partial{rest * c.slope, Zero(), A(1)}};
+        Turn<A, A>{{size, rest}, x[0] < A(0) ? A(1) : A(-1)}, rest * c.value,
+        by_gate * (delta * (h + signed_candidate)), rest * c.slope * delta};
   }
 };
 
 // Inputs: pairs of a gate and an angle in units of pi / 4, and pairs of candidates.
 template <class Activation>
-struct RotationMinGRU {
+struct RotationMinGRU : ComplexCell {
   template <class Time, class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Time& time, Complex<A> h, Complex<A> delta, Memo& memo) {
     const auto d = decay(x[0], time, memo);
     const Direction<A> toward = memo(0, turn_of(x[1], time));
     const Value<A> first = Activation::of(x[2], memo), second = Activation::of(x[3], memo);
-    const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine};
-    const Imaginary<A> i{A(1)};
-    const Complex<A> a_by_dt = d.by_dt * e + d.keep * quarter_pi<A> * x[1] * (e * i);
+    const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine}, turned = h * e;
+    const A by_keep = dot(delta, turned - c), by_turn = dot(delta, quarter_turn(turned));
     return Step{
-        Turn<A, Complex<A>>{{d.keep, d.update}, e}, d.update * c, Partial{d.by_gate, e, -c},
-        Partial{d.keep * (quarter_pi<A> * time.dt), e * i, Zero()},
-        Partial{d.update * first.slope, Zero(), A(1)}, Partial{d.update * second.slope, Zero(), i},
-        Partial{A(1), a_by_dt, -(d.by_dt * c)}};
+        Turn<A, Complex<A>>{{d.keep, d.update}, e}, d.update * c, d.by_gate * by_keep,
+        d.keep * (quarter_pi<A> * time.dt) * by_turn, d.update * first.slope * delta.re,
+        d.update * second.slope * delta.im, d.by_dt * by_keep + d.keep * (quarter_pi<A> * x[1]) * by_turn};
   }
 };
 
 // Inputs: forget gate, input gate and candidate.
 template <class Activation>
-struct MinLSTM {
+struct MinLSTM : RealCell {
   template <class Time, class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Time& time, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Time& time, A h, A delta, Memo& memo) {
     const auto d = two_gates(x[0], x[1], time, memo);
     const Value<A> c = Activation::of(x[2], memo);
+    const A by_keep = delta * (h - c.value);
     return Step{
-        Decay<A>{d.keep, d.update}, d.update * c.value, Partial{d.by_forget, A(1), -c.value},
-        Partial{d.by_input, A(1), -c.value}, Partial{d.update * c.slope, Zero(), A(1)},
-        Partial{d.by_dt, A(1), -c.value}};
+        Decay<A>{d.keep, d.update}, d.update * c.value, d.by_forget * by_keep, d.by_input * by_keep,
+        d.update * c.slope * delta, d.by_dt * by_keep};
   }
 };
 
 // Inputs: forget gate f, input gate i and candidate. The gates are independent: a = sigma(f), b = sigma(i) candidate.
 template <class Activation>
-struct UnnormalizedMinLSTM {
+struct UnnormalizedMinLSTM : RealCell {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo& memo) {
     const Logistic<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
     const Value<A> c = Activation::of(x[2], memo);
     return Step{
-        Decay<A>{forget.plus, forget.minus}, input.plus * c.value, Partial{forget.plus * forget.minus, A(1), Zero()},
-        Partial{c.value * (input.plus * input.minus), Zero(), A(1)}, Partial{input.plus * c.slope, Zero(), A(1)}};
+        Decay<A>{forget.plus, forget.minus}, input.plus * c.value, forget.plus * forget.minus * (delta * h),
+        c.value * (input.plus * input.minus) * delta, input.plus * c.slope * delta};
   }
 };
 

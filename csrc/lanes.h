@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <type_traits>
-#include <utility>
 
 #include "cells.h"
 #include "scan.h"
@@ -130,20 +129,12 @@ MINGRU_INLINE void set_number(A* block, int64_t lane, Complex<A> x) {
   block[most_lanes + lane] = x.im;
 }
 
-// Computes the gradients of the first `count` numbers, from delta = dL/dh_t.
-template <int count, class Number, class A, class First, class... Rest>
-MINGRU_INLINE void gradients(Number delta, Number previous, const List<First, Rest...>& partials, A* grads) {
-  const First& by = partials.first;
-  grads[0] = by.scale * dot(delta, next_state(by.a, previous, by.b));
-  if constexpr (count > 1) gradients<count - 1>(delta, previous, partials.rest, grads + 1);
-}
-
 // A step of a cell, forward or backward.
 template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
 struct Pass {
   using Time = OfStep;
-  using Step = decltype(Cell::step(std::declval<const A*>(), std::declval<const Time&>(), std::declval<AtOnce&>()));
-  static constexpr bool is_complex = !std::is_same_v<decltype(Step::b), A>;
+  using Number = typename Cell::template Number<A>;
+  static constexpr bool is_complex = !std::is_same_v<Number, A>;
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
   static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
@@ -163,7 +154,7 @@ struct Pass {
           A x[count];
           load(x, from, i);
           Memo<stage, is_backward, A> memo = {values, i};
-          Cell::step(x, time, memo);
+          Cell::step(x, time, Number(), Number(), memo);
         }
       }
       compute_ahead<chunk, stage + 1>(values, from, time, size);
@@ -185,20 +176,20 @@ struct Pass {
     for (int64_t first = 0; first < size; first += chunk) {
       MINGRU_LANES
       for (int64_t i = first; i < first + chunk; ++i) {
-        A x[count], grads[count + 1];
+        A x[count];
         load(x, from, i);
         Memo<last_stage, is_backward, A> memo = {values, i};
-        const auto step = Cell::step(x, time, memo);
-        const auto carried = number<is_complex>(carry, i);
+        const Number carried = number<is_complex>(carry, i);
         if constexpr (is_backward) {
-          const auto grad_out = number<is_complex>(from[num_inputs], i), delta = grad_out + carried;
-          const auto previous = number<is_complex>(from[num_inputs + 1], i);
-          gradients<is_timed ? count + 1 : count>(delta, previous, step.partials, grads);
-          for (int k = 0; k < count; ++k) to[k / numbers][k % numbers * most_lanes + i] = grads[k];
-          if (is_timed) grads_of_dt[i] = grads[count];
+          const Number grad_out = number<is_complex>(from[num_inputs], i);
+          const Number previous = number<is_complex>(from[num_inputs + 1], i);
+          const auto step = Cell::step(x, time, previous, grad_out + carried, memo);
+          for (int k = 0; k < count; ++k) to[k / numbers][k % numbers * most_lanes + i] = step.grads[k];
+          if constexpr (is_timed) grads_of_dt[i] = step.grads[count];
           set_number(next_carry, i, previous_gradient(step.a, carried, grad_out));
         } else {
-          const auto next = next_state(step.a, carried, step.b);
+          const auto step = Cell::step(x, time, Number(), Number(), memo);
+          const Number next = next_state(step.a, carried, step.b);
           set_number(next_carry, i, next);
           set_number(to[0], i, next);
         }

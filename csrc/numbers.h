@@ -1,5 +1,5 @@
-// Numbers of the recurrence besides A, which is float or double: complex numbers, and those whose parts are known to be 0,
-// with which nothing is computed. Compilers may not leave out a multiplication by 0, because of NaN and infinity.
+// Numbers of the recurrence besides A, which is float or double: complex numbers, and decays in full precision. Not
+// std::complex, whose product has branches for NaN and infinity.
 #pragma once
 
 #include "math.h"
@@ -10,13 +10,6 @@ template <class A>
 struct Complex {
   A re, im;
 };
-
-template <class A>
-struct Imaginary {
-  A im;
-};
-
-struct Zero {};
 
 // A decay and 1 - decay, both in full relative precision. A decay near 1, rounded to one number, would be wrong in its
 // last digit in each of the many steps that the state lasts.
@@ -38,8 +31,8 @@ MINGRU_INLINE Complex<A> operator+(Complex<A> x, Complex<A> y) {
 }
 
 template <class A>
-MINGRU_INLINE Complex<A> operator-(Complex<A> x) {
-  return {-x.re, -x.im};
+MINGRU_INLINE Complex<A> operator-(Complex<A> x, Complex<A> y) {
+  return {x.re - y.re, x.im - y.im};
 }
 
 template <class A>
@@ -48,18 +41,14 @@ MINGRU_INLINE Complex<A> operator*(Complex<A> x, Complex<A> y) {
 }
 
 template <class A>
-MINGRU_INLINE Complex<A> operator*(Complex<A> x, Imaginary<A> y) {
-  return {-(x.im * y.im), x.re * y.im};
-}
-
-template <class A>
 MINGRU_INLINE Complex<A> operator*(A x, Complex<A> y) {
   return {x * y.re, x * y.im};
 }
 
+// i x
 template <class A>
-MINGRU_INLINE Complex<A> operator*(Complex<A> x, A y) {
-  return y * x;
+MINGRU_INLINE Complex<A> quarter_turn(Complex<A> x) {
+  return {-x.im, x.re};
 }
 
 // Chooses what was computed with `update` if the decay is near 1, otherwise what was computed with `keep`. Infinity
@@ -76,6 +65,11 @@ MINGRU_INLINE Complex<A> better(const Decay<A>& a, Complex<A> h, Complex<A> with
 }
 
 // a h + b
+template <class Number>
+MINGRU_INLINE Number next_state(Number a, Number h, Number b) {
+  return h * a + b;
+}
+
 template <class A, class Number>
 MINGRU_INLINE Number next_state(const Decay<A>& a, Number h, Number b) {
   return better(a, h, h + (b + -a.update * h), a.keep * h + b);
@@ -84,17 +78,6 @@ MINGRU_INLINE Number next_state(const Decay<A>& a, Number h, Number b) {
 template <class A, class Number>
 MINGRU_INLINE Number next_state(const Turn<A, Number>& a, Number h, Number b) {
   return next_state(a.decay, a.direction * h, b);
-}
-
-template <class Number, class OfA, class OfB>
-MINGRU_INLINE auto next_state(OfA a, Number h, OfB b) {
-  if constexpr (std::is_same_v<OfA, Zero>) {
-    return b;
-  } else if constexpr (std::is_same_v<OfB, Zero>) {
-    return h * a;
-  } else {
-    return h * a + b;
-  }
 }
 
 template <class A>
@@ -134,16 +117,6 @@ MINGRU_INLINE A dot(A x, A y) {
 template <class A>
 MINGRU_INLINE A dot(Complex<A> x, Complex<A> y) {
   return x.re * y.re + x.im * y.im;
-}
-
-template <class A>
-MINGRU_INLINE A dot(Complex<A> x, A y) {
-  return x.re * y;
-}
-
-template <class A>
-MINGRU_INLINE A dot(Complex<A> x, Imaginary<A> y) {
-  return x.im * y.im;
 }
 
 }  // namespace mingru::MINGRU_ISA

@@ -39,16 +39,13 @@ STEPS = [
         "csrc/cells.h",
         "// Inputs: gate and candidate.\n",
         """template <class Activation>
-struct SharpMinGRU {
-  static constexpr bool is_complex = false;
-
+struct SharpMinGRU : RealCell {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>& time, Memo& memo) {
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>& time, A h, A delta, Memo& memo) {
     const auto d = decay(A(2) * x[0], time, memo);
     const Value<A> c = Activation::of(x[1], memo);
     return Step{
-        d.keep, d.update * c.value, Partial{A(2) * d.by_gate, A(1), -c.value},
-        Partial{d.update * c.slope, Zero(), A(1)}};
+        d.keep, d.update * c.value, A(2) * d.by_gate * (delta * (h - c.value)), d.update * c.slope * delta};
   }
 };
 
