@@ -7,49 +7,10 @@
 
 namespace mingru::MINGRU_ISA {
 
-MINGRU_INLINE int64_t padded_size(int64_t features) { return (features + group - 1) / group * group; }
-
-// Copies fewer values than a group, without the call that memcpy is for a variable number.
-template <int64_t size = group / 2, class T>
-MINGRU_INLINE void copy_few(T* to, const T* from, int64_t count) {
-  const int64_t copied = count & size;
-  if (copied) std::memcpy(to, from, size * sizeof(T));
-  if constexpr (size > 1) copy_few<size / 2>(to + copied, from + copied, count);
-}
-
-// The values of a step in a tile: whole groups of features, or fewer than a group, which are padded with 0. Whole groups
-// that need no conversion are not copied.
-template <class A, class T>
-MINGRU_NOT_INLINE void load(A* to, Rows<const T> from, int64_t steps, int64_t count) {
-  for (int64_t step = 0; step < steps; ++step, from.data += from.stride, to += padded_size(count)) {
-    if constexpr (std::is_same_v<T, A>) {
-      std::memset(to, 0, group * sizeof(T));
-      copy_few(to, from.data, count);
-    } else {
-      T rest[group] = {};
-      if (count < group) copy_few(rest, from.data, count);
-      read(to, count < group ? rest : from.data, padded_size(count));
-    }
-  }
-}
-
-template <class A, class T>
-MINGRU_NOT_INLINE void store(Rows<T> to, const A* from, int64_t steps, int64_t count) {
-  for (int64_t step = 0; step < steps; ++step, to.data += to.stride, from += padded_size(count)) {
-    if constexpr (std::is_same_v<T, A>) {
-      copy_few(to.data, from, count);
-    } else {
-      T rest[group];
-      write(count < group ? rest : to.data, from, padded_size(count));
-      if (count < group) copy_few(to.data, rest, count);
-    }
-  }
-}
-
 // The number of values in a tile, which stays in the first-level cache.
 constexpr int64_t tile_size = 512;
 
-// Features of some steps in the accumulation type, copied only if needed.
+// Features of some steps in the accumulation type. Whole groups that need no conversion are not copied.
 template <class A>
 class Tile {
  public:
@@ -157,7 +118,7 @@ class Steps {
   // not in `out` are alone.
   Run run_from(int64_t done) const {
     const int64_t widest = span_.num_features < group ? group : span_.num_features / group * group;
-    const bool is_copied = !std::is_same_v<T, A> || scan_.biases[0] || (loops_.is_timed && is_backward_);
+    const bool is_copied = !std::is_same_v<T, A> || scan_.biases[0];
     int64_t most = tile_size / (is_copied ? widest : group);
     if (span_.checkpoints) most = smaller(most, steps_per_checkpoint - done % steps_per_checkpoint);
     most = smaller(most, num_steps() - done);
@@ -208,7 +169,10 @@ class Steps {
       const auto grad_out = rows_of<const T>(scan_.grad_out, run, feature);
       lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, no_bias, run.steps, count);
       lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
-      lanes_.grads_of_dt = {grads_of_dt_, padded_size(count)};
+      if (scan_.grads_of_dt.data) {
+        A* grads = static_cast<A*>(scan_.grads_of_dt.data) + scan_.grads_of_dt.index(span_.batch, run.position);
+        lanes_.grads_of_dt = {grads + (span_.feature + feature) / group, run.stride * scan_.grads_of_dt.step_stride};
+      }
     }
     for (int k = 0; k < num_written; ++k) {
       lanes_.written[k] = written_tiles_[k].place(rows_of<T>(written[k], run, feature), count);
@@ -217,7 +181,6 @@ class Steps {
     for (int k = 0; k < num_written; ++k) {
       written_tiles_[k].write(rows_of<T>(written[k], run, feature), run.steps, count);
     }
-    if (scan_.grads_of_dt.data) set_grads_of_dt(run, feature);
   }
 
   Rows<const A> previous_states(const Run& run, int64_t done, int64_t feature, int64_t count) {
@@ -251,29 +214,13 @@ class Steps {
     return false;
   }
 
-  // Sums the gradients of dt over each group.
-  void set_grads_of_dt(const Run& run, int64_t feature) const {
-    const int64_t size = loops_.is_complex ? group / 2 : group;
-    for (int64_t step = 0; step < run.steps; ++step) {
-      const A* from = lanes_.grads_of_dt.data + step * lanes_.grads_of_dt.stride;
-      const int64_t at = scan_.grads_of_dt.index(span_.batch, run.position + step * run.stride);
-      A* to = static_cast<A*>(scan_.grads_of_dt.data) + at + (span_.feature + feature) / group;
-      for (int64_t i = 0; i < lanes_.groups; ++i, from += size) {
-        A sum = A(0);
-        for (int64_t k = 0; k < size; ++k) sum += from[k];
-        to[i] = sum;
-      }
-    }
-  }
-
   const Scan& scan_;
   const Span& span_;
   const bool is_backward_;
   A* const state_;
   const Loops<A> loops_ = loops_of<A>(scan_);
-  Lanes<A> lanes_;
+  Lanes<A> lanes_{};
   Tile<A> tiles_[most_inputs + 2], written_tiles_[most_inputs];
-  A grads_of_dt_[tile_size];
 };
 
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {

@@ -5,16 +5,9 @@
 #include <type_traits>
 
 #include "cells.h"
-#include "scan.h"
+#include "convert.h"
 
 namespace mingru::MINGRU_ISA {
-
-// Values of some steps: those of the first step, and how far those of the next step are from them.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
 
 // Some steps of some groups of features. A lane is a feature, or a pair of features of complex cells.
 template <class A>
@@ -27,7 +20,7 @@ struct Lanes {
   // Forward: h. Backward: a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
   A* state;
   Rows<A> written[most_inputs];  // forward: the states; backward: the gradients of the inputs
-  Rows<A> grads_of_dt;           // only backward, of timed cells
+  Rows<A> grads_of_dt;           // the sum of each group; null if not needed
 };
 
 // Lanes that are computed together: see `Memo`. Two groups of pairs fill a vector of 512 bits.
@@ -129,6 +122,13 @@ MINGRU_INLINE void set_number(A* block, int64_t lane, Complex<A> x) {
   block[most_lanes + lane] = x.im;
 }
 
+template <class A>
+MINGRU_INLINE A sum_of(const A* values, int64_t count) {
+  A sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
+
 // A step of a cell, forward or backward.
 template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
 struct Pass {
@@ -138,6 +138,7 @@ struct Pass {
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
   static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
   static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
+  static constexpr int64_t per_group = group / numbers;
   static constexpr int last_stage = is_timed ? 2 : 1;
   using Values = A[is_split ? most_values : 1][most_lanes];
 
@@ -170,7 +171,7 @@ struct Pass {
     for (int k = 0; k < num_written; ++k) to[k] = written[k].place(lanes.written[k].data + feature);
     const A* carry = state.template read<chunk>(lanes.state + feature, size);
     A* next_carry = state.place(lanes.state + feature);
-    A* grads_of_dt = is_backward && is_timed ? lanes.grads_of_dt.data + feature / numbers : nullptr;
+    A grads_of_dt[most_lanes];
     Values values;
     compute_ahead<chunk>(values, from, time, size);
     for (int64_t first = 0; first < size; first += chunk) {
@@ -197,12 +198,16 @@ struct Pass {
     }
     for (int k = 0; k < num_written; ++k) written[k].template write<chunk>(lanes.written[k].data + feature, size);
     state.template write<chunk>(lanes.state + feature, size);
+    if (is_backward && is_timed && lanes.grads_of_dt.data) {
+      A* sums = lanes.grads_of_dt.data + feature / group;
+      for (int64_t i = 0; i < size; i += per_group) *sums++ = sum_of(grads_of_dt + i, per_group);
+    }
   }
 
   MINGRU_INLINE void next(Lanes<A>& lanes) {
     for (int k = 0; k < num_read; ++k) lanes.read[k].data += lanes.read[k].stride;
     for (int k = 0; k < num_written; ++k) lanes.written[k].data += lanes.written[k].stride;
-    if (is_backward && is_timed) lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
+    lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
   }
 };
 
@@ -220,7 +225,7 @@ MINGRU_INLINE void set_time(Untimed<A>&, A) {}
 // Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes.
 template <class Pass, class A>
 static void run_lanes(const Lanes<A>& given) {
-  constexpr int64_t per_group = group / Pass::numbers, chunk = is_split ? per_group : most_lanes;
+  constexpr int64_t per_group = Pass::per_group, chunk = is_split ? per_group : most_lanes;
   constexpr int64_t most = most_lanes / Pass::numbers;
   const int64_t count = given.groups * per_group;
   Lanes<A> lanes = given;  // a copy, to which nothing else points
@@ -245,7 +250,6 @@ static void run_lanes(const Lanes<A>& given) {
 template <class A>
 struct Loops {
   int num_inputs;
-  bool is_complex, is_timed;
   void (*run[2])(const Lanes<A>&);
 };
 
@@ -253,7 +257,7 @@ template <class A, class Cell, int num_inputs, class Time>
 static Loops<A> loops_in_time() {
   using Forward = Pass<Cell, num_inputs, Time, false, A>;
   using Backward = Pass<Cell, num_inputs, Time, true, A>;
-  return {num_inputs, Forward::is_complex, Forward::is_timed, {run_lanes<Forward, A>, run_lanes<Backward, A>}};
+  return {num_inputs, {run_lanes<Forward, A>, run_lanes<Backward, A>}};
 }
 
 template <class A, class Cell, int num_inputs, bool takes_time>

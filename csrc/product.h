@@ -46,20 +46,14 @@ static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, Accumulat
   for (int64_t row = begin; row < end; row += most) {
     const int64_t count = end - row < most ? end - row : most;
     const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns;
-    int64_t column = 0;
-    for (; column + group <= sum.columns; column += group) {
-      A part[group] = {};
+    for (int64_t column = 0; column < sum.columns; column += group) {
+      const int64_t width = sum.columns - column < group ? sum.columns - column : group;
+      A values[most * group], part[group] = {};
+      load(values, Rows<const T>{rows + column, sum.columns}, count, width);
       for (int64_t k = 0; k < count; ++k) {
-        A values[group];
-        read(values, rows + k * sum.columns + column, group);
-        for (int i = 0; i < group; ++i) part[i] += values[i];
+        for (int64_t i = 0; i < group; ++i) part[i] += values[k * group + i];
       }
-      for (int i = 0; i < group; ++i) total[column + i] += part[i];
-    }
-    for (; column < sum.columns; ++column) {
-      A part = 0;
-      for (int64_t k = 0; k < count; ++k) part += static_cast<A>(rows[k * sum.columns + column]);
-      total[column] += part;
+      for (int64_t i = 0; i < width; ++i) total[column + i] += part[i];
     }
   }
 }
