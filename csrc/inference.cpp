@@ -284,14 +284,8 @@ class Pass : Arguments {
     require(past.size(2) == num_past && past.size(3) == features);
     const MaybeTensor bias = next_bias(has_bias, features);
     const auto is_reset = [&](int64_t batch, int64_t step) {
-      if (resets.empty()) return false;
+      if (resets.empty() || step < 0) return false;
       return data_of<const uint8_t>(resets[0])[batch * resets[0].stride(0) + step * resets[0].stride(1)] != 0;
-    };
-    // Number of inputs before this step, at most num_past, that no reset has removed.
-    const auto num_visible = [&](int64_t batch, int64_t step) {
-      int64_t visible = 0;
-      while (visible < num_past && (step - visible < 0 || !is_reset(batch, step - visible))) ++visible;
-      return visible;
     };
     with_type([&](auto type) {
       using T = decltype(type);
@@ -302,23 +296,22 @@ class Pass : Arguments {
                         : data_of<const T>(x) + (batch * steps + step) * features;
       };
       for_each_row(num_rows(), features * (num_past + 1), [&](int64_t row) {
-        const int64_t batch = row / steps, step = row % steps, visible = num_visible(batch, step);
+        const int64_t batch = row / steps, step = row % steps;
         const T* now = input(batch, step);
         T* to = data_of<T>(out) + row * features;
         for (int64_t i = 0; i < features; ++i) to[i] = now[i] * w[i] + (b ? b[i] : T(0));
-        for (int64_t lag = 1; lag <= visible; ++lag) {
+        for (int64_t lag = 1; lag <= num_past && !is_reset(batch, step - lag + 1); ++lag) {
           const T *before = input(batch, step - lag), *of_lag = w + lag * features;
           for (int64_t i = 0; i < features; ++i) to[i] += before[i] * of_lag[i];
         }
         for (int64_t i = 0; i < features; ++i) to[i] += now[i];
       });
       // The new state has the last step itself, and the inputs that it sees.
-      T* to = data_of<T>(last_[state]);
       for (int64_t batch = 0; batch < num_batch(); ++batch) {
-        const int64_t visible = num_visible(batch, steps - 1) + 1;
-        for (int64_t lag = num_past - 1; lag >= 0; --lag, to += features) {
-          if (lag < visible) std::copy_n(input(batch, steps - 1 - lag), features, to);
-          if (lag >= visible) std::fill_n(to, features, T(0));
+        T* to = data_of<T>(last_[state]) + batch * num_past * features;
+        std::fill_n(to, num_past * features, T(0));
+        for (int64_t lag = 0; lag < num_past && (lag == 0 || !is_reset(batch, steps - lag)); ++lag) {
+          std::copy_n(input(batch, steps - 1 - lag), features, to + (num_past - 1 - lag) * features);
         }
       }
     });

@@ -14,27 +14,26 @@ constexpr int64_t tile_size = 512;
 template <class A>
 class Tile {
  public:
-  // The bias may be null. If there are no features, they are 0.
   template <class T>
-  Rows<const A> read(Rows<const T> from, const A* bias, int64_t steps, int64_t count) {
+  Rows<const A> read(Rows<const T> from, int64_t steps, int64_t count, const A* bias = nullptr) {
+    Rows<const A> features = place<const A>(from, count);
+    if (features.data == values_) load(values_, from, steps, count);
+    if (!bias) return features;
     const int64_t padded = padded_size(count);
-    const Rows<const A> copied = {values_, padded};
-    if constexpr (std::is_same_v<T, A>) {
-      if (from.data && count >= group) return bias ? add(from, bias, steps, padded) : from;
+    for (int64_t step = 0; step < steps; ++step, features.data += features.stride) {
+      A* to = values_ + step * padded;
+      MINGRU_LANES
+      for (int64_t i = 0; i < padded; ++i) to[i] = features.data[i] + bias[i];
     }
-    if (from.data) {
-      load(values_, from, steps, count);
-    } else {
-      std::memset(values_, 0, steps * padded * sizeof(A));
-    }
-    return bias ? add(copied, bias, steps, padded) : copied;
+    return {values_, padded};
   }
 
-  // Where the features are to be written before `write` is called with the same arguments.
-  template <class T>
-  Rows<A> place(Rows<T> to, int64_t count) {
-    if constexpr (std::is_same_v<T, A>) {
-      if (count >= group) return to;
+  // The given memory, or that of the tile if features are copied. There they are to be written before `write` is called
+  // with the same arguments.
+  template <class Value, class T>
+  Rows<Value> place(Rows<T> rows, int64_t count) {
+    if constexpr (std::is_same_v<T, Value>) {
+      if (count >= group) return rows;
     }
     return {values_, padded_size(count)};
   }
@@ -45,15 +44,6 @@ class Tile {
   }
 
  private:
-  Rows<const A> add(Rows<const A> features, const A* bias, int64_t steps, int64_t padded) {
-    for (int64_t step = 0; step < steps; ++step, features.data += features.stride) {
-      A* to = values_ + step * padded;
-      MINGRU_LANES
-      for (int64_t i = 0; i < padded; ++i) to[i] = features.data[i] + bias[i];
-    }
-    return {values_, padded};
-  }
-
   alignas(64) A values_[tile_size];
 };
 
@@ -94,8 +84,6 @@ class Steps {
   }
 
  private:
-  static constexpr const A* no_bias = nullptr;
-
   int64_t num_steps() const { return span_.end - span_.begin; }
 
   // The place in the dimension of time, or in packed data, after a number of steps of the pass.
@@ -143,9 +131,10 @@ class Steps {
     return {static_cast<Value*>(sequence.data) + first, run.stride * sequence.step_stride};
   }
 
-  template <class Value>
-  Value* state_at(Value* states) const {
-    return states ? states + span_.batch * scan_.num_features + span_.feature : nullptr;
+  // The state of the batch element, which is 0 without states.
+  const A* state_of(const void* states) const {
+    static constexpr A zeros[most_features] = {};
+    return states ? static_cast<const A*>(states) + span_.batch * scan_.num_features + span_.feature : zeros;
   }
 
   void run_features(const Run& run, int64_t done, int64_t feature, int64_t count) {
@@ -163,11 +152,11 @@ class Steps {
     for (int k = 0; k < num_inputs; ++k) {
       const A* bias = static_cast<const A*>(scan_.biases[k]);
       if (bias) bias += span_.feature + feature;
-      lanes_.read[k] = tiles_[k].read(rows_of<const T>(scan_.inputs[k], run, feature), bias, run.steps, count);
+      lanes_.read[k] = tiles_[k].read(rows_of<const T>(scan_.inputs[k], run, feature), run.steps, count, bias);
     }
     if (is_backward_) {
       const auto grad_out = rows_of<const T>(scan_.grad_out, run, feature);
-      lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, no_bias, run.steps, count);
+      lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, run.steps, count);
       lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
       if (scan_.grads_of_dt.data) {
         A* grads = static_cast<A*>(scan_.grads_of_dt.data) + scan_.grads_of_dt.index(span_.batch, run.position);
@@ -175,7 +164,7 @@ class Steps {
       }
     }
     for (int k = 0; k < num_written; ++k) {
-      lanes_.written[k] = written_tiles_[k].place(rows_of<T>(written[k], run, feature), count);
+      lanes_.written[k] = written_tiles_[k].template place<A>(rows_of<T>(written[k], run, feature), count);
     }
     loops_.run[is_backward_](lanes_);
     for (int k = 0; k < num_written; ++k) {
@@ -188,19 +177,20 @@ class Steps {
     const bool is_reset = is_reset_at(run.position);
     if (!is_reset && !is_first(done)) {
       const Run before = {position_of(done + 1), run.stride, run.steps};
-      return tile.read(rows_of<const T>(scan_.out, before, feature), no_bias, run.steps, count);
+      return tile.read(rows_of<const T>(scan_.out, before, feature), run.steps, count);
     }
-    const A* previous = state_at(static_cast<const A*>(is_reset ? scan_.initial_state : scan_.h));
-    return tile.read(Rows<const A>{previous ? previous + feature : nullptr, 0}, no_bias, run.steps, count);
+    const A* previous = state_of(is_reset ? scan_.initial_state : scan_.h);
+    return tile.read(Rows<const A>{previous + feature, 0}, run.steps, count);
   }
 
   // The state becomes the initial state. Backward, its gradient is a part of that of the initial state.
   void reset() {
-    const A* initial_state = is_backward_ ? nullptr : state_at(static_cast<const A*>(scan_.initial_state));
-    A* gradient = state_at(static_cast<A*>(scan_.grad_initial_state));
+    const A* next = state_of(is_backward_ ? nullptr : scan_.initial_state);
+    A* gradient = static_cast<A*>(scan_.grad_initial_state);
+    if (gradient) gradient += span_.batch * scan_.num_features + span_.feature;
     for (int64_t i = 0; i < span_.num_features; ++i) {
       if (gradient) gradient[i] += state_[i];
-      state_[i] = initial_state ? initial_state[i] : A(0);
+      state_[i] = next[i];
     }
   }
 

@@ -130,9 +130,10 @@ MINGRU_INLINE A sum_of(const A* values, int64_t count) {
 }
 
 // A step of a cell, forward or backward.
-template <class Cell, int num_inputs, class OfStep, bool is_backward, class A>
+template <class Cell, int num_inputs, class OfStep, bool is_backward>
 struct Pass {
   using Time = OfStep;
+  using A = typename Time::Accumulation;
   using Number = typename Cell::template Number<A>;
   static constexpr bool is_complex = !std::is_same_v<Number, A>;
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
@@ -223,7 +224,7 @@ template <class A>
 MINGRU_INLINE void set_time(Untimed<A>&, A) {}
 
 // Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes.
-template <class Pass, class A>
+template <class Pass, class A = typename Pass::A>
 static void run_lanes(const Lanes<A>& given) {
   constexpr int64_t per_group = Pass::per_group, chunk = is_split ? per_group : most_lanes;
   constexpr int64_t most = most_lanes / Pass::numbers;
@@ -253,20 +254,17 @@ struct Loops {
   void (*run[2])(const Lanes<A>&);
 };
 
-template <class A, class Cell, int num_inputs, class Time>
-static Loops<A> loops_in_time() {
-  using Forward = Pass<Cell, num_inputs, Time, false, A>;
-  using Backward = Pass<Cell, num_inputs, Time, true, A>;
-  return {num_inputs, {run_lanes<Forward, A>, run_lanes<Backward, A>}};
-}
+template <class Cell, int num_inputs, class Time>
+constexpr Loops<typename Time::Accumulation> loops_in_time = {
+    num_inputs, {run_lanes<Pass<Cell, num_inputs, Time, false>>, run_lanes<Pass<Cell, num_inputs, Time, true>>}};
 
 template <class A, class Cell, int num_inputs, bool takes_time>
 static Loops<A> loops_of(const Scan& scan) {
   if constexpr (takes_time) {
-    if (scan.is_bounded) return loops_in_time<A, Cell, num_inputs, Bounded<A>>();
-    if (scan.dt.data) return loops_in_time<A, Cell, num_inputs, Timed<A>>();
+    if (scan.is_bounded) return loops_in_time<Cell, num_inputs, Bounded<A>>;
+    if (scan.dt.data) return loops_in_time<Cell, num_inputs, Timed<A>>;
   }
-  return loops_in_time<A, Cell, num_inputs, Untimed<A>>();
+  return loops_in_time<Cell, num_inputs, Untimed<A>>;
 }
 
 template <class A, template <class> class Cell, int num_inputs, bool takes_time>
