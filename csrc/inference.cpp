@@ -20,8 +20,7 @@ using namespace mingru;
   INSTRUCTION(keep)                      \
   INSTRUCTION(add)                       \
   INSTRUCTION(add_linear)                \
-  INSTRUCTION(rms_norm)                  \
-  INSTRUCTION(layer_norm)                \
+  INSTRUCTION(norm)                      \
   INSTRUCTION(linear)                    \
   INSTRUCTION(linear_gelu)               \
   INSTRUCTION(causal_conv)               \
@@ -190,8 +189,7 @@ class Pass : Arguments {
       case Instruction::keep: kept_.push_back(as_contiguous(x_)); return;
       case Instruction::add: add_kept(kept()); return kept_.pop_back();
       case Instruction::add_linear: add_kept(mapped(kept(), has_bias)); return kept_.pop_back();
-      case Instruction::rms_norm: return norm(false);
-      case Instruction::layer_norm: return norm(true);
+      case Instruction::norm: return norm(has_bias);
       case Instruction::linear: x_ = mapped(as_contiguous(x_), has_bias); return;
       case Instruction::linear_gelu: return map_and_gelu(has_bias);
       case Instruction::causal_conv: return convolve(has_bias, state);

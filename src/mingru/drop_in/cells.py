@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_dt, check_flags, check_reset, dims, embed_remedy, expectation, name_of
+from ..check import arguments_checked, check_flags, check_steps, dims, embed_remedy, expectation, name_of
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
@@ -60,8 +60,7 @@ class DropInCell(DropIn, RecurrentCell):
             raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
         self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
         first, letters = x.select(-1, 0), "(B,)" if x.dim() == 2 else "a scalar"
-        check_reset(self.name, reset, first, letters)
-        check_dt(self.name, dt, first, self.cell, letters, "input")
+        check_steps(self.name, first, letters, self.cell, reset, dt, "input")
 
 
 class GRUCell(DropInCell, MinGRU, role="step", planned=True):

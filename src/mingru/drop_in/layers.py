@@ -9,9 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import (
     arguments_checked,
-    check_dt,
     check_lengths,
-    check_reset,
+    check_steps,
     dims,
     embed_remedy,
     expectation,
@@ -124,8 +123,7 @@ class DropInLayer(DropIn):
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(x.shape)))
         self._check_hx(h, x, tuple(self._state_shape(x)), "L * D, B, H" if x.dim() == 3 else "L * D, H")
         letters, steps = f"({order})" if x.dim() == 3 else "(S,)", x.select(-1, 0)
-        check_reset(self.name, reset, steps, letters)
-        check_dt(self.name, dt, steps, self.cell, letters, "input")
+        check_steps(self.name, steps, letters, self.cell, reset, dt, "input")
         if lengths is not None:
             expected = "None because input has no batch"
             require(self.name, "lengths", x.dim() == 3, expected, type(lengths).__name__)

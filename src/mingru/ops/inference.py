@@ -164,7 +164,8 @@ class Plan:
         self.require(norm.eps is None or not math.isnan(norm.eps))
         # NaN is the default of RMSNorm, which depends on the dtype.
         self._numbers.append(math.nan if norm.eps is None else norm.eps)
-        self._add("rms_norm" if is_rms else "layer_norm")
+        # In C++, the norm with a bias is the layer norm.
+        self._add("norm", not is_rms)
 
     def causal_conv(self, conv: Any, state: int) -> None:
         """Add the convolution of x; the caller has checked its type."""
