@@ -41,7 +41,7 @@ struct Call {
   Cell cell() const { return static_cast<Cell>(how & 0xff); }
   Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
 
-  // Raises an error if the call is none. It must be called first.
+  // Raises an error if the call is invalid. To be called before the other functions.
   const CellTraits& traits() const {
     const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
     STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");

@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
            pre_activations.numel() == operands.num_rows() * columns),
       call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call.has(Flag::needs_dt), out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
   if (needs_x) operands.clear_padding(grad_x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);

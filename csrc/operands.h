@@ -179,13 +179,13 @@ class Operands {
 
   // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
   std::tuple<Tensor, Tensor, Tensor> add_gradients(
-      bool needs_dt, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
+      const Call& call, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
     Tensor grad_h = empty_as(h), grad_initial_state = empty({0}, h), grads_of_dt = empty({0}, h);
     scan.grad_h = grad_h.data_ptr();
-    if (needs_dt && scan.dt.data) {
+    if (call.has(Flag::needs_dt) && scan.dt.data) {
       grads_of_dt = torch::stable::new_zeros(h, sizes((scan.num_features + group - 1) / group));
       scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }

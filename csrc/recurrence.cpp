@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call.has(Flag::needs_dt), out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));

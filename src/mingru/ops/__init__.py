@@ -1,7 +1,7 @@
 """The recurrences, each computed by one of several backends.
 
-A call consists of tensors and three values: `Spec` (cell, activation, direction), `Start` (states and resets) and
-`Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
+A recurrence is one value, a `Call`: its `Spec` (cell, activation, direction), the inputs of the cell, its `Start`
+(states, resets, elapsed times) and its `Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
 """
 
 from collections.abc import Callable, Sequence
