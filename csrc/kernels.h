@@ -60,8 +60,7 @@ class Steps {
  public:
   Steps(const Scan& scan, const Span& span, void* state, bool is_backward)
       : scan_(scan), span_(span), is_backward_(is_backward), state_(static_cast<A*>(state)) {
-    lanes_.time.log_bound = static_cast<A>(scan.log_bound);
-    lanes_.time.log_range = static_cast<A>(scan.log_range);
+    lanes_.scan = &scan;
   }
 
   // Returns whether the run stopped at a match.
@@ -143,6 +142,7 @@ class Steps {
     static constexpr A one = 1;
     lanes_.steps = run.steps;
     lanes_.groups = padded_size(count) / group;
+    lanes_.feature = span_.feature + feature;
     lanes_.state = state_ + feature;
     lanes_.dt = {&one, 0};
     if (scan_.dt.data) {
@@ -160,7 +160,7 @@ class Steps {
       lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
       if (scan_.grads_of_dt.data) {
         A* grads = static_cast<A*>(scan_.grads_of_dt.data) + scan_.grads_of_dt.index(span_.batch, run.position);
-        lanes_.grads_of_dt = {grads + (span_.feature + feature) / group, run.stride * scan_.grads_of_dt.step_stride};
+        lanes_.grads_of_dt = {grads, run.stride * scan_.grads_of_dt.step_stride};
       }
     }
     for (int k = 0; k < num_written; ++k) {

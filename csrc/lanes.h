@@ -12,15 +12,16 @@ namespace mingru::MINGRU_ISA {
 // Some steps of some groups of features. A lane is a feature, or a pair of features of complex cells.
 template <class A>
 struct Lanes {
+  const Scan* scan;
+  int64_t feature;  // the first of the lanes, counted in the scan
   int64_t steps, groups;
-  Bounded<A> time;
   Rows<const A> dt;
   // The inputs and, only backward, the gradient of the states and the previous states.
   Rows<const A> read[most_inputs + 2];
   // Forward: h. Backward: a_{t+1} delta_{t+1}, the part of delta_t that the following step contributes.
   A* state;
   Rows<A> written[most_inputs];  // forward: the states; backward: the gradients of the inputs
-  Rows<A> grads_of_dt;           // the sum of each group; null if not needed
+  Rows<A> grads_of_dt;           // the sums of all groups of the scan; null if not needed
 };
 
 // Lanes that are computed together: see `Memo`. Two groups of pairs fill a vector of 512 bits.
@@ -200,7 +201,7 @@ struct Pass {
     for (int k = 0; k < num_written; ++k) written[k].template write<chunk>(lanes.written[k].data + feature, size);
     state.template write<chunk>(lanes.state + feature, size);
     if (is_backward && is_timed && lanes.grads_of_dt.data) {
-      A* sums = lanes.grads_of_dt.data + feature / group;
+      A* sums = lanes.grads_of_dt.data + (lanes.feature + feature) / group;
       for (int64_t i = 0; i < size; i += per_group) *sums++ = sum_of(grads_of_dt + i, per_group);
     }
   }
@@ -223,6 +224,15 @@ MINGRU_INLINE void set_time(Timed<A>& time, A dt) {
 template <class A>
 MINGRU_INLINE void set_time(Untimed<A>&, A) {}
 
+template <class A>
+MINGRU_INLINE void set_bound(Bounded<A>& time, const Scan& scan) {
+  time.log_bound = static_cast<A>(scan.log_bound);
+  time.log_range = static_cast<A>(scan.log_range);
+}
+
+template <class A>
+MINGRU_INLINE void set_bound(Untimed<A>&, const Scan&) {}
+
 // Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes.
 template <class Pass, class A = typename Pass::A>
 static void run_lanes(const Lanes<A>& given) {
@@ -230,7 +240,8 @@ static void run_lanes(const Lanes<A>& given) {
   constexpr int64_t most = most_lanes / Pass::numbers;
   const int64_t count = given.groups * per_group;
   Lanes<A> lanes = given;  // a copy, to which nothing else points
-  typename Pass::Time time = lanes.time;
+  typename Pass::Time time{};
+  set_bound(time, *lanes.scan);
   for (int64_t step = 0; step < lanes.steps; ++step) {
     set_time(time, lanes.dt.data[step * lanes.dt.stride]);
     int64_t lane = 0;
