@@ -223,11 +223,13 @@ def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
-    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
-    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
-    require(name, "min_decay", is_valid, expected, repr(min_decay))
-    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-    require(name, "min_decay", gate != "signed" or not any(bounds), expected, repr(min_decay))
+    if not all(is_number(bound) for bound in bounds):
+        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if gate == "signed" and any(bounds):
+        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     return [float(bound) for bound in bounds]
 
 

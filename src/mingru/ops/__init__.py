@@ -1,7 +1,8 @@
 """The recurrences, each computed by one of several backends.
 
 A recurrence is one value, a `Call`: its `Spec` (cell, activation, direction), the inputs of the cell, its `Start`
-(states, resets, elapsed times) and its `Layout` (memory layout). The callers, `functional` and `modules`, check the tensors before the call.
+(states, resets, elapsed times) and its `Layout` (memory layout). The callers, `functional` and `modules`, check the
+tensors before the call.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,9 +64,9 @@ def linear_recurrence(
     def run(choice: Choice) -> States:
         tensors = route.fused_with(linear, choice.backend, call)
         if tensors is None:
-            return _run(choice, call._replace(tensors=list(linear(x).chunk(NUM_INPUTS[spec.cell], -1))))
+            return _run(choice, Call(spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
-        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), call._replace(tensors=tensors), keep)
+        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), Call(spec, tensors, start, order), keep)
 
     return _run_or_other(run, spec, x)
 

@@ -146,8 +146,8 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        used: Any = None if start.reset is None else start.initial_state
-        args = *flattened(start._replace(initial_state=used), layout), *tensors
+        h, given, *rest = flattened(start, layout)
+        args = h, None if start.reset is None else given, *rest, *tensors
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
     return _kernel(choice).forward(call, False)[:2]
@@ -155,9 +155,8 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
 
 def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
     """Return the call of the flat list."""
-    start, layout, tensors = from_flat(args, time_first)
-    if start.reset is None:
-        start = start._replace(initial_state=start.h)
+    h, initial_state, *rest = args
+    start, layout, tensors = from_flat([h, h if initial_state is None else initial_state, *rest], time_first)
     return Call(spec, list(tensors), start, layout)
 
 

@@ -87,7 +87,7 @@ def grads_of_start(start: Start, of_states: Sequence[Tensor], grad_dt: Tensor | 
     grad_h, grad_initial_state = of_states
     of_initial_state: Any = None
     if start.reset is not None and grad_initial_state.numel() > 0:
-        summed = grad_initial_state.view(start.h.shape).sum_to_size(start.initial_state.shape)
+        summed = grad_initial_state.sum_to_size(start.initial_state.shape)
         of_initial_state = as_dtype(summed, start.initial_state.dtype)
     return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)
 

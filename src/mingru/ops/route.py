@@ -161,7 +161,8 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     """Return the fused kernel that can compute the recurrence from its pre-activations, or None."""
     spec, inputs, start, layout = call
     kernel = backend_of(name).kernel
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start)):
+    # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start[2:])):
         return None
     # The features of a pair must be next to each other.
     if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -183,7 +184,7 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if not are_ordinary(x, weight, *_given(*start)) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, weight, *_given(*start[2:])) or not x.is_floating_point() or x.numel() == 0:
         return None
     if is_autocast(x):
         return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None

@@ -117,6 +117,7 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     """
     spec, tensors, start, layout = call
     like = tensors[0]
+    _, _, *rest = flattened(start, layout)
     h = _state(start.h, like)
     initial_state = h if start.reset is None else _state(start.initial_state.expand_as(h), like)
     how = number_of(spec)
@@ -124,7 +125,7 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
-    return flattened(start._replace(h=h, initial_state=initial_state), layout), how, spec.min_decay
+    return [h, initial_state, *rest], how, spec.min_decay
 
 
 def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:

@@ -56,7 +56,7 @@ def _register() -> torch.library.Library:
         return (
             launch.grads_like(inputs, num_leading),
             h.new_empty(h.shape),
-            first.new_empty(0 if initial_state is None else (h.shape[0], num_features), dtype=dtype),
+            first.new_empty(0 if initial_state is None else h.shape, dtype=dtype),
             first.new_empty(0 if dt is None or not needs_dt else dt.shape, dtype=dtype),
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )

@@ -249,7 +249,7 @@ def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float
 def backward(
     inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the inputs, side by side, and of h, of the initial state (B, N), of dt and of a bias.
+    """Return the gradients of the inputs, side by side, and of h, of the initial state, of dt and of a bias.
 
     The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
     grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
@@ -278,6 +278,8 @@ def backward(
     grad_initial_state, grad_dt, grad_bias = (
         new(0) if x is None else _summed(x, dim) for x, dim in zip(sums.values(), (1, -1, 0), strict=True)
     )
+    if initial_state is not None:
+        grad_initial_state = grad_initial_state.view(h.shape)
     return grads, grad_h, grad_initial_state, grad_dt, grad_bias
 
 
