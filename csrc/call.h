@@ -33,22 +33,22 @@ constexpr auto num_arguments = static_cast<size_t>(Argument::count);
 struct Call {
   const char* name;  // of the operator, for errors
   const std::vector<MaybeTensor>& tensors;
-  int64_t how;  // the numbers of cell and activation, a byte each, and the flags
-  double min_decay;
+  const int64_t how;  // the numbers of cell and activation, a byte each, and the flags
+  const double min_decay;
+
+  Call(const char* name, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay)
+      : name(name), tensors(tensors), how(how), min_decay(min_decay) {
+    const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
+    STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
+    const bool is_whole = tensors.size() == num_arguments && tensors[0] && tensors[1];
+    STD_TORCH_CHECK(is_whole, name, ": a call has ", num_arguments, " tensors, the first two required");
+  }
 
   const MaybeTensor& operator[](Argument argument) const { return tensors[static_cast<size_t>(argument)]; }
   bool has(Flag flag) const { return (how >> (16 + static_cast<int>(flag)) & 1) != 0; }
   Cell cell() const { return static_cast<Cell>(how & 0xff); }
   Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
-
-  // Raises an error if the call is invalid. To be called before the other functions.
-  const CellTraits& traits() const {
-    const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
-    STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
-    const bool is_whole = tensors.size() == num_arguments && tensors[0] && tensors[1];
-    STD_TORCH_CHECK(is_whole, name, ": a call has ", num_arguments, " tensors, the first two required");
-    return cells[how & 0xff];
-  }
+  const CellTraits& traits() const { return cells[how & 0xff]; }
 };
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

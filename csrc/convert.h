@@ -1,5 +1,5 @@
-// Copies and conversions of groups of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep subnormals
-// and NaN.
+// Copies and conversions of groups of features. bfloat16 and float16 are rounded to the nearest, ties to even, and keep
+// subnormals and NaN.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
