@@ -215,6 +215,17 @@ def test_gradient_at_the_kink_and_at_a_state_of_zero(backend):
     assert grad_h.flatten().tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("dt", [None, torch.ones(1, 1).double()])
+@pytest.mark.parametrize("backend", ALL)
+def test_gradient_at_the_bound_of_the_decay(backend, dt):
+    """At a gate of -log(min_decay), formulas of two sides meet."""
+    gate = torch.full((1, 1), math.log(4.0), dtype=torch.double, requires_grad=True)
+    zero, one = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
+    out, _ = run(backend, "mingru", [gate, zero], one, zero, None, dt, min_decay=0.25)
+    # sigma(-gate) = 0.2, r = 0.25 + 0.75 * 0.2 and h' = r + (1 - r) g(0).
+    torch.testing.assert_close(*torch.autograd.grad(out, gate), torch.full((1, 1), -0.75 * 0.2 * 0.8 * 0.5).double())
+
+
 @pytest.mark.parametrize("steps", [100, 10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_float32_error_by_length(steps):
     gate, candidate = (2 * torch.randn(1, steps, 2) for _ in range(2))

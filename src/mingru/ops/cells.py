@@ -119,9 +119,13 @@ def _log_decay(gate: Tensor, min_decay: float) -> Tensor:
     if min_decay == 0:
         return F.logsigmoid(-gate)
     # The gate l with sigma(-l) = m + (1 - m) sigma(-gate) is gate + log(1 - m) - softplus(gate + log m). It is computed
-    # without infinity minus infinity for an infinite gate.
+    # without infinity minus infinity for an infinite gate. Not by `clamp_max` and `abs`, whose gradients at the bound
+    # are not those of one and the same side.
     log_min, log_range = math.log(min_decay), math.log1p(-min_decay)
-    bounded = gate.clamp_max(-log_min) + log_range + F.logsigmoid((gate + log_min).abs())
+    over = gate + log_min
+    is_over = over > 0
+    distance = torch.where(is_over, over, -over)
+    bounded = gate.masked_fill(is_over, -log_min) + log_range + F.logsigmoid(distance)
     return F.logsigmoid(-bounded)
 
 
