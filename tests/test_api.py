@@ -2,14 +2,20 @@
 
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import inspect
+import operator
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import torch
 
 import mingru
+from mingru.ops import private
 
 CONV = (
     "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
@@ -191,3 +197,51 @@ def test_version():
 
 def test_types_are_shipped():
     assert importlib.resources.files("mingru").joinpath("py.typed").is_file()
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    name = re.compile(
+        r"\btorch\.([\w.]+\.)?_[a-zA-Z]|\bfrom torch[\w.]* import .*\b_[a-zA-Z]|\bforward_ad\._"
+        r"|__(prepare_scriptable|script_if_tracing|original_fn)|\b_dynamo_"
+    )
+    files = Path(mingru.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if name.search(file.read_text("utf-8"))] == ["private.py"]
+
+
+def computed(rnn, x):
+    """What a layer computes, in ways that ask for private names."""
+    with torch.no_grad():
+        plain = rnn(x)
+        steps = rnn(x[:, :1]), torch.vmap(lambda row: rnn(row.unsqueeze(0))[0])(x)
+    out, h = rnn(x)
+    grads = torch.autograd.grad(out.square().sum() + h.square().sum(), list(rnn.parameters()))
+    several = torch.ones(2, *out.shape).double()
+    batched = torch.autograd.grad(rnn(x)[0], rnn.layers[0].linear.bias, several, is_grads_batched=True)
+    return plain, steps, (out, h), grads, batched, torch.jit.script(rnn)(x), torch.jit.trace(rnn, (x,))(x)
+
+
+def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
+    rnn, x = mingru.MinGRU(3, 4, 2).double(), torch.randn(2, 20, 3).double()
+    expected = computed(rnn, x)
+
+    def gone(path):
+        raise AttributeError(path)
+
+    spec = importlib.util.spec_from_file_location("without", private.__file__)
+    without = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(operator, "attrgetter", gone)
+        spec.loader.exec_module(without)
+    without.forward_ad = None
+    names = {name: value for name, value in vars(private).items() if not name.startswith("_")}
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "mingru"]:
+        for name, value in names.items():
+            if vars(module).get(name) is value:
+                monkeypatch.setattr(module, name, getattr(without, name))
+    assert not mingru.ops.graph.is_untransformed()
+    torch.testing.assert_close(computed(rnn, x), expected)
+    # Of these two, no right result is known.
+    with pytest.raises(RuntimeError, match="forward mode over forward mode"):
+        torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+    with pytest.raises(ImportError, match="which this function needs"):
+        mingru.export.onnx(rnn, x, "rnn.onnx")

@@ -14,11 +14,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
 from .check import check_int, check_type, dims, expectation, not_a_tensor, require
 from .models.generation import in_eval_mode
 from .modules.layer import Dims, Layer
+from .ops.private import ONNX_REGISTRATION_LOG, pytree
 
 __all__ = ["onnx"]
 
@@ -282,7 +282,7 @@ def _numbered(name: str, value: object) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence messages about PyTorch's internals."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger = logging.getLogger(ONNX_REGISTRATION_LOG)
     logger.addFilter(_is_relevant)
     try:
         with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..check import check_flags
+from ..ops.private import ASKED_BY_COMPILED
 from .twins import SUBCLASS, TWINS, Wanted, converted, described, wanted_twins
 
 
@@ -52,9 +53,6 @@ class _Patch:
         text = f"patch: {name} is not replaced, because {SUBCLASS}; derive it from a class of mingru.drop_in instead"
         warnings.warn(text, stacklevel=stacklevel)
 
-
-# The modules in which torch.compile answers what a program asks.
-ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
 
 # Innermost last. A thread, and a task of asyncio, sees the blocks that it has entered.
 _PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())

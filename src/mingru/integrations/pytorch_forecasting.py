@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .. import drop_in
+from ..ops.private import pytree
 from . import require
 
 with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):
@@ -32,10 +32,12 @@ class _WithStates:
         return zeros if rnn.mode == "GRU" else (zeros, zeros.clone())
 
     def handle_no_encoding(self, hidden_state: Any, no_encoding: Tensor, initial_hidden_state: Any) -> Any:
-        return tree_map(lambda h, initial: torch.where(no_encoding, initial, h), hidden_state, initial_hidden_state)
+        return pytree.tree_map(
+            lambda h, initial: torch.where(no_encoding, initial, h), hidden_state, initial_hidden_state
+        )
 
     def repeat_interleave(self, hidden_state: Any, n_samples: int) -> Any:
-        return tree_map(lambda h: h.repeat_interleave(n_samples, 1), hidden_state)
+        return pytree.tree_map(lambda h: h.repeat_interleave(n_samples, 1), hidden_state)
 
 
 class GRU(_WithStates, drop_in.GRU, role="custom"):  # type: ignore[misc]

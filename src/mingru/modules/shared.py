@@ -3,11 +3,11 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.cells import default_candidate
 from ..ops.graph import is_captured
+from ..ops.private import unsafe_view
 
 MaybeTensor = Tensor | None
 MaybeList = list[Tensor] | None
@@ -21,7 +21,7 @@ def reshaped(x: Tensor, shape: list[int]) -> Tensor:
 
     No operation may have saved x for backward, because in-place changes of the result would not be detected.
     """
-    return x.view(shape) if is_captured() else torch.ops.aten._unsafe_view(x, shape)
+    return x.view(shape) if is_captured() else unsafe_view(x, shape)
 
 
 def copied(view: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch import eager_transforms
 
 from .backend import Kernel, KernelFailure, Needs, Saved
 from .backends import traceable
@@ -22,6 +21,7 @@ from .call import Call, Spec, flattened, from_flat
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
+from .private import jvp_nesting
 from .route import Choice, after, backend_of
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype
@@ -108,7 +108,7 @@ class Scan(ScanInGraph):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        if eager_transforms.JVP_NESTING > 1:
+        if jvp_nesting() > 1:
             raise RuntimeError(
                 "mingru: forward mode over forward mode would give wrong results, because PyTorch silently drops the "
                 "inner tangent of a custom function; use jacfwd over jacrev, or the backend 'sequential'"

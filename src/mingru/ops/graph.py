@@ -10,12 +10,20 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, _jit_internal, nn
-from torch.autograd import forward_ad
-from torch.jit import _trace
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor, nn
 
-is_scripting = _jit_internal.is_scripting
+from . import private
+from .private import (
+    are_functorch_transforms_active,
+    has_any_global_hook,
+    is_forward_mode,
+    is_legacy_batchedtensor,
+    len_torch_dispatch_stack,
+    len_torch_function_stack,
+)
+
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 # True for `torch.compile` and `torch.export`, and only for `torch.export`.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
@@ -24,15 +32,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def is_tracing() -> bool:
-    return bool(_trace.is_tracing())  # type: ignore[no-untyped-call]
-
-
 def scripted_as(twin: Callable[..., object]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function in whose place TorchScript compiles `twin`."""
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
-        vars(function)["__prepare_scriptable__"] = lambda: twin
+        vars(function)[private.PREPARE_SCRIPTABLE] = lambda: twin
         return function
 
     return decorated
@@ -74,23 +78,23 @@ def is_plain_inference(x: Any) -> bool:
         and x.is_cpu
         and is_untransformed()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not len_torch_dispatch_stack()
+        and not len_torch_function_stack()
+        and not has_any_global_hook()
     )
 
 
 def is_untransformed() -> bool:
     """Return whether calls are neither traced nor transformed, by functorch or forward-mode AD."""
-    return not (is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return not (is_tracing() or are_functorch_transforms_active() or is_forward_mode())
 
 
 def are_batched(*tensors: Tensor | None) -> bool:
     """Return whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
     if is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or any(
-        tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
+    return are_functorch_transforms_active() or any(
+        tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors
     )
 
 
@@ -125,15 +129,15 @@ def for_trace(function: Callable[P, T]) -> Callable[P, T]:
         return _scripted(function)(*args, **kwargs) if is_tracing() else function(*args, **kwargs)
 
     # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
-    vars(run).update(__script_if_tracing_wrapper=True, __original_fn=function)
+    vars(run).update({private.SCRIPT_IF_TRACING: True, private.ORIGINAL: function})
     return run
 
 
 @functools.cache
 def _scripted(function: Callable[P, T]) -> Callable[P, T]:
     with warnings.catch_warnings():
-        # PyTorch's deprecation warning, which torch.jit.trace has already shown.
-        warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
+        # PyTorch's warning of deprecation, which torch.jit.trace has already shown.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is")
         return torch.jit.script(function)
 
 
@@ -145,12 +149,12 @@ def untraced(check: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         if not is_tracing():
             check(*args, **kwargs)
-            return
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            check(*args, **kwargs)
-        finally:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+        elif private.get_tracing_state is not None:
+            state = private.get_tracing_state()
+            private.set_tracing_state(None)
+            try:
+                check(*args, **kwargs)
+            finally:
+                private.set_tracing_state(state)
 
     return run

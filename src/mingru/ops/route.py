@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import Backend, Kernel, KernelFailure
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import is_complex
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_tracing
+from .private import has_any_global_hook
 from .shape import as_dtype
 
 BACKENDS: dict[str, Backend] = {
@@ -221,7 +221,7 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 def is_hooked(module: nn.Module) -> bool:
     """Return whether calling the module does more than the `forward` of its class."""
     return bool(
-        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        has_any_global_hook()
         or "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks

@@ -20,6 +20,7 @@ from ...call import Call, Spec, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
+from ...private import len_torch_dispatch_stack
 from ...shape import States, accumulate_dtype, as_dtype
 from . import launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
@@ -78,7 +79,7 @@ def _run(name: str, call: Call, saved: Sequence[Tensor], *flags: bool) -> tuple[
     given = flattened(start._replace(initial_state=initial_state), layout)
     tensors = (inputs, given, saved) if name == "backward" else (inputs, given)
     # A call may skip the dispatcher if nothing else could take it.
-    is_direct = are_eager(*inputs) and not torch._C._len_torch_dispatch_stack()
+    is_direct = are_eager(*inputs) and not len_torch_dispatch_stack()
     run: Any = getattr(launch, name) if is_direct else getattr(torch.ops.mingru, f"recurrence_triton_{name}")
     flags = spec.reverse, layout.time_first, *flags
     return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, list(flags)))

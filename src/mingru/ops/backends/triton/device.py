@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...call import Spec
+from ...private import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")
@@ -27,7 +28,7 @@ def _call_while_compiling(function: Any) -> None:
 
     `torch.compiler.assume_constant_result` does this too, but it loads the whole compiler.
     """
-    function._dynamo_marked_constant = True
+    setattr(function, MARKED_CONSTANT, True)
 
 
 _call_while_compiling(unavailable)

@@ -1,0 +1,74 @@
+"""All private names of torch that this package uses. Each comment says what happens in a torch without the name.
+
+No name is needed for `import mingru`. Without one of the functions that are asked at every call, results are the same,
+but slower. The attributes of `nn.Module` that its subclasses use, such as `_modules`, are not listed.
+"""
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _of_torch(path: str, otherwise: Any) -> Any:
+    """Return torch's own function, so that a call costs nothing more, or what replaces it."""
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+        return otherwise
+
+
+def _yes(*args: object) -> bool:
+    return True
+
+
+def _copied(x: Tensor, shape: list[int]) -> Tensor:
+    return x.reshape(shape).clone()
+
+
+class _Missing:
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"mingru: torch {torch.__version__} has no torch.utils._pytree, which this function needs")
+
+
+# Every call takes the dispatcher, and no module runs as one operator.
+len_torch_dispatch_stack = _of_torch("_C._len_torch_dispatch_stack", _yes)
+# No module runs as one operator.
+len_torch_function_stack = _of_torch("_C._len_torch_function_stack", _yes)
+# The same, and `nn.Linear` is called as a module.
+has_any_global_hook = _of_torch("nn.modules.module._has_any_global_hook", _yes)
+# No call runs in fused kernels, and gradients are computed by operations that vmap can map.
+are_functorch_transforms_active = _of_torch("_C._are_functorch_transforms_active", _yes)
+# Gradients are computed by operations that vmap can map.
+is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _yes)
+# `torch.jit.trace` does not check its example.
+get_tracing_state = _of_torch("_C._get_tracing_state", None)
+set_tracing_state = _of_torch("_C._set_tracing_state", None)
+# A result in another shape is a copy.
+unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
+# `mingru.export.onnx` raises an error.
+pytree = _of_torch("utils._pytree", _Missing())
+_eager_transforms = _of_torch("_functorch.eager_transforms", None)
+
+# Scripting compiles the eager code of a function in place of its twin, and fails if TorchScript does not support it.
+PREPARE_SCRIPTABLE = "__prepare_scriptable__"
+SCRIPT_IF_TRACING, ORIGINAL = "__script_if_tracing_wrapper", "__original_fn"
+# `torch.compile` traces a function that it would otherwise call.
+MARKED_CONSTANT = "_dynamo_marked_constant"
+# The log of an ONNX export has a line about torchvision.
+ONNX_REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
+# The modules in which `torch.compile` answers `isinstance`. A compiled program does not take a layer that
+# `drop_in.patch` has replaced for the layer of torch.
+ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward-mode AD is active. Without the name, no call runs in fused kernels."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def jvp_nesting() -> int:
+    """Return how often `torch.func.jvp` is nested. Without the name, it is refused as if it were nested."""
+    return getattr(_eager_transforms, "JVP_NESTING", 2)
