@@ -25,7 +25,6 @@ SIZES = [(2, 7), (1, 1), (3, 4), (2, 5), (1, 20)]
 pytestmark = [
     pytest.mark.usefixtures("_fresh_compiler"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
 ]
 

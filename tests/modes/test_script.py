@@ -190,7 +190,7 @@ LOAD_AND_RUN = """
 import warnings
 
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "`torch.jit.load` is (deprecated|not supported)", DeprecationWarning)
+warnings.filterwarnings("ignore", "`torch.jit.load` is (deprecated|not supported)")
 for key, (path, inputs) in given.items():
     try:
         run = torch.jit.load(path)

@@ -477,14 +477,15 @@ def test_gate_rows_come_first():
 @pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
 def test_space_is_what_the_convolution_makes(dilation, padding):
     for stride, kernel_size in itertools.product([1] if padding == "same" else [1, 2, (2, 1)], [1, 3, (3, 5)]):
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "device": "meta"}
+        # Not on "meta", where torch 2.11 takes a kernel that is larger than the space.
+        options = {"stride": stride, "padding": padding, "dilation": dilation}
         module = nn.Conv2d(1, 1, kernel_size, **options)
         layer = MinConv2dGRU(1, 1, kernel_size, residual=True, **options).layers[0]
         made = {}
         for size in range(1, 17):
             for space in ((size, 20), (20, size)):
                 try:
-                    made[space] = tuple(module(torch.empty(1, 1, *space, device="meta")).shape[2:])
+                    made[space] = tuple(module(torch.zeros(1, 1, *space)).shape[2:])
                 except RuntimeError:
                     made[space] = None
         for space, expected in made.items():

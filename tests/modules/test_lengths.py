@@ -235,7 +235,7 @@ def test_empty_sequences_in_a_trace():
     rnn = make(num_layers=2, bidirectional=True, norm="layer")
     x, reset = padded(rnn, (4, S))
     h = torch.randn(4, 2, 1, H).double()
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         traced = torch.jit.trace(rnn, (x, h, reset, torch.tensor([4, S])), check_trace=False)
     for lengths in ((0, 9), (0, 0), (3, 0)):
         run = together(traced, "lengths", lengths)
