@@ -2,7 +2,7 @@
 PYTHON ?= .venv/bin/python
 FILES = src tests benchmarks examples docs/hooks.py docs/equations.py selective_copying.py conftest.py
 
-.PHONY: setup format check test triton integrations slow-integrations bench gpu seeds picture modes docs sanitize wheel
+.PHONY: setup format check test triton integrations slow-integrations bench gpu seeds picture modes docs sanitize wheel torch-versions
 
 setup:
 	python3 -m venv .venv
@@ -92,3 +92,7 @@ sanitize:
 # Build the Linux wheel and install it, and the sources, without a compiler. Uncommitted changes are ignored.
 wheel:
 	.ci/wheel
+
+# Run the README's two commands with the oldest torch that the library promises, and with the newest of the package index.
+torch-versions:
+	.ci/torch_versions
