@@ -120,7 +120,7 @@ def _log_decay(gate: Tensor, min_decay: float) -> Tensor:
         return F.logsigmoid(-gate)
     # The gate l with sigma(-l) = m + (1 - m) sigma(-gate) is gate + log(1 - m) - softplus(gate + log m). It is computed
     # without infinity minus infinity for an infinite gate. Not by `clamp_max` and `abs`, whose gradients at the bound
-    # are not those of one and the same side.
+    # are of different sides.
     log_min, log_range = math.log(min_decay), math.log1p(-min_decay)
     over = gate + log_min
     is_over = over > 0

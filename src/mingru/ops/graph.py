@@ -149,7 +149,7 @@ def untraced(check: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         if not is_tracing():
             check(*args, **kwargs)
-        elif private.get_tracing_state is not None:
+        elif private.can_pause_trace:
             state = private.get_tracing_state()
             private.set_tracing_state(None)
             try:

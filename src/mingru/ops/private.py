@@ -46,6 +46,7 @@ is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _ye
 # `torch.jit.trace` does not check its example.
 get_tracing_state = _of_torch("_C._get_tracing_state", None)
 set_tracing_state = _of_torch("_C._set_tracing_state", None)
+can_pause_trace = get_tracing_state is not None and set_tracing_state is not None
 # A result in another shape is a copy.
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 # `mingru.export.onnx` raises an error.
