@@ -77,7 +77,7 @@ CONTRACT = {
     "drop_in.LSTMCell": f"{CELL_OF_TORCH}, *, {LSTM_OPTIONS}, {CELL_OPTIONS}",
     "drop_in.LSTMCell.forward": "self, input, hx=None, reset=None, dt=None",
     "drop_in.patch": "gru=True, lstm=True, *, everywhere=False, num_layers=None, **options",
-    "drop_in.replace": "model, gru=True, lstm=False, *, num_layers=None, **options",
+    "drop_in.replace": "model, gru=True, lstm=True, *, num_layers=None, **options",
     "convert.from_cheind": (
         "state_dict, prefix='', *, residual=None, dropout=0.0, stride=None, padding=None, num_groups=None"
     ),
@@ -92,7 +92,7 @@ CONTRACT = {
     "functional.log_g": "x",
     "functional.mingru": "gate, candidate, h=None, *, reset=None, dt=None, backend='auto'",
     "functional.minlstm": "forget, input, candidate, h=None, *, reset=None, dt=None, backend='auto'",
-    "functional.linear_scan": "a, b, h=None, *, reverse=False, reset=None, backend='auto'",
+    "functional.linear_scan": "a, b, h=None, *, reverse=False, reset=None, lengths=None, backend='auto'",
     "functional.parallel_scan_log": "log_a, log_b",
     "functional.reset_from_lengths": "lengths, num_steps=None",
     "models.Block": (

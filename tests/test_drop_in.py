@@ -945,7 +945,7 @@ class Own(nn.GRU):
 def test_replace():
     model = Model()
     model.encoder.register_forward_hook(lambda *args: None)  # not on a layer
-    report = drop_in.replace(model)
+    report = drop_in.replace(model, lstm=False)
     a, layer, cell = model.encoder["a"], model.layers[0], model.cell
     assert type(a) is type(layer) is drop_in.GRU
     assert type(cell) is drop_in.GRUCell
@@ -969,17 +969,21 @@ def test_replace():
     )
     out, h = layer(torch.randn(S, B, IN).double())
     assert (out.shape, h.shape) == ((S, B, 2 * H), (4, B, H))
-    again = drop_in.replace(model)
+    with pytest.warns(
+        UserWarning, match=r"^replace: no layer was replaced \(lstm: torch.nn.LSTM.* lstm is False\); use p"
+    ):
+        again = drop_in.replace(model, lstm=False)
     assert (again.replaced, again.left) == ([], report.left)
-    assert [name for name, _, _ in drop_in.replace(model, gru=False, lstm=True).replaced] == ["lstm"]
+    assert [name for name, _, _ in drop_in.replace(model).replaced] == ["lstm"]
     assert type(model.lstm) is drop_in.LSTM
-    assert str(drop_in.replace(model)) == "nothing to replace"
+    with pytest.warns(UserWarning, match=r"^replace: no layer was replaced \(nothing to replace\)"):
+        assert str(drop_in.replace(model)) == "nothing to replace"
     assert model.encoder["a"] is a
 
 
 def test_replace_says_what_it_left_and_why():
     model = nn.ModuleList([Own(IN, H), nn.GRU(IN, H), nn.LSTM(IN, H), nn.RNNCell(IN, H)])
-    report = drop_in.replace(model)
+    report = drop_in.replace(model, lstm=False)
     assert type(model[0]) is Own
     assert [name for name, _, _ in report.replaced] == ["1"]
     assert report.left[0] == ("0", f"{__name__}.Own(3, 4)", "a subclass may compute something else")

@@ -299,7 +299,7 @@ def test_what_was_saved_comes_back():
     with pytest.raises(RuntimeError, match="Missing key"):
         Program().load_state_dict(state_dict)
     other = Program()
-    drop_in.replace(other, lstm=True, **options)
+    drop_in.replace(other, **options)
     other.load_state_dict(state_dict)
     torch.testing.assert_close([*other.parameters()], [*model.parameters()], rtol=0, atol=0)
 

@@ -1,6 +1,7 @@
 """Replace the layers of an existing model."""
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,9 +25,9 @@ class Report(NamedTuple):
 
 
 def replace(
-    model: nn.Module, gru: bool = True, lstm: bool = False, *, num_layers: int | None = None, **options: Any
+    model: nn.Module, gru: bool = True, lstm: bool = True, *, num_layers: int | None = None, **options: Any
 ) -> Report:
-    """Replace every `torch.nn.GRU` inside a model, in place, and with `lstm=True` every `torch.nn.LSTM`; cells too.
+    """Replace every `torch.nn.GRU` and `torch.nn.LSTM` inside a model, in place; cells too.
 
     The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. All weights are
     newly initialized and require gradients, because torch's weights have no meaning here. Train the model, with an
@@ -43,7 +44,7 @@ def replace(
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
         `left` has (qualified name, layer, reason) for each recurrent layer of torch that is not replaced: subclasses,
-        those that `gru` or `lstm` exclude, and `torch.nn.RNN`.
+        those that `gru` or `lstm` exclude, and `torch.nn.RNN`. If nothing is replaced, a warning says so.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or no class has an option of this name.
@@ -87,6 +88,9 @@ def replace(
             if type(layer) in TWINS:
                 why = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
             report.left.append((name, described(layer), why))
+    if not report.replaced:
+        text, remedy = str(report).replace("\n", "; "), "use patch() for a model that constructs its layers later"
+        warnings.warn(f"replace: no layer was replaced ({text}); {remedy}", stacklevel=2)
     return report
 
 
