@@ -391,6 +391,24 @@ def test_the_remedy_of_a_refused_b_works():
     assert_close(functional.linear_scan(a.expand_as(b), b), functional.linear_scan(a.expand_as(b).clone(), b))
 
 
+def test_lengths_of_linear_scan():
+    a, b = torch.full((2, 3), 0.5), torch.ones(2, 3)
+    out, last = functional.linear_scan(a, b, torch.tensor(4.0), lengths=torch.tensor([2, 0]))
+    assert (out.tolist(), last.tolist()) == ([[3.0, 2.5, 0.0], [0.0, 0.0, 0.0]], [[2.5], [4.0]])
+    cases = {
+        "above": ({"lengths": torch.tensor([4, 1])}, ValueError, r"lengths must be from 0 to S = 3, got \[4, 1\]"),
+        "shape": ({"lengths": torch.tensor([3])}, ValueError, r"lengths must be \(B,\) = \(2,\), got \(1,\)"),
+        "list": ({"lengths": [3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list"),
+    }
+    assert_refused(functools.partial(functional.linear_scan, a, b), cases, "linear_scan: ")
+    # TorchScript has no lengths.
+    scripted = torch.jit.script(functional.linear_scan)
+    for dtype in (torch.float32, torch.bfloat16, torch.cfloat):
+        a, b, h = torch.randn(3, 2, 40, 3, dtype=dtype)
+        options = {"h": h[:, :1], "reset": torch.rand(2, 40) < 0.2, "reverse": True}
+        assert_close(scripted(a.tanh(), b, **options), functional.linear_scan(a.tanh(), b, **options))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["mingru", "minlstm", "linear_scan"])
 def test_batched_gradients_of_functions(name, backend):

@@ -4,6 +4,8 @@ Notation, here and in the whole package: B batch, S sequence (time), I input fea
 D directions (1 or 2), * any trailing sizes.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from . import ops
 from .check import (
     check_choice,
     check_flag,
+    check_lengths,
     check_min_decay,
     check_reset,
     check_state,
@@ -22,8 +25,10 @@ from .check import (
 )
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
+from .ops.backends import traceable as _traceable
 from .ops.call import Spec, Start
 from .ops.cells import GATES, default_candidate, is_complex, zero_state
+from .ops.graph import scripted_as
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
 
@@ -264,6 +269,17 @@ def _recurrence(
     return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
 
 
+def _scripted_linear_scan(
+    a: Tensor, b: Tensor, h: Tensor | None = None, reverse: bool = False, reset: Tensor | None = None
+) -> Tensor:
+    # TorchScript knows no keyword-only arguments, and no result that depends on an argument.
+    dtype = accumulate_dtype(b.dtype)
+    state = torch.zeros([], dtype=b.dtype, device=b.device) if h is None else h
+    state = as_dtype(state.expand([b.size(0), 1] + list(b.shape[2:])), dtype)  # noqa: RUF005 (not in TorchScript)
+    return as_dtype(_traceable.linear_scan(as_dtype(a, dtype), as_dtype(b, dtype), state, reset, reverse)[0], b.dtype)
+
+
+@overload
 def linear_scan(
     a: Tensor,
     b: Tensor,
@@ -271,8 +287,35 @@ def linear_scan(
     *,
     reverse: bool = False,
     reset: Tensor | None = None,
+    lengths: None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    reset: Tensor | None = None,
+    lengths: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@scripted_as(_scripted_linear_scan)
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a linear recurrence over time.
 
         h_t = a_t h_{t-1} + b_t
@@ -287,10 +330,14 @@ def linear_scan(
             bfloat16 or float16. Default: 0.
         reverse: If True, run from the last step to the first: h_t = a_t h_{t+1} + b_t, from `h` after the last step.
         reset: Boolean mask, (B, S). Where True, the state is set to 0 before that step: h_t = b_t.
+        lengths: Number of valid steps of each sequence, integers (B,) from 0 to S. The steps after them are padding,
+            where the result is 0; with `reverse`, the scan begins at the last valid step.
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend.
 
     Returns:
-        States in the order of time, (B, S, *), dtype of `b`.
+        States in the order of time, (B, S, *), dtype of `b`. With `lengths`, a pair: these states, and the state after
+        the last valid step of each sequence (with `reverse`, after the first step), (B, 1, *), dtype of `h`. The state
+        of an empty sequence is `h`.
 
     Raises:
         TypeError: An argument is not a tensor, or has the wrong dtype.
@@ -299,12 +346,16 @@ def linear_scan(
     Numerics:
         bfloat16 and float16 are computed in float32. A reset also stops NaN.
 
+    In TorchScript, it takes neither `lengths` nor `backend`.
+
     Examples:
         >>> a, b = torch.full((1, 4), 0.5), torch.ones(1, 4)
         >>> mingru.functional.linear_scan(a, b)
         tensor([[1.0000, 1.5000, 1.7500, 1.8750]])
         >>> mingru.functional.linear_scan(a, b, reverse=True)
         tensor([[1.8750, 1.7500, 1.5000, 1.0000]])
+        >>> mingru.functional.linear_scan(a, b, lengths=torch.tensor([2]))
+        (tensor([[1.0000, 1.5000, 0.0000, 0.0000]]), tensor([[1.5000]]))
     """
     name = "linear_scan"
     if isinstance(a, Tensor) and isinstance(b, Tensor) and _is_expandable(a, b):
@@ -313,8 +364,11 @@ def linear_scan(
     _check_sequence(name, "a", a, or_complex=True)
     check_tensor(name, "b", b, a, "a")
     check_reset(name, reset, a, "(B, S)")
+    if lengths is not None:
+        check_lengths(name, lengths, a.shape[0], a.shape[1], a.device)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
-    return ops.linear_scan(a, b, check_state(name, "h", state, a), reset, reverse, backend)[0]
+    states = ops.linear_scan(a, b, check_state(name, "h", state, a), reset, reverse, backend, lengths)
+    return states[0] if lengths is None else states
 
 
 def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:

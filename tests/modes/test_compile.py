@@ -114,7 +114,9 @@ def test_functions(name, reverse):
     """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""
 
     def run(a, b, gate, candidate, h, reset):
-        scanned = mingru.functional.linear_scan(a, b, h, reverse=reverse, reset=reset, backend=name)
+        lengths = torch.full([a.shape[0]], a.shape[1] // 2) if reverse else None
+        scanned = mingru.functional.linear_scan(a, b, h, reverse=reverse, reset=reset, lengths=lengths, backend=name)
+        scanned = scanned[0] + scanned[1] if reverse else scanned
         return scanned, mingru.functional.mingru(gate, candidate, h, reset=reset, backend=name)
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
@@ -125,6 +127,14 @@ def test_functions(name, reverse):
         assert_equal(compiled(*inputs, reset), run(*inputs, reset))
         assert_equal(*(torch.autograd.grad(losses(each, [*inputs, reset]), inputs) for each in (compiled, run)))
     assert counters["stats"]["unique_graphs"] == 2
+    # Without gradients, and in a transform that needs them.
+    a, b = torch.rand(2, 2, 20, 3, dtype=torch.double)
+    for function in (run_scan, torch.func.grad(lambda a, b: run_scan(a, b).square().sum())):
+        assert_equal(torch.compile(function, fullgraph=True, backend="eager")(a, b), function(a, b))
+
+
+def run_scan(a, b):
+    return mingru.functional.linear_scan(a, b)
 
 
 @pytest.mark.slow

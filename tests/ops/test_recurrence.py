@@ -115,6 +115,7 @@ SCANS = {
     "reverse": [False, True],
     "with_reset": [False, True],
     "features": [(), (5,), (2, 3)],
+    "with_lengths": [False, True],
 }
 
 
@@ -124,25 +125,57 @@ def scan_inputs(batch, steps, *rest, dtype=torch.double):
     return a / a.abs().clamp_min(1), b, torch.randn(batch, 1, *rest, dtype=dtype)
 
 
+def padded(x, lengths, value):
+    """Return x with a value after the end of each sequence."""
+    return torch.stack(
+        [torch.cat([row[:end], torch.full_like(row[end:], value)]) for row, end in zip(x, lengths, strict=True)]
+    )
+
+
+def one_by_one(a, b, h, reverse, reset, lengths):
+    """Return the states of each sequence without its padding, which is 0, and the last states."""
+    outs, lasts = [], []
+    for index, end in enumerate(lengths.tolist()):
+        each = slice(index, index + 1), slice(end)
+        out, last = b[each], h[index : index + 1]
+        if end > 0:
+            out = reference.linear_scan(a[each], b[each], last, reverse, None if reset is None else reset[each])
+            last = out[:, :1] if reverse else out[:, -1:]
+        outs.append(torch.cat([out, b.new_zeros(1, b.shape[1] - end, *b.shape[2:])], 1))
+        lasts.append(last)
+    return torch.cat(outs), torch.cat(lasts)
+
+
 @pytest.mark.parametrize("backend", NOT_LOG)
 @pytest.mark.parametrize("row", cover(SCANS), ids=named)
 def test_linear_scan_values_and_gradients(backend, row):
     tensors = scan_inputs(3, row["steps"], *row["features"], dtype=row["dtype"])
     reset = torch.rand(3, row["steps"]) < 0.2 if row["with_reset"] else None
     options = {"reverse": row["reverse"], "reset": reset}
+    if row["with_lengths"]:
+        lengths = torch.tensor([row["steps"], row["steps"] // 2, 0])
+        # Nothing in the padding reaches a result.
+        tensors = [padded(x, lengths, torch.nan) if x.shape[1] > 1 else x for x in tensors]
+        got = graded(
+            lambda *args: mingru.functional.linear_scan(*args, **options, lengths=lengths, backend=backend), tensors
+        )
+        expected = graded(lambda *args: one_by_one(*args, **options, lengths=lengths), tensors)
+        return assert_same(got, expected, ["out", "last", "a", "b", "h"])
     got = graded(lambda *args: [mingru.functional.linear_scan(*args, **options, backend=backend)], tensors)
     expected = graded(lambda *args: [reference.linear_scan(*args, **options)], tensors)
-    assert_same(got, expected, ["out", "a", "b", "h"])
+    return assert_same(got, expected, ["out", "a", "b", "h"])
 
 
-@pytest.mark.parametrize("dtype", [torch.double, torch.cdouble])
+@pytest.mark.parametrize(
+    ("dtype", "lengths"), [(torch.double, None), (torch.cdouble, None), (torch.double, torch.tensor([17, 5]))]
+)
 @pytest.mark.parametrize("backend", NOT_LOG)
-def test_derivatives_of_linear_scan(backend, dtype):
+def test_derivatives_of_linear_scan(backend, dtype, lengths):
     leaves = [tensor.requires_grad_() for tensor in scan_inputs(2, 17, 2, dtype=dtype)]
     reset = torch.rand(2, 17) < 0.2
 
     def function(*leaves):
-        return mingru.functional.linear_scan(*leaves, reset=reset, backend=backend)
+        return mingru.functional.linear_scan(*leaves, reset=reset, lengths=lengths, backend=backend)
 
     assert gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(function, leaves, fast_mode=True)

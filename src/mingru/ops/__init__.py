@@ -25,9 +25,18 @@ _WIDE = 64
 
 
 def linear_scan(
-    a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None = None, reverse: bool = False, backend: str = "auto"
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+    lengths: Tensor | None = None,
 ) -> States:
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
+    if lengths is not None:
+        a, b = layout.kept_in_padding(a, b, lengths, False)
+        reset = None if reset is None else reset.masked_fill(layout.padding_of(lengths, b), False)
     scan = LinearScan(a, b, h, reset, reverse)
 
     def run(choice: Choice) -> States:
@@ -40,6 +49,8 @@ def linear_scan(
         return autograd.scan(choice.backend, scan if has_kernel else in_accumulation_dtype(scan))
 
     out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
+    if lengths is not None:
+        out = layout.without_padding(out, lengths, False)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 

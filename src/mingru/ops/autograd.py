@@ -55,6 +55,10 @@ def scan(name: str, call: LinearScan) -> States:
     if backend.differentiable:
         assert backend.scan is not None
         return backend.scan(call)
+    if is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
+        # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
+        # which transforms such as `torch.func.grad` may need.
+        return _traceable_scan(call)
     function = ScanInGraph if is_compiling() else Scan
     states: States = function.apply(name, *call)  # type: ignore[no-untyped-call]
     return states

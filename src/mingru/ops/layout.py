@@ -46,8 +46,7 @@ def as_linear_scan(call: Call) -> LinearScan:
     pairs = is_complex(spec)
     lengths = call.layout.lengths
     if lengths is not None:
-        padding = along(padding_of(lengths, a), a)
-        a, b = torch.where(padding, one_like(a, pairs), a), b.masked_fill(padding, 0.0)
+        a, b = kept_in_padding(a, b, lengths, pairs)
     h, initial_state = start.h, start.initial_state
     if pairs:
         h, initial_state = to_pairs(h), to_pairs(initial_state.expand_as(h))
@@ -146,6 +145,12 @@ def in_reverse(start: Start, layout: Layout) -> Start:
 def padding_of(lengths: Tensor, like: Tensor) -> Tensor:
     """Return the mask of padded steps (B, S) of a sequence (B, S, *)."""
     return torch.arange(like.size(1), device=like.device) >= lengths.to(like.device).unsqueeze(1)
+
+
+def kept_in_padding(a: Tensor, b: Tensor, lengths: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
+    """Return a and b (B, S, *) of a scan with 1 and 0 in the padding, which keep the state there."""
+    padding = along(padding_of(lengths, a), a)
+    return torch.where(padding, one_like(a, pairs), a), b.masked_fill(padding, 0.0)
 
 
 def without_padding(x: Tensor, lengths: Tensor, time_first: bool) -> Tensor:
