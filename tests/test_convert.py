@@ -727,7 +727,7 @@ def test_foreign_weights():
     ):
         with pytest.raises(ValueError, match=message):
             convert(foreign)
-    with pytest.raises(ValueError, match=r"keys such as layers\.0\.weight, got the key layers\.0\.linear\.weight"):
+    with pytest.raises(ValueError, match=r"keys such as layers\.0\.weight, got the key layers\.0\.residual_mark"):
         from_pufferlib(mingru.MinGRU(4, 4, residual="highway").state_dict())
 
 

@@ -68,6 +68,28 @@ def test_whole_models_load_in_a_fresh_process(tmp_path):
         torch.testing.assert_close(weights, model.state_dict(), rtol=0, atol=0)
 
 
+def test_whole_modules_of_version_0_1_are_refused():
+    """Its layers had no buffer for the mark of the gate."""
+    for make in (lambda: mingru.MinGRU(3, 4), lambda: mingru.MinConv1dGRUCell(3, 4, 1), lambda: models.Block(4)):
+        model = make()
+        for module in model.modules():
+            module._buffers.pop("gate", None)
+        with pytest.raises(
+            ValueError, match=r"ayer: this whole module was saved by mingru 0\.1, .* model\.state_dict\(\)"
+        ):
+            pickle.loads(pickle.dumps(model))
+
+
+def test_whole_modules_with_fewer_marks_get_them():
+    model = mingru.Stack([mingru.MinGRU(4, 4, candidate="tanh", min_decay=0.5)], residual=True)
+    expected = model.state_dict()
+    for module in model.modules():
+        for name in [name for name in module._buffers if name.endswith("_mark")]:
+            del module._buffers[name]
+    assert len(model.state_dict()) == len(expected) - 3
+    torch.testing.assert_close(dict(pickle.loads(pickle.dumps(model)).state_dict()), dict(expected), rtol=0, atol=0)
+
+
 def test_nothing_is_allowed_by_the_import(tmp_path):
     torch.save(mingru.MinGRU(3, 4), tmp_path / "rnn.pt")
     with pytest.raises(pickle.UnpicklingError, match="safe_globals"):

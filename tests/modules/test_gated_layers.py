@@ -1,7 +1,9 @@
 """The gates "signed" and "rotation" in every class that has them: values, states, packing, graphs, errors."""
 
 import copy
+import functools
 import io
+import re
 
 import pytest
 import reference
@@ -403,6 +405,104 @@ def test_a_mark_without_a_value_or_a_name(gate):
     state = {**rnn.state_dict(), "layers.0.gate": torch.tensor(9)}
     with pytest.raises(RuntimeError, match="weights trained with gate=9 cannot be used in a layer with gate="):
         rnn.load_state_dict(state)
+
+
+# Options that change what weights of the same shapes mean, and the mark of each.
+CHANGED = {
+    "candidate": (mingru.MinGRU, {"candidate": "linear"}, 2),
+    "candidate of minLSTM": (mingru.MinLSTM, {"candidate": "tanh"}, 3),
+    "candidate of another gate": (functools.partial(mingru.MinGRU, gate="signed"), {"candidate": "positive"}, 1),
+    "normalize": (mingru.MinLSTM, {"normalize": False}, 1),
+    "min_decay": (mingru.MinGRU, {"min_decay": 0.3}, 2702159776422298),
+    "residual": (mingru.MinGRU, {"residual": True}, 1),
+    "residual of a stack": (
+        lambda *sizes, **options: mingru.Stack([mingru.MinGRU(*sizes)], **options),
+        {"residual": True},
+        1,
+    ),
+    "residual of a convolution": (
+        lambda *sizes, **options: mingru.MinConv1dGRU(*sizes, 1, **options),
+        {"residual": True},
+        1,
+    ),
+    "cell": (mingru.MinGRUCell, {"candidate": "tanh"}, 3),
+    "drop_in": (mingru.drop_in.LSTM, {"candidate": "tanh"}, 3),
+    "block": (lambda dims, _, **options: mingru.models.Block(dims, **options), {"min_decay": 0.5}, 2**52),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "number"), CHANGED.values(), ids=CHANGED)
+def test_weights_of_another_option_are_refused(kind, options, number):
+    plain, changed = kind(IN, IN), kind(IN, IN, **options)
+    ((option, value),) = options.items()
+    (key,) = changed.state_dict().keys() - plain.state_dict().keys()
+    assert key.endswith(f"{option}_mark") and int(changed.state_dict()[key]) == number
+    saved = io.BytesIO()
+    torch.save(changed.state_dict(), saved)
+    saved.seek(0)
+    for state in (changed.state_dict(), dict(changed.state_dict()), torch.load(saved)):
+        changed.load_state_dict(state)
+        with pytest.raises(
+            RuntimeError, match=f"weights trained with {option}={value!r} cannot be used in a layer with"
+        ):
+            plain.load_state_dict(state, strict=False)
+    message = f"cannot be used in a layer with {option}={value!r}; construct it with their {option}"
+    with pytest.raises(RuntimeError, match=message):
+        changed.load_state_dict(plain.state_dict(), strict=False)
+    # Without metadata, or with those of the version that had marks of gates only.
+    old = {name: tensor for name, tensor in changed.state_dict().items() if name != key}
+    of_version_2 = plain.state_dict()
+    for metadata in of_version_2._metadata.values():
+        metadata["version"] = 2
+    for state in (old, of_version_2):
+        with pytest.warns(
+            UserWarning, match=rf"^load_state_dict: .* with which {option} they .* with {option}={value!r}$"
+        ):
+            changed.load_state_dict(state)
+        plain.load_state_dict(dict(state))
+    copied = copy.deepcopy(changed)
+    copied.reset_parameters()
+    changed.load_state_dict(copied.state_dict())
+
+
+def test_the_map_of_a_residual_shows_it():
+    rnn = mingru.Stack([mingru.MinGRU(IN, H, residual=True)], residual=True)
+    rnn.load_state_dict({name: tensor for name, tensor in rnn.state_dict().items() if not name.endswith("mark")})
+
+
+def test_a_mark_of_a_gate_alone_says_which_gate():
+    rnn = make("signed", candidate="tanh")
+    state = rnn.state_dict()
+    state._metadata["layers.0"]["version"] = 2
+    rnn.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="weights trained with gate='signed' cannot be used"):
+        mingru.MinGRU(IN, H).load_state_dict(state)
+
+
+def test_a_cell_takes_weights_of_a_layer_with_a_residual():
+    """Because it returns the state, without the residual."""
+    for kind, cell in ((mingru.MinGRU, mingru.MinGRUCell), (mingru.MinConv1dGRU, mingru.MinConv1dGRUCell)):
+        sizes = (IN, IN) if kind is mingru.MinGRU else (IN, IN, 1)
+        cell(*sizes).load_state_dict(kind(*sizes, residual=True).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("mark", "got"),
+    [
+        (torch.tensor([1, 2, 3]), r"a tensor \(3,\)"),
+        (torch.tensor([]), r"a tensor \(0,\)"),
+        (torch.tensor(torch.nan), r"tensor\(nan\)"),
+        (torch.tensor(torch.inf), r"tensor\(inf\)"),
+        ("signed", "'signed'"),
+        (0.5, "0.5"),
+    ],
+)
+def test_a_damaged_mark(mark, got):
+    rnn = make("signed")
+    with pytest.raises(RuntimeError) as raised:
+        rnn.load_state_dict({**rnn.state_dict(), "layers.0.gate": mark})
+    text = f"layers.0.gate must be one whole number, the mark of gate, got {got}; the file is damaged"
+    assert re.search(text, str(raised.value)) and str(raised.value).count("\n") == 1
 
 
 @every_gate

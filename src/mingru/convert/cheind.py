@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..check import require
+from ..modules.marked import marks_of
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack
@@ -222,7 +223,7 @@ def _load(found: Checkpoint, form: Form, layer: nn.Module, parts: dict[str, Any]
     """Load the tensors into the layer, which must need all of them; `parts` are single layers by their prefix."""
     targets = []
     for index, (path, part) in enumerate(parts.items()):
-        for key, parameter in part.state_dict().items():
+        for key, parameter in part.named_parameters():
             map_name, kind = key.split(".")
             targets.append((path + key, parameter.shape, form.keys(map_name, kind, index)))
     first = targets[0][2][0]
@@ -230,7 +231,7 @@ def _load(found: Checkpoint, form: Form, layer: nn.Module, parts: dict[str, Any]
     for _, shape, keys in targets:
         found.check_shapes(keys, (shape[0] // len(keys), *shape[1:]), first)
     state = {target: torch.cat([found[key] for key in keys]) for target, _, keys in targets}
-    layer.load_state_dict(state, assign=True)
+    layer.load_state_dict({**marks_of(layer), **state}, assign=True)
 
 
 def _regroup(name: str, num_groups: int | list[int] | None, norms: list[Any]) -> None:

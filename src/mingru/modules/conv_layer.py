@@ -139,6 +139,7 @@ class MinConvLayer(Directions):
         if options.learn_initial_state:
             shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
             self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
+        self.add_marks(options.device)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

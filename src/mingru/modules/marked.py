@@ -1,73 +1,155 @@
-"""The mark of a layer's gate in its state_dict."""
+"""Marks in a state_dict: the options that change what weights of equal shapes mean."""
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..check import dims
+from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
 from .layer import reset_all
 
-NUMBERS = {cell: number for number, cell in enumerate(GATES.values())}
-NAMES = dict(enumerate(GATES))
+
+class Mark(NamedTuple):
+    """How a state_dict contains the value of an option."""
+
+    values: tuple[Any, ...]
+    """Values in the order of their numbers; files contain the numbers, so new values come last. The first has no mark.
+    Empty for a fraction, whose number is `value * 2**53`."""
+    since: int
+    """Version of the first state_dicts with this mark. In older ones, and in those without metadata, a missing mark
+    says nothing; in all others it means the first value. With 1, a missing mark always means the first value."""
+
+
+MARKS = {
+    "gate": Mark(tuple(GATES), 2),
+    # None is the default of the gate.
+    "candidate": Mark((None, *ACTIVATIONS), 3),
+    "normalize": Mark((True, False), 3),
+    "min_decay": Mark((), 3),
+    "residual": Mark((False, True, "highway"), 3),
+}
+
+
+def key_of(option: str) -> str:
+    """Return the key of a mark. Layers have attributes with the names of the options."""
+    return option if option == "gate" else f"{option}_mark"
+
+
+def number_of(option: str, value: Any) -> int:
+    values = MARKS[option].values
+    return values.index(value) if values else round(value * 2**53)
+
+
+def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
+    """Return the values of these options as a constructor takes them; unknown values, of later versions, as numbers."""
+    texts = []
+    for option in options:
+        number, values = numbers[option], MARKS[option].values
+        text = f"{number}" if values else f"{number / 2**53:.15g}"
+        texts.append(f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={text}")
+    return separator.join(texts)
+
+
+def number_in(found: Any) -> int | None:
+    """Return the number that a mark contains, or None if it does not contain a whole number."""
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    is_whole = isinstance(found, int) or (isinstance(found, float) and found.is_integer())
+    return int(found) if is_whole else None
 
 
 class Marked(nn.Module):
-    """A layer whose state_dict contains the number of its gate, as `gate`, unless the gate is "sigmoid".
+    """A module whose state_dict contains a mark for each of its options in `MARKS`, unless the value is the first.
 
-    The weights of all gates have the same shapes. Without the mark, weights trained with one gate would load without an
-    error into a layer with another gate, and its outputs would be wrong.
+    Weights of equal shapes may mean different things: all gates, for example, have weights of the same shapes. Without
+    the mark, weights trained with one gate would load without an error into a layer with another gate, and its outputs
+    would be wrong. The marks are buffers, so that every tool that saves a model saves them.
     """
 
-    # In state_dicts of version 1, weights of all gates are without a mark.
-    _version = 2
-    gate: Tensor | None
+    # Version 1 has no marks, version 2 has those of the gate.
+    _version = 3
 
-    def __init__(self, cell: str, device: Any) -> None:
-        super().__init__()
-        self.cell = cell
-        number = NUMBERS.get(cell, 0)
-        self.register_buffer("gate", torch.tensor(number, device=device) if number else None)
+    def marked_options(self) -> dict[str, Any]:
+        """Return the options of this module that are in `MARKS`."""
+        raise NotImplementedError
+
+    def marks(self) -> dict[str, int]:
+        """Return the number of each option."""
+        return {option: number_of(option, value) for option, value in self.marked_options().items()}
+
+    def add_marks(self, device: Any) -> None:
+        """Add the marks that the module does not have yet."""
+        for option, number in self.marks().items():
+            if number and self._buffers.get(key_of(option)) is None:
+                self.register_buffer(key_of(option), torch.tensor(number, device=device))
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         reset_all(self.children())
-        mark = self._buffers.get("gate")
-        if mark is not None:
-            # It is undefined after `to_empty`.
-            mark.fill_(NUMBERS[self.cell])
+        for option, number in self.marks().items():
+            mark = self._buffers.get(key_of(option))
+            if mark is not None:
+                # It is undefined after `to_empty`.
+                mark.fill_(number)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Whole modules that an older version saved have fewer marks.
+        self.add_marks(next(self.parameters(), torch.empty(0)).device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         metadata, *_, error_msgs = args
-        key, own = prefix + "gate", NUMBERS.get(self.cell, 0)
-        found = state_dict.get(key)
-        is_known = found is not None or metadata.get("version", 1) > 1
-        # On the device "meta", a mark has no value.
-        number = own if found is not None and found.is_meta else int(found or 0)
-        if is_known and number != own:
-            of_weights, of_layer = NAMES.get(number, number), NAMES[own]
+        own, found, wrong, unknown = self.marks(), {}, [], []
+        for option, number in own.items():
+            key = prefix + key_of(option)
+            mark = state_dict.pop(key, None)
+            is_unknown = mark is None and metadata.get("version", 1) < MARKS[option].since
+            # On the device "meta", a mark has no value.
+            if is_unknown or (isinstance(mark, Tensor) and mark.is_meta):
+                of_weights: int | None = number
+            else:
+                of_weights = 0 if mark is None else number_in(mark)
+            if of_weights is None:
+                got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
+                error_msgs.append(
+                    f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged"
+                )
+                return
+            found[option] = of_weights
+            wrong += [option] if of_weights != number else []
+            # The map of a residual between different sizes shows that there is one.
+            is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in state_dict)
+            unknown += [option] if is_unknown and number and not is_shown else []
+            if self._buffers.get(key_of(option)) is not None:
+                state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
+        if wrong:
             error_msgs.append(
-                f"{prefix[:-1]}: weights trained with gate={of_weights!r} cannot be used in a layer with "
-                f"gate={of_layer!r}; construct it with their gate"
+                f"{prefix[:-1] or type(self).__name__}: weights trained with {described(found, wrong)} cannot be used "
+                f"in a layer with {described(own, wrong)}; construct it with their {' and '.join(wrong)}"
             )
             return
-        if own and not is_known:
+        if unknown:
             # Without the name of the layer, so that it is shown once.
+            older = ". In older versions, the default candidate of this gate was 'positive'"
             warnings.warn(
-                "load_state_dict: the weights do not say with which gate they were trained, because an older version "
-                f"saved them, or they have no metadata; they are used with gate={NAMES[own]!r}. In older versions, the "
-                "default candidate of this gate was 'positive'",
+                f"load_state_dict: the weights do not say with which {' and '.join(unknown)} they were trained, "
+                "because an older version saved them, or they have no metadata; they are used with "
+                f"{described(own, unknown, ', ')}{older if 'gate' in unknown else ''}",
                 stacklevel=2,
             )
-            state_dict = {**state_dict, key: torch.tensor(own)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the marks in the state_dict of a model."""
     return {
-        f"{name}.gate": torch.tensor(NUMBERS[module.cell], device="cpu")
+        f"{name}.{key_of(option)}": torch.tensor(number, device="cpu")
         for name, module in model.named_modules()
-        if isinstance(module, Marked) and module.gate is not None
+        if isinstance(module, Marked)
+        for option, number in module.marks().items()
+        if module._buffers.get(key_of(option)) is not None
     }

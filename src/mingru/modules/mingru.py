@@ -103,8 +103,9 @@ class MinGRU(Recurrent, planned=True):
           `torch.nn.Linear`.
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
-        - `layers.{l}.gate`: 1 for "signed", 2 for "rotation", so that weights do not load into a layer with another
-          gate, whose weights have the same shapes. Weights of older versions load with a warning.
+        - Marks, numbers of options that change what weights of the same shapes mean, so that weights do not load into a
+          layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation"), `layers.{l}.candidate_mark`,
+          `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights of older versions load with a warning.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;

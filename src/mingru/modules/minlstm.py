@@ -64,6 +64,7 @@ class MinLSTM(Recurrent, planned=True):
     State dict:
         As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
         first, then input gate rows, then candidate rows. With `residual="highway"`, the highway's H rows are the last.
+        `layers.{l}.normalize_mark` is 1 if `normalize` is False.
 
     Numerics:
         As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.

@@ -87,6 +87,7 @@ class RecurrentLayer(Directions):
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
+        self.add_marks(options.device)
 
     def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
         """Return the output in the layout of x, and the last states; `starts` has one entry for each direction."""

@@ -13,13 +13,14 @@ from ..ops import layout
 from ..ops.graph import untraced
 from ..ops.inference import Plan
 from .layer import Layer
+from .marked import Marked
 from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, not_default
 
 PASS_A_LIST = "pass the layers in one list"
 
 
-class Stack(Layer, role="sequence", planned=True):
+class Stack(Marked, Layer, role="sequence", planned=True):
     """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -89,6 +90,11 @@ class Stack(Layer, role="sequence", planned=True):
             self.ends.append(self.ends[-1] + layer.num_states)
         self.num_states = self.ends[-1]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
+        self.add_marks(next(self.parameters(), torch.empty(0)).device)
+
+    def marked_options(self) -> dict[str, Any]:
+        """Return the options that change what the weights mean, for the marks in the state_dict."""
+        return {"residual": self.residual}
 
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""

@@ -11,22 +11,52 @@ from torch import Tensor, nn
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
+from ..ops.cells import GATES, default_candidate
 from ..ops.graph import is_scripting
 from ..ops.shape import States
 from .layer import Layer
-from .marked import Marked
+from .marked import Marked, key_of
 from .options import Options
 from .shared import MaybeTensor, Outputs, defaults_of, not_default, weight_of
+
+GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
 
 class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
+    gate: Tensor | None
+
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
-        super().__init__(cell, options.device)
+        super().__init__()
+        self.cell = cell
+        # Not with the other marks, because modules of version 0.1 are recognized by its absence.
+        self.register_buffer("gate", None)
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate
         self.min_decay = min_decay
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "gate" not in state["_buffers"]:
+            raise ValueError(
+                f"{type(self).__name__}: this whole module was saved by mingru 0.1, whose modules had other "
+                "attributes; with that version, load it and save model.state_dict(); then construct the model with its "
+                "options here, and load that file by load_state_dict"
+            )
+        super().__setstate__(state)
+
+    def marked_options(self) -> dict[str, Any]:
+        """Return the options that change what the weights mean, for the marks in the state_dict."""
+        gate = GATE_OF.get(self.cell, "sigmoid")
+        is_default = self.candidate == default_candidate(gate)
+        layer: Any = self
+        return {
+            "gate": gate,
+            "candidate": None if is_default else self.candidate,
+            "normalize": self.cell != "minlstm_unnormalized",
+            "min_decay": self.min_decay,
+            "residual": "highway" if getattr(layer, "highway", False) else layer.residual,
+        }
 
     def spec(self, reverse: bool) -> Spec:
         """Return the recurrence of one direction."""
@@ -102,6 +132,12 @@ class Stacked(Layer):
         weight = weight_of(first.maps()[0])
         if weight is not None:
             check_input(self.name, x, weight, "the layer's weight")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.role == "step":
+            # A cell returns the state, which does not include the residual of a layer.
+            state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _dropped(self, x: Tensor, index: int) -> Tensor:
         """Return the output of a layer after dropout, which all layers except the last have."""
