@@ -1,7 +1,10 @@
 """Layers of a user's own in a `Stack`: the protocol of `mingru.modules.Layer`."""
 
 import copy
+import functools
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +75,8 @@ class Doubled(Smooth, role="sequence"):
         return torch.stack(out, 1), [first.unsqueeze(0), second.unsqueeze(0)]
 
 
+ROOT = Path(__file__).parents[2]
+STEPS = ("reset", "lengths", "dt")
 B, S, DIMS = 3, 7, 4
 RESET = torch.zeros(B, S, dtype=torch.bool)
 RESET[0, 2] = RESET[1, 0] = RESET[2, 5] = True
@@ -144,6 +149,101 @@ def test_state_dict_and_copies():
     assert not torch.equal(stack.layers[0].layers[0].linear.weight, other.layers[0].layers[0].linear.weight)
 
 
+def documented(page: str, name: str) -> type:
+    """Return a layer from the block of code of a page that defines it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    names = {"mingru": mingru, "torch": torch, "Block": mingru.models.Block}
+    exec(next(block for block in blocks if f"class {name}(" in block), names)
+    return names[name]
+
+
+LENGTHS = torch.tensor([S, 0, 4])
+
+
+@pytest.mark.parametrize(("page", "name"), [("models.md", "Smooth"), ("gates.md", "SignedLSTM")])
+def test_the_documented_layers_with_lengths(page, name):
+    cls = documented(page, name)
+    layer = cls(DIMS) if name == "Smooth" else cls(DIMS, DIMS)
+    stack, x = mingru.Stack([layer, mingru.MinGRU(DIMS, DIMS)]).double(), torch.randn(B, S, DIMS, dtype=torch.double)
+    options = {"reset": RESET, "dt": torch.rand(B, S, dtype=torch.double)} if name == "Smooth" else {"reset": RESET}
+    h = [torch.randn(1, B, DIMS, dtype=torch.double), torch.randn(1, B, 1, DIMS, dtype=torch.double)]
+    out, last = stack(x, h, lengths=LENGTHS, **options)
+    for index, end in enumerate(LENGTHS.tolist()):
+        each, states = slice(index, index + 1), [state[:, index : index + 1] for state in h]
+        alone = torch.zeros(1, 0, DIMS, dtype=torch.double), states
+        if end > 0:
+            alone = stack(x[each, :end], states, **{key: value[each, :end] for key, value in options.items()})
+        assert_close((out[each, :end], [state[:, each] for state in last]), alone)
+        assert not out[index, end:].any()
+    if name == "Smooth":
+        # The time of two steps is the time of one.
+        twice = torch.full((B, S), 2.0, dtype=torch.double)
+        one = stack.layers[0](x.repeat_interleave(2, 1))[1]
+        assert_close(stack.layers[0](x, dt=twice)[1], one)
+
+
+class OnlyStates(Smooth, role="sequence"):
+    """A layer that takes no other arguments."""
+
+    def forward(self, x, h=None):
+        return super().forward(x, h)
+
+
+class Ignoring(Smooth, role="sequence"):
+    """A layer that names arguments and does not use them."""
+
+    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+        return super().forward(x, h, reset)
+
+
+class ByKeyword(Smooth, role="sequence"):
+    def forward(self, x, h=None, *, dt=None, lengths=None, reset=None):
+        return super().forward(x, h, reset, lengths, dt)
+
+
+class Wrapped(Smooth, role="sequence"):
+    @functools.wraps(Smooth.forward)
+    def forward(self, *args, **options):
+        return super().forward(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "used"),
+    [
+        (OnlyStates, ()),
+        (Ignoring, ("reset",)),
+        (ByKeyword, STEPS),
+        (Wrapped, STEPS),
+        (Smooth, STEPS),
+        (Doubled, ("reset",)),
+    ],
+)
+def test_what_a_layer_does_not_use_is_refused(cls, used):
+    layers = [mingru.MinGRU(DIMS, DIMS), cls(DIMS)]
+    stack, x = mingru.Stack([mingru.Stack(layers)]), torch.randn(B, S, DIMS)
+    assert cls.step_arguments == used
+    out, h = stack(x, stack(x)[1])
+    assert_close(out, layers[1](layers[0](x, stack(x)[1][0])[0], stack(x)[1][1:])[0])
+    for argument, value in (("reset", RESET), ("lengths", LENGTHS), ("dt", torch.ones(B, S))):
+        if argument not in used:
+            message = (
+                f"^Stack: {argument} must be None because the forward of layers\\[1\\], {cls.__name__}, does not use "
+                f"it, got Tensor; add {argument}=None to the arguments of that forward, and use it there$"
+            )
+            with pytest.raises(ValueError, match=message):
+                stack(x, **{argument: value})
+    if "reset" in used:
+        with torch.no_grad():
+            assert_close(stack(x, h, RESET)[1][1], layers[1](layers[0](x, h[0], RESET)[0], h[1:], reset=RESET)[1][0])
+
+
+@pytest.mark.parametrize("cls", [OnlyStates, Ignoring, ByKeyword])
+def test_scripting_says_what_forward_must_be(cls):
+    message = rf"^{cls.__name__}: to be scripted in a Stack, forward must have all arguments and their types, forward\("
+    with pytest.raises(TypeError, match=message):
+        torch.jit.script(nn.Sequential(mingru.Stack([cls(DIMS)])))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_graphs():
@@ -152,6 +252,11 @@ def test_graphs():
     scripted = torch.jit.script(stack)
     assert_close(scripted(x, None, RESET), expected)
     assert_close(scripted(x, expected[1]), stack(x, expected[1]))
+    for argument in ({"lengths": LENGTHS}, {"dt": torch.ones(B, S)}):
+        with pytest.raises(
+            torch.jit.Error, match=f"{next(iter(argument))} must be None because the forward of a layer"
+        ):
+            scripted(x, **argument)
     torch.compiler.reset()
     compiled = torch.compile(stack, fullgraph=True, backend="eager")
     assert_close(compiled(x, None, RESET), expected)

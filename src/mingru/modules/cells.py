@@ -98,7 +98,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         ValueError: A size, shape, device, norm, candidate or gate is invalid.
 
     State dict:
-        As in a one-layer `MinGRU` without highway: the state_dict of one loads into the other.
+        As in a one-layer `MinGRU` without `residual`: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRU`. Under autocast, the state stays in float32.
@@ -170,7 +170,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         - **h'**: State after the step, (B, H) or (H,).
 
     State dict:
-        As in a one-layer `MinLSTM` without highway: the state_dict of one loads into the other.
+        As in a one-layer `MinLSTM` without `residual`: the state_dict of one loads into the other.
 
     Numerics:
         As in `MinGRUCell`.

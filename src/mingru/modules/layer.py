@@ -1,7 +1,8 @@
 """The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
 
+import dis
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class Dims(NamedTuple):
     state: int | None
 
 
+STEP_ARGUMENTS = ("reset", "lengths", "dt")
+
+
 class Layer(nn.Module):
     """Base class of all layers, cells and stacks, and of layers of your own in a [mingru.Stack][].
 
@@ -30,9 +34,12 @@ class Layer(nn.Module):
         forward(x, h=None, reset=None, lengths=None, dt=None) -> (out, states)
 
     where h is None, which means the initial state, or a list of `num_states` tensors like `states`, with the batch in
-    dimension 1. The other arguments are those of [mingru.MinGRU][], and None unless the caller of the stack passes
-    them. All other attributes and methods have defaults; override those that do not fit, such as `num_states`. Residual
-    and dropout are the stack's. A stack with a layer of your own calls its layers one by one, also without gradients.
+    dimension 1. `reset`, `lengths` and `dt` are those of [mingru.MinGRU][], and None unless the caller of the stack
+    passes them. `forward` names those of the three that it uses; if the caller passes another one, the stack raises an
+    error. With `lengths`, `out` is 0 in the padding, and the states are those after the last valid steps, as
+    [mingru.functional.linear_scan][] returns them. All other attributes and methods have defaults; override those that
+    do not fit, such as `num_states`. Residual and dropout are the stack's. A stack with a layer of your own calls its
+    layers one by one, also without gradients.
 
     Examples:
         >>> class Sum(mingru.modules.Layer, role="sequence"):
@@ -40,7 +47,7 @@ class Layer(nn.Module):
         ...         super().__init__()
         ...         self.input_dims = self.output_dims = dims
         ...
-        ...     def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+        ...     def forward(self, x, h=None):
         ...         before = 0 if h is None else h[0].transpose(0, 1)
         ...         out = before + x.cumsum(1)
         ...         return out, [out[:, -1:].transpose(0, 1)]
@@ -68,6 +75,8 @@ class Layer(nn.Module):
     """Number of spatial dimensions, which follow the features."""
     batch_first = True
     """Whether x is (B, S, *), otherwise (S, B, *)."""
+    step_arguments: tuple[str, ...] = STEP_ARGUMENTS
+    """Which of `reset`, `lengths` and `dt` the layer takes from a stack: those that `forward` names and uses."""
     planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
 
@@ -78,6 +87,14 @@ class Layer(nn.Module):
             plannable(cls)
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
+        # A class with its own `with_states`, such as `MinGRU`, takes all of them, or the stack knows which.
+        is_common = cls.with_states in (Layer.with_states, with_used)
+        if cls.role == "sequence" and (is_common or not cls.__module__.startswith(__name__.partition(".")[0] + ".")):
+            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if _uses(cls.forward, name))
+        if cls.role == "sequence" and is_common:
+            names = tuple(inspect.signature(cls.forward).parameters)
+            own: Any = cls
+            own.with_states = Layer.with_states if names[3:] == STEP_ARGUMENTS else with_used
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,6 +169,27 @@ class Layer(nn.Module):
 
 # Without the name, so that copies and pickles do not take the plan along.
 del Layer.__slots__
+
+
+def with_used(
+    layer: Layer, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+) -> Outputs:
+    """Call a layer with the arguments that it uses, by their names; the stack has refused all others."""
+    given = {"reset": reset, "lengths": lengths, "dt": dt}
+    out, states = layer(x, h, **{name: given[name] for name in layer.step_arguments})
+    return out, states
+
+
+def _uses(forward: Callable[..., Any], name: str) -> bool:
+    """Return whether a function has this argument and reads it."""
+    if name not in inspect.signature(forward).parameters:
+        return False
+    code = getattr(forward, "__code__", None)
+    if code is None or name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        return True  # no function of Python, or wrapped by another one
+    # Since Python 3.13, one instruction may read two variables.
+    reads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD_"))
+    return any(name == read or (isinstance(read, tuple) and name in read) for read in reads)
 
 
 def reset_all(modules: Iterable[nn.Module]) -> None:

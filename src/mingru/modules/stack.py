@@ -1,5 +1,6 @@
 """Stacks of different layers."""
 
+import inspect
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 
 from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
-from ..ops.graph import untraced
+from ..ops.graph import is_scripting, untraced
 from ..ops.inference import Plan
-from .layer import Layer
+from .layer import STEP_ARGUMENTS, Layer, with_used
 from .marked import Marked
-from .scripted import check_returned, check_same_shape, data_of, with_data
+from .scripted import check_returned, check_same_shape, check_unused, data_of, with_data
 from .shared import MaybeList, MaybeTensor, not_default
 
+SCRIPTED_FORWARD = (
+    "forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, "
+    "lengths: Tensor | None = None, dt: Tensor | None = None) -> tuple[Tensor, list[Tensor]]"
+)
 PASS_A_LIST = "pass the layers in one list"
 
 
@@ -42,7 +47,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         - **x**: Input of the first layer. It may be a `torch.nn.utils.rnn.PackedSequence` if no layer is convolutional.
         - **h**: States before the first step, a list as returned or a tuple (in TorchScript, a list). Default: the
           initial state of each layer.
-        - **reset**: Boolean mask that all layers share, as in their `forward`.
+        - **reset**: Boolean mask that all layers share, as in their `forward`. Those of `reset`, `lengths` and `dt`
+          that the `forward` of a layer of your own does not use must be None.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
         - **dt**: Time since the step before, at the first step since `h`, if all layers take elapsed times. A first
           time of 0 would ignore the first input.
@@ -63,6 +69,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         - `layers.{i}.*`: entries of layer i.
         - `aligns.{i}.weight` (output features, input features): the residual's linear map, if layer i needs one. It is
           initialized as in `torch.nn.Linear`, with the device and dtype of the layer.
+        - `residual_mark`: 1 if `residual` is True.
 
     Examples:
         >>> stack = mingru.Stack([mingru.MinGRU(3, 32, bidirectional=True), mingru.MinLSTM(64, 16)], dropout=0.1)
@@ -70,6 +77,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         >>> out.shape, [state.shape for state in h]
         (torch.Size([10, 128, 16]), [torch.Size([2, 10, 1, 32]), torch.Size([1, 10, 1, 16])])
     """
+
+    unused: list[str]
 
     @arguments_checked(PASS_A_LIST)
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
@@ -89,6 +98,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         for layer in found:
             self.ends.append(self.ends[-1] + layer.num_states)
         self.num_states = self.ends[-1]
+        # For scripted stacks: `_check` names the layer.
+        self.unused = [name for name in STEP_ARGUMENTS if any(name not in layer.step_arguments for layer in found)]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         self.add_marks(next(self.parameters(), torch.empty(0)).device)
 
@@ -172,6 +183,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         done = self._begin(x, h, reset, lengths, dt)
         if done is not None:
             return done
+        if is_scripting():
+            check_unused(self.name, self.unused, reset, lengths, dt)
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
         if dt is not None and self.num_space_dims > 0:
@@ -198,7 +211,17 @@ class Stack(Marked, Layer, role="sequence", planned=True):
 
     @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        """Raise an error if h is not a list of `num_states` tensors; the layers check the other arguments."""
+        """Raise an error if h is not a list of `num_states` tensors, or if a layer does not use an argument.
+
+        The layers check the other arguments.
+        """
+        for argument, value in (("reset", reset), ("lengths", lengths), ("dt", dt)):
+            if value is not None:
+                for index, layer in enumerate(self.layers):
+                    expected = f"None because the forward of layers[{index}], {type(layer).__name__}, does not use it"
+                    remedy = f"add {argument}=None to the arguments of that forward, and use it there"
+                    is_used = argument in layer.step_arguments  # type: ignore[operator]
+                    require(self.name, argument, is_used, expected, type(value).__name__, remedy)
         if h is None:
             return
         if not isinstance(h, (list, tuple)):
@@ -211,6 +234,18 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         for index, state in enumerate(h):
             if not isinstance(state, Tensor):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
+
+    def __prepare_scriptable__(self) -> "Stack":
+        layers: Any = self.layers
+        for layer in layers:
+            forward = inspect.signature(type(layer).forward)
+            typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
+            if type(layer).with_states is with_used or not all(typed):
+                raise TypeError(
+                    f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
+                    f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"
+                )
+        return self
 
     def _counts(self) -> str:
         counts = [end - start for start, end in pairwise(self.ends)]
