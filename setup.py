@@ -5,6 +5,7 @@ variable MINGRU_REQUIRE_KERNELS is set, as in development and CI, a failed build
 """
 
 import os
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch.utils import cpp_extension
 WINDOWS = sys.platform == "win32"
 # The oldest torch version whose stable ABI suffices for csrc. The library runs on this version and on later versions.
 TORCH_TARGET = "0x020a000000000000"
+# Compared when the library is loaded: after a change of the sources, it must be built again.
+SOURCES = runpy.run_path("src/mingru/ops/backends/sources.py")["number_of_sources"](Path("csrc"))
 # Not -ffast-math, because it breaks NaN and disables subnormals in the whole process.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 COMPILE_ON_WINDOWS = ["/std:c++17", "/O2", "/EHsc"]
@@ -64,7 +67,7 @@ setup(
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch", "torch_cpu"],
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("MINGRU_SOURCES", str(SOURCES))],
             extra_compile_args=COMPILE_ON_WINDOWS if WINDOWS else COMPILE,
             language="c++",
             optional=not os.environ.get("MINGRU_REQUIRE_KERNELS"),

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <iterator>
 #include <optional>
 #include <vector>
@@ -25,30 +26,48 @@ struct CellTraits {
 constexpr CellTraits cells[] = {MINGRU_CELLS(MINGRU_TRAITS)};
 #undef MINGRU_TRAITS
 
-// The bits of a call after the cell and the activation.
-enum class Flag { reverse, time_first, keep, needs_dt, needs_x, needs_weight, needs_bias };
+// The bits of a call after the cell and the activation. The first say which of the optional tensors there are.
+enum class Flag {
+  has_reset, has_dt, has_batch_sizes, has_lengths, reverse, time_first, keep, needs_dt, needs_x, needs_weight, needs_bias,
+  count
+};
 
 constexpr auto num_arguments = static_cast<size_t>(Argument::count);
+constexpr size_t num_required = 2;
+constexpr int first_flag = 16;
 
+constexpr int64_t bit(Flag flag, bool value = true) { return int64_t(value) << (first_flag + static_cast<int>(flag)); }
+
+// The tensors are a list without gaps, because PyTorch resolves negative bits and the like in Tensor[], but not in
+// Tensor?[].
 struct Call {
   const char* name;  // of the operator, for errors
-  const std::vector<MaybeTensor>& tensors;
   const int64_t how;  // the numbers of cell and activation, a byte each, and the flags
   const double min_decay;
 
-  Call(const char* name, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay)
-      : name(name), tensors(tensors), how(how), min_decay(min_decay) {
+  Call(const char* name, const std::vector<Tensor>& given, int64_t how, double min_decay)
+      : name(name), how(how), min_decay(min_decay) {
     const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
     STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
-    const bool is_whole = tensors.size() == num_arguments && tensors[0] && tensors[1];
-    STD_TORCH_CHECK(is_whole, name, ": a call has ", num_arguments, " tensors, the first two required");
+    STD_TORCH_CHECK(how >= 0 && how < bit(Flag::count), name, ": unknown flags");
+    size_t next = 0;
+    for (size_t i = 0; i < num_arguments; ++i) {
+      if (i >= num_required && (how >> (first_flag + i - num_required) & 1) == 0) continue;
+      if (next < given.size()) tensors_[i] = &given[next];
+      ++next;
+    }
+    STD_TORCH_CHECK(next == given.size(), name, ": the flags are of ", next, " tensors, got ", given.size());
   }
 
-  const MaybeTensor& operator[](Argument argument) const { return tensors[static_cast<size_t>(argument)]; }
-  bool has(Flag flag) const { return (how >> (16 + static_cast<int>(flag)) & 1) != 0; }
+  // Null if absent.
+  const Tensor* operator[](Argument argument) const { return tensors_[static_cast<size_t>(argument)]; }
+  bool has(Flag flag) const { return (how & bit(flag)) != 0; }
   Cell cell() const { return static_cast<Cell>(how & 0xff); }
   Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
   const CellTraits& traits() const { return cells[how & 0xff]; }
+
+ private:
+  std::array<const Tensor*, num_arguments> tensors_{};
 };
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

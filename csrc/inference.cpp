@@ -112,7 +112,8 @@ class Pass : Arguments {
   std::tuple<Tensor, std::vector<Tensor>> run() {
     const auto* row = data_of<const int64_t>(code);
     int64_t output = code.size(0) - 1;
-    while (output > 0 && !makes_x(static_cast<Instruction>(row[4 * output]))) --output;
+    while (output >= 0 && !makes_x(static_cast<Instruction>(row[4 * output]))) --output;
+    require(output >= 0);
     for (int64_t i = 0; i < code.size(0); ++i, row += 4) {
       is_output_ = i == output;
       apply(static_cast<Instruction>(row[0]), row[1] != 0, row[2], row[3]);
@@ -162,17 +163,17 @@ class Pass : Arguments {
     return i != Instruction::keep && i != Instruction::add && i != Instruction::add_linear;
   }
 
-  bool is_used(const void* memory) const {
-    const auto is_there = [&](const Tensor& each) { return memory && each.data_ptr() == memory; };
-    return is_there(x_) || std::any_of(kept_.begin(), kept_.end(), is_there);
+  bool is_kept(const void* memory) const {
+    return std::any_of(kept_.begin(), kept_.end(), [&](const Tensor& each) { return each.data_ptr() == memory; });
   }
 
   // In memory that the thread keeps, unless x is the output of the pass.
   Tensor new_x(int64_t features) const {
     const int64_t bytes = num_rows() * features * x_.element_size();
-    const bool is_kept = !is_output_ && bytes >= least_kept_bytes && bytes <= most_kept_bytes;
+    const bool is_large = !is_output_ && bytes >= least_kept_bytes && bytes <= most_kept_bytes;
     for (Scratch& scratch : values_scratch) {
-      if (!is_kept || is_used(scratch.at_least(0))) continue;
+      const void* memory = scratch.at_least(0);
+      if (!is_large || (memory && (memory == x_.data_ptr() || is_kept(memory)))) continue;
       return view_of(
           scratch.at_least(bytes), {x_.size(0), x_.size(1), features}, {x_.size(1) * features, features, 1}, x_);
     }
@@ -207,7 +208,7 @@ class Pass : Arguments {
   // Only after an operation that made a new x, because x is changed in place.
   void add_kept(const Tensor& kept) {
     const int64_t features = num_features();
-    require(x_.is_contiguous() && kept.size(2) == features);
+    require(x_.is_contiguous() && kept.size(2) == features && x_.data_ptr() != x.data_ptr() && !is_kept(x_.data_ptr()));
     with_type([&](auto type) {
       auto* out = data_of<decltype(type)>(x_);
       const auto* in = data_of<const decltype(type)>(kept);
@@ -337,6 +338,8 @@ class Pass : Arguments {
   }
 
   void recur(bool has_bias, bool both, int64_t state, int64_t how) {
+    // Only a cell and its activation; a flag could ask for more than this pass gives.
+    require(how >> 16 == 0);
     const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states[state]);
     const Tensor initial_state = resets.empty() ? h : as_contiguous(initial_states[state]);
@@ -345,13 +348,12 @@ class Pass : Arguments {
     const int64_t features = h.size(-1);
     Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
-      const int64_t index = first + direction, flags = direction << 16 | int64_t(time_first) << 17;
-      std::vector<MaybeTensor> tensors(num_arguments);
-      const auto set = [&](Argument argument, const Tensor& x) { tensors[static_cast<size_t>(argument)] = x; };
-      set(Argument::h, layer_of(h, index));
-      set(Argument::initial_state, layer_of(initial_state, index));
-      if (!resets.empty()) set(Argument::reset, resets[direction]);
-      if (!times.empty()) set(Argument::dt, times[direction]);
+      const int64_t index = first + direction;
+      std::vector<Tensor> tensors{layer_of(h, index), layer_of(initial_state, index)};
+      if (!resets.empty()) tensors.push_back(resets[direction]);
+      if (!times.empty()) tensors.push_back(times[direction]);
+      const int64_t flags = bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
+                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
       const Call call{"inference", tensors, how | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
       const Tensor& weight = next_weight(2, x.size(2));
@@ -371,6 +373,9 @@ class Pass : Arguments {
   std::vector<Tensor> kept_, last_;
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };
+
+// The number of the sources from which the library was built, see setup.py.
+int64_t sources() { return MINGRU_SOURCES; }
 
 // The names of cells, activations and instructions, in the order of their numbers.
 std::string names() {
@@ -396,6 +401,7 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
+  library.def("sources() -> int");
   library.def("names() -> str");
   library.def(
       "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
@@ -404,4 +410,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }
 
-STABLE_TORCH_LIBRARY_IMPL(mingru, CompositeExplicitAutograd, library) { library.impl("names", TORCH_BOX(&names)); }
+STABLE_TORCH_LIBRARY_IMPL(mingru, CompositeExplicitAutograd, library) {
+  library.impl("sources", TORCH_BOX(&sources));
+  library.impl("names", TORCH_BOX(&names));
+}

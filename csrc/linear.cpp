@@ -52,8 +52,10 @@ class LinearOperands : public Operands {
         x_(in_memory_order(x)) {
     // The scan adds a bias of float32 or float64, unless the cell is timed.
     if (bias && (weight.element_size() < 4 || scan.dt.data || scan.is_bounded)) {
-      STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == num_columns, "mingru: bias must be (num_inputs N)");
-      bias_ = bias;
+      STD_TORCH_CHECK(
+          bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
+          ": bias must be (num_inputs N), of the dtype of weight");
+      bias_ = as_contiguous(*bias);
     } else {
       add_biases(bias);
     }
@@ -278,7 +280,7 @@ void mingru::linear_recurrence(
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors, int64_t how,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<Tensor>& tensors, int64_t how,
     double min_decay) {
   Outputs outputs;
   linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, outputs);
@@ -287,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<MaybeTensor>& tensors,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<Tensor>& tensors,
     const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how,
     double min_decay) {
   const Call call{"linear_recurrence_backward", tensors, how, min_decay};
@@ -297,7 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
   const int64_t columns = operands.num_columns, features = operands.num_features;
   STD_TORCH_CHECK(
       pre_activations.numel() == 0 ||
-          (pre_activations.is_contiguous() && pre_activations.scalar_type() == x.scalar_type() &&
+          (pre_activations.is_cpu() && pre_activations.is_contiguous() &&
+           pre_activations.scalar_type() == x.scalar_type() &&
            pre_activations.numel() == operands.num_rows() * columns),
       call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
@@ -336,10 +339,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor?[] call, int how, float min_decay) -> "
+      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, float min_decay) -> "
       "(Tensor, Tensor, Tensor)");
   library.def(
-      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor?[] call, Tensor out, "
+      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor out, "
       "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

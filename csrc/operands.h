@@ -66,8 +66,8 @@ class Operands {
     scan.storage = storage_of(like);
     scan.num_features = num_features;
     scan.reverse = call.has(Flag::reverse);
-    const MaybeTensor &lengths = call[Argument::lengths], &dt = call[Argument::dt], &reset = call[Argument::reset];
-    if (const MaybeTensor& batch_sizes = call[Argument::batch_sizes]) {
+    const Tensor *lengths = call[Argument::lengths], *dt = call[Argument::dt], *reset = call[Argument::reset];
+    if (const Tensor* batch_sizes = call[Argument::batch_sizes]) {
       STD_TORCH_CHECK(!lengths, name_, ": lengths must be of sequences that are not packed");
       batch_dim_ = step_dim_ = 0;
       set_packed(*batch_sizes, like);

@@ -20,7 +20,7 @@ int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
 }
 
 std::tuple<Tensor, Tensor> recurrence_forward(
-    const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, int64_t how, double min_decay) {
+    const std::vector<Tensor>& inputs, const std::vector<Tensor>& tensors, int64_t how, double min_decay) {
   const Call call{"recurrence_forward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs);
   Operands operands(call, inputs[0], features);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 // Returns the gradients of the inputs, concatenated to num_inputs N features, of h, of initial_state and of dt (for each
 // group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
-    const std::vector<Tensor>& inputs, const std::vector<MaybeTensor>& tensors, const Tensor& out,
+    const std::vector<Tensor>& inputs, const std::vector<Tensor>& tensors, const Tensor& out,
     const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
   const Call call{"recurrence_backward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
@@ -54,9 +54,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "recurrence_forward(Tensor[] inputs, Tensor?[] call, int how, float min_decay) -> (Tensor, Tensor)");
+      "recurrence_forward(Tensor[] inputs, Tensor[] call, int how, float min_decay) -> (Tensor, Tensor)");
   library.def(
-      "recurrence_backward(Tensor[] inputs, Tensor?[] call, Tensor out, Tensor grad_out, Tensor grad_last, int how, "
+      "recurrence_backward(Tensor[] inputs, Tensor[] call, Tensor out, Tensor grad_out, Tensor grad_last, int how, "
       "float min_decay) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

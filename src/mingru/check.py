@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .ops.cells import CELLS
 from .ops.graph import are_eager, is_autocast, is_captured
+from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
@@ -354,6 +355,29 @@ def check_steps(
     """Check the resets and the elapsed times of the steps of a sequence."""
     check_reset(name, reset, sequence, letters)
     check_dt(name, dt, sequence, cell, letters, like_name)
+
+
+def check_initial_state(
+    name: str, state: Tensor, shape: tuple[int, ...], argument: str = "initial_state"
+) -> None:
+    """Check the shape of a learned initial state, which a caller may have replaced."""
+    if state.shape != shape:
+        remedy = f"to broadcast, expand it to {dims(shape)}"
+        raise ValueError(expectation(name, argument, dims(shape), dims(state.shape), remedy))
+
+
+def check_packing(name: str, x: Any) -> None:
+    """Check the sizes of a PackedSequence, by which kernels read and write memory."""
+    _, batch_sizes, *orders = x
+    if not are_eager(batch_sizes):
+        return  # A graph has no values.
+    if not is_packing(batch_sizes, x.data.shape[0]):
+        expected = f"packed with batch_sizes that are positive, do not increase and sum to {x.data.shape[0]}"
+        raise ValueError(expectation(name, "x", expected, str(batch_sizes.tolist()), "use pack_padded_sequence"))
+    for order in orders:
+        if order is not None and order.numel() != batch_sizes[0]:
+            expected = f"packed with one index in its order for each of {batch_sizes[0]} sequences"
+            raise ValueError(expectation(name, "x", expected, str(order.numel()), "use pack_padded_sequence"))
 
 
 def check_integers(name: str, lengths: Tensor, letters: str) -> None:

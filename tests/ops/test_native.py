@@ -27,8 +27,10 @@ def run(gate, candidate, h=None, **options):
 
 def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=None, min_decay=0.0, flags=()):
     """Return a call as the operators take it; `flags` are in the order of csrc/call.h."""
+    optional = (reset, dt, batch_sizes, lengths)
+    flags = (*(x is not None for x in optional), *flags)
     how = native.number_of(Spec(cell, "positive", False)) | sum(flag << bit for bit, flag in enumerate(flags, 16))
-    return [h, initial, reset, dt, batch_sizes, lengths], how, min_decay
+    return [h, initial, *(x for x in optional if x is not None)], how, min_decay
 
 
 def inputs(*shape, dtype=torch.float32):
@@ -86,7 +88,7 @@ def test_operators_refuse_what_would_read_past_the_end():
     h = torch.rand(3, 1, 5)
     pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
     mask, number = torch.zeros(3, 20, dtype=torch.bool), native.number_of(Spec("mingru", "positive", False))
-    one = call_of("mingru", h, h)[0]
+    one = [h, h]
     for tensors, *call in [
         ([gate, candidate[:, :19]], *call_of("mingru", h, h)),
         (pair, *call_of("mingru", h[:2], h)),
@@ -96,8 +98,12 @@ def test_operators_refuse_what_would_read_past_the_end():
         (pair, *call_of("mingru", h, h, mask[:, :19])),
         (pair, *call_of("mingru", h, h, mask.t())),
         (pair, *call_of("mingru", h, h, mask.float())),
-        (pair, one[:5], number, 0.0),
-        (pair, [None, *one[1:]], number, 0.0),
+        (pair, one[:1], number, 0.0),
+        (pair, [*one, mask], number, 0.0),
+        (pair, one, number | 1 << 16, 0.0),
+        (pair, one, number | 1 << 27, 0.0),
+        (pair, one, number | 1 << 40, 0.0),
+        (pair, one, number - 2**63, 0.0),
         (pair, one, 255, 0.0),
         (pair, one, len(native.CELLS), 0.0),
         (pair, one, number | 3 << 8, 0.0),

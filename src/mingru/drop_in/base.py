@@ -34,6 +34,7 @@ CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.valu
 class DropIn(Recurrent):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
+    elsewhere = RuntimeError
     mistake: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
     remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"

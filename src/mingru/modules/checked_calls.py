@@ -10,6 +10,7 @@ from ..check import (
     check_kind,
     check_lengths,
     check_one_state,
+    check_packing,
     check_steps,
     check_type,
     dims,
@@ -53,6 +54,7 @@ class CheckedCalls(Stacked):
         if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
             expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
             raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
+        check_packing(self.name, x)
         self._check_weight(x.data)
         if h is not None:
             self._check_state(x.data, h[0], int(x.batch_sizes[0]))

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_kind, check_list, check_one_state, check_reset, expanded, expectation
+from ..check import (
+    arguments_checked,
+    check_initial_state,
+    check_kind,
+    check_list,
+    check_one_state,
+    check_reset,
+    expanded,
+    expectation,
+)
 from ..ops.call import Layout
 from ..ops.graph import untraced
 from . import scripted
@@ -113,6 +122,9 @@ class MinConv(Stacked, role="sequence"):
                 kernel = ", ".join(f"{option} {size}" for option, size in layer.geometry._asdict().items())
                 expected = f"at least {least} in space at the input of layer {index}, which has {kernel}"
                 raise ValueError(expectation(self.name, "x", expected, str(space), "pad more, or pass a larger x"))
+            if layer.initial_state is not None:
+                shape = (self.num_directions, 1, 1, layer.hidden_dims, *(1 for _ in space))
+                check_initial_state(self.name, layer.initial_state, shape, f"layers[{index}].initial_state")
             space = layer.geometry.space(space)
             states.append((layer.hidden_dims, *space))
         return states

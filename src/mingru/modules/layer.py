@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..check import misfit, name_of
+from ..check import expectation, misfit, name_of
 from ..ops import inference
-from ..ops.graph import is_scripting
+from ..ops.graph import is_compiling, is_scripting
 from ..ops.inference import Plan, plannable
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, Result
@@ -77,6 +77,8 @@ class Layer(nn.Module):
     """Whether x is (B, S, *), otherwise (S, B, *)."""
     step_arguments: tuple[str, ...] = STEP_ARGUMENTS
     """Which of `reset`, `lengths` and `dt` the layer takes from a stack: those that `forward` names and uses."""
+    elsewhere: type[Exception] = ValueError
+    """Error for parameters on another device."""
     planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
 
@@ -154,6 +156,7 @@ class Layer(nn.Module):
                 if done is not None:
                     return done
             self._check(x, h, reset, lengths, dt)
+            self._check_parameters(x)
             return self._eager(x, h, reset, lengths, dt)
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
@@ -162,6 +165,15 @@ class Layer(nn.Module):
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if an argument is invalid."""
+
+    def _check_parameters(self, x: Any) -> None:
+        """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""
+        is_meta = x.is_meta if isinstance(x, Tensor) else x.data.is_meta
+        if _has_parameters_elsewhere(self, is_meta) and not is_compiling():
+            name, found = next((name, each) for name, each in self.named_parameters() if each.is_meta is not is_meta)
+            remedy = "load a state_dict that has it, with assign=True" if found.is_meta else ""
+            expected, got = f"on {'meta' if is_meta else x.device} like x", f"a tensor on {found.device}"
+            raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Return the result of a call that TorchScript cannot express, otherwise None."""
@@ -190,6 +202,18 @@ def _uses(forward: Callable[..., Any], name: str) -> bool:
     # Since Python 3.13, one instruction may read two variables.
     reads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD_"))
     return any(name == read or (isinstance(read, tuple) and name in read) for read in reads)
+
+
+def _has_parameters_elsewhere(module: nn.Module, is_meta: bool) -> bool:
+    """Return whether parameters are on "meta" and x is not, or vice versa. Layers inside check their own."""
+    attributes = module.__dict__
+    for parameter in attributes["_parameters"].values():
+        if parameter is not None and parameter.is_meta is not is_meta:
+            return True
+    for child in attributes["_modules"].values():
+        if child is not None and not isinstance(child, Layer) and _has_parameters_elsewhere(child, is_meta):
+            return True
+    return False
 
 
 def reset_all(modules: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ from ..check import (
     arguments_checked,
     check_bias,
     check_flag,
+    check_initial_state,
     check_int,
     check_min_decay,
     check_pairs,
@@ -191,7 +192,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         self.zero_state = zero_state(self.cell, options.candidate)
         self.initial_state = None
         if learn_initial_state:
-            shape = (num_layers * self.num_directions, 1, 1, hidden_dims)
+            shape = self._shape_of_initial_state()
             self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
 
     def reset_parameters(self) -> None:
@@ -237,6 +238,8 @@ class Recurrent(CheckedCalls, role="sequence"):
     def plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer)
+        initial_state: Any = self.initial_state
+        plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
         if len(layers) > 1:
             plan.dropout(self)
@@ -246,6 +249,14 @@ class Recurrent(CheckedCalls, role="sequence"):
             )
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
+
+    def _check_parameters(self, x: Any) -> None:
+        super()._check_parameters(x)
+        if self.initial_state is not None:
+            check_initial_state(self.name, self.initial_state, self._shape_of_initial_state())
+
+    def _shape_of_initial_state(self) -> tuple[int, ...]:
+        return (self.num_layers * self.num_directions, 1, 1, self.hidden_dims)
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if isinstance(x, PackedSequence):

@@ -128,9 +128,9 @@ class Stacked(Layer):
 
     def _check_weight(self, x: Tensor) -> None:
         """Raise an error if x does not have the dtype and device of the weights."""
-        first: Any = next(iter(self.layers))
+        first: Any = next(iter(self._modules["layers"]._modules.values()))  # type: ignore[union-attr]
         weight = weight_of(first.maps()[0])
-        if weight is not None:
+        if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
             check_input(self.name, x, weight, "the layer's weight")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,5 +1,6 @@
 """The description of a backend: its functions, what it supports, and how it fails."""
 
+import functools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,25 @@ def grads_of_start(start: Start, of_states: Sequence[Tensor], grad_dt: Tensor | 
         summed = grad_initial_state.sum_to_size(start.initial_state.shape)
         of_initial_state = as_dtype(summed, start.initial_state.dtype)
     return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)
+
+
+def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that returns the shapes of an operator's outputs, to refuse tensors on several devices.
+
+    PyTorch calls this function in place of the operator if any tensor is on "meta", and returns memory that nobody wrote
+    if others are not. Integers, which are sizes, may be on the CPU.
+    """
+
+    @functools.wraps(shapes)
+    def run(*args: Any) -> Any:
+        lists = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args)
+        tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
+        found = {str(x.device) for x in tensors if x.dtype != torch.int64 or x.device.type != "cpu"}
+        if len(found) > 1:
+            raise ValueError(f"mingru::{shapes.__name__}: tensors must be on one device, got {', '.join(sorted(found))}")
+        return shapes(*args)
+
+    return run
 
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)

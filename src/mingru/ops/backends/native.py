@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, scan_backward_by, scan_by
-from ..call import Call, Spec, flattened, from_flat
+from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
+from ..call import Call, Layout, Spec, Start, flattened, from_flat
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
+from .sources import number_of_sources
 
 # The `group` of csrc/scan.h.
 _GROUP = 16
@@ -32,6 +33,11 @@ def _load() -> str | None:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the compiled kernels cannot be loaded ({error}); reinstall for this version of torch"
+    # In a clone, the sources may change after the library was built. Elsewhere, both were installed together.
+    sources = folder.parents[1] / "csrc"
+    built_from = getattr(torch.ops.mingru, "sources", None)
+    if built_from is None or (sources.is_dir() and built_from() != number_of_sources(sources)):
+        return "the compiled kernels were built from other sources; build them again with 'pip install -e .'"
     return None
 
 
@@ -41,18 +47,23 @@ def _register_shapes() -> None:
     def flag(how: int, bit: int) -> bool:
         return bool((how >> (16 + bit)) & 1)
 
+    def of_call(call: list[Tensor], how: int) -> tuple[Start, Layout]:
+        given = iter(call[2:])
+        start, layout, _ = from_flat([*call[:2], *(next(given) if flag(how, bit) else None for bit in range(4))])
+        return start, layout
+
     def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
-        start, _, _ = from_flat(call)
+        start, _ = of_call(call, how)
         h, reset, dt = start.h, start.reset, start.dt
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
-        shape_of_dt = (*dt.shape, num_groups) if flag(how, 3) and dt is not None else (0,)
+        shape_of_dt = (*dt.shape, num_groups) if flag(how, 7) and dt is not None else (0,)
         return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape), h.new_empty(shape_of_dt)
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        num_leading = 2 if from_flat(call)[1].batch_sizes is None else 1
+        num_leading = 2 if of_call(call, rest[2])[1].batch_sizes is None else 1
         num_grads = len(inputs) * out.shape[num_leading:].numel()
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
@@ -61,22 +72,22 @@ def _register_shapes() -> None:
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
-        num_kept = math.prod(leading) if flag(how, 2) else 0
+        num_kept = math.prod(leading) if flag(how, 6) else 0
         return x.new_empty(*leading, h.shape[-1]), h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         how = rest[4]
-        grad_x = x.new_empty(x.shape if flag(how, 4) else 0)
-        if flag(how, 4) and is_transposed(x):
+        grad_x = x.new_empty(x.shape if flag(how, 8) else 0)
+        if flag(how, 8) and is_transposed(x):
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = weight.new_empty(weight.shape[0] if flag(how, 5) else 0, weight.shape[1])
-        grad_bias = weight.new_empty(1 if flag(how, 6) else 0, weight.shape[0])
+        grad_weight = weight.new_empty(weight.shape[0] if flag(how, 9) else 0, weight.shape[1])
+        grad_bias = weight.new_empty(1 if flag(how, 10) else 0, weight.shape[0])
         return grad_x, grad_weight, grad_bias, *of_start(call, how)
 
     for shapes in (recurrence_forward, recurrence_backward, linear_recurrence_forward, linear_recurrence_backward):
-        torch.library.register_fake(f"mingru::{shapes.__name__}", shapes)
+        torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes))
 
 
 _WHY_NOT = _load()
@@ -110,8 +121,8 @@ def _state(h: Tensor, sequence: Tensor) -> Tensor:
     return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
-def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tuple[list[Tensor | None], int, float]:
-    """Return a call as all operators take it: tensors, numbers and flags in one number, and `min_decay`.
+def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
+    """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
     """
@@ -120,12 +131,16 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     _, _, *rest = flattened(start, layout)
     h = _state(start.h, like)
     initial_state = h if start.reset is None else _state(start.initial_state.expand_as(h), like)
-    how = number_of(spec)
-    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 16):
+    how, tensors = number_of(spec), [h, initial_state]
+    for bit, x in enumerate(rest, 16):
+        if x is not None:
+            how |= 1 << bit
+            tensors.append(x)
+    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 20):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
-    return [h, initial_state, *rest], how, spec.min_decay
+    return tensors, how, spec.min_decay
 
 
 def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, scan_backward_by, scan_by
+from ...backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
 from ...call import Call, Spec, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
@@ -45,10 +45,10 @@ def _register() -> torch.library.Library:
         implement("recurrence_triton_forward", launch.forward, key)
         implement("recurrence_triton_backward", launch.backward, key)
 
-    def forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
+    def recurrence_triton_forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
         return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)
 
-    def backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+    def recurrence_triton_backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
         start, layout, _ = from_flat(given)
         h, initial_state, dt = start.h, start.initial_state, start.dt
         needs_dt, needs_bias = rest[-1][2:]
@@ -62,8 +62,8 @@ def _register() -> torch.library.Library:
             first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
         )
 
-    torch.library.register_fake("mingru::recurrence_triton_forward", forward, lib=library)
-    torch.library.register_fake("mingru::recurrence_triton_backward", backward, lib=library)
+    for shapes in (recurrence_triton_forward, recurrence_triton_backward):
+        torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes), lib=library)
     return library
 
 

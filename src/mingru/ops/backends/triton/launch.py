@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...backend import KernelFailure
 from ...call import from_flat
-from ...layout import is_transposed
+from ...layout import is_packing, is_transposed
 from ...shape import States, accumulate_dtype
 from . import device as devices
 from .plan import KEEPING, Plan, Work, plan_of
@@ -82,12 +82,18 @@ def _fits(number: int) -> bool:
     return -(2**31) <= number < 2**31
 
 
+def _written(tensors: Sequence[Any]) -> list[Any]:
+    """Return tensors whose values are in memory; a negative view and a ZeroTensor have other values, or no memory."""
+    return [x.clone() if x is not None and (x.is_neg() or x._is_zerotensor()) else x for x in tensors]
+
+
 class _Call:
     """What both passes have in common."""
 
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
-        self.start, layout, _ = from_flat(given)
+        inputs = _written(inputs)
+        self.start, layout, _ = from_flat(_written(given))
         self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
         self.x = [self.flat(x) for x in inputs]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
@@ -169,7 +175,7 @@ class _Call:
             "EVEN": self.num_features % plan.features == 0,
         }
         if self.batch_sizes is not None:
-            shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x.device)
+            shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x)
         elif self.lengths is not None:
             shared["lengths"] = self.lengths
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
@@ -184,12 +190,16 @@ class _Call:
 _packings: Any = WeakTensorKeyDictionary()
 
 
-def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the offset of each step in packed data, and the length of each sequence, on the device."""
-    kept: dict[torch.device, tuple[Tensor, Tensor]] = _packings.setdefault(batch_sizes, {})
-    if device not in kept:
-        kept[device] = _new_packing(batch_sizes, device)
-    return kept[device]
+def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offset of each step in packed data x, and the length of each sequence, on the device of x."""
+    kept: dict[Any, tuple[Tensor, Tensor]] = _packings.setdefault(batch_sizes, {})
+    key = x.device, x.shape[0]
+    if key not in kept:
+        # In a compiled graph, no layer has checked them.
+        if not is_packing(batch_sizes, x.shape[0]):
+            raise ValueError("mingru: batch_sizes must be positive, must not increase, and sum to the packed steps")
+        kept[key] = _new_packing(batch_sizes, x.device)
+    return kept[key]
 
 
 def _new_packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -261,11 +271,12 @@ def backward(
         call.start = call.start._replace(dt=call.start.dt.contiguous())
     h, initial_state, dt = call.start.h, call.start.initial_state, call.start.dt
     grads = grads_like(inputs, 2 if call.batch_sizes is None else 1)
-    out, grad_out = (call.flat(x) for x in saved[:2])
+    out, grad_out, grad_last = _written(saved)
+    out, grad_out = call.flat(out), call.flat(grad_out)
     plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
     grad_h = h.new_empty(h.shape)
     whole = {**call.sequences(unit, out=out, grads=grads), **_state("h", h), "after": grad_h}
-    whole["grad_last"] = saved[2].contiguous()
+    whole["grad_last"] = grad_last.contiguous()
     batch, segments, num_features = call.num_sequences, plan.segments, call.num_features
     new = functools.partial(inputs[0].new_empty, dtype=accumulate_dtype(inputs[0].dtype))
     # Sums of the programs of each segment.
