@@ -357,9 +357,7 @@ def check_steps(
     check_dt(name, dt, sequence, cell, letters, like_name)
 
 
-def check_initial_state(
-    name: str, state: Tensor, shape: tuple[int, ...], argument: str = "initial_state"
-) -> None:
+def check_initial_state(name: str, state: Tensor, shape: tuple[int, ...], argument: str = "initial_state") -> None:
     """Check the shape of a learned initial state, which a caller may have replaced."""
     if state.shape != shape:
         remedy = f"to broadcast, expand it to {dims(shape)}"

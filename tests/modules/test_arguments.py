@@ -376,3 +376,48 @@ def test_the_state_is_one_tensor(pair):
         remedy = f"a minGRU's state is one tensor h, {letters}"
         with refused(TypeError, f"{layer.name}: h must be a tensor, {got}; {remedy}"):
             layer(x, pair([h]))
+
+
+def learned(kind, **options):
+    """Return a module of two layers with all parameters that calls of its kind may have, and an x."""
+    sizes, x = CLASSES[kind]
+    if kind is mingru.Stack:
+        return kind([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 5)], residual=True), x
+    known = inspect.signature(kind).parameters
+    options = {"num_layers": 2, "bidirectional": True, "residual": True, "learn_initial_state": True, **options}
+    return kind(*sizes, **{name: value for name, value in options.items() if name in known}), x
+
+
+@every_class
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_parameter_is_on_the_device_of_x(kind, grad):
+    """Otherwise torch's linear maps and convolutions return memory that nobody wrote."""
+    module, x = learned(kind)
+    error = RuntimeError if kind in DROP_IN else ValueError
+    with torch.set_grad_enabled(grad):
+        for name, parameter in list(module.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, torch.nn.Parameter(parameter.to("meta")))
+            with pytest.raises(error, match=r"must be on (cpu|meta) like"):
+                module(x)
+            setattr(module.get_submodule(owner), last, parameter)
+        module(x)
+        # All on "meta" compute shapes.
+        assert learned(kind)[0].to("meta")(x.to("meta"))[0].is_meta
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind is not mingru.Stack], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_learned_initial_state_keeps_its_shape(kind, grad):
+    """Another shape that can be broadcast would mean one thing in resets and another before the first step."""
+    module, x = learned(kind)
+    owner = module if hasattr(module, "initial_state") else module.layers[0]
+    right = owner.initial_state.shape
+    reset = torch.zeros(x.shape[: 1 if kind.__name__.endswith("Cell") else 2], dtype=torch.bool)
+    with torch.set_grad_enabled(grad):
+        for shape in [right[1:], (4,), (1,), (), (1, *right), (*right[:-1], 7), (right[0], 2, *right[2:])]:
+            owner.initial_state = torch.nn.Parameter(torch.zeros(shape))
+            for options in ({}, {"reset": reset}):
+                text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
+                with pytest.raises(ValueError, match=rf"^{named(kind)}: (layers\[0\]\.)?{text}"):
+                    module(x, **options)

@@ -1,6 +1,7 @@
 """Sequences of different lengths, padded, packed or end to end: each is what it is alone, and nothing else enters."""
 
 import itertools
+import re
 
 import pytest
 import reference
@@ -755,6 +756,22 @@ BAD_CALLS = {
         {"x": pack_padded_sequence(X[..., 0], FULL, batch_first=True)},
         ValueError,
         r"x must be packed steps of 3 features because input_dims is 3, got \(9,\)",
+    ),
+    **{
+        f"batch_sizes {sizes}": (
+            {"x": PackedSequence(torch.zeros(rows, 3), torch.tensor(sizes))},
+            ValueError,
+            re.escape(
+                f"x must be packed with batch_sizes that are positive, do not increase and sum to {rows}, got {sizes}; "
+                "use pack_padded_sequence"
+            ),
+        )
+        for sizes, rows in [([3, 3], 5), ([1, 3], 4), ([3, 2], 40), ([3, 0], 3), ([2, -1], 1), ([], 0), ([[2], [1]], 3)]
+    },
+    "too few indices of an order": (
+        {"x": PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2]), torch.tensor([1, 0]))},
+        ValueError,
+        r"x must be packed with one index in its order for each of 3 sequences, got 2; use pack_padded_sequence",
     ),
     "packed of float64": ({"x": PACKED.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64"),
     "packed on another device": ({"x": PACKED.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),

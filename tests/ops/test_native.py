@@ -3,8 +3,13 @@
 import itertools
 import multiprocessing
 import os
+import re
+import shutil
 import threading
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -284,11 +289,150 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(grad, truth)
 
 
+def negative_view(x):
+    """Return a tensor with the values of x, whose memory has -x."""
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(negative, x)
+    return negative
+
+
+@pytest.mark.parametrize("form", ["layer", "cell", "recurrence", "scan"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_values_that_are_not_in_memory(form, grad):
+    """Each argument as a negative view, which PyTorch resolves before an operator, but not in a `Tensor?[]`."""
+    x, h, dt = torch.randn(2, 5, 4), torch.rand(2, 1, 4), torch.rand(2, 5)
+    layer, cell = mingru.MinGRU(4, 4), mingru.MinGRUCell(4, 4)
+    call, args = {
+        "layer": (lambda x, h, dt: layer(x, h[None], dt=dt), (x, h, dt)),
+        "cell": (lambda x, h, dt: cell(x, h, dt=dt), (x[:, 0], h[:, 0], dt[:, 0])),
+        "recurrence": (lambda x, h, dt, i: run(x, x, h, dt=dt, reset=dt < 0.5, initial_state=i), (x, h, dt, h + 1)),
+        "scan": (lambda x, h: mingru.functional.linear_scan(x.sigmoid(), x, h, backend="native"), (x, h)),
+    }[form]
+    with torch.set_grad_enabled(grad):
+        expected = call(*args)
+        for index in range(len(args)):
+            torch.testing.assert_close(
+                call(*(negative_view(y) if i == index else y for i, y in enumerate(args))), expected
+            )
+        if grad:
+            x = args[0].clone().requires_grad_()
+            out = call(x, *args[1:])
+            out = out[0] if form == "layer" else out
+            weight = torch.randn_like(out)
+            found, truth = (
+                torch.autograd.grad(out, x, each, retain_graph=True) for each in (negative_view(weight), weight)
+            )
+            torch.testing.assert_close(found, truth)
+
+
+def test_a_tensor_without_memory():
+    x, h = torch.randn(2, 5, 4), torch._efficientzerotensor(1, 2, 1, 4)
+    layer = mingru.MinGRU(4, 4)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(
+                layer(x, h, dt=torch._efficientzerotensor(2, 5)), layer(x, h + 0, dt=0 * x[..., 0])
+            )
+    torch.testing.assert_close(run(x, x, h[0]), run(x, x, torch.zeros(2, 1, 4)))
+
+
+def test_a_bias_with_strides_and_of_another_dtype():
+    layer, x, dt = mingru.MinGRU(4, 4), torch.randn(2, 5, 4), torch.rand(2, 5)
+    one = torch.tensor([0.5])
+    layer.layers[0].linear.bias = torch.nn.Parameter(one.expand(8))
+    found = layer(x, dt=dt)
+    layer.layers[0].linear.bias = torch.nn.Parameter(one.repeat(8))
+    torch.testing.assert_close(found, layer(x, dt=dt))
+    layer.layers[0].linear.bias = torch.nn.Parameter(one.repeat(8).half())
+    with pytest.raises(RuntimeError, match="bias must be"):
+        layer(x, dt=dt)
+
+
+def test_operators_refuse_tensors_on_several_devices():
+    """Otherwise PyTorch would return memory that nobody wrote, because one tensor on "meta" asks for shapes only."""
+    x, weight, bias, h, lengths = (
+        torch.randn(3, 5, 4),
+        torch.randn(8, 4),
+        torch.randn(8),
+        torch.rand(3, 1, 4),
+        torch.tensor([5, 3, 1]),
+    )
+    mask, dt = torch.zeros(3, 5, dtype=torch.bool), torch.rand(3, 5)
+    tensors, how, bound = call_of("mingru", h, h + 1, mask, dt)
+    with_lengths, how_with_lengths, _ = call_of("mingru", h, h + 1, mask, dt, None, lengths)
+    calls = {
+        "recurrence_forward": [[x, x + 1], tensors, how, bound],
+        "recurrence_backward": [[x, x + 1], tensors, x + 2, x + 3, h + 2, how, bound],
+        "linear_recurrence_forward": [x, weight, bias, with_lengths, how_with_lengths, bound],
+        "linear_recurrence_backward": [x, weight, bias, tensors, x + 2, x[0, 0, :0], x + 3, h + 2, how, bound],
+    }
+    for name, args in calls.items():
+        operator = getattr(torch.ops.mingru, name)
+        operator(*args)
+        leaves, spec = torch.utils._pytree.tree_flatten(args)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                moved = [each.to("meta") if i == index else each for i, each in enumerate(leaves)]
+                with pytest.raises(ValueError, match=f"mingru::{name}: tensors must be on one device, got cpu, meta"):
+                    operator(*torch.utils._pytree.tree_unflatten(moved, spec))
+
+
+CELL = native.number_of(Spec("mingru", "positive", False)) if WHY_NOT is True else 0
+WRONG_CODE = {
+    "nothing": [],
+    "an unknown instruction": [(99, 0, 0, 0)],
+    "no instruction that computes x": ["keep", "add"],
+    "added to the caller's x": ["keep", "add", "norm"],
+    "added to what is kept": ["norm", "keep", "keep", "add", "add"],
+    "add without keep": ["norm", "add"],
+    "more weights than there are": ["norm", "norm", "norm"],
+    "an unknown state": [("scan", 0, 1, CELL)],
+    "a negative state": [("scan", 0, -1, CELL)],
+    "a state twice": [("scan", 0, 0, CELL), ("scan", 0, 0, CELL)],
+    "an unknown cell": [("scan", 0, 0, 255)],
+    "an unknown candidate": [("scan", 0, 0, CELL | 3 << 8)],
+    **{f"bit {bit}": [("scan", 0, 0, CELL | 1 << bit)] for bit in range(16, 63)},
+    "a negative cell": [("scan", 0, 0, CELL - 2**63)],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CODE)
+def test_the_inference_operator_trusts_no_code(wrong):
+    x, h, norm, weight = torch.randn(2, 5, 4), torch.randn(1, 2, 1, 4), torch.ones(4), torch.randn(8, 4)
+    kept, rows = x.clone(), [row if isinstance(row, tuple) else (row, 0, 0, 0) for row in WRONG_CODE[wrong]]
+    code = [(native.INSTRUCTIONS.get(name, name), *rest) for name, *rest in rows]
+    has_scan = any(name == "scan" for name, *_ in rows)
+    weights, states = ([weight], [h]) if has_scan else ([norm, norm], [])
+    args = torch.tensor(code, dtype=torch.int64).view(-1, 4), torch.tensor([0.0, 0.0], dtype=torch.float64), False
+    with pytest.raises(RuntimeError, match="unknown") if wrong.startswith("an unknown c") else nullcontext():
+        out, _ = torch.ops.mingru.inference(x, weights, states, [], [], [], *args)
+        assert out.numel() == 0
+    assert torch.equal(x, kept)
+
+
 def test_missing_library_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "backends" / "native.py"))
     assert "not built" in native._load()
     (tmp_path / "_kernels.so").write_bytes(b"not a library")
     assert "cannot be loaded" in native._load()
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
+    package = tmp_path / "src" / "mingru"
+    package.mkdir(parents=True)
+    library = next(path for path in Path(native.__file__).parents[2].iterdir() if path.stem == "_kernels")
+    (package / library.name).symlink_to(library)
+    monkeypatch.setattr(native, "__file__", str(package / "ops" / "backends" / "native.py"))
+    assert native._load() is None  # installed without the sources
+    shutil.copytree(Path(__file__).parents[2] / "csrc", tmp_path / "csrc")
+    assert native._load() is None
+    (tmp_path / "csrc" / "scan.h").write_text("// of another commit")
+    of_others = r"the compiled kernels were built from other sources; build them again with 'pip install -e \.'"
+    assert re.fullmatch(of_others, native._load())
+    # The first libraries have no such number.
+    monkeypatch.setattr(torch.ops, "mingru", SimpleNamespace())
+    assert re.fullmatch(of_others, native._load())
 
 
 def test_what_runs_instead_is_said_once(monkeypatch):

@@ -837,6 +837,38 @@ def test_operators_keep_torchs_contract(layout, use_plan):
         torch.library.opcheck(operators.recurrence_triton_backward.default, args)
 
 
+def test_values_that_are_not_in_memory():
+    """Negative views and tensors without memory, as each argument and as a gradient."""
+
+    def negative(x):
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    def run(x, h, dt):
+        reset = dt < 0.3
+        return mingru.functional.mingru(x, x, h, dt=dt, reset=reset, initial_state=h, backend="triton")
+
+    args = (torch.randn(2, 3, 4, device=DEVICE), torch.rand(2, 1, 4, device=DEVICE), torch.rand(2, 3, device=DEVICE))
+    expected = run(*args)
+    for index, each in enumerate(args):
+        torch.testing.assert_close(run(*args[:index], negative(each), *args[index + 1 :]), expected)
+        zero = torch._efficientzerotensor(*each.shape, device=DEVICE)
+        found = run(*args[:index], zero, *args[index + 1 :])
+        torch.testing.assert_close(found, run(*args[:index], torch.zeros_like(each), *args[index + 1 :]))
+    x = args[0].requires_grad_()
+    out = run(x, *args[1:])
+    weight = torch.randn_like(out)
+    found, truth = (torch.autograd.grad(out, x, each, retain_graph=True) for each in (negative(weight), weight))
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [([3, 3], 5), ([1, 3], 4), ([3, 2], 40), ([3, 0], 3)])
+def test_operators_refuse_batch_sizes_that_do_not_fit(sizes, rows):
+    pre, h = torch.randn(rows, 4, device=DEVICE), torch.rand(sizes[0], 1, 4, device=DEVICE)
+    given = [h, None, None, None, torch.tensor(sizes), None]
+    with pytest.raises(ValueError, match="mingru: batch_sizes must be positive, must not increase, and sum to"):
+        torch.ops.mingru.recurrence_triton_forward([pre, pre], given, ["mingru", "positive"], 0.0, [False, False])
+
+
 # Dynamo's own way of tracing a function.
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")

@@ -168,11 +168,14 @@ class Layer(nn.Module):
 
     def _check_parameters(self, x: Any) -> None:
         """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""
-        is_meta = x.is_meta if isinstance(x, Tensor) else x.data.is_meta
+        data = x if isinstance(x, Tensor) else getattr(x, "data", None)
+        if not isinstance(data, Tensor):
+            return  # A layer inside refuses x.
+        is_meta = data.is_meta
         if _has_parameters_elsewhere(self, is_meta) and not is_compiling():
             name, found = next((name, each) for name, each in self.named_parameters() if each.is_meta is not is_meta)
             remedy = "load a state_dict that has it, with assign=True" if found.is_meta else ""
-            expected, got = f"on {'meta' if is_meta else x.device} like x", f"a tensor on {found.device}"
+            expected, got = f"on {data.device} like x", f"a tensor on {found.device}"
             raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:

@@ -96,8 +96,8 @@ def grads_of_start(start: Start, of_states: Sequence[Tensor], grad_dt: Tensor | 
 def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function that returns the shapes of an operator's outputs, to refuse tensors on several devices.
 
-    PyTorch calls this function in place of the operator if any tensor is on "meta", and returns memory that nobody wrote
-    if others are not. Integers, which are sizes, may be on the CPU.
+    PyTorch calls this function in place of the operator if any tensor is on "meta". If others are not, it would return
+    memory that nobody wrote. Integers, which are sizes, may be on the CPU.
     """
 
     @functools.wraps(shapes)
@@ -106,7 +106,9 @@ def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
         found = {str(x.device) for x in tensors if x.dtype != torch.int64 or x.device.type != "cpu"}
         if len(found) > 1:
-            raise ValueError(f"mingru::{shapes.__name__}: tensors must be on one device, got {', '.join(sorted(found))}")
+            raise ValueError(
+                f"mingru::{shapes.__name__}: tensors must be on one device, got {', '.join(sorted(found))}"
+            )
         return shapes(*args)
 
     return run

@@ -82,7 +82,9 @@ def is_transposed(x: Tensor) -> bool:
 def is_packing(batch_sizes: Tensor, num_rows: int) -> bool:
     """Return whether so many packed steps can have these batch sizes. Kernels read and write memory by them."""
     sizes: list[int] = batch_sizes.tolist()
-    return batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0] and sum(sizes) == num_rows
+    return (
+        batch_sizes.dim() == 1 and sizes == sorted(sizes, reverse=True) and sizes[-1:] > [0] and sum(sizes) == num_rows
+    )
 
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _fits(number: int) -> bool:
     return -(2**31) <= number < 2**31
 
 
-def _written(tensors: Sequence[Any]) -> list[Any]:
+def _written(tensors: Given) -> list[Any]:
     """Return tensors whose values are in memory; a negative view and a ZeroTensor have other values, or no memory."""
     return [x.clone() if x is not None and (x.is_neg() or x._is_zerotensor()) else x for x in tensors]
 
@@ -95,7 +95,7 @@ class _Call:
         inputs = _written(inputs)
         self.start, layout, _ = from_flat(_written(given))
         self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
-        self.x = [self.flat(x) for x in inputs]
+        self.x: list[Tensor] = [self.flat(x) for x in inputs]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
             self.x = [x.contiguous() for x in self.x]
         self.num_features = self.x[0].shape[-1]
@@ -135,7 +135,7 @@ class _Call:
     def unit(self, *sequences: Tensor) -> int:
         """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
         size = self.x[0].element_size()
-        bits = 16 // size | self.num_features
+        bits: int = 16 // size | self.num_features
         for x in (*self.x, *sequences):
             bits |= x.data_ptr() // size
             for stride in x.stride()[:-1]:
