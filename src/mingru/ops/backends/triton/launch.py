@@ -92,10 +92,9 @@ class _Call:
 
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
-        inputs = _written(inputs)
         self.start, layout, _ = from_flat(_written(given))
         self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
-        self.x: list[Tensor] = [self.flat(x) for x in inputs]
+        self.x = [self.flat(x) for x in _written(inputs)]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
             self.x = [x.contiguous() for x in self.x]
         self.num_features = self.x[0].shape[-1]
@@ -135,7 +134,7 @@ class _Call:
     def unit(self, *sequences: Tensor) -> int:
         """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
         size = self.x[0].element_size()
-        bits: int = 16 // size | self.num_features
+        bits = 16 // size | self.num_features
         for x in (*self.x, *sequences):
             bits |= x.data_ptr() // size
             for stride in x.stride()[:-1]:
