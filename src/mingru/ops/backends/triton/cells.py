@@ -82,7 +82,8 @@ def decay(gate, time, EXACT: tl.constexpr):
         # 1 - exp(-x) = tanh(x / 2) (1 + exp(-x)) does not cancel.
         near = x < 0.7
         small = tanh_near_0(tl.where(near, 0.5 * x, 0.0), tl.where(near, x, 0.0)) * (1.0 + a)
-        return a, tl.where(near, small, 1.0 - a), finite(time[0]) * slope, rate
+        # Near 1, a has one rounding and not the error of the power, which would add up over a long memory.
+        return tl.where(near, 1.0 - small, a), tl.where(near, small, 1.0 - a), finite(time[0]) * slope, rate
 
 
 @triton.jit
