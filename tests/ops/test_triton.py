@@ -6,6 +6,8 @@ With TRITON_INTERPRET=1 they run in Triton's interpreter, on the CPU and slowly;
 import itertools
 import math
 import os
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -52,6 +54,8 @@ PAIRS = ("mingru_rotation", "complex_linear_scan")
 @pytest.fixture(autouse=True)
 def _no_failure_before(monkeypatch):
     monkeypatch.setattr(launch, "_failures", {})
+    monkeypatch.setattr(launch, "_compiled", {})
+    route._warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -392,7 +396,10 @@ def test_padded_sequences(cell, reverse, time_first, plan, use_plan):
     def kernel(name, call):
         return autograd.run_kernel(route.Choice(name, True, "kernel"), call, False)
 
-    for got, truth in zip(results(kernel, "triton", math.nan), results(autograd.composed, "torch", 0.0), strict=True):
+    def composed(name, call):
+        return autograd.composed(route.Choice(name, True), call)
+
+    for got, truth in zip(results(kernel, "triton", math.nan), results(composed, "torch", 0.0), strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
 
 
@@ -954,42 +961,96 @@ def is_backward(options):
     return "grad_out" in options
 
 
-FALLS_BACK = "using the slower backend 'torch' from now on.*no C compiler found"
+FALLS_BACK = "using the slower backend 'torch'. .*no C compiler found"
+
+
+def results_of(function, *leaves):
+    """Return the values of a function and the gradients of its tensors."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out.abs().square().sum(), leaves)]
+
+
+def second(x):
+    leaf = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(mingru.functional.mingru(leaf, leaf).square().sum(), leaf, create_graph=True)
+    return [grad, *torch.autograd.grad(grad.sum(), leaf)]
+
+
+def mapped(x):
+    return torch.vmap(lambda x: mingru.functional.mingru(x[None], x[None])[0])(x)
+
+
+CALLS = {
+    "mingru": lambda x: results_of(mingru.functional.mingru, x, x),
+    "linear_scan": lambda x: results_of(mingru.functional.linear_scan, x, x),
+    "complex linear_scan": lambda x: results_of(mingru.functional.linear_scan, x + 0j, x + 0j),
+    "a layer": lambda x: results_of(lambda x: seeded(mingru.MinGRU, 8, 4, device=DEVICE)(x)[0], x),
+    "images": lambda x: results_of(lambda x: seeded(mingru.MinConv1dGRU, 5, 4, 1, device=DEVICE)(x[:, None])[0], x),
+    "second derivatives": second,
+    "vmap": lambda x: results_of(mapped, x),
+    "batched gradients": lambda x: torch.vmap(torch.func.grad(lambda x: mapped(x[None]).square().sum()))(x),
+}
+
+
+def seeded(layer, *args, **options):
+    torch.manual_seed(0)
+    return layer(*args, **options)
 
 
 @pytest.mark.usefixtures("_auto")
-def test_torch_runs_if_a_kernel_fails(break_kernel):
-    break_kernel()
-    x = torch.randn(2, 5, 8, device=DEVICE)
-    calls = [
-        lambda: mingru.functional.mingru(x, x),
-        lambda: mingru.functional.linear_scan(x, x),
-        lambda: mingru.functional.linear_scan(x + 0j, x + 0j),
-        lambda: mingru.MinGRU(8, 4, device=DEVICE)(x)[0],
-        lambda: mingru.MinConv1dGRU(5, 4, 1, device=DEVICE)(x[:, None])[0],
-    ]
-    for call in calls:
-        launch._failures.clear()
-        with pytest.warns(RuntimeWarning, match=FALLS_BACK):
-            out = call()
-        assert out.isfinite().all()
-    # Said once; this call does not try again.
-    call()
+@pytest.mark.parametrize("fails", ["every launch", "the backward pass", "the linear scan"])
+@pytest.mark.parametrize("call", CALLS)
+def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
+    """Each reason is said once, and the numbers are those of the backend "torch"."""
+    x = torch.rand(2, 5, 8, device=DEVICE)
+    with mingru.use_backend("torch"):
+        expected = CALLS[call](x)
+    which = {"the backward pass": is_backward, "the linear scan": lambda options: "scan" in options["CELL"]}
+    break_kernel(math.inf, which.get(fails, lambda options: True))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        first, again = CALLS[call](x), CALLS[call](x)
+    messages = [str(warning.message) for warning in found if "slower backend" in str(warning.message)]
+    assert len(set(messages)) == len(messages)
+    if fails == "every launch":
+        assert messages
+        assert all(re.search(FALLS_BACK, message) for message in messages)
+    for values in (first, again):
+        torch.testing.assert_close(list(values), list(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_auto")
-def test_a_failure_concerns_one_device_pass_cell_and_dtype(break_kernel, launches):
-    break_kernel(math.inf, lambda options: options["CELL"] == "minlstm" and options["x0"].dtype == torch.float32)
+def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
+    """Other cells, dtypes and plans run, and a kernel that has run is launched again after a failure."""
+    tried = []
+
+    def fails(options):
+        tried.append((options["CELL"], options["x0"].dtype, options["T"]))
+        return tried[-1] == ("minlstm", torch.float32, 4)
+
+    break_kernel(math.inf, fails)
     x = torch.randn(2, 5, 8, device=DEVICE)
+    use_plan("walk")
     with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         mingru.functional.minlstm(x, x, x)
-    launches.clear()
+    assert len(tried) == 2
+    mingru.functional.minlstm(x, x, x)
+    assert len(tried) == 2
     mingru.functional.mingru(x, x)
     mingru.functional.minlstm(*[x.double()] * 3)
-    assert launches == ["forward", "forward"]
+    use_plan("chunks")
     mingru.functional.minlstm(x, x, x)
-    assert launches == ["forward", "forward"]
+    assert tried[2:] == [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
     assert mingru.backends()["triton"] is True
+    assert len(launch._failures) == 1
+    # A kernel that has run before.
+    break_kernel(1)
+    use_plan("walk")
+    with pytest.warns(RuntimeWarning, match=FALLS_BACK):
+        mingru.functional.mingru(x, x)
+    assert len(launch._failures) == 1
+    torch.testing.assert_close(mingru.functional.mingru(x, x), mingru.functional.mingru(x, x, backend="triton"))
 
 
 def test_a_kernel_that_fails_once_is_launched_again(break_kernel):
@@ -1042,7 +1103,7 @@ def test_torch_computes_the_gradients_if_only_their_kernel_fails(break_kernel, l
     out, _ = rnn(x)
     truth = torch.autograd.grad(out.square().sum(), rnn.parameters(), retain_graph=True)
     break_kernel(math.inf, is_backward)
-    with pytest.warns(RuntimeWarning, match="using the slower backend 'torch' from now on"):
+    with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
     for one, other in zip(grads, truth, strict=True):
         torch.testing.assert_close(one, other)

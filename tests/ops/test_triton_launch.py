@@ -111,6 +111,20 @@ def test_each_difference_selects_the_kernel_that_triton_selects(change, driver):
     assert len(compiled) == len(driver.compiled)
 
 
+def test_triton_launches_if_it_does_not_take_our_launch(driver):
+    """Another version may want other arguments of a compiled kernel than those that we give it."""
+    config = next(smoke.configurations(1, 0, SIZES))
+    by_triton, compiled, refused = launches_of(config, driver, {}), {}, mock.Mock(side_effect=TypeError("arguments"))
+    launches_of(config, driver, compiled)
+    with mock.patch.object(Kernel, "__getitem__", refused):
+        for _ in range(2):
+            torch.manual_seed(0)
+            assert launches_of(config, driver, compiled) == by_triton
+    # Each kernel tried it once.
+    assert refused.call_count == len(compiled) > 1
+    assert not launch._failures
+
+
 def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):
     config = next(smoke.configurations(1, 0, SIZES))
     compiled = {}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from . import autograd, blocks, layout, route
-from .backend import KernelFailure
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
@@ -46,7 +45,7 @@ def linear_scan(
             return empty_states(a * b, h)
         # Kernels convert numbers when they load them.
         has_kernel = route.backend_of(choice.backend).scan_backward is not None
-        return autograd.scan(choice.backend, scan if has_kernel else in_accumulation_dtype(scan))
+        return autograd.scan(choice, scan if has_kernel else in_accumulation_dtype(scan))
 
     out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
     if lengths is not None:
@@ -99,11 +98,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
 
 def _run_or_other(run: Callable[[Choice], States], spec: Spec, sequence: Tensor, backend: str = "auto") -> States:
     """Run on the chosen backend. If its kernel fails and the caller did not select the backend, run it on another."""
-    choice = route.choose(spec, sequence, backend)
-    try:
-        return run(choice)
-    except KernelFailure as failure:
-        return run(route.after(failure, choice, spec, sequence))
+    return route.run_or_other(run, route.choose(spec, sequence, backend), spec, sequence)
 
 
 def _run_call(call: Call, backend: str = "auto") -> States:
@@ -117,7 +112,7 @@ def _run(choice: Choice, call: Call) -> States:
         return empty_states(traceable.sum_of(call.tensors), call.start.h)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
-        return autograd.composed(choice.backend, call)
+        return autograd.composed(choice, call)
     choice = choice._replace(kernel="kernel")
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
         return autograd.run_kernel(choice, call, False)

@@ -9,39 +9,40 @@ pre-activations unless backward recomputes them. For all other derivatives it ca
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Kernel, KernelFailure, Needs, Saved
+from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, flattened, from_flat
 from .cells import NUM_INPUTS, is_complex
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .private import jvp_nesting
-from .route import Choice, after, backend_of
+from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype
 
 
-def composed(name: str, call: Call) -> States:
+def composed(choice: Choice, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
-    own = backend_of(name).recurrence
+    own = backend_of(choice.backend).recurrence
     if own is not None:
         states = own(padded)
     elif not is_complex(call.spec):
-        states = scan(name, as_linear_scan(padded))
+        states = scan(choice, as_linear_scan(padded))
     elif is_compiling():
         # Compilers and exported graphs may not support complex numbers.
         states = traceable.scan(as_linear_scan(padded), True)
     else:
         a, b, h, reset, reverse = as_linear_scan(padded)
         a, b, h = (torch.view_as_complex(x.contiguous()) for x in (a, b, h))
-        out, last = scan(name, LinearScan(a, b, h, reset, reverse))
+        out, last = scan(choice, LinearScan(a, b, h, reset, reverse))
         states = torch.view_as_real(out), torch.view_as_real(last)
         out, last = in_layout(states, call)
         # Copies, because outputs must not be views.
@@ -49,9 +50,9 @@ def composed(name: str, call: Call) -> States:
     return in_layout(states, call)
 
 
-def scan(name: str, call: LinearScan) -> States:
+def scan(choice: Choice, call: LinearScan) -> States:
     """Compute the linear scan by a backend, so that it is differentiable."""
-    backend = backend_of(name)
+    backend = backend_of(choice.backend)
     if backend.differentiable:
         assert backend.scan is not None
         return backend.scan(call)
@@ -60,7 +61,7 @@ def scan(name: str, call: LinearScan) -> States:
         # which transforms such as `torch.func.grad` may need.
         return _traceable_scan(call)
     function = ScanInGraph if is_compiling() else Scan
-    states: States = function.apply(name, *call)  # type: ignore[no-untyped-call]
+    states: States = function.apply(choice, *call)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -76,14 +77,14 @@ class ScanInGraph(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(name: str, *call: Any) -> States:
-        run = backend_of(name).scan
+    def forward(choice: Choice, *call: Any) -> States:
+        run = backend_of(choice.backend).scan
         assert run is not None
         return run(LinearScan(*call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
-        ctx.name, a, _, h, reset, ctx.reverse = inputs
+        ctx.choice, a, _, h, reset, ctx.reverse = inputs
         ctx.save_for_backward(a, h, reset, output[0])
         ctx.save_for_forward(a, h, reset, output[0])
 
@@ -92,19 +93,23 @@ class ScanInGraph(torch.autograd.Function):
         a, h, reset, out = ctx.saved_tensors
         # No gradient depends on b, so b was not saved; `out` fills its field.
         call = LinearScan(a, out, h, reset, ctx.reverse)
-        kernel = backend_of(ctx.name).scan_backward
         batched = are_batched(*grad)
-        if kernel is not None and not torch.is_grad_enabled() and not batched:
-            return None, *kernel(call, out, *grad), None, None
-        # Kernels have no rule for batched gradients.
-        run = _traceable_scan if batched else lambda call: scan(ctx.name, call)
-        delta = adjoint(run, call, grad)
-        grad_a = grad_h = None
-        if ctx.needs_input_grad[1]:
-            grad_a = delta * previous_states(call, out).conj()
-        if ctx.needs_input_grad[3]:
-            grad_h = grad_of_h(call, delta)
-        return None, grad_a, delta, grad_h, None, None
+
+        def run(choice: Choice) -> tuple[Tensor | None, ...]:
+            kernel = backend_of(choice.backend).scan_backward
+            if kernel is not None and not torch.is_grad_enabled() and not batched:
+                return kernel(call, out, *grad)
+            # Kernels have no rule for batched gradients.
+            delta = adjoint(_traceable_scan if batched else partial(scan, choice), call, grad)
+            grad_a = grad_h = None
+            if ctx.needs_input_grad[1]:
+                grad_a = delta * previous_states(call, out).conj()
+            if ctx.needs_input_grad[3]:
+                grad_h = grad_of_h(call, delta)
+            return grad_a, delta, grad_h
+
+        spec = Spec("linear_scan", "linear", ctx.reverse)
+        return None, *run_or_other(run, ctx.choice, spec, out), None, None
 
 
 class Scan(ScanInGraph):
@@ -123,17 +128,17 @@ class Scan(ScanInGraph):
         if da is not None:
             drive = drive + as_dtype(da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out), out.dtype)
         dh = torch.zeros_like(h) if dh is None else dh
-        return scan(ctx.name, LinearScan(a, drive, dh, reset, ctx.reverse))
+        return scan(ctx.choice, LinearScan(a, drive, dh, reset, ctx.reverse))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], name: str, *call: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], choice: Choice, *call: Any) -> Any:
         def fold(arg: Any, dim: int | None) -> Any:
             if not isinstance(arg, Tensor):
                 return arg
             batched = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return batched.flatten(0, 1)
 
-        states = scan(name, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
+        states = scan(choice, LinearScan(*(fold(arg, dim) for arg, dim in zip(call, in_dims[1:], strict=True))))
         out, last = (torch.unflatten(tensor, 0, [info.batch_size, -1]) for tensor in states)
         return (out, last), (0, 0)
 
@@ -186,7 +191,7 @@ class Recurrence(torch.autograd.Function):
         out, kept, *args = ctx.saved_tensors
         call, needs = _call(ctx.spec, ctx.time_first, args), ctx.needs_input_grad[4:]
 
-        def recompute(name: str) -> Sequence[Tensor | None]:
+        def recompute(choice: Choice) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
                 call = _call(ctx.spec, ctx.time_first, args)
                 if ctx.choice.kernel == "linear_kernel":
@@ -196,23 +201,22 @@ class Recurrence(torch.autograd.Function):
                         x = without_padding(x, layout.lengths, layout.time_first)
                     inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.spec.cell], -1)
                     call = call._replace(tensors=list(inputs))
-                return composed(name, call)
+                return composed(choice, call)
 
             return _differentiable(function, args, needs, grad)
 
-        if torch.is_grad_enabled() or are_batched(*grad):
-            grads = recompute(ctx.choice.backend)
-        else:
+        def run(choice: Choice) -> Sequence[Tensor | None]:
+            if not choice.kernel or torch.is_grad_enabled() or are_batched(*grad):
+                return recompute(choice)
+            own = kept
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
-                kept = kept.new_empty(0)
+                own = kept.new_empty(0)
             of_start, _, of_tensors = from_flat(needs)
-            try:
-                saved = Saved(out, kept, *grad)
-                found, of_kernel = _kernel(ctx.choice).backward(call, saved, Needs(of_start, of_tensors))
-                grads = (*found, *(None for _ in call.layout[1:]), *of_kernel)
-            except KernelFailure as failure:
-                grads = recompute(after(failure, ctx.choice, ctx.spec, out).backend)
+            found, of_kernel = _kernel(choice).backward(call, Saved(out, own, *grad), Needs(of_start, of_tensors))
+            return *found, *(None for _ in call.layout[1:]), *of_kernel
+
+        grads = run_or_other(run, ctx.choice, ctx.spec, out)
         return None, None, None, None, *grads
 
 

@@ -8,9 +8,9 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ BACKENDS: dict[str, Backend] = {
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
 VARIABLE = "MINGRU_BACKEND"
+T = TypeVar("T")
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
 
 
@@ -133,7 +134,7 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
             # The exported graph may run where the kernels of this package are not installed.
             return Choice("torch", False)
         name = next(each for each in FASTEST_FIRST if _why_not(each, sequence, spec) is None)
-        if not is_compiling():
+        if name == "torch" and not is_compiling():
             _warn_if_kernels_are_missing(sequence, spec)
         return Choice(name, False)
     why = _why_not(name, sequence, spec)
@@ -142,14 +143,17 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
     return Choice(name, True)
 
 
-def after(failure: KernelFailure, failed: Choice, spec: Spec, sequence: Tensor) -> Choice:
-    """Choose again after a kernel has failed. If the caller selected the backend, raise the failure."""
-    if failed.selected:
-        raise failure
-    others = (other for other in FASTEST_FIRST if other != failed.backend)
-    name = next(other for other in others if _why_not(other, sequence, spec) is None)
-    warnings.warn(f"mingru: using the slower backend {name!r} from now on. {failure}", RuntimeWarning, stacklevel=2)
-    return Choice(name, False)
+def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequence: Tensor) -> T:
+    """Run on the chosen backend. If its kernel fails and the caller did not select the backend, run on another."""
+    try:
+        return run(choice)
+    except KernelFailure as failure:
+        if choice.selected:
+            raise
+        others = (other for other in FASTEST_FIRST if other != choice.backend)
+        name = next(other for other in others if _why_not(other, sequence, spec) is None)
+        _warn_once(f"using the slower backend {name!r}. {failure}")
+    return run(Choice(name, False))
 
 
 def backend_of(name: str) -> Backend:
@@ -231,21 +235,21 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
-    """Warn once if the kernels for this device are missing, or those for the CPU lack the cell."""
+    """Warn once for each reason why the kernels for this device cannot run this."""
     if sequence.is_cpu:
-        why = BACKENDS["native"].unavailable()
+        devices, why = "the CPU", BACKENDS["native"].unavailable()
         if why is None and spec.cell not in native.CELLS:
             why = f"the compiled kernels lack the cell {spec.cell!r}"
-        _warn_once("the CPU", why)
-    elif sequence.device.type in triton.DEVICES:
-        _warn_once("GPUs", BACKENDS["triton"].unavailable())
+    else:
+        devices, is_gpu = "GPUs", sequence.device.type in triton.DEVICES
+        why = _why_not("triton", sequence, spec) if is_gpu else None
+    if why is not None:
+        _warn_once(f"using the slower backend 'torch' on {devices}, because {why}")
 
 
 @functools.cache
-def _warn_once(devices: str, why: str | None) -> None:
-    if why is not None:
-        message = f"mingru: using the slower backend 'torch' on {devices}, because {why}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+def _warn_once(message: str) -> None:
+    warnings.warn(f"mingru: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:

@@ -141,14 +141,10 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found
 
 
-def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
-    return unsupported(sequence, spec) or launch.failure(sequence, spec.cell)
-
-
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING)
 BACKEND = Backend(
     unavailable=unavailable,
-    unsupported=_unsupported,
+    unsupported=unsupported,
     scan=partial(scan_by, _KERNEL),
     scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,43 +20,29 @@ from .plan import KEEPING, Plan, Work, plan_of
 Tensors = Sequence[Tensor]
 Given = Sequence[Tensor | None]
 
-# Why a kernel cannot be compiled or launched, by device, pass, cell and dtype.
-_failures: dict[tuple[torch.device, str, str, torch.dtype], str] = {}
-
-
-def failure(sequence: Tensor, cell: str) -> str | None:
-    """Return why a kernel failed that this call would need, or None."""
-    passes = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
-    found = (_failures.get((sequence.device, name, cell, sequence.dtype)) for name in passes)
-    return next((why for why in found if why is not None), None)
+# Kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its own search
+# takes most of the time of a launch; None if Triton must launch the kernel.
+_compiled: dict[tuple[Any, ...], Any] = {}
+# Why a kernel that never ran could not be compiled or launched, by the same.
+_failures: dict[tuple[Any, ...], str] = {}
 
 
 def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
     """Launch the kernel of a pass, "forward" or "backward", on the device of its first argument."""
-    device, dtype, cell = args["x0"].device, args["x0"].dtype, args["CELL"]
-    key, error = (device, name, cell, dtype), None
-    # Twice, because some reasons to fail pass, such as a full disk.
-    for _ in range(0 if key in _failures else 2):
-        try:
-            return _launch(device, num_programs, plan, args)
-        except Exception as caught:
-            if devices.is_capturing(device):
-                raise RuntimeError(
-                    "mingru: a CUDA graph cannot capture the first call of a Triton kernel, which loads it; call the "
-                    "module once before the capture"
-                ) from caught
-            error = caught
-    if error is not None:
-        reason = devices.first_line(error)
-        _failures[key] = (
-            f"Triton failed to compile or launch the {name} kernel of {cell}, {dtype}, on {device} ({reason})"
+    x = args["x0"]
+    try:
+        _launch(x.device, num_programs, plan, args)
+    except Exception as error:
+        if devices.is_capturing(x.device):
+            raise RuntimeError(
+                "mingru: a CUDA graph cannot capture the first call of a Triton kernel, which loads it; call the "
+                "module once before the capture"
+            ) from error
+        why = (
+            f"Triton failed to compile or launch the {name} kernel of {args['CELL']}, {x.dtype}, on {x.device} "
+            f"({devices.first_line(error)})"
         )
-    raise KernelFailure(f"the backend 'triton' cannot run this because {_failures[key]}; use 'torch'") from error
-
-
-# Compiled kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its
-# own search takes most of the time of a launch.
-_compiled: dict[tuple[Any, ...], Any] = {}
+        raise KernelFailure(f"the backend 'triton' cannot run this because {why}; use 'torch'") from error
 
 
 def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
@@ -69,13 +55,39 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
     integers = [x for x in values if type(x) is int]
     wide = () if _fits(min(integers)) and _fits(max(integers)) else tuple(map(_fits, integers))
     key = (device, plan.warps, kernels.constants_of(values), tuple(map(type, values)), dtypes, wide)
+
+    def by_triton() -> Any:
+        # Fusion is given, because the default differs between versions of Triton. The interpreter returns None.
+        return kernels.recurrence_kernel[(num_programs,)](**args, num_warps=plan.warps, enable_fp_fusion=True)
+
     with devices.current(device):
         if (compiled := _compiled.get(key)) is not None:
-            compiled[(num_programs, 1, 1)](*values)
+            try:
+                compiled[(num_programs, 1, 1)](*values)
+            except Exception:
+                # Another version of Triton may take other arguments here.
+                by_triton()
+                _compiled[key] = None
+        elif key in _compiled:
+            by_triton()
+        elif key in _failures:
+            raise RuntimeError(_failures[key])
         else:
-            # Fusion is given, because the default differs between versions of Triton. The interpreter returns None.
-            kernel = kernels.recurrence_kernel[(num_programs,)]
-            _compiled[key] = kernel(**args, num_warps=plan.warps, enable_fp_fusion=True)
+            _compiled[key] = _first(by_triton, device, key)
+
+
+def _first(by_triton: Callable[[], Any], device: torch.device, key: tuple[Any, ...]) -> Any:
+    """Return the kernel of a first launch. Try twice, because some reasons to fail pass, such as a full disk."""
+    try:
+        return by_triton()
+    except Exception:
+        if devices.is_capturing(device):
+            raise
+    try:
+        return by_triton()
+    except Exception as error:
+        _failures[key] = devices.first_line(error)
+        raise
 
 
 def _fits(number: int) -> bool:
