@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mingru
-from benchmarks.gpu import page, plans, smoke, speed
+from benchmarks.gpu import device, page, plans, smoke, speed
 from benchmarks.gpu.device import Clock, error, launches
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.plan import Plan, Work
@@ -133,6 +133,29 @@ def test_a_call_that_cannot_be_captured_has_a_reason(monkeypatch):
             raise ValueError("packed sequences cannot be captured\nmore")
 
     assert clock.capture(fails_in_the_capture) == (None, "packed sequences cannot be captured")
+
+
+def test_what_a_card_refuses_is_skipped(monkeypatch, capsys, tmp_path):
+    """A T4 has no kernels of bfloat16."""
+
+    def unsupported(x, spec):
+        return "a T4 has no bfloat16" if x.dtype == torch.bfloat16 else None
+
+    monkeypatch.setattr(device, "unsupported", unsupported)
+    dtypes = [torch.float16, torch.bfloat16]
+    assert device.supported(dtypes, CPU, "triton") == [torch.float16]
+    assert capsys.readouterr().out == "skipped, because a T4 has no bfloat16\n"
+    assert device.supported(dtypes, CPU, "torch") == dtypes
+    for program, options in (
+        (smoke, ["--device", "cpu", "--small", "--configurations", "6"]),
+        (speed, [*TINY, "--shape", "1", "2", "2", "2"]),
+        (plans, [*TINY, "--shape", "1", "8", "8", "--most", "1"]),
+    ):
+        monkeypatch.setattr(program, "supported", lambda dtypes, *_: [torch.float32])
+        path = tmp_path / "results.json"
+        assert not program.main([*options, "--json", str(path)])
+        assert "float32" in path.read_text()
+        assert "bfloat16" not in path.read_text()
 
 
 def test_wrong_values_of_a_benchmark_are_marked():

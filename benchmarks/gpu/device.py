@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import mingru
+from mingru.ops import Spec
 from mingru.ops.backends.triton import launch
-from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line
+from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 from mingru.ops.shape import accumulate_dtype
 
 from ..measure import where
@@ -39,6 +40,18 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
     args.backend = "triton" if needs_triton else "torch"
     torch.manual_seed(0)
     return args
+
+
+def supported(dtypes: Sequence[torch.dtype], device: torch.device, backend: str) -> list[torch.dtype]:
+    """Return those dtypes that the backend takes on a device, and print why not the others: bfloat16 on a T4."""
+    taken = []
+    for dtype in dtypes:
+        x, spec = torch.empty(0, dtype=dtype, device=device), Spec("mingru", "positive", False)
+        if (why := unsupported(x, spec) if backend == "triton" else None) is None:
+            taken.append(dtype)
+        else:
+            print(f"skipped, because {why}")
+    return taken
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mingru.ops.backends.triton.device import first_line
 from mingru.ops.backends.triton.plan import Plan, Work
 
 from ..measure import write_json
-from .device import Clock, about, allowed, error, parse
+from .device import Clock, about, allowed, error, parse, supported
 
 # Batch, steps, features. The last three have 2^16, 2^17 and 2^18 features together; `plan_of` walks from 2^17 on.
 SHAPES = [(64, 1000, 100), (8, 4096, 256), (1, 4096, 256), (1, 1_000_000, 64), (1024, 128, 512)]
@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     clock = Clock(args.device, args.seconds)
     wave = getattr(torch.cuda.get_device_properties(args.device), "warp_size", 32) if args.device.type == "cuda" else 32
     shapes = [tuple(shape) for shape in args.shape or SHAPES]
-    kinds = [Task(*each, None) for each in itertools.product(shapes, (torch.float32, torch.bfloat16), (False, True))]
+    dtypes = supported((torch.float32, torch.bfloat16), args.device, args.backend)
+    kinds = [Task(*each, None) for each in itertools.product(shapes, dtypes, (False, True))]
     plans = {kind: candidates(kind, wave)[: args.most] for kind in kinds}
     if args.device.type != "cpu":
         compile_all([kind._replace(plan=plan) for kind in kinds for plan in plans[kind]], args.device)

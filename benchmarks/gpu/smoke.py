@@ -29,7 +29,7 @@ from mingru.ops.backends.triton.device import first_line
 from mingru.ops.cells import TIMED
 
 from ..measure import write_json
-from .device import about, allowed, error, launches, parse
+from .device import about, allowed, error, launches, parse, supported
 
 sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("tests", "tests/ops")]
 from calls import exact, make, run
@@ -218,8 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
     started, facts = time.perf_counter(), about(args.device)
     for name, value in {**facts, "backend": args.backend}.items():
         print(f"{name}: {value}")
+    dtypes = supported(CHOICES["dtype"], args.device, args.backend)
     configs = configurations(args.configurations, args.seed, SMALL if args.small else SIZES)
-    shares = fuzz(configs, args.device, args.backend)
+    shares = fuzz((each for each in configs if each["dtype"] in dtypes), args.device, args.backend)
     slow = slow_decays(args.device, args.backend, 300 if args.small else 1_000_000)
     single, captured = single_steps(args.device, args.backend), graphs(args.device)
     for name, value in {**slow, **single, **captured}.items():

@@ -39,7 +39,7 @@ from mingru.ops import NUM_INPUTS, Layout, Spec, Start
 from mingru.ops.backends.triton.device import first_line
 
 from ..measure import add_shape_option, write_json
-from .device import Clock, about, allowed, error, launches, parse
+from .device import Clock, about, allowed, error, launches, parse, supported
 
 # Batch, steps, input and hidden features. The last four: two with segments of time, one step, and little work.
 SHAPES = [(64, 1000, 10, 100), (8, 4096, 256, 256), (1024, 128, 512, 512), (16, 16384, 128, 128)]
@@ -317,7 +317,8 @@ def run(args: argparse.Namespace) -> int:
         "one_launch_us": small_us,
     }
     results |= {"recurrences": {}, "layers": {}}
-    for shape, dtype in itertools.product(args.shape or SHAPES, DTYPES):
+    dtypes = supported(DTYPES, args.device, args.backend)
+    for shape, dtype in itertools.product(args.shape or SHAPES, dtypes):
         title = f"(B, S, I, H) = {tuple(shape)}, {str(dtype).removeprefix('torch.')}"
         for kind, make in (("recurrences", recurrences), ("layers", layers)):
             rows = results[kind][title] = measure_all(

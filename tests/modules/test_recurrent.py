@@ -13,6 +13,7 @@ import torch
 from cover import cover, named
 from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_tensors, wrong_values
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
 
@@ -350,6 +351,32 @@ def test_autocast_keeps_the_state_in_float32(dtype):
     assert_close(state, h, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert rnn(x, h.bfloat16())[1].dtype == torch.float32
+
+
+def test_autocast_casts_weights_once_for_all_steps():
+    rnn, x = mingru.MinGRU(32, 64), torch.randn(2, 5, 32)
+    weights = {p.shape for p in rnn.parameters()}
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape in weights:
+                casts.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    h, grads = None, []
+    with torch.autocast("cpu", torch.bfloat16):
+        with Casts():
+            with torch.no_grad():
+                rnn(x[:, :1])
+            for t in range(5):
+                _, h = rnn(x[:, t : t + 1], h)
+        assert len(casts) == len(weights)
+        for last in (h, rnn(x)[1]):
+            grads.append(torch.autograd.grad(last.square().sum(), rnn.parameters()))
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_trains():

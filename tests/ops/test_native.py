@@ -437,14 +437,14 @@ def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
 
 def test_what_runs_instead_is_said_once(monkeypatch):
     monkeypatch.setattr(native, "_WHY_NOT", "the compiled kernels were not built; ...")
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
     gate = torch.zeros(1, 3, 2)
     with pytest.warns(RuntimeWarning, match="slower backend 'torch' on the CPU, because the compiled kernels were not"):
         mingru.functional.mingru(gate, gate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mingru.functional.mingru(gate, gate)
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
 
 
 IN_BLOCKS = {

@@ -286,9 +286,9 @@ def _cell_of_python(monkeypatch):
     """A cell without kernels; `coefficients` computes it like "mingru"."""
     monkeypatch.setitem(cells.CELLS, "only_python", cells.Cell(2, not_timed="the cell has no clock"))
     monkeypatch.setitem(cells.NUM_INPUTS, "only_python", 2)
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
     yield
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
 
 
 @pytest.mark.usefixtures("_cell_of_python")

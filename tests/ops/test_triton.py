@@ -55,7 +55,7 @@ PAIRS = ("mingru_rotation", "complex_linear_scan")
 def _no_failure_before(monkeypatch):
     monkeypatch.setattr(launch, "_failures", {})
     monkeypatch.setattr(launch, "_compiled", {})
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,8 @@ def is_allowed(row):
 
 def make(cell, batch, steps, features, dtype, *, reset=False, scale=2.0):
     """Return the inputs, the states h and initial_state in the accumulation dtype, and resets."""
+    if (why := device.unsupported(torch.empty(0, dtype=dtype, device=DEVICE), Spec(cell, "linear", False))) is not None:
+        pytest.skip(why)
     count = NUM_INPUTS.get(cell, 2)
     if cell in PAIRS:
         features += features % 2
@@ -405,7 +407,7 @@ def test_padded_sequences(cell, reverse, time_first, plan, use_plan):
 
 @pytest.fixture
 def _errors_of_a_gpu(monkeypatch):
-    """Let exp2 and rsqrt of float32 be off as far as NVIDIA's instructions may be. The interpreter computes them exactly."""
+    """Let exp2 and rsqrt of float32 be off as far as NVIDIA's may be. The interpreter computes them exactly."""
     if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -895,6 +897,56 @@ def test_operators_refuse_batch_sizes_that_do_not_fit(sizes, rows):
         torch.ops.mingru.recurrence_triton_forward([pre, pre], given, ["mingru", "positive"], 0.0, [False, False])
 
 
+@pytest.mark.parametrize("layout", ["time first", "packed", "lengths", "linear_scan", "complex_linear_scan"])
+def test_operators_fall_back_in_a_captured_graph(layout, break_kernel, use_plan):
+    """All results of the operators, whose kernel then fails."""
+    use_plan(PLANS["walk"])
+    is_scan = "scan" in layout
+    batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
+    leading = {"time first": (5, 3), "packed": (11,)}.get(layout, (3, 5))
+    width = (4, 2) if layout == "complex_linear_scan" else (4,)
+    inputs = [0.5 * torch.randn(*leading, *width, device=DEVICE) for _ in range(2)]
+    states = [x.to(DEVICE) for x in torch.rand(2, 3, 1, *width)]
+    reset, dt = torch.rand(*leading, device=DEVICE) < 0.3, torch.rand(*leading, device=DEVICE)
+    lengths = torch.tensor([5, 2, 0], device=DEVICE) if layout == "lengths" else None
+    given = [states[0], None if is_scan else states[1], reset, None if is_scan else dt, batch_sizes, lengths]
+    how = ([layout, "linear"], 0.0) if is_scan else (["mingru", "positive"], 0.1)
+    order, operators = [True, layout == "time first"], torch.ops.mingru
+
+    def results():
+        out, last = operators.recurrence_triton_forward(inputs, given, *how, order)
+        saved = [out, torch.ones_like(out), torch.ones_like(last)]
+        flags = [*order, not is_scan, not is_scan]
+        return out, last, *operators.recurrence_triton_backward(inputs, given, saved, *how, flags)
+
+    expected = results()
+    break_kernel()
+    launch._compiled.clear()
+    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
+        found = results()
+    for one, other in zip(found, expected, strict=True):
+        assert (one.stride(), one.dtype) == (other.stride(), other.dtype)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_auto")
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_layer_falls_back(break_kernel):
+    torch.compiler.reset()
+    rnn, x = layer(), torch.randn(2, 9, 3, device=DEVICE)
+    expected, _ = rnn(x)
+    truth = torch.autograd.grad(expected.square().sum(), rnn.parameters())
+    break_kernel()
+    launch._compiled.clear()
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
+        out, _ = compiled(x)
+    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
+        grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
+    for one, other in zip((out, *grads), (expected, *truth), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 # Dynamo's own way of tracing a function.
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")
@@ -989,7 +1041,7 @@ CALLS = {
     "images": lambda x: results_of(lambda x: seeded(mingru.MinConv1dGRU, 5, 4, 1, device=DEVICE)(x[:, None])[0], x),
     "second derivatives": second,
     "vmap": lambda x: results_of(mapped, x),
-    "batched gradients": lambda x: torch.vmap(torch.func.grad(lambda x: mapped(x[None]).square().sum()))(x),
+    "batched gradients": torch.vmap(torch.func.grad(lambda x: mapped(x[None]).square().sum())),
 }
 
 

@@ -1,9 +1,12 @@
 """How the work of a Triton kernel is divided, and when the backend is chosen. Needs neither Triton nor a GPU."""
 
+import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 import types
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -242,12 +245,13 @@ def test_dtypes_and_devices_without_a_kernel(monkeypatch):
         (
             (7, 5),
             torch.bfloat16,
-            "the kernels of torch.bfloat16 need compute capability 8.0 or higher, and cuda:0 is a T4",
+            "the kernels of torch.bfloat16 need compute capability 8.0 or higher, and cuda:0 is a T4 with 7.5, which "
+            "runs torch.float16",
         ),
         (
             (7, 0),
             torch.float32,
-            "the kernels of torch.float32 need compute capability 7.5 or higher, and cuda:0 is a T4",
+            "the kernels need compute capability 7.5 or higher, and cuda:0 is a T4 with 7.0",
         ),
     ):
         device._problem_of.cache_clear()
@@ -270,7 +274,7 @@ def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     monkeypatch.delenv("MINGRU_BACKEND", raising=False)
     backend = triton.BACKEND
     monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": unavailable}))
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
     with pytest.warns(
         RuntimeWarning, match="using the slower backend 'torch' on GPUs, because Triton is not installed"
     ):
@@ -278,7 +282,55 @@ def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
     assert route.choose(MINGRU, OnGpu()).backend == "torch"
     monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
     assert route.choose(MINGRU, OnGpu()).backend == "triton"
-    route._warn_once.cache_clear()
+    route.warn_once.cache_clear()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let the cards of this process be a kind of GPU, by its compute capability."""
+
+    def of(*capabilities):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+        for cached in (device._problem_of, device._why_not, route.warn_once):
+            cached.cache_clear()
+
+    monkeypatch.setattr(device, "IS_INTERPRETED", False)
+    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
+    yield of
+    monkeypatch.undo()
+    for cached in (device._problem_of, device._why_not, route.warn_once):
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "why", "available"),
+    [
+        ([(7, 0)], torch.float32, "need compute capability 7.5 or higher, and cuda:0 is a card 0 with 7.0$", False),
+        ([(6, 1), (7, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", False),
+        ([(6, 1), (8, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", True),
+        ([(7, 5)], torch.bfloat16, "torch.bfloat16 need .* card 0 with 7.5, which runs torch.float16$", True),
+        ([(7, 5)], torch.float16, None, True),
+    ],
+)
+def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, why, available, card):
+    card(*capabilities)
+    on_gpu = types.SimpleNamespace(is_cpu=False, dtype=dtype, device=torch.device("cuda", 0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        chosen = {route.choose(MINGRU, on_gpu).backend for _ in range(2)}
+    if why is None:
+        assert (chosen, found) == ({"triton"}, [])
+    else:
+        assert chosen == {"torch"}
+        (only,) = found
+        assert re.search(f"using the slower backend 'torch' on GPUs, because .*{why}", str(only.message))
+    assert (mingru.backends()["triton"] is True) is available
+    if not available:
+        assert mingru.backends()["triton"].endswith(f"cuda:0 is a card 0 with {'.'.join(map(str, capabilities[0]))}")
 
 
 def test_import_does_not_load_triton():

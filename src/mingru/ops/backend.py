@@ -1,6 +1,7 @@
 """The description of a backend: its functions, what it supports, and how it fails."""
 
 import functools
+import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -116,6 +117,11 @@ def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
 
 class KernelFailure(RuntimeError):  # noqa: N818 (a sentence for users says what failed)
     """A kernel cannot be compiled or launched on this machine."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warnings.warn(f"mingru: {message}", RuntimeWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 `FASTEST_FIRST` too if "auto" may choose it. The tests in tests/ops run for every entry of `BACKENDS`.
 """
 
-import functools
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backend import Backend, Kernel, KernelFailure
+from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import is_complex
@@ -33,6 +31,8 @@ BACKENDS: dict[str, Backend] = {
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
 VARIABLE = "MINGRU_BACKEND"
+# Elements of a weight whose cast takes as long as what the kernel saves with a row.
+_CASTS = 256
 T = TypeVar("T")
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
 
@@ -152,7 +152,7 @@ def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequenc
             raise
         others = (other for other in FASTEST_FIRST if other != choice.backend)
         name = next(other for other in others if _why_not(other, sequence, spec) is None)
-        _warn_once(f"using the slower backend {name!r}. {failure}")
+        warn_once(f"using the slower backend {name!r}. {failure}")
     return run(Choice(name, False))
 
 
@@ -191,7 +191,10 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     if not are_ordinary(x, weight, *_given(*start[2:])) or not x.is_floating_point() or x.numel() == 0:
         return None
     if is_autocast(x):
-        return _autocast(x, weight, parameters["bias"]) if kernel.autocast else None
+        # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
+        if not kernel.autocast or (not is_compiling() and x.shape[:-1].numel() * _CASTS < weight.numel()):
+            return None
+        return _autocast(x, weight, parameters["bias"])
     return (x, weight, parameters["bias"]) if x.dtype == weight.dtype else None
 
 
@@ -244,12 +247,7 @@ def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
         devices, is_gpu = "GPUs", sequence.device.type in triton.DEVICES
         why = _why_not("triton", sequence, spec) if is_gpu else None
     if why is not None:
-        _warn_once(f"using the slower backend 'torch' on {devices}, because {why}")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(f"mingru: {message}", RuntimeWarning, stacklevel=2)
+        warn_once(f"using the slower backend 'torch' on {devices}, because {why}")
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:

@@ -6,7 +6,7 @@ dispatcher. States have any floating dtype, and are computed in the accumulation
 take complex numbers as pairs of features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,18 +15,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
-from ...call import Call, Spec, flattened, from_flat
+from ...backend import (
+    Backend,
+    Grads,
+    Kernel,
+    KernelFailure,
+    Needs,
+    Saved,
+    grads_of_start,
+    on_one_device,
+    scan_backward_by,
+    scan_by,
+    warn_once,
+)
+from ...call import Call, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...private import len_torch_dispatch_stack
 from ...shape import States, accumulate_dtype, as_dtype
-from . import launch
+from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
 
 __all__ = ["BACKEND", "DEVICES"]
+
+
+def _or_other(name: str) -> Callable[..., Any]:
+    """Return the implementation of an operator: the kernel of a pass, or if it fails, tensor operations."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return getattr(launch, name)(*args)
+        except KernelFailure as failure:
+            warn_once(f"using slower tensor operations in a captured graph. {failure}")
+        return getattr(fallback, name)(*args)
+
+    return run
 
 
 def _register() -> torch.library.Library:
@@ -42,8 +67,8 @@ def _register() -> torch.library.Library:
         tags=tags,
     )
     for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
-        implement("recurrence_triton_forward", launch.forward, key)
-        implement("recurrence_triton_backward", launch.backward, key)
+        implement("recurrence_triton_forward", _or_other("forward"), key)
+        implement("recurrence_triton_backward", _or_other("backward"), key)
 
     def recurrence_triton_forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
         return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)

@@ -48,7 +48,10 @@ def _why_not() -> str | None:
     version = triton.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         return f"Triton {version} is too old; install Triton {'.'.join(map(str, _OLDEST))} or later"
-    return None
+    if IS_INTERPRETED or torch.xpu.is_available():
+        return None
+    problems = [_problem_of(torch.device("cuda", index), torch.float32) for index in range(torch.cuda.device_count())]
+    return problems[0] if problems and all(problems) else None
 
 
 def first_line(error: Exception) -> str:
@@ -73,11 +76,15 @@ _call_while_compiling(_why_too_old)
 
 @functools.cache
 def _problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
-    least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= least:
+    if torch.version.hip is not None:
         return None
-    needed = f"the kernels of {dtype} need compute capability {least[0]}.{least[1]} or higher"
-    return f"{needed}, and {device} is a {torch.cuda.get_device_name(device)}"
+    found = torch.cuda.get_device_capability(device)
+    card = f"{device} is a {torch.cuda.get_device_name(device)} with {found[0]}.{found[1]}"
+    if found < (7, 5):
+        return f"the kernels need compute capability 7.5 or higher, and {card}"
+    if found < (8, 0) and dtype == torch.bfloat16:
+        return f"the kernels of {dtype} need compute capability 8.0 or higher, and {card}, which runs torch.float16"
+    return None
 
 
 @functools.cache

@@ -20,8 +20,8 @@ from .plan import KEEPING, Plan, Work, plan_of
 Tensors = Sequence[Tensor]
 Given = Sequence[Tensor | None]
 
-# Kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its own search
-# takes most of the time of a launch; None if Triton must launch the kernel.
+# Kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its own
+# search takes most of the time of a launch; None if Triton must launch the kernel.
 _compiled: dict[tuple[Any, ...], Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
 _failures: dict[tuple[Any, ...], str] = {}
