@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mingru
@@ -387,8 +388,18 @@ def test_contexts_in_which_modules_are_called_one_by_one(calls, make):
     assert calls.count == before  # with gradients
     assert not inside(torch.autocast("cpu", torch.bfloat16))
     assert not inside(mingru.use_backend("torch"))
-    assert not inside(torch.device("cpu"))  # a mode
     assert not inside(FlopCounterMode(display=False))
+    assert not inside(BaseTorchFunctionMode())
+    # A device context changes no operation, except together with another mode.
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            assert inside(torch.no_grad(), reset=torch.ones(2, 3, dtype=torch.bool, device="cpu"))
+            assert not inside(BaseTorchFunctionMode())
+    torch.set_default_device("meta")
+    try:
+        assert inside(torch.no_grad())
+    finally:
+        torch.set_default_device(None)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert not inside(torch.no_grad())
     handle.remove()

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from . import private
 from .private import (
+    DeviceContext,
     are_functorch_transforms_active,
+    get_function_stack_at,
     has_any_global_hook,
     is_forward_mode,
     is_legacy_batchedtensor,
+    is_torch_function_mode_enabled,
     len_torch_dispatch_stack,
     len_torch_function_stack,
 )
@@ -70,17 +73,28 @@ def are_eager(*tensors: Tensor) -> bool:
 
 
 def is_plain_inference(x: Any) -> bool:
-    """Return whether nobody sees the operations on a tensor on the CPU: no gradient, graph, transform, mode or hook."""
+    """Return, in eager mode, whether no gradient, trace, transform, mode or hook sees operations on x, on the CPU."""
     return (
-        not is_compiling()
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
         and is_untransformed()
         and not torch.is_autocast_enabled("cpu")
         and not len_torch_dispatch_stack()
-        and not len_torch_function_stack()
+        and not is_torch_function_mode_enabled()
         and not has_any_global_hook()
+    )
+
+
+def is_only_in_device_context() -> bool:
+    """Return whether the only function mode is that of `with torch.device` or `torch.set_default_device`.
+
+    It changes nothing here, because this package passes a device to every function that creates a tensor.
+    """
+    return (
+        is_torch_function_mode_enabled()
+        and len_torch_function_stack() == 1
+        and type(get_function_stack_at(0)) is DeviceContext
     )
 
 

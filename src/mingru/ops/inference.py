@@ -22,7 +22,7 @@ from . import route
 from .backends import native
 from .call import Layout, Spec
 from .cells import CELLS
-from .graph import is_plain_inference
+from .graph import is_compiling, is_only_in_device_context, is_plain_inference
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 
 _DTYPES = (torch.float32, torch.float64)
@@ -221,7 +221,17 @@ def run(
     module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or not (is_plain_inference(x) and x.dtype in _DTYPES) or not route.is_native():
+    if not module.planned or is_compiling():
+        return None
+    if is_only_in_device_context():
+        # Otherwise the context would be called for every attribute of a tensor.
+        with torch._C.DisableTorchFunction():
+            return _run(module, x, states, reset, time_first, dt)
+    return _run(module, x, states, reset, time_first, dt)
+
+
+def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> tuple[Tensor, list[Tensor]] | None:
+    if not (is_plain_inference(x) and x.dtype in _DTYPES) or not route.is_native():
         return None
     shape, plan = x.shape, plan_of(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:

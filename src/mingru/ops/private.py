@@ -36,7 +36,11 @@ class _Missing:
 # Every call takes the dispatcher, and no module runs as one operator.
 len_torch_dispatch_stack = _of_torch("_C._len_torch_dispatch_stack", _yes)
 # No module runs as one operator.
+is_torch_function_mode_enabled = _of_torch("_C._is_torch_function_mode_enabled", _yes)
+# The same in a device context.
 len_torch_function_stack = _of_torch("_C._len_torch_function_stack", _yes)
+get_function_stack_at = _of_torch("_C._get_function_stack_at", _yes)
+DeviceContext = _of_torch("utils._device.DeviceContext", None)
 # The same, and `nn.Linear` is called as a module.
 has_any_global_hook = _of_torch("nn.modules.module._has_any_global_hook", _yes)
 # No call runs in fused kernels, and gradients are computed by operations that vmap can map.
