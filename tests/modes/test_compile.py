@@ -5,6 +5,7 @@ import torch
 from cases import CASES_WITH_LENGTHS, assert_equal, every_case_of_few_quick, every_case_slowly, parametrized, tensors
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mingru
 
@@ -173,6 +174,38 @@ def test_lengths(case):
             results.append((out, torch.autograd.grad(loss, leaves)))
         assert_equal(*results)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("argument", ["dt", "reset"])
+def test_lengths_of_both_directions(argument):
+    module, x, lengths = mingru.MinGRU(3, 4, bidirectional=True), torch.randn(2, 5, 3), torch.tensor([3, 5])
+    given = {argument: torch.rand(2, 5) if argument == "dt" else torch.rand(2, 5) < 0.3, "lengths": lengths}
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    assert_equal(compiled(x, **given), module(x, **given))
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("auto", {}), ("auto", {"tracing_mode": "symbolic"}), ("torch", {}), ("torch", {"pre_dispatch": True})],
+)
+@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"])
+def test_make_fx(case, backend, options):
+    """The graph has no values to check, and is that of any others."""
+    module = case.make()
+    takes_dt = all(getattr(each, "is_timed", True) for each in module.modules()) and case.time_dim is not None
+
+    def given(lengths):
+        dt = (1 + case.reset(2, 7).float()) if takes_dt else None
+        return case.x(2, 7), case.h(2), case.reset(2, 7), torch.tensor(lengths), dt
+
+    def run(*args):
+        return tensors(module(*args))
+
+    with mingru.use_backend(backend):
+        graph = make_fx(run, _allow_non_fake_inputs=True, **options)(*given([3, 5]))
+        for lengths in ([3, 5], [7, 0]):
+            args = given(lengths)
+            assert_equal(graph(*args), module(*args))
 
 
 @pytest.mark.slow

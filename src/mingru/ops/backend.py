@@ -76,8 +76,9 @@ def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[
 def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     """Return the cell of a scan, and a, b, h and other tensors as real numbers."""
     if call.a.is_complex():
-        return Spec("complex_linear_scan", "linear", call.reverse), [as_real(x) for x in (*call[:3], *others)]
-    return Spec("linear_scan", "linear", call.reverse), [*call[:3], *others]
+        return Spec("complex_linear_scan", "linear", call.reverse, 0.0), [as_real(x) for x in (*call[:3], *others)]
+    # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
+    return Spec("linear_scan", "linear", call.reverse, 0.0), [*call[:3], *others]
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .private import (
     get_function_stack_at,
     has_any_global_hook,
     is_forward_mode,
+    is_in_make_fx,
     is_legacy_batchedtensor,
     is_torch_function_mode_enabled,
     len_torch_dispatch_stack,
@@ -30,6 +31,8 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 # True for `torch.compile` and `torch.export`, and only for `torch.export`.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
+
+# The mode with which `make_fx` records operations.
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,7 +72,7 @@ def are_ordinary(*tensors: Tensor) -> bool:
 
 def are_eager(*tensors: Tensor) -> bool:
     """Return whether the tensors are ordinary, and no graph is captured, so that they have values."""
-    return not is_compiling() and are_ordinary(*tensors)
+    return not is_symbolic() and are_ordinary(*tensors)
 
 
 def is_plain_inference(x: Any) -> bool:
@@ -112,12 +115,17 @@ def are_batched(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_symbolic() -> bool:
+    """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, but not in a trace."""
+    return is_compiling() or is_in_make_fx()
+
+
 def is_captured() -> bool:
-    """Return whether a graph is captured: scripted, traced, compiled or exported."""
+    """Return whether a graph is captured: scripted, traced, compiled, exported or made by `make_fx`."""
     if is_scripting():
         return True
     else:
-        return is_tracing() or is_compiling()
+        return is_tracing() or is_symbolic()
 
 
 def is_true_for_all_sizes(condition: bool) -> bool:

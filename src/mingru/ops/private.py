@@ -24,6 +24,10 @@ def _yes(*args: object) -> bool:
     return True
 
 
+def _none(*args: object) -> None:
+    return None
+
+
 def _copied(x: Tensor, shape: list[int]) -> Tensor:
     return x.reshape(shape).clone()
 
@@ -55,6 +59,10 @@ can_pause_trace = get_tracing_state is not None and set_tracing_state is not Non
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())
+# Layers cannot be captured by `make_fx` if a check depends on values.
+_get_dispatch_mode = _of_torch("_C._get_dispatch_mode", _none)
+_get_mode_before_dispatch = _of_torch("_ops._get_dispatch_mode_pre_dispatch", _none)
+_PROXY = _of_torch("_C._TorchDispatchModeKey.PROXY", None)
 _eager_transforms = _of_torch("_functorch.eager_transforms", None)
 
 # Scripting compiles the eager code of a function in place of its twin, and fails if TorchScript does not support it.
@@ -72,6 +80,11 @@ ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "
 def is_forward_mode() -> bool:
     """Return whether forward-mode AD is active. Without the name, no call runs in fused kernels."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_in_make_fx() -> bool:
+    """Return whether `make_fx` captures a graph, also before dispatch."""
+    return _get_dispatch_mode(_PROXY) is not None or _get_mode_before_dispatch(_PROXY) is not None
 
 
 def jvp_nesting() -> int:

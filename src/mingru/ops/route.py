@@ -17,7 +17,7 @@ from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import is_complex
-from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_tracing
+from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_symbolic, is_tracing
 from .private import has_any_global_hook
 from .shape import as_dtype
 
@@ -158,7 +158,7 @@ def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequenc
 
 def backend_of(name: str) -> Backend:
     """Return the backend of this name. While a graph is captured, "torch" is its traceable version."""
-    return traceable.BACKEND if name == "torch" and is_compiling() else BACKENDS[name]
+    return traceable.BACKEND if name == "torch" and is_symbolic() else BACKENDS[name]
 
 
 def kernel_of(name: str, call: Call) -> Kernel | None:
@@ -181,8 +181,9 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     if kernel is None or spec.cell not in kernel.cells:
         return None
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
-    has_lengths = kernel.lengths and not is_compiling()
-    if (layout.lengths is not None and not has_lengths) or type(linear) is not nn.Linear or is_hooked(linear):
+    if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
+        return None
+    if type(linear) is not nn.Linear or is_hooked(linear):
         return None
     parameters = linear._parameters
     weight = parameters.get("weight")
@@ -201,10 +202,10 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
 def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
     """Return whether `ops.linear_recurrence` takes padded sequences with lengths, for all these linear maps.
 
-    A compiled graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
+    A captured graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
     computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
     """
-    if is_compiling():
+    if is_symbolic():
         return True
     if not linears or is_autocast(x):
         return False
