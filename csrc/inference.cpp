@@ -31,10 +31,11 @@ using namespace mingru;
 enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_ENUM) };
 #undef MINGRU_ENUM
 
-// The memory of a pass between its instructions, at most so many bytes for each value. Smaller values are as fast in new
-// memory; larger ones would keep too much.
-constexpr int64_t least_kept_bytes = 1 << 16, most_kept_bytes = 1 << 25;
-thread_local std::array<Scratch, 4> values_scratch;
+// Larger values of a pass would take the place of all others in the memory that is kept.
+constexpr int64_t most_kept_bytes = KeptMemory::most_bytes / 4;
+
+// The largest elapsed time that is usual, as in src/mingru/check.py.
+constexpr double most_usual_time = 1e6;
 
 // Thrown if an argument does not fit. The caller then runs the modules one by one, which names the argument.
 struct DoesNotFit {};
@@ -104,7 +105,7 @@ class Pass : Arguments {
     }
     for (const Tensor& each : initial_states) require(fits(each));
     for (const Tensor& each : resets) require(each.scalar_type() == ScalarType::Bool && has_one_value_per_step(each));
-    for (const Tensor& each : times) require(fits(each) && has_one_value_per_step(each) && is_not_negative(each));
+    for (const Tensor& each : times) require(fits(each) && has_one_value_per_step(each) && are_times(each));
     require(times.empty() || times.size() == 2);
     require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
   }
@@ -128,16 +129,21 @@ class Pass : Arguments {
   bool has_one_value_per_step(const Tensor& each) const {
     return each.is_cpu() && each.dim() == 2 && each.size(0) == x_.size(0) && each.size(1) == x_.size(1);
   }
-  bool is_not_negative(const Tensor& each) const {
+  // Not if a time is negative or NaN, or if all are so large that the ordinary call warns.
+  bool are_times(const Tensor& each) const {
     bool result = true;
+    double smallest = std::numeric_limits<double>::infinity();
     with_type([&](auto type) {
       const auto* values = data_of<const decltype(type)>(each);
       for (int64_t i = 0; i < each.size(0); ++i) {
-        // Not `< 0`, because NaN is refused too.
-        for (int64_t k = 0; k < each.size(1); ++k) result &= values[i * each.stride(0) + k * each.stride(1)] >= 0;
+        for (int64_t k = 0; k < each.size(1); ++k) {
+          const double time = values[i * each.stride(0) + k * each.stride(1)];
+          result &= time >= 0;  // not `< 0`, because NaN is refused too
+          if (time > 0) smallest = std::min(smallest, time);
+        }
       }
     });
-    return result;
+    return result && (smallest <= most_usual_time || std::isinf(smallest));
   }
   int64_t num_batch() const { return x_.size(time_first ? 1 : 0); }
   int64_t num_steps() const { return x_.size(time_first ? 0 : 1); }
@@ -167,11 +173,11 @@ class Pass : Arguments {
     return std::any_of(kept_.begin(), kept_.end(), [&](const Tensor& each) { return each.data_ptr() == memory; });
   }
 
-  // In memory that the thread keeps, unless x is the output of the pass.
-  Tensor new_x(int64_t features) const {
+  // In memory that is kept for later calls, unless x is the output of the pass.
+  Tensor new_x(int64_t features) {
     const int64_t bytes = num_rows() * features * x_.element_size();
-    const bool is_large = !is_output_ && bytes >= least_kept_bytes && bytes <= most_kept_bytes;
-    for (Scratch& scratch : values_scratch) {
+    const bool is_large = !is_output_ && bytes >= KeptMemory::least_bytes && bytes <= most_kept_bytes;
+    for (Scratch& scratch : scratch_) {
       const void* memory = scratch.at_least(0);
       if (!is_large || (memory && (memory == x_.data_ptr() || is_kept(memory)))) continue;
       return view_of(
@@ -370,6 +376,7 @@ class Pass : Arguments {
   bool is_output_ = false;
   size_t next_weight_ = 0;
   int64_t next_number_ = 0;
+  std::array<Scratch, 4> scratch_;
   std::vector<Tensor> kept_, last_;
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };

@@ -21,8 +21,6 @@ struct Block {
   int64_t row, num_rows;
 };
 
-thread_local Scratch pre_activations_scratch, grads_scratch, rows_scratch, grad_rows_scratch;
-
 // The number of features of the states.
 int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
   const int64_t num_inputs = call.traits().num_inputs;
@@ -95,7 +93,7 @@ class LinearOperands : public Operands {
   // The pre-activations of a block: those that are kept, or memory for them.
   char* pre_activations_of(const Block& block, char* kept) const {
     if (kept) return kept + bytes_of_columns(block.row);
-    return static_cast<char*>(pre_activations_scratch.at_least(bytes_of_columns(block.num_rows)));
+    return static_cast<char*>(pre_activations_scratch_.at_least(bytes_of_columns(block.num_rows)));
   }
 
   // The linear map of a block's rows.
@@ -117,7 +115,7 @@ class LinearOperands : public Operands {
   // The rows of a block, next to each other.
   const void* rows_of(const Block& block) const {
     if (const void* rows = rows_in(x_, block)) return rows;
-    char* rows = static_cast<char*>(rows_scratch.at_least(block.num_rows * row_bytes()));
+    char* rows = static_cast<char*>(rows_scratch_.at_least(block.num_rows * row_bytes()));
     each_part_of(block, x_, rows, [](char* steps, char* part, int64_t size) { std::memcpy(part, steps, size); });
     return rows;
   }
@@ -126,7 +124,7 @@ class LinearOperands : public Operands {
   template <class F>
   void set_grad_rows(const Block& block, const Tensor& grad_x, const F& compute) const {
     if (void* rows = rows_in(grad_x, block)) return compute(rows);
-    char* rows = static_cast<char*>(grad_rows_scratch.at_least(block.num_rows * row_bytes()));
+    char* rows = static_cast<char*>(grad_rows_scratch_.at_least(block.num_rows * row_bytes()));
     compute(rows);
     each_part_of(block, grad_x, rows, [](char* steps, char* part, int64_t size) { std::memcpy(steps, part, size); });
   }
@@ -207,6 +205,7 @@ class LinearOperands : public Operands {
   const bool is_transposed_, time_major_;
   const Tensor x_;
   MaybeTensor bias_;
+  mutable Scratch pre_activations_scratch_, rows_scratch_, grad_rows_scratch_;
 };
 
 // A gradient that is a sum over the blocks, in float32 or float64.
@@ -309,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
   if (needs_x) operands.clear_padding(grad_x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
   Scan& scan = operands.scan;
+  Scratch grads_scratch;
   for (const Block& block : operands.blocks(true)) {
     const int64_t count = block.num_rows;
     if (count == 0) {

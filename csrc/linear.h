@@ -3,32 +3,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <memory>
-
-#include "call.h"
+#include "scratch.h"
 
 HIDDEN_NAMESPACE_BEGIN(mingru)
-
-// Memory that a thread keeps between calls, because new pages cost more time than the computation in them.
-class Scratch {
- public:
-  void* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      // Aligned to cache lines, for the matrix multiplication.
-      memory_.reset(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::unique_ptr<Line[]> memory_;
-  int64_t size_ = 0;
-};
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -153,6 +154,34 @@ def test_recurrences(cell):
         torch.autograd.grad(out.sum(), inputs)
 
     assert kept_by(call, 200) < LEAST_LEAK
+
+
+def test_idle_threads_keep_a_bounded_amount():
+    """The values of a call have 3 to 6 MiB. Each of the threads would keep that."""
+    stack, x = mingru.Stack([mingru.MinGRU(64, 128, norm="rms"), mingru.MinGRU(128, 64)]), torch.randn(3, 4096, 64)
+    num_threads = 24
+    called, end = threading.Barrier(num_threads + 1), threading.Event()
+
+    def call():
+        with torch.no_grad():
+            stack(x)
+        called.wait()
+        end.wait()
+
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before = used()
+    threads = [threading.Thread(target=call) for _ in range(num_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        called.wait()
+        assert used() - before < 2**27 + 2**24
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(before_threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])

@@ -32,8 +32,6 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
 
-# The mode with which `make_fx` records operations.
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
