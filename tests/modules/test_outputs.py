@@ -51,6 +51,18 @@ CALLS = {
     ),
     "MinConv3dGRUCell": lambda: (mingru.MinConv3dGRUCell(INPUT, HIDDEN, 3), torch.randn(B, INPUT, 5, 5, 5)),
     "Stack": lambda: (mingru.Stack([mingru.MinGRU(INPUT, HIDDEN), mingru.MinLSTM(HIDDEN, HIDDEN)]), sequence()),
+    **{
+        f"Block, {name}": lambda options=options: (
+            mingru.models.Block(INPUT, **options),
+            sequence(True).transpose(0, 1),
+        )
+        for name, options in {"plain": {}, "mlp": {"mlp": 2, "expansion": 2.0}}.items()
+    },
+    "Block, expanded": lambda: (mingru.models.Block(INPUT, mlp=2), sequence()[:1].expand(4, S, INPUT)),
+    "Stack, time-major memory": lambda: (
+        mingru.Stack([mingru.MinGRU(INPUT, INPUT, residual="highway")], residual=True),
+        sequence(True).transpose(0, 1),
+    ),
     "drop_in.GRU": lambda: (mingru.drop_in.GRU(INPUT, HIDDEN), sequence(time_first=True)),
     "drop_in.GRU, batch first": lambda: (mingru.drop_in.GRU(INPUT, HIDDEN, batch_first=True), sequence()),
     "drop_in.GRU, one sequence": lambda: (mingru.drop_in.GRU(INPUT, HIDDEN), torch.randn(S, INPUT)),

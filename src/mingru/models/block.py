@@ -212,14 +212,15 @@ class Block(Layer, role="sequence", planned=True):
             past = x.new_zeros([1, x.size(0), conv.kernel_size - 1, x.size(2)]) if h is None else h[1]
             # By name, because the hooks of Opacus expect positional arguments to be tensors with the batch first.
             convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
-            x = x + convolved
+            x = convolved + x
             states.append(past)
         y, last = self.rnn(x, None if h is None else h[0], reset, lengths, dt)
         states.insert(0, last)
-        x = x + F.dropout(self.out(y), self.dropout, self.training)
+        # x is the second operand, because a sum has the strides of the first, and outputs are contiguous.
+        x = F.dropout(self.out(y), self.dropout, self.training) + x
         mlp = self.mlp
         if mlp is not None:
-            x = x + F.dropout(mlp(x), self.dropout, self.training)
+            x = F.dropout(mlp(x), self.dropout, self.training) + x
         if lengths is not None:
             x = layout.without_padding(x, lengths, False)
         return x, states
