@@ -147,6 +147,26 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
     assert body_of() == fastest
 
 
+@pytest.mark.parametrize("manager", [mingru.use_backend, mingru.drop_in.patch])
+def test_a_call_without_a_block_warns(manager, ran):
+    arguments = ("log",) if manager is mingru.use_backend else ()
+    with pytest.warns(
+        RuntimeWarning, match=rf"^{manager.__name__}: no effect without a block; put .* into `with"
+    ) as seen:
+        manager(*arguments)
+    assert [each.filename for each in seen] == [__file__]
+    with pytest.raises(TypeError):
+        manager(*range(9))
+
+
+def test_a_decorator():
+    @mingru.use_backend("sequential")
+    def call():
+        return route.choose(MINGRU, X).backend
+
+    assert [call(), call(), route.choose(MINGRU, X).backend != "sequential"] == ["sequential", "sequential", True]
+
+
 def test_blocks_nest_and_end_at_an_exception():
     assert route.choose(MINGRU, X).backend != "sequential"
     outside = route.choose(MINGRU, X).backend

@@ -12,7 +12,6 @@ import types
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..check import check_flags
+from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
 from .twins import SUBCLASS, TWINS, Wanted, converted, described, wanted_twins
 
@@ -130,7 +130,7 @@ _STAND_INS: dict[type[nn.Module], StandIn] = {
 }
 
 
-@contextmanager
+@context_manager
 def patch(
     gru: bool = True, lstm: bool = True, *, everywhere: bool = False, num_layers: int | None = None, **options: Any
 ) -> Iterator[PatchReport]:
@@ -160,6 +160,8 @@ def patch(
 
     Warns:
         UserWarning: The block built no layer, or the program has a class that inherits from one of torch's classes.
+
+    Without `with`, a call has no effect, and warns.
 
     However the block is left, torch's names are restored, also in modules that were loaded in the block. Blocks may be
     nested; the innermost one that replaces a class decides. A block applies to the thread that entered it, and other

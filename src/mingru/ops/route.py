@@ -7,12 +7,12 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
@@ -61,13 +61,15 @@ def backends() -> dict[str, bool | str]:
     return {name: backend.unavailable() or True for name, backend in BACKENDS.items()}
 
 
-@contextmanager
+@context_manager
 def use_backend(name: str) -> Iterator[None]:
     """Use this backend for `"auto"` in the current thread until the `with` block ends.
 
     It takes precedence over the environment variable `MINGRU_BACKEND`, which sets the backend for the whole process.
     Threads that Python did not start, as those in which PyTorch runs the backward pass of a GPU, use the block that was
     entered last. Call `backward` inside the block if it calls layers again, as `torch.utils.checkpoint` does.
+
+    Without `with`, a call has no effect, and warns.
 
     Args:
         name: Name of a backend, see [mingru.backends][], or `"auto"`.
