@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import traceback
 import warnings
@@ -49,6 +50,9 @@ REMEDIES = {
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
 }
+
+# Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
+MOST_USUAL_TIME = 1e6
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
 
@@ -201,10 +205,10 @@ def check_dropout(name: str, dropout: float, num_layers: int) -> None:
 
 
 def _level_of_the_caller() -> int:
-    """Return the `stacklevel` of the innermost frame outside of this package."""
-    package = __name__.partition(".")[0]
+    """Return the `stacklevel` of the innermost frame outside of this package, and of torch, which calls modules."""
+    packages = (__name__.partition(".")[0], "torch")
     frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
-    inner = itertools.takewhile(lambda each: each.f_globals.get("__name__", "").partition(".")[0] == package, frames)
+    inner = itertools.takewhile(lambda each: each.f_globals.get("__name__", "").partition(".")[0] in packages, frames)
     return 1 + sum(1 for _ in inner)
 
 
@@ -309,7 +313,8 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
 def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
     """Return h expanded to the state (B, 1, *) of a sequence (B, S, *)."""
     check_kind(name, argument, h, sequence, "the sequence")
-    return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)")
+    remedy = "(S, H) without a batch is read as (B, S); pass (1, S, H)" if sequence.dim() == 2 and h.dim() == 1 else ""
+    return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)", remedy)
 
 
 def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letters: str, remedy: str = "") -> Tensor:
@@ -343,10 +348,18 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
     if dt.shape != sequence.shape[:2]:
         raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
     # On a GPU, the test would synchronize.
-    if dt.is_cpu and are_eager(dt):
-        valid = dt >= 0
-        if not bool(valid.all()):
-            raise ValueError(expectation(name, "dt", "at least 0", str(dt[~valid][0].item())))
+    if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
+        least, most = torch.aminmax(dt)
+        if not least >= 0:
+            raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
+        if most > MOST_USUAL_TIME and MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
+            _warn_of_large_times(name)
+
+
+@functools.cache
+def _warn_of_large_times(name: str) -> None:
+    text = f"{name}: dt is above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap"
+    warnings.warn(text, RuntimeWarning, stacklevel=_level_of_the_caller())
 
 
 def check_steps(

@@ -323,7 +323,8 @@ def linear_scan(
     All operations are elementwise (diagonal transitions).
 
     Args:
-        a: Decays, (B, S, *), any numbers; floating-point or complex. For decays that do not depend on time, pass
+        a: Decays, (B, S, *), any numbers; floating-point or complex. Two dimensions are (B, S): for a sequence (S, H)
+            without a batch, pass (1, S, H). For decays that do not depend on time, pass
             `a.expand_as(b)`, which copies nothing.
         b: Inputs of the recurrence; shape, dtype and device of `a`.
         h: State before the first step; expandable to (B, 1, *). Its dtype is the dtype of `a`, or float32 if `a` is

@@ -343,3 +343,8 @@ def test_bad_calls(with_grad):
         with torch.set_grad_enabled(with_grad):
             block = Block(DIMS, conv=conv)
             assert_refused(lambda block=block, **arguments: block(**{"x": X, **arguments}), cases, "Block: ")
+
+
+def test_a_state_that_is_one_tensor():
+    with pytest.raises(TypeError, match="map_state: state must be a list of tensors, got Tensor; call the function on"):
+        map_state(torch.Tensor.detach, torch.zeros(1, 2, 1, 4))

@@ -1,7 +1,9 @@
 """Elapsed times (`dt`) and lower bounds of the decay (`min_decay`) in layers, cells and stacks."""
 
 import copy
+import functools
 import math
+import warnings
 
 import pytest
 import reference
@@ -11,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 import mingru
+from mingru import check
 from mingru.functional import elapsed_times
 from mingru.ops.backends import traceable
 
@@ -266,6 +269,22 @@ def test_min_decay_bounds_the_decay():
     # The second layer has gates 100 * 0.25 and 100 * 0.0625: its decays are its bound too.
     assert_close(h.flatten(), torch.tensor([0.25**2, 0.75**2]), rtol=1e-2, atol=0)
     assert repr(rnn).startswith("MinGRU(\n  1, 1, num_layers=2, bias=False, candidate='linear', min_decay=(0.25, 0.75)")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_nanoseconds_warn_once(grad, monkeypatch):
+    monkeypatch.setattr(check, "_warn_of_large_times", functools.cache(check._warn_of_large_times.__wrapped__))
+    rnn, x, dt = mingru.MinGRU(IN, H), torch.zeros(2, 3, IN), torch.full((2, 3), 3.6e12)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for usual in (dt / 3.6e12, dt * torch.inf, dt * 0, torch.tensor([[1.0, 3.6e12, 0.0]]).expand(2, 3)):
+            rnn(x, dt=usual)
+        assert not seen
+        for _ in range(2):
+            rnn(x, dt=dt)
+            rnn(x, dt=dt.where(torch.tensor([False, True, True]), 0.0))
+    assert [(each.filename, each.category) for each in seen] == [(__file__, RuntimeWarning)]
+    assert str(seen[0].message).startswith("MinGRU: dt is above 1e+06 at all steps, which erases the state; divide dt")
 
 
 def test_errors():

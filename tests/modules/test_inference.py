@@ -465,6 +465,15 @@ def like_torchs_cell(**options):
     return mingru.drop_in.GRUCell(8, 8, **options)
 
 
+@pytest.mark.parametrize("make", [cell, like_torchs_cell])
+def test_a_cell_has_no_time_dimension(calls, make):
+    module, x = make(), torch.randn(2, 8)
+    module.batch_first = False
+    result, is_one = calls.in_one(module, x)
+    assert is_one
+    assert_same(result, calls.one_by_one(module, x), torch.float32)
+
+
 @pytest.mark.parametrize("make", [layer, block, cell, like_torch, like_torchs_cell])
 def test_results_are_new_tensors(calls, make):
     module = make()

@@ -310,6 +310,13 @@ def test_what_is_missing_is_named(cls, message):
         mingru.Stack([cls()])
 
 
+def test_an_unknown_role():
+    with pytest.raises(ValueError, match=r"Wrong: role must be one of \('sequence', 'step', .*, got 'seq'"):
+
+        class Wrong(Layer, role="seq"):
+            pass
+
+
 def test_a_layer_of_another_size():
     with pytest.raises(ValueError, match=r"layers\[1\] must be a layer with input_dims=8, the output features of"):
         mingru.Stack([Doubled(4), Smooth(4)])

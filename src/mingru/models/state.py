@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import check_kind, check_list, dims, expectation
+from ..check import check_kind, check_list, dims, expectation, require
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> list[Tensor]:
@@ -20,6 +20,9 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
     Returns:
         A list of the tensors that the function returned, in the same order.
 
+    Raises:
+        TypeError: `state` is a tensor, the state of a layer such as [mingru.MinGRU][].
+
     Examples:
         >>> lm = mingru.models.LanguageModel(vocab_size=100, dims=64, num_layers=2)
         >>> logits, state = lm(torch.randint(100, (8, 50)))
@@ -27,6 +30,15 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
         >>> first_two = mingru.models.map_state(lambda tensor: tensor[:, :2], state)
         >>> on_the_cpu = mingru.models.map_state(lambda tensor: tensor.to("cpu"), state)
     """
+    require(
+        "map_state",
+        "state",
+        not isinstance(state, Tensor),
+        "a list of tensors",
+        type(state).__name__,
+        "call the function on the state of one layer directly",
+        TypeError,
+    )
     return [function(tensor) for tensor in state]
 
 

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..check import expectation, misfit, name_of
+from ..check import check_choice, expectation, misfit, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting
 from ..ops.inference import Plan, plannable
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, Result
+
+ROLES = ("sequence", "step", "torch", "custom")
 
 
 class Dims(NamedTuple):
@@ -87,6 +89,8 @@ class Layer(nn.Module):
         cls.planned = planned
         if planned:
             plannable(cls)
+        if role is not None:
+            check_choice(cls.__name__, "role", role, ROLES)
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
         # A class with its own `with_states`, such as `MinGRU`, takes all of them, or the stack knows which.

@@ -114,7 +114,7 @@ def are_batched(*tensors: Tensor | None) -> bool:
 
 
 def is_symbolic() -> bool:
-    """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, but not in a trace."""
+    """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
     return is_compiling() or is_in_make_fx()
 
 

@@ -236,6 +236,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     shape, plan = x.shape, plan_of(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
+    time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
     if states is None:
         states = module.default_states(x, batch)
