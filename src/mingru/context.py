@@ -14,9 +14,11 @@ T = TypeVar("T")
 def context_manager(function: Callable[P, Iterator[T]]) -> Callable[P, _GeneratorContextManager[T]]:
     """Decorate a function as `contextlib.contextmanager` does, and warn of a call that is never entered."""
 
+    generator: Any = function
+
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> _GeneratorContextManager[T]:
-        return _Block(function, args, kwargs)
+        return _Block(generator, args, kwargs)
 
     return make
 
