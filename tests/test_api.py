@@ -234,6 +234,7 @@ def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
         spec.loader.exec_module(without)
     without.forward_ad = None
     names = {name: value for name, value in vars(private).items() if not name.startswith("_")}
+    assert None not in names.values()
     for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "mingru"]:
         for name, value in names.items():
             if vars(module).get(name) is value:

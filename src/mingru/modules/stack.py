@@ -13,6 +13,7 @@ from ..check import arguments_checked, check_dropout, check_flags, check_type, e
 from ..ops import layout
 from ..ops.graph import is_scripting, untraced
 from ..ops.inference import Plan
+from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import STEP_ARGUMENTS, Layer, with_used
 from .marked import Marked
 from .scripted import check_returned, check_same_shape, check_unused, data_of, with_data
@@ -235,18 +236,6 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             if not isinstance(state, Tensor):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
 
-    def __prepare_scriptable__(self) -> "Stack":
-        layers: Any = self.layers
-        for layer in layers:
-            forward = inspect.signature(type(layer).forward)
-            typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
-            if type(layer).with_states is with_used or not all(typed):
-                raise TypeError(
-                    f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
-                    f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"
-                )
-        return self
-
     def _counts(self) -> str:
         counts = [end - start for start, end in pairwise(self.ends)]
         names = [type(layer).__name__ for layer in self.layers]
@@ -254,3 +243,20 @@ class Stack(Marked, Layer, role="sequence", planned=True):
 
     def extra_repr(self) -> str:
         return not_default(self).removeprefix(", ")
+
+
+def _scriptable(stack: Stack) -> Stack:
+    """Return the stack, which TorchScript compiles, or raise an error if a layer cannot be compiled."""
+    layers: Any = stack.layers
+    for layer in layers:
+        forward = inspect.signature(type(layer).forward)
+        typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
+        if type(layer).with_states is with_used or not all(typed):
+            raise TypeError(
+                f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
+                f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"
+            )
+    return stack
+
+
+setattr(Stack, PREPARE_SCRIPTABLE, _scriptable)

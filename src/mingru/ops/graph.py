@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from . import private
 from .private import (
-    DeviceContext,
     are_functorch_transforms_active,
     get_function_stack_at,
     has_any_global_hook,
@@ -95,7 +94,7 @@ def is_only_in_device_context() -> bool:
     return (
         is_torch_function_mode_enabled()
         and len_torch_function_stack() == 1
-        and type(get_function_stack_at(0)) is DeviceContext
+        and type(get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
     )
 
 

@@ -24,6 +24,7 @@ from .call import Layout, Spec
 from .cells import CELLS
 from .graph import is_compiling, is_only_in_device_context, is_plain_inference
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
+from .private import DisableTorchFunction
 
 _DTYPES = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -225,7 +226,7 @@ def run(
         return None
     if is_only_in_device_context():
         # Otherwise the context would be called for every attribute of a tensor.
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return _run(module, x, states, reset, time_first, dt)
     return _run(module, x, states, reset, time_first, dt)
 

@@ -4,6 +4,7 @@ No name is needed for `import mingru`. Without one of the functions that are ask
 but slower. The attributes of `nn.Module` that its subclasses use, such as `_modules`, are not listed.
 """
 
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -44,7 +45,8 @@ is_torch_function_mode_enabled = _of_torch("_C._is_torch_function_mode_enabled",
 # The same in a device context.
 len_torch_function_stack = _of_torch("_C._len_torch_function_stack", _yes)
 get_function_stack_at = _of_torch("_C._get_function_stack_at", _yes)
-DeviceContext = _of_torch("utils._device.DeviceContext", None)
+# The context sees each operation of the pass, which takes longer.
+DisableTorchFunction = _of_torch("_C.DisableTorchFunction", nullcontext)
 # The same, and `nn.Linear` is called as a module.
 has_any_global_hook = _of_torch("nn.modules.module._has_any_global_hook", _yes)
 # No call runs in fused kernels, and gradients are computed by operations that vmap can map.
@@ -70,6 +72,8 @@ PREPARE_SCRIPTABLE = "__prepare_scriptable__"
 SCRIPT_IF_TRACING, ORIGINAL = "__script_if_tracing_wrapper", "__original_fn"
 # `torch.compile` traces a function that it would otherwise call.
 MARKED_CONSTANT = "_dynamo_marked_constant"
+# In a device context, no module runs as one operator. The module is loaded only if there is one.
+DEVICE_CONTEXTS = "torch.utils._device"
 # The log of an ONNX export has a line about torchvision.
 ONNX_REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
 # The modules in which `torch.compile` answers `isinstance`. A compiled program does not take a layer that
