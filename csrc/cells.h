@@ -1,5 +1,5 @@
 // The cells: `step` returns a and b of h_t = a_t h_{t-1} + b_t, and the gradients of its inputs. `x` is one feature of
-// each input or, if the cell is complex, a pair of features of each input. `time` is the time of the step: see `decay`.
+// each input, or the features of one number of each input: two of complex cells, four of quaternions. `time` is the time of the step: see `decay`.
 // `h` is h_{t-1}, and `delta` the gradient of h_t. `memo` marks what is computed ahead if a loop is split: see lanes.h.
 // Gradients that are not used cost nothing, because all functions are inlined.
 // MINGRU_CELLS in scan.h lists the cells; src/mingru/ops/cells.py is their Python version.
@@ -20,15 +20,13 @@ struct Step {
 template <class OfA, class Number, class A, class... Rest>
 Step(OfA, Number, A, Rest...) -> Step<OfA, Number, A, 1 + sizeof...(Rest)>;
 
-struct RealCell {
+template <template <class> class Of>
+struct CellOf {
   template <class A>
-  using Number = A;
+  using Number = Of<A>;
 };
 
-struct ComplexCell {
-  template <class A>
-  using Number = Complex<A>;
-};
+using RealCell = CellOf<Real>;
 
 // Activations of the candidate.
 struct Positive {
@@ -184,20 +182,21 @@ MINGRU_INLINE Direction<A> turn_of(A u, const Time& time) {
 }
 
 // Inputs: a and b.
-struct LinearScan : RealCell {
+template <template <class> class Of>
+struct ScanOf : CellOf<Of> {
   template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo&) {
-    return Step{x[0], x[1], delta * h, delta};
+  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Of<A> h, Of<A> delta, Memo&) {
+    constexpr int parts = sizeof(Of<A>) / sizeof(A);
+    Step<Of<A>, Of<A>, A, 2 * parts> step = {number_at<Of<A>, 1>(x), number_at<Of<A>, 1>(x + parts), {}};
+    set_number<1>(step.grads, delta * conjugate(h));
+    set_number<1>(step.grads + parts, delta);
+    return step;
   }
 };
 
-struct ComplexLinearScan : ComplexCell {
-  template <class A, class Memo>
-  MINGRU_INLINE auto step(const A* x, const Untimed<A>&, Complex<A> h, Complex<A> delta, Memo&) {
-    return Step{
-        Complex<A>{x[0], x[1]}, Complex<A>{x[2], x[3]}, dot(delta, h), dot(delta, quarter_turn(h)), delta.re, delta.im};
-  }
-};
+using LinearScan = ScanOf<Real>;
+using ComplexLinearScan = ScanOf<Complex>;
+using QuaternionLinearScan = ScanOf<Quaternion>;
 
 // Inputs: gate and candidate.
 template <class Activation>
@@ -234,7 +233,7 @@ struct SignedMinGRU : RealCell {
 
 // Inputs: pairs of a gate and an angle in units of pi / 4, and pairs of candidates.
 template <class Activation>
-struct RotationMinGRU : ComplexCell {
+struct RotationMinGRU : CellOf<Complex> {
   template <class Time, class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Time& time, Complex<A> h, Complex<A> delta, Memo& memo) {
     const auto d = decay(x[0], time, memo);
@@ -246,6 +245,39 @@ struct RotationMinGRU : ComplexCell {
         Turn<A, Complex<A>>{{d.keep, d.update}, e}, d.update * c, d.by_gate * by_keep,
         d.keep * (quarter_pi<A> * time.dt) * by_turn, d.update * first.slope * delta.re,
         d.update * second.slope * delta.im, d.by_dt * by_keep + d.keep * (quarter_pi<A> * x[1]) * by_turn};
+  }
+};
+
+// Inputs: groups of a gate and a vector v of three numbers, in units of pi / 4, and groups of candidates. The state turns
+// by cos(phi) + sin(phi) v / |v|, with the angle phi of |v|.
+template <class Activation>
+struct QuaternionMinGRU : CellOf<Quaternion> {
+  template <class Time, class A, class Memo>
+  MINGRU_INLINE auto step(const A* x, const Time& time, Quaternion<A> h, Quaternion<A> delta, Memo& memo) {
+    const auto d = decay(x[0], time, memo);
+    // A vector whose square overflows counts as 0, because nothing is known about its angle. Infinity becomes NaN.
+    const A sum = x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+    const bool is_known = sum < Format<A>::infinity;
+    const A square = (is_known ? sum : A(0)) + A(1e-30), factor = is_known ? A(1) : A(0);  // not 0, to divide by it
+    const A size = memo(0, std::sqrt(square)), inverse = A(1) / size;
+    const Direction<A> toward = memo(0, turn_of(size, time));
+    const A unit = quarter_pi<A> * time.dt, sine = toward.sine * inverse;
+    const A v1 = factor * x[1], v2 = factor * x[2], v3 = factor * x[3];
+    const Quaternion<A> q{{toward.cosine, sine * v1}, {sine * v2, sine * v3}}, turned = q * h;
+    const Value<A> c0 = Activation::of(x[4], memo), c1 = Activation::of(x[5], memo);
+    const Value<A> c2 = Activation::of(x[6], memo), c3 = Activation::of(x[7], memo);
+    const Quaternion<A> c{{c0.value, c1.value}, {c2.value, c3.value}};
+    const A by_keep = dot(delta, turned - c);
+    // The gradient of q, its part along v, and what each component of v adds to its gradient in the direction of v.
+    const Quaternion<A> by_q = d.keep * (delta * conjugate(h));
+    const A part = v1 * by_q.re.im + v2 * by_q.im.re + v3 * by_q.im.im;
+    const A lengthwise = (unit * toward.cosine - sine) * (inverse * inverse) * part - unit * sine * by_q.re.re;
+    return Step{
+        Turn<A, Quaternion<A>>{{d.keep, d.update}, q}, d.update * c, d.by_gate * by_keep,
+        sine * by_q.re.im + lengthwise * v1, sine * by_q.im.re + lengthwise * v2, sine * by_q.im.im + lengthwise * v3,
+        d.update * c0.slope * delta.re.re, d.update * c1.slope * delta.re.im, d.update * c2.slope * delta.im.re,
+        d.update * c3.slope * delta.im.im,
+        d.by_dt * by_keep + quarter_pi<A> * (toward.cosine * part - sine * square * by_q.re.re)};
   }
 };
 

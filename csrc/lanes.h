@@ -9,7 +9,7 @@
 
 namespace mingru::MINGRU_ISA {
 
-// Some steps of some groups of features. A lane is a feature, or a pair of features of complex cells.
+// Some steps of some groups of features. A lane is a number: a feature, or two or four features.
 template <class A>
 struct Lanes {
   const Scan* scan;
@@ -34,7 +34,7 @@ constexpr int64_t most_lanes = 64;
 #endif
 
 // The most values that a cell may mark, if the loop over lanes is split.
-constexpr int most_values = 12;
+constexpr int most_values = 14;
 
 // The loop over the lanes of a block may be split. Exponentials are long chains of operations that wait for each other, so
 // a processor must work on those of many lanes at the same time, and it sees only some hundred instructions at once.
@@ -61,67 +61,45 @@ struct Memo {
   }
 
   // A pair of values.
-  template <template <class> class Pair>
-  MINGRU_INLINE_MEMBER Pair<A> operator()(int computed_in, const Pair<A>& pair) {
+  template <template <class> class Two>
+  MINGRU_INLINE_MEMBER Two<A> operator()(int computed_in, const Two<A>& pair) {
     const auto [first, second] = pair;
     const A first_value = (*this)(computed_in, first);
     return {first_value, (*this)(computed_in, second)};
   }
 };
 
-// The features of a block of lanes. Of pairs, the first numbers and then the second numbers are copied, because compilers
-// vectorize loops over adjacent values better.
-template <class A, bool is_complex>
+// The features of a block of lanes. The first parts of all numbers are copied, then the second ones, and so on, because
+// compilers vectorize loops over adjacent values better.
+template <class A, int parts>
 struct Block {
-  alignas(64) A values[is_complex ? 2 * most_lanes : 1];
+  alignas(64) A values[parts > 1 ? parts * most_lanes : 1];
 
   template <int64_t chunk>
   const A* read(const A* features, int64_t size) {
-    if constexpr (!is_complex) return features;
+    if constexpr (parts == 1) return features;
     for (int64_t first = 0; first < size; first += chunk) {
       MINGRU_LANES
       for (int64_t i = first; i < first + chunk; ++i) {
-        values[i] = features[2 * i];
-        values[most_lanes + i] = features[2 * i + 1];
+        for (int k = 0; k < parts; ++k) values[k * most_lanes + i] = features[parts * i + k];
       }
     }
     return values;
   }
 
-  A* place(A* features) { return is_complex ? values : features; }
+  A* place(A* features) { return parts > 1 ? values : features; }
 
   template <int64_t chunk>
   void write(A* features, int64_t size) const {
-    if constexpr (!is_complex) return;
+    if constexpr (parts == 1) return;
     for (int64_t first = 0; first < size; first += chunk) {
       MINGRU_LANES
       for (int64_t i = first; i < first + chunk; ++i) {
-        features[2 * i] = values[i];
-        features[2 * i + 1] = values[most_lanes + i];
+        for (int k = 0; k < parts; ++k) features[parts * i + k] = values[k * most_lanes + i];
       }
     }
   }
 };
-
-template <bool is_complex, class A>
-MINGRU_INLINE auto number(const A* block, int64_t lane) {
-  if constexpr (is_complex) {
-    return Complex<A>{block[lane], block[most_lanes + lane]};
-  } else {
-    return block[lane];
-  }
-}
-
-template <class A>
-MINGRU_INLINE void set_number(A* block, int64_t lane, A x) {
-  block[lane] = x;
-}
-
-template <class A>
-MINGRU_INLINE void set_number(A* block, int64_t lane, Complex<A> x) {
-  block[lane] = x.re;
-  block[most_lanes + lane] = x.im;
-}
 
 template <class A>
 MINGRU_INLINE A sum_of(const A* values, int64_t count) {
@@ -136,16 +114,15 @@ struct Pass {
   using Time = OfStep;
   using A = typename Time::Accumulation;
   using Number = typename Cell::template Number<A>;
-  static constexpr bool is_complex = !std::is_same_v<Number, A>;
   static constexpr bool is_timed = !std::is_same_v<Time, Untimed<A>>;
-  static constexpr int numbers = is_complex ? 2 : 1, count = numbers * num_inputs;
+  static constexpr int parts = sizeof(Number) / sizeof(A), count = parts * num_inputs;
   static constexpr int num_read = is_backward ? num_inputs + 2 : num_inputs, num_written = is_backward ? num_inputs : 1;
-  static constexpr int64_t per_group = group / numbers;
+  static constexpr int64_t per_group = group / parts;
   static constexpr int last_stage = is_timed ? 2 : 1;
   using Values = A[is_split ? most_values : 1][most_lanes];
 
   MINGRU_INLINE void load(A* x, const A* const* from, int64_t lane) {
-    for (int k = 0; k < count; ++k) x[k] = from[k / numbers][k % numbers * most_lanes + lane];
+    for (int k = 0; k < count; ++k) x[k] = from[k / parts][k % parts * most_lanes + lane];
   }
 
   template <int64_t chunk, int stage = 0>
@@ -166,7 +143,7 @@ struct Pass {
 
   template <int64_t chunk>
   MINGRU_INLINE void block(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
-    Block<A, is_complex> read[num_read], written[num_written], state;
+    Block<A, parts> read[num_read], written[num_written], state;
     const A* from[num_read];
     A* to[num_written];
     for (int k = 0; k < num_read; ++k) from[k] = read[k].template read<chunk>(lanes.read[k].data + feature, size);
@@ -182,19 +159,19 @@ struct Pass {
         A x[count];
         load(x, from, i);
         Memo<last_stage, is_backward, A> memo = {values, i};
-        const Number carried = number<is_complex>(carry, i);
+        const Number carried = number_at<Number, most_lanes>(carry + i);
         if constexpr (is_backward) {
-          const Number grad_out = number<is_complex>(from[num_inputs], i);
-          const Number previous = number<is_complex>(from[num_inputs + 1], i);
+          const Number grad_out = number_at<Number, most_lanes>(from[num_inputs] + i);
+          const Number previous = number_at<Number, most_lanes>(from[num_inputs + 1] + i);
           const auto step = Cell::step(x, time, previous, grad_out + carried, memo);
-          for (int k = 0; k < count; ++k) to[k / numbers][k % numbers * most_lanes + i] = step.grads[k];
+          for (int k = 0; k < count; ++k) to[k / parts][k % parts * most_lanes + i] = step.grads[k];
           if constexpr (is_timed) grads_of_dt[i] = step.grads[count];
-          set_number(next_carry, i, previous_gradient(step.a, carried, grad_out));
+          set_number<most_lanes>(next_carry + i, previous_gradient(step.a, carried, grad_out));
         } else {
           const auto step = Cell::step(x, time, Number(), Number(), memo);
           const Number next = next_state(step.a, carried, step.b);
-          set_number(next_carry, i, next);
-          set_number(to[0], i, next);
+          set_number<most_lanes>(next_carry + i, next);
+          set_number<most_lanes>(to[0] + i, next);
         }
       }
     }
@@ -233,27 +210,27 @@ MINGRU_INLINE void set_bound(Bounded<A>& time, const Scan& scan) {
 template <class A>
 MINGRU_INLINE void set_bound(Untimed<A>&, const Scan&) {}
 
-// Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes.
+// Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes. The rest has smaller chunks.
+template <class Pass, int64_t chunk, class A = typename Pass::A>
+MINGRU_INLINE void run_chunks(const Lanes<A>& lanes, const typename Pass::Time& time, int64_t lane, int64_t count) {
+  constexpr int64_t most = is_split ? most_lanes / Pass::parts : chunk;
+  while (lane + chunk <= count) {
+    const int64_t rest = (count - lane) / chunk * chunk, size = rest < most ? rest : most;
+    Pass::template block<chunk>(lanes, time, lane * Pass::parts, size);
+    lane += size;
+  }
+  if constexpr (chunk > Pass::per_group) run_chunks<Pass, chunk / 2>(lanes, time, lane, count);
+}
+
 template <class Pass, class A = typename Pass::A>
 static void run_lanes(const Lanes<A>& given) {
-  constexpr int64_t per_group = Pass::per_group, chunk = is_split ? per_group : most_lanes;
-  constexpr int64_t most = most_lanes / Pass::numbers;
-  const int64_t count = given.groups * per_group;
+  constexpr int64_t least = Pass::per_group < 8 ? 8 : Pass::per_group, chunk = is_split ? least : most_lanes;
   Lanes<A> lanes = given;  // a copy, to which nothing else points
   typename Pass::Time time{};
   set_bound(time, *lanes.scan);
   for (int64_t step = 0; step < lanes.steps; ++step) {
     set_time(time, lanes.dt.data[step * lanes.dt.stride]);
-    int64_t lane = 0;
-    while (lane + chunk <= count) {
-      int64_t size = chunk;
-      if (is_split) size = count - lane < most ? count - lane : most;
-      Pass::template block<chunk>(lanes, time, lane * Pass::numbers, size);
-      lane += size;
-    }
-    if (chunk > per_group && lane < count) {
-      Pass::template block<per_group>(lanes, time, lane * Pass::numbers, per_group);
-    }
+    run_chunks<Pass, chunk>(lanes, time, 0, lanes.groups * Pass::per_group);
     Pass::next(lanes);
   }
 }

@@ -3,6 +3,7 @@
 // flushed to 0.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>

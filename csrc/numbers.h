@@ -1,5 +1,5 @@
-// Numbers of the recurrence besides A, which is float or double: complex numbers, and decays in full precision. Not
-// std::complex, whose product has branches for NaN and infinity.
+// Numbers of the recurrence besides A, which is float or double: complex numbers, quaternions, and decays in full
+// precision. Not std::complex, whose product has branches for NaN and infinity.
 #pragma once
 
 #include "math.h"
@@ -7,9 +7,19 @@
 namespace mingru::MINGRU_ISA {
 
 template <class A>
-struct Complex {
-  A re, im;
+using Real = A;
+
+// Two numbers are one number, as Cayley and Dickson construct it: of two real numbers a complex number, and of two
+// complex numbers the quaternion re + im j.
+template <class Half>
+struct Pair {
+  Half re, im;
 };
+
+template <class A>
+using Complex = Pair<A>;
+template <class A>
+using Quaternion = Pair<Pair<A>>;
 
 // A decay and 1 - decay, both in full relative precision. A decay near 1, rounded to one number, would be wrong in its
 // last digit in each of the many steps that the state lasts.
@@ -25,23 +35,62 @@ struct Turn {
   Number direction;
 };
 
+// The number whose parts, `stride` apart, begin at `parts`; and the reverse.
+template <class Number, int64_t stride, class A>
+MINGRU_INLINE Number number_at(const A* parts) {
+  if constexpr (std::is_same_v<Number, A>) {
+    return *parts;
+  } else {
+    using Half = decltype(Number::re);
+    constexpr int64_t half = static_cast<int64_t>(sizeof(Half) / sizeof(A)) * stride;
+    return {number_at<Half, stride>(parts), number_at<Half, stride>(parts + half)};
+  }
+}
+
+template <int64_t stride, class A>
+MINGRU_INLINE void set_number(A* parts, A x) {
+  *parts = x;
+}
+
+template <int64_t stride, class A, class Half>
+MINGRU_INLINE void set_number(A* parts, Pair<Half> x) {
+  set_number<stride>(parts, x.re);
+  set_number<stride>(parts + static_cast<int64_t>(sizeof(Half) / sizeof(A)) * stride, x.im);
+}
+
 template <class A>
-MINGRU_INLINE Complex<A> operator+(Complex<A> x, Complex<A> y) {
+MINGRU_INLINE A conjugate(A x) {
+  return x;
+}
+
+template <class Half>
+MINGRU_INLINE Pair<Half> conjugate(Pair<Half> x) {
+  return {conjugate(x.re), -x.im};
+}
+
+template <class Half>
+MINGRU_INLINE Pair<Half> operator-(Pair<Half> x) {
+  return {-x.re, -x.im};
+}
+
+template <class Half>
+MINGRU_INLINE Pair<Half> operator+(Pair<Half> x, Pair<Half> y) {
   return {x.re + y.re, x.im + y.im};
 }
 
-template <class A>
-MINGRU_INLINE Complex<A> operator-(Complex<A> x, Complex<A> y) {
+template <class Half>
+MINGRU_INLINE Pair<Half> operator-(Pair<Half> x, Pair<Half> y) {
   return {x.re - y.re, x.im - y.im};
 }
 
-template <class A>
-MINGRU_INLINE Complex<A> operator*(Complex<A> x, Complex<A> y) {
-  return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
+// Of quaternions, the order matters.
+template <class Half>
+MINGRU_INLINE Pair<Half> operator*(Pair<Half> x, Pair<Half> y) {
+  return {x.re * y.re - x.im * conjugate(y.im), x.re * y.im + x.im * conjugate(y.re)};
 }
 
-template <class A>
-MINGRU_INLINE Complex<A> operator*(A x, Complex<A> y) {
+template <class A, class Half, class = std::enable_if_t<std::is_floating_point_v<A>>>
+MINGRU_INLINE Pair<Half> operator*(A x, Pair<Half> y) {
   return {x * y.re, x * y.im};
 }
 
@@ -59,15 +108,15 @@ MINGRU_INLINE A better(const Decay<A>& a, A h, A with_update, A with_keep) {
   return h * A(0) + a.keep > A(0.5) ? with_update : with_keep;
 }
 
-template <class A>
-MINGRU_INLINE Complex<A> better(const Decay<A>& a, Complex<A> h, Complex<A> with_update, Complex<A> with_keep) {
+template <class A, class Half>
+MINGRU_INLINE Pair<Half> better(const Decay<A>& a, Pair<Half> h, Pair<Half> with_update, Pair<Half> with_keep) {
   return {better(a, h.re, with_update.re, with_keep.re), better(a, h.im, with_update.im, with_keep.im)};
 }
 
 // a h + b
 template <class Number>
 MINGRU_INLINE Number next_state(Number a, Number h, Number b) {
-  return h * a + b;
+  return a * h + b;
 }
 
 template <class A, class Number>
@@ -78,16 +127,6 @@ MINGRU_INLINE Number next_state(const Decay<A>& a, Number h, Number b) {
 template <class A, class Number>
 MINGRU_INLINE Number next_state(const Turn<A, Number>& a, Number h, Number b) {
   return next_state(a.decay, a.direction * h, b);
-}
-
-template <class A>
-MINGRU_INLINE A conjugate(A x) {
-  return x;
-}
-
-template <class A>
-MINGRU_INLINE Complex<A> conjugate(Complex<A> x) {
-  return {x.re, -x.im};
 }
 
 // conjugate(a) (carried + grad). The sum is rounded only where rounding does not last.
@@ -108,15 +147,22 @@ MINGRU_INLINE Number previous_gradient(const Turn<A, Number>& a, Number carried,
   return previous_gradient(a.decay, back * carried, back * grad);
 }
 
+// Of a quaternion, whose products round more than the sum, one product.
+template <class A>
+MINGRU_INLINE Quaternion<A> previous_gradient(
+    const Turn<A, Quaternion<A>>& a, Quaternion<A> carried, Quaternion<A> grad) {
+  return conjugate(a.direction) * previous_gradient(a.decay, carried, grad);
+}
+
 // The scalar product of two numbers as vectors, which is the real part of conjugate(x) y.
 template <class A>
 MINGRU_INLINE A dot(A x, A y) {
   return x * y;
 }
 
-template <class A>
-MINGRU_INLINE A dot(Complex<A> x, Complex<A> y) {
-  return x.re * y.re + x.im * y.im;
+template <class Half>
+MINGRU_INLINE auto dot(Pair<Half> x, Pair<Half> y) {
+  return dot(x.re, y.re) + dot(x.im, y.im);
 }
 
 }  // namespace mingru::MINGRU_ISA

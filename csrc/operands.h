@@ -97,7 +97,7 @@ class Operands {
       const char* expected = ": reset must be bool, with the leading dimensions of the sequences";
       scan.reset = one_per_step(*reset, ScalarType::Bool, expected);
       // A linear scan has no initial state: a reset sets the state to 0.
-      if (scan.cell != Cell::linear_scan && scan.cell != Cell::complex_linear_scan) {
+      if (scan.cell > Cell::quaternion_linear_scan) {
         scan.initial_state = state(contiguous(*call[Argument::initial_state]), "initial_state");
       }
     }

@@ -8,14 +8,16 @@ namespace mingru {
 enum class Storage { float32, float64, bfloat16, float16 };
 
 // Name, number of inputs, whether steps may have an elapsed time and the decay a lower bound, and the type of every cell:
-// a struct, or its template over the activation. All other lists of cells are made from this list.
-#define MINGRU_CELLS(CELL)                                \
-  CELL(linear_scan, 2, false, LinearScan)                 \
-  CELL(complex_linear_scan, 2, false, ComplexLinearScan)  \
-  CELL(mingru, 2, true, MinGRU)                           \
-  CELL(mingru_signed, 2, false, SignedMinGRU)             \
-  CELL(mingru_rotation, 2, true, RotationMinGRU)          \
-  CELL(minlstm, 3, true, MinLSTM)                         \
+// a struct, or its template over the activation. The linear scans are the first. All other lists of cells are made from this list.
+#define MINGRU_CELLS(CELL)                                     \
+  CELL(linear_scan, 2, false, LinearScan)                      \
+  CELL(complex_linear_scan, 2, false, ComplexLinearScan)       \
+  CELL(quaternion_linear_scan, 2, false, QuaternionLinearScan) \
+  CELL(mingru, 2, true, MinGRU)                                \
+  CELL(mingru_signed, 2, false, SignedMinGRU)                  \
+  CELL(mingru_rotation, 2, true, RotationMinGRU)               \
+  CELL(mingru_quaternion, 2, true, QuaternionMinGRU)           \
+  CELL(minlstm, 3, true, MinLSTM)                              \
   CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)
 
 #define MINGRU_NAME(name, num_inputs, takes_time, type) name,

@@ -107,17 +107,66 @@ def mingru_rotation(
     return torch.stack([out.real, out.imag], 3).flatten(2, 3)
 
 
+def quaternion_product(p, q):
+    """Return the product of quaternions in the last dimension, from the table of Hamilton."""
+    w, x, y, z = p.unbind(-1)
+    a, b, c, d = q.unbind(-1)
+    return torch.stack(
+        [
+            w * a - x * b - y * c - z * d,
+            w * b + x * a + y * d - z * c,
+            w * c - x * d + y * a + z * b,
+            w * d + x * c - y * b + z * a,
+        ],
+        -1,
+    )
+
+
+def mingru_quaternion(
+    gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
+):
+    """`gates` has groups of a gate and a vector of three numbers."""
+
+    def fours(x):
+        return torch.stack([x[:, :, part::4] for part in range(4)], -1)
+
+    def state_of(value):
+        value = torch.as_tensor(0.0 if value is None else value, dtype=gates.dtype)
+        return fours(value.expand_as(gates[:, :1])).squeeze(1)
+
+    gate, vector = fours(gates)[..., 0], fours(gates)[..., 1:]
+    keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
+    size = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    time = 1.0 if dt is None else dt.reshape(*dt.shape, *[1] * (size.dim() - 2))
+    angle = time * size * (math.pi / 4)
+    axis = torch.where(
+        angle == 0, time * (math.pi / 4) * vector, angle.sin() * vector / torch.where(size == 0, 1.0, size)
+    )
+    a = keep.unsqueeze(-1) * torch.cat([angle.cos(), axis], -1)
+    b = z.unsqueeze(-1) * fours(ACTIVATIONS[activation](candidate))
+    initial = state_of(initial)
+    state, states = initial if h is None else state_of(h), [None] * b.shape[1]
+    for t in range(b.shape[1] - 1, -1, -1) if reverse else range(b.shape[1]):
+        if reset is not None:
+            state = torch.where(reset[:, t].reshape(-1, *[1] * (state.dim() - 1)), initial, state)
+        state = quaternion_product(a[:, t], state) + b[:, t]
+        states[t] = state
+    out = torch.stack(states, 1) if states else b
+    return out.movedim(-1, 3).flatten(2, 3)
+
+
 CELLS = {
     "mingru": mingru,
     "mingru_signed": mingru_signed,
     "mingru_rotation": mingru_rotation,
     "minlstm": minlstm,
     "minlstm_unnormalized": minlstm_unnormalized,
+    "mingru_quaternion": mingru_quaternion,
 }
 
 
 def initial_state(cell, activation):
-    return INITIAL_STATE[activation] if cell not in ("mingru_signed", "mingru_rotation") else 0.0
+    return INITIAL_STATE[activation] if cell.startswith("minlstm") or cell == "mingru" else 0.0
 
 
 def norm(x, kind, weights, prefix, eps):

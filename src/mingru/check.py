@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from .ops.cells import CELLS
+from .ops.cells import CELLS, GATES, parts_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
@@ -218,10 +218,12 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
         raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
 
 
-def check_pairs(name: str, argument: str, size: int, gate: str) -> None:
-    """Check that the gate can divide this number of features into pairs."""
-    is_valid = gate != "rotation" or size % 2 == 0
-    require(name, argument, is_valid, "even because gate='rotation' turns pairs of features", str(size))
+def check_parts(name: str, argument: str, size: int, gate: str) -> None:
+    """Check that the gate can divide this number of features into numbers."""
+    parts = parts_of(GATES[gate])
+    how = "even" if parts == 2 else f"divisible by {parts}"
+    groups = "pairs of features" if parts == 2 else f"groups of {parts} features"
+    require(name, argument, size % parts == 0, f"{how} because gate={gate!r} turns {groups}", str(size))
 
 
 def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None) -> list[float]:

@@ -153,6 +153,11 @@ CASES = [
         lambda **factory: mingru.MinGRU(INPUT, HIDDEN, gate="rotation", candidate="tanh", min_decay=0.3, **factory),
         states=lambda batch: (1, batch, 1, HIDDEN),
     ),
+    Case(
+        "MinGRU (quaternion)",
+        lambda **factory: mingru.MinGRU(INPUT, HIDDEN, gate="quaternion", min_decay=0.3, **factory),
+        states=lambda batch: (1, batch, 1, HIDDEN),
+    ),
     *(_conv(dims) for dims in (1, 2, 3)),
     Case(
         "Stack",

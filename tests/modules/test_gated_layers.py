@@ -1,4 +1,4 @@
-"""The gates "signed" and "rotation" in every class that has them: values, states, packing, graphs, errors."""
+"""The gates but "sigmoid" in every class that has them: values, states, packing, graphs, errors."""
 
 import copy
 import functools
@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 import mingru
 
-B, S, IN, H = 3, 21, 4, 6
+B, S, IN, H = 3, 21, 4, 8
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-GATES = ("signed", "rotation")
+GATES = ("signed", "rotation", "quaternion")
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
 ALL = {
     "num_layers": 2,
@@ -85,7 +85,7 @@ def test_layer_against_the_reference(gate, options, backend):
         assert_close(rnn(given[0]), reference.layers(rnn, given[0]), **TIGHT)
 
 
-@pytest.mark.parametrize(("gate", "options"), [("signed", HIGHWAY), ("rotation", ALL)], ids=GATES)
+@pytest.mark.parametrize(("gate", "options"), [*zip(GATES, (HIGHWAY, ALL, ALL), strict=True)], ids=GATES)
 def test_scripted_layer_against_the_reference(gate, options):
     rnn = make(gate, **options)
     given = inputs(rnn)
@@ -268,6 +268,7 @@ def by_steps(rnn, x):
     [
         pytest.param("signed", 2, {}, id="signed-plain"),
         pytest.param("rotation", 1, {"groups": 2, "candidate": "tanh"}, id="rotation-groups"),
+        pytest.param("quaternion", 1, {"groups": 2}, id="quaternion-groups"),
     ],
 )
 def test_convolutions(gate, space, options):
@@ -317,25 +318,25 @@ def test_drop_in(gate):
     cell = mingru.drop_in.GRUCell(IN, H, gate=gate, candidate="linear", dtype=torch.double)
     with torch.no_grad():
         assert_close(cell(x[:, 0], h[0, :, 0]), copy.deepcopy(cell)(x[:, 0], h[0, :, 0]), **TIGHT)
-    assert repr(cell) == f"GRUCell(4, 6, candidate='linear', gate='{gate}')"
+    assert repr(cell) == f"GRUCell(4, 8, candidate='linear', gate='{gate}')"
 
 
 # States, files, errors
 
 
 KINDS = {
-    "MinGRU": lambda **options: mingru.MinGRU(4, 6, **options),
-    "MinGRUCell": lambda **options: mingru.MinGRUCell(4, 6, **options),
-    "MinConv1dGRU": lambda **options: mingru.MinConv1dGRU(4, 6, 3, **options),
-    "MinConv2dGRUCell": lambda **options: mingru.MinConv2dGRUCell(4, 6, 3, **options),
-    "drop_in.GRU": lambda **options: mingru.drop_in.GRU(4, 6, **options),
-    "drop_in.GRUCell": lambda **options: mingru.drop_in.GRUCell(4, 6, **options),
+    "MinGRU": lambda **options: mingru.MinGRU(4, H, **options),
+    "MinGRUCell": lambda **options: mingru.MinGRUCell(4, H, **options),
+    "MinConv1dGRU": lambda **options: mingru.MinConv1dGRU(4, H, 3, **options),
+    "MinConv2dGRUCell": lambda **options: mingru.MinConv2dGRUCell(4, H, 3, **options),
+    "drop_in.GRU": lambda **options: mingru.drop_in.GRU(4, H, **options),
+    "drop_in.GRUCell": lambda **options: mingru.drop_in.GRUCell(4, H, **options),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gate_chooses_the_candidate(kind):
-    for gate, candidate in (("sigmoid", "positive"), ("signed", "tanh"), ("rotation", "tanh")):
+    for gate, candidate in (("sigmoid", "positive"), *((gate, "tanh") for gate in GATES)):
         rnn = KINDS[kind](gate=gate)
         assert rnn.candidate == rnn.layers[0].candidate == candidate
         assert "candidate" not in repr(rnn)
@@ -347,8 +348,8 @@ def test_the_gate_chooses_the_candidate(kind):
 
 @every_gate
 def test_the_kind_of_a_function_chooses_its_candidate(gate):
-    inputs = {"gate": torch.randn(2, 3, 2), "candidate": torch.randn(2, 3, 4 if gate == "rotation" else 2)}
-    options = {"kind": gate, "angle": torch.randn(2, 3, 2) if gate == "rotation" else None}
+    inputs = {"gate": torch.randn(2, 3, 4), "candidate": torch.randn(2, 3, 8 if gate == "rotation" else 4)}
+    options = {"kind": gate, "angle": torch.randn(2, 3, 4) if gate == "rotation" else None}
     out = mingru.functional.mingru(**inputs, **options)
     assert_close(out, mingru.functional.mingru(**inputs, **options, activation="tanh"), rtol=0, atol=0)
 
@@ -559,7 +560,7 @@ def test_errors(kind):
     for gate in ("tanh", None, ["signed"], 1):
         with pytest.raises(
             ValueError,
-            match=rf"^(mingru.drop_in.)?{kind.__name__}: gate must be one of \('sigmoid', 'signed', 'rotation'\), got",
+            match=rf"^(mingru.drop_in.)?{kind.__name__}: gate must be one of \('sigmoid', 'signed', .*\), got",
         ):
             kind(3, 4, gate=gate)
     name = "hidden_size" if kind.__module__.startswith("mingru.drop_in") else "hidden_dims"
@@ -568,6 +569,10 @@ def test_errors(kind):
         match=f"^(mingru.drop_in.)?{kind.__name__}: {name} must be even because gate='rotation' turns pairs of fe",
     ):
         kind(3, 5, gate="rotation")
+    with pytest.raises(
+        ValueError, match=f"{name} must be divisible by 4 because gate='quaternion' turns groups of 4 fe"
+    ):
+        kind(3, 6, gate="quaternion")
     kind(3, 5, gate="signed")
 
 
@@ -579,6 +584,8 @@ def test_errors_of_convolutions(kind):
         kind(3, 5, 3, gate="rotation")
     with pytest.raises(ValueError, match=f"^{kind.__name__}: hidden_dims / groups must be even because .* got 3"):
         kind(4, 6, 3, groups=2, gate="rotation")
+    with pytest.raises(ValueError, match=r"hidden_dims / groups must be divisible by 4 because .* got 6"):
+        kind(4, 12, 3, groups=2, gate="quaternion")
 
 
 def test_minlstm_has_no_gate():

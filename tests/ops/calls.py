@@ -6,7 +6,7 @@ import torch
 import mingru
 from mingru import ops
 from mingru.ops.backends import traceable
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import TIMED, parts_of
 
 # `test_triton.py` tests the other backend.
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "triton"]
@@ -58,7 +58,8 @@ def exact(cell, inputs, h, initial, reset=None, dt=None, *, activation="positive
 
 def make(cell, batch, steps, *rest, dtype=torch.double, reset=False):
     """Return the inputs of a cell, a state, an initial state, resets and elapsed times from 0 to 3."""
-    rest = rest or (6,)
+    features, *rest = rest or (6,)
+    rest = (features + -features % parts_of(cell), *rest)
     inputs = [2 * torch.randn(batch, steps, *rest, dtype=dtype) for _ in range(ops.NUM_INPUTS[cell])]
     h, initial = (torch.randn(batch, 1, *rest, dtype=dtype) for _ in range(2))
     dt = 3 * torch.rand(batch, steps, dtype=torch.float32 if dtype.itemsize == 2 else dtype)

@@ -1,4 +1,4 @@
-"""The gates "signed" and "rotation", and the scan of complex numbers: by hand, accuracy and extreme numbers.
+"""The gates but "sigmoid", and the scan of complex numbers: by hand, accuracy and extreme numbers.
 
 `test_recurrence.py` compares them with the reference, beside all other cells.
 """
@@ -14,10 +14,10 @@ from refusals import assert_refused
 
 import mingru
 from mingru import functional, ops
-from mingru.ops.cells import GATES
+from mingru.ops.cells import GATES, parts_of
 
 BACKENDS, ALL = ([name for name in names if name != "log"] for names in (calls.BACKENDS, calls.ALL))
-CELLS = ["mingru_signed", "mingru_rotation"]
+CELLS = ["mingru_signed", "mingru_rotation", "mingru_quaternion"]
 
 
 def run(backend, cell, inputs, h, initial, reset=None, activation="tanh"):
@@ -41,6 +41,16 @@ def test_by_hand():
         out = functional.mingru(gate, torch.ones(1, 4, 2), h, **options, backend=backend)
         torch.testing.assert_close(out[0], expected, rtol=3e-7, atol=3e-7)
 
+    # Products with i, j and k from the left, with (i + j + k - 1) / 2, and with 1.
+    third = 8 / math.sqrt(27)
+    gates = torch.tensor([[-200.0, 2, 0, 0], [-200, 0, 2, 0], [-200, 0, 0, 2], [-200.0, *[third] * 3], [-200, 0, 0, 0]])
+    h = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    expected = [[-2.0, 1.0, -4.0, 3.0], [4.0, 3.0, -2.0, -1.0], [1.0, 2.0, 3.0, 4.0]]
+    expected = torch.tensor([*expected, [-5.0, 0.0, -2.0, -1.0], [-5.0, 0.0, -2.0, -1.0]])
+    for backend in BACKENDS:
+        out = functional.mingru(gates.unsqueeze(0), torch.ones(1, 5, 4), h, kind="quaternion", backend=backend)
+        torch.testing.assert_close(out[0], expected, rtol=1e-6, atol=1e-6)
+
 
 def test_the_functions_equal_the_cells():
     gate, angle, h = torch.randn(2, 9, 3).double(), 4 * torch.randn(2, 9, 3).double(), torch.randn(2, 1, 6).double()
@@ -62,22 +72,21 @@ def test_error_against_the_sum_of_absolute_terms(cell, forget):
     """Terms cancel, so the error is compared with the scan of |a| and |b|; a long memory makes the sum long."""
     steps = 20_000
     torch.manual_seed(1)
-    gate = 2 * torch.randn(1, steps, 4) - forget
+    gate, parts = 2 * torch.randn(1, steps, 4) - forget, parts_of(cell)
     candidate = torch.randn(1, steps, 4)
-    if cell == "mingru_rotation":
-        gate[..., 1::2] = 4 * torch.randn(1, steps, 2)
-    else:
+    for part in range(1, parts):
+        gate[..., part::parts] = 4 * torch.randn(1, steps, 4 // parts)
+    if parts == 1:
         gate *= torch.randn(1, steps, 4).sign()
     h = torch.randn(1, 1, 4)
     # Float64 in chunks, which `test_recurrence.py` compares with float64 step by step.
     exact, _ = run("torch", cell, [gate.double(), candidate.double()], h.double(), torch.zeros(1, 1, 4).double())
-    size = (0.5 * gate.double()).tanh().abs() if cell == "mingru_signed" else (-gate[..., 0::2].double()).sigmoid()
-    size = size if cell == "mingru_signed" else size.repeat_interleave(2, -1)
-    terms, start = candidate.double().tanh().abs(), h.double().abs()
-    if cell == "mingru_rotation":
-        terms, start = (
-            torch.complex(x[..., 0::2], x[..., 1::2]).abs().repeat_interleave(2, -1) for x in (terms, start)
-        )
+    size = (-gate[..., ::parts].double()).sigmoid() if parts > 1 else (0.5 * gate.double()).tanh().abs()
+    size = size.repeat_interleave(parts, -1)
+    terms, start = (
+        x.unflatten(-1, (-1, parts)).norm(dim=-1).repeat_interleave(parts, -1)
+        for x in (candidate.double().tanh(), h.double())
+    )
     bound = functional.linear_scan(size, (1 - size) * terms, start, backend="torch")
     for backend in ALL:
         first = slice(3000 if backend == "sequential" else steps)
@@ -98,9 +107,12 @@ def test_extreme_pre_activations(extreme, activation):
     bad, good = torch.full((1, 1, 4), extreme), torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
     h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
     angles = torch.tensor([[[extreme, 0.5, extreme, 2.0]]])
-    for cell, gate in (("mingru_signed", bad), ("mingru_signed", good), ("mingru_rotation", angles)):
+    vectors = [
+        ("mingru_quaternion", torch.tensor([[[gate, 0.0, v, 0.0]]])) for gate, v in ((extreme, 1), (-1, extreme))
+    ]
+    for cell, gate in (("mingru_signed", bad), ("mingru_signed", good), ("mingru_rotation", angles), *vectors):
         # Products of complex numbers and infinities follow no common rule.
-        for candidate in (good,) if cell == "mingru_rotation" and math.isinf(extreme) else (good, bad):
+        for candidate in (good,) if parts_of(cell) > 1 and math.isinf(extreme) else (good, bad):
             for backend in BACKENDS:
                 out, _ = run(backend, cell, [gate, candidate], h, h, None, activation)
                 exact = reference.CELLS[cell](gate.double(), candidate.double(), h.double(), None, activation)
@@ -163,7 +175,7 @@ def test_threads_do_not_change_the_results(cell):
 
 def test_the_log_backend_refuses_them():
     x = torch.zeros(2, 5, 4)
-    for kind, angle in (("signed", None), ("rotation", x)):
+    for kind, angle in (("signed", None), ("rotation", x), ("quaternion", None)):
         candidate = x if angle is None else torch.zeros(2, 5, 8)
         message = f"mingru_{kind}: backend selects 'log', .* may be negative in mingru_{kind}; use 'auto'"
         with pytest.raises(ValueError, match=message):
@@ -177,13 +189,18 @@ WRONG = {
     "unknown kind": (
         {"kind": "tanh"},
         ValueError,
-        r"kind must be one of \('sigmoid', 'signed', 'rotation'\), got 'tanh'",
+        r"kind must be one of \('sigmoid', 'signed', 'rotation', 'quaternion'\), got 'tanh'",
     ),
     "kind in a list": ({"kind": ["signed"]}, ValueError, r"kind must be one of .*, got \['signed'\]"),
     "angle of signed": (
         {"kind": "signed", "angle": X},
         ValueError,
         "angle must be None because kind is 'signed', got Tensor; pass kind='rotation'",
+    ),
+    "features of quaternions": (
+        {"gate": X[..., :3], "kind": "quaternion"},
+        ValueError,
+        r"gate must be \(B, S, H, \*\) with H divisible by 4 because kind is 'quaternion', got \(2, 5, 3\)",
     ),
     "no angle": (
         {"kind": "rotation"},

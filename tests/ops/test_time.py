@@ -12,7 +12,7 @@ import torch
 from calls import ALL, BACKENDS, TIGHT, each, exact, make, run
 
 from mingru import functional
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import TIMED, parts_of
 
 NOT_LOG = [name for name in ALL if name != "log"]
 each_timed = pytest.mark.parametrize(("backend", "cell"), each(cells=TIMED))
@@ -170,18 +170,18 @@ def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype):
     """Also if exp(gate) underflows. Only a gate of -infinity, which forgets nothing, keeps the state."""
     gates = torch.tensor([-math.inf, -800.0, -200.0, -105.0, -1.0, 0.0, 95.0, 95.0], dtype=dtype).reshape(1, 1, -1)
     gates = [gates] if cell != "minlstm" else [torch.zeros_like(gates), gates]
-    if cell == "mingru_rotation":  # pairs of a gate and an angle
-        gates = [torch.stack([gates[0], torch.ones_like(gates[0])], -1).flatten(2)]
+    if (parts := parts_of(cell)) > 1:  # of a gate and an angle, or a vector
+        gates = [torch.stack([gates[0], *[torch.ones_like(gates[0])] * (parts - 1)], -1).flatten(2)]
     h = 3 + torch.rand_like(gates[0])
     # Above 0, where "positive" adds 0.5.
     leaves = [leaf.requires_grad_() for leaf in (*gates, torch.rand_like(h), h)]
     dt = torch.tensor([[math.inf]], dtype=dtype)
     state = leaves[-1]
     out, _ = run(backend, cell, leaves[:-1], state, state, None, dt, activation=activation, min_decay=min_decay)
-    kept, rounding = 2 if cell == "mingru_rotation" else 1, {"rtol": 1e-6 if backend == "log" else 0, "atol": 0}
+    kept, rounding = parts, {"rtol": 1e-6 if backend == "log" else 0, "atol": 0}
     expected = leaves[-2] + (0.5 if activation == "positive" else 0.0)
     torch.testing.assert_close(out[..., kept:], expected[..., kept:], **rounding)
-    if cell != "mingru_rotation":  # its angle after an infinite time is any
+    if parts == 1:  # otherwise, its angle after an infinite time is any
         torch.testing.assert_close(out[..., :kept], h[..., :kept], rtol=0, atol=0)
     *grad_gates, grad_candidate, grad_h = torch.autograd.grad(out[..., kept:].sum(), leaves)
     assert all((grad == 0).all() for grad in (*grad_gates, grad_h))
@@ -189,18 +189,21 @@ def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype):
     torch.testing.assert_close(grad_candidate[..., kept:], ones[..., kept:], **rounding)
 
 
+@pytest.mark.parametrize("cell", ["mingru_rotation", "mingru_quaternion"])
 @pytest.mark.parametrize("backend", NOT_LOG)
-def test_angles_of_long_times(backend):
+def test_angles_of_long_times(backend, cell):
     """Whole turns are subtracted from the exact product of the time and the angle."""
     angles = 2 * torch.randn(1, 1, 500)
-    pairs = torch.stack([torch.full_like(angles, -math.inf), angles], -1).flatten(2)
-    h, candidate = torch.tensor([1.0, 0.0]).repeat(500).reshape(1, 1, -1), torch.zeros(1, 1, 1000)
+    zeros = [torch.zeros_like(angles)] * (parts_of(cell) - 2)
+    gates = torch.stack([torch.full_like(angles, -math.inf), angles, *zeros], -1).flatten(2)
+    candidate = torch.zeros_like(gates)
+    h = torch.stack([torch.ones_like(angles), 0 * angles, *zeros], -1).flatten(2)
     for time in (0.1, 30.3, 1000.0, 12345.678, 1e6, 3e9):
         dt = torch.tensor([[time]])
-        out, _ = run(backend, "mingru_rotation", [pairs, candidate], h, h, None, dt)
+        out, _ = run(backend, cell, [gates, candidate], h, h, None, dt)
         turns = [float(Fraction(dt.item()) * Fraction(angle) % 8) for angle in angles.flatten().tolist()]
         radians = math.pi / 4 * torch.tensor(turns, dtype=torch.float64)
-        expected = torch.stack([radians.cos(), radians.sin()], -1).flatten()
+        expected = torch.stack([radians.cos(), radians.sin(), *(zero.flatten() for zero in zeros)], -1).flatten()
         assert (out.double().flatten() - expected).abs().max() < 1.8e-6
 
 

@@ -21,10 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mingru
 from mingru import ops
 from mingru.ops import NUM_INPUTS, Call, Layout, Spec, Start, autograd, route
+from mingru.ops.autograd import scan
 from mingru.ops.backend import KernelFailure
+from mingru.ops.backends import sequential
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import TIMED, parts_of
+from mingru.ops.scan import LinearScan
 from mingru.ops.shape import accumulate_dtype, along
 
 WHY_NOT = mingru.backends()["triton"]
@@ -46,9 +49,8 @@ PLANS = {
     "chunks": Plan(4, 3, 8, 1, 1, 2),
     "segments": Plan(2, 4, 8, 3, 1, 2),
 }
-CELLS = [*NUM_INPUTS, "linear_scan", "complex_linear_scan"]
-# Cells of complex numbers, which are pairs of features here.
-PAIRS = ("mingru_rotation", "complex_linear_scan")
+SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
+CELLS = [*NUM_INPUTS, *SCANS]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def is_allowed(row):
     cell = row["cell"]
     return (
         (cell in NUM_INPUTS or row["activation"] == "linear")
-        and (cell != "complex_linear_scan" or row["dtype"].itemsize >= 4)
+        and (cell not in SCANS[1:] or row["dtype"].itemsize >= 4)
         and (cell in TIMED or not (row["with_dt"] or row["min_decay"]))
     )
 
@@ -118,13 +120,11 @@ def make(cell, batch, steps, features, dtype, *, reset=False, scale=2.0):
     if (why := device.unsupported(torch.empty(0, dtype=dtype, device=DEVICE), Spec(cell, "linear", False))) is not None:
         pytest.skip(why)
     count = NUM_INPUTS.get(cell, 2)
-    if cell in PAIRS:
-        features += features % 2
+    features += -features % parts_of(cell)
     inputs = [(scale * torch.randn(batch, steps, features)).to(dtype) for _ in range(count)]
-    if cell == "linear_scan":
-        inputs[0] = inputs[0].clamp(-1, 1)
-    elif cell == "complex_linear_scan":
-        inputs[0] = inputs[0].clamp(-0.7, 0.7)
+    if cell in SCANS:
+        limit = parts_of(cell) ** -0.5
+        inputs[0] = inputs[0].clamp(-limit, limit)
     states = torch.randn(2, batch, 1, features).to(accumulate_dtype(dtype)).unbind()
     mask = torch.rand(batch, steps) < 0.2 if reset else None
     return inputs, states, mask
@@ -138,6 +138,11 @@ def run(spec, inputs, states, reset, layout=ops.BATCH_FIRST, backend="triton", d
     if spec.cell == "complex_linear_scan":
         found = ops.linear_scan(*(as_complex(x) for x in (*inputs, states[0])), reset, spec.reverse, backend)
         return tuple(torch.view_as_real(states).flatten(2) for states in found)
+    if spec.cell == "quaternion_linear_scan":
+        a, b, h = (as_quaternion(x) for x in (*inputs, states[0]))
+        return tuple(
+            x.flatten(2) for x in scan(route.Choice(backend, True), LinearScan(a, b, h, reset, spec.reverse, 4))
+        )
     if spec.cell == "linear_scan":
         return ops.linear_scan(*inputs, states[0], reset, spec.reverse, backend)
     return ops.recurrence(spec, inputs, Start(*states, reset, dt), layout, backend)
@@ -147,11 +152,18 @@ def as_complex(x):
     return torch.view_as_complex(x.unflatten(2, (-1, 2)))
 
 
+def as_quaternion(x):
+    return x.unflatten(2, (-1, 4))
+
+
 def by_steps(spec, inputs, states, reset, dt=None):
     h, initial = states
     if spec.cell == "complex_linear_scan":
         out = reference.linear_scan(*(as_complex(x) for x in (*inputs, h)), spec.reverse, reset)
         out = torch.view_as_real(out).flatten(2)
+    elif spec.cell == "quaternion_linear_scan":
+        call = LinearScan(*(as_quaternion(x) for x in (*inputs, h)), reset, spec.reverse, 4)
+        out = sequential.scan(call)[0].flatten(2)
     elif spec.cell == "linear_scan":
         out = reference.linear_scan(*inputs, h, spec.reverse, reset)
     else:
@@ -434,7 +446,7 @@ def test_decays_near_1(cell, timed, use_plan):
     states, dt = [state.abs() for state in states], 0.5 + torch.rand(1, 500) if timed else None
     spec = Spec(cell, "positive", False, 0.5 if timed else 0.0)
     check(spec, inputs, states, None, dt)
-    if cell not in PAIRS:
+    if parts_of(cell) == 1:
         out, _ = run(spec, on_device(inputs), on_device(states), None, dt=None if dt is None else dt.to(DEVICE))
         wide = [[x.double() for x in tensors] for tensors in (inputs, states)]
         truth, _ = by_steps(spec, *wide, None, None if dt is None else dt.double())
@@ -666,7 +678,7 @@ def test_linear_map_and_recurrence(cell, order, with_bias, plan, use_plan):
     use_plan(plan)
     keep = with_bias == (order == "time first")
     spec, layout = Spec(cell, "tanh", order == "time first"), Layout(order == "time first", None, None)
-    num_features = 6 if cell in PAIRS else 5
+    num_features = 6 if parts_of(cell) > 1 else 5
     linear = nn.Linear(3, NUM_INPUTS[cell] * num_features, with_bias, device=DEVICE)
     x = torch.randn(9, 2, 3, device=DEVICE)
     x = x.transpose(0, 1) if order == "transposed" else x if order == "time first" else x.transpose(0, 1).contiguous()

@@ -19,7 +19,7 @@ from mingru.ops import NUM_INPUTS
 
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
 CELLS = ("mingru", "mingru_signed", "mingru_rotation", "minlstm", "minlstm_unnormalized", "linear_scan")
-SCANS = ("linear_scan", "complex_linear_scan")
+SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
 TIMED = {"has_dt": True, "is_bounded": True}
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 

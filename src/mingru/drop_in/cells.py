@@ -75,7 +75,7 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
+        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
 
@@ -130,7 +130,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed" or "rotation".
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion".
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
 

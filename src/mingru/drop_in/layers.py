@@ -202,7 +202,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed" or "rotation", see [mingru.MinGRU][].
+        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
         recompute: Not in torch. If True, backward recomputes pre-activations, see [mingru.MinGRU][].
@@ -301,7 +301,8 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed" or "rotation", see [mingru.MinGRU][].
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion", see
+            [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_flags, check_int, check_pairs, dims, require
+from ..check import check_flags, check_int, check_parts, dims, require
 from ..ops.backends import traceable
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
@@ -76,7 +76,7 @@ class ConvOptions(Options):
         require(self.name, "groups", is_divisor, expected, str(self.groups))
         for width in widths:
             argument = "hidden_dims" if self.groups == 1 else "hidden_dims / groups"
-            check_pairs(self.name, argument, width // self.groups, self.gate)
+            check_parts(self.name, argument, width // self.groups, self.gate)
 
     def widths(self) -> list[int]:
         """Return the number of state channels of each layer."""

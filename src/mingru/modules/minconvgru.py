@@ -59,8 +59,8 @@ class MinConv2dGRU(MinConv):
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed" or "rotation", see [mingru.MinGRU][]. "rotation" turns pairs of channels, and needs an
-            even number of state channels in each group.
+        gate: "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][]. "rotation" needs an even number of
+            state channels in each group, and "quaternion" a multiple of 4.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
         batch_first: If False, x is `(S, B, C, *space)` instead of `(B, S, C, *space)`. Neither order needs a copy of x.
@@ -171,7 +171,7 @@ class MinConv2dGRUCell(MinConvCell):
         bias: If False, the convolution has no bias.
         norm: "group" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.
-        gate: "sigmoid", "signed" or "rotation".
+        gate: "sigmoid", "signed", "rotation" or "quaternion".
         learn_initial_state: If True, the initial state is a parameter.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.

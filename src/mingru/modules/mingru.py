@@ -19,10 +19,13 @@ class MinGRU(Recurrent, planned=True):
         sigmoid:   h_t = (1 - z_t) h_{t-1} + z_t c_t                            z_t = sigma(k_t)
         signed:    h_t = a_t h_{t-1} + (1 - |a_t|) c_t                          a_t = -tanh(k_t / 2)
         rotation:  h_t = (1 - z_t) exp(i theta_t) h_{t-1} + z_t c_t             theta_t = (pi / 4) u_t
+        quaternion:  h_t = (1 - z_t) q_t h_{t-1} + z_t c_t        q_t = exp((pi / 4) (i v_1t + j v_2t + k v_3t))
 
     "rotation" has one gate and one angle for each pair of features 2 j and 2 j + 1, the real and the imaginary part of
-    one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "signed" can compute parity and "rotation" can
-    count modulo any number, see [Gates](../gates.md).
+    one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "quaternion" has one gate and one vector v for each
+    four features 4 j to 4 j + 3, the parts of one quaternion: rows 4 j to 4 j + 3 of W_z compute k, v_1, v_2 and v_3.
+    "signed" can compute parity, and "rotation" can count modulo any number. The turns of "quaternion" do not commute,
+    as those of permutations, see [Gates](../gates.md).
 
     `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
     time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
@@ -30,9 +33,9 @@ class MinGRU(Recurrent, planned=True):
 
         r_t = (m + (1 - m) (1 - z_t))^dt_t
 
-    and z_t by 1 - r_t, which does not cancel for short times. With "rotation", theta_t becomes dt_t theta_t. Times of 1
-    give the ordinary layer. Steps of dt 1 and 2 with the same x equal one step of dt 3 (not with "rotation",
-    because the candidate does not turn). "signed" takes neither option, because a negative decay has no real power, and
+    and z_t by 1 - r_t, which does not cancel for short times. theta_t and v_t become dt_t theta_t and dt_t v_t. Times
+    of 1 give the ordinary layer. Steps of dt 1 and 2 with the same x equal one step of dt 3 (not if the state turns,
+    because the candidate does not). "signed" takes neither option, because a negative decay has no real power, and
     because the decay must pass 0 to change its sign.
 
     `residual="highway"` computes the output y of a layer from its state and its input, with a gate of its own:
@@ -56,7 +59,8 @@ class MinGRU(Recurrent, planned=True):
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed" or "rotation"; see above. "rotation" needs an even `hidden_dims`.
+        gate: "sigmoid", "signed", "rotation" or "quaternion"; see above. "rotation" needs an even `hidden_dims`, and
+            "quaternion" one divisible by 4.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
@@ -104,14 +108,15 @@ class MinGRU(Recurrent, planned=True):
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
         - Marks, numbers of options that change what weights of the same shapes mean, so that weights do not load into a
-          layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation"), `layers.{l}.candidate_mark`,
-          `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights of older versions load with a warning.
+          layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation", 3 for "quaternion"),
+          `layers.{l}.candidate_mark`, `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights of older
+          versions load with a warning.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;
         under autocast it is float32. If a state lasts L = 1 / (1 - |a|) steps, the relative error of the recurrence in
         float32 stays below 5e-7 + 1e-7 L, and with the backend "native" and inputs that vary, below 5e-7 sqrt(L). With
-        "signed" and "rotation", terms of both signs may cancel. Their error is bounded relative to the recurrence of
+        the other gates, terms of both signs may cancel. Their error is bounded relative to the recurrence of
         absolute values, |a_t| s_{t-1} + |b_t|: below 5e-7 L, and usually far below.
 
     Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. There are no weights from state to

@@ -20,7 +20,7 @@ from ..check import (
     check_initial_state,
     check_int,
     check_min_decay,
-    check_pairs,
+    check_parts,
     check_residual,
     name_of,
 )
@@ -55,7 +55,7 @@ class RecurrentOptions(Options):
         super().__post_init__()
         if self.recompute is not None:
             check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
-        check_pairs(self.name, "hidden_dims", self.hidden_dims, self.gate)
+        check_parts(self.name, "hidden_dims", self.hidden_dims, self.gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
 
 

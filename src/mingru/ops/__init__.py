@@ -34,13 +34,13 @@ def linear_scan(
 ) -> States:
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
     if lengths is not None:
-        a, b = layout.kept_in_padding(a, b, lengths, False)
+        a, b = layout.kept_in_padding(a, b, lengths, 1)
         reset = None if reset is None else reset.masked_fill(layout.padding_of(lengths, b), False)
-    scan = LinearScan(a, b, h, reset, reverse)
+    scan = LinearScan(a, b, h, reset, reverse, 1)
 
     def run(choice: Choice) -> States:
         if choice.is_traced:
-            return traceable.linear_scan(*in_accumulation_dtype(scan))
+            return traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
         if b.numel() == 0:
             return empty_states(a * b, h)
         # Kernels convert numbers when they load them.

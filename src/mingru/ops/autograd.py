@@ -19,13 +19,13 @@ from torch import Tensor
 from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, flattened, from_flat
-from .cells import NUM_INPUTS, is_complex
+from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .private import jvp_nesting
 from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
-from .shape import States, as_dtype
+from .shape import States, as_dtype, conjugate, times
 
 
 def composed(choice: Choice, call: Call) -> States:
@@ -33,21 +33,21 @@ def composed(choice: Choice, call: Call) -> States:
     padded = padded_call(call)
     own = backend_of(choice.backend).recurrence
     if own is not None:
-        states = own(padded)
-    elif not is_complex(call.spec):
-        states = scan(choice, as_linear_scan(padded))
-    elif is_compiling():
+        return in_layout(own(padded), call)
+    linear = as_linear_scan(padded)
+    if linear.parts == 1:
+        return in_layout(scan(choice, linear), call)
+    if is_compiling():
         # Compilers and exported graphs may not support complex numbers.
-        states = traceable.scan(as_linear_scan(padded), True)
+        return in_layout(traceable.scan(linear), call)
+    if linear.parts == 2:
+        a, b, h = (torch.view_as_complex(x.contiguous()) for x in linear[:3])
+        out, last = map(torch.view_as_real, scan(choice, linear._replace(a=a, b=b, h=h, parts=1)))
     else:
-        a, b, h, reset, reverse = as_linear_scan(padded)
-        a, b, h = (torch.view_as_complex(x.contiguous()) for x in (a, b, h))
-        out, last = scan(choice, LinearScan(a, b, h, reset, reverse))
-        states = torch.view_as_real(out), torch.view_as_real(last)
-        out, last = in_layout(states, call)
-        # Copies, because outputs must not be views.
-        return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
-    return in_layout(states, call)
+        out, last = scan(choice, linear)
+    out, last = in_layout((out, last), call)
+    # Copies, because outputs must not be views.
+    return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
 def scan(choice: Choice, call: LinearScan) -> States:
@@ -84,7 +84,7 @@ class ScanInGraph(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
-        ctx.choice, a, _, h, reset, ctx.reverse = inputs
+        ctx.choice, a, _, h, reset, *ctx.constants = inputs
         ctx.save_for_backward(a, h, reset, output[0])
         ctx.save_for_forward(a, h, reset, output[0])
 
@@ -92,7 +92,7 @@ class ScanInGraph(torch.autograd.Function):
     def backward(ctx: Any, *grad: Any) -> Any:
         a, h, reset, out = ctx.saved_tensors
         # No gradient depends on b, so b was not saved; `out` fills its field.
-        call = LinearScan(a, out, h, reset, ctx.reverse)
+        call = LinearScan(a, out, h, reset, *ctx.constants)
         batched = are_batched(*grad)
 
         def run(choice: Choice) -> tuple[Tensor | None, ...]:
@@ -103,13 +103,13 @@ class ScanInGraph(torch.autograd.Function):
             delta = adjoint(_traceable_scan if batched else partial(scan, choice), call, grad)
             grad_a = grad_h = None
             if ctx.needs_input_grad[1]:
-                grad_a = delta * previous_states(call, out).conj()
+                grad_a = times(delta, conjugate(previous_states(call, out), call.parts), call.parts)
             if ctx.needs_input_grad[3]:
                 grad_h = grad_of_h(call, delta)
             return grad_a, delta, grad_h
 
-        spec = Spec("linear_scan", "linear", ctx.reverse)
-        return None, *run_or_other(run, ctx.choice, spec, out), None, None
+        spec = Spec("linear_scan", "linear", call.reverse)
+        return None, *run_or_other(run, ctx.choice, spec, out), None, None, None
 
 
 class Scan(ScanInGraph):
@@ -122,13 +122,13 @@ class Scan(ScanInGraph):
                 "mingru: forward mode over forward mode would give wrong results, because PyTorch silently drops the "
                 "inner tangent of a custom function; use jacfwd over jacrev, or the backend 'sequential'"
             )
-        _, da, db, dh, _, _ = tangents
+        _, da, db, dh, *_ = tangents
         a, h, reset, out = ctx.saved_tensors
+        call = LinearScan(a, out, h, reset, *ctx.constants)
         drive = torch.zeros_like(out) if db is None else db
         if da is not None:
-            drive = drive + as_dtype(da * previous_states(LinearScan(a, out, h, reset, ctx.reverse), out), out.dtype)
-        dh = torch.zeros_like(h) if dh is None else dh
-        return scan(ctx.choice, LinearScan(a, drive, dh, reset, ctx.reverse))
+            drive = drive + as_dtype(times(da, previous_states(call, out), call.parts), out.dtype)
+        return scan(ctx.choice, call._replace(b=drive, h=torch.zeros_like(h) if dh is None else dh))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], choice: Choice, *call: Any) -> Any:

@@ -56,7 +56,7 @@ class Kernel:
 
 
 def scan_by(kernel: Kernel, call: LinearScan) -> States:
-    """Compute the linear scan by a fused kernel, which takes complex numbers as pairs of features."""
+    """Compute the linear scan by a fused kernel, which takes the parts of numbers as features."""
     spec, (a, b, h) = _real(call)
     out, last, _ = kernel.forward(Call(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST), False)
     return _like(call, out), _like(call, last)
@@ -78,7 +78,8 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     if call.a.is_complex():
         return Spec("complex_linear_scan", "linear", call.reverse, 0.0), [as_real(x) for x in (*call[:3], *others)]
     # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
-    return Spec("linear_scan", "linear", call.reverse, 0.0), [*call[:3], *others]
+    cell = "linear_scan" if call.parts == 1 else "quaternion_linear_scan"
+    return Spec(cell, "linear", call.reverse, 0.0), [*call[:3], *others]
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import activate, log_g
 from .call import Spec, Start
-from .shape import accumulate_dtype, along, as_dtype, to_pairs
+from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 
 class Cell(NamedTuple):
@@ -34,11 +34,17 @@ CELLS = {
     "mingru_rotation": Cell(2, False),
     "minlstm": Cell(3),
     "minlstm_unnormalized": Cell(3, True, "normalize is False, so that the gates have no common decay"),
+    "mingru_quaternion": Cell(2, False),
 }
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
-GATES = {"sigmoid": "mingru", "signed": "mingru_signed", "rotation": "mingru_rotation"}
+GATES = {
+    "sigmoid": "mingru",
+    "signed": "mingru_signed",
+    "rotation": "mingru_rotation",
+    "quaternion": "mingru_quaternion",
+}
 
 
 def default_candidate(gate: str) -> str:
@@ -51,9 +57,11 @@ def zero_state(cell: str, activation: str) -> float:
     return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else 0.0
 
 
-def is_complex(spec: Spec) -> bool:
-    """Return whether a, b and the state of this cell are complex: pairs of real features, see `shape.to_pairs`."""
-    return spec.cell == "mingru_rotation"
+def parts_of(cell: str) -> int:
+    """Return how many neighboring features are one number of a, b and the state; see `shape.to_parts`."""
+    if cell in ("mingru_quaternion", "quaternion_linear_scan"):
+        return 4
+    return 2 if cell in ("mingru_rotation", "complex_linear_scan") else 1
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
@@ -62,16 +70,19 @@ def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor
     mingru, with z = sigma(gate):                  a = 1 - z, b = z activate(candidate)
     mingru_signed:                                 a = -tanh(gate / 2), b = (1 - |a|) activate(candidate)
     mingru_rotation, with z and an angle:          a = (1 - z) exp(i angle), b = z activate(candidate), as pairs
+    mingru_quaternion, with z and a vector:        a = (1 - z) exp(i v_1 + j v_2 + k v_3), as quaternions; b as above
     minlstm, with f and i normalized to f + i = 1: a = f, b = i activate(candidate)
     minlstm_unnormalized:                          a = sigma(forget), b = sigma(input) activate(candidate)
 
     With the lower bound m = min_decay, 1 - z (or f) becomes r = m + (1 - m) (1 - z). With elapsed times dt (B, S), r
-    becomes r^dt, and angle becomes dt angle. z (or i) becomes 1 - r or 1 - r^dt.
+    becomes r^dt, and angle and v become dt angle and dt v. z (or i) becomes 1 - r or 1 - r^dt.
     """
     if spec.cell == "mingru_signed":
         return _signed(spec, inputs)
     if spec.cell == "mingru_rotation":
         return _rotation(spec, inputs, start)
+    if spec.cell == "mingru_quaternion":
+        return _quaternion(spec, inputs, start)
     if spec.cell == "minlstm_unnormalized":
         forget, input, candidate = _wide(inputs)
         return forget.sigmoid(), input.sigmoid() * activate(candidate, spec.activation)
@@ -159,8 +170,52 @@ def _signed(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _rotation(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, H / 2, *, 2). The first input has pairs of a gate and an angle, in units of pi / 4."""
-    gates, candidates = [to_pairs(x) for x in _wide(inputs)]
+    gates, candidates = [to_parts(x, 2) for x in _wide(inputs)]
     gate, turn = gates.unbind(-1)
+    angle = _angle(turn, start)
+    keep, update = _decay(gate, spec.min_decay, start)
+    a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
+    return a, update.unsqueeze(-1) * activate(candidates, spec.activation)
+
+
+def _quaternion(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
+    """Return a and b (B, S, H / 4, *, 4). The first input has a gate and a vector of three numbers, in units of pi / 4.
+
+    With the angle phi = |v|, exp(i v_1 + j v_2 + k v_3) = cos(phi) + sin(phi) / phi (i v_1 + j v_2 + k v_3).
+    """
+    gates, candidates = [to_parts(x, 4) for x in _wide(inputs)]
+    gate, vector = gates[..., 0], gates[..., 1:]
+    unit = torch.full_like(gate, 0.25 * math.pi)
+    dt = start.dt
+    if dt is not None:
+        unit = unit * along(_elapsed(dt), gate)
+    # A vector whose square overflows counts as 0, because nothing is known about its angle. Infinity becomes NaN.
+    is_known = vector.square().sum(-1, keepdim=True) < math.inf
+    vector = torch.where(is_known, vector, 0.0 * vector)
+    square = vector.square().sum(-1)
+    # Below 1/2, series of the square, because |v| has no derivative at 0.
+    small = unit * unit * square
+    is_small = small < 0.25
+    small = torch.where(is_small, small, 0.0)
+    size = torch.where(is_small, 1.0, square).sqrt()
+    angle = _angle(size, start)
+    cosine = torch.where(is_small, _alternating(small, 0), angle.cos())
+    sine = torch.where(is_small, unit * _alternating(small, 1), angle.sin() / size)
+    keep, update = _decay(gate, spec.min_decay, start)
+    a = torch.cat([cosine.unsqueeze(-1), sine.unsqueeze(-1) * vector], -1)
+    return keep.unsqueeze(-1) * a, update.unsqueeze(-1) * activate(candidates, spec.activation)
+
+
+def _alternating(square: Tensor, odd: int) -> Tensor:
+    """Return cos(x), or if `odd`, sin(x) / x, from x^2 for |x| < 1/2, as a Taylor series."""
+    total = torch.ones_like(square)
+    for n in range(7, 0, -1):
+        total = 1.0 - square * total / ((2 * n - 1 + odd) * (2 * n + odd))
+    return total
+
+
+def _angle(turn: Tensor, start: Start) -> Tensor:
+    """Return an angle in units of pi / 4, times the elapsed time, as an angle in which whole turns are left out."""
     dt = start.dt
     if dt is None:
         turn = _without_whole_turns(turn)
@@ -169,10 +224,7 @@ def _rotation(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, T
         product = elapsed * turn
         lost = _error_of_product(elapsed, turn, product).detach()
         turn = _without_whole_turns(product) + _without_whole_turns(lost)
-    angle = turn * (0.25 * math.pi)
-    keep, update = _decay(gate, spec.min_decay, start)
-    a = torch.stack([keep * angle.cos(), keep * angle.sin()], -1)
-    return a, update.unsqueeze(-1) * activate(candidates, spec.activation)
+    return turn * (0.25 * math.pi)
 
 
 def _without_whole_turns(turn: Tensor) -> Tensor:

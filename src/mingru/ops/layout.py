@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .call import Call, Layout, Start, with_steps
-from .cells import coefficients, is_complex
+from .cells import coefficients, parts_of
 from .graph import for_trace, is_captured
 from .scan import LinearScan
-from .shape import States, along, as_dtype, from_pairs, one_like, plus_times, to_pairs
+from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
 
 
 def padded_call(call: Call) -> Call:
@@ -40,28 +40,26 @@ def padded_call(call: Call) -> Call:
 
 
 def as_linear_scan(call: Call) -> LinearScan:
-    """Return the scan that a cell computes, of pairs if `is_complex`. The call must come from `padded_call`."""
+    """Return the scan that a cell computes, of numbers with its parts. The call must come from `padded_call`."""
     spec, start = call.spec, call.start
     a, b = coefficients(spec, call.tensors, start)
-    pairs = is_complex(spec)
+    parts = parts_of(spec.cell)
     lengths = call.layout.lengths
     if lengths is not None:
-        a, b = kept_in_padding(a, b, lengths, pairs)
-    h, initial_state = start.h, start.initial_state
-    if pairs:
-        h, initial_state = to_pairs(h), to_pairs(initial_state.expand_as(h))
+        a, b = kept_in_padding(a, b, lengths, parts)
+    h = to_parts(start.h, parts)
     reset = start.reset
     if reset is not None:
-        b = torch.where(along(reset, b), plus_times(b, a, as_dtype(initial_state, b.dtype), pairs), b)
-    return LinearScan(a, b, as_dtype(h, b.dtype), reset, spec.reverse)
+        initial_state = to_parts(start.initial_state.expand_as(start.h), parts)
+        b = torch.where(along(reset, b), plus_times(b, a, as_dtype(initial_state, b.dtype), parts), b)
+    return LinearScan(a, b, as_dtype(h, b.dtype), reset, spec.reverse, parts)
 
 
 def in_layout(states: States, call: Call) -> States:
     """Return states (B, S, *) in the layout and dtype of a call, and the last state in the dtype of its h."""
     layout = call.layout
-    out, last = states
-    if is_complex(call.spec):
-        out, last = from_pairs(out), from_pairs(last)
+    parts = parts_of(call.spec.cell)
+    out, last = from_parts(states[0], parts), from_parts(states[1], parts)
     out = as_dtype(out, call.tensors[0].dtype)
     batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:
@@ -155,10 +153,10 @@ def padding_of(lengths: Tensor, like: Tensor) -> Tensor:
     return torch.arange(like.size(1), device=like.device) >= lengths.to(like.device).unsqueeze(1)
 
 
-def kept_in_padding(a: Tensor, b: Tensor, lengths: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
+def kept_in_padding(a: Tensor, b: Tensor, lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Return a and b (B, S, *) of a scan with 1 and 0 in the padding, which keep the state there."""
     padding = along(padding_of(lengths, a), a)
-    return torch.where(padding, one_like(a, pairs), a), b.masked_fill(padding, 0.0)
+    return torch.where(padding, one_like(a, parts), a), b.masked_fill(padding, 0.0)
 
 
 def without_padding(x: Tensor, lengths: Tensor, time_first: bool) -> Tensor:

@@ -16,7 +16,7 @@ from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
-from .cells import is_complex
+from .cells import parts_of
 from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_symbolic, is_tracing
 from .private import has_any_global_hook
 from .shape import as_dtype
@@ -170,8 +170,8 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
     if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start[2:])):
         return None
-    # The features of a pair must be next to each other.
-    if is_complex(spec) and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
+    # The parts of a number must be next to each other.
+    if parts_of(spec.cell) > 1 and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
         return None
     return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 

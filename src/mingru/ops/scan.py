@@ -4,6 +4,9 @@ The adjoint of h_t = a_t h_{t-1} + b_t is the same recurrence in the opposite di
 
     delta_t = dL/dh_t + a_{t+1} delta_{t+1}
     dL/db_t = delta_t      dL/da_t = delta_t h_{t-1}      dL/dh_0 = a_1 delta_1
+
+Of complex numbers and quaternions, a_{t+1}, h_{t-1} and a_1 are conjugates here. Products of quaternions depend on the
+order: the one above.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shape import States, accumulate_dtype, along, as_dtype
+from .shape import States, accumulate_dtype, along, as_dtype, conjugate, one_like, times
 
 
 class LinearScan(NamedTuple):
@@ -31,6 +34,8 @@ class LinearScan(NamedTuple):
     """Boolean reset mask, (B, S)."""
     reverse: bool
     """Whether the scan runs from the last step to the first."""
+    parts: int = 1
+    """Size of the last dimension if it has the parts of a number (`shape.to_parts`); 1: real or complex tensors."""
 
 
 def in_accumulation_dtype(call: LinearScan) -> LinearScan:
@@ -53,15 +58,15 @@ def previous_states(call: LinearScan, out: Tensor) -> Tensor:
 def adjoint(run: Callable[[LinearScan], States], call: LinearScan, grad: tuple[Tensor, Tensor]) -> Tensor:
     """Return delta, by a scan in the opposite direction that uses the decay of the following step."""
     a, reset, reverse = call.a, call.reset, call.reverse
-    one = torch.ones_like(a[:, :1])
-    decay = torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1).conj()
+    one = one_like(a[:, :1], call.parts)
+    decay = conjugate(torch.cat([one, a[:, :-1]] if reverse else [a[:, 1:], one], 1), call.parts)
     if reset is not None:
         no_reset = torch.zeros_like(reset[:, :1])
         reset = torch.cat([no_reset, reset[:, :-1]] if reverse else [reset[:, 1:], no_reset], 1)
     grad_out, grad_last = (x.to(a.dtype) for x in grad)
-    return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse))[0]
+    return run(LinearScan(decay.resolve_conj(), grad_out, grad_last, reset, not reverse, call.parts))[0]
 
 
 def grad_of_h(call: LinearScan, delta: Tensor) -> Tensor:
-    grad_h = _first(call.a, call.reverse).conj() * _first(delta, call.reverse)
+    grad_h = times(conjugate(_first(call.a, call.reverse), call.parts), _first(delta, call.reverse), call.parts)
     return grad_h if call.reset is None else grad_h.masked_fill(along(_first(call.reset, call.reverse), grad_h), 0)

@@ -19,16 +19,23 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def to_pairs(x: Tensor) -> Tensor:
-    """Return a sequence (B, S, H, *) as (B, S, H / 2, *, 2): features 2 j and 2 j + 1 are a pair."""
+def to_parts(x: Tensor, parts: int) -> Tensor:
+    """Return a sequence (B, S, H, *) as numbers (B, S, H / parts, *, parts) of neighboring features.
+
+    Numbers have 1 part (real; x itself), 2 (complex) or 4 (quaternions), in the last dimension.
+    """
+    if parts == 1:
+        return x
     # Not `unflatten`, because it has no rule for `is_grads_batched`.
-    shape = [x.size(0), x.size(1), x.size(2) // 2, 2] + list(x.shape[3:])  # noqa: RUF005 (not in TorchScript)
+    shape = [x.size(0), x.size(1), x.size(2) // parts, parts] + list(x.shape[3:])  # noqa: RUF005 (not in TorchScript)
     return x.reshape(shape).movedim(3, -1)
 
 
-def from_pairs(x: Tensor) -> Tensor:
-    """Return a sequence (B, S, H / 2, *, 2) as (B, S, H, *)."""
-    shape = [x.size(0), x.size(1), x.size(2) * 2] + list(x.shape[3:-1])  # noqa: RUF005 (not in TorchScript)
+def from_parts(x: Tensor, parts: int) -> Tensor:
+    """Return numbers (B, S, H / parts, *, parts) as a sequence (B, S, H, *)."""
+    if parts == 1:
+        return x
+    shape = [x.size(0), x.size(1), x.size(2) * parts] + list(x.shape[3:-1])  # noqa: RUF005 (not in TorchScript)
     return x.movedim(-1, 3).reshape(shape)
 
 
@@ -37,34 +44,44 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj())
 
 
-def times(a: Tensor, b: Tensor, pairs: bool) -> Tensor:
-    """Return the product of real numbers, or of complex numbers that are pairs in the last dimension."""
-    if not pairs:
+def times(a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Return the products a b of numbers with these parts. Those of quaternions depend on the order."""
+    if parts == 1:
         return a * b
-    real, turn = _parts(a)
-    return torch.addcmul(real * b, turn, b.flip(-1))
+    return _plus_other_terms(a[..., :1] * b, a, b, parts)
 
 
-def plus_times(c: Tensor, a: Tensor, b: Tensor, pairs: bool) -> Tensor:
+def plus_times(c: Tensor, a: Tensor, b: Tensor, parts: int) -> Tensor:
     """Return c + a b; see `times`."""
-    if not pairs:
+    if parts == 1:
         return torch.addcmul(c, a, b)
-    real, turn = _parts(a)
-    return torch.addcmul(torch.addcmul(c, real, b), turn, b.flip(-1))
+    return _plus_other_terms(torch.addcmul(c, a[..., :1], b), a, b, parts)
 
 
-def _parts(a: Tensor) -> States:
-    """Return x and (-y, y) of pairs a = (x, y): a b = x (b_1, b_2) + (-y, y) (b_2, b_1), which keeps graphs small."""
-    imaginary = a[..., 1:]
-    return a[..., :1], torch.cat([-imaginary, imaginary], -1)
+def _plus_other_terms(c: Tensor, a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Return c + (a - w) b, where w is the real part of a.
+
+    A term x i b of the product is (-x, x) (b_1, b_0): signs of a, and an order of b, which keeps graphs small.
+    """
+    backwards = b.flip(-1)
+    if parts == 2:
+        y = a[..., 1:]
+        return torch.addcmul(c, torch.cat([-y, y], -1), backwards)
+    x, y, z = a[..., 1:2], a[..., 2:3], a[..., 3:]
+    c = torch.addcmul(c, torch.cat([-x, x, -x, x], -1), torch.cat([backwards[..., 2:], backwards[..., :2]], -1))
+    c = torch.addcmul(c, torch.cat([-y, y, y, -y], -1), torch.cat([b[..., 2:], b[..., :2]], -1))
+    return torch.addcmul(c, torch.cat([-z, -z, z, z], -1), backwards)
 
 
-def one_like(a: Tensor, pairs: bool) -> Tensor:
-    """Return 1 in each element, or the pair (1, 0)."""
+def conjugate(a: Tensor, parts: int) -> Tensor:
+    """Return the numbers with the opposite sign of all but the real part. Also for tensors of complex numbers."""
+    return a.conj() if parts == 1 else torch.cat([a[..., :1], -a[..., 1:]], -1)
+
+
+def one_like(a: Tensor, parts: int) -> Tensor:
+    """Return the number 1 in each element."""
     one = torch.ones_like(a)
-    if not pairs:
-        return one
-    return torch.stack([one.select(-1, 0), torch.zeros_like(a.select(-1, 1))], -1)
+    return one if parts == 1 else torch.cat([one[..., :1], torch.zeros_like(a[..., 1:])], -1)
 
 
 def empty_states(out: Tensor, h: Tensor) -> States:

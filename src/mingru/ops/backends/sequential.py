@@ -4,7 +4,7 @@ import torch
 
 from ..backend import Backend
 from ..scan import LinearScan
-from ..shape import States, along
+from ..shape import States, along, times
 
 
 def scan(call: LinearScan) -> States:
@@ -14,7 +14,7 @@ def scan(call: LinearScan) -> States:
         now = slice(t, t + 1)
         if call.reset is not None:
             state = state.masked_fill(along(call.reset[:, now], state), 0)
-        state = call.a[:, now] * state + call.b[:, now]
+        state = times(call.a[:, now], state, call.parts) + call.b[:, now]
         states.append(state)
     if call.reverse:
         states.reverse()

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, Needs, Saved
 from ..call import Call, Start
-from ..cells import NUM_INPUTS
+from ..cells import NUM_INPUTS, parts_of
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
 from ..shape import States, along
+from . import traceable
 
 
 def scan(call: LinearScan) -> States:
+    if call.parts > 1:
+        return traceable.scan(call)
     owned = call._replace(a=_copy(call.a), b=_copy(call.b))
     return _scan_in_place(owned, in_chunks=not _may_overflow(call.a))
 
@@ -59,7 +62,9 @@ def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
     # In place, because the coefficients are new.
     states = _scan_in_place(as_linear_scan(padded_call(call)))
     # The padding has states, because backward needs them in the reverse direction.
-    return *in_layout(states, call._replace(layout=call.layout._replace(lengths=None))), None
+    out, last = in_layout(states, call._replace(layout=call.layout._replace(lengths=None)))
+    # The coefficients have the memory order of the inputs.
+    return out.contiguous(), last, None
 
 
 def _recurrence_backward(given: Call, saved: Saved, needs: Needs) -> Grads:
@@ -89,7 +94,7 @@ def _recurrence_backward(given: Call, saved: Saved, needs: Needs) -> Grads:
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
     """Overwrite b with the states, and a with intermediate values. Return b and the last state."""
-    a, b, h, reset, reverse = call
+    a, b, h, reset, reverse, _ = call
     num_steps = b.shape[1]
     count, size = _chunks_of(num_steps) if in_chunks else (0, num_steps)
     whole = count * size
@@ -142,7 +147,7 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
     return h
 
 
-# Complex numbers need a scan of their own.
-_CELLS = [cell for cell in NUM_INPUTS if cell != "mingru_rotation"]
+# Numbers with several parts need a scan of their own.
+_CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
 BACKEND = Backend(scan=scan, differentiable=False, kernel=_KERNEL)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
-from ..cells import is_complex
 from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan
@@ -29,7 +28,7 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
     if inputs[0].numel() == 0:
         return empty_states(sum_of(inputs), start.h)
     call = Call(spec, inputs, start, layout)
-    return in_layout(scan(as_linear_scan(padded_call(call)), is_complex(spec)), call)
+    return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
 @for_trace
@@ -44,7 +43,7 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: 
     """Compute h_t = a_t h_{t-1} + b_t. a, b and h have the same dtype."""
     if b.numel() == 0:
         return empty_states(a * b, h)
-    return scan(LinearScan(a, b, h, reset, reverse))
+    return scan(LinearScan(a, b, h, reset, reverse, 1))
 
 
 def sum_of(inputs: list[Tensor]) -> Tensor:
@@ -54,9 +53,9 @@ def sum_of(inputs: list[Tensor]) -> Tensor:
     return total
 
 
-def scan(call: LinearScan, pairs: bool = False) -> States:
-    """Compute the scan; if `pairs`, of complex numbers that are pairs of real numbers in the last dimension."""
-    out, last = _scan(call.a, call.b, call.h.squeeze(1), call.reset, call.reverse, pairs)
+def scan(call: LinearScan) -> States:
+    """Compute the scan."""
+    out, last = _scan(call.a, call.b, call.h.squeeze(1), call.reset, call.reverse, call.parts)
     return out, last.unsqueeze(1)
 
 
@@ -70,33 +69,33 @@ def most_chunks() -> int:
     return 1 << 24
 
 
-def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, pairs: bool) -> States:
+def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
     """Return the states (B, S, *) and the last state (B, *); h (B, *) is the state before the first step."""
     num_steps, chunk = b.size(1), chunk_size()
     if _is_short(num_steps, chunk):
         resets = _no_tensors() if reset is None else _in_order(list(reset.unbind(1)), reverse)
         steps = _in_order(list(a.unbind(1)), reverse), _in_order(list(b.unbind(1)), reverse)
-        states = _step(steps[0], steps[1], resets, h, pairs)
+        states = _step(steps[0], steps[1], resets, h, parts)
         return torch.stack(_in_order(states, reverse), 1), states[-1]
 
     # One or two more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
     num_chunks = num_steps // chunk + 2
     more = num_chunks * chunk - num_steps
     # A decay of 1 and an input of 0 keep the state.
-    a_t = _step_by_step(_padded_with_ones(a, more, pairs), num_chunks, chunk, reverse)
+    a_t = _step_by_step(_padded_with_ones(a, more, parts), num_chunks, chunk, reverse)
     b_t = _step_by_step(_padded(b, more, 0.0), num_chunks, chunk, reverse)
     resets = _no_tensors()
     if reset is not None:
         resets = _step_by_step(_padded(reset, more, 0.0), num_chunks, chunk, reverse)
-    local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0], pairs)  # noqa: RUF005 (not in TorchScript)
-    decay, seen_reset = _cumulative_decays(a_t, resets, pairs)
-    before, last = _combined(decay[-1], local[-1], None if reset is None else seen_reset[-1], h, reverse, pairs)
+    local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0], parts)  # noqa: RUF005 (not in TorchScript)
+    decay, seen_reset = _cumulative_decays(a_t, resets, parts)
+    before, last = _combined(decay[-1], local[-1], None if reset is None else seen_reset[-1], h, reverse, parts)
     carry_in = before.unsqueeze(2)
     if reset is not None:
         mask = along(torch.stack(_in_order(seen_reset, reverse), 2), carry_in)
         carry_in = torch.where(mask, 0.0, carry_in)
     all_local, all_decays = torch.stack(_in_order(local, reverse), 2), torch.stack(_in_order(decay, reverse), 2)
-    out = plus_times(all_local, all_decays, carry_in, pairs)
+    out = plus_times(all_local, all_decays, carry_in, parts)
     # Not `flatten`, because it has no rule for `is_grads_batched`.
     shape = [out.size(0), -1] + list(out.shape[3:])  # noqa: RUF005 (not in TorchScript)
     # Not a slice, because it would depend on which of two lengths is smaller. Not `pad`, because ExecuTorch refuses
@@ -142,10 +141,11 @@ def _padded(x: Tensor, more: int, value: float) -> Tensor:
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, more], value=value)
 
 
-def _padded_with_ones(a: Tensor, more: int, pairs: bool) -> Tensor:
-    if not pairs:
+def _padded_with_ones(a: Tensor, more: int, parts: int) -> Tensor:
+    if parts == 1:
         return _padded(a, more, 1.0)
-    return torch.stack([_padded(a.select(-1, 0), more, 1.0), _padded(a.select(-1, 1), more, 0.0)], -1)
+    others = [_padded(a.select(-1, part), more, 0.0) for part in range(1, parts)]
+    return torch.stack([_padded(a.select(-1, 0), more, 1.0)] + others, -1)  # noqa: RUF005 (not in TorchScript)
 
 
 def _step_by_step(x: Tensor, num_chunks: int, chunk: int, reverse: bool) -> list[Tensor]:
@@ -158,19 +158,19 @@ def _step_by_step(x: Tensor, num_chunks: int, chunk: int, reverse: bool) -> list
         return _in_order([x[:, step::chunk] for step in range(chunk)], reverse)
 
 
-def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, pairs: bool) -> list[Tensor]:
+def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, parts: int) -> list[Tensor]:
     """Return the states, computed one step after the other. If there are no resets, `resets` is empty."""
     states: list[Tensor] = []
     for index in range(len(b)):
         if len(resets) > 0:
             # Masked instead of multiplied by 0, so that NaN does not pass a reset.
             h = h.masked_fill(along(resets[index], h), 0.0)
-        h = plus_times(b[index], a[index], h, pairs)
+        h = plus_times(b[index], a[index], h, parts)
         states.append(h)
     return states
 
 
-def _cumulative_decays(a: list[Tensor], resets: list[Tensor], pairs: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _cumulative_decays(a: list[Tensor], resets: list[Tensor], parts: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the cumulative decay up to each step, and whether the steps up to it contain a reset."""
     decays = [a[0]]
     seen_reset = _no_tensors()
@@ -178,7 +178,7 @@ def _cumulative_decays(a: list[Tensor], resets: list[Tensor], pairs: bool) -> tu
         decays = [a[0].masked_fill(along(resets[0], a[0]), 0.0)]
         seen_reset = [resets[0]]
     for index in range(1, len(a)):
-        decay = times(decays[-1], a[index], pairs)
+        decay = times(a[index], decays[-1], parts)
         if len(resets) > 0:
             decay = decay.masked_fill(along(resets[index], decay), 0.0)
             seen_reset.append(seen_reset[-1] | resets[index])
@@ -186,7 +186,7 @@ def _cumulative_decays(a: list[Tensor], resets: list[Tensor], pairs: bool) -> tu
     return decays, seen_reset
 
 
-def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, pairs: bool) -> States:
+def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, parts: int) -> States:
     """Return the carry-in of each chunk (B, C, *) and the last state (B, *) from the results of the chunks.
 
     decay and state (B, C, *) are the cumulative decay and the last state of each chunk, computed from a state of 0.
@@ -194,7 +194,7 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
     """
     first = h.unsqueeze(1)
     state = torch.cat([state, first] if reverse else [first, state], 1)
-    one = one_like(first, pairs)
+    one = one_like(first, parts)
     decay = torch.cat([decay, one] if reverse else [one, decay], 1)
     if seen_reset is not None:
         no_reset = torch.zeros_like(seen_reset[:, :1])
@@ -209,8 +209,8 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
         sources = sources.clamp(0, count - 1)
         if seen_reset is not None:
             stop = stop | seen_reset
-        state = plus_times(state, decay, state.index_select(1, sources).masked_fill(along(stop, state), 0.0), pairs)
-        decay = times(decay, decay.index_select(1, sources), pairs)
+        state = plus_times(state, decay, state.index_select(1, sources).masked_fill(along(stop, state), 0.0), parts)
+        decay = times(decay, decay.index_select(1, sources), parts)
         if seen_reset is not None:
             decay = decay.masked_fill(along(seen_reset, decay), 0.0)
             seen_reset = seen_reset | seen_reset.index_select(1, sources)

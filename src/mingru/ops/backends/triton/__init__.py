@@ -3,7 +3,7 @@
 `launch` calls the kernel in `kernels`, divided as `plan` says. Importing this module registers two operators with
 PyTorch's dispatcher, but does not import Triton. Captured graphs contain the operators; eager calls skip the
 dispatcher. States have any floating dtype, and are computed in the accumulation dtype of the sequences. The operators
-take complex numbers as pairs of features.
+take the parts of numbers as features.
 """
 
 from collections.abc import Callable, Sequence

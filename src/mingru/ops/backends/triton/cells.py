@@ -1,10 +1,11 @@
 """The cells: a and b of h_t = a_t h_{t-1} + b_t, and their partial derivatives.
 
 A cell is one function of its inputs, a tuple of numbers as in `scan`: the first input of `rotation` consists of a gate
-and an angle. `time` is a tuple: empty, or the elapsed time, and with a lower bound m of the decay per unit of time,
-log(m) and log(1 - m). The function returns a, b, and a derivative for each of the parts of the inputs and, last, for
-the elapsed time, as of a number: (da, db, scale), so that the derivatives of a and b are scale da and scale db. `scale`
-is a real number, or ABSENT if it is 1. The compiler drops unused derivatives.
+and an angle, that of `quaternion` of a gate and a vector. `time` is a tuple: empty, or the elapsed time, and with a
+lower bound m of the decay per unit of time, log(m) and log(1 - m). The function returns a, b, and a derivative for each
+of the parts of the inputs and, last, for the elapsed time, as of a number: (da, db, scale), so that the derivatives of
+a and b are scale da and scale db. `scale` is a real number, or ABSENT if it is 1. The compiler drops unused
+derivatives.
 
 To add a cell, add its function, a branch to `cell`, and an entry to `plan.KEEPING`.
 """
@@ -19,7 +20,6 @@ from .math import (
     direction,
     direction_of_product,
     hyperbolic_tangent,
-    is_there,
     log1p_of_unit,
     logistic,
     minus,
@@ -30,6 +30,7 @@ from .math import (
     tangent,
     tanh_near_0,
 )
+from .scan import parts_in
 
 QUARTER_PI = tl.constexpr(0.785398163397448309616)
 # Infinite times are replaced by this one where infinity times 0 would be NaN.
@@ -152,6 +153,56 @@ def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def quaternion(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    gate, v1, v2, v3 = x[0]
+    keep, z, by_gate, by_time = decay(gate, time, EXACT)
+    c0, slope0 = activate(x[1][0], ACTIVATION, EXACT)
+    c1, slope1 = activate(x[1][1], ACTIVATION, EXACT)
+    c2, slope2 = activate(x[1][2], ACTIVATION, EXACT)
+    c3, slope3 = activate(x[1][3], ACTIVATION, EXACT)
+    # As in csrc/cells.h.
+    is_known = tl.where(v1 * v1 + v2 * v2 + v3 * v3 < INFINITY, 1.0, 0.0).to(gate.dtype)
+    v1, v2, v3 = v1 * is_known, v2 * is_known, v3 * is_known
+    square = v1 * v1 + v2 * v2 + v3 * v3 + 1e-30
+    size = tl.sqrt(square)
+    inverse = 1.0 / size
+    if len(time) == 0:
+        cosine, sine = direction(0.25 * size)
+        unit = tl.full((1, 1), QUARTER_PI, keep.dtype)
+    else:
+        elapsed = tl.broadcast_to(finite(time[0]), size.shape)
+        cosine, sine = direction_of_product(0.25 * elapsed, size)
+        unit = elapsed * QUARTER_PI
+    sine = sine * inverse
+    a = keep * cosine, keep * sine * v1, keep * sine * v2, keep * sine * v3
+    b = z * c0, z * c1, z * c2, z * c3
+    along, by_size = minus(unit * sine), (unit * cosine - sine) * (inverse * inverse)
+    p1, p2, p3 = by_size * v1, by_size * v2, by_size * v3
+    nothing = (ABSENT,) * 4
+    derivatives = (
+        ((minus(a[0]), minus(a[1]), minus(a[2]), minus(a[3])), (keep * c0, keep * c1, keep * c2, keep * c3), by_gate),
+        ((along * v1, p1 * v1 + sine, p1 * v2, p1 * v3), nothing, keep),
+        ((along * v2, p2 * v1, p2 * v2 + sine, p2 * v3), nothing, keep),
+        ((along * v3, p3 * v1, p3 * v2, p3 * v3 + sine), nothing, keep),
+        (nothing, (z * slope0, ABSENT, ABSENT, ABSENT), ABSENT),
+        (nothing, (ABSENT, z * slope1, ABSENT, ABSENT), ABSENT),
+        (nothing, (ABSENT, ABSENT, z * slope2, ABSENT), ABSENT),
+        (nothing, (ABSENT, ABSENT, ABSENT, z * slope3), ABSENT),
+    )
+    if len(time) > 0:
+        turn, kept = keep * cosine * QUARTER_PI, by_time * keep
+        da = (
+            minus(keep * QUARTER_PI * sine * square + by_time * a[0]),
+            turn * v1 - by_time * a[1],
+            turn * v2 - by_time * a[2],
+            turn * v3 - by_time * a[3],
+        )
+        none = nothing, nothing, ABSENT
+        derivatives += ((da, (kept * c0, kept * c1, kept * c2, kept * c3), ABSENT), none, none, none)
+    return a, b, derivatives
+
+
+@triton.jit
 def normalized_gates(forget, input, EXACT: tl.constexpr):
     """Return f / (f + i), i / (f + i), sigma(-forget) and sigma(-input), as csrc/cells.h describes."""
     forget_power, input_power = power(tl.abs(forget), -1, EXACT), power(tl.abs(input), -1, EXACT)
@@ -204,12 +255,13 @@ def unnormalized(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 def scans(x):
     """The cell whose inputs are a and b."""
     a, b = x
-    one = tl.full(a[0].shape, 1.0, a[0].dtype)
-    of_a, of_imaginary_a = ((one, ABSENT), (ABSENT, ABSENT), ABSENT), ((ABSENT, one), (ABSENT, ABSENT), ABSENT)
-    if is_there(a[1]):
-        return a, b, (of_a, of_imaginary_a, of_b(one, ABSENT), of_b(ABSENT, one))
-    else:
-        return a, b, (of_a, of_b(one, ABSENT))
+    one, nothing = tl.full(a[0].shape, 1.0, a[0].dtype), (ABSENT,) * len(a)
+    of_a, of_b = (), ()
+    for k in tl.static_range(parts_in(a)):
+        unit = nothing[:k] + (one,) + nothing[k + 1 :]  # noqa: RUF005 (not in Triton)
+        of_a += ((unit, nothing, ABSENT),)
+        of_b += ((nothing, unit, ABSENT),)
+    return a, b, of_a + of_b
 
 
 @triton.jit
@@ -221,6 +273,8 @@ def cell(x, time, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.conste
         return signed(x, ACTIVATION, EXACT)
     elif CELL == "mingru_rotation":
         return rotation(x, time, ACTIVATION, EXACT)
+    elif CELL == "mingru_quaternion":
+        return quaternion(x, time, ACTIVATION, EXACT)
     elif CELL == "minlstm":
         return minlstm(x, time, ACTIVATION, EXACT)
     elif CELL == "minlstm_unnormalized":

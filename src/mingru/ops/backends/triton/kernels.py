@@ -25,14 +25,30 @@ from operator import itemgetter
 import triton
 import triton.language as tl
 
+from ...cells import parts_of
 from .cells import cell
-from .math import INFINITY, is_there
-from .scan import carries, changes_of, conjugate, constant, features, gradients, number, plus, step, times, where
+from .math import INFINITY
+from .scan import (
+    carries,
+    changes_of,
+    conjugate,
+    constant,
+    features,
+    gradients,
+    number,
+    parts_in,
+    plus,
+    step,
+    times,
+    where,
+)
+
+parts_of_cell = triton.constexpr_function(parts_of)
 
 
 @triton.jit
-def load_state(x, there, like, PAIRS: tl.constexpr):
-    return number(tl.load(x, there, other=0.0).to(like.dtype), PAIRS)
+def load_state(x, there, like, PARTS: tl.constexpr):
+    return number(tl.load(x, there, other=0.0).to(like.dtype), PARTS)
 
 
 @triton.jit
@@ -75,15 +91,15 @@ def time_of(dt, here, bound, A: tl.constexpr):
 @triton.jit
 def carry_into(segment, state, products, ends, there, num_features):
     """Return the state before a segment, from the results of all segments before it, in their order."""
-    PAIRS: tl.constexpr = is_there(state[1])
+    PARTS: tl.constexpr = parts_in(state)
     for before in range(segment):
         p = tl.load(products + before * num_features, there, other=1.0)
         l = tl.load(ends + before * num_features, there, other=0.0)
-        kept, state = features(times(number(p, PAIRS), state)), features(state)
+        kept, state = features(times(number(p, PARTS), state)), features(state)
         # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
         kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, kept)
         # An infinite decay marks a reset, because |a| <= 1.
-        state = number(tl.where(p == INFINITY, l, kept + l), PAIRS)
+        state = number(tl.where(p == INFINITY, l, kept + l), PARTS)
     return state
 
 
@@ -179,8 +195,8 @@ def recurrence_kernel(
     NUM_INPUTS: tl.constexpr = 2 if x2 is None else 3
     EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
     A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
-    PAIRS: tl.constexpr = CELL == "mingru_rotation" or CELL == "complex_linear_scan"
-    MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan"
+    PARTS: tl.constexpr = parts_of_cell(CELL)
+    MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan" or CELL == "quaternion_linear_scan"
 
     num_features = num_units * V
     num_blocks = tl.cdiv(num_features, F)
@@ -205,14 +221,14 @@ def recurrence_kernel(
     chunk = tl.arange(0, C)[:, None]
 
     real = tl.zeros((1, F), A)
-    zero = number(real, PAIRS)
+    zero = number(real, PARTS)
     state, start, decay, any_reset = zero, zero, constant(zero, 1.0), tl.zeros((1, 1), tl.int32)
     state_at = batch * num_features + feature
     if not SUMMARY:
-        earliest = load_state(h + batch * h_batch + feature, there, real, PAIRS)
-        state = load_state(grad_last + state_at, there, real, PAIRS) if BACKWARD else earliest
+        earliest = load_state(h + batch * h_batch + feature, there, real, PARTS)
+        state = load_state(grad_last + state_at, there, real, PARTS) if BACKWARD else earliest
     if initial_state is not None:
-        start = load_state(initial_state + batch * initial_state_batch + feature, there, real, PAIRS)
+        start = load_state(initial_state + batch * initial_state_batch + feature, there, real, PARTS)
     if SEGMENTS and not SUMMARY:
         state = carry_into(segment, state, products + segments_at, ends + segments_at, there, num_features)
 
@@ -236,9 +252,9 @@ def recurrence_kernel(
         dt, dt_rows = begin(dt, dt_batch, dt_step, origin, 0, 1)
 
     keeping = KEEPING[0]
-    if PAIRS:
-        # The second feature of a pair is 0.
-        keeping = tl.where(feature % 2 == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
+    if PARTS > 1:
+        # The other parts of a number are 0.
+        keeping = tl.where(feature % PARTS == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     # Of the gradients of the initial state and of the inputs.
     sums = (tl.zeros((C, F), A),) * (NUM_INPUTS + 1)
     for tile in tl.range(begin_at, end, C * T, num_stages=STAGES):
@@ -255,24 +271,24 @@ def recurrence_kernel(
             mask = here if EVEN else here & there
             masks += (mask,)
             at = address(first, t, rows, x_rows)
-            x = (number(tl.load(x0 + at, mask, other=keeping).to(A), PAIRS),)
+            x = (number(tl.load(x0 + at, mask, other=keeping).to(A), PARTS),)
             if x1_batch is not None:
                 at = address(first, t, rows, other_rows)
-            x += (number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PAIRS),)
+            x += (number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PARTS),)
             if NUM_INPUTS == 3:
-                x += (number(tl.load(x2 + at, mask, other=KEEPING[2]).to(A), PAIRS),)
+                x += (number(tl.load(x2 + at, mask, other=KEEPING[2]).to(A), PARTS),)
             resets += (
                 () if reset is None else tl.load(reset + address(first, t, rows, reset_rows), here, other=0) != 0,
             )
             elapsed = None if dt is None else dt + address(first, t, rows, dt_rows)
             previous = ()
             if BACKWARD:
-                deltas += (load_state(grad_out + address(first, t, rows, grad_out_rows), mask, real, PAIRS),)
+                deltas += (load_state(grad_out + address(first, t, rows, grad_out_rows), mask, real, PARTS),)
             if BACKWARD and not SUMMARY:
                 # The state before the first step is not in `out`.
                 inside = u + t < tl.minimum(end, total - 1)
                 at = address(first, t + 1, rows, out_rows)
-                previous = load_state(out + at, inside if EVEN else inside & there, real, PAIRS)
+                previous = load_state(out + at, inside if EVEN else inside & there, real, PARTS)
                 previous = where(resets[t], start, where(u + t == total - 1, earliest, previous))
             steps += ((x, time_of(elapsed, here, bound, A), previous),)
         a, b, changes, before = (), deltas, (), state
@@ -317,7 +333,7 @@ def recurrence_kernel(
         if C == 1:
             state = before
         if SUMMARY:
-            decay = times(decay, decay_of_tile)
+            decay = times(decay_of_tile, decay)
             if reset is not None:
                 for t in tl.static_range(T):
                     any_reset = any_reset | tl.max(resets[t].to(tl.int32), 0)[None, :]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...cells import NUM_INPUTS
 
-# Inputs with which a step keeps the state, for each cell; the first one of a pair, whose second one is 0.
+# Inputs with which a step keeps the state, for each cell; the first part of a number, whose other parts are 0.
 KEEPING = {
     "mingru": (-inf, 0.0),
     "mingru_signed": (-inf, 0.0),
@@ -15,6 +15,8 @@ KEEPING = {
     "minlstm_unnormalized": (inf, -inf, 0.0),
     "linear_scan": (1.0, 0.0),
     "complex_linear_scan": (1.0, 0.0),
+    "mingru_quaternion": (-inf, 0.0),
+    "quaternion_linear_scan": (1.0, 0.0),
 }
 
 
@@ -62,7 +64,7 @@ def plan_of(work: Work) -> Plan:
         # Elapsed times and bounds need more registers, and compile for longer.
         steps //= 2
     # Three numbers of each step and feature are needed for the gradients of these cells, instead of two.
-    is_large = backward and work.cell in ("minlstm", "minlstm_unnormalized", "mingru_rotation")
+    is_large = backward and work.cell in ("minlstm", "minlstm_unnormalized", "mingru_rotation", "mingru_quaternion")
     if is_large and itemsize == 2:
         # More steps would need more registers than there are.
         steps = 2

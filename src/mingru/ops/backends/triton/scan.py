@@ -1,6 +1,7 @@
-"""Numbers, real or complex, and the combination of the chunks of a tile; see `cells` and `kernels`.
+"""Numbers, and the combination of the chunks of a tile; see `cells` and `kernels`.
 
-A number is a tuple (real, imaginary). A part that is always 0 is ABSENT, and takes no instructions.
+A number is a tuple of 2 parts, or of 4 for quaternions. A part that is always 0 is ABSENT, and takes no instructions.
+That is the second part of a real number.
 """
 
 import triton
@@ -8,22 +9,39 @@ import triton.language as tl
 
 from .math import ABSENT, INFINITY, NAN_STAYS, is_there, minus
 
-# If V > 1, a pair is in one thread, so that taking pairs apart and joining them moves no data.
+# If V > 1, a number is in one thread, so that taking numbers apart and joining them moves no data.
+
+
+@triton.constexpr_function
+def parts_in(x):
+    """Return the number of parts of a number: 1, 2 or 4."""
+    return len(x) if is_there(x[1]) else 1
 
 
 @triton.jit
-def number(x, PAIRS: tl.constexpr):
-    """Return features (C, F) as a number; complex numbers are pairs of features, 2 j and 2 j + 1."""
-    if PAIRS:
+def number(x, PARTS: tl.constexpr):
+    """Return features (C, F) as a number, whose parts are neighboring features."""
+    if PARTS == 1:
+        return x, ABSENT
+    elif PARTS == 2:
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     else:
-        return x, ABSENT
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
 
 
 @triton.jit
 def features(x):
     """Return a number as features (C, F)."""
-    return tl.interleave(x[0], x[1]) if is_there(x[1]) else x[0]
+    PARTS: tl.constexpr = parts_in(x)
+    if PARTS == 1:
+        return x[0]
+    elif PARTS == 2:
+        return tl.interleave(x[0], x[1])
+    else:
+        return tl.interleave(tl.interleave(x[0], x[2]), tl.interleave(x[1], x[3]))
 
 
 @triton.jit
@@ -36,43 +54,68 @@ def plus_product(c, x, y):
 
 
 @triton.jit
+def minus_product(c, x, y):
+    """Return c - x y of parts."""
+    return plus_product(c, minus(x), y) if is_there(x) else c
+
+
+@triton.jit
 def plus_times(c, a, b):
-    """Return c + a b."""
-    real = plus_product(c[0], a[0], b[0])
-    if is_there(a[1]):
-        real = plus_product(real, minus(a[1]), b[1])
-    return real, plus_product(plus_product(c[1], a[0], b[1]), a[1], b[0])
+    """Return c + a b. Products of quaternions depend on the order."""
+    real = minus_product(plus_product(c[0], a[0], b[0]), a[1], b[1])
+    second = plus_product(plus_product(c[1], a[0], b[1]), a[1], b[0])
+    if len(a) == 2:
+        return real, second
+    else:
+        real = minus_product(minus_product(real, a[2], b[2]), a[3], b[3])
+        second = minus_product(plus_product(second, a[2], b[3]), a[3], b[2])
+        third = minus_product(plus_product(c[2], a[0], b[2]), a[1], b[3])
+        third = plus_product(plus_product(third, a[2], b[0]), a[3], b[1])
+        fourth = plus_product(plus_product(c[3], a[0], b[3]), a[1], b[2])
+        fourth = plus_product(minus_product(fourth, a[2], b[1]), a[3], b[0])
+        return real, second, third, fourth
 
 
 @triton.jit
 def times(a, b):
-    return plus_times((ABSENT, ABSENT), a, b)
+    return plus_times((ABSENT,) * len(a), a, b)
 
 
 @triton.jit
 def plus(a, b):
-    return a[0] + b[0], a[1] + b[1] if is_there(a[1]) else ABSENT
+    total = ()
+    for k in tl.static_range(len(a)):
+        total += (a[k] + b[k] if is_there(a[k]) else ABSENT,)
+    return total
 
 
 @triton.jit
 def where(condition, a, b):
     """Return a where the condition is true, otherwise b. A condition that is never true is ()."""
     if is_there(condition):
-        return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1]) if is_there(a[1]) else ABSENT
+        chosen = ()
+        for k in tl.static_range(len(a)):
+            chosen += (tl.where(condition, a[k], b[k]) if is_there(a[k]) else ABSENT,)
+        return chosen
     else:
         return b
 
 
 @triton.jit
 def conjugate(a):
-    return a[0], minus(a[1]) if is_there(a[1]) else ABSENT
+    parts = (a[0],)
+    for k in tl.static_range(1, len(a)):
+        parts += (minus(a[k]) if is_there(a[k]) else ABSENT,)
+    return parts
 
 
 @triton.jit
 def constant(like, VALUE: tl.constexpr):
     """Return a real constant as a number."""
-    real = tl.full(like[0].shape, VALUE, like[0].dtype)
-    return real, tl.zeros(like[0].shape, like[0].dtype) if is_there(like[1]) else ABSENT
+    parts = (tl.full(like[0].shape, VALUE, like[0].dtype),)
+    for k in tl.static_range(1, len(like)):
+        parts += (tl.zeros(like[0].shape, like[0].dtype) if is_there(like[k]) else ABSENT,)
+    return parts
 
 
 @triton.jit
@@ -82,7 +125,7 @@ def changes_of(derivatives, previous):
     for k in tl.static_range(len(derivatives)):
         da, db, scale = derivatives[k]
         change = plus_times(db, da, previous)
-        # Of a complex number, the gradient is scaled instead, which has one part.
+        # Of a number with several parts, the gradient is scaled instead, which has one part.
         if is_there(scale) and not is_there(previous[1]):
             changes += (((change[0] * scale, ABSENT), ABSENT),)
         else:
@@ -93,7 +136,9 @@ def changes_of(derivatives, previous):
 @triton.jit
 def gradient(delta, change, scale):
     """Return the gradient of a real number, from that of the state and the result of `changes_of`."""
-    gradient = plus_product(plus_product(ABSENT, delta[0], change[0]), delta[1], change[1])
+    gradient = ABSENT
+    for k in tl.static_range(len(delta)):
+        gradient = plus_product(gradient, delta[k], change[k])
     if is_there(gradient):
         return gradient * scale if is_there(scale) else gradient
     else:
@@ -104,11 +149,12 @@ def gradient(delta, change, scale):
 def gradients(delta, changes):
     """Return the gradients of the inputs and, last, of the elapsed time, as features."""
     found = ()
-    PARTS: tl.constexpr = 2 if is_there(delta[1]) else 1
+    PARTS: tl.constexpr = parts_in(delta)
     for k in tl.static_range(len(changes) // PARTS):
-        real = gradient(delta, *changes[PARTS * k])
-        imaginary = gradient(delta, *changes[PARTS * k + 1]) if PARTS == 2 else ABSENT
-        found += (features((real, imaginary)),)
+        parts = ()
+        for part in tl.static_range(PARTS):
+            parts += (gradient(delta, *changes[PARTS * k + part]),)
+        found += (features(parts if PARTS > 1 else (parts[0], ABSENT)),)
     return found
 
 
@@ -136,16 +182,30 @@ def then(p, l, q, m, P, L, Q, M):
 def then_pairs(p0, p1, l0, l1, q0, q1, m0, m1, P0, P1, L0, L1, Q0, Q1, M0, M1):
     """Combine maps of complex numbers. 0 marks the real part, and 1 the imaginary part."""
     p, l, P, Q = (p0, p1), (l0, l1), (P0, P1), (Q0, Q1)
-    return times(p, P) + plus_times((L0, L1), P, l) + times(p, Q) + plus_times((M0, M1), Q, l)
+    return times(P, p) + plus_times((L0, L1), P, l) + times(Q, p) + plus_times((M0, M1), Q, l)
+
+
+@triton.jit
+def then_fours(
+    p0, p1, p2, p3, l0, l1, l2, l3, q0, q1, q2, q3, m0, m1, m2, m3, P0, P1, P2, P3, L0, L1, L2, L3, Q0, Q1, Q2, Q3,
+    M0, M1, M2, M3,
+):  # fmt: skip
+    """Combine maps of quaternions."""
+    p, l, P, Q = (p0, p1, p2, p3), (l0, l1, l2, l3), (P0, P1, P2, P3), (Q0, Q1, Q2, Q3)
+    return times(P, p) + plus_times((L0, L1, L2, L3), P, l) + times(Q, p) + plus_times((M0, M1, M2, M3), Q, l)
 
 
 @triton.jit
 def combined(p, l):
     """Return the maps h -> p h + l from the first chunk to each chunk, and to the chunk before it."""
     one, zero = constant(p, 1.0), constant(p, 0.0)
-    if is_there(p[1]):
-        p0, p1, l0, l1, q0, q1, m0, m1 = tl.associative_scan(p + l + one + zero, 0, then_pairs)
-        return (p0, p1), (l0, l1), (q0, q1), (m0, m1)
+    PARTS: tl.constexpr = parts_in(p)
+    if PARTS == 4:
+        maps = tl.associative_scan(p + l + one + zero, 0, then_fours)
+        return maps[:4], maps[4:8], maps[8:12], maps[12:]
+    elif PARTS == 2:
+        maps = tl.associative_scan(p + l + one + zero, 0, then_pairs)
+        return maps[:2], maps[2:4], maps[4:6], maps[6:]
     else:
         p, l, q, m = tl.associative_scan((p[0], l[0], one[0], zero[0]), 0, then)
         return (p, ABSENT), (l, ABSENT), (q, ABSENT), (m, ABSENT)
@@ -159,7 +219,10 @@ def row(x, CHUNK):
 
 @triton.jit
 def chunk_of(x, CHUNK):
-    return row(x[0], CHUNK), row(x[1], CHUNK) if is_there(x[1]) else ABSENT
+    parts = ()
+    for k in tl.static_range(len(x)):
+        parts += (row(x[k], CHUNK) if is_there(x[k]) else ABSENT,)
+    return parts
 
 
 @triton.jit
@@ -177,7 +240,7 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
     p, l = constant(a[0], 1.0), constant(a[0], 0.0)
     for t in tl.static_range(len(a)):
         l = step(l, a[t], b[t], resets[t], start)
-        p = times(p, a[t])
+        p = times(a[t], p)
         p = where(resets[t], constant(p, 0.0), p)
     p, l, p_before, l_before = combined(p, l)
     before = plus_times(l_before, p_before, state)
@@ -185,17 +248,23 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
     # A product may underflow or be 0 because of a reset, and 0 times an infinite state is NaN. If |a| > 1, a product
     # may overflow, or underflow before it grows again. Then the chunks are computed one after the other. NaN stays
     # until the last chunk.
-    whole = last[0] + last[1] if is_there(last[1]) else last[0]
+    whole = last[0]
+    for k in tl.static_range(1, parts_in(last)):
+        whole += last[k]
     flags = (whole != whole).to(tl.int32)
     if MAY_GROW:
         SMALLEST: tl.constexpr = 2.2250738585072014e-308 if whole.dtype == tl.float64 else 1.1754943508222875e-38
         size, largest = tl.abs(p[0]), tl.zeros(p[0].shape, whole.dtype)
-        if is_there(p[1]):
-            size = tl.maximum(size, tl.abs(p[1]), propagate_nan=NAN_STAYS)
+        for k in tl.static_range(1, parts_in(p)):
+            size = tl.maximum(size, tl.abs(p[k]), propagate_nan=NAN_STAYS)
         for t in tl.static_range(len(a)):
-            # |a|^2 of complex numbers.
-            a0, a1 = a[t]
-            largest = tl.maximum(largest, plus_product(a0 * a0, a1, a1) if is_there(a1) else tl.abs(a0))
+            # Or |a|^2, which also exceeds 1 if |a| does.
+            of_a = tl.abs(a[t][0])
+            if parts_in(p) > 1:
+                of_a = of_a * of_a
+                for k in tl.static_range(1, len(p)):
+                    of_a = plus_product(of_a, a[t][k], a[t][k])
+            largest = tl.maximum(largest, of_a)
         is_finite, is_small, grows = size < INFINITY, size < SMALLEST, largest > 1.0
         flags = flags | (is_finite.to(tl.int32) ^ 1) | is_small.to(tl.int32) << 1 | grows.to(tl.int32) << 2
     flags = tl.reduce(tl.reduce(flags, 1, either), 0, either)
