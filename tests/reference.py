@@ -131,7 +131,7 @@ def mingru_quaternion(
         return torch.stack([x[:, :, part::4] for part in range(4)], -1)
 
     def state_of(value):
-        value = torch.as_tensor(0.0 if value is None else value, dtype=gates.dtype)
+        value = torch.as_tensor(0.5 if value is None else value, dtype=gates.dtype)
         return fours(value.expand_as(gates[:, :1])).squeeze(1)
 
     gate, vector = fours(gates)[..., 0], fours(gates)[..., 1:]
@@ -166,7 +166,8 @@ CELLS = {
 
 
 def initial_state(cell, activation):
-    return INITIAL_STATE[activation] if cell.startswith("minlstm") or cell == "mingru" else 0.0
+    by_cell = {"mingru_signed": 0.0, "mingru_rotation": 0.0, "mingru_quaternion": 0.5}
+    return by_cell.get(cell, INITIAL_STATE[activation])
 
 
 def norm(x, kind, weights, prefix, eps):

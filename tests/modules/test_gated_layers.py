@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import math
 import re
 
 import pytest
@@ -523,15 +524,63 @@ def test_a_mark_is_no_parameter_and_is_there_after_to_empty(gate):
 
 
 @every_gate
-def test_the_zero_state_is_0(gate):
+def test_the_initial_state(gate):
+    """A learned one is drawn, so that blocks differ, and again by `reset_parameters`."""
     x = torch.randn(2, 5, IN)
     for candidate in ("positive", "tanh"):
         rnn = make(gate, dtype=torch.float32, candidate=candidate)
-        assert_close(rnn(x), rnn(x, torch.zeros(1, 1, 1, H)))
-        learned = mingru.MinGRU(IN, H, gate=gate, candidate=candidate, learn_initial_state=True)
-        assert not learned.initial_state.any()
-    conv = mingru.MinConv1dGRU(IN, H, 1, gate=gate, learn_initial_state=True)
-    assert not conv.layers[0].initial_state.any()
+        assert_close(rnn(x), rnn(x, torch.full((1, 1, 1, H), 0.5 if gate == "quaternion" else 0.0)))
+    options = {"gate": gate, "learn_initial_state": True}
+    for kind, rest in ((mingru.MinGRU, ()), (mingru.MinConv1dGRU, (1,)), (mingru.drop_in.GRU, ())):
+        rnn = kind(IN, 400, *rest, **options)
+        (found,) = (each for name, each in rnn.named_parameters() if name.endswith("initial_state"))
+        first = found.detach().clone()
+        rnn.reset_parameters()
+        for drawn in (first, found.detach()):
+            assert abs(drawn.mean()) < 0.2
+            assert 0.8 < drawn.std() < 1.2
+        assert not torch.equal(first, found)
+
+
+MEMORIES = {
+    **{gate: lambda gate=gate, **options: mingru.MinGRU(4, H, gate=gate, **options) for gate in ("sigmoid", *GATES)},
+    "two directions": lambda **options: mingru.drop_in.GRU(4, H, batch_first=True, bidirectional=True, **options),
+    "minlstm": lambda **options: mingru.MinLSTM(4, H, **options),
+    "unnormalized": lambda **options: mingru.MinLSTM(4, H, normalize=False, **options),
+    "groups": lambda **options: mingru.MinConv1dGRU(4, H, 1, gate="quaternion", groups=2, **options),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORIES.values(), ids=MEMORIES)
+def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
+    for memory in (1.5, 10.0):
+        rnn = kind(memory=memory, candidate="linear")
+        for weight in rnn.parameters():
+            nn.init.zeros_(weight)
+        rnn.layers[0].add_gate_bias()
+        space = (1,) if isinstance(rnn, mingru.MinConv1dGRU) else ()
+        h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
+        out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
+        assert_close(out, torch.full_like(out, 1 - 1 / memory))
+    torch.manual_seed(0)
+    drawn = dict(kind(memory=7).named_parameters())
+    torch.manual_seed(0)
+    rnn = kind(memory=7)
+    torch.manual_seed(0)
+    rnn.reset_parameters()
+    assert_close(dict(rnn.named_parameters()), drawn, rtol=0, atol=0)
+    for wrong, error in ((1, ValueError), (torch.inf, ValueError), ("long", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f": memory must be a number above 1, or None, got {wrong!r}"):
+            kind(memory=wrong)
+    with pytest.raises(ValueError, match="memory must be None because bias is False, got 2"):
+        kind(memory=2, bias=False)
+
+
+def test_the_memory_of_quaternions_is_21_steps_by_default():
+    for gate, bias in (("rotation", 0.0), ("quaternion", -math.log(20))):
+        found = mingru.MinGRU(64, 400, gate=gate).layers[0].linear.bias[:400:4]
+        assert abs(found.mean() - bias) < 0.05
+        assert "memory" not in repr(mingru.MinGRU(4, 8, gate=gate, bias=False))
 
 
 @every_gate

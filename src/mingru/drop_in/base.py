@@ -23,6 +23,7 @@ from ..check import (
 from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
+from ..modules.stacked import reset_initial_state
 from ..ops.graph import scripted_as, untraced
 
 Layer = TypeVar("Layer", bound="DropIn")
@@ -66,8 +67,7 @@ class DropIn(Recurrent):
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
         self.zero_state = 0.0
-        if self.initial_state is not None:
-            nn.init.zeros_(self.initial_state)
+        reset_initial_state(self)
 
     def _check_tensor(self, argument: str, x: Any) -> None:
         """Raise AttributeError if x is not a tensor, as torch's layers do."""

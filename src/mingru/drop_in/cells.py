@@ -34,6 +34,7 @@ class DropInCell(DropIn, RecurrentCell):
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
     ) -> None:
         check_flags(name_of(type(self)), bias=bias)
         super().__init__(**arguments_of(locals()))
@@ -77,7 +78,9 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay.
-        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
+            or if `gate` is not "sigmoid", is drawn from N(0, 1).
+        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
 
     Inputs:
         - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
@@ -132,7 +135,9 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion".
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
-        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
+            or if `gate` is not "sigmoid", is drawn from N(0, 1).
+        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
 
     Inputs:
         - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
@@ -176,6 +181,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 

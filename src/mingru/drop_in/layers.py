@@ -55,6 +55,7 @@ class DropInLayer(DropIn):
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
         recompute: bool | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
@@ -204,7 +205,9 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
-        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
+            or if `gate` is not "sigmoid", is drawn from N(0, 1).
+        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         recompute: Not in torch. If True, backward recomputes pre-activations, see [mingru.MinGRU][].
 
     Inputs:
@@ -305,7 +308,9 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
             [mingru.MinGRU][].
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.
-        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0.
+        learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
+            or if `gate` is not "sigmoid", is drawn from N(0, 1).
+        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         recompute: Not in torch. If True, backward recomputes pre-activations, see [mingru.MinGRU][].
 
     Inputs:
@@ -365,6 +370,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
         recompute: bool | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

@@ -78,14 +78,15 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         gate: "sigmoid", "signed", "rotation" or "quaternion".
         min_decay: Lower bound of the decay.
         learn_initial_state: If True, the initial state is a parameter.
+        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
     Inputs:
         - **x**: Input, (B, I), or (I,) without a batch. It has the dtype and device of the parameters.
         - **h**: State before the step, (B, H) or (H,), any real numbers. The dtype is that of x, or float32 if x is
-          bfloat16 or float16. Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or
-          `gate` is not "sigmoid") or learned.
+          bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5 (0.5 with "quaternion"; 0
+          with the other gates, and if `candidate` is not "positive").
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
         - **dt**: Time since the step before, (B,) or a scalar tensor; at the first step, the time since the initial
           state, where 0 would ignore x. Default: 1.
@@ -130,6 +131,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         gate: str = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -154,6 +156,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         norm: "layer", "rms" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
+        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
@@ -199,6 +202,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
+        memory: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

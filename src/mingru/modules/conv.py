@@ -51,6 +51,7 @@ class MinConv(Stacked, role="sequence"):
         candidate: str | None = None,
         gate: str = "sigmoid",
         learn_initial_state: bool = False,
+        memory: float | None = None,
         batch_first: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -149,6 +150,7 @@ class MinConvCell(MinConv, role="step"):
         candidate: str | None = None,
         gate: str = "sigmoid",
         learn_initial_state: bool = False,
+        memory: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

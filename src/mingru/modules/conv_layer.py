@@ -18,7 +18,7 @@ from ..ops.shape import States, accumulate_dtype
 from .group_norm import GroupNorm
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
-from .stacked import Directions
+from .stacked import Directions, reset_initial_state
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -134,17 +134,18 @@ class MinConvLayer(Directions):
         self.align = None
         if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
             self.align = convolution(output_dims, bias=False)
+        self.add_gate_bias()
         self.zero_state = zero_state(self.cell, options.candidate)
         self.initial_state = None
         if options.learn_initial_state:
             shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
-            self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
+            self.initial_state = nn.Parameter(torch.empty(shape, **options.factory))
+        reset_initial_state(self)
         self.add_marks(options.device)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.initial_state is not None:
-            nn.init.constant_(self.initial_state, self.zero_state)
+        reset_initial_state(self)
 
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.

@@ -63,6 +63,7 @@ class MinConv2dGRU(MinConv):
             state channels in each group, and "quaternion" a multiple of 4.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
+        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         batch_first: If False, x is `(S, B, C, *space)` instead of `(B, S, C, *space)`. Neither order needs a copy of x.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -73,7 +74,7 @@ class MinConv2dGRU(MinConv):
         - **h**: States before the first step, any real numbers: a list with one tensor for each layer and direction,
           expandable to `(B, 1, H, *space)`, where space is that of the layer's output. Index l * D is layer l forward,
           l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16. Default: the
-          initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or `gate` not "sigmoid") or learned.
+          initial state, as in [mingru.MinGRU][].
         - **reset**: Boolean mask, (B, S) or (S, B) like x. Where True, the state is set to the initial state before
           that step. The reverse direction is reset at the same boundary, between that step and the previous one.
 
@@ -173,6 +174,7 @@ class MinConv2dGRUCell(MinConvCell):
         candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.
         gate: "sigmoid", "signed", "rotation" or "quaternion".
         learn_initial_state: If True, the initial state is a parameter.
+        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 

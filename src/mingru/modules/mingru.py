@@ -63,7 +63,10 @@ class MinGRU(Recurrent, planned=True):
             "quaternion" one divisible by 4.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
-        learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H).
+        learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
+            if `gate` is not "sigmoid", it is drawn from N(0, 1).
+        memory: Number of time steps that a state lasts at first, 1 / (1 - |a|), above 1: the initialization shifts the
+            bias of the gate. Default: no shift, about 2 time steps, but 21 with "quaternion". Requires `bias=True`.
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
             thirds of the stored values. Default: whichever is faster. The backends "native" and "triton" support
             this; the others always store them, and so does `residual="highway"`.
@@ -75,8 +78,8 @@ class MinGRU(Recurrent, planned=True):
           parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
-          Default: the initial state, which is g(0) = 0.5 (0 if `candidate` is not "positive" or `gate` not "sigmoid")
-          or learned.
+          Default: the initial state, which is learned, or g(0) = 0.5. It is 0 with "signed", "rotation", and
+          "sigmoid" with another candidate, and 0.5 with "quaternion", because 0 has nothing to turn.
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step. The reverse direction is reset at the same boundary, between that step and the
           previous one.

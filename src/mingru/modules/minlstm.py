@@ -41,6 +41,7 @@ class MinLSTM(Recurrent, planned=True):
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
+        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         recompute: If True, backward recomputes pre-activations.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -102,6 +103,7 @@ class MinLSTM(Recurrent, planned=True):
         norm: str | None = None,
         candidate: str = "positive",
         learn_initial_state: bool = False,
+        memory: float | None = None,
         recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,

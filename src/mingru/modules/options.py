@@ -1,11 +1,12 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import torch
 
-from ..check import check_choice, check_dropout, check_flags, check_int, require
+from ..check import check_choice, check_dropout, check_flags, check_int, check_number, require
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES, default_candidate
 
@@ -36,6 +37,7 @@ class Options:
     """Default: the one of the gate."""
     gate: str
     learn_initial_state: bool
+    memory: float | None
     device: Any
     dtype: torch.dtype | None
 
@@ -49,6 +51,9 @@ class Options:
         if self.candidate is None:
             object.__setattr__(self, "candidate", default_candidate(self.gate))
         check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
+        if self.memory is not None:
+            check_number(self.name, "memory", self.memory, "a number above 1, or None", lambda steps: 1 < steps < inf)
+            require(self.name, "memory", self.bias, "None because bias is False", repr(self.memory))
         norms = (None, *self.norms)
         require(self.name, "norm", self.norm in norms, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
         is_valid = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)

@@ -34,7 +34,7 @@ from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
 from .options import Options, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, Result, reshaped
-from .stacked import Directions
+from .stacked import Directions, reset_initial_state
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -88,6 +88,7 @@ class RecurrentLayer(Directions):
         self.align = None
         if self.residual and input_dims != output_dims:
             self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
+        self.add_gate_bias()
         self.add_marks(options.device)
 
     def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
@@ -174,6 +175,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         gate: str = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
+        memory: float | None = None,
         recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -193,13 +195,13 @@ class Recurrent(CheckedCalls, role="sequence"):
         self.initial_state = None
         if learn_initial_state:
             shape = self._shape_of_initial_state()
-            self.initial_state = nn.Parameter(torch.full(shape, self.zero_state, **options.factory))
+            self.initial_state = nn.Parameter(torch.empty(shape, **options.factory))
+        reset_initial_state(self)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         super().reset_parameters()
-        if self.initial_state is not None:
-            nn.init.constant_(self.initial_state, self.zero_state)
+        reset_initial_state(self)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import GATES, default_candidate
+from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of
 from ..ops.graph import is_scripting
 from ..ops.shape import States
 from .layer import Layer
@@ -26,6 +26,8 @@ class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     gate: Tensor | None
+    memory: float | None = None
+    groups = 1
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
         super().__init__()
@@ -35,6 +37,24 @@ class Directions(Marked):
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate
         self.min_decay = min_decay
+        self.memory = CELLS[cell].memory if options.memory is None and options.bias else options.memory
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        self.add_gate_bias()
+
+    def add_gate_bias(self) -> None:
+        """Add to the bias of the gates what `memory` needs."""
+        biases = () if self.memory is None else gate_biases(self.cell, self.memory)
+        for linear in self.maps() if biases else ():
+            rows = linear.bias.detach().view(self.groups, -1, self.hidden_dims // self.groups)
+            for index, bias in enumerate(biases):
+                rows[:, index, :: parts_of(self.cell)] += bias
+
+    def maps(self) -> list[Any]:
+        """Return the linear map of each direction."""
+        raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "gate" not in state["_buffers"]:
@@ -148,6 +168,19 @@ class Stacked(Layer):
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
+
+
+def reset_initial_state(module: Any) -> None:
+    """Initialize a learned initial state, of a layer or a stack of layers.
+
+    If its gate flips or turns the state, it is drawn from N(0, 1), so that blocks of features differ.
+    """
+    if module.initial_state is None:
+        return
+    if CELLS[module.cell].has_logarithms:
+        nn.init.constant_(module.initial_state, module.zero_state)
+    else:
+        nn.init.normal_(module.initial_state)
 
 
 def as_sequence(

@@ -24,17 +24,21 @@ class Cell(NamedTuple):
     """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate."""
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
+    zero_state: float = 0.0
+    """Default initial state of a state with both signs. A state of 0 has nothing to turn."""
+    memory: float | None = None
+    """Default of `gate_biases`; None for no bias."""
     not_timed: str | None = None
     """Why the cell takes no elapsed times and no lower bound; None if |a| is a decay, so that it takes both."""
 
 
 CELLS = {
     "mingru": Cell(2),
-    "mingru_signed": Cell(2, False, "the gate is 'signed', and a negative decay has no real power"),
+    "mingru_signed": Cell(2, False, 0.0, None, "the gate is 'signed', and a negative decay has no real power"),
     "mingru_rotation": Cell(2, False),
     "minlstm": Cell(3),
-    "minlstm_unnormalized": Cell(3, True, "normalize is False, so that the gates have no common decay"),
-    "mingru_quaternion": Cell(2, False),
+    "minlstm_unnormalized": Cell(3, True, 0.0, None, "normalize is False, so that the gates have no common decay"),
+    "mingru_quaternion": Cell(2, False, 0.5, 21.0),
 }
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
@@ -53,8 +57,15 @@ def default_candidate(gate: str) -> str:
 
 
 def zero_state(cell: str, activation: str) -> float:
-    """Return the default initial state: g(0) = 0.5, or 0 if the state may be negative."""
-    return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else 0.0
+    """Return the default initial state: g(0) = 0.5, or that of the cell if the state may be negative."""
+    return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else CELLS[cell].zero_state
+
+
+def gate_biases(cell: str, memory: float) -> tuple[float, ...]:
+    """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
+    odds = math.log(memory - 1)
+    own = {"mingru_signed": (-math.log(2 * memory - 1),), "minlstm": (odds, -odds), "minlstm_unnormalized": (odds,)}
+    return own.get(cell, (-odds,))
 
 
 def parts_of(cell: str) -> int:
