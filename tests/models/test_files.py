@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -206,55 +205,35 @@ def tie(lm):
     lm.head.weight = lm.embedding.weight
 
 
-def share(lm):
-    lm.blocks.layers[1].out.weight = lm.blocks.layers[0].out.weight
-
-
 def set_attribute(path, name, value):
     return lambda lm: setattr(lm.get_submodule(path), name, value)
 
 
-SHARED, UNCHANGED = (
-    "a model without shared tensors, got one whose",
-    "LanguageModel(**config) without changes, got a model",
-)
-PASS = "pass the change to the constructor"
+UNCHANGED = "LanguageModel(**config) without changes, got a model"
 CHANGED = {
-    "a tied head": (tie, f"{SHARED} head.weight is embedding.weight; use tied=True for the head"),
-    "shared weights": (share, f"{SHARED} blocks.layers.1.out.weight is blocks.layers.0.out"),
-    "a shared block": (lambda lm: lm.blocks.layers.__setitem__(1, lm.blocks.layers[0]), f"{SHARED} blocks.layers.1."),
+    "a tied head": (
+        tie,
+        "a model without shared tensors, got one whose head.weight is embedding.weight; use tied=True",
+    ),
     "dropout": (
         set_attribute("blocks.layers.0", "dropout", 0.5),
-        f"{UNCHANGED} with blocks.layers.0.dropout 0.5 instead of 0.0; {PASS}",
+        f"{UNCHANGED} with blocks.layers.0.dropout 0.5 instead of 0.0; pass the change to the constructor",
     ),
-    "a bound": (
-        set_attribute("blocks.layers.1.rnn.layers.0", "min_decay", 0.5),
-        f"{UNCHANGED} with blocks.layers.1.rnn.layers.0.min_decay 0.5 instead of 0.0; {PASS}",
-    ),
-    "a candidate": (
-        set_attribute("blocks.layers.1.rnn.layers.0", "candidate", "tanh"),
-        f"{UNCHANGED} with blocks.layers.1.rnn.layers.0.candidate 'tanh' instead of 'positive'",
-    ),
-    "an epsilon": (set_attribute("norm", "eps", 0.1), f"{UNCHANGED} with norm.eps 0.1 instead of None"),
     "another activation": (
         set_attribute("blocks.layers.0.mlp", "2", torch.nn.ReLU()),
-        f"{UNCHANGED} with blocks.layers.0.mlp.2 ReLU instead of GELU",
+        f"{UNCHANGED} with blocks.layers.0.mlp.2 'ReLU' instead of 'GELU'",
     ),
     "another module": (
         lambda lm: lm.blocks.layers[0].mlp.append(torch.nn.Dropout()),
-        f"{UNCHANGED} with the additional blocks.layers.0.mlp.4",
-    ),
-    "a larger vocabulary": (
-        set_attribute("", "embedding", torch.nn.Embedding(9, 4)),
-        f"{UNCHANGED} with embedding.weight (9, 4) instead of (7, 4)",
+        f"{UNCHANGED} with blocks.layers.0.mlp.4 'Dropout' instead of None",
     ),
     "a parametrization": (
         lambda lm: torch.nn.utils.parametrizations.weight_norm(lm.head),
-        f"{UNCHANGED} without head.weight",
+        f"{UNCHANGED} whose tensors do not fit (Error(s) in loading state_dict for LanguageModel: Missing key(s)",
     ),
     "mixed dtypes": (
         lambda lm: lm.norm.double(),
-        f"{UNCHANGED} with head.weight of dtype torch.float32 but norm.weight of",
+        f"{UNCHANGED} whose tensors do not fit (head.weight of torch.float32, norm.weight of torch.float64)",
     ),
 }
 
@@ -327,19 +306,6 @@ def write(name, data):
     return lambda folder: (folder / name).write_bytes(data)
 
 
-def truncate(name, size):
-    return lambda folder: os.truncate(folder / name, size)
-
-
-def pickled(folder):
-    with (folder / "model.safetensors").open("wb") as file:
-        pickle.dump(Trap(), file)
-
-
-def saved_by_torch(folder):
-    torch.save(make().state_dict(), folder / "model.safetensors")
-
-
 class Trap:
     """An object whose unpickling is an error, because loading must not run code of a file."""
 
@@ -347,91 +313,51 @@ class Trap:
         return (exec, ("raise SystemExit('code of the file ran')",))
 
 
-NO_FILE = "with no file"
+def pickled(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap()))
+
+
+def only_a_pickle(folder):
+    pickled(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 UNREADABLE = "with a file that cannot be read ("
-OPTIONS = "with config.json with invalid options ("
+FIT = "with options and tensors that do not fit ("
+OF_MODEL = f"{FIT}Error(s) in loading state_dict for LanguageModel: "
 DAMAGES = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), f"{NO_FILE} config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), f"{NO_FILE} model.safetensors"),
-    "an empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], f"{NO_FILE} config.json"),
-    "only a pickle": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        f"{NO_FILE} model.safetensors",
-    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), f"{UNREADABLE}[Errno 2] No such file"),
+    "only a pickle": (only_a_pickle, f"{UNREADABLE}No such file or directory: "),
     "an empty config": (write("config.json", b""), UNREADABLE),
-    "a truncated config": (truncate("config.json", 20), UNREADABLE),
-    "a binary config": (write("config.json", b"\xff\xfe\x00"), UNREADABLE),
     "a nested config": (write("config.json", b"[" * 200_000), UNREADABLE),
-    "a config with a long number": (write("config.json", b"1" * 5000), UNREADABLE),
     "a list as config": (write("config.json", b"[1, 2]"), "with config.json of something else"),
-    "a foreign config": (write("config.json", b'{"model_type": "gpt2"}'), "with config.json of something else"),
     "the config of a block": (set_option(model="Block"), "with config.json of something else"),
-    "a missing option": (rewrite_config(lambda config: config.pop("dims")), OPTIONS),
-    "an unknown option": (set_option(heads=2), f"{OPTIONS}LanguageModel: no argument 'heads'; "),
-    "an option of Python": (set_option(self=1), OPTIONS),
-    "an invalid option": (set_option(cell="gru"), f"{OPTIONS}Block: cell must be one of "),
-    "an option of a wrong type": (set_option(norm=["rms"]), f"{OPTIONS}Block: norm must be one of "),
-    "an option of null": (set_option(dims=None), f"{OPTIONS}LanguageModel: dims must be an int"),
+    "a missing option": (rewrite_config(lambda config: config.pop("dims")), FIT),
+    "an unknown option": (set_option(heads=2), f"{FIT}LanguageModel: no argument 'heads'; "),
+    "an invalid option": (set_option(cell="gru"), f"{FIT}Block: cell must be one of "),
     "NaN as an option": (set_option(dropout=math.nan), "with dropout nan in config.json and nan in model.safetensors"),
-    "a device": (set_option(device="cpu"), "with config.json with the unexpected option device"),
-    "a dtype": (set_option(dtype="float32"), "with config.json with the unexpected option dtype"),
-    "many layers": (set_option(num_layers=10**12), "with 1000000000000 layers in config.json and 13 tensors in"),
-    "many features": (set_option(dims=10**12), OPTIONS),
-    "more features than an integer holds": (set_option(dims=10**30), OPTIONS),
-    "a large expansion": (set_option(expansion=1e300), OPTIONS),
-    "a large vocabulary": (
-        set_option(vocab_size=10**15),
-        "with model.safetensors with embedding.weight (7, 4) instead of (1000000000000000, 4)",
-    ),
-    "more layers": (set_option(num_layers=3), "with model.safetensors without blocks.layers.2."),
-    "fewer layers": (set_option(num_layers=1), "with model.safetensors with the unexpected blocks.layers.1."),
-    "a tied model": (set_option(tied=True), "with model.safetensors with the unexpected head.weight"),
+    "many layers": (set_option(num_layers=10**12), f"{FIT}1000000000000 layers and 13 tensors"),
+    "many features": (set_option(dims=10**12), FIT),
+    "more features than an integer holds": (set_option(dims=10**30), FIT),
+    "a large vocabulary": (set_option(vocab_size=10**15), f"{OF_MODEL}size mismatch for embedding.weight"),
     "other options in the config": (
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"tied": false', '"tied": false, "candidate": "tanh"')
         ),
         "with candidate 'tanh' in config.json and None in model.safetensors, which are from two different saves",
     ),
-    "empty weights": (write("model.safetensors", b""), UNREADABLE),
-    "truncated weights": (truncate("model.safetensors", 900), UNREADABLE),
-    "weights without the last byte": (
-        lambda folder: os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1),
-        UNREADABLE,
-    ),
-    "zeros as weights": (write("model.safetensors", bytes(1000)), UNREADABLE),
-    "a text as weights": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n" * 9), UNREADABLE),
+    "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 900), UNREADABLE),
     "a pickle as weights": (pickled, UNREADABLE),
-    "a checkpoint of torch as weights": (saved_by_torch, UNREADABLE),
-    "weights of another model": (
-        rewrite_tensors(
-            lambda tensors: (tensors.clear(), tensors.update({"transformer.wte.weight": torch.ones(7, 4)}))
-        ),
-        "layers in config.json and 1 tensors in model.safetensors",
-    ),
     "a missing tensor": (
         rewrite_tensors(lambda tensors: tensors.pop("norm.weight")),
-        "with model.safetensors without norm.weight",
+        f'{OF_MODEL}Missing key(s) in state_dict: "norm.weight"',
     ),
     "an unexpected tensor": (
         rewrite_tensors(lambda tensors: tensors.update(extra=torch.ones(1))),
-        "with model.safetensors with the unexpected extra",
+        f'{OF_MODEL}Unexpected key(s) in state_dict: "extra"',
     ),
-    "a tensor of another shape": (
-        set_tensor("head.weight", lambda tensor: tensor.T.contiguous()),
-        "with model.safetensors with head.weight (4, 7) instead of (7, 4)",
-    ),
-    "a tensor of another dtype": (
-        set_tensor("norm.weight", torch.Tensor.double),
-        "of dtype torch.float64",
-    ),
-    "a tensor of integers": (
-        set_tensor("norm.weight", torch.Tensor.long),
-        "with model.safetensors with norm.weight of dtype torch.int64",
-    ),
-    "a tensor of complex numbers": (
-        set_tensor("norm.weight", torch.Tensor.cfloat),
-        "with model.safetensors with norm.weight of dtype torch.complex64",
-    ),
+    "a tensor of another dtype": (set_tensor("norm.weight", torch.Tensor.double), "norm.weight of torch.float64"),
+    "a tensor of integers": (set_tensor("norm.weight", torch.Tensor.long), OF_MODEL),
 }
 
 
@@ -478,19 +404,31 @@ def test_a_file_or_a_path_is_no_name(folder, monkeypatch):
             LanguageModel.from_pretrained(path)
 
 
-@pytest.mark.parametrize("path", [3, None, b"folder", ["folder"]])
-def test_paths_of_a_wrong_type(path):
-    got = type(path).__name__
-    with pytest.raises(TypeError, match=f"^from_pretrained: folder_or_name must be a str or a path, got {got}"):
-        LanguageModel.from_pretrained(path)
-    with pytest.raises(TypeError, match=f"^save_pretrained: folder must be a str or a path, got {got}"):
-        make().save_pretrained(path)
+BAD_ARGUMENTS = [
+    *(
+        (LanguageModel.from_pretrained, path, "from_pretrained: folder_or_name must be a str or a path")
+        for path in (3, b"a")
+    ),
+    *(
+        (lambda path: make().save_pretrained(path), path, "save_pretrained: folder must be a str or a path")
+        for path in (3, None)
+    ),
+    *(
+        (
+            lambda figures: make().save_pretrained("no folder", figures=figures),
+            figures,
+            "figures must be a dict or None",
+        )
+        for figures in ([("loss", 1.4)], "loss")
+    ),
+]
 
 
-def test_figures_of_a_wrong_type(tmp_path):
-    for figures in ([("loss", 1.4)], "loss"):
-        with pytest.raises(TypeError, match=r"^save_pretrained: figures must be a dict or None, got (list|str)"):
-            make().save_pretrained(tmp_path, figures=figures)
+@pytest.mark.parametrize(("call", "argument", "message"), BAD_ARGUMENTS)
+def test_arguments_of_a_wrong_type(call, argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=f"{message}, got {type(argument).__name__}"):
+        call(argument)
     assert contents(tmp_path) == {}
 
 
@@ -532,43 +470,12 @@ def fail(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    "function", ["safetensors.torch.save_file", "pathlib.Path.write_text", "os.fsync", "os.replace"]
-)
+@pytest.mark.parametrize("function", ["tempfile.TemporaryDirectory", "os.fsync", "os.replace"])
 def test_a_full_disk_before_the_first_replacement(folder, monkeypatch, function):
     before = contents(folder)
     monkeypatch.setattr(function, fail)
     assert_cannot_save(make("all options"), folder, "No space left on device")
     monkeypatch.undo()
-    assert contents(folder) == before
-
-
-FULL_DISK = """
-import resource, sys
-from mingru.models import LanguageModel
-
-lm = LanguageModel(7, 4, 2)
-_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-for limit in (1500, 100):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    try:
-        lm.save_pretrained(sys.argv[1])
-    except ValueError as error:
-        assert "File too large" in str(error), error
-    else:
-        sys.exit("no error")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
-def test_a_limit_of_the_size_of_files(folder):
-    """The system stops the writer of safetensors within the tensors, and then within the header."""
-    before = contents(folder)
-    assert len(before["model.safetensors"]) > 1500
-    command = [sys.executable, "-c", FULL_DISK, folder]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
     assert contents(folder) == before
 
 
@@ -605,7 +512,7 @@ def test_an_interrupted_save_leaves_no_files(folder, monkeypatch):
         raise KeyboardInterrupt
 
     before = contents(folder)
-    monkeypatch.setattr("safetensors.torch.save_file", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make().save_pretrained(folder)
     assert contents(folder) == before
@@ -654,7 +561,7 @@ def test_a_name_on_the_hub(hub, folder, revision):
 
 
 def test_a_damaged_model_on_the_hub(hub, folder):
-    truncate("model.safetensors", 900)(folder)
+    os.truncate(folder / "model.safetensors", 900)
     with pytest.raises(
         ValueError, match=r"^from_pretrained: folder_or_name .*, got owner/name with a file that cannot"
     ):

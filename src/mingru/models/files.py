@@ -1,10 +1,13 @@
-"""Models as folders: `config.json`, `model.safetensors` and a model card."""
+"""Models as folders: `config.json`, `model.safetensors` and a model card.
+
+`PyTorchModelHubMixin` of huggingface_hub is not used: it keeps random numbers in place of missing tensors, may load a
+pickle, deletes the old options before the new weights are written, and must be imported before a class is defined.
+"""
 
 import importlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..check import check_type, dims, expectation, require
+from ..check import check_type, expectation, require
 from ..modules.marked import marks_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -23,43 +26,42 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) -> None:
     """Write the three files; see `LanguageModel.save_pretrained`."""
-    safetensors = _required("safetensors", "save_pretrained")
-    save_file = importlib.import_module("safetensors.torch").save_file
+    safetensors = _required("safetensors", "save_pretrained", ".torch")
     target = _path("save_pretrained", "folder", folder)
     check_type("save_pretrained", "figures", figures, dict, "a dict or None")
-    config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    saved = _without_data(type(model), model.config)
-    difference = _difference(saved.state_dict(), tensors) or _changed(saved, model)
-    expected, remedy = f"{type(model).__name__}(**config) without changes", "pass the change to the constructor"
-    require("save_pretrained", "the model", not difference, expected, f"a model {difference}", remedy)
-    shared = _shared(tensors)
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    shared = "".join(f"one whose {each[1]} is {each[0]}" for each in names.values() if len(each) > 1)
     expected, remedy = "a model without shared tensors", "use tied=True for the head, and .clone() for other tensors"
-    require("save_pretrained", "the model", not shared, expected, f"one {shared}", remedy)
+    require("save_pretrained", "the model", not shared, expected, shared, remedy)
+    expected, remedy = f"{type(model).__name__}(**config) without changes", "pass the change to the constructor"
+    try:
+        change = _change(_filled(type(model), model.config, tensors), model)
+    except (TypeError, ValueError, RuntimeError) as error:
+        change = f"whose tensors do not fit ({_line(error)})"
+    require("save_pretrained", "the model", not change, expected, f"a model {change}", remedy)
+    config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
+    # The weights contain the options too, so that `load` finds out if config.json is from another save.
+    contents = {WEIGHTS: safetensors.save(tensors, {"format": "pt", CONFIG: config}), CONFIG: f"{config}\n".encode()}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as temporary:
-            new = Path(temporary)
-            # The weights contain the options too, so that `load` finds out if config.json is from another save.
-            save_file(tensors, new / WEIGHTS, {"format": "pt", CONFIG: config})
-            (new / CONFIG).write_text(config + "\n", encoding="utf-8")
-            # safetensors gives the file to its owner only.
-            shutil.copymode(new / CONFIG, new / WEIGHTS)
-            names = [WEIGHTS, CONFIG]
-            card = target / CARD
-            # A README.md of something else, such as the project in whose folder a model is saved, remains.
-            if not card.is_file() or LIBRARY in card.read_text(encoding="utf-8", errors="replace"):
-                (new / CARD).write_text(_card(model, figures), encoding="utf-8")
-                names.append(CARD)
-            for name in names:
+        # A README.md of something else, such as the project in whose folder a model is saved, remains.
+        if not (target / CARD).is_file() or LIBRARY in (target / CARD).read_text(encoding="utf-8", errors="replace"):
+            contents[CARD] = _card(model, figures).encode()
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
+            for name, content in contents.items():
                 if (target / name).is_dir():
                     raise IsADirectoryError(f"{name} is a folder")
-                with (new / name).open("rb+") as file:
+                with Path(new, name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
                     # Some file systems report a full disk only here.
                     os.fsync(file.fileno())
-            for name in names:
-                os.replace(new / name, target / name)
-    except (OSError, safetensors.SafetensorError) as error:
+            for name in contents:
+                os.replace(Path(new, name), target / name)
+    except OSError as error:
         expected = "a folder that can be written"
         remedy = "name another folder, or check its permissions and the free space"
         raise ValueError(expectation("save_pretrained", "folder", expected, f"{target} ({error})", remedy)) from error
@@ -73,36 +75,61 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         with safetensors.safe_open(weights_path, "pt") as file:
-            saved_config = json.loads((file.metadata() or {}).get(CONFIG, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+            saved = json.loads((file.metadata() or {}).get(CONFIG, "null"))
+            # Copies, because get_tensor returns the file's memory, which changes if another program writes to the file.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise _invalid(folder_or_name, f"a file that cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.pop("model", None) != cls.__name__:
+    if not isinstance(config, dict) or config.get("model") != cls.__name__:
         raise _invalid(folder_or_name, f"{CONFIG} of something else")
-    config.pop("mingru", None)
-    if saved_config is not None:
-        _check_same_save(folder_or_name, config, saved_config)
-    num_layers = config.get("num_layers")
-    if isinstance(num_layers, int) and num_layers > len(tensors):
-        raise _invalid(folder_or_name, f"{num_layers} layers in {CONFIG} and {len(tensors)} tensors in {WEIGHTS}")
-    for name in {"device", "dtype"} & config.keys():
-        raise _invalid(folder_or_name, f"{CONFIG} with the unexpected option {name}")
-    if config.get("gate", "sigmoid") != "sigmoid":
+    saved = saved if isinstance(saved, dict) else config
+    for name in {**saved, **config}.keys() - {"model", "mingru"}:
+        if config.get(name) != saved.get(name):
+            got = f"{name} {config.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
+            raise _invalid(folder_or_name, f"{got}, which are from two different saves")
+    options = {name: value for name, value in config.items() if name not in ("model", "mingru")}
+    if options.get("gate", "sigmoid") != "sigmoid":
         # Older versions saved only options that were passed, and this was the default of all gates.
-        config.setdefault("candidate", "positive")
+        options.setdefault("candidate", "positive")
     try:
-        model = _without_data(cls, config)
+        model = _filled(cls, options, tensors)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise _invalid(folder_or_name, f"{CONFIG} with invalid options ({reason})") from error
+        raise _invalid(folder_or_name, f"options and tensors that do not fit ({_line(error)})") from error
+    return model.to(device).eval()
+
+
+def _filled(cls: type, options: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """Return a model of these options with these tensors; raise an error if they do not fit."""
+    num_layers = options.get("num_layers")
+    if isinstance(num_layers, int) and num_layers > len(tensors):
+        raise ValueError(f"{num_layers} layers and {len(tensors)} tensors")
+    with torch.device("meta"):
+        model: nn.Module = cls(**options)
     # Models of older versions were saved without marks.
-    tensors = {**marks_of(model), **tensors}
-    difference = _difference(model.state_dict(), tensors)
-    if difference:
-        raise _invalid(folder_or_name, f"{WEIGHTS} {difference}")
-    # Copies, because the tensors are the file's memory, which changes if another program writes to the file.
-    model.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
-    return model.eval()
+    model.load_state_dict({**marks_of(model), **tensors}, assign=True)
+    dtypes = {parameter.dtype: name for name, parameter in model.named_parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(", ".join(f"{name} of {dtype}" for dtype, name in dtypes.items()))
+    return model
+
+
+def _change(saved: nn.Module, model: nn.Module) -> str:
+    """Return which type or attribute of a module will be another one after loading; "" if none will."""
+    expected, found = _attributes(saved), _attributes(model)
+    for path in {**expected, **found}:
+        if expected.get(path) != found.get(path):
+            return f"with {path} {found.get(path)!r} instead of {expected.get(path)!r}"
+    return ""
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Return the types and the attributes of all modules, by their paths."""
+    attributes: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+        attributes[name] = type(module).__name__
+        attributes.update({f"{name}.{key}".removeprefix("."): value for key, value in own.items()})
+    return attributes
 
 
 def push(model: Any, name: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
@@ -119,80 +146,18 @@ def _path(name: str, argument: str, path: Any) -> Path:
     return Path(path)
 
 
-def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path]:
+def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tuple[Path, ...]:
     folder = _path("from_pretrained", "folder_or_name", folder_or_name)
     if folder.is_dir():
         require("from_pretrained", "revision", revision is None, "None for a folder", repr(revision))
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise _invalid(folder, f"no file {name}")
         return folder / CONFIG, folder / WEIGHTS
     # A path is never a name, so that a typing error in a path does not reach the network.
     if not isinstance(folder_or_name, str) or folder.exists() or not HUB_NAME.fullmatch(folder_or_name):
         expected = "a folder that save_pretrained wrote, or a name on the hub such as 'owner/name'"
         raise ValueError(expectation("from_pretrained", "folder_or_name", expected, repr(str(folder_or_name))))
-    name = folder_or_name
-    hub = _required("huggingface_hub", f"from_pretrained: {name!r} is not a folder; for a name on the hub it")
-    config_path, weights_path = (Path(hub.hf_hub_download(name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
-    return config_path, weights_path
-
-
-def _without_data(cls: type, options: dict[str, Any]) -> nn.Module:
-    """Return a model whose parameters are on the device "meta"."""
-    with torch.device("meta"):
-        model: nn.Module = cls(**options)
-    return model
-
-
-def _check_same_save(source: object, config: dict[str, Any], saved: object) -> None:
-    """Raise an error if config.json differs from the options in the file of the weights."""
-    saved = saved if isinstance(saved, dict) else {}
-    for name in [name for name in {**saved, **config} if name not in ("model", "mingru")]:
-        if name not in config or name not in saved or config[name] != saved[name]:
-            got = f"{name} {config.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
-            raise _invalid(source, f"{got}, which are from two different saves")
-
-
-def _difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Return how the found tensors differ from the expected tensors; "" if they fit."""
-    for name in expected:
-        if name not in found:
-            return f"without {name}"
-    for name, tensor in found.items():
-        if name not in expected:
-            return f"with the unexpected {name}"
-        if tensor.shape != expected[name].shape:
-            return f"with {name} {dims(tensor.shape)} instead of {dims(expected[name].shape)}"
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            return f"with {name} of dtype {tensor.dtype}"
-    dtypes = {tensor.dtype: name for name, tensor in found.items() if tensor.is_floating_point()}
-    if len(dtypes) > 1:
-        return "with " + " but ".join(f"{name} of dtype {dtype}" for dtype, name in dtypes.items())
-    return ""
-
-
-def _changed(saved: nn.Module, model: nn.Module) -> str:
-    """Return which module or attribute of a model will not be the same after loading; "" if all will be."""
-    found = dict(model.named_modules(remove_duplicate=False))
-    for name, module in saved.named_modules():
-        other = found.pop(name, None)
-        if type(other) is not type(module):
-            return f"with {name} {type(other).__name__} instead of {type(module).__name__}"
-        for attribute, value in vars(module).items():
-            if not attribute.startswith("_") and attribute != "training" and vars(other).get(attribute) != value:
-                path = f"{name}.{attribute}".removeprefix(".")
-                return f"with {path} {vars(other).get(attribute)!r} instead of {value!r}"
-    return "".join(f"with the additional {name}" for name in list(found)[:1])
-
-
-def _shared(tensors: dict[str, Tensor]) -> str:
-    """Return which tensor has the memory of another, which safetensors does not save; "" if there is none."""
-    names: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first = names.setdefault(tensor.untyped_storage().data_ptr(), name)
-        if first != name and tensor.numel() > 0:
-            return f"whose {name} is {first}"
-    return ""
+    needs = f"from_pretrained: {folder_or_name!r} is not a folder; for a name on the hub it"
+    download = _required("huggingface_hub", needs).hf_hub_download
+    return tuple(Path(download(folder_or_name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
 
 
 def _invalid(source: object, got: str) -> ValueError:
@@ -200,9 +165,13 @@ def _invalid(source: object, got: str) -> ValueError:
     return ValueError(expectation("from_pretrained", "folder_or_name", expected, f"{source} with {got}"))
 
 
-def _required(package: str, name: str) -> Any:
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _required(package: str, name: str, module: str = "") -> Any:
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(package + module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'{name} needs the package {package}: run pip install {package}, or ".[hub]" in a clone of the repository',
