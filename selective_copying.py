@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 # Imported first, because it says how to install missing packages.
-from examples.common import Fabric, Parser, Run, at_least, check_shapes, fail, positive, write, write_figure
+from examples.common import Fabric, Parser, Run, at_least, drawing, fail, positive, warmup_cosine, write
 
 # isort: split
 import safetensors
@@ -105,7 +105,7 @@ def train(config: Config, run: Run) -> tuple[nn.Module, Tensor]:
     generator = torch.manual_seed(config["seed"])
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    schedule = warmup_cosine(optimizer, config["num_steps"], max(1, round(config["warmup"] * config["num_steps"])))
     model, optimizer = run.fabric.setup(model, optimizer)
 
     history = torch.zeros(config["num_steps"], 2, device=run.fabric.device)
@@ -126,15 +126,6 @@ def train(config: Config, run: Run) -> tuple[nn.Module, Tensor]:
             loss_now, accuracy = history[step].tolist()
             run.print(f"Step [{step + 1}/{config['num_steps']}], Loss: {loss_now:.4f}, Accuracy: {accuracy:.2%}")
     return model, history.cpu()
-
-
-def learning_rate_factor(step: int, config: Config) -> float:
-    """Return a factor that rises linearly during warm-up and then falls to 0 along half a cosine."""
-    num_warmup = max(1, round(config["warmup"] * config["num_steps"]))
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, config["num_steps"] - num_warmup)
-    return (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -172,39 +163,36 @@ def load(path: Path) -> tuple[Config, dict[str, Tensor]]:
 
 def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     """Save a plot of loss and accuracy over the training steps."""
-    from matplotlib.figure import Figure
-
     steps = range(1, config["num_steps"] + 1)
     width = min(PRINT_EVERY, config["num_steps"])
     means = history.unfold(0, width, 1).mean(-1)
     chance = 1 / (config["vocab_size"] - 2)
 
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    figure.suptitle(
-        f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} time steps, "
-        f"vocabulary {config['vocab_size']}\n"
-        f"{config['num_layers']} minGRU layers of {config['hidden_dims']} features, validation accuracy {accuracy:.2%}"
-    )
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, column, color in ((upper, 0, "tab:blue"), (lower, 1, "tab:green")):
-        values = history[:, column] * (100 if axes is lower else 1)
-        averages = means[:, column] * (100 if axes is lower else 1)
-        axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label="each step")
-        axes.plot(steps[width - 1 :], averages, color=color, linewidth=1.8, label=f"mean of {width} steps")
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.01)
-    upper.set(yscale="log", ylabel="Loss (cross-entropy)")
-    lower.set(ylabel="Accuracy (%)", xlabel="Training step", ylim=(0, 104))
-    lower.axhline(100 * chance, color="gray", linestyle="--", linewidth=1, label=f"chance, {chance:.0%}")
-    upper.legend(loc="upper right", framealpha=1)
-    lower.legend(loc="lower right", framealpha=1)
-
-    write_figure(path, figure)
+    with drawing(path, 8, 6, say=False) as figure:
+        figure.suptitle(
+            f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} time steps, "
+            f"vocabulary {config['vocab_size']}\n"
+            f"{config['num_layers']} minGRU layers of {config['hidden_dims']} features, "
+            f"validation accuracy {accuracy:.2%}"
+        )
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, column, color in ((upper, 0, "tab:blue"), (lower, 1, "tab:green")):
+            values = history[:, column] * (100 if axes is lower else 1)
+            averages = means[:, column] * (100 if axes is lower else 1)
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label="each step")
+            axes.plot(steps[width - 1 :], averages, color=color, linewidth=1.8, label=f"mean of {width} steps")
+            axes.grid(alpha=0.3)
+            axes.margins(x=0.01)
+        upper.set(yscale="log", ylabel="Loss (cross-entropy)")
+        lower.set(ylabel="Accuracy (%)", xlabel="Training step", ylim=(0, 104))
+        lower.axhline(100 * chance, color="gray", linestyle="--", linewidth=1, label=f"chance, {chance:.0%}")
+        upper.legend(loc="upper right", framealpha=1)
+        lower.legend(loc="lower right", framealpha=1)
 
 
 def make_parser() -> Parser:
     """Return a parser with one option for each entry of `cfg` and three options for files."""
-    parser = Parser(__file__, __doc__, quick=QUICK)
+    parser = Parser(__file__, __doc__, QUICK)
     for name, default in cfg.items():
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -217,8 +205,8 @@ def make_parser() -> Parser:
         # argparse checks defaults that are strings, so that an entry that was edited is checked too.
         checked = default if isinstance(default, bool) else str(default)
         parser.add_argument(option(name), default=checked, help=HELP[name], **kind)
-    parser.add_output("--plot", help="plot of loss and accuracy by training step")
-    parser.add_output("--save", help="file for the trained model (safetensors)")
+    parser.add_output("--plot", "plot of loss and accuracy by training step")
+    parser.add_output("--save", "file for the trained model (safetensors)")
     text = "validate a saved model instead of training; the options that it was trained with become the defaults"
     parser.add_argument("--load", type=Path, help=text)
     return parser
@@ -245,8 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(parser, args, free=["load", "num_validation"])
     if args.load:
         model = Model(config)
-        check_shapes(tensors, model, args.load)
-        model.load_state_dict(tensors)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            fail(f"{args.load} does not match this model: {error}")
         model = run.fabric.setup_module(model)
     else:
         model, history = train(config, run)

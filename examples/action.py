@@ -21,14 +21,14 @@ to the left or to the right, so that only the order of the frames tells the clas
 12 frames of 64 x 64 pixels and 400 training steps, minGRU is right in 100% of the test, 56 clips, and mean in 45%.
 """
 
+import math
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, check_shapes, fail, installed, positive
+from common import Parser, Run, at_least, fail, installed, spread
 from torch import Tensor, nn
 from video import decode
 
@@ -91,23 +91,16 @@ def few(clips: Clips, most: int | None) -> Clips:
     by_class: dict[int, Clips] = {}
     for clip in clips:
         by_class.setdefault(clip[1], []).append(clip)
-    return [
-        clip for part in by_class.values() for clip in (part[:: max(1, len(part) // most)][:most] if most else part)
-    ]
+    return [clip for part in by_class.values() for clip in part[:: max(1, len(part) // (most or len(part)))][:most]]
 
 
 def read(path: Path, num_frames: int, size: int) -> Tensor:
     """Return frames at equal distances, (num_frames, 3, size, size), normalized as for ImageNet."""
     frames = list(decode(path))
     chosen = [frames[i * (len(frames) - 1) // max(1, num_frames - 1)] for i in range(num_frames)]
-    pixels = (
-        torch.stack([torch.from_numpy(frame.reformat(size, size, "rgb24").to_ndarray()) for frame in chosen]).permute(
-            0, 3, 1, 2
-        )
-        / 255
-    )
+    pixels = torch.stack([torch.from_numpy(frame.reformat(size, size, "rgb24").to_ndarray()) for frame in chosen])
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    return (pixels - mean) / deviation
+    return (pixels.permute(0, 3, 1, 2) / 255 - mean) / deviation
 
 
 def make_backbone(name: str, weights: str | None) -> nn.Module:
@@ -121,11 +114,9 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
     backbone = get_model(name, weights="DEFAULT" if weights == "DEFAULT" else None)
     if weights and weights != "DEFAULT":
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:  # files of other programs raise errors of many types
-            fail(f"--weights must be DEFAULT or a file with a state dict, got {weights} ({error})")
-        check_shapes(state if isinstance(state, dict) else {}, backbone, Path(weights))
-        backbone.load_state_dict(state)
+            fail(f"--weights must be DEFAULT or a file with a state dict of {name}, got {weights} ({error})")
     last = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)][-1]
     backbone.set_submodule(last, nn.Identity())
     return backbone.eval().requires_grad_(False)
@@ -157,30 +148,27 @@ class Classifier(nn.Module):
         return self.head((x if self.rnn is None else self.rnn(x)[0]).mean(1))
 
 
-def train(run: Run, name: str, seed: int, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+def train(run: Run, name: str, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int) -> float:
     """Train a classifier and return the share of the test that is right."""
-    args = run.args
+    args, (x, labels) = run.args, run.fabric.to_device(data)
     torch.manual_seed(seed)
-    x, labels = run.fabric.to_device(data)
     model = Classifier(name, x.shape[2], args.hidden_dims, int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    for _ in run.steps(args.num_steps, model, optimizer, schedule):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         rows = torch.randint(len(x), (args.batch_size,))
-        loss = F.cross_entropy(model(x[rows]), labels[rows], label_smoothing=0.1)
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
+        return F.cross_entropy(model(x[rows]), labels[rows], label_smoothing=0.1)
+
+    trained = run.train(args.num_steps, loss_of, model, optimizer=optimizer, schedule=schedule, max_norm=math.inf)
     with torch.no_grad():
-        found = model.eval()(run.fabric.to_device(test[0])).argmax(1).cpu()
+        found = trained(run.fabric.to_device(test[0])).argmax(1).cpu()
     return float((found == test[1]).double().mean())
 
 
 def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK, save_every=1000)
+    defaults = {"num_steps": 2000, "batch_size": 64, "hidden_dims": 256, "learning_rate": 1e-3, "save_every": 1000}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, **defaults)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with a folder of videos for each class")
     add("--lists", type=Path, help="folder with trainlist01.txt, testlist01.txt, ...; if omitted, split by group")
@@ -191,12 +179,6 @@ def make_parser() -> Parser:
     add("--weights", help="DEFAULT or a file with a state dict; if omitted, the weights are random")
     add("--num-frames", type=at_least(1), default=16, help="frames of each clip")
     add("--size", type=at_least(32), default=112, help="height and width of the frames")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and batches")
-    add("--num-steps", type=at_least(1), default=2000, help="training steps of each model")
-    add("--batch-size", type=at_least(1), default=64, help="clips in each training step")
-    add("--hidden-dims", type=at_least(1), default=256, help="features of each layer")
-    add("--learning-rate", type=positive, default=1e-3, help="highest learning rate")
     return parser
 
 
@@ -205,17 +187,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for package in ("av", "torchvision"):
         installed(package, f"run `pip install {package}`")
-    run = Run(parser, args, free=["models", "seeds"])
+    run = Run(parser, args)
     classes, *parts = split(args)
     data, test = (
-        (run.once(f"features, {part}", features, run, clips), torch.tensor([label for _, label in clips]))
+        (run.once(f"features, {part}", features, clips), torch.tensor([label for _, label in clips]))
         for part, clips in zip(("training", "test"), parts, strict=True)
     )
     run.print(f"{len(classes)} classes, {len(data[1])} clips for training, {len(test[1])} for the test")
     run.print(f"{'chance':6} {1 / len(classes):7.2%}")
     for name in args.models:
-        shares = [run.once(f"{name}, seed {seed}", train, run, name, seed, data, test) for seed in args.seeds]
-        run.print(f"{name:6} {statistics.mean(shares):7.2%} ± {(max(shares) - min(shares)) / 2:.2%}")
+        run.print(f"{name:6} {spread(run.each_seed(name, train, name, data, test), 7, '.2%')}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
-"""What the programs share: refusals, checkpoints, devices, progress and logs. A program uses it like this:
+"""What the programs share: refusals, files, options, checkpoints, progress and logs. A program uses it like this:
 
-    parser = Parser(__file__, __doc__, quick={"num_steps": 50, "seeds": [0]})       # smaller numbers for --quick
-    parser.add_argument("--num-steps", type=at_least(1), default=1000, help="training steps")
-    parser.add_output("--plot", default=Path("name.png"), help="picture to write")  # an output may be None
-    args = parser.parse_args(argv)
-    run = Run(parser, args, free=["seeds"])          # refuses wrong files; a resumed run may have other seeds
-    for seed in args.seeds:
-        error = run.once(f"seed {seed}", train, run, seed, args)       # trains, or reads the result from the checkpoint
-        run.print(f"{seed:4} {error:.3f}")
+    parser = Parser(__file__, __doc__, {"num_steps": 50, "seeds": [0]}, models=MODELS, num_steps=1000, plot="name.png")
+    parser.add_argument("--noise", type=at_least(0, float), default=0.1, help="...")    # an option of its own
+    args = parser.parse_args(argv)                                # with --quick, the smaller numbers are the defaults
+    run = Run(parser, args)                                       # refuses wrong files
+    for name in args.models:
+        errors = run.each_seed(name, train, name, data)           # trains, or reads results from the checkpoint
+        run.print(f"{name:8} {spread(errors, 6, '.3f')}")
 
-    def train(run, seed, args):
+    def train(run, name, data, seed):
         torch.manual_seed(seed)
-        ...
-        model, optimizer = run.fabric.setup(model, optimizer)
-        for step in run.steps(args.num_steps, model, optimizer, schedule):          # all that a step changes
-            x, y = run.fabric.to_device(batch())
-            ...
-            run.fabric.backward(loss)
-            run.log(loss=loss)
-        return evaluate(model)                       # numbers, strings, tensors, and lists and dicts of them
 
-A program that trains one model calls `run.steps` without `run.once`. `fail(message)` stops a program with one line,
-`installed` finds the files of a package, and `write` replaces a file in one operation.
+        def loss_of(model, step):
+            x, y = run.fabric.to_device(batch())
+            return F.cross_entropy(model(x), y)
+
+        model = run.train(run.args.num_steps, loss_of, Model())
+        return evaluate(model)                        # numbers, strings, tensors, and lists and dicts of them
+
+Other kinds of training are loops over `run.steps`. A program that trains one model needs no `run.once`.
 """
 
 import argparse
@@ -31,14 +28,15 @@ import itertools
 import json
 import math
 import os
-import random
 import re
+import statistics
 import sys
 import tempfile
 import time
+import wave
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,45 +46,41 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}")
 
 
-EXTRA = 'run `pip install ".[examples]"` in a clone of the repository'
 try:
     # All packages of the extra "examples" that programs import at the top.
     import numpy  # noqa: F401
     import safetensors  # noqa: F401
     import torch
     from lightning_fabric import Fabric
+    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+    from matplotlib.figure import Figure
     from torch import Tensor, nn
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    fail(f"the package {error.name} is not installed; {EXTRA}")
+    fail(f'the package {error.name} is not installed; run `pip install ".[examples]"` in a clone of the repository')
 
 # If stderr is not a terminal, progress is a line every so many seconds.
 PLAIN_EVERY = 30
 PLAIN_FORMAT = "{desc}: step {n}/{total}{postfix}, {rate_fmt}, {remaining} left"
 
 
-def at_least(least: float, kind: type = int, most: float = math.inf) -> Callable[[str], Any]:
-    """Return the type of an option that is a number from `least` to `most`."""
+def at_least(least: float, kind: type = int, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """Return the type of an option that is a number from `least` to `most`, or finite and above `least`."""
     what = "an integer" if kind is int else "a number"
-    expected = f"{what} of at least {least}" if most == math.inf else f"{what} from {least} to {most}"
+    limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+    expected = f"{what} above {least}" if above else f"{what} {limits}"
 
     def parse(text: str) -> Any:
-        try:
-            if least <= kind(text) <= most:
-                return kind(text)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            value = kind(text)
+            if least < value < most if above else least <= value <= most:
+                return value
         raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
 
     return parse
 
 
-def positive(text: str) -> float:
-    """Return a number above 0; the type of an option."""
-    value = at_least(0, float)(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+positive = at_least(0, float, above=True)
 
 
 def installed(package: str, fix: str) -> Path:
@@ -97,21 +91,31 @@ def installed(package: str, fix: str) -> Path:
     return Path((spec.submodule_search_locations or [spec.origin])[0])
 
 
-def target(path: Path) -> Path:
-    """Return the path with symbolic links resolved, so that writing does not replace a link."""
-    return Path(os.path.realpath(path))
-
-
-def temporary(path: Path) -> Path:
-    return target(path).with_name(target(path).name + ".tmp")
+@contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Stop the program if the block cannot read a file."""
+    try:
+        yield
+    except FileNotFoundError:
+        fail(f"there is no file {path}; check the path")
+    except KeyError as error:
+        fail(f"{path} must be {expected}, got no {error}")
+    except (EOFError, IndexError, OSError, TypeError, ValueError, wave.Error) as error:
+        fail(f"{path} must be {expected}, got {error}")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """Stop the program if the block cannot write a file."""
     try:
         yield
     except OSError as error:
         fail(f"cannot write {path} ({error.strerror or error}); check the disk, or name another file")
+
+
+def temporary(path: Path) -> Path:
+    """Return a path beside a file, or beside the target of a link, which then remains a link."""
+    return path.resolve().with_name(f"{path.resolve().name}.tmp")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -119,29 +123,39 @@ def write(path: Path, content: bytes) -> None:
     with writing(path):
         try:
             temporary(path).write_bytes(content)
-            os.replace(temporary(path), target(path))
+            os.replace(temporary(path), path.resolve())
         finally:
             temporary(path).unlink(missing_ok=True)
 
 
-def write_json(path: Path, contents: Any) -> None:
-    write(path, (json.dumps(contents, indent=1) + "\n").encode())
-
-
-def write_figure(path: Path, figure: Any) -> None:
-    content = io.BytesIO()
+@contextmanager
+def drawing(path: Path, width: float, height: float, dpi: int = 150, say: bool = True) -> Iterator[Any]:
+    """Give the block a figure to draw, and write it to a file."""
+    figure, content = Figure(figsize=(width, height), dpi=dpi, layout="constrained"), io.BytesIO()
+    yield figure
     figure.savefig(content, format=path.suffix[1:].lower())
     write(path, content.getvalue())
+    if say:
+        print(f"saved {path}", file=sys.stderr)
 
 
-def check_writable(path: Path) -> None:
+def draw_runs(axes: Any, x: Sequence[float], runs: Any, **style: Any) -> None:
+    """Draw the mean over the runs, and each run in a light color."""
+    axes.plot(x, torch.as_tensor(runs).mean(0), **style)
+    for run in runs if len(runs) > 1 else ():
+        axes.plot(x, run, color=style["color"], alpha=0.25, linewidth=0.8)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Stop the program if a file could not be written, or is a picture of an unknown format."""
+    endings = Figure().canvas.get_supported_filetypes()
+    if option == "plot" and path.suffix[1:].lower() not in endings:
+        fail(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
     with writing(path):
-        if target(path).is_dir():
-            raise OSError("it is a folder")
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise OSError("it is read-only")
+        if path.exists():
+            if not path.is_file():
+                raise OSError("it is not a regular file")
+            path.open("r+b").close()
         # The temporary file is tested, because its name is longer than that of the file, and may be too long.
         temporary(path).touch()
         temporary(path).unlink(missing_ok=True)  # other processes of the run delete it too
@@ -152,16 +166,6 @@ def check_folder(path: Path) -> None:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-
-
-def check_plot(path: Path) -> None:
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ModuleNotFoundError:
-        fail(f"--plot needs the package matplotlib; {EXTRA}")
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:
-        fail(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -180,17 +184,33 @@ def one_cycle(optimizer: torch.optim.Optimizer, rate: float, num_steps: int) -> 
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
 
 
-def check_shapes(found: Mapping[str, Any], module: nn.Module, path: Path) -> None:
-    """Stop the program if the tensors in a file are not those of a module."""
+def warmup_cosine(optimizer: torch.optim.Optimizer, num_steps: int, num_warmup: int) -> Any:
+    """Return a schedule that raises the learning rate in the first steps, and lowers it to 0 along half a cosine."""
 
-    def shapes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
+    def factor(step: int) -> float:
+        share = (step - num_warmup) / max(1, num_steps - num_warmup)
+        return (step + 1) / num_warmup if share < 0 else (1 + math.cos(math.pi * share)) / 2
 
-    found, expected = shapes(found), shapes(module.state_dict())
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            is_found, is_expected = found.get(name, "missing"), expected.get(name, "no such tensor")
-            fail(f"{path} does not match this model: {name} is {is_found}, expected {is_expected}")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def spread(values: Sequence[float], width: int, form: str) -> str:
+    """Return the mean of values, whose text has at least this width, and half of their range."""
+    return f"{statistics.mean(values):{width}{form}} ± {(max(values) - min(values)) / 2:{form}}"
+
+
+# Options that several programs have, each with its type and its help.
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "models": (str, "models to train"),
+    "seeds": (at_least(0), "random seeds of weights and training data"),
+    "num_steps": (at_least(1), "training steps of each model"),
+    "num_parameters": (at_least(1000), "largest number of parameters of each model"),
+    "batch_size": (at_least(1), "examples in each training step"),
+    "hidden_dims": (at_least(2), "features of each layer"),
+    "num_layers": (at_least(1), "number of layers"),
+    "learning_rate": (positive, "highest learning rate"),
+    "plot": (Path, "picture to write"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -200,38 +220,36 @@ class Parser(argparse.ArgumentParser):
         file: `__file__` of the program.
         doc: Its docstring, whose first line is the description.
         quick: The defaults that `--quick` replaces.
-        save_every: Default of `--save-every`.
-        accelerator: Default of `--accelerator`.
+        defaults: Defaults of those of OPTIONS that the program has, and of options of all programs.
     """
 
-    def __init__(
-        self, file: str, doc: str, *, quick: Mapping[str, Any], save_every: int = 100, accelerator: str = "auto"
-    ) -> None:
-        super().__init__(
-            prog=Path(file).name,
-            description=doc.splitlines()[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        self.quick, self.outputs = quick, ["checkpoint"]
+    def __init__(self, file: str, doc: str, quick: Mapping[str, Any], **defaults: Any) -> None:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog=Path(file).name, description=doc.splitlines()[0], formatter_class=formatter)
+        self.quick, self.outputs, self.error = quick, ["checkpoint"], fail
         add = self.add_argument_group("all programs").add_argument
         add("--quick", action="store_true", help="run the whole program with smaller numbers, in less than a minute")
         add("--checkpoint", type=Path, help="file to save to and, with --resume, to continue from")
         add("--resume", action="store_true", help="continue from --checkpoint")
-        add("--save-every", type=at_least(1), default=save_every, help="training steps between checkpoints")
+        add("--save-every", type=at_least(1), default=100, help="training steps between checkpoints")
         add("--log", type=Path, help="folder for CSV and TensorBoard logs")
-        add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default=accelerator, help="device type")
+        add("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device type")
         add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="float precision")
+        defaults = {**({"seeds": (0, 1, 2)} if "models" in defaults else {}), **defaults}
+        for name, (kind, text) in OPTIONS.items():
+            if name in defaults:
+                several = {"nargs": "+"} if name in ("models", "seeds") else {}
+                choices = defaults[name] if name == "models" else None
+                self.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, help=text, **several)
+        self.set_defaults(**defaults)
+        self.outputs += ["plot"] if "plot" in defaults else []
 
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-    def add_output(self, option: str, default: Path | None = None, help: str = "") -> None:
-        """Add an option for a file to write, which is checked before the training. The option may be --plot."""
-        self.outputs.append(self.add_argument(option, type=Path, default=default, help=help).dest)
+    def add_output(self, option: str, text: str) -> None:
+        """Add an option for a file to write, which is checked before the training."""
+        self.outputs.append(self.add_argument(option, type=Path, help=text).dest)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         args = super().parse_args(argv)
-        assert self.quick.keys() <= vars(args).keys()
         if args.quick:
             self.set_defaults(**self.quick)
             args = super().parse_args(argv)
@@ -243,31 +261,24 @@ class Run:
 
     Args:
         parser: The program's parser.
-        args: Its options. All of them must be as in the checkpoint of a resumed run, except `free` ones, outputs, and
-            options about devices, logs and checkpoints.
+        args: Its options. All of them must be as in the checkpoint of a resumed run, except `free` ones, models, seeds,
+            outputs, and options about devices, logs and checkpoints.
         free: Options in which a resumed run may differ.
         more: Other values that must be as in the checkpoint.
     """
 
     def __init__(self, parser: Parser, args: argparse.Namespace, free: Sequence[str] = (), **more: Any) -> None:
-        self.args = args
-        not_settings = {"quick", "resume", "save_every", "log", "accelerator", "devices", *parser.outputs, *free}
-        options = {name: value for name, value in vars(args).items() if name not in not_settings}
+        self.args, self.name, self.done, self.metrics, self.loggers = args, "", 0, {}, []
+        self.results, self.unfinished = {}, {}
+        ignored = {"quick", "resume", "save_every", "log", "accelerator", "devices", "models", "seeds"}
+        ignored |= {*parser.outputs, *free}
+        options = {name: value for name, value in vars(args).items() if name not in ignored}
         # As a checkpoint holds them: paths are strings, and tuples are lists.
         self.settings = json.loads(json.dumps({"program": parser.prog, **options, **more}, default=str))
-        self.name, self.metrics, self.loggers = "", {}, []
-        self.results: dict[str, Any] = {}
-        self.unfinished: dict[str, dict[str, Any]] = {}
-        self.current: tuple[int, Sequence[Any]] | None = None
 
-        outputs = {name: getattr(args, name) for name in parser.outputs if getattr(args, name)}
-        for name, path in outputs.items():
-            same = [other for other in outputs if target(outputs[other]) == target(path)]
-            if len(same) > 1:
-                fail(f"--{' and --'.join(same)} must be different files, got {path} for both")
-            if name == "plot":
-                check_plot(path)
-            check_writable(path)
+        for option in parser.outputs:
+            if path := getattr(args, option):
+                check_output(option, path)
         if args.log:
             if not importlib.util.find_spec("tensorboardX"):
                 installed("tensorboard", "run `pip install tensorboard`, or omit --log")
@@ -277,23 +288,56 @@ class Run:
         elif args.checkpoint and args.checkpoint.exists():
             fail(f"--checkpoint must be a new file, got {args.checkpoint}; add --resume, or name another file")
         try:
-            self.fabric = Fabric(
-                accelerator=args.accelerator, devices=getattr(args, "devices", 1), precision=args.precision
-            )
+            devices = getattr(args, "devices", 1)
+            self.fabric = Fabric(accelerator=args.accelerator, devices=devices, precision=args.precision)
         except (RuntimeError, ValueError) as error:
             fail(f"--accelerator must be one of this machine, got {args.accelerator} ({error}); use --accelerator auto")
+        device = self.fabric.device.type
+        self.random = [torch] if device == "cpu" else [torch, torch.get_device_module(device)]
         # After the checks, because the other processes run the program from the top.
         self.fabric.launch()
 
     def once(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `function(*arguments)`, or what it returned before the checkpoint was saved."""
+        """Return `function(run, *arguments)`, or what it returned before the checkpoint was saved."""
         if name not in self.results:
             self.name = name
-            self.results[name] = function(*arguments)
-            self.current = None
+            self.results[name] = function(self, *arguments)
             self.unfinished.pop(name, None)
             self.save()
         return self.results[name]
+
+    def each_seed(self, name: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what `function(run, *arguments, seed)` returns for each of `--seeds`."""
+        return [self.once(f"{name}, seed {seed}", function, *arguments, seed) for seed in self.args.seeds]
+
+    def train(
+        self, num_steps: int, loss_of: Callable[..., Tensor], model: Any, *more: Any, **options: Any
+    ) -> nn.Module:
+        """Minimize `loss_of(model, step)`, and return the model for evaluation.
+
+        Args:
+            num_steps: Number of steps.
+            loss_of: Function that draws a batch and returns the loss.
+            model: Model.
+            more: Other objects that `loss_of` changes, as in `steps`.
+            options: `optimizer` (default: AdamW), `schedule` of its learning rate (default: `one_cycle`), the highest
+                learning rate `rate` (default: --learning-rate), and `max_norm` of the gradients (default: 1).
+        """
+        assert options.keys() <= {"optimizer", "schedule", "rate", "max_norm"}
+        optimizer = options.get("optimizer") or torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        schedule = options.get("schedule")
+        if schedule is None:
+            schedule = one_cycle(optimizer, options.get("rate") or self.args.learning_rate, num_steps)
+        model, optimizer = self.fabric.setup(model, optimizer)
+        for step in self.steps(num_steps, model, optimizer, schedule, *more):
+            loss = loss_of(model, step)
+            optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self.fabric.clip_gradients(model, optimizer, max_norm=options.get("max_norm", 1.0))
+            optimizer.step()
+            schedule.step()
+            self.log(loss=loss)
+        return model.eval()
 
     def steps(self, num_steps: int | None, *objects: Any) -> Iterator[int]:
         """Yield the numbers of the training steps, beginning after those in the checkpoint.
@@ -302,56 +346,40 @@ class Run:
 
         Args:
             num_steps: Number of steps, or None for an endless loop.
-            objects: All that the steps change: objects with `state_dict` and `load_state_dict`, tensors, lists,
-                `torch.Generator` and `random.Random`. The generators of torch and of the device need not be passed.
+            objects: All that the steps change: objects with `state_dict` and `load_state_dict`, tensors and lists. The
+                generators of torch and of the device need not be passed.
         """
-        first = self._restore(objects)
-        self.metrics, self.loggers = {}, self._make_loggers() if self.args.log else []
-        is_terminal = sys.stderr.isatty()
-        plain = {"file": io.StringIO(), "bar_format": PLAIN_FORMAT, "mininterval": PLAIN_EVERY}
-        bar = tqdm(
-            **({} if is_terminal else plain),
-            initial=first,
-            total=num_steps,
-            desc=self.name or "training",
-            unit=" steps",
-            miniters=1,
-            leave=False,
-            disable=not self.fabric.is_global_zero,
-        )
+        self._restore(objects)
+        if self.args.log:
+            # In a new folder version_0, version_1, ..., so that a resumed run leaves the first logs.
+            table = CSVLogger(self.args.log, re.sub(r"[^\w.]+", "-", self.name))
+            self.loggers = [table, TensorBoardLogger(self.args.log, table.name, table.version)]
+        options = {"desc": self.name or "training", "unit": " steps", "miniters": 1, "leave": False}
+        options |= {"initial": self.done, "total": num_steps, "disable": not self.fabric.is_global_zero}
+        if not (is_terminal := sys.stderr.isatty()):
+            options |= {"file": io.StringIO(), "bar_format": PLAIN_FORMAT, "mininterval": PLAIN_EVERY}
+        bar = tqdm(**options)
         try:
-            for step in itertools.count(first) if num_steps is None else range(first, num_steps):
-                self.current = (step, objects)
-                yield step
-                done = step + 1
-                self.current = (done, objects)
-                if self.args.checkpoint and (done % self.args.save_every == 0 or done == num_steps):
-                    self.save()
+            while num_steps is None or self.done < num_steps:
+                yield self.done
+                self.done += 1
+                if self.done % self.args.save_every == 0 or self.done == num_steps:
+                    self.save(*objects)
                 if bar.update():
-                    metrics = (f"{name} {float(value):.4g}" for name, value in self.metrics.items())
-                    bar.set_postfix_str(", ".join(metrics), refresh=is_terminal)
+                    bar.set_postfix({name: float(value) for name, value in self.metrics.items()}, refresh=is_terminal)
                     if not is_terminal:
                         print(bar, file=sys.stderr, flush=True)
         finally:
-            self.ended = clocks()
             bar.close()
             self._each_logger("finalize", "success")
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of the latest training so far, those before an interruption included."""
-        return (self.ended or clocks())[0] - self.began[0]
-
-    @property
-    def processor_seconds(self) -> float:
-        return (self.ended or clocks())[1] - self.began[1]
-
     def log(self, **metrics: Tensor | float) -> None:
-        """Show these numbers of this step beside the bar, and write them to the logs."""
+        """Show these numbers of this step beside the bar, write them to the logs, and read the clocks."""
         self.metrics = {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        if self.loggers:
-            step = self.current[0] + 1 if self.current else 0
-            self._each_logger("log_metrics", {name: float(value) for name, value in self.metrics.items()}, step)
+        for logger in self.loggers:
+            with writing(self.args.log):
+                logger.log_metrics({name: float(value) for name, value in self.metrics.items()}, self.done + 1)
+        self.seconds, self.processor_seconds = self._spent()
 
     def print(self, *values: Any) -> None:
         """Print a line, above the bar if there is one, and only once if there are several processes."""
@@ -359,112 +387,71 @@ class Run:
             tqdm.write(" ".join(map(str, values)), sys.stdout)
             sys.stdout.flush()
 
-    def save(self) -> None:
-        """Save the checkpoint, if there is to be one. All processes must call this."""
+    def save(self, *objects: Any) -> None:
+        """Save the checkpoint, if there is to be one, with these objects of an unfinished training."""
         if not self.args.checkpoint:
             return
         # Logs first, so that they have all steps of the checkpoint.
         self._each_logger("save")
-        if self.current:
+        if objects:
             self.unfinished[self.name] = {
-                "step": self.current[0],
-                "seconds": (self.seconds, self.processor_seconds),
-                "random": [module.get_rng_state() for module in self._with_random_state()],
-                "objects": [state_of(each) for each in self.current[1]],
+                "step": self.done,
+                "seconds": self._spent(),
+                "random": [module.get_rng_state() for module in self.random],
+                "objects": [each.state_dict() if hasattr(each, "state_dict") else each for each in objects],
             }
         if self.fabric.is_global_zero:
-            contents = {"settings": self.settings, "results": self.results, "unfinished": self.unfinished}
             file = io.BytesIO()
-            torch.save(contents, file)
+            torch.save({"settings": self.settings, "results": self.results, "unfinished": self.unfinished}, file)
             # An object that `_load` could not read raises an error here, before the last checkpoint is replaced.
             torch.load(io.BytesIO(file.getvalue()), weights_only=True)
             write(self.args.checkpoint, file.getvalue())
 
     def _load(self) -> None:
         """Read the results and the unfinished training from the checkpoint."""
-        path, fix = self.args.checkpoint, "name a checkpoint of this program, or start again without --resume"
+        path, program = self.args.checkpoint, self.settings["program"]
         if not path:
             fail("--resume needs --checkpoint; name the file to continue from")
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except OSError as error:
-            fail(f"cannot read {path} ({error.strerror}); {fix}")
-        except zipfile.BadZipFile:
-            damaged = "all"
-        if damaged:
-            fail(f"{path} is damaged, incomplete or not a checkpoint; {fix}")
-        try:
+                if damaged := archive.testzip():  # torch.load does not test this
+                    raise ValueError(f"{damaged} is damaged")
             contents = torch.load(path, map_location="cpu", weights_only=True)
             settings, self.results, self.unfinished = (contents[name] for name in ("settings", "results", "unfinished"))
-            program = settings["program"]
-        except Exception:  # files of other programs raise errors of many types
-            fail(f"{path} is not a checkpoint of {self.settings['program']}; {fix}")
-        if program != self.settings["program"] or settings.keys() != self.settings.keys():
-            fail(f"{path} is a checkpoint of {program} with other options; {fix}")
+            if settings["program"] != program or settings.keys() != self.settings.keys():
+                raise ValueError(f"a checkpoint of {settings['program']} with other options")
+        except Exception as error:  # files of other programs raise errors of many types
+            fix = f"name a checkpoint of {program}, or start again without --resume"
+            fail(f"--checkpoint must be a file that {program} wrote, got {path} ({error}); {fix}")
         for name, value in settings.items():
             if value != self.settings[name]:
                 option = "--" + name.replace("_", "-")
                 fail(f"{option} must be {value}, as in {path}, got {self.settings[name]}; give the same {option}")
 
-    def _restore(self, objects: Sequence[Any]) -> int:
-        """Load the states of the objects if the checkpoint has them, and return the number of steps done."""
+    def _restore(self, objects: Sequence[Any]) -> None:
+        """Load the step, the clocks and the states of the objects, if the checkpoint has them."""
         start = self.unfinished.get(self.name, {"step": 0, "seconds": (0.0, 0.0)})
-        seconds, processor_seconds = start["seconds"]
-        self.began, self.ended = (clocks()[0] - seconds, clocks()[1] - processor_seconds), None
-        self.current = (start["step"], objects)
-        if not start["step"]:
-            return 0
+        self.done, (self.seconds, self.processor_seconds), self.metrics = start["step"], start["seconds"], {}
+        self.began = time.perf_counter() - self.seconds, time.process_time() - self.processor_seconds
+        if not self.done:
+            return
         try:
-            for thing, state in zip(objects, start["objects"], strict=True):
-                if isinstance(thing, nn.Module):
-                    check_shapes(state, thing, self.args.checkpoint)
-                load_state(thing, self.fabric.to_device(state) if isinstance(thing, list) else state)
+            for each, state in zip(objects, start["objects"], strict=True):
+                if hasattr(each, "load_state_dict"):
+                    each.load_state_dict(state)
+                else:
+                    each[:] = self.fabric.to_device(state)
             # On another kind of device, its random numbers are new.
-            for module, state in zip(self._with_random_state(), start["random"], strict=False):
+            for module, state in zip(self.random, start["random"], strict=False):
                 module.set_rng_state(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.args.checkpoint} does not match this program: {error}; start again without --resume")
-        return start["step"]
 
-    def _with_random_state(self) -> list[Any]:
-        device = self.fabric.device.type
-        return [torch] if device == "cpu" else [torch, torch.get_device_module(device)]
-
-    def _make_loggers(self) -> list[Any]:
-        """Return loggers in a new folder version_0, version_1, ..., so that a resumed run leaves the first logs."""
-        from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
-
-        name = re.sub(r"[^\w.]+", "-", self.name)
-        table = CSVLogger(self.args.log, name)
-        return [table, TensorBoardLogger(self.args.log, name, table.version)]
+    def _spent(self) -> tuple[float, float]:
+        """Return the seconds and processor seconds of this training, those before an interruption included."""
+        return time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
     def _each_logger(self, method: str, *arguments: Any) -> None:
         with writing(self.args.log or Path()):
             for logger in self.loggers:
                 getattr(logger, method)(*arguments)
-
-
-def clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def state_of(thing: Any) -> Any:
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
-    if isinstance(thing, random.Random):
-        return thing.getstate()
-    return thing if isinstance(thing, (Tensor, list)) else thing.state_dict()
-
-
-def load_state(thing: Any, state: Any) -> None:
-    if isinstance(thing, torch.Generator):
-        thing.set_state(state)
-    elif isinstance(thing, random.Random):
-        thing.setstate(state)
-    elif isinstance(thing, Tensor):
-        thing.copy_(state)
-    elif isinstance(thing, list):
-        thing[:] = state
-    else:
-        thing.load_state_dict(state)

@@ -16,15 +16,13 @@ it by a third or a fifth of a turn, which counts modulo 3 or 5 (Grazzi et al. 20
 RNNs Through Negative Eigenvalues").
 """
 
-import argparse
 import itertools
-import math
-import sys
+import statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, positive, write_figure, write_json
+from common import Parser, Run, at_least, draw_runs, drawing, warmup_cosine
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -63,36 +61,23 @@ class Model(nn.Module):
         return self.head(out[:, 1:])
 
 
-def train(run: Run, name: str, modulus: int, seed: int, args: argparse.Namespace) -> tuple[list[float], float, float]:
+def train(run: Run, name: str, modulus: int, seed: int) -> tuple[list[float], float, float]:
     """Return a trained model's accuracies, its loss (the mean over the last 50 steps) and the seconds of training."""
-    generator = torch.manual_seed(seed)
+    args, generator = run.args, torch.manual_seed(seed)
     # At 1,024 time steps, one signed layer computes parity without an error, and two layers drift.
-    num_layers = args.num_layers or (1 if name == "signed" else 2)
-    model = Model(name, modulus, args.hidden_dims, num_layers)
+    model = Model(name, modulus, args.hidden_dims, args.num_layers or (1 if name == "signed" else 2))
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.num_steps))
-    model, optimizer = run.fabric.setup(model, optimizer)
+    schedule = warmup_cosine(optimizer, args.num_steps, max(1, args.num_steps // 20))
     losses: list[float] = []
-    for _ in run.steps(args.num_steps, model, optimizer, schedule, losses):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         tokens, sums = run.fabric.to_device(generate(args.batch_size, TRAIN_LENGTH, modulus, generator))
         loss = F.cross_entropy(model(tokens).flatten(0, 1), sums.flatten(), label_smoothing=args.label_smoothing)
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
         losses.append(loss.item())
-        run.log(loss=losses[-1])
-    accuracies = evaluate(run.fabric, model, modulus, seed, args.num_test)
-    return accuracies, sum(losses[-50:]) / len(losses[-50:]), run.seconds
+        return loss
 
-
-def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Return a factor that rises during the first 5% of the steps, and falls to 0 along half a cosine."""
-    num_warmup = max(1, num_steps // 20)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    return (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup))) / 2
+    trained = run.train(args.num_steps, loss_of, model, losses, optimizer=optimizer, schedule=schedule)
+    return evaluate(run.fabric, trained, modulus, seed, args.num_test), statistics.mean(losses[-50:]), run.seconds
 
 
 @torch.no_grad()
@@ -100,72 +85,51 @@ def evaluate(fabric: Fabric, model: nn.Module, modulus: int, seed: int, num_test
     """Return the accuracy at each of LENGTHS, on new sequences."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     tokens, sums = fabric.to_device(generate(num_test, LENGTHS[-1], modulus, generator))
-    right = (model.eval()(tokens).argmax(-1) == sums).cpu().double().mean(0)
+    right = (model(tokens).argmax(-1) == sums).cpu().double().mean(0)
     return [right[length - WINDOW : length].mean().item() for length in LENGTHS]
 
 
 def plot(path: Path, results: dict[str, dict[str, list[list[float]]]]) -> None:
     """Save a plot of accuracy against length: the mean over the seeds, and each seed in a light color."""
-    from matplotlib.figure import Figure
-
     # Below one another and narrow, so that the text is readable on phones.
-    figure = Figure(figsize=(5.5, 1 + 2.4 * len(results)), dpi=150, layout="constrained")
-    all_axes = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
-    for axes, (task, by_model) in zip(all_axes, results.items(), strict=True):
-        for name, runs in by_model.items():
-            color = f"C{MODELS.index(name)}"
-            means = torch.tensor(runs).mean(0) * 100
-            # nn.GRU is often hidden by nn.LSTM.
-            width = 4.0 if name == "nn.GRU" else 1.5
-            axes.plot(LENGTHS, means, color=color, linewidth=width, marker="o", markersize=3, label=name)
-            for run in runs:
-                axes.plot(LENGTHS, [100 * accuracy for accuracy in run], color=color, alpha=0.25, linewidth=0.8)
-        axes.axhline(100 / int(task), color="gray", linestyle="--", linewidth=1, label="chance")
-        axes.axvline(TRAIN_LENGTH, color="gray", linestyle=":", linewidth=1)
-        axes.set(xscale="log", ylabel="Accuracy (%)", title=f"Sum modulo {task}", ylim=(0, 104))
-        axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    all_axes[-1].set_xlabel("Length")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    write_figure(path, figure)
-
-
-def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK)
-    add = parser.add_argument
-    add("--tasks", type=at_least(2), nargs="+", default=TASKS, metavar="M", help="moduli")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and sequences")
-    add("--num-steps", type=at_least(1), default=1500, help="training steps of each model")
-    add("--batch-size", type=at_least(1), default=128, help="sequences in each training step")
-    add("--hidden-dims", type=at_least(2), default=64, help="features of each layer")
-    add("--num-layers", type=at_least(1), help="number of layers; if omitted, 1 for signed, otherwise 2")
-    add("--learning-rate", type=positive, default=3e-3, help="highest learning rate")
-    add("--weight-decay", type=at_least(0, float), default=0.0, help="weight decay of AdamW")
-    add("--label-smoothing", type=at_least(0, float, 1), default=0.1, help="share of the targets that is uniform")
-    add("--num-test", type=at_least(1), default=256, help="test sequences of each model")
-    parser.add_output("--plot", Path("counting.png"), "picture of the accuracies")
-    parser.add_output("--json", help="file for all accuracies")
-    return parser
+    with drawing(path, 5.5, 1 + 2.4 * len(results)) as figure:
+        all_axes = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
+        for axes, (task, by_model) in zip(all_axes, results.items(), strict=True):
+            for name, runs in by_model.items():
+                # nn.GRU is often hidden by nn.LSTM.
+                width = 4.0 if name == "nn.GRU" else 1.5
+                style = {"color": f"C{MODELS.index(name)}", "linewidth": width, "marker": "o", "markersize": 3}
+                draw_runs(axes, LENGTHS, 100 * torch.tensor(runs), label=name, **style)
+            axes.axhline(100 / int(task), color="gray", linestyle="--", linewidth=1, label="chance")
+            axes.axvline(TRAIN_LENGTH, color="gray", linestyle=":", linewidth=1)
+            axes.set(xscale="log", ylabel="Accuracy (%)", title=f"Sum modulo {task}", ylim=(0, 104))
+            axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        all_axes[-1].set_xlabel("Length")
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
+    defaults = {"num_steps": 1500, "batch_size": 128, "hidden_dims": 64, "learning_rate": 3e-3}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("counting.png"), **defaults)
+    add = parser.add_argument
+    add("--tasks", type=at_least(2), nargs="+", default=TASKS, metavar="M", help="moduli")
+    add("--num-layers", type=at_least(1), help="number of layers; if omitted, 1 for signed, otherwise 2")
+    add("--weight-decay", type=at_least(0, float), default=0.0, help="weight decay of AdamW")
+    add("--label-smoothing", type=at_least(0, float, 1), default=0.1, help="share of the targets that is uniform")
+    add("--num-test", type=at_least(1), default=256, help="test sequences of each model")
     args = parser.parse_args(argv)
-    run = Run(parser, args, free=["tasks", "models", "seeds"])
+    run = Run(parser, args, free=["tasks"])
     results: dict[str, dict[str, list[list[float]]]] = {}
     run.print(f"{'task':10} {'model':9} {'seed':>4} {'time':>6} {'loss':>8}  accuracy at length", *LENGTHS)
     for modulus, name, seed in itertools.product(args.tasks, args.models, args.seeds):
         key = f"modulo {modulus}, {name}, seed {seed}"
-        accuracies, loss, seconds = run.once(key, train, run, name, modulus, seed, args)
+        accuracies, loss, seconds = run.once(key, train, name, modulus, seed)
         results.setdefault(str(modulus), {}).setdefault(name, []).append(accuracies)
         row = (f"{accuracy:7.2%}" for accuracy in accuracies)
         run.print(f"modulo {modulus:<3} {name:9} {seed:4} {seconds:5.0f}s {loss:8.5f} ", *row)
-    if args.json:
-        write_json(args.json, {"lengths": LENGTHS, "accuracies": results})
     plot(args.plot, results)
-    print(f"saved {args.plot}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import (
-    Parser,
-    Run,
-    at_least,
-    check_folder,
-    fail,
-    installed,
-    one_cycle,
-    positive,
-    widest,
-    write,
-    write_figure,
-)
+from common import Parser, Run, at_least, check_folder, drawing, fail, installed, reading, spread, widest, write
 from torch import Tensor, nn
 
 import mingru
@@ -88,14 +76,12 @@ QUICK = {"num_steps": 20, "batch_size": 4, "seconds": 2, "num_test": 4, "seeds":
 
 def read(path: Path) -> Tensor:
     """Return the samples of a wav file, from -1 to 1."""
-    try:
-        with wave.open(str(path)) as file:
-            form = (file.getframerate(), file.getnchannels(), file.getsampwidth())
-            if form != (RATE, 1, 2):
-                raise wave.Error("rate {}, channels {}, bytes {}".format(*form))
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-    except (wave.Error, EOFError) as error:
-        fail(f"{path} must be a wav file of 8,000 Hz, one channel and two bytes for each sample, got {error}")
+    expected = "a wav file of 8,000 Hz, one channel and two bytes for each sample"
+    with reading(path, expected), wave.open(str(path)) as file:
+        form = (file.getframerate(), file.getnchannels(), file.getsampwidth())
+        if form != (RATE, 1, 2):
+            raise ValueError("rate {}, channels {}, bytes {}".format(*form))
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
@@ -115,14 +101,11 @@ def read_folder(folder: Path, test: list[str], seconds: int) -> tuple[Sources, S
     for kind, paths in enumerate((speakers, pieces)):
         for path in paths:
             # Files of silence have no speech.
-            files = (
-                [file for file in sorted(path.rglob("*.wav")) if file.parent.name != "silence"] if kind == 0 else [path]
-            )
+            files = [file for file in sorted(path.rglob("*.wav")) if file.parent.name != "silence"] or [path]
             joined = torch.cat([torch.zeros(0), *map(read, files)])
             if len(joined) <= seconds * RATE:
-                fail(
-                    f"{path} must have more than {seconds} s of sound, got {len(joined) / RATE:.1f} s; join short files"
-                )
+                got = f"{len(joined) / RATE:.1f} s; join short files"
+                fail(f"{path} must have more than {seconds} s of sound, got {got}")
             parts[path.stem in test][kind].append(joined)
     for part, sources in zip(("training", "test"), parts, strict=True):
         for kind, signals in zip(("speaker", "music"), sources, strict=True):
@@ -211,34 +194,28 @@ def wiener(noisy: Tensor) -> Tensor:
     return signal(spectrum * torch.stack(gains, 1))
 
 
-def train(run: Run, name: str, seed: int, sources: Sources, tests: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def train(run: Run, name: str, sources: Sources, tests: list[tuple[Tensor, Tensor]], seed: int) -> dict[str, Any]:
     """Train a model, and return its results in the test and of the stream."""
     args = run.args
     torch.manual_seed(seed)
     module = make(name, args.num_parameters)
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
-    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
-    model, optimizer = run.fabric.setup(module, optimizer)
-    for _ in run.steps(args.num_steps, model, optimizer, schedule):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         # Ratios from -2.5 to 12.5 dB, and a volume from -6 to 6 dB.
         ratios_db = 15 * torch.rand(args.batch_size, 1) - 2.5
         clean, noisy = run.fabric.to_device(mix(*sources, args.batch_size, args.seconds, ratios_db))
         volume = run.fabric.to_device(10 ** (0.6 * torch.rand(args.batch_size, 1) - 0.3))
-        loss = -ratio(denoise(model, volume * noisy), clean).mean()
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(ratio=-loss.detach())
-    seconds = run.processor_seconds
+        return -ratio(denoise(model, volume * noisy), clean).mean()
+
+    run.train(args.num_steps, loss_of, module)
     module = module.cpu().float().eval()
     with torch.no_grad():
         found = [denoise(module, noisy) for _, noisy in tests]
     ratios = [float(ratio(x, clean).mean()) for x, (clean, _) in zip(found, tests, strict=True)]
     # The last mixture with most music is the one in the picture.
     difference, share = check_stream(export(module), module, tests[0][1][-1])
-    return {"ratios": ratios, "seconds": seconds, "difference": difference, "share": share, "denoised": found[0][-1]}
+    results = {"ratios": ratios, "difference": difference, "share": share, "denoised": found[0][-1]}
+    return {"seconds": run.processor_seconds, **results}
 
 
 def export(model: Denoiser) -> Any:
@@ -290,56 +267,42 @@ def check_stream(session: Any, model: Denoiser, noisy: Tensor) -> tuple[float, f
 
 def plot(path: Path, ratios: dict[str, list[list[float]]], signals: dict[str, Tensor]) -> None:
     """Draw the improvement over the mixture, mean and range over the seeds, and the spectrogram of each signal."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3 + 1.6 * len(signals)), dpi=75, layout="constrained")
-    chart, *rows = figure.subplots(1 + len(signals), 1, height_ratios=[1.5] + [1] * len(signals))
-    noisy = torch.tensor(ratios["noisy"])
-    others = {name: torch.tensor(runs) - noisy for name, runs in ratios.items() if name != "noisy"}
-    places = torch.arange(len(RATIOS_DB))
-    for index, (name, gains) in enumerate(others.items()):
-        mean = gains.mean(0)
-        errors = torch.stack([mean - gains.amin(0), gains.amax(0) - mean])
-        chart.bar((places + 0.25 * (index - 1)).tolist(), mean.tolist(), 0.22, yerr=errors.tolist(), label=name)
-    chart.set_xticks(places.tolist(), [f"{db} dB" for db in RATIOS_DB])
-    chart.set_xlabel("speech to music", fontsize=13)
-    chart.set_ylabel("improvement (dB)", fontsize=13)
-    chart.legend(fontsize=13, ncols=3, loc="upper left")
-    chart.set_ylim(0, 1.4 * float(torch.cat(list(others.values())).max().clamp(min=0.5)))
-    chart.tick_params(labelsize=13)
-    for axes, (name, samples) in zip(rows, signals.items(), strict=True):
-        power = 10 * torch.log10(spectra(samples.unsqueeze(0))[0].abs().square() + 1e-6)
-        extent = (0, len(samples) / RATE, 0, RATE / 2000)
-        axes.imshow(power.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-50, vmax=20)
-        axes.set_title(name, fontsize=14)
-        axes.set_ylabel("kHz", fontsize=13)
-        axes.tick_params(labelsize=13)
-    axes.set_xlabel("seconds", fontsize=13)
-    write_figure(path, figure)
-
-
-def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK)
-    add = parser.add_argument
-    add("--folder", type=Path, default=Path("/usr/share/asterisk"), help="folder with the folders sounds and moh")
-    add("--test", nargs="+", default=[*SPEAKERS, *MUSIC], metavar="NAME", help="speakers and music of the test")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and mixtures")
-    add("--num-steps", type=at_least(1), default=300, help="training steps of each model")
-    add("--num-parameters", type=at_least(2000), default=100_000, help="largest number of parameters of each model")
-    add("--batch-size", type=at_least(1), default=16, help="mixtures in each training step")
-    add("--seconds", type=at_least(1), default=4, help="length of a mixture in training")
-    add("--num-test", type=at_least(1), default=64, help="mixtures of 8 s in the test, for each ratio")
-    add("--learning-rate", type=positive, default=5e-3, help="highest learning rate")
-    add("--listen", type=Path, help="folder for wav files of one mixture of the test")
-    parser.add_output("--plot", Path("denoise.png"), "picture of the spectrograms")
-    return parser
+    with drawing(path, 8, 3 + 1.6 * len(signals), dpi=75) as figure:
+        chart, *rows = figure.subplots(1 + len(signals), 1, height_ratios=[1.5] + [1] * len(signals))
+        noisy = torch.tensor(ratios["noisy"])
+        others = {name: torch.tensor(runs) - noisy for name, runs in ratios.items() if name != "noisy"}
+        places = torch.arange(len(RATIOS_DB))
+        for index, (name, gains) in enumerate(others.items()):
+            mean = gains.mean(0)
+            errors = torch.stack([mean - gains.amin(0), gains.amax(0) - mean])
+            chart.bar((places + 0.25 * (index - 1)).tolist(), mean.tolist(), 0.22, yerr=errors.tolist(), label=name)
+        chart.set_xticks(places.tolist(), [f"{db} dB" for db in RATIOS_DB])
+        chart.set_xlabel("speech to music", fontsize=13)
+        chart.set_ylabel("improvement (dB)", fontsize=13)
+        chart.legend(fontsize=13, ncols=3, loc="upper left")
+        chart.set_ylim(0, 1.4 * float(torch.cat(list(others.values())).max().clamp(min=0.5)))
+        chart.tick_params(labelsize=13)
+        for axes, (name, samples) in zip(rows, signals.items(), strict=True):
+            power = 10 * torch.log10(spectra(samples.unsqueeze(0))[0].abs().square() + 1e-6)
+            extent = (0, len(samples) / RATE, 0, RATE / 2000)
+            axes.imshow(power.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-50, vmax=20)
+            axes.set_title(name, fontsize=14)
+            axes.set_ylabel("kHz", fontsize=13)
+            axes.tick_params(labelsize=13)
+        axes.set_xlabel("seconds", fontsize=13)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
+    defaults = {"num_steps": 300, "num_parameters": 100_000, "batch_size": 16, "learning_rate": 5e-3}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("denoise.png"), **defaults)
+    add = parser.add_argument
+    add("--folder", type=Path, default=Path("/usr/share/asterisk"), help="folder with the folders sounds and moh")
+    add("--test", nargs="+", default=[*SPEAKERS, *MUSIC], metavar="NAME", help="speakers and music of the test")
+    add("--seconds", type=at_least(1), default=4, help="length of a mixture in training")
+    add("--num-test", type=at_least(1), default=64, help="mixtures of 8 s in the test, for each ratio")
+    add("--listen", type=Path, help="folder for wav files of one mixture of the test")
     args = parser.parse_args(argv)
-    run = Run(parser, args, free=["models", "seeds", "listen"])
+    run = Run(parser, args, free=["listen"])
     if args.listen:
         check_folder(args.listen)
     for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -352,9 +315,8 @@ def main(argv: list[str] | None = None) -> None:
     of_ratios: dict[str, list[list[float]]] = {}
 
     def show(name: str, ratios: list[list[float]], *others: str) -> None:
-        """Print the mean over the seeds and half of their range, for each ratio of the mixtures."""
         of_ratios[name] = ratios
-        cells = [f"{statistics.mean(x):5.2f} ± {(max(x) - min(x)) / 2:4.2f}" for x in zip(*ratios, strict=True)]
+        cells = [spread(each, 5, ".2f") for each in zip(*ratios, strict=True)]
         run.print("  ".join([f"{name:6}", *cells, *others]))
 
     run.print("  ".join([" " * 6, *(f"{f'{db} dB':>12}" for db in RATIOS_DB), " training", "stream"]))
@@ -363,15 +325,14 @@ def main(argv: list[str] | None = None) -> None:
     clean, noisy = (x[-1] for x in tests[0])
     signals = {f"speech and music, {RATIOS_DB[0]} dB": noisy}
     for name in args.models:
-        results = [run.once(f"{name}, seed {seed}", train, run, name, seed, sources, tests) for seed in args.seeds]
-        seconds, shares, differences = ([x[key] for x in results] for key in ("seconds", "share", "difference"))
-        others = f"{statistics.mean(seconds):7.1f} s", f"{statistics.median(shares):6.2%}"
+        results = run.each_seed(name, train, name, sources, tests)
+        seconds, share, difference = ([x[key] for x in results] for key in ("seconds", "share", "difference"))
+        others = f"{statistics.mean(seconds):7.1f} s", f"{statistics.median(share):6.2%}"
         show(name, [x["ratios"] for x in results], *others)
-        print(f"{name}: stream and whole sequence differ by at most {max(differences):.1e}", file=sys.stderr)
+        print(f"{name}: stream and whole sequence differ by at most {max(difference):.1e}", file=sys.stderr)
         signals[name] = results[0]["denoised"]
     signals["speech"] = clean
     plot(args.plot, of_ratios, signals)
-    print(f"saved {args.plot}", file=sys.stderr)
     if args.listen:
         for name, samples in signals.items():
             write_wav(args.listen / f"{name.replace(',', '').replace(' ', '_')}.wav", samples)

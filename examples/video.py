@@ -27,7 +27,6 @@ seeds and half of their range, and the processor seconds of training, with the d
 
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, one_cycle, positive, widest, write_figure
+from common import Parser, Run, at_least, drawing, fail, installed, spread, widest
 from torch import Tensor, nn
 
 import mingru
@@ -150,34 +149,24 @@ def sections(frames: Tensor, args: Any) -> Tensor:
     return torch.stack(chosen)
 
 
-def train(run: Run, name: str, seed: int, frames: Tensor, test: Tensor) -> dict[str, Any]:
+def train(run: Run, name: str, frames: Tensor, test: Tensor, seed: int) -> dict[str, Any]:
     """Train a model, and return its error in the test, its processor seconds and its predictions in the picture."""
-    args = run.args
+    args, scale = run.args, frames.std()
     torch.manual_seed(seed)
-    model = make(name, args.num_parameters)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = one_cycle(optimizer, args.learning_rate, args.num_steps)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    scale = frames.std()
-    for _ in run.steps(args.num_steps, model, optimizer, schedule):
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
         x = run.fabric.to_device(sections(frames, args) / scale)
-        predicted, _ = model(x[:, :-1])
         # The first predictions have no past.
-        loss = (predicted - x[:, 1:])[:, 2:].square().mean()
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-    seconds = run.processor_seconds
+        return (model(x[:, :-1])[0] - x[:, 1:])[:, 2:].square().mean()
+
+    trained = run.train(args.num_steps, loss_of, make(name, args.num_parameters))
     predicted, state = [], None
     with torch.no_grad():
         for segment in test[:-1].unsqueeze(0).split(SEGMENT, 1):
-            out, state = model.eval()(run.fabric.to_device(segment / scale), state)
+            out, state = trained(run.fabric.to_device(segment / scale), state)
             predicted.append(out[0].cpu() * scale)
     found = torch.cat(predicted)
-    return {"errors": errors(found, test), "seconds": seconds, "shown": shown(found, test)}
+    return {"errors": errors(found, test), "seconds": run.processor_seconds, "shown": shown(found, test)}
 
 
 def errors(predicted: Tensor, test: Tensor) -> list[float]:
@@ -200,45 +189,31 @@ def shown(predicted: Tensor, test: Tensor) -> Tensor:
 
 def plot(path: Path, true: Tensor, predictions: dict[str, Tensor]) -> None:
     """Draw frames (S, height, width), predictions and their errors, a row each."""
-    from matplotlib.figure import Figure
-
     # The predictions of the second model look like those of the first.
     rows = {"true": true, **dict(itertools.islice(predictions.items(), 2))}
     rows |= {f"error: {name}": (predicted - true).abs() for name, predicted in predictions.items()}
-    figure = Figure(figsize=(8, 1.7 * len(rows)), dpi=100, layout="constrained")
-    most = max(float(rows[name].max()) for name in rows if name.startswith("error"))
-    for line, (name, frames) in zip(figure.subplots(len(rows), len(true)), rows.items(), strict=True):
-        is_error = name.startswith("error")
-        low, high = (0, most) if is_error else (float(true.min()), float(true.max()))
-        for axes, frame in zip(line, frames, strict=True):
-            axes.imshow(frame.numpy(), cmap="magma" if is_error else "gray", vmin=low, vmax=high)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel(name.replace(": ", ":\n"), fontsize=15)
-    write_figure(path, figure)
+    with drawing(path, 8, 1.7 * len(rows), dpi=100) as figure:
+        most = max(float(rows[name].max()) for name in rows if name.startswith("error"))
+        for line, (name, frames) in zip(figure.subplots(len(rows), len(true)), rows.items(), strict=True):
+            is_error = name.startswith("error")
+            low, high = (0, most) if is_error else (float(true.min()), float(true.max()))
+            for axes, frame in zip(line, frames, strict=True):
+                axes.imshow(frame.numpy(), cmap="magma" if is_error else "gray", vmin=low, vmax=high)
+                axes.set_xticks([])
+                axes.set_yticks([])
+            line[0].set_ylabel(name.replace(": ", ":\n"), fontsize=15)
 
 
-def make_parser() -> Parser:
-    parser = Parser(__file__, __doc__, quick=QUICK)
+def main(argv: list[str] | None = None) -> None:
+    defaults = {"num_steps": 400, "num_parameters": 16_000, "batch_size": 4, "learning_rate": 1e-2}
+    parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("video.png"), **defaults)
     add = parser.add_argument
     add("--train", type=Path, help="video for training; if omitted, test_A.avi in the package idtrackerai")
     add("--test", type=Path, help="video for the test; if omitted, test_B.avi in the package idtrackerai")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="models to train")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="random seeds of weights and sections")
-    add("--num-steps", type=at_least(1), default=400, help="training steps of each model")
-    add("--num-parameters", type=at_least(1000), default=16_000, help="largest number of parameters of each model")
-    add("--batch-size", type=at_least(1), default=4, help="sections of the video in each training step")
     add("--length", type=at_least(4), default=16, help="frames of a section")
     add("--size", type=at_least(8), default=48, help="height and width of a section, even")
     add("--width", type=at_least(16), default=288, help="width of the frames, even")
     add("--num-test", type=at_least(8), default=128, help="frames of the test")
-    add("--learning-rate", type=positive, default=1e-2, help="highest learning rate")
-    parser.add_output("--plot", Path("video.png"), "picture of frames and errors")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     args = parser.parse_args(argv)
     for option in ("size", "width"):
         if getattr(args, option) % 2:
@@ -248,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         fix = "run `pip install --no-deps idtrackerai==6.0.14`, or use --train and --test"
         folder = installed("idtrackerai", fix) / "data"
         args.train, args.test = args.train or folder / "test_A.avi", args.test or folder / "test_B.avi"
-    run = Run(parser, args, free=["models", "seeds"])
+    run = Run(parser, args)
     frames, test = read(args.train, args.width), read(args.test, args.width, args.num_test)
     for option, path, video, least in (("train", args.train, frames, args.length + 1), ("test", args.test, test, 8)):
         if len(video) < least or min(video.shape[2:]) < args.size:
@@ -256,21 +231,15 @@ def main(argv: list[str] | None = None) -> None:
             least_shape = f"{least} frames of {args.size} x {args.size} pixels"
             fail(f"--{option} must have at least {least_shape}, got {shape} in {path}; reduce --length or --size")
 
-    def show(name: str, results: list[list[float]], *others: str) -> None:
-        """Print the mean over the seeds and half of their range."""
-        cells = [f"{statistics.mean(x):5.2f} ± {(max(x) - min(x)) / 2:4.2f}" for x in zip(*results, strict=True)]
-        run.print("  ".join([f"{name:7}", *cells, *others]))
-
     run.print("  ".join([" " * 7, f"{'all, dB':>12}", f"{'fish, dB':>12}", " training"]))
-    show("copy", [errors(test[:-1], test)])
-    predictions = {"copy": shown(test[:-1], test)}
-    for name in args.models:
-        results = [run.once(f"{name}, seed {seed}", train, run, name, seed, frames, test) for seed in args.seeds]
-        seconds = statistics.mean(x["seconds"] for x in results)
-        show(name, [x["errors"] for x in results], f"{seconds:7.1f} s")
-        predictions[name] = results[0]["shown"]
-    plot(args.plot, shown(test[1:], test), predictions)
-    print(f"saved {args.plot}", file=sys.stderr)
+    found = {"copy": [{"errors": errors(test[:-1], test), "shown": shown(test[:-1], test)}]}
+    for name in ("copy", *args.models):
+        found[name] = found.get(name) or run.each_seed(name, train, name, frames, test)
+        cells = [spread(x, 5, ".2f") for x in zip(*(each["errors"] for each in found[name]), strict=True)]
+        if name != "copy":
+            cells.append(f"{statistics.mean(each['seconds'] for each in found[name]):7.1f} s")
+        run.print("  ".join([f"{name:7}", *cells]))
+    plot(args.plot, shown(test[1:], test), {name: results[0]["shown"] for name, results in found.items()})
 
 
 if __name__ == "__main__":

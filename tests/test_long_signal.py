@@ -12,7 +12,7 @@ from programs import load, refusal
 script = load("examples/long_signal.py")
 apart = script.apart
 
-SMALL = "--num-steps 3 --num-parameters 500 --batch-size 4 --segment 64 --num-layers 1 --seeds 0 2 --limit 10".split()
+SMALL = "--num-steps 3 --num-parameters 1000 --batch-size 4 --segment 64 --num-layers 1 --seeds 0 2 --limit 10".split()
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +46,6 @@ def test_the_signal_is_normalized_and_targets_are_ahead(file):
     assert signal.targets.shape == (1800, 3)
     for column, horizon in enumerate(script.HORIZONS):
         assert torch.equal(signal.targets[:, column], signal.values[horizon : horizon + 1800])
-    unchanged = signal.values[1500:1800, None].expand(-1, 3)
-    assert script.error(signal.targets[1500:], signal) == [0, 0, 0]
-    expected = (unchanged - signal.targets[1500:]).square().mean(0).sqrt().tolist()
-    assert script.error(unchanged, signal) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", script.TIMED)
@@ -76,7 +72,8 @@ def test_segments_with_carried_state_equal_one_call(name):
 def test_the_linear_filter_forecasts_a_sine(file):
     signal = script.read(file, None)
     rows = torch.arange(signal.num_train, len(signal.targets))
-    assert max(script.error(script.fit_linear(signal)(rows), signal)) < 0.01
+    errors = (script.fit_linear(signal)(rows) - signal.targets[signal.num_train :]).square().mean(0).sqrt()
+    assert errors.max() < 0.01
 
 
 def test_comparison_with_float64(run, capsys):
@@ -95,7 +92,7 @@ def test_lengths_stop_at_the_limit(file, run, monkeypatch, capsys, name, exponen
     signal = script.Signal(torch.zeros(300_000), torch.zeros(299_800, 3), 225_000)
     monkeypatch.setattr(script, "measure", lambda model, x, num_threads: ((len(x) / 4096) ** exponent, 2.0))
     run.args.limit = 20.0
-    found = script.time_lengths(run, name, signal, run.args)
+    found = script.time_lengths(run, name, signal)
     lengths = [4096, 16384, 65536] if exponent == 1 else [4096, 16384]
     assert found == [[length, (length / 4096) ** exponent, 2.0] for length in lengths]
     expected = "262,144 not run, because about 64" if exponent == 1 else "65,536 not run, because about 256"
@@ -148,6 +145,4 @@ def test_refusals(file, tmp_path):
         np.save(file, values)
         assert refused() == f"{expected}{values.shape}"
     file.write_text("no numbers")
-    assert refused().startswith(f"{file} must be a .npy file of numbers, got ")
-    file.unlink()
     assert refused().startswith(f"{file} must be a .npy file of numbers, got ")

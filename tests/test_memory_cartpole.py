@@ -82,7 +82,7 @@ def test_only_first_episodes_are_evaluated(monkeypatch):
 def test_training_improves_the_policy():
     parser = script.make_parser()
     args = parser.parse_args(["--num-steps", "10240", "--learning-rate", "0.005"])
-    _, curve = script.train(Run(parser, args), "minGRU", 0, args)
+    curve, *_ = script.train(Run(parser, args), "minGRU", 0)
     assert curve[-1][2] > 2 * curve[0][2]
 
 

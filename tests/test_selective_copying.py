@@ -35,7 +35,7 @@ def run(capsys, *arguments):
     script.main([*SMALL, *map(str, arguments)])
     captured = capsys.readouterr()
     # A slow machine also shows lines of progress.
-    assert [line for line in captured.err.splitlines() if not line.startswith("step ")] == []
+    assert [line for line in captured.err.splitlines() if not line.startswith("training: step ")] == []
     return captured.out
 
 
@@ -211,7 +211,7 @@ def test_plot_writes_a_picture(tmp_path, capsys):
         ("--num-tokens 65", "--num-tokens must be at most --seq-len (64), got 65"),
         ("--num-tokens 0", "argument --num-tokens: must be an integer of at least 1, got '0'"),
         ("--vocab-size 3", "argument --vocab-size: must be an integer of at least 4, got '3'"),
-        ("--learning-rate nan", "argument --learning-rate: must be a number of at least 0, got 'nan'"),
+        ("--learning-rate nan", "argument --learning-rate: must be a number above 0, got 'nan'"),
         ("--weight-decay -1", "argument --weight-decay: must be a number of at least 0, got '-1'"),
         ("--warmup 2", "argument --warmup: must be a number from 0 to 1, got '2'"),
         ("--seed 2147483648", "argument --seed: must be an integer from 0 to 2147483647, got '2147483648'"),
@@ -221,10 +221,6 @@ def test_plot_writes_a_picture(tmp_path, capsys):
 )
 def test_senseless_options_are_refused(capsys, arguments, message):
     assert refused(capsys, *arguments.split()).startswith(message)
-
-
-def test_without_warm_up_the_first_step_has_the_full_learning_rate():
-    assert script.learning_rate_factor(0, config(warmup=0)) == 1
 
 
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, capsys):
@@ -249,6 +245,8 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, capsys, kept):
     assert f"{checkpoint} is damaged or not a checkpoint" in refused(capsys, "--load", checkpoint)
 
 
+# A file without metadata, whose marks of a layer are missing.
+@pytest.mark.filterwarnings("ignore:load_state_dict. the weights do not say")
 def test_a_checkpoint_that_does_not_fit_its_sizes_is_refused(checkpoint, capsys):
     with safetensors.safe_open(checkpoint, framework="pt") as file:
         saved = json.loads(file.metadata()["config"])
@@ -258,12 +256,12 @@ def test_a_checkpoint_that_does_not_fit_its_sizes_is_refused(checkpoint, capsys)
         checkpoint.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps({**saved, **changes})}))
         return refused(capsys, "--load", checkpoint)
 
-    message = f"{checkpoint} does not match this model: "
-    assert f"{message}head.weight is (6, 16), expected (6, 32)" in rewrite(tensors, hidden_dims=32)
-    assert f"{message}rnn.layers.2.linear.bias is missing, expected (32,)" in rewrite(tensors, num_layers=3)
+    message = f"{checkpoint} does not match this model: Error(s) in loading state_dict for Model: "
+    assert f"{message}size mismatch for rnn.layers.0." in rewrite(tensors, hidden_dims=32)
+    assert f'{message}Missing key(s) in state_dict: "rnn.layers.2.' in rewrite(tensors, num_layers=3)
     fewer = {name: tensor for name, tensor in tensors.items() if name != "head.bias"}
-    assert f"{message}head.bias is missing, expected (6,)" in rewrite(fewer)
-    assert f"{message}more is (1,), expected no such tensor" in rewrite({**tensors, "more": torch.ones(1)})
+    assert f'{message}Missing key(s) in state_dict: "head.bias"' in rewrite(fewer)
+    assert f'{message}Unexpected key(s) in state_dict: "more"' in rewrite({**tensors, "more": torch.ones(1)})
     assert "--hidden-dims: must be an integer of at least 1, got 'x'" in rewrite(tensors, hidden_dims="x")
     assert "--norm: invalid choice: 'batch'" in rewrite(tensors, norm="batch")
 
