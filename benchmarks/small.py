@@ -1,6 +1,8 @@
-"""Time small work and half precision: one step of layers and cells, and bfloat16 layers, beside linear maps and nn.GRU.
+"""Time small work, half precision, and matrix products: one step of layers and cells, and bfloat16 layers, beside linear
+maps and nn.GRU; and the three products of a linear map by torch (MKL on x86), by oneDNN, and in the tiles of this library.
 
     python benchmarks/small.py
+    MINGRU_PRODUCT=mingru python benchmarks/small.py --products    # only the products
 
 Times are medians of interleaved runs in one process. Before each timed run, the same call runs once. Steps are timed in
 inference mode, with float32. On processors without bfloat16 matrix instructions, nn.Linear itself is slow in bfloat16.
@@ -8,6 +10,7 @@ inference mode, with float32. On processors without bfloat16 matrix instructions
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +22,8 @@ from mingru.bench import forward, forward_backward, medians_ms, output, print_ta
 
 DIMS = 256
 SHAPES = [(8, 512, 256, 256), (16, 1024, 512, 512)]
+# Rows, features, columns.
+PRODUCTS = [(4096, 256, 512), (2048, 512, 1024), (2048, 64, 128), (2048, 10, 200), (64, 256, 512), (8, 256, 512)]
 
 
 def steps(seconds: float) -> dict[str, dict[str, float]]:
@@ -81,18 +86,40 @@ def half(shape: Sequence[int], seconds: float) -> dict[str, dict[str, float]]:
     return groups
 
 
+def products(seconds: float) -> dict[str, dict[str, float]]:
+    """Time the product of a linear map, and those of the gradients of its input and of its weight."""
+    groups = {}
+    for rows, features, columns in PRODUCTS:
+        x, weight, grad = torch.randn(rows, features), torch.randn(columns, features), torch.randn(rows, columns)
+        factors = {"forward": (x, weight.t()), "gradient of x": (grad, weight), "of the weight": (grad.t(), x)}
+        for name, (left, right) in factors.items():
+            calls = {
+                "torch.mm": partial(torch.mm, left, right),
+                "mingru": partial(torch.ops.mingru.multiply, left, right, None),
+            }
+            if torch.backends.mkldnn.is_available():
+                linear = torch.ops.mkldnn._linear_pointwise
+                calls["oneDNN"] = partial(linear, left, right.t(), None, "none", [], "")
+            groups[f"{(rows, features, columns)}, {name}"] = medians_ms(
+                {key: forward(call) for key, call in calls.items()}, seconds
+            )
+    return groups
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each table (default: %(default)s)")
     add_shape_option(parser, "two shapes, for the layers in bfloat16")
+    parser.add_argument("--products", action="store_true", help="print only the table of matrix products")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(where())
-    results = steps(args.seconds)
-    for shape in args.shape or SHAPES:
+    results = {} if args.products else steps(args.seconds)
+    results |= products(args.seconds / 4)
+    for shape in [] if args.products else args.shape or SHAPES:
         titled = half(shape, args.seconds).items()
         results |= {f"(B, S, I, H) = {tuple(shape)}, {title}": times for title, times in titled}
     for title, times in results.items():

@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace mingru {
@@ -33,6 +35,26 @@ const Kernels& chosen() {
   static const Kernels kernels = best_here();
   return kernels;
 }
+
+// torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).
+// The environment variable MINGRU_PRODUCT, "mingru" or "torch", chooses elsewhere. It depends on no measurement at run
+// time, so that results are the same in every run.
+bool are_tiles_faster() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  const char* given = std::getenv("MINGRU_PRODUCT");
+  const std::string name = given ? given : "";
+  return chosen().multiply_panel && (name.empty() ? __builtin_cpu_is("amd") != 0 : name == "mingru");
+#else
+  return false;
+#endif
+}
+
+// With fewer rows or multiplications, torch's product is faster.
+constexpr int64_t least_rows = 8, least_multiplications = 1 << 17;
+// With fewer, a thread costs more time than it saves.
+constexpr int64_t multiplications_per_thread = 1 << 20;
+// The rows of the left matrix that a task reads for each panel, from the second-level cache.
+constexpr int64_t most_task_rows = 16 * tile_rows;
 
 // With fewer weights, a thread costs more time than it saves.
 constexpr int64_t weights_per_thread = 1 << 16;
@@ -174,6 +196,53 @@ void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
   torch::stable::parallel_for(
       0, product.columns, least, [&](int64_t begin, int64_t end) { chosen().multiply(product, begin, end); });
+}
+
+bool multiplies_in_tiles() {
+  static const bool result = are_tiles_faster();
+  return result;
+}
+
+bool multiply_in_tiles(const MatrixProduct& product, float* (*memory)()) {
+  const int64_t rows = product.rows;
+  if (!multiplies_in_tiles() || rows < least_rows || rows * product.columns * product.depth < least_multiplications) {
+    return false;
+  }
+  float* packed = memory();
+  // Parts of the right matrix that fit in the memory.
+  const int64_t most_columns = std::min(most_packed / tile_depth, ceil_div(product.columns, panel_columns) * panel_columns);
+  const int64_t most_depth = most_packed / most_columns / tile_depth * tile_depth;
+  // Each thread gets as many blocks of rows.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = ceil_div(ceil_div(rows, most_task_rows), threads) * threads;
+  const int64_t task_rows = ceil_div(ceil_div(rows, blocks), tile_rows) * tile_rows;
+  for (int64_t column = 0; column < product.columns; column += most_columns) {
+    MatrixProduct part = product;
+    part.columns = std::min(most_columns, product.columns - column);
+    part.right.data += column * part.right.column_stride;
+    part.out += column;
+    if (part.added) part.added += column;
+    const int64_t panels = ceil_div(part.columns, panel_columns), tasks = ceil_div(rows, task_rows) * panels;
+    for (int64_t k = 0; k < product.depth; k += most_depth) {
+      part.depth = std::min(most_depth, product.depth - k);
+      const int64_t panel_size = panel_columns * part.depth;
+      torch::stable::parallel_for(0, panels, ceil_div(values_per_thread, panel_size), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) chosen().pack_panel(part, packed + i * panel_size, i);
+      });
+      const int64_t least = ceil_div(multiplications_per_thread, task_rows * panel_size);
+      torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t panel = i % panels, row = i / panels * task_rows;
+          chosen().multiply_panel(part, packed + panel * panel_size, panel, row, std::min(row + task_rows, rows));
+        }
+      });
+      part.left.data += part.depth * part.left.column_stride;
+      part.right.data += part.depth * part.right.row_stride;
+      part.added = part.out;
+      part.added_stride = part.out_stride;
+    }
+  }
+  return true;
 }
 
 void add_rows(const RowSum& sum, void* total) {

@@ -253,7 +253,7 @@ class Pass : Arguments {
   // gelu(W x + b). Not by aten::gelu: the stable ABI never frees the string that it takes.
   void map_and_gelu(bool has_bias) {
     const Tensor x = as_contiguous(x_);
-    if (num_rows() <= most_few_rows) {
+    if (num_rows() <= most_few_rows || (x.scalar_type() == ScalarType::Float && multiplies_in_tiles())) {
       x_ = mapped(x, has_bias);
       return with_type([&](auto type) { gelu_in_place(data_of<decltype(type)>(x_), x_.numel()); });
     }
@@ -269,12 +269,16 @@ class Pass : Arguments {
 
   template <class T>
   void gelu_in_place(T* x, int64_t count) const {
-    std::vector<T> values(x, x + count);
-    for (T& value : values) value *= T(0.70710678118654752440);
-    std::array<StableIValue, 1> stack{torch::stable::detail::from(matrix(values.data(), 1, count, x_))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-    for (int64_t i = 0; i < count; ++i) x[i] *= T(0.5) * (T(1) + values[i]);
+    constexpr int64_t most = 1 << 16;
+    std::vector<T> values(std::min(count, most));
+    for (; count > 0; x += most, count -= most) {
+      const int64_t size = std::min(count, most);
+      for_each_row(size, 1, [&](int64_t i) { values[i] = T(0.70710678118654752440) * x[i]; });
+      std::array<StableIValue, 1> stack{torch::stable::detail::from(matrix(values.data(), 1, size, x_))};
+      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
+      torch::stable::detail::to<Tensor>(stack[0]);
+      for_each_row(size, 1, [&](int64_t i) { x[i] *= T(0.5) * (T(1) + values[i]); });
+    }
   }
 
   // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.

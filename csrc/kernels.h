@@ -4,6 +4,7 @@
 #include "convert.h"
 #include "lanes.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace mingru::MINGRU_ISA {
 
@@ -219,6 +220,12 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 
 #define MINGRU_QUOTED(name) #name
 #define MINGRU_NAME_OF(set) MINGRU_QUOTED(set)
-Kernels kernels() { return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows}; }
+Kernels kernels() {
+#ifdef MINGRU_AVX512
+  return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows, pack_panel, multiply_panel};
+#else
+  return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows};
+#endif
+}
 
 }  // namespace mingru::MINGRU_ISA

@@ -23,14 +23,9 @@ inline Tensor transposed(const Tensor& weight) {
   return view_of(weight.data_ptr(), {weight.size(1), weight.size(0)}, {1, weight.size(1)}, weight);
 }
 
-inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
-}
-
-// `added` may be `out`, or a vector that is added to each row.
-inline void multiply_and_add(const Tensor& out, const Tensor& added, const Tensor& left, const Tensor& right) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
-}
+// out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
+// multiplies more than a few rows: in tiles of its own, or by torch, whatever is faster on this processor.
+void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added = {});
 
 // out = x weight^T + bias for contiguous rows x; all have the dtype of the weight, which is contiguous. bfloat16 and
 // float16 are rounded once, after the bias, as in torch.nn.Linear.

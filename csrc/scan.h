@@ -108,6 +108,24 @@ struct Product {
   int64_t rows, columns, features;
 };
 
+// Strides count elements.
+struct Matrix {
+  const float* data;
+  int64_t row_stride, column_stride;
+};
+
+// out = left right + added. `added` has a row for each row of out, or one row for all, if its stride is 0, or is null. It
+// may be out. The values of a row are next to each other in both, and in the rows or the columns of `right`.
+struct MatrixProduct {
+  Matrix left, right;
+  const float* added;
+  float* out;
+  int64_t added_stride, out_stride, rows, columns, depth;
+};
+// The right matrix is copied into panels of so many columns, of which only the last has fewer. A tile of the result has so
+// many rows, and sums so many products in registers.
+constexpr int64_t panel_columns = 64, tile_rows = 6, tile_depth = 256;
+
 // Rows of `columns` values each, whose sum is computed.
 struct RowSum {
   Storage storage;
@@ -124,6 +142,9 @@ struct Kernels {
   void (*multiply)(const Product&, int64_t begin, int64_t end);
   // Adds a range of rows to `total`, which has the accumulation dtype.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end, void* total);
+  // Copies a panel of the right matrix, and computes a range of rows of a panel's columns. Null without AVX-512.
+  void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;
+  void (*multiply_panel)(const MatrixProduct&, const float* panel, int64_t index, int64_t begin, int64_t end) = nullptr;
 };
 
 }  // namespace mingru

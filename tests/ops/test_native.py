@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from contextlib import nullcontext
@@ -433,6 +435,75 @@ def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
     # The first libraries have no such number.
     monkeypatch.setattr(torch.ops, "mingru", SimpleNamespace())
     assert re.fullmatch(of_others, native._load())
+
+
+# Products of all sizes of tiles and panels, from 5 rows on, and of several parts of the memory: rows, columns, depth.
+PRODUCTS = """
+import itertools, torch, mingru
+differs = False
+multiply = torch.ops.mingru.multiply
+shapes = [*itertools.product((5, 8, 97), (1, 15, 16, 17, 48, 65, 128), (1, 16, 255, 257)), *itertools.product(
+    range(13, 25), (33, 62), (300,)), (9, 2100, 600), (100, 4200, 20), (2100, 70, 30), (64, 100, 9000)]
+for (rows, columns, depth), flips in zip(shapes, itertools.cycle(itertools.product((0, 1), (0, 1), (0, 1)))):
+    turned = lambda x, flip: x.t().contiguous().t() if flip else x
+    left, right = turned(torch.randn(rows, depth), flips[0]), turned(torch.randn(depth, columns), flips[1])
+    added = torch.randn(columns) if flips[2] else None
+    truth, size = left.double() @ right.double(), left.abs().double() @ right.abs().double()
+    truth = truth if added is None else truth + added
+    torch.set_num_threads(1)
+    out = multiply(left, right, added)
+    assert ((out - truth).abs() <= 3e-7 * (size + truth.abs())).all(), (rows, columns, depth, flips)
+    plain = left @ right if added is None else torch.addmm(added, left, right)
+    differs |= not torch.equal(out, plain)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        in_tiles = differs and rows >= 8 and rows * columns * depth >= 2**17
+        assert not in_tiles or torch.equal(multiply(left, right, added), out), (rows, columns, depth, threads)
+    if in_tiles and rows >= 16 and (rows - 8) * columns * depth >= 2**17:
+        assert torch.equal(multiply(left[8:], right, added), out[8:]), (rows, columns, depth)
+for bad in ((left, left, None), (left, right, added.double()), (left[0], right, None), (left, right[:, ::2].t(), None)):
+    try:
+        multiply(*bad)
+    except RuntimeError as error:
+        assert "multiply: left and right must be" in str(error), error
+    else:
+        raise AssertionError(bad)
+x = torch.full((40, 70), 2.0)
+x[3, 5], x[7, 1] = float("nan"), float("inf")
+out = multiply(x, torch.ones(70, 90), None)
+assert out[3].isnan().all() and out[7].isinf().all() and (out.sum(1).isfinite().sum() == 38)
+torch.manual_seed(0)
+for module in (mingru.MinGRU(70, 90, 2), mingru.MinLSTM(64, 40, bias=False), mingru.models.Block(64, mlp=4)):
+    width = 70 if isinstance(module, mingru.MinGRU) else 64
+    x = torch.randn(3, 700, width, requires_grad=True)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        module, x = module.to(dtype), x.detach().to(dtype).requires_grad_()
+        out, _ = module(x)
+        with torch.inference_mode():
+            again, _ = module(x)
+        results.append([out, again, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
+    for one, truth in zip(*results):
+        assert (one - truth).abs().max() < 2e-6 * truth.abs().max(), (module, one.shape)
+print(differs)
+"""
+
+
+@pytest.mark.parametrize("product", ["mingru", "torch", ""])
+def test_products(product):
+    command = [sys.executable, "-c", PRODUCTS]
+    environment = os.environ | {"MINGRU_PRODUCT": product}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    in_tiles = product != "torch" and "avx512vl" in info and (product == "mingru" or "AuthenticAMD" in info)
+    assert done.stdout.split() == [str(in_tiles)]
+
+
+def test_unknown_product_is_refused(monkeypatch):
+    monkeypatch.setenv("MINGRU_PRODUCT", "mkl")
+    with pytest.raises(ValueError, match=r"MINGRU_PRODUCT must be one of \('mingru', 'torch'\) or unset, got 'mkl'"):
+        native._load()
 
 
 def test_what_runs_instead_is_said_once(monkeypatch):

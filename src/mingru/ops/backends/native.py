@@ -4,6 +4,7 @@ Importing this module registers the operators with PyTorch's dispatcher. They ta
 """
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,14 @@ from .sources import number_of_sources
 # The `group` of csrc/scan.h.
 _GROUP = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PRODUCTS = ("mingru", "torch")
 
 
 def _load() -> str | None:
     """Register the operators; return None, or the reason why they are missing."""
+    product = os.environ.get("MINGRU_PRODUCT") or "mingru"  # csrc/driver.cpp reads it
+    if product not in _PRODUCTS:
+        raise ValueError(f"the environment variable MINGRU_PRODUCT must be one of {_PRODUCTS} or unset, got {product!r}")
     folder = Path(__file__).parents[2]
     libraries = [path for path in (folder / "_kernels.so", folder / "_kernels.dll") if path.is_file()]
     if not libraries:

@@ -1,0 +1,150 @@
+// Matrix products of float32 in tiles that fit the registers, with AVX-512. The right matrix is first copied into panels,
+// whose rows are next to each other in memory. Each value is a sum in the order of the depth, so that it depends neither
+// on the number of rows and threads nor on how the work is divided.
+#pragma once
+
+#include "scan.h"
+
+#ifdef MINGRU_AVX512
+
+namespace mingru::MINGRU_ISA {
+
+constexpr int64_t lanes = 16;
+
+MINGRU_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The lanes of a vector that are columns of the matrix.
+MINGRU_INLINE __mmask16 lanes_of(int64_t columns) {
+  return columns >= lanes ? 0xffff : columns > 0 ? (1 << columns) - 1 : 0;
+}
+
+// Turns rows into columns: exchanges the blocks of 8, 4, 2 and 1 lanes that are off the diagonal.
+MINGRU_INLINE void transpose(__m512 (&rows)[lanes]) {
+  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int size = lanes / 2; size > 0; size /= 2) {
+    const __m512i by = _mm512_set1_epi32(size);
+    const __mmask16 is_right = _mm512_test_epi32_mask(index, by);
+    // From 16 on, an index is one into the second vector.
+    const __m512i upper = _mm512_mask_add_epi32(index, is_right, index, _mm512_set1_epi32(lanes - size));
+    const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(index, by), is_right, index, _mm512_set1_epi32(lanes));
+    for (int i = 0; i < lanes; ++i) {
+      if (i & size) continue;
+      const __m512 first = rows[i], second = rows[i + size];
+      rows[i] = _mm512_permutex2var_ps(first, upper, second);
+      rows[i + size] = _mm512_permutex2var_ps(first, lower, second);
+    }
+  }
+}
+
+// Copies a panel of the right matrix, with 0 after its last column.
+static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
+  const Matrix& right = product.right;
+  const int64_t first = panel * panel_columns, columns = least_of(panel_columns, product.columns - first);
+  const int64_t width = (columns + lanes - 1) / lanes * lanes;
+  const float* from = right.data + first * right.column_stride;
+  for (int64_t column = 0; column < width; column += lanes) {
+    const int64_t count = columns - column;
+    if (right.column_stride == 1) {
+      for (int64_t k = 0; k < product.depth; ++k) {
+        const float* row = from + k * right.row_stride + column;
+        _mm512_storeu_ps(to + k * width + column, _mm512_maskz_loadu_ps(lanes_of(count), row));
+      }
+      continue;
+    }
+    for (int64_t k = 0; k < product.depth; k += lanes) {
+      const int64_t depth = least_of(lanes, product.depth - k);
+      __m512 values[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        const float* row = from + least_of(column + i, columns - 1) * right.column_stride + k;
+        values[i] = _mm512_maskz_loadu_ps(i < count ? lanes_of(depth) : 0, row);
+      }
+      transpose(values);
+      for (int64_t i = 0; i < depth; ++i) _mm512_storeu_ps(to + (k + i) * width + column, values[i]);
+    }
+  }
+}
+
+// A part of a product: at most `tile_rows` rows, the columns of a panel, and a depth of at most `tile_depth`.
+struct TileOfProduct {
+  Matrix left;
+  const float *panel, *added;
+  float* out;
+  int64_t depth, added_stride, out_stride;
+  __mmask16 last;  // the lanes of the last vector
+};
+
+// Of the 32 registers, at most 24 have sums, 4 a row of the panel, and one a value of the left matrix.
+template <int rows, int vectors>
+static void multiply_tile(const TileOfProduct& tile) {
+  __m512 sums[rows][vectors];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_setzero_ps();
+  }
+  const int64_t row_stride = tile.left.row_stride, column_stride = tile.left.column_stride;
+  const float *left = tile.left.data, *panel = tile.panel;
+  for (int64_t k = 0; k < tile.depth; ++k, left += column_stride, panel += vectors * lanes) {
+    __m512 right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(panel + j * lanes);
+    for (int i = 0; i < rows; ++i) {
+      const __m512 factor = _mm512_set1_ps(left[i * row_stride]);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_fmadd_ps(factor, right[j], sums[i][j]);
+    }
+  }
+  // Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; ++i) {
+    if (!tile.added) break;
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      const float* added = tile.added + i * tile.added_stride + j * lanes;
+      sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(j == vectors - 1 ? tile.last : 0xffff, added));
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      float* out = tile.out + i * tile.out_stride + j * lanes;
+      _mm512_mask_storeu_ps(out, j == vectors - 1 ? tile.last : 0xffff, sums[i][j]);
+    }
+  }
+}
+
+template <int vectors>
+static void multiply_rows(const TileOfProduct& tile, int64_t rows) {
+  switch (rows) {
+    case 1: return multiply_tile<1, vectors>(tile);
+    case 2: return multiply_tile<2, vectors>(tile);
+    case 3: return multiply_tile<3, vectors>(tile);
+    case 4: return multiply_tile<4, vectors>(tile);
+    case 5: return multiply_tile<5, vectors>(tile);
+    default: return multiply_tile<6, vectors>(tile);
+  }
+}
+
+// Computes a range of rows of a panel's columns.
+static void multiply_panel(const MatrixProduct& product, const float* panel, int64_t index, int64_t begin, int64_t end) {
+  constexpr decltype(&multiply_rows<1>) by_vectors[] = {
+      multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>};
+  const int64_t first = index * panel_columns, columns = least_of(panel_columns, product.columns - first);
+  const int64_t vectors = (columns + lanes - 1) / lanes;
+  TileOfProduct tile{product.left};
+  tile.out_stride = product.out_stride;
+  tile.last = lanes_of(columns - (vectors - 1) * lanes);
+  for (int64_t k = 0; k < product.depth; k += tile_depth) {
+    tile.depth = least_of(tile_depth, product.depth - k);
+    tile.panel = panel + k * vectors * lanes;
+    const float* added = k == 0 ? product.added : product.out;
+    tile.added_stride = k == 0 ? product.added_stride : product.out_stride;
+    for (int64_t row = begin; row < end; row += tile_rows) {
+      tile.left.data = product.left.data + row * product.left.row_stride + k * product.left.column_stride;
+      tile.added = added ? added + row * tile.added_stride + first : nullptr;
+      tile.out = product.out + row * product.out_stride + first;
+      by_vectors[vectors - 1](tile, least_of(tile_rows, end - row));
+    }
+  }
+}
+
+}  // namespace mingru::MINGRU_ISA
+
+#endif
