@@ -50,7 +50,7 @@ bool are_tiles_faster() {
 }
 
 // With fewer rows or multiplications, torch's product is faster.
-constexpr int64_t least_rows = 8, least_multiplications = 1 << 17;
+constexpr int64_t least_rows = 32, least_multiplications = 1 << 17;
 // With fewer, a thread costs more time than it saves.
 constexpr int64_t multiplications_per_thread = 1 << 20;
 // The rows of the left matrix that a task reads for each panel, from the second-level cache.

@@ -19,21 +19,22 @@ MINGRU_INLINE __mmask16 lanes_of(int64_t columns) {
 }
 
 // Turns rows into columns: exchanges the blocks of 8, 4, 2 and 1 lanes that are off the diagonal.
+template <int size = lanes / 2>
 MINGRU_INLINE void transpose(__m512 (&rows)[lanes]) {
   const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int size = lanes / 2; size > 0; size /= 2) {
-    const __m512i by = _mm512_set1_epi32(size);
-    const __mmask16 is_right = _mm512_test_epi32_mask(index, by);
-    // From 16 on, an index is one into the second vector.
-    const __m512i upper = _mm512_mask_add_epi32(index, is_right, index, _mm512_set1_epi32(lanes - size));
-    const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(index, by), is_right, index, _mm512_set1_epi32(lanes));
-    for (int i = 0; i < lanes; ++i) {
-      if (i & size) continue;
-      const __m512 first = rows[i], second = rows[i + size];
-      rows[i] = _mm512_permutex2var_ps(first, upper, second);
-      rows[i + size] = _mm512_permutex2var_ps(first, lower, second);
-    }
+  const __m512i by = _mm512_set1_epi32(size);
+  const __mmask16 is_right = _mm512_test_epi32_mask(index, by);
+  // From 16 on, an index is one into the second vector.
+  const __m512i upper = _mm512_mask_add_epi32(index, is_right, index, _mm512_set1_epi32(lanes - size));
+  const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(index, by), is_right, index, _mm512_set1_epi32(lanes));
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & size) continue;
+    const __m512 first = rows[i], second = rows[i + size];
+    rows[i] = _mm512_permutex2var_ps(first, upper, second);
+    rows[i + size] = _mm512_permutex2var_ps(first, lower, second);
   }
+  if constexpr (size > 1) transpose<size / 2>(rows);
 }
 
 // Copies a panel of the right matrix, with 0 after its last column.
@@ -42,24 +43,29 @@ static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
   const int64_t first = panel * panel_columns, columns = least_of(panel_columns, product.columns - first);
   const int64_t width = (columns + lanes - 1) / lanes * lanes;
   const float* from = right.data + first * right.column_stride;
-  for (int64_t column = 0; column < width; column += lanes) {
-    const int64_t count = columns - column;
+  for (int64_t column = 0; column < width; column += lanes, from += lanes * right.column_stride, to += lanes) {
+    const int64_t count = least_of(columns - column, lanes);
     if (right.column_stride == 1) {
+      const __mmask16 mask = lanes_of(count);
       for (int64_t k = 0; k < product.depth; ++k) {
-        const float* row = from + k * right.row_stride + column;
-        _mm512_storeu_ps(to + k * width + column, _mm512_maskz_loadu_ps(lanes_of(count), row));
+        _mm512_storeu_ps(to + k * width, _mm512_maskz_loadu_ps(mask, from + k * right.row_stride));
       }
       continue;
     }
     for (int64_t k = 0; k < product.depth; k += lanes) {
-      const int64_t depth = least_of(lanes, product.depth - k);
+      const __mmask16 mask = lanes_of(product.depth - k);
       __m512 values[lanes];
+#pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) {
-        const float* row = from + least_of(column + i, columns - 1) * right.column_stride + k;
-        values[i] = _mm512_maskz_loadu_ps(i < count ? lanes_of(depth) : 0, row);
+        // The last column again in place of those that do not exist.
+        const float* row = from + least_of(i, count - 1) * right.column_stride + k;
+        values[i] = _mm512_maskz_loadu_ps(i < count ? mask : 0, row);
       }
       transpose(values);
-      for (int64_t i = 0; i < depth; ++i) _mm512_storeu_ps(to + (k + i) * width + column, values[i]);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        if (k + i < product.depth) _mm512_storeu_ps(to + (k + i) * width, values[i]);
+      }
     }
   }
 }
@@ -83,6 +89,8 @@ static void multiply_tile(const TileOfProduct& tile) {
   const int64_t row_stride = tile.left.row_stride, column_stride = tile.left.column_stride;
   const float *left = tile.left.data, *panel = tile.panel;
   for (int64_t k = 0; k < tile.depth; ++k, left += column_stride, panel += vectors * lanes) {
+    // The rows of a transposed matrix are far from each other, where the processor does not see what comes next.
+    _mm_prefetch(reinterpret_cast<const char*>(left + 16 * column_stride), _MM_HINT_T0);
     __m512 right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(panel + j * lanes);
     for (int i = 0; i < rows; ++i) {
