@@ -1,5 +1,7 @@
-"""Time small work, half precision, and matrix products: one step of layers and cells, and bfloat16 layers, beside linear
-maps and nn.GRU; and the three products of a linear map by torch (MKL on x86), by oneDNN, and in the tiles of this library.
+"""Time small work, half precision and matrix products.
+
+One step of layers and cells, and bfloat16 layers, beside linear maps and nn.GRU; and the three products of a linear map
+by torch (MKL on x86), by oneDNN, and by this library, whose own product MINGRU_PRODUCT chooses.
 
     python benchmarks/small.py
     MINGRU_PRODUCT=mingru python benchmarks/small.py --products    # only the products

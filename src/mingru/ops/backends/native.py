@@ -29,7 +29,7 @@ def _load() -> str | None:
     """Register the operators; return None, or the reason why they are missing."""
     product = os.environ.get("MINGRU_PRODUCT") or "mingru"  # csrc/driver.cpp reads it
     if product not in _PRODUCTS:
-        raise ValueError(f"the environment variable MINGRU_PRODUCT must be one of {_PRODUCTS} or unset, got {product!r}")
+        raise ValueError(f"the environment variable MINGRU_PRODUCT must be unset or in {_PRODUCTS}, got {product!r}")
     folder = Path(__file__).parents[2]
     libraries = [path for path in (folder / "_kernels.so", folder / "_kernels.dll") if path.is_file()]
     if not libraries:
