@@ -253,32 +253,41 @@ class Pass : Arguments {
   // gelu(W x + b). Not by aten::gelu: the stable ABI never frees the string that it takes.
   void map_and_gelu(bool has_bias) {
     const Tensor x = as_contiguous(x_);
-    if (num_rows() <= most_few_rows || (x.scalar_type() == ScalarType::Float && multiplies_in_tiles())) {
+    if (num_rows() <= most_few_rows) {
       x_ = mapped(x, has_bias);
       return with_type([&](auto type) { gelu_in_place(data_of<decltype(type)>(x_), x_.numel()); });
+    }
+    const int64_t rows = num_rows();
+    if (x.scalar_type() == ScalarType::Float && multiplies_in_tiles()) {
+      // Torch's operator then adds a product without depth.
+      const Tensor product = mapped(x, has_bias);
+      const int64_t columns = product.size(2);
+      void* data = product.data_ptr();
+      const Tensor added = matrix(data, rows, columns, x);
+      return set_gelu(added, true, matrix(data, rows, 0, x), matrix(data, 0, columns, x));
     }
     const Tensor& weight = next_weight(2, x.size(2));
     const int64_t columns = weight.size(0), features = weight.size(1);
     const Tensor added = has_bias ? next_weight(1, columns) : matrix(weight.data_ptr(), 1, 1, x);  // times has_bias
-    const Tensor rows = matrix(x.data_ptr(), num_rows(), features, x);
+    set_gelu(added, has_bias, matrix(x.data_ptr(), rows, features, x), transposed(weight));
+  }
+
+  // x = gelu(added + left right).
+  void set_gelu(const Tensor& added, bool has_added, const Tensor& left, const Tensor& right) {
     AtenTensorHandle out;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(
-        added.get(), rows.get(), transposed(weight).get(), has_bias, 1, /*use_gelu=*/1, &out));
-    x_ = torch::stable::view(Tensor(out), {x.size(0), x.size(1), columns});
+        added.get(), left.get(), right.get(), has_added, 1, /*use_gelu=*/1, &out));
+    x_ = torch::stable::view(Tensor(out), {x_.size(0), x_.size(1), right.size(1)});
   }
 
   template <class T>
   void gelu_in_place(T* x, int64_t count) const {
-    constexpr int64_t most = 1 << 16;
-    std::vector<T> values(std::min(count, most));
-    for (; count > 0; x += most, count -= most) {
-      const int64_t size = std::min(count, most);
-      for_each_row(size, 1, [&](int64_t i) { values[i] = T(0.70710678118654752440) * x[i]; });
-      std::array<StableIValue, 1> stack{torch::stable::detail::from(matrix(values.data(), 1, size, x_))};
-      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
-      torch::stable::detail::to<Tensor>(stack[0]);
-      for_each_row(size, 1, [&](int64_t i) { x[i] *= T(0.5) * (T(1) + values[i]); });
-    }
+    std::vector<T> values(x, x + count);
+    for (T& value : values) value *= T(0.70710678118654752440);
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(matrix(values.data(), 1, count, x_))};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::erf_", "", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+    for (int64_t i = 0; i < count; ++i) x[i] *= T(0.5) * (T(1) + values[i]);
   }
 
   // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.
