@@ -203,14 +203,16 @@ bool multiplies_in_tiles() {
   return result;
 }
 
-bool multiply_in_tiles(const MatrixProduct& product, float* (*memory)()) {
+bool is_faster_in_tiles(const MatrixProduct& product) {
+  return multiplies_in_tiles() && product.rows >= least_rows &&
+         product.rows * product.columns * product.depth >= least_multiplications;
+}
+
+void multiply_in_tiles(const MatrixProduct& product, float* packed) {
   const int64_t rows = product.rows;
-  if (!multiplies_in_tiles() || rows < least_rows || rows * product.columns * product.depth < least_multiplications) {
-    return false;
-  }
-  float* packed = memory();
   // Parts of the right matrix that fit in the memory.
-  const int64_t most_columns = std::min(most_packed / tile_depth, ceil_div(product.columns, panel_columns) * panel_columns);
+  const int64_t width = ceil_div(product.columns, panel_columns) * panel_columns;
+  const int64_t most_columns = std::min(most_packed / tile_depth, width);
   const int64_t most_depth = most_packed / most_columns / tile_depth * tile_depth;
   // Each thread gets as many blocks of rows.
   const int64_t threads = torch::stable::get_num_threads();
@@ -242,7 +244,6 @@ bool multiply_in_tiles(const MatrixProduct& product, float* (*memory)()) {
       part.added_stride = part.out_stride;
     }
   }
-  return true;
 }
 
 void add_rows(const RowSum& sum, void* total) {

@@ -18,10 +18,10 @@ void multiply_few_rows(const Product& product);
 
 // Whether this processor multiplies float32 matrices in tiles, unless they are small, because torch's product takes longer.
 bool multiplies_in_tiles();
+bool is_faster_in_tiles(const MatrixProduct& product);
 // The floats of the memory that a product in tiles needs.
 constexpr int64_t most_packed = 1 << 18;
-// Computes a product in tiles, with memory from a function, or returns false, without calling it, if torch's is faster.
-bool multiply_in_tiles(const MatrixProduct& product, float* (*memory)());
+void multiply_in_tiles(const MatrixProduct& product, float* packed);
 
 // Adds the rows to `total`, which has the accumulation dtype.
 void add_rows(const RowSum& sum, void* total);

@@ -253,8 +253,10 @@ void mingru::multiply(const Tensor& out, const Tensor& left, const Tensor& right
     product.out_stride = product.columns;
     if (added) product.added = data_of<const float>(*added);
     if (added && added->dim() == 2) product.added_stride = product.columns;
-    const auto memory = [] { return static_cast<float*>(packed_scratch.at_least(most_packed * sizeof(float))); };
-    if (multiply_in_tiles(product, memory)) return;
+    if (is_faster_in_tiles(product)) {
+      Scratch packed;
+      return multiply_in_tiles(product, static_cast<float*>(packed.at_least(most_packed * sizeof(float))));
+    }
   }
   if (!added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   if (added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1, 1));
