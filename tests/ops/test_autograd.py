@@ -74,7 +74,7 @@ def test_a_learned_state_of_images_compiles_with_resets():
 def test_a_permuted_state_keeps_torchs_contract():
     h = torch.rand(4, 1, 2).permute(2, 1, 0)
     pair = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
-    call, how = [h, h.contiguous(), None, None, None, None], native.number_of(Spec("mingru", "positive", False))
+    call, how = [h, h.contiguous()], native.number_of(Spec("mingru", "positive", False))
     operators = torch.ops.mingru
     torch.library.opcheck(operators.recurrence_forward.default, (pair, call, how, 0.0))
     out, last = operators.recurrence_forward(pair, call, how, 0.0)
