@@ -20,11 +20,11 @@ from mingru.ops import private
 CONV = (
     "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
     "dropout=0.0, bidirectional=False, residual=False, norm=None, candidate=None, gate='sigmoid', "
-    "learn_initial_state=False, batch_first=True, device=None, dtype=None"
+    "learn_initial_state=False, memory=None, batch_first=True, device=None, dtype=None"
 )
 CONV_CELL = (
     "input_dims, hidden_dims, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None, "
-    "candidate=None, gate='sigmoid', learn_initial_state=False, device=None, dtype=None"
+    "candidate=None, gate='sigmoid', learn_initial_state=False, memory=None, device=None, dtype=None"
 )
 OF_TORCH = (
     "input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
@@ -32,10 +32,10 @@ OF_TORCH = (
 )
 CELL_OF_TORCH = "input_size, hidden_size, bias=True, device=None, dtype=None"
 OPTIONS = (
-    "residual=False, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False, "
+    "residual=False, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False, memory=None, "
     "recompute=None"
 )
-CELL_OPTIONS = "norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False"
+CELL_OPTIONS = "norm=None, candidate=None, gate='sigmoid', min_decay=0.0, learn_initial_state=False, memory=None"
 LSTM_OPTIONS = "cell='minlstm', forget_bias=1.0, normalize=True"
 FORWARD = "self, x, h=None, reset=None"
 # Name, and what stands between the brackets of its signature.
@@ -43,23 +43,23 @@ CONTRACT = {
     "MinGRU": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
         "*, residual=False, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, "
-        "learn_initial_state=False, recompute=None, device=None, dtype=None"
+        "learn_initial_state=False, memory=None, recompute=None, device=None, dtype=None"
     ),
     "MinGRU.forward": f"{FORWARD}, lengths=None, dt=None",
     "MinLSTM": (
         "input_dims, hidden_dims, num_layers=1, bias=True, batch_first=True, dropout=0.0, bidirectional=False, "
         "*, forget_bias=0.0, normalize=True, residual=False, norm=None, candidate='positive', "
-        "learn_initial_state=False, recompute=None, device=None, dtype=None"
+        "learn_initial_state=False, memory=None, recompute=None, device=None, dtype=None"
     ),
     "MinLSTM.forward": f"{FORWARD}, lengths=None, dt=None",
     "MinGRUCell": (
         "input_dims, hidden_dims, bias=True, *, norm=None, candidate=None, gate='sigmoid', min_decay=0.0, "
-        "learn_initial_state=False, device=None, dtype=None"
+        "learn_initial_state=False, memory=None, device=None, dtype=None"
     ),
     "MinGRUCell.forward": f"{FORWARD}, dt=None",
     "MinLSTMCell": (
         "input_dims, hidden_dims, bias=True, *, forget_bias=0.0, normalize=True, norm=None, candidate='positive', "
-        "learn_initial_state=False, device=None, dtype=None"
+        "learn_initial_state=False, memory=None, device=None, dtype=None"
     ),
     "MinLSTMCell.forward": f"{FORWARD}, dt=None",
     **{f"MinConv{dims}dGRU": CONV for dims in (1, 2, 3)},

@@ -283,7 +283,7 @@ def test_meta_device(options):
 
 
 def test_signatures():
-    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate={}learn_initial_state=False, "
+    shared = "input_dims, hidden_dims, bias=True, *, {}norm=None, candidate={}learn_initial_state=False, memory=None, "
     shared += "device=None, dtype=None"
     for kind, extra in (
         (MinGRUCell, ("", "None, gate='sigmoid', min_decay=0.0, ")),
