@@ -368,7 +368,10 @@ class Pass : Arguments {
     Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = first + direction;
-      std::vector<Tensor> tensors{layer_of(h, index), layer_of(initial_state, index)};
+      std::vector<Tensor> tensors;
+      tensors.reserve(num_arguments);
+      tensors.push_back(layer_of(h, index));
+      tensors.push_back(layer_of(initial_state, index));
       if (!resets.empty()) tensors.push_back(resets[direction]);
       if (!times.empty()) tensors.push_back(times[direction]);
       const int64_t flags = bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
