@@ -26,7 +26,7 @@ import mingru
 from mingru import ops
 from mingru.ops import NUM_INPUTS, Spec, Start
 from mingru.ops.backends.triton.device import first_line
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import TIMED, parts_of
 
 from ..measure import write_json
 from .device import about, allowed, error, launches, parse, supported
@@ -60,8 +60,8 @@ def configurations(count: int, seed: int, sizes: tuple[tuple[int, ...], ...] = S
         if config["cell"] not in TIMED:
             config |= {"dt": False, "min_decay": 0.0}
         batch, steps, features = (draw.randint(1, most) for most in draw.choice(sizes))
-        # Angles need an even number of features.
-        yield config | {"shape": (batch, steps, features + features % 2)}
+        features += -features % parts_of(config["cell"])
+        yield config | {"shape": (batch, steps, features)}
 
 
 def by_kernel(config: Config, backend: str, lengths: Tensor, reset: Tensor | None, leaves: list[Tensor]) -> Any:

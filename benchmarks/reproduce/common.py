@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mingru
 import selective_copying
+from examples.common import warmup_cosine
 
 from ..measure import where
 
@@ -62,17 +63,18 @@ def training(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    config = {"warmup": 0.05, "num_steps": num_steps}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    if decay:
+        schedule = warmup_cosine(optimizer, num_steps, max(1, round(0.05 * num_steps)))
     for step in range(num_steps):
-        factor = selective_copying.learning_rate_factor(step, config) if decay else min(1.0, (step + 1) / 50)
-        optimizer.param_groups[0]["lr"] = learning_rate * factor
         tokens, targets = (x.to(device) for x in sample(batch_size, generator))
         logits = model.train()(tokens)[:, -targets.shape[1] :]
         optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         yield step + 1, (logits.argmax(-1) == targets).float().mean().item()
 
 
