@@ -95,41 +95,28 @@ def test_an_example_state_for_all_sequences(path):
     torch.testing.assert_close(run(path, x, h), list(rnn(x, h)))
 
 
-def test_a_model_of_ones_own_in_steps(path):
+@pytest.mark.parametrize("args", [(torch.tensor([[1]]),), (torch.tensor([[1], [2]]), torch.zeros(1, 2, 5))])
+def test_a_model_of_ones_own_in_steps(args, path):
     """As it is in use, without dropout, and in the modes in which it was afterwards."""
     model = Tagger()
     model.rnn.eval()
-    onnx(model, (torch.tensor([[1], [2]]), torch.zeros(1, 2, 5)), path, kind="step")
+    onnx(model, args, path, kind="step")
     assert (model.training, model.rnn.training, model.drop.training) == (True, False, True)
     inputs, outputs = shapes(path)
-    batch = inputs["tokens"][0]
-    assert type(batch) is str
-    assert inputs == {"tokens": [batch, 1], "state": [1, batch, 5]}
+    assert inputs == {"tokens": ["batch", 1], "state": [1, "batch", 5]}
     assert list(outputs) == ["out", "h_out"]
     model.eval().requires_grad_(False)
     tokens, state = torch.tensor([[1], [4], [6]]), torch.randn(1, 3, 5)
     torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
 
 
-def test_a_size_of_one_is_fixed_in_a_model_of_ones_own(path):
-    model = Tagger().eval().requires_grad_(False)
-    onnx(model, (torch.tensor([[1]]), torch.zeros(1, 1, 5)), path, kind="step")
-    inputs, _ = shapes(path)
-    assert inputs == {"tokens": [1, 1], "state": [1, 1, 5]}
-    tokens, state = torch.tensor([[4]]), torch.randn(1, 1, 5)
-    torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("maximum", [None, 64])
-def test_a_model_of_ones_own_over_sequences(path, maximum):
-    model, dim = Tagger(), torch.export.Dim
-    given = maximum and ({0: dim("batch"), 1: dim("time", max=maximum)},)
-    onnx(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), path, dynamic_shapes=given)
+def test_a_model_of_ones_own_over_sequences(path):
+    model = Tagger()
+    onnx(model, torch.tensor([[1]]), path, max_steps=64)
     inputs, outputs = shapes(path)
-    batch, time = inputs["tokens"]
-    assert type(batch) is type(time) is str
-    assert list(outputs.values()) == [[batch, time, 2], [1, batch, 5]]
+    assert inputs == {"tokens": ["batch", "time"]}
+    assert list(outputs.values()) == [["batch", "time", 2], [1, "batch", 5]]
     model.eval().requires_grad_(False)
     tokens = torch.randint(7, (3, 50))
     torch.testing.assert_close(run(path, tokens), list(model(tokens)))
@@ -245,8 +232,16 @@ class Masked(nn.Module):
         (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
         (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
         (ValueError, "max_steps must be None because x has no time", mingru.MinGRUCell(3, 4), X[0], {"max_steps": 4}),
-        (ValueError, r"max_steps must be None because the model is your own, got 4", Echo(), X, {"max_steps": 4}),
+        (ValueError, r"x must be \(B, S, \.\.\.\), got \(3,\)", Echo(), torch.zeros(3), {}),
+        (
+            ValueError,
+            r"x must be of size 2 or more in dimension 0, .*, got \(1, 4\); use a larger example",
+            Alone(),
+            (torch.zeros(1, 4),) * 2,
+            {},
+        ),
         (ValueError, r"must be \(x, h\) because kind is 'step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
+        (ValueError, r"must be \(x, h\) because kind is 'step' and .* forward", Masked(), X[:, :1], {"kind": "step"}),
     ],
 )
 def test_bad_input(error, message, model, example, options, path):

@@ -48,18 +48,18 @@ def onnx(
         path: Path of the file, in an existing folder. An existing file is replaced only if the export succeeds. If
             the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
-            and the state is an input and an output. If `example_inputs` has no state, the state that a class of this
-            library returns is used as the example; your own model needs it in `example_inputs`. For a cell, both kinds
-            give the same graph, except for that state. The reverse direction of a bidirectional layer computes from
-            this step only.
-        max_steps: Longest sequence that the file supports, at least 2; only for "sequence", and for classes of this
-            library. For your own model, use `Dim(..., max=...)` in `dynamic_shapes`. A lower maximum makes the file
-            smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
+            and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
+            is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
+            `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
+            bidirectional layer computes from this step only.
+        max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
+            file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
             sequences may give NaN. Default: 268 million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
-            0 of x (batch), dimension 1 for "sequence" (time), and every dimension of an input whose size equals one of
-            these in the example, unless `forward` fixes it. A size of 1 is fixed.
+            0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
+            one of these in the example, unless `forward` fixes it. If your own model has other inputs, batch and time
+            must be at least 2 in the example.
 
     Returns:
         None. The names in the file are:
@@ -96,11 +96,10 @@ def onnx(
     with in_eval_mode(list(model.modules())), torch.no_grad(), _quiet():
         # Not only the attribute `training`, because a module may define `eval` or `train`.
         model.eval()
-        if dynamic_shapes is not None or not _is_library_class(model):
-            args = _with_state(model, given, kind)
-            dynamic_shapes = _dims_like_x(args, kind) if dynamic_shapes is None else dynamic_shapes
-        else:
+        if dynamic_shapes is None:
             args, dynamic_shapes = _with_dynamic_shapes(model, given, kind, max_steps)
+        else:
+            args = _with_state(model, given, kind)
         names = _parameters(model, args)
         # Arguments after a None must be passed by name.
         first = next((index for index, arg in enumerate(args) if arg is None), len(args))
@@ -150,32 +149,25 @@ def _dynamic_dims(layout: Dims, kind: str, index: int, name: str) -> list[int]:
     return [dim for dim in found if dim is not None]
 
 
-def _dims_like_x(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
-    """Return the dimensions of the inputs of a user's model that have the size of the batch, or the number of steps."""
-    from torch.export import Dim
-
-    sizes = {size for size in args[0].shape[: 1 if kind == "step" else 2] if size > 1}
-
-    def dynamic(x: Tensor) -> dict[int, Any]:
-        return {dim: Dim.AUTO for dim, size in enumerate(x.shape) if size in sizes}
-
-    return tuple(pytree.tree_map(dynamic, arg) for arg in args)
-
-
 def _with_dynamic_shapes(
-    model: Layer, args: tuple[Any, ...], kind: str, max_steps: int | None
+    model: nn.Module, args: tuple[Any, ...], kind: str, max_steps: int | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return all inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
-    x, layout = args[0], model.dims_of(args[0])
+    x = args[0]
     # Called before the checks below, so that an error of the model is raised first.
     outputs = model(*args)
-    if kind == "step" and layout.time is not None:
-        expected = f"of one step in dimension {layout.time} because kind is 'step'"
-        remedy = f"use x.narrow({layout.time}, 0, 1)"
-        require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
-    args = _with_state(model, _enlarged(model, args, _state_of(model, outputs), layout, kind), kind)
+    if not _is_library_class(model):
+        layout = Dims(0, 1, None)
+        args = _enlarged_for_user_model(args, kind)
+    else:
+        layout = model.dims_of(x)
+        if kind == "step" and layout.time is not None:
+            expected = f"of one step in dimension {layout.time} because kind is 'step'"
+            remedy = f"use x.narrow({layout.time}, 0, 1)"
+            require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
+        args = _enlarged(model, args, _state_of(model, outputs), layout, kind)
     x_dims: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
     if kind == "sequence" and layout.time is not None:
         num_steps = x.shape[layout.time]
@@ -185,18 +177,40 @@ def _with_dynamic_shapes(
         x_dims[layout.time] = Dim("time", max=max_steps)
     else:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
+    args = _with_state(model, args, kind)
+    names = _parameters(model, args)
 
-    def dynamic(index: int, name: str) -> Any:
+    def dynamic(other: Tensor, index: int) -> dict[int, Any]:
+        if _is_library_class(model):
+            found = _dynamic_dims(layout, kind, index, names[index])
+        else:
+            sizes = [args[0].shape[dim] for dim in x_dims]
+            found = [dim for dim, size in enumerate(other.shape) if size in sizes]
         # Only x names its dimensions, because the exporter warns about a name that is used twice.
-        found = dict.fromkeys(_dynamic_dims(layout, kind, index, name), Dim.AUTO)
-        return pytree.tree_map(lambda _: found, args[index])
+        return dict.fromkeys(found, Dim.AUTO)
 
-    others = [dynamic(index, name) for index, name in enumerate(_parameters(model, args)) if index > 0]
+    others = [
+        pytree.tree_map(lambda other, index=index: dynamic(other, index), arg) for index, arg in enumerate(args[1:], 1)
+    ]
     return args, (x_dims, *others)
 
 
-def _enlarged(model: Layer, args: tuple[Any, ...], state: object, layout: Dims, kind: str) -> tuple[Any, ...]:
-    """Return the inputs with batch and time of at least 2."""
+def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
+    x, least = args[0], 2 if kind == "sequence" else 1
+    expected = "(B, S, ...)" if kind == "sequence" else "(B, ...)"
+    require(_NAME, "x", x.dim() >= least, expected, dims(x.shape), "or pass dynamic_shapes")
+    has_others = any(isinstance(other, Tensor) for other in pytree.tree_leaves(args[1:]))
+    for dim in range(least):
+        if has_others:
+            expected = f"of size 2 or more in dimension {dim}, to find dynamic dimensions of other inputs"
+            remedy = "use a larger example or pass dynamic_shapes"
+            require(_NAME, "x", x.shape[dim] >= 2, expected, dims(x.shape), remedy)
+        x = _at_least_two(x, dim)
+    return (x, *args[1:])
+
+
+def _enlarged(model: nn.Module, args: tuple[Any, ...], state: object, layout: Dims, kind: str) -> tuple[Any, ...]:
+    """Return the inputs of a class of this library, with batch and time of at least 2."""
     enlarged = [*args]
     for index, name in enumerate(_parameters(model, args)):
         if args[index] is None:
@@ -217,14 +231,19 @@ def _at_least_two(x: Tensor, dim: int) -> Tensor:
 def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
     if kind == "sequence" or (len(args) > 1 and args[1] is not None):
         return args
-    expected = "(x, h) because kind is 'step' and the model is your own"
-    require(_NAME, "example_inputs", _is_library_class(model), expected, "only x")
-    return (args[0], _state_of(model, model(*args)), *args[2:])
+    state = _state_of(model, model(*args))
+    takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
+    expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
+    is_valid = state is not None and (takes_state or _is_library_class(model))
+    require(_NAME, "example_inputs", is_valid, expected, "only x")
+    return (args[0], state, *args[2:])
 
 
-def _state_of(model: nn.Module, outputs: Any) -> Any:
-    """Return the state: the second of a pair (out, h), or what a cell returns."""
-    return outputs if _is_cell(model) else outputs[1]
+def _state_of(model: nn.Module, outputs: object) -> Any:
+    """Return the state: the second of a pair (out, h), or what a cell returns. None for other outputs."""
+    if isinstance(outputs, Tensor) or _is_cell(model):
+        return outputs
+    return outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
 
 
 def _parameters(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
@@ -286,12 +305,9 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     require(_NAME, "model", is_module, "a torch.nn.Module", type(model).__name__, remedy, TypeError)
     _check_example(example_inputs)
     if max_steps is not None:
-        is_own = not _is_library_class(model)
-        if kind == "step" or dynamic_shapes is not None or is_own:
-            why = (
-                "kind is 'step'" if kind == "step" else "the model is your own" if is_own else "dynamic_shapes is given"
-            )
-            remedy = "" if kind == "step" else f"use Dim(..., max={max_steps}) in dynamic_shapes"
+        if kind == "step" or dynamic_shapes is not None:
+            why = "kind is 'step'" if kind == "step" else "dynamic_shapes is given"
+            remedy = "" if kind == "step" else f"use Dim(..., max={max_steps})"
             raise ValueError(expectation(_NAME, "max_steps", f"None because {why}", repr(max_steps), remedy))
         check_int(_NAME, "max_steps", max_steps, least=2)
     is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
