@@ -72,7 +72,7 @@ def sharp(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         '    elif CELL == "mingru_sharp":\n        return sharp(x, ACTIVATION, EXACT)\n',
     ),
     (3, "src/mingru/ops/backends/triton/plan.py", "KEEPING = {\n", '    "mingru_sharp": (-inf, 0.0),\n'),
-    (5, "src/mingru/ops/cells.py", 'GATES = {"sigmoid": "mingru"', ', "sharp": "mingru_sharp"'),
+    (5, "src/mingru/ops/cells.py", '    "sigmoid": "mingru",\n', '    "sharp": "mingru_sharp",\n'),
 ]
 
 # Compares the layer with a minGRU whose gate has doubled weights, on the backend that is the argument.

@@ -28,7 +28,7 @@ from ..ops import layout, route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import CELLS, GATES, NUM_INPUTS, zero_state
-from ..ops.graph import is_autocast, is_captured
+from ..ops.graph import is_autocast, is_captured, untraced
 from ..ops.inference import Plan, plannable
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
@@ -252,6 +252,7 @@ class Recurrent(CheckedCalls, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
+    @untraced
     def _check_parameters(self, x: Any) -> None:
         super()._check_parameters(x)
         if self.initial_state is not None:
