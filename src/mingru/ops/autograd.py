@@ -20,7 +20,7 @@ from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, flattened, from_flat
 from .cells import NUM_INPUTS
-from .graph import are_batched, is_compiling
+from .graph import are_batched, is_compiling, is_exporting
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
 from .private import jvp_nesting
 from .route import Choice, backend_of, run_or_other
@@ -56,7 +56,8 @@ def scan(choice: Choice, call: LinearScan) -> States:
     if backend.differentiable:
         assert backend.scan is not None
         return backend.scan(call)
-    if is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])
+    if is_compiling() and not is_exporting() and not needs_grad:
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
         # which transforms such as `torch.func.grad` may need.
         return _traceable_scan(call)
