@@ -49,8 +49,8 @@ bool are_tiles_faster() {
 #endif
 }
 
-// With fewer rows or multiplications, torch's product is faster.
-constexpr int64_t least_rows = 32, least_multiplications = 1 << 17;
+// With fewer, torch's product is faster.
+constexpr int64_t least_multiplications = 1 << 17;
 // With fewer, a thread costs more time than it saves.
 constexpr int64_t multiplications_per_thread = 1 << 20;
 // The rows of the left matrix that a task reads for each panel, from the second-level cache.
@@ -204,7 +204,7 @@ bool multiplies_in_tiles() {
 }
 
 bool is_faster_in_tiles(const MatrixProduct& product) {
-  return multiplies_in_tiles() && product.rows >= least_rows &&
+  return multiplies_in_tiles() && product.rows >= least_tiled_rows &&
          product.rows * product.columns * product.depth >= least_multiplications;
 }
 

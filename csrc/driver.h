@@ -18,6 +18,8 @@ void multiply_few_rows(const Product& product);
 
 // Whether this processor multiplies float32 matrices in tiles, unless they are small, because torch's product takes longer.
 bool multiplies_in_tiles();
+// With fewer rows, torch's product is faster.
+constexpr int64_t least_tiled_rows = 32;
 bool is_faster_in_tiles(const MatrixProduct& product);
 // The floats of the memory that a product in tiles needs.
 constexpr int64_t most_packed = 1 << 18;

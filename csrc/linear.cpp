@@ -155,8 +155,10 @@ class LinearOperands : public Operands {
     return as_contiguous(is_transposed_ ? torch::stable::transpose(x, 0, 1) : x);
   }
 
-  // Not by the size of the product, so that backward passes agree with the forward pass.
-  bool is_in_tiles() const { return scan.storage == Storage::float32 && multiplies_in_tiles(); }
+  // By the rows of the whole call, not by the size of each product, so that backward passes agree with the forward pass.
+  bool is_in_tiles() const {
+    return scan.storage == Storage::float32 && multiplies_in_tiles() && num_rows() >= least_tiled_rows;
+  }
 
   int64_t row_bytes() const { return num_features * x_.element_size(); }
 
