@@ -56,8 +56,8 @@ def scan(choice: Choice, call: LinearScan) -> States:
     if backend.differentiable:
         assert backend.scan is not None
         return backend.scan(call)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])
-    if is_compiling() and not is_exporting() and not needs_grad:
+    in_compile = is_compiling() and not is_exporting()
+    if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
         # which transforms such as `torch.func.grad` may need.
         return _traceable_scan(call)
