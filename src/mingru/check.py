@@ -280,7 +280,8 @@ def check_input(name: str, x: Tensor, weight: Tensor, like_name: str) -> None:
 
 def check_kind(name: str, argument: str, x: Tensor, like: Tensor, like_name: str = "x") -> None:
     """Check that x, a state or a time, has the device of a sequence, and its dtype or its accumulation dtype."""
-    check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *autocast_dtypes(like)))
+    if not (isinstance(x, Tensor) and x.dtype == like.dtype and x.device == like.device):
+        check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *autocast_dtypes(like)))
 
 
 def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
@@ -340,10 +341,8 @@ def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str)
         raise on_another_device(name, "reset", reset, sequence.device, "the sequence")
 
 
-def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters: str, like_name: str = "x") -> None:
+def check_dt(name: str, dt: Tensor, sequence: Tensor, cell: str, letters: str, like_name: str = "x") -> None:
     """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
-    if dt is None:
-        return
     why_not = CELLS[cell].not_timed
     require(name, "dt", why_not is None, f"None because {why_not}", type(dt).__name__)
     check_kind(name, "dt", dt, sequence, like_name)
@@ -351,7 +350,7 @@ def check_dt(name: str, dt: Tensor | None, sequence: Tensor, cell: str, letters:
         raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
     # On a GPU, the test would synchronize.
     if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
-        least, most = torch.aminmax(dt)
+        least, most = (time.item() for time in torch.aminmax(dt))
         if not least >= 0:
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
         if most > MOST_USUAL_TIME and MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
@@ -368,8 +367,10 @@ def check_steps(
     name: str, sequence: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x"
 ) -> None:
     """Check the resets and the elapsed times of the steps of a sequence."""
-    check_reset(name, reset, sequence, letters)
-    check_dt(name, dt, sequence, cell, letters, like_name)
+    if reset is not None:
+        check_reset(name, reset, sequence, letters)
+    if dt is not None:
+        check_dt(name, dt, sequence, cell, letters, like_name)
 
 
 def check_initial_state(name: str, state: Tensor, shape: tuple[int, ...], argument: str = "initial_state") -> None:
@@ -387,9 +388,10 @@ def check_packing(name: str, x: Any) -> None:
     if not is_packing(batch_sizes, x.data.shape[0]):
         expected = f"packed with batch_sizes that are positive, do not increase and sum to {x.data.shape[0]}"
         raise ValueError(expectation(name, "x", expected, str(batch_sizes.tolist()), "use pack_padded_sequence"))
+    count = int(batch_sizes[0])
     for order in orders:
-        if order is not None and order.numel() != batch_sizes[0]:
-            expected = f"packed with one index in its order for each of {batch_sizes[0]} sequences"
+        if order is not None and order.numel() != count:
+            expected = f"packed with one index in its order for each of {count} sequences"
             raise ValueError(expectation(name, "x", expected, str(order.numel()), "use pack_padded_sequence"))
 
 
@@ -410,7 +412,6 @@ def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: to
         raise ValueError(expectation(name, "lengths", expected, f"a tensor on {lengths.device}", "use lengths.cpu()"))
     if is_captured() or not lengths.is_cpu:
         return  # A graph has no values, and a GPU would be waited for.
-    # int64, because a narrower dtype may not be able to hold S.
-    long = lengths.long()
-    if batch and not bool(((long >= 0) & (long <= steps)).all()):
+    least, most = (length.item() for length in torch.aminmax(lengths)) if batch else (0, 0)
+    if least < 0 or most > steps:
         raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))

@@ -11,7 +11,6 @@ from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
 from ..modules.options import arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from ..ops.graph import untraced
 from .base import DropIn, Pair, WithPair
 
 
@@ -50,7 +49,6 @@ class DropInCell(DropIn, RecurrentCell):
         scripted.check_shape(self.name, "hx", None if h is None else h[0], batch + [self.hidden_size])  # noqa: RUF005
         scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         self._check_tensor("input", x)
         if x.dim() not in (1, 2):
@@ -60,8 +58,9 @@ class DropInCell(DropIn, RecurrentCell):
         if h is not None and isinstance(h[0], Tensor) and h[0].dim() not in (1, 2):
             raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
         self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
-        first, letters = x.select(-1, 0), "(B,)" if x.dim() == 2 else "a scalar"
-        check_steps(self.name, first, letters, self.cell, reset, dt, "input")
+        if reset is not None or dt is not None:
+            letters = "(B,)" if x.dim() == 2 else "a scalar"
+            check_steps(self.name, x.select(-1, 0), letters, self.cell, reset, dt, "input")
 
 
 class GRUCell(DropInCell, MinGRU, role="step", planned=True):

@@ -104,7 +104,6 @@ class DropInLayer(DropIn):
         scripted.check_shape(self.name, "hx", None if h is None else h[0], self._state_shape(x))
         scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self.is_timed)
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         if isinstance(x, PackedSequence):
             if x.data.dim() != 2:

@@ -32,7 +32,6 @@ from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
-from ..ops.graph import untraced
 from ..ops.inference import Plan
 from .causal_conv import CausalConv
 from .state import check_states
@@ -225,7 +224,6 @@ class Block(Layer, role="sequence", planned=True):
             x = layout.without_padding(x, lengths, False)
         return x, states
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
         letters = f"(B, S, {self.input_dims})"
@@ -236,7 +234,8 @@ class Block(Layer, role="sequence", planned=True):
         weight = weight_of(self.out)
         if weight is not None:
             check_input(self.name, x, weight, "the block's weights")
-        check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
+        if h is not None:
+            check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
         check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt)
         if lengths is not None:
             check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)

@@ -16,7 +16,6 @@ from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Result
 from ..modules.stack import Stack
-from ..ops.graph import untraced
 from . import files, generation
 from .block import Block, check_layer_options
 from .state import check_states
@@ -157,15 +156,15 @@ class LanguageModel(Layer):
             raise
         return x
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if ids are not integers (B, S), or the state does not fit them."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
         self._check_state(h, x.shape[0])
 
     def _check_state(self, state: Any, batch: int) -> None:
-        shapes = self.blocks.state_shapes(batch)
-        check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
+        if state is not None:
+            shapes = self.blocks.state_shapes(batch)
+            check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
     @torch.jit.unused
     def generate(

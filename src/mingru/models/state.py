@@ -45,9 +45,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
 def check_states(
     name: str, argument: str, states: Any, shapes: list[tuple[int, ...]], like: Tensor, like_name: str
 ) -> None:
-    """Check that states are None or tensors of these shapes, with a dtype and the device that fit `like`."""
-    if states is None:
-        return
+    """Check that states are tensors of these shapes, with a dtype and the device that fit `like`."""
     check_list(name, argument, states, len(shapes), f"a list of {len(shapes)} tensors")
     for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
         check_kind(name, f"{argument}[{index}]", state, like, like_name)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..check import arguments_checked, check_flag, check_kind, check_one_state, check_steps, of_another_shape
 from ..ops.call import Layout
-from ..ops.graph import untraced
 from . import scripted
 from .mingru import MinGRU
 from .minlstm import MinLSTM
@@ -46,7 +45,6 @@ class RecurrentCell(Recurrent, role="step"):
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
         scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         is_sequence = isinstance(x, Tensor) and x.dim() == 3
         remedy = "use a layer, not a cell, for sequences" if is_sequence else ""
@@ -58,7 +56,8 @@ class RecurrentCell(Recurrent, role="step"):
             check_kind(self.name, "h", state, x)
             if state.shape != (*batch, self.hidden_dims):
                 raise of_another_shape(self.name, "h", state, f"({letters}H)", (*batch, self.hidden_dims))
-        check_steps(self.name, x.select(-1, 0), "(B,)" if batch else "a scalar", self.cell, reset, dt)
+        if reset is not None or dt is not None:
+            check_steps(self.name, x.select(-1, 0), "(B,)" if batch else "a scalar", self.cell, reset, dt)
 
 
 class MinGRUCell(RecurrentCell, MinGRU, planned=True):

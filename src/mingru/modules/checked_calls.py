@@ -19,7 +19,6 @@ from ..check import (
     expectation,
     require,
 )
-from ..ops.graph import untraced
 from . import scripted
 from .shared import MaybeList, MaybeTensor
 from .stacked import Stacked
@@ -34,7 +33,6 @@ class CheckedCalls(Stacked):
     remedy_for_weights = "train the layer from its initialization"
     """What to do about a state_dict of torch.nn."""
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         if isinstance(x, PackedSequence):
             self._check_packed(x, h, reset, lengths, dt)

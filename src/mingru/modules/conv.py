@@ -20,7 +20,6 @@ from ..check import (
     expectation,
 )
 from ..ops.call import Layout
-from ..ops.graph import untraced
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import arguments_of
@@ -97,7 +96,6 @@ class MinConv(Stacked, role="sequence"):
         if h is not None and len(h) != self.num_states:
             raise ValueError(f"{self.name}: h must have one state per layer and direction, got {len(h)}")
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
         self._check_x(x, (2,), f"({order}, {self.input_dims}, *space)")
@@ -171,7 +169,6 @@ class MinConvCell(MinConv, role="step"):
             raise ValueError(f"{self.name}: h must be expandable to (B, H, *space), got {shapes}")
         scripted.check_shape(self.name, "reset", reset, list(x.shape[: x.dim() - 1 - self.num_space_dims]))
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims
         start = "B, " if batched else ""
@@ -181,4 +178,5 @@ class MinConvCell(MinConv, role="step"):
             check_one_state(self.name, h[0], f"({start}H, *space)")
             check_kind(self.name, "h", h[0], x)
             expanded(self.name, "h", h[0], (*x.shape[:batched], *shape), f"({start}H, *space)")
-        check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")
+        if reset is not None:
+            check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")

@@ -13,7 +13,7 @@ from ..ops.backends import traceable
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES, zero_state
-from ..ops.graph import is_autocast
+from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import States, accumulate_dtype
 from .group_norm import GroupNorm
 from .options import Options
@@ -175,14 +175,18 @@ class MinConvLayer(Directions):
         """Return the convolution of each direction."""
         return [self.conv] if self.conv_reverse is None else [self.conv, self.conv_reverse]
 
-    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
-        inputs = self._inputs(y, spec.reverse)
-        shape = list(inputs[0].shape)
-        batch = [shape[1 if order.time_first else 0], 1]
-        start = Start(start.h.expand(batch + shape[2:]), start.initial_state, start.reset)
-        return traceable.recurrence(spec, inputs, start, order)
+    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+        spec = self.spec(reverse)
+        if is_scripting():
+            inputs = self._inputs(y, reverse)
+            shape = list(inputs[0].shape)
+            batch = [shape[1 if order.time_first else 0], 1]
+            start = Start(start.h.expand(batch + shape[2:]), start.initial_state, start.reset)
+            return traceable.recurrence(spec, inputs, start, order)
+        else:
+            return self._mapped(spec, y, start, order)
 
-    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
         if is_autocast(y):
             start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv

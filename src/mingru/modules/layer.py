@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..check import check_choice, expectation, misfit, name_of
 from ..ops import inference
-from ..ops.graph import is_compiling, is_scripting
+from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import Plan, plannable
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, Result
@@ -159,28 +159,39 @@ class Layer(nn.Module):
                 done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done
-            self._check(x, h, reset, lengths, dt)
-            self._check_parameters(x)
+            self._check_all(x, h, reset, lengths, dt)
             return self._eager(x, h, reset, lengths, dt)
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the shapes of the arguments of a scripted module; torch raises all other errors."""
         check_count(self.name, h, self.num_states)
 
+    @untraced
+    def _check_all(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        self._check(x, h, reset, lengths, dt)
+        self._check_parameters(x)
+
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        """Raise an error if an argument is invalid."""
+        """Raise an error if an argument is invalid. A trace does not record it."""
 
     def _check_parameters(self, x: Any) -> None:
         """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""
         data = x if isinstance(x, Tensor) else getattr(x, "data", None)
-        if not isinstance(data, Tensor):
-            return  # A layer inside refuses x.
+        if not isinstance(data, Tensor) or is_compiling():
+            return  # A layer inside refuses x, or a graph has no memory.
         is_meta = data.is_meta
-        if _has_parameters_elsewhere(self, is_meta) and not is_compiling():
-            name, found = next((name, each) for name, each in self.named_parameters() if each.is_meta is not is_meta)
-            remedy = "load a state_dict that has it, with assign=True" if found.is_meta else ""
-            expected, got = f"on {data.device} like x", f"a tensor on {found.device}"
-            raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
+        modules: list[Any] = [self]
+        for module in modules:
+            for found in module._parameters.values():
+                if found is not None and found.is_meta is not is_meta:
+                    name = next(name for name, each in self.named_parameters() if each is found)
+                    remedy = "load a state_dict that has it, with assign=True" if found.is_meta else ""
+                    expected, got = f"on {data.device} like x", f"a tensor on {found.device}"
+                    raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
+            for child in module._modules.values():
+                # Layers inside check their own. The loop goes on with all others.
+                if child is not None and not isinstance(child, Layer):
+                    modules.append(child)
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Return the result of a call that TorchScript cannot express, otherwise None."""
@@ -209,18 +220,6 @@ def _uses(forward: Callable[..., Any], name: str) -> bool:
     # Since Python 3.13, one instruction may read two variables.
     reads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD_"))
     return any(name == read or (isinstance(read, tuple) and name in read) for read in reads)
-
-
-def _has_parameters_elsewhere(module: nn.Module, is_meta: bool) -> bool:
-    """Return whether parameters are on "meta" and x is not, or vice versa. Layers inside check their own."""
-    attributes = module.__dict__
-    for parameter in attributes["_parameters"].values():
-        if parameter is not None and parameter.is_meta is not is_meta:
-            return True
-    for child in attributes["_modules"].values():
-        if child is not None and not isinstance(child, Layer) and _has_parameters_elsewhere(child, is_meta):
-            return True
-    return False
 
 
 def reset_all(modules: Iterable[nn.Module]) -> None:

@@ -26,9 +26,9 @@ from ..check import (
 )
 from ..ops import layout, route
 from ..ops.backends import traceable
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES, NUM_INPUTS, zero_state
-from ..ops.graph import is_autocast, is_captured, untraced
+from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import Plan, plannable
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
@@ -139,17 +139,18 @@ class RecurrentLayer(Directions):
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
-    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
-        pre = y
-        if not spec.reverse:
-            pre = self.linear(y)
-        elif self.linear_reverse is not None:
-            pre = self.linear_reverse(y)
-        return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
-
-    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
-        linear: Any = self.linear_reverse if spec.reverse else self.linear
-        return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
+    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+        spec = self.spec(reverse)
+        if is_scripting():
+            pre = y
+            if not reverse:
+                pre = self.linear(y)
+            elif self.linear_reverse is not None:
+                pre = self.linear_reverse(y)
+            return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
+        else:
+            linear: Any = self.linear_reverse if reverse else self.linear
+            return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
 class Recurrent(CheckedCalls, role="sequence"):
@@ -252,7 +253,6 @@ class Recurrent(CheckedCalls, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
-    @untraced
     def _check_parameters(self, x: Any) -> None:
         super()._check_parameters(x)
         if self.initial_state is not None:

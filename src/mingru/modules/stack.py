@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
-from ..ops.graph import is_scripting, untraced
+from ..ops.graph import is_scripting
 from ..ops.inference import Plan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import STEP_ARGUMENTS, Layer, with_used
@@ -210,7 +210,6 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             x = with_data(out, data)
         return x, states
 
-    @untraced
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if h is not a list of `num_states` tensors, or if a layer does not use an argument.
 

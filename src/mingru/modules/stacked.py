@@ -12,7 +12,6 @@ from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of
-from ..ops.graph import is_scripting
 from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
@@ -94,18 +93,7 @@ class Directions(Marked):
         return out, states
 
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        spec = self.spec(reverse)
-        if is_scripting():
-            return self._traceable(spec, y, start, order)
-        else:
-            return self._fused(spec, y, start, order)
-
-    def _traceable(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
-        """Run one direction by operations that TorchScript can compile."""
-        raise NotImplementedError
-
-    def _fused(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
-        """Run one direction, by one kernel if possible."""
+        """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
 
 
