@@ -5,7 +5,7 @@ A recurrence is one value, a `Call`: its `Spec` (cell, activation, direction), t
 tensors before the call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -47,7 +47,8 @@ def linear_scan(
         has_kernel = route.backend_of(choice.backend).scan_backward is not None
         return autograd.scan(choice, scan if has_kernel else in_accumulation_dtype(scan))
 
-    out, last = _run_or_other(run, Spec("linear_scan", "linear", reverse), b, backend)
+    spec = Spec("linear_scan", "linear", reverse)
+    out, last = route.run_or_other(run, route.choose(spec, b, backend), spec, b)
     if lengths is not None:
         out = layout.without_padding(out, lengths, False)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
@@ -76,9 +77,10 @@ def linear_recurrence(
         if tensors is None:
             return _run(choice, Call(spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
-        return autograd.run_kernel(choice._replace(kernel="linear_kernel"), Call(spec, tensors, start, order), keep)
+        choice = Choice(choice.backend, choice.selected, "linear_kernel")
+        return autograd.run_kernel(choice, Call(spec, tensors, start, order), keep)
 
-    return _run_or_other(run, spec, x)
+    return route.run_or_other(run, route.choose(spec, x), spec, x)
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
@@ -96,13 +98,9 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layou
     return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
 
 
-def _run_or_other(run: Callable[[Choice], States], spec: Spec, sequence: Tensor, backend: str = "auto") -> States:
-    """Run on the chosen backend. If its kernel fails and the caller did not select the backend, run it on another."""
-    return route.run_or_other(run, route.choose(spec, sequence, backend), spec, sequence)
-
-
 def _run_call(call: Call, backend: str = "auto") -> States:
-    return _run_or_other(lambda choice: _run(choice, call), call.spec, call.tensors[0], backend)
+    spec, x = call.spec, call.tensors[0]
+    return route.run_or_other(lambda choice: _run(choice, call), route.choose(spec, x, backend), spec, x)
 
 
 def _run(choice: Choice, call: Call) -> States:
@@ -113,7 +111,7 @@ def _run(choice: Choice, call: Call) -> States:
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
         return autograd.composed(choice, call)
-    choice = choice._replace(kernel="kernel")
+    choice = Choice(choice.backend, choice.selected, "kernel")
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
         return autograd.run_kernel(choice, call, False)
     states = autograd.run_kernel(choice, layout.padded_call(call), False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backend import Kernel, Needs, Saved
 from .backends import traceable
-from .call import Call, Spec, flattened, from_flat
+from .call import Call, Spec, from_flat
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling, is_exporting
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
@@ -147,7 +147,7 @@ class Scan(ScanInGraph):
 def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
     """Run the chosen kernel, so that it is differentiable."""
     spec, tensors, start, layout = call
-    if is_compiling() and choice.kernel == "kernel" and tensors[0].dim() > 3:
+    if choice.kernel == "kernel" and tensors[0].dim() > 3 and is_compiling():
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
         initial_state = start.initial_state.expand_as(start.h)
@@ -156,11 +156,11 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        h, given, *rest = flattened(start, layout)
-        args = h, None if start.reset is None else given, *rest, *tensors
+        args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
         states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
         return states
-    return _kernel(choice).forward(call, False)[:2]
+    out, last, _ = getattr(backend_of(choice.backend), choice.kernel).forward(call, False)
+    return out, last
 
 
 def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
@@ -170,18 +170,13 @@ def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
     return Call(spec, list(tensors), start, layout)
 
 
-def _kernel(choice: Choice) -> Kernel:
-    kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
-    return kernel
-
-
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
     def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
         call = _call(spec, time_first, args)
-        out, last, kept = _kernel(choice).forward(call, keep)
+        out, last, kept = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
         ctx.save_for_backward(out, kept, *args)
@@ -213,9 +208,10 @@ class Recurrence(torch.autograd.Function):
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 own = kept.new_empty(0)
-            of_start, _, of_tensors = from_flat(needs)
-            found, of_kernel = _kernel(choice).backward(call, Saved(out, own, *grad), Needs(of_start, of_tensors))
-            return *found, *(None for _ in call.layout[1:]), *of_kernel
+            of_start, of_layout, of_tensors = from_flat(needs)
+            kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
+            found, of_kernel = kernel.backward(call, Saved(out, own, *grad), Needs(of_start, of_tensors))
+            return *found, *[None] * len(of_layout[1:]), *of_kernel
 
         grads = run_or_other(run, ctx.choice, ctx.spec, out)
         return None, None, None, None, *grads

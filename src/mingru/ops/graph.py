@@ -7,7 +7,7 @@ on sizes or values are therefore scripted, and the trace contains the scripted f
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,20 @@ from . import private
 from .private import (
     are_functorch_transforms_active,
     get_function_stack_at,
-    has_any_global_hook,
-    is_forward_mode,
-    is_in_make_fx,
+    is_any_autocast_enabled,
     is_legacy_batchedtensor,
-    is_torch_function_mode_enabled,
-    len_torch_dispatch_stack,
+    is_symbolic,
+    is_tracing,
+    is_untransformed,
     len_torch_function_stack,
 )
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 # True for `torch.compile` and `torch.export`, and only for `torch.export`.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
 
+_ORDINARY = {Tensor, nn.Parameter, type(None)}
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -52,19 +51,19 @@ def _no_autocast(x: Tensor) -> bool:
 @scripted_as(_no_autocast)
 def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is enabled on the device of x, which a scripted module cannot know."""
-    if x.is_cpu:
-        return torch.is_autocast_enabled("cpu")
+    if not is_any_autocast_enabled():
+        return False
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def are_ordinary(*tensors: Tensor) -> bool:
-    """Return whether one fused kernel can replace the individual operators on these tensors.
+def are_ordinary(*tensors: Tensor | None) -> bool:
+    """Return whether one fused kernel can replace the individual operators on these tensors, some of which may be None.
 
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
-    return is_untransformed() and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return is_untransformed() and {*map(type, tensors)} <= _ORDINARY
 
 
 def are_eager(*tensors: Tensor) -> bool:
@@ -72,49 +71,19 @@ def are_eager(*tensors: Tensor) -> bool:
     return not is_symbolic() and are_ordinary(*tensors)
 
 
-def is_plain_inference(x: Any) -> bool:
-    """Return, in eager mode, whether no gradient, trace, transform, mode or hook sees operations on x, on the CPU."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.is_cpu
-        and is_untransformed()
-        and not torch.is_autocast_enabled("cpu")
-        and not len_torch_dispatch_stack()
-        and not is_torch_function_mode_enabled()
-        and not has_any_global_hook()
-    )
-
-
-def is_only_in_device_context() -> bool:
+def is_device_context() -> bool:
     """Return whether the only function mode is that of `with torch.device` or `torch.set_default_device`.
 
     It changes nothing here, because this package passes a device to every function that creates a tensor.
     """
-    return (
-        is_torch_function_mode_enabled()
-        and len_torch_function_stack() == 1
-        and type(get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
-    )
+    return len_torch_function_stack() == 1 and type(get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
 
 
-def is_untransformed() -> bool:
-    """Return whether calls are neither traced nor transformed, by functorch or forward-mode AD."""
-    return not (is_tracing() or are_functorch_transforms_active() or is_forward_mode())
-
-
-def are_batched(*tensors: Tensor | None) -> bool:
+def are_batched(*tensors: Tensor) -> bool:
     """Return whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
     if is_compiling():
         return False
-    return are_functorch_transforms_active() or any(
-        tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors
-    )
-
-
-def is_symbolic() -> bool:
-    """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
-    return is_compiling() or is_in_make_fx()
+    return are_functorch_transforms_active() or any(map(is_legacy_batchedtensor, tensors))
 
 
 def is_captured() -> bool:
@@ -122,7 +91,7 @@ def is_captured() -> bool:
     if is_scripting():
         return True
     else:
-        return is_tracing() or is_symbolic()
+        return bool(is_tracing()) or is_symbolic()
 
 
 def is_true_for_all_sizes(condition: bool) -> bool:
@@ -166,10 +135,10 @@ def untraced(check: Callable[P, None]) -> Callable[P, None]:
     @scripted_as(check)
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not is_tracing():
+        state = is_tracing()
+        if not state:
             check(*args, **kwargs)
         elif private.can_pause_trace:
-            state = private.get_tracing_state()
             private.set_tracing_state(None)
             try:
                 check(*args, **kwargs)

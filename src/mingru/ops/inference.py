@@ -22,9 +22,15 @@ from . import route
 from .backends import native
 from .call import Layout, Spec
 from .cells import CELLS
-from .graph import is_compiling, is_only_in_device_context, is_plain_inference
+from .graph import is_autocast, is_compiling, is_device_context
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
-from .private import DisableTorchFunction
+from .private import (
+    DisableTorchFunction,
+    has_any_global_hook,
+    is_torch_function_mode_enabled,
+    is_untransformed,
+    len_torch_dispatch_stack,
+)
 
 _DTYPES = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,6 +53,8 @@ class Plan:
     def __init__(self, module: Any) -> None:
         self.weights: list[Tensor] = []
         self.num_states = 0
+        # For the batch size of the last call.
+        self.state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self.is_bidirectional = False
         self._features = module.input_dims
         self._instructions: list[tuple[int, int, int, int]] = []
@@ -222,17 +230,21 @@ def run(
     module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or is_compiling():
+    if not module.planned or torch.is_grad_enabled() or is_compiling():
         return None
-    if is_only_in_device_context():
-        # Otherwise the context would be called for every attribute of a tensor.
-        with DisableTorchFunction():
-            return _run(module, x, states, reset, time_first, dt)
-    return _run(module, x, states, reset, time_first, dt)
+    if not is_torch_function_mode_enabled():
+        return _run(module, x, states, reset, time_first, dt)
+    if not is_device_context():
+        return None
+    # Otherwise the context would be called for every attribute of a tensor.
+    with DisableTorchFunction():
+        return _run(module, x, states, reset, time_first, dt)
 
 
 def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> tuple[Tensor, list[Tensor]] | None:
-    if not (is_plain_inference(x) and x.dtype in _DTYPES) or not route.is_native():
+    # Operations on x must be seen by nothing: no trace, transform, dispatch mode or hook.
+    is_plain = type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES and is_untransformed() and not is_autocast(x)
+    if not is_plain or len_torch_dispatch_stack() or has_any_global_hook() or not route.is_native():
         return None
     shape, plan = x.shape, plan_of(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
@@ -243,7 +255,11 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         states = module.default_states(x, batch)
     elif not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
         return None
-    if list(map(_shape_of, states)) != module.state_shapes(batch):
+    shapes = plan.state_shapes.get(batch)
+    if shapes is None:
+        shapes = module.state_shapes(batch)
+        plan.state_shapes = {batch: shapes}
+    if list(map(_shape_of, states)) != shapes:
         return None
     initial_states = resets = times = []
     if reset is not None or dt is not None:

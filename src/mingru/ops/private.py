@@ -49,22 +49,26 @@ get_function_stack_at = _of_torch("_C._get_function_stack_at", _yes)
 DisableTorchFunction = _of_torch("_C.DisableTorchFunction", nullcontext)
 # The same, and `nn.Linear` is called as a module.
 has_any_global_hook = _of_torch("nn.modules.module._has_any_global_hook", _yes)
+# Each call asks for the device's own autocast, which takes longer.
+is_any_autocast_enabled = _of_torch("_C._is_any_autocast_enabled", _yes)
 # No call runs in fused kernels, and gradients are computed by operations that vmap can map.
 are_functorch_transforms_active = _of_torch("_C._are_functorch_transforms_active", _yes)
 # Gradients are computed by operations that vmap can map.
 is_legacy_batchedtensor = _of_torch("_C._functorch.is_legacy_batchedtensor", _yes)
-# `torch.jit.trace` does not check its example.
-get_tracing_state = _of_torch("_C._get_tracing_state", None)
+# `torch.jit.trace` does not check its example. The state is None if there is no trace.
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+is_tracing = _of_torch("_C._get_tracing_state", _is_tracing)
 set_tracing_state = _of_torch("_C._set_tracing_state", None)
-can_pause_trace = get_tracing_state is not None and set_tracing_state is not None
+can_pause_trace = is_tracing is not _is_tracing and set_tracing_state is not None
 # A result in another shape is a copy.
 unsafe_view = _of_torch("ops.aten._unsafe_view", _copied)
 # `mingru.export.onnx` raises an error.
 pytree = _of_torch("utils._pytree", _Missing())
 # Layers cannot be captured by `make_fx` if a check depends on values.
 _get_dispatch_mode = _of_torch("_C._get_dispatch_mode", _none)
-_get_mode_before_dispatch = _of_torch("_ops._get_dispatch_mode_pre_dispatch", _none)
+_is_key_included = _of_torch("_C._dispatch_tls_is_dispatch_key_included", _none)
 _PROXY = _of_torch("_C._TorchDispatchModeKey.PROXY", None)
+_BEFORE_DISPATCH = _of_torch("_C.DispatchKey.PreDispatch", None)
 _eager_transforms = _of_torch("_functorch.eager_transforms", None)
 
 # Scripting compiles the eager code of a function in place of its twin, and fails if TorchScript does not support it.
@@ -81,14 +85,21 @@ ONNX_REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
 ASKED_BY_COMPILED = {f"torch._dynamo.variables.{name}" for name in ("builtin", "object_protocol")}
 
 
-def is_forward_mode() -> bool:
-    """Return whether forward-mode AD is active. Without the name, no call runs in fused kernels."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+def is_untransformed() -> bool:
+    """Return whether calls are neither traced nor transformed, by functorch or forward-mode AD.
+
+    Without the names, no call runs in fused kernels.
+    """
+    return not (is_tracing() or are_functorch_transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0)
 
 
-def is_in_make_fx() -> bool:
-    """Return whether `make_fx` captures a graph, also before dispatch."""
-    return _get_dispatch_mode(_PROXY) is not None or _get_mode_before_dispatch(_PROXY) is not None
+def is_symbolic() -> bool:
+    """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_dispatch_mode(_PROXY) is not None
+        or bool(_is_key_included(_BEFORE_DISPATCH))
+    )
 
 
 def jvp_nesting() -> int:

@@ -17,8 +17,8 @@ from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import parts_of
-from .graph import are_ordinary, is_autocast, is_compiling, is_exporting, is_symbolic, is_tracing
-from .private import has_any_global_hook
+from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
+from .private import has_any_global_hook, is_symbolic, is_tracing
 from .shape import as_dtype
 
 BACKENDS: dict[str, Backend] = {
@@ -31,6 +31,8 @@ BACKENDS: dict[str, Backend] = {
 # Backends that "auto" tries, in this order. "torch" supports everything.
 FASTEST_FIRST = ("native", "triton", "torch")
 VARIABLE = "MINGRU_BACKEND"
+# What `os.environ` looks up; its own `get` would take longer than everything else here.
+_environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
 # Elements of a weight whose cast takes as long as what the kernel saves with a row.
 _CASTS = 256
 T = TypeVar("T")
@@ -115,7 +117,7 @@ def _selected(backend: str) -> tuple[str, str]:
         name = list(_open.values())[-1]
     if name not in (None, "auto"):
         return name, "use_backend"
-    return os.environ.get(VARIABLE) or "auto", _BY_VARIABLE
+    return (_KEY in _environment and os.environ[VARIABLE]) or "auto", _BY_VARIABLE
 
 
 def is_native() -> bool:
@@ -127,20 +129,23 @@ def is_native() -> bool:
 def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
     """Choose the backend that runs this spec on this tensor."""
     name, selected_by = _selected(backend)
-    selected_by = f"{spec.cell}: {selected_by}"
-    _check_name(name, selected_by)
+    if name != "auto":
+        _check_name(name, f"{spec.cell}: {selected_by}")
     if is_tracing():
         return Choice("torch", False, is_traced=True)
     if name == "auto":
         if is_exporting():
             # The exported graph may run where the kernels of this package are not installed.
             return Choice("torch", False)
-        name = next(each for each in FASTEST_FIRST if _why_not(each, sequence, spec) is None)
+        for name in FASTEST_FIRST:
+            if _why_not(name, sequence, spec) is None:
+                break
         if name == "torch" and not is_compiling():
             _warn_if_kernels_are_missing(sequence, spec)
         return Choice(name, False)
     why = _why_not(name, sequence, spec)
     if why is not None:
+        selected_by = f"{spec.cell}: {selected_by}"
         raise ValueError(f"{selected_by} selects {name!r}, which cannot run this because {why}; use 'auto'")
     return Choice(name, True)
 
@@ -168,7 +173,7 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     spec, inputs, start, layout = call
     kernel = backend_of(name).kernel
     # The fields after the states are options, such as elapsed times, that a caller may have differentiated or wrapped.
-    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *_given(*start[2:])):
+    if kernel is None or spec.cell not in kernel.cells or not are_ordinary(*inputs, *start[2:]):
         return None
     # The parts of a number must be next to each other.
     if parts_of(spec.cell) > 1 and inputs[0].dim() > (3 if layout.batch_sizes is None else 2):
@@ -191,7 +196,7 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:
         return None
-    if not are_ordinary(x, weight, *_given(*start[2:])) or not x.is_floating_point() or x.numel() == 0:
+    if not are_ordinary(x, weight, *start[2:]) or not x.is_floating_point() or x.numel() == 0:
         return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
@@ -217,15 +222,11 @@ def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tenso
 
 def _autocast(*tensors: Tensor | None) -> Any:
     """Return the tensors in the dtype in which `nn.Linear` computes under autocast; None if it does not cast them."""
-    given = _given(*tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in given):
         return None
     dtype = torch.get_autocast_dtype(given[0].device.type)
     return tuple(None if tensor is None else as_dtype(tensor, dtype) for tensor in tensors)
-
-
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
-from ..call import Call, Layout, Spec, Start, flattened, from_flat
+from ..call import Call, Layout, Spec, Start, from_flat
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_of_sources
 
 # The `group` of csrc/scan.h.
 _GROUP = 16
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _PRODUCTS = ("mingru", "torch")
 
 
@@ -114,16 +114,11 @@ def number_of(spec: Spec) -> int:
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     if not sequence.is_cpu:
         return f"it only runs on the CPU, and the tensors are on {sequence.device}"
-    if sequence.dtype not in (*_DTYPES, torch.complex64, torch.complex128):
+    if sequence.dtype not in _DTYPES:
         return f"it does not support {sequence.dtype}"
     if spec.cell not in CELLS and _WHY_NOT is None:
         return f"it has no kernel for the cell {spec.cell!r}"
     return None
-
-
-def _state(h: Tensor, sequence: Tensor) -> Tensor:
-    """Return a state (B, 1, *) in the accumulation dtype."""
-    return as_dtype(h, accumulate_dtype(sequence.dtype))
 
 
 def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
@@ -132,12 +127,11 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
     """
     spec, tensors, start, layout = call
-    like = tensors[0]
-    _, _, *rest = flattened(start, layout)
-    h = _state(start.h, like)
-    initial_state = h if start.reset is None else _state(start.initial_state.expand_as(h), like)
+    dtype = accumulate_dtype(tensors[0].dtype)
+    h = as_dtype(start.h, dtype)
+    initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
     how, tensors = number_of(spec), [h, initial_state]
-    for bit, x in enumerate(rest, 16):
+    for bit, x in enumerate((*start[2:], *layout[1:]), 16):
         if x is not None:
             how |= 1 << bit
             tensors.append(x)
@@ -156,7 +150,7 @@ def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
 def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     inputs, needs_dt = call.tensors, needs.start.dt
     tensors, how, min_decay = _arguments(call, needs=[needs_dt])
-    grad_last = _state(saved.grad_last, inputs[0])
+    grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
         inputs, tensors, saved.out, saved.grad_out, grad_last, how, min_decay
     )
@@ -174,7 +168,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
     out, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
-        *call.tensors, tensors, out, kept, grad_out, _state(grad_last, call.tensors[0]), how, min_decay
+        *call.tensors, tensors, out, kept, grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
