@@ -3,13 +3,19 @@
 import abc
 import contextvars
 import copy
+import importlib
 import io
+import json
+import multiprocessing
+import os
 import pickle
+import subprocess
 import sys
 import threading
 import types
 import warnings
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -19,7 +25,7 @@ from torch.nn import GRU
 
 import mingru
 from mingru import drop_in
-from mingru.drop_in import patch
+from mingru.drop_in import patch, patching
 
 IN, H = 3, 4
 NAMES = ("GRU", "GRUCell", "LSTM", "LSTMCell")
@@ -207,6 +213,52 @@ def test_threads_do_not_see_each_other():
         thread.join()
     assert (found["rms"].norm, found["layer"].norm) == ("rms", "layer")
     assert type(found["torch"]) is OF_TORCH["GRU"]
+    assert are_torchs()
+
+
+# Other processes
+
+
+def built(layers=1):
+    return f"{type(nn.GRU(IN, H)).__module__} {nn.LSTM(IN, H, layers)}"
+
+
+def in_multiprocessing(method):
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        return pool.apply(built)
+
+
+def in_joblib():
+    """Workers that import nothing of this library by themselves: `eval` is the function."""
+    text = f"'%s %s' % (type(nn.GRU({IN}, {H})).__module__, nn.LSTM({IN}, {H}))"
+    with joblib.parallel_config("loky", initializer=importlib.import_module, initargs=("mingru",)):
+        return joblib.Parallel(2)([joblib.delayed(eval)(text, {"nn": nn})] * 2)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("run", ["spawn", "fork", "joblib"])
+def test_processes_inherit_the_blocks(run, monkeypatch):
+    if run not in ("joblib", *multiprocessing.get_all_start_methods()):
+        pytest.skip(f"this system has no {run}")
+    monkeypatch.delenv("MINGRU_PATCH", raising=False)
+    with patch(norm="rms"), patch(gru=False, min_decay=0.5, cell="mingru", num_layers=2):
+        expected = built()
+        assert (in_joblib() if run == "joblib" else in_multiprocessing(run)) == expected
+    assert expected.startswith("mingru") and "norm" not in expected and "min_decay=0.5" in expected
+    assert "MINGRU_PATCH" not in os.environ
+
+
+def test_the_variable():
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from torch.nn import GRU; import mingru; print(GRU({IN}, {H}))"
+    environment = {**os.environ, "MINGRU_PATCH": json.dumps({"norm": "rms", "everywhere": True})}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "GRU(3, 4, norm='rms')\n"
+    cases = {
+        "no JSON": ({"text": "norm=rms"}, ValueError, "MINGRU_PATCH must be arguments of mingru.drop_in.patch as JSON"),
+        "no option": ({"text": '[{"nrm": "rms"}]'}, ValueError, ".* got '\\[{\"nrm\": \"rms\"}]': patch: no argument 'nrm'"),
+        "a number": ({"text": "1"}, ValueError, '.* such as {"norm": "rms"}, got \'1\''),
+    }
+    assert_refused(patching.inherit, cases, "the environment variable ")
     assert are_torchs()
 
 

@@ -6,6 +6,8 @@ and used after it, do what they did without it.
 """
 
 import copyreg
+import json
+import os
 import sys
 import threading
 import types
@@ -21,7 +23,7 @@ from torch import nn
 from ..check import check_flags
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
-from .twins import SUBCLASS, TWINS, Wanted, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
 
 
 class PatchReport(NamedTuple):
@@ -39,12 +41,30 @@ class PatchReport(NamedTuple):
 
 
 class _Patch:
-    """A block that is running: what it replaces, where, and its report."""
+    """A block that is running: the arguments of `patch`, what it replaces, where, and its report."""
 
-    def __init__(self, wanted: Wanted, everywhere: bool) -> None:
-        self.wanted = wanted
+    def __init__(
+        self,
+        gru: bool = True,
+        lstm: bool = True,
+        everywhere: bool = False,
+        num_layers: int | None = None,
+        **options: Any,
+    ) -> None:
+        check_flags("patch", everywhere=everywhere)
+        self.arguments = {"gru": gru, "lstm": lstm, "everywhere": everywhere, "num_layers": num_layers, **options}
+        self.wanted = wanted_twins("patch", gru, lstm, num_layers, options)
         self.everywhere = everywhere
         self.report = PatchReport([], [])
+
+    def start(self) -> list[types.ModuleType]:
+        """Bind torch's names to stand-ins. Return the modules of the program that had such names."""
+        stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in self.wanted}
+        with _LOCK:
+            _RUNNING.append(self)
+            _tell_processes()
+            _bind(stand_ins, [nn])
+            return _bind(stand_ins, _modules_of_programs() if self.everywhere else [])
 
     def leave(self, cls: type, stacklevel: int) -> None:
         """Report a class that is not replaced, and warn."""
@@ -59,6 +79,10 @@ _PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The blocks of all threads.
 _RUNNING: list[_Patch] = []
 _LOCK = threading.Lock()
+VARIABLE = "MINGRU_PATCH"
+"""Environment variable with the running blocks, as JSON: a list with the arguments of each, or those of one."""
+# The blocks of the process that started this one. They apply to all threads, for ever.
+_INHERITED: list[_Patch] = []
 
 
 class StandIn(ABCMeta):
@@ -81,7 +105,8 @@ class StandIn(ABCMeta):
     def patch(cls) -> _Patch | None:
         """Return the innermost active patch of this class."""
         # A copy of the context, such as a task's, may outlive its block.
-        running = [each for each in _PATCHES.get() if each in _RUNNING and cls.of_torch in each.wanted]
+        entered = (*_INHERITED, *_PATCHES.get())
+        running = [each for each in entered if each in _RUNNING and cls.of_torch in each.wanted]
         return running[-1] if running else None
 
     def classes(cls, asked_by: str) -> tuple[type, ...]:
@@ -156,16 +181,20 @@ def patch(
 
     Raises:
         TypeError: An argument has the wrong type, or no class has an option of this name.
-        ValueError: `gru` and `lstm` are both False.
+        ValueError: `gru` and `lstm` are both False. At `import mingru`: `MINGRU_PATCH` has no arguments of `patch`.
 
     Warns:
         UserWarning: The block built no layer, or the program has a class that inherits from one of torch's classes.
 
     Without `with`, a call has no effect, and warns.
 
+    Processes that are started in the block do the same from their `import mingru` on, in all threads and until they
+    end. They read the environment variable `MINGRU_PATCH`, which the block sets. It can also be set by hand, to the
+    arguments as JSON: `MINGRU_PATCH='{"norm": "rms"}'`. A process that never imports `mingru` builds layers of torch.
+
     However the block is left, torch's names are restored, also in modules that were loaded in the block. Blocks may be
     nested; the innermost one that replaces a class decides. A block applies to the thread that entered it, and other
-    threads build layers of torch.
+    threads of this process build layers of torch.
 
     A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
     program that builds the model again and then loads weights must do this in a block with the same options, or call
@@ -184,24 +213,20 @@ def patch(
         >>> [layer for layer, place in report.built]
         ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
     """
-    check_flags("patch", everywhere=everywhere)
-    running = _Patch(wanted_twins("patch", gru, lstm, num_layers, options), everywhere)
+    running = _Patch(gru, lstm, everywhere, num_layers, **options)
     for of_torch in running.wanted:
         for subclass in _subclasses(of_torch):
             running.leave(subclass, 4)
     _PATCHES.set((*_PATCHES.get(), running))
-    _RUNNING.append(running)
     changed: list[types.ModuleType] = []
     try:
-        with _LOCK:
-            stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}
-            _bind(stand_ins, [nn])
-            changed += _bind(stand_ins, _modules_of_programs() if everywhere else [])
+        changed += running.start()
         yield running.report
     finally:
         _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
         with _LOCK:
             _RUNNING.remove(running)
+            _tell_processes()
             # Also names that the block has bound by an import. Those of a block around it stay.
             _restore([nn, *_modules_of_programs()], _RUNNING)
             _restore(changed, [each for each in _RUNNING if each.everywhere])
@@ -240,3 +265,31 @@ def _restore(modules: list[types.ModuleType], running: Collection[_Patch]) -> No
     """Bind names to torch's classes again, except those that a running block replaces."""
     stay = {of_torch for each in running for of_torch in each.wanted}
     _bind({stand_in: of_torch for of_torch, stand_in in _STAND_INS.items() if of_torch not in stay}, modules)
+
+
+def _tell_processes() -> None:
+    """Let processes that are started now inherit the running blocks."""
+    if _RUNNING:
+        os.environ[VARIABLE] = json.dumps([each.arguments for each in _RUNNING], default=_plain)
+    else:
+        os.environ.pop(VARIABLE, None)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or an array of numpy as JSON has it."""
+    return getattr(value, "tolist", value.__repr__)()
+
+
+def inherit(text: str) -> None:
+    """Start the blocks of the process that started this one."""
+    try:
+        blocks = json.loads(text)
+        _INHERITED.extend(_Patch(**each) for each in (blocks if isinstance(blocks, list) else [blocks]))
+    except (TypeError, ValueError) as error:
+        expected = 'arguments of mingru.drop_in.patch as JSON, such as {"norm": "rms"}'
+        raise ValueError(f"the environment variable {VARIABLE} must be {expected}, got {text!r}: {error}") from None
+    for each in _INHERITED:
+        each.start()
+
+
+inherit(os.environ.get(VARIABLE) or "[]")
