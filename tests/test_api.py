@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,3 +247,66 @@ def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
         torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
     with pytest.raises(ImportError, match="which this function needs"):
         mingru.export.onnx(rnn, x, "rnn.onnx")
+
+
+# What people of other libraries write, and what they should have written.
+LM, RNN = mingru.models.LanguageModel(10, 16, 1), mingru.MinGRU(3, 4)
+IDS, X, MASK = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+LUCIDRAINS, MAP_STATE = mingru.convert.from_lucidrains, mingru.models.map_state
+FOREIGN = {
+    "a mask as lengths": (RNN, (X,), {"lengths": MASK}, TypeError, "use lengths=mask.sum(1) for a mask"),
+    "mask": (RNN, (X,), {"mask": MASK}, TypeError, "MinGRU: no argument 'mask'; use lengths=mask.sum(1)"),
+    "attention_mask": (LM, (IDS,), {"attention_mask": MASK}, TypeError, "use lengths=mask.sum(1)"),
+    "a mask for a cell": (mingru.MinGRUCell(3, 4), (X[0],), {"mask": MASK}, TypeError, "the arguments are x, h, "),
+    "one step": (RNN, (X[0, 0],), {}, ValueError, "got (3,); use x[None, None] for one step"),
+    "a path": (LUCIDRAINS, ("x.pt",), {}, TypeError, "got str; load the file with torch.load(path)"),
+    "a checkpoint": (
+        LUCIDRAINS,
+        ({"model": {"a": X}},),
+        {},
+        ValueError,
+        "got the key model; pass the mapping under 'model'",
+    ),
+    "sizes": (
+        mingru.MinGRU,
+        (3, [8, 16]),
+        {},
+        TypeError,
+        "got [8, 16]; for layers of different sizes, use mingru.Stack",
+    ),
+    "activation": (mingru.MinGRU, (3, 4), {"activation": "tanh"}, TypeError, "no argument 'activation'; use candidate"),
+    "n_vocab": (mingru.models.LanguageModel, (), {"n_vocab": 10}, TypeError, "no argument 'n_vocab'; use vocab_size"),
+    "min_decay": (mingru.functional.mingru, (X, X), {"min_decay": 1.5}, ValueError, "0 to 1 (exclusive), got 1.5"),
+    "a layer of torch": (mingru.Stack, ([torch.nn.GRU(3, 4)],), {}, TypeError, "of your own from mingru.modules.Layer"),
+    "max_length": (LM.generate, (IDS,), {"max_length": 3}, TypeError, "no argument 'max_length'; use max_new_tokens"),
+    "do_sample": (LM.generate, (IDS, 3), {"do_sample": False}, TypeError, "no argument 'do_sample'; use temperature=0"),
+    "eos_token_id": (LM.stream, (IDS, 3), {"eos_token_id": 1}, TypeError, "no argument 'eos_token_id'; use stop"),
+    "state first": (
+        MAP_STATE,
+        ([X], torch.clone),
+        {},
+        TypeError,
+        "a function of a tensor, got list; the function comes",
+    ),
+    "no state": (MAP_STATE, (torch.clone, None), {}, TypeError, "state must be a list of tensors, got NoneType"),
+    "a class": (
+        lambda name: mingru.drop_in.patch(name).__enter__(),
+        ("LSTM",),
+        {},
+        TypeError,
+        "gru=False replaces LSTMs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_errors_say_what_was_meant(case):
+    call, args, kwargs, error, message = FOREIGN[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call(*args, **kwargs)
+
+
+def test_numbers_of_numpy_are_numbers():
+    rnn = mingru.MinGRU(np.int64(3), 4, num_layers=np.int32(2), dropout=np.float32(0.5))
+    assert repr(rnn) == repr(mingru.MinGRU(3, 4, num_layers=2, dropout=0.5))
+    assert all(type(size) is int for size in (rnn.input_dims, rnn.num_layers)) and type(rnn.dropout) is float

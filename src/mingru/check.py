@@ -5,11 +5,13 @@ import functools
 import inspect
 import itertools
 import math
+import numbers
+import operator
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
-# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs) and their names here.
+# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and their
+# names here, with a value where another one is meant.
 COUNTERPARTS = {
     "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
@@ -37,6 +41,12 @@ COUNTERPARTS = {
     "strides": ("stride",),
     "paddings": ("padding",),
     "batch_norm": ("norm",),
+    "activation": ("candidate",),
+    **dict.fromkeys(["n_vocab", "num_tokens", "num_embeddings"], ("vocab_size",)),
+    **dict.fromkeys(["mask", "attention_mask", "key_padding_mask", "padding_mask"], ("lengths=mask.sum(1)",)),
+    **dict.fromkeys(["max_length", "max_tokens"], ("max_new_tokens",)),
+    "eos_token_id": ("stop",),
+    "do_sample": ("temperature=0",),
     "input": ("x",),
     "x": ("input",),
     **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
@@ -97,25 +107,33 @@ def of_another_shape(name: str, argument: str, x: Tensor, letters: str, shape: t
     return ValueError(expectation(name, argument, f"{letters} = {dims(shape)}", dims(x.shape)))
 
 
-def arguments_checked(remedy: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate a constructor so that errors about its arguments name the class that is constructed.
+def arguments_checked(remedy: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a constructor or method so that errors about its arguments name the class of the object.
 
     Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments.
+    Numbers of numpy become numbers of Python.
     """
 
-    def decorated(init: Callable[P, None]) -> Callable[P, None]:
+    def decorated(init: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(init)
 
         @functools.wraps(init)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        def run(*args: Any, **kwargs: Any) -> T:
             problem = misfit(name_of(type(args[0])), signature, args, kwargs, remedy)
             if problem:
                 raise TypeError(problem)
-            init(*args, **kwargs)
+            return init(*map(_builtin, args), **{name: _builtin(value) for name, value in kwargs.items()})
 
         return run
 
     return decorated
+
+
+def _builtin(value: Any) -> Any:
+    """Return a number of another library, such as a scalar of numpy, as an int or float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def misfit(
@@ -126,7 +144,7 @@ def misfit(
     names = [parameter.name for parameter in known]
     has_options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     for argument in kwargs:
-        if argument not in names and (not has_options or _spelled_like(argument, names)):
+        if argument not in names and (not has_options or _counterparts(argument, names)):
             return unknown_argument(name, argument, names)
     try:
         signature.bind(*args, **kwargs)
@@ -142,15 +160,16 @@ def unknown_argument(name: str, argument: str, names: list[str]) -> str:
 
 
 def _meant(argument: str, names: list[str]) -> str:
-    meant = [name for name in COUNTERPARTS.get(argument, ()) if name in names] or _spelled_like(argument, names)
+    meant = _counterparts(argument, names)
     if meant:
         return f"use {' and '.join(meant)}"
     return REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
 
 
-def _spelled_like(argument: str, names: list[str]) -> list[str]:
+def _counterparts(argument: str, names: list[str]) -> list[str]:
+    known = [name for name in COUNTERPARTS.get(argument, ()) if name.partition("=")[0] in names]
     # The high cutoff, 0.8, accepts only typing errors.
-    return difflib.get_close_matches(argument, names, 1, 0.8)
+    return known or difflib.get_close_matches(argument, names, 1, 0.8)
 
 
 def check_flags(name: str, **flags: object) -> None:
@@ -181,7 +200,8 @@ def check_residual(name: str, residual: object, input_dims: int, hidden_dims: in
 
 def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
     is_int = isinstance(size, int) and not isinstance(size, bool)
-    require(name, argument, is_int, expected, repr(size), error=TypeError)
+    remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""
+    require(name, argument, is_int, expected, repr(size), remedy, TypeError)
     require(name, argument, size >= least, f"at least {least}", str(size))
 
 
@@ -229,7 +249,8 @@ def check_parts(name: str, argument: str, size: int, gate: str) -> None:
 def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None) -> list[float]:
     """Return the lower bound of each layer."""
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
-    expected = f"a number from 0 to 1 (exclusive), or a list of {num_layers}, one for each layer"
+    expected = "a number from 0 to 1 (exclusive)"
+    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
     if not all(is_number(bound) for bound in bounds):
         raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
     if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
@@ -399,8 +420,8 @@ def check_integers(name: str, lengths: Tensor, letters: str) -> None:
     if not isinstance(lengths, Tensor):
         raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        expected = "of an integer dtype"
-        raise TypeError(expectation(name, "lengths", expected, str(lengths.dtype), "use lengths.long()"))
+        remedy = "use lengths=mask.sum(1) for a mask" if lengths.dtype == torch.bool else "use lengths.long()"
+        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
 
 
 def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:

@@ -113,7 +113,8 @@ MEANT = {
     "dim": "input_dims and hidden_dims",
     "expansion_factor": "hidden_dims",
     "batch_norm": "norm",
-    "activation": None,
+    "activation": "candidate",
+    "momentum": None,
     "lern_initial_state": "learn_initial_state",
 }
 OF_LAYERS = {"n_layers": "num_layers", "bidirectonal": "bidirectional", "dropuot": "dropout", "residuals": "residual"}

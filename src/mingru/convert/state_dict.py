@@ -19,7 +19,8 @@ class Checkpoint(dict[str, Tensor]):
     """The tensors under a prefix, which is removed from their keys. Errors name the first wrong key."""
 
     def __init__(self, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        check_type(name, "state_dict", state_dict, Mapping, "a mapping of names to tensors", "use .state_dict()")
+        remedy = "load the file with torch.load(path)" if isinstance(state_dict, str) else "use .state_dict()"
+        check_type(name, "state_dict", state_dict, Mapping, "a mapping of names to tensors", remedy)
         require(name, "prefix", isinstance(prefix, str), "a str", repr(prefix), error=TypeError)
         for key in state_dict:
             check_type(name, f"the key {key!r} of state_dict", key, str, "a str", "use .state_dict()")
@@ -35,7 +36,8 @@ class Checkpoint(dict[str, Tensor]):
     def without(self, firsts: Iterable[str]) -> ValueError:
         """Return the error for a checkpoint with none of these keys, which names the prefix of a layer, if any."""
         prefixes = [key[: -len(first)] for key in self.state_dict for first in firsts if key.endswith("." + first)]
-        remedy = f"use prefix={prefixes[0]!r}" if prefixes else ""
+        inner = [key for key, x in self.state_dict.items() if isinstance(x, Mapping)]
+        remedy = f"use prefix={prefixes[0]!r}" if prefixes else f"pass the mapping under {inner[0]!r}" if inner else ""
         expected = f"a mapping with keys such as {self.listed(firsts, ' or ')}"
         got = f"the key {self.prefix}{next(iter(self))}"
         return ValueError(expectation(self.name, "state_dict", expected, got, remedy))

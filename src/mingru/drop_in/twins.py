@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..check import check_flags, check_int, expectation, unknown_argument
+from ..check import check_flag, check_int, expectation, unknown_argument
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
 
@@ -23,7 +23,8 @@ def wanted_twins(name: str, gru: bool, lstm: bool, num_layers: int | None, optio
 
     Raise an error if no twin has an option.
     """
-    check_flags(name, gru=gru, lstm=lstm)
+    check_flag(name, "gru", gru, f"{name} with gru=False replaces LSTMs alone, and with lstm=False GRUs alone")
+    check_flag(name, "lstm", lstm)
     if not (gru or lstm):
         raise ValueError(expectation(name, "gru or lstm", "True", "False for both"))
     # By their names, because `torch.nn.GRU` is another class in a block of `patch`.

@@ -167,6 +167,7 @@ class LanguageModel(Layer):
             check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
     @torch.jit.unused
+    @arguments_checked()
     def generate(
         self,
         prompts: Tensor | Sequence[Tensor],
@@ -220,6 +221,7 @@ class LanguageModel(Layer):
         return generation.joined(prompts, new)
 
     @torch.jit.unused
+    @arguments_checked()
     def stream(
         self,
         prompts: Tensor | Sequence[Tensor],

@@ -21,7 +21,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
         A list of the tensors that the function returned, in the same order.
 
     Raises:
-        TypeError: `state` is a tensor, the state of a layer such as [mingru.MinGRU][].
+        TypeError: `function` is no function, or `state` is no list, such as the state of a layer, which is a tensor.
 
     Examples:
         >>> lm = mingru.models.LanguageModel(vocab_size=100, dims=64, num_layers=2)
@@ -30,15 +30,11 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
         >>> first_two = mingru.models.map_state(lambda tensor: tensor[:, :2], state)
         >>> on_the_cpu = mingru.models.map_state(lambda tensor: tensor.to("cpu"), state)
     """
-    require(
-        "map_state",
-        "state",
-        not isinstance(state, Tensor),
-        "a list of tensors",
-        type(state).__name__,
-        "call the function on the state of one layer directly",
-        TypeError,
-    )
+    got, is_callable = type(function).__name__, callable(function)
+    require("map_state", "function", is_callable, "a function of a tensor", got, "the function comes first", TypeError)
+    remedy = "call the function on the state of one layer directly" if isinstance(state, Tensor) else ""
+    is_list = isinstance(state, Iterable) and not isinstance(state, Tensor)
+    require("map_state", "state", is_list, "a list of tensors", type(state).__name__, remedy, TypeError)
     return [function(tensor) for tensor in state]
 
 

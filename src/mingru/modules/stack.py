@@ -114,7 +114,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         found = list(layers)
         require(self.name, "layers", bool(found), "a list of at least one layer", "an empty list")
         for index, layer in enumerate(found):
-            got, remedy = type(layer).__name__, ""
+            got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
                 if isinstance(layer, Layer) and layer.role == "custom":

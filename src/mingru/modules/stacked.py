@@ -131,7 +131,9 @@ class Stacked(Layer):
         if at not in leading or x.shape[at] != self.input_dims:
             space = f" and space is {count}-dimensional" if count else ""
             expected = f"{letters} because input_dims is {self.input_dims}{space}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy or embed_remedy(x)))
+            one_step = "use x[None, None] for one step" if x.shape == (self.input_dims,) else ""
+            fix = remedy or embed_remedy(x) or one_step
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), fix))
         self._check_weight(x)
 
     def _check_weight(self, x: Tensor) -> None:
