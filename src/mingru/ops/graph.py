@@ -17,6 +17,7 @@ from .private import (
     are_functorch_transforms_active,
     get_function_stack_at,
     is_any_autocast_enabled,
+    is_exporting,
     is_legacy_batchedtensor,
     is_symbolic,
     is_tracing,
@@ -25,9 +26,8 @@ from .private import (
 )
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-# True for `torch.compile` and `torch.export`, and only for `torch.export`.
+# True for `torch.compile` and `torch.export`.
 is_compiling = torch.compiler.is_compiling
-is_exporting = torch.compiler.is_exporting
 
 _ORDINARY = {Tensor, nn.Parameter, type(None)}
 P = ParamSpec("P")

@@ -93,6 +93,14 @@ def is_untransformed() -> bool:
     return not (is_tracing() or are_functorch_transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0)
 
 
+def is_exporting() -> bool:
+    """Return whether `torch.export` captures a graph. The public function of torch 2.11 also says so of `torch.compile`.
+
+    Without the name, an exported program has the kernels of this package where it was exported with them.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 def is_symbolic() -> bool:
     """Return whether tensors may have no values: in `torch.compile`, `torch.export` and `make_fx`, not in a trace."""
     return (
