@@ -22,7 +22,7 @@ GUIDES = {
     "faq.md": 1,
     "gates.md": 1,
     "gpu.md": 2,
-    "index.md": 1,
+    "index.md": 2,
     "irregular.md": 3,
     "models.md": 9,
     "programs.md": 0,

@@ -20,9 +20,9 @@ from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, from_flat
 from .cells import NUM_INPUTS
-from .graph import are_batched, is_compiling, is_exporting
+from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
-from .private import jvp_nesting
+from .private import is_exporting, jvp_nesting
 from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype, conjugate, times

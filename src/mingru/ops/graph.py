@@ -17,7 +17,6 @@ from .private import (
     are_functorch_transforms_active,
     get_function_stack_at,
     is_any_autocast_enabled,
-    is_exporting,
     is_legacy_batchedtensor,
     is_symbolic,
     is_tracing,

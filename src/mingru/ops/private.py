@@ -94,7 +94,7 @@ def is_untransformed() -> bool:
 
 
 def is_exporting() -> bool:
-    """Return whether `torch.export` captures a graph. The public function of torch 2.11 also says so of `torch.compile`.
+    """Return whether `torch.export` captures a graph. In torch 2.11, the public function also says so of `compile`.
 
     Without the name, an exported program has the kernels of this package where it was exported with them.
     """

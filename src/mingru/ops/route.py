@@ -17,8 +17,8 @@ from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import parts_of
-from .graph import are_ordinary, is_autocast, is_compiling, is_exporting
-from .private import has_any_global_hook, is_symbolic, is_tracing
+from .graph import are_ordinary, is_autocast, is_compiling
+from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
 
 BACKENDS: dict[str, Backend] = {

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
-from ..graph import for_trace, is_exporting, is_scripting, is_true_for_all_sizes
+from ..graph import for_trace, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, in_layout, padded_call
+from ..private import is_exporting
 from ..scan import LinearScan
 from ..shape import States, along, empty_states, one_like, plus_times, times
 
