@@ -34,9 +34,9 @@ class MinGRU(Recurrent, planned=True):
         r_t = (m + (1 - m) (1 - z_t))^dt_t
 
     and z_t by 1 - r_t, which does not cancel for short times. theta_t and v_t become dt_t theta_t and dt_t v_t. Times
-    of 1 give the ordinary layer. Steps of dt 1 and 2 with the same x equal one step of dt 3 (not if the state turns,
-    because the candidate does not). "signed" takes neither option, because a negative decay has no real power, and
-    because the decay must pass 0 to change its sign.
+    of 1 give the ordinary layer. With the same x, a step with dt = 1 and one with dt = 2 give the state of one step
+    with dt = 3 (not if the state turns, because the candidate does not). "signed" takes neither option, because a
+    negative decay has no real power, and because the decay must pass 0 to change its sign.
 
     `residual="highway"` computes the output y of a layer from its state and its input, with a gate of its own:
 
