@@ -3,10 +3,14 @@
 `test_reference.py` compares it with values worked by hand.
 """
 
+import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+import mingru as library
 
 
 def g(v: Tensor) -> Tensor:
@@ -179,15 +183,16 @@ def norm(x, kind, weights, prefix, eps):
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + weights[f"{prefix}.bias"]
 
 
-def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None):
+def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
     """Compute a `MinGRU` or `MinLSTM` in float64 from its weights, with x (B, S, I) and without dropout.
 
-    `eps` is the eps of its RMS norms, which depends on the dtype.
+    `eps` is the eps of its RMS norms, which depends on the dtype, and `start` a number in place of the default state.
     """
     x = x.double()
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     count = rnn.num_layers * rnn.num_directions
-    initial = weights.get("initial_state", torch.full((1, 1, 1, 1), initial_state(rnn.cell, rnn.candidate)).double())
+    start = initial_state(rnn.cell, rnn.candidate) if start is None else start
+    initial = weights.get("initial_state", torch.full((1, 1, 1, 1), start).double())
     initial = initial.expand(count, x.shape[0], 1, rnn.hidden_dims)
     h = initial if h is None else h.double().expand_as(initial)
     last = []
@@ -226,7 +231,7 @@ def linear(x, weights, prefix):
     return x @ weights[f"{prefix}.weight"].T + weights.get(f"{prefix}.bias", 0.0)
 
 
-def block(module, x, h=None, reset=None, eps=EPS):
+def block(module, x, h=None, reset=None, eps=EPS, dt=None):
     """Compute a `Block` in float64 from its weights, with x (B, S, dims) and without dropout."""
     x = x.double()
     weights = {name: weight.double() for name, weight in module.named_parameters()}
@@ -245,7 +250,7 @@ def block(module, x, h=None, reset=None, eps=EPS):
             window = window[1:]
         x = torch.stack(outs, 1) if outs else x
         states.append(torch.stack(window, 1).unsqueeze(0))
-    y, last = layers(module.rnn, x, None if h is None else h[0], reset, eps)
+    y, last = layers(module.rnn, x, None if h is None else h[0], reset, eps, dt)
     x = x + linear(y, weights, "out")
     if "mlp.0.weight" in weights:
         y = linear(norm(x, module.rnn.norm, weights, "mlp.0", eps), weights, "mlp.1")
@@ -264,6 +269,89 @@ def language_model(lm, ids, state=None, reset=None, eps=EPS):
         states += after
     x = norm(x, lm.blocks.layers[0].rnn.norm, weights, "norm", eps)
     return x @ weights.get("head.weight", weights["embedding.weight"]).T, states
+
+
+def of_layer(value, layer):
+    return value[layer] if isinstance(value, list) else value
+
+
+def in_parts(x, weights, prefix, groups, count, **geometry):
+    """Return the `count` results of a convolution (B, S, C, *space), each for one step after the other."""
+    weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
+    convolve, rows = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 4], weight.shape[0] // (groups * count)
+    found = [[] for _ in range(count)]
+    for group, part in itertools.product(range(groups), range(count)):
+        at = slice((group * count + part) * rows, (group * count + part + 1) * rows)
+        own, kernel = x.chunk(groups, 2)[group], weight[at]
+        steps = [convolve(own[:, t], kernel, None if bias is None else bias[at], **geometry) for t in range(x.shape[1])]
+        found[part].append(torch.stack(steps, 1))
+    return [torch.cat(of_part, 2) for of_part in found]
+
+
+def convolutions(rnn, x, h=None, reset=None):
+    """Compute a convolutional layer in float64 from its weights, with x (B, S, C, *space) and without dropout."""
+    weights = {name: weight.double() for name, weight in rnn.named_parameters()}
+    cell = "mingru" if rnn.gate == "sigmoid" else f"mingru_{rnn.gate}"
+    groups, num_directions, over_space = rnn.groups, rnn.num_directions, (-1, *[1] * rnn.num_space_dims)
+    x, last = x.double(), []
+    for index in range(rnn.num_layers):
+        prefix = f"layers.{index}."
+        geometry = {name: of_layer(getattr(rnn, name), index) for name in ("stride", "padding", "dilation")}
+        y = x
+        if rnn.norm == "group":
+            apart = y.reshape(*y.shape[:2], rnn.layers[index].norm.num_groups, -1)
+            deviation = apart - apart.mean(-1, keepdim=True)
+            y = (deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(y.shape)
+            scale, shift = (weights[f"{prefix}norm.{name}"].view(over_space) for name in ("weight", "bias"))
+            y = y * scale + shift
+        outs = []
+        for direction, name in enumerate(["conv", "conv_reverse"][:num_directions]):
+            gate, candidate = in_parts(y, weights, prefix + name, groups, 2, **geometry)
+            initial = weights.get(prefix + "initial_state")
+            initial = None if initial is None else initial[direction]
+            before = initial if h is None else h[index * num_directions + direction].double()
+            cut = reset
+            if direction == 1 and reset is not None:
+                cut = torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
+            out = CELLS[cell](gate, candidate, before, cut, rnn.candidate, initial, reverse=direction == 1)
+            outs.append(out)
+            last.append(out[:, :1] if direction else out[:, -1:])
+        out = torch.cat(outs, 2)
+        if rnn.residual:
+            is_aligned = f"{prefix}align.weight" in weights
+            parts = in_parts(x, weights, prefix + "align", groups, num_directions, **geometry) if is_aligned else [x]
+            out = out + torch.cat(parts, 2)
+        x = out
+    return x, last
+
+
+def module(rnn, x, h=None, reset=None, dt=None):
+    """Compute a layer, a cell, a stack or a block of the library, with x (B, S, *), and its states in a list."""
+    if isinstance(rnn, library.Stack):
+        states, rest = [], h
+        for index, layer in enumerate(rnn.layers):
+            count = getattr(layer, "num_states", 1)
+            out, last = module(layer, x, None if h is None else rest[:count], reset, dt)
+            rest = None if h is None else rest[count:]
+            if rnn.residual:
+                align = dict(rnn.named_parameters()).get(f"aligns.{index}.weight")
+                out = out + (x if align is None else x @ align.double().T)
+            x, states = out, states + last
+        return x, states
+    if isinstance(rnn, library.models.Block):
+        return block(rnn, x, h, reset, dt=dt)
+    is_cell, is_like_torch = type(rnn).__name__.endswith("Cell"), "drop_in" in type(rnn).__module__
+    if rnn.num_space_dims > 0:
+        h = h if h is None or not is_cell else [state.unsqueeze(1) for state in h]
+        out, last = convolutions(rnn, x, h, reset)
+        return out, [state.squeeze(1) for state in last] if is_cell else last
+    count = 1 if h is None else len(h)
+    state = None if h is None else sum(h) / count
+    if state is not None:
+        state = state[None, :, None] if is_cell else state.unsqueeze(2) if is_like_torch else state
+    out, last = layers(rnn, x, state, reset, dt=dt, start=0.0 if is_like_torch else None)
+    last = last[0, :, 0] if is_cell else last.squeeze(2) if is_like_torch else last
+    return out, [last] * (2 if "LSTM" in type(rnn).__name__ and is_like_torch else 1)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

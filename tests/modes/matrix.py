@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import CASES
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from cases import CASES  # noqa: E402
+
 PAGE = FOLDER.parent.parent / "docs" / "modes.md"
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARK = "<!-- printed by tests/modes/matrix.py -->\n"

@@ -159,17 +159,14 @@ def test_lengths(case):
     module = case.make(dtype=torch.double)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch, steps in SIZES:
-        x, h, reset = (
-            case.x(batch, steps, dtype=torch.double),
-            case.h(batch, dtype=torch.double),
-            case.reset(batch, steps),
-        )
+        x, h = case.x(batch, steps, dtype=torch.double), case.h(batch, dtype=torch.double)
+        reset, dt = case.reset(batch, steps), case.dt(batch, steps, dtype=torch.double)
         lengths = torch.randint(0, steps, (batch,))
         x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
-        leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
+        leaves = [leaf.requires_grad_() for leaf in tensors([x, h, dt])] + list(module.parameters())
         results = []
         for run in (compiled, module):
-            out = run(x, h, reset, lengths=lengths)
+            out = run(x, h, reset, lengths=lengths, **dt)
             loss = sum(tensor.square().sum() for tensor in tensors(out))
             results.append((out, torch.autograd.grad(loss, leaves)))
         assert_equal(*results)
@@ -192,11 +189,9 @@ def test_lengths_of_both_directions(argument):
 def test_make_fx(case, backend, options):
     """The graph has no values to check, and is that of any others."""
     module = case.make()
-    takes_dt = all(getattr(each, "is_timed", True) for each in module.modules()) and case.time_dim is not None
 
     def given(lengths):
-        dt = (1 + case.reset(2, 7).float()) if takes_dt else None
-        return case.x(2, 7), case.h(2), case.reset(2, 7), torch.tensor(lengths), dt
+        return case.x(2, 7), case.h(2), case.reset(2, 7), torch.tensor(lengths), case.dt(2, 7).get("dt")
 
     def run(*args):
         return tensors(module(*args))

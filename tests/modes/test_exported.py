@@ -160,16 +160,16 @@ def test_kernels_stay_where_they_are_asked_for():
 @pytest.mark.mode("torch.export, lengths")
 @parametrized(CASES_WITH_LENGTHS, quick=[])
 def test_lengths(case):
-    module = case.make()
-    shapes = case.dynamic(BATCH, Dim("steps", max=40))
+    module, dt = case.make(), case.dt()
+    of_x, of_h = case.dynamic(BATCH, Dim("steps", max=40))
     program = torch.export.export(
         module,
-        (case.x(), case.h(), None, torch.tensor([3, 7])),
-        dynamic_shapes=(*shapes, None, {0: BATCH}),
+        (case.x(), case.h(), None, torch.tensor([3, 7]), dt.get("dt")),
+        dynamic_shapes=(of_x, of_h, None, {0: BATCH}, of_x if dt else None),
     )
     for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
-        x, h = case.x(batch, steps), case.h(batch)
         lengths = torch.randint(0, steps + 1, (batch,))
-        x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
-        assert_equal(program.module()(x, h, None, lengths), module(x, h, None, lengths))
-    assert tensors(program.module()(x, h, None, lengths))
+        args = case.x(batch, steps), case.h(batch), None, lengths, case.dt(batch, steps).get("dt")
+        args[0].select(case.batch_dim, 0)[lengths[0] :] = torch.nan
+        assert_equal(program.module()(*args), module(*args))
+    assert tensors(program.module()(*args))

@@ -108,15 +108,19 @@ def test_without_a_bound_and_without_a_state(path):
 
 @pytest.mark.mode("ONNX, whole sequence")
 @pytest.mark.slow
-def test_with_a_reset(path):
-    module = mingru.MinGRU(3, 4, learn_initial_state=True).requires_grad_(False)
-    args = torch.randn(1, 7, 3), torch.randn(1, 1, 1, 4), torch.ones(1, 7, dtype=torch.bool)
+def test_with_resets_and_times(path):
+    module = mingru.MinGRU(3, 4, learn_initial_state=True, min_decay=0.3).requires_grad_(False)
+
+    def given(batch, steps):
+        reset, dt = torch.rand(batch, steps) < 0.1, 2 * torch.rand(batch, steps)
+        return torch.randn(batch, steps, 3), torch.randn(1, batch, 1, 4), reset, None, dt
+
     with small_chunks():
-        session = Session(path, module, args, max_steps=100)
-    assert list(session.inputs) == ["x", "h", "reset"]
-    for batch, steps in [(1, 1), (3, 17), (2, 100)]:
-        x, h, reset = torch.randn(batch, steps, 3), torch.randn(1, batch, 1, 4), torch.rand(batch, steps) < 0.1
-        assert_equal(session(x, h, reset), tensors(module(x, h, reset)), **TOLERANCE)
+        session = Session(path, module, given(1, 7), max_steps=100)
+    assert list(session.inputs) == ["x", "h", "reset", "dt"]
+    for size in [(1, 1), (3, 17), (2, 100)]:
+        args = given(*size)
+        assert_equal(session(*args), tensors(module(*args)), **TOLERANCE)
 
 
 @pytest.mark.mode("ONNX, single step")
@@ -147,9 +151,11 @@ def test_steps_that_follow_each_other_are_one_pass(case, path):
 
 @pytest.mark.slow
 @pytest.mark.mode("ONNX, single step")
-def test_a_step_with_a_reset(path):
+def test_a_step_with_a_reset_and_a_time(path):
     module = mingru.MinGRU(3, 4, 2).requires_grad_(False)
-    session = Session(path, module, (torch.randn(1, 1, 3), None, torch.ones(1, 1, dtype=torch.bool)), kind="step")
-    assert session.inputs == {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4], "reset": ["batch", 1]}
+    args = torch.randn(1, 1, 3), None, torch.ones(1, 1, dtype=torch.bool), None, torch.ones(1, 1)
+    session = Session(path, module, args, kind="step")
+    assert session.inputs == {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4], "reset": ["batch", 1], "dt": ["batch", 1]}
     x, h, reset = torch.randn(4, 1, 3), torch.randn(2, 4, 1, 4), torch.tensor([[True], [False], [False], [True]])
-    assert_equal(session(x, h, reset), tensors(module(x, h, reset)), **TOLERANCE)
+    args = x, h, reset, None, torch.tensor([[1e-4], [0.5], [1.0], [3.0]])
+    assert_equal(session(*args), tensors(module(*args)), **TOLERANCE)

@@ -88,7 +88,7 @@ def trace(case, module, given, size, check=False, **factory):
     """Checked by torch at another size, for which it traces anew and compares graph and values."""
     one, other = calls(case, given, [size, (3, 19)], **factory)
     # A list of states comes out, of which torch wants to be told that its length is fixed.
-    options = {"strict": not isinstance(case.states(1), list)}
+    options = {"strict": not isinstance(case.h(), list)}
     return torch.jit.trace(module, one, check_trace=check, check_inputs=[other], **options)
 
 

@@ -267,10 +267,10 @@ def test_signatures_copies_and_scripts_stay(kind):
         torch.testing.assert_close(twin(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, drop_in.GRU])
+@pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinLSTM, mingru.MinConv2dGRU, mingru.Stack, drop_in.GRU])
 def test_a_dropout_without_effect_is_blamed_on_the_line_that_asks_for_it(kind):
-    with pytest.warns(UserWarning, match=f"^{named(kind)}: dropout=0.5 has no effect") as seen:
-        kind(3, 4, dropout=0.5)
+    with pytest.warns(UserWarning, match=f"^{named(kind)}: dropout=0.5 has no effect on one layer") as seen:
+        kind(*CLASSES[kind][0], dropout=0.5)
     assert [warning.filename for warning in seen] == [__file__]
 
 

@@ -1,231 +1,26 @@
-"""Elapsed times (`dt`) and lower bounds of the decay (`min_decay`) in layers, cells and stacks."""
+"""`elapsed_times`, what `dt` and `min_decay` refuse, and bounds by hand. Their values in layers: tests/properties."""
 
-import copy
 import functools
 import math
 import warnings
 
 import pytest
-import reference
 import torch
 from refusals import assert_refused
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import mingru
 from mingru import check
 from mingru.functional import elapsed_times
-from mingru.ops.backends import traceable
 
 B, S, IN, H = 3, 21, 4, 6
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
-MORE = {"num_layers": 2, "bidirectional": True, "residual": True, "norm": "rms", "learn_initial_state": True}
-MODELS = {
-    "MinGRU": (mingru.MinGRU, {}),
-    "MinGRU in both directions": (mingru.MinGRU, {"num_layers": 2, "bidirectional": True}),
-    "MinGRU with bounds": (mingru.MinGRU, {**MORE, "min_decay": [0.1, 0.5]}),
-    "MinGRU with rotations": (mingru.MinGRU, {**MORE, "gate": "rotation", "candidate": "tanh", "min_decay": 0.25}),
-    "MinLSTM": (mingru.MinLSTM, MORE),
-}
-
-# Dynamo's own way of tracing a function, in torch 2.13.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-
-
-every_model = pytest.mark.parametrize("model", MODELS)
-# Capturing a graph takes long, so these have one layer.
-in_graphs = pytest.mark.parametrize("model", [pytest.param("MinGRU with rotations", marks=pytest.mark.slow)])
-
-
-def make(model, **more):
-    kind, options = MODELS[model]
-    return kind(IN, H, dtype=torch.double, **{**options, **more})
-
-
-def inputs(rnn, batch=B, steps=S):
-    h = torch.rand(rnn.num_layers * rnn.num_directions, batch, 1, H).double()
-    reset, dt = torch.rand(batch, steps) < 0.2, 3 * torch.rand(batch, steps).double()
-    return torch.randn(batch, steps, IN).double(), h, reset, dt
-
-
-def graded(rnn, function, x, h, reset, dt):
-    """Return the outputs, and the gradients of x, h, dt and all parameters."""
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, h, dt)]
-    out, last = function(leaves[0], leaves[1], reset, dt=leaves[2])
-    weights = [torch.randn(each.shape, generator=torch.Generator().manual_seed(0)).double() for each in (out, last)]
-    loss = (out * weights[0]).sum() + (last * weights[1]).sum()
-    return out, last, *torch.autograd.grad(loss, [*leaves, *rnn.parameters()], materialize_grads=True)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_model
-def test_layer_against_the_reference(model, backend):
-    rnn = make(model)
-    given = inputs(rnn)
-    expected = graded(rnn, lambda *args, dt: reference.layers(rnn, *args, dt=dt), *given)
-    with mingru.use_backend(backend):
-        assert_close(graded(rnn, rnn, *given), expected, **TIGHT)
-        without_dt = reference.layers(rnn, *given[:3])
-        assert_close(rnn(*given[:3]), without_dt, **TIGHT)
-        with torch.no_grad():
-            assert_close(rnn(*given[:3]), without_dt, **TIGHT)
-            assert_close(rnn(*given[:3], dt=given[3]), expected[:2], **TIGHT)
-
-
-@pytest.mark.parametrize("model", ["MinGRU with rotations", pytest.param("MinLSTM", marks=pytest.mark.slow)])
-def test_scripted_layer_against_the_reference(model):
-    rnn = make(model)
-    given = inputs(rnn)
-    expected = graded(rnn, lambda *args, dt: reference.layers(rnn, *args, dt=dt), *given)
-    assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
-
-
-@every_model
-def test_time_first(model):
-    rnn = make(model)
-    x, h, reset, dt = inputs(rnn)
-    swapped = make(model, batch_first=False)
-    swapped.load_state_dict(rnn.state_dict())
-    out, last = swapped(x.transpose(0, 1), h, reset.t(), dt=dt.t())
-    expected, expected_last = rnn(x, h, reset, dt=dt)
-    assert_close(out.transpose(0, 1), expected, **TIGHT)
-    assert_close(last, expected_last, **TIGHT)
-
-
-@pytest.mark.parametrize("kind", ["MinGRU", "MinLSTM"])
-def test_pieces_equal_the_whole_and_a_cell_equals_the_layer(kind):
-    options = {"norm": "layer", "dtype": torch.double, **({"min_decay": 0.2} if kind == "MinGRU" else {})}
-    rnn, cell = getattr(mingru, kind)(IN, H, **options), getattr(mingru, f"{kind}Cell")(IN, H, **options)
-    cell.load_state_dict(rnn.state_dict())
-    x, h, reset, dt = inputs(rnn)
-    out, last = rnn(x, h, reset, dt=dt)
-    state, outs = h, []
-    for part in (slice(0, 1), slice(1, 9), slice(9, S)):
-        piece, state = rnn(x[:, part], state, reset[:, part], dt=dt[:, part])
-        outs.append(piece)
-    assert_close(torch.cat(outs, 1), out, **TIGHT)
-    assert_close(state, last, **TIGHT)
-    for step in (cell, torch.jit.script(cell)):
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                state = h[0, :, 0]
-                for t in range(S):
-                    state = step(x[:, t], state, reset[:, t], dt[:, t])
-                    assert_close(state, out[:, t], **TIGHT)
-    assert_close(cell(x[0, 0], h[0, 0, 0], None, dt[0, 0]), rnn(x[:1, :1], h[:, :1], dt=dt[:1, :1])[0][0, 0], **TIGHT)
-
-
-@every_model
-def test_packed_and_lengths(model):
-    rnn = make(model)
-    x, h, reset, dt = inputs(rnn)
-    lengths = torch.tensor([9, S, 1])
-    packed = [pack_padded_sequence(each, lengths, True, False) for each in (x, reset, dt)]
-    for backend in BACKENDS:
-        with mingru.use_backend(backend):
-            out, last = rnn(x, h, reset, lengths, dt)
-            packed_out, packed_last = rnn(packed[0], h, packed[1], dt=packed[2])
-            assert_close(pad_packed_sequence(packed_out, True)[0], out, **TIGHT)
-            assert_close(packed_last, last, **TIGHT)
-            for index, length in enumerate(lengths):
-                one = slice(index, index + 1)
-                given = x[one, :length], h[:, one], reset[one, :length]
-                expected, state = reference.layers(rnn, *given, dt=dt[one, :length])
-                assert_close(out[one, :length], expected, **TIGHT)
-                assert_close(last[:, one], state, **TIGHT)
-                assert not out[one, length:].any()
-
-
-@in_graphs
-def test_lengths_in_graphs(model):
-    rnn = make(model, num_layers=1)
-    x, h, reset, dt = inputs(rnn)
-    lengths = torch.tensor([9, S, 0])
-    expected = rnn(x, h, reset, lengths, dt)
-    assert_close(torch.jit.script(rnn)(x, h, reset, lengths, dt), expected, **TIGHT)
-    traced = torch.jit.trace(rnn, (x, h, reset, lengths, dt), check_trace=False)
-    fewer = lengths.clamp_max(7)
-    assert_close(traced(x, h, reset, fewer, dt), rnn(x, h, reset, fewer, dt), **TIGHT)
-    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, h, reset, lengths, dt), expected, **TIGHT)
-
-
-@pytest.mark.parametrize("backend", ["native", "torch"])
-@in_graphs
-def test_compiled(model, backend):
-    if backend not in BACKENDS:
-        pytest.skip("the kernels were not built")
-    rnn = make(model, num_layers=1)
-    given = inputs(rnn)
-    with mingru.use_backend(backend):
-        expected = graded(rnn, rnn, *given)
-        compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-        assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
-
-
-@in_graphs
-def test_exported(model, monkeypatch):
-    # Exporting few steps in a chunk takes a third of the time.
-    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
-    rnn = make(model, num_layers=1).eval()
-    x, h, reset, dt = inputs(rnn)
-    batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
-    shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps}, None, {0: batch, 1: steps})
-    program = torch.export.export(rnn, (x, h, reset, None, dt), dynamic_shapes=shapes)
-    for size in (1, 5, 40):
-        x, h, reset, dt = inputs(rnn, 2, size)
-        assert_close(program.module()(x, h, reset, None, dt), rnn(x, h, reset, dt=dt), **TIGHT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sequence", "step"])
-def test_onnx(kind, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
-    rnn = mingru.MinGRU(IN, H, min_decay=0.3)
-    size = 1 if kind == "step" else 9
-    example = torch.randn(1, size, IN), torch.rand(1, 1, 1, H), None, None, torch.ones(1, size)
-    path = tmp_path / "model.onnx"
-    mingru.export.onnx(rnn, example, path, kind=kind, max_steps=None if kind == "step" else 64)
-    session = onnxruntime.InferenceSession(path)
-    names = [each.name for each in session.get_inputs()]
-    assert names == ["x", "h", "dt"]
-    for steps in (1,) if kind == "step" else (1, 9, 40):
-        x, h, dt = torch.randn(3, steps, IN), torch.rand(1, 3, 1, H), 2 * torch.rand(3, steps)
-        dt[:, 0] = 1e-4
-        got = session.run(None, dict(zip(names, (x.numpy(), h.numpy(), dt.numpy()), strict=True)))
-        for one, other in zip(got, rnn(x, h, dt=dt), strict=True):
-            assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_widths_and_autocast(dtype):
-    rnn = mingru.MinGRU(IN, H, 2)
-    x, h, _, dt = (each if each.dtype == torch.bool else each.float() for each in inputs(rnn))
-    expected, last = rnn(x, h, dt=dt)
-    half = copy.deepcopy(rnn).to(dtype)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            for times in (dt, dt.to(dtype)):
-                out, state = half(x.to(dtype), h.to(dtype), dt=times)
-                assert out.dtype == state.dtype == dtype
-                assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-            with torch.autocast("cpu", dtype):
-                out, state = rnn(x, h, dt=dt)
-            assert out.dtype == dtype
-            assert state.dtype == torch.float32
-            assert_close(state, last, rtol=0.05, atol=0.05)
 
 
 def test_per_sample_gradients():
-    rnn = make("MinGRU")
-    x, h, _, dt = inputs(rnn)
+    rnn = mingru.MinGRU(IN, H).double()
+    x, h, dt = torch.randn(B, S, IN).double(), torch.rand(1, B, 1, H).double(), torch.rand(B, S).double()
     parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
 
     def loss(parameters, x, h, dt):
@@ -236,27 +31,6 @@ def test_per_sample_gradients():
     whole = torch.autograd.grad(rnn(x, h, dt=dt)[0].square().sum(), rnn.parameters())
     for per_sample, total in zip(each.values(), whole, strict=True):
         assert_close(per_sample.sum(0), total, **TIGHT)
-
-
-def test_stack_and_block():
-    layers = [mingru.MinGRU(IN, H, dtype=torch.double), mingru.MinLSTM(H, H, bidirectional=True, dtype=torch.double)]
-    stack = mingru.Stack(layers)
-    x, _, reset, dt = inputs(layers[0])
-    hidden, first = layers[0](x, None, reset, dt=dt)
-    out, second = layers[1](hidden, None, reset, dt=dt)
-    assert_close(stack(x, None, reset, dt=dt), (out, [first, second]), **TIGHT)
-    assert_close(torch.jit.script(stack)(x, None, reset, None, dt), (out, [first, second]), **TIGHT)
-    block = mingru.models.Block(IN, conv=3, mlp=2, checkpoint=True, dtype=torch.double)
-    y, states = block(x, None, reset, dt=dt)
-    conv, last = block.conv(x, torch.zeros(1, B, 2, IN).double(), reset)
-    hidden, state = block.rnn(x + conv, None, reset, dt=dt)
-    expected = x + conv + block.out(hidden)
-    assert_close(y, expected + block.mlp(expected), **TIGHT)
-    assert_close(states, [state, last], **TIGHT)
-    assert_close(torch.jit.script(block)(x, None, reset, None, dt)[0], y, **TIGHT)
-    videos = mingru.Stack([mingru.MinConv1dGRU(1, 2, 3, padding=1)])
-    with pytest.raises(ValueError, match="Stack: dt must be None because convolutional layers"):
-        videos(torch.randn(1, 2, 1, 5), dt=torch.ones(1, 2))
 
 
 def test_min_decay_bounds_the_decay():
@@ -309,6 +83,8 @@ def test_errors():
         rnn(packed, dt=pack_padded_sequence(-dt, lengths, True))
     with pytest.raises(ValueError, match=r"MinGRUCell: dt must be \(B,\) = \(2,\), got \(3,\)"):
         mingru.MinGRUCell(IN, H)(x[:, 0], dt=torch.ones(3))
+    with pytest.raises(ValueError, match="Stack: dt must be None because convolutional layers"):
+        mingru.Stack([mingru.MinConv1dGRU(1, 2, 1)])(torch.randn(1, 2, 1, 5), dt=torch.ones(1, 2))
     for kind in (mingru.MinGRU, mingru.MinGRUCell):
         signed = kind(IN, H, gate="signed")
         given, times = (x, dt) if kind is mingru.MinGRU else (x[:, 0], dt[:, 0])
@@ -364,7 +140,7 @@ def test_elapsed_times_of_concatenated_and_padded_sequences():
 
 
 def test_elapsed_times_continue_a_sequence():
-    rnn, x, t = make("MinGRU"), torch.randn(B, S, IN).double(), torch.rand(B, S).double().cumsum(1)
+    rnn, x, t = mingru.MinGRU(IN, H).double(), torch.randn(B, S, IN).double(), torch.rand(B, S).double().cumsum(1)
     whole, last = rnn(x, dt=elapsed_times(t, 2.0))
     head, h = rnn(x[:, :8], dt=elapsed_times(t[:, :8], 2.0))
     tail, h = rnn(x[:, 8:], h, dt=elapsed_times(t[:, 8:], t[:, 8] - t[:, 7]))

@@ -1,4 +1,4 @@
-"""The gates but "sigmoid" in every class that has them: values, states, packing, graphs, errors."""
+"""Defaults of gates, initial states, `memory`, and marks of options in state dicts. For values: tests/properties."""
 
 import copy
 import functools
@@ -7,10 +7,8 @@ import math
 import re
 
 import pytest
-import reference
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 import mingru
@@ -18,311 +16,13 @@ import mingru
 B, S, IN, H = 3, 21, 4, 8
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 GATES = ("signed", "rotation", "quaternion")
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name not in ("log", "triton")]
-ALL = {
-    "num_layers": 2,
-    "bidirectional": True,
-    "residual": True,
-    "norm": "rms",
-    "learn_initial_state": True,
-    "candidate": "linear",
-}
-HIGHWAY = {"candidate": "tanh", "num_layers": 2, "residual": "highway", "norm": "layer"}
-OPTIONS = [{"candidate": "tanh"}, {"candidate": "positive", "bias": False, "recompute": False}, HIGHWAY, ALL]
-
-
-# Dynamo's own way of tracing a function, in torch 2.13.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
 
 
 every_gate = pytest.mark.parametrize("gate", GATES)
-each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "positive", "highway", "all"])
-# Capturing a graph takes long. `test_elapsed_time.py` captures rotations.
-in_graphs = pytest.mark.parametrize(
-    ("gate", "options"),
-    [pytest.param("signed", {**HIGHWAY, "num_layers": 1}, marks=pytest.mark.slow, id="signed-highway")],
-)
 
 
-def make(gate, kind=mingru.MinGRU, dtype=torch.double, **options):
-    input_dims = H if options.get("residual") == "highway" else IN
-    rnn = kind(input_dims, H, gate=gate, **options, dtype=dtype)
-    with torch.no_grad():
-        for name, weight in rnn.named_parameters():
-            if "norm" in name or name == "initial_state":
-                weight.add_(torch.randn_like(weight) / 4)
-    return rnn
-
-
-def inputs(rnn, dtype=torch.double):
-    reset = torch.rand(B, S) < 0.2
-    h = torch.randn(rnn.num_layers * rnn.num_directions, B, 1, H, dtype=dtype)
-    return torch.randn(B, S, rnn.input_dims, dtype=dtype), h, reset
-
-
-def graded(rnn, function, x, h, reset):
-    """Return the outputs, and the gradients of x, h and all parameters."""
-    leaves = [x.clone().requires_grad_(), h.clone().requires_grad_()]
-    out, last = function(*leaves, reset)
-    weights = [torch.randn(each.shape, generator=torch.Generator().manual_seed(0)).double() for each in (out, last)]
-    loss = (out * weights[0]).sum() + (last * weights[1]).sum()
-    return out, last, *torch.autograd.grad(loss, [*leaves, *rnn.parameters()], materialize_grads=True)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@each_option
-@every_gate
-def test_layer_against_the_reference(gate, options, backend):
-    rnn = make(gate, **options)
-    given = inputs(rnn)
-    expected = graded(rnn, lambda *args: reference.layers(rnn, *args), *given)
-    with mingru.use_backend(backend):
-        assert_close(graded(rnn, rnn, *given), expected, **TIGHT)
-        assert_close(rnn(given[0]), reference.layers(rnn, given[0]), **TIGHT)
-
-
-@pytest.mark.parametrize(("gate", "options"), [*zip(GATES, (HIGHWAY, ALL, ALL), strict=True)], ids=GATES)
-def test_scripted_layer_against_the_reference(gate, options):
-    rnn = make(gate, **options)
-    given = inputs(rnn)
-    expected = graded(rnn, lambda *args: reference.layers(rnn, *args), *given)
-    assert_close(graded(rnn, torch.jit.script(rnn), *given), expected, **TIGHT)
-
-
-@every_gate
-def test_time_first(gate):
-    rnn = make(gate, **ALL)
-    x, h, reset = inputs(rnn)
-    swapped = mingru.MinGRU(IN, H, gate=gate, batch_first=False, dtype=torch.double, **ALL)
-    swapped.load_state_dict(rnn.state_dict())
-    out, last = swapped(x.transpose(0, 1), h, reset.transpose(0, 1))
-    expected, expected_last = rnn(x, h, reset)
-    assert_close(out.transpose(0, 1), expected, **TIGHT)
-    assert_close(last, expected_last, **TIGHT)
-
-
-@every_gate
-def test_pieces_equal_the_whole_and_a_cell_equals_the_layer(gate):
-    rnn = make(gate, norm="layer", learn_initial_state=True, candidate="tanh")
-    x, h, reset = inputs(rnn)
-    out, last = rnn(x, h, reset)
-    state, outs = h, []
-    for part in (slice(0, 1), slice(1, 9), slice(9, S)):
-        piece, state = rnn(x[:, part], state, reset[:, part])
-        outs.append(piece)
-    assert_close(torch.cat(outs, 1), out, **TIGHT)
-    assert_close(state, last, **TIGHT)
-
-    cell = make(gate, mingru.MinGRUCell, norm="layer", learn_initial_state=True, candidate="tanh")
-    cell.load_state_dict(rnn.state_dict())
-    for step in (cell, torch.jit.script(cell)):
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                state = h[0, :, 0]
-                for t in range(S):
-                    state = step(x[:, t], state, reset[:, t])
-                    assert_close(state, out[:, t], **TIGHT)
-    assert_close(cell(x[:, 0]), rnn(x[:, :1])[0][:, 0], **TIGHT)
-
-
-@each_option
-@every_gate
-def test_inference_in_one_operator(gate, options):
-    rnn = make(gate, **options)
-    x, h, reset = inputs(rnn)
-    expected = rnn(x, h, reset), rnn(x[:, :1]), mingru.Stack([rnn])(x)
-    with torch.no_grad():
-        assert_close((rnn(x, h, reset), rnn(x[:, :1]), mingru.Stack([rnn])(x)), expected, **TIGHT)
-
-
-@each_option
-@every_gate
-def test_packed_and_lengths(gate, options):
-    rnn = make(gate, **options)
-    x, h, reset = inputs(rnn)
-    lengths = torch.tensor([9, S, 1])
-    for backend in BACKENDS:
-        with mingru.use_backend(backend):
-            out, last = rnn(x, h, reset, lengths)
-            packed, packed_last = rnn(
-                pack_padded_sequence(x, lengths, True, False), h, pack_padded_sequence(reset, lengths, True, False)
-            )
-            assert_close(pad_packed_sequence(packed, True)[0], out, **TIGHT)
-            assert_close(packed_last, last, **TIGHT)
-            for index, length in enumerate(lengths):
-                one = slice(index, index + 1)
-                expected, state = reference.layers(rnn, x[one, :length], h[:, one], reset[one, :length])
-                assert_close(out[one, :length], expected, **TIGHT)
-                assert_close(last[:, one], state, **TIGHT)
-                assert not out[one, length:].any()
-
-
-@in_graphs
-def test_lengths_in_graphs(gate, options):
-    rnn = make(gate, **options)
-    x, h, reset = inputs(rnn)
-    lengths = torch.tensor([9, S, 1])
-    expected = rnn(x, h, reset, lengths)
-    assert_close(torch.jit.script(rnn)(x, h, reset, lengths), expected, **TIGHT)
-    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, h, reset, lengths), expected, **TIGHT)
-
-
-@pytest.mark.parametrize("backend", ["native", "torch"])
-@in_graphs
-def test_compiled(gate, options, backend):
-    if backend not in BACKENDS:
-        pytest.skip("the kernels were not built")
-    rnn = make(gate, **options)
-    given = inputs(rnn)
-    with mingru.use_backend(backend):
-        expected = graded(rnn, rnn, *given)
-        compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-        assert_close(graded(rnn, compiled, *given), expected, **TIGHT)
-
-
-@in_graphs
-def test_exported_and_traced(gate, options):
-    rnn = make(gate, **options).eval()
-    x, h, reset = inputs(rnn)
-    batch, steps = torch.export.Dim("batch", max=100), torch.export.Dim("steps", max=1000)
-    shapes = ({0: batch, 1: steps}, {1: batch}, {0: batch, 1: steps})
-    program = torch.export.export(rnn, (x, h, reset), dynamic_shapes=shapes)
-    assert "complex" not in str(program)
-    traced = torch.jit.trace(rnn, (x, h, reset), check_trace=False)
-    for size in (1, 5, 40, 77):
-        given = torch.randn(2, size, rnn.input_dims).double(), h[:, :2], torch.rand(2, size) < 0.2
-        for run in (program.module(), traced):
-            assert_close(run(*given), rnn(*given), **TIGHT)
-
-
-@pytest.mark.slow
-def test_onnx(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    rnn = make("rotation", dtype=torch.float32, candidate="tanh")
-    path = tmp_path / "model.onnx"
-    mingru.export.onnx(rnn, (torch.randn(2, 9, IN),), path, max_steps=64)
-    session = onnxruntime.InferenceSession(path)
-    for size in (1, 9, 40):
-        x = torch.randn(3, size, IN)
-        got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        for one, other in zip(got, rnn(x), strict=True):
-            assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_gate
-def test_half_widths_and_autocast(gate, dtype):
-    rnn = make(gate, dtype=torch.float32, candidate="tanh")
-    x, h, _ = inputs(rnn, torch.float32)
-    expected, last = rnn(x, h)
-    half = copy.deepcopy(rnn).to(dtype)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            out, state = half(x.to(dtype), h.to(dtype))
-            assert out.dtype == state.dtype == dtype
-            assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-            with torch.autocast("cpu", dtype):
-                out, state = rnn(x, h)
-            assert out.dtype == dtype
-            assert state.dtype == torch.float32
-            assert_close(state, last, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("residual", [False, "highway"])
-@every_gate
-def test_second_derivatives_and_per_sample_gradients(gate, residual):
-    rnn = make(gate, candidate="tanh", residual=residual)
-    x, h, _ = inputs(rnn)
-    parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
-
-    def loss(parameters, x, h):
-        return torch.func.functional_call(rnn, parameters, (x[None], h[:, None]))[0].square().sum()
-
-    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 1))(parameters, x, h)
-    whole = torch.autograd.grad(rnn(x, h)[0].square().sum(), rnn.parameters())
-    for per_sample, total in zip(each.values(), whole, strict=True):
-        assert_close(per_sample.sum(0), total, **TIGHT)
-    leaf = x[:, :4].clone().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: rnn(x, h)[0], leaf, fast_mode=True)
-
-
-# Convolutions
-
-
-def by_steps(rnn, x):
-    """Compute a one-layer convolutional layer in one direction from its weights, by the reference."""
-    pre = rnn.layers[0].conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    if rnn.groups > 1:
-        pre = pre.unflatten(2, (rnn.groups, 2, -1)).transpose(2, 3).flatten(2, 4)
-    return reference.CELLS[f"mingru_{rnn.gate}"](*pre.chunk(2, 2), None, None, rnn.candidate)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gate", "space", "options"),
-    [
-        pytest.param("signed", 2, {}, id="signed-plain"),
-        pytest.param("rotation", 1, {"groups": 2, "candidate": "tanh"}, id="rotation-groups"),
-        pytest.param("quaternion", 1, {"groups": 2}, id="quaternion-groups"),
-    ],
-)
-def test_convolutions(gate, space, options):
-    size = (5, 4)[:space]
-    kind, cell_kind = (getattr(mingru, f"MinConv{space}dGRU{end}") for end in ("", "Cell"))
-    rnn = kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
-    x, reset = torch.randn(B, 9, IN, *size).double(), torch.rand(B, 9) < 0.3
-    leaves = [x.requires_grad_(), *rnn.parameters()]
-    scripted = torch.jit.script(rnn)
-    for backend in BACKENDS:
-        with mingru.use_backend(backend):
-            out, (last,) = rnn(x)
-            expected = by_steps(rnn, x)
-            assert_close(out, expected, **TIGHT)
-            assert_close(last, expected[:, -1:], **TIGHT)
-            grads = [torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected)]
-            assert_close(*grads, **TIGHT)
-            with torch.no_grad():
-                assert_close(rnn(x, None, reset), scripted(x, None, reset), **TIGHT)
-    cell = cell_kind(IN, 8, 3, padding=1, gate=gate, dtype=torch.double, **options)
-    cell.load_state_dict(rnn.state_dict())
-    state = None
-    for t in range(9):
-        state = cell(x[:, t], state)
-        assert_close(state, out[:, t], **TIGHT)
-    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x.detach()), rnn(x.detach()), **TIGHT)
-    program = torch.export.export(
-        rnn, (x.detach(),), dynamic_shapes=({0: torch.export.Dim("b"), 1: torch.export.Dim("s")},)
-    )
-    assert_close(program.module()(x[:2, :7].detach()), rnn(x[:2, :7].detach()), **TIGHT)
-
-
-# In place of nn.GRU
-
-
-@every_gate
-def test_drop_in(gate):
-    gru = mingru.drop_in.GRU(IN, H, 2, gate=gate, candidate="tanh", dtype=torch.double)
-    rnn = make(gate, num_layers=2, candidate="tanh")
-    rnn.load_state_dict(gru.state_dict())
-    x, h, _ = inputs(rnn)
-    out, last = gru(x.transpose(0, 1), h.squeeze(2))
-    expected, expected_last = rnn(x, h)
-    assert_close(out.transpose(0, 1), expected, **TIGHT)
-    assert_close(last, expected_last.squeeze(2), **TIGHT)
-    cell = mingru.drop_in.GRUCell(IN, H, gate=gate, candidate="linear", dtype=torch.double)
-    with torch.no_grad():
-        assert_close(cell(x[:, 0], h[0, :, 0]), copy.deepcopy(cell)(x[:, 0], h[0, :, 0]), **TIGHT)
-    assert repr(cell) == f"GRUCell(4, 8, candidate='linear', gate='{gate}')"
-
-
-# States, files, errors
+def make(gate, dtype=torch.double, **options):
+    return mingru.MinGRU(IN, H, gate=gate, **options, dtype=dtype)
 
 
 KINDS = {
@@ -583,19 +283,6 @@ def test_the_memory_of_quaternions_is_21_steps_by_default():
         assert "memory" not in repr(mingru.MinGRU(4, 8, gate=gate, bias=False))
 
 
-@every_gate
-def test_saved_and_copied(gate):
-    rnn = make(gate, dtype=torch.float32, candidate="tanh")
-    assert f"gate='{gate}'" in repr(rnn)
-    assert [tuple(weight.shape) for weight in rnn.parameters()] == [(2 * H, IN), (2 * H,)]
-    x = torch.randn(2, 5, IN)
-    buffer = io.BytesIO()
-    torch.save(rnn, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(rnn), torch.load(buffer, weights_only=False)):
-        assert_close(other(x), rnn(x))
-
-
 def test_rotations_begin_near_no_turn():
     """With inputs of variance 1, most angles are below a quarter of a turn at initialization."""
     rnn = mingru.MinGRU(64, 256, gate="rotation")
@@ -635,11 +322,6 @@ def test_errors_of_convolutions(kind):
         kind(4, 6, 3, groups=2, gate="rotation")
     with pytest.raises(ValueError, match=r"hidden_dims / groups must be divisible by 4 because .* got 6"):
         kind(4, 12, 3, groups=2, gate="quaternion")
-
-
-def test_minlstm_has_no_gate():
-    with pytest.raises(TypeError, match="MinLSTM: no argument 'gate'"):
-        mingru.MinLSTM(3, 4, gate="signed")
 
 
 def test_a_model_can_count():

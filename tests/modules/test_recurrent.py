@@ -1,16 +1,10 @@
-"""MinGRU and MinLSTM: against the float64 reference, scripted, in reduced precision, in memory, and wrong calls.
-
-`test_layers.py` tests what also holds for convolutional layers.
-"""
+"""MinGRU and MinLSTM: memory, names, values by hand and wrong calls. What holds for every class: tests/properties."""
 
 import copy
-import functools
 import math
 
 import pytest
-import reference
 import torch
-from cover import cover, named
 from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_tensors, wrong_values
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,232 +13,9 @@ import mingru
 
 B, S, IN, H = 3, 21, 4, 5
 
-# Every option on its own, and together.
-OPTIONS = [
-    {},
-    {"num_layers": 2},
-    {"bias": False},
-    {"batch_first": False},
-    {"bidirectional": True},
-    {"residual": True},
-    {"norm": "layer"},
-    {"norm": "rms"},
-    {"candidate": "linear"},
-    {"candidate": "tanh"},
-    {"learn_initial_state": True},
-    {"recompute": True},
-    {"recompute": False, "num_layers": 2},
-    {"cell": "minlstm"},
-    {"cell": "minlstm", "bias": False, "bidirectional": True},
-    {"cell": "minlstm_unnormalized", "num_layers": 2, "norm": "layer"},
-    {"residual": "highway"},
-    {"residual": "highway", "cell": "minlstm", "num_layers": 2, "bias": False, "norm": "rms", "batch_first": False},
-    {
-        "num_layers": 2,
-        "batch_first": False,
-        "bidirectional": True,
-        "residual": True,
-        "norm": "rms",
-        "learn_initial_state": True,
-    },
-]
-HIGHWAY, ALL = OPTIONS[-2:]
 
-# By the name of the recurrence.
-KINDS = {
-    "mingru": mingru.MinGRU,
-    "minlstm": mingru.MinLSTM,
-    "minlstm_unnormalized": functools.partial(mingru.MinLSTM, normalize=False),
-}
-
-FACTORS = {
-    "cell": list(KINDS),
-    "num_layers": [1, 2, 3],
-    "bias": [True, False],
-    "batch_first": [True, False],
-    "bidirectional": [False, True],
-    "residual": [False, True, "highway"],
-    "norm": [None, "layer", "rms"],
-    "candidate": ["positive", "linear", "tanh"],
-    "learn_initial_state": [False, True],
-    "recompute": [None, False, True],
-    "h": [None, "full", "zero", "negative", "batch", "one", "layer"],
-    "reset": [False, True],
-}
-
-
-def build(hidden_dims=H, *, cell="mingru", **options):
-    input_dims = hidden_dims if options.get("residual") == "highway" else IN
-    return KINDS[cell](input_dims, hidden_dims, **options)
-
-
-def make(dtype=torch.double, **options):
-    rnn = build(**options, dtype=dtype)
-    with torch.no_grad():
-        # Away from the values where a forgotten norm weight or a forgotten initial state would not show.
-        for name, weight in rnn.named_parameters():
-            if "norm" in name or name == "initial_state":
-                weight.add_(torch.randn_like(weight) / 4)
-    return rnn
-
-
-def make_state(rnn, kind, dtype=torch.double):
-    count = rnn.num_layers * rnn.num_directions
-    shape = {"batch": (B, 1, H), "one": (1, 1, H), "layer": (count, 1, 1, H)}.get(kind, (count, B, 1, H))
-    if kind == "zero":
-        return torch.zeros(shape, dtype=dtype)
-    h = torch.randn(shape, dtype=dtype)
-    return -h.abs() if kind == "negative" else h
-
-
-def make_states(rnn, x):
-    """A state for each layer and direction, as `rnn` takes it with x."""
-    count, batch = rnn.num_layers * rnn.num_directions, x.shape[0 if rnn.batch_first else 1]
-    return torch.randn(count, batch, 1, rnn.hidden_dims, dtype=x.dtype, device=x.device)
-
-
-def make_input(rnn, dtype=torch.double, batch=B, steps=S):
-    """x and reset in the module's own order."""
-    x, reset = torch.randn(batch, steps, rnn.input_dims, dtype=dtype), torch.rand(batch, steps) < 0.2
-    reset[:1, :1] = reset[1:2, -1:] = True
-    return in_order(rnn, x), in_order(rnn, reset)
-
-
-# What `test_layers.py` needs: a class and its sizes, a layer of another size, and the input features of a layer.
-KIND_AND_SIZES = (mingru.MinGRU, (IN, H))
-
-
-def wider(**options):
-    return build(H + 1, **options)
-
-
-def input_dims_of(layer):
-    return layer.linear.in_features
-
-
-def in_order(rnn, sequence):
-    return sequence if rnn.batch_first else sequence.transpose(0, 1)
-
-
-def graded(function, rnn, x, h, reset):
-    """out, h and the gradients of x, h and all weights, through out and through the returned state."""
-    x = x.detach().clone().requires_grad_()
-    h = None if h is None else h.detach().clone().requires_grad_()
-    out, last = function(x, h, reset)
-    # Not all alike, so that no two outputs can be swapped, and made without a seed of its own.
-    weight, weight_last = (torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in (out, last))
-    loss = (out * weight).sum() + (last.square() * weight_last).sum()
-    leaves = {"x": x, **({} if h is None else {"h": h}), **dict(rnn.named_parameters())}
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    got = {"out": out, "last": last}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        # A leaf that took no part: no gradient and a gradient of 0 mean the same.
-        got[name] = torch.zeros_like(leaf) if grad is None else grad
-    return got
-
-
-def assert_same(got, expected, **tolerances):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        assert_close(got[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **tolerances)
-
-
-def true_of(rnn):
-    """`reference.layers` in the module's own order."""
-
-    def function(x, h=None, reset=None):
-        out, last = reference.layers(rnn, in_order(rnn, x), h, None if reset is None else in_order(rnn, reset))
-        return in_order(rnn, out), last
-
-    return function
-
-
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 # The backends whose use of memory is promised.
 FAST = [name for name in ("native", "torch") if mingru.backends().get(name) is True]
-
-
-# The reference
-
-
-def is_allowed(case):
-    return not (case["residual"] == "highway" and case["bidirectional"])
-
-
-@pytest.mark.parametrize("case", cover(FACTORS, is_allowed), ids=named)
-def test_equals_the_reference(case):
-    options = {name: value for name, value in case.items() if name not in ("h", "reset")}
-    rnn = make(**options)
-    x, reset = make_input(rnn)
-    h = None if case["h"] is None else make_state(rnn, case["h"])
-    reset = reset if case["reset"] else None
-
-    got = graded(rnn, rnn, x, h, reset)
-    assert got["out"].dtype == got["last"].dtype == torch.double
-    assert got["last"].shape == (rnn.num_layers * rnn.num_directions, B, 1, H)
-    assert_same(got, graded(true_of(rnn), rnn, x, h, reset), **TIGHT)
-
-
-def test_the_comparison_with_the_reference_can_fail():
-    rnn = make(num_layers=2)
-    x, reset = make_input(rnn)
-    expected = graded(lambda *args: reference.layers(rnn, *args), rnn, x, None, reset)
-    with torch.no_grad():
-        rnn.layers[1].linear.bias[0] += 1e-6
-    with pytest.raises(AssertionError, match="out"):
-        assert_same(graded(rnn, rnn, x, None, reset), expected, **TIGHT)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_layers": 3, "residual": True}], ids=named)
-def test_float32_is_as_exact_as_plain_float32(options):
-    rnn = make(torch.float32, **options)
-    x, reset = torch.randn(B, 500, IN), torch.rand(B, 500) < 0.01
-
-    def plain(x):
-        for layer in rnn.layers:
-            gate, candidate = layer.linear(x).chunk(2, -1)
-            out = reference.mingru(gate, candidate, reset=reset)
-            x = out + (0 if not rnn.residual else x if layer.align is None else layer.align(x))
-        return x
-
-    truth, _ = reference.layers(rnn, x, reset=reset)
-    error, allowed = ((got.double() - truth).abs().max() for got in (rnn(x, reset=reset)[0], plain(x)))
-    assert 0 < error <= 2 * allowed
-
-
-# What the states and outputs mean
-
-
-@pytest.mark.parametrize("dims", [IN, H])
-def test_residual_is_added_to_the_output_and_not_to_the_state(dims):
-    rnn = mingru.MinGRU(dims, H, residual=True, dtype=torch.double)
-    x = torch.randn(B, S, dims).double()
-    out, h = rnn(x)
-    added = x if dims == H else x @ rnn.layers[0].align.weight.T
-    plain = mingru.MinGRU(dims, H, dtype=torch.double)
-    plain.layers[0].linear.load_state_dict(rnn.layers[0].linear.state_dict())
-    out_plain, h_plain = plain(x)
-    assert_close(out, out_plain + added, **TIGHT)
-    assert torch.equal(h, h_plain)
-
-
-@pytest.mark.parametrize("norm", [None, "layer"])
-@pytest.mark.parametrize("cell", KINDS)
-def test_a_highway_mixes_the_state_and_the_input(cell, norm):
-    rnn = make(cell=cell, residual="highway", norm=norm)
-    plain = KINDS[cell](H, H, dtype=torch.double)
-    rows = 3 * H if cell == "mingru" else 4 * H
-    assert [tuple(weight.shape) for weight in rnn.layers[0].linear.parameters()] == [(rows, H), (rows,)]
-    with torch.no_grad():
-        for name, weight in plain.layers[0].linear.named_parameters():
-            weight.copy_(rnn.layers[0].linear.get_parameter(name)[:-H])
-    x, reset = make_input(rnn)
-    y = x if norm is None else rnn.layers[0].norm(x)
-    states, h = plain(y, reset=reset)
-    mix = rnn.layers[0].linear(y)[..., -H:].sigmoid()
-    out, last = rnn(x, reset=reset)
-    assert_close(out, mix * states + (1 - mix) * x, **TIGHT)
-    assert_close(last, h, **TIGHT)
 
 
 def test_a_highway_by_hand():
@@ -266,44 +37,6 @@ def test_a_highway_by_hand():
 
 # Scripting
 
-# What HIGHWAY and ALL do not have.
-SCRIPTED_SLOWLY = [
-    {"cell": "minlstm", "candidate": "tanh", "norm": "layer", "recompute": True},
-    {"cell": "minlstm_unnormalized", "candidate": "linear", "num_layers": 2, "bias": False},
-]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, HIGHWAY, ALL, *(pytest.param(options, marks=pytest.mark.slow) for options in SCRIPTED_SLOWLY)],
-    ids=named,
-)
-def test_scripted_equals_eager(options):
-    rnn = make(torch.float32, **options)
-    scripted = torch.jit.script(rnn)
-    assert scripted.state_dict().keys() == rnn.state_dict().keys()
-    x, reset = make_input(rnn, torch.float32)
-    h = make_state(rnn, "full", torch.float32)
-    # Each twice and more: TorchScript runs other code once it has seen the shapes.
-    for h_case, reset_case in [(None, None), (h, reset), (h[:1, :1], reset)]:
-        got = graded(scripted, scripted, x, h_case, reset_case)
-        assert_same(got, graded(rnn, rnn, x, h_case, reset_case))
-    for steps in (1, 15, 16, 50):
-        x, reset = in_order(rnn, torch.randn(2, steps, rnn.input_dims)), in_order(rnn, torch.rand(2, steps) < 0.2)
-        with torch.no_grad():
-            assert_close(scripted.eval()(x, h[:, :2], reset), rnn.eval()(x, h[:, :2], reset))
-
-
-@pytest.mark.slow
-def test_scripted_gradient_at_the_kink_of_g():
-    """Padding of zeros without a bias is at the kink, where TorchScript's derivatives may differ from torch's own."""
-    rnn = make(bias=False)
-    scripted = torch.jit.script(rnn)
-    x = torch.zeros(B, S, IN).double()
-    expected = graded(true_of(rnn), rnn, x, None, None)
-    for _ in range(3):
-        assert_same(graded(scripted, scripted, x, None, None), expected, **TIGHT)
-
 
 def test_scripted_refuses_a_wrong_x():
     for batch_first, letters in ((True, "(B, S, 4)"), (False, "(S, B, 4)")):
@@ -315,42 +48,6 @@ def test_scripted_refuses_a_wrong_x():
 
 
 # Dtypes
-
-
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_width_layers_round_once_after_the_linear_map(dtype, scripted):
-    rnn = make(dtype)
-    run = torch.jit.script(rnn) if scripted else rnn
-    x = torch.randn(B, 300, IN, dtype=dtype)
-    out, _ = run(x)
-    gate, candidate = rnn.layers[0].linear(x).double().chunk(2, -1)
-    assert reference.relative_error(out, reference.mingru(gate, candidate)) <= 1.001 * torch.finfo(dtype).eps / 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_keeps_the_state_in_float32(dtype):
-    rnn = make(torch.float32, num_layers=2)
-    x = torch.randn(B, 300, IN, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, h = rnn(x)
-        pre = [rnn.layers[0].linear(x)]
-        pre.append(rnn.layers[1].linear(reference.mingru(*pre[0].double().chunk(2, -1)).bfloat16()))
-        pieces, state = [], None
-        for piece in x.split([100, 1, 199], 1):
-            out_piece, state = rnn(piece, state)
-            pieces.append(out_piece)
-    assert out.dtype == torch.bfloat16
-    assert h.dtype == state.dtype == torch.float32
-    truths = [reference.mingru(*of_layer.double().chunk(2, -1)) for of_layer in pre]
-    assert reference.relative_error(out, truths[1]) <= 1.001 * torch.finfo(torch.bfloat16).eps / 2
-    # Float32 in more than name: nothing was rounded to half width on the way.
-    for got, truth in zip(h, truths, strict=True):
-        assert reference.relative_error(got, truth[:, -1:]) <= 2e-6
-    assert_close(torch.cat(pieces, 1), out)
-    assert_close(state, h, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert rnn(x, h.bfloat16())[1].dtype == torch.float32
 
 
 def test_autocast_casts_weights_once_for_all_steps():
@@ -379,72 +76,7 @@ def test_autocast_casts_weights_once_for_all_steps():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_autocast_trains():
-    rnn = make(torch.float32)
-    x, target = torch.randn(B, 50, IN), torch.rand(B, 50, H)
-    parameters = list(rnn.parameters())
-
-    def grads(function, dtype=None):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
-            out = function(x if dtype is None else x.to(dtype))
-        return torch.autograd.grad((out.to(dtype or torch.float32) - target).square().mean(), parameters)
-
-    def plain(x):
-        gate, candidate = rnn.layers[0].linear(x).float().chunk(2, -1)
-        return reference.mingru(gate, candidate).bfloat16()
-
-    got = grads(lambda x: rnn(x)[0])
-    truth = grads(lambda x: reference.layers(rnn, x)[0], torch.double)
-    for one, by_plain_torch, exact in zip(got, grads(plain), truth, strict=True):
-        assert one.dtype == torch.float32
-        assert 0 < (one - exact).norm() <= 2 * (by_plain_torch - exact).norm()
-
-    optimizer = torch.optim.SGD(parameters, lr=0.5)
-    losses = []
-    for _ in range(20):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = (rnn(x)[0].float() - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.slow
-def test_scripted_under_autocast():
-    rnn = make(torch.float32, num_layers=2)
-    x = torch.randn(B, S, IN)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = rnn(x)
-        for _ in range(3):
-            out, h = torch.jit.script(rnn)(x)
-            assert (out.dtype, h.dtype) == (torch.bfloat16, torch.float32)
-            assert_close(out, expected[0])
-            assert_close(h, expected[1], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
-
-
 # Memory
-
-
-@pytest.mark.parametrize("options", [{}, ALL], ids=named)
-def test_strided_and_expanded_input(options):
-    rnn = make(**options)
-    x = torch.randn(2 * B, 2 * S, 2 * IN).double()
-    strided = in_order(rnn, x[::2, ::2, ::2])
-    swapped = in_order(rnn, x[:B, :S, :IN].transpose(0, 1).contiguous().transpose(0, 1))
-    flipped = in_order(rnn, x[:B, :S, :IN].transpose(0, 2).contiguous().transpose(0, 2))
-    expanded = in_order(rnn, x[:1, :1, :IN].expand(B, S, IN))
-    reset = in_order(rnn, (torch.rand(1, 2 * S) < 0.2)[:, ::2].expand(B, S))
-    h = torch.randn(H).double()
-    for one in (strided, swapped, flipped, expanded):
-        before = one.clone()
-        got = graded(rnn, rnn, one, h, reset)
-        expected = graded(rnn, rnn, one.contiguous(), h.expand(1, 1, H).contiguous(), reset.contiguous())
-        expected["h"] = expected["h"].flatten()
-        assert_same(got, expected, **TIGHT)
-        assert_close(rnn(one, h, reset), rnn(one.contiguous(), h, reset), **TIGHT)
-        assert torch.equal(one, before), "the input was written to"
 
 
 @pytest.mark.parametrize("with_reset", [False, True])
@@ -452,7 +84,7 @@ def test_strided_and_expanded_input(options):
 @pytest.mark.parametrize("steps", [5, 64])
 @pytest.mark.parametrize("backend", FAST)
 def test_time_first_is_not_copied_to_batch_first(backend, steps, options, with_reset):
-    rnn = make(torch.float32, batch_first=False, **options)
+    rnn = mingru.MinGRU(IN, H, batch_first=False, **options)
     with mingru.use_backend(backend):
         out, _ = rnn(torch.randn(steps, B, IN), reset=torch.rand(steps, B) < 0.2 if with_reset else None)
     assert out.shape == (steps, B, H * rnn.num_directions)
@@ -513,12 +145,6 @@ def test_parameter_names_and_shapes():
     assert list(rnn.state_dict()) == [name for name, _ in rnn.named_parameters()]
 
 
-def test_number_of_parameters():
-    rnn = mingru.MinGRU(3, 64, num_layers=2, residual=True)
-    # 128 * 3 + 128, the residual's 64 * 3, 128 * 64 + 128
-    assert sum(weight.numel() for weight in rnn.parameters()) == 512 + 192 + 8320
-
-
 def test_gate_rows_come_first():
     rnn = mingru.MinGRU(1, 1)
     with torch.no_grad():
@@ -533,35 +159,13 @@ def test_gate_rows_come_first():
     assert rnn(torch.tensor([[[3.0]]]), torch.tensor([7.0]))[0].item() == 3.5
 
 
-def test_to_another_dtype():
-    rnn = make(torch.float32, num_layers=2, norm="rms", residual=True, learn_initial_state=True)
-    x = torch.randn(B, S, IN)
-    wide = copy.deepcopy(rnn).to(torch.double)
-    assert {weight.dtype for weight in wide.parameters()} == {torch.double}
-    out, h = wide(x.double())
-    assert out.dtype == h.dtype == torch.double
-    assert_close(out.float(), rnn(x)[0])
-    assert_close(wide.float()(x), rnn(x), rtol=0, atol=0)
-
-
 def test_repr_says_what_is_not_default():
     assert mingru.MinGRU(3, 8).extra_repr() == "3, 8"
-    options = {
-        "num_layers": 2,
-        "bias": False,
-        "batch_first": False,
-        "dropout": 0.25,
-        "bidirectional": True,
-        "residual": True,
-        "norm": "rms",
-        "candidate": "tanh",
-        "learn_initial_state": True,
-    }
+    options = {"num_layers": 2, "bias": False, "batch_first": False, "dropout": 0.25, "bidirectional": True}
+    options |= {"residual": True, "norm": "rms", "candidate": "tanh", "learn_initial_state": True}
     rnn = mingru.MinGRU(3, 8, **options)
     assert rnn.extra_repr() == "3, 8, " + ", ".join(f"{name}={value!r}" for name, value in options.items())
     assert repr(rnn).startswith("MinGRU(\n  3, 8, num_layers=2, ")
-    again = eval(f"mingru.MinGRU({rnn.extra_repr()})")
-    assert repr(again) == repr(rnn)
 
 
 # What is refused
@@ -687,22 +291,20 @@ def test_a_saved_tensor_hook_may_lay_tensors_out_anew():
 
 
 def test_weights_that_do_not_lie_dense():
-    rnn, twin = make(torch.float32), make(torch.float32)
+    rnn, twin = mingru.MinGRU(IN, H), mingru.MinGRU(IN, H)
     twin.load_state_dict(rnn.state_dict())
     linear = twin.layers[0].linear
     linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t())
     linear.bias = torch.nn.Parameter(torch.stack([linear.bias.detach()] * 2, 1)[:, 0])
     assert not linear.weight.is_contiguous()
     assert not linear.bias.is_contiguous()
-    x, reset = make_input(rnn, torch.float32)
-    for got, expected in zip(
-        graded(twin, twin, x, None, reset).values(), graded(rnn, rnn, x, None, reset).values(), strict=True
-    ):
-        assert_close(got, expected)
+    x = torch.randn(B, S, IN)
+    assert_close(twin(x), rnn(x))
+    assert_close(*(torch.autograd.grad(each(x)[0].square().sum(), each.parameters()) for each in (twin, rnn)))
 
 
 def test_a_parametrised_weight_is_computed_once():
-    rnn = make(torch.float32)
+    rnn = mingru.MinGRU(IN, H)
     count = []
 
     class Counted(torch.nn.Module):

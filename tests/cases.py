@@ -1,0 +1,455 @@
+"""Modules of every class of the library with its options, and what they are called with: the rows of the tests.
+
+`CASES` are the columns of docs/modes.md; tests/modes runs them in every mode. `ROWS` are all options, of which every
+two values meet in one row; tests/properties checks what holds for each of them.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import pytest
+import torch
+from cover import cover, named
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import mingru
+from mingru import drop_in
+from mingru.ops.backends import traceable
+
+# Input features, state features, and pixels in each spatial dimension.
+INPUT, HIDDEN, PIXELS = 3, 4, 5
+DOUBLE = {"dtype": torch.double}
+
+
+class Case:
+    """A small module of a class and its inputs: `make(**factory)(x, h, reset)`."""
+
+    def __init__(self, name: str, make: Callable[..., nn.Module], features: tuple[int, ...] = (INPUT,)) -> None:
+        # `features` is the shape of x after batch and time.
+        self.name, self.make, self.features = name, make, features
+
+    @cached_property
+    def module(self) -> Any:
+        """A module to ask, not to compare."""
+        with torch.random.fork_rng(devices=[]):
+            return self.make()
+
+    @cached_property
+    def is_cell(self) -> bool:
+        return type(self.module).__name__.endswith("Cell")
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether the module has torch's interface."""
+        return isinstance(self.module, drop_in.GRU | drop_in.LSTM | drop_in.GRUCell | drop_in.LSTMCell)
+
+    @cached_property
+    def batch_dim(self) -> int:
+        return 0 if self.is_cell or getattr(self.module, "batch_first", True) else 1
+
+    @cached_property
+    def time_dim(self) -> int | None:
+        return None if self.is_cell else 1 - self.batch_dim
+
+    @cached_property
+    def states(self) -> list[Any]:
+        """The states of a batch of 2 and of 3."""
+        with torch.no_grad():
+            outputs = [self.module(torch.zeros(*self.leading(batch, 1), *self.features)) for batch in (2, 3)]
+        return outputs if self.is_cell else [states for _, states in outputs]
+
+    @cached_property
+    def state_dims(self) -> list[int]:
+        """The batch dimension of each state: that which differs between batches of 2 and 3."""
+        pairs = zip(*map(tensors, self.states), strict=True)
+        return [[a == b for a, b in zip(one.shape, two.shape, strict=True)].index(False) for one, two in pairs]
+
+    def of_states(self, states: Any) -> Any:
+        """Something for each state, in the form in which the module takes states."""
+        return pytree.tree_unflatten(list(states), pytree.tree_structure(self.states[0]))
+
+    @cached_property
+    def takes(self) -> tuple[str, ...]:
+        """Which of reset, lengths and dt the module takes."""
+        names = inspect.signature(type(self.module).forward).parameters
+        modules = list(self.module.modules())
+        without = {"dt"} if not all(getattr(each, "is_timed", True) for each in modules) else set()
+        if any(getattr(each, "num_space_dims", 0) for each in modules):
+            without |= {"dt", "lengths"}
+        return tuple(name for name in ("reset", "lengths", "dt") if name in names and name not in without)
+
+    def leading(self, batch: int, steps: int) -> list[int]:
+        sizes = {self.batch_dim: batch}
+        if self.time_dim is not None:
+            sizes[self.time_dim] = steps
+        return [sizes[dim] for dim in sorted(sizes)]
+
+    def x(self, batch: int = 2, steps: int = 7, **factory: Any) -> Tensor:
+        return torch.randn(*self.leading(batch, steps), *self.features, **factory)
+
+    def h(self, batch: int = 2, **factory: Any) -> Any:
+        shapes = [list(state.shape) for state in tensors(self.states[0])]
+        for shape, dim in zip(shapes, self.state_dims, strict=True):
+            shape[dim] = batch
+        return self.of_states(torch.randn(shape, **factory) for shape in shapes)
+
+    def reset(self, batch: int = 2, steps: int = 7) -> Tensor:
+        return torch.rand(*self.leading(batch, steps)) < 0.3
+
+    def dt(self, batch: int = 2, steps: int = 7, **factory: Any) -> dict[str, Tensor]:
+        """By name, if the module takes it."""
+        return {"dt": 2 * torch.rand(*self.leading(batch, steps), **factory)} if "dt" in self.takes else {}
+
+    def dynamic(self, batch: Any, steps: Any) -> tuple[Any, Any]:
+        """Return the dynamic dimensions of x and h, as `dynamic_shapes` of `torch.export` expects them."""
+        x_dims = {self.batch_dim: batch} | ({} if self.time_dim is None else {self.time_dim: steps})
+        return x_dims, self.of_states({dim: batch} for dim in self.state_dims)
+
+    # All classes alike: the batch first, a list of states, and a cell as a layer
+
+    def varied(self, **factory: Any) -> nn.Module:
+        """A module without parameters at which a forgotten norm or initial state would not show."""
+        module = self.make(**factory)
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                if "norm" in name or "initial_state" in name or name.startswith("mlp.0"):
+                    weight.add_(torch.randn_like(weight) / 4)
+        return module
+
+    @cached_property
+    def steps(self) -> int:
+        """More than a chunk of steps, where there may be chunks."""
+        return 6 if self.is_cell or len(self.features) > 1 else 21
+
+    def given(self, batch: int = 3, steps: int | None = None, **factory: Any) -> dict[str, Any]:
+        """All that `call` takes but lengths."""
+        steps = self.steps if steps is None else steps
+        reset = torch.rand(batch, steps) < 0.2
+        reset[:1, :1] = reset[1:2, -1:] = True
+        dt = {"dt": 2 * torch.rand(batch, steps, **factory)} if "dt" in self.takes else {}
+        x = torch.randn(batch, steps, *self.features, **factory)
+        return {"x": x, "h": tensors(self.h(batch, **factory)), "reset": reset, **dt}
+
+    def call(self, run: Any, x: Any, h: Any = None, **steps: Any) -> tuple[Tensor, list[Tensor]]:
+        """Call `run`, the module or what was made of it, with x and everything else batch first, or packed."""
+        state = None if h is None else self.of_states(h)
+        steps = {name: each for name, each in steps.items() if each is not None}
+        if self.is_cell:
+            outs = []
+            for t in range(x.shape[1]):
+                state = run(x[:, t], state, **{name: each[:, t] for name, each in steps.items()})
+                outs.append(tensors(state)[0])
+            return torch.stack(outs, 1), tensors(state)
+        turned = self.time_dim == 0 and isinstance(x, Tensor)
+        if turned:
+            x = x.transpose(0, 1)
+            steps = {name: each if name == "lengths" else each.transpose(0, 1) for name, each in steps.items()}
+        out, state = run(x, state, **steps)
+        return out.transpose(0, 1) if turned else out, tensors(state)
+
+    def alone(self, given: dict[str, Any], index: int, length: int | None = None) -> dict[str, Any]:
+        """What is given for one sequence, up to its length."""
+        one = {name: each[index : index + 1, :length] for name, each in given.items() if name != "h"}
+        pairs = zip(given.get("h") or [], self.state_dims, strict=False)
+        return one | ({"h": [state.narrow(dim, index, 1) for state, dim in pairs]} if given.get("h") else {})
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """Return all tensors in the outputs of a module, in order."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def assert_equal(got: Any, expected: Any, **tolerance: Any) -> None:
+    """Check that both outputs have the same number of tensors, and that these are close."""
+    pairs = list(zip(tensors(got), tensors(expected), strict=True))
+    assert pairs
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+class Model(nn.Module):
+    """A model that combines several classes and takes and returns their states."""
+
+    def __init__(self, **factory: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(INPUT, 6, **factory)
+        self.images = mingru.MinConv1dGRU(1, 2, 3, padding=1, **factory)
+        self.stack = mingru.Stack(
+            [
+                mingru.MinGRU(12, HIDDEN, bidirectional=True, norm="rms", **factory),
+                mingru.MinLSTM(8, HIDDEN, **factory),
+            ],
+            residual=True,
+        )
+        self.rnn = mingru.drop_in.GRU(HIDDEN, HIDDEN, batch_first=True, **factory)
+        self.cell = mingru.MinGRUCell(HIDDEN, HIDDEN, norm="layer", **factory)
+        self.head = nn.Linear(2 * HIDDEN, 2, **factory)
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        images: list[Tensor] | None = None
+        stack: list[Tensor] | None = None
+        rnn: Tensor | None = None
+        cell: Tensor | None = None
+        if h is not None:
+            images, stack, rnn, cell = h[:1], h[1:3], h[3], h[4]
+        y = self.encoder(x).unsqueeze(2)
+        y, after_images = self.images(y, images, reset)
+        y, after_stack = self.stack(y.flatten(2, 3), stack, reset)
+        y, after_rnn = self.rnn(y, rnn)
+        state = self.cell(y.mean(1), cell)
+        y = torch.cat([y, state.unsqueeze(1).expand_as(y)], 2)
+        return self.head(y), after_images + after_stack + [after_rnn, state]
+
+
+def case(name: str, kind: Any, *sizes: Any, space: int = 0, **options: Any) -> Case:
+    return Case(name, lambda **factory: kind(*sizes, **options, **factory), (sizes[0], *[PIXELS] * space))
+
+
+def conv(name: str, space: int, hidden: Any = HIDDEN, **options: Any) -> Case:
+    return case(name, getattr(mingru, name), INPUT, hidden, 3, space=space, padding=1, **options)
+
+
+def stack(name: str, *layers: Any, residual: bool = True, space: int = 0) -> Case:
+    """Of layers that are made with a dtype and a device."""
+    first = layers[0](device="meta").input_dims
+    return Case(
+        name,
+        lambda **factory: mingru.Stack([layer(**factory) for layer in layers], residual=residual),
+        (first, *[PIXELS] * space),
+    )
+
+
+CASES = [
+    case("MinGRU", mingru.MinGRU, INPUT, HIDDEN, 2, residual=True, norm="layer"),
+    case("MinLSTM", mingru.MinLSTM, INPUT, HIDDEN, bidirectional=True, learn_initial_state=True),
+    case("MinGRU (signed)", mingru.MinGRU, INPUT, HIDDEN, gate="signed", candidate="tanh"),
+    case("MinGRU (rotation)", mingru.MinGRU, INPUT, HIDDEN, gate="rotation", candidate="tanh", min_decay=0.3),
+    case("MinGRU (quaternion)", mingru.MinGRU, INPUT, HIDDEN, gate="quaternion", min_decay=0.3),
+    *(conv(f"MinConv{dims}dGRU", dims, num_layers=2, stride=[1, 2], norm="group") for dims in (1, 2, 3)),
+    stack(
+        "Stack",
+        partial(mingru.MinGRU, INPUT, HIDDEN, 2),
+        partial(mingru.MinLSTM, HIDDEN, 5, normalize=False),
+        partial(mingru.MinGRU, 5, 5, residual="highway"),
+    ),
+    case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
+    case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
+    *(conv(f"MinConv{dims}dGRUCell", dims) for dims in (1, 2, 3)),
+    case("drop_in.GRU", drop_in.GRU, INPUT, HIDDEN, 2),
+    case("drop_in.GRUCell", drop_in.GRUCell, INPUT, HIDDEN),
+    case("drop_in.LSTM", drop_in.LSTM, INPUT, HIDDEN, bidirectional=True),
+    case("drop_in.LSTMCell", drop_in.LSTMCell, INPUT, HIDDEN),
+    case("models.Block", mingru.models.Block, INPUT, expansion=5 / 3, conv=3, mlp=2),
+    Case("combined model", Model),
+]
+
+
+# All options. In a row, what contradicts another option is put right or left out.
+
+GATES = ["sigmoid", "signed", "rotation", "quaternion"]
+CELLS = [*GATES, "minlstm", "minlstm_unnormalized"]
+LAYER = {
+    "cell": CELLS,
+    "num_layers": [1, 2],
+    "bias": [True, False],
+    "batch_first": [True, False],
+    "bidirectional": [False, True],
+    "residual": [False, True, "highway"],
+    "norm": [None, "layer", "rms"],
+    "candidate": ["positive", "linear", "tanh"],
+    "learn_initial_state": [False, True],
+    "recompute": [None, False, True],
+    "min_decay": [0.0, 0.3],
+}
+CELL = {name: LAYER[name] for name in ("cell", "bias", "norm", "candidate", "learn_initial_state", "min_decay")}
+# `drop_in` has the same code, so that fewer options meet.
+FEWER = {**LAYER, "residual": [False, True], "norm": [None], "candidate": ["positive"], "recompute": [None]}
+# What "tuple" and "list" stand for depends on the number of dimensions and of layers.
+TUPLES = {"kernel_size": (2, 1, 3), "stride": (1, 2, 1), "padding": (1, 0, 2), "dilation": (2, 1, 1)}
+LISTS = {"hidden_dims": [16, 8], "kernel_size": [3, TUPLES["kernel_size"]], "stride": [2, 1], "padding": [0, "same"]}
+LISTS["dilation"] = [1, TUPLES["dilation"]]
+CONV_CELL = {
+    "space": [1, 2, 3],
+    "hidden_dims": [8, 16],
+    "kernel_size": [1, 3, "tuple"],
+    "stride": [1, 2, "tuple"],
+    "padding": [0, 1, "same", "tuple"],
+    "dilation": [1, 2, "tuple"],
+    "groups": [1, 2],
+    "bias": [True, False],
+    "norm": [None, "group"],
+    "candidate": ["positive", "linear", "tanh"],
+    "gate": GATES,
+    "learn_initial_state": [False, True],
+}
+CONV = {
+    **{name: [*values, "list"] if name in LISTS else values for name, values in CONV_CELL.items()},
+    **{name: LAYER[name] for name in ("num_layers", "batch_first", "bidirectional")},
+    "residual": [False, True],
+}
+
+
+def is_possible(row: dict[str, Any]) -> bool:
+    """Whether the options of a layer of features go together."""
+    without_bound = row["cell"] == "signed" or row["cell"].startswith("minlstm")
+    is_highway = row.get("residual") == "highway"
+    return not (without_bound and row["min_decay"] > 0) and not (is_highway and row["bidirectional"])
+
+
+def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
+    """The case of a row of options: a layer or a cell of mingru or drop_in."""
+    options = dict(row)
+    cell, bound, is_like_torch = options.pop("cell"), options.pop("min_decay"), home is drop_in
+    kind = "LSTM" if cell.startswith("minlstm") else "GRU"
+    if kind == "LSTM":
+        options["normalize"] = cell == "minlstm"
+    else:
+        options |= {"gate": cell, "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
+    if is_like_torch and cell == "rotation":
+        kind, options = "LSTM", options | {"cell": "mingru"}
+    hidden = {"rotation": 6, "quaternion": 8}.get(cell, 5)
+    input_dims = hidden if row.get("residual") == "highway" else INPUT
+    made = getattr(home, f"{'' if is_like_torch else 'Min'}{kind}{end}")
+    return case(f"{made.__name__} {named(row)}", made, input_dims, hidden, **options)
+
+
+def of_layer(value: Any, layer: int) -> Any:
+    return value[layer] if isinstance(value, list) else value
+
+
+def of_each(value: Any, count: int) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def of_images(row: dict[str, Any]) -> Case:
+    """Likewise a convolutional layer, or a cell if there is no number of layers."""
+    options, space, count = dict(row), row["space"], row.get("num_layers", 1)
+    for name, value in row.items():
+        if value == "tuple":
+            options[name] = TUPLES[name][:space]
+        if value == "list":
+            entries = LISTS[name][:count]
+            options[name] = [entry[:space] if isinstance(entry, tuple) else entry for entry in entries]
+    for layer in range(count):
+        if of_layer(options["padding"], layer) == "same":
+            # Torch warns where one side is padded more than the other.
+            is_even = any(size % 2 == 0 for size in of_each(of_layer(options["kernel_size"], layer), space))
+            options |= {"kernel_size": 3} if is_even else {}
+            options |= {"stride": 1} if of_layer(options["stride"], layer) != 1 else {}
+    # The smallest space of which the last layer makes 2 x 3 x 2 places.
+    sizes = [2, 3, 2][:space]
+    for layer in reversed(range(count)):
+        geometry = [of_layer(options[name], layer) for name in ("kernel_size", "stride", "dilation", "padding")]
+        for at, (kernel, stride, dilation, padding) in enumerate(
+            zip(*(of_each(each, space) for each in geometry), strict=True)
+        ):
+            span = dilation * (kernel - 1)
+            sizes[at] = max(2, (sizes[at] - 1) * stride + span + 1 - (span if padding == "same" else 2 * padding))
+    kind = f"MinConv{options.pop('space')}dGRU{'' if 'num_layers' in row else 'Cell'}"
+    make = partial(getattr(mingru, kind), 8, **options)
+    return Case(f"{kind} {named(row)}", make, (8, *sizes))
+
+
+def block(**options: Any) -> Case:
+    return case(f"Block {named(options)}", mingru.models.Block, 5, **options)
+
+
+# Only these have no norm, residual or highway, so that kernels skip their padding.
+PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS for count in (1, 2)]
+FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
+IMAGES = [of_images(row) for row in cover(CONV)]
+LIKE_TORCH = [
+    *(of_features(drop_in, "", row) for row in cover(FEWER, is_possible)),
+    *(of_features(drop_in, "Cell", row) for row in cover({name: FEWER[name] for name in CELL}, is_possible)),
+]
+STEPS = [
+    *(of_features(mingru, "Cell", row) for row in cover(CELL, is_possible)),
+    *(of_images(row) for row in cover(CONV_CELL)),
+]
+CONV1D = partial(mingru.MinConv1dGRU, INPUT, INPUT)
+STACKS = [
+    stack("Stack of one", partial(mingru.MinGRU, INPUT, 5), residual=False),
+    stack(
+        "Stack of both directions",
+        partial(mingru.MinGRU, INPUT, 6, 2, bidirectional=True, norm="rms"),
+        partial(mingru.MinLSTM, 12, 5, learn_initial_state=True),
+        partial(mingru.MinGRU, 5, 3, candidate="tanh", bias=False),
+    ),
+    stack(
+        "Stack with the time first",
+        partial(mingru.MinGRU, INPUT, 5, batch_first=False),
+        partial(mingru.MinLSTM, 5, 5, batch_first=False),
+    ),
+    stack(
+        "Stack of stacks",
+        partial(mingru.MinGRU, INPUT, 4),
+        lambda **factory: mingru.Stack(
+            [mingru.MinLSTM(4, 4, **factory), mingru.Stack([mingru.MinGRU(4, 4, **factory)])], residual=True
+        ),
+        residual=False,
+    ),
+    stack("Stack of images", partial(CONV1D, 3, padding=1, num_layers=2), partial(CONV1D, 1), space=1),
+    stack("Stack of blocks", partial(mingru.models.Block, INPUT, conv=3), partial(mingru.MinGRU, INPUT, 4)),
+]
+BLOCKS = [
+    block(),
+    block(conv=4, mlp=1.5, bias=False),
+    block(cell="minlstm", conv=3, norm="layer", expansion=1.4, learn_initial_state=True),
+    block(gate="rotation", expansion=1.2, bidirectional=True, mlp=2, checkpoint=True),
+]
+ROWS = [*FEATURES, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
+
+
+def some(cases: list[Case], count: int = 4) -> list[Case]:
+    """Return every `count`th, for what hardly depends on options."""
+    return cases[::count]
+
+
+_WITHOUT_LENGTHS = ("Cell", "Conv", "combined")
+CASES_WITH_LENGTHS = [case for case in CASES if not any(part in case.name for part in _WITHOUT_LENGTHS)]
+
+
+def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
+    params = []
+    for case in cases:
+        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
+        params.append(pytest.param(case, marks=marks, id=case.name))
+    return pytest.mark.parametrize("case", params)
+
+
+def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """Return the cases of this run's tests that use the requesting fixture of a module."""
+    items = [
+        item
+        for item in request.session.items
+        if getattr(item, "module", None) is request.module and request.fixturename in item.fixturenames
+    ]
+    names = {item.callspec.params["case"].name for item in items}
+    return [case for case in CASES if case.name in names]
+
+
+# The classes of `drop_in` share their code; `drop_in.LSTM` has the most.
+every_case = parametrized(CASES, quick=[case.name for case in CASES if not case.name.startswith("drop_in.GRU")])
+# The quick tests of a mode that compiles use a layer and a cell.
+every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
+every_case_slowly = parametrized(CASES, quick=[])
+every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
+
+
+def _four() -> int:
+    return 4
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traceable, "chunk_size", _four)
+        yield

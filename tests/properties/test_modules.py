@@ -1,0 +1,102 @@
+"""What holds for every class and all of its options as modules: weights, copies, files, representations and devices."""
+
+import copy
+import io
+import pickle
+
+import torch
+from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors
+from torch.testing import assert_close
+
+import mingru
+from mingru import drop_in
+
+
+def through_a_file(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+@parametrized(ROWS)
+def test_copies_and_files(case):
+    module, other, given = case.varied(**DOUBLE), case.make(**DOUBLE), case.given(2, 5, **DOUBLE)
+    expected = case.call(module, **given)
+    assert not torch.equal(case.call(other, **given)[0], expected[0])
+    other.load_state_dict(through_a_file(module.state_dict()))
+    pointers = {weight.data_ptr() for weight in module.parameters()}
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), through_a_file(module, weights_only=False)]
+    for twin in (other, *twins):
+        assert_close(case.call(twin, **given), expected, rtol=0, atol=0)
+        assert repr(twin) == repr(module)
+        assert not {weight.data_ptr() for weight in twin.parameters()} & pointers
+
+
+@parametrized(some(ROWS, 2))
+def test_parameters_are_drawn_again_as_by_the_constructor(case):
+    torch.manual_seed(5)
+    module = case.make()
+    drawn = copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.fill_(9.0)
+    torch.manual_seed(5)
+    module.reset_parameters()
+    if case.of_torch:
+        # Its constructor draws a learned state twice.
+        drawn.pop("initial_state", None)
+    for name, each in drawn.items():
+        assert_close(module.state_dict()[name], each, rtol=0, atol=0)
+    with torch.device("meta"):
+        empty = case.make()
+    real = empty.to_empty(device="cpu")
+    torch.manual_seed(5)
+    real.reset_parameters()
+    assert_close(dict(real.named_parameters()), dict(module.named_parameters()), rtol=0, atol=0)
+
+
+@parametrized(some(ROWS, 2))
+def test_shapes_on_the_device_meta(case):
+    module, given = case.make(device="meta"), case.given()
+    lengths = {"lengths": torch.tensor([4, 0, 2])} if "lengths" in case.takes else {}
+    out, states = case.call(case.make(), **given)
+    assert all(weight.is_meta for weight in module.parameters())
+    given = {name: [each.to("meta") for each in value] if name == "h" else value for name, value in given.items()}
+    given = {name: value if name == "h" else value.to("meta") for name, value in given.items()}
+    for names in ((), ("h",), ("reset",)):
+        on_meta = case.call(module, **{name: value for name, value in given.items() if name not in names}, **lengths)
+        for found, expected in zip([on_meta[0], *on_meta[1]], [out, *states], strict=True):
+            assert found.is_meta and found.shape == expected.shape
+
+
+@parametrized([*FEATURES, *STEPS, *IMAGES, *LIKE_TORCH])
+def test_a_representation_is_a_constructor(case):
+    module = case.make()
+    again = eval(f"kind({module.extra_repr()})", {"kind": type(module)})
+    assert repr(again) == repr(module)
+    assert again.state_dict().keys() == module.state_dict().keys()
+
+
+@parametrized([case for case in ROWS if case.is_cell])
+def test_a_cell_is_a_layer(case):
+    """Weights have the same names, are drawn alike, and go there and back. An element of a batch may come alone."""
+    torch.manual_seed(5)
+    cell, given = case.make(**DOUBLE), case.given(**DOUBLE)
+    kind = getattr(drop_in if case.of_torch else mingru, type(cell).__name__.removesuffix("Cell"))
+    torch.manual_seed(5)
+    layer = eval(f"kind({cell.extra_repr()}, dtype=torch.double)", {"kind": kind, "torch": torch})
+    assert_close(dict(layer.state_dict()), dict(cell.state_dict()), rtol=0, atol=0)
+    cell = case.varied(**DOUBLE)
+    layer.load_state_dict(through_a_file(cell.state_dict()))
+    x = given["x"].transpose(0, 1) if case.of_torch and not layer.batch_first else given["x"]
+    out, _ = layer(x)
+    out = out.transpose(0, 1) if case.of_torch and not layer.batch_first else out
+    assert_close(case.call(cell, given["x"])[0], out, rtol=1e-9, atol=1e-9)
+    state, steps = case.of_states(given["h"]), {name: given[name][:, 0] for name in given if name not in ("x", "h")}
+    for h, extra in ((state, steps), (None, {})):
+        together = tensors(cell(given["x"][:, 0], h, **extra))
+        for at in range(3):
+            one = None if h is None else case.of_states(each[at] for each in given["h"])
+            alone = cell(given["x"][at, 0], one, **{name: each[at] for name, each in extra.items()})
+            assert_close(tensors(alone), [each[at] for each in together], rtol=1e-9, atol=1e-9)

@@ -1,0 +1,125 @@
+"""What is rounded to half width, and what is not: layers and cells of one linear map or convolution."""
+
+import pytest
+import reference
+import torch
+from cases import INPUT, Case, case, parametrized
+from torch.testing import assert_close
+
+import mingru
+
+ONE_MAP = [
+    case("MinGRU", mingru.MinGRU, INPUT, 5),
+    case("MinGRU, time first", mingru.MinGRU, INPUT, 5, batch_first=False, learn_initial_state=True),
+    case("MinLSTM", mingru.MinLSTM, INPUT, 5),
+    case("MinLSTM, unnormalized", mingru.MinLSTM, INPUT, 5, normalize=False),
+    case("MinConv2dGRU", mingru.MinConv2dGRU, INPUT, 5, 1, space=2),
+    case("MinGRUCell", mingru.MinGRUCell, INPUT, 5),
+    case("MinConv2dGRUCell", mingru.MinConv2dGRUCell, INPUT, 5, 1, space=2),
+]
+every_map = parametrized(ONE_MAP)
+HALF = [torch.bfloat16, torch.float16]
+half_widths = pytest.mark.parametrize("dtype", HALF, ids=str)
+
+
+def truth(case: Case, module, x, h=None):
+    """The states in float64, from what the module's own map makes of x."""
+    maps = module.layers[0]
+    if module.num_space_dims > 0:
+        inputs = maps.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).double().chunk(2, 2)
+        cell = "mingru"
+    else:
+        inputs, cell = maps.linear(x).double().chunk(maps.num_inputs, 2), module.cell
+    initial = dict(module.named_parameters()).get("initial_state")
+    initial = None if initial is None else initial[0].double()
+    h = None if h is None else h[0].double().reshape(len(x), 1, *inputs[0].shape[2:])
+    return reference.CELLS[cell](*inputs, initial if h is None else h, initial=initial)
+
+
+def assert_last(states, out):
+    assert states[0].dtype == torch.float32
+    assert reference.relative_error(states[0].flatten(), out[:, -1].flatten()) <= 2e-6
+
+
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
+@half_widths
+@every_map
+def test_half_width_layers_round_once_after_the_map(case, dtype, scripted):
+    module, x = case.make(dtype=dtype), torch.randn(2, 300, *case.features, dtype=dtype)
+    run = torch.jit.script(module) if scripted else module
+    expected = truth(case, module, x)
+    if case.is_cell:
+        # Its output is its state, which is in float32 if it begins there.
+        out, _ = case.call(run, x[:, :1])
+        assert reference.relative_error(out, expected[:, :1]) <= 1.001 * torch.finfo(dtype).eps / 2
+    else:
+        out, _ = case.call(run, x)
+        assert reference.relative_error(out, expected) <= 1.001 * torch.finfo(dtype).eps / 2
+    if "lengths" in case.takes:
+        out, _ = case.call(run, x, lengths=torch.tensor([200, 300]))
+        assert reference.relative_error(out[0, :200], expected[0, :200]) <= 1.001 * torch.finfo(dtype).eps / 2
+    h = [torch.rand_like(state, dtype=torch.float32) for state in case.call(module, x)[1]]
+    _, states = case.call(run, x, h)
+    assert_last(states, truth(case, module, x, h))
+
+
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
+@every_map
+def test_autocast_keeps_the_state_in_float32(case, scripted):
+    module = case.make()
+    run = torch.jit.script(module) if scripted else module
+    for dtype in [torch.float32] if scripted else [torch.float32, torch.bfloat16]:
+        x = torch.randn(2, 300, *case.features, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, states = case.call(run, x)
+            expected = truth(case, module, x)
+            pieces = None
+            for piece in x.split([100, 1, 199], 1):
+                _, pieces = case.call(run, piece, pieces)
+            if not scripted:
+                _, again = case.call(run, x, [state.bfloat16() for state in states])
+                assert again[0].dtype == torch.float32
+        assert out.dtype == (torch.float32 if case.is_cell else torch.bfloat16)
+        # Float32 in more than name: nothing was rounded to half width on the way.
+        assert_last(states, expected)
+        assert_close(pieces, states)
+
+
+def test_layers_that_follow_round_what_goes_in():
+    """Under autocast, the second layer gets the output of the first in half width, and its state stays in float32."""
+    for module in (
+        mingru.MinGRU(INPUT, 5, 2),
+        mingru.Stack([mingru.MinGRU(INPUT, 5), mingru.MinGRU(5, 5)]),
+        mingru.MinConv1dGRU(INPUT, 5, 1, 2),
+    ):
+        space = [4] * module.num_space_dims
+        x = torch.randn(2, 300, INPUT, *space)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, h = module(x)
+            for index in range(2):
+                layer = module.layers[index]
+                layer = layer.layers[0] if isinstance(module, mingru.Stack) else layer
+                pre = layer.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if space else layer.linear(x)
+                exact = reference.mingru(*pre.double().chunk(2, 2))
+                x = exact.bfloat16()
+                assert_last([h[index]], exact)
+        assert out.dtype == torch.bfloat16
+        assert reference.relative_error(out, exact) <= 1.001 * torch.finfo(torch.bfloat16).eps / 2
+
+
+SEVERAL = [
+    case("MinGRU", mingru.MinGRU, INPUT, 5, 3, residual=True),
+    case("MinLSTM", mingru.MinLSTM, INPUT, 5, norm="layer"),
+    case("MinConv2dGRU", mingru.MinConv2dGRU, INPUT, 5, 3, 2, padding=1, space=2),
+]
+
+
+@parametrized(SEVERAL)
+def test_float32_is_as_exact_as_plain_torch(case):
+    module, x, reset = case.make(), torch.randn(2, 200, *case.features), torch.rand(2, 200) < 0.01
+    exact, _ = reference.module(module, x, None, reset)
+    errors = []
+    for backend in ("auto", "sequential"):
+        with mingru.use_backend(backend):
+            errors.append((case.call(module, x, reset=reset)[0] - exact).abs().max())
+    assert 0 < errors[0] <= 2 * errors[1]

@@ -1,0 +1,381 @@
+"""What holds for every class and all of its options: values, gradients, states, resets, lengths and layouts."""
+
+import copy
+import itertools
+
+import pytest
+import reference
+import torch
+from cases import DOUBLE, FEATURES, IMAGES, ROWS, STEPS, parametrized, some
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+import mingru
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+WITH_LENGTHS = [case for case in ROWS if "lengths" in case.takes]
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
+
+
+def graded(module, function, given):
+    """Return the outputs and the states by name, and the gradients of all that is given and of all parameters."""
+    leaves = dict(module.named_parameters())
+
+    def leaf(name, value):
+        if isinstance(value, list):
+            return [leaf(f"{name}[{index}]", each) for index, each in enumerate(value)]
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = leaves[name] = value.detach().clone().requires_grad_()
+        return value
+
+    out, states = function(**{name: leaf(name, value) for name, value in given.items()})
+    found = {"out": out} | {f"state {index}": state for index, state in enumerate(states)}
+    # Not all alike, so that no two numbers can be exchanged.
+    weights = (torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in found.values())
+    loss = sum((each.square() * weight).sum() for each, weight in zip(found.values(), weights, strict=True))
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def assert_same(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name, each in expected.items():
+        assert_close(got[name], each, msg=lambda message, name=name: f"{name}: {message}", **(tolerance or TIGHT))
+
+
+def by(case, run):
+    return lambda **given: case.call(run, **given)
+
+
+def truth(module):
+    return lambda **given: reference.module(module, **given)
+
+
+def without(given, *names):
+    return {name: each for name, each in given.items() if name not in names}
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@parametrized(ROWS)
+def test_equals_the_reference(case, backend):
+    module = case.varied(**DOUBLE)
+    everything = case.given(**DOUBLE)
+    for given in (everything, {"x": everything["x"]}) if backend == "auto" else (everything,):
+        expected = graded(module, truth(module), given)
+        with mingru.use_backend(backend):
+            got = graded(module, by(case, module), given)
+            assert_same(got, expected)
+            # Other code runs without gradients.
+            with torch.no_grad():
+                out, states = case.call(module, **given)
+        assert_close([out, *states], [each for name, each in expected.items() if not name.startswith("grad")], **TIGHT)
+
+
+@parametrized(some(ROWS, 12))
+def test_the_comparison_can_fail(case):
+    module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
+    expected = graded(module, truth(module), given)
+    with torch.no_grad():
+        next(iter(module.parameters())).view(-1)[0] += 1e-6
+    with pytest.raises(AssertionError, match=r"^out: "):
+        assert_same(graded(module, by(case, module), given), expected)
+
+
+# TorchScript takes long to compile: every eighth row, of which few are quick.
+SCRIPTED = [
+    pytest.param(case, True, id=f"scripted {case.name}", marks=[] if index % 5 == 0 else [pytest.mark.slow])
+    for index, case in enumerate(some(ROWS, 8))
+]
+
+
+def rows_and_scripts(cases):
+    names = {case.name for case in cases}
+    params = [*(pytest.param(case, False, id=case.name) for case in cases), *SCRIPTED]
+    return pytest.mark.parametrize(("case", "scripted"), [param for param in params if param.values[0].name in names])
+
+
+def scripted_or_itself(module, scripted):
+    return torch.jit.script(module) if scripted else module
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+@pytest.mark.parametrize(("case", "scripted"), SCRIPTED)
+def test_scripted_equals_the_reference(case, scripted):
+    module = case.varied(**DOUBLE)
+    run = torch.jit.script(module)
+    assert run.state_dict().keys() == module.state_dict().keys()
+    everything = case.given(**DOUBLE)
+    # Twice: TorchScript runs other code once it has seen the shapes.
+    for given in ({"x": everything["x"]}, everything, everything):
+        assert_same(graded(module, by(case, run), given), graded(module, truth(module), given))
+
+
+# Calls that follow each other
+
+
+def is_of_both_directions(module):
+    return any(getattr(each, "num_directions", 1) == 2 for each in module.modules())
+
+
+def in_pieces(case, module, sizes):
+    def run(x, h=None, **steps):
+        outs = []
+        parts = {name: each.split(sizes, 1) for name, each in steps.items()}
+        for index, piece in enumerate(x.split(sizes, 1)):
+            out, h = case.call(module, piece, h, **{name: each[index] for name, each in parts.items()})
+            outs.append(out)
+        return torch.cat(outs, 1), h
+
+    return run
+
+
+@parametrized([case for case in ROWS if not case.is_cell and not is_of_both_directions(case.module)])
+def test_pieces_and_steps_are_the_whole(case):
+    module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
+    expected = graded(module, by(case, module), given)
+    # As torch's, `drop_in` refuses sequences without steps.
+    pieces = [case.steps - 4, 3, 1] if case.of_torch else [case.steps - 4, 0, 3, 1]
+    for sizes in ([1] * case.steps, pieces):
+        run = in_pieces(case, module, sizes)
+        assert_same(graded(module, run, given), expected)
+        with torch.no_grad():
+            assert_close(run(**given)[0], expected["out"], **TIGHT)
+
+
+# What a step depends on
+
+
+@parametrized(ROWS)
+def test_a_step_reaches_its_own_sequence_up_to_a_reset(case):
+    """NaN at a step is what shows it."""
+    module, given = case.varied(**DOUBLE), without(case.given(**DOUBLE), "dt")
+    first, at, end = 1, 3, case.steps - 1
+    given["reset"].fill_(False)
+    given["reset"][1, [first, end]] = True
+    both = is_of_both_directions(module)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            x = given["x"].clone()
+            before, _ = case.call(module, **given)
+            x[1, at] = torch.nan
+            out, states = case.call(module, **{**given, "x": x})
+        reached = out.isnan().flatten(2).any(2)
+        expected = torch.zeros_like(reached)
+        expected[1, first if both else at : end] = True
+        assert torch.equal(reached, expected)
+        assert torch.equal(out[~expected], before[~expected])
+        # The states too, but that of a causal convolution, which has the last steps.
+        assert not any(state.isnan().any() for state in states[:1])
+    # Likewise backward: no gradient from elsewhere.
+    leaf = given["x"].clone().requires_grad_()
+    out, _ = case.call(module, **{**given, "x": leaf})
+    (grad,) = torch.autograd.grad(out[1, at].square().sum(), leaf)
+    reached = grad.flatten(2).any(2)
+    expected = torch.zeros_like(reached)
+    expected[1, first : end if both else at + 1] = True
+    assert torch.equal(reached, expected)
+
+
+@parametrized(some(ROWS, 2))
+def test_a_reset_begins_a_sequence(case):
+    """Its state is that of a call without one, whatever the state was; not even NaN crosses it."""
+    module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
+    if is_of_both_directions(module):
+        return
+    given["reset"].fill_(False)
+    given["reset"][:, 2] = True
+    given["h"] = [torch.full_like(state, torch.nan) for state in given["h"]]
+    expected, last = case.call(module, **{name: each[:, 2:] for name, each in without(given, "h", "reset").items()})
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out, states = case.call(module, **given)
+        assert out[:, :2].isnan().flatten(2).any(2).all()
+        assert_close((out[:, 2:], states), (expected, last), **TIGHT)
+
+
+# Sequences of different lengths
+
+
+def each_alone(case, call, lengths):
+    """Each sequence up to its length."""
+
+    def run(**given):
+        outs, states = [], []
+        for index, length in enumerate(lengths):
+            one = case.alone(given, index, length)
+            out, last = call(**one)
+            outs.append(torch.cat([out, out.new_zeros(1, case.steps - length, *out.shape[2:])], 1))
+            states.append(last)
+        joined = zip(zip(*states, strict=True), case.state_dims, strict=True)
+        return torch.cat(outs), [torch.cat(each, dim) for each, dim in joined]
+
+    return run
+
+
+def padded(case, lengths, **factory):
+    """What is given, with NaN in the padding, and random resets."""
+    given = case.given(len(lengths), **factory)
+    padding = torch.arange(case.steps) >= torch.tensor(lengths).unsqueeze(1)
+    given["x"][padding] = torch.nan
+    return given, padding
+
+
+ENDS = [(9, 1, 0, 21), (0, 0), (21, 4, 2)]
+
+
+@pytest.mark.usefixtures("_scripts_are_freed")
+@rows_and_scripts(WITH_LENGTHS)
+def test_each_sequence_is_as_alone(case, scripted):
+    module = case.varied(**DOUBLE)
+    run = scripted_or_itself(module, scripted)
+    for lengths in ENDS[:1] if scripted else ENDS:
+        everything, padding = padded(case, lengths, **DOUBLE)
+        clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
+        for names in ((), ("h", "reset", "dt")):
+            given = without(everything, *names)
+
+            def together(lengths=lengths, **given):
+                return case.call(run, lengths=torch.tensor(lengths), **given)
+
+            expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
+            got = graded(module, together, given)
+            assert_same(got, expected)
+            assert not got["out"][padding].any() and not got["gradient of x"][padding].any()
+            with torch.no_grad():
+                out, states = together(**given)
+            assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@parametrized([case for case in WITH_LENGTHS if "candidate=" not in case.name and "Block" not in case.name])
+def test_lengths_on_every_backend(case, backend):
+    module, lengths = case.varied(**DOUBLE), (9, 0, 21)
+    given, _ = padded(case, lengths, **DOUBLE)
+    expected = graded(module, each_alone(case, truth(module), lengths), {**given, "x": given["x"].nan_to_num(7.0)})
+    if backend == "log" and any(getattr(each, "gate", "sigmoid") != "sigmoid" for each in module.modules()):
+        return
+    with mingru.use_backend(backend):
+        for _ in range(2):
+            got = graded(module, lambda **given: case.call(module, lengths=torch.tensor(lengths), **given), given)
+            assert_same(got, expected)
+            # What the fused path does not serve: a linear map with a hook.
+            next(each for each in module.modules() if isinstance(each, torch.nn.Linear)).register_forward_hook(
+                lambda *args: None
+            )
+
+
+@parametrized([case for case in WITH_LENGTHS if "Block" not in case.name and "blocks" not in case.name])
+def test_packed_is_padded(case):
+    module = case.varied(**DOUBLE)
+    for lengths, is_sorted in (((9, 1, 21), False), ((21, 9, 1), True)):
+        ends = torch.tensor(lengths)
+        given, _ = padded(case, lengths, **DOUBLE)
+
+        def packed(ends=ends, is_sorted=is_sorted, h=None, **given):
+            x, *steps = (pack_padded_sequence(each, ends, True, is_sorted) for each in given.values())
+            out, states = case.call(module, x, h, **dict(zip(list(given)[1:], steps, strict=True)))
+            assert isinstance(out, PackedSequence)
+            # Whatever unpacks x, unpacks it.
+            assert all(one is other for one, other in zip(out[1:], x[1:], strict=True))
+            return pad_packed_sequence(out, True, total_length=case.steps)[0], states
+
+        expected = graded(module, lambda ends=ends, **given: case.call(module, lengths=ends, **given), given)
+        assert_same(graded(module, packed, given), expected)
+
+
+# Forms of what is given
+
+
+def ways(case, run, lengths=(4, 0, 3)):
+    """The call, and the call with lengths if there are any."""
+    yield by(case, run)
+    if "lengths" in case.takes:
+        yield lambda **given: case.call(run, lengths=torch.tensor(lengths, dtype=torch.int64), **given)
+
+
+EXPANDING = [case for case in [*FEATURES, *IMAGES, *STEPS] if not case.is_cell or len(case.features) > 1]
+
+
+@parametrized(EXPANDING)
+def test_a_state_is_what_expands(case):
+    module, given = case.varied(**DOUBLE), case.given(steps=4, **DOUBLE)
+    for form in (
+        lambda state: state[:1],
+        lambda state: state[0],
+        lambda state: state.narrow(-1, 0, 1),
+        lambda state: state[:, :1],
+        lambda state: state.flatten()[0],
+    ):
+        states = [form(state) for state in given["h"]]
+        expanded = [state.expand_as(each).clone() for state, each in zip(states, given["h"], strict=True)]
+        for run in ways(case, module):
+            got, expected = (run(**{**given, "h": each}) for each in (states, expanded))
+            assert_close(got, expected, rtol=0, atol=0)
+
+
+@parametrized(some(ROWS, 2))
+def test_strided_and_expanded_input(case):
+    module, given = case.varied(**DOUBLE), case.given(**DOUBLE)
+    given["reset"] = given["reset"][:1].expand(3, -1)
+    x = given["x"]
+    wide = torch.zeros([2 * size for size in x.shape]).double()
+    places = tuple(slice(None, None, 2) for _ in x.shape)
+    wide[places] = x
+    forms = [wide[places], x[:1, :1].expand_as(x)]
+    forms += [x.transpose(*dims).contiguous().transpose(*dims) for dims in ((0, 1), (0, 2), (1, -1))]
+    for one, run in itertools.product(forms, ways(case, module)):
+        before = one.clone()
+        expected = run(**{**given, "x": before})
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert_close(run(**{**given, "x": one}), expected, **TIGHT)
+        assert torch.equal(one, before), "the input was written to"
+        dense, leaf = before.clone().requires_grad_(), one.detach().requires_grad_()
+        grads = (torch.autograd.grad(run(**{**given, "x": each})[0].square().sum(), each)[0] for each in (dense, leaf))
+        assert_close(*grads, **TIGHT)
+
+
+@parametrized(some(ROWS, 2))
+def test_nothing_in_nothing_out(case):
+    module = case.varied(**DOUBLE)
+    shape = case.call(module, **case.given(**DOUBLE))[0].shape[2:]
+    empty = [] if case.of_torch else [(0, 5)] if case.is_cell else [(0, 5), (3, 0), (0, 0)]
+    for batch, steps in empty:
+        for run in ways(case, module, (0,) * batch):
+            given = {
+                name: each if name == "h" else each[:, :steps] for name, each in case.given(batch, 5, **DOUBLE).items()
+            }
+            got = graded(module, run, given)
+            assert got["out"].shape == (batch, steps, *shape)
+            assert not any(got[f"gradient of {name}"].any() for name, _ in module.named_parameters())
+            if steps == 0:
+                # Not even a reset changes the state.
+                states = [each for name, each in got.items() if name.startswith("state")]
+                assert_close(states, given["h"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@parametrized(some(ROWS, 2))
+def test_what_goes_in_comes_out_in_each_dtype(case, dtype):
+    module, given = case.varied(dtype=dtype), case.given(dtype=dtype)
+    wide = copy.deepcopy(module).double()
+    for norm in (each for each in wide.modules() if isinstance(each, torch.nn.RMSNorm) and each.eps is None):
+        norm.eps = torch.finfo(dtype).eps
+    exact = {name: each if name in ("reset", "h") else each.double() for name, each in given.items()}
+    exact["h"] = [each.double() for each in given["h"]]
+    got, expected = graded(module, by(case, module), given), by(case, wide)(**exact)
+    assert {each.dtype for each in got.values()} == {dtype}
+    assert all(each.isfinite().all() for each in got.values())
+    eps = torch.finfo(dtype).eps
+    for one, other in zip(list(got.values()), [expected[0], *expected[1]], strict=False):
+        assert (one.double() - other).abs().max() <= 16 * eps * other.abs().max()
+    if "lengths" not in case.takes:
+        return
+    # The gradient of each weight is summed in another order.
+    got = graded(module, lambda **given: case.call(module, lengths=torch.tensor([9, 1, 21]), **given), given)
+    for name, other in graded(module, each_alone(case, by(case, module), (9, 1, 21)), given).items():
+        assert got[name].dtype == dtype
+        assert (got[name].double() - other.double()).abs().max() <= 8 * eps * other.double().abs().max(), name
