@@ -1,4 +1,4 @@
-"""The residual block: hard cases, padding, options, states and errors. `test_routes.py` has all routes."""
+"""The residual block: hard cases, dropout, states and errors. All routes: test_routes.py; others: tests/properties."""
 
 import math
 
@@ -22,7 +22,6 @@ from routes import (
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
-import mingru
 from mingru.models import Block, map_state
 
 DIMS, B, S = 5, 3, 11
@@ -128,77 +127,6 @@ def test_the_comparison_can_fail():
         assert_as_exact("changed", (values, gradients), expected, allowed)
 
 
-# Padding and what a step depends on
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-def test_lengths_of_each_integer_dtype(dtype):
-    block, lengths = make(conv=4), torch.tensor([9, 0, S])
-    case = Case(lengths.tolist(), [], [(0, 3)], True, 0)
-    x, h = make_inputs(block, case)
-    out, states = block(x, h, case.reset, lengths.to(dtype))
-    expected, others = block(x, h, case.reset, lengths)
-    assert torch.equal(out, expected)
-    assert all(map(torch.equal, states, others))
-
-
-@each_option
-def test_padding_has_no_effect(options):
-    block, lengths = make(torch.double, **options), [9, 0, S]
-    case = Case(lengths, [], [(0, 3)], True, 0)
-    x, h = make_inputs(block, case)
-    reset = case.reset
-    outs = []
-    for fill in (1.0, math.nan, math.inf):
-        inputs = x.masked_fill(case.padding, fill).requires_grad_()
-        reset = reset ^ case.padding.squeeze(2)
-        out, states = block(inputs, h, reset, torch.tensor(lengths))
-        assert not out.masked_select(case.padding).any()
-        grads = torch.autograd.grad(
-            (out.square().sum(), *(state.square().sum() for state in states)), [inputs, *block.parameters()]
-        )
-        assert not grads[0].masked_select(case.padding).any()
-        outs.append([out, *states, *grads])
-    for others in outs[1:]:
-        for one, other in zip(outs[0], others, strict=True):
-            assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-@pytest.mark.parametrize("conv", [None, 4])
-def test_what_a_step_depends_on(conv, with_grad):
-    """NaN in one step reaches later steps of the same row until a reset, and nothing else."""
-    block = make(conv=conv, mlp=2)
-    reset = torch.zeros(B, S, dtype=torch.bool)
-    reset[1, 6] = True
-    for step, end in ((2, 6), (5, 6), (6, S), (9, S)):
-        x = torch.randn(B, S, DIMS)
-        x[1, step] = math.nan
-        with torch.set_grad_enabled(with_grad):
-            out, states = block(x, reset=reset)
-        expected = torch.zeros(B, S, dtype=torch.bool)
-        expected[1, step:end] = True
-        assert torch.equal(out.isnan().any(-1), expected)
-        # The convolution's state has the last three steps.
-        for state, first in zip(states, (0, S - 3), strict=False):
-            is_reached = end == S and step >= first
-            assert state.isnan().flatten(2).any(-1).squeeze(0).tolist() == [False, is_reached, False]
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_nan_in_a_state_ends_at_a_reset(with_grad):
-    block = make(conv=4)
-    h = [torch.full_like(each, math.nan) for each in block.initial_state(2)]
-    x = torch.randn(2, S, DIMS)
-    reset = torch.zeros(2, S, dtype=torch.bool)
-    reset[0, 0] = reset[1, 3] = True
-    with torch.set_grad_enabled(with_grad):
-        out, states = block(x, h, reset)
-    assert out.isnan().any(-1).tolist() == [[False] * S, [True] * 3 + [False] * (S - 3)]
-    assert all(state.isfinite().all() for state in states)
-    assert_close(out[0], block(x[:1])[0][0])
-
-
 # Options
 
 
@@ -240,16 +168,6 @@ def test_states_do_not_keep_the_sequence(options):
 def test_states_of_a_scripted_block_do_not_keep_the_sequence():
     _, h = torch.jit.script(make(conv=4))(torch.randn(B, 500, DIMS))
     assert [each.untyped_storage().nbytes() for each in h] == [4 * B * DIMS, 4 * B * 3 * DIMS]
-
-
-def test_blocks_in_a_stack():
-    stack = mingru.Stack([make(conv=3, dtype=torch.double), mingru.MinGRU(DIMS, DIMS, dtype=torch.double)])
-    x = torch.randn(B, S, DIMS).double()
-    out, h = stack(x)
-    first, before = stack(x[:, :4])
-    second, after = stack(x[:, 4:], map_state(torch.Tensor.detach, before))
-    assert_close(torch.cat([first, second], 1), out)
-    assert_close(after, h)
 
 
 # Bad input
