@@ -365,6 +365,9 @@ PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
 IMAGES = [of_images(row) for row in cover(CONV)]
 LIKE_TORCH = [
+    case("GRU with projections", drop_in.GRU, INPUT, 5, 2, proj_size=2),
+    case("LSTM with projections", drop_in.LSTM, INPUT, 5, 2, proj_size=2, batch_first=True, residual=True),
+    case("LSTM with projections of both directions", drop_in.LSTM, INPUT, 5, 2, proj_size=2, bidirectional=True),
     *(of_features(drop_in, "", row) for row in cover(FEWER, is_possible)),
     *(of_features(drop_in, "Cell", row) for row in cover({name: FEWER[name] for name in CELL}, is_possible)),
 ]
@@ -373,7 +376,15 @@ STEPS = [
     *(of_images(row) for row in cover(CONV_CELL)),
 ]
 CONV1D = partial(mingru.MinConv1dGRU, INPUT, INPUT)
+
+
+def projected(**factory: Any) -> nn.Module:
+    return mingru.convert.Projected(mingru.MinGRU(INPUT, 6, 2, **factory), nn.Linear(6, INPUT, **factory))
+
+
 STACKS = [
+    Case("Projected", projected),
+    stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
     stack("Stack of one", partial(mingru.MinGRU, INPUT, 5), residual=False),
     stack(
         "Stack of both directions",

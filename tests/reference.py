@@ -216,7 +216,8 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 *inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1, **options
             )
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
-            outs.append(out)
+            projection = weights.get(f"{prefix}projections.{direction}.weight")
+            outs.append(out if projection is None else out @ projection.T)
         out = torch.cat(outs, -1)
         if mix is not None:
             out = mix * out + (1 - mix) * x
@@ -340,18 +341,25 @@ def module(rnn, x, h=None, reset=None, dt=None):
         return x, states
     if isinstance(rnn, library.models.Block):
         return block(rnn, x, h, reset, dt=dt)
+    if isinstance(rnn, library.convert.Projected):
+        out, last = module(rnn.rnn, x, h, reset, dt)
+        return linear(out, dict(rnn.named_parameters()), "out"), last
     is_cell, is_like_torch = type(rnn).__name__.endswith("Cell"), "drop_in" in type(rnn).__module__
     if rnn.num_space_dims > 0:
         h = h if h is None or not is_cell else [state.unsqueeze(1) for state in h]
         out, last = convolutions(rnn, x, h, reset)
         return out, [state.squeeze(1) for state in last] if is_cell else last
-    count = 1 if h is None else len(h)
-    state = None if h is None else sum(h) / count
+    # The last of a pair, if h is projected, and otherwise its mean.
+    state = None if h is None else h[-1] if rnn.proj_size else sum(h) / len(h)
     if state is not None:
         state = state[None, :, None] if is_cell else state.unsqueeze(2) if is_like_torch else state
     out, last = layers(rnn, x, state, reset, dt=dt, start=0.0 if is_like_torch else None)
     last = last[0, :, 0] if is_cell else last.squeeze(2) if is_like_torch else last
-    return out, [last] * (2 if "LSTM" in type(rnn).__name__ and is_like_torch else 1)
+    if not (is_like_torch and "LSTM" in type(rnn).__name__):
+        return out, [last]
+    maps = [weight.double() for name, weight in rnn.named_parameters() if "projections" in name]
+    h_n = [each @ weight.T for each, weight in zip(last, maps, strict=True)] if maps else last
+    return out, [torch.stack(h_n) if maps else last, last]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

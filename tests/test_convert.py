@@ -229,27 +229,6 @@ def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
     }
 
 
-@pytest.mark.parametrize("options", [("reset",), ("dt",), ("lengths",), ("reset", "dt", "lengths")])
-def test_projected_takes_all_arguments_also_in_a_stack(options):
-    projected = Projected(mingru.MinGRU(4, 6, 2), nn.Linear(6, 4))
-    stack = mingru.Stack([projected, mingru.MinLSTM(4, 5)])
-    x, lengths = torch.randn(B, 9, 4), torch.tensor([9, 0, 4])
-    given = {"reset": torch.rand(B, 9) < 0.2, "dt": torch.rand(B, 9), "lengths": lengths}
-    given = {name: given[name] for name in options}
-    y, h = projected.rnn(x, **given)
-    expected = projected.out(y)
-    if "lengths" in options:
-        expected[torch.arange(9) >= lengths.unsqueeze(1)] = 0.0
-    out, state = projected(x, **given)
-    assert_close(out, expected)
-    assert torch.equal(state, h)
-    last, last_state = stack.layers[1](expected, **given)
-    out, states = stack(x, **given)
-    assert_close([out, *states], [last, h, last_state])
-    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([9, 2, 4]), True, False)
-    assert projected(packed)[0].data.shape == (15, 4)
-
-
 def test_projected_takes_only_layers():
     with pytest.raises(TypeError, match="Projected: rnn must be a layer such as MinGRU, got GRU"):
         Projected(nn.GRU(3, 4), nn.Linear(4, 3))

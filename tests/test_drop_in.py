@@ -455,43 +455,6 @@ def test_the_mean_of_a_pair_is_exact():
         assert torch.equal(drop_in.LSTM(IN, H)._state_of((h, h)), h)
 
 
-@pytest.mark.parametrize("kind", [drop_in.GRU, drop_in.LSTM])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True, "residual": True}], ids=str)
-def test_projections(kind, options):
-    rnn = make(kind, num_layers=2, proj_size=2, **options)
-    plain = {"dtype": torch.double, "bidirectional": rnn.bidirectional, "batch_first": rnn.batch_first}
-    x, h = arguments(rnn)
-    y, states, projected = x, [], []
-    for index, layer in enumerate(rnn.layers):
-        base = mingru.MinGRU if kind is drop_in.GRU else mingru.MinLSTM
-        inner = base(y.shape[-1], H, candidate="positive", **plain)
-        weights = {key: value for key, value in layer.state_dict().items() if key.startswith("linear")}
-        inner.layers[0].load_state_dict(weights)
-        maps = [each.weight for each in layer.projections]
-        before = h[index * len(maps) : (index + 1) * len(maps)]
-        out, last = inner(y, before.unsqueeze(2))
-        out = torch.cat([part @ weight.T for part, weight in zip(out.split(H, -1), maps, strict=True)], -1)
-        states.append(last.squeeze(2))
-        projected += [state @ weight.T for state, weight in zip(states[-1], maps, strict=True)]
-        y = out if layer.align is None and not layer.residual else out + layer_residual(layer, y)
-    expected = (y, torch.cat(states)) if kind is drop_in.GRU else (y, (torch.stack(projected), torch.cat(states)))
-    hx = h if kind is drop_in.GRU else (torch.randn_like(h)[..., :2], h)
-    assert_close(rnn(x, hx), expected, **TIGHT)
-    with torch.no_grad():
-        assert_close(rnn(x, hx), expected, **TIGHT)
-    assert rnn.output_dims == y.shape[-1]
-    # Each sequence alone.
-    lengths, dim = torch.tensor([3, 0]), 0 if rnn.batch_first else 1
-    out, last = rnn(x, hx, lengths=lengths)
-    alone = rnn(x.select(dim, 0)[:3], of_sequence(hx, 0))
-    assert_close((out.select(dim, 0)[:3], of_sequence(last, 0)), alone, **TIGHT)
-    assert not out.select(dim, 1).any()
-
-
-def layer_residual(layer, x):
-    return x if layer.align is None else layer.align(x)
-
-
 def of_sequence(state, index):
     return tuple(each[:, index] for each in state) if isinstance(state, tuple) else state[:, index]
 

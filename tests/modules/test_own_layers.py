@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import io
+import pickle
 import re
 from pathlib import Path
 
@@ -110,39 +110,14 @@ def test_states_go_in_and_come_out(grad, reset):
         resets = (None, None) if reset is None else (reset[:, :3], reset[:, 3:])
         first, state = stack(x[:, :3], None, resets[0])
         second, last = stack(x[:, 3:], state, resets[1])
-        assert_close(torch.cat([first, second], 1), out)
-        assert_close(last, h)
+        assert_close((torch.cat([first, second], 1), last), (out, h))
 
 
-def test_gradients():
-    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double, requires_grad=True)
-    stack(x)[0].square().sum().backward()
-    expected = torch.autograd.grad(by_hand(stack, x)[0].square().sum(), [x, *stack.parameters()])
-    assert_close([each.grad for each in (x, *stack.parameters())], list(expected))
-
-
-def test_options_of_the_stack():
-    stack, x = stack_of(dropout=0.5, residual=True), torch.randn(B, S, DIMS, dtype=torch.double)
+def test_a_module_among_modules():
+    stack, other, x = stack_of(residual=True), stack_of(residual=True), torch.randn(B, S, DIMS, dtype=torch.double)
     assert [type(align) for align in stack.aligns] == [nn.Identity, nn.Identity, nn.Linear, nn.Linear]
-    stack.eval()
-    residual, out = x, None
-    for layer, align in zip(stack.layers, stack.aligns, strict=True):
-        out = layer(residual)[0] + align(residual)
-        residual = out
-    assert_close(stack(x)[0], out)
-    stack.train()
-    assert not torch.equal(stack(x)[0], stack(x)[0])
-
-
-def test_state_dict_and_copies():
-    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
-    assert {"layers.1.decay", "layers.2.decay"} < stack.state_dict().keys()
-    other = stack_of()
     other.load_state_dict(stack.state_dict())
-    file = io.BytesIO()
-    torch.save(stack, file)
-    file.seek(0)
-    for twin in (other, copy.deepcopy(stack), torch.load(file, weights_only=False)):
+    for twin in (other, copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
         assert_close(twin(x), stack(x), rtol=0, atol=0)
     stack.reset_parameters()
     assert not stack.layers[1].decay.any()
