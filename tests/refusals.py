@@ -60,6 +60,19 @@ def wrong_resets(letters, *shape):
     return cases
 
 
+def wrong_shapes(argument, expected, *values):
+    """Return calls with tensors of wrong shapes; `expected` is a pattern."""
+    shapes = {tuple(value.shape): value for value in values}
+    return {
+        f"{argument} of shape {shape}": (
+            {argument: value},
+            ValueError,
+            rf"{argument} must be {expected}.*, got {re.escape(str(shape))}",
+        )
+        for shape, value in shapes.items()
+    }
+
+
 def wrong_values(option, expected, types=(), values=()):
     """Return calls with values of an option that have a wrong type, or that are not allowed."""
     errors = [*((TypeError, value) for value in types), *((ValueError, value) for value in values)]

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from refusals import WRONG_OPTIONS, assert_refused, wrong_resets, wrong_tensors, wrong_values
+from refusals import WRONG_OPTIONS, assert_refused, wrong_resets, wrong_shapes, wrong_tensors, wrong_values
 
 from mingru.modules.cells import MinGRUCell, MinLSTMCell
 
@@ -49,25 +49,18 @@ BAD_CALLS = {
     **wrong_tensors("x", X, "the layer's weight"),
     **wrong_tensors("h", torch.zeros(2, 8), "x"),
     **wrong_resets("(B,)", 2),
-    "x of three dimensions": (
-        {"x": torch.zeros(2, 5, 3)},
-        ValueError,
-        r"x must be \(B, 3\) or \(3,\) because input_dims is 3, got \(2, 5, 3\); use a layer, not a cell",
+    **wrong_shapes(
+        "x", r"\(B, 3\) or \(3,\) because input_dims is 3", torch.zeros(()), torch.zeros(2, 4), torch.zeros(2)
     ),
-    "x of no dimension": ({"x": torch.zeros(())}, ValueError, r"x must be \(B, 3\) or \(3,\) .*got \(\)$"),
-    "x of other features": ({"x": torch.zeros(2, 4)}, ValueError, r"x must be \(B, 3\) or .*got \(2, 4\)$"),
-    "x alone, of other features": ({"x": torch.zeros(2)}, ValueError, r"x must be .* \(3,\) .*got \(2,\)$"),
+    **wrong_shapes("x", r"\(B, 3\) or ", torch.zeros(2, 5, 3)),
+    "x of a sequence": ({"x": torch.zeros(2, 5, 3)}, ValueError, r".*got \(2, 5, 3\); use a layer, not a cell"),
     "x is packed": (
         {"x": torch.nn.utils.rnn.pack_sequence([X])},
         TypeError,
         r"x must be a tensor, got PackedSequence",
     ),
     "x of integers": ({"x": X.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64"),
-    "h of other batch": ({"h": torch.zeros(3, 8)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(3, 8\)"),
-    "h of one row": ({"h": torch.zeros(1, 8)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(1, 8\)"),
-    "h of other features": ({"h": torch.zeros(2, 7)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(2, 7\)"),
-    "h of the layer": ({"h": torch.zeros(1, 2, 1, 8)}, ValueError, r"h must be \(B, H\) .*got \(1, 2, 1, 8\)"),
-    "h without batch": ({"h": torch.zeros(8)}, ValueError, r"h must be \(B, H\) = \(2, 8\), got \(8,\)"),
+    **wrong_shapes("h", r"\(B, H\) = \(2, 8\)", *map(torch.zeros, ((3, 8), (1, 8), (2, 7), (1, 2, 1, 8), (8,)))),
     "h with batch, x without": (
         {"x": X[0], "h": torch.zeros(2, 8)},
         ValueError,

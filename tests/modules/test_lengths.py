@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import DOUBLE
 from cover import cover
+from refusals import wrong_shapes
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
@@ -228,13 +229,7 @@ BAD_CALLS = {
     "length above S": ({"lengths": torch.tensor([5, 6, 1])}, ValueError, r"lengths must be from 0 to S = 5, got \[5"),
     "lengths of float": ({"lengths": FULL.float()}, TypeError, r"lengths must be of an integer dtype, .*float32; use"),
     "lengths of bool": ({"lengths": FULL.bool()}, TypeError, r"lengths must be of an integer dtype, got torch\.bool"),
-    "lengths of other batch": ({"lengths": FULL[:2]}, ValueError, r"lengths must be \(B,\) = \(3,\), got \(2,\)"),
-    "lengths of two dimensions": (
-        {"lengths": FULL[:, None]},
-        ValueError,
-        r"lengths must be \(B,\) = \(3,\), got \(3, 1\)",
-    ),
-    "a number": ({"lengths": torch.tensor(3)}, ValueError, r"lengths must be \(B,\) = \(3,\), got \(\)"),
+    **wrong_shapes("lengths", r"\(B,\) = \(3,\)", FULL[:2], FULL[:, None], torch.tensor(3)),
     "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; use torch"),
     "an int": ({"lengths": 5}, TypeError, r"lengths must be an integer tensor \(B,\), got int"),
     "lengths on another device": (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_tensors, wrong_values
+from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_shapes, wrong_tensors, wrong_values
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,29 +177,15 @@ BAD_CALLS = {
     **wrong_tensors("x", X, "the layer's weight"),
     **wrong_tensors("h", torch.zeros(1, 1, 8), "x"),
     **wrong_resets("(B, S)", 2, 5),
-    "x without batch": ({"x": X[0]}, ValueError, r"x must be \(B, S, 3\) because input_dims is 3, got \(5, 3\)"),
-    "x of four dimensions": (
-        {"x": X[None]},
-        ValueError,
-        r"x must be \(B, S, 3\) because input_dims is 3, got \(1, 2, 5, 3\)",
-    ),
-    "x of other features": (
-        {"x": torch.zeros(10, 128, 4)},
-        ValueError,
-        r"x must be \(B, S, 3\) because input_dims is 3, got \(10, 128, 4\)",
-    ),
+    **wrong_shapes("x", r"\(B, S, 3\) because input_dims is 3", X[0], X[None], torch.zeros(10, 128, 4)),
     "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
     "x of integers": ({"x": X.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64"),
     "x of complex": ({"x": X.cfloat()}, TypeError, r"x must be torch\.float32 .*, got torch\.complex64"),
-    "h of other batch": (
-        {"h": torch.zeros(3, 1, 8)},
-        ValueError,
-        r"h must be expandable to \(L \* D, B, 1, H\) = \(2, 2, 1, 8\), got \(3, 1, 8\)",
+    **wrong_shapes(
+        "h",
+        r"expandable to \(L \* D, B, 1, H\) = \(2, 2, 1, 8\)",
+        *(torch.zeros(shape) for shape in ((3, 1, 8), (3, 2, 1, 8), (2, 2, 1, 7), (2, 2, 5, 8), (1, 2, 2, 1, 8))),
     ),
-    "h of other layers": ({"h": torch.zeros(3, 2, 1, 8)}, ValueError, r"h must be expandable .*got \(3, 2, 1, 8\)"),
-    "h of other features": ({"h": torch.zeros(2, 2, 1, 7)}, ValueError, r"h must be expandable .*got \(2, 2, 1, 7\)"),
-    "h of too many steps": ({"h": torch.zeros(2, 2, 5, 8)}, ValueError, r"h must be expandable .*got \(2, 2, 5, 8\)"),
-    "h of five dimensions": ({"h": torch.zeros(1, 2, 2, 1, 8)}, ValueError, r"h must be expandable"),
     "h of integers": (
         {"h": torch.zeros(1, 1, 8).long()},
         TypeError,
