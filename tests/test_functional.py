@@ -161,19 +161,6 @@ def test_the_log_form_loses_accuracy_with_length_and_the_torch_form_does_not():
 # minLSTM
 
 
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_minlstm_with_and_without_normalization(normalize, activation):
-    forget, admit, candidate = (torch.randn(2, 20, 3).double() for _ in range(3))
-    h, reset = torch.randn(2, 1, 3).double(), torch.rand(2, 20) < 0.2
-    truth = reference.minlstm if normalize else reference.minlstm_unnormalized
-    options = {"normalize": normalize, "activation": activation}
-    out = functional.minlstm(forget, admit, candidate, **options)
-    assert_close(out, truth(forget, admit, candidate, activation=activation), **TIGHT)
-    out = functional.minlstm(forget, admit, candidate, h, reset=reset, **options)
-    assert_close(out, truth(forget, admit, candidate, h, reset, activation), **TIGHT)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_without_normalization_grows_to_its_limit(backend):
     """f = 3/4, i = 1/2 and a candidate of 2: i c / (1 - f) = 4, which is more than any candidate."""
@@ -280,16 +267,6 @@ def test_derivatives_of_a_half_width_scan(dtype):
         got, exact = derive(a, b), derive(a.double(), b.double())
         for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, exact)), strict=True):
             assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
-
-
-@pytest.mark.parametrize("backend", ["auto", *(name for name, can_run in mingru.backends().items() if can_run is True)])
-def test_every_back_end_by_its_name(backend):
-    gate, candidate = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
-    out = functional.mingru(gate, candidate, backend=backend)
-    assert_close(out, reference.mingru(gate, candidate), **TIGHT)
-    if backend != "log":
-        out = functional.linear_scan(gate, candidate, backend=backend)
-        assert_close(out, reference.linear_scan(gate, candidate), **TIGHT)
 
 
 # What is refused
