@@ -87,6 +87,11 @@ def literal(cases):
     return {case: (arguments, error, re.escape(message)) for case, (arguments, error, message) in cases.items()}
 
 
+def by_message(cases):
+    """Return cases, whose messages are text, by these messages."""
+    return literal({message: (arguments, error, message) for arguments, error, message in cases})
+
+
 def wrong_states(argument, right, like):
     """Return calls with a list of states that does not fit; `right` is a list that fits."""
     count, last, first = len(right), f"{argument}[{len(right) - 1}]", f"{argument}[0]"
@@ -114,7 +119,7 @@ def wrong_states(argument, right, like):
             f"{last} must be on cpu like {like}, got a tensor on meta; use {last}.to('cpu')",
         ),
     ]
-    return literal({message: ({argument: states}, error, message) for states, error, message in found})
+    return by_message(({argument: states}, error, message) for states, error, message in found)
 
 
 def wrong_ids(argument, right, vocab_size):
@@ -134,7 +139,7 @@ def wrong_ids(argument, right, vocab_size):
         (right[0, 0], ValueError, f"{of_shape} ()"),
         (right[None], ValueError, f"{of_shape} {(1, *right.shape)}"),
     ]
-    return literal({message: ({argument: ids}, error, message) for ids, error, message in found})
+    return by_message(({argument: ids}, error, message) for ids, error, message in found)
 
 
 DROPOUT = wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan))

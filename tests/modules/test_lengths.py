@@ -5,13 +5,12 @@ tests/properties checks that each sequence is what it is alone.
 
 import functools
 import itertools
-import re
 
 import pytest
 import torch
 from cases import DOUBLE
 from cover import cover
-from refusals import wrong_shapes
+from refusals import assert_refused, by_message, wrong_shapes
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
@@ -222,112 +221,81 @@ def test_threads_give_the_same_numbers(cell, kind):
 X = torch.zeros(3, 5, 3)
 NO = torch.zeros(3, 5, dtype=torch.bool)
 FULL = torch.tensor([5, 3, 1])
-PACKED = pack_padded_sequence(X, FULL, batch_first=True)
 
+
+def packed(steps, lengths=FULL):
+    return pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+
+
+IN_ORDER = pack_padded_sequence(X, FULL, batch_first=True)
+EXPANDABLE = "h must be expandable to (L * D, B, 1, H) = (2, 3, 1, 8), got"
+STEPS = "x must be packed steps of 3 features because input_dims is 3, got"
+OTHER_ORDER = pack_padded_sequence(NO, FULL.flip(0), True, enforce_sorted=False)
+TOO_FEW = PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2]), torch.tensor([1, 0]))
+BATCH_SIZES = [([3, 3], 5), ([1, 3], 4), ([3, 2], 40), ([3, 0], 3), ([2, -1], 1), ([], 0), ([[2], [1]], 3)]
 BAD_CALLS = {
-    "length below 0": ({"lengths": torch.tensor([5, -1, 1])}, ValueError, r"lengths must be from 0 to S = 5, got \[5"),
-    "length above S": ({"lengths": torch.tensor([5, 6, 1])}, ValueError, r"lengths must be from 0 to S = 5, got \[5"),
-    "lengths of float": ({"lengths": FULL.float()}, TypeError, r"lengths must be of an integer dtype, .*float32; use"),
-    "lengths of bool": ({"lengths": FULL.bool()}, TypeError, r"lengths must be of an integer dtype, got torch\.bool"),
     **wrong_shapes("lengths", r"\(B,\) = \(3,\)", FULL[:2], FULL[:, None], torch.tensor(3)),
-    "a list": ({"lengths": [5, 3, 1]}, TypeError, r"lengths must be an integer tensor \(B,\), got list; use torch"),
-    "an int": ({"lengths": 5}, TypeError, r"lengths must be an integer tensor \(B,\), got int"),
-    "lengths on another device": (
+    **by_message(
+        [
+            ({"lengths": torch.tensor([5, -1, 1])}, ValueError, "lengths must be from 0 to S = 5, got [5, -1"),
+            ({"lengths": torch.tensor([5, 6, 1])}, ValueError, "lengths must be from 0 to S = 5, got [5, 6"),
+            ({"lengths": FULL.float()}, TypeError, "lengths must be of an integer dtype, got torch.float32; use"),
+            ({"lengths": FULL.bool()}, TypeError, "lengths must be of an integer dtype, got torch.bool"),
+            ({"lengths": [5, 3, 1]}, TypeError, "lengths must be an integer tensor (B,), got list; use torch"),
+            ({"lengths": 5}, TypeError, "lengths must be an integer tensor (B,), got int"),
+            ({"lengths": FULL, "reset": NO[:, :4]}, ValueError, "reset must be (B, S) = (3, 5), got (3, 4)"),
+            ({"lengths": FULL, "reset": packed(NO)}, TypeError, "reset must be a bool tensor, got PackedSequence"),
+            ({"lengths": FULL, "h": torch.zeros(2, 2, 1, 8)}, ValueError, f"{EXPANDABLE} (2, 2, 1, 8)"),
+            ({"x": packed(X), "h": torch.zeros(2, 5, 1, 8)}, ValueError, f"{EXPANDABLE} (2, 5, 1, 8)"),
+            ({"x": packed(X[..., :2])}, ValueError, f"{STEPS} (9, 2)"),
+            ({"x": packed(X[..., 0])}, ValueError, f"{STEPS} (9,)"),
+            ({"x": TOO_FEW}, ValueError, "x must be packed with one index in its order for each of 3 sequences, got 2"),
+            (
+                {"x": packed(X).double()},
+                TypeError,
+                "x must be torch.float32 like the layer's weight, got torch.float64",
+            ),
+            ({"x": packed(X).to("meta")}, ValueError, "x must be on cpu like the layer's weight, got a tensor on meta"),
+            (
+                {"x": packed(X), "lengths": FULL},
+                ValueError,
+                "lengths must be None because a PackedSequence has its own",
+            ),
+            ({"x": packed(X), "reset": NO}, TypeError, "reset must be a PackedSequence like x, got Tensor; pack it"),
+            (
+                {"x": IN_ORDER, "reset": pack_padded_sequence(NO, torch.tensor([5, 2, 2]), True)},
+                ValueError,
+                "reset must be packed with the lengths of x, got other lengths",
+            ),
+            ({"x": IN_ORDER, "reset": OTHER_ORDER}, ValueError, "reset must be packed in the order of x, got another"),
+            (
+                {"x": packed(X), "reset": packed(NO.float())},
+                TypeError,
+                "reset must be of dtype torch.bool, got torch.f",
+            ),
+            ({"x": packed(X), "reset": packed(NO[..., None])}, ValueError, "reset must be (1, steps) = (1, 9), got (1"),
+        ]
+    ),
+    **by_message(
+        (
+            {"x": PackedSequence(torch.zeros(rows, 3), torch.tensor(sizes))},
+            ValueError,
+            f"x must be packed with batch_sizes that are positive, do not increase and sum to {rows}, got {sizes}; use",
+        )
+        for sizes, rows in BATCH_SIZES
+    ),
+    "on another device": (
         {"lengths": FULL.to("meta")},
         ValueError,
         r"lengths must be on the CPU .*, got a tensor on meta; use lengths\.cpu\(\)",
     ),
-    "reset of other steps": (
-        {"lengths": FULL, "reset": NO[:, :4]},
-        ValueError,
-        r"reset must be \(B, S\) = \(3, 5\), got \(3, 4\)",
-    ),
-    "reset packed beside padded x": (
-        {"lengths": FULL, "reset": pack_padded_sequence(NO, FULL, batch_first=True)},
-        TypeError,
-        r"reset must be a bool tensor, got PackedSequence",
-    ),
-    "h of other batch": (
-        {"lengths": FULL, "h": torch.zeros(2, 2, 1, 8)},
-        ValueError,
-        r"h must be expandable to \(L \* D, B, 1, H\) = \(2, 3, 1, 8\), got \(2, 2, 1, 8\)",
-    ),
-    "h of other batch, packed": (
-        {"x": PACKED, "h": torch.zeros(2, 5, 1, 8)},
-        ValueError,
-        r"h must be expandable to \(L \* D, B, 1, H\) = \(2, 3, 1, 8\), got \(2, 5, 1, 8\)",
-    ),
-    "packed of other features": (
-        {"x": pack_padded_sequence(X[..., :2], FULL, batch_first=True)},
-        ValueError,
-        r"x must be packed steps of 3 features because input_dims is 3, got \(9, 2\)",
-    ),
-    "packed without features": (
-        {"x": pack_padded_sequence(X[..., 0], FULL, batch_first=True)},
-        ValueError,
-        r"x must be packed steps of 3 features because input_dims is 3, got \(9,\)",
-    ),
-    **{
-        f"batch_sizes {sizes}": (
-            {"x": PackedSequence(torch.zeros(rows, 3), torch.tensor(sizes))},
-            ValueError,
-            re.escape(
-                f"x must be packed with batch_sizes that are positive, do not increase and sum to {rows}, got {sizes}; "
-                "use pack_padded_sequence"
-            ),
-        )
-        for sizes, rows in [([3, 3], 5), ([1, 3], 4), ([3, 2], 40), ([3, 0], 3), ([2, -1], 1), ([], 0), ([[2], [1]], 3)]
-    },
-    "too few indices of an order": (
-        {"x": PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2]), torch.tensor([1, 0]))},
-        ValueError,
-        r"x must be packed with one index in its order for each of 3 sequences, got 2; use pack_padded_sequence",
-    ),
-    "packed of float64": ({"x": PACKED.double()}, TypeError, r"x must be torch\.float32 .*, got torch\.float64"),
-    "packed on another device": ({"x": PACKED.to("meta")}, ValueError, r"x must be on cpu .*, got a tensor on meta"),
-    "lengths beside packed": (
-        {"x": PACKED, "lengths": FULL},
-        ValueError,
-        r"lengths must be None because a PackedSequence has its own lengths, got Tensor",
-    ),
-    "padded reset beside packed": (
-        {"x": PACKED, "reset": NO},
-        TypeError,
-        r"reset must be a PackedSequence like x, got Tensor; pack it with the lengths of x",
-    ),
-    "reset of other lengths": (
-        {"x": PACKED, "reset": pack_padded_sequence(NO, torch.tensor([5, 2, 2]), batch_first=True)},
-        ValueError,
-        r"reset must be packed with the lengths of x, got other lengths",
-    ),
-    "reset in another order": (
-        {
-            "x": PACKED,
-            "reset": pack_padded_sequence(NO, FULL.flip(0), batch_first=True, enforce_sorted=False),
-        },
-        ValueError,
-        r"reset must be packed in the order of x, got another order",
-    ),
-    "reset packed of numbers": (
-        {"x": PACKED, "reset": pack_padded_sequence(NO.float(), FULL, batch_first=True)},
-        TypeError,
-        r"reset must be of dtype torch\.bool, got torch\.float32",
-    ),
-    "reset packed with features": (
-        {"x": PACKED, "reset": pack_padded_sequence(NO[..., None], FULL, batch_first=True)},
-        ValueError,
-        r"reset must be \(1, steps\) = \(1, 9\), got \(1, 9, 1\)",
-    ),
 }
 
 
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(case):
-    args, error, message = BAD_CALLS[case]
+def test_bad_calls():
     for kind in (mingru.MinGRU, mingru.MinLSTM):
         rnn = kind(3, 8, num_layers=2)
-        with pytest.raises(error, match=f"^{kind.__name__}: {message}"):
-            rnn(**{"x": X, **args})
+        assert_refused(lambda rnn=rnn, **args: rnn(**{"x": X, **args}), BAD_CALLS, f"{kind.__name__}: ")
 
 
 def test_bad_lengths_in_the_order_of_time():
