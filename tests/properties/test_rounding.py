@@ -10,14 +10,21 @@ import mingru
 
 ONE_MAP = [
     case("MinGRU", mingru.MinGRU, INPUT, 5),
-    case("MinGRU, time first", mingru.MinGRU, INPUT, 5, batch_first=False, learn_initial_state=True),
+    case("MinGRU, learned", mingru.MinGRU, INPUT, 5, learn_initial_state=True),
     case("MinLSTM", mingru.MinLSTM, INPUT, 5),
     case("MinLSTM, unnormalized", mingru.MinLSTM, INPUT, 5, normalize=False),
     case("MinConv2dGRU", mingru.MinConv2dGRU, INPUT, 5, 1, space=2),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, 5),
     case("MinConv2dGRUCell", mingru.MinConv2dGRUCell, INPUT, 5, 1, space=2),
 ]
-every_map = parametrized(ONE_MAP)
+# Scripted cells multiply one step at a time, and round otherwise.
+every_map = pytest.mark.parametrize(
+    ("case", "scripted"),
+    [
+        *(pytest.param(case, False, id=case.name) for case in ONE_MAP),
+        *(pytest.param(case, True, id=f"scripted {case.name}", marks=pytest.mark.slow) for case in ONE_MAP[:5]),
+    ],
+)
 HALF = [torch.bfloat16, torch.float16]
 half_widths = pytest.mark.parametrize("dtype", HALF, ids=str)
 
@@ -41,7 +48,6 @@ def assert_last(states, out):
     assert reference.relative_error(states[0].flatten(), out[:, -1].flatten()) <= 2e-6
 
 
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @half_widths
 @every_map
 def test_half_width_layers_round_once_after_the_map(case, dtype, scripted):
@@ -63,7 +69,6 @@ def test_half_width_layers_round_once_after_the_map(case, dtype, scripted):
     assert_last(states, truth(case, module, x, h))
 
 
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @every_map
 def test_autocast_keeps_the_state_in_float32(case, scripted):
     module = case.make()
