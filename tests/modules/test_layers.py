@@ -25,11 +25,11 @@ scripted_slowly_or_not = pytest.mark.parametrize("scripted", [False, pytest.para
 def each_layer(module):
     """Each of its layers in a module of its own."""
     for index, layer in enumerate(module.layers):
-        single = copy.copy(module)
-        single._modules = dict(module._modules)
         if isinstance(module, mingru.Stack):
             yield mingru.Stack([layer], residual=module.residual)
             continue
+        single = copy.copy(module)
+        single._modules = dict(module._modules)
         single.layers, single.num_layers = torch.nn.ModuleList([layer]), 1
         if index > 0:
             single.input_dims = single.input_size = module.output_dims

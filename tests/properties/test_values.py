@@ -251,10 +251,10 @@ def test_each_sequence_is_as_alone(case, scripted):
 @parametrized([case for case in WITH_LENGTHS if "candidate=" not in case.name and "Block" not in case.name])
 def test_lengths_on_every_backend(case, backend):
     module, lengths = case.varied(**DOUBLE), (9, 0, 21)
+    if backend == "log" and any(getattr(each, "candidate", "positive") != "positive" for each in module.modules()):
+        pytest.skip("the logarithm of a candidate that may be negative")
     given, _ = padded(case, lengths, **DOUBLE)
     expected = graded(module, each_alone(case, truth(module), lengths), {**given, "x": given["x"].nan_to_num(7.0)})
-    if backend == "log" and any(getattr(each, "gate", "sigmoid") != "sigmoid" for each in module.modules()):
-        return
     with mingru.use_backend(backend):
         for _ in range(2):
             got = graded(module, lambda **given: case.call(module, lengths=torch.tensor(lengths), **given), given)
