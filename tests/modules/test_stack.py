@@ -1,9 +1,11 @@
 """A stack: its states, residuals and hooks, and what it refuses. For its values: tests/properties."""
 
+import re
+
 import pytest
 import torch
 from cases import STACKS, parametrized
-from refusals import assert_refused
+from refusals import assert_refused, wrong_values
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -94,71 +96,44 @@ def test_repr_says_what_is_not_default():
 
 # What is refused
 
-BAD_LAYERS = {
-    "none": ([], {}, ValueError, r"layers must be a list of at least one layer, got an empty list"),
-    "a layer without its list": (MinGRU(3, 4), {}, TypeError, r"layers must be a list of layers, got MinGRU"),
-    "nn.GRU": ([nn.GRU(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, MinLSTM, .* or models.Block, got GRU"),
-    "nn.Linear": ([MinGRU(3, 4), nn.Linear(4, 5)], {}, TypeError, r"layers\[1\] must be a MinGRU, .*got Linear"),
-    "no module": (["MinGRU"], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got str"),
-    "a class": ([MinGRU], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got type"),
-    "a cell": ([MinGRUCell(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got MinGRUCell"),
-    "a convolutional cell": ([MinConv1dGRUCell(3, 4, 1)], {}, TypeError, r"layers\[0\] .*got MinConv1dGRUCell"),
-    "drop_in.GRU": ([GRU(3, 4)], {}, TypeError, r"layers\[0\] must be a MinGRU, .*got GRU"),
-    "other features": (
-        [MinGRU(3, 4, bidirectional=True), MinGRU(4, 5)],
-        {},
-        ValueError,
-        r"layers\[1\] must be a layer with input_dims=8, the output features of layers\[0\], got 4",
-    ),
-    "other features of a stack": (
-        [Stack([MinGRU(3, 4), MinGRU(4, 6)]), MinGRU(4, 5)],
-        {},
-        ValueError,
-        r"layers\[1\] must be a layer with input_dims=6, the output features of layers\[0\], got 4",
-    ),
-    "other channels": (
-        [MinConv1dGRU(3, [4, 6], 1, 2), MinConv1dGRU(4, 5, 1)],
-        {},
-        ValueError,
-        r"layers\[1\] must be a layer with input_dims=6, the output features of layers\[0\], got 4",
-    ),
-    "other order": (
-        [MinGRU(3, 4), MinLSTM(4, 5), MinGRU(5, 6, batch_first=False)],
-        {},
-        ValueError,
-        r"layers\[2\] must be a layer with batch_first=True like layers\[1\], got False",
-    ),
-    "other space": (
-        [MinConv1dGRU(3, 4, 1), MinConv2dGRU(4, 5, 1)],
-        {},
-        ValueError,
-        r"layers\[1\] must be a layer with 1 spatial dimensions like layers\[0\], got 2",
-    ),
-    "space and none": (
-        [MinConv1dGRU(3, 4, 1), MinGRU(4, 5)],
-        {},
-        ValueError,
-        r"layers\[1\] must be a layer with 1 spatial dimensions like layers\[0\], got 0",
-    ),
-    "residual of other channels": (
-        [MinConv1dGRU(3, 3, 1), MinConv1dGRU(3, 4, 1)],
-        {"residual": True},
-        ValueError,
-        r"layers\[1\] must be a layer with as many output as input channels because residual is True, "
-        r"got 3 input and 4 output channels; pass residual=True to",
-    ),
-    "dropout above 1": ([MinGRU(3, 4)], {"dropout": 1.5}, ValueError, r"dropout must be a number from 0 to 1, got 1"),
-    "dropout NaN": ([MinGRU(3, 4)], {"dropout": float("nan")}, ValueError, r"dropout must be a number from 0 to 1"),
-    "dropout a string": ([MinGRU(3, 4)], {"dropout": "0"}, TypeError, r"dropout must be a number from 0 to 1, got '0'"),
+KINDS = r"must be a MinGRU, MinLSTM, .* or models\.Block, got"
+WRONG_KINDS = {
+    "GRU": [nn.GRU(3, 4)],
+    "Linear": [nn.Linear(3, 4)],
+    "str": ["MinGRU"],
+    "type": [MinGRU],
+    "MinGRUCell": [MinGRUCell(3, 4)],
+    "MinConv1dGRUCell": [MinConv1dGRUCell(3, 4, 1)],
+    "mingru.drop_in.GRU": [GRU(3, 4)],
+}
+FEATURES = "a layer with input_dims={}, the output features of layers[0], got 4"
+SPACE = "a layer with 1 spatial dimensions like layers[0], got"
+CHANNELS = "a layer with as many output as input channels because residual is True, got 3 input and 4 output channels"
+# What the second layer must be.
+MISFITS = {
+    FEATURES.format(8): [MinGRU(3, 4, bidirectional=True), MinGRU(4, 5)],
+    FEATURES.format(6): [Stack([MinGRU(3, 4), MinGRU(4, 6)]), MinGRU(4, 5)],
+    FEATURES.format(10): [MinConv1dGRU(3, [4, 10], 1, 2), MinConv1dGRU(4, 5, 1)],
+    "a layer with batch_first=True like layers[0], got False": [MinLSTM(4, 5), MinGRU(5, 6, batch_first=False)],
+    f"{SPACE} 2": [MinConv1dGRU(3, 4, 1), MinConv2dGRU(4, 5, 1)],
+    f"{SPACE} 0": [MinConv1dGRU(3, 4, 1), MinGRU(4, 5)],
+    f"{CHANNELS}; pass residual=True to": [MinConv1dGRU(3, 3, 1), MinConv1dGRU(3, 4, 1)],
 }
 
 
 def test_bad_layers():
     cases = {
-        case: ({"layers": layers, **options}, error, message)
-        for case, (layers, options, error, message) in BAD_LAYERS.items()
+        "none": ({"layers": []}, ValueError, "layers must be a list of at least one layer, got an empty list"),
+        "a layer": ({"layers": MinGRU(3, 4)}, TypeError, "layers must be a list of layers, got MinGRU"),
+        "a part": ({"layers": [MinGRU(3, 4), nn.Linear(4, 5)]}, TypeError, rf"layers\[1\] {KINDS} Linear"),
+        **wrong_values("dropout", "a number from 0 to 1", types=("0",), values=(1.5, float("nan"))),
     }
-    assert_refused(Stack, cases, "Stack: ")
+    for name, layers in WRONG_KINDS.items():
+        cases[name] = ({"layers": layers}, TypeError, rf"layers\[0\] {KINDS} {name.rpartition('.')[2]}")
+    for message, layers in MISFITS.items():
+        options = {"layers": layers, "residual": message.startswith(CHANNELS)}
+        cases[message] = (options, ValueError, re.escape(f"layers[1] must be {message}"))
+    assert_refused(lambda **options: Stack(**{"layers": [MinGRU(3, 4)], **options}), cases, "Stack: ")
 
 
 X = torch.zeros(2, 5, 3)
