@@ -7,7 +7,15 @@ import warnings
 import pytest
 import torch
 from cases import DOUBLE, IMAGES, parametrized, some
-from refusals import WRONG_LAYER_OPTIONS, assert_refused, wrong_resets, wrong_shapes, wrong_tensors, wrong_values
+from refusals import (
+    WRONG_LAYER_OPTIONS,
+    assert_refused,
+    by_message,
+    wrong_resets,
+    wrong_shapes,
+    wrong_tensors,
+    wrong_values,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -311,40 +319,32 @@ NO = torch.zeros(2, 5, dtype=torch.bool)
 H = torch.zeros(2, 1, 8, 6, 6)
 SPACE = r"\*space\) because input_dims is 3 and space is 2-dimensional"
 
+COUNT, SPACE_AT = (
+    "h must be a list of 2 states, one for each layer and direction, got",
+    "in space at the input of layer",
+)
+EXPANDABLE = "h[{}] must be expandable to (B, 1, H, *space) = (2, 1, {}), got"
+OF_LAYER_1 = "which has kernel_size (3, 5), stride (1, 1), padding (0, 0), dilation (1, 1), got (6, 3)"
 BAD_CALLS = {
     **wrong_tensors("x", X, "the layer's weight"),
     **wrong_resets("(B, S)", 2, 5),
     **wrong_shapes("x", rf"\(B, S, 3, {SPACE}", X[0], X[:, :, :2], X.movedim(2, -1)),
-    "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
-    "x too small for the first layer": (
-        {"x": X[..., :0]},
-        ValueError,
-        r"x must be at least \(1, 1\) in space at the input of layer 0, .*, got \(6, 0\); pad more",
+    "x too small": ({"x": X[..., :0]}, ValueError, rf"x must be at least \(1, 1\) {SPACE_AT} 0, .*, got \(6, 0\); pad"),
+    **by_message(
+        [
+            ({"x": X[..., :3]}, ValueError, f"x must be at least (3, 5) {SPACE_AT} 1, {OF_LAYER_1}"),
+            ({"h": H}, TypeError, f"{COUNT} Tensor"),
+            ({"h": 0.5}, TypeError, f"{COUNT} float"),
+            ({"h": [H]}, ValueError, f"{COUNT} 1"),
+            ({"h": [H] * 3}, ValueError, f"{COUNT} 3"),
+            ({"h": [H, None]}, TypeError, "h[1] must be a tensor, got NoneType"),
+            ({"h": [H, H]}, ValueError, f"{EXPANDABLE.format(1, '4, 4, 2')} (2, 1, 8, 6, 6)"),
+            ({"h": [H[:1].expand(3, 1, 8, 6, 6), H]}, ValueError, f"{EXPANDABLE.format(0, '8, 6, 6')} (3, 1, 8, 6, 6)"),
+            ({"h": [H[None], H]}, ValueError, f"{EXPANDABLE.format(0, '8, 6, 6')} (1, 2, 1, 8, 6, 6)"),
+            ({"h": [H.double()] * 2}, TypeError, "h[0] must be torch.float32 like x, got torch.float64"),
+            ({"h": [H.to("meta")] * 2}, ValueError, "h[0] must be on cpu like x, got a tensor on meta"),
+        ]
     ),
-    "x too small for the second layer": (
-        {"x": X[..., :3]},
-        ValueError,
-        r"x must be at least \(3, 5\) in space at the input of layer 1, which has kernel_size \(3, 5\), "
-        r"stride \(1, 1\), padding \(0, 0\), dilation \(1, 1\), got \(6, 3\)",
-    ),
-    "h is a tensor": (
-        {"h": H},
-        TypeError,
-        r"h must be a list of 2 states, one for each layer and direction, got Tensor",
-    ),
-    "h is a number": ({"h": 0.5}, TypeError, r"h must be a list of 2 states, .*, got float"),
-    "h of one layer": ({"h": [H]}, ValueError, r"h must be a list of 2 states, .*, got 1"),
-    "h of three layers": ({"h": [H] * 3}, ValueError, r"h must be a list of 2 states, .*, got 3"),
-    "h with None": ({"h": [H, None]}, TypeError, r"h\[1\] must be a tensor, got NoneType"),
-    "h of another layer": (
-        {"h": [H, H]},
-        ValueError,
-        r"h\[1\] must be expandable to \(B, 1, H, \*space\) = \(2, 1, 4, 4, 2\), got \(2, 1, 8, 6, 6\)",
-    ),
-    "h of other batch": ({"h": [H[:1].expand(3, 1, 8, 6, 6)] * 2}, ValueError, r"h\[0\] must be expandable to"),
-    "h of too many dimensions": ({"h": [H[None]] * 2}, ValueError, r"h\[0\] must be expandable to"),
-    "h of float64": ({"h": [H.double()] * 2}, TypeError, r"h\[0\] must be torch\.float32 like x, got torch\.float64"),
-    "h on another device": ({"h": [H.to("meta")] * 2}, ValueError, r"h\[0\] must be on cpu like x, .*meta"),
 }
 
 
@@ -376,22 +376,17 @@ BAD_CELL_CALLS = {
     **wrong_resets("(B,)", 2),
     **wrong_shapes("x", rf"\(B, 3, {SPACE}", X, X[:, 0, :2]),
     **wrong_shapes("x", r"\(3, \*space\)", X[0, 0, :2]),
-    "x is None": ({"x": None}, TypeError, r"x must be a tensor, got NoneType"),
-    "x too small": (
-        {"x": torch.zeros(2, 3, 2, 6)},
-        ValueError,
-        r"x must be at least \(3, 3\) in space .*, got \(2, 6\)",
-    ),
     **wrong_shapes("h", r"expandable to \(B, H, \*space\) = \(2, 8, 4, 4\)", H[..., :4, :4], H[:, 0]),
-    "h with a batch beside x without": (
-        {"x": torch.zeros(3, 6, 6), "h": torch.zeros(1, 8, 4, 4)},
-        ValueError,
-        r"h must be expandable to \(H, \*space\) = \(8, 4, 4\), got \(1, 8, 4, 4\)",
-    ),
-    "reset with a batch beside x without": (
-        {"x": torch.zeros(3, 6, 6), "reset": NO[0, :1]},
-        ValueError,
-        r"reset must be a scalar = \(\), got \(1,\)",
+    "x too small": ({"x": X[:, 0, :, :2]}, ValueError, r"x must be at least \(3, 3\) in space .*, got \(2, 6\)"),
+    **by_message(
+        [
+            (
+                {"x": X[0, 0], "h": torch.zeros(1, 8, 4, 4)},
+                ValueError,
+                "h must be expandable to (H, *space) = (8, 4, 4), got (1, 8, 4, 4)",
+            ),
+            ({"x": X[0, 0], "reset": NO[0, :1]}, ValueError, "reset must be a scalar = (), got (1,)"),
+        ]
     ),
 }
 
