@@ -232,7 +232,7 @@ BAD_CALLS = {
     "an unknown argument": (
         {"mask": None},
         TypeError,
-        "no argument 'mask'; the arguments are x, h, reset, lengths, dt",
+        "no argument 'mask'; use lengths=mask.sum(1)",
     ),
     "state instead of h": ({"state": STATE}, TypeError, "no argument 'state'; use h"),
     "states of another kernel size": (
