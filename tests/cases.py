@@ -383,6 +383,15 @@ def projected(**factory: Any) -> nn.Module:
 
 
 STACKS = [
+    case(
+        "MinGRU with mixed gates",
+        *(mingru.MinGRU, INPUT, 8, 3),
+        gate=["sigmoid", "quaternion", "rotation"],
+        min_decay=[0.0, 0.25, 0.5],
+        bidirectional=True,
+        residual=True,
+        norm="rms",
+    ),
     Case("Projected", projected),
     stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
     stack("Stack of one", partial(mingru.MinGRU, INPUT, 5), residual=False),

@@ -85,7 +85,7 @@ def minlstm_unnormalized(
 
 def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
     a = -torch.tanh(gate / 2)
-    initial = 0.0 if initial is None else initial
+    initial = 0.5 if initial is None else initial
     return linear_scan(a, (1 - a.abs()) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
 
 
@@ -100,14 +100,14 @@ def mingru_rotation(
     gate, angle = gates[:, :, 0::2], gates[:, :, 1::2] * (math.pi / 4)
     h, initial = (
         None if state is None else pairs(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
-        for state in (h, initial)
+        for state in (h, 0.5 if initial is None else initial)
     )
     keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
     if dt is not None:
         angle = angle * dt.reshape(*dt.shape, *[1] * (angle.dim() - 2))
     a = torch.polar(keep, angle)
     b = z * pairs(ACTIVATIONS[activation](candidate))
-    out = linear_scan(a, b, h, reverse, reset, 0.0 if initial is None else initial)
+    out = linear_scan(a, b, h, reverse, reset, initial)
     return torch.stack([out.real, out.imag], 3).flatten(2, 3)
 
 
@@ -170,8 +170,7 @@ CELLS = {
 
 
 def initial_state(cell, activation):
-    by_cell = {"mingru_signed": 0.0, "mingru_rotation": 0.0, "mingru_quaternion": 0.5}
-    return by_cell.get(cell, INITIAL_STATE[activation])
+    return 0.5 if cell in ("mingru_signed", "mingru_rotation", "mingru_quaternion") else INITIAL_STATE[activation]
 
 
 def norm(x, kind, weights, prefix, eps):
@@ -191,7 +190,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
     x = x.double()
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     count = rnn.num_layers * rnn.num_directions
-    start = initial_state(rnn.cell, rnn.candidate) if start is None else start
+    start = max(initial_state(layer.cell, layer.candidate) for layer in rnn.layers) if start is None else start
     initial = weights.get("initial_state", torch.full((1, 1, 1, 1), start).double())
     initial = initial.expand(count, x.shape[0], 1, rnn.hidden_dims)
     h = initial if h is None else h.double().expand_as(initial)
@@ -208,12 +207,13 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
             inputs = list(pre.split(rnn.hidden_dims, -1))
             mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
-            options = {"min_decay": rnn.layers[index].min_decay} if rnn.is_timed else {}
+            layer = rnn.layers[index]
+            options = {} if layer.cell in ("mingru_signed", "minlstm_unnormalized") else {"min_decay": layer.min_decay}
             if dt is not None:
                 # The reverse direction crosses the time before a step on its way to the step before it.
                 options["dt"] = torch.cat([dt[:, 1:], dt[:, :1]], 1) if direction else dt
-            out = CELLS[rnn.cell](
-                *inputs, h[state], resets, rnn.candidate, initial[state], reverse=direction == 1, **options
+            out = CELLS[layer.cell](
+                *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options
             )
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             projection = weights.get(f"{prefix}projections.{direction}.weight")

@@ -246,8 +246,18 @@ def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     require(name, argument, size % parts == 0, f"{how} because gate={gate!r} turns {groups}", str(size))
 
 
-def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None) -> list[float]:
+def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:
+    """Return the value for each layer, from one value or a list."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * num_layers
+    expected = f"one value, or a list of {num_layers}, one for each layer"
+    require(name, argument, len(value) == num_layers, expected, repr(value))
+    return list(value)
+
+
+def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
+    num_layers = len(gates)
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = "a number from 0 to 1 (exclusive)"
     expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
@@ -255,7 +265,7 @@ def check_min_decay(name: str, min_decay: Any, num_layers: int, gate: str | None
         raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
     if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
         raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if gate == "signed" and any(bounds):
+    if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
         expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
         raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     return [float(bound) for bound in bounds]

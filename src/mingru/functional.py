@@ -134,7 +134,7 @@ def mingru(
         activation: Activation of the candidate: "positive" (`g`), "linear" (none) or "tanh". Default: "positive" for
             "sigmoid", "tanh" for the other kinds, whose states have both signs.
         initial_state: State after a reset, and default of `h`; expandable to (B, 1, *), dtype as for `h`. Default: g(0)
-            = 0.5 for "sigmoid" with "positive", else 0.
+            = 0.5, or 0 if "sigmoid" has another activation.
 
     Returns:
         States h_1 ... h_S, with the shape of `candidate` and the dtype of `gate`. To continue the sequence, pass the
@@ -164,7 +164,7 @@ def mingru(
     """
     name = "mingru"
     check_choice(name, "kind", kind, GATES)
-    (bound,) = check_min_decay(name, min_decay, 1, kind)
+    (bound,) = check_min_decay(name, min_decay, [kind])
     activation = default_candidate(kind) if activation is None else activation
     spec = Spec(GATES[kind], activation, False, bound)
     inputs = {"gate": gate, "candidate": candidate}

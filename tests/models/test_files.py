@@ -41,6 +41,7 @@ MODELS = {
         "normalize": False,
     },
     "bounds": {"gate": "rotation", "min_decay": [0.0, 0.75]},
+    "gates": {"gate": ["sigmoid", "quaternion"]},
     "without bias": {"bias": False, "conv": 2},
     "bfloat16": {"dtype": torch.bfloat16, "conv": 2},
     "float64": {"dtype": torch.float64, "tied": False},
@@ -258,14 +259,19 @@ def test_a_changed_option_is_saved_if_the_config_has_it(tmp_path):
 
 
 def test_a_model_of_an_older_version(tmp_path):
-    """It has no marks of its gates, and "positive" was the default candidate."""
+    """It has no marks of its gates, "positive" was the default candidate, and states began with 0."""
     lm = make("bounds", candidate="positive")
     lm.save_pretrained(tmp_path)
-    rewrite_tensors(lambda tensors: [tensors.pop(f"blocks.layers.{index}.rnn.layers.0.gate") for index in (0, 1)])(
-        tmp_path
-    )
+    marks = [f"blocks.layers.{index}.rnn.{key}" for index in (0, 1) for key in ("layers.0.gate", "zero_state_mark")]
+    rewrite_tensors(lambda tensors: [tensors.pop(mark) for mark in marks])(tmp_path)
     rewrite_config(lambda config: config.pop("candidate"))(tmp_path)
-    assert_same_model(LanguageModel.from_pretrained(tmp_path), lm)
+    found = LanguageModel.from_pretrained(tmp_path)
+    assert [block.rnn.zero_state for block in found.blocks.layers] == [0.0, 0.0]
+    ids = torch.randint(7, (2, 5))
+    zeros = models.map_state(torch.zeros_like, lm.initial_state(2))
+    torch.testing.assert_close(found(ids)[0], lm.eval()(ids, zeros)[0])
+    found.save_pretrained(tmp_path)
+    assert_same_model(LanguageModel.from_pretrained(tmp_path), found)
     assert make("bounds").config["candidate"] == "tanh"
 
 

@@ -218,10 +218,22 @@ def test_a_mark_is_no_parameter_and_is_there_after_to_empty(gate):
 @every_gate
 def test_the_initial_state(gate):
     """A learned one is drawn, so that blocks differ, and again by `reset_parameters`."""
-    x = torch.randn(2, 5, IN)
+    x, reset = torch.randn(2, 5, IN), torch.rand(2, 5) < 0.5
     for candidate in ("positive", "tanh"):
         rnn = make(gate, dtype=torch.float32, candidate=candidate)
-        assert_close(rnn(x), rnn(x, torch.full((1, 1, 1, H), 0.5 if gate == "quaternion" else 0.0)))
+        half = torch.full((1, 1, 1, H), 0.5)
+        assert_close(rnn(x), rnn(x, half))
+        conv = mingru.MinConv1dGRU(IN, H, 1, gate=gate, candidate=candidate)
+        assert_close(conv(x.unsqueeze(-1)), conv(x.unsqueeze(-1), [half.view(1, 1, H, 1)]))
+        gate_, angle = (
+            (torch.randn(2, 5, 4), torch.randn(2, 5, 4)) if gate == "rotation" else (torch.randn(2, 5, 8), None)
+        )
+        given, options = (
+            (gate_, torch.randn(2, 5, 8)),
+            {"angle": angle, "kind": gate, "activation": candidate, "reset": reset},
+        )
+        expected = mingru.functional.mingru(*given, half[0], initial_state=half[0], **options)
+        assert_close(mingru.functional.mingru(*given, **options), expected)
     options = {"gate": gate, "learn_initial_state": True}
     for kind, rest in ((mingru.MinGRU, ()), (mingru.MinConv1dGRU, (1,)), (mingru.drop_in.GRU, ())):
         rnn = kind(IN, 400, *rest, **options)
@@ -232,6 +244,34 @@ def test_the_initial_state(gate):
             assert abs(drawn.mean()) < 0.2
             assert 0.8 < drawn.std() < 1.2
         assert not torch.equal(first, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@every_gate
+def test_weights_say_the_initial_state(gate, kind):
+    """Those of older versions do not, and begin with 0. The layers of `drop_in` always do, as those of torch."""
+
+    def start_of(rnn):
+        (found,) = {owner.zero_state for owner in (rnn, *rnn.layers) if hasattr(owner, "zero_state")}
+        return found
+
+    default = 0.0 if "drop_in" in kind else 0.5
+    for assign in (False, True):
+        rnn, other = KINDS[kind](gate=gate), KINDS[kind](gate=gate)
+        new, old = copy.deepcopy(rnn.state_dict()), rnn.state_dict()
+        keys = [key for key in old if key.endswith("zero_state_mark")]
+        assert start_of(rnn) == default and len(keys) == (default > 0)
+        for key in keys:
+            del old[key]
+        rnn.load_state_dict(old, assign=assign)
+        assert start_of(rnn) == 0
+        other.load_state_dict(rnn.state_dict(), assign=assign)
+        assert start_of(other) == start_of(copy.deepcopy(other)) == 0
+        for loaded in (rnn, other):
+            loaded.load_state_dict(new, assign=assign)
+            loaded.load_state_dict(loaded.state_dict())
+            assert start_of(loaded) == default
+    mingru.drop_in.GRU(4, H, gate=gate).load_state_dict(mingru.MinGRU(4, H, gate=gate).state_dict())
 
 
 MEMORIES = {
@@ -285,7 +325,9 @@ def test_rotations_begin_near_no_turn():
 
 @pytest.mark.parametrize("kind", [mingru.MinGRU, mingru.MinGRUCell, mingru.drop_in.GRU, mingru.drop_in.GRUCell])
 def test_errors(kind):
-    for gate in ("tanh", None, ["signed"], 1):
+    with pytest.raises(ValueError, match=r"gate must be one value, or a list of 1, one for each layer, got \['sig"):
+        kind(3, 4, gate=["sigmoid", "signed"])
+    for gate in ("tanh", None, [["signed"]], 1):
         with pytest.raises(
             ValueError,
             match=rf"^(mingru.drop_in.)?{kind.__name__}: gate must be one of \('sigmoid', 'signed', .*\), got",

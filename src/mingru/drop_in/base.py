@@ -20,10 +20,10 @@ from ..check import (
     name_of,
     require,
 )
+from ..modules.marked import key_of
 from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
-from ..modules.stacked import reset_initial_state
 from ..ops.graph import scripted_as, untraced
 
 Layer = TypeVar("Layer", bound="DropIn")
@@ -66,8 +66,15 @@ class DropIn(Recurrent):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
-        self.zero_state = 0.0
-        reset_initial_state(self)
+
+    def default_start(self) -> float:
+        """Return the initial state, which is 0, as in torch."""
+        return 0.0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights of `mingru.MinGRU` begin with 0 here.
+        state_dict.pop(prefix + key_of("zero_state"), None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_tensor(self, argument: str, x: Any) -> None:
         """Raise AttributeError if x is not a tensor, as torch's layers do."""

@@ -52,7 +52,7 @@ class DropInLayer(DropIn):
         residual: bool | str = False,
         norm: str | None = None,
         candidate: str | None = None,
-        gate: str = "sigmoid",
+        gate: str | Sequence[str] = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -202,7 +202,8 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][].
+        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][], or a list with one
+            for each layer. From a state of 0, the others learn less: pass `learn_initial_state=True` too.
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
@@ -303,8 +304,8 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion", see
-            [mingru.MinGRU][].
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion", as in
+            [mingru.drop_in.GRU][].
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
@@ -366,7 +367,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         residual: bool | str = False,
         norm: str | None = None,
         candidate: str | None = None,
-        gate: str = "sigmoid",
+        gate: str | Sequence[str] = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, require
+from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
@@ -37,7 +37,7 @@ class LanguageModel(Layer):
         tied: If True, the output layer shares the embedding's weight.
         **block_options: Options of [mingru.models.Block][]: `cell`, `expansion`, `conv`, `mlp`, `norm`, `dropout`,
             `checkpoint`, and options of the layer, `device` and `dtype` included. `bidirectional` must be False.
-            `min_decay` may be a list with one number for each block.
+            `gate` and `min_decay` may be lists with one value for each block.
 
     Inputs:
         - **ids**: Tokens, integers (B, S).
@@ -94,13 +94,18 @@ class LanguageModel(Layer):
         block_config = {name: value for name, value in block_options.items() if name not in factory}
         self.config = own_options | copy.deepcopy(block_config)
         # First, because they check the options.
-        given = block_options.pop("min_decay", 0.0)
-        bounds = check_min_decay(self.name, given, num_layers, block_options.get("gate"))
-        options: list[dict[str, Any]] = [{"min_decay": bound} if bound else {} for bound in bounds]
+        gates = per_layer(self.name, "gate", block_options.pop("gate", "sigmoid"), num_layers)
+        bounds = check_min_decay(self.name, block_options.pop("min_decay", 0.0), gates)
+        # Without the defaults, because a minLSTM has neither option.
+        options = [
+            ({} if gate == "sigmoid" else {"gate": gate}) | ({"min_decay": bound} if bound else {})
+            for gate, bound in zip(gates, bounds, strict=True)
+        ]
         blocks = [Block(dims, **block_options, **own) for own in options]
-        if block_options.get("gate", "sigmoid") != "sigmoid":
-            # Saved, because the default was another one in older versions.
-            self.config["candidate"] = blocks[0].rnn.candidate
+        if "gate" in self.config:
+            # Saved, because the default was another one in older versions. None is the default of each gate.
+            candidates = {block.rnn.candidate for block in blocks}
+            self.config["candidate"] = candidates.pop() if len(candidates) == 1 else None
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
         self.num_states = self.blocks.num_states

@@ -84,8 +84,8 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
     Inputs:
         - **x**: Input, (B, I), or (I,) without a batch. It has the dtype and device of the parameters.
         - **h**: State before the step, (B, H) or (H,), any real numbers. The dtype is that of x, or float32 if x is
-          bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5 (0.5 with "quaternion"; 0
-          with the other gates, and if `candidate` is not "positive").
+          bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5, or 0 if "sigmoid" has
+          another candidate.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
         - **dt**: Time since the step before, (B,) or a scalar tensor; at the first step, the time since the initial
           state, where 0 would ignore x. Default: 1.

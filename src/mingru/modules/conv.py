@@ -48,7 +48,7 @@ class MinConv(Stacked, role="sequence"):
         residual: bool = False,
         norm: str | None = None,
         candidate: str | None = None,
-        gate: str = "sigmoid",
+        gate: str | list[str] = "sigmoid",
         learn_initial_state: bool = False,
         memory: float | None = None,
         batch_first: bool = True,
@@ -58,7 +58,7 @@ class MinConv(Stacked, role="sequence"):
         options = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
         widths = options.widths()
         sizes = [input_dims, *(options.num_directions * width for width in widths[:-1])]
-        layers = zip(sizes, widths, options.geometries(), strict=True)
+        layers = zip(sizes, widths, options.geometries(), options.gates, strict=True)
         super().__init__(options, [MinConvLayer(*layer, options) for layer in layers])
         self.num_states = num_layers * self.num_directions
 

@@ -12,13 +12,13 @@ from ..check import check_flags, check_int, check_parts, dims, require
 from ..ops.backends import traceable
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import GATES, zero_state
+from ..ops.cells import GATES
 from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import States, accumulate_dtype
 from .group_norm import GroupNorm
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
-from .stacked import Directions, reset_initial_state
+from .stacked import Directions, WithStart
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -74,9 +74,9 @@ class ConvOptions(Options):
         is_divisor = not any(width % self.groups for width in [self.input_dims, *widths])
         expected = f"a divisor of input_dims={self.input_dims} and hidden_dims={self.hidden_dims}"
         require(self.name, "groups", is_divisor, expected, str(self.groups))
-        for width in widths:
+        for width, gate in zip(widths, self.gates, strict=True):
             argument = "hidden_dims" if self.groups == 1 else "hidden_dims / groups"
-            check_parts(self.name, argument, width // self.groups, self.gate)
+            check_parts(self.name, argument, width // self.groups, gate)
 
     def widths(self) -> list[int]:
         """Return the number of state channels of each layer."""
@@ -116,11 +116,11 @@ class ConvOptions(Options):
         return numbers
 
 
-class MinConvLayer(Directions):
+class MinConvLayer(WithStart, Directions):
     """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
-    def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, options: ConvOptions) -> None:
-        super().__init__(GATES[options.gate], hidden_dims, 0.0, options)
+    def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, gate: str, options: ConvOptions) -> None:
+        super().__init__(GATES[gate], hidden_dims, 0.0, options)
         self.num_directions = options.num_directions
         output_dims = self.num_directions * hidden_dims
         self.geometry = geometry
@@ -135,17 +135,7 @@ class MinConvLayer(Directions):
         if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
             self.align = convolution(output_dims, bias=False)
         self.add_gate_bias()
-        self.zero_state = zero_state(self.cell, options.candidate)
-        self.initial_state = None
-        if options.learn_initial_state:
-            shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
-            self.initial_state = nn.Parameter(torch.empty(shape, **options.factory))
-        reset_initial_state(self)
-        self.add_marks(options.device)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        reset_initial_state(self)
+        self.add_initial_state((self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size)), options)
 
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.

@@ -22,6 +22,8 @@ class Mark(NamedTuple):
     since: int
     """Version of the first state_dicts with this mark. In older ones, and in those without metadata, a missing mark
     says nothing; in all others it means the first value. With 1, a missing mark always means the first value."""
+    is_taken: bool = False
+    """Whether a module takes the value of the weights. Otherwise it refuses weights with another value."""
 
 
 MARKS = {
@@ -31,6 +33,7 @@ MARKS = {
     "normalize": Mark((True, False), 3),
     "min_decay": Mark((), 3),
     "residual": Mark((False, True, "highway"), 3),
+    "zero_state": Mark((0.0, 0.5), 1, True),
 }
 
 
@@ -75,7 +78,7 @@ class Marked(nn.Module):
 
     def marked_options(self) -> dict[str, Any]:
         """Return the options of this module that are in `MARKS`."""
-        raise NotImplementedError
+        return {}
 
     def marks(self) -> dict[str, int]:
         """Return the number of each option."""
@@ -104,13 +107,14 @@ class Marked(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         metadata, *_, error_msgs = args
         own, found, wrong, unknown = self.marks(), {}, [], []
-        for option, number in own.items():
+        for option in own:
             key = prefix + key_of(option)
             mark = state_dict.pop(key, None)
             is_unknown = mark is None and metadata.get("version", 1) < MARKS[option].since
-            # On the device "meta", a mark has no value.
-            if is_unknown or (isinstance(mark, Tensor) and mark.is_meta):
-                of_weights: int | None = number
+            # A caller who is not strict may pass no weights of this module. On the device "meta", a mark has no value.
+            has_none = MARKS[option].is_taken and not any(name.startswith(prefix) for name in state_dict)
+            if is_unknown or (has_none and mark is None) or (isinstance(mark, Tensor) and mark.is_meta):
+                of_weights: int | None = own[option]
             else:
                 of_weights = 0 if mark is None else number_in(mark)
             if of_weights is None:
@@ -119,6 +123,11 @@ class Marked(nn.Module):
                     f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged"
                 )
                 return
+            if MARKS[option].is_taken and 0 <= of_weights < len(MARKS[option].values):
+                own[option] = of_weights
+                setattr(self, option, MARKS[option].values[of_weights])
+                self.add_marks(getattr(mark, "device", None))
+            number = own[option]
             found[option] = of_weights
             wrong += [option] if of_weights != number else []
             # The map of a residual between different sizes shows that there is one.
@@ -145,11 +154,11 @@ class Marked(nn.Module):
 
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the marks in the state_dict of a model."""
+    """Return the marks in the state_dict of a model, without those whose values it takes from weights."""
     return {
         f"{name}.{key_of(option)}": torch.tensor(number, device="cpu")
         for name, module in model.named_modules()
         if isinstance(module, Marked)
         for option, number in module.marks().items()
-        if module._buffers.get(key_of(option)) is not None
+        if module._buffers.get(key_of(option)) is not None and not MARKS[option].is_taken
     }

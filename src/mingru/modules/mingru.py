@@ -59,8 +59,8 @@ class MinGRU(Recurrent, planned=True):
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed", "rotation" or "quaternion"; see above. "rotation" needs an even `hidden_dims`, and
-            "quaternion" one divisible by 4.
+        gate: "sigmoid", "signed", "rotation" or "quaternion", see above, or a list with one for each layer. "rotation"
+            needs an even `hidden_dims`, and "quaternion" one divisible by 4.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
@@ -78,8 +78,8 @@ class MinGRU(Recurrent, planned=True):
           parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
-          Default: the initial state, which is learned, or g(0) = 0.5. It is 0 with "signed", "rotation", and
-          "sigmoid" with another candidate, and 0.5 with "quaternion", because 0 has nothing to turn.
+          Default: the initial state, which is learned, or g(0) = 0.5, or 0 if "sigmoid" has another candidate. It
+          is 0.5 if a layer has another gate, because 0 has nothing to flip or turn.
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step. The reverse direction is reset at the same boundary, between that step and the
           previous one.
@@ -114,6 +114,8 @@ class MinGRU(Recurrent, planned=True):
           layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation", 3 for "quaternion"),
           `layers.{l}.candidate_mark`, `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights of older
           versions load with a warning.
+        - `zero_state_mark`: 1 if a gate is not "sigmoid", because the state then begins with 0.5, unless it is learned.
+          Weights of older versions do not have this mark. A layer that loads them begins with 0, as they did.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;

@@ -1,12 +1,13 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar
 
 import torch
 
-from ..check import check_choice, check_dropout, check_flags, check_int, check_number, require
+from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES, default_candidate
 
@@ -33,9 +34,10 @@ class Options:
     bidirectional: bool
     residual: bool | str
     norm: str | None
-    candidate: str
+    candidate: str | None
     """Default: the one of the gate."""
-    gate: str
+    gate: str | Sequence[str]
+    """A gate, or one for each layer."""
     learn_initial_state: bool
     memory: float | None
     device: Any
@@ -47,10 +49,10 @@ class Options:
         check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
         check_flags(self.name, learn_initial_state=self.learn_initial_state)
         check_dropout(self.name, self.dropout, self.num_layers)
-        check_choice(self.name, "gate", self.gate, GATES)
-        if self.candidate is None:
-            object.__setattr__(self, "candidate", default_candidate(self.gate))
-        check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
+        for gate in self.gates:
+            check_choice(self.name, "gate", gate, GATES)
+        if self.candidate is not None:
+            check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
         if self.memory is not None:
             check_number(self.name, "memory", self.memory, "a number above 1, or None", lambda steps: 1 < steps < inf)
             require(self.name, "memory", self.bias, "None because bias is False", repr(self.memory))
@@ -62,6 +64,14 @@ class Options:
     @property
     def factory(self) -> dict[str, Any]:
         return {"device": self.device, "dtype": self.dtype}
+
+    @property
+    def gates(self) -> list[str]:
+        """The gate of each layer."""
+        return per_layer(self.name, "gate", self.gate, self.num_layers)
+
+    def candidate_of(self, gate: str) -> str:
+        return default_candidate(gate) if self.candidate is None else self.candidate
 
     @property
     def num_directions(self) -> int:

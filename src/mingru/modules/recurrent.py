@@ -27,14 +27,14 @@ from ..check import (
 from ..ops import layout, route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Start
-from ..ops.cells import CELLS, GATES, NUM_INPUTS, zero_state
+from ..ops.cells import CELLS, GATES, NUM_INPUTS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import Plan, plannable
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
 from .options import Options, arguments_of
-from .shared import MaybeList, MaybeTensor, Outputs, Result, reshaped
-from .stacked import Directions, reset_initial_state
+from .shared import MaybeList, MaybeTensor, Outputs, Result, one_or_all, reshaped
+from .stacked import Directions, WithStart
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -55,7 +55,8 @@ class RecurrentOptions(Options):
         super().__post_init__()
         if self.recompute is not None:
             check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
-        check_parts(self.name, "hidden_dims", self.hidden_dims, self.gate)
+        for gate in self.gates:
+            check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
 
 
@@ -153,7 +154,7 @@ class RecurrentLayer(Directions):
             return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
 
 
-class Recurrent(CheckedCalls, role="sequence"):
+class Recurrent(WithStart, CheckedCalls, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
     proj_size = 0
@@ -173,7 +174,7 @@ class Recurrent(CheckedCalls, role="sequence"):
         residual: bool | str = False,
         norm: str | None = None,
         candidate: str | None = None,
-        gate: str = "sigmoid",
+        gate: str | Sequence[str] = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -182,27 +183,17 @@ class Recurrent(CheckedCalls, role="sequence"):
         dtype: torch.dtype | None = None,
     ) -> None:
         options = RecurrentOptions(name_of(type(self)), **arguments_of(locals()))
-        bounds = check_min_decay(options.name, min_decay, num_layers, gate)
-        cell = GATES[gate] if self.cell == "mingru" else self.cell
+        bounds = check_min_decay(options.name, min_decay, options.gates)
+        cells = [GATES[gate] if self.cell == "mingru" else self.cell for gate in options.gates]
         sizes = [input_dims, *[options.num_directions * (self.proj_size or hidden_dims)] * (num_layers - 1)]
-        layers = zip(sizes, bounds, strict=True)
-        super().__init__(options, [RecurrentLayer(cell, *layer, options, self.proj_size) for layer in layers])
-        self.cell = cell
-        # A number, or a tuple with one for each layer.
-        self.min_decay = bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
-        self.is_timed = CELLS[cell].not_timed is None
+        layers = zip(cells, sizes, bounds, strict=True)
+        super().__init__(options, [RecurrentLayer(*layer, options, self.proj_size) for layer in layers])
+        # One that takes no elapsed times, if there is one.
+        self.cell = next((cell for cell in cells if CELLS[cell].not_timed is not None), cells[0])
+        self.min_decay = one_or_all(bounds)
+        self.is_timed = CELLS[self.cell].not_timed is None
         self.num_states = 1
-        self.zero_state = zero_state(self.cell, options.candidate)
-        self.initial_state = None
-        if learn_initial_state:
-            shape = self._shape_of_initial_state()
-            self.initial_state = nn.Parameter(torch.empty(shape, **options.factory))
-        reset_initial_state(self)
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        super().reset_parameters()
-        reset_initial_state(self)
+        self.add_initial_state(self._shape_of_initial_state(), options)
 
     def forward(
         self,
@@ -279,8 +270,9 @@ class Recurrent(CheckedCalls, role="sequence"):
         has_more = self.proj_size > 0 or any(
             layer.norm is not None or layer.residual or layer.highway for layer in layers
         )
-        linears = [] if has_more else [linear for layer in layers for linear in layer.maps()]
-        return route.takes_lengths(layers[0].spec(False), linears, x, dt, Layout(False, None, lengths))
+        maps, order = [[] if has_more else layer.maps() for layer in layers], Layout(False, None, lengths)
+        specs = [layer.spec(False) for layer in layers]
+        return all(route.takes_lengths(*each, x, dt, order) for each in zip(specs, maps, strict=True))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> States:
         """Pack the valid steps once for all layers."""

@@ -1,6 +1,7 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ def without_dims(state: Tensor, dims: list[int]) -> Tensor:
     return state
 
 
+def one_or_all(values: Sequence[Any]) -> Any:
+    """Return the value that all layers have, or a tuple with one for each layer."""
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
 def defaults_of(module: nn.Module) -> dict[str, Any]:
     """Return the default of each argument of the constructor, from the class of this package that defines it.
 
@@ -46,7 +52,9 @@ def defaults_of(module: nn.Module) -> dict[str, Any]:
     own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
     defaults = {name: each.default for name, each in inspect.signature(own).parameters.items()}
     if "candidate" in defaults and "gate" in defaults:
-        defaults["candidate"] = default_candidate(vars(module)["gate"])
+        gates = vars(module)["gate"]
+        gates = [gates] if isinstance(gates, str) else gates
+        defaults["candidate"] = one_or_all([default_candidate(gate) for gate in gates])
     return defaults
 
 

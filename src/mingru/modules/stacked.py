@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of
+from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of, zero_state
 from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
 from .options import Options
-from .shared import MaybeTensor, Outputs, defaults_of, not_default, weight_of
+from .shared import MaybeTensor, Outputs, defaults_of, not_default, one_or_all, weight_of
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
@@ -34,7 +34,7 @@ class Directions(Marked):
         # Not with the other marks, because modules of version 0.1 are recognized by its absence.
         self.register_buffer("gate", None)
         self.hidden_dims = hidden_dims
-        self.candidate = options.candidate
+        self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
         self.min_decay = min_decay
         self.memory = CELLS[cell].memory if options.memory is None and options.bias else options.memory
 
@@ -105,8 +105,6 @@ class Stacked(Layer):
     dropout: float
     bidirectional: bool
     norm: str | None
-    candidate: str
-    gate: str
     learn_initial_state: bool
 
     def __init__(self, options: Options, layers: list[Any]) -> None:
@@ -116,6 +114,8 @@ class Stacked(Layer):
             if option not in options.factory:
                 # A copy, so that later changes to the caller's list have no effect.
                 setattr(self, option, list(value) if isinstance(value, list) else value)
+        self.gate = one_or_all(options.gates)
+        self.candidate = one_or_all([layer.candidate for layer in layers])
         self.dropout = float(options.dropout)
         self.num_directions = options.num_directions
         self.output_dims: int = self.num_directions * layers[-1].hidden_dims
@@ -160,17 +160,52 @@ class Stacked(Layer):
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
 
 
-def reset_initial_state(module: Any) -> None:
-    """Initialize a learned initial state, of a layer or a stack of layers.
+class WithStart(Marked):
+    """A layer, or several `layers`, with an initial state: a parameter if it is learned, otherwise `zero_state`.
 
-    If its gate flips or turns the state, it is drawn from N(0, 1), so that blocks of features differ.
+    Weights of a layer that flips or turns its state say which number, because older versions began with 0.
     """
-    if module.initial_state is None:
-        return
-    if CELLS[module.cell].has_logarithms:
-        nn.init.constant_(module.initial_state, module.zero_state)
-    else:
-        nn.init.normal_(module.initial_state)
+
+    zero_state: float
+
+    def add_initial_state(self, shape: tuple[int, ...], options: Options) -> None:
+        """Add the initial state, whose rows are divided among the layers, and the marks."""
+        self.zero_state = self.default_start()
+        self.initial_state = (
+            nn.Parameter(torch.empty(shape, **options.factory)) if options.learn_initial_state else None
+        )
+        self.reset_initial_state()
+        self.add_marks(options.device)
+
+    def default_start(self) -> float:
+        """Return the initial state if it is not learned: that of the layer with the largest."""
+        return max(zero_state(layer.cell, layer.candidate) for layer in self._own_layers())
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        self.reset_initial_state()
+
+    @torch.no_grad()
+    def reset_initial_state(self) -> None:
+        """Initialize a learned state. If the gate flips or turns it, it is drawn, so that blocks of features differ."""
+        if self.initial_state is None:
+            return
+        layers = self._own_layers()
+        for layer, rows in zip(layers, self.initial_state.chunk(len(layers)), strict=True):
+            if CELLS[layer.cell].has_logarithms:
+                nn.init.constant_(rows, self.zero_state)
+            else:
+                nn.init.normal_(rows)
+
+    def marked_options(self) -> dict[str, Any]:
+        options = super().marked_options()
+        if self.initial_state is None and not all(CELLS[layer.cell].has_logarithms for layer in self._own_layers()):
+            options["zero_state"] = self.zero_state
+        return options
+
+    def _own_layers(self) -> Any:
+        return getattr(self, "layers", [self])
 
 
 def as_sequence(

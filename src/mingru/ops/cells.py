@@ -24,8 +24,6 @@ class Cell(NamedTuple):
     """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate."""
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
-    zero_state: float = 0.0
-    """Default initial state of a state with both signs. A state of 0 has nothing to turn."""
     memory: float | None = None
     """Default of `gate_biases`; None for no bias."""
     not_timed: str | None = None
@@ -34,11 +32,11 @@ class Cell(NamedTuple):
 
 CELLS = {
     "mingru": Cell(2),
-    "mingru_signed": Cell(2, False, 0.0, None, "the gate is 'signed', and a negative decay has no real power"),
+    "mingru_signed": Cell(2, False, None, "the gate is 'signed', and a negative decay has no real power"),
     "mingru_rotation": Cell(2, False),
     "minlstm": Cell(3),
-    "minlstm_unnormalized": Cell(3, True, 0.0, None, "normalize is False, so that the gates have no common decay"),
-    "mingru_quaternion": Cell(2, False, 0.5, 21.0),
+    "minlstm_unnormalized": Cell(3, True, None, "normalize is False, so that the gates have no common decay"),
+    "mingru_quaternion": Cell(2, False, 21.0),
 }
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
@@ -57,8 +55,8 @@ def default_candidate(gate: str) -> str:
 
 
 def zero_state(cell: str, activation: str) -> float:
-    """Return the default initial state: g(0) = 0.5, or that of the cell if the state may be negative."""
-    return 0.5 if activation == "positive" and CELLS[cell].has_logarithms else CELLS[cell].zero_state
+    """Return the default initial state: g(0) = 0.5, also for what flips or turns, as 0 has nothing to turn; or 0."""
+    return 0.5 if activation == "positive" or not CELLS[cell].has_logarithms else 0.0
 
 
 def gate_biases(cell: str, memory: float) -> tuple[float, ...]:
