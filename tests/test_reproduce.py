@@ -12,7 +12,7 @@ from benchmarks.reproduce import chomsky, common, copying, layers, page, speed, 
 SHORT = {
     "copying": (copying, ["--layers", "1", "--num-steps", "2", "--num-test", "8", "--seq-len", "32"], 2, 2),
     "chomsky": (chomsky, ["--num-steps", "2", "--num-test", "8", "--tasks", "parity", "bucket sort"], 24, 12),
-    "words": (words, ["--num-steps", "2"], 10, 10),
+    "words": (words, ["--num-steps", "2", "--tasks", "parity", "A5, short first"], 16, 16),
     "layers": (layers, ["--steps", "1", "2", "--num-test", "8"], 5, 5),
     "speed": (speed, ["--lengths", "4", "--seconds", "0.001"], 2, 2),
 }
@@ -29,6 +29,7 @@ def _as_many_threads_as_before():
 def test_a_short_run_is_recorded_and_not_repeated(name, tmp_path, monkeypatch, capsys):
     program, arguments, count, num_rows = SHORT[name]
     monkeypatch.setattr(words, "LENGTHS", (8, 16, 24, 32))
+    monkeypatch.setattr(words, "SHORT_FIRST_STEPS", {"A5": 2})
     monkeypatch.setattr(chomsky, "FAR", (40, 44))
     path = tmp_path / f"{name}.json"
     arguments = [*arguments, "--json", str(path), *([] if name == "speed" else ["--seeds", "3"])]
@@ -91,15 +92,19 @@ def test_the_outputs_of_formal_languages(task):
 
 def test_the_word_problems():
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = words.generate(4, generator, "parity", 9)
-    assert [list(itertools.accumulate(row, lambda a, b: a ^ b)) for row in tokens.tolist()] == targets.tolist()
-    tokens, targets = words.generate(50, generator, "S3", 7)
-    for row, states in zip(tokens.tolist(), targets.tolist(), strict=True):
-        objects = [0, 1, 2]
-        for token, state in zip(row, states, strict=True):
-            objects = [words.PERMUTATIONS[token][place] for place in objects]
-            assert words.PERMUTATIONS[state] == tuple(objects)
-    assert set(tokens.flatten().tolist()) == set(targets.flatten().tolist()) == set(range(6))
+    for task, modulus in words.MODULI.items():
+        tokens, targets = words.generate(20, generator, task, 9)
+        sums = [[total % modulus for total in itertools.accumulate(row)] for row in tokens.tolist()]
+        assert sums == targets.tolist() and set(tokens.flatten().tolist()) == set(range(modulus))
+    for task, size in (("S3", 6), ("A5", 60)):
+        tokens, targets = words.generate(200, generator, task, 7)
+        group = words.GROUPS[task]
+        for row, states in zip(tokens.tolist(), targets.tolist(), strict=True):
+            objects = range(len(group[0]))
+            for token, state in zip(row, states, strict=True):
+                objects = [group[token][place] for place in objects]
+                assert group[state] == tuple(objects)
+        assert set(tokens.flatten().tolist()) == set(targets.flatten().tolist()) == set(range(size))
 
 
 def test_accuracy_and_training():

@@ -96,6 +96,17 @@ def words(runs: Runs, _: dict[str, Any]) -> str:
     return table(["task", "model", "64", "256", "512", "1,024", "published, 1,024"], rows)
 
 
+def groups(runs: Runs, _: dict[str, Any]) -> str:
+    """Return a table with every seed, of results of the program `words`."""
+    found = by_seed(runs)[0]
+    rows = []
+    for key in sorted(found):
+        lengths = zip(*(run["accuracy"] for run in found[key]), strict=True)
+        shown = [", ".join(f"{100 * value:.1f}".removesuffix(".0") for value in values) for values in lengths]
+        rows.append([*key.split(": "), ", ".join(str(run["steps"]) for run in found[key]), *shown])
+    return table(["task", "model", "training steps", "64", "256", "512", "1,024"], rows)
+
+
 def layers(runs: Runs, settings: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
     rows = []
@@ -116,7 +127,7 @@ def speed(runs: Runs, _: dict[str, Any]) -> str:
     return table(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
 
 
-TABLES = {function.__name__: function for function in (copying, chomsky, words, layers, speed)}
+TABLES = {function.__name__: function for function in (copying, chomsky, words, groups, layers, speed)}
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:

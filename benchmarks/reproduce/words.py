@@ -1,13 +1,18 @@
-"""Parity and the permutations of 3 objects, trained on 64 time steps: the table of the package mingru-scans.
+"""Parity, counting and the products of permutations, trained on 64 time steps: the table of the package mingru-scans.
 
     python -m benchmarks.reproduce.words                       # this library and nn.GRU
     pip install --no-deps --target peer mingru-scans==0.2.0    # a folder of its own: it is imported as `mingru` too
-    python -m benchmarks.reproduce.words --peer peer           # also the models of that package
+    python -m benchmarks.reproduce.words --peer peer --tasks parity S3    # also the models of that package
 
-In "parity", the target of each time step is the sum of the bits so far, modulo 2. In "S3", the inputs are permutations
-of 3 objects, and the target is the product of those so far. As in that table: 64 features, one layer in a residual
-block with an MLP (nn.GRU has none), batches of 128, Adam with a learning rate of 3e-3, at most 1,600 steps. The model
-with the best accuracy at 128 time steps is tested; training stops when that accuracy is 1, as nothing is better.
+The inputs are elements of a group, and the target of each time step is the product of those so far: sums of bits modulo
+2 ("parity"), sums modulo 3, 5 or 7, permutations of 3 objects ("S3"), even permutations of 5 objects ("A5"). As in that
+table: 64 features, one layer in a residual block with an MLP (nn.GRU has none), Adam with a learning rate of 3e-3, at
+most 1,600 steps. The model with the best accuracy at 128 time steps is tested; training stops when that accuracy is 1,
+as nothing is better.
+
+In tasks with "all steps", training does not stop before, and of the best models the last is tested. In those with
+"short first", sequences have 4 time steps at first. Their length doubles, up to 64, when 95% of a batch
+is right. A batch has as many time steps as before, the learning rate falls to 0, and the last model is tested.
 """
 
 import copy
@@ -26,21 +31,32 @@ import mingru
 from .common import LAYERS, accuracy, build, start, training
 
 FREE = "tanh, own input gate"
+# Options of a block with one layer.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "minGRU": {},
+    "signed": {"gate": "signed"},
+    "rotation": {"gate": "rotation"},
+    "rotation, learned start": {"gate": "rotation", "learn_initial_state": True},
+    "quaternion": {"gate": "quaternion"},
+    "quaternion, learned start": {"gate": "quaternion", "learn_initial_state": True},
+}
+MODULI = {"parity": 2, "modulo 3": 3, "modulo 5": 5, "modulo 7": 7}
+GROUPS = {"S3": list(itertools.permutations(range(3)))}
+GROUPS["A5"] = [
+    p for p in itertools.permutations(range(5)) if sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
+]
+SHORT_FIRST, ALL_STEPS = "short first", "all steps"
+SHORT_FIRST_STEPS = {"S3": 2000, "A5": 4000}
 
 DEFAULTS: dict[str, Any] = {
-    "models": ["minGRU", "signed", "rotation", FREE, "nn.GRU"],
-    "tasks": ["parity", "S3"],
+    "models": [*BLOCKS, FREE, "nn.GRU"],
+    "tasks": [*MODULI, "S3", f"modulo 5, {ALL_STEPS}", *(f"{group}, {SHORT_FIRST}" for group in SHORT_FIRST_STEPS)],
     "seeds": [0, 1, 2],
     "num_steps": 1600,
     "batch_size": 16,
     "peer": "",
 }
 TRAIN_LENGTH, CHOICE_LENGTH, LENGTHS, DIMS = 64, 128, (64, 256, 512, 1024), 64
-PERMUTATIONS = list(itertools.permutations(range(3)))
-# [after, before] is the number of the permutation that applies `before` first.
-PRODUCTS = torch.tensor(
-    [[PERMUTATIONS.index(tuple(a[i] for i in b)) for b in PERMUTATIONS] for a in PERMUTATIONS], dtype=torch.long
-)
 PEERS = {"mingru-scans log": "log", "mingru-scans signed": "signed", "mingru-scans rotation": "rotation"}
 
 
@@ -60,15 +76,27 @@ class OwnInputGate(nn.Module):
         return x + self.mlp(x), states[:, -1:]
 
 
+@functools.cache
+def products(group: str) -> Tensor:
+    """Return a table: [after, before] is the number of the permutation that applies `before` first."""
+    elements = GROUPS[group]
+    return torch.tensor([[elements.index(tuple(a[i] for i in b)) for b in elements] for a in elements])
+
+
+def size_of(task: str) -> int:
+    """Return the number of elements of the group."""
+    return MODULI[task] if task in MODULI else len(GROUPS[task])
+
+
 def generate(batch_size: int, generator: torch.Generator, task: str, length: int) -> tuple[Tensor, Tensor]:
     """Return tokens (B, length), and the sums or products of all tokens so far (B, length)."""
-    tokens = torch.randint(2 if task == "parity" else 6, (batch_size, length), generator=generator)
-    if task == "parity":
-        return tokens, tokens.cumsum(1) % 2
-    products = [tokens[:, 0]]
+    tokens = torch.randint(size_of(task), (batch_size, length), generator=generator)
+    if task in MODULI:
+        return tokens, tokens.cumsum(1) % MODULI[task]
+    found = [tokens[:, 0]]
     for token in tokens.unbind(1)[1:]:
-        products.append(PRODUCTS[token, products[-1]])
-    return tokens, torch.stack(products, 1)
+        found.append(products(task)[token, found[-1]])
+    return tokens, torch.stack(found, 1)
 
 
 def peer(folder: str) -> Any:
@@ -91,33 +119,43 @@ def layers(name: str, folder: str) -> nn.Module:
         return OwnInputGate(DIMS)
     if name == "nn.GRU":
         return LAYERS[name](DIMS, DIMS)
-    return mingru.models.Block(DIMS, mlp=4, norm="layer", gate="sigmoid" if name == "minGRU" else name)
+    return mingru.models.Block(DIMS, mlp=4, norm="layer", **BLOCKS[name])
 
 
 def main(arguments: list[str] | None = None) -> None:
     args, results = start("words", __doc__, DEFAULTS, arguments)
 
-    def compute(task: str, name: str, seed: int) -> dict[str, Any]:
+    def compute(name: str, seed: int, task: str) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = build(layers(name, args.peer), 6, DIMS, args.device)
+        task, _, schedule = task.partition(", ")
+        # The tables of parity and S3 have 6 symbols.
+        model = build(layers(name, args.peer), max(6, size_of(task)), DIMS, args.device)
         at = functools.partial(functools.partial, generate, task=task)
-        best, kept, chosen = -1.0, 0, {}
-        for step, _ in training(
-            model, at(length=TRAIN_LENGTH), args.num_steps, args.batch_size, 3e-3, seed, decay=False
-        ):
-            if step % 50 == 0 or step == args.num_steps:
+        short_first, all_steps = schedule == SHORT_FIRST, schedule == ALL_STEPS
+        num_steps = SHORT_FIRST_STEPS[task] if short_first else args.num_steps
+        length = 4 if short_first else TRAIN_LENGTH
+
+        def sample(batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            return generate(batch_size * TRAIN_LENGTH // length, generator, task, length)
+
+        best, kept, chosen = -1.0, num_steps, {}
+        for step, right in training(model, sample, num_steps, args.batch_size, 3e-3, seed, decay=short_first):
+            if short_first:
+                length = min(TRAIN_LENGTH, 2 * length) if right > 0.95 else length
+            elif step % 50 == 0 or step == num_steps:
                 found = accuracy(model, at(length=CHOICE_LENGTH), 128, 1000 + seed)
-                if found > best:
+                if found > best or (found == best and all_steps):
                     best, kept, chosen = found, step, copy.deepcopy(model.state_dict())
-                if best == 1:
+                if best == 1 and not all_steps:
                     break
-        model.load_state_dict(chosen)
+        if not short_first:
+            model.load_state_dict(chosen)
         return {"steps": kept, "accuracy": [accuracy(model, at(length=length), 128, seed) for length in LENGTHS]}
 
     for seed in args.seeds:
         for name in [*args.models, *(PEERS if args.peer else [])]:
             for task in args.tasks:
-                results.run(f"{task}: {name}, seed {seed}", functools.partial(compute, task, name, seed))
+                results.run(f"{task}: {name}, seed {seed}", functools.partial(compute, name, seed, task))
 
 
 if __name__ == "__main__":
