@@ -22,7 +22,7 @@ EPS = torch.finfo(torch.double).eps
 INITIAL_STATE = {"positive": 0.5, "linear": 0.0, "tanh": 0.0}
 
 
-def linear_scan(a, b, h=None, reverse=False, reset=None, initial=0.0):
+def linear_scan(a, b, h=None, reverse=False, reset=None, initial=0.0, times=torch.mul):
     """Return the states (B, S, *) of h_t = a_t h_{t-1} + b_t; a reset replaces h_{t-1} by `initial`."""
     num_steps = b.shape[1]
     initial = torch.as_tensor(initial, dtype=b.dtype).expand_as(b[:, :1]).squeeze(1)
@@ -32,7 +32,7 @@ def linear_scan(a, b, h=None, reverse=False, reset=None, initial=0.0):
         if reset is not None:
             mask = reset[:, t].reshape(-1, *[1] * (state.dim() - 1))
             state = torch.where(mask, initial, state)
-        state = a[:, t] * state + b[:, t]
+        state = times(a[:, t], state) + b[:, t]
         states[t] = state
     return torch.stack(states, 1) if states else b.clone()
 
@@ -134,10 +134,10 @@ def mingru_quaternion(
     def fours(x):
         return torch.stack([x[:, :, part::4] for part in range(4)], -1)
 
-    def state_of(value):
-        value = torch.as_tensor(0.5 if value is None else value, dtype=gates.dtype)
-        return fours(value.expand_as(gates[:, :1])).squeeze(1)
-
+    h, initial = (
+        None if state is None else fours(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
+        for state in (h, 0.5 if initial is None else initial)
+    )
     gate, vector = fours(gates)[..., 0], fours(gates)[..., 1:]
     keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
     size = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
@@ -148,14 +148,7 @@ def mingru_quaternion(
     )
     a = keep.unsqueeze(-1) * torch.cat([angle.cos(), axis], -1)
     b = z.unsqueeze(-1) * fours(ACTIVATIONS[activation](candidate))
-    initial = state_of(initial)
-    state, states = initial if h is None else state_of(h), [None] * b.shape[1]
-    for t in range(b.shape[1] - 1, -1, -1) if reverse else range(b.shape[1]):
-        if reset is not None:
-            state = torch.where(reset[:, t].reshape(-1, *[1] * (state.dim() - 1)), initial, state)
-        state = quaternion_product(a[:, t], state) + b[:, t]
-        states[t] = state
-    out = torch.stack(states, 1) if states else b
+    out = linear_scan(a, b, h, reverse, reset, initial, quaternion_product)
     return out.movedim(-1, 3).flatten(2, 3)
 
 

@@ -13,71 +13,35 @@ import torch
 
 import mingru
 from benchmarks.gpu import device, page, plans, smoke, speed
-from benchmarks.gpu.device import Clock, error, launches
+from benchmarks.gpu.device import Clock, launches
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.plan import Plan, Work
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--seconds", "0.001"]
 BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+calls = smoke.calls
+ROW = calls.Row(layout="packed", activation="tanh", min_decay=0.1, reverse=True, reset=True, dt=True, steps=7)
 
 
 def test_random_configurations_have_all_options():
-    found = list(smoke.configurations(60, 0))
-    for name, values in smoke.CHOICES.items():
-        assert {config[name] for config in found} == set(values)
-    assert len({config["shape"] for config in found}) > 50
-    assert found == list(smoke.configurations(60, 0)) != list(smoke.configurations(60, 1))
+    found = list(smoke.configurations(80, 0))
+    for name, values in calls.FACTORS.items():
+        assert {getattr(row, name) for row in found} == set(values)
+    assert found == list(smoke.configurations(80, 0)) != list(smoke.configurations(80, 1))
 
 
-def config(layout, dtype=torch.float32):
-    """Return a small configuration."""
-    found = {"cell": "mingru", "dtype": dtype, "layout": layout, "activation": "tanh", "min_decay": 0.1}
-    return {**found, "reverse": True, "reset": True, "dt": True, "shape": (3, 7, 4)}
-
-
-@pytest.mark.parametrize("layout", smoke.CHOICES["layout"])
-def test_each_layout_is_compared_with_single_sequences(layout):
-    assert 0 < smoke.check(config(layout), CPU, BACKEND) < 1
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_wrong_number_is_found(index, monkeypatch):
-    """In the states or in the last states, and so in the gradients."""
-    by_kernel = smoke.by_kernel
-
-    def wrong(*args):
-        results = list(by_kernel(*args))
-        results[index] = results[index] * 1.001
-        return results
-
-    monkeypatch.setattr(smoke, "by_kernel", wrong)
-    assert smoke.check(config("packed"), CPU, BACKEND) > 1
-
-
-def test_two_runs_that_differ_are_found(monkeypatch):
-    by_kernel, counter = smoke.by_kernel, itertools.count()
-    monkeypatch.setattr(smoke, "by_kernel", lambda *args: [x + 1e-9 * next(counter) for x in by_kernel(*args)])
-    assert smoke.check(config("lengths", torch.float64), CPU, BACKEND) == float("inf")
-
-
-def test_a_call_that_does_not_run_in_triton_is_an_error(monkeypatch):
-    by_kernel = smoke.by_kernel
-    monkeypatch.setattr(smoke, "by_kernel", lambda config, backend, *rest: by_kernel(config, "torch", *rest))
+def test_two_runs_that_differ_and_a_call_that_does_not_run_in_triton_are_found(monkeypatch):
+    assert 0 < smoke.check(ROW, CPU, BACKEND) < 1
+    run, counter = calls.run, itertools.count()
+    monkeypatch.setattr(calls, "run", lambda *args: [x + 1e-4 * next(counter) for x in run(*args)])
+    assert smoke.check(ROW, CPU, BACKEND) == float("inf")
+    monkeypatch.setattr(calls, "run", lambda backend, *rest: run("torch", *rest))
     with pytest.raises(AssertionError, match="only the passes"):
-        smoke.check(config("packed"), CPU, "triton")
+        smoke.check(ROW, CPU, "triton")
     method = speed.Method(lambda x: 2 * x, [torch.randn(1, 2, 3, requires_grad=True)], num_sums=64)
     with pytest.raises(AssertionError, match="forward and backward are expected"):
         speed.measure(Clock(CPU, 0.001), method, "triton", 1.0)
-
-
-def test_errors_are_relative_to_the_largest_number():
-    exact = [torch.tensor([4.0, 0.1]).double(), torch.tensor([0.5]).double()]
-    assert error(exact, exact) == 0
-    assert error([exact[0] + 0.25, exact[1]], exact) == 0.0625
-    assert error([exact[0], exact[1] + 0.25], exact) == 0.25
-    nan = torch.full((1,), float("nan"))
-    assert error([exact[0], nan], exact) != error([exact[0], nan], exact)
 
 
 def test_launches_are_counted(monkeypatch):

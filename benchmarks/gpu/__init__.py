@@ -1,0 +1,6 @@
+"""Programs for the GPU kernels. They use the table of calls of the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("tests", "tests/ops")]

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 import mingru
 from mingru.ops import Spec
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
-from mingru.ops.shape import accumulate_dtype
 
 from ..measure import where
 
@@ -83,22 +81,6 @@ def launches() -> Iterator[list[str]]:
 
     with mock.patch.object(launch, "run", recorded):
         yield names
-
-
-def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Return the largest error of tensors; NaN if there is one.
-
-    It is relative to the largest float64 number of each tensor, or to 1 if all its numbers are smaller.
-    """
-    pairs = [(one.double().to(other.device), other) for one, other in zip(got, exact, strict=True)]
-    errors = [(one - other).abs().max() / other.abs().max().clamp_min(1.0) for one, other in pairs]
-    # Python's `max` may lose NaN.
-    return torch.stack(errors).max().item()
-
-
-def allowed(dtype: torch.dtype, num_roundings: int = 2, num_sums: int = 64) -> float:
-    """Return the allowed `error`: roundings of the dtype of the sequences, and others of the accumulation dtype."""
-    return num_roundings * torch.finfo(dtype).eps + num_sums * torch.finfo(accumulate_dtype(dtype)).eps
 
 
 class Times(NamedTuple):

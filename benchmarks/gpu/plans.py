@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from calls import allowed, error
 from torch import Tensor
 
 import mingru
@@ -30,7 +31,7 @@ from mingru.ops.backends.triton.device import first_line
 from mingru.ops.backends.triton.plan import Plan, Work
 
 from ..measure import write_json
-from .device import Clock, about, allowed, error, parse, supported
+from .device import Clock, about, parse, supported
 
 # Batch, steps, features. The last three have 2^16, 2^17 and 2^18 features together; `plan_of` walks from 2^17 on.
 SHAPES = [(64, 1000, 100), (8, 4096, 256), (1, 4096, 256), (1, 1_000_000, 64), (1024, 128, 512)]

@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from calls import allowed, error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -39,7 +40,7 @@ from mingru.ops import NUM_INPUTS, Layout, Spec, Start
 from mingru.ops.backends.triton.device import first_line
 
 from ..measure import add_shape_option, write_json
-from .device import Clock, about, allowed, error, launches, parse, supported
+from .device import Clock, about, launches, parse, supported
 
 # Batch, steps, input and hidden features. The last four: two with segments of time, one step, and little work.
 SHAPES = [(64, 1000, 10, 100), (8, 4096, 256, 256), (1024, 128, 512, 512), (16, 16384, 128, 128)]

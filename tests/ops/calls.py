@@ -1,84 +1,386 @@
-"""Calls of every cell, by every backend and by the float64 reference."""
+"""One table of calls: every cell with every option, by every backend and by the float64 reference.
+
+`check` compares a row of the table on a backend with the reference: one step and one sequence after the other, without
+padding. The tests in this folder and `benchmarks/gpu/smoke.py` use the same table.
+"""
+
+import functools
+import math
+import os
+from typing import NamedTuple
 
 import reference
 import torch
+from cover import cover
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 from mingru import ops
+from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
 from mingru.ops.backends import traceable
-from mingru.ops.cells import TIMED, parts_of
+from mingru.ops.cells import TIMED
+from mingru.ops.scan import LinearScan
+from mingru.ops.shape import accumulate_dtype, from_parts, to_parts
 
-# `test_triton.py` tests the other backend.
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "triton"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A process in Triton's interpreter tests its kernels, and other processes the other backends.
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
+BACKENDS = ["triton"] if INTERPRETED else BACKENDS
 # With the version of "torch" for graphs, which is not a backend of its own.
-ALL = [*BACKENDS, "traceable"]
-CELLS = list(reference.CELLS)
+ALL = BACKENDS if INTERPRETED else [*BACKENDS, "traceable"]
+NOT_LOG = [name for name in ALL if name != "log"]
+SCANS = ("linear_scan", "complex_linear_scan", "quaternion_linear_scan")
+CELLS = [*NUM_INPUTS, *SCANS]
+HALF = (torch.bfloat16, torch.float16)
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def device_of(backend):
+    return torch.accelerator.current_accelerator() if backend == "triton" and not INTERPRETED else torch.device("cpu")
+
+
+def parts_of(cell):
+    """Return the number of features that are one number."""
+    return {"complex_linear_scan": 2, "quaternion_linear_scan": 4}.get(cell) or ops.cells.parts_of(cell)
+
+
+class Row(NamedTuple):
+    """A call."""
+
+    cell: str = "mingru"
+    activation: str = "positive"
+    dtype: torch.dtype = torch.float32
+    reverse: bool = False
+    reset: bool = False
+    dt: bool = False
+    min_decay: float = 0.0
+    layout: str = "batch first"
+    memory: str = "contiguous"
+    wide_state: bool = False
+    """Whether states of half-width sequences are in float32."""
+    steps: int = 17
+    features: tuple[int, ...] = (7,)
+    batch: int = 3
+    plan: str | None = None
+    """How a Triton kernel divides its work; see conftest.py."""
+
+    def __str__(self):
+        default = Row(self.cell)
+        fields = self._asdict().items()
+        words = [f"{name}={value}" for name, value in fields if name == "dtype" or value != getattr(default, name)]
+        return " ".join([self.cell, *words]).replace("torch.", "")
+
+
+# Orders in memory of the inputs. In packed sequences, the second dimension has the features.
+MEMORY = {
+    "contiguous": lambda x: x,
+    "other dimension first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features before steps": lambda x: x.mT.contiguous().mT,
+    "every other feature": lambda x: torch.stack([x, x], -1)[..., 1],
+    "every other step": lambda x: torch.stack([x, x], 2)[:, :, 1],
+    "an odd address": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+    "one row for all": lambda x: x[:1].expand_as(x),
+    "one column for all": lambda x: x[:, :1].expand_as(x),
+    "one feature for all": lambda x: x[..., :1].expand_as(x),
+}
+TOGETHER = {
+    "parts of a tensor": lambda xs, dim: torch.cat(xs, dim).chunk(len(xs), dim),
+    "different strides": lambda xs, dim: [xs[0], *map(MEMORY["other dimension first"], xs[1:])],
+}
+FACTORS = {
+    "cell": CELLS,
+    "activation": ["positive", "linear", "tanh"],
+    "dtype": [torch.float64, torch.float32, *HALF],
+    "reverse": [False, True],
+    "reset": [False, True],
+    "dt": [False, True],
+    "min_decay": [0.0, 0.1, 0.9],
+    "layout": ["batch first", "time first", "lengths", "packed"],
+    "memory": [*MEMORY, *TOGETHER],
+    "wide_state": [False, True],
+}
+# Around the sizes of chunks (16), of groups of lanes (16), of checkpoints (64) and of a state in the cache (512).
+STEPS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 257]
+LANES = [1, 2, 15, 16, 17, 63, 64, 65, 127, 511, 512, 513, 1030]
+SIZES = {
+    "native": {"steps": STEPS, "features": [*((lanes,) for lanes in LANES), (2, 3, 4)]},
+    # Small, because the interpreter runs each element of a scan on its own.
+    "triton": {"steps": [1, 2, 7, 13, 18], "features": [(1,), (7,), (10,), (2, 2)], "batch": [1, 2, 3]},
+    "": {"steps": STEPS, "features": [(1,), (6,), (18,), (2, 3, 4)]},
+}
+PLANS = ["walk", "chunks", "segments", *([] if INTERPRETED else [None])]
 
 
 def supports(backend, cell, activation="positive"):
     """Return whether the backend computes the cell; the log backend needs positive numbers."""
+    if cell in SCANS:
+        return backend not in ("log", "traceable") and activation == "linear"
     return backend != "log" or (activation == "positive" and ops.cells.CELLS[cell].has_logarithms)
 
 
-def each(backends=ALL, cells=CELLS, activation="positive"):
+def is_allowed(row, backend="torch"):
+    """Return whether there is such a call. Options that are not given count as the default ones."""
+    cell, dtype, layout, memory, features = (
+        row.get(name, getattr(Row(), name)) for name in ("cell", "dtype", "layout", "memory", "features")
+    )
+    return (
+        supports(backend, cell, row.get("activation", "positive"))
+        and (cell in TIMED or not (row.get("dt") or row.get("min_decay")))
+        and (dtype in HALF or not row.get("wide_state"))
+        and (cell not in SCANS[1:] or dtype not in HALF)
+        and (cell not in SCANS or layout in ("batch first", "lengths")[: 2 - (cell == SCANS[2])])
+        and (cell not in SCANS[1:] or (len(features) == 1 and memory != "an odd address"))
+        and (layout != "packed" or len(features) == 1 or memory == "contiguous")
+    )
+
+
+def each(backends=ALL, cells=tuple(NUM_INPUTS), activation="positive"):
     """Return the pairs of a backend and a cell that it computes."""
     return [(backend, cell) for backend in backends for cell in cells if supports(backend, cell, activation)]
 
 
-def run(
-    backend,
-    cell,
-    inputs,
-    h,
-    initial,
-    reset=None,
-    dt=None,
-    *,
-    activation="positive",
-    reverse=False,
-    min_decay=0.0,
-    time_first=False,
-    batch_sizes=None,
-):
-    """Return the states and the last state of a backend."""
-    spec, start = ops.Spec(cell, activation, reverse, min_decay), ops.Start(h, initial, reset, dt)
-    layout = ops.Layout(time_first, batch_sizes)
-    if backend == "traceable":
-        return traceable.recurrence(spec, list(inputs), start, layout)
-    return ops.recurrence(spec, list(inputs), start, layout, backend)
+@functools.cache
+def _covered(sizes, backend):
+    factors = {**FACTORS, **SIZES[sizes], **({"plan": PLANS} if sizes == "triton" else {})}
+
+    def allowed(row):
+        # Sequences of different lengths are several.
+        few = "batch" not in row or (row["batch"] == 3) == (row["layout"] in ("lengths", "packed"))
+        return few and is_allowed(row, backend)
+
+    return [Row(**row) for row in cover(factors, allowed)]
 
 
-def exact(cell, inputs, h, initial, reset=None, dt=None, *, activation="positive", reverse=False, min_decay=0.0):
-    """Return the same of the reference."""
-    timed = {"dt": dt, "min_decay": min_decay} if cell in TIMED else {}
-    out = reference.CELLS[cell](*inputs, h, reset, activation, initial, reverse, **timed)
-    return out, out[:, :1] if reverse else out[:, -1:]
+def rows(backend):
+    """Return few rows in which each two values of two options meet."""
+    return _covered(backend if backend in SIZES else "", backend if backend in ("log", "traceable") else "torch")
+
+
+class Given(NamedTuple):
+    """The tensors of a call, in its layout."""
+
+    inputs: list[torch.Tensor]
+    h: torch.Tensor
+    initial: torch.Tensor
+    reset: torch.Tensor | None
+    dt: torch.Tensor | None
+    lengths: torch.Tensor | None = None
+    batch_sizes: torch.Tensor | None = None
+
+    def leaves(self):
+        return [*self.inputs, self.h, self.initial, *([] if self.dt is None else [self.dt])]
+
+    def of(self, *leaves):
+        """Return the same call of other leaves."""
+        *inputs, h, initial = leaves if self.dt is None else leaves[:-1]
+        return self._replace(inputs=inputs, h=h, initial=initial, dt=None if self.dt is None else leaves[-1])
+
+    def to(self, device):
+        moved = [x if x is None or i == 6 else x.to(device) for i, x in enumerate(self[1:], 1)]
+        return Given([x.to(device) for x in self.inputs], *moved)
 
 
 def make(cell, batch, steps, *rest, dtype=torch.double, reset=False):
     """Return the inputs of a cell, a state, an initial state, resets and elapsed times from 0 to 3."""
-    features, *rest = rest or (6,)
-    rest = (features + -features % parts_of(cell), *rest)
-    inputs = [2 * torch.randn(batch, steps, *rest, dtype=dtype) for _ in range(ops.NUM_INPUTS[cell])]
-    h, initial = (torch.randn(batch, 1, *rest, dtype=dtype) for _ in range(2))
-    dt = 3 * torch.rand(batch, steps, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
+    parts, (features, *rest) = parts_of(cell), rest or (6,)
+    rest = (features + -features % parts, *rest)
+    inputs = [2 * torch.randn(batch, steps, *rest).to(dtype) for _ in range(NUM_INPUTS.get(cell, 2))]
+    if cell in SCANS:
+        # |a| <= 1.
+        inputs[0] = inputs[0].clamp(-(parts**-0.5), parts**-0.5)
+    h, initial = (torch.randn(batch, 1, *rest).to(dtype) for _ in range(2))
+    dt = 3 * torch.rand(batch, steps, dtype=accumulate_dtype(dtype))
     return inputs, h, initial, torch.rand(batch, steps) < 0.2 if reset else None, dt
 
 
-def graded(function, tensors):
-    """Return the outputs of a function, and the gradients of all tensors through all outputs."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-    outputs = function(*leaves)
-    # Not all alike, so that no two outputs can be swapped.
-    loss = 0
-    for power, out in enumerate(outputs, 1):
-        weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
-        loss = loss + (out**power * weight).sum().real
-    return [*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+def drawn(row, seed=0, in_padding=None):
+    """Return random tensors of a row, and weights of its states and last states. `in_padding` replaces the padding."""
+    torch.manual_seed(seed)
+    inputs, h, initial, reset, dt = make(
+        row.cell, row.batch, row.steps, *row.features, dtype=row.dtype, reset=row.reset
+    )
+    lengths = batch_sizes = None
+    dt[:, 4:5] = 0
+    weight, dt = torch.randn(inputs[0].shape).to(row.dtype), dt if row.dt else None
+    if row.layout in ("lengths", "packed"):
+        # The longest is the first, and has all steps; one that is empty cannot be packed.
+        shortest = 1 if row.layout == "packed" else 0
+        lengths = torch.randint(shortest, row.steps + 1, (row.batch,)).sort(descending=True).values
+        lengths[0], lengths[-1] = row.steps, row.steps if row.batch == 1 else shortest
+    if row.layout == "packed":
+        batch_sizes = pack_padded_sequence(weight, lengths, batch_first=True).batch_sizes
+
+    def laid_out(x):
+        if row.layout == "packed":
+            return pack_padded_sequence(x, lengths, batch_first=True).data
+        if row.layout == "lengths" and in_padding is not None and x.is_floating_point():
+            x = x.masked_fill(ops.shape.along(ops.layout.padding_of(lengths, x), x), in_padding)
+        return x.transpose(0, 1) if row.layout == "time first" else x
+
+    inputs, weight = [laid_out(x) for x in inputs], laid_out(weight).nan_to_num()
+    reset, dt = (None if x is None else laid_out(x) for x in (reset, dt))
+    if row.memory in TOGETHER:
+        inputs = TOGETHER[row.memory](inputs, 1 if row.layout == "packed" else 2)
+    else:
+        inputs = [MEMORY[row.memory](x) for x in inputs]
+    if row.memory == "one row for all":
+        initial = initial[:1].expand_as(initial)
+        dt = None if dt is None else dt[:1].expand_as(dt)
+    if row.memory == "every other feature":
+        h = MEMORY[row.memory](h)
+    if row.memory == "other dimension first" and row.layout != "packed" and reset is not None:
+        reset = MEMORY[row.memory](reset)
+    if row.wide_state:
+        h, initial = h.float(), initial.float()
+    given = Given(inputs, h, initial, reset, dt, lengths if row.layout == "lengths" else None, batch_sizes)
+    return given, [weight, torch.randn(h.shape).to(h.dtype)]
 
 
-def assert_same(got, expected, names, **tolerances):
-    """Check that the results of `graded` are close."""
-    for one, other, name in zip(got, expected, names, strict=True):
-        torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}", **(tolerances or TIGHT))
+def run(backend, row, given):
+    """Return the states and the last state of a backend."""
+    inputs, h, initial, reset, dt, lengths, batch_sizes = given
+    spec = Spec(row.cell, row.activation, row.reverse, row.min_decay)
+    if row.cell not in SCANS:
+        order = Layout(row.layout == "time first", batch_sizes, lengths)
+        compute = traceable.recurrence if backend == "traceable" else ops.recurrence
+        more = () if backend == "traceable" else (backend,)
+        return compute(spec, list(inputs), Start(h, initial, reset, dt), order, *more)
+    parts = parts_of(row.cell)
+    a, b, h = (to_parts(x, parts) for x in (*inputs, h))
+    if parts == 4:
+        out, last = autograd.scan(route.Choice(backend, True), LinearScan(a, b, h, reset, row.reverse, parts))
+    else:
+        a, b, h = (torch.view_as_complex(x.contiguous()) if parts == 2 else x for x in (a, b, h))
+        out, last = ops.linear_scan(a, b, h, reset, row.reverse, backend, lengths)
+        out, last = (torch.view_as_real(x) if parts == 2 else x for x in (out, last))
+    return from_parts(out, parts), from_parts(last, parts)
+
+
+def exact(row, given):
+    """Return the same of the reference: one sequence after the other."""
+    inputs, h, initial, reset, dt, lengths, batch_sizes = given
+    first = {"packed": h[:0], "time first": inputs[0].transpose(0, 1)}.get(row.layout, inputs[0])
+    batch, steps = (len(h), len(batch_sizes)) if row.layout == "packed" else first.shape[:2]
+    if row.layout == "packed":
+        lengths = ops.layout.lengths_of(batch_sizes)
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+    outs, lasts = torch.zeros_like(inputs[0]), []
+    for b in range(batch) if lengths is not None else [slice(None)]:
+        end = steps if lengths is None else int(lengths[b])
+        at = {"packed": lambda: offsets[:end] + b, "time first": lambda: (slice(end), b)}  # noqa: B023
+        at = at.get(row.layout, lambda: (b, slice(end)))()  # noqa: B023
+
+        def sequence(x, at=at):
+            x = x[at]
+            return x.unsqueeze(0) if lengths is not None else x.transpose(0, 1) if row.layout == "time first" else x
+
+        one = slice(b, b + 1) if lengths is not None else b
+        if end == 0:
+            lasts.append(h[one])
+            continue
+        given = [sequence(x) for x in inputs], h[one], initial[one]
+        out = by_steps(row, *given, *(None if x is None else sequence(x) for x in (reset, dt)))
+        outs[at] = out.squeeze(0) if lengths is not None else out.transpose(0, 1) if row.layout == "time first" else out
+        lasts.append(out[:, :1] if row.reverse else out[:, -1:])
+    return outs, torch.cat(lasts)
+
+
+def by_steps(row, inputs, h, initial, reset=None, dt=None):
+    """Return the states (B, S, *) of the reference, one step after the other."""
+    if row.cell not in SCANS:
+        timed = {"dt": dt, "min_decay": row.min_decay} if row.cell in TIMED else {}
+        return reference.CELLS[row.cell](*inputs, h, reset, row.activation, initial, row.reverse, **timed)
+    parts = parts_of(row.cell)
+    a, b, h = (to_parts(x, parts) for x in (*inputs, h))
+    if parts == 2:
+        a, b, h = (torch.view_as_complex(x.contiguous()) for x in (a, b, h))
+    times = reference.quaternion_product if parts == 4 else torch.mul
+    out = reference.linear_scan(a, b, h, row.reverse, reset, times=times)
+    return from_parts(torch.view_as_real(out) if parts == 2 else out, parts)
+
+
+def graded(function, tensors, weights):
+    """Return the states, the last states, and the gradients of all tensors, which are taken as they lie in memory."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = function(*leaves)
+    weights = [weight.to(x) for weight, x in zip(weights, results, strict=True)]
+    return [*results, *torch.autograd.grad(results, leaves, weights, allow_unused=True, materialize_grads=True)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _truth(row, seed):
+    given, weights = drawn(row, seed)
+    wide = given.of(*(x.double() for x in given.leaves()))
+    return graded(lambda *leaves: exact(row, wide.of(*leaves)), wide.leaves(), weights)
+
+
+def error(got, exact):
+    """Return the largest error of tensors; NaN if there is one.
+
+    It is relative to the largest float64 number of each tensor, or to 1 if all its numbers are smaller.
+    """
+    pairs = [(one.double().to(other.device), other) for one, other in zip(got, exact, strict=True) if other.numel()]
+    errors = [(one - other).abs().max() / other.abs().max().clamp_min(1.0) for one, other in pairs]
+    # Python's `max` may lose NaN.
+    return torch.stack(errors).max().item()
+
+
+def allowed(dtype, num_roundings=2, num_sums=64):
+    """Return the allowed `error`: roundings of the dtype of the sequences, and others of the accumulation dtype."""
+    return num_roundings * torch.finfo(dtype).eps + num_sums * torch.finfo(accumulate_dtype(dtype)).eps
+
+
+def share_of_allowed(backend, row, seed=0, device=None, runs=1):
+    """Return the largest error of a row on a backend, and of its gradients, as a share of what is allowed.
+
+    Infinity if runs differ in a bit.
+    """
+    # Tensor operations compute the padding, so that layers clear it.
+    given, weights = drawn(row, seed, math.nan if backend == "triton" or row.cell in SCANS else None)
+    given, truth = given.to(device or device_of(backend)), _truth(row._replace(plan=None), seed)
+    before = [x.clone() for x in given.leaves()]
+    got, *others = (
+        graded(lambda *leaves: run(backend, row, given.of(*leaves)), given.leaves(), weights) for _ in range(runs)
+    )
+    if any(not torch.equal(one, same) for other in others for one, same in zip(got, other, strict=True)):
+        return math.inf
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(given.leaves(), before, strict=True)), (
+        "an input was written to"
+    )
+    assert [x.dtype for x in got] == [given.inputs[0].dtype, given.h.dtype, *(x.dtype for x in given.leaves())]
+    with torch.no_grad():
+        # Other code runs without gradients.
+        again = run(backend, row, given)
+    if row.cell not in SCANS[1:] and backend != "traceable":
+        assert not any(x._is_view() for x in (*got[:2], *again))
+        assert got[0].is_contiguous()
+        assert again[0].is_contiguous()
+    most = allowed(row.dtype, 1 + bool(row.dt or row.min_decay)) * (1 if backend != "log" else 100)
+    shares = [error(got, truth) / most, error(again, truth[:2]) / most]
+    # States are rounded to the nearest number, once. Logarithms are less exact than that.
+    rounded = torch.finfo(row.dtype).eps / 2 * truth[0].abs() + 1e-5 * truth[0].abs().max()
+    off = ((got[0].detach().double().cpu() - truth[0].detach()).abs() / rounded.detach().clamp_min(1e-30)).max()
+    return max([*shares, 0.0 if backend == "log" else off.item()], key=lambda x: (math.isnan(x), x))
+
+
+def states(backend, cell, inputs, h, initial=None, reset=None, dt=None, device=None, **options):
+    """Return the states and the last state of batch-first sequences; "exact" is the reference, in float64."""
+    given = Given(list(inputs), h, h if initial is None else initial, reset, dt)
+    row = Row(cell, **options)
+    if backend != "exact":
+        return tuple(x.to(h.device) for x in run(backend, row, given.to(device or device_of(backend))))
+    return exact(row, given.of(*(x.double() for x in given.leaves())))
+
+
+def with_threads(numbers, function):
+    """Return the results of a function with these numbers of threads."""
+    before = torch.get_num_threads()
+    try:
+        return [function() for number in numbers if torch.set_num_threads(number) is None]
+    finally:
+        torch.set_num_threads(before)
+
+
+def negative(x):
+    """Return a tensor with the values of x, whose memory has -x."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag

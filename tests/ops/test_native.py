@@ -1,7 +1,9 @@
-"""What only the C++ kernels promise; their numbers are tested with those of all other bodies."""
+"""What only the C++ kernels promise: their operators, libraries and products, and safety in threads and processes.
+
+`test_recurrence.py` tests their numbers, with those of all other backends.
+"""
 
 import itertools
-import multiprocessing
 import os
 import re
 import shutil
@@ -9,14 +11,16 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import calls
 import pytest
-import reference
 import torch
 from cover import cover
+from torch.utils.data import DataLoader, Dataset
 
 import mingru
 from mingru import ops
@@ -155,71 +159,35 @@ def test_operators_refuse_wrong_lengths(lengths):
         torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call_of("mingru", h, h, lengths=lengths))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 5000, 1), (1, 5000, 16), (1, 5000, 40), (3, 700, 17), (8, 512, 256), (2, 300, 1100)]
-)
-@pytest.mark.parametrize("scale", [2.0, 0.0])
-def test_threads_do_not_show_in_the_numbers(shape, scale):
-    """Also where time is cut for want of other work, and where the state (scale 0: gates of 1e-4) forgets slowly."""
-    gate, candidate = inputs(*shape)
-    gate = scale * gate - 9.0 * (scale == 0.0)
-    grad_out = torch.randn(shape)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for reverse in (False, True):
-                leaves = [gate.clone().requires_grad_(), candidate.clone().requires_grad_()]
-                h = torch.full((shape[0], 1, shape[2]), 0.5, requires_grad=True)
-                spec, start = Spec("mingru", "positive", reverse), Start(h, h.detach(), None)
-                out, last = ops.recurrence(spec, leaves, start, backend="native")
-                grads = torch.autograd.grad((out * grad_out).sum() + last.sum(), [*leaves, h])
-                results.append([out.detach(), last.detach(), *grads])
-    finally:
-        torch.set_num_threads(before)
-    for first, second, third in zip(
-        results[0] + results[1], results[2] + results[3], results[4] + results[5], strict=True
-    ):
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)
+CELLS = [
+    (cell, activation) for cell in [*ops.NUM_INPUTS, "linear_scan"] for activation in ("positive", "linear", "tanh")
+]
 
 
-def test_cut_time_passes_nan_and_infinity_as_one_piece_does():
-    gate, candidate = inputs(1, 4000, 4)
-    candidate[0, 100, 0] = float("inf")
-    candidate[0, 200, 1] = float("nan")
-    candidate[0, 3000, 2] = float("-inf")
-    out = run(gate, candidate, activation="linear")
-    steps = mingru.functional.mingru(gate, candidate, activation="linear", backend="sequential")
-    assert torch.equal(out.isnan(), steps.isnan())
-    assert torch.equal(out.isposinf(), steps.isposinf())
-    assert torch.equal(out.isneginf(), steps.isneginf())
-
-
-@pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-def test_extreme_pre_activations(extreme, activation):
-    bad = torch.full((1, 1, 4), extreme)
-    good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
-    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
-    for gate, candidate in [(bad, good), (good, bad), (bad, bad)]:
-        out = run(gate, candidate, h, activation=activation)
-        truth = reference.mingru(gate.double(), candidate.double(), h.double(), activation=activation).float()
-        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
-
-
-@pytest.mark.parametrize("extreme", [1e4, -1e4, float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 95.0, -95.0])
-@pytest.mark.parametrize("activation", ["positive", "linear", "tanh"])
-def test_extreme_pre_activations_of_an_unnormalized_minlstm(extreme, activation):
-    bad = torch.full((1, 1, 4), extreme)
-    good = torch.tensor([[[-1.0, 0.5, 2.0, 0.0]]])
-    h = torch.tensor([[[1.0, 0.0, 3.0, 0.5]]])
-    for inputs in itertools.product((bad, good), repeat=3):
-        out = mingru.functional.minlstm(*inputs, h, activation=activation, normalize=False, backend="native")
-        doubles = [each.double() for each in (*inputs, h)]
-        truth = reference.minlstm_unnormalized(*doubles, activation=activation).float()
-        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-44, equal_nan=True)
+@pytest.mark.parametrize(("cell", "activation"), [(*each,) for each in CELLS if calls.supports("torch", *each)])
+def test_as_exact_as_plain_pytorch(cell, activation):
+    """Plain PyTorch, one step after the other, has an error too: three times that, and a unit in the last place."""
+    for dtype, timed in itertools.product((torch.float32, torch.bfloat16), {False, cell in TIMED}):
+        row = calls.Row(cell, activation, dtype, reset=True, dt=timed, steps=65, features=(16,), batch=16)
+        given, weights = calls.drawn(row)
+        wide = given.of(*(x.double() for x in given.leaves()))
+        truth = calls.graded(lambda *leaves: calls.exact(row, wide.of(*leaves)), wide.leaves(), weights)  # noqa: B023
+        (errors, plain), unit = (
+            [
+                [(one - other).abs().max() for one, other in zip(got, truth, strict=True)]
+                for got in (
+                    calls.graded(
+                        lambda *leaves: calls.run(backend, row, given.of(*leaves)),  # noqa: B023
+                        given.leaves(),
+                        weights,
+                    )
+                    for backend in ("native", "sequential")
+                )
+            ],
+            torch.finfo(dtype).eps,
+        )
+        for index, (one, other, exact) in enumerate(zip(errors, plain, truth, strict=True)):
+            assert one <= 3 * other + unit * exact.abs().max().clamp_min(1.0), index
 
 
 def test_subnormals_are_not_flushed():
@@ -230,113 +198,21 @@ def test_subnormals_are_not_flushed():
     assert (torch.tensor(1e-40) * torch.tensor(0.5)).item() > 0, "the process flushes subnormals"
 
 
-def test_small_numbers_keep_their_relative_precision():
-    v = torch.logspace(-30, 1, 2000).reshape(1, 1, -1)
-    for candidate in (v, -v):
-        out = run(torch.zeros_like(v), candidate, torch.zeros(1, 1, 1), activation="tanh")
-        truth = 0.5 * candidate.double().tanh()
-        assert ((out - truth).abs() / truth.abs()).max() < 4e-7
-
-
-def test_many_python_threads():
-    gate, candidate = inputs(4, 300, 64)
-    expected = run(gate, candidate)
-    wrong = []
-
-    def work():
-        for _ in range(20):
-            if not torch.equal(run(gate, candidate), expected):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def _in_child(queue, gate, candidate):
-    torch.set_num_threads(1)
-    queue.put(run(gate, candidate).sum().item())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_worker_forked_after_use():
-    gate, candidate = inputs(1, 50, 8)
-    expected = run(gate, candidate).sum().item()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue, gate, candidate))
-    child.start()
-    assert queue.get(timeout=60) == expected
-    child.join(60)
-    assert child.exitcode == 0
-
-
-# Dynamo's own way of tracing a function, in torch 2.13.
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
-def test_compiles_without_a_graph_break():
-    torch.compiler.reset()
-    rnn = mingru.MinGRU(8, 16, 2, bidirectional=True)
-    x = torch.randn(3, 70, 8, requires_grad=True)
-    reset = torch.rand(3, 70) < 0.1
-    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
-    got, expected = compiled(x, None, reset), rnn(x, None, reset)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other)
-    (grad,) = torch.autograd.grad(got[0].sum(), x)
-    (truth,) = torch.autograd.grad(expected[0].sum(), x)
-    torch.testing.assert_close(grad, truth)
-
-
-def negative_view(x):
-    """Return a tensor with the values of x, whose memory has -x."""
-    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
-    assert negative.is_neg()
-    assert torch.equal(negative, x)
-    return negative
-
-
-@pytest.mark.parametrize("form", ["layer", "cell", "recurrence", "scan"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_values_that_are_not_in_memory(form, grad):
+def test_a_layer_of_values_that_are_not_in_memory(grad):
     """Each argument as a negative view, which PyTorch resolves before an operator, but not in a `Tensor?[]`."""
-    x, h, dt = torch.randn(2, 5, 4), torch.rand(2, 1, 4), torch.rand(2, 5)
-    layer, cell = mingru.MinGRU(4, 4), mingru.MinGRUCell(4, 4)
-    call, args = {
-        "layer": (lambda x, h, dt: layer(x, h[None], dt=dt), (x, h, dt)),
-        "cell": (lambda x, h, dt: cell(x, h, dt=dt), (x[:, 0], h[:, 0], dt[:, 0])),
-        "recurrence": (lambda x, h, dt, i: run(x, x, h, dt=dt, reset=dt < 0.5, initial_state=i), (x, h, dt, h + 1)),
-        "scan": (lambda x, h: mingru.functional.linear_scan(x.sigmoid(), x, h, backend="native"), (x, h)),
-    }[form]
+    args, rnn, cell = (
+        [torch.rand(2, 5, 4), torch.rand(2, 1, 4), torch.rand(2, 5)],
+        mingru.MinGRU(4, 4),
+        mingru.MinGRUCell(4, 4),
+    )
     with torch.set_grad_enabled(grad):
-        expected = call(*args)
-        for index in range(len(args)):
-            torch.testing.assert_close(
-                call(*(negative_view(y) if i == index else y for i, y in enumerate(args))), expected
-            )
-        if grad:
-            x = args[0].clone().requires_grad_()
-            out = call(x, *args[1:])
-            out = out[0] if form == "layer" else out
-            weight = torch.randn_like(out)
-            found, truth = (
-                torch.autograd.grad(out, x, each, retain_graph=True) for each in (negative_view(weight), weight)
-            )
-            torch.testing.assert_close(found, truth)
-
-
-def test_a_tensor_without_memory():
-    x, h = torch.randn(2, 5, 4), torch._efficientzerotensor(1, 2, 1, 4)
-    layer = mingru.MinGRU(4, 4)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(
-                layer(x, h, dt=torch._efficientzerotensor(2, 5)), layer(x, h + 0, dt=0 * x[..., 0])
-            )
-    torch.testing.assert_close(run(x, x, h[0]), run(x, x, torch.zeros(2, 1, 4)))
+        for special in (calls.negative, lambda x: torch._efficientzerotensor(*x.shape)):
+            for index, each in enumerate(args):
+                results = []
+                for x, h, dt in ([*args[:index], y, *args[index + 1 :]] for y in (special(each), special(each) + 0)):
+                    results.append([rnn(x, h[None], dt=dt), cell(x[:, 0], h[:, 0], dt=dt[:, 0])])
+                torch.testing.assert_close(*results)
 
 
 def test_a_bias_with_strides_and_of_another_dtype():
@@ -518,48 +394,14 @@ def test_what_runs_instead_is_said_once(monkeypatch):
     route.warn_once.cache_clear()
 
 
-IN_BLOCKS = {
-    "shape": [(1, 1, 3, 5), (3, 40, 7, 20), (2, 5000, 4, 16), (300, 33, 4, 17), (5, 2100, 3, 300)],
-    "reverse": [False, True],
-    "time_first": [False, True],
-    "dtype": [torch.float32, torch.float64],
-}
-
-
-@pytest.mark.parametrize(tuple(IN_BLOCKS), [tuple(row.values()) for row in cover(IN_BLOCKS)])
-def test_linear_and_recurrence_in_one_go(shape, reverse, time_first, dtype):
-    """Several blocks of rows, whole sequences in a block and stretches of one: as the two do it one by one."""
-    batch, steps, features, lanes = shape
-    x = torch.randn(steps, batch, features, dtype=dtype)
-    x = x if time_first else x.transpose(0, 1).contiguous()
-    linear = torch.nn.Linear(features, 2 * lanes, dtype=dtype)
-    h, initial = torch.randn(batch, 1, lanes, dtype=dtype), torch.randn(batch, 1, lanes, dtype=dtype)
-    reset = torch.rand(x.shape[:2]) < 0.01
-    before = h.clone()
-    spec, start, layout = Spec("mingru", "positive", reverse), Start(h, initial, reset), Layout(time_first, None, None)
-    for bias in (linear.bias, None):
-        linear.bias = bias
-        for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-            out, last = ops.linear_recurrence(spec, given, linear, start, layout)
-            pre = linear(x).chunk(2, -1)
-            expected, expected_last = ops.recurrence(spec, pre, start, layout, backend="native")
-            torch.testing.assert_close(out, expected)
-            torch.testing.assert_close(last, expected_last)
-            assert out.is_contiguous()
-    assert torch.equal(h, before), "the given state was written to"
-
-
-@pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
+def test_gradients_of_linear_and_recurrence_in_one_go(with_bias):
     linear = torch.nn.Linear(4, 10, with_bias, dtype=torch.double)
     x, h, initial = torch.randn(9, 3, 4).double(), torch.randn(3, 1, 5).double(), torch.randn(1, 1, 5).double()
-    x = x if time_first else x.transpose(0, 1).contiguous()
-    reset = torch.rand(x.shape[:2]) < 0.2
-    spec, layout = Spec("mingru", "tanh", True), Layout(time_first, None, None)
+    reset, spec = torch.rand(x.shape[:2]) < 0.2, Spec("mingru", "tanh", True)
 
     def function(x, h, initial, weight, *bias):
-        call = Call(spec, [x, weight, *bias, *[None] * (1 - len(bias))], Start(h, initial, reset), layout)
+        call = Call(spec, [x, weight, *bias, *[None] * (1 - len(bias))], Start(h, initial, reset), Layout(True))
         return autograd.run_kernel(route.Choice("native", True, "linear_kernel"), call, True)
 
     leaves = [leaf.detach().requires_grad_() for leaf in (x, h, initial, *linear.parameters())]
@@ -567,33 +409,120 @@ def test_gradients_of_linear_and_recurrence_in_one_go(with_bias, time_first):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_a_layer_under_a_transform_or_with_a_hook_is_not_taken_in_one_go():
-    rnn = mingru.MinGRU(3, 4).double()
-    x = torch.randn(5, 7, 3).double()
+def test_a_layer_with_a_hook_is_not_taken_in_one_go():
+    rnn, x, seen = mingru.MinGRU(3, 4), torch.randn(5, 7, 3), []
     expected = rnn(x)[0]
-    parameters = {name: weight.detach() for name, weight in rnn.named_parameters()}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(rnn, parameters, (x[None],))[0].square().sum()
-
-    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    whole = torch.autograd.grad(expected.square().sum(), rnn.parameters())
-    for per_sample, total in zip(each.values(), whole, strict=True):
-        torch.testing.assert_close(per_sample.sum(0), total)
-    out, tangent = torch.func.jvp(lambda x: rnn(x)[0], (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(out, expected)
-    nudged = rnn(x + 1e-7)[0]
-    torch.testing.assert_close(tangent, (nudged - expected) / 1e-7, rtol=1e-4, atol=1e-5)
-
-    seen = []
     rnn.layers[0].linear.register_forward_hook(lambda module, args, pre: seen.append(pre.shape) or 2 * pre)
     assert not torch.allclose(rnn(x)[0], expected)
     assert seen == [(5, 7, 8)]
 
 
-def test_a_reset_that_was_viewed_from_bytes():
-    """Its bytes may be others than 0 and 1."""
-    gate, candidate = inputs(2, 30, 5)
-    twos = torch.full((2, 30), 2, dtype=torch.uint8).view(torch.bool)
-    ones = torch.ones(2, 30, dtype=torch.bool)
-    assert torch.equal(run(gate, candidate, reset=twos), run(gate, candidate, reset=ones))
+def in_child(code):
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_process_keeps_subnormals():
+    """Flags of the processor belong to a thread, and new threads inherit them."""
+    in_child("""
+import threading
+import torch
+
+def check(when):
+    assert (torch.tensor(1e-40) * 1.0).item() != 0.0, when
+    assert (torch.full((1_000_000,), 1e-40) * 1.0 != 0.0).all(), when
+
+def check_all(when):
+    check(when)
+    wrong = []
+    threading.excepthook = lambda args: wrong.append(args.exc_value)
+    thread = threading.Thread(target=check, args=(when + ", in a thread",))
+    thread.start()
+    thread.join()
+    assert not wrong, wrong
+
+torch.set_num_threads(3)
+check_all("before import")
+import mingru
+check_all("after import")
+for shape in [(3, 50, 300), (1, 20_000, 16)]:
+    gate = torch.randn(shape, requires_grad=True)
+    mingru.functional.mingru(gate, gate, backend="native").sum().backward()
+    mingru.functional.linear_scan(gate.sigmoid(), gate, backend="native").sum().backward()
+    check_all(f"after use with {shape}")
+""")
+
+
+def graded(gate, candidate):
+    out = run(gate.requires_grad_(), candidate.requires_grad_(), activation="tanh")
+    return out, *torch.autograd.grad(out.square().sum(), [gate, candidate])
+
+
+def test_python_threads_do_not_know_each_other():
+    jobs = [inputs(*shape) for shape in [(4, 100, 65), (1, 5000, 16)] * 3]
+    expected = [graded(*job) for job in jobs]
+    together = threading.Barrier(len(jobs), timeout=60)
+
+    def work(job):
+        together.wait()
+        return [graded(*(x.detach() for x in job)) for _ in range(10)]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for once, often in zip(expected, pool.map(work, jobs), strict=True):
+            for result in often:
+                assert all(torch.equal(one, other) for one, other in zip(once, result, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process can send itself Ctrl-C alone on this system")
+def test_keyboard_interrupt():
+    out = in_child("""
+import os
+import signal
+import threading
+import torch
+import mingru
+
+# A shell may have started us with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(2)
+pre = torch.randn(4, 20_000, 128, requires_grad=True)
+
+def run():
+    out = mingru.functional.mingru(*pre.chunk(2, -1), backend="native")
+    return out.detach(), *torch.autograd.grad(out.square().sum(), pre)
+
+expected = run()
+for _ in range(3):
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        while True:
+            run()
+    except KeyboardInterrupt:
+        print("interrupted")
+    for one, other in zip(run(), expected, strict=True):
+        assert torch.equal(one, other)
+""")
+    assert out.split() == 3 * ["interrupted"]
+
+
+class Recurrences(Dataset):
+    """Made in a worker; lists go through a pipe, bit for bit."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        gate, candidate = torch.randn(2, 1, 50 + index, 8, generator=torch.Generator().manual_seed(index))
+        return mingru.functional.mingru(gate, candidate, backend="native").tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_loaders_workers_forked_after_use():
+    dataset = Recurrences()
+    expected = [dataset[index] for index in range(len(dataset))]
+    graded(*inputs(8, 200, 64))
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert list(loader) == expected

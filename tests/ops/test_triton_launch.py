@@ -8,6 +8,7 @@ import importlib.util
 import os
 from unittest import mock
 
+import calls
 import pytest
 import torch
 from torch import Tensor
@@ -65,10 +66,10 @@ def seen(launches):
 
 def launches_of(config, driver, compiled):
     """Return the launches of both passes of a call, with these compiled kernels."""
-    tensors, reset, lengths, weights = smoke.drawn(config)
+    given, weights = calls.drawn(config)
     driver.launches.clear()
     with mock.patch.object(launch, "_compiled", compiled):
-        smoke.graded(lambda leaves: smoke.by_kernel(config, "triton", lengths, reset, leaves), tensors, weights)
+        calls.graded(lambda *leaves: calls.run("triton", config, given.of(*leaves)), given.leaves(), weights)
     return seen(driver.launches)
 
 
@@ -76,9 +77,7 @@ def test_random_calls_are_launched_as_triton_launches_them(driver):
     compiled, configs = {}, list(smoke.configurations(200, 0, SIZES))
     for _ in range(2):
         for config in configs:
-            torch.manual_seed(0)
             by_triton = launches_of(config, driver, {})
-            torch.manual_seed(0)
             assert launches_of(config, driver, compiled) == by_triton
             assert len(by_triton) in (2, 3, 4)
     # All the kernels that Triton tells apart, and no others.
@@ -114,12 +113,10 @@ def test_each_difference_selects_the_kernel_that_triton_selects(change, driver):
 def test_triton_launches_if_it_does_not_take_our_launch(driver):
     """Another version may want other arguments of a compiled kernel than those that we give it."""
     config = next(smoke.configurations(1, 0, SIZES))
-    torch.manual_seed(0)
     by_triton, compiled, refused = launches_of(config, driver, {}), {}, mock.Mock(side_effect=TypeError("arguments"))
     launches_of(config, driver, compiled)
     with mock.patch.object(Kernel, "__getitem__", refused):
         for _ in range(2):
-            torch.manual_seed(0)
             assert launches_of(config, driver, compiled) == by_triton
     # Each kernel tried it once.
     assert refused.call_count == len(compiled) > 1

@@ -233,56 +233,15 @@ def test_the_width_of_a_warp_comes_from_the_device(monkeypatch):
     assert device.wave_of(torch.device("xpu", 0)) == 32
 
 
-def test_dtypes_and_devices_without_a_kernel(monkeypatch):
+def test_dtypes_and_devices_without_a_kernel():
     on_meta = torch.zeros(1, 2, 3, device="meta")
     assert "tensors are on meta" in device.unsupported(on_meta, MINGRU)
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
     assert device.unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
     assert device.unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
-    for capability, dtype, why in (
-        ((7, 5), torch.float16, None),
-        (
-            (7, 5),
-            torch.bfloat16,
-            "the kernels of torch.bfloat16 need compute capability 8.0 or higher, and cuda:0 is a T4 with 7.5, which "
-            "runs torch.float16",
-        ),
-        (
-            (7, 0),
-            torch.float32,
-            "the kernels need compute capability 7.5 or higher, and cuda:0 is a T4 with 7.0",
-        ),
-    ):
-        device._problem_of.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
-        on_cuda = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
-        assert device.unsupported(on_cuda, MINGRU) == why
-    device._problem_of.cache_clear()
     on_gpu.dtype = torch.complex32
     assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
-
-
-def test_torch_runs_on_a_gpu_without_triton_and_says_so_once(monkeypatch):
-    class OnGpu:
-        is_cpu, dtype, device = False, torch.float32, torch.device("xpu")
-
-    def unavailable():
-        return "Triton is not installed; install the package triton"
-
-    monkeypatch.delenv("MINGRU_BACKEND", raising=False)
-    backend = triton.BACKEND
-    monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": unavailable}))
-    route.warn_once.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match="using the slower backend 'torch' on GPUs, because Triton is not installed"
-    ):
-        assert route.choose(MINGRU, OnGpu()).backend == "torch"
-    assert route.choose(MINGRU, OnGpu()).backend == "torch"
-    monkeypatch.setitem(route.BACKENDS, "triton", type(backend)(**{**vars(backend), "unavailable": lambda: None}))
-    assert route.choose(MINGRU, OnGpu()).backend == "triton"
-    route.warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""Fixtures for the Triton kernels, which run on a GPU or, with TRITON_INTERPRET=1, slowly in Triton's interpreter."""
+
+import calls
+import pytest
+import torch
+
+from mingru.ops import NUM_INPUTS, route
+from mingru.ops.backends.triton import launch
+from mingru.ops.backends.triton.plan import Plan
+
+# Small, because the interpreter runs each element of a scan on its own.
+PLANS = {
+    "walk": Plan(1, 4, 16, 1, 1, None),
+    "chunks": Plan(4, 3, 8, 1, 1, 2),
+    "segments": Plan(2, 4, 8, 3, 1, 2),
+    "one step": Plan(1, 1, 1024, 1, 1, None),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        # Otherwise another backend would compute the gradients, and be tested instead.
+        item.add_marker(pytest.mark.filterwarnings("error:mingru. using the slower backend:RuntimeWarning"))
+        if calls.INTERPRETED:
+            numpys = "ignore:(invalid value|overflow|divide by zero|underflow) encountered:RuntimeWarning"
+            item.add_marker(pytest.mark.filterwarnings(numpys))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_failed_before(monkeypatch):
+    monkeypatch.setattr(launch, "_failures", {})
+    monkeypatch.setattr(launch, "_compiled", {})
+    route.warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=calls.INTERPRETED)
+def _bfloat16_is_rounded(monkeypatch):
+    """Round to the nearest bfloat16, as GPUs do. The interpreter truncates."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, before, after, mode):
+        if (before.name, after.name) != ("fp32", "bf16"):
+            return convert(x, before, after, mode)
+        return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def use_plan(monkeypatch):
+    """Use one plan for all kernels, or the name of one; None stands for the plan for the shape."""
+
+    def use(plan):
+        plan = PLANS.get(plan, plan)
+
+        def plan_of(work):
+            return plan if work.cell in NUM_INPUTS and not work.is_packed else plan._replace(segments=1)
+
+        if plan is not None:
+            monkeypatch.setattr(launch, "plan_of", plan_of)
+
+    return use
