@@ -26,7 +26,7 @@ test:
 # Test the Triton kernels without a GPU: in Triton's interpreter, and compiled for six GPUs.
 triton:
 	$(PYTHON) -c "import triton"
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_triton.py
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n auto tests/ops/test_recurrence.py tests/ops/test_triton.py
 	$(PYTHON) -m pytest -n auto tests/ops/test_triton_compiled.py tests/ops/test_triton_launch.py
 	TRITON_INTERPRET=1 $(PYTHON) -m benchmarks.gpu.smoke --device cpu --small --configurations 4
 
@@ -50,7 +50,7 @@ slow-integrations:
 gpu: RESULTS = benchmarks/gpu/results
 gpu:
 	$(PYTHON) -m benchmarks.gpu.smoke --json $(RESULTS)/smoke.json
-	$(PYTHON) -m pytest -n 16 tests/ops/test_triton.py
+	$(PYTHON) -m pytest -n 16 tests/ops/test_recurrence.py tests/ops/test_triton.py -k triton
 	$(PYTHON) -m benchmarks.gpu.speed --json $(RESULTS)/speed.json
 	$(PYTHON) -m benchmarks.gpu.plans --json $(RESULTS)/plans.json
 	$(PYTHON) -m benchmarks.gpu.page
@@ -59,12 +59,8 @@ gpu:
 bench: test
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/speed.py --json out/speed.json
-	$(PYTHON) benchmarks/family.py --json out/family.json
-	$(PYTHON) benchmarks/models.py --json out/models.json
-	$(PYTHON) benchmarks/small.py --json out/small.json
-	$(PYTHON) benchmarks/compiled.py --json out/compiled.json
-	$(PYTHON) benchmarks/deploy.py --json out/deploy.json
-	$(PYTHON) benchmarks/scaling.py --json out/scaling.json
+	$(PYTHON) benchmarks/speed.py family gates lengths steps half products compiled --json out/small.json
+	$(PYTHON) benchmarks/speed.py model deploy scaling --seconds 10 --json out/large.json
 
 # Accuracy of the main example for five seeds.
 seeds:

@@ -81,19 +81,19 @@ class Copying:
     def encoder(self, width):
         return nn.Embedding(6, width)
 
-    def sample(self, batch, generator):
+    def answers(self, model, batch, generator):
         places = torch.rand(batch, self.length, generator=generator).argsort(1)[:, : self.num_tokens].sort(1).values
         tokens = torch.randint(1, 5, (batch, self.num_tokens), generator=generator)
         x = torch.zeros(batch, self.length, dtype=torch.long).scatter(1, places, tokens)
-        return torch.cat([x, torch.full_like(tokens, 5)], 1), tokens
+        return model(torch.cat([x, torch.full_like(tokens, 5)], 1))[0][:, self.length :], tokens
 
     def loss(self, model, generator):
-        x, tokens = self.sample(32, generator)
-        return F.cross_entropy(model(x)[0][:, self.length :].flatten(0, 1), tokens.flatten())
+        logits, tokens = self.answers(model, 32, generator)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
     def metric(self, model):
-        x, tokens = self.sample(1024, torch.Generator().manual_seed(1))
-        return 100 * (model(x)[0][:, self.length :].argmax(-1) == tokens).float().mean().item()
+        logits, tokens = self.answers(model, 1024, torch.Generator().manual_seed(1))
+        return 100 * (logits.argmax(-1) == tokens).float().mean().item()
 
 
 class Text:
@@ -201,14 +201,7 @@ def train(task, name, seed):
 def cell_of(values):
     """Return the mean and half of the range, as the page has them."""
     digits = 1 if max(values) > 10 else 2
-    spread = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
-def rows_of(results):
-    """Return the rows of the table: a model, and its metric in each task."""
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
-    return [[name, *(cell_of(found[name]["metrics"]) for found in results.values())] for name in names]
+    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def main():
@@ -233,7 +226,8 @@ def main():
             metrics, seconds = zip(*found, strict=True)
             results[title][model] = {"metrics": metrics, "seconds": seconds}
             print(f"{title}: {model}: {json.dumps(metrics)}", flush=True)
-    print_table("Mean of the seeds and half of their range", ["model", *results], rows_of(results))
+    rows = [[name, *(cell_of(found[name]["metrics"]) for found in results.values())] for name in args.models]
+    print_table("Mean of the seeds and half of their range", ["model", *results], rows)
     if args.json:
         write_json(args.json, results)
 

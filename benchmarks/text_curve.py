@@ -28,15 +28,13 @@ def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
         style = {"linewidth": 3.0, "zorder": 3} if cell == "mingru" else {"linewidth": 1.6}
         minutes, losses = [point["seconds"] / 60 for point in points], [point["held_out"] for point in points]
         axes.plot(minutes, losses, color=COLORS[cell], label=f"{label}, {curve['parameters']:,} parameters", **style)
-    first = next(iter(curves.values()))
-    ngram, where = first["ngram"], first["where"]
+    ngram, where = (next(iter(curves.values()))[name] for name in ("ngram", "where"))
     axes.axhline(ngram["held_out"], linestyle="--", color="#8d99ae", label=ngram["name"])
     best = max(min(point["held_out"] for point in curve["points"]) for curve in curves.values())
-    axes.set_ylim(top=1.4 * max(best, ngram["held_out"]))  # The first losses are several times higher.
-    axes.set_xlim(left=0)
-    axes.set_xlabel("training time (minutes)")
-    axes.set_ylabel("held-out loss (nats per character)")
     machine = f"{where['threads']} CPU threads" if where["device"] == "cpu" else where["device"]
+    labels = {"xlabel": "training time (minutes)", "ylabel": "held-out loss (nats per character)"}
+    # The first losses are several times higher.
+    axes.set(ylim=(None, 1.4 * max(best, ngram["held_out"])), xlim=(0, None), **labels)
     axes.set_title(f"Language models on held-out text, {machine}")
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(frameon=False)
