@@ -19,16 +19,8 @@ from mingru.bench import forward_backward, medians_ms, output
 
 from .common import start
 
-DEFAULTS: dict[str, Any] = {
-    "lengths": [64, 256, 512, 1024, 4096],
-    "batch_size": 16,
-    "hidden_dims": 64,
-    "seconds": 4.0,
-}
-PAIRS = {
-    "GRU": (mingru.MinGRU, nn.GRU, nn.GRUCell),
-    "LSTM": (mingru.MinLSTM, nn.LSTM, nn.LSTMCell),
-}
+DEFAULTS: dict[str, Any] = {"lengths": [64, 256, 512, 1024, 4096], "batch_size": 16, "hidden_dims": 64, "seconds": 4.0}
+PAIRS = {"GRU": (mingru.MinGRU, nn.GRU, nn.GRUCell), "LSTM": (mingru.MinLSTM, nn.LSTM, nn.LSTMCell)}
 
 
 def loop(cell: nn.Module, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Block` and `LanguageModel` compiled, exported, scripted, distributed, checkpointed, transformed and quantized.
+"""`Block` and `LanguageModel` compiled, exported, scripted, distributed, checkpointed and quantized.
 
 Each way is compared with eager mode. tests/modes runs `Block` in every mode. These tests are about a model of several
 blocks, its states and `generate`.
@@ -7,7 +7,6 @@ blocks, its states and `generate`.
 import copy
 import datetime
 import gc
-import io
 import pickle
 import traceback
 import warnings
@@ -21,9 +20,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
-from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
 import mingru
@@ -178,18 +175,6 @@ def one_by_one(step, args):
 
 
 @compiling
-@pytest.mark.slow
-def test_export_of_the_whole_pass(monkeypatch):
-    # Exporting few steps in a chunk takes a third of the time.
-    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
-    lm = make().eval()
-    run = export(lm, 7)
-    for batch, steps in [(2, 7), (1, 1), (3, 2), (3, 40)]:
-        args = arguments(lm, ("state",), batch, steps)
-        assert_close(run(**args), lm(**args))
-
-
-@compiling
 @both_cells
 def test_export_of_a_step(cell):
     lm = make(cell).eval()
@@ -254,22 +239,6 @@ def test_onnx_of_a_step(tmp_path):
 
 
 # TorchScript
-
-
-@pytest.mark.usefixtures("_scripts_are_freed")
-@pytest.mark.slow
-def test_script():
-    lm = make("minlstm", dtype=torch.float64)
-    run = torch.jit.script(lm)
-    saved = io.BytesIO()
-    torch.jit.save(run, saved)
-    saved.seek(0)
-    loaded = torch.jit.load(saved)
-    # TorchScript specializes the code in the first calls; the other sizes are then new to it.
-    for batch, steps in [(2, 7), (2, 7), (3, 1), (1, 17)]:
-        args = arguments(lm, GIVEN["all"], batch, steps)
-        assert_close(with_gradients(lm, args, run), with_gradients(lm, args))
-        assert_close(loaded(**args), lm(**args))
 
 
 @pytest.mark.usefixtures("_scripts_are_freed")
@@ -464,27 +433,6 @@ def test_checkpoint_recomputes_only_in_training(mode, calls):
 # Functions of parameters, and copies
 
 
-def test_per_sample_gradients():
-    lm = make(dtype=torch.float64)
-    args = arguments(lm, GIVEN["all"], 3)
-    weights = {name: weight.detach() for name, weight in lm.named_parameters()}
-
-    def loss_of_one(weights, ids, state, reset):
-        return loss_of(
-            functional_call(lm, weights, (ids.unsqueeze(0), map_state(rows_of_one, state), reset.unsqueeze(0)))
-        )
-
-    def rows_of_one(each):
-        return each.unsqueeze(1)
-
-    found = vmap(grad(loss_of_one), (None, 0, 1, 0))(weights, args["ids"], args["state"], args["reset"])
-    for index in range(3):
-        rows = slice(index, index + 1)
-        loss = loss_of(lm(args["ids"][rows], [each[:, rows] for each in args["state"]], args["reset"][rows]))
-        expected = torch.autograd.grad(loss, list(lm.parameters()))
-        assert_close([each[index] for each in found.values()], list(expected))
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_copies(copied, tied):
@@ -501,19 +449,6 @@ def test_copies(copied, tied):
 
 def linear_maps(lm):
     return [each for each in lm.modules() if isinstance(each, nn.Linear)]
-
-
-def test_weight_norm():
-    lm = make(tied=False, dtype=torch.float64)
-    prompts = ids_of(2, 5)
-    args = arguments(lm, GIVEN["all"])
-    expected, tokens = lm(**args), lm.generate(prompts, 5, seed=0)
-    for each in linear_maps(lm):
-        weight_norm(each)
-    assert_close(lm(**args), expected)
-    assert_close(lm.generate(prompts, 5, seed=0, state=lm.initial_state(2)), tokens)
-    loss_of(lm(**args)).backward()
-    assert all(weight.grad is not None for weight in lm.parameters())
 
 
 # Quantization and hooks
@@ -576,45 +511,6 @@ def test_hook_of_a_block_runs_in_each_step():
 
 
 # Precision and devices
-
-
-@both_cells
-def test_pieces_under_autocast(cell):
-    """The error of pieces is at most twice the error of the whole. The states are float32."""
-    lm = make(cell)
-    args = arguments(lm, ("state",), 3, 40)
-    exact = copy.deepcopy(lm).double()(args["ids"], map_state(torch.Tensor.double, args["state"]))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        whole = lm(**args)
-        state, parts = args["state"], []
-        for ids in args["ids"].split([1, 17, 2, 20], 1):
-            logits, state = lm(ids, state)
-            parts.append(logits)
-        lm(ids_of(3, 1), lm.initial_state(3))
-        assert lm.generate(args["ids"], 3, state=state).shape == (3, 43)
-    pieces = torch.cat(parts, 1), state
-    assert pieces[0].dtype == whole[0].dtype == torch.bfloat16
-    assert {each.dtype for each in [*pieces[1], *whole[1]]} == {torch.float32}
-    # The state of the first convolution consists of embeddings, which are exact.
-    assert_close(pieces[1][1], whole[1][1], rtol=0, atol=0)
-    for one, other, truth in zip(*([logits, *states] for logits, states in (pieces, whole, exact)), strict=True):
-        allowed = (other - truth).norm()
-        assert allowed < 4 * torch.finfo(torch.bfloat16).eps * truth.norm()
-        assert (one - truth).norm() <= 2 * allowed
-    assert (whole[0] - exact[0]).norm() > 0
-
-
-@both_cells
-def test_bfloat16_model_generates(cell):
-    lm = make(cell, dtype=torch.bfloat16)
-    prompts = ids_of(*PROMPTS)
-    logits, state = lm.eval()(prompts)
-    assert {each.dtype for each in [logits, *state, *lm.initial_state(1)]} == {torch.bfloat16}
-    tokens = [prompts]
-    for _ in range(8):
-        tokens.append(logits[:, -1:].argmax(-1))
-        logits, state = lm(tokens[-1], state)
-    assert_close(lm.generate(prompts, 8, temperature=0), torch.cat(tokens, 1))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -335,8 +335,9 @@ def share_of_allowed(backend, row, seed=0, device=None, runs=1):
 
     Infinity if runs differ in a bit.
     """
-    # Tensor operations compute the padding, so that layers clear it.
-    given, weights = drawn(row, seed, math.nan if backend == "triton" or row.cell in SCANS else None)
+    # Layers clear the padding for tensor operations, which run if the parts of a number are not neighboring features.
+    has_kernel = backend == "triton" and (parts_of(row.cell) == 1 or len(row.features) == 1)
+    given, weights = drawn(row, seed, math.nan if has_kernel or row.cell in SCANS else None)
     given, truth = given.to(device or device_of(backend)), _truth(row._replace(plan=None), seed)
     before = [x.clone() for x in given.leaves()]
     got, *others = (
