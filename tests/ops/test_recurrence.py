@@ -652,14 +652,21 @@ SHAPES = [(1, 1, 3, 5), (3, 40, 7, 20), (2, 5000, 4, 16), (300, 33, 4, 17), (3, 
 IN_ONE_GO = {
     "cell": ["mingru", "minlstm", "mingru_rotation"],
     "shape": [(1, 9, 3, 6), (2, 1, 3, 8)] if INTERPRETED else SHAPES,
-    "order": ["batch first", "time first", "transposed"],
+    "order": ["batch first", "time first", "transposed", "lengths"],
     "dtype": [torch.float32, torch.float64][: 1 if INTERPRETED else 2],
     **{name: [False, True] for name in ("reverse", "with_bias", "keep")},
     "plan": calls.PLANS if INTERPRETED else [None],
 }
 
 
-@pytest.mark.parametrize("row", cover(IN_ONE_GO), ids=lambda row: " ".join(map(str, row.values())))
+# The bias of features that are not in the first block of a state, by the scan.
+MANY = {"cell": "mingru", "shape": (3, 700, 3, 530), "order": "batch first", "dtype": torch.float64, "reverse": False}
+MANY |= {"with_bias": True, "keep": True, "plan": None}
+
+
+@pytest.mark.parametrize(
+    "row", [*cover(IN_ONE_GO), *([] if INTERPRETED else [MANY])], ids=lambda row: " ".join(map(str, row.values()))
+)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_linear_map_and_recurrence_in_one_go(backend, row, use_plan):
     """Several blocks of rows, whole sequences in a block and stretches of one: as the two do it one by one."""
@@ -670,9 +677,13 @@ def test_linear_map_and_recurrence_in_one_go(backend, row, use_plan):
     linear = nn.Linear(features, NUM_INPUTS[row["cell"]] * lanes, row["with_bias"], dtype=row["dtype"], device=device)
     x = torch.randn(steps, batch, features, dtype=row["dtype"], device=device)
     x = x if order == "time first" else x.transpose(0, 1)
-    x = x.contiguous() if order == "batch first" else x
+    x = x.contiguous() if order in ("batch first", "lengths") else x
+    lengths = torch.linspace(steps, 0, batch, device=device).long() if order == "lengths" else None
     h, initial = torch.randn(2, batch, 1, lanes, dtype=row["dtype"], device=device).unbind()
-    start, layout = Start(h, initial, torch.rand(x.shape[:2], device=device) < 0.05), Layout(order == "time first")
+    start, layout = (
+        Start(h, initial, torch.rand(x.shape[:2], device=device) < 0.05),
+        Layout(order == "time first", None, lengths),
+    )
     leaves, before = [x, h, initial, *linear.parameters()], h.clone()
     weight = torch.randn(*x.shape[:2], lanes, dtype=row["dtype"], device=device)
 
