@@ -1,5 +1,7 @@
 """Fixtures for the Triton kernels, which run on a GPU or, with TRITON_INTERPRET=1, slowly in Triton's interpreter."""
 
+from pathlib import Path
+
 import calls
 import pytest
 import torch
@@ -19,6 +21,8 @@ PLANS = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.path.parent != Path(__file__).parent or not (calls.INTERPRETED or "triton" in item.nodeid):
+            continue
         # Otherwise another backend would compute the gradients, and be tested instead.
         item.add_marker(pytest.mark.filterwarnings("error:mingru. using the slower backend:RuntimeWarning"))
         if calls.INTERPRETED:

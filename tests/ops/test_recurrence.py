@@ -549,7 +549,7 @@ def test_resets_at_every_step(backend, steps, use_plan):
 @pytest.mark.parametrize("shape", [(1, 5000, 16), (1, 5000, 40), (3, 700, 18), (8, 512, 256), (2, 300, 1100)])
 @pytest.mark.parametrize("cell", [*NUM_INPUTS, "linear_scan"])
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
-def test_threads_do_not_show_in_the_numbers(cell, shape):
+def test_threads_do_not_show_in_the_numbers_of_native_and_torch(cell, shape):
     """Also where time is cut for want of other work, where the state forgets slowly, and for sums over features."""
     inputs, h, initial, reset, dt = make(cell, *shape, dtype=torch.float32, reset=True)
     for backend, slow, reverse in (

@@ -580,26 +580,6 @@ def test_more_than_2_to_the_31_elements():
 
 
 @needs_gpu
-def test_a_cuda_graph_and_another_stream():
-    rnn = layer(num_layers=2)
-    x = torch.randn(4, 50, 3, device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad():
-        expected = rnn(x)[0]
-        with torch.cuda.stream(stream):
-            rnn(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = rnn(x)[0]
-    graph.replay()
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    trained = torch.cuda.make_graphed_callables(lambda x: rnn(x)[0], (x.clone().requires_grad_(),))
-    torch.testing.assert_close(trained(x.requires_grad_()), expected)
-
-
-@needs_gpu
 def test_steps_of_a_language_model_in_a_cuda_graph():
     lm, ids = language_model().eval(), torch.randint(5, (3, 7), device=DEVICE)
     with torch.no_grad():
