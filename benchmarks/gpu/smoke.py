@@ -14,7 +14,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import calls
 import torch
@@ -138,7 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {value}")
     dtypes = supported(calls.FACTORS["dtype"], args.device, args.backend)
     rows = configurations(args.configurations, args.seed, SMALL if args.small else SIZES)
-    shares = fuzz((row for row in rows if row.dtype in dtypes), args.device, args.backend)
+    conversion = "triton.runtime.interpreter._convert_float"
+    with mock.patch(conversion, calls.rounded_bfloat16()) if calls.INTERPRETED else nullcontext():
+        shares = fuzz((row for row in rows if row.dtype in dtypes), args.device, args.backend)
     slow = slow_decays(args.device, args.backend, 300 if args.small else 1_000_000)
     single, captured = single_steps(args.device, args.backend), graphs(args.device)
     for name, value in {**slow, **single, **captured}.items():

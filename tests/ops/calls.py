@@ -385,3 +385,18 @@ def with_threads(numbers, function):
 def negative(x):
     """Return a tensor with the values of x, whose memory has -x."""
     return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+def rounded_bfloat16():
+    """Return the conversion of the interpreter, which truncates, but to the nearest bfloat16, as GPUs do."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, before, after, mode):
+        if (before.name, after.name) != ("fp32", "bf16"):
+            return convert(x, before, after, mode)
+        return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+
+    return rounded

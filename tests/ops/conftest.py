@@ -4,7 +4,6 @@ from pathlib import Path
 
 import calls
 import pytest
-import torch
 
 from mingru.ops import NUM_INPUTS, route
 from mingru.ops.backends.triton import launch
@@ -39,18 +38,7 @@ def _nothing_failed_before(monkeypatch):
 
 @pytest.fixture(autouse=calls.INTERPRETED)
 def _bfloat16_is_rounded(monkeypatch):
-    """Round to the nearest bfloat16, as GPUs do. The interpreter truncates."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x, before, after, mode):
-        if (before.name, after.name) != ("fp32", "bf16"):
-            return convert(x, before, after, mode)
-        return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr("triton.runtime.interpreter._convert_float", calls.rounded_bfloat16())
 
 
 @pytest.fixture
