@@ -59,7 +59,8 @@ def check_errors(found, by_plain_torch, truth, eps):
         assert error <= 4 * eps * exact.norm()
     for one, plain, exact in zip(found[1], by_plain_torch[1], truth[1], strict=True):
         assert exact.norm() > 0
-        assert (one - exact).norm() <= 3 * (plain - exact).norm()
+        # Plain PyTorch may be right by chance, to less than a rounding.
+        assert (one - exact).norm() <= max(3 * (plain - exact).norm(), eps * exact.norm())
 
 
 def dtypes(of):

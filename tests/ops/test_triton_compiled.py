@@ -62,10 +62,8 @@ def check(case, target):
     # Registers that are saved once, outside of the loop.
     assert found.stack <= 40, case
     assert found.num_spills() <= (target == "sm_75"), case
-    # Triton 3.6 makes up to 14 of these in a rotation and 26 in quaternions, Triton 3.9 up to 10 and 20.
-    most = (
-        10 + 3 * case.has_reset + 4 * (parts_of(case.cell) > 1 or case.cell in SCANS) + 12 * (parts_of(case.cell) > 2)
-    )
+    # Triton 3.6 makes up to 17 of these with two parts and 26 in quaternions, Triton 3.9 up to 10 and 20.
+    most = 10 + 3 * case.has_reset + 7 * (parts_of(case.cell) > 1 or case.cell in SCANS) + 9 * (parts_of(case.cell) > 2)
     most = 0 if found.plan.chunks == 1 else most
     assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
@@ -118,7 +116,8 @@ def test_gradients_of_elapsed_times(target):
         found = Compiled(case_of("backward", cell, F32, shape, needs_dt=True, **TIMED), target)
         assert found.local == 0
         if target == "sm_90":
-            assert found.opcodes()["BAR"] <= (6 if cell == "mingru" else 0)
+            # Triton 3.6 makes 8, Triton 3.9 makes 6.
+            assert found.opcodes()["BAR"] <= (8 if cell == "mingru" else 0)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
