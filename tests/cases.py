@@ -383,15 +383,6 @@ def projected(**factory: Any) -> nn.Module:
 
 
 STACKS = [
-    case(
-        "MinGRU with mixed gates",
-        *(mingru.MinGRU, INPUT, 8, 3),
-        gate=["sigmoid", "quaternion", "rotation"],
-        min_decay=[0.0, 0.25, 0.5],
-        bidirectional=True,
-        residual=True,
-        norm="rms",
-    ),
     Case("Projected", projected),
     stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
     stack("Stack of one", partial(mingru.MinGRU, INPUT, 5), residual=False),
@@ -423,7 +414,16 @@ BLOCKS = [
     block(cell="minlstm", conv=3, norm="layer", expansion=1.4, learn_initial_state=True),
     block(gate="rotation", expansion=1.2, bidirectional=True, mlp=2, checkpoint=True),
 ]
-ROWS = [*FEATURES, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
+MIXED = case(
+    "MinGRU with mixed gates",
+    *(mingru.MinGRU, INPUT, 8, 3),
+    gate=["sigmoid", "quaternion", "rotation"],
+    min_decay=[0.0, 0.25, 0.5],
+    bidirectional=True,
+    residual=True,
+    norm="rms",
+)
+ROWS = [*FEATURES, MIXED, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
 
 
 def some(cases: list[Case], count: int = 4) -> list[Case]:
