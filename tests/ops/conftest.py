@@ -1,5 +1,6 @@
 """Fixtures for the Triton kernels, which run on a GPU or, with TRITON_INTERPRET=1, slowly in Triton's interpreter."""
 
+import collections
 from pathlib import Path
 
 import calls
@@ -19,6 +20,7 @@ PLANS = {
 
 
 def pytest_collection_modifyitems(items):
+    rows = collections.Counter()
     for item in items:
         if item.path.parent != Path(__file__).parent or not (calls.INTERPRETED or "triton" in item.nodeid):
             continue
@@ -27,6 +29,10 @@ def pytest_collection_modifyitems(items):
         if calls.INTERPRETED:
             numpys = "ignore:(invalid value|overflow|divide by zero|underflow) encountered:RuntimeWarning"
             item.add_marker(pytest.mark.filterwarnings(numpys))
+            # Of a test with many rows, every third is quick.
+            rows[item.originalname] += 1
+            if rows[item.originalname] > 6 and rows[item.originalname] % 3:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
