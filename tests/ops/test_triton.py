@@ -84,7 +84,9 @@ def _errors_of_a_gpu(monkeypatch):
 
 @pytest.mark.usefixtures("_errors_of_a_gpu")
 @pytest.mark.parametrize("timed", [False, True])
-@pytest.mark.parametrize("cell", ["mingru", "mingru_rotation", "minlstm"])
+@pytest.mark.parametrize(
+    "cell", ["mingru", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("mingru_rotation", "minlstm"))]
+)
 def test_decays_near_1(cell, timed, use_plan, monkeypatch):
     """The state forgets so slowly that all chunks and segments count until the end."""
     use_plan(Plan(8, 16, 2, 3, 1, 2))
