@@ -132,9 +132,11 @@ class StandIn(ABCMeta):
             return twin(*args, **kwargs)  # whose error says more
         bound.arguments.update(converted(bound.arguments) | patch.wanted[cls.of_torch])
         layer = twin(*bound.args, **bound.kwargs)
-        frame = sys._getframe(1)
-        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-        patch.report.built.append((described(layer), place))
+        # Nobody reads the report of an inherited block, which would grow for ever.
+        if patch not in _INHERITED:
+            frame = sys._getframe(1)
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+            patch.report.built.append((described(layer), place))
         return layer
 
 
@@ -284,11 +286,12 @@ def inherit(text: str) -> None:
     """Start the blocks of the process that started this one."""
     try:
         blocks = json.loads(text)
-        _INHERITED.extend(_Patch(**each) for each in (blocks if isinstance(blocks, list) else [blocks]))
+        found = [_Patch(**each) for each in (blocks if isinstance(blocks, list) else [blocks])]
     except (TypeError, ValueError) as error:
         expected = 'arguments of mingru.drop_in.patch as JSON, such as {"norm": "rms"}'
         raise ValueError(f"the environment variable {VARIABLE} must be {expected}, got {text!r}: {error}") from None
-    for each in _INHERITED:
+    _INHERITED.extend(found)
+    for each in found:
         each.start()
 
 
