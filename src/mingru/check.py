@@ -398,8 +398,7 @@ def check_steps(
     name: str, sequence: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x"
 ) -> None:
     """Check the resets and the elapsed times of the steps of a sequence."""
-    if reset is not None:
-        check_reset(name, reset, sequence, letters)
+    check_reset(name, reset, sequence, letters)
     if dt is not None:
         check_dt(name, dt, sequence, cell, letters, like_name)
 
