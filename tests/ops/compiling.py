@@ -34,6 +34,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+# Multiprocessors of a T4, A100, H100, B200, MI300X and RX 7900 XTX.
+PROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148, "gfx942": 304, "gfx1100": 48}
 # Warps, blocks and KB of shared memory of a multiprocessor. A block of sm_80 and later needs another KB.
 _PROCESSORS = {75: (32, 16, 64), 80: (64, 32, 164)}
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -88,6 +90,7 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     with (
         mock.patch.object(launch, "run", lambda name, num_programs, *found: launches.append(found)),
         mock.patch.object(device, "wave_of", return_value=target.warp_size),
+        mock.patch.object(device, "processors_of", return_value=PROCESSORS[target.arch]),
         mock.patch.object(device, "is_amd", return_value=target.backend == "hip"),
     ):
         if case.name == "forward":

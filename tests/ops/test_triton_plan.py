@@ -25,6 +25,7 @@ NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
 
 class Properties(NamedTuple):
     warp_size: int
+    multi_processor_count: int
 
 
 def is_power_of_2(number):
@@ -224,12 +225,28 @@ def test_triton_that_cannot_be_imported(monkeypatch, tmp_path):
     assert "Triton cannot be imported (libcuda.so.1 is missing)" in mingru.backends()["triton"]
 
 
-def test_the_width_of_a_warp_comes_from_the_device(monkeypatch):
-    for wave in (32, 64):
+@pytest.mark.parametrize(("processors", "shape"), [(132, (4, 8192, 256)), (148, (1, 65_536, 1024)), (64, (2, 9, 8))])
+@pytest.mark.parametrize("backward", [False, True])
+def test_few_programs_divide_time_until_all_processors_have_two(processors, shape, backward):
+    """There are 64 programs of 16 features in the first two shapes, and the third one is short."""
+    work = Work("mingru", 2, *shape, backward=backward, processors=processors)
+    plan = plan_of(work)
+    is_long = shape[1] > 9
+    assert (plan.segments > 1) == is_long
+    assert not is_long or 2 * processors <= 64 * plan.segments < 2 * processors + 64
+    assert plan_of(work._replace(processors=64)).segments == 1
+
+
+def test_what_a_plan_knows_of_the_device(monkeypatch):
+    for wave, processors in ((32, 132), (64, 304)):
+        found = Properties(wave, processors)
         device.wave_of.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, wave=wave: Properties(wave))
+        device.processors_of.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
         assert device.wave_of(torch.device("cuda", 0)) == wave
+        assert device.processors_of(torch.device("cuda", 0)) == processors
     device.wave_of.cache_clear()
+    device.processors_of.cache_clear()
     assert device.wave_of(torch.device("xpu", 0)) == 32
 
 

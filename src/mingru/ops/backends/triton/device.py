@@ -93,6 +93,14 @@ def wave_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.xpu.get_device_properties(device).gpu_subslice_count) if device.type == "xpu" else 132
+
+
 def is_amd(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is not None
 

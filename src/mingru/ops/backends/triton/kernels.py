@@ -8,6 +8,7 @@ A program computes F neighboring features of one sequence. It walks over time in
 
 The inputs of a tile are read once, and its states are written once. If there are few programs, time is also divided
 into segments: a first launch computes only the decay and the last state of each segment, and a second one the states.
+The first launch walks: each chunk is a part of the segment, and they are combined at its end.
 Everything is computed in a fixed order, without atomics.
 
 Time is counted in the order of the scan; u is the step in that order. For `backwards`, a step u is the row
@@ -31,6 +32,8 @@ from .math import INFINITY
 from .scan import (
     carries,
     changes_of,
+    chunk_of,
+    combined,
     conjugate,
     constant,
     features,
@@ -38,6 +41,7 @@ from .scan import (
     number,
     parts_in,
     plus,
+    row,
     step,
     times,
     where,
@@ -89,18 +93,42 @@ def time_of(dt, here, bound, A: tl.constexpr):
 
 
 @triton.jit
+def after(p, l, state, PARTS: tl.constexpr):
+    """Return the state after steps, from the state before them, their decay p and their last state l from 0, all as
+    features (1, F). An infinite decay marks a reset, because |a| <= 1."""
+    kept = features(times(number(p, PARTS), number(state, PARTS)))
+    # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
+    kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, kept)
+    return tl.where(p == INFINITY, l, kept + l)
+
+
+@triton.jit
 def carry_into(segment, state, products, ends, there, num_features):
     """Return the state before a segment, from the results of all segments before it, in their order."""
     PARTS: tl.constexpr = parts_in(state)
+    state = features(state)
     for before in range(segment):
         p = tl.load(products + before * num_features, there, other=1.0)
         l = tl.load(ends + before * num_features, there, other=0.0)
-        kept, state = features(times(number(p, PARTS), state)), features(state)
-        # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
-        kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, kept)
-        # An infinite decay marks a reset, because |a| <= 1.
-        state = number(tl.where(p == INFINITY, l, kept + l), PARTS)
-    return state
+        state = after(p, l, state, PARTS)
+    return number(state, PARTS)
+
+
+@triton.jit
+def summary(p, l, any_reset):
+    """Return the decay and the last state of a segment as features (1, F), from those of its chunks (C, F)."""
+    PARTS: tl.constexpr = parts_in(p)
+    C: tl.constexpr = p[0].shape[0]
+    marked, ends = tl.where(any_reset, INFINITY, features(p)), features(l)
+    p, l, _, _ = combined(where(any_reset, constant(p, 0.0), p), l)
+    state = features(chunk_of(l, C - 1))
+    decay = tl.where(tl.max(marked, 0)[None, :] == INFINITY, INFINITY, features(chunk_of(p, C - 1)))
+    # 0 times an infinite state is NaN.
+    if tl.max(tl.max((state != state).to(tl.int32), 1), 0) != 0:
+        state = tl.zeros_like(state)
+        for chunk in range(C):
+            state = after(row(marked, chunk), row(ends, chunk), state, PARTS)
+    return decay, state
 
 
 @triton.jit
@@ -220,9 +248,9 @@ def recurrence_kernel(
         end = tl.minimum(end, total)
     chunk = tl.arange(0, C)[:, None]
 
-    real = tl.zeros((1, F), A)
+    real = tl.zeros((C if SUMMARY else 1, F), A)
     zero = number(real, PARTS)
-    state, start, decay, any_reset = zero, zero, constant(zero, 1.0), tl.zeros((1, 1), tl.int32)
+    state, start, decay, any_reset = zero, zero, constant(zero, 1.0), tl.zeros((C, 1), tl.int1)
     state_at = batch * num_features + feature
     if not SUMMARY:
         earliest = load_state(h + batch * h_batch + feature, there, real, PARTS)
@@ -257,8 +285,13 @@ def recurrence_kernel(
         keeping = tl.where(feature % PARTS == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
     # Of the gradients of the initial state and of the inputs.
     sums = (tl.zeros((C, F), A),) * (NUM_INPUTS + 1)
-    for tile in tl.range(begin_at, end, C * T, num_stages=STAGES):
-        u = tile + chunk * T
+    # Steps from a chunk to the next one, and from a tile to the next one.
+    apart, tile_steps, last_tile = T, C * T, end
+    if SUMMARY:
+        apart = segment_steps // C
+        tile_steps, last_tile = T, begin_at + apart
+    for tile in tl.range(begin_at, last_tile, tile_steps, num_stages=1 if SUMMARY else STAGES):
+        u = tile + chunk * apart
         first = u.to(tl.int64)
         rows, masks, steps, resets, deltas = (), (), (), (), ()
         if PACKED:
@@ -294,7 +327,7 @@ def recurrence_kernel(
         a, b, changes, before = (), deltas, (), state
         # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived
         # first, and bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
-        FIRST: tl.constexpr = C > 1 or EXACT
+        FIRST: tl.constexpr = C > 1 or EXACT or SUMMARY
         for t in tl.static_range(T):
             if not BACKWARD:
                 a_t, b_t, _ = cell(steps[t][0], steps[t][1], CELL, ACTIVATION, EXACT)
@@ -304,39 +337,38 @@ def recurrence_kernel(
                 a_t, changes_t = derived(*steps[t], CELL, ACTIVATION, EXACT)
                 a += (a_t,)
                 changes += (changes_t,)
-        if C > 1:
-            before, state, decay_of_tile = carries(a, b, resets, None if BACKWARD else start, state, MAY_GROW)
-        if not SUMMARY:
-            for t in tl.static_range(T):
-                if not BACKWARD:
-                    before = step(before, a[t], b[t], resets[t], start)
-                    at = address(first, t, rows, out_rows)
-                    tl.store(out + at, features(before).to(out.dtype.element_ty), masks[t])
-                else:
-                    a_t, changes_t = (a[t], changes[t]) if FIRST else derived(*steps[t], CELL, ACTIVATION, EXACT)
-                    delta = plus(deltas[t], before)
-                    found = gradients(delta, changes_t)
-                    at = address(first, t, rows, grads_rows)
-                    for k in tl.static_range(NUM_INPUTS):
-                        tl.store(grads + at + k * num_features, found[k].to(grads.dtype.element_ty), masks[t])
-                    if grad_dt is not None:
-                        by_unit = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
-                        at = address(first, t, rows, grad_dt_rows)
-                        tl.store(grad_dt + at, by_unit, (u + t < end) & (unit < num_units))
-                    before = times(a_t, delta)
-                    to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
-                    before = where(resets[t], constant(before, 0.0), before)
-                    summed = (sums[0] + to_initial,)
-                    for k in tl.static_range(NUM_INPUTS):
-                        summed += (sums[k + 1] + found[k],)
-                    sums = summed
-        if C == 1:
+        if C > 1 and not SUMMARY:
+            before, state = carries(a, b, resets, None if BACKWARD else start, state, MAY_GROW)
+        for t in tl.static_range(T):
+            if SUMMARY:
+                before = step(before, a[t], b[t], resets[t], None if BACKWARD else start)
+                decay = times(a[t], decay)
+                if reset is not None:
+                    any_reset = any_reset | resets[t]
+            elif not BACKWARD:
+                before = step(before, a[t], b[t], resets[t], start)
+                at = address(first, t, rows, out_rows)
+                tl.store(out + at, features(before).to(out.dtype.element_ty), masks[t])
+            else:
+                a_t, changes_t = (a[t], changes[t]) if FIRST else derived(*steps[t], CELL, ACTIVATION, EXACT)
+                delta = plus(deltas[t], before)
+                found = gradients(delta, changes_t)
+                at = address(first, t, rows, grads_rows)
+                for k in tl.static_range(NUM_INPUTS):
+                    tl.store(grads + at + k * num_features, found[k].to(grads.dtype.element_ty), masks[t])
+                if grad_dt is not None:
+                    by_unit = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
+                    at = address(first, t, rows, grad_dt_rows)
+                    tl.store(grad_dt + at, by_unit, (u + t < end) & (unit < num_units))
+                before = times(a_t, delta)
+                to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
+                before = where(resets[t], constant(before, 0.0), before)
+                summed = (sums[0] + to_initial,)
+                for k in tl.static_range(NUM_INPUTS):
+                    summed += (sums[k + 1] + found[k],)
+                sums = summed
+        if C == 1 or SUMMARY:
             state = before
-        if SUMMARY:
-            decay = times(decay_of_tile, decay)
-            if reset is not None:
-                for t in tl.static_range(T):
-                    any_reset = any_reset | tl.max(resets[t].to(tl.int32), 0)[None, :]
 
     if lengths is not None and not (PACKED or SUMMARY):
         # The padding is not reversed.
@@ -355,8 +387,9 @@ def recurrence_kernel(
 
     if SUMMARY:
         at = segments_at + segment * num_features
-        tl.store(products + at, tl.where(any_reset != 0, INFINITY, features(decay)), there)
-        tl.store(ends + at, features(state), there)
+        p, l = summary(decay, state, any_reset)
+        tl.store(products + at, p, there)
+        tl.store(ends + at, l, there)
     else:
         is_last = segment == num_segments - 1 if SEGMENTS else True
         if is_last:

@@ -134,6 +134,7 @@ class _Call:
             is_timed=self.min_decay != 0 or self.start.dt is not None,
             wave=devices.wave_of(x.device),
             is_amd=devices.is_amd(x.device),
+            processors=devices.processors_of(x.device),
         )
         plan = plan_of(work)
         return plan._replace(segments=-(-self.num_steps // self.segment_steps(plan)))

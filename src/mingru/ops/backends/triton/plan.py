@@ -37,6 +37,8 @@ class Work(NamedTuple):
     wave: int = 32
     """Number of threads of a warp, 64 on some AMD GPUs."""
     is_amd: bool = False
+    processors: int = 132
+    """Number of multiprocessors."""
 
 
 class Plan(NamedTuple):
@@ -55,7 +57,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(1024)
 def plan_of(work: Work) -> Plan:
-    """Return the plan of a kernel. It is the same for all GPUs of a vendor with warps of a size, and so are results."""
+    """Return the plan of a kernel. Results are the same for all GPUs with as many processors and threads of a warp."""
     itemsize, backward, num_steps, num_features = work.itemsize, work.backward, work.num_steps, work.num_features
     # Values of one step that a warp loads if each thread loads 16 bytes.
     warp = work.wave * 16 // itemsize
@@ -95,8 +97,8 @@ def plan_of(work: Work) -> Plan:
     tile = chunks * steps
     segments = 1
     # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
-    if work.cell in NUM_INPUTS and not work.is_packed and programs < 64:
-        segments = max(1, min(64, -(-264 // programs), num_steps // (2 * tile)))
+    if work.cell in NUM_INPUTS and not work.is_packed and programs < work.processors:
+        segments = max(1, min(64, -(-2 * work.processors // programs), num_steps // (2 * tile)))
     # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
     return Plan(chunks, steps, features, segments, warps, None if work.is_amd or work.is_packed else 2)
 

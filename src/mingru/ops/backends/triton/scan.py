@@ -214,7 +214,9 @@ def combined(p, l):
 @triton.jit
 def row(x, CHUNK):
     """Return one chunk of a part (C, F), as (1, F)."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == CHUNK, x, 0.0), 0)[None, :]
+    # A sum of the bits, because adding 0.0 would lose the sign of -0.0.
+    bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == CHUNK, bits, 0), 0)[None, :].to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -232,7 +234,7 @@ def either(x, y):
 
 @triton.jit
 def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
-    """Return the state before each chunk (C, F), the state after the last one and the decay of all chunks (1, F).
+    """Return the state before each chunk (C, F), and the state after the last one (1, F).
 
     a, b and `resets` have a value for each step of a chunk; without resets, it is (). The state before the first
     chunk is `state` (1, F). If `start` is None, the states are the carries of the backward pass.
@@ -280,4 +282,4 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
             for t in tl.static_range(len(a)):
                 h = step(h, a[t], b[t], resets[t], start)
             last = chunk_of(h, chunk)
-    return before, last, chunk_of(p, p[0].shape[0] - 1)
+    return before, last
