@@ -3,6 +3,8 @@
 import _thread
 import dataclasses
 import threading
+import types
+import warnings
 
 import pytest
 import torch
@@ -280,6 +282,18 @@ def _cell_of_python(monkeypatch):
     monkeypatch.setitem(cells.NUM_INPUTS, "only_python", 2)
     route.warn_once.cache_clear()
     yield
+    route.warn_once.cache_clear()
+
+
+def test_a_device_without_kernels_is_named_once():
+    route.warn_once.cache_clear()
+    # torch knows the names of devices that are not there.
+    sequences = [types.SimpleNamespace(device=torch.device(name)) for name in ("meta", "mps", "mps")]
+    with warnings.catch_warnings(record=True) as shown:
+        for sequence in sequences:
+            route._warn_if_kernels_are_missing(sequence, MINGRU)
+    (message,) = map(str, (each.message for each in shown))
+    assert "'torch' on MPS, because there are kernels only for the CPU, CUDA, ROCm and XPU" in message
     route.warn_once.cache_clear()
 
 

@@ -243,14 +243,16 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
     """Warn once for each reason why the kernels for this device cannot run this."""
-    if sequence.is_cpu:
+    kind = sequence.device.type
+    if kind == "cpu":
         devices, why = "the CPU", BACKENDS["native"].unavailable()
         if why is None and spec.cell not in native.CELLS:
             why = f"the compiled kernels lack the cell {spec.cell!r}"
+    elif kind in triton.DEVICES:
+        devices, why = "GPUs", _why_not("triton", sequence, spec)
     else:
-        devices, is_gpu = "GPUs", sequence.device.type in triton.DEVICES
-        why = _why_not("triton", sequence, spec) if is_gpu else None
-    if why is not None:
+        devices, why = kind.upper(), "there are kernels only for the CPU, CUDA, ROCm and XPU"
+    if why is not None and kind != "meta":
         warn_once(f"using the slower backend 'torch' on {devices}, because {why}")
 
 
