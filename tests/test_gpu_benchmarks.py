@@ -241,14 +241,36 @@ def test_results_become_a_page(folder):
     assert "| **wrong**: x |" in page.tables(results)
 
 
+def test_a_run_goes_on_where_another_one_stopped(tmp_path, monkeypatch, capsys):
+    path, measured = tmp_path / "speed.json", []
+    monkeypatch.setattr(speed, "measure_all", lambda clock, methods, *rest: measured.append(list(methods)) or {})
+    monkeypatch.setattr(speed, "DTYPES", (torch.float32,))
+    now = itertools.count()
+    monkeypatch.setattr(device.time, "monotonic", lambda: next(now))
+
+    def run(minutes, commit="same"):
+        measured.clear()
+        monkeypatch.setattr(device, "where", lambda: {"commit": commit, "torch": torch.__version__})
+        options = ["--shape", "2", "6", "4", "4", "--shape", "1", "3", "2", "2", "--minutes", str(minutes)]
+        assert not speed.main([*TINY, *options, "--json", str(path)])
+        return len(measured), "goes on from there" in capsys.readouterr().out
+
+    assert run(3.5 / 60) == (3, True)
+    assert list(json.loads(path.read_text())["results"]["layers"]) == ["(B, S, I, H) = (2, 6, 4, 4), float32"]
+    assert run(9) == (1, False)
+    assert run(9) == (0, False)
+    assert run(9, "another commit") == (4, False)
+
+
 def test_results_must_belong_together(folder, tmp_path):
     assert page.read(tmp_path) is None
-    shutil.copy(folder / "smoke.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no speed.json; run `make gpu`"):
-        page.read(tmp_path)
-    for name in ("speed", "plans"):
-        shutil.copy(folder / f"{name}.json", tmp_path)
     path = tmp_path / "plans.json"
+    shutil.copy(folder / path.name, path)
+    with pytest.raises(FileNotFoundError, match=r"no smoke.json; run `make gpu`"):
+        page.read(tmp_path)
+    shutil.copy(folder / "smoke.json", tmp_path)
+    assert "### Plans" in page.tables(page.read(tmp_path))
+    assert "### Training" not in page.tables(page.read(tmp_path))
     whole = path.read_text()
     for right, wrong in (
         ('"backend": "triton"', '"backend": "torch"'),

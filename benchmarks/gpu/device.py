@@ -1,12 +1,14 @@
 """The device of the programs in this folder: its properties, the kernels that ran on it, errors, and times."""
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +19,7 @@ from mingru.ops import Spec
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 
-from ..measure import where
+from ..measure import where, write_json
 
 PROPERTIES = ("name", "gcnArchName", "major", "minor", "total_memory", "multi_processor_count", "warp_size")
 PROPERTIES += ("L2_cache_size", "shared_memory_per_block_optin", "regs_per_multiprocessor")
@@ -28,6 +30,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
     """Parse the options of a program. Adds the device, and the backend that the program tests or times on it."""
     accelerator = torch.accelerator.current_accelerator()
     parser.add_argument("--device", type=torch.device, default=accelerator, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after this time")
+    parser.add_argument("--json", type=Path, help="write the results to this file, and go on where it ends")
     args = parser.parse_args(arguments)
     if args.device is None:
         parser.error("torch finds no GPU; --device cpu runs the program without one")
@@ -67,6 +71,33 @@ def about(device: torch.device) -> dict[str, Any]:
         command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader", f"--id={device.index or 0}"]
         facts[DRIVER] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return facts
+
+
+class Results:
+    """Results by title, written to a file after each, so that a run goes on where another one was stopped."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path, self.end = args.json, time.monotonic() + 60 * args.minutes
+        facts = about(args.device)
+        for name, value in facts.items():
+            print(f"{name}: {value}", flush=True)
+        self.all: dict[str, Any] = {"device": facts, "backend": args.backend}
+        if self.path is not None and self.path.exists():
+            found = json.loads(self.path.read_text())["results"]
+            # What differs between two hours of one card is not compared.
+            if all(found["device"].get(name) == facts.get(name) for name in ("name", "torch", "triton", "commit")):
+                self.all = found
+
+    def of(self, kind: str, title: str, measure: Callable[[], Any]) -> Any:
+        """Return what is known, or measure it; None if there is no time left."""
+        known = self.all.setdefault(kind, {})
+        if title not in known:
+            if time.monotonic() > self.end:
+                return None
+            known[title] = measure()
+            if self.path is not None:
+                write_json(self.path, self.all)
+        return known[title]
 
 
 @contextmanager

@@ -24,13 +24,13 @@ Results = dict[str, Any]
 
 
 def read(folder: Path) -> Results | None:
-    """Return the results of the three programs by name, or None if the kernels have not run on a GPU."""
-    names = ("smoke", "speed", "plans")
-    missing = [name for name in names if not (folder / f"{name}.json").exists()]
-    if len(missing) == len(names):
+    """Return the results of the programs by name, or None if the kernels have not run on a GPU. Those of `speed` and
+    `plans` may be missing, or have a part of their tables."""
+    names = [name for name in ("smoke", "speed", "plans") if (folder / f"{name}.json").exists()]
+    if not names:
         return None
-    if missing:
-        raise FileNotFoundError(f"{folder} has no {missing[0]}.json; run `make gpu`, which writes {', '.join(names)}")
+    if "smoke" not in names:
+        raise FileNotFoundError(f"{folder} has no smoke.json; run `make gpu`, which writes it first")
     results: Results = {name: json.loads((folder / f"{name}.json").read_text())["results"] for name in names}
     # Results that are tracked make the commit "dirty" when they are written again.
     found = {(each["device"]["name"], each["device"]["commit"].removesuffix("-dirty")) for each in results.values()}
@@ -63,7 +63,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def summary(speed: Results) -> str:
     """Return a table of training: the share of the floor of a minGRU, and how much faster a layer is than others."""
     rows = []
-    for title, layers in speed["layers"].items():
+    for title, layers in speed.get("layers", {}).items():
         passes = [speed["recurrences"][title]["minGRU"].get(name, {}) for name in ("forward", "training")]
         shares = [x["floor"] / x["device"] if x.get("device") else None for x in passes]
         own, *others = [
@@ -80,7 +80,7 @@ def tables(results: Results | None) -> str:
     """Return all results as Markdown."""
     if results is None:
         return "The kernels have never run on a GPU. No time, accuracy or memory use on a GPU is known."
-    smoke, speed, plans = results["smoke"], results["speed"], results["plans"]
+    smoke, speed = results["smoke"], results.get("speed", {})
     facts = ", ".join(f"{name} {value}" for name, value in smoke["device"].items() if value is not None)
     parts = [f"Machine: {facts}.", "### Checks"]
     most = max(smoke["shares"].values())
@@ -88,28 +88,32 @@ def tables(results: Results | None) -> str:
     rows += [[name, f"{value:.1e}"] for name, value in smoke["errors"].items()]
     rows += [[f"CUDA graph: {name}", value] for name, value in smoke["graphs"].items()]
     rows += [[f"**wrong**: {name}", ""] for name in smoke["wrong"]]
-    parts += [table(["check", "result"], rows), "### Training, summary", summary(speed)]
-    parts.append(
+    parts.append(table(["check", "result"], rows))
+    if speed:
+        parts += ["### Training, summary", summary(speed), copies(speed)]
+    for kind in ("recurrences", "layers"):
+        parts += [f"### All {kind}, in µs"] if kind in speed else []
+        for title, rows_of in speed.get(kind, {}).items():
+            shown = [[name, *cells(row)] for name, row in rows_of.items()]
+            parts += [f"**{title}**", table(COLUMNS, shown)]
+    rows = []
+    for title, each in results.get("plans", {}).get("classes", {}).items():
+        best = each["fastest"][0] if each["fastest"] else {}
+        chosen = f"{each['chosen']['us']:.1f}" if "us" in each["chosen"] else each["chosen"]["why"]
+        fastest = [f"{best['us']:.1f}", str(tuple(best["plan"]))] if best else ["", ""]
+        rows.append([title, chosen, *fastest])
+    if rows:
+        columns = ["class", "chosen plan", "fastest plan", "chunks, steps, features, segments, warps, stages"]
+        parts += ["### Plans, in µs", table(columns, rows)]
+    return "\n\n".join(parts)
+
+
+def copies(speed: Results) -> str:
+    return (
         f"A copy moves {speed['bandwidth'] * 1e-3:.0f} GB/s; the floor is the time of a copy of the bytes that must be "
         f"read and written. A copy of one number takes {speed['one_launch_us']:.1f} µs. The ratios are of times of "
         "training calls, with Python."
     )
-    for kind in ("recurrences", "layers"):
-        parts.append(f"### All {kind}, in µs")
-        for title, rows_of in speed[kind].items():
-            shown = [[name, *cells(row)] for name, row in rows_of.items()]
-            parts += [f"**{title}**", table(COLUMNS, shown)]
-    parts.append("### Plans, in µs")
-    rows = []
-    for each in plans["classes"]:
-        best = each["fastest"][0] if each["fastest"] else {}
-        chosen = f"{each['chosen']['us']:.1f}" if "us" in each["chosen"] else each["chosen"]["why"]
-        fastest = [f"{best['us']:.1f}", str(tuple(best["plan"]))] if best else ["", ""]
-        rows.append([each["class"], chosen, *fastest])
-    parts.append(
-        table(["class", "chosen plan", "fastest plan", "chunks, steps, features, segments, warps, stages"], rows)
-    )
-    return "\n\n".join(parts)
 
 
 def filled(page: str, results: Results | None) -> str:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,8 +29,7 @@ from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import first_line
 from mingru.ops.backends.triton.plan import Plan, Work
 
-from ..measure import write_json
-from .device import Clock, about, parse, supported
+from .device import Clock, Results, parse, supported
 
 # Batch, steps, features. The last three have 2^16, 2^17 and 2^18 features together; `plan_of` walks from 2^17 on.
 SHAPES = [(64, 1000, 100), (8, 4096, 256), (1, 4096, 256), (1, 1_000_000, 64), (1024, 128, 512)]
@@ -66,6 +64,10 @@ def candidates(task: Task, wave: int) -> list[Plan]:
                 segments = {1, 2} if most == 2 else {max(1, most // 2), most}
                 plans += [Plan(chunks, time, num_features, each, warps, stages) for each in segments]
     return plans
+
+
+def title_of(kind: Task) -> str:
+    return f"{kind.shape}, {str(kind.dtype).removeprefix('torch.')}, {'training' if kind.backward else 'forward'}"
 
 
 @contextmanager
@@ -149,10 +151,9 @@ def sweep(clock: Clock, kind: Task, plans: list[Plan], backend: str) -> dict[str
         [name, str(tuple(each["plan"] or ())), f"{each['us']:.1f}" if "us" in each else each["why"]]
         for name, each in [("chosen", chosen), *(("fastest", each) for each in fastest[:3])]
     ]
-    title = f"{kind.shape}, {str(kind.dtype).removeprefix('torch.')}, {'training' if kind.backward else 'forward'}"
-    print_table(f"{title}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
+    print_table(f"{title_of(kind)}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
     failed = Counter(each["why"] for each in found if "us" not in each)
-    return {"class": title, "plans": len(found), "chosen": chosen, "fastest": fastest[:10], "failed": failed}
+    return {"plans": len(found), "chosen": chosen, "fastest": fastest[:10], "failed": failed}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -160,7 +161,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.01, help="for each plan (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("B", "S", "H"), help="may be repeated")
     parser.add_argument("--most", type=int, help="try only the first plans")
-    parser.add_argument("--json", type=Path, help="write all plans and times to this file")
     args = parse(parser, arguments)
     clock = Clock(args.device, args.seconds)
     wave = getattr(torch.cuda.get_device_properties(args.device), "warp_size", 32) if args.device.type == "cuda" else 32
@@ -168,11 +168,17 @@ def main(arguments: list[str] | None = None) -> None:
     dtypes = supported((torch.float32, torch.bfloat16), args.device, args.backend)
     kinds = [Task(*each, None) for each in itertools.product(shapes, dtypes, (False, True))]
     plans = {kind: candidates(kind, wave)[: args.most] for kind in kinds}
-    if args.device.type != "cpu":
-        compile_all([kind._replace(plan=plan) for kind in kinds for plan in plans[kind]], args.device)
-    found = [sweep(clock, kind, plans[kind], args.backend) for kind in kinds]
-    if args.json is not None:
-        write_json(args.json, {"device": about(args.device), "backend": args.backend, "classes": found})
+    results = Results(args)
+    for kind in kinds:
+
+        def measured(kind: Task = kind) -> dict[str, Any]:
+            if args.device.type != "cpu":
+                compile_all([kind._replace(plan=plan) for plan in plans[kind]], args.device)
+            return sweep(clock, kind, plans[kind], args.backend)
+
+        if results.of("classes", title_of(kind), measured) is None:
+            print(f"stopped before {title_of(kind)}; the same command goes on from there")
+            return
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import calls
@@ -132,7 +131,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--configurations", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="small sizes, for Triton's interpreter")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parse(parser, arguments)
     torch.manual_seed(args.seed)
     started, facts = time.perf_counter(), about(args.device)

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -39,8 +38,8 @@ from mingru.bench import GRU, LINEAR, forward, forward_backward, output, print_t
 from mingru.ops import NUM_INPUTS, Layout, Spec, Start
 from mingru.ops.backends.triton.device import first_line
 
-from ..measure import add_shape_option, write_json
-from .device import Clock, about, launches, parse, supported
+from ..measure import add_shape_option
+from .device import Clock, Results, launches, parse, supported
 
 # Batch, steps, input and hidden features. The last four: two with segments of time, one step, and little work.
 SHAPES = [(64, 1000, 10, 100), (8, 4096, 256, 256), (1024, 128, 512, 512), (16, 16384, 128, 128)]
@@ -105,6 +104,8 @@ def others(a: Tensor, b: Tensor) -> dict[str, Method]:
         def then(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return left[0] * right[0], right[0] * left[1] + right[1]
 
+        # Dynamo stops after 8 variants of the function, and what it would then time is not compiled.
+        torch.compiler.reset()
         compiled = torch.compile(lambda a, b: associative_scan(then, (a, b), 1)[1], dynamic=False)
         methods["associative_scan, compiled"] = Method(compiled, [a, b], scan)
     if (warp := imported("accelerated_scan.warp")) is not None:
@@ -290,7 +291,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.1, help="for each time (default: %(default)s)")
     add_shape_option(parser, "eight shapes")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
         # Kernels are compiled again, so that the time of the first call includes it.
         args = parse(parser, arguments)
@@ -298,38 +298,40 @@ def main(arguments: list[str] | None = None) -> int:
             return run(args)
 
 
-def run(args: argparse.Namespace) -> int:
-    clock, facts = Clock(args.device, args.seconds), about(args.device)
-    pair = [torch.zeros(1 << (20 if args.device.type == "cpu" else 28), device=args.device) for _ in range(2)]
+def bandwidth_of(clock: Clock) -> dict[str, float]:
+    """Return bytes per microsecond of a large copy, and microseconds of one that copies a number."""
+    pair = [torch.zeros(1 << (20 if clock.device.type == "cpu" else 28), device=clock.device) for _ in range(2)]
     large_us, small_us = (
         # On devices without graphs, the time of one of many calls.
         taken.device or taken.call
         for taken in (clock.times(lambda size=size: pair[0][:size].copy_(pair[1][:size])) for size in (None, 1))
     )
-    bandwidth = 2 * pair[0].numel() * pair[0].element_size() / large_us
-    pair.clear()
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    print(f"a copy moves {bandwidth * 1e-3:.0f} GB/s, and a copy of one number takes {small_us:.1f} us", flush=True)
-    results: dict[str, Any] = {
-        "device": facts,
-        "backend": args.backend,
-        "bandwidth": bandwidth,
-        "one_launch_us": small_us,
-    }
-    results |= {"recurrences": {}, "layers": {}}
+    return {"bandwidth": 2 * pair[0].numel() * pair[0].element_size() / large_us, "one_launch_us": small_us}
+
+
+def run(args: argparse.Namespace) -> int:
+    clock, results = Clock(args.device, args.seconds), Results(args)
+    if "bandwidth" not in results.all:
+        results.all |= bandwidth_of(clock)
+    bandwidth = results.all["bandwidth"]
+    print(f"a copy moves {bandwidth * 1e-3:.0f} GB/s; one of a number takes {results.all['one_launch_us']:.1f} us")
+    wrong = False
     dtypes = supported(DTYPES, args.device, args.backend)
     for shape, dtype in itertools.product(args.shape or SHAPES, dtypes):
         title = f"(B, S, I, H) = {tuple(shape)}, {str(dtype).removeprefix('torch.')}"
         for kind, make in (("recurrences", recurrences), ("layers", layers)):
-            rows = results[kind][title] = measure_all(
-                clock, make(*shape, dtype, args.device, args.backend), args.backend, bandwidth
-            )
+
+            def measured(make: Any = make, shape: Any = shape, dtype: torch.dtype = dtype) -> dict[str, Row]:
+                methods = make(*shape, dtype, args.device, args.backend)
+                return measure_all(clock, methods, args.backend, bandwidth)
+
+            rows = results.of(kind, title, measured)
+            if rows is None:
+                print(f"stopped before {kind}, {title}; the same command goes on from there")
+                return int(wrong)
             show(f"{kind}, {title}", rows)
-    if args.json is not None:
-        write_json(args.json, results)
-    found = [row for kind in ("recurrences", "layers") for rows in results[kind].values() for row in rows.values()]
-    return int(any(row.get("wrong") for row in found))
+            wrong |= any(row.get("wrong") for row in rows.values())
+    return int(wrong)
 
 
 if __name__ == "__main__":
