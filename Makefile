@@ -19,6 +19,7 @@ check:
 	$(PYTHON) -m ruff format --check $(FILES)
 	$(PYTHON) -m mypy
 	$(PYTHON) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(PYTHON) .ci/lines
 
 test:
 	$(PYTHON) -m pytest -n auto --dist worksteal
