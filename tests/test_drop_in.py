@@ -593,8 +593,8 @@ def test_all_weights(options):
 
 def test_no_names_of_weights_that_are_not_there():
     for rnn, names in (
-        (drop_in.GRU(IN, H), ("weight_ih_l0", "bias_hh_l0", "_flat_weights", "_flat_weights_names", "_all_weights")),
-        (drop_in.GRUCell(IN, H), ("weight_ih", "bias_hh", "all_weights", "mode")),
+        (drop_in.GRU(IN, H), ("weight_ih_l0", "weight_hh_l0", "_flat_weights", "_flat_weights_names", "_all_weights")),
+        (drop_in.GRUCell(IN, H), ("weight_ih", "weight_hh", "all_weights", "mode")),
     ):
         for name in names:
             assert not hasattr(rnn, name)

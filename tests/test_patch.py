@@ -18,9 +18,11 @@ import warnings
 import joblib
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from refusals import assert_refused
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn import GRU
 
 import mingru
@@ -350,12 +352,54 @@ def test_what_was_saved_comes_back():
     # The program builds torch's layers, until they are replaced.
     weights.seek(0)
     state_dict = torch.load(weights)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r"encoder\.load_in_mingru_drop_in_patch"):
         Program().load_state_dict(state_dict)
     other = Program()
     drop_in.replace(other, **options)
     other.load_state_dict(state_dict)
     torch.testing.assert_close([*other.parameters()], [*model.parameters()], rtol=0, atol=0)
+
+
+REFUSED = "size mismatch for rnn.{}_hh.*: copying a param with shape torch.Size.* from checkpoint"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_layers_refuse_our_weights(name, bias, strict):
+    """RLlib, for example, is not strict, and would play with weights of torch's initialization."""
+    ours, of_torch = (nn.ModuleDict({"rnn": getattr(each, name)(IN, H, bias=bias)}) for each in (drop_in, nn))
+    state_dict = ours.state_dict()
+    message = REFUSED.format("bias" if bias else "weight")
+    with pytest.raises(RuntimeError, match=f"(?s){'rnn.load_in_mingru_drop_in_patch.*' * strict}{message}"):
+        of_torch.load_state_dict(state_dict, strict=strict)
+    with pytest.raises(RuntimeError, match=r"state_dict must be weights of .*, got rnn.weight_ih.* outside of mingru"):
+        ours.load_state_dict(of_torch.state_dict(), strict=strict)
+    # Files of older versions load, and those of our other layers; both load here.
+    old = {key: value for key, value in state_dict.items() if "layers" in key}
+    assert len(old) == len(state_dict) - 2 == len([*ours.parameters()])
+    with torch.device("meta"):
+        empty = nn.ModuleDict({"rnn": getattr(drop_in, name)(IN, H, bias=bias)})
+    for each in (state_dict, old):
+        copy.deepcopy(ours).load_state_dict(each, strict=strict)
+        assert not any(value.is_meta for value in empty.load_state_dict(each, assign=True) and empty.buffers())
+    twin = {"GRU": mingru.MinGRU, "LSTM": mingru.MinLSTM, "GRUCell": mingru.MinGRUCell, "LSTMCell": mingru.MinLSTMCell}
+    other = nn.ModuleDict({"rnn": twin[name](IN, H, bias=bias)})
+    other.load_state_dict(state_dict)
+    ours.load_state_dict(other.state_dict())
+
+
+def test_the_guards_are_saved_as_other_buffers_are(tmp_path):
+    model = nn.Sequential(drop_in.GRU(IN, H))
+    state_dict = get_model_state_dict(model)  # of torch.distributed: it asks for each key as an attribute
+    set_model_state_dict(model, state_dict)
+    assert [*state_dict] == [*model.state_dict()]
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    safetensors.torch.load_model(model, tmp_path / "model.safetensors")
+    # Whole models of older versions do not have them.
+    for name in [*model[0]._buffers]:
+        del model[0]._buffers[name]
+    assert [*pickle.loads(pickle.dumps(model)).state_dict()] == [*state_dict]
 
 
 # Torch's own code

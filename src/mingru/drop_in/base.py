@@ -20,7 +20,7 @@ from ..check import (
     name_of,
     require,
 )
-from ..modules.marked import key_of
+from ..modules.marked import GUARDS, key_of
 from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
@@ -70,6 +70,13 @@ class DropIn(Recurrent):
     def default_start(self) -> float:
         """Return the initial state, which is 0, as in torch."""
         return 0.0
+
+    def add_marks(self, device: Any) -> None:
+        super().add_marks(device)
+        of_torch = "bias" if self.bias else "weight"
+        for name in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
+            if name not in self._buffers:
+                self.register_buffer(name, torch.tensor(1, device=device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Weights of `mingru.MinGRU` begin with 0 here.

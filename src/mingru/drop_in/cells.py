@@ -96,7 +96,8 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
             mistake. Also RuntimeError for a size of 0, which torch accepts.
 
     State dict:
-        As in a one-layer `GRU`: the state_dict of one loads into the other.
+        As in a one-layer `GRU`: the state_dict of one loads into the other. The buffer of `GRU` that torch's layer
+        refuses is `bias_hh` here, or `weight_hh` without bias.
 
     As with `GRU`, there is no `weight_ih`, `apply` treats the cell as one module, and `isinstance(cell,
     torch.nn.GRUCell)` is false outside of [mingru.drop_in.patch][].
@@ -152,7 +153,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
             mistake. Also RuntimeError for a size of 0, which torch accepts.
 
     State dict:
-        As in a one-layer `LSTM`: the state_dict of one loads into the other.
+        As in a one-layer `LSTM`: the state_dict of one loads into the other. Buffers as in [mingru.drop_in.GRUCell][].
 
     Examples:
         >>> cell = mingru.drop_in.LSTMCell(10, 20)

@@ -235,7 +235,9 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
 
     State dict:
         As in [mingru.MinGRU][]: the state_dict of one loads into the other. With `proj_size`, also
-        `layers.{l}.projections.{d}.weight` (P, H). `reset_parameters` initializes as `torch.nn.Linear` does.
+        `layers.{l}.projections.{d}.weight` (P, H). Two buffers let torch's layers refuse it:
+        `load_in_mingru_drop_in_patch`, and `bias_hh_l0` or without bias `weight_hh_l0`; see [mingru.drop_in.patch][].
+        `reset_parameters` initializes as `torch.nn.Linear` does.
         `all_weights` has a list [weight, bias] for each layer and direction, in the order of `h_n`.
 
     All arguments except `device` and `dtype` are attributes, as in `torch.nn.GRU`; `mode` is "GRU".
@@ -332,7 +334,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
 
     State dict:
         As in [mingru.MinLSTM][], or [mingru.MinGRU][] with `cell="mingru"`: the state_dict of one loads into the other.
-        With `proj_size`, also `layers.{l}.projections.{d}.weight` (P, H).
+        With `proj_size`, also `layers.{l}.projections.{d}.weight` (P, H). Two buffers as in [mingru.drop_in.GRU][].
 
     Differences from `torch.nn.LSTM` are those of [mingru.drop_in.GRU][] from `torch.nn.GRU`. In addition, there is no
     output gate, so `h_n` is not bounded by 1, and `c_n` is no sum that can count steps.

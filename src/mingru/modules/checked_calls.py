@@ -20,6 +20,7 @@ from ..check import (
     require,
 )
 from . import scripted
+from .marked import GUARDS
 from .shared import MaybeList, MaybeTensor
 from .stacked import Stacked
 
@@ -80,6 +81,11 @@ class CheckedCalls(Stacked):
             # Also if the caller is not strict, as torch does with weights of another shape.
             args[-1].append(expectation(self.name, "state_dict", expected, got, self.remedy_for_weights))
             return
+        for name in GUARDS:
+            guard = state_dict.pop(prefix + name, None)
+            if name in self._buffers:
+                # Older files have none.
+                state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_state(self, x: Tensor, h: Any, batch: int) -> None:

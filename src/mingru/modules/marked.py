@@ -36,6 +36,11 @@ MARKS = {
     "zero_state": Mark((0.0, 0.5), 1, True),
 }
 
+# A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
+# names it if it is strict. The other has the name of a bias or weight of torch, and another shape, which torch refuses
+# even if it is not strict. Their values mean nothing.
+GUARDS = ("load_in_mingru_drop_in_patch", "bias_hh_l0", "weight_hh_l0", "bias_hh", "weight_hh")
+
 
 def key_of(option: str) -> str:
     """Return the key of a mark. Layers have attributes with the names of the options."""
