@@ -598,6 +598,11 @@ def test_no_names_of_weights_that_are_not_there():
     ):
         for name in names:
             assert not hasattr(rnn, name)
+    remedy = r"^mingru\.drop_in\.LSTM: no attribute 'weight_hh_l0', because .* mingru\.drop_in\.replace\(model\)$"
+    with pytest.raises(AttributeError, match=remedy):
+        nn.init.orthogonal_(drop_in.LSTM(IN, H).weight_hh_l0)
+    with pytest.raises(AttributeError, match=r"^'LSTM' object has no attribute 'weights'$"):
+        _ = drop_in.LSTM(IN, H).weights
 
 
 @pytest.mark.parametrize("name", ["GRU", "GRUCell"])
@@ -638,19 +643,6 @@ def test_apply_reaches_what_was_put_into_a_layer():
         seen = []
         rnn.apply(seen.append)
         assert seen == [head, rnn]
-
-
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
-def test_apply_reaches_fake_quantization():
-    rnn = drop_in.GRU(IN, H)
-    rnn.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
-    torch.ao.quantization.prepare_qat(rnn, inplace=True)
-    quantizers = [each for each in rnn.modules() if isinstance(each, torch.ao.quantization.FakeQuantizeBase)]
-    assert quantizers
-    assert all(each.fake_quant_enabled for each in quantizers)
-    rnn.apply(torch.ao.quantization.disable_fake_quant)
-    assert not any(each.fake_quant_enabled for each in quantizers)
 
 
 def test_is_no_instance_of_torchs_since_none_compiles():

@@ -106,6 +106,36 @@ LAYER = [
         "bias=False",
         "untouched(lambda init: [init(m) for m in model.modules()])",
     ),
+    (
+        "the same for each `m` with `Linear` in the name of its class",
+        "",
+        "untouched(lambda init: [init(m) for m in model.modules() if 'Linear' in type(m).__name__])",
+    ),
+    (
+        "transformers: `_init_weights` of each child, and of its children",
+        "",
+        "visit = lambda m: [visit(each) for each in m.children()] + [of_transformers(m)]; "
+        "untouched(lambda init: visit(model))",
+    ),
+    ("fairseq: `model.apply(init_bert_params)`", "", "untouched(lambda init: model.apply(of_transformers))"),
+    (
+        "d2l: `xavier_uniform_(m._parameters[name])` for each of `m._flat_weights_names` if `type(m) == nn.GRU`",
+        "",
+        "model.apply(lambda m: type(m) == nn.GRU and [nn.init.xavier_uniform_(m._parameters[name]) "
+        "for name in m._flat_weights_names if 'weight' in name])",
+    ),
+    (
+        "fairseq: `param.data.uniform_(-0.1, 0.1)` for each `weight` in `rnn.named_parameters()`",
+        "",
+        "[param.data.uniform_(-0.1, 0.1) for name, param in rnn.named_parameters() if 'weight' in name]; "
+        "rnn(x)[0].shape",
+    ),
+    (
+        "CleanRL: `orthogonal_` for each `weight`, and 0 for each `bias` in `rnn.named_parameters()`",
+        "",
+        "[nn.init.orthogonal_(param) if 'weight' in name else nn.init.zeros_(param) for name, param in "
+        "rnn.named_parameters()]; rnn(x)[0].shape",
+    ),
     ("`list(rnn.children())` is empty", "", "not list(rnn.children())"),
     ('`prune.l1_unstructured(rnn, "weight_ih_l0", 0.5)`', "", "prune.l1_unstructured(rnn, 'weight_ih_l0', 0.5)"),
     ('`weight_norm(rnn, "weight_hh_l0")`', "", "parametrizations.weight_norm(rnn, 'weight_hh_l0')"),
@@ -183,10 +213,29 @@ def init(module):
         module.bias.data.zero_()
 
 
+def of_transformers(module):
+    """As `PreTrainedModel._init_weights` of many models, and fairseq's `init_bert_params`."""
+    if isinstance(module, nn.Linear):
+        module.weight.data.normal_(0.0, 0.02)
+        if module.bias is not None:
+            module.bias.data.zero_()
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.weight.data.fill_(1.0)
+
+
 def outcome(kind, options, code):
     """Return what a user would see: a value, "runs", or the type of an error."""
     torch.manual_seed(0)
-    names = NAMES | {"GRU": kind, "Model": Model, "loaded": loaded, "S": S, "B": B, "IN": IN, "H": H}
+    names = NAMES | {
+        "GRU": kind,
+        "Model": Model,
+        "loaded": loaded,
+        "of_transformers": of_transformers,
+        "S": S,
+        "B": B,
+        "IN": IN,
+        "H": H,
+    }
     names |= {"x": torch.randn(S, B, IN), "y": torch.randn(B, IN), "h": torch.zeros(1, B, H)}
     names["packed"] = pack_sequence([torch.randn(5, IN), torch.randn(3, IN)])
     first = "rnn = GRU(IN, H, {}); output, h_n = rnn(x); model = Model(rnn)"

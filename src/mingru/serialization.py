@@ -9,6 +9,7 @@ from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.recurrent import NORMS, RecurrentLayer
+from .ops.linear_map import WeightAndBias
 
 
 def safe_globals() -> list[type]:
@@ -44,5 +45,5 @@ def safe_globals() -> list[type]:
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
     of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, RecurrentLayer]
+    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, RecurrentLayer, WeightAndBias]
     return [*layers, *inner, *of_torch]

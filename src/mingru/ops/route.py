@@ -18,6 +18,7 @@ from .backends import in_log_space, native, sequential, tensors, traceable, trit
 from .call import Call, Layout, Spec, Start
 from .cells import parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
+from .linear_map import LINEAR_MAPS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
 
@@ -190,7 +191,7 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
         return None
-    if type(linear) is not nn.Linear or is_hooked(linear):
+    if type(linear) not in LINEAR_MAPS or is_hooked(linear):
         return None
     parameters = linear._parameters
     weight = parameters.get("weight")
