@@ -10,13 +10,19 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 import mingru
+from mingru.modules import options
+from mingru.modules.conv_layer import ConvOptions
+from mingru.modules.recurrent import RecurrentOptions
 from mingru.ops import private
+from mingru.ops.activation import ACTIVATIONS
+from mingru.ops.cells import GATES
 
 CONV = (
     "input_dims, hidden_dims, kernel_size, num_layers=1, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
@@ -310,3 +316,9 @@ def test_numbers_of_numpy_are_numbers():
     rnn = mingru.MinGRU(np.int64(3), 4, num_layers=np.int32(2), dropout=np.float32(0.5))
     assert repr(rnn) == repr(mingru.MinGRU(3, 4, num_layers=2, dropout=0.5))
     assert all(type(size) is int for size in (rnn.input_dims, rnn.num_layers)) and type(rnn.dropout) is float
+
+
+def test_what_type_checkers_accept_is_what_there_is():
+    assert get_args(options.Gate) == tuple(GATES)
+    assert set(get_args(options.Candidate)) == set(ACTIVATIONS)
+    assert get_args(options.Norm) == RecurrentOptions.norms and ConvOptions.norms == ("group",)

@@ -1,6 +1,6 @@
 """minGRU and minLSTM cells with torch's interface."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..check import arguments_checked, check_flags, check_steps, dims, embed_rem
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
-from ..modules.options import arguments_of
+from ..modules.options import Candidate, Gate, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
 from .base import DropIn, Pair, WithPair
 
@@ -28,9 +28,9 @@ class DropInCell(DropIn, RecurrentCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -116,6 +116,12 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
     ) -> Tensor:
         return self._step(input, hx, reset, dt)
 
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, input: Tensor, hx: MaybeTensor = None, reset: MaybeTensor = None, dt: MaybeTensor = None
+        ) -> Tensor: ...
+
 
 class LSTMCell(WithPair, DropInCell, role="step", planned=True):
     """Compute one step of a one-layer minLSTM, with the interface of `torch.nn.LSTMCell`.
@@ -174,12 +180,12 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: str = "minlstm",
+        cell: Literal["minlstm", "mingru"] = "minlstm",
         forget_bias: float = 1.0,
         normalize: bool = True,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -191,3 +197,9 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
     ) -> Pair:
         c = self._step(input, self._state_of(hx), reset, dt)
         return c.clone(), c
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, input: Tensor, hx: Pair | None = None, reset: MaybeTensor = None, dt: MaybeTensor = None
+        ) -> Pair: ...

@@ -1,7 +1,7 @@
 """minGRU and minLSTM layers with torch's interface: names, shapes and types of errors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from ..check import (
 from ..modules import scripted
 from ..modules.layer import Dims
 from ..modules.mingru import MinGRU
-from ..modules.options import arguments_of
-from ..modules.shared import MaybeList, MaybeTensor, Result, copied, without_dims
+from ..modules.options import Candidate, Gates, Norm, Residual, arguments_of
+from ..modules.shared import MaybeList, MaybeTensor, Result, Steps, copied, without_dims
 from ..ops.call import Layout
 from ..ops.graph import is_captured, scripted_as, untraced
 from ..ops.shape import States
@@ -49,10 +49,10 @@ class DropInLayer(DropIn):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        residual: bool | str = False,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str | Sequence[str] = "sigmoid",
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -274,6 +274,18 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
     ) -> States:
         return self._outputs(input, hx, reset, self._lengths(input, lengths, mask), dt)
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            input: Steps,
+            hx: MaybeTensor = None,
+            reset: Steps | None = None,
+            lengths: MaybeTensor = None,
+            dt: Steps | None = None,
+            mask: MaybeTensor = None,
+        ) -> tuple[Steps, Tensor]: ...
+
 
 class LSTM(WithPair, DropInLayer, role="torch", planned=True):
     """Apply a stack of minLSTM layers to a sequence, with the interface of `torch.nn.LSTM`.
@@ -364,13 +376,13 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        cell: str = "minlstm",
+        cell: Literal["minlstm", "mingru"] = "minlstm",
         forget_bias: float = 1.0,
         normalize: bool = True,
-        residual: bool | str = False,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str | Sequence[str] = "sigmoid",
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -395,3 +407,15 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         for layer in self.layers:
             projected += layer.projected(list(c_n[len(projected) :].unbind(0)))  # type: ignore[operator]
         return output, (torch.stack(projected), c_n)
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self,
+            input: Steps,
+            hx: Pair | None = None,
+            reset: Steps | None = None,
+            lengths: MaybeTensor = None,
+            dt: Steps | None = None,
+            mask: MaybeTensor = None,
+        ) -> tuple[Steps, Pair]: ...

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from ..check import (
 from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
+from ..modules.options import Norm
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
@@ -103,11 +104,11 @@ class Block(Layer, role="sequence", planned=True):
         self,
         dims: int,
         *,
-        cell: str = "mingru",
+        cell: Literal["mingru", "minlstm"] = "mingru",
         expansion: float = 1.0,
         conv: int | None = None,
         mlp: float | None = None,
-        norm: str = "rms",
+        norm: Norm = "rms",
         dropout: float = 0.0,
         checkpoint: bool = False,
         **layer_options: Any,
@@ -194,6 +195,17 @@ class Block(Layer, role="sequence", planned=True):
     ) -> tuple[Tensor, list[Tensor]]:
         done = self._begin(x, h, reset, lengths, dt)
         return self._run(x, h, reset, lengths, dt) if done is None else done
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            h: MaybeList = None,
+            reset: MaybeTensor = None,
+            lengths: MaybeTensor = None,
+            dt: MaybeTensor = None,
+        ) -> Outputs: ...
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if self.checkpoint and self.training and torch.is_grad_enabled():

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,12 @@ class LanguageModel(Layer):
             return done
         x, state = self.blocks(self.embedding(ids), state, reset, lengths)
         return self._logits(x), state
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, ids: Tensor, state: MaybeList = None, reset: MaybeTensor = None, lengths: MaybeTensor = None
+        ) -> tuple[Tensor, list[Tensor]]: ...
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         y, states = self.blocks(self._embed(x), h, reset, lengths)

@@ -1,6 +1,6 @@
 """Cells, which compute one step of a layer, for loops in the caller's code."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ..ops.call import Layout
 from . import scripted
 from .mingru import MinGRU
 from .minlstm import MinLSTM
-from .options import arguments_of
+from .options import Candidate, Gate, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, copied
 from .stacked import as_sequence
@@ -26,6 +26,12 @@ class RecurrentCell(Recurrent, role="step"):
     ) -> Tensor:
         done = self._begin(x, None if h is None else [h], reset, None, dt)
         return self._new_state(x, h, reset, dt) if done is None else done[1][0]
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, x: Tensor, h: MaybeTensor = None, reset: MaybeTensor = None, dt: MaybeTensor = None
+        ) -> Tensor: ...
 
     def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)
@@ -125,9 +131,9 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         hidden_dims: int,
         bias: bool = True,
         *,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -198,8 +204,8 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         *,
         forget_bias: float = 0.0,
         normalize: bool = True,
-        norm: str | None = None,
-        candidate: str = "positive",
+        norm: Norm | None = None,
+        candidate: Candidate = "positive",
         learn_initial_state: bool = False,
         memory: float | None = None,
         device: Any = None,

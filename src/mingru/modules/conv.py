@@ -4,7 +4,7 @@ TorchScript compiles `forward` and the functions that it calls. A scripted modul
 raised by torch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..check import (
 from ..ops.call import Layout
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
-from .options import arguments_of
+from .options import Candidate, Gate, Gates, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped
 from .stacked import Stacked, as_sequence
 
@@ -46,9 +46,9 @@ class MinConv(Stacked, role="sequence"):
         dropout: float = 0.0,
         bidirectional: bool = False,
         residual: bool = False,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str | list[str] = "sigmoid",
+        norm: Literal["group"] | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
         learn_initial_state: bool = False,
         memory: float | None = None,
         batch_first: bool = True,
@@ -67,6 +67,10 @@ class MinConv(Stacked, role="sequence"):
     ) -> tuple[Tensor, list[Tensor]]:
         self._begin(x, h, reset, None, None)
         return self._run_layers(x, h, reset, Layout(not self.batch_first))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, h: MaybeList = None, reset: MaybeTensor = None) -> Outputs: ...
 
     def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout) -> Outputs:
         """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
@@ -144,9 +148,9 @@ class MinConvCell(MinConv, role="step"):
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str = "sigmoid",
+        norm: Literal["group"] | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
         learn_initial_state: bool = False,
         memory: float | None = None,
         device: Any = None,
@@ -161,6 +165,12 @@ class MinConvCell(MinConv, role="step"):
         _, states = self._run_layers(sequence, None if h is None else [h], reset, Layout(False))
         shape = list(states[0].shape)
         return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, x: Tensor, h: MaybeTensor = None, reset: MaybeTensor = None
+        ) -> Tensor: ...
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)

@@ -136,7 +136,7 @@ class Layer(nn.Module):
         """Return the states that replace h=None, if the class is `planned`."""
         raise NotImplementedError
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return nn.Module.__call__(self, *args, **kwargs)
         except TypeError as error:

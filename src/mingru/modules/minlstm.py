@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..check import arguments_checked, check_flags, is_number, name_of, require
-from .options import arguments_of
+from .options import Candidate, Norm, Residual, arguments_of
 from .recurrent import Recurrent
 
 
@@ -99,9 +99,9 @@ class MinLSTM(Recurrent, planned=True):
         *,
         forget_bias: float = 0.0,
         normalize: bool = True,
-        residual: bool | str = False,
-        norm: str | None = None,
-        candidate: str = "positive",
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate = "positive",
         learn_initial_state: bool = False,
         memory: float | None = None,
         recompute: bool | None = None,

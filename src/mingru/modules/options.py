@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES, default_candidate
+
+# For type checkers; `Options` checks the values.
+Candidate = Literal["positive", "linear", "tanh"]
+Gate = Literal["sigmoid", "signed", "rotation", "quaternion"]
+Gates = Gate | Sequence[Gate]
+Norm = Literal["layer", "rms"]
+Residual = bool | Literal["highway"]
 
 
 def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:

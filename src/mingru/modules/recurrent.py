@@ -6,7 +6,7 @@ raised by torch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ from ..ops.inference import Plan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
-from .options import Options, arguments_of
-from .shared import MaybeList, MaybeTensor, Outputs, Result, one_or_all, reshaped
+from .options import Candidate, Gates, Norm, Options, Residual, arguments_of
+from .shared import MaybeList, MaybeTensor, Outputs, Result, Steps, one_or_all, reshaped
 from .stacked import Directions, WithStart
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -176,10 +176,10 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        residual: bool | str = False,
-        norm: str | None = None,
-        candidate: str | None = None,
-        gate: str | Sequence[str] = "sigmoid",
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
         memory: float | None = None,
@@ -217,6 +217,17 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         if lengths is None:
             return self._run(x, state, reset, dt, Layout(not self.batch_first))
         return self._run_packed(x, state, reset, dt, lengths)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Steps,
+            h: MaybeTensor = None,
+            reset: Steps | None = None,
+            lengths: MaybeTensor = None,
+            dt: Steps | None = None,
+        ) -> tuple[Steps, Tensor]: ...
 
     def with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor

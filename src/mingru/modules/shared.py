@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import default_candidate
 from ..ops.graph import is_captured
@@ -12,6 +13,8 @@ from ..ops.private import unsafe_view
 
 MaybeTensor = Tensor | None
 MaybeList = list[Tensor] | None
+# What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
+Steps = TypeVar("Steps", Tensor, PackedSequence)
 # The output of a layer, and its last states; or None if they are not yet computed.
 Outputs = tuple[Tensor, list[Tensor]]
 Result = Outputs | None

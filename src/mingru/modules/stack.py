@@ -1,9 +1,9 @@
 """Stacks of different layers."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import STEP_ARGUMENTS, Layer, with_used
 from .marked import Marked
 from .scripted import check_returned, check_same_shape, check_unused, data_of, with_data
-from .shared import MaybeList, MaybeTensor, not_default
+from .shared import MaybeList, MaybeTensor, Steps, not_default
 
 SCRIPTED_FORWARD = (
     "forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, "
@@ -209,6 +209,17 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                 data = F.dropout(data, self.dropout, self.training)
             x = with_data(out, data)
         return x, states
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Steps,
+            h: Sequence[Tensor] | None = None,
+            reset: Steps | None = None,
+            lengths: MaybeTensor = None,
+            dt: Steps | None = None,
+        ) -> tuple[Steps, list[Tensor]]: ...
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if h is not a list of `num_states` tensors, or if a layer does not use an argument.
