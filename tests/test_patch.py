@@ -79,6 +79,14 @@ def test_what_a_program_builds():
     assert str(report).splitlines()[0] == f"{__file__}:{line} in __init__: {text[0]}"
     assert not isinstance(model.encoder, nn.GRU)
     assert isinstance(Program().encoder, nn.GRU)
+    hint = "one plain layer remembers less than torch's: try num_layers=2, norm='rms', residual=True"
+    assert "plain" not in str(report)
+    with patch() as plain, patch(norm="rms", gru=False):
+        nn.LSTM(IN, H)
+        assert "plain" not in str(plain)
+        nn.GRU(IN, H, batch_first=True)
+        nn.GRUCell(IN, H)
+    assert str(plain).splitlines()[-1] == hint and len(plain.built) == 2
 
 
 def test_errors_are_those_of_the_class():

@@ -8,6 +8,7 @@ and used after it, do what they did without it.
 import copyreg
 import json
 import os
+import re
 import sys
 import threading
 import types
@@ -25,6 +26,9 @@ from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
 from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
 
+# A layer as its report has it, with none of the options that help it to learn.
+_PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers|norm|residual)=)")
+
 
 class PatchReport(NamedTuple):
     """Printable report of `patch`."""
@@ -37,6 +41,8 @@ class PatchReport(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{place}: {layer}" for layer, place in self.built]
         lines += [f"{name} not replaced: {why}" for name, why in self.left]
+        if any(_PLAIN.search(layer) for layer, _ in self.built):
+            lines.append("one plain layer remembers less than torch's: try num_layers=2, norm='rms', residual=True")
         return "\n".join(lines) or "nothing built"
 
 
@@ -235,7 +241,8 @@ def patch(
             _restore([nn, *_modules_of_programs()], _RUNNING)
             _restore(changed, [each for each in _RUNNING if each.everywhere])
     if not running.report.built:
-        remedy = "put the call that constructs the layers into the block, such as fit or train, or pass everywhere=True"
+        call = "the call that constructs the layers into the block, such as the model's constructor, fit or train"
+        remedy = f"put {call}, or pass everywhere=True"
         warnings.warn(f"patch: no layer was built in the block; {remedy}", stacklevel=3)
 
 
