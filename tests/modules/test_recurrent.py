@@ -207,6 +207,17 @@ def test_bad_calls():
                 assert torch.equal(value, before[case][0][name]), (case, name)
 
 
+def test_states_of_all_steps_are_those_of_layers():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(S, IN)])
+    for rnn, x, got in (
+        (mingru.MinGRUCell(IN, H), torch.randn(B, IN), "MinGRUCell"),
+        (mingru.drop_in.LSTM(IN, H), torch.randn(S, B, IN), "LSTM"),
+        (mingru.MinLSTM(IN, H), packed, "PackedSequence"),
+    ):
+        with pytest.raises(TypeError, match=f"all_states must be called on a mingru.MinGRU .* got {got}$"):
+            rnn.all_states(x)
+
+
 def test_bad_calls_in_the_order_of_time():
     rnn = mingru.MinGRU(3, 8, batch_first=False)
     with pytest.raises(ValueError, match=r"^MinGRU: x must be \(S, B, 3\) because input_dims is 3, got \(5, 3\)"):

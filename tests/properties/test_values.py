@@ -249,6 +249,30 @@ def test_each_sequence_is_as_alone(case, scripted):
             assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
 
 
+@parametrized(FEATURES)
+def test_states_of_all_steps(case):
+    """The last ones are those of the call, the last layer's are its output, and those before are those of a prefix."""
+    rnn, given = case.varied(**DOUBLE), case.given(**DOUBLE)
+    directions, rows = rnn.num_directions, torch.arange(3)
+
+    def every(x, h, **steps):
+        states = rnn.all_states(x, h, **steps)
+        return rnn(x, h, **steps)[0], states if rnn.batch_first else states.transpose(1, 2)
+
+    for lengths in ((21, 21, 21), (9, 0, 21)):
+        ends = torch.tensor(lengths)
+        out, (states,) = case.call(every, **given, lengths=None if 0 not in lengths else ends)
+        _, (h,) = case.call(rnn, **given, lengths=None if 0 not in lengths else ends)
+        last = states[:, rows, (ends - 1).clamp(min=0)].unsqueeze(2)
+        last[1::directions] = states[1::directions, :, :1] if directions == 2 else last[1::directions]
+        assert_close(last[:, ends > 0], h[:, ends > 0], **TIGHT)
+        if not rnn.residual:
+            assert_close(torch.cat(list(states[-directions:]), -1), out, **TIGHT)
+        if directions == 1 and 0 not in lengths:
+            prefix = {name: each if name == "h" else each[:, :5] for name, each in given.items()}
+            assert_close(states[:, :, 4:5], case.call(rnn, **prefix)[1][0], **TIGHT)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @parametrized([case for case in WITH_LENGTHS if "candidate=" not in case.name and "Block" not in case.name])
 def test_lengths_on_every_backend(case, backend):

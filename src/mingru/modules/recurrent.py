@@ -22,6 +22,7 @@ from ..check import (
     check_min_decay,
     check_parts,
     check_residual,
+    expectation,
     name_of,
 )
 from ..ops import layout, route
@@ -66,13 +67,7 @@ class RecurrentLayer(Directions):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
     def __init__(
-        self,
-        cell: str,
-        input_dims: int,
-        min_decay: float,
-        options: RecurrentOptions,
-        proj_size: int = 0,
-        linear: type[nn.Module] = nn.Linear,
+        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, proj_size: int, linear: Any
     ) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
         output_dims, factory = (proj_size or options.hidden_dims) * options.num_directions, options.factory
@@ -95,14 +90,19 @@ class RecurrentLayer(Directions):
         self.add_gate_bias()
         self.add_marks(options.device)
 
-    def forward(self, x: Tensor, starts: list[Start], order: Layout) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction."""
+    def forward(
+        self, x: Tensor, starts: list[Start], order: Layout, found: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction.
+
+        Append the states of all steps in each direction to `found`.
+        """
         y = x
         if self.norm is not None:
             y = self.norm(x)
         if self.highway:
-            return self._with_highway(x, y, starts[0], order)
-        out, states = self._directions(y, starts, order)
+            return self._with_highway(x, y, starts[0], order, found)
+        out, states = self._directions(y, starts, order, found)
         if self.projections is not None:
             out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
         if self.residual:
@@ -136,10 +136,12 @@ class RecurrentLayer(Directions):
                 found.append(projection(states[index]))
         return found
 
-    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout) -> Outputs:
+    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout, found: MaybeList) -> Outputs:
         inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
         gate = inputs.pop()
         out, last = ops.recurrence(self.spec(False), inputs, start, order)
+        if found is not None:
+            found.append(out)
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
@@ -228,6 +230,31 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
             lengths: MaybeTensor = None,
             dt: Steps | None = None,
         ) -> tuple[Steps, Tensor]: ...
+
+    def all_states(
+        self,
+        x: Tensor,
+        h: MaybeTensor = None,
+        reset: MaybeTensor = None,
+        lengths: MaybeTensor = None,
+        dt: MaybeTensor = None,
+    ) -> Tensor:
+        """Compute the state of each layer and direction after each step, (L * D, B, S, H).
+
+        It is (L * D, S, B, H) if `batch_first` is False, and 0 in the padding. The arguments are those of a call, but x
+        is no PackedSequence: pass `lengths`.
+        """
+        if self.role in ("step", "torch") or isinstance(x, PackedSequence):
+            got = type(x if isinstance(x, PackedSequence) else self).__name__
+            expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
+            raise TypeError(expectation(self.name, "all_states", expected, got))
+        self._check_all(x, None if h is None else [h], reset, lengths, dt)
+        state, order = self._state(x, h, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
+        if lengths is not None:
+            x, order = layout.with_lengths(x, lengths, not self.batch_first)
+        found: list[Tensor] = []
+        self._run_layers(x, state, reset, dt, order, found)
+        return torch.stack(found)
 
     def with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
@@ -336,8 +363,13 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         out, states = self._run_layers(x, state, reset, dt, order)
         return out, torch.stack(states)
 
-    def _run_layers(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout) -> Outputs:
-        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x."""
+    def _run_layers(
+        self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout, found: MaybeList = None
+    ) -> Outputs:
+        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x.
+
+        Append the states of all steps, of each layer and direction, to `found`.
+        """
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         constant = state
@@ -350,7 +382,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
-            x, last = layer(x, starts[first : first + self.num_directions], order)
+            x, last = layer(x, starts[first : first + self.num_directions], order, found)
             x = self._dropped(x, index)
             states += last
         return x, states

@@ -16,7 +16,7 @@ from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
 from .options import Options
-from .shared import MaybeTensor, Outputs, defaults_of, not_default, one_or_all, weight_of
+from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, weight_of
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
@@ -81,15 +81,21 @@ class Directions(Marked):
         """Return the recurrence of one direction."""
         return Spec(self.cell, self.candidate, reverse, self.min_decay)
 
-    def _directions(self, y: Tensor, starts: list[Start], order: Layout) -> Outputs:
-        """Return the states of all steps and the last states; `starts` has one entry for each direction."""
+    def _directions(self, y: Tensor, starts: list[Start], order: Layout, found: MaybeList = None) -> Outputs:
+        """Return the states of all steps and the last states; `starts` has one entry for each direction.
+
+        Append the states of all steps in each direction to `found`.
+        """
         out, last = self._direction(y, starts[0], order, False)
-        states = [last]
+        states, directions = [last], [out]
         if len(starts) > 1:
             back, last = self._direction(y, layout.in_reverse(starts[1], order), order, True)
             # The features of packed steps are dimension 1.
             out = torch.cat([out, back], min(2, y.dim() - 1))
             states.append(last)
+            directions.append(back)
+        if found is not None:
+            found += directions
         return out, states
 
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
