@@ -2,7 +2,7 @@
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         # A class with its own `with_states`, such as `MinGRU`, takes all of them, or the stack knows which.
         is_common = cls.with_states in (Layer.with_states, with_used)
         if cls.role == "sequence" and (is_common or not cls.__module__.startswith(__name__.partition(".")[0] + ".")):
-            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if _uses(cls.forward, name))
+            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if _uses(cls, name))
         if cls.role == "sequence" and is_common:
             names = tuple(inspect.signature(cls.forward).parameters)
             own: Any = cls
@@ -210,11 +210,13 @@ def with_used(
     return out, states
 
 
-def _uses(forward: Callable[..., Any], name: str) -> bool:
-    """Return whether a function has this argument and reads it."""
-    if name not in inspect.signature(forward).parameters:
+def _uses(cls: type[Layer], name: str) -> bool:
+    """Return whether `forward` has this argument and reads it, or need not read it, because there is no state."""
+    if name not in inspect.signature(cls.forward).parameters:
         return False
-    code = getattr(forward, "__code__", None)
+    if cls.num_states == 0 and name != "lengths":
+        return True
+    code = getattr(cls.forward, "__code__", None)
     if code is None or name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
         return True  # no function of Python, or wrapped by another one
     # Since Python 3.13, one instruction may read two variables.
