@@ -1,26 +1,18 @@
-"""`Block` and `LanguageModel` compiled, exported, scripted, distributed, checkpointed and quantized.
+"""`Block` and `LanguageModel` compiled, exported, scripted, checkpointed and quantized.
 
 Each way is compared with eager mode. tests/modes runs `Block` in every mode. These tests are about a model of several
 blocks, its states and `generate`.
 """
 
 import copy
-import datetime
 import gc
 import pickle
-import traceback
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import mingru
@@ -251,122 +243,6 @@ def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
     args["state"].pop()
     with pytest.raises(torch.jit.Error, match="must be 4 tensors, got 3"):
         run(**args)
-
-
-# Several processes
-
-PROCESSES = 2
-
-
-def global_batch(lm):
-    return arguments(lm, GIVEN["all"], 2 * PROCESSES)
-
-
-def share_of(args, rank):
-    """Return the arguments of a process: 2 of the sequences."""
-    rows = slice(2 * rank, 2 * rank + 2)
-    return {
-        name: map_state(lambda each: each[:, rows], value) if name == "state" else value[rows]
-        for name, value in args.items()
-    }
-
-
-def next_token_loss(lm, args):
-    logits, state = lm(**args)
-    targets = args["ids"].roll(-1, 1)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + loss_of((logits, state))
-
-
-def loss_and_gradients(model, args):
-    loss = next_token_loss(model, args)
-    loss.backward()
-    return [loss.detach(), *(weight.grad for weight in model.parameters())]
-
-
-def in_process(model, args):
-    """Return the mean loss of all processes, and the gradients."""
-    loss, *grads = loss_and_gradients(model, share_of(args, dist.get_rank()))
-    dist.all_reduce(loss)
-    return [loss / PROCESSES, *(each.full_tensor() if hasattr(each, "full_tensor") else each for each in grads)]
-
-
-def sharded(lm):
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    for block in lm.blocks.layers:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(lm, mesh=mesh)
-
-
-def train(distributed, **options):
-    lm = make(dtype=torch.float64, **options)
-    args = global_batch(lm)
-    return in_process(distributed(lm), args)
-
-
-def fsdp_generate():
-    lm = make(dtype=torch.float64)
-    prompts = ids_of(*PROMPTS)
-    lm = sharded(lm)
-    register_fsdp_forward_method(lm, "generate")
-    state = lm.initial_state(len(prompts))
-    assert all(type(each) is torch.Tensor for each in state)
-    return [lm.generate(prompts, 8, temperature=0, state=state)]
-
-
-WAYS = {
-    "ddp": lambda: train(DistributedDataParallel),
-    "ddp, checkpoint": lambda: train(DistributedDataParallel, checkpoint=True),
-    "ddp, minlstm": lambda: train(DistributedDataParallel, cell="minlstm"),
-    "fsdp": lambda: train(sharded),
-    "fsdp, checkpoint": lambda: train(sharded, checkpoint=True),
-    "fsdp, minlstm": lambda: train(sharded, cell="minlstm"),
-    "fsdp, generate": fsdp_generate,
-}
-
-
-def work(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), PROCESSES)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timeout)
-    found = {}
-    for name, way in WAYS.items():
-        try:
-            found[name] = way()
-        except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, folder / f"rank {rank}")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def of_processes(tmp_path_factory):
-    """Return what both processes computed, by way; the processes are started once."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (folder,), PROCESSES)
-    one, other = (torch.load(folder / f"rank {rank}") for rank in range(PROCESSES))
-
-    def of(way):
-        for found in (one[way], other[way]):
-            assert not isinstance(found, str), found
-        assert_close(one[way], other[way], rtol=0, atol=0)
-        return one[way]
-
-    return of
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", list(WAYS)[:-1])
-def test_several_processes_train_as_one(way, of_processes):
-    lm = make(cell="minlstm" if "minlstm" in way else "mingru", dtype=torch.float64)
-    assert_close(of_processes(way), loss_and_gradients(lm, global_batch(lm)))
-
-
-@pytest.mark.slow
-def test_sharded_model_generates(of_processes):
-    lm = make(dtype=torch.float64)
-    assert_close(of_processes("fsdp, generate"), [lm.generate(ids_of(*PROMPTS), 8, temperature=0)])
 
 
 # Activation checkpointing

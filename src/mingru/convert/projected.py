@@ -82,6 +82,14 @@ class Projected(Layer, role="sequence"):
         y, states = self.rnn.with_states(x, h, reset, lengths, dt)
         return self._projected(y, lengths), states
 
+    def initial(self, batch: int) -> Any:
+        """Return the state of a batch before the first step."""
+        return self.rnn.initial(batch)
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace h=None."""
+        return self.rnn.default_states(x, batch)
+
     def _projected(self, y: Tensor, lengths: MaybeTensor) -> Tensor:
         out = self.out(data_of(y))
         if lengths is not None:

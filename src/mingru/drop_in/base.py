@@ -202,6 +202,11 @@ class WithPair(DropIn, MinLSTM):
         if self.cell.startswith("minlstm"):
             super()._add_forget_bias()
 
+    def initial(self, batch: int) -> Any:
+        """Return the pair of a batch before the first step."""
+        c = super().initial(batch)
+        return (c.new_zeros(*c.shape[:-1], self.proj_size) if self.proj_size > 0 else c.clone()), c
+
     def _state_of(self, hx: Pair | None) -> Tensor | None:
         """Return the one state that stands for the pair (h, c)."""
         if hx is None:

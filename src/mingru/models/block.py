@@ -150,17 +150,15 @@ class Block(Layer, role="sequence", planned=True):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        check_int(self.name, "batch", batch, least=0)
-        # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
-        like = next(self.parameters())
-        states = [self.rnn._state(like, None, batch)]
-        for shape in self.state_shapes(batch)[1:]:
-            states.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        states: list[Tensor] = self.initial(batch)
         return states
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        return self.initial_state(batch)
+        states = [self.rnn._state(x, None, batch)]
+        for shape in self.state_shapes(batch)[1:]:
+            states.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
+        return states
 
     def plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""

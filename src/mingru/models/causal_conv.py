@@ -36,14 +36,7 @@ class CausalConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return y (B, S, C) and the state after the last step of each sequence."""
         num_steps, num_past = x.size(1), self.kernel_size - 1
-        if state.dtype != x.dtype:
-            state = state.to(x.dtype)
-        # Step t of x is step t + num_past of `past`.
-        past = torch.cat([state.squeeze(0), x], 1)
-        segment: Tensor | None = None
-        if reset is not None:
-            # Steps of one segment have no reset between them; the state belongs to segment 0.
-            segment = F.pad(reset.cumsum(1), [num_past, 0])
+        past, segment = self._past(x, state, reset)
         y = x * self.weight[0]
         if self.bias is not None:
             y = y + self.bias
@@ -55,6 +48,17 @@ class CausalConv(nn.Module):
                 shifted = shifted.masked_fill(is_before_reset.unsqueeze(2), 0.0)
             y = torch.addcmul(y, shifted, self.weight[lag])
         return y, self._state_after(past, segment, lengths)
+
+    def _past(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the inputs from the state on, and their segments: steps of one segment have no reset between them."""
+        if state.dtype != x.dtype:
+            state = state.to(x.dtype)
+        segment: Tensor | None = None
+        if reset is not None:
+            # The state belongs to segment 0.
+            segment = F.pad(reset.cumsum(1), [self.kernel_size - 1, 0])
+        # Step t of x is step t + kernel_size - 1.
+        return torch.cat([state.squeeze(0), x], 1), segment
 
     def _state_after(self, past: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:
         num_past = self.kernel_size - 1

@@ -127,8 +127,12 @@ class LanguageModel(Layer):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        check_int(self.name, "batch", batch, least=0)
-        return [state for block in self.blocks.layers for state in block.initial_state(batch)]  # type: ignore[operator]
+        states: list[Tensor] = self.initial(batch)
+        return states
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return the states that replace state=None."""
+        return self.blocks.default_states(x, batch)
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..check import check_choice, expectation, misfit, name_of
+from ..check import check_choice, check_int, expectation, misfit, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import Plan, plannable
@@ -133,8 +133,22 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
-        """Return the states that replace h=None, if the class is `planned`."""
-        raise NotImplementedError
+        """Return the states that replace h=None; required by `initial`, and if the class is `planned`."""
+        raise NotImplementedError(f"{self.name}: no initial state without x; pass h=None in the first call")
+
+    def initial(self, batch: int) -> Any:
+        """Return the state of a batch before the first step, which h=None stands for, in the form of the last state.
+
+        Args:
+            batch: Number of sequences, B.
+
+        Examples:
+            >>> mingru.MinGRU(3, 16, num_layers=2).initial(10).shape
+            torch.Size([2, 10, 1, 16])
+        """
+        check_int(self.name, "batch", batch, least=0)
+        # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
+        return self.default_states(next(self.parameters()), batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -148,6 +162,12 @@ class Layer(nn.Module):
             if not problem:
                 raise
             raise TypeError(problem) from None
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            problem = "arguments must not be DTensors, whose weights are tensors of one process"
+            remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"
+            raise TypeError(f"{self.name}: {problem}; {remedy}") from error
 
     def _begin(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Check the arguments of a call. Return its result if one operator or `_eager` has computed it."""

@@ -137,26 +137,29 @@ class RecurrentLayer(Directions):
         return found
 
     def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout, found: MaybeList) -> Outputs:
-        inputs = list(self.linear(y).chunk(self.num_inputs + 1, -1))
+        inputs = self._inputs(y, False)
         gate = inputs.pop()
-        out, last = ops.recurrence(self.spec(False), inputs, start, order)
+        out, last = self._recurrence(self.spec(False), inputs, start, order)
         if found is not None:
             found.append(out)
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        spec = self.spec(reverse)
         if is_scripting():
-            pre = y
-            if not reverse:
-                pre = self.linear(y)
-            elif self.linear_reverse is not None:
-                pre = self.linear_reverse(y)
-            return traceable.recurrence(spec, list(pre.chunk(self.num_inputs, -1)), start, order)
+            return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, order)
         else:
             linear: Any = self.linear_reverse if reverse else self.linear
-            return ops.linear_recurrence(spec, y, linear, start, order, self.recompute)
+            return ops.linear_recurrence(self.spec(reverse), y, linear, start, order, self.recompute)
+
+    def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
+        """Return the pre-activations of one direction; the highway's are the last."""
+        pre = y
+        if not reverse:
+            pre = self.linear(y)
+        elif self.linear_reverse is not None:
+            pre = self.linear_reverse(y)
+        return list(pre.chunk(self.num_inputs + int(self.highway), -1))
 
 
 class Recurrent(WithStart, CheckedCalls, role="sequence"):
@@ -269,6 +272,11 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         state = self._state(x, None, batch)
         # A view would take longer than the state.
         return [state if state.shape == shape else state.view(shape)]
+
+    def initial(self, batch: int) -> Tensor:
+        """Return the state of a batch before the first step."""
+        state: Tensor = super().initial(batch)[0]
+        return state
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from ..ops.call import Layout, Spec, Start
@@ -89,7 +90,7 @@ class Directions(Marked):
         out, last = self._direction(y, starts[0], order, False)
         states, directions = [last], [out]
         if len(starts) > 1:
-            back, last = self._direction(y, layout.in_reverse(starts[1], order), order, True)
+            back, last = self._direction(y, self._in_reverse(starts[1], order), order, True)
             # The features of packed steps are dimension 1.
             out = torch.cat([out, back], min(2, y.dim() - 1))
             states.append(last)
@@ -101,6 +102,16 @@ class Directions(Marked):
     def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
         """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
+
+    def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
+        """Return the pre-activations of one direction."""
+        raise NotImplementedError
+
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+        return ops.recurrence(spec, inputs, start, order)
+
+    def _in_reverse(self, start: Start, order: Layout) -> Start:
+        return layout.in_reverse(start, order)
 
 
 class Stacked(Layer):

@@ -171,7 +171,7 @@ def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
     A reset at step t is a boundary between the steps t - 1 and t. The reverse direction crosses that boundary before
     step t - 1, so the mask moves by one step and is False at the end of each sequence.
     """
-    return _of_next_step(reset, torch.zeros_like(reset), layout)
+    return of_next_step(reset, torch.zeros_like(reset), layout)
 
 
 def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
@@ -185,10 +185,10 @@ def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
         first = _of_first_step(dt, batch_sizes)
     else:
         first = (dt[:1] if layout.time_first else dt[:, :1]).expand_as(dt)
-    return _of_next_step(dt, first, layout)
+    return of_next_step(dt, first, layout)
 
 
-def _of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
+def of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
     """Return the value of the next step of each sequence, and `at_end` at its last step."""
     batch_sizes, lengths = layout.batch_sizes, layout.lengths
     if batch_sizes is not None:

@@ -1,0 +1,395 @@
+"""Sequence parallel: each rank has a contiguous part of the time steps.
+
+The state after a part is linear in the state before it,
+
+    after = product of a_t * before + last
+
+where `last` is the state after the part from 0. Each rank computes both, and one all-gather gives every rank the state
+before its own part, from which it runs the recurrence. The gradients of states follow the adjoint, from the last part
+to the first:
+
+    delta_before = conj(product of a_t) * delta_after + own
+
+where `own` is the gradient of the state before the part from the outputs of the part.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from .. import ops
+from ..check import check_integers, check_lengths, check_type, expectation
+from ..models.block import Block
+from ..models.causal_conv import CausalConv
+from ..models.language_model import LanguageModel
+from ..modules.conv import MinConv
+from ..modules.conv_layer import MinConvLayer
+from ..modules.layer import Layer
+from ..modules.recurrent import Recurrent, RecurrentLayer
+from ..modules.stack import Stack
+from ..modules.stacked import Directions
+from ..ops import layout
+from ..ops.call import Layout, Spec, Start, flattened, from_flat, with_steps
+from ..ops.cells import parts_of
+from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
+from .ranks import Ranks, derive, eager, outermost
+
+_NAME = "SequenceParallel"
+
+
+class SequenceParallel(ParallelStyle):
+    """Divide the time steps of sequences among the ranks of a mesh, each of which has a contiguous part.
+
+    It is a `ParallelStyle` for `torch.distributed.tensor.parallel.parallelize_module`:
+
+        parallelize_module(model, mesh, SequenceParallel())
+        parallelize_module(model, mesh, {"encoder.rnn": SequenceParallel()})
+
+    The style applies to every layer of this library in the module: `MinGRU`, `MinLSTM`, the convolutional layers,
+    `Stack`, `models.Block` and `models.LanguageModel`, in one direction or both. Everything else in the module must act
+    on each step on its own, as `torch.nn.Linear` and `torch.nn.LayerNorm` do.
+
+    The state after the steps of a rank is linear in the state before them,
+
+        after = P before + last         P = a_T ... a_2 a_1
+
+    where a_t are the decays of its T steps, and `last` is the state after them from a state of 0. Each rank computes P
+    and `last`, all ranks gather both, and each then runs its steps from the true state. A call so communicates 2 B H
+    numbers for each rank, layer and direction, however long the sequence is, and as many in the backward pass. States
+    travel in float32 (float64 if x is float64). A convolution in a block gathers its last inputs. With `reset` or
+    `dt`, the reverse direction gathers one step of them.
+
+    Inputs:
+        Those of the module, on each rank:
+
+        - **x**, **reset**, **dt**: Part of the steps of this rank; rank 0 of the mesh has the first ones. Parts may
+          have different lengths, 0 included.
+        - **h**: State before the whole sequence, equal on all ranks. Its gradients are on the first rank (for the
+          reverse direction, on the last), and 0 elsewhere.
+        - **lengths**: Lengths of the whole sequences, equal on all ranks.
+
+    Outputs:
+        - **out**: Output of the part.
+        - **h**: State after the whole sequence, equal on all ranks, so that a call with it continues on all of them.
+
+    The loss is the sum of the losses of all ranks, so the gradients of the weights are on each rank those of its own
+    part. Wrap the model in `DistributedDataParallel` or `fully_shard` over all ranks, as for data parallel; these take
+    the mean of the gradients, which is that of the whole sequence if the loss is a mean over the steps and all parts
+    are equally long. All ranks must call `backward`, also those on which the loss does not depend on the output.
+
+    Raises:
+        TypeError: `device_mesh` is no mesh. In a call, an argument has the wrong type.
+        ValueError: The mesh has several dimensions, or the module has no layer, or one that is not supported, such as
+            a cell, a layer of `drop_in` or a layer of your own. In a call, an argument has the wrong shape on some
+            rank, or the ranks have other batch sizes, dtypes, arguments or lengths. All ranks then raise it, before
+            they communicate anything else.
+
+    Numerics:
+        In float64, outputs and gradients agree with those of one process to 1e-12, in float32 to 2e-6 and 1e-5. There
+        are no second derivatives. Under `torch.compile`, the recurrence is not in the graph.
+
+    Differences from one process: the forward pass runs the recurrence twice more, for P and `last`. The backward pass
+    runs it again, and its backward pass twice. Packed sequences must be padded, and on CPUs, `lengths` are slower.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from mingru.distributed import SequenceParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # one process; see the guide
+        >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        >>> rnn = parallelize_module(mingru.MinGRU(3, 64), mesh, SequenceParallel())
+        >>> part = torch.randn(10, 128, 3).chunk(mesh.size(), 1)[mesh.get_local_rank()]
+        >>> out, h = rnn(part)
+        >>> out.shape, h.shape
+        (torch.Size([10, 128, 64]), torch.Size([1, 10, 1, 64]))
+        >>> dist.destroy_process_group()
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        ranks, layers = Ranks(_NAME, device_mesh), outermost(_NAME, module)
+        inner = [each for layer in layers for each in layer.modules()]
+        for each in inner:
+            _check_supported(each)
+        for each in inner:
+            for base, part in _PARTS.items():
+                if isinstance(each, base):
+                    derive(each, part, ranks)
+        for layer in layers:
+            layer.register_forward_pre_hook(functools.partial(_of_part, ranks), with_kwargs=True)
+        return module
+
+
+def _check_supported(module: nn.Module) -> None:
+    if not isinstance(module, Layer):
+        return
+    expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
+    is_layer = isinstance(module, (Recurrent, MinConv)) and module.role == "sequence"
+    if hasattr(module, "ranks") or not (is_layer or isinstance(module, (Stack, Block, LanguageModel))):
+        got = f"{module.name} that is already parallel" if hasattr(module, "ranks") else module.name
+        remedy = "nobody knows how the state of another layer continues over parts"
+        raise ValueError(expectation(_NAME, "module", expected, got, remedy))
+
+
+class _Call(NamedTuple):
+    """What the ranks tell each other of a call before they compute it."""
+
+    error: Exception | None = None
+    steps: int = 0
+    batch: int = 0
+    dtype: torch.dtype | None = None
+    arguments: tuple[str, ...] = ()
+    lengths: list[int] | None = None
+
+
+@eager
+def _of_part(ranks: Ranks, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Check a call on all ranks, and replace the lengths by those of the part of this rank."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        own = _checked(module, bound.arguments)
+    except (TypeError, ValueError) as error:
+        own = _Call(error)
+    calls: list[_Call] = ranks.gather_objects(own)
+    for rank, call in enumerate(calls):
+        if call.error is not None:
+            raise own.error or type(call.error)(f"rank {rank} of {_NAME}: {call.error}")
+    for name, values in zip(_Call._fields[2:], list(zip(*calls, strict=True))[2:], strict=True):
+        if any(value != values[0] for value in values):
+            expected = f"equal on all ranks of {_NAME}"
+            raise ValueError(expectation(module.name, name, expected, ", ".join(map(str, values))))
+    lengths = bound.arguments.get("lengths")
+    if lengths is not None:
+        steps = [call.steps for call in calls]
+        check_lengths(module.name, lengths, own.batch, sum(steps), lengths.device)
+        bound.arguments["lengths"] = (lengths.long() - sum(steps[: ranks.rank])).clamp(0, own.steps)
+    return bound.args, bound.kwargs
+
+
+def _checked(module: Any, given: dict[str, Any]) -> _Call:
+    """Check all arguments but the lengths, which are those of the whole sequence, and describe the call."""
+    name, x = next(iter(given.items()))
+    check_type(module.name, name, x, Tensor, f"a tensor, of which each rank of {_NAME} has a part")
+    h = given.get("h", given.get("state"))
+    states = [h] if isinstance(module, Recurrent) and h is not None else h
+    first: Any = module
+    while first is not None:
+        first._check_all(x, states, given.get("reset"), None, given.get("dt"))
+        # A stack leaves it to its first layer to check x.
+        first = first.layers[0] if isinstance(first, Stack) else None
+        states = states[: first.num_states] if states is not None and first is not None else None
+    lengths = given.get("lengths")
+    if lengths is not None:
+        check_integers(module.name, lengths, "(B,)")
+    batch, steps = x.shape[:2] if getattr(module, "batch_first", True) else (x.shape[1], x.shape[0])
+    arguments = tuple(name for name, value in given.items() if value is not None)
+    return _Call(None, steps, batch, x.dtype, arguments, None if lengths is None else lengths.tolist())
+
+
+class _Layers(Recurrent):
+    """Layers of which each computes the recurrence of a part."""
+
+    ranks: Ranks
+
+    def all_states(self, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = _of_part(self.ranks, self, args, kwargs)
+        return super().all_states(*args, **kwargs)
+
+    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
+        return True  # Packed parts of sequences would have other batches on each rank.
+
+    def _run(self, x: Tensor, state: Tensor, reset: Any, dt: Any, order: Layout) -> States:
+        if order.lengths is not None:
+            x = layout.without_padding(x, order.lengths, order.time_first)
+        states: States = super()._run(x, state, reset, dt, order)
+        return states
+
+
+class _Model(LanguageModel):
+    def stream(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{self.name}: generate and stream need a model without {_NAME}, because prompts have no parts"
+        )
+
+
+class _Layer(Directions):
+    """A layer that computes the recurrence of a part."""
+
+    ranks: Ranks
+
+    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, order)
+
+    @eager
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
+        shape = (inputs[0].shape[1 if order.time_first else 0], 1, *inputs[0].shape[2:])
+        h = start.h.expand(shape)
+        # The accumulation dtype, in which states travel.
+        tensors = flattened(start._replace(h=as_dtype(h, accumulate_dtype(h.dtype))), order)
+        out, last = _Recurrence.apply(self.ranks, spec, order.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
+        return out, as_dtype(last, h.dtype)
+
+    @eager
+    def _in_reverse(self, start: Start, order: Layout) -> Start:
+        reset, dt = start.reset, start.dt
+        if reset is not None:
+            reset = _of_next_step(self.ranks, reset, order, False)
+        if dt is not None:
+            dt = _of_next_step(self.ranks, dt, order, True)
+        return with_steps(start, reset, dt)
+
+
+def _of_next_step(ranks: Ranks, x: Tensor, order: Layout, is_cyclic: bool) -> Tensor:
+    """Return the value of the next step, also if another rank has it.
+
+    After the last step of the whole sequence comes 0, or if `is_cyclic`, the value of its first step.
+    """
+    time = 0 if order.time_first else 1
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    first = x.select(time, 0).to(dtype) if x.shape[time] > 0 else x.new_zeros(x.shape[1 - time], dtype=dtype)
+    exists = torch.full_like(first, x.shape[time] > 0) if order.lengths is None else (order.lengths > 0).to(dtype)
+    exist, firsts = ranks.gather(torch.stack([exists, first])).unbind(1)
+
+    def first_of(ranks: range, following: Tensor) -> Tensor:
+        for rank in reversed(ranks):
+            following = torch.where(exist[rank] > 0, firsts[rank], following)
+        return following
+
+    at_end = torch.zeros_like(first)
+    if is_cyclic:
+        at_end = first_of(range(ranks.size), at_end)
+    at_end = first_of(range(ranks.rank + 1, ranks.size), at_end).to(x.dtype)
+    return layout.of_next_step(x, at_end.unsqueeze(time).expand_as(x), order)
+
+
+class _Path(NamedTuple):
+    """The parts of a sequence in the direction of a recurrence."""
+
+    ranks: Ranks
+    along: range
+    """The ranks in the order in which the state passes them."""
+    parts: int
+    """Size of the last dimension of the states, which has the parts of numbers."""
+
+    def states(self, h: Tensor, product: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states before this part and after all parts, and the products of all ranks."""
+        products, lasts = self._gather(product, last)
+        index = self.along.index(self.ranks.rank)
+        before = self._carry(self.along[:index], products, lasts, to_parts(h, self.parts))
+        after = self._carry(self.along[index:], products, lasts, before)
+        return from_parts(before, self.parts), from_parts(after, self.parts), products
+
+    def adjoint(self, products: Tensor, own: Tensor, grad_last: Tensor) -> Tensor:
+        """Return the gradient of the state after this part, from those of the states before it and after all parts."""
+        deltas, of_last = self._gather(own, grad_last)
+        later = self.along[self.along.index(self.ranks.rank) + 1 :]
+        delta = self._carry(later[::-1], conjugate(products, self.parts), deltas, of_last.sum(0))
+        return from_parts(delta, self.parts)
+
+    def _gather(self, *states: Tensor) -> tuple[Tensor, ...]:
+        return self.ranks.gather(torch.stack([to_parts(each, self.parts) for each in states])).unbind(1)
+
+    def _carry(self, along: range, products: Tensor, values: Tensor, state: Tensor) -> Tensor:
+        """Return product * state + value of one rank after the other. No state passes a reset, not even NaN."""
+        for rank in along:
+            passed = plus_times(values[rank], products[rank], state, self.parts)
+            state = torch.where(products[rank] == 0, values[rank], passed)
+        return state
+
+
+class _Recurrence(torch.autograd.Function):
+    """Return the outputs of a part, and the state after all parts.
+
+    The backward pass runs the recurrence again. It could use the graph of the forward pass instead, but then, under
+    activation checkpointing, ranks without steps would compute fewer collectives than the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
+        start, order, inputs = from_flat([h, *args], time_first)
+        _, last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), order)
+        path = _Path(ranks, range(ranks.size)[:: -1 if spec.reverse else 1], parts_of(spec.cell))
+        before, after, products = path.states(h, _product(spec, inputs, start, order), last)
+        out, _ = ops.recurrence(spec, inputs, start._replace(h=before), order)
+        ctx.path, ctx.spec, ctx.time_first = path, spec, time_first
+        ctx.save_for_backward(products, before, *args)
+        return out, after
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> Any:
+        products, *saved = ctx.saved_tensors
+        needs = True, *ctx.needs_input_grad[4:]
+        args = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
+        start, order, inputs = from_flat(args, ctx.time_first)
+        with torch.enable_grad():
+            out, last = ops.recurrence(ctx.spec, inputs, start, order)
+            # Otherwise `out` of a part without steps may need no gradient.
+            out = out + start.h.sum() if out.numel() == 0 else out
+        (own,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
+        states = (out, last), (grad_out, ctx.path.adjoint(products, own, grad_last))
+        wanted = [x for x, need in zip(args, needs, strict=True) if x is not None and need]
+        found = iter(torch.autograd.grad(states[0], wanted, states[1], allow_unused=True))
+        grad_h, *grads = [next(found) if need else None for need in needs]
+        assert grad_h is not None
+        # On the first rank, this is the gradient of the state before the whole sequence.
+        is_first = ctx.path.ranks.rank == ctx.path.along[0]
+        return None, None, None, grad_h if is_first else torch.zeros_like(grad_h), *grads
+
+
+def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout) -> Tensor:
+    """Return the product of the decays of all steps; 0 if there is a reset."""
+    parts = parts_of(spec.cell)
+    one, reset = one_like(to_parts(start.h, parts), parts), start.reset
+    # With candidates of 0, the state from 1 is the product.
+    inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
+    start = Start(from_parts(one, parts), start.h, None, start.dt)
+    product = to_parts(ops.recurrence(spec._replace(activation="linear"), inputs, start, order)[1], parts)
+    # Not 0, which means a reset: infinity and NaN do not decay.
+    product = product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
+    if reset is not None:
+        reset = reset.t() if order.time_first else reset
+        if order.lengths is not None:
+            reset = reset.masked_fill(layout.padding_of(order.lengths, reset), False)
+        product = product.masked_fill(along(reset.any(1), product), 0.0)
+    return from_parts(product, parts)
+
+
+class _CausalConv(CausalConv):
+    """A convolution whose first inputs are the last ones of the ranks before."""
+
+    ranks: Ranks
+
+    @eager
+    def forward(self, x: Tensor, state: Tensor, reset: Any = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
+        # The state after this part from 0, and where it has inputs from before.
+        tail = self._state_after(*self._past(x, torch.zeros_like(state), reset), lengths)
+        blank, old = torch.zeros_like(x[..., :1]), torch.ones_like(state[..., :1])
+        is_old = self._state_after(*self._past(blank, old, reset), lengths)
+        before = after = state.to(x.dtype)
+        for rank, own in enumerate(self.ranks.gather(torch.cat([tail, is_old], -1))):
+            before = after if rank == self.ranks.rank else before
+            after = _shifted(after, own[..., :-1], own[..., -1:] > 0)
+        return super().forward(x, before, reset, lengths)[0], after
+
+
+def _shifted(state: Tensor, tail: Tensor, is_old: Tensor) -> Tensor:
+    """Return the last inputs (1, B, K, C) after a part: the first, where `is_old`, are the last of `state`."""
+    count = state.shape[2]
+    index = torch.arange(count, device=state.device).unsqueeze(1) + count - is_old.sum(2, keepdim=True)
+    return torch.where(is_old, state.gather(2, index.clamp_max(count - 1).expand_as(state)), tail)
+
+
+# Replaced methods of each class, if it has any. All ranks call them in the same order.
+_PARTS = {
+    RecurrentLayer: _Layer,
+    MinConvLayer: _Layer,
+    Recurrent: _Layers,
+    LanguageModel: _Model,
+    CausalConv: _CausalConv,
+}

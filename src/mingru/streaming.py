@@ -1,0 +1,153 @@
+"""Many sequences that one process continues step by step, such as the streams of a server."""
+
+import heapq
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .check import check_int, check_type, dims, expectation, require
+
+__all__ = ["Sessions"]
+
+
+class Sessions:
+    """Keep the states of many sessions, and continue any of them in one call of the model.
+
+        out_i, state[slot_i] = model(x_i, state[slot_i])
+
+    A session is a slot, an int from 0 to `slots` - 1. The states of all slots are tensors on the device of the
+    model, of which a step reads and writes only the entries that it names.
+
+    Args:
+        model: A layer or model of this library in eval mode, or a module with the same methods: `initial(batch)`, and
+            `forward(x, h, ...)`, which returns the output and the new state. A state is a tensor, or a list of tensors,
+            of a fixed size for each sequence.
+        slots: Number of slots.
+
+    Raises:
+        TypeError: `model` has no `initial`, or an argument has the wrong type.
+        ValueError: A slot is out of range, not open or named twice, all slots are open, or a snapshot is of another
+            model. The states are then unchanged.
+
+    All methods can be called from several threads; they wait for each other. Two chunks of one session can not be in
+    one step, because nothing would say which comes first.
+
+    Examples:
+        >>> from mingru.streaming import Sessions
+        >>> rnn = mingru.MinGRU(3, 16, num_layers=2).eval()
+        >>> sessions = Sessions(rnn, slots=1000)
+        >>> anna, ben = sessions.open(), sessions.open()
+        >>> out = sessions.step(torch.randn(2, 5, 3), [anna, ben])  # five steps of both
+        >>> out = sessions.step(torch.randn(2, 4, 3), [ben, -1], lengths=torch.tensor([4, 0]))
+        >>> torch.save(sessions.snapshot(anna), "anna.pt")  # doctest: +SKIP
+        >>> sessions.close(anna)
+    """
+
+    def __init__(self, model: nn.Module, slots: int) -> None:
+        expected, remedy = "a layer or model with initial(batch)", "derive it from mingru.modules.Layer"
+        is_known = hasattr(model, "initial") and getattr(model, "role", None) != "step"
+        require("Sessions", "model", is_known, expected, type(model).__name__, remedy, TypeError)
+        check_int("Sessions", "slots", slots)
+        self.model, self.slots = model, slots
+        one, two = (_listed(self._initial(batch)) for batch in (1, 2))
+        self._is_tensor = isinstance(self._initial(1), Tensor)
+        # The batch is the dimension in which the states of one and of two sessions differ.
+        pairs = [zip(x.shape, y.shape, strict=True) for x, y in zip(one, two, strict=True)]
+        self._dims = [[a == b for a, b in sizes].index(False) for sizes in pairs]
+        # An entry for each slot, and one for the padding.
+        index = torch.zeros(slots + 1, dtype=torch.int64, device=one[0].device)
+        self._pools = [x.index_select(dim, index) for x, dim in zip(one, self._dims, strict=True)]
+        self._free = list(range(slots))
+        self._open: set[int] = set()
+        self._lock = threading.RLock()
+
+    def open(self) -> int:
+        """Begin a session from the initial state, and return its slot."""
+        return self.restore(_flat(_listed(self._initial(1))))
+
+    def close(self, slot: int) -> None:
+        """End a session. Its slot is then free."""
+        with self._lock:
+            self._check([slot])
+            self._open.remove(slot)
+            heapq.heappush(self._free, slot)
+
+    def snapshot(self, slot: int) -> Tensor:
+        """Return a copy of the state of a session, as one tensor of one dimension."""
+        with self._lock:
+            self._check([slot])
+            return _flat(self._of_slot(slot))
+
+    def restore(self, snapshot: Tensor) -> int:
+        """Begin a session from a snapshot, and return its slot."""
+        check_type("Sessions", "snapshot", snapshot, Tensor, "a tensor that snapshot returned")
+        like = _flat(self._of_slot(self.slots))
+        if snapshot.shape != like.shape or snapshot.dtype != like.dtype:
+            expected, got = (f"{dims(each.shape)} of {each.dtype}" for each in (like, snapshot))
+            raise ValueError(expectation("Sessions", "snapshot", f"{expected}, as those of this model", got))
+        with self._lock:
+            if not self._free:
+                raise ValueError(f"Sessions: all {self.slots} slots are open; close one, or make more slots")
+            slot = heapq.heappop(self._free)
+            self._open.add(slot)
+            states = self._of_slot(slot)
+            sizes = [each.numel() for each in states]
+            for state, saved in zip(states, torch.split(snapshot, sizes), strict=True):
+                state.copy_(saved.view(state.shape))
+            return slot
+
+    def step(self, x: Any, slots: Sequence[int] | Tensor, **given: Any) -> Any:
+        """Continue sessions by one step or several, without gradients, and return the output of the model.
+
+        Args:
+            x: Input of the model, with a sequence of each session.
+            slots: Slot of each sequence, ints or an int64 tensor (B,), no two equal. -1 is padding, whose output has
+                no meaning.
+            **given: Further arguments of the model, such as `lengths` for chunks of different lengths: 0 steps leave a
+                session as it is.
+        """
+        slots = torch.as_tensor(slots)
+        if slots.dtype != torch.int64 or slots.dim() != 1:
+            expected, got = "ints, or an int64 tensor (B,)", f"{dims(slots.shape)} of {slots.dtype}"
+            raise TypeError(expectation("Sessions", "slots", expected, got))
+        with self._lock, torch.no_grad():
+            named = slots.tolist()
+            self._check(named if -1 not in named else [slot for slot in named if slot != -1])
+            batch = x.shape[0 if getattr(self.model, "batch_first", True) else 1]
+            expected, got = f"{batch} slots, one for each sequence of x", str(len(named))
+            require("Sessions", "slots", len(named) == batch, expected, got)
+            index = slots.to(self._pools[0].device)
+            if -1 in named:
+                index = index.remainder(self.slots + 1)  # -1 becomes the last index
+            states = [pool.index_select(dim, index) for pool, dim in zip(self._pools, self._dims, strict=True)]
+            out, after = self.model(x, states[0] if self._is_tensor else states, **given)
+            for pool, dim, state in zip(self._pools, self._dims, _listed(after), strict=True):
+                pool.index_copy_(dim, index, state)
+        return out
+
+    def _check(self, slots: Sequence[Any]) -> None:
+        if not self._open.issuperset(slots):
+            wrong = next(slot for slot in slots if slot not in self._open)
+            raise ValueError(expectation("Sessions", "slots", "open slots", repr(wrong), "open returns a slot"))
+        if len(set(slots)) < len(slots):
+            remedy = "pass the chunks of one session one after the other"
+            raise ValueError(expectation("Sessions", "slots", "different slots", str([*slots]), remedy))
+
+    @torch.no_grad()
+    def _initial(self, batch: int) -> Any:
+        model: Any = self.model
+        return model.initial(batch)
+
+    def _of_slot(self, slot: int) -> list[Tensor]:
+        return [pool.select(dim, slot) for pool, dim in zip(self._pools, self._dims, strict=True)]
+
+
+def _listed(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def _flat(states: Sequence[Tensor]) -> Tensor:
+    return torch.cat([state.flatten() for state in states])
