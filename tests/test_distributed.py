@@ -352,6 +352,8 @@ def work(rank, folder, name):
         check(four, pairs)
     dist.barrier()  # No process ends while a thread of another still communicates.
     dist.destroy_process_group()
+    # Without the end of Python, at which a thread of gloo that still runs would abort the process.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("name", ["quick", pytest.param("slow", marks=pytest.mark.slow)])
