@@ -244,6 +244,9 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
         self.outputs += ["plot"] if "plot" in defaults else []
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, *["--lr"] * ("--learning-rate" in names), **options)
+
     def add_output(self, option: str, text: str) -> None:
         """Add an option for a file to write, which is checked before the training."""
         self.outputs.append(self.add_argument(option, type=Path, help=text).dest)

@@ -283,7 +283,7 @@ FOREIGN = {
     "activation": (mingru.MinGRU, (3, 4), {"activation": "tanh"}, TypeError, "no argument 'activation'; use candidate"),
     "n_vocab": (mingru.models.LanguageModel, (), {"n_vocab": 10}, TypeError, "no argument 'n_vocab'; use vocab_size"),
     "min_decay": (mingru.functional.mingru, (X, X), {"min_decay": 1.5}, ValueError, "0 to 1 (exclusive), got 1.5"),
-    "a layer of torch": (mingru.Stack, ([torch.nn.GRU(3, 4)],), {}, TypeError, "of your own from mingru.modules.Layer"),
+    "a layer of torch": (mingru.Stack, ([torch.nn.GRU(3, 4)],), {}, TypeError, "GRU; use mingru.MinGRU or"),
     "max_length": (LM.generate, (IDS,), {"max_length": 3}, TypeError, "no argument 'max_length'; use max_new_tokens"),
     "do_sample": (LM.generate, (IDS, 3), {"do_sample": False}, TypeError, "no argument 'do_sample'; use temperature=0"),
     "eos_token_id": (LM.stream, (IDS, 3), {"eos_token_id": 1}, TypeError, "no argument 'eos_token_id'; use stop"),

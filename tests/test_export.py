@@ -231,6 +231,7 @@ class Masked(nn.Module):
         (ValueError, "max_steps must be at least the 5 steps of the example, got 4", RNN, X, {"max_steps": 4}),
         (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
         (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
+        (TypeError, "no argument 'opset_version'; torch chooses the opset; .*", RNN, X, {"opset_version": 17}),
         (ValueError, "max_steps must be None because x has no time", mingru.MinGRUCell(3, 4), X[0], {"max_steps": 4}),
         (ValueError, r"x must be \(B, S, \.\.\.\), got \(3,\)", Echo(), torch.zeros(3), {}),
         (

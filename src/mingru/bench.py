@@ -123,8 +123,9 @@ def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, 
 
 
 def show(shape: Sequence[int], taken_ms: dict[str, tuple[float, float]]) -> None:
-    columns = ["median ms", "forward", "fwd + bwd", f"speed-up over {GRU}", "fwd + bwd"]
-    columns += ["time relative to nn.Linear", "fwd + bwd"]
+    parts = ("forward", "fwd + bwd")
+    columns = ["median ms", *parts, *(f"speed-up over {GRU}: {part}" for part in parts)]
+    columns += [f"time / {LINEAR}: {part}" for part in parts]
     rows = []
     for name, taken in taken_ms.items():
         speed_up = [base / ms for base, ms in zip(taken_ms[GRU], taken, strict=True)]

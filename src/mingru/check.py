@@ -59,6 +59,7 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
+    "opset_version": "torch chooses the opset; change that of the file with onnx.version_converter",
 }
 
 # Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
@@ -107,11 +108,11 @@ def of_another_shape(name: str, argument: str, x: Tensor, letters: str, shape: t
     return ValueError(expectation(name, argument, f"{letters} = {dims(shape)}", dims(x.shape)))
 
 
-def arguments_checked(remedy: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
+def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a constructor or method so that errors about its arguments name the class of the object.
 
-    Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments.
-    Numbers of numpy become numbers of Python.
+    Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments;
+    `function` is the name of a function, which has no self. Numbers of numpy become numbers of Python.
     """
 
     def decorated(init: Callable[P, T]) -> Callable[P, T]:
@@ -119,9 +120,11 @@ def arguments_checked(remedy: str = "") -> Callable[[Callable[P, T]], Callable[P
 
         @functools.wraps(init)
         def run(*args: Any, **kwargs: Any) -> T:
-            problem = misfit(name_of(type(args[0])), signature, args, kwargs, remedy)
+            name = function or name_of(type(args[0]))
+            problem = misfit(name, signature, args, kwargs, remedy, 0 if function else 1)
             if problem:
                 raise TypeError(problem)
+            check_device(name, kwargs.get("device"))
             return init(*map(_builtin, args), **{name: _builtin(value) for name, value in kwargs.items()})
 
         return run
@@ -137,10 +140,15 @@ def _builtin(value: Any) -> Any:
 
 
 def misfit(
-    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
+    name: str,
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    remedy: str = "",
+    num_selves: int = 1,
 ) -> str:
     """Return why a method cannot be called with these arguments, of which the first is self; "" if it can."""
-    known = list(signature.parameters.values())[1:]
+    known = list(signature.parameters.values())[num_selves:]
     names = [parameter.name for parameter in known]
     has_options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     for argument in kwargs:
@@ -230,6 +238,15 @@ def _level_of_the_caller() -> int:
     frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
     inner = itertools.takewhile(lambda each: each.f_globals.get("__name__", "").partition(".")[0] in packages, frames)
     return 1 + sum(1 for _ in inner)
+
+
+def check_device(name: str, device: object) -> None:
+    """Raise the type of torch's error if this is the name of no device."""
+    try:
+        torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:
+        expected, remedy = "a device of torch", "the devices are 'cpu', 'cuda' (also of AMD), 'mps', 'xpu' and others"
+        raise RuntimeError(expectation(name, "device", expected, repr(device), remedy)) from None
 
 
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:

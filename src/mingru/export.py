@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import check_int, check_type, dims, expectation, not_a_tensor, require
+from .check import arguments_checked, check_int, check_type, dims, expectation, not_a_tensor, require
 from .models.generation import in_eval_mode
 from .modules.layer import Dims, Layer
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
@@ -25,6 +25,7 @@ __all__ = ["onnx"]
 _NAME = "export.onnx"
 
 
+@arguments_checked(function=_NAME)
 def onnx(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],

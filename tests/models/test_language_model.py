@@ -291,11 +291,8 @@ def test_bad_calls(with_grad):
     lm = LanguageModel(V, DIMS, 2, conv=3)
     states = wrong_states("state", lm.initial_state(2), "the weights")
     with torch.set_grad_enabled(with_grad):
-        for cases, name in (
-            ({**literal(BAD_IDS), **wrong_ids("ids", IDS, V), **states}, "LanguageModel: "),
-            ({**literal(BAD_MASKS), **wrong_resets("(B, S)", 2, 3)}, "Block: "),
-        ):
-            assert_refused(lambda **arguments: lm(**{"ids": IDS, **arguments}), cases, name)
+        cases = {**literal(BAD_IDS | BAD_MASKS), **wrong_ids("ids", IDS, V), **states, **wrong_resets("(B, S)", 2, 3)}
+        assert_refused(lambda **arguments: lm(**{"ids": IDS, **arguments}), cases, "LanguageModel: ")
     assert_refused(lambda **arguments: lm.generate(IDS, 0, **arguments), states, "LanguageModel: ")
 
 

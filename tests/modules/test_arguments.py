@@ -162,6 +162,11 @@ def test_constructors_with_too_few_and_too_many(kind):
     parameters = list(inspect.signature(kind).parameters)
     with pytest.raises(TypeError, match=f"^{named(kind)}: multiple values for argument '{parameters[0]}'; "):
         kind(*sizes, **{parameters[0]: 3})
+    if "device" in parameters:
+        with pytest.raises(
+            RuntimeError, match=f"^{named(kind)}: device must be a device of torch, got 'gpu'; the devi"
+        ):
+            kind(*sizes, device="gpu")
 
 
 def test_what_is_taken_by_position():

@@ -126,6 +126,11 @@ def test_bad_layers():
         "none": ({"layers": []}, ValueError, "layers must be a list of at least one layer, got an empty list"),
         "a layer": ({"layers": MinGRU(3, 4)}, TypeError, "layers must be a list of layers, got MinGRU"),
         "a part": ({"layers": [MinGRU(3, 4), nn.Linear(4, 5)]}, TypeError, rf"layers\[1\] {KINDS} Linear"),
+        "of torch": (
+            {"layers": [nn.LSTM(3, 4)]},
+            TypeError,
+            rf"layers\[0\] {KINDS} LSTM; use mingru.MinGRU or mingru.",
+        ),
         **wrong_values("dropout", "a number from 0 to 1", types=("0",), values=(1.5, float("nan"))),
     }
     for name, layers in WRONG_KINDS.items():

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_flag, check_int, check_min_decay, check_number, per_layer, require
+from ..check import (
+    arguments_checked,
+    check_flag,
+    check_int,
+    check_lengths,
+    check_min_decay,
+    check_number,
+    check_reset,
+    per_layer,
+    require,
+)
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
@@ -172,9 +182,12 @@ class LanguageModel(Layer):
         return x
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        """Raise an error if ids are not integers (B, S), or the state does not fit them."""
+        """Raise an error that names this model, not a block, if an argument is wrong."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
         self._check_state(h, x.shape[0])
+        check_reset(self.name, reset, x, "(B, S)")
+        if lengths is not None:
+            check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
 
     def _check_state(self, state: Any, batch: int) -> None:
         if state is not None:

@@ -117,6 +117,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
+                if isinstance(layer, nn.RNNBase):
+                    remedy = "use mingru.MinGRU or mingru.MinLSTM in its place"
                 if isinstance(layer, Layer) and layer.role == "custom":
                     remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
