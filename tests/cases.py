@@ -1,6 +1,6 @@
 """Modules of every class of the library with its options, and what they are called with: the rows of the tests.
 
-`CASES` are the columns of docs/modes.md; tests/modes runs them in every mode. `ROWS` are all options, of which every
+`CASES` are the classes of docs/modes.md; tests/modes runs them in every mode. `ROWS` are all options, of which every
 two values meet in one row; tests/properties checks what holds for each of them.
 """
 

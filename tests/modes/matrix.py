@@ -12,7 +12,6 @@ sys.path.insert(0, str(FOLDER.parent))
 from cases import CASES  # noqa: E402
 
 PAGE = FOLDER.parent.parent / "docs" / "modes.md"
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARK = "<!-- printed by tests/modes/matrix.py -->\n"
 
 
@@ -39,20 +38,22 @@ class Matrix:
                     limitations.append(limitation)
 
     def table(self) -> str:
-        """Return the table, with a row for each mode and a column for each class, and the numbered limitations."""
+        """Return the table, with the classes of each mode, after the list of all, and the numbered limitations."""
         names = [case.name for case in CASES]
-        cells = {(mode, name): self.cells.get((mode, name)) for mode in modes() for name in names}
-        numbers = {limitation: 0 for found in cells.values() for limitation in found or []}
-        numbers = {limitation: number for number, limitation in enumerate(numbers, 1)}
-
-        def text(limitations: list[str] | None) -> str:
-            if limitations is None:
-                return ""
-            return "✓" + " ".join(str(numbers[limitation]).translate(SUPERSCRIPTS) for limitation in limitations)
-
-        rows = [["", *names], ["---"] * (1 + len(names))]
-        rows += [[mode, *(text(cells[mode, name]) for name in names)] for mode in modes()]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        found = {
+            mode: {name: self.cells[mode, name] for name in names if (mode, name) in self.cells} for mode in modes()
+        }
+        limitations = dict.fromkeys(each for by_name in found.values() for cell in by_name.values() for each in cell)
+        numbers = {limitation: number for number, limitation in enumerate(limitations, 1)}
+        lines = [f"All are {', '.join(names)}.", "", "| mode | classes | with a limitation |", "| --- | --- | --- |"]
+        for mode, by_name in found.items():
+            limited = [
+                f"{', '.join(name for name in by_name if each in by_name[name])} ({number})"
+                for each, number in numbers.items()
+                if any(each in cell for cell in by_name.values())
+            ]
+            tested = "all" if len(by_name) == len(names) else ", ".join(by_name)
+            lines.append(f"| {mode} | {tested} | {'; '.join(limited)} |")
         return "\n".join([*lines, "", *(f"{number}. {limitation}" for limitation, number in numbers.items())]) + "\n"
 
 
