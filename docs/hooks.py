@@ -8,6 +8,8 @@ log = logging.getLogger("mkdocs.hooks")
 
 # Names in a code block, a link or a heading stay as they are.
 NAME = re.compile(r"<(pre|a|h[1-6])\b.*?</\1>|<code>((?:mingru|torch\.nn)\.[\w.]+)</code>", re.DOTALL)
+# Between two words of a name, as in MinGRU|Module and learn_|initial_|state.
+WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z][_.])(?=\w)")
 TORCH = "https://docs.pytorch.org/docs/stable/generated"
 SECTIONS = "Args|Example|Examples|Inputs|Numerics|Outputs|Parameters|Raises|References|Returns|Source|State dict"
 
@@ -62,7 +64,19 @@ def on_page_content(html, page, config, files):
     for fault in faults(html, is_reference):
         log.warning("%s: %s", page.file.src_uri, fault)
     names = [file.name for file in files.documentation_pages() if file.src_uri.startswith("reference/")]
-    return linked(html, {f"mingru.{name}" for name in names if name not in ("index", page.file.name)})
+    documented = {f"mingru.{name}" for name in names if name not in ("index", page.file.name)}
+    return breakable(linked(html, documented))
+
+
+def breakable(html):
+    """Let a name in a table break between its words, but not a mean from its deviation."""
+
+    def in_cell(cell):
+        return re.sub("<code>[^<]+</code>", lambda code: WORDS.sub("<wbr>", code[0]), cell[0]).replace(
+            " ± ", "&nbsp;±&nbsp;"
+        )
+
+    return re.sub(r"<t[dh]\b.*?</t[dh]>", in_cell, html, flags=re.DOTALL)
 
 
 def linked(html, documented):
