@@ -1,4 +1,4 @@
-"""Common idioms with nn.GRU and nn.GRUCell and with mingru.drop_in, and the guide's table of those that differ.
+"""Common idioms with nn.GRU and nn.GRUCell and with mingru.drop_in, and a table of those that differ, idioms.md.
 
     python tests/test_idioms.py    # writes the table
 
@@ -24,8 +24,8 @@ from mingru import drop_in
 # What idioms are written with.
 NAMES = {"copy": copy, "pickle": pickle, "torch": torch, "F": F, "nn": nn, "prune": prune, "mingru": mingru}
 NAMES |= {"parametrizations": parametrizations}
-PAGE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
-MARKS = ("<!-- printed by tests/test_idioms.py -->\n", "<!-- end of what tests/test_idioms.py prints -->\n")
+PAGE = Path(__file__).with_name("idioms.md")
+GUIDE = Path(__file__).parents[1] / "docs" / "coming_from_gru.md"
 S, B, IN, H = 5, 2, 3, 4
 TWO = "2, bidirectional=True"
 # What a user sees, further arguments of the class, and what is done after `output, h_n = rnn(x)`: statements, or an
@@ -264,26 +264,28 @@ def rows():
     return [(idiom, *(outcome(kind, *how) for kind in kinds)) for idioms, *kinds in classes for idiom, *how in idioms]
 
 
+def count(found):
+    return f"Of {len(found)} idioms, {sum(row[1] == row[2] for row in found)} give the same result with both classes."
+
+
 def table(found):
     """Return Markdown: the number of idioms that agree, and a table of the others."""
-    differing = [row for row in found if row[1] != row[2]]
     lines = [
-        f"Of {len(found)} idioms, {len(found) - len(differing)} give the same result with both classes. The others:",
+        "# Idioms with torch.nn and with mingru.drop_in",
+        "",
+        f"{count(found)} The others:",
         "",
         "| idiom | `torch.nn` | `mingru.drop_in` |",
         "| --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in differing),
+        *(f"| {' | '.join(row)} |" for row in found if row[1] != row[2]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def page_with(text):
-    before, first, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    return f"{before}{first}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
-
-
-def test_the_guide_has_the_table():
-    assert page_with(table(rows())) == PAGE.read_text(encoding="utf-8"), "run python tests/test_idioms.py"
+def test_the_table_and_the_guide():
+    found = rows()
+    assert table(found) == PAGE.read_text(encoding="utf-8"), "run python tests/test_idioms.py"
+    assert count(found) in " ".join(GUIDE.read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize(("code", "seen"), [("repr(rnn)", "GRU(3, 4)"), ("output", "runs"), ("nothing", "NameError")])
@@ -292,4 +294,4 @@ def test_outcomes(code, seen):
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with(table(rows())), encoding="utf-8")
+    PAGE.write_text(table(rows()), encoding="utf-8")

@@ -150,6 +150,24 @@ def test_the_page_has_the_results():
     assert page.filled(text, page.RESULTS) == text
 
 
+def test_the_page_of_the_site_has_the_main_results():
+    def percent(name, keys, index=None):
+        runs = page.by_seed(json.loads((page.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["runs"])[0]
+        values = [[run["accuracy"] if index is None else run["accuracy"][index] for run in runs[key]] for key in keys]
+        return [f"{100 * sum(each) / len(each):.0f}%" for each in values]
+
+    text = " ".join((page.PAGE.parents[2] / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    one, two, three = percent("copying", [f"minGRU, {count} layers" for count in (1, 2, 3)])
+    assert f"reach {one}, {two} and {three}" in text
+    rotation, signed, plain = percent(
+        "words", [f"S3: {name}" for name in ("mingru-scans rotation", "mingru-scans signed", "minGRU")], 3
+    )
+    assert f"in {rotation} by rotations and {signed} by signed gates" in text
+    assert f"the default minGRU in {plain}" in text
+    counts = percent("layers", [f"minGRU, {count} layer{'s' * (count > 1)}" for count in (2, 3, 4, 1)], 2)
+    assert f"have {min(counts[:3])} to {max(counts[:3])} after 1,500, and one layer has {counts[3]}" in text
+
+
 def test_a_table_has_the_rate_that_the_first_seed_chose():
     runs = {
         f"parity: m, learning rate {rate}, seed {seed}": {"near": near, "far": far}

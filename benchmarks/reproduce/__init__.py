@@ -1,1 +1,1 @@
-"""Tables of published results, measured again: one program for each table, and one for docs/reproduction.md."""
+"""Tables of published results, measured again: one program for each table, and one for README.md."""

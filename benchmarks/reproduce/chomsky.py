@@ -1,6 +1,6 @@
 """Six tasks of formal languages, trained on lengths 1 to 40 and tested on lengths 40 to 256.
 
-    python -m benchmarks.reproduce.chomsky              # the table of docs/reproduction.md
+    python -m benchmarks.reproduce.chomsky              # the table of README.md
     python -m benchmarks.reproduce.chomsky --num-steps 500000 --batch-size 128 --hidden-dims 256 --device cuda \\
         --json full.json                                # the size of Feng et al. 2024, for a GPU
 

@@ -1,6 +1,6 @@
 """Selective copying of 16 tokens, as in table 1 of Feng et al. 2024, with 1 to 3 layers.
 
-    python -m benchmarks.reproduce.copying          # the table of docs/reproduction.md
+    python -m benchmarks.reproduce.copying          # the table of README.md
     python -m benchmarks.reproduce.copying --seq-len 4096 --num-steps 400000 --batch-size 64 --hidden-dims 384 \\
         --learning-rate 3e-4 --layers 3 --device cuda --json full.json    # the size of the paper, for a GPU
 

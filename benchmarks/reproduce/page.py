@@ -1,4 +1,4 @@
-"""Write the tables of docs/reproduction.md from the results of the other programs.
+"""Write the tables of README.md from the results of the other programs.
 
     python -m benchmarks.reproduce.page
 
@@ -16,7 +16,7 @@ from ..gpu.page import table
 from .chomsky import TASKS
 from .common import RESULTS
 
-PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
+PAGE = Path(__file__).with_name("README.md")
 MARKED = re.compile(r"<!-- reproduce: (\w+) -->\n.*?<!-- reproduce: end -->", re.DOTALL)
 Runs = dict[str, dict[str, Any]]
 # Feng et al. 2024: accuracy in % and its standard deviation; how many times as fast as a loop in Python.
