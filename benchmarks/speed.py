@@ -573,7 +573,7 @@ def by_threads(timer, shapes, numbers, scans):
 
 
 def tables(record):
-    """Return the tables of docs/speed.md from what docs/speed.json has."""
+    """Return the table of docs/speed.md, a training step with the most threads, from what docs/speed.json has."""
     where, versions = record["where"], record["results"]["versions"]
     machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
     others = "".join(f", {name} {version}" for name, version in versions.items())
@@ -581,18 +581,17 @@ def tables(record):
     lines = [f"{machine}{others}.", f"The load average before the run was {load:.1f}."]
     if load > where["cores"]:
         lines += ["Other programs ran at the same time, so these ratios are rough."]
-    for column, title in ((1, "A training step"), (0, "Forward, without gradients")):
-        for threads, by_shape in record["results"]["times"].items():
-            names = [name for name in next(iter(by_shape.values())) if name != "mingru"]
-            lines += ["", f"{title}, {threads} thread{'s' * (threads != '1')}:", ""]
-            headings = " | ".join(name.removesuffix("(I, 2H)") for name in names)
-            lines += [f"| B, S, H | MinGRU, ms | {headings} |", "| --- " * (len(names) + 2) + "|"]
-            for shape, figures in by_shape.items():
-                batch, steps, input_dims, hidden_dims = json.loads(f"[{shape[1:-1]}]")
-                features = hidden_dims if input_dims == hidden_dims else f"{input_dims} to {hidden_dims}"
-                base = figures["mingru"][column]
-                cells = [as_ratio(figures[name][column] / base) for name in names]
-                lines.append(f"| {batch}, {steps}, {features} | {base:.3g} | {' | '.join(cells)} |")
+    threads, by_shape = list(record["results"]["times"].items())[-1]
+    names = [name for name in next(iter(by_shape.values())) if name != "mingru"]
+    lines += ["", f"A training step, {threads} thread{'s' * (threads != '1')}:", ""]
+    headings = " | ".join(name.removesuffix("(I, 2H)") for name in names)
+    lines += [f"| B, S, H | MinGRU, ms | {headings} |", "| --- " * (len(names) + 2) + "|"]
+    for shape, figures in by_shape.items():
+        batch, steps, input_dims, hidden_dims = json.loads(f"[{shape[1:-1]}]")
+        features = hidden_dims if input_dims == hidden_dims else f"{input_dims} to {hidden_dims}"
+        times = {name: forward_and_both[1] for name, forward_and_both in figures.items()}
+        cells = [as_ratio(times[name] / times["mingru"]) for name in names]
+        lines.append(f"| {batch}, {steps}, {features} | {times['mingru']:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -49,15 +49,13 @@ def shown(times_ms, names):
 
 def test_the_tables_of_ratios_are_what_the_command_wrote():
     page = (DOCS / "speed.md").read_text().partition("## By batch")[0]
-    names = ("nn.GRU", "nn.LSTM", "nn.Linear(I, 2H)")
-    rows = [f"| {' | '.join([shape, *shown(times, names)])} |" for each in RATIOS for shape, times in each.items()]
+    rows = [
+        f"| {' | '.join([shape, *(cell for each in RATIOS for cell in shown(each[shape], ('nn.GRU', 'nn.LSTM')))])} |"
+        for shape in RATIOS[0]
+    ]
     assert [line for line in page.splitlines() if re.match(r"\| \(\d", line)] == rows
     in_readme = [line for line in README.splitlines() if re.match(r"\| \(\d", line)]
-    assert len(in_readme) == 3
-    for line in in_readme:
-        shape = line.split(" | ")[0].removeprefix("| ")
-        cells = [cell for each in RATIOS for cell in shown(each[shape], names[:2])]
-        assert line == f"| {' | '.join([shape, *cells])} |"
+    assert len(in_readme) == 3 and set(in_readme) < set(rows)
 
 
 def test_the_headline_is_true_for_all_shapes():

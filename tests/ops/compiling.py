@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
 
-As a program, print the figures of docs/how_it_works.md, and others for other targets:
+As a program, print the number of instructions of each kernel for each state:
 
     python tests/ops/compiling.py [--target sm_90]
 """
