@@ -41,7 +41,7 @@ MODELS = {
         "normalize": False,
     },
     "bounds": {"gate": "rotation", "min_decay": [0.0, 0.75]},
-    "gates": {"gate": ["sigmoid", "quaternion"]},
+    "gates": {"gate": ["sigmoid", "quaternion"], "memory": [2.0, 50.0]},
     "without bias": {"bias": False, "conv": 2},
     "bfloat16": {"dtype": torch.bfloat16, "conv": 2},
     "float64": {"dtype": torch.float64, "tied": False},

@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import itertools
-import math
 import re
 
 import pytest
@@ -285,7 +284,7 @@ MEMORIES = {
 
 @pytest.mark.parametrize("kind", MEMORIES.values(), ids=MEMORIES)
 def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
-    for memory in (1.5, 10.0):
+    for memory in (1.5, 10.0, (2, 50)):
         rnn = kind(memory=memory, candidate="linear")
         for weight in rnn.parameters():
             nn.init.zeros_(weight)
@@ -293,25 +292,38 @@ def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
         space = (1,) if isinstance(rnn, mingru.MinConv1dGRU) else ()
         h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
         out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
-        assert_close(out, torch.full_like(out, 1 - 1 / memory))
+        first, last = memory if isinstance(memory, tuple) else (memory, memory)
+        parts, groups = {"rotation": 2, "quaternion": 4}.get(rnn.gate, 1), rnn.layers[0].groups
+        count = H // groups // parts
+        expected = first * (last / first) ** ((torch.arange(count) + 0.5) / count)
+        expected = expected.repeat_interleave(parts).repeat(groups * rnn.num_directions)
+        assert_close(out, 1 - 1 / expected.view(1, 1, -1, *space))
     torch.manual_seed(0)
-    drawn = dict(kind(memory=7).named_parameters())
+    drawn = dict(kind(memory=(2, 7)).named_parameters())
     torch.manual_seed(0)
-    rnn = kind(memory=7)
+    rnn = kind(memory=(2, 7))
     torch.manual_seed(0)
     rnn.reset_parameters()
     assert_close(dict(rnn.named_parameters()), drawn, rtol=0, atol=0)
+    expected = "memory must be a number above 1, a pair of two such numbers, or None, got"
     for wrong, error in ((1, ValueError), (torch.inf, ValueError), ("long", TypeError), (True, TypeError)):
-        with pytest.raises(error, match=f": memory must be a number above 1, or None, got {wrong!r}"):
-            kind(memory=wrong)
+        for given in (wrong, (2, wrong)):
+            with pytest.raises(error, match=f": {expected} {wrong!r}"):
+                kind(memory=given)
+    for given in ((2,), [2, 3, 4]):
+        with pytest.raises(TypeError, match=f": {expected} {re.escape(repr(given))}"):
+            kind(memory=given)
     with pytest.raises(ValueError, match="memory must be None because bias is False, got 2"):
         kind(memory=2, bias=False)
 
 
-def test_the_memory_of_quaternions_is_21_steps_by_default():
-    for gate, bias in (("rotation", 0.0), ("quaternion", -math.log(20))):
-        found = mingru.MinGRU(64, 400, gate=gate).layers[0].linear.bias[:400:4]
-        assert abs(found.mean() - bias) < 0.05
+def test_the_default_memory():
+    for gate, memory in (("sigmoid", 2), ("rotation", 2), ("quaternion", (21, 21))):
+        found = []
+        for options in ({}, {"memory": memory}):
+            torch.manual_seed(0)
+            found.append(mingru.MinGRU(4, 16, gate=gate, **options).state_dict())
+        assert_close(*found, rtol=0, atol=0)
         assert "memory" not in repr(mingru.MinGRU(4, 8, gate=gate, bias=False))
 
 

@@ -9,7 +9,7 @@ from ..check import arguments_checked, check_flags, check_steps, dims, embed_rem
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
-from ..modules.options import Candidate, Gate, Norm, arguments_of
+from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
 from .base import DropIn, Pair, WithPair
 
@@ -33,7 +33,7 @@ class DropInCell(DropIn, RecurrentCell):
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
     ) -> None:
         check_flags(name_of(type(self)), bias=bias)
         super().__init__(**arguments_of(locals()))
@@ -188,7 +188,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 

@@ -20,7 +20,7 @@ from ..check import (
 from ..modules import scripted
 from ..modules.layer import Dims
 from ..modules.mingru import MinGRU
-from ..modules.options import Candidate, Gates, Norm, Residual, arguments_of
+from ..modules.options import Candidate, Gates, Memory, Norm, Residual, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Result, Steps, copied, without_dims
 from ..ops.call import Layout
 from ..ops.graph import is_captured, scripted_as, untraced
@@ -55,7 +55,7 @@ class DropInLayer(DropIn):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         recompute: bool | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
@@ -385,7 +385,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         recompute: bool | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

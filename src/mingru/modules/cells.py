@@ -10,7 +10,7 @@ from ..ops.call import Layout
 from . import scripted
 from .mingru import MinGRU
 from .minlstm import MinLSTM
-from .options import Candidate, Gate, Norm, arguments_of
+from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, copied
 from .stacked import as_sequence
@@ -136,7 +136,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         gate: Gate = "sigmoid",
         min_decay: float = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -207,7 +207,7 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         norm: Norm | None = None,
         candidate: Candidate = "positive",
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ from ..check import (
 from ..ops.call import Layout
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
-from .options import Candidate, Gate, Gates, arguments_of
+from .options import Candidate, Gate, Gates, Memory, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped
 from .stacked import Stacked, as_sequence
 
@@ -50,7 +50,7 @@ class MinConv(Stacked, role="sequence"):
         candidate: Candidate | None = None,
         gate: Gates = "sigmoid",
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         batch_first: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -152,7 +152,7 @@ class MinConvCell(MinConv, role="step"):
         candidate: Candidate | None = None,
         gate: Gate = "sigmoid",
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -66,7 +66,9 @@ class MinGRU(Recurrent, planned=True):
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
             if `gate` is not "sigmoid", it is drawn from N(0, 1).
         memory: Number of time steps that a state lasts at first, 1 / (1 - |a|), above 1: the initialization shifts the
-            bias of the gate. Default: no shift, about 2 time steps, but 21 with "quaternion". Requires `bias=True`.
+            bias of the gate. With a pair of numbers, the first features last as long as its first number, the last
+            ones as its second, and the logarithm grows evenly in between. Default: no shift, about 2 time steps, but 21
+            with "quaternion". Requires `bias=True`.
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
             thirds of the stored values. Default: whichever is faster. The backends "native" and "triton" support
             this; the others always store them, and so does `residual="highway"`.

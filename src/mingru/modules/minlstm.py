@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..check import arguments_checked, check_flags, is_number, name_of, require
-from .options import Candidate, Norm, Residual, arguments_of
+from .options import Candidate, Memory, Norm, Residual, arguments_of
 from .recurrent import Recurrent
 
 
@@ -103,7 +103,7 @@ class MinLSTM(Recurrent, planned=True):
         norm: Norm | None = None,
         candidate: Candidate = "positive",
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,

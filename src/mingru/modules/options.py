@@ -9,13 +9,14 @@ import torch
 
 from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
-from ..ops.cells import GATES, default_candidate
+from ..ops.cells import CELLS, GATES, default_candidate
 
 # For type checkers; `Options` checks the values.
 Candidate = Literal["positive", "linear", "tanh"]
 Gate = Literal["sigmoid", "signed", "rotation", "quaternion"]
 Gates = Gate | Sequence[Gate]
 Norm = Literal["layer", "rms"]
+Memory = float | Sequence[float]
 Residual = bool | Literal["highway"]
 
 
@@ -46,7 +47,7 @@ class Options:
     gate: str | Sequence[str]
     """A gate, or one for each layer."""
     learn_initial_state: bool
-    memory: float | None
+    memory: Memory | None
     device: Any
     dtype: torch.dtype | None
 
@@ -61,7 +62,9 @@ class Options:
         if self.candidate is not None:
             check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
         if self.memory is not None:
-            check_number(self.name, "memory", self.memory, "a number above 1, or None", lambda steps: 1 < steps < inf)
+            memory, expected = self.memory, "a number above 1, a pair of two such numbers, or None"
+            for number in memory if isinstance(memory, list | tuple) and len(memory) == 2 else (memory,):
+                check_number(self.name, "memory", number, expected, lambda steps: 1 < steps < inf)
             require(self.name, "memory", self.bias, "None because bias is False", repr(self.memory))
         norms = (None, *self.norms)
         require(self.name, "norm", self.norm in norms, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
@@ -79,6 +82,13 @@ class Options:
 
     def candidate_of(self, gate: str) -> str:
         return default_candidate(gate) if self.candidate is None else self.candidate
+
+    def memory_of(self, cell: str) -> tuple[float, float] | None:
+        """Return the memory of the first and of the last number of a state; None for no shift of the biases."""
+        if self.memory is None:
+            return CELLS[cell].memory if self.bias else None
+        first, last = self.memory if isinstance(self.memory, list | tuple) else (self.memory, self.memory)
+        return float(first), float(last)
 
     @property
     def num_directions(self) -> int:

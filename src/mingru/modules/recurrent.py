@@ -34,7 +34,7 @@ from ..ops.inference import Plan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
-from .options import Candidate, Gates, Norm, Options, Residual, arguments_of
+from .options import Candidate, Gates, Memory, Norm, Options, Residual, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, Result, Steps, one_or_all, reshaped
 from .stacked import Directions, WithStart
 
@@ -187,7 +187,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         gate: Gates = "sigmoid",
         min_decay: float | Sequence[float] = 0.0,
         learn_initial_state: bool = False,
-        memory: float | None = None,
+        memory: Memory | None = None,
         recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,

@@ -26,7 +26,7 @@ class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     gate: Tensor | None
-    memory: float | None = None
+    memory: tuple[float, float] | None = None
     groups = 1
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
@@ -37,7 +37,7 @@ class Directions(Marked):
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
         self.min_decay = min_decay
-        self.memory = CELLS[cell].memory if options.memory is None and options.bias else options.memory
+        self.memory = options.memory_of(cell)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
@@ -46,11 +46,16 @@ class Directions(Marked):
 
     def add_gate_bias(self) -> None:
         """Add to the bias of the gates what `memory` needs."""
-        biases = () if self.memory is None else gate_biases(self.cell, self.memory)
-        for linear in self.maps() if biases else ():
+        if self.memory is None:
+            return
+        for linear in self.maps():
             rows = linear.bias.detach().view(self.groups, -1, self.hidden_dims // self.groups)
-            for index, bias in enumerate(biases):
-                rows[:, index, :: parts_of(self.cell)] += bias
+            rows = rows[:, :, :: parts_of(self.cell)]
+            (first, last), count = self.memory, rows.size(2)
+            # The logarithms have even steps.
+            steps = (first * (last / first) ** ((index + 0.5) / count) for index in range(count))
+            for index, biases in enumerate(zip(*(gate_biases(self.cell, each) for each in steps), strict=True)):
+                rows[:, index] += rows.new_tensor(biases)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

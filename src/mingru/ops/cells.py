@@ -24,8 +24,8 @@ class Cell(NamedTuple):
     """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate."""
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
-    memory: float | None = None
-    """Default of `gate_biases`; None for no bias."""
+    memory: tuple[float, float] | None = None
+    """Default of the option; None for no bias."""
     not_timed: str | None = None
     """Why the cell takes no elapsed times and no lower bound; None if |a| is a decay, so that it takes both."""
 
@@ -35,8 +35,8 @@ CELLS = {
     "mingru_signed": Cell(2, False, None, "the gate is 'signed', and a negative decay has no real power"),
     "mingru_rotation": Cell(2, False),
     "minlstm": Cell(3),
-    "minlstm_unnormalized": Cell(3, True, None, "normalize is False, so that the gates have no common decay"),
-    "mingru_quaternion": Cell(2, False, 21.0),
+    "minlstm_unnormalized": Cell(3, not_timed="normalize is False, so that the gates have no common decay"),
+    "mingru_quaternion": Cell(2, False, (21.0, 21.0)),
 }
 NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
