@@ -29,7 +29,8 @@ def main() -> None:
     torch.manual_seed(0)
     every = [name for name, can_run in mingru.backends().items() if can_run is True]
     print_table("Largest relative error, float32", ["steps", *every], relative(every, with_dt=False))
-    print_table("Largest relative error with dt, float32", ["steps", *every], relative(every, with_dt=True))
+    timed = [backend for backend in every if backend != "log"]
+    print_table("Largest relative error with dt, float32", ["steps", *timed], relative(timed, with_dt=True))
 
     rows = []
     backends = [backend for backend in every if backend in ("native", "torch")]
