@@ -100,7 +100,9 @@ def relative_to_absolute(
     rest = 2 * (-wide[0].abs()).sigmoid() if kind == "signed" else wide[0].sigmoid()
     terms = wide[1].tanh()
     terms = terms.abs() if kind == "signed" else torch.view_as_complex(terms.unflatten(2, (-1, 2))).abs()
-    bound = mingru.functional.linear_scan(size, rest * terms, backend="torch")
+    # The initial state, whose two parts are 0.5 in a rotation.
+    h = torch.full_like(size[:, :1], 0.5 if kind == "signed" else 0.5**0.5)
+    bound = mingru.functional.linear_scan(size, rest * terms, h, backend="torch")
     errors = []
     for backend in backends:
         out = mingru.functional.mingru(gate, candidate, kind=kind, angle=angle, activation="tanh", backend=backend)
