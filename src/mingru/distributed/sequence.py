@@ -65,8 +65,6 @@ class SequenceParallel(ParallelStyle):
     `dt`, the reverse direction gathers one step of them.
 
     Inputs:
-        Those of the module, on each rank:
-
         - **x**, **reset**, **dt**: Part of the steps of this rank; rank 0 of the mesh has the first ones. Parts may
           have different lengths, 0 included.
         - **h**: State before the whole sequence, equal on all ranks. Its gradients are on the first rank (for the
