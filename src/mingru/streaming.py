@@ -52,8 +52,9 @@ class Sessions:
         require("Sessions", "model", is_known, expected, type(model).__name__, remedy, TypeError)
         check_int("Sessions", "slots", slots)
         self.model, self.slots = model, slots
-        one, two = (_listed(self._initial(batch)) for batch in (1, 2))
-        self._is_tensor = isinstance(self._initial(1), Tensor)
+        initial = self._initial(1)
+        self._is_tensor = isinstance(initial, Tensor)
+        one, two = _listed(initial), _listed(self._initial(2))
         # The batch is the dimension in which the states of one and of two sessions differ.
         pairs = [zip(x.shape, y.shape, strict=True) for x, y in zip(one, two, strict=True)]
         self._dims = [[a == b for a, b in sizes].index(False) for sizes in pairs]
