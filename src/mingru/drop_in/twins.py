@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..check import check_flag, check_int, expectation, unknown_argument
+from ..check import check_flag, check_int, expectation
+from ..unknown_arguments import unknown_argument
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
 

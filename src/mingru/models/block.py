@@ -24,7 +24,6 @@ from ..check import (
     expectation,
     is_number,
     require,
-    unknown_argument,
 )
 from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
@@ -34,6 +33,7 @@ from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
 from ..ops.inference import Plan
+from ..unknown_arguments import unknown_argument
 from .causal_conv import CausalConv
 from .state import check_states
 

@@ -1,0 +1,60 @@
+"""What arguments that a function does not have are called here: names of other packages, and typing errors."""
+
+import difflib
+
+# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and their
+# names here, with a value where another one is meant.
+COUNTERPARTS = {
+    "input_size": ("input_dims",),
+    "in_channels": ("input_dims",),
+    "input_dims": ("input_size",),
+    "hidden_size": ("hidden_dims", "expansion"),
+    "hidden_sizes": ("hidden_dims",),
+    "out_channels": ("hidden_dims",),
+    "hidden_dims": ("hidden_size", "expansion"),
+    "dim": ("input_dims", "hidden_dims"),
+    "expansion_factor": ("hidden_dims", "expansion"),
+    "n_layers": ("num_layers",),
+    "kernel_sizes": ("kernel_size",),
+    "strides": ("stride",),
+    "paddings": ("padding",),
+    "batch_norm": ("norm",),
+    "activation": ("candidate",),
+    **dict.fromkeys(["n_vocab", "num_tokens", "num_embeddings"], ("vocab_size",)),
+    **dict.fromkeys(["mask", "attention_mask", "key_padding_mask", "padding_mask"], ("lengths=mask.sum(1)",)),
+    **dict.fromkeys(["max_length", "max_tokens"], ("max_new_tokens",)),
+    "eos_token_id": ("stop",),
+    "do_sample": ("temperature=0",),
+    "input": ("x",),
+    "x": ("input",),
+    **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
+}
+LINEAR_BEHIND = "apply a torch.nn.Linear to the output"
+REMEDIES = {
+    "proj_size": LINEAR_BEHIND,
+    "proj_out": LINEAR_BEHIND,
+    "forget_bias": "only a minLSTM has a forget gate",
+    "normalize": "only a minLSTM has two gates",
+    "gate": "only a minGRU has several gates",
+    "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
+    "opset_version": "torch chooses the opset; change that of the file with onnx.version_converter",
+}
+
+
+def unknown_argument(name: str, argument: str, names: list[str]) -> str:
+    """Return the error message for an argument that is not one of `names`."""
+    return f"{name}: no argument {argument!r}; {_meant(argument, names)}"
+
+
+def _meant(argument: str, names: list[str]) -> str:
+    meant = counterparts(argument, names)
+    if meant:
+        return f"use {' and '.join(meant)}"
+    return REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
+
+
+def counterparts(argument: str, names: list[str]) -> list[str]:
+    """Return those of `names` that a caller probably means."""
+    known = [name for name in COUNTERPARTS.get(argument, ()) if name.partition("=")[0] in names]
+    # The high cutoff, 0.8, accepts only typing errors.
+    return known or difflib.get_close_matches(argument, names, 1, 0.8)
