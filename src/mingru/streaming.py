@@ -57,10 +57,12 @@ class Sessions:
         one, two = _listed(initial), _listed(self._initial(2))
         # The batch is the dimension in which the states of one and of two sessions differ.
         pairs = [zip(x.shape, y.shape, strict=True) for x, y in zip(one, two, strict=True)]
-        self._dims = [[a == b for a, b in sizes].index(False) for sizes in pairs]
+        batch_dims = [[a == b for a, b in sizes].index(False) for sizes in pairs]
+        self._device = one[0].device
         # An entry for each slot, and one for the padding.
-        index = torch.zeros(slots + 1, dtype=torch.int64, device=one[0].device)
-        self._pools = [x.index_select(dim, index) for x, dim in zip(one, self._dims, strict=True)]
+        index = torch.zeros(slots + 1, dtype=torch.int64, device=self._device)
+        self._pools = [(x.index_select(dim, index), dim) for x, dim in zip(one, batch_dims, strict=True)]
+        self._batch_of_x = 0 if getattr(model, "batch_first", True) else 1
         self._free = list(range(slots))
         self._open: set[int] = set()
         self._lock = threading.RLock()
@@ -110,22 +112,21 @@ class Sessions:
             **given: Further arguments of the model, such as `lengths` for chunks of different lengths: 0 steps leave a
                 session as it is.
         """
-        slots = torch.as_tensor(slots)
-        if slots.dtype != torch.int64 or slots.dim() != 1:
-            expected, got = "ints, or an int64 tensor (B,)", f"{dims(slots.shape)} of {slots.dtype}"
+        index = torch.as_tensor(slots)
+        if index.dtype != torch.int64 or index.dim() != 1:
+            expected, got = "ints, or an int64 tensor (B,)", f"{dims(index.shape)} of {index.dtype}"
             raise TypeError(expectation("Sessions", "slots", expected, got))
+        named, batch = index.tolist(), x.shape[self._batch_of_x]
+        if len(named) != batch:
+            expected = f"{batch} slots, one for each sequence of x"
+            raise ValueError(expectation("Sessions", "slots", expected, str(len(named))))
         with self._lock, torch.no_grad():
-            named = slots.tolist()
             self._check(named if -1 not in named else [slot for slot in named if slot != -1])
-            batch = x.shape[0 if getattr(self.model, "batch_first", True) else 1]
-            expected, got = f"{batch} slots, one for each sequence of x", str(len(named))
-            require("Sessions", "slots", len(named) == batch, expected, got)
-            index = slots.to(self._pools[0].device)
-            if -1 in named:
-                index = index.remainder(self.slots + 1)  # -1 becomes the last index
-            states = [pool.index_select(dim, index) for pool, dim in zip(self._pools, self._dims, strict=True)]
+            if index.device != self._device or -1 in named:
+                index = index.to(self._device).remainder(self.slots + 1)  # -1 becomes the last index
+            states = [pool.index_select(dim, index) for pool, dim in self._pools]
             out, after = self.model(x, states[0] if self._is_tensor else states, **given)
-            for pool, dim, state in zip(self._pools, self._dims, _listed(after), strict=True):
+            for (pool, dim), state in zip(self._pools, _listed(after), strict=True):
                 pool.index_copy_(dim, index, state)
         return out
 
@@ -143,7 +144,7 @@ class Sessions:
         return model.initial(batch)
 
     def _of_slot(self, slot: int) -> list[Tensor]:
-        return [pool.select(dim, slot) for pool, dim in zip(self._pools, self._dims, strict=True)]
+        return [pool.select(dim, slot) for pool, dim in self._pools]
 
 
 def _listed(state: Any) -> list[Tensor]:
