@@ -201,6 +201,10 @@ class Masked(nn.Module):
         return self.rnn(x if mask is None else x * mask, h)
 
 
+BOTH = mingru.MinGRU(3, 4, bidirectional=True)
+TRITON = {"max_batch_size": 8}
+
+
 @pytest.mark.parametrize(
     ("error", "message", "model", "example", "options"),
     [
@@ -243,11 +247,16 @@ class Masked(nn.Module):
         ),
         (ValueError, r"must be \(x, h\) because kind is 'step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
         (ValueError, r"must be \(x, h\) because kind is 'step' and .* forward", Masked(), X[:, :1], {"kind": "step"}),
+        (ValueError, "max_batch_size must be at least 1, got 0", RNN, X[:, :1], {"max_batch_size": 0}),
+        (TypeError, r"model must be .* initial\(batch\), got Tagger", Tagger(), X[:, :1], TRITON),
+        (TypeError, "model must be of one direction, .*, got MinGRU", BOTH, X[:, :1], TRITON),
+        (ValueError, r"x must be of a batch and features, got \[3\]", mingru.MinGRUCell(3, 4), X[0, 0], TRITON),
     ],
 )
 def test_bad_input(error, message, model, example, options, path):
-    with pytest.raises(error, match=f"^export.onnx: .*{message}"):
-        onnx(model, example, path, **options)
+    function, name = (mingru.export.triton, "triton") if "max_batch_size" in options else (onnx, "onnx")
+    with pytest.raises(error, match=f"^export.{name}: .*{message}"):
+        function(model, example, path, **options)
     assert not path.exists()
 
 

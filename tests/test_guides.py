@@ -29,6 +29,7 @@ GUIDES = {
     "programs.md": 0,
     "reinforcement_learning.md": 1,
     "reproduction.md": 0,
+    "serving.md": 2,
     "speed.md": 2,
     "states.md": 6,
     "training.md": 1,

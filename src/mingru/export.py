@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from .models.generation import in_eval_mode
 from .modules.layer import Dims, Layer
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
 
-__all__ = ["onnx"]
+__all__ = ["onnx", "triton"]
 
 _NAME = "export.onnx"
 
@@ -347,3 +348,75 @@ def _check_example(example_inputs: object) -> None:
             check_type(_NAME, argument, leaf, (Tensor, type(None)), "tensors or None", remedy)
         if isinstance(arg, Tensor):
             require(_NAME, argument, arg.numel() > 0, "a non-empty tensor", dims(arg.shape))
+
+
+@arguments_checked(function="export.triton")
+def triton(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    folder: str | os.PathLike[str],
+    *,
+    max_batch_size: int = 32,
+    max_sequences: int = 1024,
+    max_idle_seconds: int = 60,
+) -> None:
+    """Export one step of a model for Triton Inference Server, which then keeps the state of each sequence.
+
+    The server begins each sequence with `model.initial(1)`, and passes the state that a step returns to the next step
+    of the same sequence. It computes steps of different sequences in one batch.
+
+    Args:
+        model: Layer, cell or model of this library, except convolutional ones, or a module with the same methods:
+            `initial(batch)`, and `forward(x, h, ...)`, which returns the output and the new state.
+        example_inputs: Arguments of one step, as of `export.onnx` with kind="step". A state is not used.
+        folder: Folder of the model in the server's repository. Its name is that of the model. If the folder does not
+            exist, it is created, and if it does, its files are replaced when the export has succeeded.
+        max_batch_size: Largest number of sequences in a batch.
+        max_sequences: Largest number of sequences whose states an instance of the model keeps. Others wait until one
+            ends.
+        max_idle_seconds: Seconds without a step after which the server ends a sequence, and forgets its state.
+
+    Returns:
+        None. The folder contains:
+
+        - `1/model.onnx`: The step, as of `export.onnx`, except that the batch is the first dimension of all inputs and
+          outputs: the state of a layer is (B, L * D, 1, H).
+        - `config.pbtxt`: The configuration, with the strategy "oldest" and without control inputs. Clients send all
+          inputs except the states, and receive all outputs except the states. From a cell, they receive the state.
+        - `initial_state`: A file with the initial value of each state.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is missing, as for `export.onnx`.
+        TypeError: The model has no `initial`, or is bidirectional, or an argument has the wrong type.
+        ValueError: A number is below 1, or an input or output has no batch dimension, or only that one. Errors of
+            `export.onnx` and of the model pass through.
+        NotImplementedError: The model is convolutional.
+
+    Examples:
+        >>> import os, tempfile
+        >>> rnn = mingru.MinGRU(3, 8)
+        >>> with tempfile.TemporaryDirectory() as repository:
+        ...     folder = os.path.join(repository, "rnn")
+        ...     mingru.export.triton(rnn, torch.randn(1, 1, 3), folder)
+        ...     sorted(os.listdir(folder))
+        ['1', 'config.pbtxt', 'initial_state']
+    """
+    name = "export.triton"
+    check_int(name, "max_batch_size", max_batch_size)
+    check_int(name, "max_sequences", max_sequences)
+    check_int(name, "max_idle_seconds", max_idle_seconds)
+    check_type(name, "folder", folder, (str, os.PathLike), "a str or os.PathLike")
+    initial: Any = getattr(model, "initial", None)
+    is_stream = initial is not None and not any(getattr(each, "bidirectional", False) for each in model.modules())
+    expected = "of one direction, with a method initial(batch)"
+    require(name, "model", is_stream, expected, type(model).__name__, error=TypeError)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        states, written = pytree.tree_leaves(initial(1)), Path(temporary) / "model"
+        (written / "1").mkdir(parents=True)
+        onnx(model, (*args[:1], None, *args[2:]), written / "1" / "model.onnx", kind="step")
+        # Needs onnx, which `import mingru` does not.
+        from .model_repository import configure
+
+        configure(name, written, states, max_batch_size, max_sequences, max_idle_seconds)
+        shutil.copytree(written, folder, dirs_exist_ok=True)
