@@ -59,76 +59,32 @@ def test_one_file_and_nothing_else(path, capfd):
     assert {node.domain for node in model.graph.node} == {""}
 
 
-@pytest.mark.slow
-def test_names_and_sizes_of_a_step(path):
-    onnx(mingru.MinGRU(3, 4, 2), torch.randn(1, 1, 3), str(path), kind="step")
+STACK = mingru.Stack([mingru.MinGRU(3, 4, batch_first=False), mingru.MinGRU(4, 5, batch_first=False)])
+STATES = {"_0": [1, "batch", 1, 4], "_1": [1, "batch", 1, 5]}
+
+
+def named(name, sizes):
+    return {name + end: size for end, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "size", "out", "states"),
+    [
+        (mingru.MinGRU(3, 4, 2), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 4], {"": [2, "batch", 1, 4]}),
+        (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], STATES),
+        (mingru.drop_in.GRUCell(3, 4), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
+    ],
+)
+def test_names_and_sizes_of_a_step(model, x, size, out, states, path):
+    onnx(model, torch.randn(x), str(path), kind="step")
     inputs, outputs = shapes(path)
-    assert inputs == {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]}
-    assert outputs == {"out": ["batch", 1, 4], "h_out": [2, "batch", 1, 4]}
+    assert inputs == {"x": size, **named("h", states)}
+    assert outputs == {**({} if out is None else {"out": out}), **named("h_out", states)}
 
 
-def test_names_of_lists_of_states(path):
-    stack = mingru.Stack([mingru.MinGRU(3, 4, batch_first=False), mingru.MinGRU(4, 5, batch_first=False)])
-    onnx(stack, torch.randn(1, 1, 3), path, kind="step")
-    inputs, outputs = shapes(path)
-    assert inputs == {"x": [1, "batch", 3], "h_0": [1, "batch", 1, 4], "h_1": [1, "batch", 1, 5]}
-    assert outputs == {"out": [1, "batch", 5], "h_out_0": [1, "batch", 1, 4], "h_out_1": [1, "batch", 1, 5]}
-
-
-def test_names_of_cells(path):
-    onnx(mingru.drop_in.GRUCell(3, 4), torch.randn(1, 3), path, kind="step")
-    inputs, outputs = shapes(path)
-    assert inputs == {"x": ["batch", 3], "h": ["batch", 4]} and outputs == {"h_out": ["batch", 4]}
-
-
-def test_without_a_batch(path):
-    cell = mingru.MinGRUCell(3, 4).requires_grad_(False)
-    onnx(cell, torch.randn(3), path, kind="step")
-    x, h = torch.randn(3), torch.randn(4)
-    torch.testing.assert_close(run(path, x, h), [cell(x, h)])
-
-
-def test_an_example_state_for_all_sequences(path):
-    rnn = mingru.MinGRU(3, 4, 2).requires_grad_(False)
-    onnx(rnn, (torch.randn(3, 1, 3), torch.zeros(1, 1, 1, 4)), path, kind="step")
-    x, h = torch.randn(5, 1, 3), torch.randn(2, 5, 1, 4)
-    torch.testing.assert_close(run(path, x, h), list(rnn(x, h)))
-
-
-@pytest.mark.parametrize("args", [(torch.tensor([[1]]),), (torch.tensor([[1], [2]]), torch.zeros(1, 2, 5))])
-def test_a_model_of_ones_own_in_steps(args, path):
-    """As it is in use, without dropout, and in the modes in which it was afterwards."""
-    model = Tagger()
-    model.rnn.eval()
-    onnx(model, args, path, kind="step")
-    assert (model.training, model.rnn.training, model.drop.training) == (True, False, True)
-    inputs, outputs = shapes(path)
-    assert inputs == {"tokens": ["batch", 1], "state": [1, "batch", 5]}
-    assert list(outputs) == ["out", "h_out"]
-    model.eval().requires_grad_(False)
-    tokens, state = torch.tensor([[1], [4], [6]]), torch.randn(1, 3, 5)
-    torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
-
-
-@pytest.mark.slow
-def test_a_model_of_ones_own_over_sequences(path):
-    model = Tagger()
-    onnx(model, torch.tensor([[1]]), path, max_steps=64)
-    inputs, outputs = shapes(path)
-    assert inputs == {"tokens": ["batch", "time"]}
-    assert list(outputs.values()) == [["batch", "time", 2], [1, "batch", 5]]
-    model.eval().requires_grad_(False)
-    tokens = torch.randint(7, (3, 50))
-    torch.testing.assert_close(run(path, tokens), list(model(tokens)))
-
-
-def test_sizes_that_one_names(path):
-    rnn = mingru.MinGRU(3, 4).requires_grad_(False)
-    onnx(rnn, torch.randn(2, 6, 3), path, dynamic_shapes=({0: torch.export.Dim("rows")},))
-    inputs, _ = shapes(path)
-    assert inputs == {"x": ["rows", 6, 3]}
-    x = torch.randn(5, 6, 3)
-    torch.testing.assert_close(run(path, x), list(rnn(x)))
+RNN, X = mingru.MinGRU(3, 4, 2).requires_grad_(False), torch.randn(2, 5, 3)
+ALL_SIZES = {"kind": "sequence", "dynamic_shapes": ({0: torch.export.Dim("rows")},)}
+OF_ONE_STATE = (torch.randn(3, 1, 3), torch.zeros(1, 1, 1, 4))
 
 
 class Pieces(nn.Module):
@@ -141,18 +97,62 @@ class Echo(nn.Module):
         return out + 1
 
 
-def test_names_of_other_outputs(path):
-    onnx(Pieces(), torch.zeros(2, 3), path, kind="sequence")
+class Alone(nn.Module):
+    def forward(self, x, mask=None, h=None):
+        return x if h is None else (x + h, h)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "args", "inputs"),
+    [
+        # Without a batch.
+        (mingru.MinGRUCell(3, 4), torch.randn(3), {"kind": "step"}, [(3,), (4,)], {"x": [3], "h": [4]}),
+        # One state for all sequences and layers.
+        (
+            RNN,
+            OF_ONE_STATE,
+            {"kind": "step"},
+            [(5, 1, 3), (2, 5, 1, 4)],
+            {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]},
+        ),
+        (RNN, X, ALL_SIZES, [(7, 5, 3)], {"x": ["rows", 5, 3]}),
+        (Pieces(), X[0], {}, [(4, 9)], {"out": ["batch", "time"]}),
+        # An output has another name than an input.
+        (Echo(), X[0], {}, [(4, 9)], {"out": ["batch", "time"]}),
+        (Echo(), torch.zeros(3), {}, [(5,)], {"out": ["batch"]}),
+        # The sizes of 1 in the example.
+        (
+            Alone(),
+            (torch.zeros(1, 4), None, torch.zeros(1, 4)),
+            {},
+            [(1, 6), (1, 6)],
+            {"x": [1, "time"], "h": [1, "time"]},
+        ),
+    ],
+)
+def test_the_file_computes_what_the_model_does(model, example, options, args, inputs, path):
+    onnx(model, example, path, **options)
+    assert next(shapes(path)) == inputs
+    given = [torch.randn(size) for size in args]
+    with torch.no_grad():
+        expected = model(**dict(zip(inputs, given, strict=True))) if isinstance(model, Alone) else model(*given)
+    torch.testing.assert_close(run(path, *given), torch.utils._pytree.tree_leaves(expected))
+
+
+@pytest.mark.parametrize("kind", ["step", pytest.param("sequence", marks=pytest.mark.slow)])
+def test_a_model_of_ones_own(kind, path):
+    """As it is in use, without dropout, and in the modes in which it was afterwards."""
+    model, steps = Tagger(), {"step": 1, "sequence": 50}[kind]
+    model.rnn.eval()
+    example = torch.tensor([[1, 2], [2, 3]])[:, :steps], torch.zeros(1, 2, 5)
+    onnx(model, example, path, kind=kind, max_steps=None if kind == "step" else 64)
+    assert (model.training, model.rnn.training, model.drop.training) == (True, False, True)
     inputs, outputs = shapes(path)
-    assert list(inputs) == ["out"] and list(outputs) == ["out_0", "out_1", "out_2"]
-    x = torch.randn(4, 9)
-    torch.testing.assert_close(run(path, x), [x + 1, x * 2, x - 1])
-
-
-def test_an_output_named_as_an_input(path):
-    onnx(Echo(), torch.zeros(2, 3), path)
-    x = torch.randn(4, 9)
-    torch.testing.assert_close(run(path, x), [x + 1])
+    assert inputs == {"tokens": ["batch", 1 if kind == "step" else "time"], "state": [1, "batch", 5]}
+    assert list(outputs) == ["out", "h_out"]
+    model.eval().requires_grad_(False)
+    tokens, state = torch.randint(7, (3, steps)), torch.randn(1, 3, 5)
+    torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
 
 
 class Fails(nn.Module):
@@ -181,101 +181,41 @@ def test_without_onnx(package, path, monkeypatch):
     assert caught.value.name == package and not path.exists()
 
 
-RNN = mingru.MinGRU(3, 4)
-X = torch.zeros(2, 5, 3)
+CELL = mingru.MinGRUCell(3, 4)
+STEP, SHAPES = {"kind": "step"}, {"dynamic_shapes": (None,)}
+PAIR = r"must be \(x, h, ...\) because kind is 'step' and the model is no class of this library, got no h"
+MODULE = "model must be a torch.nn.Module, .*; pass the original module"
+BAD_CALLS = [
+    (ValueError, "kind must be 'sequence' or 'step', got 'steps'", RNN, X, {"kind": "steps"}),
+    (ValueError, "kind must be 'sequence' or 'step', got None", RNN, X, {"kind": None}),
+    (TypeError, "model must be a torch.nn.Module, got type", mingru.MinGRU, X, {}),
+    (TypeError, MODULE, torch.compile(RNN), X, {}),
+    (TypeError, "example_inputs must be a tensor x, or a tuple .*, got list", RNN, [X], {}),
+    (TypeError, "got PackedSequence; ONNX has no packed sequences", RNN, pack_sequence([X[0]]), {}),
+    (ValueError, r"example_inputs must be .*, got \(\)", RNN, (), {}),
+    (TypeError, r"example_inputs\[0\] must be a tensor, got NoneType", RNN, (None,), {}),
+    (TypeError, r"example_inputs\[1\] must be tensors or None, got int", RNN, (X, 3), {}),
+    (ValueError, r"example_inputs\[0\] must be a non-empty tensor, got \(2, 0, 3\)", RNN, X[:, :0], {}),
+    (ValueError, r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)", RNN, X, STEP),
+    (ValueError, "max_steps must be None because kind is 'step', got 4", RNN, X, {**STEP, "max_steps": 4}),
+    (ValueError, r"max_steps must be None .*, got 9; use Dim\(\.\.\., max=9\)", RNN, X, {**SHAPES, "max_steps": 9}),
+    (ValueError, "max_steps must be at least the 5 steps of the example, got 4", RNN, X, {"max_steps": 4}),
+    (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
+    (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
+    (TypeError, "no argument 'opset_version'; torch chooses the opset; .*", RNN, X, {"opset_version": 17}),
+    (ValueError, "max_steps must be None because x has no time", CELL, X[0], {"max_steps": 4}),
+    (ValueError, PAIR, Echo(), X, STEP),
+    (TypeError, "path must be a str or os.PathLike, got BytesIO", RNN, X, {"path": io.BytesIO()}),
+    (ValueError, "path must be in an existing folder, got .*; create the folder first", RNN, X, {"path": "no/m.onnx"}),
+    (ValueError, r"path must be the path of a file, got the folder", RNN, X, {"path": "."}),
+]
 
 
-class Alone(nn.Module):
-    def forward(self, x, h=None):
-        return x if h is None else x + h
-
-
-class Masked(nn.Module):
-    """Its second argument is no state."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn = mingru.MinGRU(3, 4)
-
-    def forward(self, x, mask=None, h=None):
-        return self.rnn(x if mask is None else x * mask, h)
-
-
-BOTH = mingru.MinGRU(3, 4, bidirectional=True)
-TRITON = {"max_batch_size": 8}
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "model", "example", "options"),
-    [
-        (ValueError, "kind must be 'sequence' or 'step', got 'steps'", RNN, X, {"kind": "steps"}),
-        (ValueError, "kind must be 'sequence' or 'step', got None", RNN, X, {"kind": None}),
-        (TypeError, "model must be a torch.nn.Module, got type", mingru.MinGRU, X, {}),
-        (TypeError, "example_inputs must be a tensor x, or a tuple .*, got list", RNN, [X], {}),
-        (TypeError, "got PackedSequence; ONNX has no packed sequences", RNN, pack_sequence([X[0]]), {}),
-        (ValueError, r"example_inputs must be .*, got \(\)", RNN, (), {}),
-        (TypeError, r"example_inputs\[0\] must be a tensor, got NoneType", RNN, (None,), {}),
-        (TypeError, r"example_inputs\[1\] must be tensors or None, got int", RNN, (X, 3), {}),
-        (ValueError, r"example_inputs\[0\] must be a non-empty tensor, got \(2, 0, 3\)", RNN, X[:, :0], {}),
-        (ValueError, r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)", RNN, X, {"kind": "step"}),
-        (
-            ValueError,
-            "max_steps must be None because kind is 'step', got 4",
-            RNN,
-            X[:, :1],
-            {"kind": "step", "max_steps": 4},
-        ),
-        (
-            ValueError,
-            r"max_steps must be None because dynamic_shapes is given, got 9; use Dim\(\.\.\., max=9\)",
-            RNN,
-            X,
-            {"dynamic_shapes": (None,), "max_steps": 9},
-        ),
-        (ValueError, "max_steps must be at least the 5 steps of the example, got 4", RNN, X, {"max_steps": 4}),
-        (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
-        (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
-        (TypeError, "no argument 'opset_version'; torch chooses the opset; .*", RNN, X, {"opset_version": 17}),
-        (ValueError, "max_steps must be None because x has no time", mingru.MinGRUCell(3, 4), X[0], {"max_steps": 4}),
-        (ValueError, r"x must be \(B, S, \.\.\.\), got \(3,\)", Echo(), torch.zeros(3), {}),
-        (
-            ValueError,
-            r"x must be of size 2 or more in dimension 0, .*, got \(1, 4\); use a larger example",
-            Alone(),
-            (torch.zeros(1, 4),) * 2,
-            {},
-        ),
-        (ValueError, r"must be \(x, h\) because kind is 'step'", Pieces(), torch.zeros(2, 3), {"kind": "step"}),
-        (ValueError, r"must be \(x, h\) because kind is 'step' and .* forward", Masked(), X[:, :1], {"kind": "step"}),
-        (ValueError, "max_batch_size must be at least 1, got 0", RNN, X[:, :1], {"max_batch_size": 0}),
-        (TypeError, r"model must be .* initial\(batch\), got Tagger", Tagger(), X[:, :1], TRITON),
-        (TypeError, "model must be of one direction, .*, got MinGRU", BOTH, X[:, :1], TRITON),
-        (ValueError, r"x must be of a batch and features, got \[3\]", mingru.MinGRUCell(3, 4), X[0, 0], TRITON),
-    ],
-)
-def test_bad_input(error, message, model, example, options, path):
-    function, name = (mingru.export.triton, "triton") if "max_batch_size" in options else (onnx, "onnx")
-    with pytest.raises(error, match=f"^export.{name}: .*{message}"):
-        function(model, example, path, **options)
-    assert not path.exists()
-
-
-def test_bad_paths(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"path must be in an existing folder, got .*; create the folder first"):
-        onnx(RNN, X, tmp_path / "missing" / "model.onnx")
-    with pytest.raises(ValueError, match="path must be the path of a file, got the folder"):
-        onnx(RNN, X, tmp_path / "folder")
-    with pytest.raises(TypeError, match=r"path must be a str or os.PathLike, got BytesIO"):
-        onnx(RNN, X, io.BytesIO())
-
-
-@pytest.mark.parametrize("wrap", [torch.jit.script, torch.compile])
-def test_a_scripted_or_compiled_model(wrap, path):
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .*; pass the original module"):
-        onnx(wrap(RNN), X, path)
-
-
-def test_what_the_model_refuses(path):
+def test_bad_calls(path):
+    scripted = (TypeError, MODULE, torch.jit.script(RNN), X, {})
+    for error, message, model, example, options in [*BAD_CALLS, scripted]:
+        with pytest.raises(error, match=f"^export.onnx: .*{message}"):
+            onnx(model, example, **{"path": path, **options})
     with pytest.raises(ValueError, match=r"MinGRU: x must be \(B, S, 3\)"):
         onnx(RNN, torch.zeros(2, 5, 4), path)
+    assert not path.exists()

@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -46,22 +47,21 @@ def onnx(
             modules. Parameters become constants.
         example_inputs: x, or a tuple of the arguments of `forward` in order, such as (x, h, reset, lengths, dt). Each
             is a tensor or None; a state can be a list of tensors. Arguments other than None become inputs of the file.
-            Their values do not matter, nor do the batch size and the number of steps.
+            Their values do not matter, nor, for a class of this library, do the batch size and the number of steps.
+            Arguments of your own model are passed by name.
         path: Path of the file, in an existing folder. An existing file is replaced only if the export succeeds. If
             the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
-            and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
-            is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
-            `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
-            bidirectional layer computes from this step only.
+            and the state is an input and an output. For a class of this library, the state need not be in
+            `example_inputs`. For a cell, both kinds give the same graph, except for that state. The reverse direction
+            of a bidirectional layer computes from this step only.
         max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
             file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
             sequences may give NaN. Default: 268 million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
             0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
-            one of these in the example, unless `forward` fixes it. If your own model has other inputs, batch and time
-            must be at least 2 in the example.
+            one of these in the example, unless `forward` fixes it. A batch or time of 1 in the example is fixed.
 
     Returns:
         None. The names in the file are:
@@ -94,33 +94,27 @@ def onnx(
         ['step.onnx']
     """
     target = _checked(model, example_inputs, path, kind, max_steps, dynamic_shapes)
-    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with in_eval_mode(list(model.modules())), torch.no_grad(), _quiet():
         # Not only the attribute `training`, because a module may define `eval` or `train`.
         model.eval()
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        args, outputs = _with_state(model, args, kind)
         if dynamic_shapes is None:
-            args, dynamic_shapes = _with_dynamic_shapes(model, given, kind, max_steps)
-        else:
-            args = _with_state(model, given, kind)
-        names = _parameters(model, args)
-        # Arguments after a None must be passed by name.
-        first = next((index for index, arg in enumerate(args) if arg is None), len(args))
-        by_name = {name: arg for name, arg in list(zip(names, args, strict=True))[first:] if arg is not None}
-        if by_name and not isinstance(dynamic_shapes, dict):
-            shapes = zip(names, args, dynamic_shapes, strict=True)
-            dynamic_shapes = {name: sizes for name, arg, sizes in shapes if arg is not None}
-        elif not by_name and isinstance(dynamic_shapes, tuple):
-            dynamic_shapes = dynamic_shapes[:first]
-        inputs = [
-            name for name, arg in zip(_input_names(model, names), args, strict=True) for name in _numbered(name, arg)
-        ]
+            args, dynamic_shapes = _with_dynamic_shapes(model, args, kind, max_steps)
+        named = inspect.signature(model.forward).bind(*args).arguments
+        given = {name: arg for name, arg in named.items() if arg is not None}
+        if isinstance(dynamic_shapes, (tuple, list)):
+            shapes = zip(named, dynamic_shapes, strict=True)
+            dynamic_shapes = {name: sizes for name, sizes in shapes if name in given}
+        # The classes of `drop_in` have other names for x and h.
+        ours = {"input": "x", "hx": "h"} if _is_ours(model) else {}
+        inputs = [each for name, arg in given.items() for each in _numbered(ours.get(name, name), arg)]
         program = torch.onnx.export(
             model,
-            args[:first],
-            kwargs=by_name,
+            kwargs=given,
             dynamic_shapes=dynamic_shapes,
             input_names=inputs,
-            output_names=_output_names(model, model(*args), inputs),
+            output_names=_output_names(model, outputs, inputs),
             dynamo=True,
             verbose=False,
         )
@@ -135,137 +129,76 @@ def onnx(
                 written.replace(target.parent / written.name)
 
 
-def _is_library_class(model: nn.Module) -> TypeGuard[Layer]:
-    """Return whether this is no user's model, not even one that subclasses a class of this library."""
-    return isinstance(model, Layer) and model.role != "custom"
+def _is_ours(model: nn.Module) -> TypeGuard[Layer]:
+    """Return whether this is a class of this library, or a subclass with the same `forward`."""
+    return isinstance(model, Layer) and type(model).forward.__module__.startswith(f"{__package__}.")
 
 
-def _is_cell(model: nn.Module) -> bool:
-    return _is_library_class(model) and model.role == "step"
-
-
-def _dynamic_dims(layout: Dims, kind: str, index: int, name: str) -> list[int]:
-    """Return the dynamic dimensions of an argument of a class of this library."""
-    batch_and_time = [layout.batch, layout.time if kind == "sequence" else None]
-    found = [layout.state] if index == 1 else [0] if name == "lengths" else batch_and_time
-    return [dim for dim in found if dim is not None]
+def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[tuple[Any, ...], Any]:
+    """Return the inputs, with a state for "step", and the outputs."""
+    # Called before all other checks, so that an error of the model is raised first.
+    outputs = model(*args)
+    has_state = len(args) > 1 and args[1] is not None
+    if not _is_ours(model):
+        expected = "(x, h, ...) because kind is 'step' and the model is no class of this library"
+        require(_NAME, "example_inputs", has_state or kind == "sequence", expected, "no h")
+    elif has_state or kind == "step":
+        state = outputs if model.role == "step" else outputs[1]
+        # The example state may have size 1 instead of the number of layers or sequences.
+        state = pytree.tree_map(Tensor.expand_as, args[1], state) if has_state else state
+        args = (args[0], state, *args[2:])
+    return args, outputs
 
 
 def _with_dynamic_shapes(
     model: nn.Module, args: tuple[Any, ...], kind: str, max_steps: int | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return all inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
+    """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
     x = args[0]
-    # Called before the checks below, so that an error of the model is raised first.
-    outputs = model(*args)
-    if not _is_library_class(model):
-        layout = Dims(0, 1, None)
-        args = _enlarged_for_user_model(args, kind)
-    else:
-        layout = model.dims_of(x)
-        if kind == "step" and layout.time is not None:
-            expected = f"of one step in dimension {layout.time} because kind is 'step'"
-            remedy = f"use x.narrow({layout.time}, 0, 1)"
-            require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
-        args = _enlarged(model, args, _state_of(model, outputs), layout, kind)
-    x_dims: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
+    layout = model.dims_of(x) if _is_ours(model) else Dims(0, 1 if x.dim() > 1 else None, None)
+    # Only x names its dimensions, because the exporter warns about a name that is used twice.
+    of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
     if kind == "sequence" and layout.time is not None:
         num_steps = x.shape[layout.time]
         is_enough = max_steps is None or num_steps <= max_steps
         expected = f"at least the {num_steps} steps of the example"
         require(_NAME, "max_steps", is_enough, expected, str(max_steps))
-        x_dims[layout.time] = Dim("time", max=max_steps)
+        of_x[layout.time] = Dim("time", max=max_steps)
     else:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
-    args = _with_state(model, args, kind)
-    names = _parameters(model, args)
+    if not _is_ours(model):
+        # The exporter fixes a size of 1.
+        of_x = {dim: name for dim, name in of_x.items() if x.shape[dim] > 1}
+        sizes = [x.shape[dim] for dim in of_x]
 
-    def dynamic(other: Tensor, index: int) -> dict[int, Any]:
-        if _is_library_class(model):
-            found = _dynamic_dims(layout, kind, index, names[index])
-        else:
-            sizes = [args[0].shape[dim] for dim in x_dims]
-            found = [dim for dim, size in enumerate(other.shape) if size in sizes]
-        # Only x names its dimensions, because the exporter warns about a name that is used twice.
-        return dict.fromkeys(found, Dim.AUTO)
+        def of_other(other: Any) -> dict[int, Any]:
+            return {dim: Dim.AUTO for dim, size in enumerate(getattr(other, "shape", ())) if size in sizes}
 
-    others = [
-        pytree.tree_map(lambda other, index=index: dynamic(other, index), arg) for index, arg in enumerate(args[1:], 1)
-    ]
-    return args, (x_dims, *others)
-
-
-def _enlarged_for_user_model(args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
-    x, least = args[0], 2 if kind == "sequence" else 1
-    expected = "(B, S, ...)" if kind == "sequence" else "(B, ...)"
-    require(_NAME, "x", x.dim() >= least, expected, dims(x.shape), "or pass dynamic_shapes")
-    has_others = any(isinstance(other, Tensor) for other in pytree.tree_leaves(args[1:]))
-    for dim in range(least):
-        if has_others:
-            expected = f"of size 2 or more in dimension {dim}, to find dynamic dimensions of other inputs"
-            remedy = "use a larger example or pass dynamic_shapes"
-            require(_NAME, "x", x.shape[dim] >= 2, expected, dims(x.shape), remedy)
-        x = _at_least_two(x, dim)
-    return (x, *args[1:])
+        return args, (of_x, *pytree.tree_map(of_other, args[1:]))
+    if kind == "step" and layout.time is not None:
+        expected = f"of one step in dimension {layout.time} because kind is 'step'"
+        remedy = f"use x.narrow({layout.time}, 0, 1)"
+        require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
+    enlarged, shapes = [], []
+    for index, (name, arg) in enumerate(inspect.signature(model.forward).bind(*args).arguments.items()):
+        of_others = [layout.state] if index == 1 else [0] if name == "lengths" else list(of_x)
+        dynamic = of_x if index == 0 else {dim: Dim.AUTO for dim in of_others if dim is not None}
+        enlarged.append(None if arg is None else pytree.tree_map(partial(_enlarged, dynamic), arg))
+        shapes.append(pytree.tree_map(lambda _, dynamic=dynamic: dynamic, arg))
+    return tuple(enlarged), tuple(shapes)
 
 
-def _enlarged(model: nn.Module, args: tuple[Any, ...], state: object, layout: Dims, kind: str) -> tuple[Any, ...]:
-    """Return the inputs of a class of this library, with batch and time of at least 2."""
-    enlarged = [*args]
-    for index, name in enumerate(_parameters(model, args)):
-        if args[index] is None:
-            continue
-        if index == 1:
-            # The example state may have size 1 instead of the number of layers or sequences.
-            enlarged[index] = pytree.tree_map(lambda h, full: h.expand_as(full), args[index], state)
-        for dim in _dynamic_dims(layout, kind, index, name):
-            enlarged[index] = pytree.tree_map(lambda x, dim=dim: _at_least_two(x, dim), enlarged[index])
-    return tuple(enlarged)
-
-
-def _at_least_two(x: Tensor, dim: int) -> Tensor:
-    """Return x with a dimension of size 1 doubled, because the exporter specializes on a size of 1."""
-    return torch.cat([x, x], dim) if x.shape[dim] == 1 else x
-
-
-def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
-    if kind == "sequence" or (len(args) > 1 and args[1] is not None):
-        return args
-    state = _state_of(model, model(*args))
-    takes_state = _parameters(model, (None, None))[1:] in [["h"], ["hx"], ["state"], ["hidden"]]
-    expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
-    is_valid = state is not None and (takes_state or _is_library_class(model))
-    require(_NAME, "example_inputs", is_valid, expected, "only x")
-    return (args[0], state, *args[2:])
-
-
-def _state_of(model: nn.Module, outputs: object) -> Any:
-    """Return the state: the second of a pair (out, h), or what a cell returns. None for other outputs."""
-    if isinstance(outputs, Tensor) or _is_cell(model):
-        return outputs
-    return outputs[1] if isinstance(outputs, tuple) and len(outputs) == 2 else None
-
-
-def _parameters(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
-    """Return the names of the parameters of `forward` that take these arguments."""
-    names: list[str] = []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{name}_{index}" for index in range(len(args) - len(names))]
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            names.append(name)
-    return names[: len(args)]
-
-
-def _input_names(model: nn.Module, names: list[str]) -> list[str]:
-    # The classes of `drop_in` have other names for x and h.
-    return [*["x", "h"][: len(names)], *names[2:]] if _is_library_class(model) else names
+def _enlarged(dynamic: Iterable[int], x: Tensor) -> Tensor:
+    """Return x with dynamic dimensions of size 1 doubled, because the exporter would fix them."""
+    for dim in dynamic:
+        x = torch.cat([x, x], dim) if x.shape[dim] == 1 else x
+    return x
 
 
 def _output_names(model: nn.Module, outputs: object, inputs: list[str]) -> list[str]:
-    if _is_cell(model):
+    if _is_ours(model) and model.role == "step":
         names = _numbered("h_out", outputs)
     elif isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
         names = ["out", *_numbered("h_out", outputs[1])]
