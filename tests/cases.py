@@ -408,12 +408,16 @@ STACKS = [
     stack("Stack of images", partial(CONV1D, 3, padding=1, num_layers=2), partial(CONV1D, 1), space=1),
     stack("Stack of blocks", partial(mingru.models.Block, INPUT, conv=3), partial(mingru.MinGRU, INPUT, 4)),
 ]
-BLOCKS = [
-    block(),
-    block(conv=4, mlp=1.5, bias=False),
-    block(cell="minlstm", conv=3, norm="layer", expansion=1.4, learn_initial_state=True),
-    block(gate="rotation", expansion=1.2, bidirectional=True, mlp=2, checkpoint=True),
-]
+BLOCK = {
+    "cell": ["mingru", "minlstm"],
+    "conv": [None, 2, 4],
+    "mlp": [None, 1.5],
+    "expansion": [1, 1.4, 0.6],
+    "checkpoint": [False, True],
+    **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional")},
+    "norm": ["rms", "layer"],
+}
+BLOCKS = [block(), block(gate="rotation", expansion=1.2, min_decay=0.3), *(block(**row) for row in cover(BLOCK))]
 MIXED = case(
     "MinGRU with mixed gates",
     *(mingru.MinGRU, INPUT, 8, 3),

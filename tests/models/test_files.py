@@ -1,6 +1,5 @@
 """Models as folders and on the hub: round trips, damaged and foreign files, and failures while writing."""
 
-import errno
 import json
 import math
 import os
@@ -20,30 +19,24 @@ from mingru import models
 from mingru.models import LanguageModel
 
 FILES = {"README.md", "config.json", "model.safetensors"}
+ALL_OPTIONS = {
+    "tied": False,
+    "cell": "minlstm",
+    "expansion": 1.5,
+    "conv": 3,
+    "mlp": 2,
+    "norm": "layer",
+    "dropout": 0.25,
+}
+ALL_OPTIONS |= {"checkpoint": True, "bias": True, "bidirectional": False, "candidate": "tanh", "recompute": False}
+ALL_OPTIONS |= {"learn_initial_state": True, "forget_bias": 1.0, "normalize": False}
 MODELS = {
     "plain": {},
     "untied": {"tied": False},
-    "all options": {
-        "tied": False,
-        "cell": "minlstm",
-        "expansion": 1.5,
-        "conv": 3,
-        "mlp": 2,
-        "norm": "layer",
-        "dropout": 0.25,
-        "checkpoint": True,
-        "bias": True,
-        "bidirectional": False,
-        "candidate": "tanh",
-        "learn_initial_state": True,
-        "recompute": False,
-        "forget_bias": 1.0,
-        "normalize": False,
-    },
+    "all options": ALL_OPTIONS,
     "bounds": {"gate": "rotation", "min_decay": [0.0, 0.75]},
     "gates": {"gate": ["sigmoid", "quaternion"], "memory": [2.0, 50.0]},
-    "without bias": {"bias": False, "conv": 2},
-    "bfloat16": {"dtype": torch.bfloat16, "conv": 2},
+    "bfloat16": {"dtype": torch.bfloat16, "conv": 2, "bias": False},
     "float64": {"dtype": torch.float64, "tied": False},
 }
 
@@ -66,7 +59,11 @@ def folder(tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def load(folder, **options):
+    return LanguageModel.from_pretrained(folder, **options)
 
 
 def assert_same_model(loaded, lm):
@@ -90,86 +87,56 @@ def test_a_saved_model_is_the_same(name, tmp_path):
     lm = make(name)
     lm.save_pretrained(tmp_path)
     assert set(contents(tmp_path)) == FILES
-    for path in (tmp_path, str(tmp_path)):
-        assert_same_model(LanguageModel.from_pretrained(path), lm)
+    # Other programs read the standard file by the names of the state dict. The shared weight is in it once.
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == lm.state_dict().keys()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config.pop("model"), config.pop("mingru")) == ("LanguageModel", models.files.__version__)
+    assert config == lm.config and config.keys() >= {"vocab_size", "dims", "num_layers", *MODELS[name]} - {"dtype"}
     # A loaded model can be saved and trained.
-    loaded = LanguageModel.from_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
     loaded.save_pretrained(tmp_path)
-    assert_same_model(LanguageModel.from_pretrained(tmp_path), lm)
+    assert_same_model(load(tmp_path), lm)
     loaded.train()(torch.randint(7, (2, 5)))[0].square().sum().backward()
     torch.optim.AdamW(loaded.parameter_groups(0.1)).step()
     assert not torch.equal(loaded.embedding.weight, lm.embedding.weight)
 
 
-def test_the_file_of_the_weights(tmp_path):
-    """Other programs read the standard file by the names of the state dict. The shared weight is in it once."""
-    for name, head in (("plain", set()), ("untied", {"head.weight"})):
-        lm = make(name)
-        lm.save_pretrained(tmp_path)
-        tensors = load_file(tmp_path / "model.safetensors")
-        assert tensors.keys() == lm.state_dict().keys()
-        assert {name for name in tensors if tensors[name].shape == (7, 4)} == {"embedding.weight", *head}
-        with safe_open(tmp_path / "model.safetensors", "pt") as file:
-            assert file.metadata()["format"] == "pt"
-
-
-def test_config(tmp_path):
-    make("all options").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config.pop("model") == "LanguageModel"
-    assert config.pop("mingru") == models.files.__version__
-    assert config == {"vocab_size": 7, "dims": 4, "num_layers": 2, **MODELS["all options"]}
-
-
 def test_the_model_card(tmp_path):
-    lm = make("plain")
-    lm.save_pretrained(tmp_path / "new" / "folders", figures={"held-out loss in nats": 1.42})
-    card = (tmp_path / "new" / "folders" / "README.md").read_text()
+    lm, folder = make("plain"), tmp_path / "new" / "folders"
+    for loss in (1.5, 1.42):
+        lm.save_pretrained(folder, figures={"held-out loss in nats": loss})
+        card = (folder / "README.md").read_text()
+        assert f"| held-out loss in nats | {loss} |" in card
     assert "library_name: mingru" in card.split("---")[1]
-    assert "| held-out loss in nats | 1.42 |" in card
     assert f"| parameters | {sum(each.numel() for each in lm.parameters())} |" in card
     assert "LanguageModel.from_pretrained(" in card
-
-
-def test_a_readme_of_something_else_remains(tmp_path):
-    (tmp_path / "README.md").write_text("My project")
-    make().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "My project"
-    (tmp_path / "README.md").unlink()
-    for loss in (1.5, 1.4):
-        make().save_pretrained(tmp_path, figures={"loss": loss})
-        assert f"| loss | {loss} |" in (tmp_path / "README.md").read_text()
-
-
-def test_other_files_remain(folder):
+    # Of something else: it remains, as other files do.
+    (folder / "README.md").write_text("My project")
     (folder / "notes.txt").write_text("notes")
-    make().save_pretrained(folder)
-    assert (folder / "notes.txt").read_text() == "notes"
-
-
-def test_permissions_are_those_of_a_new_file(folder):
-    (folder / "new").write_text("")
-    modes = {path.stat().st_mode for path in folder.iterdir()}
-    assert len(modes) == 1
+    lm.save_pretrained(folder)
+    assert [(folder / name).read_text() for name in ("README.md", "notes.txt")] == ["My project", "notes"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "permissions are those of a new file"
 
 
 def test_the_device(folder):
-    assert LanguageModel.from_pretrained(folder, device="meta").embedding.weight.is_meta
-    assert LanguageModel.from_pretrained(folder, device=torch.device("cpu")).embedding.weight.is_cpu
+    assert load(folder, device="meta").embedding.weight.is_meta
     with torch.device("meta"):
-        assert LanguageModel.from_pretrained(folder).embedding.weight.is_cpu
+        assert load(folder).embedding.weight.is_cpu
     with pytest.raises(RuntimeError, match="mtea"):
-        LanguageModel.from_pretrained(folder, device="mtea")
+        load(folder, device="mtea")
 
 
 def test_loading_leaves_the_global_random_state(folder):
     before = torch.get_rng_state()
-    LanguageModel.from_pretrained(folder)
+    load(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(folder):
-    lm = LanguageModel.from_pretrained(folder)
+    lm = load(folder)
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     path = folder / "model.safetensors"
     with path.open("rb+") as file:
@@ -187,19 +154,17 @@ def test_a_subclass(tmp_path):
     lm.save_pretrained(tmp_path)
     assert_same_model(Model.from_pretrained(tmp_path), lm)
     with pytest.raises(ValueError, match=r"config\.json of something else"):
-        LanguageModel.from_pretrained(tmp_path)
+        load(tmp_path)
 
 
-# Models that the options do not describe
-
-
-def test_later_changes_of_the_callers_list_do_not_reach_the_config(tmp_path):
+def test_later_changes_of_the_callers_list_do_not_reach_the_config():
     bounds = [0.0, 0.75]
     lm = LanguageModel(7, 4, 2, min_decay=bounds)
     bounds[1] = 0.5
     assert lm.config["min_decay"] == [0.0, 0.75]
-    lm.save_pretrained(tmp_path)
-    assert_same_model(LanguageModel.from_pretrained(tmp_path), lm)
+
+
+# Models that the options do not describe
 
 
 def tie(lm):
@@ -210,16 +175,14 @@ def set_attribute(path, name, value):
     return lambda lm: setattr(lm.get_submodule(path), name, value)
 
 
+SHARED = "a model without shared tensors, got one whose head.weight is embedding.weight; use tied=True"
 UNCHANGED = "LanguageModel(**config) without changes, got a model"
+MISFIT = f"{UNCHANGED} whose tensors do not fit"
+DROPOUT = "blocks.layers.0.dropout 0.5 instead of 0.0; pass the change to the constructor"
+WEIGHT_NORM = torch.nn.utils.parametrizations.weight_norm
 CHANGED = {
-    "a tied head": (
-        tie,
-        "a model without shared tensors, got one whose head.weight is embedding.weight; use tied=True",
-    ),
-    "dropout": (
-        set_attribute("blocks.layers.0", "dropout", 0.5),
-        f"{UNCHANGED} with blocks.layers.0.dropout 0.5 instead of 0.0; pass the change to the constructor",
-    ),
+    "a tied head": (tie, SHARED),
+    "dropout": (set_attribute("blocks.layers.0", "dropout", 0.5), f"{UNCHANGED} with {DROPOUT}"),
     "another activation": (
         set_attribute("blocks.layers.0.mlp", "2", torch.nn.ReLU()),
         f"{UNCHANGED} with blocks.layers.0.mlp.2 'ReLU' instead of 'GELU'",
@@ -229,12 +192,12 @@ CHANGED = {
         f"{UNCHANGED} with blocks.layers.0.mlp.4 'Dropout' instead of None",
     ),
     "a parametrization": (
-        lambda lm: torch.nn.utils.parametrizations.weight_norm(lm.head),
-        f"{UNCHANGED} whose tensors do not fit (Error(s) in loading state_dict for LanguageModel: Missing key(s)",
+        lambda lm: WEIGHT_NORM(lm.head),
+        f"{MISFIT} (Error(s) in loading state_dict for LanguageModel",
     ),
     "mixed dtypes": (
         lambda lm: lm.norm.double(),
-        f"{UNCHANGED} whose tensors do not fit (head.weight of torch.float32, norm.weight of torch.float64)",
+        f"{MISFIT} (head.weight of torch.float32, norm.weight of torch.float64)",
     ),
 }
 
@@ -249,63 +212,47 @@ def test_a_changed_model_is_not_saved(case, folder):
     assert contents(folder) == before
 
 
-def test_a_changed_option_is_saved_if_the_config_has_it(tmp_path):
-    lm = make("plain")
-    for block in lm.blocks.layers:
-        block.dropout = 0.5
-    lm.config["dropout"] = 0.5
-    lm.save_pretrained(tmp_path)
-    assert LanguageModel.from_pretrained(tmp_path).blocks.layers[1].dropout == 0.5
-
-
 def test_a_model_of_an_older_version(tmp_path):
     """It has no marks of its gates, "positive" was the default candidate, and states began with 0."""
     lm = make("bounds", candidate="positive")
     lm.save_pretrained(tmp_path)
     marks = [f"blocks.layers.{index}.rnn.{key}" for index in (0, 1) for key in ("layers.0.gate", "zero_state_mark")]
-    rewrite_tensors(lambda tensors: [tensors.pop(mark) for mark in marks])(tmp_path)
-    rewrite_config(lambda config: config.pop("candidate"))(tmp_path)
-    found = LanguageModel.from_pretrained(tmp_path)
+    edited(lambda config: config.pop("candidate"), lambda tensors: [tensors.pop(mark) for mark in marks])(tmp_path)
+    found = load(tmp_path)
     assert [block.rnn.zero_state for block in found.blocks.layers] == [0.0, 0.0]
     ids = torch.randint(7, (2, 5))
     zeros = models.map_state(torch.zeros_like, lm.initial_state(2))
     torch.testing.assert_close(found(ids)[0], lm.eval()(ids, zeros)[0])
     found.save_pretrained(tmp_path)
-    assert_same_model(LanguageModel.from_pretrained(tmp_path), found)
+    assert_same_model(load(tmp_path), found)
     assert make("bounds").config["candidate"] == "tanh"
 
 
 # Files that are no model
 
 
-def rewrite_config(change):
-    """Change config.json and the options in the weights, as if the model had been saved so."""
+def edited(config=None, tensors=None):
+    """Change the options in both files, as if the model had been saved so, or the tensors, without options then."""
 
     def function(folder):
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
-        tensors = load_file(folder / "model.safetensors")
-        save_file(tensors, folder / "model.safetensors", {"format": "pt", "config.json": json.dumps(config)})
+        options, found = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+        if config is not None:
+            config(options)
+        if tensors is not None:
+            tensors(found)
+        (folder / "config.json").write_text(json.dumps(options))
+        metadata = {} if config is None else {"config.json": json.dumps(options)}
+        save_file(found, folder / "model.safetensors", {"format": "pt", **metadata})
 
     return function
 
 
 def set_option(**options):
-    return rewrite_config(lambda config: config.update(options))
-
-
-def rewrite_tensors(change):
-    def function(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return function
+    return edited(config=lambda config: config.update(options))
 
 
 def set_tensor(name, change):
-    return rewrite_tensors(lambda tensors: tensors.update({name: change(tensors[name])}))
+    return edited(tensors=lambda tensors: tensors.update({name: change(tensors.get(name))}))
 
 
 def write(name, data):
@@ -319,13 +266,7 @@ class Trap:
         return (exec, ("raise SystemExit('code of the file ran')",))
 
 
-def pickled(folder):
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap()))
-
-
-def only_a_pickle(folder):
-    pickled(folder)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+PICKLE = pickle.dumps(Trap())
 
 
 UNREADABLE = "with a file that cannot be read ("
@@ -333,12 +274,15 @@ FIT = "with options and tensors that do not fit ("
 OF_MODEL = f"{FIT}Error(s) in loading state_dict for LanguageModel: "
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), f"{UNREADABLE}[Errno 2] No such file"),
-    "only a pickle": (only_a_pickle, f"{UNREADABLE}No such file or directory: "),
+    "only a pickle": (
+        lambda folder: [write("pytorch_model.bin", PICKLE)(folder), (folder / "model.safetensors").unlink()],
+        f"{UNREADABLE}No such file or directory: ",
+    ),
     "an empty config": (write("config.json", b""), UNREADABLE),
     "a nested config": (write("config.json", b"[" * 200_000), UNREADABLE),
     "a list as config": (write("config.json", b"[1, 2]"), "with config.json of something else"),
     "the config of a block": (set_option(model="Block"), "with config.json of something else"),
-    "a missing option": (rewrite_config(lambda config: config.pop("dims")), FIT),
+    "a missing option": (edited(lambda config: config.pop("dims")), FIT),
     "an unknown option": (set_option(heads=2), f"{FIT}LanguageModel: no argument 'heads'; "),
     "an invalid option": (set_option(cell="gru"), f"{FIT}Block: cell must be one of "),
     "NaN as an option": (set_option(dropout=math.nan), "with dropout nan in config.json and nan in model.safetensors"),
@@ -346,22 +290,14 @@ DAMAGES = {
     "many features": (set_option(dims=10**12), FIT),
     "more features than an integer holds": (set_option(dims=10**30), FIT),
     "a large vocabulary": (set_option(vocab_size=10**15), f"{OF_MODEL}size mismatch for embedding.weight"),
-    "other options in the config": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"tied": false', '"tied": false, "candidate": "tanh"')
-        ),
-        "with candidate 'tanh' in config.json and None in model.safetensors, which are from two different saves",
+    "another save": (
+        lambda folder: write("config.json", (folder / "config.json").read_bytes().replace(b" 4", b" 5"))(folder),
+        "with dims 5 in config.json and 4 in model.safetensors, which are from two different saves",
     ),
     "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 900), UNREADABLE),
-    "a pickle as weights": (pickled, UNREADABLE),
-    "a missing tensor": (
-        rewrite_tensors(lambda tensors: tensors.pop("norm.weight")),
-        f'{OF_MODEL}Missing key(s) in state_dict: "norm.weight"',
-    ),
-    "an unexpected tensor": (
-        rewrite_tensors(lambda tensors: tensors.update(extra=torch.ones(1))),
-        f'{OF_MODEL}Unexpected key(s) in state_dict: "extra"',
-    ),
+    "a pickle as weights": (write("model.safetensors", PICKLE), UNREADABLE),
+    "a missing tensor": (edited(tensors=lambda tensors: tensors.pop("norm.weight")), f"{OF_MODEL}Missing key(s) in st"),
+    "an unexpected tensor": (set_tensor("extra", lambda _: torch.ones(1)), f"{OF_MODEL}Unexpected key(s) in"),
     "a tensor of another dtype": (set_tensor("norm.weight", torch.Tensor.double), "norm.weight of torch.float64"),
     "a tensor of integers": (set_tensor("norm.weight", torch.Tensor.long), OF_MODEL),
 }
@@ -370,77 +306,54 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_folders(folder, damage):
     function, message = DAMAGES[damage]
-    assert LanguageModel.from_pretrained(folder) is not None
+    assert load(folder) is not None
     function(folder)
     expected = f"from_pretrained: folder_or_name must be a complete model that save_pretrained wrote, got {folder} "
     with pytest.raises(ValueError, match="^" + re.escape(expected) + ".*" + re.escape(message)) as error:
-        LanguageModel.from_pretrained(folder)
+        load(folder)
     assert "\n" not in str(error.value)
 
 
-def test_weights_without_options_load(folder):
+def test_files_of_other_programs_and_versions_load(folder):
     """Another program may have written the tensors, which are checked by name and shape."""
-    expected = LanguageModel.from_pretrained(folder)
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
-    assert_same_model(LanguageModel.from_pretrained(folder), expected)
-
-
-def test_files_of_another_version_load(folder):
-    expected = LanguageModel.from_pretrained(folder)
+    expected = load(folder)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace(f'"{models.files.__version__}"', '"99.0"'))
-    assert_same_model(LanguageModel.from_pretrained(folder), expected)
+    assert_same_model(load(folder), expected)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    assert_same_model(load(folder), expected)
 
 
 NEITHER = "folder_or_name must be a folder that save_pretrained wrote, or a name on the hub such as 'owner/name', got"
 
 
-@pytest.mark.parametrize("name", ["missing", "a/b/c", "../model", "/nowhere/model", "owner/na me", "owner/name\n"])
-def test_names_that_are_neither_a_folder_nor_on_the_hub(name, tmp_path, monkeypatch):
+def test_bad_arguments(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="^" + re.escape(f"from_pretrained: {NEITHER} {name!r}")):
-        LanguageModel.from_pretrained(name)
-
-
-def test_a_file_or_a_path_is_no_name(folder, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    for path in (folder / "config.json", Path("owner/name")):
-        with pytest.raises(ValueError, match="^" + re.escape(f"from_pretrained: {NEITHER} ")):
-            LanguageModel.from_pretrained(path)
-
-
-BAD_ARGUMENTS = [
-    *(
-        (LanguageModel.from_pretrained, path, "from_pretrained: folder_or_name must be a str or a path")
-        for path in (3, b"a")
-    ),
-    *(
-        (lambda path: make().save_pretrained(path), path, "save_pretrained: folder must be a str or a path")
-        for path in (3, None)
-    ),
-    *(
-        (
-            lambda figures: make().save_pretrained("no folder", figures=figures),
-            figures,
-            "figures must be a dict or None",
-        )
-        for figures in ([("loss", 1.4)], "loss")
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "argument", "message"), BAD_ARGUMENTS)
-def test_arguments_of_a_wrong_type(call, argument, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TypeError, match=f"{message}, got {type(argument).__name__}"):
-        call(argument)
-    assert contents(tmp_path) == {}
-
-
-def test_a_revision_of_a_folder(folder):
-    with pytest.raises(ValueError, match=r"^from_pretrained: revision must be None for a folder, got 'main'"):
-        LanguageModel.from_pretrained(folder, revision="main")
+    lm, neither = make(), [folder / "config.json", Path("owner/name"), "missing", "a/b/c", "../model", "/nowhere/model"]
+    path, figures = "must be a str or a path, got", "figures must be a dict or None, got"
+    cases = {
+        **{
+            path: (load, (path,), {}, ValueError, f"{NEITHER} {str(path)!r}")
+            for path in [*neither, "owner/na me", "o/n\n"]
+        },
+        "3": (load, (3,), {}, TypeError, f"folder_or_name {path} int"),
+        "bytes": (load, (b"a",), {}, TypeError, f"folder_or_name {path} bytes"),
+        "None": (lm.save_pretrained, (None,), {}, TypeError, f"folder {path} NoneType"),
+        "figures": (lm.save_pretrained, ("no folder",), {"figures": [("loss", 1.4)]}, TypeError, f"{figures} list"),
+        "revision": (
+            load,
+            (folder,),
+            {"revision": "main"},
+            ValueError,
+            "revision must be None for a folder, got 'main'",
+        ),
+    }
+    for call, args, options, error, message in cases.values():
+        name = "from_pretrained" if call is load else "save_pretrained"
+        with pytest.raises(error, match="^" + re.escape(f"{name}: {message}")):
+            call(*args, **options)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # Failures while writing
@@ -449,79 +362,63 @@ CANNOT = "save_pretrained: folder must be a folder that can be written, got "
 
 
 def assert_cannot_save(lm, folder, message=""):
-    with pytest.raises(
-        ValueError, match="^" + re.escape(CANNOT) + ".*" + re.escape(message) + ".*; name another folder"
-    ):
+    expected = re.escape(CANNOT) + ".*" + re.escape(message) + ".*; name another folder"
+    with pytest.raises(ValueError, match="^" + expected):
         lm.save_pretrained(folder)
 
 
-def test_a_file_in_place_of_a_folder(folder):
+def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(folder):
     before = contents(folder)
     assert_cannot_save(make(), folder / "config.json")
     assert_cannot_save(make(), folder / "config.json" / "model")
     assert contents(folder) == before
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_a_folder_in_place_of_a_file(folder, name):
-    (folder / name).unlink()
-    (folder / name).mkdir()
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert_cannot_save(make(), folder, f"{name} is a folder")
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert_cannot_save(make("all options"), folder, "Is a directory")
+    assert {**before, **contents(folder)} == before
     assert set(os.listdir(folder)) == FILES
 
 
-def fail(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("function", ["tempfile.TemporaryDirectory", "os.fsync", "os.replace"])
-def test_a_full_disk_before_the_first_replacement(folder, monkeypatch, function):
+def test_a_failure_before_the_first_replacement(folder, monkeypatch, function):
+    """A full disk, or Ctrl+C."""
     before = contents(folder)
-    monkeypatch.setattr(function, fail)
-    assert_cannot_save(make("all options"), folder, "No space left on device")
-    monkeypatch.undo()
-    assert contents(folder) == before
+    for error, raised in ((OSError("No space"), ValueError), (KeyboardInterrupt("No space"), KeyboardInterrupt)):
+        monkeypatch.setattr(function, failing(error))
+        with pytest.raises(raised, match="No space"):
+            make("all options").save_pretrained(folder)
+        monkeypatch.undo()
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("replaced", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"candidate": "tanh"}, {"norm": "layer"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"candidate": "tanh"}], ids=str)
 def test_a_failure_between_two_replacements(folder, monkeypatch, replaced, options):
     """A model is loaded if it is the new model whole, and otherwise the files are an error."""
-    replace, calls = os.replace, []
+    replace, calls, lm = os.replace, [], make(**options)
 
     def replace_some(source, target):
         calls.append(target)
-        if len(calls) > replaced:
-            fail()
-        replace(source, target)
+        return (failing(OSError("No space")) if len(calls) > replaced else replace)(source, target)
 
-    lm = make(**options)
     monkeypatch.setattr(os, "replace", replace_some)
-    assert_cannot_save(lm, folder, "No space left on device")
+    assert_cannot_save(lm, folder, "No space")
     monkeypatch.undo()
     assert set(contents(folder)) == FILES
     if replaced == 2 or not options:
-        assert_same_model(LanguageModel.from_pretrained(folder), lm)
+        assert_same_model(load(folder), lm)
     else:
-        (name, value), *_ = options.items()
-        message = f"{name} None in config.json and {value!r} in model.safetensors, which are from two different saves"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            LanguageModel.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"candidate None in config\.json and 'tanh' in model\.safetensors, which"):
+            load(folder)
     lm.save_pretrained(folder)
-    assert_same_model(LanguageModel.from_pretrained(folder), lm)
-
-
-def test_an_interrupted_save_leaves_no_files(folder, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    before = contents(folder)
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make().save_pretrained(folder)
-    assert contents(folder) == before
+    assert_same_model(load(folder), lm)
 
 
 # The hub
@@ -558,37 +455,26 @@ def hub(folder, monkeypatch):
     return uploaded
 
 
-@pytest.mark.parametrize("revision", [None, "v1.0"])
-def test_a_name_on_the_hub(hub, folder, revision):
-    lm = LanguageModel.from_pretrained("owner/name", revision=revision)
-    assert_same_model(lm, LanguageModel.from_pretrained(folder))
+def test_a_name_on_the_hub(hub, folder, monkeypatch):
+    for revision in (None, "v1.0"):
+        assert_same_model(load("owner/name", revision=revision), load(folder))
     files = ("config.json", "model.safetensors")
-    assert hub["downloads"] == [("owner/name", file, revision) for file in files]
-
-
-def test_a_damaged_model_on_the_hub(hub, folder):
+    assert hub.pop("downloads") == [("owner/name", file, revision) for revision in (None, "v1.0") for file in files]
     os.truncate(folder / "model.safetensors", 900)
     with pytest.raises(
         ValueError, match=r"^from_pretrained: folder_or_name .*, got owner/name with a file that cannot"
     ):
-        LanguageModel.from_pretrained("owner/name")
-
-
-def test_a_folder_comes_before_a_name(hub, folder, monkeypatch):
+        load("owner/name")
+    error = huggingface_hub.errors.LocalEntryNotFoundError
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(error("no connection")))
+    with pytest.raises(error, match="no connection"):
+        load("owner/name")
+    # A folder comes before a name.
     monkeypatch.chdir(folder.parent.parent)
+    make().save_pretrained(folder)
     name = f"{folder.parent.name}/{folder.name}"
     assert models.files.HUB_NAME.fullmatch(name)
-    LanguageModel.from_pretrained(name)
-    assert "downloads" not in hub
-
-
-def test_errors_of_the_hub_pass_through(monkeypatch):
-    def missing(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
-    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError, match="no connection"):
-        LanguageModel.from_pretrained("owner/name")
+    load(name)
 
 
 def test_push_to_hub(hub, tmp_path):
@@ -613,33 +499,18 @@ def test_push_to_hub(hub, tmp_path):
 INSTALL = 'run pip install {}, or ".[hub]" in a clone of the repository'
 
 
-@pytest.fixture
-def without(monkeypatch):
-    def remove(package):
-        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, package, None)
-
-    return remove
-
-
-def test_without_safetensors(folder, without):
-    without("safetensors")
-    install = re.escape(INSTALL.format("safetensors"))
-    with pytest.raises(ModuleNotFoundError, match=f"^save_pretrained needs the package safetensors: {install}"):
+@pytest.mark.parametrize("package", ["safetensors", "huggingface_hub"])
+def test_without_a_package(package, folder, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    calls = {"push_to_hub": lambda: make().push_to_hub("owner/name"), "from_pretrained": lambda: load("owner/name")}
+    if package == "safetensors":
+        calls = {"save_pretrained": lambda: make().save_pretrained(folder), "from_pretrained": lambda: load(folder)}
+    else:
         make().save_pretrained(folder)
-    with pytest.raises(ModuleNotFoundError, match=f"^from_pretrained needs the package safetensors: {install}"):
-        LanguageModel.from_pretrained(folder)
-    with pytest.raises(ModuleNotFoundError, match=f"^save_pretrained needs the package safetensors: {install}"):
-        make().push_to_hub("owner/name")
-
-
-def test_without_huggingface_hub(folder, without):
-    without("huggingface_hub")
-    make().save_pretrained(folder)
-    assert LanguageModel.from_pretrained(folder) is not None
-    install = re.escape(INSTALL.format("huggingface_hub"))
-    with pytest.raises(ModuleNotFoundError, match=f"'owner/name' is not a folder; .* needs the package .*: {install}"):
-        LanguageModel.from_pretrained("owner/name")
-    with pytest.raises(ModuleNotFoundError, match=f"^push_to_hub needs the package huggingface_hub: {install}"):
-        make().push_to_hub("owner/name")
+        assert load(folder) is not None
+    for name, call in calls.items():
+        expected = f"^{name}.* needs the package {package}: {re.escape(INSTALL.format(package))}"
+        with pytest.raises(ModuleNotFoundError, match=expected):
+            call()

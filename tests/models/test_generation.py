@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from refusals import assert_refused, literal, wrong_ids, wrong_values
+from refusals import assert_refused, by_message, wrong_ids, wrong_values
 from torch.nn import functional as F
 
 from mingru.models import LanguageModel, generation, map_state
@@ -85,29 +85,24 @@ def test_the_batch_has_other_texts():
     assert not torch.equal(lm.generate([prompt], 20, seed=1, temperature=0)[0], texts[0])
 
 
-def test_one_seed_counts_up():
-    lm, prompts = make(), make_prompts(3, 5, 1)
-    assert same(lm.generate(prompts, 10, seed=41), lm.generate(prompts, 10, seed=[41, 42, 43]))
-
-
-def test_a_tensor_of_prompts():
-    lm = make()
-    prompts = torch.stack(make_prompts(4, 4, 4))
+def test_forms_of_the_arguments(monkeypatch):
+    lm, prompts = make(), torch.stack(make_prompts(4, 4, 4))
     texts = lm.generate(prompts, 10, seed=3)
     assert texts.shape == (3, 14)
     assert torch.equal(texts[:, :4], prompts)
-    assert same(texts, lm.generate(list(prompts), 10, seed=3))
-    assert same(texts, lm.generate(tuple(prompts), 10, seed=3))
-
-
-def test_fewer_tokens_are_the_first_of_more(monkeypatch):
-    lm, prompts = make(), make_prompts(1, 2)
-    texts = lm.generate(prompts, 30, seed=5)
-    fewer = lm.generate(prompts, 9, seed=5)
-    assert same([text[: len(part)] for text, part in zip(texts, fewer, strict=True)], fewer)
-    # A seed gives the same numbers in blocks of any size.
+    for form in (list(prompts), tuple(prompts), [prompts[0].int(), *prompts[1:]]):
+        found = lm.generate(form, 10, seed=[3, 4, 5])
+        assert [text.dtype for text in found] == [prompt.dtype for prompt in form]
+        assert same([text.long() for text in found], texts)
+    assert lm.generate(prompts.int(), 3).dtype == torch.int32
+    # Fewer tokens are the first of more, and a seed gives the same numbers in blocks of any size.
+    assert torch.equal(lm.generate(prompts, 6, seed=3), texts[:, :10])
     monkeypatch.setattr(generation, "NUM_RANDOM", 4)
-    assert same(lm.generate(prompts, 30, seed=5), texts)
+    assert torch.equal(lm.generate(prompts, 10, seed=3), texts)
+    # Texts are not views of the prompts.
+    for text in (*lm.generate(list(prompts), 2), lm.generate(prompts, 2)):
+        text.fill_(0)
+    assert prompts.any()
 
 
 def test_any_number_of_new_tokens_until_a_stop():
@@ -131,12 +126,8 @@ def test_temperature_0_is_the_most_likely_token_of_each_step(model):
             ids = torch.cat([ids, token], 1)
             logits, state = lm(token, state)
         expected.append(ids[0])
-    assert same(lm.generate(prompts, 9, temperature=0), expected)
-    assert same(lm.generate(prompts, 9, temperature=0.0, seed=4), expected)
-    assert same(lm.generate(prompts, 9, temperature=1e-45, seed=4), expected)
-    assert same(lm.generate(prompts, 9, top_k=1, seed=4), expected)
-    assert same(lm.generate(prompts, 9, top_p=1e-9, seed=4), expected)
-    assert same(lm.generate(prompts, 9, min_p=1, seed=4), expected)
+    for options in ({"temperature": 0}, {"temperature": 1e-45}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1}):
+        assert same(lm.generate(prompts, 9, seed=4, **options), expected)
 
 
 def test_the_most_likely_of_two_tokens_that_are_equal_in_float32():
@@ -155,18 +146,14 @@ def test_a_given_state_continues_the_text(model):
     lm = make(model)
     prompts, beginnings = make_prompts(4, 1, 6), torch.stack(make_prompts(5, 5, 5, seed=1))
     _, state = lm(beginnings)
+    before = map_state(torch.clone, state)
     whole = [torch.cat(pair) for pair in zip(beginnings, prompts, strict=True)]
     texts = lm.generate(prompts, 10, seed=2, state=state)
     assert same(texts, [text[5:] for text in lm.generate(whole, 10, seed=2)])
     assert same(texts, lm.generate(prompts, 10, seed=2, state=tuple(state)))
     assert not same(texts, lm.generate(prompts, 10, seed=2))
-
-
-def test_a_given_state_stays_as_it_is():
-    lm = make()
-    _, state = lm(torch.stack(make_prompts(5, 5)))
-    before = map_state(torch.clone, state)
-    lm.generate(make_prompts(3, 1), 5, seed=2, state=state, stop=1)
+    # It stays as it is.
+    lm.generate(prompts, 5, seed=2, state=state, stop=1)
     assert same(state, before)
     assert all(each.requires_grad for each in state)
 
@@ -193,8 +180,7 @@ def test_each_text_stops_on_its_own(model):
 
 def test_a_tensor_is_filled_with_the_token_that_stopped():
     lm, prompts = make(), torch.stack(make_prompts(3, 3, 3, 3))
-    texts = lm.generate(prompts, 40, seed=1, stop=[3, 7])
-    rows = lm.generate(list(prompts), 40, seed=1, stop=[3, 7])
+    texts, rows = (lm.generate(form, 40, seed=1, stop=[3, 7]) for form in (prompts, list(prompts)))
     assert len({len(row) for row in rows}) > 1
     assert texts.shape == (4, max(len(row) for row in rows))
     for text, row in zip(texts, rows, strict=True):
@@ -202,34 +188,22 @@ def test_a_tensor_is_filled_with_the_token_that_stopped():
         assert (text[len(row) :] == row[-1]).all()
 
 
-def test_a_stop_token_at_the_first_step():
+def test_a_stop_token_at_the_first_step_and_in_the_prompt():
     lm, prompts = make(), make_prompts(2, 4)
     first = [text[-1].item() for text in lm.generate(prompts, 1, seed=0)]
-    texts = lm.generate(prompts, 10, seed=0, stop=first)
-    assert [len(text) for text in texts] == [3, 5]
+    assert [len(text) for text in lm.generate(prompts, 10, seed=0, stop=first)] == [3, 5]
     assert len(list(lm.stream(prompts, 10, seed=0, stop=first))) == 1
-
-
-def test_a_stop_token_in_the_prompt_does_not_stop():
-    lm = make()
     prompt = torch.tensor([5, 3, 5])
     free = lm.generate([prompt], 10, seed=0)[0]
     unused = next(token for token in range(V) if token not in free[3:])
-    prompt = torch.tensor([unused, 3, unused])
-    assert len(lm.generate([prompt], 3, seed=0, stop=unused)[0]) > 4
+    assert len(lm.generate([torch.tensor([unused, 3, unused])], 3, seed=0, stop=unused)[0]) > 4
 
 
-@pytest.mark.parametrize("stop", [None, 3])
-def test_no_new_tokens(stop):
+def test_no_new_tokens_and_no_prompts():
     lm, prompts = make(), make_prompts(2, 4)
-    for given_prompts in (prompts, torch.stack(make_prompts(3, 3))):
-        assert same(lm.generate(given_prompts, 0, seed=0, stop=stop), given_prompts)
-        assert list(lm.stream(given_prompts, 0, seed=0, stop=stop)) == []
-
-
-def test_no_prompts():
-    lm = make()
-    assert lm.generate([], 5) == []
+    for form in (prompts, torch.stack(make_prompts(3, 3))):
+        assert same(lm.generate(form, 0, seed=0, stop=3), form)
+        assert list(lm.stream(form, 0, seed=0)) == []
     assert lm.generate([], 5, seed=[], state=lm.initial_state(0), stop=1) == []
     assert lm.generate(torch.zeros(0, 3, dtype=torch.int64), 5, seed=1).shape == (0, 3)
     assert list(lm.stream([], 5)) == []
@@ -242,6 +216,8 @@ def test_no_prompts():
 def test_a_stream_and_a_streamer_get_the_tokens_of_each_step(model):
     lm, prompts, received = make(model), make_prompts(2, 5, 1), []
     texts = lm.generate(prompts, 20, seed=3, stop=[1, 2], streamer=received.append)
+    # A streamer may write to its tokens.
+    assert same(lm.generate(prompts, 20, seed=3, stop=[1, 2], streamer=lambda tokens: tokens.fill_(0)), texts)
     assert same(received, list(lm.stream(prompts, 20, seed=3, stop=[1, 2])))
     table = torch.stack(received, 1)
     assert table.dtype == torch.int64
@@ -251,28 +227,24 @@ def test_a_stream_and_a_streamer_get_the_tokens_of_each_step(model):
         assert (row[len(new) :] == -1).all()
 
 
-def test_a_streamer_may_write_to_its_tokens():
-    lm, prompts = make(), make_prompts(2, 5)
-    assert same(
-        lm.generate(prompts, 9, seed=3, streamer=lambda tokens: tokens.fill_(0)), lm.generate(prompts, 9, seed=3)
-    )
-
-
 def test_a_stream_checks_its_arguments_when_it_is_made():
     with pytest.raises(ValueError, match="max_new_tokens"):
         make().stream(make_prompts(2), -1)
+
+
+def modes_of(lm):
+    return [module.training for module in lm.modules()], torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class OutOfPaperError(Exception):
     pass
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("place", ["streamer", "model"])
-def test_modes_after_an_error(place, training):
-    lm = make().train(training)
+def test_modes_after_an_error(place):
+    lm = make()
     lm.blocks.layers[0].eval()
-    before = [module.training for module in lm.modules()]
+    before = modes_of(lm)
 
     def fail(*args):
         raise OutOfPaperError
@@ -281,38 +253,26 @@ def test_modes_after_an_error(place, training):
         lm.blocks.layers[1].register_forward_hook(fail)
     with pytest.raises(OutOfPaperError):
         lm.generate(make_prompts(2, 3), 5, streamer=fail)
-    assert [module.training for module in lm.modules()] == before
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
-
-
-def test_a_step_runs_without_gradients():
-    lm, modes = make(), []
-    lm.blocks.layers[1].register_forward_hook(lambda *args: modes.append(torch.is_grad_enabled()))
-    lm.generate(make_prompts(2, 3), 4)
-    assert modes == [False] * 4
+    assert modes_of(lm) == before
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_the_modes_between_the_steps_of_a_stream(with_grad):
-    """The caller's code runs between two steps, in the caller's modes."""
-    lm = make(dropout=0.5)
+    """The caller's code runs between two steps, in the caller's modes; the steps run without gradients."""
+    lm, inside = make(dropout=0.5), []
     lm.blocks.layers[0].eval()
-    before = [module.training for module in lm.modules()]
+    lm.blocks.layers[1].register_forward_hook(lambda *args: inside.append(torch.is_grad_enabled()))
     with torch.set_grad_enabled(with_grad):
-        stream = lm.stream(make_prompts(2, 3), 5, seed=1)
-        for tokens in stream:
-            assert torch.is_grad_enabled() == with_grad
-            assert not torch.is_inference_mode_enabled()
+        before = modes_of(lm)
+        for tokens in lm.stream(make_prompts(2, 3), 5, seed=1):
+            assert modes_of(lm) == before
             assert not tokens.is_inference()
-            assert [module.training for module in lm.modules()] == before
-    abandoned = lm.stream(make_prompts(2, 3), 5, seed=1)
-    next(abandoned)
-    del abandoned
-    gc.collect()
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
-    assert [module.training for module in lm.modules()] == before
+        abandoned = lm.stream(make_prompts(2, 3), 5, seed=1)
+        next(abandoned)
+        del abandoned
+        gc.collect()
+        assert modes_of(lm) == before
+    assert inside == [False] * 6
 
 
 def test_training_between_the_steps_of_a_stream():
@@ -321,13 +281,9 @@ def test_training_between_the_steps_of_a_stream():
     optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
     ids = torch.stack(make_prompts(9, 9))
     for tokens in lm.stream(ids, 4, seed=1):
-        lm.train(not lm.training)
         logits, _ = lm(torch.cat([ids, tokens.unsqueeze(1)], 1)[:, -9:])
         F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
         optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        lm(ids)
     assert all(not tensor.is_inference() for tensor in lm.state_dict().values())
 
 
@@ -348,18 +304,6 @@ def test_two_streams_at_the_same_time():
     expected = [list(lm.stream(make_prompts(3, seed=seed), 6, seed=seed)) for seed in (1, 2)]
     found = zip(*(lm.stream(make_prompts(3, seed=seed), 6, seed=seed) for seed in (1, 2)), strict=True)
     assert all(map(same, zip(*found, strict=True), expected))
-
-
-def test_dropout_is_off():
-    lm, prompts = make(dropout=0.5), make_prompts(2, 3)
-    expected = lm.eval().generate(prompts, 10, seed=1)
-    assert same(lm.train().generate(prompts, 10, seed=1), expected)
-    assert lm.training
-    # A module can be in training mode when the whole model is not.
-    lm.eval().blocks.train()
-    assert same(lm.generate(prompts, 10, seed=1), expected)
-    assert lm.blocks.training
-    assert not lm.training
 
 
 # Random numbers
@@ -386,25 +330,6 @@ def test_without_a_seed():
 # Dtypes and devices
 
 
-def test_the_dtype_of_each_prompt():
-    lm = make()
-    prompts = make_prompts(2, 5, 3)
-    expected = lm.generate(prompts, 6, seed=1, stop=2)
-    mixed = [prompts[0].int(), prompts[1], prompts[2].int()]
-    texts = lm.generate(mixed, 6, seed=1, stop=2)
-    assert [text.dtype for text in texts] == [torch.int32, torch.int64, torch.int32]
-    assert same([text.long() for text in texts], expected)
-    assert lm.generate(torch.stack([prompts[1].int()] * 2), 3).dtype == torch.int32
-    assert all(text.device == prompt.device for text, prompt in zip(texts, prompts, strict=True))
-
-
-def test_texts_are_not_views_of_the_prompts():
-    lm, prompts = make(), make_prompts(3, 3)
-    for text in (*lm.generate(prompts, 2, seed=0), lm.generate(torch.stack(prompts), 2, seed=0)):
-        text.fill_(0)
-    assert any(prompt.any() for prompt in prompts)
-
-
 def test_another_default_device():
     lm, prompts = make(), make_prompts(2, 5)
     expected = lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9)
@@ -418,13 +343,8 @@ def test_another_default_device():
 def test_other_dtypes_of_the_model(dtype):
     lm, prompts = make().to(dtype), make_prompts(2, 5)
     texts = lm.generate(prompts, 20, seed=1, top_k=5, top_p=0.9, min_p=0.01)
-    assert same(
-        texts,
-        [
-            lm.generate([prompt], 20, seed=seed, top_k=5, top_p=0.9, min_p=0.01)[0]
-            for seed, prompt in enumerate(prompts, 1)
-        ],
-    )
+    alone = (lm.generate([each], 20, seed=seed, top_k=5, top_p=0.9, min_p=0.01) for seed, each in enumerate(prompts, 1))
+    assert same(texts, [text for (text,) in alone])
 
 
 # Distribution
@@ -472,24 +392,6 @@ def test_filters(logits, temperature, top_k, top_p, min_p):
     probabilities = sampling.probabilities(rows)[0]
     torch.testing.assert_close(probabilities / probabilities.sum(), torch.tensor(expected, dtype=torch.double))
     assert [probability > 0 for probability in probabilities.tolist()] == [each > 0 for each in expected]
-
-
-def test_filters_by_hand():
-    logits = torch.tensor([[0.125, 0.375, 0.25, 0.25]]).log()
-    for options, expected in (
-        ({"top_k": 1}, [0.0, 1.0, 0.0, 0.0]),
-        ({"top_k": 2}, [0.0, 0.375, 0.25, 0.25]),  # the third is as likely as the second
-        ({"top_p": 0.375}, [0.0, 1.0, 0.0, 0.0]),
-        ({"top_p": 0.38}, [0.0, 0.6, 0.4, 0.0]),
-        ({"top_p": 0.7}, [0.0, 0.375, 0.25, 0.25]),
-        ({"min_p": 0.6}, [0.0, 0.375, 0.25, 0.25]),
-        ({"min_p": 0.7}, [0.0, 1.0, 0.0, 0.0]),
-        ({"top_k": 3, "top_p": 0.5}, [0.0, 0.6, 0.4, 0.0]),
-    ):
-        sampling = Sampling("test", 1.0, **options)
-        probabilities = sampling.probabilities(logits)[0]
-        wanted = torch.tensor(expected)
-        torch.testing.assert_close(probabilities / probabilities.sum(), wanted / wanted.sum())
 
 
 def test_uniform_numbers_give_the_distribution():
@@ -556,53 +458,43 @@ def test_samples_follow_the_distribution():
 # Bad input
 
 P = torch.zeros(2, 3, dtype=torch.int64)
-RANGE = "prompts must be from 0 to 12 because vocab_size is 13, got"
-BAD_CALLS = {
-    "an id above in a list": ({"prompts": [P[0], P[0] + V]}, ValueError, f"{RANGE} 13"),
-    "a prompt of float": (
+RANGE, STOP = (
+    "prompts must be from 0 to 12 because vocab_size is 13, got",
+    "stop must be a token, a list of tokens or None",
+)
+PROMPTS, PROMPT = (
+    "prompts must be a tensor (B, S) or a list of tensors (S,), got",
+    "prompts[0] must be an integer tensor (S,)",
+)
+META = "prompts[1] must be on cpu like the weights, got a tensor on meta; use prompts[1].to('cpu')"
+SEEDS, SEED = "seed must be 2 seeds, one for each prompt, got", "seed must be from -2**63 to 2**64 - 1, got"
+BAD_CALLS = [
+    ({"prompts": [P[0], P[0] + V]}, ValueError, f"{RANGE} 13"),
+    (
         {"prompts": [P[0], P[0].float()]},
         TypeError,
-        "prompts[1] must be int64 or int32, got torch.float32; use prompts[1].long()",
+        "prompts[1] must be int64 or int32, got torch.float32; use prompts[1]",
     ),
-    "a prompt on another device": (
-        {"prompts": [P[0], P[0].to("meta")]},
-        ValueError,
-        "prompts[1] must be on cpu like the weights, got a tensor on meta; use prompts[1].to('cpu')",
-    ),
-    "a prompt of two dimensions": ({"prompts": [P]}, ValueError, "prompts[0] must be (S,), got (2, 3)"),
-    "a prompt of no dimension": ({"prompts": [P[0, 0]]}, ValueError, "prompts[0] must be (S,), got ()"),
-    "no token": ({"prompts": P[:, :0]}, ValueError, "prompts must be of at least one token, got (2, 0)"),
-    "an empty prompt": (
-        {"prompts": [P[0], P[0, :0]]},
-        ValueError,
-        "prompts[1] must be of at least one token, got (0,)",
-    ),
-    "a text": (
-        {"prompts": "abc"},
-        TypeError,
-        "prompts must be a tensor (B, S) or a list of tensors (S,), got str; encode the text first",
-    ),
-    "a list of texts": (
-        {"prompts": ["abc"]},
-        TypeError,
-        "prompts[0] must be an integer tensor (S,), got str; encode the",
-    ),
-    "a list of lists": ({"prompts": [[1, 2]]}, TypeError, "prompts[0] must be an integer tensor (S,), got list; use"),
-    "None": ({"prompts": None}, TypeError, "prompts must be a tensor (B, S) or a list of tensors (S,), got NoneType"),
-    "stop above": ({"stop": V}, ValueError, "stop must be below vocab_size 13, got 13"),
-    "stop below 0": ({"stop": [2, -1]}, ValueError, "stop must be at least 0, got -1"),
-    "stop of float": ({"stop": 2.0}, TypeError, "stop must be a token, a list of tokens or None, got float"),
-    "stop of bool": ({"stop": True}, TypeError, "stop must be a token, a list of tokens or None, got True"),
-    "stop of str": ({"stop": "."}, TypeError, "stop must be a token, a list of tokens or None, got str"),
-    "stop of a tensor": ({"stop": P[0]}, TypeError, "stop must be a token, a list of tokens or None, got Tensor"),
-    "stop in a nested list": ({"stop": [[1]]}, TypeError, "stop must be a token, a list of tokens or None, got [1]"),
-    "too few seeds": ({"seed": [1]}, ValueError, "seed must be 2 seeds, one for each prompt, got 1"),
-    "too many seeds": ({"seed": [1, 2, 3]}, ValueError, "seed must be 2 seeds, one for each prompt, got 3"),
-    "a seed too large": ({"seed": 2**64 - 1}, ValueError, f"seed must be from -2**63 to 2**64 - 1, got {2**64}"),
-    "a seed too small": ({"seed": [0, -(2**63) - 1]}, ValueError, "seed must be from -2**63 to 2**64 - 1, got -"),
-    "a state of another batch": ({"state": make().initial_state(3)}, ValueError, "state[0] must be (1, 2, 1, 16), got"),
-    "a state of another model": ({"state": make("plain").initial_state(2)}, ValueError, "state must be a list of 4 "),
-}
+    ({"prompts": [P[0], P[0].to("meta")]}, ValueError, META),
+    ({"prompts": [P]}, ValueError, "prompts[0] must be (S,), got (2, 3)"),
+    ({"prompts": [P[0, 0]]}, ValueError, "prompts[0] must be (S,), got ()"),
+    ({"prompts": P[:, :0]}, ValueError, "prompts must be of at least one token, got (2, 0)"),
+    ({"prompts": [P[0], P[0, :0]]}, ValueError, "prompts[1] must be of at least one token, got (0,)"),
+    ({"prompts": "abc"}, TypeError, f"{PROMPTS} str; encode the text first"),
+    ({"prompts": ["abc"]}, TypeError, f"{PROMPT}, got str; encode the"),
+    ({"prompts": [[1, 2]]}, TypeError, f"{PROMPT}, got list; use"),
+    ({"prompts": None}, TypeError, f"{PROMPTS} NoneType"),
+    ({"stop": V}, ValueError, "stop must be below vocab_size 13, got 13"),
+    ({"stop": [2, -1]}, ValueError, "stop must be at least 0, got -1"),
+    *(({"stop": stop}, TypeError, f"{STOP}, got {type(stop).__name__}") for stop in (2.0, ".", P[0])),
+    *(({"stop": stop}, TypeError, f"{STOP}, got {got}") for stop, got in ((True, "True"), ([[1]], "[1]"))),
+    ({"seed": [1]}, ValueError, f"{SEEDS} 1"),
+    ({"seed": [1, 2, 3]}, ValueError, f"{SEEDS} 3"),
+    ({"seed": 2**64 - 1}, ValueError, f"{SEED} {2**64}"),
+    ({"seed": [0, -(2**63) - 1]}, ValueError, f"{SEED} -"),
+    ({"state": make().initial_state(3)}, ValueError, "state[0] must be (1, 2, 1, 16), got"),
+    ({"state": make("plain").initial_state(2)}, ValueError, "state must be a list of 4 "),
+]
 BAD_VALUES = {
     **wrong_values("max_new_tokens", "an int", types=(5.0, True)),
     **wrong_values("max_new_tokens", "at least 0", values=(-1,)),
@@ -619,7 +511,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("name", ["generate", "stream"])
 def test_bad_calls(name, max_new_tokens):
     function, given = getattr(make(), name), {"prompts": P, "max_new_tokens": max_new_tokens}
-    cases = {**literal(BAD_CALLS), **BAD_VALUES, **wrong_ids("prompts", P, V)}
+    cases = {**by_message(BAD_CALLS), **BAD_VALUES, **wrong_ids("prompts", P, V)}
     assert_refused(lambda **arguments: function(**{**given, **arguments}), cases, "LanguageModel: ")
 
 

@@ -1,7 +1,8 @@
 """Models as folders: `config.json`, `model.safetensors` and a model card.
 
-`PyTorchModelHubMixin` of huggingface_hub is not used: it keeps random numbers in place of missing tensors, may load a
-pickle, deletes the old options before the new weights are written, and must be imported before a class is defined.
+`PyTorchModelHubMixin` of huggingface_hub is not used, because it must be a base when the class is defined, and `import
+mingru` needs torch alone. It also keeps random numbers in place of missing tensors, may load a pickle, and deletes the
+old options before the new weights are written.
 """
 
 import importlib
@@ -30,17 +31,17 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     target = _path("save_pretrained", "folder", folder)
     check_type("save_pretrained", "figures", figures, dict, "a dict or None")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    shared = "".join(f"one whose {each[1]} is {each[0]}" for each in names.values() if len(each) > 1)
-    expected, remedy = "a model without shared tensors", "use tied=True for the head, and .clone() for other tensors"
-    require("save_pretrained", "the model", not shared, expected, shared, remedy)
-    expected, remedy = f"{type(model).__name__}(**config) without changes", "pass the change to the constructor"
+    firsts: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        first = firsts.setdefault(tensor.untyped_storage().data_ptr(), name)
+        remedy = "use tied=True for the head, and .clone() for other tensors"
+        got = f"one whose {name} is {first}"
+        require("save_pretrained", "the model", first == name, "a model without shared tensors", got, remedy)
     try:
         change = _change(_filled(type(model), model.config, tensors), model)
     except (TypeError, ValueError, RuntimeError) as error:
         change = f"whose tensors do not fit ({_line(error)})"
+    expected, remedy = f"{type(model).__name__}(**config) without changes", "pass the change to the constructor"
     require("save_pretrained", "the model", not change, expected, f"a model {change}", remedy)
     config = json.dumps({"model": type(model).__name__, "mingru": __version__, **model.config}, indent=2)
     # The weights contain the options too, so that `load` finds out if config.json is from another save.
@@ -52,8 +53,6 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
             contents[CARD] = _card(model, figures).encode()
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
             for name, content in contents.items():
-                if (target / name).is_dir():
-                    raise IsADirectoryError(f"{name} is a folder")
                 with Path(new, name).open("wb") as file:
                     file.write(content)
                     file.flush()
@@ -82,12 +81,14 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
         raise _invalid(folder_or_name, f"a file that cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("model") != cls.__name__:
         raise _invalid(folder_or_name, f"{CONFIG} of something else")
-    saved = saved if isinstance(saved, dict) else config
-    for name in {**saved, **config}.keys() - {"model", "mingru"}:
-        if config.get(name) != saved.get(name):
-            got = f"{name} {config.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
+    options, saved = (
+        {name: value for name, value in each.items() if name not in ("model", "mingru")}
+        for each in (config, saved if isinstance(saved, dict) else config)
+    )
+    for name in options.keys() | saved.keys():
+        if options.get(name) != saved.get(name):
+            got = f"{name} {options.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
             raise _invalid(folder_or_name, f"{got}, which are from two different saves")
-    options = {name: value for name, value in config.items() if name not in ("model", "mingru")}
     if options.get("gate", "sigmoid") != "sigmoid":
         # Older versions saved only options that were passed, and this was the default of all gates.
         options.setdefault("candidate", "positive")
@@ -116,20 +117,18 @@ def _filled(cls: type, options: dict[str, Any], tensors: dict[str, Tensor]) -> n
 def _change(saved: nn.Module, model: nn.Module) -> str:
     """Return which type or attribute of a module will be another one after loading; "" if none will."""
     expected, found = _attributes(saved), _attributes(model)
-    for path in {**expected, **found}:
-        if expected.get(path) != found.get(path):
-            return f"with {path} {found.get(path)!r} instead of {expected.get(path)!r}"
-    return ""
+    changed = [path for path in {**expected, **found} if expected.get(path) != found.get(path)]
+    return "".join(f"with {path} {found.get(path)!r} instead of {expected.get(path)!r}" for path in changed[:1])
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
     """Return the types and the attributes of all modules, by their paths."""
-    attributes: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
-        attributes[name] = type(module).__name__
-        attributes.update({f"{name}.{key}".removeprefix("."): value for key, value in own.items()})
-    return attributes
+    return {
+        f"{name}.{key}".strip("."): value
+        for name, module in model.named_modules(remove_duplicate=False)
+        for key, value in {"": type(module).__name__, **vars(module)}.items()
+        if not key.startswith("_") and key != "training"
+    }
 
 
 def push(model: Any, name: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
@@ -152,9 +151,9 @@ def _paths(folder_or_name: str | os.PathLike[str], revision: str | None) -> tupl
         require("from_pretrained", "revision", revision is None, "None for a folder", repr(revision))
         return folder / CONFIG, folder / WEIGHTS
     # A path is never a name, so that a typing error in a path does not reach the network.
-    if not isinstance(folder_or_name, str) or folder.exists() or not HUB_NAME.fullmatch(folder_or_name):
-        expected = "a folder that save_pretrained wrote, or a name on the hub such as 'owner/name'"
-        raise ValueError(expectation("from_pretrained", "folder_or_name", expected, repr(str(folder_or_name))))
+    is_name = isinstance(folder_or_name, str) and not folder.exists() and HUB_NAME.fullmatch(folder_or_name) is not None
+    expected = "a folder that save_pretrained wrote, or a name on the hub such as 'owner/name'"
+    require("from_pretrained", "folder_or_name", is_name, expected, repr(str(folder_or_name)))
     needs = f"from_pretrained: {folder_or_name!r} is not a folder; for a name on the hub it"
     download = _required("huggingface_hub", needs).hf_hub_download
     return tuple(Path(download(folder_or_name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
