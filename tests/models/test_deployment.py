@@ -26,8 +26,6 @@ pytestmark = [
 ]
 
 VOCAB, DIMS = 11, 8
-# So many that each of the states changes a token of at least one sequence.
-PROMPTS = (64, 3)
 GIVEN = {
     "ids": (),
     "state": ("state",),
@@ -35,8 +33,6 @@ GIVEN = {
     "lengths": ("state", "lengths"),
     "all": ("state", "reset", "lengths"),
 }
-
-both_cells = pytest.mark.parametrize("cell", ["mingru", "minlstm"])
 
 
 def make(cell="mingru", **options):
@@ -76,10 +72,7 @@ def with_gradients(lm, args, call=None):
     return [logits, *state, *torch.autograd.grad(loss_of((logits, state)), leaves)]
 
 
-# States
-
-
-@pytest.mark.parametrize("given", [(), ("reset",), ("lengths",), ("reset", "lengths")])
+@pytest.mark.parametrize("given", [(), ("reset", "lengths")])
 def test_states_are_not_views(given):
     """Otherwise they could not be detached in place."""
     lm = make()
@@ -105,28 +98,24 @@ def _fresh_compiler():
 compiling = pytest.mark.usefixtures("_fresh_compiler")
 
 
-def check_compiled(lm, given, sizes, backend):
-    """Check outputs and gradients at all sizes, with one graph for the first size and one for all others."""
+@compiling
+@pytest.mark.parametrize(
+    ("checkpoint", "given", "backend"),
+    [
+        (False, ("state",), "eager"),
+        # tests/modes compiles a block with inductor.
+        pytest.param(False, GIVEN["all"], "aot_eager", marks=pytest.mark.slow),
+        pytest.param(True, GIVEN["all"], "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compile(checkpoint, given, backend):
+    """One graph for the first size and one for all others."""
+    lm = make(dtype=torch.float64, checkpoint=checkpoint)
     compiled = torch.compile(lm, fullgraph=True, backend=backend)
-    for batch, steps in sizes:
+    for batch, steps in [(2, 7), (3, 9), (4, 40)]:
         args = arguments(lm, given, batch, steps)
         assert_close(with_gradients(lm, args, compiled), with_gradients(lm, args))
     assert counters["stats"]["unique_graphs"] == 2
-
-
-@compiling
-def test_compile_quickly():
-    check_compiled(make(dtype=torch.float64), ("state",), [(2, 7), (3, 9), (4, 40)], "eager")
-
-
-@compiling
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_compile(checkpoint):
-    # tests/modes compiles a block with inductor.
-    check_compiled(
-        make(dtype=torch.float64, checkpoint=checkpoint), GIVEN["all"], [(2, 7), (3, 9), (4, 40)], "aot_eager"
-    )
 
 
 @compiling
@@ -146,16 +135,6 @@ def test_generate_with_compiled_blocks():
 # torch.export and ONNX
 
 
-def export(lm, steps):
-    """Export (ids, state) -> (logits, state), with any batch, and any length if `steps` is not 1."""
-    batch = Dim("batch")
-    of_ids = {0: batch} if steps == 1 else {0: batch, 1: Dim("steps")}
-    example = arguments(lm, ("state",), 2, steps)
-    return torch.export.export(
-        lm, (), example, dynamic_shapes={"ids": of_ids, "state": [{1: batch} for _ in example["state"]]}
-    ).module()
-
-
 def one_by_one(step, args):
     """Return the logits and the state after a call for each token."""
     state = args["state"]
@@ -167,12 +146,14 @@ def one_by_one(step, args):
 
 
 @compiling
-@both_cells
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
 def test_export_of_a_step(cell):
-    lm = make(cell).eval()
-    step = export(lm, 1)
-    for batch in (1, 3):
-        args = arguments(lm, ("state",), batch, 9)
+    lm, batch = make(cell).eval(), Dim("batch")
+    example = arguments(lm, ("state",), 2, 1)
+    shapes = {"ids": {0: batch}, "state": [{1: batch} for _ in example["state"]]}
+    step = torch.export.export(lm, (), example, dynamic_shapes=shapes).module()
+    for size in (1, 3):
+        args = arguments(lm, ("state",), size, 9)
         assert_close(one_by_one(step, args), lm(**args))
 
 
@@ -187,9 +168,12 @@ class Session:
         threads = onnxruntime.SessionOptions()
         threads.intra_op_num_threads = threads.inter_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(path, threads, providers=["CPUExecutionProvider"])
-
-    def sizes(self):
-        return {each.name: each.shape for each in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        sizes = {each.name: each.shape for each in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        steps = 1 if options.get("kind") == "step" else "time"
+        expected = {"ids": ["batch", steps], "out": ["batch", steps, VOCAB]}
+        for index, size in enumerate([[1, "batch", 1, 12], [1, "batch", 3, DIMS]] * 2):
+            expected |= {f"state_{index}": size, f"h_out_{index}": size}
+        assert sizes == expected
 
     def __call__(self, ids, state):
         given = {f"state_{index}": each.numpy() for index, each in enumerate(state)}
@@ -198,35 +182,17 @@ class Session:
         return logits, state
 
 
-STATE_SIZES = [[1, "batch", 1, 12], [1, "batch", 3, DIMS]] * 2
-
-
-def sizes_of_file(steps):
-    sizes = {"ids": ["batch", steps], "out": ["batch", steps, VOCAB]}
-    for name in ("state", "h_out"):
-        sizes |= {f"{name}_{index}": size for index, size in enumerate(STATE_SIZES)}
-    return sizes
-
-
 @compiling
 @pytest.mark.slow
-def test_onnx_of_the_whole_pass(tmp_path, monkeypatch):
+def test_onnx(tmp_path, monkeypatch):
     monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
     lm = make().requires_grad_(False)
-    session = Session(lm, tuple(arguments(lm, ("state",)).values()), tmp_path, max_steps=20)
-    assert session.sizes() == sizes_of_file("time")
+    session = Session(lm, tuple(arguments(lm, ("state",), 1).values()), tmp_path, max_steps=20)
     for batch, steps in [(1, 1), (2, 7), (3, 20)]:
         args = arguments(lm, ("state",), batch, steps)
         assert_close(session(**args), lm(**args))
-
-
-@compiling
-@pytest.mark.slow
-def test_onnx_of_a_step(tmp_path):
     lm = make("minlstm").requires_grad_(False)
-    session = Session(lm, ids_of(2, 1), tmp_path, kind="step")
-    assert session.sizes() == sizes_of_file(1)
-    args = arguments(lm, ("state",), 3, 9)
+    session, args = Session(lm, ids_of(2, 1), tmp_path, kind="step"), arguments(lm, ("state",), 3, 9)
     assert_close(one_by_one(session, args), lm(**args))
 
 
@@ -248,50 +214,15 @@ def test_a_scripted_model_equals_eager_and_rejects_a_wrong_number_of_states():
 # Activation checkpointing
 
 
-@both_cells
-def test_checkpoint_has_equal_gradients(cell):
+def test_checkpoint_has_equal_gradients():
     """The recomputation uses the same random numbers for dropout."""
-    options = {"dropout": 0.4, "dtype": torch.float64}
     for given in GIVEN.values():
-        stored, recomputed = make(cell, **options), make(cell, checkpoint=True, **options)
-        args = arguments(stored, given)
-        torch.manual_seed(1)
-        expected = with_gradients(stored, args)
-        torch.manual_seed(1)
-        assert_close(with_gradients(recomputed, args), expected)
-
-
-def stored_bytes(lm, args):
-    """Return the size of what a forward pass stores for the backward pass, without the parameters."""
-    known = {weight.untyped_storage().data_ptr() for weight in lm.parameters()}
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = lm(**args)
-    assert outputs[0].grad_fn is not None
-    return sum(found.values())
-
-
-def test_checkpoint_stores_the_input_of_a_block():
-    """Without checkpointing, a block stores more than 8 times as much."""
-    ids = {"ids": ids_of(2, 64)}
-    of_input = 2 * 64 * DIMS * 4
-
-    def by_block(checkpoint):
-        one, many = (
-            stored_bytes(LanguageModel(VOCAB, DIMS, layers, conv=4, mlp=2, checkpoint=checkpoint), ids)
-            for layers in (1, 5)
-        )
-        return (many - one) / 4
-
-    assert by_block(True) == of_input
-    assert by_block(False) > 8 * of_input
+        stored, recomputed = (make("minlstm", checkpoint=checkpoint, dropout=0.4) for checkpoint in (False, True))
+        args, found = arguments(stored, given), []
+        for lm in (stored, recomputed):
+            torch.manual_seed(1)
+            found.append(with_gradients(lm, args))
+        assert_close(*found)
 
 
 @pytest.mark.parametrize(("mode", "calls"), [("training", 2), ("eval", 1), ("no_grad", 1)])
@@ -306,40 +237,34 @@ def test_checkpoint_recomputes_only_in_training(mode, calls):
     assert len(found) == calls
 
 
-# Functions of parameters, and copies
+# Copies
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_copies(copied, tied):
-    lm = make(tied=tied)
-    other = copied(lm)
+def test_copies():
+    lm = make()
     args = arguments(lm, GIVEN["all"])
-    assert_close(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
-    with torch.no_grad():
-        other.embedding.weight.zero_()
-    assert lm.embedding.weight.abs().min() > 0
-    # The output layer of a tied copy is the copy's own embedding.
-    assert (other(**args)[0].abs().max() == 0) == tied
+    for other in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
+        assert_close(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
+        with torch.no_grad():
+            other.embedding.weight.zero_()
+        assert lm.embedding.weight.abs().min() > 0
+        assert other(**args)[0].abs().max() == 0, "the output layer is the copy's own embedding"
+
+
+# Quantization and hooks
 
 
 def linear_maps(lm):
     return [each for each in lm.modules() if isinstance(each, nn.Linear)]
 
 
-# Quantization and hooks
-
-
 def check_quantized(quantized, dequantized):
     """Check logits and generated tokens, with a given state, against a model of the same rounded weights."""
-    args = arguments(dequantized, GIVEN["all"])
-    prompts = [torch.arange(5), torch.arange(3)]
+    args, prompts = arguments(dequantized, GIVEN["all"]), [torch.arange(5), torch.arange(3)]
     with torch.no_grad():
         assert_close(quantized(**args), dequantized(**args))
-    found, expected = (
-        lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in (quantized, dequantized)
-    )
-    assert_close(found, expected)
+    models = (quantized, dequantized)
+    assert_close(*(lm.generate(prompts, 6, temperature=0, state=lm.initial_state(2)) for lm in models))
 
 
 def test_torchao_int8_weights():
@@ -384,28 +309,3 @@ def test_hook_of_a_block_runs_in_each_step():
     assert not torch.equal(after, before)
     handle.remove()
     assert_close(lm.generate(prompts, 4, temperature=0), before)
-
-
-# Precision and devices
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_meta_device(tied):
-    """Materialized and re-initialized, a model has the parameters of a new one."""
-    options = {"tied": tied, "learn_initial_state": True, "norm": "layer"}
-    with torch.device("meta"):
-        lm = make(**options)
-        logits, state = lm(ids_of(2, 3))
-    assert {each.device.type for each in [logits, *state, *lm.initial_state(2)]} == {"meta"}
-    lm.to_empty(device="cpu")
-    for weight in lm.parameters():
-        nn.init.constant_(weight, torch.nan)
-    lm.reset_parameters()
-    expected = make(**options)
-    torch.manual_seed(1)
-    lm.reset_parameters()
-    torch.manual_seed(1)
-    expected.reset_parameters()
-    args = arguments(lm, GIVEN["all"])
-    assert lm(**args)[0].isfinite().all()
-    assert_close(with_gradients(lm, args), with_gradients(expected, args), rtol=0, atol=0)
