@@ -1,7 +1,6 @@
 """In place of nn.GRU, nn.LSTM and their cells: the same calls, good and bad, on torch's and on ours."""
 
 import ast
-import io
 import re
 
 import pytest
@@ -29,46 +28,32 @@ def calls(table):
 CONSTRUCTORS = calls(
     {
         None: """
-            GRU(3, 4)  GRU(3, 4, 2)  GRU(input_size=3, hidden_size=4, num_layers=2)  GRU(3, 4, 2, False)
-            GRU(3, 4, 2, True, True)  GRU(3, 4, 2, True, False, 0.25)  GRU(3, 4, 2, True, False, 0.25, True)
-            GRU(3, 4, 2, dropout=1)  GRU(3, 4, 2, dropout=0)  GRU(3, 4, device='meta', dtype=torch.float64)
-            GRU(3, 4, device=torch.device('cpu'))  GRU(3, 4, dtype=torch.bfloat16)
-            GRU(3, 4, bias=False, batch_first=True, bidirectional=True)
-            GRU(3, 4, 1, True, False, 0.0, False, 2)
+            GRU(input_size=3, hidden_size=4, num_layers=2)  GRU(3, 4, 2, False)
+            GRU(3, 4, 2, True, True)  GRU(3, 4, 2, True, False, 0.25, True)
+            GRU(3, 4, 2, dropout=1)  GRU(3, 4, device=torch.device('cpu'))  GRU(3, 4, dtype=torch.bfloat16)
+            GRU(3, 4, bias=False, batch_first=True, bidirectional=True)  GRU(3, 4, 1, True, False, 0.0, False, 2)
             GRU(3, 4, 2, True, False, 0.0, True, 2, 'meta', torch.float64)
-            GRUCell(3, 4)  GRUCell(3, 4, False)  GRUCell(3, 4, True, 'meta', torch.float64)
+            GRUCell(3, 4, False)  GRUCell(3, 4, True, 'meta', torch.float64)
             GRUCell(input_size=3, hidden_size=4, bias=True, device=None, dtype=torch.float64)
         """,
         "": """
-            GRU()  GRU(3)  GRU(3, 4, foo=1)  GRU(3, 4, input_size=3)  GRU(3, 4, device='nonsense')
-            GRU(3, 4, device=3.5)
-            GRUCell()  GRUCell(3)  GRUCell(3, 4, num_layers=1)  GRUCell(3, 4, proj_size=1)
-            GRUCell(3, 4, True, None, None, None)  GRUCell(3, 4, device='nonsense')
+            GRU(3)  GRU(3, 4, foo=1)  GRU(3, 4, input_size=3)  GRU(3, 4, device='nonsense')  GRU(3, 4, device=3.5)
+            GRUCell(3)  GRUCell(3, 4, num_layers=1)  GRUCell(3, 4, proj_size=1)  GRUCell(3, 4, True, None, None, None)
         """,
-        "input_size": """
-            GRU('3', 4)  GRU(3.0, 4)  GRU(None, 4)  GRU(0, 4)  GRU(-1, 4)
-            GRUCell('3', 4)  GRUCell(3.0, 4)  GRUCell(None, 4)  GRUCell(-3, 4)
-        """,
-        "hidden_size": """
-            GRU(3, '4')  GRU(3, 4.0)  GRU(3, 0)  GRU(3, -1)
-            GRUCell(3, '4')  GRUCell(3, 4.0)  GRUCell(3, -4)
-        """,
-        "num_layers": "GRU(3, 4, 0)  GRU(3, 4, -1)  GRU(3, 4, '2')  GRU(3, 4, 2.0)  GRU(3, 4, None)",
+        "input_size": "GRU('3', 4)  GRU(3.0, 4)  GRU(None, 4)  GRU(0, 4)  GRUCell('3', 4)  GRUCell(-3, 4)",
+        "hidden_size": "GRU(3, '4')  GRU(3, 4.0)  GRU(3, 0)  GRU(3, -1)  GRUCell(3, '4')  GRUCell(3, -4)",
+        "num_layers": "GRU(3, 4, 0)  GRU(3, 4, '2')  GRU(3, 4, 2.0)  GRU(3, 4, None)",
         "bias": "GRU(3, 4, bias=1)  GRU(3, 4, bias=None)",
         "batch_first": "GRU(3, 4, batch_first=1)  GRU(3, 4, batch_first=None)",
         "dropout": """
-            GRU(3, 4, 2, dropout=1.5)  GRU(3, 4, 2, dropout=-0.1)  GRU(3, 4, 2, dropout=float('nan'))
-            GRU(3, 4, 2, dropout=True)  GRU(3, 4, 2, dropout='0.1')  GRU(3, 4, 2, dropout='half')
-            GRU(3, 4, 2, dropout=None)  GRU(3, 4, 2, dropout=1j)
+            GRU(3, 4, 2, dropout=1.5)  GRU(3, 4, 2, dropout=float('nan'))  GRU(3, 4, 2, dropout=True)
+            GRU(3, 4, 2, dropout='0.1')  GRU(3, 4, 2, dropout=None)  GRU(3, 4, 2, dropout=1j)
         """,
         "proj_size": """
             GRU(3, 4, 1, True, False, 0.0, False, 'cpu')  GRU(3, 4, 1, True, False, 0.0, False, 4)
             GRU(3, 4, 1, True, False, 0.0, False, -1)
         """,
-        "dtype": """
-            GRU(3, 4, dtype=torch.int32)  GRU(3, 4, dtype=torch.bool)  GRU(3, 4, dtype='float32')
-            GRUCell(3, 4, dtype=torch.int32)  GRUCell(3, 4, dtype='float32')
-        """,
+        "dtype": "GRU(3, 4, dtype=torch.int32)  GRU(3, 4, dtype='float32')  GRUCell(3, 4, dtype=torch.int32)",
         # Torch's constructor takes it, its forward then doesn't.
         "bidirectional": "GRU(3, 4, bidirectional=1)(x)  GRU(3, 4, bidirectional=None)(x)",
     }
@@ -77,64 +62,38 @@ CONSTRUCTORS = calls(
 CALLS = calls(
     {
         None: """
-            gru(x)  gru(x, h)  gru(x, None)  gru(input=x, hx=h)  gru(x[:1])  gru(x[:, :0])
-            gru(x[:, :0], h[:, :0])  gru(x[:, 0])  gru(x[:, 0], h[:, 0])
-            gru(x[:, :1].expand(5, 2, 3), h[:, :1].expand(1, 2, 4))
-            first(x)  first(x, torch.ones(1, 5, 4))  first(x[:0])  first(x[0])  first(x[0], h[:, 0])
-            deep(x)  deep(x, h4)  deep(x[:, 0])  deep(x[:, 0], h4[:, 0])
-            deep_first(x)  deep_first(x, h4[:, :1].expand(4, 5, 4))  deep_first(x[:, 0], h4[:, 0])
-            gru(sorted_)  gru(unsorted)  gru(sorted_, h)  gru(unsorted, h)
-            first(unsorted, h)
-            deep(sorted_, h4)
-            deep_first(unsorted)  deep_first(unsorted, h4)
-            wide(x.double())  wide(x.double(), h.double())  wide(unsorted.double(), h.double())
-            half(x.bfloat16())  half(x.bfloat16(), h.bfloat16())  half(unsorted.to(torch.bfloat16))
-            meta(x.to('meta'))  meta(x.to('meta'), h.to('meta'))  meta(x[:, 0].to('meta'))
-            cell(y)  cell(y, k)  cell(input=y, hx=k)  cell(y, None)  cell(y[0])  cell(y[0], k[0])  cell(y[:0])
-            cell(y[:0], k[:0])
-            wide_cell(y.double(), k.double())
-            half_cell(y.bfloat16())
-            meta_cell(y.to('meta'))  meta_cell(y.to('meta'), k.to('meta'))
+            gru(x, None)  gru(input=x, hx=h)  gru(x[:1])  gru(x[:, :0], h[:, :0])  gru(x[:, 0], h[:, 0])
+            gru(x[:, :1].expand(5, 2, 3), h[:, :1].expand(1, 2, 4))  first(x[:0])  first(x[0], h[:, 0])
+            deep(x, h4)  deep(x[:, 0], h4[:, 0])  deep_first(x, h4[:, :1].expand(4, 5, 4))
+            gru(sorted_)  gru(unsorted)  first(unsorted, h)  deep(sorted_, h4)  deep_first(unsorted, h4)
+            wide(x.double(), h.double())  wide(unsorted.double(), h.double())
+            half(x.bfloat16(), h.bfloat16())  half(unsorted.to(torch.bfloat16))  meta(x.to('meta'), h.to('meta'))
+            cell(y, k)  cell(input=y, hx=k)  cell(y, None)  cell(y[0])  cell(y[0], k[0])  cell(y[:0], k[:0])
+            wide_cell(y.double(), k.double())  half_cell(y.bfloat16())  meta_cell(y.to('meta'), k.to('meta'))
         """,
-        "": """
-            gru()  gru(x=x)  gru(x, h=h)
-            cell()  cell(y, k, k)  cell(y, h=k)
-        """,
+        "": "gru()  gru(x=x)  gru(x, h=h)  cell()  cell(y, k, k)  cell(y, h=k)",
         "input": """
-            gru(None)  gru([x])  gru(x.tolist())  gru(x.numpy())  gru(tuple(sorted_))  gru(x[0, 0])
-            gru(x[None])  gru(torch.tensor(1.0))  gru(x[..., :2])  gru(x[:, 0, :2])  gru(x[:0])  gru(x[:0, :0])
-            gru(x[:0, 0])  gru(x.double())  gru(x.half())  gru(x.long())  gru(x.bool())  gru(x.cfloat())
-            gru(x.to('meta'))  gru(x.to('meta'), h.to('meta'))
-            meta(x)
-            first(x[:, :0])  first(x[:0, 0])
-            gru(PackedSequence(sorted_.data[:, :2], sorted_.batch_sizes))
+            gru(None)  gru([x])  gru(x.numpy())  gru(tuple(sorted_))  gru(x[0, 0])  gru(x[None])  gru(torch.tensor(1.0))
+            gru(x[..., :2])  gru(x[:, 0, :2])  gru(x[:0])  gru(x[:0, :0])  gru(x[:0, 0])  gru(x.double())
+            gru(x.long())  gru(x.cfloat())  gru(x.to('meta'))  gru(x.to('meta'), h.to('meta'))  meta(x)
+            first(x[:, :0])  gru(PackedSequence(sorted_.data[:, :2], sorted_.batch_sizes))
             gru(PackedSequence(sorted_.data[:, 0], sorted_.batch_sizes))
-            gru(PackedSequence(sorted_.data[..., None], sorted_.batch_sizes))
             gru(PackedSequence(sorted_.data[:, None], sorted_.batch_sizes))  gru(sorted_.double())
-            gru(sorted_.long())  gru(sorted_.to('meta'))
-            meta(sorted_)
-            cell(None)  cell([y])  cell(y.numpy())  cell(sorted_)  cell(x)  cell(y[0, 0])  cell(y[:, :2])
-            cell(y[0, :2])  cell(y.double())  cell(y.half())  cell(y.long())  cell(y.to('meta'))
-            meta_cell(y)
+            gru(sorted_.long())  gru(sorted_.to('meta'))  meta(sorted_)
+            cell(None)  cell(y.numpy())  cell(sorted_)  cell(x)  cell(y[0, 0])  cell(y[:, :2])  cell(y[0, :2])
+            cell(y.double())  cell(y.long())  cell(y.to('meta'))  meta_cell(y)
         """,
         "hx": """
             gru(x, [h])  gru(x, (h, h))  gru(x, 0.0)  gru(x, h.numpy())  gru(x, h[0])  gru(x, h[..., None])
-            gru(x, h[:, :1])  gru(x, h[..., :3])  gru(x, h4)  gru(x, h.double())  gru(x, h.half())
-            gru(x, h.long())  gru(x, h.to('meta'))  gru(x[:, 0], h)  gru(x[:, 0], h[0, 0])
-            gru(x[:, 0], torch.zeros(2, 4))
-            half(x.bfloat16(), h)
-            meta(x.to('meta'), h)
-            first(x, h)  first(x, torch.zeros(5, 1, 4))
-            deep(x, h)  deep(x[:, 0], h[:, 0])
-            gru(sorted_, h[0])  gru(unsorted, h[0])  gru(sorted_, h[None])  gru(unsorted, h[..., None])
-            gru(sorted_, h[:, :1])  gru(unsorted, h[:, :1])  gru(sorted_, torch.zeros(1, 5, 4))
-            gru(unsorted, torch.zeros(2, 2, 4))  gru(unsorted, h[..., :3])  gru(sorted_, h.double())
-            gru(unsorted, h.double())  gru(sorted_, h.to('meta'))  gru(sorted_, [h])  gru(unsorted, [h])
+            gru(x, h[:, :1])  gru(x, h[..., :3])  gru(x, h4)  gru(x, h.double())  gru(x, h.long())
+            gru(x, h.to('meta'))  gru(x[:, 0], h)  gru(x[:, 0], h[0, 0])  gru(x[:, 0], torch.zeros(2, 4))
+            half(x.bfloat16(), h)  meta(x.to('meta'), h)  first(x, h)  deep(x, h)  deep(x[:, 0], h[:, 0])
+            gru(sorted_, h[0])  gru(unsorted, h[..., None])  gru(unsorted, h[:, :1])  gru(sorted_, torch.zeros(1, 5, 4))
+            gru(unsorted, h[..., :3])  gru(sorted_, h.double())  gru(unsorted, h.to('meta'))  gru(unsorted, [h])
             gru(sorted_, (h, h))  gru(unsorted, 0.0)
             cell(y, [k])  cell(y, (k, k))  cell(y, 0.0)  cell(y, h)  cell(y, k[0])  cell(y[:1], k[0])
-            cell(y[0], k)  cell(y[0], k[:1])  cell(y, k[:1])  cell(y, k[:, :3])  cell(y, k[0, 0])
-            cell(y, k.double())  cell(y, k.long())  cell(y, k.to('meta'))
-            meta_cell(y.to('meta'), k)
+            cell(y[0], k)  cell(y, k[:1])  cell(y, k[:, :3])  cell(y, k[0, 0])  cell(y, k.double())
+            cell(y, k.to('meta'))  meta_cell(y.to('meta'), k)
         """,
     }
 )
@@ -203,18 +162,11 @@ STRICTER = {
 AUTOCAST = calls(
     {
         None: """
-            gru(x)  gru(x.bfloat16())  gru(x, h)  gru(x, h.bfloat16())  gru(x.bfloat16(), h)  gru(unsorted, h)
-            deep_first(x)
+            gru(x.bfloat16())  gru(x, h)  gru(x, h.bfloat16())  gru(x.bfloat16(), h)  gru(unsorted, h)  deep_first(x)
             cell(y)  cell(y.bfloat16())  cell(y, k.bfloat16())
         """,
-        "input": """
-            gru(x.double())  gru(x.long())
-            cell(y.double())
-        """,
-        "hx": """
-            gru(x, h.double())  gru(x, h.long())
-            cell(y, k.double())
-        """,
+        "input": "gru(x.double())  gru(x.long())  cell(y.double())",
+        "hx": "gru(x, h.double())  gru(x, h.long())  cell(y, k.double())",
     }
 )
 
@@ -292,14 +244,8 @@ def same_outcome(both, call, argument):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "calls"),
-    [
-        ("GRU", CONSTRUCTORS),
-        ("GRU", CALLS),
-        ("LSTM", of_lstm(CONSTRUCTORS)),
-        ("LSTM", of_lstm(CALLS)),
-        ("LSTM", OF_LSTM),
-    ],
-    ids=["GRU constructors", "GRU calls", "LSTM constructors", "LSTM calls", "pairs"],
+    [("GRU", CONSTRUCTORS | CALLS), ("LSTM", of_lstm(CONSTRUCTORS | CALLS)), ("LSTM", OF_LSTM)],
+    ids=["GRU", "LSTM", "pairs"],
 )
 def test_calls_have_the_same_outcome(kind, calls):
     torch.manual_seed(0)
@@ -325,20 +271,20 @@ def test_what_only_ours_refuses(both):
         assert type(ours) is kind, call
 
 
-@pytest.mark.parametrize(("call", "argument"), AUTOCAST.items())
-def test_autocast(both, call, argument):
+def test_autocast(both):
     def without_dtypes(value):
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             return [without_dtypes(each) for each in value if not isinstance(each, torch.dtype)]
         return value
 
     with torch.autocast("cpu", torch.bfloat16):
-        if argument is None:
+        for call, argument in AUTOCAST.items():
+            if argument is not None:
+                same_outcome(both, call, argument)
+                continue
             theirs, ours = (without_dtypes(outcome(call, names)) for names in both)
             assert ours == theirs
             assert torch.Tensor in (theirs if "cell" in call else theirs[2])
-        else:
-            same_outcome(both, call, argument)
 
 
 @pytest.mark.parametrize("home", [nn, drop_in])
@@ -370,12 +316,6 @@ def test_messages_tell_the_remedy():
         assert str(error).endswith("; " + remedy), error
     # A cell has no num_layers, which the remedy for a layer mentions.
     assert str(outcome("drop_in.GRUCell(3, 4, 1)", {"drop_in": drop_in})).endswith("bias must be a bool, got 1")
-
-
-def test_dropout_without_a_layer_to_drop_warns_as_torch_does():
-    for home in (nn, drop_in):
-        with pytest.warns(UserWarning, match="dropout=0.5"):
-            home.GRU(IN, H, dropout=0.5)
 
 
 # What is computed
@@ -427,14 +367,12 @@ def test_programs_that_keep_the_pair(home):
     for each in pair:
         each.detach_()
     assert not pair[0].requires_grad
-    # Some sequences start again, written in place, and their order changes.
+    # Some sequences start again, written in place.
     for each in detached:
         each[:, 1] = 0.0
     again = rnn(x[4:], detached)[0]
     assert_close(again[:, [0, 2]], out[4:, [0, 2]])
     assert_close(again[:, 1], rnn(x[4:, 1])[0])
-    index = torch.tensor([2, 0])
-    assert_close(rnn(x[4:, index], tuple(each[:, index] for each in pair))[0], out[4:, index])
     # The two tensors are not one.
     kept, changed = (each.detach() for each in rnn(x)[1])
     changed.zero_()
@@ -503,16 +441,8 @@ def test_wrong_arguments_of_our_own():
         "cell": ({"cell": "lstm"}, ValueError, "cell must be one of"),
         "gate": ({"gate": "signed"}, ValueError, "gate must be left out because cell is 'minlstm'"),
         "bound": ({"min_decay": 0.5}, ValueError, "min_decay must be left out because cell is 'minlstm'"),
-        "forget": (
-            {"cell": "mingru", "forget_bias": 2.0},
-            ValueError,
-            "forget_bias must be left out because cell is 'min",
-        ),
-        "no bias": (
-            {"bias": False, "forget_bias": 2.0},
-            ValueError,
-            "forget_bias must be left out because bias is False",
-        ),
+        "forget": ({"cell": "mingru", "forget_bias": 2.0}, ValueError, "forget_bias must be left out because cell is"),
+        "no bias": ({"bias": False, "forget_bias": 2.0}, ValueError, "forget_bias must be left out because bias is F"),
         "text": ({"forget_bias": "1"}, TypeError, "forget_bias must be a number"),
         "normalize": ({"cell": "mingru", "normalize": False}, ValueError, "normalize must be left out because cell is"),
         "highway": ({"residual": "highway"}, ValueError, "hidden_size must be 3 like input_size because"),
@@ -543,13 +473,9 @@ def test_scripted(options):
     rnn = make(**options)
     x, h = arguments(rnn)
     for module in (Around(rnn), rnn):
-        saved = io.BytesIO()
-        torch.jit.save(torch.jit.script(module), saved)
-        saved.seek(0)
-        run = torch.jit.load(saved)
-        for _ in range(3):
-            for call in ((x,), (x, h), (x[0],), (x[0], h[:, 0])):
-                assert_close(run(*call), rnn(*call), **TIGHT)
+        run = torch.jit.script(module)
+        for call in ((x,), (x, h), (x[0],), (x[0], h[:, 0])):
+            assert_close(run(*call), rnn(*call), **TIGHT)
         for call in ((x[..., :2],), (x[None],), (x[:0, :0],), (x, h[:, :1]), (x, h[:, 0]), (x[0], h)):
             with pytest.raises(torch.jit.Error, match=r"GRU: (input|hx) must be"):
                 run(*call)
@@ -566,29 +492,19 @@ def test_scripts_as_torch_does(home):
             cell(*call)
 
 
-def test_attributes():
-    options = {"num_layers": 2, "bias": False, "batch_first": True, "dropout": 0.25, "bidirectional": True}
-    for values in ({}, options):
-        theirs, ours = nn.GRU(IN, H, **values), drop_in.GRU(IN, H, **values)
-        for name in ("input_size", "hidden_size", "mode", "proj_size", "training", *options):
-            assert getattr(ours, name) == getattr(theirs, name), name
-            assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
-        assert ours.flatten_parameters() is theirs.flatten_parameters() is None
-    theirs, ours = nn.GRUCell(IN, H, False), drop_in.GRUCell(IN, H, False)
-    assert [getattr(ours, name) for name in ("input_size", "hidden_size", "bias")] == [IN, H, False]
-    assert not hasattr(theirs, "mode")
-
-
 @options_of
-def test_all_weights(options):
-    rnn = make(**options)
-    theirs = nn.GRU(IN, H, rnn.num_layers, rnn.bias, bidirectional=rnn.bidirectional)
-    assert len(rnn.all_weights) == len(theirs.all_weights)
-    found = [weight for weights in rnn.all_weights for weight in weights]
+def test_attributes(options):
+    ours, theirs = make(**options), nn.GRU(IN, H, **options)
+    for name in ("input_size", "hidden_size", "mode", "proj_size", "training", "dropout", *options):
+        assert getattr(ours, name) == getattr(theirs, name), name
+        assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
+    assert ours.flatten_parameters() is None
     ends = ("linear.weight", "linear.bias", "linear_reverse.weight", "linear_reverse.bias")
-    named = {name: weight for name, weight in rnn.named_parameters() if name.endswith(ends)}
-    assert [id(weight) for weight in found] == [id(weight) for weight in named.values()]
-    assert [len(weights) for weights in rnn.all_weights] == [1 + rnn.bias] * len(rnn.all_weights)
+    named = [id(weight) for name, weight in ours.named_parameters() if name.endswith(ends)]
+    assert [id(weight) for weights in ours.all_weights for weight in weights] == named
+    assert [len(weights) for weights in ours.all_weights] == [1 + ours.bias] * len(theirs.all_weights)
+    cell = drop_in.GRUCell(IN, H, False)
+    assert (cell.input_size, cell.hidden_size, cell.bias) == (IN, H, False)
 
 
 def test_no_names_of_weights_that_are_not_there():
@@ -654,11 +570,7 @@ def test_is_no_instance_of_torchs_since_none_compiles():
         torch.compile(nn.GRU(IN, H), fullgraph=True, backend="eager")(torch.randn(S, B, IN))
 
 
-def test_repr_tells_what_torch_has_not():
-    rnn = drop_in.GRU(3, 4, 2, residual=True, norm="rms", candidate="tanh")
-    assert repr(rnn) == "GRU(3, 4, num_layers=2, residual=True, norm='rms', candidate='tanh')"
-    assert repr(eval(repr(rnn), vars(drop_in))) == repr(rnn)
-
+def test_a_subclass_has_its_own_name():
     class Other(drop_in.GRU):
         pass
 
