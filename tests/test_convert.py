@@ -1,7 +1,6 @@
 """Weights of other code bases: against the package itself, its recorded outputs, or a restatement of its formulas."""
 
 import copy
-import io
 import json
 import math
 import re
@@ -149,33 +148,17 @@ def test_the_comparison_can_fail(case, place, index):
         assert_same(peer, layer, x)
 
 
-# TorchScript takes long to compile.
-SCRIPTED = [pytest.param(case, True, marks=pytest.mark.slow, id=f"scripted {name_of(case)}") for case in EACH]
-
-
-@pytest.mark.parametrize(
-    ("case", "scripted"), [*(pytest.param(case, False, id=name_of(case)) for case in SOME), *SCRIPTED]
-)
-def test_pieces_and_resets(case, scripted):
+@some
+def test_their_states_and_resets(case):
     peer, layer, x = made(case)
-    call = torch.jit.script(layer) if scripted else layer
-    whole, last = peer(x)
-    outs, h = [], None
-    for index, piece in enumerate(x.split([1, 1, 1, 3, 11], 1)):
-        with torch.set_grad_enabled(index != 1):
-            out, h = call(piece, h)
-        outs.append(out)
-    assert_close(torch.cat(outs, 1), whole, **TIGHT)
-    assert_states(h, last)
-    # From their state.
-    first, state = peer(x[:, :6])
-    out, h = call(x[:, 6:], as_ours(layer, state))
+    (first, state), (whole, last) = peer(x[:, :6]), peer(x)
+    out, h = layer(x[:, 6:], as_ours(layer, state))
     assert_close(out, whole[:, 6:], **TIGHT)
     assert_states(h, last)
     # A reset starts where they start.
     reset = torch.zeros(B, 17, dtype=torch.bool)
     reset[:, [0, 6]] = True
-    out, _ = call(x, as_ours(layer, [torch.randn_like(each) for each in last]), reset)
+    out, _ = layer(x, as_ours(layer, [torch.randn_like(each) for each in last]), reset)
     assert_close(out, torch.cat([first, peer(x[:, 6:])[0]], 1), **TIGHT)
 
 
@@ -232,51 +215,32 @@ def test_projected_takes_only_layers():
 # What comes back
 
 
+WITHOUT_BIAS = (Cheind, ("1.4.2", (3, 5, 5)), {"norm": True, "bias": False})
+OF_LUCIDRAINS = r"Projected.*MinLSTM\(\s*4, 6, bias=False.*\(out\): Linear\(in_features=6, out_features=4, bias=False"
+OF_AUTHORS = r"Projected.*MinGRU\(\s*4, 6, learn_init.*\(out\): Linear\(in_features=6, out_features=4, bias=True"
+OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5, 2, residual=True"
+
+
 @pytest.mark.parametrize(
-    ("case", "options", "texts"),
+    ("case", "options", "pattern"),
     [
-        ((Lucidrains, ("mingru", 4, 1.5, False), {}), {}, ["MinGRU", "4, 6, bias=False, learn_initial_state=True"]),
+        ((Lucidrains, ("mingru", 4, 1.5, False), {}), {}, r"MinGRU\(\s*4, 6, bias=False, learn_initial_state=True"),
+        ((Lucidrains, ("minlstm", 4, 1.5), {}), {}, OF_LUCIDRAINS),
+        ((Authors, ("mingru", 4, 1.5), {}), {}, OF_AUTHORS),
+        ((Cheind, ("1.4.2", (3, 5, 2)), {"residual": True}), {"dropout": 0.25}, OF_SIZES),
+        (WITHOUT_BIAS, {"dropout": 0.5}, r"MinGRU\(\s*3, 5, num_layers=2, bias=False, dropout=0.5, norm='layer'"),
         (
-            (Lucidrains, ("minlstm", 4, 1.5), {}),
+            IMAGES[1],
             {},
-            [
-                "Projected",
-                "(rnn): MinLSTM",
-                "4, 6, bias=False",
-                "(out): Linear(in_features=6, out_features=4, bias=False)",
-            ],
+            r"MinConv2dGRU\(\s*2, 3, \[\(3, 3\), \(1, 1\)\], num_layers=2, stride=\[2, 1\], padding=\[1, 0\]",
         ),
-        (
-            (Authors, ("mingru", 4, 1.5), {}),
-            {},
-            [
-                "Projected",
-                "(rnn): MinGRU",
-                "4, 6, learn_initial",
-                "(out): Linear(in_features=6, out_features=4, bias=True)",
-            ],
-        ),
-        (
-            (Cheind, ("1.4.2", (3, 5, 2)), {"residual": True}),
-            {"dropout": 0.25},
-            ["Stack", "dropout=0.25", "MinGRU", "3, 5, residual=True", "MinGRU", "5, 2, residual=True"],
-        ),
-        (
-            (Cheind, ("1.4.2", (3, 5, 5)), {"norm": True, "bias": False}),
-            {"dropout": 0.25},
-            ["MinGRU", "3, 5, num_layers=2, bias=False, dropout=0.25, norm='layer'"],
-        ),
-        (IMAGES[1], {}, ["MinConv2dGRU", "2, 3, [(3, 3), (1, 1)], num_layers=2, stride=[2, 1], padding=[1, 0]"]),
-        ((Puffer, (4, 3), {}), {}, ["MinGRU", "4, 4, num_layers=3, bias=False, residual='highway'"]),
+        ((Puffer, (4, 3), {}), {}, r"MinGRU\(\s*4, 4, num_layers=3, bias=False, residual='highway'"),
     ],
     ids=str,
 )
-def test_kinds_and_sizes(case, options, texts):
+def test_kinds_and_sizes(case, options, pattern):
     source, args, given = case
-    text = repr(source(*args, **given).converted(**options))
-    for part in texts:
-        before, found, text = text.partition(part)
-        assert found, (part, before)
+    assert re.match(f"(?s){pattern}", repr(source(*args, **given).converted(**options)))
 
 
 def test_a_cell_of_ours_takes_what_a_cell_of_theirs_becomes():
@@ -333,24 +297,16 @@ def test_a_layer_inside_a_model(case):
 def test_wrong_types(case):
     peer, _, _ = made(case)
     key, weight = next((key, weight) for key, weight in peer.tensors.items() if weight.dim() > 1)
-    *_, last = peer.tensors
     whole = {name: each.long() for name, each in peer.tensors.items()}
-    no_str = "the key 0 of state_dict must be a str, got int; use .state_dict()"
     for changed, error, message in [
         (nn.Linear(2, 2), TypeError, "state_dict must be a mapping of names to tensors, got Linear; use .state_dict()"),
-        ({0: weight}, TypeError, no_str),
-        ({**peer.tensors, 0: weight}, TypeError, no_str),
+        ({**peer.tensors, 0: weight}, TypeError, "the key 0 of state_dict must be a str, got int; use .state_dict()"),
         (
             {**peer.tensors, key: weight.to_sparse()},
             TypeError,
             f"{key} must be of layout torch.strided, got torch.spars",
         ),
         ({**peer.tensors, key: [1.0]}, TypeError, f"{key} must be a tensor, got list"),
-        (
-            {**peer.tensors, last: peer.tensors[last].half()},
-            TypeError,
-            f"{last} must be torch.float64 like {key}, got to",
-        ),
         (whole, TypeError, f"{key} must be of a floating-point dtype, got torch.int64"),
         ({}, ValueError, "state_dict must be a mapping with keys that begin with '', got an empty mapping"),
     ]:
@@ -358,8 +314,6 @@ def test_wrong_types(case):
             peer.convert(changed, **peer.options)
     with pytest.raises(TypeError, match="prefix must be a str, got 3"):
         peer.convert(peer.tensors, 3, **peer.options)
-    with pytest.raises(ValueError, match=rf"with keys that begin with 'b\.', got the key {next(iter(peer.tensors))}$"):
-        peer.convert(peer.tensors, "b.")
 
 
 class Model(Peer):
@@ -375,47 +329,32 @@ LINEAR, FIRST, SECOND = "to_hidden_and_gate.", "layers.0.gate_hidden.", "layers.
 LUCIDRAINS, AUTHORS = ((source, ("mingru", 4, 1.5), {}) for source in (Lucidrains, Authors))
 PUFFER, MODEL = (Puffer, (4, 2), {}), (Model, (), {})
 NEW, OLDER, OLDEST = ((Cheind, (version, (3, 4, 4)), {}) for version in ("1.4.2", "1.3.0", "1.2.0"))
-WITH_NORM, WITH_RESIDUAL = (*NEW[:2], {"norm": True}), (*NEW[:2], {"residual": True})
+WITH_NORM = (*NEW[:2], {"norm": True})
 OLDER_RESIDUAL = (*OLDER[:2], {"residual": True})
 # What is changed in the tensors of each, and a part of the message.
 MISFITS = [
-    (
-        LUCIDRAINS,
-        {LINEAR + "weight": None},
-        f"keys such as a.{LINEAR}weight or a.to_hidden_and_f_i_gate.weight, got the",
-    ),
+    (LUCIDRAINS, {LINEAR + "weight": None}, f"keys such as a.{LINEAR}weight or a.to_hidden_and_f_i_gate.weight"),
     (LUCIDRAINS, {"to_out.bias": zeros(4)}, "and optionally a.to_out.weight, got the unexpected key a.to_out.bias"),
     (LUCIDRAINS, {LINEAR + "weight": zeros(7, 4)}, "a.to_hidden_and_gate.weight must be (2 * H, I), got (7, 4)"),
     (LUCIDRAINS, {LINEAR + "weight": zeros(0, 4)}, "a.to_hidden_and_gate.weight must be (2 * H, I), got (0, 4)"),
-    (LUCIDRAINS, {LINEAR + "weight": zeros(12)}, "a.to_hidden_and_gate.weight must be (2 * H, I), got (12,)"),
     (LUCIDRAINS, {"to_out.weight": zeros(6, 4)}, "(4, 6) because a.to_hidden_and_gate.weight is (12, 4), got (6, 4)"),
     (LUCIDRAINS, {"to_out.weight": zeros(4, 6).to("meta")}, "a.to_out.weight must be on cpu like a.to_hidden_and_gate"),
     (LUCIDRAINS, {str(index): zeros(1) for index in range(9)}, "got the unexpected key a.0"),
     (AUTHORS, {"to_out.bias": None, LINEAR + "bias": None}, "got no key a.to_hidden_and_gate.bias"),
-    (
-        AUTHORS,
-        {"conv.weight": zeros(4)},
-        "a.to_out.bias and optionally a.init_hidden_state, got the unexpected key a.conv",
-    ),
+    (AUTHORS, {"conv.weight": zeros(4)}, "optionally a.init_hidden_state, got the unexpected key a.conv"),
     (AUTHORS, {LINEAR + "weight": zeros(24, 4)}, "(2 * H, I) or (3 * H, I) with a.to_out.weight (I, H), got (24,"),
     (AUTHORS, {"to_out.weight": zeros(4)}, "a.to_out.weight (I, H), got (12, 4) with (4,)"),
-    (AUTHORS, {"to_out.weight": zeros(5, 6)}, "a.to_out.weight must be (4, 6) because a.to_hidden_and_gate.weight is"),
     (AUTHORS, {"to_out.bias": zeros(5)}, "a.to_out.bias must be (4,) because"),
-    (AUTHORS, {LINEAR + "bias": zeros(6)}, "a.to_hidden_and_gate.bias must be (12,) because"),
     (AUTHORS, {"init_hidden_state": zeros(1, 6)}, "a.init_hidden_state must be (6,) because"),
     (NEW, {SECOND + "weight": None}, "got the unexpected key a.layers.1.gate_hidden.bias"),
     (NEW, {FIRST + "weight": None}, "the keys a.layers.0.gate_hidden.weight, got no key a.layers.0.gate_hidden.weight"),
     (NEW, {SECOND + "bias": None}, "a.layers.1.gate_hidden.bias, got no key a.layers.1.gate_hidden.bias"),
     (WITH_NORM, {"layers.1.norm.bias": None}, "got no key a.layers.1.norm.bias"),
-    (WITH_RESIDUAL, {"layers.0.res_align.weight": None}, "got no key a.layers.0.res_align.weight"),
     (NEW, {"layers.0.res_align.weight": zeros(4, 3)}, "got the unexpected key a.layers.0.res_align.weight"),
-    (NEW, {"to_gate_hidden.0.weight": zeros(8, 3)}, "got the unexpected key a.to_gate_hidden.0.weight"),
-    (NEW, {FIRST + "weight": zeros(7, 3)}, "gate_hidden.weight must be (2 * H, I), got (7, 3)"),
     (NEW, {FIRST + "weight": zeros(8)}, "must be (2 * H, I) or (2 * H, I, kernel_h, kernel_w), got (8,)"),
     (NEW, {SECOND + "weight": zeros(8, 4, 1, 1)}, "must be (2 * H, I), got (8, 4, 1, 1)"),
     (NEW, {FIRST + "weight": zeros(8, 0)}, "must be (2 * H, I), got (8, 0)"),
     (NEW, {SECOND + "weight": zeros(8, 5)}, "(8, 4) because a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)"),
-    (NEW, {SECOND + "bias": zeros(8).to("meta")}, "bias must be on cpu like a.layers.0.gate_hidden"),
     (OLDER_RESIDUAL, {"input_residual_align.bias": None}, "got no key a.input_residual_align.bias"),
     (OLDER, {"layer_transforms.0.weight": zeros(4, 4)}, "got the unexpected key a.layer_transforms.0.weight"),
     (OLDEST, {"linear_h.1.weight": zeros(5, 4)}, "a.linear_h.1.weight must be (4, 4) because a.linear_z.1.weight is"),
@@ -423,11 +362,7 @@ MISFITS = [
     # Of four layers without the second: the missing one is named.
     ((Cheind, ("1.4.2", (3, 4, 4, 4)), {}), {SECOND + "weight": None, SECOND + "bias": None}, "no key a.layers.1.gate"),
     (PUFFER, {"layers.0.weight": None}, "must be a mapping with the keys a.layers.0.weight, got no key a.layers.0"),
-    (PUFFER, {"layers.0.bias": zeros(12)}, "a.layers.1.weight, got the unexpected key a.layers.0.bias"),
-    *(
-        (PUFFER, {"layers.0.weight": zeros(*size)}, f"must be (3 * H, H), got {size}")
-        for size in [(12,), (12, 5), (0, 0)]
-    ),
+    *((PUFFER, {"layers.0.weight": zeros(*size)}, f"(3 * H, H), got {size}") for size in [(12,), (12, 5), (0, 0)]),
     (PUFFER, {"layers.1.weight": zeros(15, 5)}, "layers.1.weight must be (12, 4) because a.layers.0.weight is (12, 4)"),
     (MODEL, {"norm.weight": None}, "got no key a.norm.weight"),
     (MODEL, {"layers.1.2.to_out.weight": zeros(4, 5)}, "a.layers.1.2.to_out.weight must be (4, 6)"),
@@ -502,31 +437,18 @@ def test_recorded_outputs(case, run):
     assert_states(ours, last)
 
 
-def test_every_kind_is_recorded():
-    """The two runs of each differ, and each version and kind is there."""
-    assert {case["commit"] for case in RECORDED} == {"e6fed96", "d0c19c3", "3c16719", "aa35d42"}
-    assert len(RECORDED) == 13
-    for case in RECORDED:
-        first, second = case["runs"]
-        assert first["h"] is None and second["h"] is not None
-        assert first["out"] != second["out"]
-
-
 def test_a_residual_that_the_weights_do_not_show():
     peer = Cheind("1.4.2", (4, 4, 4), residual=True)
     with pytest.raises(ValueError, match=r"^from_cheind: residual must be True or False, got None; the weights do not"):
         peer.converted(residual=None)
-    x = double(B, 4, 4)
-    assert (peer.converted(residual=False)(x)[0] - peer(x)[0]).abs().max() > 0.1
-    for version, sizes, options in [
-        ("1.4.2", (3, 4, 4), {"residual": True}),
-        ("1.4.2", (3, 4, 4), {}),
-        ("1.3.0", (4, 4, 4), {"residual": True}),
-        ("1.3.0", (4, 4, 4), {}),
-        ("cell", (4, 4), {}),
+    for version, sizes, residual in [
+        ("1.4.2", (3, 4, 4), True),
+        ("1.4.2", (3, 4, 4), False),
+        ("1.3.0", (4, 4, 4), True),
+        ("1.3.0", (4, 4, 4), False),
+        ("cell", (4, 4), False),
     ]:
-        peer = Cheind(version, sizes, **options)
-        x = double(B, 4, sizes[0])
+        peer, x = Cheind(version, sizes, residual=residual), double(B, 4, sizes[0])
         assert_close(peer.converted(residual=None)(x)[0], peer(x)[0], **TIGHT)
 
 
@@ -560,32 +482,22 @@ def test_groups_travel_in_the_state_dict():
     assert not any("groups" in name for name in fresh_conv().state_dict())
     assert [each.norm.num_groups for each in layer.layers] == [8, 1]
     assert [each.norm.num_groups for each in fresh_conv().layers] == [2, 1]
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
     fresh = fresh_conv()
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert_close(fresh(x)[0], peer(x)[0], **TIGHT)
+    fresh.load_state_dict(copy.deepcopy(layer.state_dict()))
     assert fresh.state_dict().keys() == layer.state_dict().keys()
-    assert_close(copy.deepcopy(fresh)(x)[0], peer(x)[0], **TIGHT)
-    assert_close(torch.jit.script(fresh)(x)[0], peer(x)[0], **TIGHT)
     exported = torch.export.export(fresh, (x,)).module()
-    assert_close(exported(x)[0], peer(x)[0], **TIGHT)
+    for module in (fresh, copy.deepcopy(fresh), torch.jit.script(fresh), exported):
+        assert_close(module(x)[0], peer(x)[0], **TIGHT)
 
 
 def test_other_groups_never_load_silently():
-    peer, layer, x = made(NORMED)
-    plain = fresh_conv()
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"layers\.0\.norm\.groups\""):
+    layer, plain, missing = made(NORMED)[1], fresh_conv(), r"key\(s\) in state_dict: \"layers\.0\.norm\.groups\""
+    with pytest.raises(RuntimeError, match=f"Missing {missing}"):
         layer.load_state_dict(plain.state_dict())
     plain.layers[0].norm = nn.GroupNorm(2, 32, dtype=torch.double)
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"layers\.0\.norm\.groups\""):
+    with pytest.raises(RuntimeError, match=f"Unexpected {missing}"):
         plain.load_state_dict(layer.state_dict())
-    plain.load_state_dict(layer.state_dict(), strict=False)
-    # What loading them used to do.
-    assert (plain(x)[0] - peer(x)[0]).abs().max() > 0.01
-    state_dict = layer.state_dict()
-    state_dict["layers.0.norm.groups"] = torch.tensor(5)
+    state_dict = layer.state_dict() | {"layers.0.norm.groups": torch.tensor(5)}
     with pytest.raises(ValueError, match="num_groups must be a divisor of the number of channels, 32, got 5"):
         layer.load_state_dict(state_dict)
 

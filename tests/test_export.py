@@ -73,6 +73,7 @@ def named(name, sizes):
         (mingru.MinGRU(3, 4, 2), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 4], {"": [2, "batch", 1, 4]}),
         (STACK, (1, 1, 3), [1, "batch", 3], [1, "batch", 5], STATES),
         (mingru.drop_in.GRUCell(3, 4), (1, 3), ["batch", 3], None, {"": ["batch", 4]}),
+        (mingru.models.Block(3), (1, 1, 3), ["batch", 1, 3], ["batch", 1, 3], {"_0": [1, "batch", 1, 3]}),
     ],
 )
 def test_names_and_sizes_of_a_step(model, x, size, out, states, path):
@@ -140,19 +141,25 @@ def test_the_file_computes_what_the_model_does(model, example, options, args, in
 
 
 @pytest.mark.parametrize("kind", ["step", pytest.param("sequence", marks=pytest.mark.slow)])
-def test_a_model_of_ones_own(kind, path):
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_a_model_of_tokens(is_ours, kind, path):
     """As it is in use, without dropout, and in the modes in which it was afterwards."""
-    model, steps = Tagger(), {"step": 1, "sequence": 50}[kind]
-    model.rnn.eval()
-    example = torch.tensor([[1, 2], [2, 3]])[:, :steps], torch.zeros(1, 2, 5)
-    onnx(model, example, path, kind=kind, max_steps=None if kind == "step" else 64)
-    assert (model.training, model.rnn.training, model.drop.training) == (True, False, True)
+    model = mingru.models.LanguageModel(7, 4, 1, dropout=0.5) if is_ours else Tagger()
+    # The step of a class of this library needs neither a state nor a batch of 2 in the example.
+    count, state = {"step": 1, "sequence": 50}[kind], torch.zeros(1, 2, 1, 4) if is_ours else torch.zeros(1, 2, 5)
+    example = (torch.ones(2, min(count, 2), dtype=torch.int64), [state] if is_ours else state)
+    rnn = next(module for module in model.modules() if hasattr(module, "num_directions")).eval()
+    onnx(model, example[0][:1] if is_ours and kind == "step" else example, path, kind=kind)
+    assert (model.training, rnn.training) == (True, False)
     inputs, outputs = shapes(path)
-    assert inputs == {"tokens": ["batch", 1 if kind == "step" else "time"], "state": [1, "batch", 5]}
-    assert list(outputs) == ["out", "h_out"]
+    size = [1, "batch", 1, 4] if is_ours else [1, "batch", 5]
+    assert list(inputs.values()) == [["batch", 1 if kind == "step" else "time"], size]
+    end = "_0" if is_ours else ""
+    assert [*inputs, *outputs] == ["ids" if is_ours else "tokens", f"state{end}", "out", f"h_out{end}"]
     model.eval().requires_grad_(False)
-    tokens, state = torch.randint(7, (3, steps)), torch.randn(1, 3, 5)
-    torch.testing.assert_close(run(path, tokens, state), list(model(tokens, state)))
+    tokens, state = torch.randint(7, (3, count)), torch.randn(1, 3, *state.shape[2:])
+    out, last = model(tokens, [state] if is_ours else state)
+    torch.testing.assert_close(run(path, tokens, state), [out, *([last] if torch.is_tensor(last) else last)])
 
 
 class Fails(nn.Module):

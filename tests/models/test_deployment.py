@@ -12,12 +12,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.export import Dim
 from torch.testing import assert_close
 
-import mingru
 from mingru.models import LanguageModel, map_state
-from mingru.ops.backends import traceable
 
 # PyTorch's compiler and exporter warn about PyTorch's own code.
 pytestmark = [
@@ -99,21 +96,13 @@ compiling = pytest.mark.usefixtures("_fresh_compiler")
 
 
 @compiling
-@pytest.mark.parametrize(
-    ("checkpoint", "given", "backend"),
-    [
-        (False, ("state",), "eager"),
-        # tests/modes compiles a block with inductor.
-        pytest.param(False, GIVEN["all"], "aot_eager", marks=pytest.mark.slow),
-        pytest.param(True, GIVEN["all"], "aot_eager", marks=pytest.mark.slow),
-    ],
-)
-def test_compile(checkpoint, given, backend):
-    """One graph for the first size and one for all others."""
+@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compile(checkpoint):
+    """One graph for the first size and one for all others. tests/modes compiles a block with inductor."""
     lm = make(dtype=torch.float64, checkpoint=checkpoint)
-    compiled = torch.compile(lm, fullgraph=True, backend=backend)
+    compiled = torch.compile(lm, fullgraph=True, backend="aot_eager" if checkpoint else "eager")
     for batch, steps in [(2, 7), (3, 9), (4, 40)]:
-        args = arguments(lm, given, batch, steps)
+        args = arguments(lm, GIVEN["all"] if checkpoint else ("state",), batch, steps)
         assert_close(with_gradients(lm, args, compiled), with_gradients(lm, args))
     assert counters["stats"]["unique_graphs"] == 2
 
@@ -130,70 +119,6 @@ def test_generate_with_compiled_blocks():
     num_graphs = counters["stats"]["unique_graphs"]
     lm.generate(prompts, 20, temperature=0)
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
-
-
-# torch.export and ONNX
-
-
-def one_by_one(step, args):
-    """Return the logits and the state after a call for each token."""
-    state = args["state"]
-    logits = []
-    for token in args["ids"].split(1, 1):
-        out, state = step(ids=token, state=state)
-        logits.append(out)
-    return torch.cat(logits, 1), state
-
-
-@compiling
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-def test_export_of_a_step(cell):
-    lm, batch = make(cell).eval(), Dim("batch")
-    example = arguments(lm, ("state",), 2, 1)
-    shapes = {"ids": {0: batch}, "state": [{1: batch} for _ in example["state"]]}
-    step = torch.export.export(lm, (), example, dynamic_shapes=shapes).module()
-    for size in (1, 3):
-        args = arguments(lm, ("state",), size, 9)
-        assert_close(one_by_one(step, args), lm(**args))
-
-
-class Session:
-    """An exported model, called as the model is: the file's inputs and outputs by name."""
-
-    def __init__(self, lm, args, folder, **options):
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-        path = str(folder / "model.onnx")
-        mingru.export.onnx(lm, args, path, **options)
-        threads = onnxruntime.SessionOptions()
-        threads.intra_op_num_threads = threads.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(path, threads, providers=["CPUExecutionProvider"])
-        sizes = {each.name: each.shape for each in [*self.session.get_inputs(), *self.session.get_outputs()]}
-        steps = 1 if options.get("kind") == "step" else "time"
-        expected = {"ids": ["batch", steps], "out": ["batch", steps, VOCAB]}
-        for index, size in enumerate([[1, "batch", 1, 12], [1, "batch", 3, DIMS]] * 2):
-            expected |= {f"state_{index}": size, f"h_out_{index}": size}
-        assert sizes == expected
-
-    def __call__(self, ids, state):
-        given = {f"state_{index}": each.numpy() for index, each in enumerate(state)}
-        names = ["out", *(f"h_out_{index}" for index in range(len(state)))]
-        logits, *state = map(torch.from_numpy, self.session.run(names, {"ids": ids.numpy(), **given}))
-        return logits, state
-
-
-@compiling
-@pytest.mark.slow
-def test_onnx(tmp_path, monkeypatch):
-    monkeypatch.setattr(traceable, "chunk_size", lambda: 4)
-    lm = make().requires_grad_(False)
-    session = Session(lm, tuple(arguments(lm, ("state",), 1).values()), tmp_path, max_steps=20)
-    for batch, steps in [(1, 1), (2, 7), (3, 20)]:
-        args = arguments(lm, ("state",), batch, steps)
-        assert_close(session(**args), lm(**args))
-    lm = make("minlstm").requires_grad_(False)
-    session, args = Session(lm, ids_of(2, 1), tmp_path, kind="step"), arguments(lm, ("state",), 3, 9)
-    assert_close(one_by_one(session, args), lm(**args))
 
 
 # TorchScript

@@ -75,14 +75,11 @@ def test_each_prompt_is_as_alone(model, examples):
     check()
 
 
-def test_the_batch_has_other_texts():
-    """Texts depend on the prompt, the seed and the temperature, so that the comparison can fail."""
-    lm = make()
-    (prompt, other) = make_prompts(4, 4)
-    texts = lm.generate([prompt, prompt, other], 20, seed=[1, 2, 1])
-    assert not torch.equal(texts[0][4:], texts[1][4:])
-    assert not torch.equal(texts[0][4:], texts[2][4:])
-    assert not torch.equal(lm.generate([prompt], 20, seed=1, temperature=0)[0], texts[0])
+def test_texts_differ():
+    """They depend on the prompt, the seed and the temperature, so that the comparison can fail."""
+    lm, (prompt, other) = make(), make_prompts(4, 4)
+    texts = [*lm.generate([prompt, prompt, other], 20, seed=[1, 2, 1]), *lm.generate([prompt], 20, temperature=0)]
+    assert len({tuple(text[4:].tolist()) for text in texts}) == 4
 
 
 def test_forms_of_the_arguments(monkeypatch):
@@ -131,14 +128,9 @@ def test_temperature_0_is_the_most_likely_token_of_each_step(model):
 
 
 def test_the_most_likely_of_two_tokens_that_are_equal_in_float32():
-    lm = make("minlstm").double()
-    with torch.no_grad():
-        lm.head.weight.zero_()
-        lm.norm.bias.fill_(1.0)
-        lm.norm.weight.zero_()
-        lm.head.weight[:, 0] = 1.0
-        lm.head.weight[9, 0] += 1e-12
-    assert lm.generate(torch.tensor([[0]]), 1, temperature=0)[0, 1] == 9
+    logits = torch.ones(1, V, dtype=torch.double)
+    logits[0, 9] += 1e-12
+    assert Sampling("test", temperature=0).sample(logits, torch.zeros(1)).tolist() == [9]
 
 
 @each_model
@@ -287,43 +279,30 @@ def test_training_between_the_steps_of_a_stream():
     assert all(not tensor.is_inference() for tensor in lm.state_dict().values())
 
 
-def test_changes_of_mode_do_not_change_the_stream():
-    lm, prompts = make(dropout=0.5), make_prompts(2, 3)
-    expected = list(lm.eval().stream(prompts, 8, seed=1))
+def test_two_streams_at_the_same_time_while_modes_change():
+    lm = make(dropout=0.5)
+    expected = [list(lm.eval().stream(make_prompts(3, seed=seed), 6, seed=seed)) for seed in (1, 2)]
     found = []
-    for tokens in lm.train().stream(prompts, 8, seed=1):
-        found.append(tokens)
+    for pair in zip(*(lm.train().stream(make_prompts(3, seed=seed), 6, seed=seed) for seed in (1, 2)), strict=True):
+        found.append(pair)
         lm.train(not lm.training)
         with torch.inference_mode():
-            lm(prompts[0].unsqueeze(0))
-    assert same(found, expected)
-
-
-def test_two_streams_at_the_same_time():
-    lm = make()
-    expected = [list(lm.stream(make_prompts(3, seed=seed), 6, seed=seed)) for seed in (1, 2)]
-    found = zip(*(lm.stream(make_prompts(3, seed=seed), 6, seed=seed) for seed in (1, 2)), strict=True)
+            lm(make_prompts(2)[0].unsqueeze(0))
     assert all(map(same, zip(*found, strict=True), expected))
 
 
 # Random numbers
 
 
-def test_a_seed_leaves_the_global_random_state():
+def test_the_global_random_state():
     lm, prompts = make(dropout=0.5), make_prompts(2, 3)
     before = torch.get_rng_state()
-    lm.generate(prompts, 10, seed=1)
-    lm.generate(prompts, 10, seed=[-(2**63), 2**64 - 1])
-    lm.generate(prompts, 10, seed=0, temperature=0)
+    for seed in (1, [-(2**63), 2**64 - 1]):
+        lm.generate(prompts, 10, seed=seed)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_without_a_seed():
-    lm, prompts = make(), make_prompts(2, 3)
-    torch.manual_seed(4)
     texts = [lm.generate(prompts, 10) for _ in range(2)]
     assert not same(*texts)
-    torch.manual_seed(4)
+    torch.set_rng_state(before)
     assert same(lm.generate(prompts, 10), texts[0])
 
 
@@ -420,36 +399,28 @@ def test_the_smallest_and_largest_random_number(dtype):
 
 def test_rounding_of_the_sum_does_not_sample_a_filtered_token(monkeypatch):
     """A parallel sum, as on a GPU, adds in another order at each token."""
-    exact = torch.Tensor.cumsum
-    noise = 1e-3 * torch.rand(1, 50)
+    exact, noise = torch.Tensor.cumsum, 1e-3 * torch.rand(1, 50)
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: exact(self, dim) + noise)
     logits = torch.randn(1, 50).expand(20_000, -1)
-    sampling = Sampling("test", top_k=5)
-    tokens = sampling.sample(logits, torch.linspace(0, 1 - 2**-24, len(logits)))
+    tokens = Sampling("test", top_k=5).sample(logits, torch.linspace(0, 1 - 2**-24, len(logits)))
     assert set(tokens.tolist()) == set(logits[0].topk(5).indices.tolist())
 
 
 def test_samples_follow_the_distribution():
     """By the public method, of a model with known scores; all random numbers come from seeds."""
-    lm = LanguageModel(5, 5, 1, norm="layer", tied=False)
+    lm, count, num_steps = LanguageModel(5, 5, 1, norm="layer", tied=False), 400, 25
     scores = torch.tensor([0.3, -1.0, 1.2, 0.0, 0.7])
     with torch.no_grad():
         lm.norm.weight.zero_()
         lm.norm.bias.copy_(scores)
         lm.head.weight.copy_(torch.eye(5))
-    count, num_steps = 400, 25
-    for options in ({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.4}):
+    for options in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.4}):
         expected = torch.tensor(filtered(scores.tolist(), **options)[0]) * count * num_steps
         new = lm.generate(torch.zeros(count, 1, dtype=torch.int64), num_steps, seed=100, **options)[:, 1:]
         found = torch.bincount(new.flatten(), minlength=5)
         assert torch.equal(found > 0, expected > 0)
-        kept = expected > 0
-        statistic = ((found - expected)[kept].square() / expected[kept]).sum().item()
-        # The mean of chi-square is its degrees of freedom, and its variance twice the mean.
-        freedom = int(kept.sum()) - 1
-        assert statistic < freedom + 4 * math.sqrt(2 * freedom)
-        uniform = expected.sum() / 5
-        assert ((found - uniform).square() / uniform).sum() > 100, "the comparison cannot fail"
+        # Chi-square divided by its degrees of freedom.
+        assert ((found - expected).square() / expected.clamp(min=1)).sum() < 5 * (expected > 0).sum()
         # Neither the steps of a sequence nor the sequences repeat.
         assert len(new.unique(dim=0)) > 0.9 * count
         assert len(new.unique(dim=1).T) == num_steps
@@ -477,19 +448,15 @@ BAD_CALLS = [
     ),
     ({"prompts": [P[0], P[0].to("meta")]}, ValueError, META),
     ({"prompts": [P]}, ValueError, "prompts[0] must be (S,), got (2, 3)"),
-    ({"prompts": [P[0, 0]]}, ValueError, "prompts[0] must be (S,), got ()"),
     ({"prompts": P[:, :0]}, ValueError, "prompts must be of at least one token, got (2, 0)"),
     ({"prompts": [P[0], P[0, :0]]}, ValueError, "prompts[1] must be of at least one token, got (0,)"),
     ({"prompts": "abc"}, TypeError, f"{PROMPTS} str; encode the text first"),
-    ({"prompts": ["abc"]}, TypeError, f"{PROMPT}, got str; encode the"),
     ({"prompts": [[1, 2]]}, TypeError, f"{PROMPT}, got list; use"),
-    ({"prompts": None}, TypeError, f"{PROMPTS} NoneType"),
     ({"stop": V}, ValueError, "stop must be below vocab_size 13, got 13"),
     ({"stop": [2, -1]}, ValueError, "stop must be at least 0, got -1"),
     *(({"stop": stop}, TypeError, f"{STOP}, got {type(stop).__name__}") for stop in (2.0, ".", P[0])),
     *(({"stop": stop}, TypeError, f"{STOP}, got {got}") for stop, got in ((True, "True"), ([[1]], "[1]"))),
     ({"seed": [1]}, ValueError, f"{SEEDS} 1"),
-    ({"seed": [1, 2, 3]}, ValueError, f"{SEEDS} 3"),
     ({"seed": 2**64 - 1}, ValueError, f"{SEED} {2**64}"),
     ({"seed": [0, -(2**63) - 1]}, ValueError, f"{SEED} -"),
     ({"state": make().initial_state(3)}, ValueError, "state[0] must be (1, 2, 1, 16), got"),
@@ -513,13 +480,10 @@ def test_bad_calls(name, max_new_tokens):
     function, given = getattr(make(), name), {"prompts": P, "max_new_tokens": max_new_tokens}
     cases = {**by_message(BAD_CALLS), **BAD_VALUES, **wrong_ids("prompts", P, V)}
     assert_refused(lambda **arguments: function(**{**given, **arguments}), cases, "LanguageModel: ")
-
-
-@pytest.mark.parametrize("streamer", [3, "print", object()])
-def test_a_bad_streamer(streamer):
-    message = f"streamer must be a function of the new tokens, or None, got {type(streamer).__name__}"
-    with pytest.raises(TypeError, match=f"^LanguageModel: {message}"):
-        make().generate(P, 2, streamer=streamer)
+    with pytest.raises(
+        TypeError, match=r"^LanguageModel: streamer must be a function of the new tokens, or None, got s"
+    ):
+        make().generate(P, 2, streamer="print")
 
 
 def test_logits_of_nan():

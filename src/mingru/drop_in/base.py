@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,16 @@ OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l
 CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, WeightAndBias, *NORMS.values())
 
 
+@contextmanager
+def _raised_as(kinds: dict[type[Exception], type[Exception]]) -> Iterator[None]:
+    """Raise errors of the block as other kinds, and with torch's names of the sizes."""
+    try:
+        yield
+    except tuple(kinds) as error:
+        text = str(error).replace("input_dims", "input_size").replace("hidden_dims", "hidden_size")
+        raise kinds.get(type(error), type(error))(text) from None
+
+
 class DropIn(Recurrent):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
@@ -47,11 +58,9 @@ class DropIn(Recurrent):
 
     def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
         name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
-        for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            try:
-                check_int(name, argument, size)
-            except ValueError as error:
-                raise self.mistake(str(error)) from None
+        with _raised_as({ValueError: self.mistake}):
+            check_int(name, "input_size", input_size)
+            check_int(name, "hidden_size", hidden_size)
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         if isinstance(dropout, (bool, str)):
@@ -62,12 +71,9 @@ class DropIn(Recurrent):
         require(name, "proj_size", is_possible, "0 because residual is 'highway'", str(proj_size))
         # Before the layers, whose constructor reads it.
         self.proj_size = proj_size
-        try:
+        with _raised_as({ValueError: ValueError}):
             # Not the constructor of MinLSTM, which does not have the options of a minGRU.
             Recurrent.__init__(self, input_size, hidden_size, **options)
-        except ValueError as error:
-            text = str(error).replace("input_dims", "input_size").replace("hidden_dims", "hidden_size")
-            raise ValueError(text) from None
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
@@ -90,14 +96,16 @@ class DropIn(Recurrent):
 
     def _check_tensor(self, argument: str, x: Any) -> None:
         """Raise AttributeError if x is not a tensor, as torch's layers do."""
-        if isinstance(x, Tensor):
-            return
-        remedy = "use torch.as_tensor"
-        if isinstance(x, tuple):
-            remedy = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
-        raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
+        if not isinstance(x, Tensor):
+            of_lstm = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
+            remedy = of_lstm if isinstance(x, tuple) else "use torch.as_tensor"
+            raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Any, num_dims: tuple[int, ...], expected: str, error: type[Exception]) -> None:
+        """Raise an error if x is not a tensor with one of these numbers of dimensions, or does not fit the weights."""
+        self._check_tensor("input", x)
+        if x.dim() not in num_dims:
+            raise error(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
         if x.shape[-1] != self.input_size:
             expected = f"of {self.input_size} features because input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
@@ -125,12 +133,8 @@ class DropIn(Recurrent):
         if x.dtype == like.dtype and x.device == like.device:
             return
         others = autocast_dtypes(x)
-        try:
+        with _raised_as({TypeError: RuntimeError if others else wrong_dtype, ValueError: RuntimeError}):
             check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
-        except TypeError as error:
-            raise (RuntimeError if others else wrong_dtype)(str(error)) from None
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
 
     def __getattr__(self, name: str) -> Any:
         try:

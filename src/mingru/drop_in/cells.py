@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_flags, check_steps, dims, embed_remedy, expectation, name_of
+from ..check import arguments_checked, check_flags, check_steps, dims, expectation, name_of
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.mingru import MinGRU
@@ -50,11 +50,7 @@ class DropInCell(DropIn, RecurrentCell):
         scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        self._check_tensor("input", x)
-        if x.dim() not in (1, 2):
-            expected = f"(B, {self.input_size}) or ({self.input_size},)"
-            raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        self._check_input(x)
+        self._check_input(x, (1, 2), f"(B, {self.input_size}) or ({self.input_size},)", ValueError)
         if h is not None and isinstance(h[0], Tensor) and h[0].dim() not in (1, 2):
             raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
         self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
@@ -117,10 +113,7 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         return self._step(input, hx, reset, dt)
 
     if TYPE_CHECKING:
-
-        def __call__(  # type: ignore[override]
-            self, input: Tensor, hx: MaybeTensor = None, reset: MaybeTensor = None, dt: MaybeTensor = None
-        ) -> Tensor: ...
+        __call__ = forward  # type: ignore[assignment]
 
 
 class LSTMCell(WithPair, DropInCell, role="step", planned=True):
@@ -199,7 +192,4 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         return c.clone(), c
 
     if TYPE_CHECKING:
-
-        def __call__(  # type: ignore[override]
-            self, input: Tensor, hx: Pair | None = None, reset: MaybeTensor = None, dt: MaybeTensor = None
-        ) -> Pair: ...
+        __call__ = forward  # type: ignore[assignment]

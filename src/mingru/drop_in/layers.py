@@ -12,7 +12,6 @@ from ..check import (
     check_lengths,
     check_steps,
     dims,
-    embed_remedy,
     expectation,
     of_another_shape,
     require,
@@ -106,19 +105,12 @@ class DropInLayer(DropIn):
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         if isinstance(x, PackedSequence):
-            if x.data.dim() != 2:
-                expected = "packed steps (sum of lengths, I)"
-                raise RuntimeError(expectation(self.name, "input", expected, dims(x.data.shape), embed_remedy(x.data)))
-            self._check_input(x.data)
+            self._check_input(x.data, (2,), "packed steps (sum of lengths, I)", RuntimeError)
             self._check_hx(h, x.data, self.state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
             self._check_packed(x, None, reset, lengths, dt)
             return
-        self._check_tensor("input", x)
         order = "B, S" if self.batch_first else "S, B"
-        if x.dim() not in (2, 3):
-            expected = f"({order}, {self.input_size}) or (S, {self.input_size})"
-            raise ValueError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        self._check_input(x)
+        self._check_input(x, (2, 3), f"({order}, {self.input_size}) or (S, {self.input_size})", ValueError)
         if x.shape[self._time(x)] == 0:
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(x.shape)))
         self._check_hx(h, x, tuple(self._state_shape(x)), "L * D, B, H" if x.dim() == 3 else "L * D, H")

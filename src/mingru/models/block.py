@@ -195,15 +195,7 @@ class Block(Layer, role="sequence", planned=True):
         return self._run(x, h, reset, lengths, dt) if done is None else done
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            x: Tensor,
-            h: MaybeList = None,
-            reset: MaybeTensor = None,
-            lengths: MaybeTensor = None,
-            dt: MaybeTensor = None,
-        ) -> Outputs: ...
+        __call__ = forward
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if self.checkpoint and self.training and torch.is_grad_enabled():

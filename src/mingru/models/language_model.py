@@ -158,10 +158,7 @@ class LanguageModel(Layer):
         return self._logits(x), state
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self, ids: Tensor, state: MaybeList = None, reset: MaybeTensor = None, lengths: MaybeTensor = None
-        ) -> tuple[Tensor, list[Tensor]]: ...
+        __call__ = forward
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         y, states = self.blocks(self._embed(x), h, reset, lengths)

@@ -28,10 +28,7 @@ class RecurrentCell(Recurrent, role="step"):
         return self._new_state(x, h, reset, dt) if done is None else done[1][0]
 
     if TYPE_CHECKING:
-
-        def __call__(  # type: ignore[override]
-            self, x: Tensor, h: MaybeTensor = None, reset: MaybeTensor = None, dt: MaybeTensor = None
-        ) -> Tensor: ...
+        __call__ = forward  # type: ignore[assignment]
 
     def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)

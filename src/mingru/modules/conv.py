@@ -69,8 +69,7 @@ class MinConv(Stacked, role="sequence"):
         return self._run_layers(x, h, reset, Layout(not self.batch_first))
 
     if TYPE_CHECKING:
-
-        def __call__(self, x: Tensor, h: MaybeList = None, reset: MaybeTensor = None) -> Outputs: ...
+        __call__ = forward
 
     def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout) -> Outputs:
         """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
@@ -167,10 +166,7 @@ class MinConvCell(MinConv, role="step"):
         return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
 
     if TYPE_CHECKING:
-
-        def __call__(  # type: ignore[override]
-            self, x: Tensor, h: MaybeTensor = None, reset: MaybeTensor = None
-        ) -> Tensor: ...
+        __call__ = forward  # type: ignore[assignment]
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)

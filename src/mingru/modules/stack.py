@@ -229,12 +229,11 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         The layers check the other arguments.
         """
         for argument, value in (("reset", reset), ("lengths", lengths), ("dt", dt)):
-            if value is not None:
-                for index, layer in enumerate(self.layers):
+            for index, layer in enumerate([] if value is None else self.layers):
+                if argument not in layer.step_arguments:  # type: ignore[operator]
                     expected = f"None because the forward of layers[{index}], {type(layer).__name__}, does not use it"
                     remedy = f"add {argument}=None to the arguments of that forward, and use it there"
-                    is_used = argument in layer.step_arguments  # type: ignore[operator]
-                    require(self.name, argument, is_used, expected, type(value).__name__, remedy)
+                    raise ValueError(expectation(self.name, argument, expected, type(value).__name__, remedy))
         if h is None:
             return
         if not isinstance(h, (list, tuple)):
