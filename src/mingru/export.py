@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .check import arguments_checked, check_int, check_type, dims, expectation, not_a_tensor, require
+from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Dims, Layer
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
@@ -130,8 +131,9 @@ def onnx(
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[Layer]:
-    """Return whether this is a class of this library, or a subclass with the same `forward`."""
-    return isinstance(model, Layer) and type(model).forward.__module__.startswith(f"{__package__}.")
+    """Return whether this is a class of this library, or a layer that says that its `forward` has the same form."""
+    is_language_model = getattr(type(model), "forward", None) is LanguageModel.forward
+    return isinstance(model, Layer) and (model.role != "custom" or is_language_model)
 
 
 def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[tuple[Any, ...], Any]:

@@ -43,14 +43,9 @@ REMEDIES = {
 
 def unknown_argument(name: str, argument: str, names: list[str]) -> str:
     """Return the error message for an argument that is not one of `names`."""
-    return f"{name}: no argument {argument!r}; {_meant(argument, names)}"
-
-
-def _meant(argument: str, names: list[str]) -> str:
-    meant = counterparts(argument, names)
-    if meant:
-        return f"use {' and '.join(meant)}"
-    return REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
+    meant = " and ".join(counterparts(argument, names))
+    remedy = f"use {meant}" if meant else REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
+    return f"{name}: no argument {argument!r}; {remedy}"
 
 
 def counterparts(argument: str, names: list[str]) -> list[str]:

@@ -49,17 +49,10 @@ class PatchReport(NamedTuple):
 class _Patch:
     """A block that is running: the arguments of `patch`, what it replaces, where, and its report."""
 
-    def __init__(
-        self,
-        gru: bool = True,
-        lstm: bool = True,
-        everywhere: bool = False,
-        num_layers: int | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, everywhere: bool = False, **arguments: Any) -> None:
         check_flags("patch", everywhere=everywhere)
-        self.arguments = {"gru": gru, "lstm": lstm, "everywhere": everywhere, "num_layers": num_layers, **options}
-        self.wanted = wanted_twins("patch", gru, lstm, num_layers, options)
+        self.arguments = {"everywhere": everywhere, **arguments}
+        self.wanted = wanted_twins("patch", **arguments)
         self.everywhere = everywhere
         self.report = PatchReport([], [])
 
@@ -223,7 +216,7 @@ def patch(
         >>> [layer for layer, place in report.built]
         ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
     """
-    running = _Patch(gru, lstm, everywhere, num_layers, **options)
+    running = _Patch(everywhere, gru=gru, lstm=lstm, num_layers=num_layers, **options)
     for of_torch in running.wanted:
         for subclass in _subclasses(of_torch):
             running.leave(subclass, 4)

@@ -58,7 +58,7 @@ def replace(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expectation("replace", "model", "a torch.nn.Module", type(model).__name__))
-    wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, options), tuple(TWINS)
+    wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
     if isinstance(model, of_torch):
         got = f"{described(model)} itself"
         remedy = "construct a mingru.drop_in layer instead of it"

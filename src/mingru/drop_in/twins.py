@@ -19,7 +19,9 @@ CONVERTED = {"bidirectional": bool, "num_layers": operator.index}
 Wanted = dict[type[nn.Module], dict[str, Any]]
 
 
-def wanted_twins(name: str, gru: bool, lstm: bool, num_layers: int | None, options: dict[str, Any]) -> Wanted:
+def wanted_twins(
+    name: str, /, gru: bool = True, lstm: bool = True, num_layers: int | None = None, **options: Any
+) -> Wanted:
     """Return torch's classes to replace, each with those of the options that its twin has.
 
     Raise an error if no twin has an option.

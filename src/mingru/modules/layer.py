@@ -118,7 +118,7 @@ class Layer(nn.Module):
         reset_all(self.children())
 
     def dims_of(self, x: Tensor) -> Dims:
-        """Return the dimensions of x and of the states, for the export; the role must not be "custom"."""
+        """Return the dimensions of x and of the states, for the export."""
         if self.role == "step":
             return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
         batch, time = (0, 1) if self.batch_first else (1, 0)
