@@ -229,11 +229,7 @@ OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5
         ((Authors, ("mingru", 4, 1.5), {}), {}, OF_AUTHORS),
         ((Cheind, ("1.4.2", (3, 5, 2)), {"residual": True}), {"dropout": 0.25}, OF_SIZES),
         (WITHOUT_BIAS, {"dropout": 0.5}, r"MinGRU\(\s*3, 5, num_layers=2, bias=False, dropout=0.5, norm='layer'"),
-        (
-            IMAGES[1],
-            {},
-            r"MinConv2dGRU\(\s*2, 3, \[\(3, 3\), \(1, 1\)\], num_layers=2, stride=\[2, 1\], padding=\[1, 0\]",
-        ),
+        (IMAGES[1], {}, r"MinConv2dGRU\(\s*2, 3, \[\(3, 3\), \(1, 1\)\], num_layers=2, stride=\[2, 1\], padding"),
         ((Puffer, (4, 3), {}), {}, r"MinGRU\(\s*4, 4, num_layers=3, bias=False, residual='highway'"),
     ],
     ids=str,
@@ -301,11 +297,7 @@ def test_wrong_types(case):
     for changed, error, message in [
         (nn.Linear(2, 2), TypeError, "state_dict must be a mapping of names to tensors, got Linear; use .state_dict()"),
         ({**peer.tensors, 0: weight}, TypeError, "the key 0 of state_dict must be a str, got int; use .state_dict()"),
-        (
-            {**peer.tensors, key: weight.to_sparse()},
-            TypeError,
-            f"{key} must be of layout torch.strided, got torch.spars",
-        ),
+        ({**peer.tensors, key: weight.to_sparse()}, TypeError, f"{key} must be of layout torch.strided, got torch.sp"),
         ({**peer.tensors, key: [1.0]}, TypeError, f"{key} must be a tensor, got list"),
         (whole, TypeError, f"{key} must be of a floating-point dtype, got torch.int64"),
         ({}, ValueError, "state_dict must be a mapping with keys that begin with '', got an empty mapping"),

@@ -85,7 +85,7 @@ def test_names_and_sizes_of_a_step(model, x, size, out, states, path):
 
 RNN, X = mingru.MinGRU(3, 4, 2).requires_grad_(False), torch.randn(2, 5, 3)
 ALL_SIZES = {"kind": "sequence", "dynamic_shapes": ({0: torch.export.Dim("rows")},)}
-OF_ONE_STATE = (torch.randn(3, 1, 3), torch.zeros(1, 1, 1, 4))
+ONE_STATE = (torch.randn(3, 1, 3), torch.zeros(1, 1, 1, 4))
 
 
 class Pieces(nn.Module):
@@ -109,13 +109,7 @@ class Alone(nn.Module):
         # Without a batch.
         (mingru.MinGRUCell(3, 4), torch.randn(3), {"kind": "step"}, [(3,), (4,)], {"x": [3], "h": [4]}),
         # One state for all sequences and layers.
-        (
-            RNN,
-            OF_ONE_STATE,
-            {"kind": "step"},
-            [(5, 1, 3), (2, 5, 1, 4)],
-            {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]},
-        ),
+        (RNN, ONE_STATE, {"kind": "step"}, [(5, 1, 3), (2, 5, 1, 4)], {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]}),
         (RNN, X, ALL_SIZES, [(7, 5, 3)], {"x": ["rows", 5, 3]}),
         (Pieces(), X[0], {}, [(4, 9)], {"out": ["batch", "time"]}),
         # An output has another name than an input.

@@ -258,9 +258,7 @@ def defined_in_a_block():
 
 
 def test_subclasses_stay_what_they_are():
-    with pytest.warns(
-        UserWarning, match="Inside is not replaced, because a subclass may compute something else"
-    ) as seen:
+    with pytest.warns(UserWarning, match="Inside is not replaced, because a subclass may compute something") as seen:
         inside, report = defined_in_a_block()
     assert {warning.filename for warning in seen} == {__file__}
     assert isinstance(inside(IN, H), GRU) and drop_in.GRU not in inside.__mro__

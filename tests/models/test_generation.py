@@ -314,8 +314,7 @@ def test_another_default_device():
     expected = lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9)
     with torch.device("meta"):
         assert same(lm.generate(prompts, 6, seed=1, stop=2, top_p=0.9), expected)
-        assert same(lm.generate(prompts[1].unsqueeze(0), 6, seed=2, stop=2, top_p=0.9)[0], expected[1])
-        lm.generate(prompts, 1)
+        assert len(lm.generate(prompts, 1)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -429,23 +428,14 @@ def test_samples_follow_the_distribution():
 # Bad input
 
 P = torch.zeros(2, 3, dtype=torch.int64)
-RANGE, STOP = (
-    "prompts must be from 0 to 12 because vocab_size is 13, got",
-    "stop must be a token, a list of tokens or None",
-)
-PROMPTS, PROMPT = (
-    "prompts must be a tensor (B, S) or a list of tensors (S,), got",
-    "prompts[0] must be an integer tensor (S,)",
-)
+RANGE = "prompts must be from 0 to 12 because vocab_size is 13, got"
+STOP, PROMPT = "stop must be a token, a list of tokens or None", "prompts[0] must be an integer tensor (S,)"
+PROMPTS = "prompts must be a tensor (B, S) or a list of tensors (S,), got"
 META = "prompts[1] must be on cpu like the weights, got a tensor on meta; use prompts[1].to('cpu')"
 SEEDS, SEED = "seed must be 2 seeds, one for each prompt, got", "seed must be from -2**63 to 2**64 - 1, got"
 BAD_CALLS = [
     ({"prompts": [P[0], P[0] + V]}, ValueError, f"{RANGE} 13"),
-    (
-        {"prompts": [P[0], P[0].float()]},
-        TypeError,
-        "prompts[1] must be int64 or int32, got torch.float32; use prompts[1]",
-    ),
+    ({"prompts": [P[0], P[0].float()]}, TypeError, "prompts[1] must be int64 or int32, got torch.float32; use p"),
     ({"prompts": [P[0], P[0].to("meta")]}, ValueError, META),
     ({"prompts": [P]}, ValueError, "prompts[0] must be (S,), got (2, 3)"),
     ({"prompts": P[:, :0]}, ValueError, "prompts must be of at least one token, got (2, 0)"),
@@ -480,9 +470,7 @@ def test_bad_calls(name, max_new_tokens):
     function, given = getattr(make(), name), {"prompts": P, "max_new_tokens": max_new_tokens}
     cases = {**by_message(BAD_CALLS), **BAD_VALUES, **wrong_ids("prompts", P, V)}
     assert_refused(lambda **arguments: function(**{**given, **arguments}), cases, "LanguageModel: ")
-    with pytest.raises(
-        TypeError, match=r"^LanguageModel: streamer must be a function of the new tokens, or None, got s"
-    ):
+    with pytest.raises(TypeError, match=r"^LanguageModel: streamer must be a function of the new tokens, or None, got"):
         make().generate(P, 2, streamer="print")
 
 

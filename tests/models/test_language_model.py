@@ -1,6 +1,5 @@
 """The language model: values, groups of an optimizer, and errors."""
 
-import copy
 import math
 
 import pytest
@@ -127,49 +126,23 @@ def test_map_state():
     assert not any(each.requires_grad for each in map_state(torch.Tensor.detach, state))
 
 
-def test_a_tied_output_layer_has_no_parameters():
-    tied, untied = make(), make(tied=False)
-    names = {name for name, _ in tied.named_parameters()}
-    assert names | {"head.weight"} == {name for name, _ in untied.named_parameters()}
-    untied.load_state_dict({**tied.state_dict(), "head.weight": tied.embedding.weight})
-    ids = ids_of()
-    assert torch.equal(tied(ids)[0], untied(ids)[0])
-
-
 # Groups of an optimizer
 
 WITH_DECAY = {"embedding.weight", "head.weight", "conv.weight", "out.weight", "mlp.1.weight", "mlp.3.weight"}
 
 
-def decays(lm, weight_decay=0.1):
-    """Return the weight decay of each parameter by name."""
-    groups = lm.parameter_groups(weight_decay)
+@pytest.mark.parametrize("options", [*OPTIONS, EVERYTHING], ids=named)
+def test_groups_of_an_optimizer(options):
+    """They have each parameter once, also if it is frozen."""
+    lm = make(**options)
+    lm.blocks.layers[0].requires_grad_(False)
+    groups = lm.parameter_groups(0.25)
     found = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(lm.parameters()))
-    return {name: found[id(parameter)] for name, parameter in lm.named_parameters()}
-
-
-@pytest.mark.parametrize("options", [*OPTIONS, EVERYTHING], ids=named)
-def test_parameters_with_weight_decay(options):
-    for name, decay in decays(make(**options)).items():
-        expected = name.removeprefix("blocks.layers.0.").removeprefix("blocks.layers.1.") in WITH_DECAY
-        assert decay == (0.1 if expected else 0.0), name
-
-
-def test_the_groups_in_adamw():
-    """They do not depend on `requires_grad`, and an optimizer skips parameters without a gradient."""
-    lm = make(**EVERYTHING)
-    all_decays = decays(lm, 0.25)
-    lm.blocks.layers[0].requires_grad_(False)
-    assert decays(lm, 0.25) == all_decays
-    optimizer = torch.optim.AdamW(lm.parameter_groups(0.25), lr=0.5)
-    for parameter in lm.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    before = copy.deepcopy(lm.state_dict())
-    optimizer.step()
-    for name, decay in all_decays.items():
-        weight = lm.get_parameter(name)
-        assert_close(weight.detach(), before[name] * (1 - 0.5 * decay * weight.requires_grad))
+    for name, parameter in lm.named_parameters():
+        has_decay = name.removeprefix("blocks.layers.0.").removeprefix("blocks.layers.1.") in WITH_DECAY
+        assert found[id(parameter)] == (0.25 if has_decay else 0.0), name
+    torch.optim.AdamW(groups)
 
 
 def test_bad_weight_decay():
