@@ -139,11 +139,11 @@ def test_the_file_computes_what_the_model_does(model, example, options, args, in
 def test_a_model_of_tokens(is_ours, kind, path):
     """As it is in use, without dropout, and in the modes in which it was afterwards."""
     model = mingru.models.LanguageModel(7, 4, 1, dropout=0.5) if is_ours else Tagger()
-    # The step of a class of this library needs neither a state nor a batch of 2 in the example.
+    # The example of a step needs no state, and then no batch of 2.
     count, state = {"step": 1, "sequence": 50}[kind], torch.zeros(1, 2, 1, 4) if is_ours else torch.zeros(1, 2, 5)
     example = (torch.ones(2, min(count, 2), dtype=torch.int64), [state] if is_ours else state)
     rnn = next(module for module in model.modules() if hasattr(module, "num_directions")).eval()
-    onnx(model, example[0][:1] if is_ours and kind == "step" else example, path, kind=kind)
+    onnx(model, example[0][:1] if kind == "step" else example, path, kind=kind)
     assert (model.training, rnn.training) == (True, False)
     inputs, outputs = shapes(path)
     size = [1, "batch", 1, 4] if is_ours else [1, "batch", 5]
@@ -184,7 +184,7 @@ def test_without_onnx(package, path, monkeypatch):
 
 CELL = mingru.MinGRUCell(3, 4)
 STEP, SHAPES = {"kind": "step"}, {"dynamic_shapes": (None,)}
-PAIR = r"must be \(x, h, ...\) because kind is 'step' and the model is no class of this library, got no h"
+PAIR = r"must be \(x, h\) because kind is 'step' and .* forward\(x, h\) -> \(out, h\), got only x"
 MODULE = "model must be a torch.nn.Module, .*; pass the original module"
 BAD_CALLS = [
     (ValueError, "kind must be 'sequence' or 'step', got 'steps'", RNN, X, {"kind": "steps"}),
@@ -206,9 +206,20 @@ BAD_CALLS = [
     (TypeError, "no argument 'opset_version'; torch chooses the opset; .*", RNN, X, {"opset_version": 17}),
     (ValueError, "max_steps must be None because x has no time", CELL, X[0], {"max_steps": 4}),
     (ValueError, PAIR, Echo(), X, STEP),
+    (ValueError, PAIR, Pieces(), X, STEP),
+    (ValueError, PAIR, Alone(), X, STEP),
     (TypeError, "path must be a str or os.PathLike, got BytesIO", RNN, X, {"path": io.BytesIO()}),
     (ValueError, "path must be in an existing folder, got .*; create the folder first", RNN, X, {"path": "no/m.onnx"}),
     (ValueError, r"path must be the path of a file, got the folder", RNN, X, {"path": "."}),
+]
+
+
+BOTH, TRITON = mingru.MinGRU(3, 4, bidirectional=True), {"max_batch_size": 8}
+BAD_TRITON_CALLS = [
+    (ValueError, "max_batch_size must be at least 1, got 0", RNN, X[:, :1], {"max_batch_size": 0}),
+    (TypeError, r"model must be .* initial\(batch\), got Tagger", Tagger(), X[:, :1], TRITON),
+    (TypeError, "model must be of one direction, .*, got MinGRU", BOTH, X[:, :1], TRITON),
+    (ValueError, r"x must be of a batch and features, got \[3\]", CELL, X[0, 0], TRITON),
 ]
 
 
@@ -219,4 +230,7 @@ def test_bad_calls(path):
             onnx(model, example, **{"path": path, **options})
     with pytest.raises(ValueError, match=r"MinGRU: x must be \(B, S, 3\)"):
         onnx(RNN, torch.zeros(2, 5, 4), path)
+    for error, message, model, example, options in BAD_TRITON_CALLS:
+        with pytest.raises(error, match=f"^export.triton: .*{message}"):
+            mingru.export.triton(model, example, path, **options)
     assert not path.exists()

@@ -53,16 +53,18 @@ def onnx(
         path: Path of the file, in an existing folder. An existing file is replaced only if the export succeeds. If
             the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
-            and the state is an input and an output. For a class of this library, the state need not be in
-            `example_inputs`. For a cell, both kinds give the same graph, except for that state. The reverse direction
-            of a bidirectional layer computes from this step only.
+            and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
+            is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
+            `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
+            bidirectional layer computes from this step only.
         max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
             file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
             sequences may give NaN. Default: 268 million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
             0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
-            one of these in the example, unless `forward` fixes it. A batch or time of 1 in the example is fixed.
+            one of these in the example, unless `forward` fixes it. If the example of your own model has other inputs
+            than x, a batch or time of 1 is fixed.
 
     Returns:
         None. The names in the file are:
@@ -99,6 +101,9 @@ def onnx(
         # Not only the attribute `training`, because a module may define `eval` or `train`.
         model.eval()
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        if dynamic_shapes is None and not _is_ours(model) and all(arg is None for arg in args[1:]):
+            # The exporter would fix a size of 1. With other inputs, their sizes would have to change too.
+            args = (_enlarged(range(min(args[0].dim(), 2 if kind == "sequence" else 1)), args[0]), *args[1:])
         args, outputs = _with_state(model, args, kind)
         if dynamic_shapes is None:
             args, dynamic_shapes = _with_dynamic_shapes(model, args, kind, max_steps)
@@ -141,15 +146,22 @@ def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[tup
     # Called before all other checks, so that an error of the model is raised first.
     outputs = model(*args)
     has_state = len(args) > 1 and args[1] is not None
-    if not _is_ours(model):
-        expected = "(x, h, ...) because kind is 'step' and the model is no class of this library"
-        require(_NAME, "example_inputs", has_state or kind == "sequence", expected, "no h")
-    elif has_state or kind == "step":
-        state = outputs if model.role == "step" else outputs[1]
+    if not has_state and kind == "sequence":
+        return args, outputs
+    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
+    is_state = isinstance(outputs, Tensor) or (_is_ours(model) and model.role == "step")
+    state = outputs if is_state else outputs[1] if is_pair else None
+    if not has_state:
+        second = list(inspect.signature(model.forward).parameters)[1:2]
+        is_valid = state is not None and (_is_ours(model) or second in (["h"], ["hx"], ["state"], ["hidden"]))
+        expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
+        require(_NAME, "example_inputs", is_valid, expected, "only x")
+    elif _is_ours(model):
         # The example state may have size 1 instead of the number of layers or sequences.
-        state = pytree.tree_map(Tensor.expand_as, args[1], state) if has_state else state
-        args = (args[0], state, *args[2:])
-    return args, outputs
+        state = pytree.tree_map(Tensor.expand_as, args[1], state)
+    else:
+        return args, outputs
+    return (args[0], state, *args[2:]), outputs
 
 
 def _with_dynamic_shapes(
@@ -171,7 +183,6 @@ def _with_dynamic_shapes(
     else:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     if not _is_ours(model):
-        # The exporter fixes a size of 1.
         of_x = {dim: name for dim, name in of_x.items() if x.shape[dim] > 1}
         sizes = [x.shape[dim] for dim in of_x]
 
