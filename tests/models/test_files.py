@@ -360,10 +360,11 @@ def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(folder):
     assert_cannot_save(make(), folder / "config.json")
     assert_cannot_save(make(), folder / "config.json" / "model")
     assert contents(folder) == before
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").mkdir()
-    assert_cannot_save(make("all options"), folder, "Is a directory")
-    assert {**before, **contents(folder)} == before
+    for name in sorted(FILES):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        assert_cannot_save(make("all options"), folder, " is a folder")
+        assert {**before, **contents(folder)} == before
     assert set(os.listdir(folder)) == FILES
 
 

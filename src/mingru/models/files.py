@@ -53,6 +53,8 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
             contents[CARD] = _card(model, figures).encode()
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
             for name, content in contents.items():
+                if (target / name).is_dir():
+                    raise IsADirectoryError(f"{name} is a folder")
                 with Path(new, name).open("wb") as file:
                     file.write(content)
                     file.flush()
