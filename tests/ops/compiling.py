@@ -23,7 +23,7 @@ from triton.runtime.jit import mangle_type
 
 from mingru.ops import NUM_INPUTS
 from mingru.ops.backends.triton import device, launch
-from mingru.ops.backends.triton.kernels import recurrence_kernel
+from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
 
 TARGETS = {
@@ -87,11 +87,10 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     given = [h, initial_state, reset, empty(*leading) if case.has_dt else None, batch_sizes, lengths]
     cell, min_decay, order = (case.cell, case.activation), 0.1 if case.is_bounded else 0.0, (False, False)
     launches = []
+    facts = target.warp_size, target.backend == "hip", PROCESSORS[target.arch]
     with (
         mock.patch.object(launch, "run", lambda name, num_programs, *found: launches.append(found)),
-        mock.patch.object(device, "wave_of", return_value=target.warp_size),
-        mock.patch.object(device, "processors_of", return_value=PROCESSORS[target.arch]),
-        mock.patch.object(device, "is_amd", return_value=target.backend == "hip"),
+        mock.patch.object(device, "facts_of", return_value=facts),
     ):
         if case.name == "forward":
             launch.forward(inputs, given, cell, min_decay, order)
@@ -109,13 +108,13 @@ class Compiled:
         self.plan, args = launched(case, self.target)
         plan = self.plan
         args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-        signature, constexprs = {}, {}
-        for parameter in recurrence_kernel.params:
-            value = args.get(parameter.name)
-            kind = "constexpr" if parameter.is_constexpr else mangle_type(value)
-            signature[parameter.name] = kind
-            if kind == "constexpr":
-                constexprs[parameter.name] = value
+        values = {name: args.get(name) for name in PARAMETERS}
+        # Constants have names in capitals.
+        signature = {
+            name: "constexpr" if name.isupper() else mangle_type(launch.stand_in(value))
+            for name, value in values.items()
+        }
+        constexprs = {name: value for name, value in values.items() if signature[name] == "constexpr"}
         source = triton.compiler.ASTSource(fn=recurrence_kernel, signature=signature, constexprs=constexprs)
         options = {"num_warps": plan.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)

@@ -12,13 +12,11 @@ import pytest
 import reference
 import torch
 from calls import INTERPRETED, Row, drawn, make, parts_of, states
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
-from mingru import ops
-from mingru.ops import Call, Spec, Start, autograd, route
+from mingru.ops import Spec, route
 from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
@@ -127,24 +125,6 @@ def test_an_infinite_state_outlives_decays_whose_product_underflows(cell, plan, 
 # The layer with its linear map.
 
 
-def test_one_buffer_holds_the_gradients_of_all_inputs(use_plan, monkeypatch):
-    """They are one operand of both matrix products, without a copy."""
-    use_plan("walk")
-    seen = []
-    kept = launch.backward
-    monkeypatch.setattr(launch, "backward", lambda *args: seen.append(kept(*args)) or seen[-1])
-    linear, x = nn.Linear(3, 8, device=DEVICE), torch.randn(2, 5, 3, device=DEVICE)
-    state = torch.zeros(2, 1, 4, device=DEVICE)
-    call = Call(MINGRU, [x, linear.weight, linear.bias], Start(state, state, None), ops.BATCH_FIRST)
-    out, _ = autograd.run_kernel(route.Choice("triton", True, "linear_kernel"), call, True)
-    out.sum().backward()
-    grads = seen[0][0]
-    assert grads.shape == (2, 5, 8)
-    assert grads.is_contiguous()
-    torch.testing.assert_close(linear.weight.grad, grads.flatten(0, 1).t() @ x.flatten(0, 1))
-    torch.testing.assert_close(linear.bias.grad, grads.sum((0, 1)))
-
-
 def layer(**options):
     return mingru.MinGRU(3, 8, device=DEVICE, **options)
 
@@ -196,17 +176,6 @@ def test_another_default_device(form, launches):
     assert launches == ["forward", "forward"]
     torch.testing.assert_close(out[0], expected[0])
     torch.testing.assert_close(last, expected_last)
-
-
-@pytest.mark.usefixtures("_auto")
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_step_is_one_launch_for_each_layer(grad, launches):
-    with torch.set_grad_enabled(grad):
-        layer(num_layers=3)(torch.randn(2, 1, 3, device=DEVICE))
-        assert launches == ["forward"] * 3
-        launches.clear()
-        mingru.MinGRUCell(3, 8, device=DEVICE)(torch.randn(2, 3, device=DEVICE))
-        assert launches == ["forward"]
 
 
 class NoReads(TorchDispatchMode):
@@ -309,24 +278,6 @@ def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_auto")
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_layer_falls_back(break_kernel):
-    torch.compiler.reset()
-    rnn, x = layer(), torch.randn(2, 9, 3, device=DEVICE)
-    expected, _ = rnn(x)
-    truth = torch.autograd.grad(expected.square().sum(), rnn.parameters())
-    break_kernel()
-    launch._compiled.clear()
-    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
-    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
-        out, _ = compiled(x)
-    with pytest.warns(RuntimeWarning, match="slower tensor operations in a captured graph.*no C compiler found"):
-        grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
-    for one, other in zip((out, *grads), (expected, *truth), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
 # Dynamo's own way of tracing a function.
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_auto")
@@ -369,19 +320,18 @@ def test_exports_with_its_operator():
 
 
 class Broken:
-    """A kernel that fails to launch, for some calls and a number of times."""
+    """A kernel that fails to compile and to launch, for some calls and a number of times."""
 
-    def __init__(self, times=math.inf, fails=lambda options: True):
+    def __init__(self, times=math.inf, fails=lambda args: True):
         self.times, self.fails, self.kernel = times, fails, kernels.recurrence_kernel
 
-    def __getitem__(self, grid):
-        def launch(**options):
-            if self.times > 0 and self.fails(options):
-                self.times -= 1
-                raise RuntimeError("no C compiler found\nmore lines")
-            self.kernel[grid](**options)
+    def warmup(self, *values, **options):
+        if self.times > 0 and self.fails(dict(zip(kernels.PARAMETERS, values, strict=True))):
+            self.times -= 1
+            raise RuntimeError("no C compiler found\nmore lines")
 
-        return launch
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.warmup(*values) or self.kernel[grid](*values, **options)
 
 
 @pytest.fixture
@@ -389,8 +339,8 @@ def break_kernel(monkeypatch):
     return lambda *args: monkeypatch.setattr(kernels, "recurrence_kernel", Broken(*args))
 
 
-def is_backward(options):
-    return "grad_out" in options
+def is_backward(args):
+    return args["grad_out"] is not None
 
 
 FALLS_BACK = "using the slower backend 'torch'. .*no C compiler found"
@@ -438,8 +388,8 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     x = torch.rand(2, 5, 8, device=DEVICE)
     with mingru.use_backend("torch"):
         expected = CALLS[call](x)
-    which = {"the backward pass": is_backward, "the linear scan": lambda options: "scan" in options["CELL"]}
-    break_kernel(math.inf, which.get(fails, lambda options: True))
+    which = {"the backward pass": is_backward, "the linear scan": lambda args: "scan" in args["CELL"]}
+    break_kernel(math.inf, which.get(fails, lambda args: True))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         first, again = CALLS[call](x), CALLS[call](x)
@@ -457,8 +407,8 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
     """Other cells, dtypes and plans run, and a kernel that has run is launched again after a failure."""
     tried = []
 
-    def fails(options):
-        tried.append((options["CELL"], options["x0"].dtype, options["T"]))
+    def fails(args):
+        tried.append((args["CELL"], args["inputs"][0][0].dtype, args["T"]))
         return tried[-1] == ("minlstm", torch.float32, 4)
 
     break_kernel(math.inf, fails)
@@ -473,7 +423,9 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
     mingru.functional.minlstm(*[x.double()] * 3)
     use_plan("chunks")
     mingru.functional.minlstm(x, x, x)
-    assert tried[2:] == [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
+    # Each was compiled and launched.
+    expected = [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
+    assert tried[2:] == [kernel for kernel in expected for _ in range(2)]
     assert mingru.backends()["triton"] is True
     assert len(launch._failures) == 1
     # A kernel that has run before.
@@ -507,43 +459,22 @@ def test_a_failure_while_a_graph_is_captured_is_an_error_of_that_call_alone(brea
 
 @pytest.mark.usefixtures("_auto")
 def test_a_failure_is_an_error_if_triton_was_selected(break_kernel):
-    break_kernel()
-    x = torch.randn(2, 5, 8, device=DEVICE)
-    with pytest.raises(KernelFailure, match=r"'triton' cannot run this because .*no C compiler found\); use 'torch'"):
-        mingru.functional.mingru(x, x, backend="triton")
-    launch._failures.clear()
-    with mingru.use_backend("triton"), pytest.raises(KernelFailure, match="no C compiler found"):
-        mingru.MinGRU(8, 4, device=DEVICE)(x)
-
-
-@pytest.mark.usefixtures("_auto")
-def test_a_failure_in_backward_is_an_error_if_triton_was_selected(break_kernel):
     x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
-    out = mingru.functional.mingru(x, x, backend="triton")
-    with mingru.use_backend("triton"):
-        layer_out, _ = mingru.MinGRU(8, 4, device=DEVICE)(x)
+
+    def by_argument():
+        return mingru.functional.mingru(x, x, backend="triton")
+
+    def in_block():
+        with mingru.use_backend("triton"):
+            return mingru.MinGRU(8, 4, device=DEVICE)(x)[0]
+
+    outs = [by_argument(), in_block()]
     break_kernel()
-    # Outside of `use_backend`, as in another thread.
-    for each in (out, layer_out):
-        with pytest.raises(KernelFailure, match="no C compiler found"):
-            each.sum().backward()
-
-
-@pytest.mark.usefixtures("_auto")
-def test_torch_computes_the_gradients_if_only_their_kernel_fails(break_kernel, launches):
-    rnn, x = layer(), torch.randn(2, 5, 3, device=DEVICE)
-    out, _ = rnn(x)
-    truth = torch.autograd.grad(out.square().sum(), rnn.parameters(), retain_graph=True)
-    break_kernel(math.inf, is_backward)
-    with pytest.warns(RuntimeWarning, match=FALLS_BACK):
-        grads = torch.autograd.grad(out.square().sum(), rnn.parameters())
-    for one, other in zip(grads, truth, strict=True):
-        torch.testing.assert_close(one, other)
-    # Inference does not need that kernel.
-    launches.clear()
-    with torch.no_grad():
-        rnn(x)
-    assert launches == ["forward"]
+    why = pytest.raises(KernelFailure, match=r"'triton' cannot run this because .*no C compiler found\); use 'torch'")
+    # The backward passes run outside of the block, as in another thread.
+    for run in (by_argument, in_block, *(out.sum().backward for out in outs)):
+        with why:
+            run()
 
 
 @pytest.mark.usefixtures("_auto")

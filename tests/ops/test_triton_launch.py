@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: they use the compiled kernels and the arguments that Triton itself would use.
+"""Launches of the Triton kernels: each has the kernel that was compiled for the types of its arguments.
 
 The driver and the compiler are replaced by some that only write down what they are asked for. Triton must not be in
 interpreter mode.
@@ -34,7 +34,7 @@ class Driver(NoDriver):
 
     def compile(self, source, target, options):
         kernel = Kernel.__new__(Kernel)
-        kernel.what = repr((source.signature, source.constants, options))
+        kernel.what = repr((source.signature, source.constants, source.attrs, options))
         kernel.name, kernel.src, kernel.module, kernel.function, kernel.packed_metadata = "", source, object(), 0, ()
         kernel._run = lambda *args: self.launches.append((kernel, args[:3], args[9:]))
         self.compiled.append(kernel)
@@ -55,13 +55,19 @@ def driver():
     kernels.recurrence_kernel.device_caches.clear()
 
 
-def seen(launches):
-    """Return what can be compared: addresses differ, because the results of every call are new tensors."""
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES |= {torch.bool: "u1", torch.int64: "i64"}
 
-    def of(x):
-        return (x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else x
 
-    return [(kernel.what, grid, [of(x) for x in values]) for kernel, grid, values in launches]
+def type_of(x):
+    """Return Triton's name of the type of an operand, whatever its value."""
+    if isinstance(x, tuple):
+        return tuple(map(type_of, x))
+    if isinstance(x, Tensor):
+        return "*" + TYPES[x.dtype]
+    if isinstance(x, int):
+        return "i32" if -(2**31) <= x < 2**31 else "i64"
+    return "fp32" if isinstance(x, float) else "constexpr"
 
 
 def launches_of(config, driver, compiled):
@@ -70,56 +76,62 @@ def launches_of(config, driver, compiled):
     driver.launches.clear()
     with mock.patch.object(launch, "_compiled", compiled):
         calls.graded(lambda *leaves: calls.run("triton", config, given.of(*leaves)), given.leaves(), weights)
-    return seen(driver.launches)
+    return [(kernel.what, grid, list(map(type_of, values))) for kernel, grid, values in driver.launches]
 
 
-def test_random_calls_are_launched_as_triton_launches_them(driver):
+def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
     compiled, configs = {}, list(smoke.configurations(200, 0, SIZES))
-    for _ in range(2):
-        for config in configs:
-            by_triton = launches_of(config, driver, {})
-            assert launches_of(config, driver, compiled) == by_triton
-            assert len(by_triton) in (2, 3, 4)
-    # All the kernels that Triton tells apart, and no others.
+    for config in configs:
+        first = launches_of(config, driver, compiled)
+        assert len(first) in (2, 3, 4)
+        for kernel, _, values in driver.launches:
+            constants, operands = values[: kernels.NUM_CONSTANTS], values[kernels.NUM_CONSTANTS :]
+            types = [kernel.src.signature[name] for name in kernels.PARAMETERS]
+            assert types == ["constexpr"] * len(constants) + list(map(type_of, operands))
+            assert [kernel.src.constants[(index,)] for index in range(len(constants))] == list(constants)
+            # The compiler assumes nothing of addresses and numbers.
+            assert not any(kernel.src.attrs.values())
+        assert launches_of(config, driver, compiled) == first
     assert len({kernel.what for kernel in compiled.values()}) == len(compiled) == len(driver.compiled)
 
 
-PLAN = launch.Plan(1, 1, 32, 1, 1, None)
-OWN_KERNELS = [
-    *[{"x0_batch": number} for number in (2**31 - 1, 2**31, -(2**31), -(2**31) - 1)],
-    *[{"x0_step": None}, {"x0": None, "out": torch.zeros(2)}, {"x0": torch.zeros(2).half()}],
-    *[{"bound": (0.0, 0.0, 0.0, 0.0)}, {"CELL": "minlstm"}, {"EVEN": True}, {"plan": PLAN._replace(warps=2)}],
-    *[{"plan": PLAN._replace(steps=2)}, {"plan": PLAN._replace(stages=2)}, {"x0_batch": 0}, {"x0_batch": 1}],
+PLAN, X = launch.Plan(1, 1, 32, 1, 1, None), torch.zeros(32)
+SEQUENCE = (X[1:], 5, 3)
+# Other types and constants.
+SELECTING = [
+    *[{"inputs": ((X, number, 3),)} for number in (2**31, -(2**31) - 1)],
+    *[{"inputs": (SEQUENCE, (X,))}, {"inputs": ((X.half(), 5, 3),)}, {"out": SEQUENCE}, {"bound": (0.0,) * 4}],
+    *[{"CELL": "minlstm"}, {"EVEN": True}, {"plan": PLAN._replace(warps=2)}, {"plan": PLAN._replace(steps=2)}],
+    {"plan": PLAN._replace(stages=2)},
+]
+# Other values.
+NOT_SELECTING = [
+    *[{"inputs": ((X, number, 3),)} for number in (0, 1, 16, 2**31 - 1, -(2**31))],
+    *[{"num_steps": 1}, {"num_steps": 16}, {"backwards": 0}],
 ]
 
 
-@pytest.mark.parametrize("change", OWN_KERNELS, ids=str)
-def test_each_difference_selects_the_kernel_that_triton_selects(change, driver):
-    compiled, found = {}, []
-    for changed in ({}, change, {}):
-        args = dict.fromkeys(kernels.PARAMETERS) | {"x0": torch.zeros(2), "x0_batch": 5, "x0_step": 1, "num_steps": 1}
-        args |= {"CELL": "mingru", **changed}
-        plan = args.pop("plan", PLAN)
-        for kept in ({}, compiled):
-            driver.launches.clear()
-            with mock.patch.object(launch, "_compiled", kept):
-                launch._launch(CPU, 1, plan, dict(args))
-            found += seen(driver.launches)
-    assert found[0] == found[1] == found[4] == found[5]
-    assert found[2] == found[3]
-    assert len(compiled) == len(driver.compiled)
+@pytest.mark.parametrize(("change", "count"), [(each, 2) for each in SELECTING] + [(each, 1) for each in NOT_SELECTING])
+def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, driver):
+    with mock.patch.object(launch, "_compiled", {}):
+        for changed in ({}, change, {}, change):
+            args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
+            launch._launch(CPU, 1, args.pop("plan", PLAN), args)
+    assert len(driver.compiled) == count
+    assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 
 
-def test_triton_launches_if_it_does_not_take_our_launch(driver):
-    """Another version may want other arguments of a compiled kernel than those that we give it."""
-    config = next(smoke.configurations(1, 0, SIZES))
-    by_triton, compiled, refused = launches_of(config, driver, {}), {}, mock.Mock(side_effect=TypeError("arguments"))
-    launches_of(config, driver, compiled)
-    with mock.patch.object(Kernel, "__getitem__", refused):
+@pytest.mark.parametrize("refuses", ["__getitem__", "warmup"])
+def test_triton_launches_if_it_does_not_take_our_launch(refuses, driver):
+    """Another version may want other arguments of a compiled kernel, or types, than those that we give it."""
+    config, refused = next(smoke.configurations(1, 0, SIZES)), mock.Mock(side_effect=TypeError("arguments"))
+    expected, compiled = [launched[1:] for launched in launches_of(config, driver, {})], {}
+    with mock.patch.object(Kernel if refuses == "__getitem__" else type(kernels.recurrence_kernel), refuses, refused):
         for _ in range(2):
-            assert launches_of(config, driver, compiled) == by_triton
+            assert [launched[1:] for launched in launches_of(config, driver, compiled)] == expected
     # Each kernel tried it once.
     assert refused.call_count == len(compiled) > 1
+    assert set(compiled.values()) == {None}
     assert not launch._failures
 
 
@@ -127,7 +139,10 @@ def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):
     config = next(smoke.configurations(1, 0, SIZES))
     compiled = {}
     launches_of(config, driver, compiled)
-    for kernel in compiled.values():
+    for kernel in driver.compiled:
         kernel._run = mock.Mock(side_effect=RuntimeError("no such device"))
-    with mock.patch.dict(launch._failures, clear=True), pytest.raises(RuntimeError, match="no such device"):
-        launches_of(config, driver, compiled)
+    kernels.recurrence_kernel.device_caches.clear()
+    with mock.patch("triton.compiler.compile", side_effect=RuntimeError("no such device")):
+        with pytest.raises(RuntimeError, match="no such device"):
+            launches_of(config, driver, compiled)
+        assert not launch._failures

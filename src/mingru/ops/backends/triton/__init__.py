@@ -28,12 +28,12 @@ from ...backend import (
     scan_by,
     warn_once,
 )
-from ...call import Call, flattened, from_flat
+from ...call import Call, flattened
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...private import len_torch_dispatch_stack
-from ...shape import States, accumulate_dtype, as_dtype
+from ...shape import States, as_dtype
 from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
@@ -71,21 +71,10 @@ def _register() -> torch.library.Library:
         implement("recurrence_triton_backward", _or_other("backward"), key)
 
     def recurrence_triton_forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
-        return inputs[0].new_empty(inputs[0].shape), given[0].new_empty(given[0].shape)
+        return launch.forward_results(inputs, given)
 
     def recurrence_triton_backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-        start, layout, _ = from_flat(given)
-        h, initial_state, dt = start.h, start.initial_state, start.dt
-        needs_dt, needs_bias = rest[-1][2:]
-        first, num_leading = inputs[0], 2 if layout.batch_sizes is None else 1
-        num_features, dtype = first.shape[num_leading:].numel(), accumulate_dtype(first.dtype)
-        return (
-            launch.grads_like(inputs, num_leading),
-            h.new_empty(h.shape),
-            first.new_empty(0 if initial_state is None else h.shape, dtype=dtype),
-            first.new_empty(0 if dt is None or not needs_dt else dt.shape, dtype=dtype),
-            first.new_empty(len(inputs) * num_features if needs_bias else 0, dtype=dtype),
-        )
+        return launch.backward_results(inputs, given, rest[-1])
 
     for shapes in (recurrence_triton_forward, recurrence_triton_backward):
         torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes), lib=library)

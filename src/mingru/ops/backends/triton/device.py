@@ -88,21 +88,12 @@ def _problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def wave_of(device: torch.device) -> int:
-    """Return the number of threads of a warp."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    """Return the number of multiprocessors."""
+def facts_of(device: torch.device) -> tuple[int, bool, int]:
+    """Return the number of threads of a warp, whether this is a GPU of AMD, and the number of multiprocessors."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return int(torch.xpu.get_device_properties(device).gpu_subslice_count) if device.type == "xpu" else 132
-
-
-def is_amd(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is not None
+        found = torch.cuda.get_device_properties(device)
+        return found.warp_size, torch.version.hip is not None, found.multi_processor_count
+    return 32, False, torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 132
 
 
 def is_capturing(device: torch.device) -> bool:

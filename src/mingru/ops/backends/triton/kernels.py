@@ -14,14 +14,13 @@ Everything is computed in a fixed order, without atomics.
 Time is counted in the order of the scan; u is the step in that order. For `backwards`, a step u is the row
 num_steps - 1 - u. The backward pass is a scan in the opposite direction. The row of a packed step comes from a table.
 
-Suffixes: `_batch` and `_step` are strides. Strides of sequences and `num_units` count units of V features, and the
-kernel multiplies them by V. That tells the compiler how addresses are aligned, so that accesses have 16 bytes whenever
-the number of features allows them. All memory is read before any is written in a tile, because the compiler moves no
-load over a store.
+A sequence is a tuple: its memory, and its strides of batch and time. These strides and `num_units` count units of V
+features, and the kernel multiplies them by V. That tells the compiler how addresses are aligned, so that accesses have
+16 bytes whenever the number of features allows them. All memory is read before any is written in a tile, because the
+compiler moves no load over a store.
 """
 
 from inspect import signature
-from operator import itemgetter
 
 import triton
 import triton.language as tl
@@ -56,36 +55,35 @@ def load_state(x, there, like, PARTS: tl.constexpr):
 
 
 @triton.jit
-def begin(x, batch_stride, step, origin, feature, V: tl.constexpr):
+def begin(sequence, origin, feature, V: tl.constexpr):
     """Return a sequence from its first step in the order of the scan, and the stride to the next step, in elements."""
-    if x is None:
-        return (), ()
-    else:
-        batch, first_row, sign = origin
-        step = step.to(tl.int64) * V
-        # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
-        ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
-        at = batch * batch_stride * V + first_row * step
-        return tl.multiple_of(x + at, ALIGNMENT) + feature, step * sign
+    x, batch_stride, step = sequence
+    batch, first_row, sign = origin
+    step = step.to(tl.int64) * V
+    # `multiple_of` promises the alignment in bytes, on scalars, because the compiler loses it on other addresses.
+    ALIGNMENT: tl.constexpr = V * (x.dtype.element_ty.primitive_bitwidth // 8)
+    offset = batch * batch_stride * V + first_row * step
+    return tl.multiple_of(x + offset, ALIGNMENT) + feature, step * sign
 
 
 @triton.jit
-def address(first, t, rows, step):
-    """Return the offset of step t of each chunk (C, 1); `first` is the index of its first step."""
+def at(sequence, first, t, rows):
+    """Return the addresses of step t of each chunk (C, 1); `first` is the index of its first step."""
+    x, step = sequence
     if len(rows) > 0:
-        return rows[t] * step
+        return x + rows[t] * step
     else:
-        return first * step + t * step
+        return x + (first * step + t * step)
 
 
 @triton.jit
-def time_of(dt, here, bound, A: tl.constexpr):
-    """Return the `time` of a step of each chunk, as the cells take it. Steps that are not there have a time of 0."""
-    if dt is None and bound is None:
+def time_of(elapsed, bound, A: tl.constexpr):
+    """Return the `time` of a step of each chunk, as the cells take it."""
+    if elapsed is None and bound is None:
         return ()
     else:
         one = tl.full((1, 1), 1.0, A)
-        elapsed = one if dt is None else tl.load(dt, here, other=0.0).to(A)
+        elapsed = one if elapsed is None else elapsed.to(A)
         if bound is None:
             return (elapsed,)
         else:
@@ -132,27 +130,21 @@ def summary(p, l, any_reset):
 
 
 @triton.jit
-def derived(x, time, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Return the conjugate of a, and the derivatives of the state; `previous` is () if they are not needed."""
-    a, _, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
-    return conjugate(a), changes_of(derivatives, previous) if len(previous) > 0 else ()
+def coefficients(x, time, delta, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Return a and b of a step of the scan, and the derivatives of its state.
+
+    In the backward pass, `delta` is the gradient of the state, and `previous` the state before the step. `previous` is
+    () if the derivatives are not needed.
+    """
+    a, b, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
+    if delta is None:
+        return a, b, ()
+    else:
+        return conjugate(a), delta, changes_of(derivatives, previous) if len(previous) > 0 else ()
 
 
-def kernel(function):
-    """Compile a function. Only constants select another kernel, not numbers that are 1 or a multiple of 16, nor
-    addresses that are a multiple of 16."""
-    parameters = signature(function).parameters.values()
-    values = [each.name for each in parameters if each.annotation is not tl.constexpr]
-    return triton.jit(do_not_specialize=values)(function)
-
-
-@kernel
+@triton.jit
 def recurrence_kernel(
-    num_steps,
-    num_units,
-    num_segments,
-    segment_steps,
-    backwards,
     CELL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEPING: tl.constexpr,
@@ -162,41 +154,28 @@ def recurrence_kernel(
     V: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
-    # Sequences, None if there are none, and their strides of batch and time.
-    x0,
-    x1,
-    x0_batch,
-    x0_step,
-    # Of x1 and x2, if their strides differ from those of x0.
-    x1_batch=None,
-    x1_step=None,
-    x2=None,
+    num_steps,
+    num_units,
+    num_segments,
+    segment_steps,
+    backwards,
+    # Sequences. All others are None if they are not there. An input that is only memory has the strides of the one
+    # before it.
+    inputs,
     out=None,
-    out_batch=None,
-    out_step=None,
     grad_out=None,
-    grad_out_batch=None,
-    grad_out_step=None,
     # The gradients of all inputs, side by side.
     grads=None,
-    grads_batch=None,
-    grads_step=None,
     reset=None,
-    reset_batch=None,
-    reset_step=None,
     # Elapsed times; None if they are all 1.
     dt=None,
-    dt_batch=None,
-    dt_step=None,
     # Sums over the features of a unit, (num_units) for each elapsed time.
     grad_dt=None,
-    # States (B, N).
+    # States (B, N) and their strides of batch.
     h=None,
-    h_batch=None,
     initial_state=None,
-    initial_state_batch=None,
+    # States of dense memory: `after` is the state after the last step, or the gradient of h.
     grad_last=None,
-    # State after the last step, or gradient of h.
     after=None,
     # Sums over the steps of a segment, (B, num_segments, N) and (B, num_segments, num_inputs N).
     grad_initial_state=None,
@@ -205,12 +184,11 @@ def recurrence_kernel(
     offsets=None,
     lengths=None,
     # Decay and last state from a state of 0 of each segment, (B, num_segments, N).
-    products=None,
-    ends=None,
+    summaries=None,
     # log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest of it.
     bound=None,
 ):
-    """Compute all states, or with `grad_out` the gradients; or without `out`, the products and ends of segments.
+    """Compute all states, or with `grad_out` the gradients; or without `out`, the summaries of segments.
 
     In the backward pass, u counts from the last step of the recurrence to its first; `backwards` refers to that order.
     The state is then the carry, the gradient of the state before a step: c = a (dL/dh + c of the following step).
@@ -218,13 +196,17 @@ def recurrence_kernel(
     """
     BACKWARD: tl.constexpr = grad_out is not None
     PACKED: tl.constexpr = offsets is not None
-    SEGMENTS: tl.constexpr = products is not None
+    SEGMENTS: tl.constexpr = summaries is not None
     SUMMARY: tl.constexpr = out is None
-    NUM_INPUTS: tl.constexpr = 2 if x2 is None else 3
-    EXACT: tl.constexpr = x0.dtype.element_ty == tl.float32
-    A: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    NUM_INPUTS: tl.constexpr = len(inputs)
+    dtype: tl.constexpr = inputs[0][0].dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
+    A: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     PARTS: tl.constexpr = parts_of_cell(CELL)
     MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan" or CELL == "quaternion_linear_scan"
+    # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived first,
+    # and bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
+    FIRST: tl.constexpr = not BACKWARD or C > 1 or EXACT or SUMMARY
 
     num_features = num_units * V
     num_blocks = tl.cdiv(num_features, F)
@@ -253,36 +235,39 @@ def recurrence_kernel(
     state, start, decay, any_reset = zero, zero, constant(zero, 1.0), tl.zeros((C, 1), tl.int1)
     state_at = batch * num_features + feature
     if not SUMMARY:
-        earliest = load_state(h + batch * h_batch + feature, there, real, PARTS)
+        earliest = load_state(h[0] + batch * h[1] + feature, there, real, PARTS)
         state = load_state(grad_last + state_at, there, real, PARTS) if BACKWARD else earliest
     if initial_state is not None:
-        start = load_state(initial_state + batch * initial_state_batch + feature, there, real, PARTS)
+        start = load_state(initial_state[0] + batch * initial_state[1] + feature, there, real, PARTS)
     if SEGMENTS and not SUMMARY:
-        state = carry_into(segment, state, products + segments_at, ends + segments_at, there, num_features)
+        state = carry_into(segment, state, summaries[0] + segments_at, summaries[1] + segments_at, there, num_features)
 
     first_row, sign = 0, 1
     if not PACKED:
         first_row, sign = (backwards * (total - 1)).to(tl.int64), 1 - 2 * backwards
     origin = batch, first_row, sign
-    x0, x_rows = begin(x0, x0_batch, x0_step, origin, feature, V)
-    others = (x0_batch, x0_step) if x1_batch is None else (x1_batch, x1_step)
-    x1, other_rows = begin(x1, others[0], others[1], origin, feature, V)
-    x2 = begin(x2, others[0], others[1], origin, feature, V)[0]
-    out, out_rows = begin(out, out_batch, out_step, origin, feature, V)
-    grad_out, grad_out_rows = begin(grad_out, grad_out_batch, grad_out_step, origin, feature, V)
-    grads, grads_rows = begin(grads, grads_batch, grads_step, origin, feature, V)
+    strides, xs = inputs[0][1:], ()
+    for k in tl.static_range(NUM_INPUTS):
+        if len(inputs[k]) > 1:
+            strides = inputs[k][1:]
+        xs += (begin((inputs[k][0], strides[0], strides[1]), origin, feature, V),)
+    if BACKWARD:
+        grad_out = begin(grad_out, origin, feature, V)
+    if not SUMMARY:
+        out = begin(out, origin, feature, V)
+        written = begin(grads, origin, feature, V) if BACKWARD else out
     if reset is not None:
-        reset, reset_rows = begin(reset, reset_batch, reset_step, origin, 0, 1)
+        reset = begin(reset, origin, 0, 1)
     if grad_dt is not None:
-        grad_dt_batch, grad_dt_rows = dt_batch.to(tl.int64) * num_units, dt_step.to(tl.int64) * num_units
-        grad_dt, grad_dt_rows = begin(grad_dt, grad_dt_batch, grad_dt_rows, origin, unit, 1)
+        strides = dt[1].to(tl.int64) * num_units, dt[2].to(tl.int64) * num_units
+        grad_dt = begin((grad_dt, strides[0], strides[1]), origin, unit, 1)
     if dt is not None:
-        dt, dt_rows = begin(dt, dt_batch, dt_step, origin, 0, 1)
+        dt = begin(dt, origin, 0, 1)
 
     keeping = KEEPING[0]
     if PARTS > 1:
         # The other parts of a number are 0.
-        keeping = tl.where(feature % PARTS == 0, KEEPING[0], 0.0).to(x0.dtype.element_ty)
+        keeping = tl.where(feature % PARTS == 0, KEEPING[0], 0.0).to(dtype)
     # Of the gradients of the initial state and of the inputs.
     sums = (tl.zeros((C, F), A),) * (NUM_INPUTS + 1)
     # Steps from a chunk to the next one, and from a tile to the next one.
@@ -293,7 +278,7 @@ def recurrence_kernel(
     for tile in tl.range(begin_at, last_tile, tile_steps, num_stages=1 if SUMMARY else STAGES):
         u = tile + chunk * apart
         first = u.to(tl.int64)
-        rows, masks, steps, resets, deltas = (), (), (), (), ()
+        rows, masks, resets, steps, ready = (), (), (), (), ()
         if PACKED:
             # The backward pass needs one more, because the previous state is in the row of the next u.
             for t in tl.static_range(T + BACKWARD):
@@ -303,70 +288,54 @@ def recurrence_kernel(
             here = u + t < end
             mask = here if EVEN else here & there
             masks += (mask,)
-            at = address(first, t, rows, x_rows)
-            x = (number(tl.load(x0 + at, mask, other=keeping).to(A), PARTS),)
-            if x1_batch is not None:
-                at = address(first, t, rows, other_rows)
-            x += (number(tl.load(x1 + at, mask, other=KEEPING[1]).to(A), PARTS),)
-            if NUM_INPUTS == 3:
-                x += (number(tl.load(x2 + at, mask, other=KEEPING[2]).to(A), PARTS),)
-            resets += (
-                () if reset is None else tl.load(reset + address(first, t, rows, reset_rows), here, other=0) != 0,
-            )
-            elapsed = None if dt is None else dt + address(first, t, rows, dt_rows)
-            previous = ()
+            x = ()
+            for k in tl.static_range(NUM_INPUTS):
+                loaded = tl.load(at(xs[k], first, t, rows), mask, other=keeping if k == 0 else KEEPING[k])
+                x += (number(loaded.to(A), PARTS),)
+            resets += (() if reset is None else tl.load(at(reset, first, t, rows), here, other=0) != 0,)
+            # Steps that are not there have a time of 0.
+            elapsed = None if dt is None else tl.load(at(dt, first, t, rows), here, other=0.0)
+            delta, previous = None, ()
             if BACKWARD:
-                deltas += (load_state(grad_out + address(first, t, rows, grad_out_rows), mask, real, PARTS),)
+                delta = load_state(at(grad_out, first, t, rows), mask, real, PARTS)
             if BACKWARD and not SUMMARY:
                 # The state before the first step is not in `out`.
                 inside = u + t < tl.minimum(end, total - 1)
-                at = address(first, t + 1, rows, out_rows)
-                previous = load_state(out + at, inside if EVEN else inside & there, real, PARTS)
+                previous = load_state(at(out, first, t + 1, rows), inside if EVEN else inside & there, real, PARTS)
                 previous = where(resets[t], start, where(u + t == total - 1, earliest, previous))
-            steps += ((x, time_of(elapsed, here, bound, A), previous),)
-        a, b, changes, before = (), deltas, (), state
-        # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived
-        # first, and bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
-        FIRST: tl.constexpr = C > 1 or EXACT or SUMMARY
-        for t in tl.static_range(T):
-            if not BACKWARD:
-                a_t, b_t, _ = cell(steps[t][0], steps[t][1], CELL, ACTIVATION, EXACT)
-                a += (a_t,)
-                b += (b_t,)
-            elif FIRST:
-                a_t, changes_t = derived(*steps[t], CELL, ACTIVATION, EXACT)
-                a += (a_t,)
-                changes += (changes_t,)
+            steps += ((x, time_of(elapsed, bound, A), delta, previous),)
+        for t in tl.static_range(T if FIRST else 0):
+            ready += (coefficients(*steps[t], CELL, ACTIVATION, EXACT),)
+        before = state
         if C > 1 and not SUMMARY:
-            before, state = carries(a, b, resets, None if BACKWARD else start, state, MAY_GROW)
+            before, state = carries(ready, resets, None if BACKWARD else start, state, MAY_GROW)
         for t in tl.static_range(T):
+            a, b, changes = ready[t] if FIRST else coefficients(*steps[t], CELL, ACTIVATION, EXACT)
             if SUMMARY:
-                before = step(before, a[t], b[t], resets[t], None if BACKWARD else start)
-                decay = times(a[t], decay)
+                before = step(before, a, b, resets[t], None if BACKWARD else start)
+                decay = times(a, decay)
                 if reset is not None:
                     any_reset = any_reset | resets[t]
-            elif not BACKWARD:
-                before = step(before, a[t], b[t], resets[t], start)
-                at = address(first, t, rows, out_rows)
-                tl.store(out + at, features(before).to(out.dtype.element_ty), masks[t])
             else:
-                a_t, changes_t = (a[t], changes[t]) if FIRST else derived(*steps[t], CELL, ACTIVATION, EXACT)
-                delta = plus(deltas[t], before)
-                found = gradients(delta, changes_t)
-                at = address(first, t, rows, grads_rows)
-                for k in tl.static_range(NUM_INPUTS):
-                    tl.store(grads + at + k * num_features, found[k].to(grads.dtype.element_ty), masks[t])
+                if BACKWARD:
+                    delta = plus(b, before)
+                    found = gradients(delta, changes)
+                else:
+                    before = step(before, a, b, resets[t], start)
+                    found = (features(before),)
+                for k in tl.static_range(NUM_INPUTS if BACKWARD else 1):
+                    tl.store(at(written, first, t, rows) + k * num_features, found[k], masks[t])
                 if grad_dt is not None:
                     by_unit = tl.sum(tl.reshape(found[NUM_INPUTS], (C, F // V, V)), 2)
-                    at = address(first, t, rows, grad_dt_rows)
-                    tl.store(grad_dt + at, by_unit, (u + t < end) & (unit < num_units))
-                before = times(a_t, delta)
-                to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
-                before = where(resets[t], constant(before, 0.0), before)
-                summed = (sums[0] + to_initial,)
-                for k in tl.static_range(NUM_INPUTS):
-                    summed += (sums[k + 1] + found[k],)
-                sums = summed
+                    tl.store(at(grad_dt, first, t, rows), by_unit, (u + t < end) & (unit < num_units))
+                if BACKWARD:
+                    before = times(a, delta)
+                    to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
+                    before = where(resets[t], constant(before, 0.0), before)
+                    summed = (sums[0] + to_initial,)
+                    for k in tl.static_range(NUM_INPUTS):
+                        summed += (sums[k + 1] + found[k],)
+                    sums = summed
         if C == 1 or SUMMARY:
             state = before
 
@@ -374,33 +343,27 @@ def recurrence_kernel(
         # The padding is not reversed.
         for tile in range(tl.maximum(begin_at, total), end_of_padding, C):
             row = (tile + chunk).to(tl.int64)
-            mask, u = (row < end_of_padding) & there, (row - first_row) * sign
-            nothing = tl.zeros((C, F), A)
-            if BACKWARD:
-                for k in tl.static_range(NUM_INPUTS):
-                    tl.store(grads + u * grads_rows + k * num_features, nothing.to(grads.dtype.element_ty), mask)
-                if grad_dt is not None:
-                    by_unit = tl.zeros((C, F // V), A)
-                    tl.store(grad_dt + u * grad_dt_rows, by_unit, (row < end_of_padding) & (unit < num_units))
-            else:
-                tl.store(out + u * out_rows, nothing.to(out.dtype.element_ty), mask)
+            inside, u = row < end_of_padding, (row - first_row) * sign
+            for k in tl.static_range(NUM_INPUTS if BACKWARD else 1):
+                tl.store(at(written, u, 0, ()) + k * num_features, tl.zeros((C, F), A), inside & there)
+            if grad_dt is not None:
+                tl.store(at(grad_dt, u, 0, ()), tl.zeros((C, F // V), A), inside & (unit < num_units))
 
     if SUMMARY:
-        at = segments_at + segment * num_features
         p, l = summary(decay, state, any_reset)
-        tl.store(products + at, p, there)
-        tl.store(ends + at, l, there)
+        tl.store(summaries[0] + segments_at + segment * num_features, p, there)
+        tl.store(summaries[1] + segments_at + segment * num_features, l, there)
     else:
         is_last = segment == num_segments - 1 if SEGMENTS else True
         if is_last:
-            tl.store(after + state_at, features(state).to(after.dtype.element_ty), there)
+            tl.store(after + state_at, features(state), there)
         if grad_initial_state is not None:
             tl.store(grad_initial_state + sums_of * num_features + feature, tl.sum(sums[0], 0)[None, :], there)
         if grad_bias is not None:
             for k in tl.static_range(NUM_INPUTS):
-                at = (sums_of * NUM_INPUTS + k) * num_features + feature
-                tl.store(grad_bias + at, tl.sum(sums[k + 1], 0)[None, :], there)
+                place = (sums_of * NUM_INPUTS + k) * num_features + feature
+                tl.store(grad_bias + place, tl.sum(sums[k + 1], 0)[None, :], there)
 
 
 PARAMETERS = signature(recurrence_kernel.fn).parameters
-constants_of = itemgetter(*(at for at, each in enumerate(PARAMETERS.values()) if each.annotation is tl.constexpr))
+NUM_CONSTANTS = sum(each.annotation is tl.constexpr for each in PARAMETERS.values())

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,16 @@ from .plan import KEEPING, Plan, Work, plan_of
 Tensors = Sequence[Tensor]
 Given = Sequence[Tensor | None]
 
-# Kernels by device, warps, constants, and types of the other arguments, which is how Triton selects them. Its own
-# search takes most of the time of a launch; None if Triton must launch the kernel.
+# Kernels by device, warps, constants and types of the operands; None if Triton's own launch must find the kernel, which
+# takes most of the time of a launch.
 _compiled: dict[tuple[Any, ...], Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
 _failures: dict[tuple[Any, ...], str] = {}
 
 
 def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
-    """Launch the kernel of a pass, "forward" or "backward", on the device of its first argument."""
-    x = args["x0"]
+    """Launch the kernel of a pass, "forward" or "backward", on the device of its inputs."""
+    x = args["inputs"][0][0]
     try:
         _launch(x.device, num_programs, plan, args)
     except Exception as error:
@@ -50,48 +50,59 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
 
     args = args | {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
     values = [args.get(name) for name in kernels.PARAMETERS]
-    dtypes = tuple(x.dtype for x in values if isinstance(x, Tensor))
-    # Integers of 32 and of 64 bits have different types.
-    integers = [x for x in values if type(x) is int]
-    wide = () if _fits(min(integers)) and _fits(max(integers)) else tuple(map(_fits, integers))
-    key = (device, plan.warps, kernels.constants_of(values), tuple(map(type, values)), dtypes, wide)
-
-    def by_triton() -> Any:
-        # Fusion is given, because the default differs between versions of Triton. The interpreter returns None.
-        return kernels.recurrence_kernel[(num_programs,)](**args, num_warps=plan.warps, enable_fp_fusion=True)
-
+    constants, operands = values[: kernels.NUM_CONSTANTS], values[kernels.NUM_CONSTANTS :]
+    key = (device, plan.warps, *constants, *map(stand_in, operands))
+    if key in _failures:
+        raise RuntimeError(_failures[key])
+    # Fusion is given, because the default differs between versions of Triton.
+    kernel, options = kernels.recurrence_kernel, {"num_warps": plan.warps, "enable_fp_fusion": True}
     with devices.current(device):
-        if (compiled := _compiled.get(key)) is not None:
-            try:
+        try:
+            compiled = _compiled[key] if key in _compiled else kernel.warmup(*key[2:], grid=(1,), **options)
+            # The interpreter compiles nothing.
+            if compiled is not None:
                 compiled[(num_programs, 1, 1)](*values)
-            except Exception:
-                # Another version of Triton may take other arguments here.
-                by_triton()
-                _compiled[key] = None
-        elif key in _compiled:
-            by_triton()
-        elif key in _failures:
-            raise RuntimeError(_failures[key])
-        else:
-            _compiled[key] = _first(by_triton, device, key)
-
-
-def _first(by_triton: Callable[[], Any], device: torch.device, key: tuple[Any, ...]) -> Any:
-    """Return the kernel of a first launch. Try twice, because some reasons to fail pass, such as a full disk."""
-    try:
-        return by_triton()
-    except Exception:
-        if devices.is_capturing(device):
+                _compiled[key] = compiled
+                return
+        except Exception:
+            if devices.is_capturing(device):
+                raise
+        # A second attempt, because some reasons to fail pass, such as a full disk, and because another version of
+        # Triton may compile or take arguments in another way.
+        try:
+            kernel[(num_programs,)](*values, **options)
+        except Exception as error:
+            if key not in _compiled and not devices.is_capturing(device):
+                _failures[key] = devices.first_line(error)
             raise
-    try:
-        return by_triton()
-    except Exception as error:
-        _failures[key] = devices.first_line(error)
-        raise
+        _compiled[key] = None
 
 
-def _fits(number: int) -> bool:
-    return -(2**31) <= number < 2**31
+class _Pointer:
+    """An address in place of a tensor. It is odd, so that the compiler assumes no alignment."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 1
+
+
+_pointer = functools.cache(_Pointer)
+
+
+def stand_in(x: Any) -> Any:
+    """Return what has the type of an operand and none of the values, such as multiples of 16, of which Triton would
+    compile other kernels."""
+    kind = type(x)
+    if kind is int:
+        # Integers of 32 and of 64 bits have different types.
+        return 3 if -0x80000000 <= x < 0x80000000 else 0x80000001
+    if kind is tuple:
+        return tuple([stand_in(each) for each in x])
+    if kind is float:
+        return 0.5
+    return _pointer(x.dtype) if isinstance(x, Tensor) else x
 
 
 def _written(tensors: Given) -> list[Any]:
@@ -121,28 +132,10 @@ class _Call:
         return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
     def plan(self, backward: bool) -> Plan:
-        x = self.x[0]
-        work = Work(
-            cell=self.cell,
-            itemsize=x.element_size(),
-            num_sequences=self.num_sequences,
-            num_steps=self.num_steps,
-            num_features=self.num_features,
-            backward=backward,
-            has_reset=self.start.reset is not None,
-            is_packed=self.batch_sizes is not None,
-            is_timed=self.min_decay != 0 or self.start.dt is not None,
-            wave=devices.wave_of(x.device),
-            is_amd=devices.is_amd(x.device),
-            processors=devices.processors_of(x.device),
-        )
-        plan = plan_of(work)
-        return plan._replace(segments=-(-self.num_steps // self.segment_steps(plan)))
-
-    def segment_steps(self, plan: Plan) -> int:
-        """Return the number of steps of a segment, which is a whole number of tiles."""
-        tile = plan.chunks * plan.steps
-        return -(-self.num_steps // (plan.segments * tile)) * tile
+        x, reset, dt = self.x[0], self.start.reset, self.start.dt
+        sizes = x.element_size(), self.num_sequences, self.num_steps, self.num_features
+        facts = backward, reset is not None, self.batch_sizes is not None, self.min_decay != 0 or dt is not None
+        return plan_of(Work(self.cell, *sizes, *facts, *devices.facts_of(x.device)))
 
     def unit(self, *sequences: Tensor) -> int:
         """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
@@ -155,30 +148,33 @@ class _Call:
         # The lowest bit is the largest power of 2 that divides all of them.
         return bits & -bits
 
-    def sequences(self, unit: int, **sequences: Tensor | None) -> dict[str, Any]:
-        """Return those sequences that are there, and their strides of batch and time in units, as arguments."""
-        found: dict[str, Any] = {}
-        for name, x in sequences.items():
-            if x is not None:
-                leading = (0, x.stride(0)) if self.batch_sizes is not None else x.stride()[:2]
-                batch, step = leading[::-1] if self.time_first and self.batch_sizes is None else leading
-                found |= {name: x, f"{name}_batch": batch // unit, f"{name}_step": step // unit}
-        return found
+    def sequence(self, x: Tensor | None, unit: int) -> tuple[Any, ...] | None:
+        """Return a sequence and its strides of batch and time in units, as an argument."""
+        if x is None:
+            return None
+        if self.batch_sizes is not None:
+            return x, 0, x.stride(0) // unit
+        step, batch = x.stride()[:2] if self.time_first else x.stride()[1::-1]
+        return x, batch // unit, step // unit
 
     def launch(self, name: str, plan: Plan, unit: int, shared: dict[str, Any], whole: dict[str, Any]) -> None:
         """Launch the kernel with arguments `shared` and `whole`. If time is divided into segments, launch it first for
         the segments with `shared` alone."""
-        x = self.x[0]
+        x, *others = self.x
+        num_own = 1 + (others[0].stride() != x.stride())
+        tile = plan.chunks * plan.steps
         shared |= {
-            **dict(zip(("x0", "x1", "x2"), self.x, strict=False)),
-            **self.sequences(unit, x0=x, x1=None if self.x[1].stride() == x.stride() else self.x[1]),
-            **self.sequences(1, reset=self.start.reset, dt=self.start.dt),
-            **_state("initial_state", self.start.initial_state),
+            "inputs": (*(self.sequence(x, unit) for x in self.x[:num_own]), *((x,) for x in self.x[num_own:])),
+            "reset": self.sequence(self.start.reset, 1),
+            "dt": self.sequence(self.start.dt, 1),
+            "initial_state": _state(self.start.initial_state),
+            "lengths": self.lengths,
             "bound": _bound(self.min_decay),
             "num_steps": self.num_steps,
             "num_units": self.num_features // unit,
             "num_segments": plan.segments,
-            "segment_steps": self.segment_steps(plan),
+            # A whole number of tiles.
+            "segment_steps": -(-self.num_steps // (plan.segments * tile)) * tile,
             "backwards": int(self.reverse != (name == "backward")),
             "CELL": self.cell,
             "ACTIVATION": self.activation,
@@ -188,12 +184,10 @@ class _Call:
         }
         if self.batch_sizes is not None:
             shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x)
-        elif self.lengths is not None:
-            shared["lengths"] = self.lengths
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
         if plan.segments > 1:
             shape = (2, self.num_sequences, plan.segments, self.num_features)
-            shared["products"], shared["ends"] = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+            shared["summaries"] = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind()
             run(name, num_programs, plan, shared)
         run(name, num_programs, plan, shared | whole)
 
@@ -232,12 +226,12 @@ def _new_packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Ten
     return both[:num_steps], both[num_steps:]
 
 
-def _state(name: str, h: Tensor | None) -> dict[str, Any]:
-    """Return a state (B, N), or (1, N) for all batch elements, and its stride, as arguments."""
+def _state(h: Tensor | None) -> tuple[Tensor, int] | None:
+    """Return a state (B, N), or (1, N) for all batch elements, and its stride, as an argument."""
     if h is None:
-        return {}
+        return None
     h = (h[:1] if h.stride(0) == 0 else h).contiguous()
-    return {name: h, f"{name}_batch": 0 if h.shape[0] == 1 else h[0].numel()}
+    return h, 0 if h.shape[0] == 1 else h[0].numel()
 
 
 def _bound(min_decay: float) -> tuple[float, ...] | None:
@@ -259,61 +253,74 @@ def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float
     `given`: see `call.flattened`. `cell`: name and activation. `order`: reverse, time_first.
     """
     call = _Call(inputs, given, cell, min_decay, order)
-    h = call.start.h
-    out, last = inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
+    out, last = forward_results(inputs, given)
     flat = call.flat(out)
     unit = call.unit(flat)
-    whole = {**call.sequences(unit, out=flat), **_state("h", h), "after": last}
+    whole = {"out": call.sequence(flat, unit), "h": _state(call.start.h), "after": last}
     call.launch("forward", call.plan(backward=False), unit, {}, whole)
     return out, last
 
 
 def backward(
     inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs, side by side, and of h, of the initial state, of dt and of a bias.
 
     The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
     grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
     """
-    *order, needs_dt, needs_bias = flags
-    call = _Call(inputs, given, cell, min_decay, order)
+    call = _Call(inputs, given, cell, min_decay, flags[:2])
     if call.start.dt is not None:
         # The kernel writes the gradients of dt with the strides of dt.
         call.start = call.start._replace(dt=call.start.dt.contiguous())
-    h, initial_state, dt = call.start.h, call.start.initial_state, call.start.dt
-    grads = grads_like(inputs, 2 if call.batch_sizes is None else 1)
+    results = backward_results(inputs, given, flags)
+    grads, grad_h, *sums = results
     out, grad_out, grad_last = _written(saved)
     out, grad_out = call.flat(out), call.flat(grad_out)
     plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
-    grad_h = h.new_empty(h.shape)
-    whole = {**call.sequences(unit, out=out, grads=grads), **_state("h", h), "after": grad_h}
-    whole["grad_last"] = grad_last.contiguous()
-    batch, segments, num_features = call.num_sequences, plan.segments, call.num_features
-    new = functools.partial(inputs[0].new_empty, dtype=accumulate_dtype(inputs[0].dtype))
-    # Sums of the programs of each segment.
-    sums: dict[str, Tensor | None] = {
-        "grad_initial_state": None if initial_state is None else new((batch, segments, num_features)),
-        "grad_dt": None if dt is None or not needs_dt else new((*dt.shape, num_features // unit)),
-        "grad_bias": new((batch * segments, len(inputs) * num_features)) if needs_bias else None,
+    whole = {
+        "out": call.sequence(out, unit),
+        "grads": call.sequence(grads, unit),
+        "h": _state(call.start.h),
+        "grad_last": grad_last.contiguous(),
+        "after": grad_h,
     }
-    call.launch("backward", plan, unit, call.sequences(unit, grad_out=grad_out), whole | sums)
-    grad_initial_state, grad_dt, grad_bias = (
-        new(0) if x is None else _summed(x, dim) for x, dim in zip(sums.values(), (1, -1, 0), strict=True)
+    # Each program has sums of its own. The dimensions of results, of these programs, and of what they have in common.
+    counts = (
+        (call.num_sequences, plan.segments),
+        (sums[1].numel(), call.num_features // unit),
+        (1, call.num_sequences * plan.segments),
     )
-    if initial_state is not None:
-        grad_initial_state = grad_initial_state.view(h.shape)
-    return grads, grad_h, grad_initial_state, grad_dt, grad_bias
+    parts = [
+        x if count == 1 or x.numel() == 0 else x.new_empty(size, count, x.numel() // size)
+        for x, (size, count) in zip(sums, counts, strict=True)
+    ]
+    names = ("grad_initial_state", "grad_dt", "grad_bias")
+    whole |= {name: part for name, part in zip(names, parts, strict=True) if part.numel() > 0}
+    call.launch("backward", plan, unit, {"grad_out": call.sequence(grad_out, unit)}, whole)
+    for x, part in zip(sums, parts, strict=True):
+        if part is not x:
+            torch.sum(part, 1, out=x.view(len(part), -1))
+    return results
 
 
-def _summed(x: Tensor, dim: int) -> Tensor:
-    return x.select(dim, 0) if x.shape[dim] == 1 else x.sum(dim)
+def forward_results(inputs: Tensors, given: Given) -> States:
+    """Return uninitialized tensors for the results of `forward`."""
+    h: Any = given[0]
+    return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
 
 
-def grads_like(inputs: Tensors, num_leading: int) -> Tensor:
-    """Return an uninitialized tensor for the gradients of all inputs, side by side, in their memory order."""
-    first = inputs[0]
-    leading, size = first.shape[:num_leading], len(inputs) * first.shape[num_leading:].numel()
-    if is_transposed(first):
-        return first.new_empty(leading[1], leading[0], size).transpose(0, 1)
-    return first.new_empty(*leading, size)
+def backward_results(inputs: Tensors, given: Given, flags: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Return uninitialized tensors for the results of `backward`."""
+    (h, initial_state, _, dt), layout, _ = from_flat(given)
+    needs_dt, needs_bias = flags[2:]
+    x, num_leading = inputs[0], 2 if layout.batch_sizes is None else 1
+    leading, size = x.shape[:num_leading], len(inputs) * x.shape[num_leading:].numel()
+    # In the memory order of the inputs.
+    if is_transposed(x):
+        grads = x.new_empty(leading[1], leading[0], size).transpose(0, 1)
+    else:
+        grads = x.new_empty(*leading, size)
+    new = functools.partial(x.new_empty, dtype=accumulate_dtype(x.dtype))
+    of_initial_state, of_dt = 0 if initial_state is None else h.shape, dt.shape if needs_dt and dt is not None else 0
+    return grads, h.new_empty(h.shape), new(of_initial_state), new(of_dt), new(size if needs_bias else 0)

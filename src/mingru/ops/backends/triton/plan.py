@@ -100,6 +100,9 @@ def plan_of(work: Work) -> Plan:
     if work.cell in NUM_INPUTS and not work.is_packed and 4 * programs < 3 * work.processors:
         # With more programs, the first launch takes what the second one gains.
         segments = max(1, min(64, -(-2 * work.processors // programs), num_steps // (2 * tile)))
+        # Segments have a whole number of tiles, and none is empty.
+        tiles = -(-num_steps // tile)
+        segments = -(-tiles // -(-tiles // segments))
     # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
     return Plan(chunks, steps, features, segments, warps, None if work.is_amd or work.is_packed else 2)
 

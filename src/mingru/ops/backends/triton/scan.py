@@ -233,16 +233,16 @@ def either(x, y):
 
 
 @triton.jit
-def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
+def carries(maps, resets, start, state, MAY_GROW: tl.constexpr):
     """Return the state before each chunk (C, F), and the state after the last one (1, F).
 
-    a, b and `resets` have a value for each step of a chunk; without resets, it is (). The state before the first
-    chunk is `state` (1, F). If `start` is None, the states are the carries of the backward pass.
+    `maps` has a and b, and `resets` a mask or (), of each step of a chunk. The state before the first chunk is `state`
+    (1, F). If `start` is None, the states are the carries of the backward pass.
     """
-    p, l = constant(a[0], 1.0), constant(a[0], 0.0)
-    for t in tl.static_range(len(a)):
-        l = step(l, a[t], b[t], resets[t], start)
-        p = times(a[t], p)
+    p, l = constant(maps[0][0], 1.0), constant(maps[0][0], 0.0)
+    for t in tl.static_range(len(maps)):
+        l = step(l, maps[t][0], maps[t][1], resets[t], start)
+        p = times(maps[t][0], p)
         p = where(resets[t], constant(p, 0.0), p)
     p, l, p_before, l_before = combined(p, l)
     before = plus_times(l_before, p_before, state)
@@ -259,13 +259,14 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
         size, largest = tl.abs(p[0]), tl.zeros(p[0].shape, whole.dtype)
         for k in tl.static_range(1, parts_in(p)):
             size = tl.maximum(size, tl.abs(p[k]), propagate_nan=NAN_STAYS)
-        for t in tl.static_range(len(a)):
+        for t in tl.static_range(len(maps)):
             # Or |a|^2, which also exceeds 1 if |a| does.
-            of_a = tl.abs(a[t][0])
+            a = maps[t][0]
+            of_a = tl.abs(a[0])
             if parts_in(p) > 1:
                 of_a = of_a * of_a
                 for k in tl.static_range(1, len(p)):
-                    of_a = plus_product(of_a, a[t][k], a[t][k])
+                    of_a = plus_product(of_a, a[k], a[k])
             largest = tl.maximum(largest, of_a)
         is_finite, is_small, grows = size < INFINITY, size < SMALLEST, largest > 1.0
         flags = flags | (is_finite.to(tl.int32) ^ 1) | is_small.to(tl.int32) << 1 | grows.to(tl.int32) << 2
@@ -279,7 +280,7 @@ def carries(a, b, resets, start, state, MAY_GROW: tl.constexpr):
             here = tl.arange(0, p[0].shape[0])[:, None] == chunk
             before = where(here, last, before)
             h = last
-            for t in tl.static_range(len(a)):
-                h = step(h, a[t], b[t], resets[t], start)
+            for t in tl.static_range(len(maps)):
+                h = step(h, maps[t][0], maps[t][1], resets[t], start)
             last = chunk_of(h, chunk)
     return before, last
