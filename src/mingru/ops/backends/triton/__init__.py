@@ -33,7 +33,7 @@ from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...private import len_torch_dispatch_stack
-from ...shape import States, as_dtype
+from ...shape import as_dtype
 from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
@@ -60,24 +60,18 @@ def _register() -> torch.library.Library:
     define: Any = library.define
     implement: Any = library.impl
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    given, how = "Tensor[] inputs, Tensor?[] given", "str[] cell, float min_decay, bool[] flags"
-    define(f"recurrence_triton_forward({given}, {how}) -> (Tensor, Tensor)", tags=tags)
-    define(
-        f"recurrence_triton_backward({given}, Tensor[] saved, {how}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        tags=tags,
-    )
-    for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
-        implement("recurrence_triton_forward", _or_other("forward"), key)
-        implement("recurrence_triton_backward", _or_other("backward"), key)
+    for name, saved, num_results in (("forward", "", 2), ("backward", "Tensor[] saved, ", 5)):
+        operator, results = f"recurrence_triton_{name}", getattr(launch, f"{name}_results")
+        arguments = f"Tensor[] inputs, Tensor?[] given, {saved}str[] cell, float min_decay, bool[] flags"
+        define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=tags)
+        for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
+            implement(operator, _or_other(name), key)
 
-    def recurrence_triton_forward(inputs: list[Tensor], given: list[Any], *_: Any) -> States:
-        return launch.forward_results(inputs, given)
+        def shapes(inputs: Any, given: Any, *rest: Any, results: Any = results) -> Any:
+            return results(inputs, given, rest[-1])
 
-    def recurrence_triton_backward(inputs: list[Tensor], given: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-        return launch.backward_results(inputs, given, rest[-1])
-
-    for shapes in (recurrence_triton_forward, recurrence_triton_backward):
-        torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes), lib=library)
+        shapes.__name__ = operator
+        torch.library.register_fake(f"mingru::{operator}", on_one_device(shapes), lib=library)
     return library
 
 
@@ -107,12 +101,9 @@ def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
 def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     out, _, *grad = saved
     grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs.start.dt, False)
-    of_inputs = [part.view(x.shape) for part, x in zip(_split(grads, call), call.tensors, strict=True)]
+    parts = grads.chunk(len(call.tensors), -1)
+    of_inputs = [part.view(x.shape) for part, x in zip(parts, call.tensors, strict=True)]
     return grads_of_start(call.start, of_states, grad_dt if needs.start.dt else None), of_inputs
-
-
-def _split(side_by_side: Tensor, call: Call) -> list[Tensor]:
-    return list(side_by_side.chunk(NUM_INPUTS.get(call.spec.cell, 2), -1))
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -125,7 +116,8 @@ def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
     x, weight, bias = call.tensors
     rows = _in_memory_order(x)
     pre = F.linear(rows, weight, bias) if kept is None else kept.view(*rows.shape[:-1], kept.shape[-1])
-    return pre, call._replace(tensors=_split(pre if rows is x else pre.transpose(0, 1), call))
+    inputs = (pre if rows is x else pre.transpose(0, 1)).chunk(NUM_INPUTS[call.spec.cell], -1)
+    return pre, call._replace(tensors=list(inputs))
 
 
 def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -304,7 +304,7 @@ def backward(
     return results
 
 
-def forward_results(inputs: Tensors, given: Given) -> States:
+def forward_results(inputs: Tensors, given: Given, *_: Any) -> States:
     """Return uninitialized tensors for the results of `forward`."""
     h: Any = given[0]
     return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
