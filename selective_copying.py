@@ -105,7 +105,7 @@ def train(config: Config, run: Run) -> tuple[nn.Module, Tensor]:
     generator = torch.manual_seed(config["seed"])
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
-    schedule = warmup_cosine(optimizer, config["num_steps"], max(1, round(config["warmup"] * config["num_steps"])))
+    schedule = warmup_cosine(optimizer, config["num_steps"], config["warmup"])
     model, optimizer = run.fabric.setup(model, optimizer)
 
     history = torch.zeros(config["num_steps"], 2, device=run.fabric.device)
@@ -168,7 +168,7 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
     means = history.unfold(0, width, 1).mean(-1)
     chance = 1 / (config["vocab_size"] - 2)
 
-    with drawing(path, 8, 6, say=False) as figure:
+    with drawing(path, 8, 6) as figure:
         figure.suptitle(
             f"Selective copying: {config['num_tokens']} tokens in {config['seq_len']} time steps, "
             f"vocabulary {config['vocab_size']}\n"
@@ -181,7 +181,6 @@ def plot(path: Path, history: Tensor, accuracy: float, config: Config) -> None:
             averages = means[:, column] * (100 if axes is lower else 1)
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label="each step")
             axes.plot(steps[width - 1 :], averages, color=color, linewidth=1.8, label=f"mean of {width} steps")
-            axes.grid(alpha=0.3)
             axes.margins(x=0.01)
         upper.set(yscale="log", ylabel="Loss (cross-entropy)")
         lower.set(ylabel="Accuracy (%)", xlabel="Training step", ylim=(0, 104))

@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, fail, installed, spread
+from common import Parser, Run, at_least, fail, installed, reading, spread
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from video import decode
 
 import mingru
@@ -76,14 +77,9 @@ def split(args: Any) -> tuple[list[str], Clips, Clips]:
 def named(args: Any, file: str, classes: list[str]) -> list[Path]:
     """Return the videos in a list of the official splits: a line has CLASS/VIDEO, and in training a number."""
     path = args.lists / file
-    if not path.is_file():
-        fail(f"there is no file {path}; check --lists and --split")
-    lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = [args.data / line for line in lines if Path(line).parent.name in classes]
-    for video in found:
-        if not video.is_file():
-            fail(f"{path} names {video}, which does not exist; check --data")
-    return found
+    with reading(path, "a list of videos", "check --lists and --split"):
+        lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [args.data / line for line in lines if Path(line).parent.name in classes]
 
 
 def few(clips: Clips, most: int | None) -> Clips:
@@ -153,20 +149,18 @@ def train(run: Run, name: str, data: tuple[Tensor, Tensor], test: tuple[Tensor, 
     args, (x, labels) = run.args, run.fabric.to_device(data)
     torch.manual_seed(seed)
     model = Classifier(name, x.shape[2], args.hidden_dims, int(labels.max()) + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         rows = torch.randint(len(x), (args.batch_size,))
         return F.cross_entropy(model(x[rows]), labels[rows], label_smoothing=0.1)
 
-    trained = run.train(args.num_steps, loss_of, model, optimizer=optimizer, schedule=schedule, max_norm=math.inf)
+    trained = run.train(args.num_steps, loss_of, model, schedule_of=CosineAnnealingLR, max_norm=math.inf)
     with torch.no_grad():
         found = trained(run.fabric.to_device(test[0])).argmax(1).cpu()
     return float((found == test[1]).double().mean())
 
 
-def make_parser() -> Parser:
+def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 2000, "batch_size": 64, "hidden_dims": 256, "learning_rate": 1e-3, "save_every": 1000}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, **defaults)
     add = parser.add_argument
@@ -179,11 +173,6 @@ def make_parser() -> Parser:
     add("--weights", help="DEFAULT or a file with a state dict; if omitted, the weights are random")
     add("--num-frames", type=at_least(1), default=16, help="frames of each clip")
     add("--size", type=at_least(32), default=112, help="height and width of the frames")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     args = parser.parse_args(argv)
     for package in ("av", "torchvision"):
         installed(package, f"run `pip install {package}`")

@@ -34,7 +34,6 @@ import sys
 import tempfile
 import time
 import wave
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,20 +47,18 @@ def fail(message: str) -> NoReturn:
 
 try:
     # All packages of the extra "examples" that programs import at the top.
+    import gymnasium  # noqa: F401
     import numpy  # noqa: F401
     import safetensors  # noqa: F401
     import torch
     from lightning_fabric import Fabric
     from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from torch import Tensor, nn
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     fail(f'the package {error.name} is not installed; run `pip install ".[examples]"` in a clone of the repository')
-
-# If stderr is not a terminal, progress is a line every so many seconds.
-PLAIN_EVERY = 30
-PLAIN_FORMAT = "{desc}: step {n}/{total}{postfix}, {rate_fmt}, {remaining} left"
 
 
 def at_least(least: float, kind: type = int, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
@@ -92,12 +89,12 @@ def installed(package: str, fix: str) -> Path:
 
 
 @contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
-    """Stop the program if the block cannot read a file."""
+def reading(path: Path, expected: str, fix: str = "check the path") -> Iterator[None]:
+    """Stop the program if the block cannot read a file. `fix` says what to do if there is none."""
     try:
         yield
     except FileNotFoundError:
-        fail(f"there is no file {path}; check the path")
+        fail(f"there is no file {path}; {fix}")
     except KeyError as error:
         fail(f"{path} must be {expected}, got no {error}")
     except (EOFError, IndexError, OSError, TypeError, ValueError, wave.Error) as error:
@@ -129,14 +126,15 @@ def write(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def drawing(path: Path, width: float, height: float, dpi: int = 150, say: bool = True) -> Iterator[Any]:
-    """Give the block a figure to draw, and write it to a file."""
-    figure, content = Figure(figsize=(width, height), dpi=dpi, layout="constrained"), io.BytesIO()
-    yield figure
+def drawing(path: Path, width: float, height: float, dpi: int = 150, **style: Any) -> Iterator[Any]:
+    """Give the block a figure to draw, and write it to a file. `style`: matplotlib's parameters, with "_" for "."."""
+    style = {"axes_grid": True, "grid_alpha": 0.3, **style}
+    with rc_context({name.replace("_", "."): value for name, value in style.items()}):
+        figure, content = Figure(figsize=(width, height), dpi=dpi, layout="constrained"), io.BytesIO()
+        yield figure
     figure.savefig(content, format=path.suffix[1:].lower())
     write(path, content.getvalue())
-    if say:
-        print(f"saved {path}", file=sys.stderr)
+    print(f"saved {path}", file=sys.stderr)
 
 
 def draw_runs(axes: Any, x: Sequence[float], runs: Any, **style: Any) -> None:
@@ -152,10 +150,8 @@ def check_output(option: str, path: Path) -> None:
     if option == "plot" and path.suffix[1:].lower() not in endings:
         fail(f"--plot must end in one of .{', .'.join(endings)}, got {path}")
     with writing(path):
-        if path.exists():
-            if not path.is_file():
-                raise OSError("it is not a regular file")
-            path.open("r+b").close()
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         # The temporary file is tested, because its name is longer than that of the file, and may be too long.
         temporary(path).touch()
         temporary(path).unlink(missing_ok=True)  # other processes of the run delete it too
@@ -178,18 +174,19 @@ def widest(build: Callable[[int], nn.Module], most: int, first: int = 1, step: i
     return build(next(width for width in widths if num_parameters(build(width + step)) > most))
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, rate: float, num_steps: int) -> Any:
-    """Return a schedule that raises the learning rate to `rate` in the first tenth of the steps, and then lowers it."""
+def one_cycle(optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """Return a schedule that raises the learning rate to its value in the first tenth of the steps, and lowers it."""
     # At least 20, because the rate must rise for at least one step.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(num_steps, 20), pct_start=0.1)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], max(num_steps, 20), pct_start=0.1)
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, num_steps: int, num_warmup: int) -> Any:
-    """Return a schedule that raises the learning rate in the first steps, and lowers it to 0 along half a cosine."""
+def warmup_cosine(optimizer: torch.optim.Optimizer, num_steps: int, share: float) -> Any:
+    """Return a schedule that raises the learning rate in this share of the steps, and lowers it to 0 by a cosine."""
+    num_warmup = max(1, round(share * num_steps))
 
     def factor(step: int) -> float:
-        share = (step - num_warmup) / max(1, num_steps - num_warmup)
-        return (step + 1) / num_warmup if share < 0 else (1 + math.cos(math.pi * share)) / 2
+        position = (step - num_warmup) / max(1, num_steps - num_warmup)
+        return (step + 1) / num_warmup if position < 0 else (1 + math.cos(math.pi * position)) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -283,8 +280,7 @@ class Run:
             if path := getattr(args, option):
                 check_output(option, path)
         if args.log:
-            if not importlib.util.find_spec("tensorboardX"):
-                installed("tensorboard", "run `pip install tensorboard`, or omit --log")
+            installed("tensorboard", "run `pip install tensorboard`, or omit --log")
             check_folder(args.log)
         if args.resume:
             self._load()
@@ -314,7 +310,7 @@ class Run:
         return [self.once(f"{name}, seed {seed}", function, *arguments, seed) for seed in self.args.seeds]
 
     def train(
-        self, num_steps: int, loss_of: Callable[..., Tensor], model: Any, *more: Any, **options: Any
+        self, num_steps: int, loss_of: Any, model: Any, *more: Any, schedule_of: Any = None, max_norm=1.0, **adamw: Any
     ) -> nn.Module:
         """Minimize `loss_of(model, step)`, and return the model for evaluation.
 
@@ -323,20 +319,19 @@ class Run:
             loss_of: Function that draws a batch and returns the loss.
             model: Model.
             more: Other objects that `loss_of` changes, as in `steps`.
-            options: `optimizer` (default: AdamW), `schedule` of its learning rate (default: `one_cycle`), the highest
-                learning rate `rate` (default: --learning-rate), and `max_norm` of the gradients (default: 1).
+            schedule_of: Function of the optimizer and the number of steps that returns the schedule of the learning
+                rate; by default `one_cycle`.
+            max_norm: Norm to which larger gradients are scaled down.
+            adamw: Options of AdamW. The learning rate is --learning-rate by default.
         """
-        assert options.keys() <= {"optimizer", "schedule", "rate", "max_norm"}
-        optimizer = options.get("optimizer") or torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-        schedule = options.get("schedule")
-        if schedule is None:
-            schedule = one_cycle(optimizer, options.get("rate") or self.args.learning_rate, num_steps)
+        optimizer = torch.optim.AdamW(model.parameters(), adamw.pop("lr", None) or self.args.learning_rate, **adamw)
+        schedule = (schedule_of or one_cycle)(optimizer, num_steps)
         model, optimizer = self.fabric.setup(model, optimizer)
         for step in self.steps(num_steps, model, optimizer, schedule, *more):
             loss = loss_of(model, step)
             optimizer.zero_grad()
             self.fabric.backward(loss)
-            self.fabric.clip_gradients(model, optimizer, max_norm=options.get("max_norm", 1.0))
+            self.fabric.clip_gradients(model, optimizer, max_norm=max_norm)
             optimizer.step()
             schedule.step()
             self.log(loss=loss)
@@ -358,10 +353,9 @@ class Run:
             table = CSVLogger(self.args.log, re.sub(r"[^\w.]+", "-", self.name))
             self.loggers = [table, TensorBoardLogger(self.args.log, table.name, table.version)]
         options = {"desc": self.name or "training", "unit": " steps", "miniters": 1, "leave": False}
-        options |= {"initial": self.done, "total": num_steps, "disable": not self.fabric.is_global_zero}
-        if not (is_terminal := sys.stderr.isatty()):
-            options |= {"file": io.StringIO(), "bar_format": PLAIN_FORMAT, "mininterval": PLAIN_EVERY}
-        bar = tqdm(**options)
+        # None: there is a bar if stderr is a terminal.
+        disable = None if self.fabric.is_global_zero else True
+        bar = tqdm(initial=self.done, total=num_steps, disable=disable, **options)
         try:
             while num_steps is None or self.done < num_steps:
                 yield self.done
@@ -369,19 +363,17 @@ class Run:
                 if self.done % self.args.save_every == 0 or self.done == num_steps:
                     self.save(*objects)
                 if bar.update():
-                    bar.set_postfix({name: float(value) for name, value in self.metrics.items()}, refresh=is_terminal)
-                    if not is_terminal:
-                        print(bar, file=sys.stderr, flush=True)
+                    bar.set_postfix({name: float(value) for name, value in self.metrics.items()})
         finally:
             bar.close()
-            self._each_logger("finalize", "success")
+            for logger in self.loggers:
+                logger.finalize("success")
 
     def log(self, **metrics: Tensor | float) -> None:
         """Show these numbers of this step beside the bar, write them to the logs, and read the clocks."""
         self.metrics = {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         for logger in self.loggers:
-            with writing(self.args.log):
-                logger.log_metrics({name: float(value) for name, value in self.metrics.items()}, self.done + 1)
+            logger.log_metrics({name: float(value) for name, value in self.metrics.items()}, self.done + 1)
         self.seconds, self.processor_seconds = self._spent()
 
     def print(self, *values: Any) -> None:
@@ -395,7 +387,8 @@ class Run:
         if not self.args.checkpoint:
             return
         # Logs first, so that they have all steps of the checkpoint.
-        self._each_logger("save")
+        for logger in self.loggers:
+            logger.save()
         if objects:
             self.unfinished[self.name] = {
                 "step": self.done,
@@ -416,9 +409,6 @@ class Run:
         if not path:
             fail("--resume needs --checkpoint; name the file to continue from")
         try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not test this
-                    raise ValueError(f"{damaged} is damaged")
             contents = torch.load(path, map_location="cpu", weights_only=True)
             settings, self.results, self.unfinished = (contents[name] for name in ("settings", "results", "unfinished"))
             if settings["program"] != program or settings.keys() != self.settings.keys():
@@ -438,23 +428,15 @@ class Run:
         self.began = time.perf_counter() - self.seconds, time.process_time() - self.processor_seconds
         if not self.done:
             return
-        try:
-            for each, state in zip(objects, start["objects"], strict=True):
-                if hasattr(each, "load_state_dict"):
-                    each.load_state_dict(state)
-                else:
-                    each[:] = self.fabric.to_device(state)
-            # On another kind of device, its random numbers are new.
-            for module, state in zip(self.random, start["random"], strict=False):
-                module.set_rng_state(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            fail(f"{self.args.checkpoint} does not match this program: {error}; start again without --resume")
+        for each, state in zip(objects, start["objects"], strict=True):
+            if hasattr(each, "load_state_dict"):
+                each.load_state_dict(state)
+            else:
+                each[:] = self.fabric.to_device(state)
+        # On another kind of device, its random numbers are new.
+        for module, state in zip(self.random, start["random"], strict=False):
+            module.set_rng_state(state)
 
     def _spent(self) -> tuple[float, float]:
         """Return the seconds and processor seconds of this training, those before an interruption included."""
         return time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-
-    def _each_logger(self, method: str, *arguments: Any) -> None:
-        with writing(self.args.log or Path()):
-            for logger in self.loggers:
-                getattr(logger, method)(*arguments)

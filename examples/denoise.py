@@ -43,12 +43,11 @@ layers with norms. Much of the music stays. For speakers and music of the traini
 
 import io
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,8 +103,7 @@ def read_folder(folder: Path, test: list[str], seconds: int) -> tuple[Sources, S
             files = [file for file in sorted(path.rglob("*.wav")) if file.parent.name != "silence"] or [path]
             joined = torch.cat([torch.zeros(0), *map(read, files)])
             if len(joined) <= seconds * RATE:
-                got = f"{len(joined) / RATE:.1f} s; join short files"
-                fail(f"{path} must have more than {seconds} s of sound, got {got}")
+                fail(f"{path} must have more than {seconds} s of sound, got {len(joined) / RATE:.1f}; join short files")
             parts[path.stem in test][kind].append(joined)
     for part, sources in zip(("training", "test"), parts, strict=True):
         for kind, signals in zip(("speaker", "music"), sources, strict=True):
@@ -174,11 +172,6 @@ def denoise(model: nn.Module, noisy: Tensor) -> Tensor:
     return signal(spectrum * model(spectrum.abs())[0])
 
 
-def make(name: str, num_parameters: int) -> Denoiser:
-    """Return the largest model of at most this many parameters."""
-    return widest(partial(Denoiser, name), num_parameters)
-
-
 def wiener(noisy: Tensor) -> Tensor:
     """Denoise with a Wiener filter, whose noise is the minimum of the smoothed power in the last 1.5 s."""
     spectrum = spectra(noisy)
@@ -194,11 +187,15 @@ def wiener(noisy: Tensor) -> Tensor:
     return signal(spectrum * torch.stack(gains, 1))
 
 
-def train(run: Run, name: str, sources: Sources, tests: list[tuple[Tensor, Tensor]], seed: int) -> dict[str, Any]:
-    """Train a model, and return its results in the test and of the stream."""
+def train(run: Run, name: str, sources: Sources, tests: list[tuple[Tensor, Tensor]], seed: int) -> tuple[Any, ...]:
+    """Train a model.
+
+    Return the ratios of the test, the processor seconds of training and of each second of the stream, and a denoised
+    mixture.
+    """
     args = run.args
     torch.manual_seed(seed)
-    module = make(name, args.num_parameters)
+    module = widest(partial(Denoiser, name), args.num_parameters)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         # Ratios from -2.5 to 12.5 dB, and a volume from -6 to 6 dB.
@@ -213,9 +210,8 @@ def train(run: Run, name: str, sources: Sources, tests: list[tuple[Tensor, Tenso
         found = [denoise(module, noisy) for _, noisy in tests]
     ratios = [float(ratio(x, clean).mean()) for x, (clean, _) in zip(found, tests, strict=True)]
     # The last mixture with most music is the one in the picture.
-    difference, share = check_stream(export(module), module, tests[0][1][-1])
-    results = {"ratios": ratios, "difference": difference, "share": share, "denoised": found[0][-1]}
-    return {"seconds": run.processor_seconds, **results}
+    share = check_stream(export(module), module, tests[0][1][-1])
+    return ratios, run.processor_seconds, share, found[0][-1]
 
 
 def export(model: Denoiser) -> Any:
@@ -247,10 +243,10 @@ def stream(session: Any, state: np.ndarray, hops: np.ndarray) -> Iterator[np.nda
         rest = denoised[HOP:]
 
 
-def check_stream(session: Any, model: Denoiser, noisy: Tensor) -> tuple[float, float]:
+def check_stream(session: Any, model: Denoiser, noisy: Tensor) -> float:
     """Denoise a signal (samples,) frame by frame in a session, and compare the result with that of the model.
 
-    Returns the greatest difference, and the processor seconds for each second of sound.
+    Returns the processor seconds for each second of sound.
     """
     # A last hop of zeros returns the last samples; the first hop of the output is before the first sample.
     hops = F.pad(noisy, (0, HOP)).view(-1, HOP).numpy()
@@ -262,12 +258,12 @@ def check_stream(session: Any, model: Denoiser, noisy: Tensor) -> tuple[float, f
     difference = float((torch.from_numpy(found) - expected).abs().max())
     if not difference < 1e-4:
         fail(f"the stream differs from the whole sequence by {difference:.1e}, expected less than 1e-4")
-    return difference, seconds * RATE / len(noisy)
+    return seconds * RATE / len(noisy)
 
 
-def plot(path: Path, ratios: dict[str, list[list[float]]], signals: dict[str, Tensor]) -> None:
+def plot(path: Path, ratios: dict[str, Sequence[list[float]]], signals: dict[str, Tensor]) -> None:
     """Draw the improvement over the mixture, mean and range over the seeds, and the spectrogram of each signal."""
-    with drawing(path, 8, 3 + 1.6 * len(signals), dpi=75) as figure:
+    with drawing(path, 8, 3 + 1.6 * len(signals), dpi=75, axes_grid=False, font_size=13) as figure:
         chart, *rows = figure.subplots(1 + len(signals), 1, height_ratios=[1.5] + [1] * len(signals))
         noisy = torch.tensor(ratios["noisy"])
         others = {name: torch.tensor(runs) - noisy for name, runs in ratios.items() if name != "noisy"}
@@ -277,19 +273,16 @@ def plot(path: Path, ratios: dict[str, list[list[float]]], signals: dict[str, Te
             errors = torch.stack([mean - gains.amin(0), gains.amax(0) - mean])
             chart.bar((places + 0.25 * (index - 1)).tolist(), mean.tolist(), 0.22, yerr=errors.tolist(), label=name)
         chart.set_xticks(places.tolist(), [f"{db} dB" for db in RATIOS_DB])
-        chart.set_xlabel("speech to music", fontsize=13)
-        chart.set_ylabel("improvement (dB)", fontsize=13)
-        chart.legend(fontsize=13, ncols=3, loc="upper left")
-        chart.set_ylim(0, 1.4 * float(torch.cat(list(others.values())).max().clamp(min=0.5)))
-        chart.tick_params(labelsize=13)
+        most = float(torch.cat(list(others.values())).max().clamp(min=0.5))
+        chart.set(xlabel="speech to music", ylabel="improvement (dB)", ylim=(0, 1.4 * most))
+        chart.legend(ncols=3, loc="upper left")
         for axes, (name, samples) in zip(rows, signals.items(), strict=True):
             power = 10 * torch.log10(spectra(samples.unsqueeze(0))[0].abs().square() + 1e-6)
             extent = (0, len(samples) / RATE, 0, RATE / 2000)
             axes.imshow(power.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-50, vmax=20)
             axes.set_title(name, fontsize=14)
-            axes.set_ylabel("kHz", fontsize=13)
-            axes.tick_params(labelsize=13)
-        axes.set_xlabel("seconds", fontsize=13)
+            axes.set_ylabel("kHz")
+        axes.set_xlabel("seconds")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,9 +305,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(1234)
     tests = [mix(*of_test, args.num_test, 8, torch.full((args.num_test, 1), float(db))) for db in RATIOS_DB]
 
-    of_ratios: dict[str, list[list[float]]] = {}
+    of_ratios: dict[str, Sequence[list[float]]] = {}
 
-    def show(name: str, ratios: list[list[float]], *others: str) -> None:
+    def show(name: str, ratios: Sequence[list[float]], *others: str) -> None:
         of_ratios[name] = ratios
         cells = [spread(each, 5, ".2f") for each in zip(*ratios, strict=True)]
         run.print("  ".join([f"{name:6}", *cells, *others]))
@@ -325,12 +318,9 @@ def main(argv: list[str] | None = None) -> None:
     clean, noisy = (x[-1] for x in tests[0])
     signals = {f"speech and music, {RATIOS_DB[0]} dB": noisy}
     for name in args.models:
-        results = run.each_seed(name, train, name, sources, tests)
-        seconds, share, difference = ([x[key] for x in results] for key in ("seconds", "share", "difference"))
-        others = f"{statistics.mean(seconds):7.1f} s", f"{statistics.median(share):6.2%}"
-        show(name, [x["ratios"] for x in results], *others)
-        print(f"{name}: stream and whole sequence differ by at most {max(difference):.1e}", file=sys.stderr)
-        signals[name] = results[0]["denoised"]
+        results = zip(*run.each_seed(name, train, name, sources, tests), strict=True)
+        ratios, seconds, share, (signals[name], *_) = results
+        show(name, ratios, f"{statistics.mean(seconds):7.1f} s", f"{statistics.median(share):6.2%}")
     signals["speech"] = clean
     plot(args.plot, of_ratios, signals)
     if args.listen:

@@ -19,7 +19,6 @@ quarter of the time. With `--steps 3000`, minGRU reaches 100% after 42 s.
 import datetime
 import random
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -83,8 +82,7 @@ class Encoder(nn.Module):
     def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
         """Return states (L, B, H) that join the last states of both directions, for padded characters (B, S)."""
         self.rnn.flatten_parameters()
-        embedded = self.embedding(characters)
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(self.embedding(characters), lengths, batch_first=True, enforce_sorted=False)
         _, h_n = self.rnn(packed)
         layers = h_n.view(self.rnn.num_layers, 2, -1, self.rnn.hidden_size)
         return torch.tanh(self.join(torch.cat([layers[:, 0], layers[:, 1]], -1)))
@@ -99,8 +97,7 @@ class Decoder(nn.Module):
 
     def forward(self, digits: Tensor, h: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next digits' logits and the states, for digits (B, S), states h (L, B, H), context (B, H)."""
-        embedded = self.embedding(digits)
-        inputs = torch.cat([embedded, context.unsqueeze(1).expand(-1, digits.size(1), -1)], -1)
+        inputs = torch.cat([self.embedding(digits), context.unsqueeze(1).expand(-1, digits.size(1), -1)], -1)
         out, h = self.rnn(inputs, h)
         return self.head(out), h
 
@@ -159,29 +156,25 @@ class Generator(random.Random):
 def train(run: Run, name: str) -> None:
     args, generator = run.args, Generator(run.args.seed)
     torch.manual_seed(args.seed)
-    model = Translator(import_gru(name == "nn.GRU"), args.hidden_dims, args.num_layers)
-    run.print(f"{name}: {num_parameters(model):,} parameters in encoder and decoder")
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(args.steps, 2), pct_start=0.1)
-    model, optimizer = run.fabric.setup(model, optimizer)
-    since: list[tuple[float, float]] = []  # loss and seconds of each training step since the last test
-    for step in run.steps(args.steps, model, optimizer, schedule, generator, since):
-        start = time.perf_counter()
+    translator = Translator(import_gru(name == "nn.GRU"), args.hidden_dims, args.num_layers)
+    run.print(f"{name}: {num_parameters(translator):,} parameters in encoder and decoder")
+    losses: list[float] = []  # since the last test
+
+    def report(model: nn.Module, step: int) -> None:
+        right = accuracy(model, args.num_tests, run.fabric)
+        result = f"training loss {statistics.mean(losses):.4f}, {right:.2%} of unseen dates right"
+        run.print(f"{name}: step {step}, {result}, {run.seconds:.1f} s")
+        losses.clear()
+
+    def loss_of(model: nn.Module, step: int) -> Tensor:
+        if losses and step % EPOCH == 0:
+            report(model, step)
         characters, lengths, isos = batch(args.batch, False, generator, run.fabric)
         loss = F.cross_entropy(model(characters, lengths, isos).flatten(0, 1), isos.flatten())
-        optimizer.zero_grad()
-        run.fabric.backward(loss)
-        run.fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        run.log(loss=loss)
-        since.append((loss.item(), time.perf_counter() - start))
-        if (step + 1) % EPOCH == 0 or step + 1 == args.steps:
-            losses, seconds = zip(*since, strict=True)
-            right = accuracy(model, args.num_tests, run.fabric)
-            result = f"training loss {statistics.mean(losses):.4f}, {right:.2%} of unseen dates right"
-            run.print(f"{name}: step {step + 1}, {result}, {sum(seconds):.1f} s for {len(since)} steps")
-            since.clear()
+        losses.append(loss.item())
+        return loss
+
+    report(run.train(args.steps, loss_of, translator, generator, losses, lr=args.lr, weight_decay=0.0), args.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

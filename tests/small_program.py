@@ -6,14 +6,13 @@ import signal
 import torch
 from common import Parser, Run, positive, write
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 
 def train(run, name):
     args = run.args
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, args.hidden_dims), nn.Dropout(0.5), nn.Linear(args.hidden_dims, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_steps)
     total, losses = torch.zeros(1), []
 
     def loss_of(model, step):
@@ -24,21 +23,16 @@ def train(run, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
-    trained = run.train(args.num_steps, loss_of, model, total, losses, optimizer=optimizer, schedule=schedule)
+    trained = run.train(args.num_steps, loss_of, model, total, losses, schedule_of=CosineAnnealingLR, lr=args.lr)
     return {"total": total.item(), "losses": losses, "weights": trained.state_dict()}
 
 
-def make_parser():
+def main(argv=None):
     parser = Parser(__file__, __doc__, {"num_steps": 2}, save_every=3, num_steps=8, hidden_dims=3, plot=None)
     parser.add_argument("--models", nargs="+", default=("first", "second"), help="names")
     parser.add_argument("--lr", type=positive, default=0.1, help="learning rate")
     parser.add_argument("--kill", help="model and step")
     parser.add_output("--results", "file")
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     run = Run(parser, args, free=["kill"])
     results = {name: run.once(name, train, name) for name in args.models}

@@ -66,7 +66,7 @@ def training(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     if decay:
-        schedule = warmup_cosine(optimizer, num_steps, max(1, round(0.05 * num_steps)))
+        schedule = warmup_cosine(optimizer, num_steps, 0.05)
     for step in range(num_steps):
         tokens, targets = (x.to(device) for x in sample(batch_size, generator))
         logits = model.train()(tokens)[:, -targets.shape[1] :]

