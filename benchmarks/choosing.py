@@ -54,12 +54,12 @@ MODELS = {
 class Model(nn.Module):
     """Map inputs through an encoder, recurrent layers and a head."""
 
-    def __init__(self, encoder, cls, options, width, num_outputs):
+    def __init__(self, task, cls, options, width):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = nn.Embedding(task.vocab_size, width) if task.vocab_size else nn.Linear(1, width)
         self.rnn = cls(width, width, **options)
         self.norm = nn.RMSNorm(width) if options.get("norm") else nn.Identity()
-        self.head = nn.Linear(width, num_outputs)
+        self.head = nn.Linear(width, task.vocab_size or 1)
 
     def forward(self, x, state=None):
         out, state = self.rnn(self.encoder(x), state)
@@ -75,11 +75,8 @@ def width_of(cls, options):
 class Copying:
     """Selective copying; the metric is the percentage of tokens that are right."""
 
-    unit, num_steps, num_outputs = "% right", 600, 6
+    unit, num_steps, vocab_size = "% right", 600, 6
     length, num_tokens = 48, 3
-
-    def encoder(self, width):
-        return nn.Embedding(6, width)
 
     def answers(self, model, batch, generator):
         places = torch.rand(batch, self.length, generator=generator).argsort(1)[:, : self.num_tokens].sort(1).values
@@ -89,7 +86,7 @@ class Copying:
 
     def loss(self, model, generator):
         logits, tokens = self.answers(model, 32, generator)
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return F.cross_entropy(logits.mT, tokens)
 
     def metric(self, model):
         logits, tokens = self.answers(model, 1024, torch.Generator().manual_seed(1))
@@ -109,13 +106,9 @@ class Text:
         texts = [file.read_text(encoding="ascii") for file in files]
         symbols = sorted(set("".join(texts)))
         index = {symbol: number for number, symbol in enumerate(symbols)}
-        self.num_outputs = len(symbols)
-        *train, held_out = ([index[symbol] for symbol in text] for text in texts)
-        self.train = torch.tensor([number for numbers in train for number in numbers])
-        self.held_out = torch.tensor(held_out[: 256 * 129]).view(-1, 129)
-
-    def encoder(self, width):
-        return nn.Embedding(self.num_outputs, width)
+        self.vocab_size = len(symbols)
+        *train, held_out = (torch.tensor([index[symbol] for symbol in text]) for text in texts)
+        self.train, self.held_out = torch.cat(train), held_out[: 256 * 129].view(-1, 129)
 
     def _loss(self, model, ids):
         return F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
@@ -131,11 +124,8 @@ class Text:
 class Forecast:
     """Sine waves with noise; the metric is the error of forecasts relative to repeating the last period."""
 
-    unit, num_steps, num_outputs = "relative error", 400, 1
+    unit, num_steps, vocab_size = "relative error", 400, None
     seen, horizon = 72, 24
-
-    def encoder(self, width):
-        return nn.Linear(1, width)
 
     def sample(self, batch, generator):
         """Return noisy series, and the same without noise."""
@@ -144,9 +134,8 @@ class Forecast:
         for period in (12.0, 5.0):
             periods = period * (0.9 + 0.2 * torch.rand(batch, 1, generator=generator))
             phases = 2 * math.pi * torch.rand(batch, 1, generator=generator)
-            clean = (
-                clean + (0.3 + torch.rand(batch, 1, generator=generator)) * (2 * math.pi * t / periods + phases).sin()
-            )
+            sizes = 0.3 + torch.rand(batch, 1, generator=generator)
+            clean = clean + sizes * (2 * math.pi * t / periods + phases).sin()
         return clean + 0.1 * torch.randn(clean.shape, generator=generator), clean
 
     def loss(self, model, generator):
@@ -175,17 +164,16 @@ class Forecast:
 TASKS = {"copying": Copying, "text": Text, "forecast": Forecast}
 
 
-def train(task, name, seed):
+def train(task, name, num_steps, seed):
     """Return the metric and the seconds of training."""
     torch.manual_seed(seed)
     cls, options = MODELS[name]
-    width = width_of(cls, options)
-    model = Model(task.encoder(width), cls, options, width, task.num_outputs)
+    model = Model(task, cls, options, width_of(cls, options))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(task.num_steps, 20), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(num_steps, 20), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    for _ in range(task.num_steps):
+    for _ in range(num_steps):
         loss = task.loss(model, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -216,14 +204,13 @@ def main():
     results = {}
     for name in args.tasks:
         task = TASKS[name]()
-        task.num_steps = args.num_steps or task.num_steps
         title = f"{name} ({task.unit})"
         results[title] = {}
         if name == "forecast":
             print(f"{title}: the mean of each series: {task.error_of_mean():.3f}", flush=True)
         for model in args.models:
-            found = [train(task, model, seed) for seed in args.seeds]
-            metrics, seconds = zip(*found, strict=True)
+            steps = args.num_steps or task.num_steps
+            metrics, seconds = zip(*(train(task, model, steps, seed) for seed in args.seeds), strict=True)
             results[title][model] = {"metrics": metrics, "seconds": seconds}
             print(f"{title}: {model}: {json.dumps(metrics)}", flush=True)
     rows = [[name, *(cell_of(found[name]["metrics"]) for found in results.values())] for name in args.models]

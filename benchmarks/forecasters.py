@@ -10,9 +10,9 @@ the forecast depends on the series only.
 
 import argparse
 import logging
-import os
 import time
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -23,12 +23,11 @@ from mingru.bench import print_table, where
 
 # International airline passengers in thousands, 1949 to 1960. Box and Jenkins, Time Series Analysis, 1970, series G.
 PASSENGERS = """
-112 118 132 129 121 135 148 148 136 119 104 118 115 126 141 135 125 149 170 170 158 133 114 140
-145 150 178 163 172 178 199 199 184 162 146 166 171 180 193 181 183 218 230 242 209 191 172 194
-196 196 236 235 229 243 264 272 237 211 180 201 204 188 235 227 234 264 302 293 259 229 203 229
-242 233 267 269 270 315 364 347 312 274 237 278 284 277 317 313 318 374 413 405 355 306 271 306
-315 301 356 348 355 422 465 467 404 347 305 336 340 318 362 348 363 435 491 505 404 359 310 337
-360 342 406 396 420 472 548 559 463 407 362 405 417 391 419 461 472 535 622 606 508 461 390 432
+112 118 132 129 121 135 148 148 136 119 104 118 115 126 141 135 125 149 170 170 158 133 114 140 145 150 178 163 172
+178 199 199 184 162 146 166 171 180 193 181 183 218 230 242 209 191 172 194 196 196 236 235 229 243 264 272 237 211
+180 201 204 188 235 227 234 264 302 293 259 229 203 229 242 233 267 269 270 315 364 347 312 274 237 278 284 277 317
+313 318 374 413 405 355 306 271 306 315 301 356 348 355 422 465 467 404 347 305 336 340 318 362 348 363 435 491 505
+404 359 310 337 360 342 406 396 420 472 548 559 463 407 362 405 417 391 419 461 472 535 622 606 508 461 390 432
 """
 VALUES = np.array(PASSENGERS.split(), np.float32)
 MONTHS = pd.date_range("1949-01", periods=len(VALUES), freq="MS")
@@ -47,23 +46,11 @@ def darts_rows(args):
 
     from mingru.integrations.darts import MinGRUModule, MinLSTMModule
 
-    class Default(MinGRUModule):
-        options = {}  # noqa: RUF012
-
-    class Normed(MinGRUModule):
-        options = {**FORECASTER, "norm": "rms"}  # noqa: RUF012
-
-    cells = {
-        "nn.GRU": ("GRU", 1),
-        "nn.LSTM": ("LSTM", 1),
-        "nn.GRU, 2 layers": ("GRU", 2),
-        "nn.LSTM, 2 layers": ("LSTM", 2),
-        "MinGRUModule, 2 layers": (MinGRUModule, 2),
-        "MinLSTMModule, 2 layers": (MinLSTMModule, 2),
-        "MinGRUModule, 1 layer": (MinGRUModule, 1),
-        'MinGRUModule, 2 layers, norm="rms"': (Normed, 2),
-        "MinGRU with the layer's defaults, 1 layer": (Default, 1),
-    }
+    default = type("Default", (MinGRUModule,), {"options": {}})
+    normed = type("Normed", (MinGRUModule,), {"options": {**FORECASTER, "norm": "rms"}})
+    kinds = {"nn.GRU": "GRU", "nn.LSTM": "LSTM", "MinGRUModule": MinGRUModule, "MinLSTMModule": MinLSTMModule}
+    kinds |= {'MinGRUModule, norm="rms"': normed, "MinGRU with the layer's defaults": default}
+    cells = {f"{name}, layers: {count}": (kind, count) for name, kind in kinds.items() for count in (1, 2)}
     year = (MONTHS.year.to_numpy() - 1949) / 12
     known = np.column_stack([year, np.eye(12)[MONTHS.month.to_numpy() - 1]]).astype(np.float32)
     covariates = {} if args.alone else {"future_covariates": TimeSeries.from_times_and_values(MONTHS, known)}
@@ -75,9 +62,8 @@ def darts_rows(args):
 
     def forecast(kind, num_layers, seed):
         options = {"hidden_dim": 20, "batch_size": 16, "n_epochs": args.epochs, "optimizer_kwargs": {"lr": args.lr}}
-        model = RNNModel(
-            model=kind, n_rnn_layers=num_layers, random_state=seed, pl_trainer_kwargs=QUIET, **options, **lengths
-        )
+        options |= {"n_rnn_layers": num_layers, "random_state": seed, "pl_trainer_kwargs": QUIET}
+        model = RNNModel(model=kind, **options, **lengths)
         model.fit(series, **covariates)
         return model.predict(args.months, **covariates).values()[:, 0] * scale
 
@@ -98,18 +84,12 @@ def neuralforecast_rows(args):
     frame = pd.DataFrame({"unique_id": "passengers", "ds": MONTHS[:end], "y": VALUES[:end]})
 
     def forecast(name, options, seed):
-        def fit():
-            model = getattr(models, name)(
-                h=args.months, input_size=24, max_steps=args.epochs, random_seed=seed, scaler_type="standard", **QUIET
-            )
+        given = {"h": args.months, "input_size": 24, "max_steps": args.epochs, "random_seed": seed}
+        with nullcontext() if options is None else drop_in.patch(**options):
+            model = getattr(models, name)(scaler_type="standard", **given, **QUIET)
             forecaster = NeuralForecast([model], freq="MS")
             forecaster.fit(frame)
             return forecaster.predict()[name].to_numpy()
-
-        if options is None:
-            return fit()
-        with drop_in.patch(**options):
-            return fit()
 
     return cells, forecast, end
 
@@ -124,12 +104,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # of Lightning
     torch.set_num_threads(1)
-    for name, value in where().items():
-        print(f"{name}: {value}")
+    print(where())
     cells, forecast, end = (darts_rows if args.library == "darts" else neuralforecast_rows)(args)
     last_year = np.tile(VALUES[end - 12 : end], 1 + args.months // 12)[: args.months]
     rows = [["the last year again", f"{percent(last_year, VALUES[end:]):.1f}", ""]]

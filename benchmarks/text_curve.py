@@ -13,32 +13,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLORS = {"mingru": "#0b6e4f", "minlstm": "#5a4fcf", "gru": "#c1121f", "lstm": "#e07a1f"}
+from measure import OWN, draw
+
+STYLES = {"mingru": OWN, "minlstm": {"color": "#5a4fcf"}, "gru": {"color": "#c1121f"}, "lstm": {"color": "#e07a1f"}}
 
 
 def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    lines = []
     for label, curve in curves.items():
-        cell, points = curve["settings"]["cell"], curve["points"]
-        style = {"linewidth": 3.0, "zorder": 3} if cell == "mingru" else {"linewidth": 1.6}
-        minutes, losses = [point["seconds"] / 60 for point in points], [point["held_out"] for point in points]
-        axes.plot(minutes, losses, color=COLORS[cell], label=f"{label}, {curve['parameters']:,} parameters", **style)
+        minutes, losses = zip(*((point["seconds"] / 60, point["held_out"]) for point in curve["points"]), strict=True)
+        style = STYLES[curve["settings"]["cell"]]
+        lines.append((minutes, losses, {**style, "label": f"{label}, {curve['parameters']:,} parameters"}))
     ngram, where = (next(iter(curves.values()))[name] for name in ("ngram", "where"))
-    axes.axhline(ngram["held_out"], linestyle="--", color="#8d99ae", label=ngram["name"])
-    best = max(min(point["held_out"] for point in curve["points"]) for curve in curves.values())
+    style = {"linestyle": "--", "color": "#8d99ae", "label": ngram["name"]}
+    lines.append(((0, max(minutes[-1] for minutes, *_ in lines)), [ngram["held_out"]] * 2, style))
+    best = max(min(losses) for _, losses, _ in lines)
     machine = f"{where['threads']} CPU threads" if where["device"] == "cpu" else where["device"]
-    labels = {"xlabel": "training time (minutes)", "ylabel": "held-out loss (nats per character)"}
+    options = {"title": f"Language models on held-out text, {machine}", "xlabel": "training time (minutes)"}
     # The first losses are several times higher.
-    axes.set(ylim=(None, 1.4 * max(best, ngram["held_out"])), xlim=(0, None), **labels)
-    axes.set_title(f"Language models on held-out text, {machine}")
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    options |= {"ylabel": "held-out loss (nats per character)", "ylim": (None, 1.4 * best), "xlim": (0, None)}
+    draw(path, lines, **options)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -177,12 +177,11 @@ def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):
     monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     speed = imported(DOCS.parent / "benchmarks" / "speed.py")
     record = json.loads((DOCS / "speed.json").read_text(encoding="utf-8"))
-    _, _, page = (DOCS / "speed.md").read_text(encoding="utf-8").partition(speed.MARKS[0])
-    page = page.partition(speed.MARKS[1])[0]
-    assert page.strip() == speed.tables(record).strip(), "run python benchmarks/speed.py --page"
+    page, text = (DOCS / "speed.md").read_text(encoding="utf-8"), speed.tables(record)
+    assert speed.filled(page, "speed", {"tables": text}) == page, "run python benchmarks/speed.py --page"
     times = [figures.items() for figures in record["results"]["times"]["2"].values()]
     faster = [by_name[1] < dict(each)["mingru"][1] for each in times for name, by_name in each if name != "mingru"]
-    assert page.count("**") == 2 * sum(faster) > 0
+    assert text.count("**") == 2 * sum(faster) > 0
 
 
 def test_the_error_of_the_mean_is_on_the_page_of_options(monkeypatch):

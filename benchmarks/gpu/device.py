@@ -1,6 +1,7 @@
 """The device of the programs in this folder: its properties, the kernels that ran on it, errors, and times."""
 
 import argparse
+import importlib.metadata
 import json
 import shutil
 import statistics
@@ -9,20 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils.benchmark import Timer
 
 import mingru
+from mingru.bench import medians_ms
 from mingru.ops import Spec
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 
 from ..measure import where, write_json
 
-PROPERTIES = ("name", "gcnArchName", "major", "minor", "total_memory", "multi_processor_count", "warp_size")
-PROPERTIES += ("L2_cache_size", "shared_memory_per_block_optin", "regs_per_multiprocessor")
 DRIVER = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,clocks_throttle_reasons.active"
 
 
@@ -57,19 +58,16 @@ def supported(dtypes: Sequence[torch.dtype], device: torch.device, backend: str)
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Return the machine, the versions, and the properties of the device."""
-    facts = {**where(), "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None, "device": str(device)}
-    if mingru.backends()["triton"] is True:
-        import triton
-
-        facts["triton"] = triton.__version__
-    if device.type == "cpu":
-        return facts | {"name": "CPU"}
-    properties = torch.get_device_module(device).get_device_properties(device)
-    facts |= {name: getattr(properties, name) for name in PROPERTIES if hasattr(properties, name)}
-    if shutil.which("nvidia-smi"):
+    """Print and return the machine, the versions, and the properties of the device."""
+    facts = {**where(), "cuda": torch.version.cuda, "hip": torch.version.hip, "device": str(device), "name": "CPU"}
+    facts["triton"] = importlib.metadata.version("triton") if mingru.backends()["triton"] is True else None
+    if device.type != "cpu":
+        properties = torch.get_device_module(device).get_device_properties(device)
+        facts |= {"name": properties.name, "properties": str(properties)}
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader", f"--id={device.index or 0}"]
         facts[DRIVER] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     return facts
 
 
@@ -79,8 +77,6 @@ class Results:
     def __init__(self, args: argparse.Namespace) -> None:
         self.path, self.end = args.json, time.monotonic() + 60 * args.minutes
         facts = about(args.device)
-        for name, value in facts.items():
-            print(f"{name}: {value}", flush=True)
         self.all: dict[str, Any] = {"device": facts, "backend": args.backend}
         if self.path is not None and self.path.exists():
             found = json.loads(self.path.read_text())["results"]
@@ -88,21 +84,22 @@ class Results:
             if all(found["device"].get(name) == facts.get(name) for name in ("name", "torch", "triton", "commit")):
                 self.all = found
 
-    def of(self, kind: str, title: str, measure: Callable[[], Any]) -> Any:
+    def of(self, kind: str, title: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Return what is known, or measure it; None if there is no time left."""
         known = self.all.setdefault(kind, {})
         if title not in known:
             if time.monotonic() > self.end:
+                print(f"stopped before {kind}, {title}; the same command goes on from there")
                 return None
-            known[title] = measure()
+            known[title] = measure(*arguments)
             if self.path is not None:
                 write_json(self.path, self.all)
         return known[title]
 
 
 @contextmanager
-def launches() -> Iterator[list[str]]:
-    """Collect the passes, "forward" or "backward", of the Triton kernels that are launched in the block."""
+def passes_of(backend: str) -> Iterator[list[str]]:
+    """Collect the passes of the Triton kernels that are launched in the block. "triton" must have both passes."""
     names: list[str] = []
     run: Callable[..., Any] = launch.run
 
@@ -112,31 +109,8 @@ def launches() -> Iterator[list[str]]:
 
     with mock.patch.object(launch, "run", recorded):
         yield names
-
-
-class Times(NamedTuple):
-    """Median times of a call, in microseconds."""
-
-    device: float | None
-    """Time on the device: a CUDA graph of the call is replayed, with none of its data in the L2 cache. None if the call
-    cannot be captured."""
-    call: float
-    """Time of one of many calls in a row, with Python."""
-    why: str = ""
-    """Why the call cannot be captured."""
-
-
-class HostEvent:
-    """An event of the CPU, with the methods of torch.cuda.Event."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: "HostEvent") -> float:
-        return (end.at - self.at) * 1e3
+    if backend == "triton" and not {"forward", "backward"} <= set(names):
+        raise AssertionError(f"only the passes {names} ran in Triton; forward and backward are expected")
 
 
 class Clock:
@@ -144,7 +118,6 @@ class Clock:
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds, self.module = device, seconds, torch.get_device_module(device)
-        self.event: Any = HostEvent if device.type == "cpu" else self.module.Event
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         size = 0 if properties is None else max(1 << 28, 4 * properties.L2_cache_size)
         self.other = torch.zeros(size // 4, device=device)
@@ -157,11 +130,17 @@ class Clock:
         """Replace the data in the L2 cache. By reading, because written data would be written back during the call."""
         self.other.sum()
 
-    def times(self, call: Callable[[], object]) -> Times:
+    def times(self, call: Callable[[], object]) -> dict[str, Any]:
+        """Return median times in microseconds.
+
+        "device" is the time on the device: a CUDA graph of the call is replayed, with none of its data in the L2 cache.
+        It is None if the call cannot be captured, and "why" says why. "call" is the time of one of many calls in a row,
+        with Python.
+        """
         for _ in range(2):
             call()
         replay, why = self.capture(call)
-        return Times(None if replay is None else self.replay_us(replay), self.call_us(call), why)
+        return {"device": replay and self.replay_us(replay), "call": self.call_us(call), "why": why}
 
     def capture(self, call: Callable[[], object]) -> tuple[Callable[[], object] | None, str]:
         """Return a function that replays the call, or None and the reason."""
@@ -181,9 +160,11 @@ class Clock:
         return graph.replay, ""
 
     def replay_us(self, replay: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            return medians_ms({"": replay}, self.seconds)[""] * 1e3
         taken, end = [], time.perf_counter() + self.seconds
         while len(taken) < 5 or (time.perf_counter() < end and len(taken) < 200):
-            start, stop = (self.event(enable_timing=True) for _ in range(2))
+            start, stop = (self.module.Event(enable_timing=True) for _ in range(2))
             self.flush()
             start.record()
             replay()
@@ -194,23 +175,5 @@ class Clock:
 
     def call_us(self, call: Callable[[], object]) -> float:
         """Return the time of a call among many that are queued without waiting for the device."""
-        taken, repeats = [], 1
-        for _ in range(5):
-            self.wait()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            self.wait()
-            taken.append((time.perf_counter() - start) / repeats)
-            repeats = max(1, min(200, int(self.seconds / 5 / taken[-1])))
-        return statistics.median(taken[1:]) * 1e6
-
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Return the memory that a call needs in addition to what is there before."""
-        if self.device.type == "cpu":
-            return None
-        before = self.module.memory_allocated(self.device)
-        self.module.reset_peak_memory_stats(self.device)
-        call()
-        self.wait()
-        return self.module.max_memory_allocated(self.device) - before
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=self.seconds).median * 1e6

@@ -7,20 +7,24 @@ kernels have never run on a GPU. The texts are written between comments, `<!-- g
 """
 
 import json
-import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from mingru.bench import GRU, LINEAR
 
+from ..measure import filled, markdown
 from .speed import COLUMNS, cells
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "how_it_works.md", "gpu.md"))]
-MARKED = re.compile(r"^( *)<!-- gpu: (\w+) -->\n(?:.*?\n)?? *<!-- gpu: end -->$", re.DOTALL | re.MULTILINE)
 Results = dict[str, Any]
+NEVER = "The GPU kernels have been compiled for NVIDIA and AMD GPUs and tested in Triton's interpreter, but have "
+NEVER += "never run on a GPU."
+COPIES = """
+A copy moves {gigabytes:.0f} GB/s; the floor is the time of a copy of the bytes that must be read and written. A copy of
+one number takes {one_launch_us:.1f} µs. The ratios are of times of training calls, with Python.
+""".strip()
 
 
 def read(folder: Path) -> Results | None:
@@ -43,21 +47,11 @@ def read(folder: Path) -> Results | None:
 def sentence(results: Results | None) -> str:
     """Return what is known of the kernels on GPUs."""
     if results is None:
-        return (
-            "The GPU kernels have been compiled for NVIDIA and AMD GPUs and tested in Triton's interpreter, but have "
-            "never run on a GPU."
-        )
+        return NEVER
     device, smoke = results["smoke"]["device"], results["smoke"]
     right = "were all right" if not smoke["wrong"] else f"gave {len(smoke['wrong'])} wrong results"
-    return (
-        f"The GPU kernels have run on one GPU, {device['name']} (torch {device['torch']}, Triton {device['triton']}): "
-        f"{smoke['count']} checks {right}."
-    )
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    where = f"{device['name']} (torch {device['torch']}, Triton {device['triton']})"
+    return f"The GPU kernels have run on one GPU, {where}: {smoke['count']} checks {right}."
 
 
 def summary(speed: Results) -> str:
@@ -66,14 +60,12 @@ def summary(speed: Results) -> str:
     for title, layers in speed.get("layers", {}).items():
         passes = [speed["recurrences"][title]["minGRU"].get(name, {}) for name in ("forward", "training")]
         shares = [x["floor"] / x["device"] if x.get("device") else None for x in passes]
-        own, *others = [
-            layers.get(name, {}).get("training", {}).get("call") for name in ("MinGRU", GRU, "nn.LSTM", LINEAR)
-        ]
+        names = ("MinGRU", GRU, "nn.LSTM", LINEAR)
+        own, *others = [layers.get(name, {}).get("training", {}).get("call") for name in names]
         ratios = [f"{other / own:.2f}" if own and other else "" for other in others]
         rows.append([title, *("" if share is None else f"{share:.0%}" for share in shares), *ratios])
-    return table(
-        ["", "share of the floor", "training", f"{GRU} / MinGRU", "nn.LSTM / MinGRU", f"{LINEAR} / MinGRU"], rows
-    )
+    columns = ["", "share of the floor", "training", *(f"{name} / MinGRU" for name in (GRU, "nn.LSTM", LINEAR))]
+    return markdown(columns, rows)
 
 
 def tables(results: Results | None) -> str:
@@ -88,14 +80,14 @@ def tables(results: Results | None) -> str:
     rows += [[name, f"{value:.1e}"] for name, value in smoke["errors"].items()]
     rows += [[f"CUDA graph: {name}", value] for name, value in smoke["graphs"].items()]
     rows += [[f"**wrong**: {name}", ""] for name in smoke["wrong"]]
-    parts.append(table(["check", "result"], rows))
+    parts.append(markdown(["check", "result"], rows))
     if speed:
-        parts += ["### Training, summary", summary(speed), copies(speed)]
+        parts += ["### Training, summary", summary(speed), COPIES.format(gigabytes=speed["bandwidth"] / 1e3, **speed)]
     for kind in ("recurrences", "layers"):
         parts += [f"### All {kind}, in µs"] if kind in speed else []
         for title, rows_of in speed.get(kind, {}).items():
             shown = [[name, *cells(row)] for name, row in rows_of.items()]
-            parts += [f"**{title}**", table(COLUMNS, shown)]
+            parts += [f"**{title}**", markdown(COLUMNS, shown)]
     rows = []
     for title, each in results.get("plans", {}).get("classes", {}).items():
         best = each["fastest"][0] if each["fastest"] else {}
@@ -104,38 +96,19 @@ def tables(results: Results | None) -> str:
         rows.append([title, chosen, *fastest])
     if rows:
         columns = ["class", "chosen plan", "fastest plan", "chunks, steps, features, segments, warps, stages"]
-        parts += ["### Plans, in µs", table(columns, rows)]
+        parts += ["### Plans, in µs", markdown(columns, rows)]
     return "\n\n".join(parts)
 
 
-def copies(speed: Results) -> str:
-    return (
-        f"A copy moves {speed['bandwidth'] * 1e-3:.0f} GB/s; the floor is the time of a copy of the bytes that must be "
-        f"read and written. A copy of one number takes {speed['one_launch_us']:.1f} µs. The ratios are of times of "
-        "training calls, with Python."
-    )
-
-
-def filled(page: str, results: Results | None) -> str:
-    """Return a page with the texts between its comments."""
-    texts = {"sentence": sentence(results), "results": tables(results)}
-
-    def fill(match: re.Match[str]) -> str:
-        indent, name = match[1], match[2]
-        if name == "sentence":
-            text = textwrap.fill(texts[name], 120, initial_indent=indent, subsequent_indent=indent)
-        else:
-            text = f"\n{texts[name]}\n"
-        return f"{indent}<!-- gpu: {name} -->\n{text}\n{indent}<!-- gpu: end -->"
-
-    return MARKED.sub(fill, page)
+def texts_of(results: Results | None) -> dict[str, str]:
+    return {"sentence": sentence(results), "results": tables(results)}
 
 
 def main() -> None:
-    results = read(RESULTS)
+    texts = texts_of(read(RESULTS))
     for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8"), results), encoding="utf-8")
-    print(sentence(results))
+        page.write_text(filled(page.read_text(encoding="utf-8"), "gpu", texts), encoding="utf-8")
+    print(texts["sentence"])
 
 
 if __name__ == "__main__":

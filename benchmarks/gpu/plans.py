@@ -5,7 +5,8 @@
 A plan divides the work of a kernel (`src/mingru/ops/backends/triton/plan.py`). All plans are first compiled, in
 parallel. Then each is timed by replays of a CUDA graph, with none of its data in the L2 cache: a forward plan in
 inference, a backward plan in training, with the usual forward plan. The program prints, for each class, the plan that
-`plan_of` chooses and the three fastest, in microseconds.
+`plan_of` chooses and the three fastest, in microseconds. It stops if the values of the plan that `plan_of` chooses are
+wrong.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -45,6 +46,9 @@ class Task(NamedTuple):
     plan: Plan | None
     """None for the plan that `plan_of` chooses."""
 
+    def __str__(self) -> str:
+        return f"{self.shape}, {str(self.dtype).removeprefix('torch.')}, {'training' if self.backward else 'forward'}"
+
 
 def candidates(task: Task, wave: int) -> list[Plan]:
     """Return plans whose tiles are not much longer than the sequences."""
@@ -66,10 +70,6 @@ def candidates(task: Task, wave: int) -> list[Plan]:
     return plans
 
 
-def title_of(kind: Task) -> str:
-    return f"{kind.shape}, {str(kind.dtype).removeprefix('torch.')}, {'training' if kind.backward else 'forward'}"
-
-
 @contextmanager
 def using(task: Task) -> Iterator[list[Plan]]:
     """Use the plan of the task for its pass; collect the plans of that pass."""
@@ -85,11 +85,6 @@ def using(task: Task) -> Iterator[list[Plan]]:
         yield used
 
 
-def inputs_of(task: Task, device: torch.device) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(task.shape, device=device).to(task.dtype).requires_grad_() for _ in range(2)]
-
-
 def results_of(inputs: list[Tensor], backward: bool, backend: str) -> list[Tensor]:
     """Return the states, or the gradients."""
     if not backward:
@@ -100,13 +95,11 @@ def results_of(inputs: list[Tensor], backward: bool, backend: str) -> list[Tenso
 
 def compile_plan(task: Task, device: str) -> None:
     """Run a plan once, so that Triton stores its kernel on disk."""
-    with using(task):
-        launch._failures.clear()
-        try:
-            results_of(inputs_of(task, torch.device(device)), task.backward, "triton")
-        except (RuntimeError, ValueError) as failed:
-            # It fails again when it is timed, and is then in the results.
-            print(f"{task.plan}: {first_line(failed)}", flush=True)
+    launch._failures.clear()
+    # A plan that fails does so again when it is timed, and is then in the results.
+    with using(task), suppress(RuntimeError, ValueError):
+        x = torch.zeros(task.shape, dtype=task.dtype, device=device, requires_grad=True)
+        results_of([x, x], task.backward, "triton")
 
 
 def compile_all(tasks: list[Task], device: torch.device) -> None:
@@ -131,10 +124,10 @@ def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], b
             return {"plan": task.plan, "why": first_line(failed)}
         if backend == "triton" and not used:
             raise AssertionError("the launch did not call `plan_of`, so that its plan is unknown")
-        result = {"plan": used[0] if used else task.plan}
-        result["share"] = error(got, exact) / allowed(task.dtype)
+        result = {"plan": used[0] if used else task.plan, "share": error(got, exact) / allowed(task.dtype)}
         del got
         if not result["share"] <= 1.0:
+            assert task.plan is not None, f"{task}: the values of the plan that `plan_of` chooses are wrong"
             return result | {"why": "its values are wrong"}
         replay, why = clock.capture(forward_backward(call, inputs) if task.backward else forward(call))
         return result | ({"why": why} if replay is None else {"us": clock.replay_us(replay)})
@@ -142,7 +135,7 @@ def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], b
 
 def sweep(clock: Clock, kind: Task, plans: list[Plan], backend: str) -> dict[str, Any]:
     """Return the usual plan and all others of a class, the fastest first, and print the fastest."""
-    inputs = inputs_of(kind, clock.device)
+    inputs = [torch.randn(kind.shape, device=clock.device).to(kind.dtype).requires_grad_() for _ in range(2)]
     exact = results_of([x.detach().double().requires_grad_() for x in inputs], kind.backward, "torch")
     exact = [x.detach() for x in exact]
     chosen, *found = [timed(clock, kind._replace(plan=plan), inputs, exact, backend) for plan in (None, *plans)]
@@ -151,7 +144,7 @@ def sweep(clock: Clock, kind: Task, plans: list[Plan], backend: str) -> dict[str
         [name, str(tuple(each["plan"] or ())), f"{each['us']:.1f}" if "us" in each else each["why"]]
         for name, each in [("chosen", chosen), *(("fastest", each) for each in fastest[:3])]
     ]
-    print_table(f"{title_of(kind)}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
+    print_table(f"{kind}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
     failed = Counter(each["why"] for each in found if "us" not in each)
     return {"plans": len(found), "chosen": chosen, "fastest": fastest[:10], "failed": failed}
 
@@ -164,20 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(parser, arguments)
     clock = Clock(args.device, args.seconds)
     wave = getattr(torch.cuda.get_device_properties(args.device), "warp_size", 32) if args.device.type == "cuda" else 32
-    shapes = [tuple(shape) for shape in args.shape or SHAPES]
     dtypes = supported((torch.float32, torch.bfloat16), args.device, args.backend)
-    kinds = [Task(*each, None) for each in itertools.product(shapes, dtypes, (False, True))]
-    plans = {kind: candidates(kind, wave)[: args.most] for kind in kinds}
     results = Results(args)
-    for kind in kinds:
 
-        def measured(kind: Task = kind) -> dict[str, Any]:
-            if args.device.type != "cpu":
-                compile_all([kind._replace(plan=plan) for plan in plans[kind]], args.device)
-            return sweep(clock, kind, plans[kind], args.backend)
+    def measured(kind: Task) -> dict[str, Any]:
+        plans = candidates(kind, wave)[: args.most]
+        if args.device.type != "cpu":
+            compile_all([kind._replace(plan=plan) for plan in plans], args.device)
+        return sweep(clock, kind, plans, args.backend)
 
-        if results.of("classes", title_of(kind), measured) is None:
-            print(f"stopped before {title_of(kind)}; the same command goes on from there")
+    for shape, dtype, backward in itertools.product(args.shape or SHAPES, dtypes, (False, True)):
+        kind = Task(tuple(shape), dtype, backward, None)
+        if results.of("classes", str(kind), measured, kind) is None:
             return
 
 

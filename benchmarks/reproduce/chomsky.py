@@ -13,6 +13,7 @@ first seed, and the one with the best accuracy at lengths up to 40 is used for t
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,16 +77,8 @@ TASKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "modular arithmetic": (MODULUS, modular_arithmetic),
     "bucket sort": (MODULUS, bucket_sort),
 }
-DEFAULTS: dict[str, Any] = {
-    "models": list(LAYERS),
-    "tasks": list(TASKS),
-    "seeds": [0, 1, 2],
-    "learning_rates": [2e-3, 8e-3],
-    "hidden_dims": 64,
-    "batch_size": 16,
-    "num_steps": 600,
-    "num_test": 128,
-}
+DEFAULTS: dict[str, Any] = {"models": list(LAYERS), "tasks": list(TASKS), "seeds": [0, 1, 2]}
+DEFAULTS |= {"learning_rates": [2e-3, 8e-3], "hidden_dims": 64, "batch_size": 16, "num_steps": 600, "num_test": 128}
 
 
 def generate(
@@ -112,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def compute(task: str, name: str, learning_rate: float, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = build(LAYERS[name](args.hidden_dims, args.hidden_dims, 2), VOCAB_SIZE, args.hidden_dims, args.device)
+        model = build(LAYERS[name], args.hidden_dims, 2, VOCAB_SIZE, args.device)
         for _ in training(model, sample_of(task, NEAR), args.num_steps, args.batch_size, learning_rate, seed):
             pass
 
@@ -124,16 +117,11 @@ def main(arguments: list[str] | None = None) -> None:
         return {"near": test(NEAR), "far": test(FAR)}
 
     def run(task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
-        key = f"{task}: {name}, learning rate {rate}, seed {seed}"
-        return results.run(key, lambda: compute(task, name, rate, seed))
+        return results.run(f"{task}: {name}, learning rate {rate}, seed {seed}", compute, task, name, rate, seed)
 
-    for seed in args.seeds:
-        for task in args.tasks:
-            for name in args.models:
-                first = {}
-                for rate in args.learning_rates:
-                    first[rate] = run(task, name, rate, args.seeds[0])["near"]
-                run(task, name, max(first, key=first.__getitem__), seed)
+    for seed, task, name in itertools.product(args.seeds, args.tasks, args.models):
+        first = {rate: run(task, name, rate, args.seeds[0])["near"] for rate in args.learning_rates}
+        run(task, name, max(first, key=first.__getitem__), seed)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import mingru
 import selective_copying
 from examples.common import warmup_cosine
 
-from ..measure import where
+from ..measure import where, write
 
 RESULTS = Path(__file__).parent / "results"
 OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True}
@@ -40,8 +39,9 @@ def copying(**config: int) -> Sample:
     return lambda batch_size, generator: selective_copying.generate(batch_size, config, generator)
 
 
-def build(rnn: nn.Module, vocab_size: int, dims: int, device: str) -> nn.Module:
-    """Return an embedding, recurrent layers and a linear head. Call torch.manual_seed before `rnn` is constructed."""
+def build(layers: Callable[..., nn.Module], dims: int, num_layers: int, vocab_size: int, device: str) -> nn.Module:
+    """Return an embedding, recurrent layers and a linear head. Call torch.manual_seed before."""
+    rnn = layers(dims, dims, num_layers)
     config = {"vocab_size": vocab_size, "embedding_dims": dims, "hidden_dims": dims}
     model = selective_copying.Model({**selective_copying.cfg, **config})
     model.rnn = rnn
@@ -49,13 +49,7 @@ def build(rnn: nn.Module, vocab_size: int, dims: int, device: str) -> nn.Module:
 
 
 def training(
-    model: nn.Module,
-    sample: Sample,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    decay: bool = True,
+    model: nn.Module, sample: Sample, num_steps: int, batch_size: int, rate: float, seed: int, decay: bool = True
 ) -> Iterator[tuple[int, float]]:
     """Train, and yield the number of steps so far and the accuracy on the batch before each step.
 
@@ -63,7 +57,7 @@ def training(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     if decay:
         schedule = warmup_cosine(optimizer, num_steps, 0.05)
@@ -100,42 +94,35 @@ class Results:
             # Another version of this library continues the file, which keeps the version of its first run.
             same = found["where"] | {"mingru": machine["mingru"]} == self.found["where"]
             if not same or found["settings"] != self.found["settings"]:
-                raise SystemExit(
-                    f"{path} has results of other settings or of another machine: name a new file by --json"
-                )
+                raise SystemExit(f"{path} has results of other settings or another machine: name a new file by --json")
             self.found = found
 
-    def run(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(self, key: str, compute: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """Return what `compute` returned for this key, with the seconds that the processor and the clock took."""
         runs: dict[str, dict[str, Any]] = self.found["runs"]
         if key not in runs:
             processor, clock = time.process_time(), time.perf_counter()
-            runs[key] = compute()
+            runs[key] = compute(*arguments)
             runs[key]["processor_seconds"] = round(time.process_time() - processor, 1)
             runs[key]["seconds"] = round(time.perf_counter() - clock, 1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.path)
+            write(self.path, self.found)
             print(f"{key}: {json.dumps(runs[key])}", flush=True)
         return runs[key]
 
 
 def start(
-    name: str, doc: str, defaults: dict[str, Any], arguments: list[str] | None
+    program: str, doc: str, defaults: dict[str, Any], arguments: list[str] | None
 ) -> tuple[argparse.Namespace, Results]:
     """Return the options and the results of a program. Each default is an option, and is recorded with the results."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for option, value in defaults.items():
-        several = {"nargs": "+"} if isinstance(value, list) else {}
-        kind = type(value[0] if isinstance(value, list) else value)
-        shown = " ".join(str(x) for x in value) if isinstance(value, list) else value
-        parser.add_argument(
-            f"--{option.replace('_', '-')}", type=kind, default=value, help=f"default: {shown}", **several
-        )
+        values = value if isinstance(value, list) else [value]
+        options = {"type": type(values[0]), "help": f"default: {' '.join(map(str, values))}"}
+        options |= {"nargs": "+"} if value is values else {}
+        parser.add_argument(f"--{option.replace('_', '-')}", default=value, **options)
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{program}.json"
     parser.add_argument("--json", type=Path, default=path, help="file of the results; default: the one of the page")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

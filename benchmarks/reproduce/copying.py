@@ -8,26 +8,16 @@ The task is that of selective_copying.py: 16 data tokens among noise. There are 
 included.
 """
 
-from functools import partial
+import itertools
 from typing import Any
 
 import torch
 
 from .common import LAYERS, accuracy, build, copying, start, training
 
-DEFAULTS: dict[str, Any] = {
-    "models": ["minGRU", "minLSTM"],
-    "layers": [3, 2, 1],
-    "seeds": [0, 1, 2],
-    "seq_len": 64,
-    "num_tokens": 16,
-    "vocab_size": 16,
-    "hidden_dims": 64,
-    "batch_size": 16,
-    "learning_rate": 5e-3,
-    "num_steps": 10_000,
-    "num_test": 1024,
-}
+DEFAULTS: dict[str, Any] = {"models": ["minGRU", "minLSTM"], "layers": [3, 2, 1], "seeds": [0, 1, 2]}
+DEFAULTS |= {"seq_len": 64, "num_tokens": 16, "vocab_size": 16, "hidden_dims": 64, "batch_size": 16}
+DEFAULTS |= {"learning_rate": 5e-3, "num_steps": 10_000, "num_test": 1024}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,17 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     def compute(name: str, num_layers: int, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = build(
-            LAYERS[name](args.hidden_dims, args.hidden_dims, num_layers), args.vocab_size, args.hidden_dims, args.device
-        )
+        model = build(LAYERS[name], args.hidden_dims, num_layers, args.vocab_size, args.device)
         for _ in training(model, sample, args.num_steps, args.batch_size, args.learning_rate, seed):
             pass
         return {"accuracy": accuracy(model, sample, args.num_test, seed)}
 
-    for seed in args.seeds:
-        for num_layers in args.layers:
-            for name in args.models:
-                results.run(f"{name}, {num_layers} layers, seed {seed}", partial(compute, name, num_layers, seed))
+    for seed, num_layers, name in itertools.product(args.seeds, args.layers, args.models):
+        results.run(f"{name}, {num_layers} layers, seed {seed}", compute, name, num_layers, seed)
 
 
 if __name__ == "__main__":

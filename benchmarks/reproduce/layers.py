@@ -7,37 +7,29 @@ constant, so that one training gives the accuracy after each number of steps.
 """
 
 import bisect
-from functools import partial
+import itertools
 from typing import Any
 
 import torch
 
+from examples.common import num_parameters
+
 from .common import LAYERS, accuracy, build, copying, start, training
 
-DEFAULTS: dict[str, Any] = {
-    "models": ["nn.GRU, 1 layer", "minGRU, 1 layer", "minGRU, 2 layers", "minGRU, 3 layers", "minGRU, 4 layers"],
-    "seeds": [0, 1, 2],
-    "num_parameters": 60_000,
-    "steps": [500, 1000, 1500],
-    "batch_size": 32,
-    "learning_rate": 3e-3,
-    "num_test": 1024,
-}
+MODELS = ["nn.GRU, 1 layer", "minGRU, 1 layer", "minGRU, 2 layers", "minGRU, 3 layers", "minGRU, 4 layers"]
+DEFAULTS: dict[str, Any] = {"models": MODELS, "seeds": [0, 1, 2], "num_parameters": 60_000, "steps": [500, 1000, 1500]}
+DEFAULTS |= {"batch_size": 32, "learning_rate": 3e-3, "num_test": 1024}
 CONFIG = {"seq_len": 32, "num_tokens": 4, "vocab_size": 16}
 
 
-def model_of(title: str, num_parameters: int, device: str) -> torch.nn.Module:
+def model_of(title: str, most: int, device: str) -> torch.nn.Module:
     """Return the model with the smallest width that gives at least the number of parameters."""
     name, count = title.split(", ")
 
     def at(width: int) -> torch.nn.Module:
-        return build(LAYERS[name](width, width, int(count.split()[0])), CONFIG["vocab_size"], width, device)
+        return build(LAYERS[name], width, int(count.split()[0]), CONFIG["vocab_size"], device)
 
-    return at(1 + bisect.bisect_left(range(1, 1000), num_parameters, key=lambda width: size(at(width))))
-
-
-def size(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return at(1 + bisect.bisect_left(range(1, 1000), most, key=lambda width: num_parameters(at(width))))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,11 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         model = model_of(title, args.num_parameters, args.device)
         run = training(model, sample, args.steps[-1], args.batch_size, args.learning_rate, seed, decay=False)
         found = [accuracy(model, sample, args.num_test, seed) for step, _ in run if step in args.steps]
-        return {"parameters": size(model), "accuracy": found}
+        return {"parameters": num_parameters(model), "accuracy": found}
 
-    for seed in args.seeds:
-        for title in args.models:
-            results.run(f"{title}, seed {seed}", partial(compute, title, seed))
+    for seed, title in itertools.product(args.seeds, args.models):
+        results.run(f"{title}, seed {seed}", compute, title, seed)
 
 
 if __name__ == "__main__":

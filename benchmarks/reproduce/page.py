@@ -6,18 +6,16 @@ The tables are written between comments, `<!-- reproduce: NAME -->` and `<!-- re
 """
 
 import json
-import re
 import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from ..gpu.page import table
+from ..measure import filled, markdown
 from .chomsky import TASKS
 from .common import RESULTS
 
 PAGE = Path(__file__).with_name("README.md")
-MARKED = re.compile(r"<!-- reproduce: (\w+) -->\n.*?<!-- reproduce: end -->", re.DOTALL)
 Runs = dict[str, dict[str, Any]]
 # Feng et al. 2024: accuracy in % and its standard deviation; how many times as fast as a loop in Python.
 PAPER = {
@@ -58,12 +56,9 @@ def by_seed(runs: Runs) -> tuple[dict[str, list[dict[str, Any]]], int]:
 
 def copying(runs: Runs, _: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
-    rows = [
-        [key.replace("1 layers", "1 layer"), cell([run["accuracy"] for run in groups[key]], most), PAPER[key]]
-        for key in PAPER
-        if key in groups
-    ]
-    return table(["model", "here", "paper, full task"], rows)
+    found = {key: [run["accuracy"] for run in groups[key]] for key in PAPER if key in groups}
+    rows = [[key.replace("1 layers", "1 layer"), cell(each, most), PAPER[key]] for key, each in found.items()]
+    return markdown(["model", "here", "paper, full task"], rows)
 
 
 def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
@@ -80,20 +75,20 @@ def chomsky(runs: Runs, settings: dict[str, Any]) -> str:
 
     tables = []
     for where, title in (("far", "Lengths 40 to 256:"), ("near", "Lengths 1 to 40, as in training:")):
-        tables += [
-            title,
-            table(["", *tasks], [[model, *(at(task, model, where) for task in tasks)] for model in models]),
-        ]
+        rows = [[model, *(at(task, model, where) for task in tasks)] for model in models]
+        tables += [title, markdown(["", *tasks], rows)]
     return "\n\n".join(tables)
+
+
+def cells(group: list[dict[str, Any]], most: int) -> list[str]:
+    """Return the accuracies of the runs, which are lists."""
+    return [cell(list(values), most) for values in zip(*(run["accuracy"] for run in group), strict=True)]
 
 
 def words(runs: Runs, _: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
-    rows = []
-    for key in sorted(groups):
-        lengths = zip(*(run["accuracy"] for run in groups[key]), strict=True)
-        rows.append([*key.split(": "), *(cell(list(values), most) for values in lengths), PUBLISHED.get(key, "")])
-    return table(["task", "model", "64", "256", "512", "1,024", "published, 1,024"], rows)
+    rows = [[*key.split(": "), *cells(groups[key], most), PUBLISHED.get(key, "")] for key in sorted(groups)]
+    return markdown(["task", "model", "64", "256", "512", "1,024", "published, 1,024"], rows)
 
 
 def groups(runs: Runs, _: dict[str, Any]) -> str:
@@ -104,16 +99,13 @@ def groups(runs: Runs, _: dict[str, Any]) -> str:
         lengths = zip(*(run["accuracy"] for run in found[key]), strict=True)
         shown = [", ".join(f"{100 * value:.1f}".removesuffix(".0") for value in values) for values in lengths]
         rows.append([*key.split(": "), ", ".join(str(run["steps"]) for run in found[key]), *shown])
-    return table(["task", "model", "training steps", "64", "256", "512", "1,024"], rows)
+    return markdown(["task", "model", "training steps", "64", "256", "512", "1,024"], rows)
 
 
 def layers(runs: Runs, settings: dict[str, Any]) -> str:
     groups, most = by_seed(runs)
-    rows = []
-    for key, group in groups.items():
-        steps = zip(*(run["accuracy"] for run in group), strict=True)
-        rows.append([key, f"{group[0]['parameters']:,}", *(cell(list(values), most) for values in steps)])
-    return table(["model", "parameters", *(f"{count:,} steps" for count in settings["steps"])], rows)
+    rows = [[key, f"{group[0]['parameters']:,}", *cells(group, most)] for key, group in groups.items()]
+    return markdown(["model", "parameters", *(f"{count:,} steps" for count in settings["steps"])], rows)
 
 
 def speed(runs: Runs, _: dict[str, Any]) -> str:
@@ -124,7 +116,7 @@ def speed(runs: Runs, _: dict[str, Any]) -> str:
         ratios = [f"{ms[name] / ms['minimal']:.1f}" for name in ("layer", "loop")]
         rows.append([f"min{kind}", f"{int(length):,}", f"{ms['minimal']:.1f}", *ratios, PAPER_SPEED.get(key, "")])
     rows.sort(key=lambda row: row[0])
-    return table(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
+    return markdown(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
 
 
 TABLES = {function.__name__: function for function in (copying, chomsky, words, groups, layers, speed)}
@@ -136,24 +128,18 @@ def text_of(name: str, found: dict[str, Any]) -> str:
     hours = sum(run["processor_seconds"] for run in runs.values()) / 3600
     settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
     machine = f"{where['processor']} ({where['instructions']}), {where['threads']} thread, torch {where['torch']}"
-    seeds = sorted({key.rpartition(", seed ")[2] for key in runs if ", seed " in key})
-    seeds_text = f" with seeds {', '.join(seeds)}" if seeds else ""
-    facts = f"{len(runs)} runs{seeds_text}, {hours:.2f} processor hours; {machine}; {settings}."
+    seeds = ", ".join(sorted({key.rpartition(", seed ")[2] for key in runs if ", seed " in key}))
+    facts = f"{len(runs)} runs{seeds and ' with seeds '}{seeds}, {hours:.2f} processor hours; {machine}; {settings}."
     return f"{TABLES[name](runs, found['settings'])}\n\n{textwrap.fill(facts, 120)}"
 
 
-def filled(page: str, folder: Path) -> str:
-    """Return the page with the tables between its comments."""
-
-    def fill(match: re.Match[str]) -> str:
-        found = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))
-        return f"<!-- reproduce: {match[1]} -->\n\n{text_of(match[1], found)}\n\n<!-- reproduce: end -->"
-
-    return MARKED.sub(fill, page)
+def texts(folder: Path) -> dict[str, str]:
+    found = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in TABLES}
+    return {name: text_of(name, each) for name, each in found.items()}
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "reproduce", texts(RESULTS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ nn.GRU and nn.LSTM have the same weights, and are one call for all time steps. T
 and backward passes of one layer.
 """
 
-from functools import partial
+import itertools
 from typing import Any
 
 import torch
@@ -41,22 +41,20 @@ def main(arguments: list[str] | None = None) -> None:
         x = torch.randn(args.batch_size, length, dims, device=args.device, requires_grad=True)
         minimal, layer, cell = PAIRS[kind]
         modules = {
-            "minimal": minimal(dims, dims).to(args.device),
-            "layer": layer(dims, dims, batch_first=True).to(args.device),
-            "loop": cell(dims, dims).to(args.device),
+            "minimal": minimal(dims, dims),
+            "layer": layer(dims, dims, batch_first=True),
+            "loop": cell(dims, dims),
         }
 
         def call(name: str, module: nn.Module) -> Any:
-            leaves = [x, *module.parameters()]
+            leaves = [x, *module.to(args.device).parameters()]
             return forward_backward(lambda: loop(module, x) if name == "loop" else output(module(x)), leaves)
 
-        return {
-            "ms": medians_ms({name: call(name, x) for name, x in modules.items()}, args.seconds, device=args.device)
-        }
+        calls = {name: call(name, x) for name, x in modules.items()}
+        return {"ms": medians_ms(calls, args.seconds, device=args.device)}
 
-    for length in args.lengths:
-        for kind in PAIRS:
-            results.run(f"{kind}, {length}", partial(compute, kind, length))
+    for length, kind in itertools.product(args.lengths, PAIRS):
+        results.run(f"{kind}, {length}", compute, kind, length)
 
 
 if __name__ == "__main__":

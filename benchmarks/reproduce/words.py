@@ -17,9 +17,7 @@ is right. A batch has as many time steps as before, the learning rate falls to 0
 
 import copy
 import functools
-import importlib.util
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,14 @@ from torch import Tensor, nn
 
 import mingru
 
+from ..measure import scans
 from .common import LAYERS, accuracy, build, start, training
 
 FREE = "tanh, own input gate"
 # Options of a block with one layer.
-BLOCKS: dict[str, dict[str, Any]] = {
-    "minGRU": {},
-    "signed": {"gate": "signed"},
-    "rotation": {"gate": "rotation"},
-    "rotation, learned start": {"gate": "rotation", "learn_initial_state": True},
-    "quaternion": {"gate": "quaternion"},
-    "quaternion, learned start": {"gate": "quaternion", "learn_initial_state": True},
-}
+BLOCKS: dict[str, dict[str, Any]] = {"minGRU": {}, "signed": {"gate": "signed"}}
+for gate in ("rotation", "quaternion"):
+    BLOCKS |= {gate: {"gate": gate}, f"{gate}, learned start": {"gate": gate, "learn_initial_state": True}}
 MODULI = {"parity": 2, "modulo 3": 3, "modulo 5": 5, "modulo 7": 7}
 GROUPS = {"S3": list(itertools.permutations(range(3)))}
 GROUPS["A5"] = [
@@ -48,14 +42,9 @@ GROUPS["A5"] = [
 SHORT_FIRST, ALL_STEPS = "short first", "all steps"
 SHORT_FIRST_STEPS = {"S3": 2000, "A5": 4000}
 
-DEFAULTS: dict[str, Any] = {
-    "models": [*BLOCKS, FREE, "nn.GRU"],
-    "tasks": [*MODULI, "S3", f"modulo 5, {ALL_STEPS}", *(f"{group}, {SHORT_FIRST}" for group in SHORT_FIRST_STEPS)],
-    "seeds": [0, 1, 2],
-    "num_steps": 1600,
-    "batch_size": 16,
-    "peer": "",
-}
+TASKS = [*MODULI, "S3", f"modulo 5, {ALL_STEPS}", *(f"{group}, {SHORT_FIRST}" for group in SHORT_FIRST_STEPS)]
+DEFAULTS: dict[str, Any] = {"models": [*BLOCKS, FREE, "nn.GRU"], "tasks": TASKS, "seeds": [0, 1, 2]}
+DEFAULTS |= {"num_steps": 1600, "batch_size": 16, "peer": ""}
 TRAIN_LENGTH, CHOICE_LENGTH, LENGTHS, DIMS = 64, 128, (64, 256, 512, 1024), 64
 PEERS = {"mingru-scans log": "log", "mingru-scans signed": "signed", "mingru-scans rotation": "rotation"}
 
@@ -99,22 +88,10 @@ def generate(batch_size: int, generator: torch.Generator, task: str, length: int
     return tokens, torch.stack(found, 1)
 
 
-def peer(folder: str) -> Any:
-    """Return the package mingru-scans in a folder, imported under another name."""
-    path = Path(folder, "mingru", "__init__.py")
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: run pip install --no-deps --target {folder} mingru-scans==0.2.0")
-    spec = importlib.util.spec_from_file_location("mingru_scans", path, submodule_search_locations=[str(path.parent)])
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def layers(name: str, folder: str) -> nn.Module:
     """Return one layer, in a block with an MLP."""
     if name in PEERS:
-        return peer(folder).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
+        return scans(Path(folder)).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
     if name == FREE:
         return OwnInputGate(DIMS)
     if name == "nn.GRU":
@@ -129,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(seed)
         task, _, schedule = task.partition(", ")
         # The tables of parity and S3 have 6 symbols.
-        model = build(layers(name, args.peer), max(6, size_of(task)), DIMS, args.device)
+        model = build(lambda *_: layers(name, args.peer), DIMS, 1, max(6, size_of(task)), args.device)
         at = functools.partial(functools.partial, generate, task=task)
         short_first, all_steps = schedule == SHORT_FIRST, schedule == ALL_STEPS
         num_steps = SHORT_FIRST_STEPS[task] if short_first else args.num_steps
@@ -152,10 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
             model.load_state_dict(chosen)
         return {"steps": kept, "accuracy": [accuracy(model, at(length=length), 128, seed) for length in LENGTHS]}
 
-    for seed in args.seeds:
-        for name in [*args.models, *(PEERS if args.peer else [])]:
-            for task in args.tasks:
-                results.run(f"{task}: {name}, seed {seed}", functools.partial(compute, name, seed, task))
+    models = [*args.models, *(PEERS if args.peer else [])]
+    for seed, name, task in itertools.product(args.seeds, models, args.tasks):
+        results.run(f"{task}: {name}, seed {seed}", compute, name, seed, task)
 
 
 if __name__ == "__main__":

@@ -102,15 +102,20 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
-    """Return the times of forward, and of forward + backward, for one layer of each class, in milliseconds."""
-    batch, steps, input_dims, hidden_dims = shape
-    modules = {
+def layers(input_dims: int, hidden_dims: int, device: str = "cpu") -> dict[str, nn.Module]:
+    """Return a layer of each class, and the linear map of `MinGRU`."""
+    return {
         "mingru": MinGRU(input_dims, hidden_dims, device=device),
         LINEAR: nn.Linear(input_dims, 2 * hidden_dims, device=device),
         GRU: nn.GRU(input_dims, hidden_dims, batch_first=True, device=device),
         "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True, device=device),
     }
+
+
+def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
+    """Return the times of forward, and of forward + backward, for one layer of each class, in milliseconds."""
+    batch, steps, input_dims, hidden_dims = shape
+    modules = layers(input_dims, hidden_dims, device)
     x = torch.randn(batch, steps, input_dims, device=device, requires_grad=True)
 
     def on(module: nn.Module) -> Callable[[], Tensor]:
