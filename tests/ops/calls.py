@@ -202,6 +202,9 @@ def drawn(row, seed=0, in_padding=None):
     )
     lengths = batch_sizes = None
     dt[:, 4:5] = 0
+    if reset is not None:
+        # One sequence begins anew at every step.
+        reset[1:2] = True
     weight, dt = torch.randn(inputs[0].shape).to(row.dtype), dt if row.dt else None
     if row.layout in ("lengths", "packed"):
         # The longest is the first, and has all steps; one that is empty cannot be packed.

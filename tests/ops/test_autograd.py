@@ -6,8 +6,6 @@ from torch import nn
 
 import mingru
 from mingru import functional
-from mingru.ops import Spec
-from mingru.ops.backends import native
 
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True]
 
@@ -68,17 +66,6 @@ def test_a_learned_state_of_images_compiles_with_resets():
     expected, expected_states = rnn(x, None, reset)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(states, expected_states)
-
-
-@pytest.mark.skipif("native" not in BACKENDS, reason="the kernels were not built")
-def test_a_permuted_state_keeps_torchs_contract():
-    h = torch.rand(4, 1, 2).permute(2, 1, 0)
-    pair = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
-    call, how = [h, h.contiguous()], native.number_of(Spec("mingru", "positive", False))
-    operators = torch.ops.mingru
-    torch.library.opcheck(operators.recurrence_forward.default, (pair, call, how, 0.0))
-    out, last = operators.recurrence_forward(pair, call, how, 0.0)
-    torch.library.opcheck(operators.recurrence_backward.default, (pair, call, out, out, last, how, 0.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
