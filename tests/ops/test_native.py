@@ -3,6 +3,7 @@
 `test_recurrence.py` tests their numbers, with those of all other backends.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -11,9 +12,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import calls
 import pytest
 import torch
 from cover import cover
@@ -142,6 +145,21 @@ def test_operators_refuse_what_would_read_past_the_end():
         call = call_of("mingru", h, h, lengths=lengths)
         with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
             torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call)
+
+
+@pytest.mark.parametrize("cell", ops.NUM_INPUTS)
+def test_as_exact_as_plain_pytorch(cell):
+    """Plain PyTorch, one step after the other, has an error too: three times that, and a unit in the last place."""
+    activations, dtypes = calls.FACTORS["activation"], (torch.float32, torch.bfloat16)
+    for activation, dtype, timed in itertools.product(activations, dtypes, {False, cell in TIMED}):
+        row = calls.Row(cell, activation, dtype, reset=True, dt=timed, steps=65, features=(16,), batch=16)
+        given, weights = calls.drawn(row)
+        wide = given.of(*(x.double() for x in given.leaves()))
+        runs = [(calls.exact, wide), *((partial(calls.run, name), given) for name in ("native", "sequential"))]
+        results = [calls.graded(lambda *x: run(row, each.of(*x)), each.leaves(), weights) for run, each in runs]  # noqa: B023
+        for index, (exact, one, other) in enumerate(zip(*results, strict=True)):
+            error, usual = ((x - exact).abs().max() for x in (one, other))
+            assert error <= 3 * usual + torch.finfo(dtype).eps * exact.abs().max().clamp_min(1.0), index
 
 
 def test_a_bias_with_strides_and_of_another_dtype():
