@@ -18,7 +18,7 @@ MARK = "<!-- printed by tests/modes/matrix.py -->\n"
 def modes() -> list[str]:
     """Return the names of all modes, in the order of the tests."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("test_*.py")))
-    return list(dict.fromkeys(re.findall(r'mark\.mode\("([^"]+)"\)', text)))
+    return list(dict.fromkeys(re.findall(r'mode\(\s*"([^"]+)"', text)))
 
 
 class Matrix:

@@ -1,9 +1,11 @@
 """`torch.compile`: one graph, whatever the batch and the length, and the numbers of eager."""
 
+import functools
+
 import pytest
 import torch
-from cases import CASES_WITH_LENGTHS, assert_equal, every_case_of_few_quick, every_case_slowly, parametrized, tensors
-from torch import nn
+from cases import CASES_WITH_LENGTHS, DOUBLE, assert_equal, tensors
+from mode import FEW, each_case, given, graded, mode
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -35,81 +37,52 @@ def with_free_sizes(case, inputs):
     return inputs
 
 
-def losses(run, inputs):
-    return sum(tensor.square().sum() for tensor in tensors(run(*inputs)))
-
-
-def assert_equal_with_gradients(case, module, compiled, sizes, reset=False, free=False):
+def assert_equal_with_gradients(case, module, compiled, sizes, count):
     """At all sizes: outputs, and gradients of x, the states and the parameters."""
     for batch, steps in sizes:
-        x, h = case.x(batch, steps, dtype=torch.double), case.h(batch, dtype=torch.double)
-        inputs = [x, h, case.reset(batch, steps)] if reset else [x, h]
-        if free:
-            with_free_sizes(case, inputs)
-        leaves = [leaf.requires_grad_() for leaf in tensors([x, h])] + list(module.parameters())
-        assert_equal(compiled(*inputs), module(*inputs))
-        # Without a reset, a learned initial state has no part in it.
-        got, expected = (
-            torch.autograd.grad(losses(run, inputs), leaves, allow_unused=True) for run in (compiled, module)
-        )
-        assert_equal(got, expected)
+        args = given(case, batch, steps, count, **DOUBLE)
+        assert_equal(graded(compiled, args, module), graded(module, args, module))
 
 
-@pytest.mark.mode("torch.compile, one graph, any batch and length")
-@every_case_of_few_quick
+@mode("torch.compile, one graph, any batch and length", FEW)
 def test_any_size(case):
-    module = case.make(dtype=torch.double)
+    module = case.make(**DOUBLE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     # `test_inductor` compiles without resets.
-    assert_equal_with_gradients(case, module, compiled, SIZES, True)
+    assert_equal_with_gradients(case, module, compiled, SIZES, 3)
     # One for the first sizes, one for all.
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
-@pytest.mark.mode("torch.compile, inductor, training")
-@every_case_slowly
+@mode("torch.compile, inductor, training", [])
 def test_inductor(case):
-    module = case.make(dtype=torch.double)
+    module = case.make(**DOUBLE)
     compiled = torch.compile(module, fullgraph=True, options=OPTIONS.get(case.name))
-    assert_equal_with_gradients(case, module, compiled, SIZES[:3], free=True)
+    run = lambda *inputs: compiled(*with_free_sizes(case, inputs))  # noqa: E731
+    assert_equal_with_gradients(case, module, run, SIZES[:3], 2)
     assert counters["stats"]["unique_graphs"] == 1
 
 
-class UnderAutocast(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.module(*inputs)
-
-
-@pytest.mark.mode("torch.compile, reduce-overhead, autocast inside")
-@every_case_slowly
+@mode("torch.compile, reduce-overhead, autocast inside", [])
 def test_autocast_inside(case):
-    module = UnderAutocast(case.make())
-    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    module = case.make()
+
+    def run(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(*inputs)
+
+    compiled = torch.compile(run, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for batch, steps in SIZES[:3]:
             inputs = with_free_sizes(case, [case.x(batch, steps), case.h(batch)])
-            got, expected = tensors(compiled(*inputs)), tensors(module(*inputs))
-            assert [each.dtype for each in got] == [each.dtype for each in expected]
-            # Products are rounded to 8 bits, in whatever order they are added up.
-            assert_equal(got, expected, rtol=2**-6, atol=2**-6)
-            in_float32 = ("drop_in.GRUCell", "drop_in.LSTMCell", "MinGRUCell", "MinLSTMCell", "models.Block")
-            if case.name not in in_float32 and "Conv" not in case.name:
-                assert torch.bfloat16 in {each.dtype for each in got}
+            # Products are rounded to 8 bits, in whatever order they are added up. Dtypes are compared too.
+            assert_equal(compiled(*inputs), run(*inputs), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize(
     ("name", "reverse"),
-    [
-        *(pytest.param("torch", reverse, marks=pytest.mark.slow) for reverse in (False, True)),
-        pytest.param("native", False, marks=pytest.mark.slow),
-        ("native", True),
-    ],
+    [*(pytest.param(name, False, marks=pytest.mark.slow) for name in ("torch", "native")), ("native", True)],
 )
 def test_functions(name, reverse):
     """Any trailing sizes, gradients of everything, from both bodies that "auto" may take."""
@@ -117,59 +90,46 @@ def test_functions(name, reverse):
     def run(a, b, gate, candidate, h, reset):
         lengths = torch.full([a.shape[0]], a.shape[1] // 2) if reverse else None
         scanned = mingru.functional.linear_scan(a, b, h, reverse=reverse, reset=reset, lengths=lengths, backend=name)
-        scanned = scanned[0] + scanned[1] if reverse else scanned
         return scanned, mingru.functional.mingru(gate, candidate, h, reset=reset, backend=name)
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for batch, steps in SIZES[:3]:
-        sequences = [torch.rand(batch, steps, 2, 3, dtype=torch.double) for _ in range(4)]
-        inputs = [each.requires_grad_() for each in [*sequences, torch.randn(batch, 1, 2, 3, dtype=torch.double)]]
-        reset = torch.rand(batch, steps) < 0.2
-        assert_equal(compiled(*inputs, reset), run(*inputs, reset))
-        assert_equal(*(torch.autograd.grad(losses(each, [*inputs, reset]), inputs) for each in (compiled, run)))
+        inputs = [*torch.rand(4, batch, steps, 2, 3, **DOUBLE), torch.randn(batch, 1, 2, 3, **DOUBLE)]
+        inputs.append(torch.rand(batch, steps) < 0.2)
+        assert_equal(*(graded(each, inputs, torch.nn.Module()) for each in (compiled, run)))
     assert counters["stats"]["unique_graphs"] == 2
     # Without gradients, and in a transform that needs them.
-    a, b = torch.rand(2, 2, 20, 3, dtype=torch.double)
-    for function in (run_scan, torch.func.grad(lambda a, b: run_scan(a, b).square().sum())):
+    a, b = torch.rand(2, 2, 20, 3, **DOUBLE)
+    for function in (scan, torch.func.grad(lambda a, b: scan(a, b).square().sum())):
         assert_equal(torch.compile(function, fullgraph=True, backend="eager")(a, b), function(a, b))
 
 
-def run_scan(a, b):
-    return mingru.functional.linear_scan(a, b)
+def scan(a, b, backend="auto"):
+    return mingru.functional.linear_scan(a, b, backend=backend)
 
 
 @pytest.mark.slow
 def test_one_more_graph_over_4096_steps():
     """Where the portable body is compiled, a bound on the length makes most of its graph."""
-
-    def run(a, b):
-        return mingru.functional.linear_scan(a, b, backend="torch")
-
+    run = functools.partial(scan, backend="torch")
     compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
     for steps, num_graphs in [(40, 1), (4000, 1), (5000, 2), (300, 2)]:
-        inputs = [torch.rand(1, steps, 1, dtype=torch.double) for _ in range(2)]
+        inputs = torch.rand(2, 1, steps, 1, **DOUBLE).unbind()
         assert_equal(compiled(*inputs), run(*inputs))
         assert counters["stats"]["unique_graphs"] == num_graphs
 
 
-@pytest.mark.mode("torch.compile, lengths")
-@parametrized(CASES_WITH_LENGTHS, quick=[])
+@mode("torch.compile, lengths", [], CASES_WITH_LENGTHS)
 def test_lengths(case):
     """Padding takes no part, whatever lies there, and gradients know nothing of it."""
-    module = case.make(dtype=torch.double)
+    module = case.make(**DOUBLE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch, steps in SIZES:
-        x, h = case.x(batch, steps, dtype=torch.double), case.h(batch, dtype=torch.double)
-        reset, dt = case.reset(batch, steps), case.dt(batch, steps, dtype=torch.double)
-        lengths = torch.randint(0, steps, (batch,))
+        x, h, reset = given(case, batch, steps, **DOUBLE)
+        lengths, dt = torch.randint(0, steps, (batch,)), case.dt(batch, steps, **DOUBLE)
         x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
-        leaves = [leaf.requires_grad_() for leaf in tensors([x, h, dt])] + list(module.parameters())
-        results = []
-        for run in (compiled, module):
-            out = run(x, h, reset, lengths=lengths, **dt)
-            loss = sum(tensor.square().sum() for tensor in tensors(out))
-            results.append((out, torch.autograd.grad(loss, leaves)))
-        assert_equal(*results)
+        args = x, h, reset, lengths, *dt.values()
+        assert_equal(*(graded(run, args, module) for run in (compiled, module)))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -185,21 +145,21 @@ def test_lengths_of_both_directions(argument):
     ("backend", "options"),
     [("auto", {}), ("auto", {"tracing_mode": "symbolic"}), ("torch", {}), ("torch", {"pre_dispatch": True})],
 )
-@parametrized(CASES_WITH_LENGTHS, quick=["MinGRU"])
+@each_case(["MinGRU"], CASES_WITH_LENGTHS)
 def test_make_fx(case, backend, options):
     """The graph has no values to check, and is that of any others."""
     module = case.make()
 
-    def given(lengths):
-        return case.x(2, 7), case.h(2), case.reset(2, 7), torch.tensor(lengths), case.dt(2, 7).get("dt")
+    def args_of(lengths):
+        return *given(case), torch.tensor(lengths), case.dt(2, 7).get("dt")
 
     def run(*args):
         return tensors(module(*args))
 
     with mingru.use_backend(backend):
-        graph = make_fx(run, _allow_non_fake_inputs=True, **options)(*given([3, 5]))
+        graph = make_fx(run, _allow_non_fake_inputs=True, **options)(*args_of([3, 5]))
         for lengths in ([3, 5], [7, 0]):
-            args = given(lengths)
+            args = args_of(lengths)
             assert_equal(graph(*args), module(*args))
 
 
@@ -215,13 +175,9 @@ def test_a_layer_after_a_cell():
 
 def test_fused_kernel_is_in_the_graph():
     """A compiled layer calls the same kernel as eager, products and recurrence in one."""
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(str(graph))
-        return graph
-
-    rnn = mingru.MinGRU(3, 4)
+    rnn, graphs = mingru.MinGRU(3, 4), []
     with torch.no_grad():
-        torch.compile(rnn, fullgraph=True, backend=backend)(torch.randn(2, 5, 3))
-    assert any("mingru.linear_recurrence_forward" in graph for graph in graphs)
+        torch.compile(rnn, fullgraph=True, backend=lambda graph, _: graphs.append(str(graph)) or graph)(
+            torch.randn(2, 5, 3)
+        )
+    assert "mingru.linear_recurrence_forward" in graphs[0]

@@ -2,17 +2,9 @@
 
 import pytest
 import torch
-from cases import (
-    CASES_WITH_LENGTHS,
-    assert_equal,
-    every_case_of_few_quick,
-    every_case_slowly,
-    parametrized,
-    selected_cases,
-    small_chunks,
-    tensors,
-)
+from cases import CASES_WITH_LENGTHS, assert_equal, selected_cases, small_chunks, tensors
 from elsewhere import run_without_mingru
+from mode import FEW, given, mode
 from torch._inductor import aoti_compile_and_package
 from torch.export import Dim
 
@@ -30,16 +22,17 @@ pytestmark = [
 
 
 def export(case, module, reset=False, strict=False):
-    inputs, shapes = [case.x(), case.h()], list(case.dynamic(BATCH, STEPS))
-    if reset:
-        inputs.append(case.reset())
-        shapes.append(shapes[0])
+    of_x, of_h = case.dynamic(BATCH, STEPS)
+    shapes = (of_x, of_h, of_x)[: 2 + reset]
     with small_chunks():
-        return torch.export.export(module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=strict)
+        inputs = given(case, count=2 + reset)
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
 
 
-def inputs_of(case, size, reset=False):
-    return [case.x(*size), case.h(size[0]), *([case.reset(*size)] if reset else [])]
+def check(case, run, module, reset=False):
+    for size in SIZES:
+        inputs = given(case, *size, 2 + reset)
+        assert_equal(run(*inputs), module(*inputs))
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +49,19 @@ def exported():
     return of
 
 
-@pytest.mark.mode("torch.export, any batch and length")
-@every_case_of_few_quick
+@mode("torch.export, any batch and length", FEW)
 def test_export(case, exported):
     module, program = exported(case)
-    run = program.module()
-    for size in SIZES:
-        inputs = inputs_of(case, size)
-        assert_equal(run(*inputs), module(*inputs))
+    check(case, program.module(), module)
 
 
-@pytest.mark.mode("torch.export, strict, with resets")
-@every_case_slowly
+@mode("torch.export, strict, with resets", [])
 def test_export_strictly(case):
     module = case.make()
-    run = export(case, module, True, strict=True).module()
-    for size in SIZES:
-        inputs = inputs_of(case, size, True)
-        assert_equal(run(*inputs), module(*inputs))
+    check(case, export(case, module, True, strict=True).module(), module, reset=True)
 
 
-@pytest.mark.mode("torch.export, core ATen")
-@every_case_slowly
+@mode("torch.export, core ATen", [])
 def test_core_aten(case, exported):
     """No operator of ours is left, and none that a runtime for core ATen would not know."""
     module, program = exported(case)
@@ -87,8 +71,7 @@ def test_core_aten(case, exported):
     # The others count sizes.
     assert of_torch and {each.__module__ for each in operators - of_torch} <= {"_operator", "math"}
     assert not [each for each in of_torch if torch.Tag.core not in each.tags]
-    inputs = inputs_of(case, (3, 20))
-    assert_equal(core.module()(*inputs), module(*inputs))
+    check(case, core.module(), module)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,7 @@ def loaded(exported, tmp_path_factory, request):
     inputs = {}
     for index, case in enumerate(selected_cases(request)):
         torch.export.save(exported(case)[1], folder / f"{index}.pt2")
-        inputs[case.name] = [inputs_of(case, size) for size in SIZES]
+        inputs[case.name] = [given(case, *size, 2) for size in SIZES]
     script = """
         for index, (name, examples) in enumerate(given.items()):
             run = torch.export.load(f"{index}.pt2").module()
@@ -107,8 +90,7 @@ def loaded(exported, tmp_path_factory, request):
     return inputs, run_without_mingru(script, folder, inputs)
 
 
-@pytest.mark.mode("torch.export, saved, run without mingru")
-@every_case_slowly
+@mode("torch.export, saved, run without mingru", [])
 def test_saved(case, exported, loaded):
     inputs, results = loaded
     module, _ = exported(case)
@@ -116,14 +98,13 @@ def test_saved(case, exported, loaded):
         assert_equal(result, module(*example))
 
 
-@pytest.mark.mode("AOTInductor, run without mingru")
-@every_case_slowly
+@mode("AOTInductor, run without mingru", [])
 def test_aot_inductor(case, exported, tmp_path):
     module, program = exported(case)
     # Not vectorised, which takes g++ half the time.
     plain = {"cpp.simdlen": 1}
     aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"), inductor_configs=plain)
-    examples = [inputs_of(case, size) for size in SIZES]
+    examples = [given(case, *size, 2) for size in SIZES]
     script = """
         run = torch._inductor.aoti_load_package("model.pt2")
         results["all"] = [run(*inputs) for inputs in given]
@@ -134,31 +115,22 @@ def test_aot_inductor(case, exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_bound_on_the_length():
-    module = mingru.MinGRU(3, 4)
-    program = torch.export.export(module, (torch.randn(2, 7, 3),), dynamic_shapes=({1: Dim("steps")},))
-    for steps in (1, 40, 5000):
-        x = torch.randn(2, steps, 3)
-        assert_equal(program.module()(x), module(x))
-
-
-@pytest.mark.slow
 def test_kernels_stay_where_they_are_asked_for():
     """`use_backend` is the switch: kernels in the graph, for processes that have this package."""
-    module, x = mingru.MinLSTM(3, 4), torch.randn(2, 7, 3)
-    targets = {}
+    module, targets = mingru.MinLSTM(3, 4), {}
     for name in ("auto", "torch", "native"):
         with mingru.use_backend(name):
-            program = torch.export.export(module, (x,), dynamic_shapes=({1: Dim("steps")},))
+            # Without a bound on the length.
+            shapes = ({1: Dim("steps")},)
+            program = torch.export.export(module, (torch.randn(2, 7, 3),), dynamic_shapes=shapes)
         targets[name] = {str(node.target).partition(".")[0] for node in program.graph.nodes}
-        x2 = torch.randn(2, 40, 3)
-        assert_equal(program.module()(x2), module(x2))
+        for x in (torch.randn(2, steps, 3) for steps in (1, 40, 5000)):
+            assert_equal(program.module()(x), module(x))
     assert "mingru" in targets["native"]
     assert "mingru" not in targets["torch"] | targets["auto"]
 
 
-@pytest.mark.mode("torch.export, lengths")
-@parametrized(CASES_WITH_LENGTHS, quick=[])
+@mode("torch.export, lengths", [], CASES_WITH_LENGTHS)
 def test_lengths(case):
     module, dt = case.make(), case.dt()
     of_x, of_h = case.dynamic(BATCH, Dim("steps", max=40))
