@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("pytorch_forecasting", reason="pip install pytorch-forecasting")
 import lightning.pytorch as lightning
 import pandas as pd
+from cases import tensors
 from pytorch_forecasting import NormalDistributionLoss, TimeSeriesDataSet
 from pytorch_forecasting.models.nn import rnn as original
 
@@ -25,27 +26,14 @@ MODELS = {
 }
 
 
-def tensors(states):
-    return states if isinstance(states, tuple) else (states,)
-
-
 @pytest.fixture(scope="module")
 def dataset():
     frame = pd.DataFrame({"value": np.sin(np.arange(80) * 0.5).astype(np.float32), "time": [*range(40)] * 2})
     frame["series"] = ["a"] * 40 + ["b"] * 40
     # Sequences of one step have nothing to encode.
-    return TimeSeriesDataSet(
-        frame,
-        "time",
-        "value",
-        ["series"],
-        min_encoder_length=1,
-        max_encoder_length=12,
-        max_prediction_length=4,
-        time_varying_known_reals=["time"],
-        time_varying_unknown_reals=["value"],
-        randomize_length=True,
-    )
+    lengths = {"min_encoder_length": 1, "max_encoder_length": 12, "max_prediction_length": 4, "randomize_length": True}
+    of_time = {"time_varying_known_reals": ["time"], "time_varying_unknown_reals": ["value"]}
+    return TimeSeriesDataSet(frame, "time", "value", ["series"], **lengths, **of_time)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,25 +57,14 @@ def test_the_methods_of_states(kind, batch_first, bidirectional):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_lengths_of_0(kind, batch_first):
-    rnn = getattr(pytorch_forecasting, kind)(IN, H, batch_first=batch_first)
-    x, hx = torch.randn(B, S, IN), torch.randn(1, B, H)
-    order = (0, 1) if batch_first else (1, 0)
-    x = x.permute(*order, 2)
+def test_lengths_of_0(kind):
+    rnn, own = (getattr(module, kind)(IN, H) for module in (pytorch_forecasting, drop_in))
+    own.load_state_dict(rnn.state_dict())
+    x, hx = torch.randn(S, B, IN), torch.randn(1, B, H)
     hx = hx if kind == "GRU" else (hx, hx)
-    for lengths in ([4, 0, 2], [0, 0, 0]):
-        out, states = rnn(x, hx, lengths=torch.tensor(lengths), enforce_sorted=False)
-        rows = out.permute(*order, 2)
-        for index, length in enumerate(lengths):
-            assert not rows[index, length:].any()
-            start = tuple(state[:, index : index + 1] for state in tensors(hx))
-            if length:
-                steps = x.permute(*order, 2)[index : index + 1, :length].permute(*order, 2)
-                one, start = rnn(steps, start[0] if kind == "GRU" else start)
-                torch.testing.assert_close(rows[index : index + 1, :length], one.permute(*order, 2))
-            for state, expected in zip(tensors(states), tensors(start), strict=True):
-                torch.testing.assert_close(state[:, index : index + 1], expected)
+    for lengths in (torch.tensor([4, 0, 2]), torch.tensor([0, 0, 0])):
+        found = rnn(x, hx, lengths=lengths, enforce_sorted=False)
+        torch.testing.assert_close(found, own(x, hx, lengths=lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,11 +81,12 @@ def test_training_saving_and_loading(name, dataset, tmp_path):
     torch.manual_seed(0)
     model = model_class.from_dataset(dataset, hidden_size=8, learning_rate=0.01, **MODELS[name])
     layers = [each for each in model.modules() if isinstance(each, (drop_in.GRU, drop_in.LSTM))]
-    assert len(layers) == (2 if name == "TemporalFusionTransformer" else 1)
     assert not any(isinstance(each, torch.nn.RNNBase) for each in model.modules())
+    num_layers = MODELS[name].get("rnn_layers", 1)
+    assert len(layers) == 3 - num_layers
     for rnn in layers:
         assert type(rnn) is getattr(pytorch_forecasting, MODELS[name].get("cell_type", "LSTM"))
-        assert (rnn.num_layers, rnn.residual, rnn.candidate) == (2 if len(layers) == 1 else 1, True, "tanh")
+        assert (rnn.num_layers, rnn.residual, rnn.candidate, rnn.batch_first) == (num_layers, True, "tanh", True)
     before = [x.detach().clone() for rnn in layers for x in rnn.parameters()]
     options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=1, limit_train_batches=2, default_root_dir=tmp_path, **options)

@@ -1,4 +1,4 @@
-"""sb3-contrib's RecurrentPPO: a sequence in one pass equals its steps; training, saving and loading."""
+"""sb3-contrib's RecurrentPPO: training equals that by steps; saving and loading."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,6 @@ from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
 from mingru.integrations import sb3
-
-B, S, IN, H = 3, 9, 4, 5
 
 
 class Images(gymnasium.Env):
@@ -36,26 +34,12 @@ SPACES = {"Policy": VECTOR, "CnnPolicy": IMAGE, "MultiInputPolicy": gymnasium.sp
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_one_pass_equals_steps(cell, num_layers):
-    lstm = sb3.drop_in.LSTM(IN, H, num_layers, cell=cell, candidate="tanh")
-    features, starts = torch.randn(B * S, IN), (torch.rand(B * S) < 0.3).float()
-    states = torch.randn(2, num_layers, B, H).unbind()
-    out, last = sb3.MinGRUPolicy._process_sequence(features, states, starts, lstm)
-    found = []
-    for x, start in zip(features.view(B, S, IN).unbind(1), starts.view(B, S).unbind(1), strict=True):
-        states = tuple(state * (1 - start).view(1, B, 1) for state in states)
-        y, states = lstm(x.unsqueeze(0), states)
-        found.append(y.squeeze(0))
-    torch.testing.assert_close(out, torch.stack(found, 1).flatten(0, 1))
-    torch.testing.assert_close(last, states)
+ALONE = {"enable_critic_lstm": False}
 
 
-SHARED = {"enable_critic_lstm": False, "shared_lstm": True}
-
-
-@pytest.mark.parametrize("options", [{}, {"n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}, SHARED])
+@pytest.mark.parametrize(
+    "options", [{}, {"n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}, ALONE, ALONE | {"shared_lstm": True}]
+)
 @pytest.mark.parametrize("policy", [sb3.MinGRUPolicy, sb3.MinLSTMPolicy])
 def test_training_equals_the_steps_of_sb3(policy, options):
     """Rollouts, minibatches, losses, gradients and updates are those of sb3's own loop with the same layers."""
@@ -67,12 +51,14 @@ def test_training_equals_the_steps_of_sb3(policy, options):
     for each in (policy, Stepped):
         VECTOR.seed(0)
         model = RecurrentPPO(each, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
+        assert (model.policy.lstm_critic is None) == ("enable_critic_lstm" in options)
         gradients = []
-        model.policy.optimizer.register_step_pre_hook(
-            lambda optimizer, *_, gradients=gradients: gradients.extend(
-                x.grad.clone() for group in optimizer.param_groups for x in group["params"] if x.grad is not None
-            )
-        )
+
+        def hook(optimizer, *_, gradients=gradients):
+            weights = (x for group in optimizer.param_groups for x in group["params"] if x.grad is not None)
+            gradients.extend(x.grad.clone() for x in weights)
+
+        model.policy.optimizer.register_step_pre_hook(hook)
         model.learn(64)
         trained.append((gradients, list(model.policy.parameters())))
     assert len(trained[0][0]) > 8 * 10
@@ -101,11 +87,9 @@ def test_training_saving_and_loading(cell, kind, tmp_path):
     policy = getattr(sb3, cell + kind)
     options = {"lstm_hidden_size": 8, "n_lstm_layers": 2, "lstm_kwargs": {"norm": "rms"}}
     model = RecurrentPPO(policy, Images(SPACES[kind]), policy_kwargs=options, **SMALL)
-    before = [x.detach().clone() for x in model.policy.lstm_actor.parameters()]
     model.learn(64)
     lstm = model.policy.lstm_actor
     assert (lstm.cell, lstm.candidate, lstm.norm, lstm.num_layers) == (policy.cell, "tanh", "rms", 2)
-    assert all(not torch.equal(x, old) for x, old in zip(lstm.parameters(), before, strict=True))
     model.save(tmp_path / "model")
     loaded = RecurrentPPO.load(tmp_path / "model", device="cpu")
     model.policy.save(tmp_path / "policy")
@@ -114,15 +98,6 @@ def test_training_saving_and_loading(cell, kind, tmp_path):
     for _ in range(4):
         observation = SPACES[kind].sample()
         actions = [each.predict(observation, state, start, deterministic=True) for each in (model, loaded, alone)]
-        for action, new in actions[1:]:
-            assert np.array_equal(action, actions[0][0])
-            for one, other in zip(new, actions[0][1], strict=True):
-                np.testing.assert_array_equal(one, other)
+        for found in actions[1:]:
+            torch.testing.assert_close(found, actions[0], rtol=0, atol=0)
         state, start = actions[0][1], np.array([False])
-
-
-@pytest.mark.parametrize("options", [{"enable_critic_lstm": False}, SHARED])
-def test_one_layer_for_actor_and_critic(options):
-    model = RecurrentPPO(sb3.MinGRUPolicy, Images(VECTOR), policy_kwargs={"lstm_hidden_size": 8, **options}, **SMALL)
-    model.learn(32)
-    assert model.policy.lstm_critic is None

@@ -6,13 +6,14 @@ PyPI's torchaudio for Linux, which SpeechBrain imports, is built for CUDA: besid
 
 import pytest
 import torch
+from cases import tensors
 
 pytest.importorskip("speechbrain", reason="pip install speechbrain, and see above", exc_type=(ImportError, OSError))
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.lobes.models.RNNLM import RNNLM
 from speechbrain.nnet import RNN
 from speechbrain.nnet.containers import LengthsCapableSequential
 from speechbrain.utils.checkpoints import Checkpointer
+from torch.testing import assert_close
 
 from mingru.integrations import speechbrain
 
@@ -34,10 +35,6 @@ model: !new:speechbrain.lobes.models.CRDNN.CRDNN
 """
 
 
-def tensors(states):
-    return states if isinstance(states, tuple) else (states,)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_calls_as_with_speechbrain(kind, bidirectional):
@@ -50,8 +47,8 @@ def test_calls_as_with_speechbrain(kind, bidirectional):
     for lengths in (None, torch.tensor([0.5, 1.0, 0.3]), torch.tensor([0.5, 0.7, 0.1])):
         for h in (None, hx):
             (out, states), (expected, old_states) = (each(x, h, lengths=lengths) for each in (rnn, old))
-            torch.testing.assert_close(out, expected)
-            torch.testing.assert_close(tensors(states), tensors(old_states))
+            assert_close(out, expected)
+            assert_close(tensors(states), tensors(old_states))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,19 +72,15 @@ def test_training_saving_and_loading(kind, use_rnnp, tmp_path):
     layers = [each for each in model.modules() if isinstance(each, KINDS[kind])]
     assert [layer.rnn.num_layers for layer in layers] == ([1, 1] if use_rnnp else [2])
     assert all(layer.rnn.candidate == "tanh" for layer in layers)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    losses = []
-    for _ in range(15):
-        loss = (model(x) - labels).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    # Two steps, which change also what the batch norms know.
+    for _ in range(2):
+        (model(x) - labels).square().mean().backward()
+        torch.optim.SGD(model.parameters(), 0.01).step()
+    assert all(weight.grad.any() for layer in layers for weight in layer.parameters())
     Checkpointer(tmp_path, {"model": model}).save_checkpoint()
     loaded = make()
     Checkpointer(tmp_path, {"model": loaded}).recover_if_possible()
-    torch.testing.assert_close(loaded.eval()(x), model.eval()(x), rtol=0, atol=0)
+    assert_close(loaded.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
 def test_lengths_in_a_sequential():
@@ -97,17 +90,3 @@ def test_lengths_in_a_sequential():
     x, lengths = torch.randn(B, S, IN), torch.tensor([1.0, 0.5, 0.8])
     assert not model(x, lengths)[1, S // 2 :].any()
     assert model(x)[1, S // 2 :].any()
-
-
-def test_language_model():
-    """RNNLM steps with the state that it returns."""
-    model = RNNLM(
-        9, embedding_dim=IN, rnn_class=speechbrain.MinLSTM, rnn_neurons=H, dnn_neurons=7, return_hidden=True
-    ).eval()
-    ids = torch.randint(9, (B, S))
-    expected, _ = model(ids)
-    outputs, hidden = [], None
-    for step in ids.split(1, 1):
-        out, hidden = model(step, hidden)
-        outputs.append(out)
-    torch.testing.assert_close(torch.cat(outputs, 1), expected)
