@@ -357,36 +357,6 @@ def test_python_threads_do_not_know_each_other():
             assert all(torch.equal(one, other) for result in often for one, other in zip(once, result, strict=True))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no process can send itself Ctrl-C alone on this system")
-def test_keyboard_interrupt():
-    out = in_child("""
-import os
-import signal
-import threading
-import torch
-import mingru
-
-# A shell may have started us with the signal ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(2)
-pre = torch.randn(4, 20_000, 128, requires_grad=True)
-
-def run():
-    return torch.autograd.grad(mingru.functional.mingru(*pre.chunk(2, -1), backend="native").square().sum(), pre)[0]
-
-expected = run()
-for _ in range(3):
-    try:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        while True:
-            run()
-    except KeyboardInterrupt:
-        print("interrupted")
-    assert torch.equal(run(), expected)
-""")
-    assert out.split() == 3 * ["interrupted"]
-
-
 class Recurrences(Dataset):
     """Made in a worker; lists go through a pipe, bit for bit."""
 
