@@ -329,7 +329,7 @@ def test_tensors_packed_by_a_hook(case):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         assert_equal(gradients(module, args), truth)
     # What they saved came from the hook: other numbers give other gradients.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: 0 * unpack(kept)):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: torch.zeros_like(unpack(kept))):
         assert not torch.allclose(gradients(module, args)[0], truth[0])
 
 
