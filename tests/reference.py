@@ -43,71 +43,68 @@ def decayed(keep, update, dt, min_decay):
     if dt is None:
         return keep, update
     # log(keep) loses no digits if `update` is small.
-    exponent = dt.reshape(*dt.shape, *[1] * (keep.dim() - 2)) * torch.where(
-        update < 0.5, torch.log1p(-update), torch.log(keep)
-    )
+    exponent = along_time(dt, keep.dim()) * torch.where(update < 0.5, torch.log1p(-update), torch.log(keep))
     return torch.exp(exponent), -torch.expm1(exponent)
 
 
-def mingru(
-    gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
-):
+def recurrence(a, z, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
+    """Return the states of h_t = a_t h_{t-1} + z_t activation(candidate_t)."""
+    initial = INITIAL_STATE[activation] if initial is None else initial
+    return linear_scan(a, z * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+
+
+# `start` is h, reset, activation, initial and reverse.
+
+
+def mingru(gate, candidate, *start, dt=None, min_decay=0.0, **options):
     keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
-    initial = INITIAL_STATE[activation] if initial is None else initial
-    return linear_scan(keep, z * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+    return recurrence(keep, z, candidate, *start, **options)
 
 
-def minlstm(
-    forget,
-    input,
-    candidate,
-    h=None,
-    reset=None,
-    activation="positive",
-    initial=None,
-    reverse=False,
-    dt=None,
-    min_decay=0.0,
-):
+def minlstm(forget, input, candidate, *start, dt=None, min_decay=0.0, **options):
     f, i = torch.sigmoid(forget), torch.sigmoid(input)
-    f, i = decayed(f / (f + i), i / (f + i), dt, min_decay)
-    initial = INITIAL_STATE[activation] if initial is None else initial
-    return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+    return recurrence(*decayed(f / (f + i), i / (f + i), dt, min_decay), candidate, *start, **options)
 
 
-def minlstm_unnormalized(
-    forget, input, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False
-):
-    f, i = torch.sigmoid(forget), torch.sigmoid(input)
-    initial = INITIAL_STATE[activation] if initial is None else initial
-    return linear_scan(f, i * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+def minlstm_unnormalized(forget, input, candidate, *start, **options):
+    return recurrence(torch.sigmoid(forget), torch.sigmoid(input), candidate, *start, **options)
 
 
 def mingru_signed(gate, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False):
-    a = -torch.tanh(gate / 2)
-    initial = 0.5 if initial is None else initial
-    return linear_scan(a, (1 - a.abs()) * ACTIVATIONS[activation](candidate), h, reverse, reset, initial)
+    a, initial = -torch.tanh(gate / 2), 0.5 if initial is None else initial
+    return recurrence(a, 1 - a.abs(), candidate, h, reset, activation, initial, reverse)
 
 
-def mingru_rotation(
-    gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
+def of_numbers(
+    numbers, a, z, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, **times
 ):
-    """Compute with complex numbers; `gates` has pairs of a gate and an angle."""
-
-    def pairs(x):
-        return torch.complex(x[:, :, 0::2], x[:, :, 1::2])
-
-    gate, angle = gates[:, :, 0::2], gates[:, :, 1::2] * (math.pi / 4)
+    """Compute with numbers of several features."""
+    like = candidate[:, :1]
     h, initial = (
-        None if state is None else pairs(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
+        None if state is None else numbers(torch.as_tensor(state, dtype=like.dtype).expand_as(like))
         for state in (h, 0.5 if initial is None else initial)
     )
+    return linear_scan(a, z * numbers(ACTIVATIONS[activation](candidate)), h, reverse, reset, initial, **times)
+
+
+def pairs(x):
+    return torch.complex(x[:, :, 0::2], x[:, :, 1::2])
+
+
+def fours(x):
+    return torch.stack([x[:, :, part::4] for part in range(4)], -1)
+
+
+def along_time(dt, dims):
+    return 1.0 if dt is None else dt.reshape(*dt.shape, *[1] * (dims - 2))
+
+
+def mingru_rotation(gates, candidate, *start, dt=None, min_decay=0.0, **options):
+    """Compute with complex numbers; `gates` has pairs of a gate and an angle."""
+    gate, angle = gates[:, :, 0::2], gates[:, :, 1::2] * (math.pi / 4)
     keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
-    if dt is not None:
-        angle = angle * dt.reshape(*dt.shape, *[1] * (angle.dim() - 2))
-    a = torch.polar(keep, angle)
-    b = z * pairs(ACTIVATIONS[activation](candidate))
-    out = linear_scan(a, b, h, reverse, reset, initial)
+    a = torch.polar(keep, angle * along_time(dt, angle.dim()))
+    out = of_numbers(pairs, a, z, candidate, *start, **options)
     return torch.stack([out.real, out.imag], 3).flatten(2, 3)
 
 
@@ -126,40 +123,22 @@ def quaternion_product(p, q):
     )
 
 
-def mingru_quaternion(
-    gates, candidate, h=None, reset=None, activation="positive", initial=None, reverse=False, dt=None, min_decay=0.0
-):
+def mingru_quaternion(gates, candidate, *start, dt=None, min_decay=0.0, **options):
     """`gates` has groups of a gate and a vector of three numbers."""
-
-    def fours(x):
-        return torch.stack([x[:, :, part::4] for part in range(4)], -1)
-
-    h, initial = (
-        None if state is None else fours(torch.as_tensor(state, dtype=gates.dtype).expand_as(gates[:, :1]))
-        for state in (h, 0.5 if initial is None else initial)
-    )
     gate, vector = fours(gates)[..., 0], fours(gates)[..., 1:]
     keep, z = decayed(torch.sigmoid(-gate), torch.sigmoid(gate), dt, min_decay)
     size = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    time = 1.0 if dt is None else dt.reshape(*dt.shape, *[1] * (size.dim() - 2))
+    time = along_time(dt, size.dim())
     angle = time * size * (math.pi / 4)
-    axis = torch.where(
-        angle == 0, time * (math.pi / 4) * vector, angle.sin() * vector / torch.where(size == 0, 1.0, size)
-    )
+    sine = angle.sin() * vector / torch.where(size == 0, 1.0, size)
+    axis = torch.where(angle == 0, time * (math.pi / 4) * vector, sine)
     a = keep.unsqueeze(-1) * torch.cat([angle.cos(), axis], -1)
-    b = z.unsqueeze(-1) * fours(ACTIVATIONS[activation](candidate))
-    out = linear_scan(a, b, h, reverse, reset, initial, quaternion_product)
+    out = of_numbers(fours, a, z.unsqueeze(-1), candidate, *start, **options, times=quaternion_product)
     return out.movedim(-1, 3).flatten(2, 3)
 
 
-CELLS = {
-    "mingru": mingru,
-    "mingru_signed": mingru_signed,
-    "mingru_rotation": mingru_rotation,
-    "minlstm": minlstm,
-    "minlstm_unnormalized": minlstm_unnormalized,
-    "mingru_quaternion": mingru_quaternion,
-}
+_ALL = (mingru, mingru_signed, mingru_rotation, mingru_quaternion, minlstm, minlstm_unnormalized)
+CELLS = {cell.__name__: cell for cell in _ALL}
 
 
 def initial_state(cell, activation):
@@ -216,6 +195,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
             out = mix * out + (1 - mix) * x
         elif rnn.residual:
             align = weights.get(prefix + "align.weight")
+            assert (align is None) == (x.shape == out.shape)
             out = out + (x if align is None else x @ align.T)
         x = out
     return x, torch.stack(last)

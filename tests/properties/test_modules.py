@@ -1,11 +1,17 @@
 """What holds for every class and all of its options as modules: weights, copies, files, representations and devices."""
 
 import copy
+import inspect
 import io
+import math
 import pickle
+import re
 
+import pytest
 import torch
 from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors
+from refusals import assert_refused, wrong_resets, wrong_shapes, wrong_tensors
+from torch import nn
 from torch.testing import assert_close
 
 import mingru
@@ -25,6 +31,9 @@ def test_copies_and_files(case):
     expected = case.call(module, **given)
     assert not torch.equal(case.call(other, **given)[0], expected[0])
     other.load_state_dict(through_a_file(module.state_dict()))
+    # The reference reads names and shapes; there are no buffers but marks.
+    names = [name for name in module.state_dict() if not name.endswith(("_mark", ".gate"))]
+    assert [name for name in names if "_hh" not in name] == [name for name, _ in module.named_parameters()]
     pointers = {weight.data_ptr() for weight in module.parameters()}
     twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), through_a_file(module, weights_only=False)]
     for twin in (other, *twins):
@@ -76,6 +85,10 @@ def test_a_representation_is_a_constructor(case):
     again = eval(f"kind({module.extra_repr()})", {"kind": type(module)})
     assert repr(again) == repr(module)
     assert again.state_dict().keys() == module.state_dict().keys()
+    # Only what is not default.
+    defaults = inspect.signature(type(module)).parameters
+    named = [name for name in re.findall(r"(\w+)=", module.extra_repr()) if name not in ("candidate", "gate")]
+    assert all(getattr(module, name) != defaults[name].default for name in named)
 
 
 @parametrized([case for case in ROWS if case.is_cell])
@@ -102,3 +115,70 @@ def test_a_cell_is_a_layer(case):
             one = None if h is None else case.of_states(each[at] for each in given["h"])
             alone = cell(given["x"][at, 0], one, **{name: each[at] for name, each in extra.items()})
             assert_close(tensors(alone), [each[at] for each in together], rtol=1e-9, atol=1e-9)
+
+
+@parametrized([row for row in some(ROWS, 5) if not row.of_torch and "lock" not in row.name])
+def test_wrong_arguments_are_refused_and_change_nothing(case):
+    module, x, reset = case.make(), case.x(), case.reset()
+    order = "(B,)" if case.is_cell else "(B, S)" if case.batch_dim == 0 else "(S, B)"
+    sizes = re.escape(f"{order} = {tuple(reset.shape)}")
+    cases = wrong_tensors("x", x, "the layer's weight") | wrong_resets(order, *reset.shape)
+    cases |= wrong_shapes("x", re.escape(order.rstrip(",)")), x.narrow(len(reset.shape), 0, 2), x.unsqueeze(0))
+    cases["x of integers"] = ({"x": x.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64")
+    if isinstance(case.states[0], torch.Tensor):
+        cases |= wrong_tensors("h", case.h(), "x")
+    if "dt" in case.takes:
+        dt = case.dt()["dt"]
+        cases |= wrong_tensors("dt", dt, "x") | wrong_shapes("dt", sizes, dt.unsqueeze(-1))
+        cases |= {f"dt {time}": ({"dt": dt + time}, ValueError, "dt must be at least 0") for time in (-3, math.nan)}
+    if "lengths" in case.takes:
+        ends = torch.tensor([7, 3])
+        cases |= wrong_shapes("lengths", r"\(B,\) = \(2,\)", ends[:1], ends[:, None])
+        cases["a length"] = ({"lengths": ends + 1}, ValueError, r"lengths must be from 0 to S = 7, got \[8, 4\]")
+        cases["lengths"] = (
+            {"lengths": ends.float()},
+            TypeError,
+            "lengths must be of an integer dtype, got torch.float32",
+        )
+    given = {"x": x, "reset": reset}
+    # Other code runs without gradients.
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected = module(**given)
+            assert_refused(lambda **wrong: module(**{**given, **wrong}), cases, r"\w+: ")
+            assert_close(module(**given), expected, rtol=0, atol=0)
+
+
+with_and_without_grad = pytest.mark.parametrize("grad", [True, False])
+LEARNED = [row for row in ROWS if "learn_initial_state=True" in row.name and "lock" not in row.name]
+
+
+@with_and_without_grad
+@parametrized(some(ROWS, 6))
+def test_every_parameter_is_on_the_device_of_x(case, grad):
+    """Otherwise torch's linear maps and convolutions return memory that nobody wrote."""
+    module, x, error = case.make(), case.x(), RuntimeError if case.of_torch else ValueError
+    with torch.set_grad_enabled(grad):
+        for name, parameter in list(module.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, nn.Parameter(parameter.to("meta")))
+            with pytest.raises(error, match=r"must be on (cpu|meta) like"):
+                module(x)
+            setattr(module.get_submodule(owner), last, parameter)
+        module(x)
+
+
+@with_and_without_grad
+@parametrized(some(LEARNED, 4))
+def test_a_learned_initial_state_keeps_its_shape(case, grad):
+    """Another shape that can be broadcast would mean one thing in resets and another before the first step."""
+    module = case.make()
+    owner = module if hasattr(module, "initial_state") else module.layers[0]
+    right = owner.initial_state.shape
+    with torch.set_grad_enabled(grad):
+        for shape in [right[1:], (4,), (1,), (), (1, *right), (*right[:-1], 7), (right[0], 2, *right[2:])]:
+            owner.initial_state = nn.Parameter(torch.zeros(shape))
+            text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
+            for reset in ({}, {"reset": case.reset()} if "reset" in case.takes else {}):
+                with pytest.raises(ValueError, match=rf": (layers\[0\]\.)?{text}"):
+                    module(case.x(), **reset)

@@ -333,8 +333,9 @@ def test_a_state_is_what_expands(case):
     ):
         states = [form(state) for state in given["h"]]
         expanded = [state.expand_as(each).clone() for state, each in zip(states, given["h"], strict=True)]
-        for run in ways(case, module):
-            got, expected = (run(**{**given, "h": each}) for each in (states, expanded))
+        for run, grad in itertools.product(ways(case, module), (True, False)):
+            with torch.set_grad_enabled(grad):
+                got, expected = (run(**{**given, "h": each}) for each in (states, expanded))
             assert_close(got, expected, rtol=0, atol=0)
 
 
