@@ -10,8 +10,12 @@ import torch
 
 
 def assert_refused(call, cases, prefix=""):
-    """Check that `call(**arguments)` raises the error of each case, with a message that begins as prefix + message."""
-    for case, (arguments, error, message) in cases.items():
+    """Check that `call(**arguments)` raises the error of each case, with a message that begins as prefix + message.
+
+    `cases` is such a table, or a list of cases whose messages are text.
+    """
+    table = literal({f"{at}: {case[2]}": case for at, case in enumerate(cases)}) if isinstance(cases, list) else cases
+    for case, (arguments, error, message) in table.items():
         found = None
         try:
             call(**arguments)
@@ -83,8 +87,11 @@ def wrong_values(option, expected, types=(), values=()):
 
 
 def literal(cases):
-    """Return cases whose messages are given as text, not as patterns."""
-    return {case: (arguments, error, re.escape(message)) for case, (arguments, error, message) in cases.items()}
+    """Return cases whose messages are given as text, not as patterns; "..." stands for any text."""
+    return {
+        case: (arguments, error, re.escape(message).replace(re.escape("..."), ".*"))
+        for case, (arguments, error, message) in cases.items()
+    }
 
 
 def by_message(cases):
@@ -145,18 +152,3 @@ def wrong_ids(argument, right, vocab_size):
 DROPOUT = wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan))
 DTYPE = wrong_values("dtype", "a floating-point dtype", types=(torch.int64, torch.cfloat, "float32"))
 CANDIDATE = wrong_values("candidate", "one of ('positive', 'linear', 'tanh')", values=("relu",))
-# Options that all layers and cells refuse, and those that all layers refuse.
-WRONG_OPTIONS = {
-    **wrong_values("input_dims", "an int", types=(3.0,)),
-    **wrong_values("input_dims", "at least 1", values=(0,)),
-    "unknown norm": ({"norm": "batch"}, ValueError, "norm must be one of None, '.*', got 'batch'"),
-    "norm True": ({"norm": True}, ValueError, "norm must be one of None, '.*', got True"),
-    **CANDIDATE,
-    **DTYPE,
-}
-WRONG_LAYER_OPTIONS = {
-    **WRONG_OPTIONS,
-    **DROPOUT,
-    **wrong_values("num_layers", "an int", types=("2", True)),
-    **wrong_values("num_layers", "at least 1", values=(0,)),
-}

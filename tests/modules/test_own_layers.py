@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mingru
+from mingru.functional import linear_scan
 from mingru.modules import Layer
 
 
-class Smooth(Layer, role="sequence"):
-    """Average over the past, with a trained decay for each feature. A minimal layer: sizes and `forward`."""
+class Doubled(Layer, role="sequence"):
+    """Two averages over the past, with a trained decay for each feature: a layer of two states and another size."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        self.input_dims = self.output_dims = dims
+        self.input_dims, self.output_dims, self.num_states = dims, 2 * dims, 2
         self.decay = nn.Parameter(torch.linspace(-1.0, 2.0, dims))
 
     def reset_parameters(self) -> None:
@@ -34,78 +35,41 @@ class Smooth(Layer, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        assert lengths is None and dt is None
-        a = self.decay.sigmoid()
-        state = torch.zeros_like(x[:, 0]) if h is None else h[0][0]
-        out: list[Tensor] = []
-        for step in range(x.size(1)):
-            if reset is not None:
-                state = state.masked_fill(reset[:, step : step + 1], 0.0)
-            state = a * state + (1.0 - a) * x[:, step]
-            out.append(state)
-        return torch.stack(out, 1), [state.unsqueeze(0)]
+        a = self.decay.sigmoid().expand_as(x)
+        first = linear_scan(a, x, None if h is None else h[0].transpose(0, 1), reset=reset)
+        second = linear_scan(a, -2 * x, None if h is None else h[1].transpose(0, 1), reset=reset)
+        return torch.cat([first, second], -1), [first[:, -1:].transpose(0, 1), second[:, -1:].transpose(0, 1)]
 
 
-class Doubled(Smooth, role="sequence"):
-    """A layer of two states, another size, and everything else as in its base class."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__(dims)
-        self.output_dims = 2 * dims
-        self.num_states = 2
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        a = self.decay.sigmoid()
-        first = torch.zeros_like(x[:, 0]) if h is None else h[0][0]
-        second = torch.zeros_like(x[:, 0]) if h is None else h[1][0]
-        out: list[Tensor] = []
-        for step in range(x.size(1)):
-            if reset is not None:
-                first = first.masked_fill(reset[:, step : step + 1], 0.0)
-                second = second.masked_fill(reset[:, step : step + 1], 0.0)
-            first, second = a * first + x[:, step], a * second - x[:, step]
-            out.append(torch.cat([first, second], -1))
-        return torch.stack(out, 1), [first.unsqueeze(0), second.unsqueeze(0)]
-
-
-ROOT = Path(__file__).parents[2]
 STEPS = ("reset", "lengths", "dt")
 B, S, DIMS = 3, 7, 4
 RESET = torch.zeros(B, S, dtype=torch.bool)
 RESET[0, 2] = RESET[1, 0] = RESET[2, 5] = True
+LENGTHS = torch.tensor([S, 0, 4])
+
+
+def sequence():
+    return torch.randn(B, S, DIMS, dtype=torch.double)
 
 
 def stack_of(**options):
-    layers = [mingru.MinGRU(DIMS, DIMS), Smooth(DIMS), Doubled(DIMS), mingru.Stack([mingru.MinLSTM(2 * DIMS, 5)])]
+    layers = [mingru.MinGRU(DIMS, DIMS), Doubled(DIMS), mingru.Stack([mingru.MinLSTM(2 * DIMS, 5)])]
     return mingru.Stack(layers, **options).double()
-
-
-def by_hand(stack, x, h=None, reset=None):
-    """Call one layer after the other."""
-    rnn, smooth, doubled, inner = stack.layers
-    h = [None] * 5 if h is None else h
-    x, first = rnn(x, h[0], reset)
-    x, second = smooth(x, None if h[1] is None else h[1:2], reset)
-    x, third = doubled(x, None if h[2] is None else h[2:4], reset)
-    x, fourth = inner(x, None if h[4] is None else h[4:], reset)
-    return x, [first, *second, *third, *fourth]
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("reset", [None, RESET], ids=["", "reset"])
 def test_states_go_in_and_come_out(grad, reset):
-    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
+    stack, x = stack_of(), sequence()
     with torch.set_grad_enabled(grad):
         out, h = stack(x, None, reset)
-        assert_close((out, h), by_hand(stack, x, None, reset))
-        assert stack.num_states == len(h) == 5
+        # One layer after the other.
+        y, states = x, []
+        for layer in stack.layers:
+            y, after = layer(y, None, reset)
+            states += [after] if isinstance(after, Tensor) else after
+        assert_close((out, h), (y, states))
+        assert stack.num_states == len(h) == 4
         # Two segments are one sequence.
         resets = (None, None) if reset is None else (reset[:, :3], reset[:, 3:])
         first, state = stack(x[:, :3], None, resets[0])
@@ -114,8 +78,8 @@ def test_states_go_in_and_come_out(grad, reset):
 
 
 def test_a_module_among_modules():
-    stack, other, x = stack_of(residual=True), stack_of(residual=True), torch.randn(B, S, DIMS, dtype=torch.double)
-    assert [type(align) for align in stack.aligns] == [nn.Identity, nn.Identity, nn.Linear, nn.Linear]
+    stack, other, x = stack_of(residual=True), stack_of(residual=True), sequence()
+    assert [type(align) for align in stack.aligns] == [nn.Identity, nn.Linear, nn.Linear]
     other.load_state_dict(stack.state_dict())
     for twin in (other, copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
         assert_close(twin(x), stack(x), rtol=0, atol=0)
@@ -126,20 +90,16 @@ def test_a_module_among_modules():
 
 def documented(page: str, name: str) -> type:
     """Return a layer from the block of code of a page that defines it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
     names = {"mingru": mingru, "torch": torch, "Block": mingru.models.Block}
-    exec(next(block for block in blocks if f"class {name}(" in block), names)
+    exec(next(each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"class {name}(" in each), names)
     return names[name]
-
-
-LENGTHS = torch.tensor([S, 0, 4])
 
 
 @pytest.mark.parametrize(("page", "name"), [("models.md", "Smooth"), ("gates.md", "SignedLSTM")])
 def test_the_documented_layers_with_lengths(page, name):
-    cls = documented(page, name)
-    layer = cls(DIMS) if name == "Smooth" else cls(DIMS, DIMS)
-    stack, x = mingru.Stack([layer, mingru.MinGRU(DIMS, DIMS)]).double(), torch.randn(B, S, DIMS, dtype=torch.double)
+    layer = documented(page, name)(*[DIMS] * (1 if name == "Smooth" else 2))
+    stack, x = mingru.Stack([layer, mingru.MinGRU(DIMS, DIMS)]).double(), sequence()
     options = {"reset": RESET, "dt": torch.rand(B, S, dtype=torch.double)} if name == "Smooth" else {"reset": RESET}
     h = [torch.randn(1, B, DIMS, dtype=torch.double), torch.randn(1, B, 1, DIMS, dtype=torch.double)]
     out, last = stack(x, h, lengths=LENGTHS, **options)
@@ -153,186 +113,135 @@ def test_the_documented_layers_with_lengths(page, name):
     if name == "Smooth":
         # The time of two steps is the time of one.
         twice = torch.full((B, S), 2.0, dtype=torch.double)
-        one = stack.layers[0](x.repeat_interleave(2, 1))[1]
-        assert_close(stack.layers[0](x, dt=twice)[1], one)
+        assert_close(layer(x, dt=twice)[1], layer(x.repeat_interleave(2, 1))[1])
 
 
-class OnlyStates(Smooth, role="sequence"):
-    """A layer that takes no other arguments."""
-
+class OnlyStates(Doubled, role="sequence"):
     def forward(self, x, h=None):
         return super().forward(x, h)
 
 
-class Ignoring(Smooth, role="sequence"):
-    """A layer that names arguments and does not use them."""
-
-    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
-        return super().forward(x, h, reset)
-
-
-class Stateless(Smooth, role="sequence"):
+class Stateless(Layer, role="sequence"):
     """A layer that needs neither resets nor elapsed times, because it has no state."""
 
     num_states = 0
+    input_dims = output_dims = DIMS
 
     def forward(self, x, h=None, reset=None, lengths=None, dt=None):
         return x * 2, []
 
 
-class ByKeyword(Smooth, role="sequence"):
+class ByKeyword(Doubled, role="sequence"):
     def forward(self, x, h=None, *, dt=None, lengths=None, reset=None):
         return super().forward(x, h, reset, lengths, dt)
 
 
-class Wrapped(Smooth, role="sequence"):
-    @functools.wraps(Smooth.forward)
+class Wrapped(Doubled, role="sequence"):
+    @functools.wraps(Doubled.forward)
     def forward(self, *args, **options):
         return super().forward(*args, **options)
 
 
-@pytest.mark.parametrize(
-    ("cls", "used"),
-    [
-        (OnlyStates, ()),
-        (Ignoring, ("reset",)),
-        (Stateless, ("reset", "dt")),
-        (ByKeyword, STEPS),
-        (Wrapped, STEPS),
-        (Smooth, STEPS),
-        (Doubled, ("reset",)),
-    ],
-)
-def test_what_a_layer_does_not_use_is_refused(cls, used):
-    layers = [mingru.MinGRU(DIMS, DIMS), cls(DIMS)]
+USED = {OnlyStates: (), Stateless: ("reset", "dt"), ByKeyword: STEPS, Wrapped: STEPS, Doubled: ("reset",)}
+
+
+@pytest.mark.parametrize("cls", USED)
+def test_what_a_layer_does_not_use_is_refused(cls):
+    layers = [mingru.MinGRU(DIMS, DIMS), cls() if cls is Stateless else cls(DIMS)]
     stack, x = mingru.Stack([mingru.Stack(layers)]), torch.randn(B, S, DIMS)
-    assert cls.step_arguments == used
+    assert cls.step_arguments == USED[cls]
     out, h = stack(x, stack(x)[1])
     assert_close(out, layers[1](layers[0](x, stack(x)[1][0])[0], stack(x)[1][1:])[0])
     for argument, value in (("reset", RESET), ("lengths", LENGTHS), ("dt", torch.ones(B, S))):
-        if argument not in used:
+        if argument not in USED[cls]:
             message = (
                 f"^Stack: {argument} must be None because the forward of layers\\[1\\], {cls.__name__}, does not use "
                 f"it, got Tensor; add {argument}=None to the arguments of that forward, and use it there$"
             )
             with pytest.raises(ValueError, match=message):
                 stack(x, **{argument: value})
-    if "reset" in used:
+    if "reset" in USED[cls]:
         with torch.no_grad():
             assert_close(stack(x, h, RESET)[1][1:], layers[1](layers[0](x, h[0], RESET)[0], h[1:], reset=RESET)[1])
-
-
-@pytest.mark.parametrize("cls", [OnlyStates, Ignoring, ByKeyword])
-def test_scripting_says_what_forward_must_be(cls):
-    message = rf"^{cls.__name__}: to be scripted in a Stack, forward must have all arguments and their types, forward\("
-    with pytest.raises(TypeError, match=message):
-        torch.jit.script(nn.Sequential(mingru.Stack([cls(DIMS)])))
+    if cls in (OnlyStates, ByKeyword, Stateless):
+        message = rf"^{cls.__name__}: to be scripted in a Stack, forward must have all arguments and their types, forwa"
+        with pytest.raises(TypeError, match=message):
+            torch.jit.script(nn.Sequential(stack.layers[0]))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
 def test_graphs():
-    stack, x = stack_of(), torch.randn(B, S, DIMS, dtype=torch.double)
+    stack, x = stack_of(), sequence()
     expected = stack(x, None, RESET)
     scripted = torch.jit.script(stack)
     assert_close(scripted(x, None, RESET), expected)
     assert_close(scripted(x, expected[1]), stack(x, expected[1]))
-    for argument in ({"lengths": LENGTHS}, {"dt": torch.ones(B, S)}):
-        with pytest.raises(
-            torch.jit.Error, match=f"{next(iter(argument))} must be None because the forward of a layer"
-        ):
-            scripted(x, **argument)
+    for name, value in (("lengths", LENGTHS), ("dt", torch.ones(B, S))):
+        with pytest.raises(torch.jit.Error, match=f"{name} must be None because the forward of a layer"):
+            scripted(x, **{name: value})
     torch.compiler.reset()
     compiled = torch.compile(stack, fullgraph=True, backend="eager")
     assert_close(compiled(x, None, RESET), expected)
 
 
+class Plain(Layer, role="sequence"):
+    """Not even parameters, and states as it is told."""
+
+    input_dims = output_dims = DIMS
+
+    def __init__(self, states=None):
+        super().__init__()
+        self.states = states
+
+    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+        return x, [x[:, -1:].transpose(0, 1)] if self.states is None else self.states
+
+
 def test_defaults():
-    class Unscaled(Layer, role="sequence"):
-        """Not even parameters."""
-
-        def __init__(self):
-            super().__init__()
-            self.input_dims = self.output_dims = 2
-
-        def forward(self, x, h=None, reset=None, lengths=None, dt=None):
-            return x, [x[:, -1:].transpose(0, 1)]
-
-    layer = Unscaled()
-    assert (layer.name, layer.num_states, layer.num_space_dims, layer.batch_first) == ("Unscaled", 1, 0, True)
+    layer, x = Plain(), torch.ones(1, 2, DIMS)
+    assert (layer.name, layer.num_states, layer.num_space_dims, layer.batch_first) == ("Plain", 1, 0, True)
     layer.reset_parameters()
     with torch.no_grad():
-        out, (h,) = mingru.Stack([layer], residual=True)(torch.ones(1, 2, 2))
-    assert_close(out, torch.full((1, 2, 2), 2.0))
-    assert_close(h, torch.ones(1, 1, 2))
-    with pytest.raises(TypeError, match=r"^Unscaled: no argument 'hx'; use h"):
-        layer(torch.ones(1, 2, 2), hx=None)
+        assert_close(mingru.Stack([layer], residual=True)(x), (2 * x, [torch.ones(1, 1, DIMS)]))
+    with pytest.raises(TypeError, match=r"^Plain: no argument 'hx'; use h"):
+        layer(x, hx=None)
 
 
-class NoRole(Layer):
-    def forward(self, x):
-        return x
-
-
-class NoSizes(Layer, role="sequence"):
-    pass
-
-
-class NoOutput(Layer, role="sequence"):
-    input_dims = 4
+def made(name, role=None, **attributes):
+    return type(name, (Layer,), {"forward": Plain.forward, **attributes}, role=role)
 
 
 BAD = {
-    "no role": (NoRole, r'layers\[0\] must be a MinGRU, .*, got NoRole; if .*, pass role="sequence" to the class'),
-    "no sizes": (NoSizes, r"layers\[0\] must be a layer that sets input_dims and output_dims, got NoSizes without "),
-    "one size": (NoOutput, r"layers\[0\] must be a layer that sets .*, got NoOutput without output_dims$"),
+    made("NoRole"): r'layers\[0\] must be a MinGRU, .*, got NoRole; if .*, pass role="sequence" to the class',
+    made(
+        "NoSizes", role="sequence"
+    ): r"layers\[0\] must be a layer that sets input_dims and output_dims, got NoSizes wit",
+    made("NoOutput", role="sequence", input_dims=4): r"layers\[0\] must be .*, got NoOutput without output_dims$",
 }
 
 
-@pytest.mark.parametrize(("cls", "message"), BAD.values(), ids=BAD)
-def test_what_is_missing_is_named(cls, message):
-    with pytest.raises(TypeError, match=message):
+@pytest.mark.parametrize("cls", BAD)
+def test_what_is_missing_is_named(cls):
+    with pytest.raises(TypeError, match=BAD[cls]):
         mingru.Stack([cls()])
-
-
-def test_an_unknown_role():
-    with pytest.raises(ValueError, match=r"Wrong: role must be one of \('sequence', 'step', .*, got 'seq'"):
-
-        class Wrong(Layer, role="seq"):
-            pass
-
-
-def test_a_layer_of_another_size():
     with pytest.raises(ValueError, match=r"layers\[1\] must be a layer with input_dims=8, the output features of"):
-        mingru.Stack([Doubled(4), Smooth(4)])
+        mingru.Stack([Doubled(4), Plain()])
+    with pytest.raises(ValueError, match=r"Wrong: role must be one of \('sequence', 'step', .*, got 'seq'"):
+        made("Wrong", role="seq")
 
 
-class Returning(Layer, role="sequence"):
-    """A layer that returns other states than it says."""
-
-    def __init__(self, states):
-        super().__init__()
-        self.input_dims = self.output_dims = DIMS
-        self.returned = states
-
-    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
-        return x, self.returned
+STATE = torch.zeros(1, B, DIMS)
+RETURNED = [
+    (STATE, TypeError, r"^Stack: layers\[1\] must return its states in a list, .*\(out, \[state\]\)$"),
+    ([], ValueError, r"^Stack: layers\[1\] must return num_states = 1 states, got 0; set num_states$"),
+    ([STATE] * 2, ValueError, "num_states = 1 states, got 2"),
+]
 
 
-@pytest.mark.parametrize("with_gradients", [True, False])
-@pytest.mark.parametrize(
-    ("states", "error", "message"),
-    [
-        (
-            torch.zeros(1, B, DIMS),
-            TypeError,
-            r"^Stack: layers\[1\] must return its states in a list, .*\(out, \[state\]\)$",
-        ),
-        ([], ValueError, r"^Stack: layers\[1\] must return num_states = 1 states, got 0; set num_states$"),
-        ([torch.zeros(1, B, DIMS)] * 2, ValueError, "num_states = 1 states, got 2"),
-    ],
-)
-def test_other_states_than_it_says(states, error, message, with_gradients):
-    stack = mingru.Stack([mingru.MinGRU(DIMS, DIMS), Returning(states)])
-    with torch.set_grad_enabled(with_gradients), pytest.raises(error, match=message):
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("states", "error", "message"), RETURNED)
+def test_other_states_than_it_says(states, error, message, grad):
+    stack = mingru.Stack([mingru.MinGRU(DIMS, DIMS), Plain(states)])
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
         stack(torch.randn(B, S, DIMS))
