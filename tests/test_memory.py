@@ -4,14 +4,14 @@ import ctypes
 import gc
 import sys
 import threading
-from functools import partial
 
 import pytest
 import torch
+from cases import BLOCKS, CASES, case, parametrized, tensors
 from torch import nn
 
 import mingru
-from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops import autograd, route
 from mingru.ops.scan import LinearScan
 
 C = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -67,91 +67,51 @@ def test_a_leak_is_found():
     assert kept_by(lambda: leak.append(torch.empty(2)), 100) > LEAST_LEAK
 
 
-LAYERS = {
-    "MinGRU": lambda: mingru.MinGRU(4, 4, 2),
-    "all options": lambda: mingru.MinGRU(3, 4, 2, norm="rms", residual=True, bidirectional=True, candidate="tanh"),
-    "rotation": lambda: mingru.MinGRU(4, 4, gate="rotation"),
-    "highway": lambda: mingru.MinGRU(4, 4, residual="highway"),
-    "MinLSTM": lambda: mingru.MinLSTM(4, 4),
-    "MinGRUCell": lambda: mingru.MinGRUCell(4, 4),
-    "MinLSTMCell": lambda: mingru.MinLSTMCell(4, 4, norm="layer"),
-    "MinConv1dGRU": lambda: mingru.MinConv1dGRU(2, 2, 3, padding=1),
-    "MinConv1dGRUCell": lambda: mingru.MinConv1dGRUCell(2, 2, 3, padding=1),
-    "Stack": lambda: mingru.Stack([mingru.MinGRU(4, 4), mingru.MinLSTM(4, 3)], residual=True),
-    "Block": lambda: mingru.models.Block(4, conv=3, mlp=2),
-    "LanguageModel": lambda: mingru.models.LanguageModel(5, 4, 2, conv=2, mlp=2),
-    "drop_in.GRU": lambda: mingru.drop_in.GRU(4, 4),
-    "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(4, 4),
-}
-
-
-def input_of(module):
-    if isinstance(module, mingru.models.LanguageModel):
-        return torch.randint(5, (2, 3))
-    if isinstance(module, mingru.MinConv1dGRU):
-        return torch.randn(2, 3, 2, 6)
-    if isinstance(module, mingru.MinConv1dGRUCell):
-        return torch.randn(2, 2, 6)
-    dims = module.input_dims
-    return torch.randn(2, dims) if module.role == "step" else torch.randn(2, 3, dims)
-
-
-def first(result):
-    return result if isinstance(result, torch.Tensor) else result[0]
-
-
-def in_inference(module, x):
+def in_inference(run, x):
     """Return a call that passes the state on."""
     state = None
 
     @torch.no_grad()
     def call():
         nonlocal state
-        result = module(x, state)
+        result = run(x, state)
         state = result if isinstance(result, torch.Tensor) else result[1]
 
     return call
 
 
-def in_training(module, x):
-    def call():
-        first(module(x)).sum().backward()
+MANY = case("Stack of 100", lambda *_: mingru.Stack([mingru.MinGRU(2, 2) for _ in range(100)]), 2)
+
+
+@parametrized([*CASES, BLOCKS[1], MANY])
+def test_modules(case):
+    module, x = case.make(), case.x(2, 3)
+
+    def train():
+        sum(each.sum() for each in tensors(module(x))).backward()
         module.zero_grad()
 
-    return call
+    assert case is MANY or kept_by(train, 60) < LEAST_LEAK
+    assert kept_by(in_inference(module.eval(), x), 300) < LEAST_LEAK
+    if case.name == "MinGRU":
+        given = {"lengths": torch.tensor([3, 2])} | case.dt(2, 3)
+        assert kept_by(in_inference(lambda x, h: module(x, h, **given), x), 300) < LEAST_LEAK
 
 
-@pytest.mark.parametrize(("mode", "num_calls"), [(in_inference, 300), (in_training, 60)])
-@pytest.mark.parametrize("name", LAYERS)
-def test_modules(name, mode, num_calls):
-    module = LAYERS[name]()
-    if mode is in_inference:
-        module.eval()
-    assert kept_by(mode(module, input_of(module)), num_calls) < LEAST_LEAK
+def test_language_models_and_packed_sequences():
+    lm, rnn = mingru.models.LanguageModel(5, 4, 2, conv=2, mlp=2), mingru.MinGRU(4, 4)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 4), torch.tensor([3, 2]), batch_first=True)
+    for call in (in_inference(lm, torch.randint(5, (2, 3))), in_inference(rnn, packed)):
+        assert kept_by(call, 300) < LEAST_LEAK
 
 
-def test_many_states():
-    stack = mingru.Stack([mingru.MinGRU(2, 2) for _ in range(100)])
-    assert kept_by(in_inference(stack, torch.randn(1, 1, 2)), 400) < LEAST_LEAK
-
-
-def test_lengths_and_packed_sequences():
-    rnn, x = mingru.MinGRU(4, 4), torch.randn(2, 3, 4)
-    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True)
-    dt = torch.rand(2, 3)
-    for call in (partial(rnn, x, lengths=torch.tensor([3, 2])), partial(rnn, packed), partial(rnn, x, dt=dt)):
-        with torch.no_grad():
-            assert kept_by(call, 300) < LEAST_LEAK
-
-
-@pytest.mark.parametrize("cell", ["mingru", "mingru_signed", "mingru_rotation", "minlstm", "minlstm_unnormalized"])
-def test_recurrences(cell):
-    inputs = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(mingru.ops.NUM_INPUTS[cell])]
-    start = Start(torch.zeros(2, 1, 4), torch.zeros(2, 1, 4), torch.rand(2, 5) < 0.5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_scans(dtype):
+    a, b, h = (torch.randn(2, 5, 3, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def call():
-        out, _ = mingru.ops.recurrence(Spec(cell, "tanh", True), inputs, start, Layout(False), "native")
-        torch.autograd.grad(out.sum(), inputs)
+        out, _ = autograd.scan(route.Choice("native", True), LinearScan(a, b, h[:, :1], None, False))
+        torch.autograd.grad(out.abs().sum(), (a, b, h))
 
     assert kept_by(call, 200) < LEAST_LEAK
 
@@ -159,7 +119,7 @@ def test_recurrences(cell):
 def test_idle_threads_keep_a_bounded_amount():
     """The values of a call have 3 to 6 MiB. Each of the threads would keep that."""
     stack, x = mingru.Stack([mingru.MinGRU(64, 128, norm="rms"), mingru.MinGRU(128, 64)]), torch.randn(3, 4096, 64)
-    num_threads = 24
+    num_threads, before_threads = 24, torch.get_num_threads()
     called, end = threading.Barrier(num_threads + 1), threading.Event()
 
     def call():
@@ -168,7 +128,6 @@ def test_idle_threads_keep_a_bounded_amount():
         called.wait()
         end.wait()
 
-    before_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     before = used()
     threads = [threading.Thread(target=call) for _ in range(num_threads)]
@@ -182,14 +141,3 @@ def test_idle_threads_keep_a_bounded_amount():
         for thread in threads:
             thread.join()
         torch.set_num_threads(before_threads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-def test_scans(dtype):
-    a, b, h = (torch.randn(2, 5, 3, dtype=dtype, requires_grad=True) for _ in range(3))
-
-    def call():
-        out, _ = autograd.scan(route.Choice("native", True), LinearScan(a, b, h[:, :1], None, False))
-        torch.autograd.grad(out.abs().sum(), (a, b, h))
-
-    assert kept_by(call, 200) < LEAST_LEAK
