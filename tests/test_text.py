@@ -51,7 +51,9 @@ def test_texts_are_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "symbols", [text.Alphabet("".join(sorted(set(WORDS)))), text.Alphabet(text.ALL_BYTES), "subwords"], ids=str
+    "symbols",
+    [text.Alphabet("".join(sorted(set(WORDS)))), text.Alphabet(text.ALL_BYTES), "subwords"],
+    ids=["characters", "bytes", "subwords"],
 )
 def test_encode_and_decode_undo_each_other(symbols):
     symbols = text.Subwords.of_text(WORDS, 300) if symbols == "subwords" else symbols
