@@ -5,7 +5,7 @@ two values meet in one row; tests/properties checks what holds for each of them.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -439,13 +439,9 @@ _WITHOUT_LENGTHS = ("Cell", "Conv", "combined")
 CASES_WITH_LENGTHS = [case for case in CASES if not any(part in case.name for part in _WITHOUT_LENGTHS)]
 
 
-def parametrized(cases: list[Case], quick: Sequence[str] | None = None) -> pytest.MarkDecorator:
-    """Run a test on each case. The cases that `quick` does not name are marked as slow; None marks none."""
-    params = []
-    for case in cases:
-        marks = [] if quick is None or case.name in quick else [pytest.mark.slow]
-        params.append(pytest.param(case, marks=marks, id=case.name))
-    return pytest.mark.parametrize("case", params)
+def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
+    """Run a test on each case."""
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
 
 
 def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
@@ -457,14 +453,6 @@ def selected_cases(request: pytest.FixtureRequest) -> list[Case]:
     ]
     names = {item.callspec.params["case"].name for item in items}
     return [case for case in CASES if case.name in names]
-
-
-# The classes of `drop_in` share their code; `drop_in.LSTM` has the most.
-every_case = parametrized(CASES, quick=[case.name for case in CASES if not case.name.startswith("drop_in.GRU")])
-# The quick tests of a mode that compiles use a layer and a cell.
-every_case_of_few_quick = parametrized(CASES, quick=["MinGRU", "MinGRUCell"])
-every_case_slowly = parametrized(CASES, quick=[])
-every_convolution = parametrized([case for case in CASES if "Conv" in case.name])
 
 
 def _four() -> int:
