@@ -48,7 +48,9 @@ def test_no_output_is_a_view(case, backend):
             each.detach_()
         if grad:
             module.zero_grad()
-            outputs[0].sum().backward()
+            # Activation checkpointing computes the forward pass again.
+            with mingru.use_backend(backend):
+                outputs[0].sum().backward()
             weights = [weight for name, weight in module.named_parameters() if "initial" not in name]
             assert all(weight.grad is not None for weight in weights)
         assert all(map(torch.equal, outputs, values))

@@ -96,11 +96,10 @@ def documented(page: str, name: str) -> type:
     return names[name]
 
 
-@pytest.mark.parametrize(("page", "name"), [("models.md", "Smooth"), ("gates.md", "SignedLSTM")])
-def test_the_documented_layers_with_lengths(page, name):
-    layer = documented(page, name)(*[DIMS] * (1 if name == "Smooth" else 2))
+def test_the_documented_layer_with_lengths():
+    layer = documented("models.md", "Smooth")(DIMS)
     stack, x = mingru.Stack([layer, mingru.MinGRU(DIMS, DIMS)]).double(), sequence()
-    options = {"reset": RESET, "dt": torch.rand(B, S, dtype=torch.double)} if name == "Smooth" else {"reset": RESET}
+    options = {"reset": RESET, "dt": torch.rand(B, S, dtype=torch.double)}
     h = [torch.randn(1, B, DIMS, dtype=torch.double), torch.randn(1, B, 1, DIMS, dtype=torch.double)]
     out, last = stack(x, h, lengths=LENGTHS, **options)
     for index, end in enumerate(LENGTHS.tolist()):
@@ -110,10 +109,9 @@ def test_the_documented_layers_with_lengths(page, name):
             alone = stack(x[each, :end], states, **{key: value[each, :end] for key, value in options.items()})
         assert_close((out[each, :end], [state[:, each] for state in last]), alone)
         assert not out[index, end:].any()
-    if name == "Smooth":
-        # The time of two steps is the time of one.
-        twice = torch.full((B, S), 2.0, dtype=torch.double)
-        assert_close(layer(x, dt=twice)[1], layer(x.repeat_interleave(2, 1))[1])
+    # The time of two steps is the time of one.
+    twice = torch.full((B, S), 2.0, dtype=torch.double)
+    assert_close(layer(x, dt=twice)[1], layer(x.repeat_interleave(2, 1))[1])
 
 
 class OnlyStates(Doubled, role="sequence"):
