@@ -44,11 +44,11 @@ def one_by_one(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), which_error=True, **kwargs):
+def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
     with torch.no_grad():
         found, expected = outcome(module, *args, **kwargs), one_by_one(outcome, module, *args, **kwargs)
     if not tensors(found) or not tensors(expected):
-        assert found == expected if which_error else not tensors(found) and not tensors(expected)
+        assert found == expected
         return
     assert type(found) is type(expected)
     for one, other in zip(tensors(found), tensors(expected), strict=True):
@@ -239,7 +239,7 @@ def test_every_attribute(name):
                 # Torch refuses some.
                 with suppress(TypeError, AttributeError, KeyError, ValueError):
                     setattr(module.get_submodule(part), attribute, copy.deepcopy(value))
-                assert_same_as_one_by_one(module, x, which_error=False)
+                assert_same_as_one_by_one(module, x)
 
 
 @pytest.mark.parametrize("target", [nn.Linear, nn.RMSNorm, nn.GELU, mingru.models.Block, type(made("plain").layers[0])])
@@ -283,6 +283,19 @@ def test_a_module_can_have_another_class_and_is_freed_although_a_child_refers_to
     del module, child
     gc.collect()
     assert found() is None
+
+
+@each_module
+def test_states_of_every_shape(name):
+    module = made(name)
+    x = planned(module)
+    for change in (
+        *(torch.ones_like, lambda h: h[:1], lambda h: h[..., :1], lambda h: h[0], lambda h: h.unsqueeze(0)),
+        *(lambda h: torch.cat([h, h]), lambda h: torch.cat([h, h], -1), lambda h: h.sum(), lambda h: h.double()),
+    ):
+        states = [change(h) for h in module.default_states(x, len(x))]
+        is_list = isinstance(module, mingru.Stack | mingru.models.Block)
+        assert_same_as_one_by_one(module, x, states if is_list else states[0])
 
 
 WIDE = {"norm": "rms", "residual": True, "bidirectional": True}
