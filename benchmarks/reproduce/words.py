@@ -33,7 +33,8 @@ FREE = "tanh, own input gate"
 # Options of a block with one layer.
 BLOCKS: dict[str, dict[str, Any]] = {"minGRU": {}, "signed": {"gate": "signed"}}
 for gate in ("rotation", "quaternion"):
-    BLOCKS |= {gate: {"gate": gate}, f"{gate}, learned start": {"gate": gate, "learn_initial_state": True}}
+    learned = {"gate": gate, "learn_initial_state": True}
+    BLOCKS |= {gate: {"gate": gate}, f"{gate}, learned start": learned, f"{gate}, learned from 2": learned}
 MODULI = {"parity": 2, "modulo 3": 3, "modulo 5": 5, "modulo 7": 7}
 GROUPS = {"S3": list(itertools.permutations(range(3)))}
 GROUPS["A5"] = [
@@ -59,8 +60,7 @@ class OwnInputGate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         forget, input, candidate = self.linear(self.norm(x)).chunk(3, -1)
-        h = torch.zeros_like(x[:, :1])
-        states = mingru.functional.linear_scan(forget.tanh(), input.sigmoid() * candidate.tanh(), h)
+        states = mingru.functional.linear_scan(forget.tanh(), input.sigmoid() * candidate.tanh())
         x = x + self.out(states)
         return x + self.mlp(x), states[:, -1:]
 
@@ -92,11 +92,12 @@ def layers(name: str, folder: str) -> nn.Module:
     """Return one layer, in a block with an MLP."""
     if name in PEERS:
         return scans(Path(folder)).MinGRUStack(DIMS, DIMS, n_layers=1, mixer=PEERS[name])
-    if name == FREE:
-        return OwnInputGate(DIMS)
-    if name == "nn.GRU":
-        return LAYERS[name](DIMS, DIMS)
-    return mingru.models.Block(DIMS, mlp=4, norm="layer", **BLOCKS[name])
+    if name not in BLOCKS:
+        return OwnInputGate(DIMS) if name == FREE else LAYERS[name](DIMS, DIMS)
+    block = mingru.models.Block(DIMS, mlp=4, norm="layer", **BLOCKS[name])
+    if name.endswith("from 2"):
+        nn.init.constant_(block.rnn.initial_state, 2.0)
+    return block
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,8 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             model.load_state_dict(chosen)
         return {"steps": kept, "accuracy": [accuracy(model, at(length=length), 128, seed) for length in LENGTHS]}
 
-    models = [*args.models, *(PEERS if args.peer else [])]
-    for seed, name, task in itertools.product(args.seeds, models, args.tasks):
+    for seed, name, task in itertools.product(args.seeds, [*args.models, *(PEERS if args.peer else [])], args.tasks):
         results.run(f"{task}: {name}, seed {seed}", compute, name, seed, task)
 
 
