@@ -13,6 +13,8 @@ as nothing is better.
 In tasks with "all steps", training does not stop before, and of the best models the last is tested. In those with
 "short first", sequences have 4 time steps at first. Their length doubles, up to 64, when 95% of a batch
 is right. A batch has as many time steps as before, the learning rate falls to 0, and the last model is tested.
+
+Models with "learned start" learn their initial state. It is drawn from N(0, 1), or with "learned from 2", begins with 2.
 """
 
 import copy
