@@ -217,7 +217,8 @@ def conv(name: str, space: int, hidden: Any = HIDDEN, **options: Any) -> Case:
 
 def stack(name: str, *layers: Any, residual: bool = True, space: int = 0) -> Case:
     """Of layers that are made with a dtype and a device."""
-    first = layers[0](device="meta").input_dims
+    made = layers[0](device="meta")
+    first = getattr(made, "in_features", getattr(made, "input_dims", None))
     return Case(
         name,
         lambda **factory: mingru.Stack([layer(**factory) for layer in layers], residual=residual),
@@ -391,6 +392,15 @@ STACKS = [
         partial(mingru.MinGRU, INPUT, 6, 2, bidirectional=True, norm="rms"),
         partial(mingru.MinLSTM, 12, 5, learn_initial_state=True),
         partial(mingru.MinGRU, 5, 3, candidate="tanh", bias=False),
+    ),
+    stack(
+        "Stack with modules of torch",
+        partial(nn.Linear, INPUT, 6),
+        lambda **_: nn.Tanh(),
+        partial(mingru.MinGRU, 6, 5),
+        partial(nn.LayerNorm, 5),
+        partial(mingru.MinLSTM, 5, 4),
+        partial(nn.Linear, 4, 3),
     ),
     stack(
         "Stack with the time first",

@@ -307,11 +307,14 @@ def module(rnn, x, h=None, reset=None, dt=None):
             count = getattr(layer, "num_states", 1)
             out, last = module(layer, x, None if h is None else rest[:count], reset, dt)
             rest = None if h is None else rest[count:]
-            if rnn.residual:
+            if rnn.residual and count > 0:
                 align = dict(rnn.named_parameters()).get(f"aligns.{index}.weight")
                 out = out + (x if align is None else x @ align.double().T)
             x, states = out, states + last
         return x, states
+    if type(rnn).__name__ == "PerStep":
+        weights = {name: weight.double() for name, weight in rnn.module.named_parameters()}
+        return torch.func.functional_call(rnn.module, weights, x), []
     if isinstance(rnn, library.models.Block):
         return block(rnn, x, h, reset, dt=dt)
     if isinstance(rnn, library.convert.Projected):

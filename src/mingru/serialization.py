@@ -8,6 +8,7 @@ from . import convert, drop_in, models
 from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
+from .modules.per_step import OF_TORCH, PerStep
 from .modules.recurrent import NORMS, RecurrentLayer
 from .ops.linear_map import WeightAndBias
 
@@ -43,7 +44,6 @@ def safe_globals() -> list[type]:
     homes = (sys.modules[__name__.partition(".")[0]], convert, drop_in, models)
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
-    of_torch = [nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential]
-    of_torch += [*CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, RecurrentLayer, WeightAndBias]
+    of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
+    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, PerStep, RecurrentLayer, WeightAndBias]
     return [*layers, *inner, *of_torch]

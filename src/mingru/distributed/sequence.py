@@ -30,6 +30,7 @@ from ..models.language_model import LanguageModel
 from ..modules.conv import MinConv
 from ..modules.conv_layer import MinConvLayer
 from ..modules.layer import Layer
+from ..modules.per_step import PerStep
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stack import Stack
 from ..modules.stacked import Directions
@@ -128,7 +129,7 @@ def _check_supported(module: nn.Module) -> None:
         return
     expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
     is_layer = isinstance(module, (Recurrent, MinConv)) and module.role == "sequence"
-    if hasattr(module, "ranks") or not (is_layer or isinstance(module, (Stack, Block, LanguageModel))):
+    if hasattr(module, "ranks") or not (is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))):
         got = f"{module.name} that is already parallel" if hasattr(module, "ranks") else module.name
         remedy = "nobody knows how the state of another layer continues over parts"
         raise ValueError(expectation(_NAME, "module", expected, got, remedy))

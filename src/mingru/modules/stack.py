@@ -16,6 +16,7 @@ from ..ops.inference import Plan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import STEP_ARGUMENTS, Layer, with_used
 from .marked import Marked
+from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, check_unused, data_of, with_data
 from .shared import MaybeList, MaybeTensor, Steps, not_default
 
@@ -36,11 +37,13 @@ class Stack(Marked, Layer, role="sequence", planned=True):
 
     Args:
         layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU`, `Stack` or
-            [mingru.models.Block][], or a layer of your own, see [mingru.modules.Layer][]. Each has as many input
-            features as the previous layer has output features, D * H. All have the same `batch_first` and the same
-            number of spatial dimensions.
+            [mingru.models.Block][], or a layer of your own, see [mingru.modules.Layer][]. Between them, before and
+            after, also modules of torch that act on each time step: `torch.nn.Linear`, `Dropout`, `LayerNorm`,
+            `RMSNorm` and activations of single numbers, such as `ReLU`. Each has as many input features as the
+            previous layer has output features, D * H. All have the same `batch_first` and the same number of spatial
+            dimensions.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
-            The layers' own dropout is applied too.
+            The layers' own dropout is applied too. Modules of torch get no dropout and no residual.
         residual: If True, add each layer's input to its output. A convolutional layer must then keep the shape of its
             input. The returned states do not include the residual.
 
@@ -67,7 +70,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             is invalid. Errors of the layers pass through.
 
     State dict:
-        - `layers.{i}.*`: entries of layer i.
+        - `layers.{i}.*`: entries of layer i; `layers.{i}.module.*` of a module of torch.
         - `aligns.{i}.weight` (output features, input features): the residual's linear map, if layer i needs one. It is
           initialized as in `torch.nn.Linear`, with the device and dtype of the layer.
         - `residual_mark`: 1 if `residual` is True.
@@ -101,6 +104,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         self.num_states = self.ends[-1]
         # For scripted stacks: `_check` names the layer.
         self.unused = [name for name in STEP_ARGUMENTS if any(name not in layer.step_arguments for layer in found)]
+        self.of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         self.add_marks(next(self.parameters(), torch.empty(0)).device)
 
@@ -108,15 +112,29 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         """Return the options that change what the weights mean, for the marks in the state_dict."""
         return {"residual": self.residual}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Whole modules of older versions do not have it.
+        self.of_torch = [isinstance(layer, PerStep) for layer in self.layers]
+
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
         check_type(self.name, "layers", layers, Iterable, "a list of layers", PASS_A_LIST)
         found = list(layers)
         require(self.name, "layers", bool(found), "a list of at least one layer", "an empty list")
+        own = [each for each in found if isinstance(each, Layer) and each.role == "sequence"]
+        # Modules that keep the number of features take it from what is before them, or if they are first, behind.
+        dims = next((PerStep.dims_in(each) for each in found if PerStep.dims_in(each) is not None), None)
+        for index, each in enumerate(found):
+            if own and dims is not None and isinstance(each, OF_TORCH):
+                found[index] = PerStep(each, dims, own[0].batch_first, own[0].num_space_dims)
+            dims = getattr(found[index], "output_dims", None)
         for index, layer in enumerate(found):
             got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
+                if isinstance(layer, OF_TORCH):
+                    got, remedy = f"only modules of torch ({got})", "use torch.nn.Sequential"
                 if isinstance(layer, nn.RNNBase):
                     remedy = "use mingru.MinGRU or mingru.MinLSTM in its place"
                 if isinstance(layer, Layer) and layer.role == "custom":
@@ -165,7 +183,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
 
     def _align(self, index: int, layer: Any) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""
-        if not self.residual or layer.input_dims == layer.output_dims:
+        if not self.residual or layer.input_dims == layer.output_dims or isinstance(layer, PerStep):
             return nn.Identity()
         if layer.num_space_dims > 0:
             expected = "a layer with as many output as input channels because residual is True"
@@ -199,7 +217,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             check_returned(self.name, index, after, self.ends[index + 1] - self.ends[index])
             states += after
             data = data_of(out)
-            if self.residual:
+            if self.residual and not self.of_torch[index]:
                 residual_input = data_of(x)
                 if index == 0 and lengths is not None:
                     # The output must stay 0 in the padding.
@@ -207,7 +225,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                 added = align(residual_input)
                 check_same_shape(self.name, index, added, data)
                 data = data + added
-            if index < len(self.layers) - 1 and self.dropout > 0:
+            if index < len(self.layers) - 1 and self.dropout > 0 and not self.of_torch[index]:
                 data = F.dropout(data, self.dropout, self.training)
             x = with_data(out, data)
         return x, states
@@ -250,7 +268,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
     def _counts(self) -> str:
         counts = [end - start for start, end in pairwise(self.ends)]
         names = [type(layer).__name__ for layer in self.layers]
-        return "pass " + ", ".join(f"{count} for {name}" for count, name in zip(counts, names, strict=True))
+        return "pass " + ", ".join(f"{count} for {name}" for count, name in zip(counts, names, strict=True) if count)
 
     def extra_repr(self) -> str:
         return not_default(self).removeprefix(", ")

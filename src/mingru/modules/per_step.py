@@ -1,0 +1,92 @@
+"""Layers of torch in a stack: what computes each time step on its own, and has no state."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor
+from ..ops import layout
+from ..ops.graph import is_scripting
+from .layer import Layer
+from .scripted import data_of, with_data
+from .shared import MaybeList, MaybeTensor, Outputs
+
+# No number changes by the value of another.
+_OF_NUMBERS = (
+    "Identity Dropout AlphaDropout ReLU ReLU6 RReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Softsign Threshold "
+    "Tanh Hardtanh Tanhshrink Sigmoid LogSigmoid Hardsigmoid Hardswish Softshrink Hardshrink"
+)
+_OF_FEATURES = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+OF_TORCH: tuple[type[nn.Module], ...] = (*(getattr(nn, name) for name in _OF_NUMBERS.split()), *_OF_FEATURES)
+
+
+class PerStep(Layer, role="sequence"):
+    """Apply a module of torch to each time step. The output is 0 in the padding."""
+
+    num_states = 0
+
+    def __init__(self, module: nn.Module, input_dims: int, batch_first: bool, num_space_dims: int) -> None:
+        super().__init__()
+        self.name = type(module).__name__
+        self.module = module
+        self.input_dims = self.dims_in(module) or input_dims
+        self.output_dims = module.out_features if isinstance(module, nn.Linear) else self.input_dims
+        self.batch_first = batch_first
+        # Features are the last dimension only if there is no space.
+        self.num_space_dims = 0 if isinstance(module, _OF_FEATURES) else num_space_dims
+
+    @staticmethod
+    def dims_in(module: Any) -> int | None:
+        """Return the number of input features of a layer or a module of torch, if it says it."""
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            return module.normalized_shape[-1]
+        found: int | None = getattr(module, "in_features", getattr(module, "input_dims", None))
+        return found
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        if is_scripting():
+            pass  # Torch raises its own errors.
+        else:
+            self._check_all(x, h, reset, lengths, dt)
+        data = data_of(x)
+        if lengths is not None:
+            # Otherwise a NaN in the padding would reach the gradients of the weights.
+            data = layout.without_padding(data, lengths, not self.batch_first)
+        data = self.module(data)
+        if lengths is not None:
+            data = layout.without_padding(data, lengths, not self.batch_first)
+        states: list[Tensor] = []
+        return with_data(x, data), states
+
+    def with_states(
+        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+    ) -> Outputs:
+        out, states = self.forward(x, h, reset, lengths, dt)
+        return out, states
+
+    def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
+        """Return no states."""
+        return []
+
+    def _check(self, x: Any, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+        is_packed = isinstance(x, PackedSequence)
+        data, at = (x.data, 1) if is_packed else (x, 2)
+        if not isinstance(data, Tensor):
+            raise not_a_tensor(self.name, "x", x)
+        if data.dim() != at + 1 + self.num_space_dims or data.shape[at] != self.input_dims:
+            order = "P" if is_packed else "B, S" if self.batch_first else "S, B"
+            expected = f"({order}, {self.input_dims}{', *space' if self.num_space_dims else ''})"
+            raise ValueError(expectation(self.name, "x", expected, dims(data.shape), embed_remedy(data)))
+        if lengths is not None:
+            if is_packed:
+                raise ValueError(f"{self.name}: lengths must be None because x is a PackedSequence, which has them")
+            batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+            check_lengths(self.name, lengths, batch, steps, x.device)
