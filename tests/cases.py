@@ -399,8 +399,8 @@ STACKS = [
         lambda **_: nn.Tanh(),
         partial(mingru.MinGRU, 6, 5),
         partial(nn.LayerNorm, 5),
-        partial(mingru.MinLSTM, 5, 4),
-        partial(nn.Linear, 4, 3),
+        partial(nn.Linear, 5, 4),
+        partial(mingru.MinLSTM, 4, 3),
     ),
     stack(
         "Stack with the time first",

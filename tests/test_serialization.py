@@ -12,6 +12,7 @@ from torch import nn
 
 import mingru
 from mingru import convert, drop_in, models
+from mingru.modules.per_step import OF_TORCH
 
 # Options that bring in every class that may be inside.
 MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or "." in case.name} | {
@@ -19,6 +20,7 @@ MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or 
     "lists": lambda: mingru.MinConv2dGRU(3, [4, 5], [3, (1, 3)], num_layers=2, padding=["same", 0], residual=True),
     "Projected": lambda: convert.Projected(mingru.MinGRU(3, 4), nn.Linear(4, 2)),
     "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
+    "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
     "LanguageModel": lambda: models.LanguageModel(5, 4, 1, tied=False),
     "projections": lambda: drop_in.LSTM(3, 4, 2, proj_size=2, dropout=0.5),
 }

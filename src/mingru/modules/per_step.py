@@ -14,7 +14,7 @@ from .shared import MaybeList, MaybeTensor, Outputs
 
 # No number changes by the value of another.
 _OF_NUMBERS = (
-    "Identity Dropout AlphaDropout ReLU ReLU6 RReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Softsign Threshold "
+    "Identity Dropout AlphaDropout ReLU ReLU6 RReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Softsign "
     "Tanh Hardtanh Tanhshrink Sigmoid LogSigmoid Hardsigmoid Hardswish Softshrink Hardshrink"
 )
 _OF_FEATURES = (nn.Linear, nn.LayerNorm, nn.RMSNorm)

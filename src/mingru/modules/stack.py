@@ -168,6 +168,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each.planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
         plan.require(len(aligns) == len(layers) == len(self.ends) - 1, self.num_states == self.ends[-1])
+        plan.require(self.of_torch == [False] * len(layers))
         first = plan.num_states
         if len(layers) > 1:
             plan.dropout(self)
