@@ -40,6 +40,11 @@ def test_a_module_among_modules():
     assert_close(stack(x), (out, [first, second]), rtol=0, atol=0)
 
 
+def test_modules_of_torch_get_no_dropout():
+    stack, x = Stack([torch.nn.Linear(3, 6), MinGRU(6, 6)], dropout=1.0), torch.randn(2, 5, 3)
+    assert torch.equal(stack(x)[0], stack.eval()(x)[0])
+
+
 def test_dropout_of_a_packed_sequence():
     stack = Stack([MinGRU(3, 6, 2), MinLSTM(6, 6)], dropout=0.5)
     packed = pack_padded_sequence(torch.randn(3, 9, 3), [9, 4, 1], batch_first=True)

@@ -5,12 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor
+from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor, require
 from ..ops import layout
-from ..ops.graph import is_scripting
 from .layer import Layer
 from .scripted import data_of, with_data
-from .shared import MaybeList, MaybeTensor, Outputs
+from .shared import MaybeList, MaybeTensor
 
 # No number changes by the value of another.
 _OF_NUMBERS = (
@@ -52,10 +51,9 @@ class PerStep(Layer, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        if is_scripting():
-            pass  # Torch raises its own errors.
-        else:
-            self._check_all(x, h, reset, lengths, dt)
+        done = self._begin(x, h, reset, lengths, dt)
+        if done is not None:
+            return done
         data = data_of(x)
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.
@@ -65,12 +63,6 @@ class PerStep(Layer, role="sequence"):
             data = layout.without_padding(data, lengths, not self.batch_first)
         states: list[Tensor] = []
         return with_data(x, data), states
-
-    def with_states(
-        self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
-    ) -> Outputs:
-        out, states = self.forward(x, h, reset, lengths, dt)
-        return out, states
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return no states."""
@@ -86,7 +78,7 @@ class PerStep(Layer, role="sequence"):
             expected = f"({order}, {self.input_dims}{', *space' if self.num_space_dims else ''})"
             raise ValueError(expectation(self.name, "x", expected, dims(data.shape), embed_remedy(data)))
         if lengths is not None:
-            if is_packed:
-                raise ValueError(f"{self.name}: lengths must be None because x is a PackedSequence, which has them")
+            expected = "None because a PackedSequence has its own lengths"
+            require(self.name, "lengths", not is_packed, expected, type(lengths).__name__)
             batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
             check_lengths(self.name, lengths, batch, steps, x.device)

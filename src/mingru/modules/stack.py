@@ -123,11 +123,17 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         found = list(layers)
         require(self.name, "layers", bool(found), "a list of at least one layer", "an empty list")
         own = [each for each in found if isinstance(each, Layer) and each.role == "sequence"]
-        # Modules that keep the number of features take it from what is before them, or if they are first, behind.
-        dims = next((PerStep.dims_in(each) for each in found if PerStep.dims_in(each) is not None), None)
+        # Modules that keep the number of features take it from what is before them, or if they are first, behind. If
+        # nothing says it, there is an error below.
+        dims = next(filter(None, map(PerStep.dims_in, found)), None)
         for index, each in enumerate(found):
-            if own and dims is not None and isinstance(each, OF_TORCH):
-                found[index] = PerStep(each, dims, own[0].batch_first, own[0].num_space_dims)
+            if own and isinstance(each, OF_TORCH):
+                shape = getattr(each, "normalized_shape", ())
+                expected, got = "a norm of the features only", f"one of the last {len(shape)} dimensions"
+                require(self.name, f"layers[{index}]", len(shape) < 2, expected, got)
+                expected = "a module with inplace=False, because the backward pass needs its input"
+                require(self.name, f"layers[{index}]", not getattr(each, "inplace", False), expected, "inplace=True")
+                found[index] = PerStep(each, dims or 0, own[0].batch_first, own[0].num_space_dims)
             dims = getattr(found[index], "output_dims", None)
         for index, layer in enumerate(found):
             got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
