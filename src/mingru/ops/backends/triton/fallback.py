@@ -71,5 +71,6 @@ def backward(
         delta = adjoint(_run, scan, (grad[0], grad[1]))
         found = delta * previous_states(scan, scan.b).conj(), delta, grad_of_h(scan, delta)
     _copied([*grads.chunk(len(inputs), -1), *of_start][: len(found)], found)
-    _copied([of_bias], [grads.flatten(0, -2).sum(0, dtype=of_bias.dtype)])
+    if of_bias.numel() > 0:
+        of_bias.copy_(grads.flatten(0, -2).sum(0, dtype=of_bias.dtype))
     return results
