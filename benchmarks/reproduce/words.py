@@ -14,7 +14,7 @@ In tasks with "all steps", training does not stop before, and of the best models
 "short first", sequences have 4 time steps at first. Their length doubles, up to 64, when 95% of a batch
 is right. A batch has as many time steps as before, the learning rate falls to 0, and the last model is tested.
 
-Models with "learned start" learn their initial state. It is drawn from N(0, 1), or with "learned from 2", begins with 2.
+Models with "learned start" learn their initial state. It is drawn from N(0, 1), or begins with 2 in "learned from 2".
 """
 
 import copy
