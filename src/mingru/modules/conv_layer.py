@@ -1,6 +1,5 @@
 """One layer of the convolutional minGRU: norm, convolution, recurrence and residual."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,22 +49,13 @@ class Geometry(NamedTuple):
         return tuple((size - reach) // stride + 1 for size, reach, stride in sizes)
 
 
-@dataclass(frozen=True)
 class ConvOptions(Options):
     """The options of the convolutional layers."""
 
     norms = ("group",)
 
-    num_space_dims: int
-    hidden_dims: int | list[int]
-    kernel_size: Sizes
-    stride: Sizes
-    padding: Sizes | str
-    dilation: Sizes
-    groups: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         check_int(self.name, "groups", self.groups)
         check_flags(self.name, residual=self.residual)
         widths = self.widths()

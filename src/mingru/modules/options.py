@@ -1,9 +1,9 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 
@@ -25,33 +25,19 @@ def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
     return {name: value for name, value in scope.items() if name not in ("self", "__class__", *without)}
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options that all layers have. All but device and dtype become attributes of the layer."""
+class Options(SimpleNamespace):
+    """The arguments of the constructor of a layer, checked. All but device and dtype become attributes of the layer."""
 
-    norms: ClassVar[tuple[str, ...]]
+    norms: tuple[str, ...]
     """Names of the norms that the layer has."""
 
-    name: str
-    """Name of the class that is constructed, for errors."""
-    input_dims: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    residual: bool | str
-    norm: str | None
-    candidate: str | None
-    """Default: the one of the gate."""
-    gate: str | Sequence[str]
-    """A gate, or one for each layer."""
-    learn_initial_state: bool
-    memory: Memory | None
-    device: Any
-    dtype: torch.dtype | None
+    def __init__(self, name: str, **arguments: Any) -> None:
+        """`name` is that of the class that is constructed, for errors."""
+        super().__init__(name=name, **arguments)
+        self.check()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise an error for an argument that is invalid."""
         check_int(self.name, "input_dims", self.input_dims)
         check_int(self.name, "num_layers", self.num_layers)
         check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)

@@ -5,7 +5,6 @@ raised by torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,20 +40,15 @@ from .stacked import Directions, WithStart
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
-@dataclass(frozen=True)
 class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
     norms = tuple(NORMS)
 
-    hidden_dims: int
-    min_decay: float | Sequence[float]
-    recompute: bool | None
-
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_bias(self.name, self.bias)
         check_int(self.name, "hidden_dims", self.hidden_dims)
-        super().__post_init__()
+        super().check()
         if self.recompute is not None:
             check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
         for gate in self.gates:
