@@ -167,20 +167,20 @@ class Block(Layer, role="sequence", planned=True):
         if self.conv is not None:
             plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
         plan.require(self.num_states == 1 + (self.conv is not None))
-        features = plan.keep()
+        plan.keep()
         rnn = plan.child(self.rnn, *CELLS.values())
         plan.require(rnn.batch_first)
         rnn.plan(plan)
         plan.linear(self.out)
-        plan.add(features)
+        plan.add()
         if self.mlp is not None:
             parts = plan.children(self.mlp, nn.Sequential, *NORMS.values(), nn.Linear, nn.GELU)
             plan.require(len(parts) == 4)
-            features = plan.keep()
+            plan.keep()
             plan.norm(parts[0])
             plan.linear(parts[1], gelu=parts[2])
             plan.linear(parts[3])
-            plan.add(features)
+            plan.add()
         plan.num_states = state + self.num_states
 
     def forward(

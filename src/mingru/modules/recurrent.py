@@ -106,17 +106,16 @@ class RecurrentLayer(Directions):
     def plan(self, plan: Plan, state: int) -> None:
         """Write the instructions of an inference pass."""
         plan.require(not self.highway, self.num_inputs == NUM_INPUTS[self.cell])
-        features = plan.keep() if self.residual else 0
+        if self.residual:
+            plan.keep()
         if self.norm is not None:
             plan.norm(self.norm)
-        plan.scan(self.spec(False), state, self.hidden_dims, self.linear, self.linear_reverse)
+        plan.scan(self.spec(False), state, *self.maps())
         if self.projections is not None:
             (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
             plan.linear(projection)
-        if self.residual and self.align is None:
-            plan.add(features)
-        elif self.residual:
-            plan.add_linear(self.align, features)
+        if self.residual:
+            plan.add(self.align)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

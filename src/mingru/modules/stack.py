@@ -180,13 +180,12 @@ class Stack(Marked, Layer, role="sequence", planned=True):
             plan.dropout(self)
         for layer, align, end in zip(layers, aligns, self.ends[1:], strict=True):
             plan.require(layer.role == "sequence", layer.batch_first == self.batch_first)
-            features = plan.keep() if self.residual else 0
+            if self.residual:
+                plan.keep()
             layer.plan(plan)
             plan.require(plan.num_states == first + end)
-            if self.residual and isinstance(align, nn.Identity):
-                plan.add(features)
-            elif self.residual:
-                plan.add_linear(align, features)
+            if self.residual:
+                plan.add(None if isinstance(align, nn.Identity) else align)
 
     def _align(self, index: int, layer: Any) -> nn.Module:
         """Return the map from the layer's input to the shape of its output, for `residual`."""

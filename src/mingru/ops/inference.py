@@ -2,13 +2,12 @@
 
 A class with `planned=True` writes the instructions of its modules into a `Plan` (its method `plan`). An instruction
 checks that the module that it replaces is exactly what it computes, and refuses every other one. After any change of a
-module or its submodules, the plan is made again.
+module or its submodules, the plan is made again. The operator checks the sizes.
 
 `run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
-capture, a refused module or unusual arguments. Those calls also name wrong arguments.
+capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
 """
 
-import functools
 import math
 import operator
 from collections.abc import Callable
@@ -57,7 +56,6 @@ class Plan:
         # For the batch size of the last call.
         self.state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self.is_bidirectional = False
-        self._features = module.input_dims
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -142,36 +140,31 @@ class Plan:
         """Refuse dropout that is active."""
         self.require(not (module.training and module.dropout > 0))
 
-    def keep(self) -> int:
-        """Remember x, for `add` and `add_linear`; return its number of features."""
+    def keep(self) -> None:
+        """Remember x, for `add`."""
         self._add("keep")
-        return int(self._features)
 
-    def add(self, features: int) -> None:
-        """Add what was remembered last, which has so many features."""
-        self.require(features == self._features)
-        self._add("add")
-
-    def add_linear(self, linear: Any, features: int) -> None:
-        """Add a linear map of what was remembered last, which has so many features."""
-        has_bias, num_outputs = self._map(linear, features)
-        self.require(num_outputs == self._features)
-        self._add("add_linear", has_bias)
+    def add(self, linear: Any = None) -> None:
+        """Add what was remembered last, or a linear map of it."""
+        if linear is None:
+            self._add("add")
+        else:
+            self._add("add_linear", self._map(linear))
 
     def linear(self, linear: object, gelu: Any = None) -> None:
         """Add a linear map of x, and GELU of it if there is one."""
-        has_bias, self._features = self._map(linear, self._features)
+        has_bias = self._map(linear)
         if gelu is not None:
             self.require(self.child(gelu, nn.GELU).approximate == "none")
         self._add("linear" if gelu is None else "linear_gelu", has_bias)
 
     def norm(self, norm: Any) -> None:
         self.child(norm, nn.RMSNorm, nn.LayerNorm)
-        self.require(norm.normalized_shape == (self._features,), norm.eps is None or type(norm.eps) is float)
+        self.require(norm.eps is None or type(norm.eps) is float)
         is_rms = isinstance(norm, nn.RMSNorm)
         for name in ("weight",) if is_rms else ("weight", "bias"):
             self.require(self._weight(norm, name))
-        self.require(norm.eps is None or not math.isnan(norm.eps))
+        self.require(norm.eps is None or not math.isnan(norm.eps), norm.normalized_shape == norm.weight.shape)
         # NaN is the default of RMSNorm, which depends on the dtype.
         self._numbers.append(math.nan if norm.eps is None else norm.eps)
         # In C++, the norm with a bias is the layer norm.
@@ -179,27 +172,25 @@ class Plan:
 
     def causal_conv(self, conv: Any, state: int) -> None:
         """Add the convolution of x; the caller has checked its type."""
-        self.require(self._weight(conv, "weight"), conv.weight.shape == (conv.kernel_size, self._features))
+        self.require(self._weight(conv, "weight"), len(conv.weight) == conv.kernel_size)
         self._add("causal_conv", self._weight(conv, "bias"), state)
 
-    def scan(self, spec: Spec, state: int, hidden_dims: int, linear: Any, linear_reverse: Any = None) -> None:
-        """Add a recurrence with its linear map, and with a linear map for the reverse direction if it has one."""
-        self.require(spec.cell in CELLS, spec.cell in native.CELLS, spec.activation in native.ACTIVATIONS)
-        cell = CELLS[spec.cell]
-        self.require(spec.min_decay == 0 or (cell.not_timed is None and 0 < spec.min_decay < 1))
-        directions = [linear] if linear_reverse is None else [linear, linear_reverse]
-        maps = [self._map(each, self._features) for each in directions]
-        self.require(*(each == (maps[0][0], cell.num_inputs * hidden_dims) for each in maps))
+    def scan(self, spec: Spec, state: int, *linears: Any) -> None:
+        """Add a recurrence with the linear map of each direction."""
+        # A cell without a kernel has no number.
+        number = native.number_of(spec)
+        self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
+        has_bias, *others = map(self._map, linears)
+        self.require(others in ([], [has_bias]))
         self._numbers.append(spec.min_decay)
-        self._features = hidden_dims * len(maps)
-        self.is_bidirectional |= len(maps) == 2
-        self._add("scan" if len(maps) == 1 else "scan_both", maps[0][0], state, native.number_of(spec))
+        self.is_bidirectional |= len(linears) == 2
+        self._add("scan_both" if others else "scan", has_bias, state, number)
 
-    def _map(self, linear: Any, features: int) -> tuple[bool, int]:
-        """Take the weights of a linear map; return whether it has a bias, and its number of outputs."""
+    def _map(self, linear: Any) -> bool:
+        """Take the weights of a linear map; return whether it has a bias."""
         self.child(linear, *LINEAR_MAPS)
-        self.require(self._weight(linear, "weight"), linear.weight.dim() == 2, linear.weight.shape[-1] == features)
-        return self._weight(linear, "bias"), linear.weight.shape[0]
+        self.require(self._weight(linear, "weight"))
+        return self._weight(linear, "bias")
 
     def _weight(self, module: nn.Module, name: str) -> bool:
         """Take a parameter; return whether there is one. A subclass, such as a quantized tensor, is refused."""
@@ -222,9 +213,8 @@ def plan_of(module: Any) -> Plan:
     return plan
 
 
-@functools.cache
-def _operator() -> Any:
-    return torch.ops.mingru.inference.default
+# None without the kernels.
+_operator: Any = getattr(getattr(torch.ops.mingru, "inference", None), "default", None)
 
 
 def run(
@@ -271,7 +261,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         resets = _of_both_directions(reset, reset_seen_in_reverse, module, plan, time_first)
         times = _of_both_directions(dt, dt_seen_in_reverse, module, plan, time_first)
     try:
-        out, last = _operator()(
+        out, last = _operator(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first
         )
     except NotImplementedError:  # a tensor on another device
