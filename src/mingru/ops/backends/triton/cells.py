@@ -124,19 +124,25 @@ def signed(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def direction_in(time, angle):
+    """Return cosine and sine of an angle in units of pi / 4, times the elapsed time, and its derivative by angle."""
+    unit = tl.full((1, 1), QUARTER_PI, angle.dtype)
+    if len(time) == 0:
+        cosine, sine = direction(0.25 * angle)
+    else:
+        elapsed = tl.broadcast_to(finite(time[0]), angle.shape)
+        cosine, sine = direction_of_product(0.25 * elapsed, angle)
+        unit = elapsed * QUARTER_PI
+    return cosine, sine, unit
+
+
+@triton.jit
 def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     gate, angle = x[0]
     keep, z, by_gate, by_time = decay(gate, time, EXACT)
     value0, slope0 = activate(x[1][0], ACTIVATION, EXACT)
     value1, slope1 = activate(x[1][1], ACTIVATION, EXACT)
-    # The angle is in units of pi / 4.
-    if len(time) == 0:
-        cosine, sine = direction(0.25 * angle)
-        turn = tl.full((1, 1), QUARTER_PI, keep.dtype)
-    else:
-        elapsed = tl.broadcast_to(finite(time[0]), angle.shape)
-        cosine, sine = direction_of_product(0.25 * elapsed, angle)
-        turn = elapsed * QUARTER_PI
+    cosine, sine, turn = direction_in(time, angle)
     a, turned = (keep * cosine, keep * sine), (minus(keep * sine), keep * cosine)
     of_gate = (minus(a[0]), minus(a[1])), (keep * value0, keep * value1), by_gate
     of_angle = turned, (ABSENT, ABSENT), turn
@@ -166,13 +172,7 @@ def quaternion(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     square = v1 * v1 + v2 * v2 + v3 * v3 + 1e-30
     size = tl.sqrt(square)
     inverse = 1.0 / size
-    if len(time) == 0:
-        cosine, sine = direction(0.25 * size)
-        unit = tl.full((1, 1), QUARTER_PI, keep.dtype)
-    else:
-        elapsed = tl.broadcast_to(finite(time[0]), size.shape)
-        cosine, sine = direction_of_product(0.25 * elapsed, size)
-        unit = elapsed * QUARTER_PI
+    cosine, sine, unit = direction_in(time, size)
     sine = sine * inverse
     a = keep * cosine, keep * sine * v1, keep * sine * v2, keep * sine * v3
     b = z * c0, z * c1, z * c2, z * c3
