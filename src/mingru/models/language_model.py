@@ -24,8 +24,9 @@ from ..check import (
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Result
+from ..modules.shared import MaybeList, MaybeTensor
 from ..modules.stack import Stack
+from ..ops.graph import is_scripting
 from . import files, generation
 from .block import Block, check_layer_options
 from .state import check_states
@@ -151,18 +152,16 @@ class LanguageModel(Layer):
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        done = self._begin(ids, state, reset, lengths, None)
-        if done is not None:
-            return done
-        x, state = self.blocks(self.embedding(ids), state, reset, lengths)
-        return self._logits(x), state
+        self._begin(ids, state, reset, lengths, None)
+        if is_scripting():  # noqa: SIM108 (not in TorchScript)
+            x = self.embedding(ids)
+        else:
+            x = self._embed(ids)
+        y, state = self.blocks(x, state, reset, lengths)
+        return self._logits(y), state
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
-        y, states = self.blocks(self._embed(x), h, reset, lengths)
-        return self._logits(y), states
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head
