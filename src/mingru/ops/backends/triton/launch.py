@@ -238,13 +238,9 @@ def _bound(min_decay: float) -> tuple[float, ...] | None:
     """Return log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest."""
     if min_decay == 0:
         return None
-    return *_in_float32(math.log(min_decay)), *_in_float32(math.log1p(-min_decay))
-
-
-def _in_float32(number: float) -> tuple[float, float]:
     # Triton passes numbers as float32, and kernels of float64 need more digits.
-    rounded = ctypes.c_float(number).value
-    return rounded, number - rounded
+    pairs = ((number, ctypes.c_float(number).value) for number in (math.log(min_decay), math.log1p(-min_decay)))
+    return tuple(part for number, rounded in pairs for part in (rounded, number - rounded))
 
 
 def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
