@@ -34,9 +34,9 @@ from ..modules.per_step import PerStep
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stack import Stack
 from ..modules.stacked import Directions
-from ..ops import layout
 from ..ops.call import Layout, Spec, Start, flattened, from_flat, with_steps
 from ..ops.cells import parts_of
+from ..ops.layout import of_next_step, padding_of, without_padding
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Ranks, derive, eager, outermost
 
@@ -202,10 +202,10 @@ class _Layers(Recurrent):
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
         return True  # Packed parts of sequences would have other batches on each rank.
 
-    def _run(self, x: Tensor, state: Tensor, reset: Any, dt: Any, order: Layout) -> States:
-        if order.lengths is not None:
-            x = layout.without_padding(x, order.lengths, order.time_first)
-        states: States = super()._run(x, state, reset, dt, order)
+    def _run(self, x: Tensor, state: Tensor, reset: Any, dt: Any, layout: Layout) -> States:
+        if layout.lengths is not None:
+            x = without_padding(x, layout.lengths, layout.time_first)
+        states: States = super()._run(x, state, reset, dt, layout)
         return states
 
 
@@ -221,37 +221,37 @@ class _Layer(Directions):
 
     ranks: Ranks
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, order)
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
+        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
 
     @eager
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
-        shape = (inputs[0].shape[1 if order.time_first else 0], 1, *inputs[0].shape[2:])
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+        shape = (inputs[0].shape[1 if layout.time_first else 0], 1, *inputs[0].shape[2:])
         h = start.h.expand(shape)
         # The accumulation dtype, in which states travel.
-        tensors = flattened(start._replace(h=as_dtype(h, accumulate_dtype(h.dtype))), order)
-        out, last = _Recurrence.apply(self.ranks, spec, order.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
+        tensors = flattened(start._replace(h=as_dtype(h, accumulate_dtype(h.dtype))), layout)
+        out, last = _Recurrence.apply(self.ranks, spec, layout.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
         return out, as_dtype(last, h.dtype)
 
     @eager
-    def _in_reverse(self, start: Start, order: Layout) -> Start:
+    def _in_reverse(self, start: Start, layout: Layout) -> Start:
         reset, dt = start.reset, start.dt
         if reset is not None:
-            reset = _of_next_step(self.ranks, reset, order, False)
+            reset = _of_next_step(self.ranks, reset, layout, False)
         if dt is not None:
-            dt = _of_next_step(self.ranks, dt, order, True)
+            dt = _of_next_step(self.ranks, dt, layout, True)
         return with_steps(start, reset, dt)
 
 
-def _of_next_step(ranks: Ranks, x: Tensor, order: Layout, is_cyclic: bool) -> Tensor:
+def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout, is_cyclic: bool) -> Tensor:
     """Return the value of the next step, also if another rank has it.
 
     After the last step of the whole sequence comes 0, or if `is_cyclic`, the value of its first step.
     """
-    time = 0 if order.time_first else 1
+    time = 0 if layout.time_first else 1
     dtype = x.dtype if x.is_floating_point() else torch.float32
     first = x.select(time, 0).to(dtype) if x.shape[time] > 0 else x.new_zeros(x.shape[1 - time], dtype=dtype)
-    exists = torch.full_like(first, x.shape[time] > 0) if order.lengths is None else (order.lengths > 0).to(dtype)
+    exists = torch.full_like(first, x.shape[time] > 0) if layout.lengths is None else (layout.lengths > 0).to(dtype)
     exist, firsts = ranks.gather(torch.stack([exists, first])).unbind(1)
 
     def first_of(ranks: range, following: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _of_next_step(ranks: Ranks, x: Tensor, order: Layout, is_cyclic: bool) -> Te
     if is_cyclic:
         at_end = first_of(range(ranks.size), at_end)
     at_end = first_of(range(ranks.rank + 1, ranks.size), at_end).to(x.dtype)
-    return layout.of_next_step(x, at_end.unsqueeze(time).expand_as(x), order)
+    return of_next_step(x, at_end.unsqueeze(time).expand_as(x), layout)
 
 
 class _Path(NamedTuple):
@@ -310,11 +310,11 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
-        start, order, inputs = from_flat([h, *args], time_first)
-        _, last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), order)
+        start, layout, inputs = from_flat([h, *args], time_first)
+        _, last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)
         path = _Path(ranks, range(ranks.size)[:: -1 if spec.reverse else 1], parts_of(spec.cell))
-        before, after, products = path.states(h, _product(spec, inputs, start, order), last)
-        out, _ = ops.recurrence(spec, inputs, start._replace(h=before), order)
+        before, after, products = path.states(h, _product(spec, inputs, start, layout), last)
+        out, _ = ops.recurrence(spec, inputs, start._replace(h=before), layout)
         ctx.path, ctx.spec, ctx.time_first = path, spec, time_first
         ctx.save_for_backward(products, before, *args)
         return out, after
@@ -325,9 +325,9 @@ class _Recurrence(torch.autograd.Function):
         products, *saved = ctx.saved_tensors
         needs = True, *ctx.needs_input_grad[4:]
         args = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
-        start, order, inputs = from_flat(args, ctx.time_first)
+        start, layout, inputs = from_flat(args, ctx.time_first)
         with torch.enable_grad():
-            out, last = ops.recurrence(ctx.spec, inputs, start, order)
+            out, last = ops.recurrence(ctx.spec, inputs, start, layout)
             # Otherwise `out` of a part without steps may need no gradient.
             out = out + start.h.sum() if out.numel() == 0 else out
         (own,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
@@ -341,20 +341,20 @@ class _Recurrence(torch.autograd.Function):
         return None, None, None, grad_h if is_first else torch.zeros_like(grad_h), *grads
 
 
-def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout) -> Tensor:
+def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
     """Return the product of the decays of all steps; 0 if there is a reset."""
     parts = parts_of(spec.cell)
     one, reset = one_like(to_parts(start.h, parts), parts), start.reset
     # With candidates of 0, the state from 1 is the product.
     inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
     start = Start(from_parts(one, parts), start.h, None, start.dt)
-    product = to_parts(ops.recurrence(spec._replace(activation="linear"), inputs, start, order)[1], parts)
+    product = to_parts(ops.recurrence(spec._replace(activation="linear"), inputs, start, layout)[1], parts)
     # Not 0, which means a reset: infinity and NaN do not decay.
     product = product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
     if reset is not None:
-        reset = reset.t() if order.time_first else reset
-        if order.lengths is not None:
-            reset = reset.masked_fill(layout.padding_of(order.lengths, reset), False)
+        reset = reset.t() if layout.time_first else reset
+        if layout.lengths is not None:
+            reset = reset.masked_fill(padding_of(layout.lengths, reset), False)
         product = product.masked_fill(along(reset.any(1), product), 0.0)
     return from_parts(product, parts)
 

@@ -121,8 +121,8 @@ class _Layer(Directions):
     ranks: Ranks
     is_sharded: bool
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
-        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, order)
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
+        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
 
     @eager
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
@@ -130,12 +130,12 @@ class _Layer(Directions):
         return [*inputs[:-1], self.ranks.join(inputs[-1])] if getattr(self, "highway", False) else inputs
 
     @eager
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
-        is_packed, own = order.batch_sizes is not None, inputs[0]
-        batch = start.h.shape[0] if is_packed else own.shape[1 if order.time_first else 0]
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+        is_packed, own = layout.batch_sizes is not None, inputs[0]
+        batch = start.h.shape[0] if is_packed else own.shape[1 if layout.time_first else 0]
         shape = (batch, 1, self.hidden_dims, *(() if is_packed else own.shape[3:]))
         h, initial_state = (self.ranks.divide(each.expand(shape)) for each in start[:2])
-        out, last = ops.recurrence(spec, inputs, start._replace(h=h, initial_state=initial_state), order)
+        out, last = ops.recurrence(spec, inputs, start._replace(h=h, initial_state=initial_state), layout)
         return out if self.is_sharded else self.ranks.join(out), self.ranks.join(last)
 
 

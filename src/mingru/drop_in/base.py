@@ -29,7 +29,7 @@ from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
 
-Layer = TypeVar("Layer", bound="DropIn")
+Self = TypeVar("Self", bound="DropIn")
 Pair = tuple[Tensor, Tensor]
 
 # Attributes with torch's weights, and with their names.
@@ -145,7 +145,7 @@ class DropIn(Recurrent):
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
         raise AttributeError(f"{self.name}: no attribute {name!r}, because the weights are others; {remedy}")
 
-    def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
+    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
         """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
 
         A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied

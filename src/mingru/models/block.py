@@ -32,12 +32,12 @@ from ..modules.options import Norm
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
 from ..ops import layout
-from ..ops.inference import Plan
+from ..ops.inference import InferencePlan
 from ..unknown_arguments import unknown_argument
 from .causal_conv import CausalConv
 from .state import check_states
 
-CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
+LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
 
@@ -115,7 +115,7 @@ class Block(Layer, role="sequence", planned=True):
     ) -> None:
         super().__init__()
         check_int(self.name, "dims", dims)
-        check_choice(self.name, "cell", cell, CELLS)
+        check_choice(self.name, "cell", cell, LAYERS)
         _check_ratio(self.name, "expansion", expansion, dims)
         if conv is not None:
             check_int(self.name, "conv", conv, "an int or None", 2)
@@ -134,7 +134,7 @@ class Block(Layer, role="sequence", planned=True):
         self.checkpoint = checkpoint
         self.batch_first = True
         self.input_dims = self.output_dims = dims
-        self.rnn = CELLS[cell](dims, round(expansion * dims), norm=norm, **layer_options)
+        self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **layer_options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
         self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)
         self.mlp = None
@@ -160,7 +160,7 @@ class Block(Layer, role="sequence", planned=True):
             states.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
         return states
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
         plan.dropout(self)
         state = plan.num_states
@@ -168,7 +168,7 @@ class Block(Layer, role="sequence", planned=True):
             plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
         plan.require(self.num_states == 1 + (self.conv is not None))
         plan.keep()
-        rnn = plan.child(self.rnn, *CELLS.values())
+        rnn = plan.child(self.rnn, *LAYERS.values())
         plan.require(rnn.batch_first)
         rnn.plan(plan)
         plan.linear(self.out)

@@ -71,7 +71,7 @@ class MinConv(Stacked, role="sequence"):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout) -> Outputs:
+    def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout) -> Outputs:
         """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
         states: list[Tensor] = []
         # Under autocast, the output of a layer has another dtype, but states do not.
@@ -79,7 +79,7 @@ class MinConv(Stacked, role="sequence"):
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
             before = None if h is None else h[first : first + self.num_directions]
-            x, last = layer(x, before, reset, order, dtype)
+            x, last = layer(x, before, reset, layout, dtype)
             x = self._dropped(x, index)
             states += last
         return x, states

@@ -127,7 +127,7 @@ class MinConvLayer(WithStart, Directions):
         self.add_gate_bias()
         self.add_initial_state((self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size)), options)
 
-    def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, order: Layout, dtype: torch.dtype) -> Outputs:
+    def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.
 
         x is (B, S, C, *space) or (S, B, C, *space); each tensor of h expands to (B, 1, H, *space). `dtype` is that of
@@ -142,7 +142,7 @@ class MinConvLayer(WithStart, Directions):
         for index in range(self.num_directions):
             initial_state = constant if self.initial_state is None else self.initial_state[index]
             starts.append(Start(initial_state if h is None else h[index], initial_state, reset))
-        out, states = self._directions(y, starts, order)
+        out, states = self._directions(y, starts, layout)
         if self.residual:
             added = x
             if self.align is not None:
@@ -155,24 +155,24 @@ class MinConvLayer(WithStart, Directions):
         """Return the convolution of each direction."""
         return [self.conv] if self.conv_reverse is None else [self.conv, self.conv_reverse]
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         spec = self.spec(reverse)
         if is_scripting():
             inputs = self._inputs(y, reverse)
             shape = list(inputs[0].shape)
-            batch = [shape[1 if order.time_first else 0], 1]
+            batch = [shape[1 if layout.time_first else 0], 1]
             start = Start(start.h.expand(batch + shape[2:]), start.initial_state, start.reset)
-            return traceable.recurrence(spec, inputs, start, order)
+            return traceable.recurrence(spec, inputs, start, layout)
         else:
-            return self._mapped(spec, y, start, order)
+            return self._mapped(spec, y, start, layout)
 
-    def _mapped(self, spec: Spec, y: Tensor, start: Start, order: Layout) -> States:
+    def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
         if is_autocast(y):
             start = start._replace(h=start.h.to(accumulate_dtype(y.dtype)))
         conv: Any = self.conv_reverse if spec.reverse else self.conv
         shape = (self.hidden_dims, *self.geometry.space(tuple(y.shape[3:])))
         mapped = Map(conv, lambda part: self._inputs(part, spec.reverse), shape)
-        return ops.mapped_recurrence(spec, y, mapped, start, order)
+        return ops.mapped_recurrence(spec, y, mapped, start, layout)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of gate and candidate; their channels and spatial dimensions are contiguous."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..check import check_choice, check_int, expectation, misfit, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
-from ..ops.inference import Plan, plannable
+from ..ops.inference import InferencePlan, plannable
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, Result
 
@@ -124,7 +124,7 @@ class Layer(nn.Module):
         batch, time = (0, 1) if self.batch_first else (1, 0)
         return Dims(batch, time, 0 if self.num_space_dims else 1)
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 

@@ -24,12 +24,13 @@ from ..check import (
     expectation,
     name_of,
 )
-from ..ops import layout, route
+from ..ops import route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES, NUM_INPUTS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import Plan, plannable
+from ..ops.inference import InferencePlan, plannable
+from ..ops.layout import pack, packing_of, unpack, with_lengths
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from .checked_calls import CheckedCalls
@@ -85,7 +86,7 @@ class RecurrentLayer(Directions):
         self.add_marks(options.device)
 
     def forward(
-        self, x: Tensor, starts: list[Start], order: Layout, found: list[Tensor] | None = None
+        self, x: Tensor, starts: list[Start], layout: Layout, found: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the output in the layout of x, and the last states; `starts` has one entry for each direction.
 
@@ -95,15 +96,15 @@ class RecurrentLayer(Directions):
         if self.norm is not None:
             y = self.norm(x)
         if self.highway:
-            return self._with_highway(x, y, starts[0], order, found)
-        out, states = self._directions(y, starts, order, found)
+            return self._with_highway(x, y, starts[0], layout, found)
+        out, states = self._directions(y, starts, layout, found)
         if self.projections is not None:
             out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
         if self.residual:
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def plan(self, plan: Plan, state: int) -> None:
+    def plan(self, plan: InferencePlan, state: int) -> None:
         """Write the instructions of an inference pass."""
         plan.require(not self.highway, self.num_inputs == NUM_INPUTS[self.cell])
         if self.residual:
@@ -129,21 +130,21 @@ class RecurrentLayer(Directions):
                 found.append(projection(states[index]))
         return found
 
-    def _with_highway(self, x: Tensor, y: Tensor, start: Start, order: Layout, found: MaybeList) -> Outputs:
+    def _with_highway(self, x: Tensor, y: Tensor, start: Start, layout: Layout, found: MaybeList) -> Outputs:
         inputs = self._inputs(y, False)
         gate = inputs.pop()
-        out, last = self._recurrence(self.spec(False), inputs, start, order)
+        out, last = self._recurrence(self.spec(False), inputs, start, layout)
         if found is not None:
             found.append(out)
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         if is_scripting():
-            return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, order)
+            return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
         else:
             linear: Any = self.linear_reverse if reverse else self.linear
-            return ops.linear_recurrence(self.spec(reverse), y, linear, start, order, self.recompute)
+            return ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, self.recompute)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; the highway's are the last."""
@@ -245,11 +246,11 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
             expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
             raise TypeError(expectation(self.name, "all_states", expected, got))
         self._check_all(x, None if h is None else [h], reset, lengths, dt)
-        state, order = self._state(x, h, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
+        state, layout = self._state(x, h, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
-            x, order = layout.with_lengths(x, lengths, not self.batch_first)
+            x, layout = with_lengths(x, lengths, not self.batch_first)
         found: list[Tensor] = []
-        self._run_layers(x, state, reset, dt, order, found)
+        self._run_layers(x, state, reset, dt, layout, found)
         return torch.stack(found)
 
     def with_states(
@@ -275,7 +276,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer)
         initial_state: Any = self.initial_state
@@ -304,8 +305,8 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         if lengths is None or not self._takes_lengths(x, lengths, dt):
             return None
         state = self._state(x, None if h is None else h[0], x.size(0 if self.batch_first else 1))
-        x, order = layout.with_lengths(x, lengths, not self.batch_first)
-        out, last = self._run(x, state, reset, dt, order)
+        x, layout = with_lengths(x, lengths, not self.batch_first)
+        out, last = self._run(x, state, reset, dt, layout)
         return out, [last]
 
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
@@ -316,19 +317,19 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         has_more = self.proj_size > 0 or any(
             layer.norm is not None or layer.residual or layer.highway for layer in layers
         )
-        maps, order = [[] if has_more else layer.maps() for layer in layers], Layout(False, None, lengths)
+        maps, layout = [[] if has_more else layer.maps() for layer in layers], Layout(False, None, lengths)
         specs = [layer.spec(False) for layer in layers]
-        return all(route.takes_lengths(*each, x, dt, order) for each in zip(specs, maps, strict=True))
+        return all(route.takes_lengths(*each, x, dt, layout) for each in zip(specs, maps, strict=True))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> States:
         """Pack the valid steps once for all layers."""
-        batch_sizes, order, index = layout.packing_of(lengths, x, not self.batch_first)
+        batch_sizes, order, index = packing_of(lengths, x, not self.batch_first)
         index, order = index.to(x.device), order.to(x.device)
-        reset = None if reset is None else layout.pack(reset, index)
-        dt = None if dt is None else layout.pack(dt, index)
-        packed = layout.pack(x, index)
+        reset = None if reset is None else pack(reset, index)
+        dt = None if dt is None else pack(dt, index)
+        packed = pack(x, index)
         out, last = self._run(packed, state.index_select(1, order), reset, dt, Layout(False, batch_sizes))
-        padded = layout.unpack(out, index, x.size(0) * x.size(1))
+        padded = unpack(out, index, x.size(0) * x.size(1))
         # The state of an empty sequence stays.
         return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), state.index_copy(1, order, last)
 
@@ -359,13 +360,13 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
             state = h.expand(shape)
         return state.to(dtype) if autocast else state
 
-    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout) -> States:
+    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> States:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, state, reset, dt, order)
+        out, states = self._run_layers(x, state, reset, dt, layout)
         return out, torch.stack(states)
 
     def _run_layers(
-        self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, order: Layout, found: MaybeList = None
+        self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout, found: MaybeList = None
     ) -> Outputs:
         """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x.
 
@@ -383,7 +384,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             first = index * self.num_directions
-            x, last = layer(x, starts[first : first + self.num_directions], order, found)
+            x, last = layer(x, starts[first : first + self.num_directions], layout, found)
             x = self._dropped(x, index)
             states += last
         return x, states

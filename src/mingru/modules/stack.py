@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
 from ..ops.graph import is_scripting
-from ..ops.inference import Plan
+from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import STEP_ARGUMENTS, Layer, with_used
 from .marked import Marked
@@ -169,7 +169,7 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         """Return the shapes of the layers' states."""
         return [shape for layer in self.layers for shape in layer.state_shapes(batch)]  # type: ignore[operator]
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each.planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)

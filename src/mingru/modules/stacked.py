@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
-from ..ops import layout
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of, zero_state
+from ..ops.layout import in_reverse
 from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
@@ -87,15 +87,15 @@ class Directions(Marked):
         """Return the recurrence of one direction."""
         return Spec(self.cell, self.candidate, reverse, self.min_decay)
 
-    def _directions(self, y: Tensor, starts: list[Start], order: Layout, found: MaybeList = None) -> Outputs:
+    def _directions(self, y: Tensor, starts: list[Start], layout: Layout, found: MaybeList = None) -> Outputs:
         """Return the states of all steps and the last states; `starts` has one entry for each direction.
 
         Append the states of all steps in each direction to `found`.
         """
-        out, last = self._direction(y, starts[0], order, False)
+        out, last = self._direction(y, starts[0], layout, False)
         states, directions = [last], [out]
         if len(starts) > 1:
-            back, last = self._direction(y, self._in_reverse(starts[1], order), order, True)
+            back, last = self._direction(y, self._in_reverse(starts[1], layout), layout, True)
             # The features of packed steps are dimension 1.
             out = torch.cat([out, back], min(2, y.dim() - 1))
             states.append(last)
@@ -104,7 +104,7 @@ class Directions(Marked):
             found += directions
         return out, states
 
-    def _direction(self, y: Tensor, start: Start, order: Layout, reverse: bool) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
 
@@ -112,11 +112,11 @@ class Directions(Marked):
         """Return the pre-activations of one direction."""
         raise NotImplementedError
 
-    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, order: Layout) -> States:
-        return ops.recurrence(spec, inputs, start, order)
+    def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+        return ops.recurrence(spec, inputs, start, layout)
 
-    def _in_reverse(self, start: Start, order: Layout) -> Start:
-        return layout.in_reverse(start, order)
+    def _in_reverse(self, start: Start, layout: Layout) -> Start:
+        return in_reverse(start, layout)
 
 
 class Stacked(Layer):

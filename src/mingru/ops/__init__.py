@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import autograd, blocks, layout, route
+from . import autograd, blocks, route
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .cells import NUM_INPUTS
 from .graph import scripted_as
+from .layout import in_layout, kept_in_padding, padded_call, padding_of, without_padding
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype, empty_states
@@ -34,8 +35,8 @@ def linear_scan(
 ) -> States:
     """Compute h_t = a_t h_{t-1} + b_t for (B, S, *) sequences. A reset sets h_{t-1} to 0."""
     if lengths is not None:
-        a, b = layout.kept_in_padding(a, b, lengths, 1)
-        reset = None if reset is None else reset.masked_fill(layout.padding_of(lengths, b), False)
+        a, b = kept_in_padding(a, b, lengths, 1)
+        reset = None if reset is None else reset.masked_fill(padding_of(lengths, b), False)
     scan = LinearScan(a, b, h, reset, reverse, 1)
 
     def run(choice: Choice) -> States:
@@ -50,52 +51,52 @@ def linear_scan(
     spec = Spec("linear_scan", "linear", reverse)
     out, last = route.run_or_other(run, route.choose(spec, b, backend), spec, b)
     if lengths is not None:
-        out = layout.without_padding(out, lengths, False)
+        out = without_padding(out, lengths, False)
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
 @scripted_as(traceable.recurrence)
 def recurrence(
-    spec: Spec, inputs: Sequence[Tensor], start: Start, order: Layout = BATCH_FIRST, backend: str = "auto"
+    spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    return _run_call(Call(spec, list(inputs), start, order), backend)
+    return _run_call(Call(spec, list(inputs), start, layout), backend)
 
 
 def linear_recurrence(
-    spec: Spec, x: Tensor, linear: nn.Module, start: Start, order: Layout, recompute: bool | None = None
+    spec: Spec, x: Tensor, linear: nn.Module, start: Start, layout: Layout, recompute: bool | None = None
 ) -> States:
     """Compute the recurrence of the pre-activations linear(x), by one fused kernel if possible.
 
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
 
-    call = Call(spec, [x], start, order)
+    call = Call(spec, [x], start, layout)
 
     def run(choice: Choice) -> States:
         tensors = route.fused_with(linear, choice.backend, call)
         if tensors is None:
-            return _run(choice, Call(spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, order))
+            return _run(choice, Call(spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, layout))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
-        return autograd.run_kernel(choice, Call(spec, tensors, start, order), keep)
+        return autograd.run_kernel(choice, Call(spec, tensors, start, layout), keep)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
 
 
-def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, order: Layout) -> States:
+def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:
     """Compute the recurrence of the pre-activations that the map `of` computes from x.
 
     `start.h` is expanded to the shape of the states.
     """
-    batch = x.shape[1 if order.time_first else 0]
+    batch = x.shape[1 if layout.time_first else 0]
     start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
     sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
 
     def run(part: Tensor, part_start: Start) -> States:
-        return _run_call(Call(spec, of.inputs(part), part_start, order))
+        return _run_call(Call(spec, of.inputs(part), part_start, layout))
 
-    return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, order), sizes)
+    return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, layout), sizes)
 
 
 def _run_call(call: Call, backend: str = "auto") -> States:
@@ -114,5 +115,5 @@ def _run(choice: Choice, call: Call) -> States:
     choice = Choice(choice.backend, choice.selected, "kernel")
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
         return autograd.run_kernel(choice, call, False)
-    states = autograd.run_kernel(choice, layout.padded_call(call), False)
-    return layout.in_layout(states, call)
+    states = autograd.run_kernel(choice, padded_call(call), False)
+    return in_layout(states, call)

@@ -56,8 +56,8 @@ def in_blocks(
     sizes: tuple[int, int],
 ) -> States:
     """Call `run`, a recurrence, on one block after the other."""
-    spec, order = call
-    time, batch = (0, 1) if order.time_first else (1, 0)
+    spec, layout = call
+    time, batch = (0, 1) if layout.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
     # In the accumulation dtype, so that the state is not rounded between blocks.
     states = start.h.to(accumulate_dtype(x.dtype))
@@ -68,7 +68,7 @@ def in_blocks(
         begins = range(0, x.shape[time], sizes[time])
         for begin in reversed(begins) if spec.reverse else begins:
             steps = slice(begin, begin + sizes[time])
-            at = (steps, elements) if order.time_first else (elements, steps)
+            at = (steps, elements) if layout.time_first else (elements, steps)
             reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
             out[at], last = run(x[at], start._replace(h=last, reset=reset, dt=dt))
         lasts.append(last)

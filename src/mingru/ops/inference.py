@@ -1,8 +1,8 @@
 """One operator for the whole inference pass of a module: norms, linear maps, recurrences and residuals.
 
-A class with `planned=True` writes the instructions of its modules into a `Plan` (its method `plan`). An instruction
-checks that the module that it replaces is exactly what it computes, and refuses every other one. After any change of a
-module or its submodules, the plan is made again. The operator checks the sizes.
+A class with `planned=True` writes the instructions of its modules into an `InferencePlan` (its method `plan`). An
+instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
+change of a module or its submodules, the plan is made again. The operator checks the sizes.
 
 `run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
 capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
@@ -47,7 +47,7 @@ def plannable(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-class Plan:
+class InferencePlan:
     """The instructions and weights of a module, and everything from which they were made."""
 
     def __init__(self, module: Any) -> None:
@@ -204,12 +204,12 @@ class Plan:
         self._instructions.append((native.INSTRUCTIONS[operation], has_bias, state, cell))
 
 
-def plan_of(module: Any) -> Plan:
+def current_plan(module: Any) -> InferencePlan:
     """Return the plan of a module, made again if the module has changed."""
     # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
-    plan: Plan | None = getattr(module, "_plan", None)
+    plan: InferencePlan | None = getattr(module, "_plan", None)
     if plan is None or not plan.is_current(module):
-        module._plan = plan = Plan(module)
+        module._plan = plan = InferencePlan(module)
     return plan
 
 
@@ -237,7 +237,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     is_plain = type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES and is_untransformed() and not is_autocast(x)
     if not is_plain or len_torch_dispatch_stack() or has_any_global_hook() or not route.is_native():
         return None
-    shape, plan = x.shape, plan_of(module)
+    shape, plan = x.shape, current_plan(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
@@ -270,7 +270,11 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
 
 
 def _of_both_directions(
-    values: Tensor | None, in_reverse: Callable[[Tensor, Layout], Tensor], module: Any, plan: Plan, time_first: bool
+    values: Tensor | None,
+    in_reverse: Callable[[Tensor, Layout], Tensor],
+    module: Any,
+    plan: InferencePlan,
+    time_first: bool,
 ) -> list[Tensor]:
     """Return resets or elapsed times as both directions see them, with a time dimension; an empty list for None."""
     if values is None:

@@ -207,7 +207,7 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     return (x, weight, parameters["bias"]) if x.dtype == weight.dtype else None
 
 
-def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, order: Layout) -> bool:
+def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, layout: Layout) -> bool:
     """Return whether `ops.linear_recurrence` takes padded sequences with lengths, for all these linear maps.
 
     A captured graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
@@ -217,7 +217,7 @@ def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tenso
         return True
     if not linears or is_autocast(x):
         return False
-    name, call = choose(spec, x).backend, Call(spec, [x], Start(x, x, None, dt), order)
+    name, call = choose(spec, x).backend, Call(spec, [x], Start(x, x, None, dt), layout)
     return all(fused_with(linear, name, call) for linear in linears)
 
 

@@ -14,11 +14,11 @@ from .. import tensors, traceable
 from .launch import Given, Tensors, backward_results, forward_results
 
 
-def _call(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> Call:
-    start, layout, _ = from_flat(given, order[1])
+def _call(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> Call:
+    start, layout, _ = from_flat(given, flags[1])
     if start.initial_state is None:
         start = start._replace(initial_state=start.h)
-    return Call(Spec(cell[0], cell[1], order[0], min_decay), list(inputs), start, layout)
+    return Call(Spec(cell[0], cell[1], flags[0], min_decay), list(inputs), start, layout)
 
 
 def _scan(call: Call, *others: Tensor) -> list[Tensor]:
@@ -39,8 +39,8 @@ def _run(call: LinearScan) -> States:
     return tensors.scan(in_accumulation_dtype(call))
 
 
-def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
-    call, results = _call(inputs, given, cell, min_decay, order), forward_results(inputs, given)
+def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
+    call, results = _call(inputs, given, cell, min_decay, flags), forward_results(inputs, given)
     if call.spec.cell in NUM_INPUTS:
         _copied(results, traceable.recurrence(*call))
     else:

@@ -113,8 +113,8 @@ def _written(tensors: Given) -> list[Any]:
 class _Call:
     """What both passes have in common."""
 
-    def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Any) -> None:
-        (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, order
+    def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Any) -> None:
+        (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, flags
         self.start, layout, _ = from_flat(_written(given))
         self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
         self.x = [self.flat(x) for x in _written(inputs)]
@@ -243,12 +243,12 @@ def _bound(min_decay: float) -> tuple[float, ...] | None:
     return tuple(part for number, rounded in pairs for part in (rounded, number - rounded))
 
 
-def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, order: Sequence[bool]) -> States:
+def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
     """Return the states of all steps, and the last state.
 
-    `given`: see `call.flattened`. `cell`: name and activation. `order`: reverse, time_first.
+    `given`: see `call.flattened`. `cell`: name and activation. `flags`: reverse, time_first.
     """
-    call = _Call(inputs, given, cell, min_decay, order)
+    call = _Call(inputs, given, cell, min_decay, flags)
     out, last = forward_results(inputs, given)
     flat = call.flat(out)
     unit = call.unit(flat)
