@@ -235,18 +235,14 @@ class _Layer(Directions):
 
     @eager
     def _in_reverse(self, start: Start, layout: Layout) -> Start:
-        reset, dt = start.reset, start.dt
-        if reset is not None:
-            reset = _of_next_step(self.ranks, reset, layout, False)
-        if dt is not None:
-            dt = _of_next_step(self.ranks, dt, layout, True)
-        return with_steps(start, reset, dt)
+        steps = (None if x is None else _of_next_step(self.ranks, x, layout) for x in (start.reset, start.dt))
+        return with_steps(start, *steps)
 
 
-def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout, is_cyclic: bool) -> Tensor:
+def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout) -> Tensor:
     """Return the value of the next step, also if another rank has it.
 
-    After the last step of the whole sequence comes 0, or if `is_cyclic`, the value of its first step.
+    After the last step of the whole sequence comes False for resets, and for elapsed times that of its first step.
     """
     time = 0 if layout.time_first else 1
     dtype = x.dtype if x.is_floating_point() else torch.float32
@@ -260,7 +256,7 @@ def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout, is_cyclic: bool) -> T
         return following
 
     at_end = torch.zeros_like(first)
-    if is_cyclic:
+    if x.is_floating_point():
         at_end = first_of(range(ranks.size), at_end)
     at_end = first_of(range(ranks.rank + 1, ranks.size), at_end).to(x.dtype)
     return of_next_step(x, at_end.unsqueeze(time).expand_as(x), layout)
