@@ -130,11 +130,8 @@ class LanguageModel(Layer):
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
+        super().reset_parameters()
         self._initialize_embedding()
-        self.blocks.reset_parameters()
-        self.norm.reset_parameters()
-        if self.head is not None:
-            self.head.reset_parameters()
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
