@@ -198,7 +198,6 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         self.cell = next((cell for cell in cells if CELLS[cell].not_timed is not None), cells[0])
         self.min_decay = one_or_all(bounds)
         self.is_timed = CELLS[self.cell].not_timed is None
-        self.num_states = 1
         self.add_initial_state(self._shape_of_initial_state(), options)
 
     def forward(
