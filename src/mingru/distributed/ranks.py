@@ -1,7 +1,7 @@
 """The ranks that divide the work, what they tell each other, and how a module becomes a part of it."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -99,19 +99,13 @@ def _exchange(there: Callable[..., Tensor], back: Callable[..., Tensor], x: Tens
 def outermost(name: str, module: nn.Module) -> list[Any]:
     """Return the layers of this library in a module that are in no other such layer."""
     check_type(name, "module", module, nn.Module, "a module")
-    found = list(_outermost(module))
+    layers = [each for each in module.modules() if isinstance(each, Layer)]
+    inner = {each for layer in layers for each in layer.modules() if each is not layer}
+    found = [layer for layer in layers if layer not in inner]
     if not found:
         expected = "a layer or model of this library, or a module that contains one"
         raise ValueError(expectation(name, "module", expected, type(module).__name__))
     return found
-
-
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, Layer):
-        yield module
-    else:
-        for child in module.children():
-            yield from _outermost(child)
 
 
 def derive(module: Any, part: type, ranks: Ranks) -> None:

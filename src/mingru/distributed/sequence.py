@@ -135,43 +135,36 @@ def _check_supported(module: nn.Module) -> None:
         raise ValueError(expectation(_NAME, "module", expected, got, remedy))
 
 
-class _Call(NamedTuple):
-    """What the ranks tell each other of a call before they compute it."""
-
-    error: Exception | None = None
-    steps: int = 0
-    batch: int = 0
-    dtype: torch.dtype | None = None
-    arguments: tuple[str, ...] = ()
-    lengths: list[int] | None = None
-
-
 @eager
 def _of_part(ranks: Ranks, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Check a call on all ranks, and replace the lengths by those of the part of this rank."""
+    own: Any
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        own = _checked(module, bound.arguments)
+        own = *_checked(module, bound.arguments), None
     except (TypeError, ValueError) as error:
-        own = _Call(error)
-    calls: list[_Call] = ranks.gather_objects(own)
-    for rank, call in enumerate(calls):
-        if call.error is not None:
-            raise own.error or type(call.error)(f"rank {rank} of {_NAME}: {call.error}")
-    for name, values in zip(_Call._fields[2:], list(zip(*calls, strict=True))[2:], strict=True):
+        own = 0, {}, error
+    steps, facts, errors = zip(*ranks.gather_objects(own), strict=True)
+    for rank, raised in enumerate(errors):
+        if raised is not None:
+            raise own[-1] or type(raised)(f"rank {rank} of {_NAME}: {raised}")
+    for name in facts[0]:
+        values = [each[name] for each in facts]
         if any(value != values[0] for value in values):
             expected = f"equal on all ranks of {_NAME}"
             raise ValueError(expectation(module.name, name, expected, ", ".join(map(str, values))))
     lengths = bound.arguments.get("lengths")
     if lengths is not None:
-        steps = [call.steps for call in calls]
-        check_lengths(module.name, lengths, own.batch, sum(steps), lengths.device)
-        bound.arguments["lengths"] = (lengths.long() - sum(steps[: ranks.rank])).clamp(0, own.steps)
+        check_lengths(module.name, lengths, facts[0]["batch"], sum(steps), lengths.device)
+        bound.arguments["lengths"] = (lengths.long() - sum(steps[: ranks.rank])).clamp(0, own[0])
     return bound.args, bound.kwargs
 
 
-def _checked(module: Any, given: dict[str, Any]) -> _Call:
-    """Check all arguments but the lengths, which are those of the whole sequence, and describe the call."""
+def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Check all arguments but the lengths, which are those of the whole sequence.
+
+    Return the number of steps, and what must be equal on all ranks.
+    """
     name, x = next(iter(given.items()))
     check_type(module.name, name, x, Tensor, f"a tensor, of which each rank of {_NAME} has a part")
     h = given.get("h", given.get("state"))
@@ -187,7 +180,8 @@ def _checked(module: Any, given: dict[str, Any]) -> _Call:
         check_integers(module.name, lengths, "(B,)")
     batch, steps = x.shape[:2] if getattr(module, "batch_first", True) else (x.shape[1], x.shape[0])
     arguments = tuple(name for name, value in given.items() if value is not None)
-    return _Call(None, steps, batch, x.dtype, arguments, None if lengths is None else lengths.tolist())
+    of_lengths = None if lengths is None else lengths.tolist()
+    return steps, {"batch": batch, "dtype": x.dtype, "arguments": arguments, "lengths": of_lengths}
 
 
 class _Layers(Recurrent):
@@ -205,8 +199,7 @@ class _Layers(Recurrent):
     def _run(self, x: Tensor, state: Tensor, reset: Any, dt: Any, layout: Layout) -> States:
         if layout.lengths is not None:
             x = without_padding(x, layout.lengths, layout.time_first)
-        states: States = super()._run(x, state, reset, dt, layout)
-        return states
+        return super()._run(x, state, reset, dt, layout)
 
 
 class _Model(LanguageModel):
