@@ -40,9 +40,10 @@ def test_a_module_among_modules():
     assert_close(stack(x), (out, [first, second]), rtol=0, atol=0)
 
 
-def test_modules_of_torch_get_no_dropout():
+def test_modules_of_torch_get_no_dropout_and_are_scripted():
     stack, x = Stack([torch.nn.Linear(3, 6), MinGRU(6, 6)], dropout=1.0), torch.randn(2, 5, 3)
     assert torch.equal(stack(x)[0], stack.eval()(x)[0])
+    assert_close(torch.jit.script(stack)(x), stack(x))
 
 
 def test_dropout_of_a_packed_sequence():

@@ -28,6 +28,8 @@ class PerStep(Layer, role="sequence"):
     def __init__(self, module: nn.Module, input_dims: int, batch_first: bool, num_space_dims: int) -> None:
         super().__init__()
         self.name = type(module).__name__
+        # Also on the instance: TorchScript ignores class attributes.
+        self.num_states = 0
         self.module = module
         self.input_dims = self.dims_in(module) or input_dims
         self.output_dims = module.out_features if isinstance(module, nn.Linear) else self.input_dims
@@ -51,9 +53,7 @@ class PerStep(Layer, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        done = self._begin(x, h, reset, lengths, dt)
-        if done is not None:
-            return done
+        self._begin(x, h, reset, lengths, dt)
         data = data_of(x)
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.
