@@ -43,15 +43,9 @@ def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | 
 
 def check_unused(name: str, unused: list[str], reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None) -> None:
     """Raise an error for an argument of a stack that one of its layers does not use."""
-    given: list[str] = []
-    if reset is not None:
-        given.append("reset")
-    if lengths is not None:
-        given.append("lengths")
-    if dt is not None:
-        given.append("dt")
-    for argument in given:
-        if argument in unused:
+    given: dict[str, Tensor | None] = {"reset": reset, "lengths": lengths, "dt": dt}
+    for argument in unused:
+        if given[argument] is not None:
             raise ValueError(f"{name}: {argument} must be None because the forward of a layer does not use it")
 
 
