@@ -130,10 +130,7 @@ def _no_tensors() -> list[Tensor]:
 
 def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
     """Return the steps in the order of the scan. A second call restores the order of time."""
-    in_order: list[Tensor] = []
-    for index in range(len(steps)):
-        in_order.append(steps[len(steps) - 1 - index if reverse else index])
-    return in_order
+    return steps[::-1] if reverse else steps
 
 
 def _padded(x: Tensor, more: int, value: float) -> Tensor:
@@ -173,16 +170,12 @@ def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, par
 
 def _cumulative_decays(a: list[Tensor], resets: list[Tensor], parts: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the cumulative decay up to each step, and whether the steps up to it contain a reset."""
-    decays = [a[0]]
-    seen_reset = _no_tensors()
-    if len(resets) > 0:
-        decays = [a[0].masked_fill(along(resets[0], a[0]), 0.0)]
-        seen_reset = [resets[0]]
-    for index in range(1, len(a)):
-        decay = times(a[index], decays[-1], parts)
+    decays, seen_reset = _no_tensors(), _no_tensors()
+    for index in range(len(a)):
+        decay = a[0] if index == 0 else times(a[index], decays[-1], parts)
         if len(resets) > 0:
             decay = decay.masked_fill(along(resets[index], decay), 0.0)
-            seen_reset.append(seen_reset[-1] | resets[index])
+            seen_reset.append(resets[0] if index == 0 else seen_reset[-1] | resets[index])
         decays.append(decay)
     return decays, seen_reset
 
