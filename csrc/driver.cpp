@@ -61,9 +61,9 @@ constexpr int64_t weights_per_thread = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-class Run {
+class ScanTasks {
  public:
-  Run(const Scan& scan, const Part& part, bool backward)
+  ScanTasks(const Scan& scan, const Part& part, bool backward)
       : scan_(scan),
         part_(part),
         backward_(backward),
@@ -190,7 +190,7 @@ class Run {
 
 }  // namespace
 
-void run(const Scan& scan, const Part& part, bool backward) { Run(scan, part, backward)(); }
+void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, part, backward)(); }
 
 void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);

@@ -89,9 +89,9 @@ struct Arguments {
   const bool time_first;
 };
 
-class Pass : Arguments {
+class InferencePass : Arguments {
  public:
-  explicit Pass(const Arguments& arguments)
+  explicit InferencePass(const Arguments& arguments)
       : Arguments(arguments), x_(x.dim() == 2 ? torch::stable::unsqueeze(x, 1) : x), written_(states.size()) {
     const ScalarType dtype = x.scalar_type();
     require(code.is_cpu() && code.scalar_type() == ScalarType::Long && code.dim() == 2 && code.size(1) == 4);
@@ -415,7 +415,7 @@ std::tuple<Tensor, std::vector<Tensor>> inference(
     const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
     const Tensor& code, const Tensor& numbers, bool time_first) {
   try {
-    return Pass({x, weights, states, initial_states, resets, times, code, numbers, time_first}).run();
+    return InferencePass({x, weights, states, initial_states, resets, times, code, numbers, time_first}).run();
   } catch (const DoesNotFit&) {
     return {empty({0}, x), {}};
   }

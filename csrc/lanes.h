@@ -72,7 +72,7 @@ struct Memo {
 // The features of a block of lanes. The first parts of all numbers are copied, then the second ones, and so on, because
 // compilers vectorize loops over adjacent values better.
 template <class A, int parts>
-struct Block {
+struct LaneBlock {
   alignas(64) A values[parts > 1 ? parts * most_lanes : 1];
 
   template <int64_t chunk>
@@ -143,7 +143,7 @@ struct Pass {
 
   template <int64_t chunk>
   MINGRU_INLINE void block(const Lanes<A>& lanes, const Time& time, int64_t feature, int64_t size) {
-    Block<A, parts> read[num_read], written[num_written], state;
+    LaneBlock<A, parts> read[num_read], written[num_written], state;
     const A* from[num_read];
     A* to[num_written];
     for (int k = 0; k < num_read; ++k) from[k] = read[k].template read<chunk>(lanes.read[k].data + feature, size);
