@@ -16,7 +16,7 @@ where `own` is the gradient of the state before the part from the outputs of the
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,39 +255,17 @@ def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout) -> Tensor:
     return of_next_step(x, at_end.unsqueeze(time).expand_as(x), layout)
 
 
-class _Path(NamedTuple):
-    """The parts of a sequence in the direction of a recurrence."""
+def _gather(ranks: Ranks, parts: int, *states: Tensor) -> tuple[Tensor, ...]:
+    """Return states of all ranks, as numbers."""
+    return ranks.gather(torch.stack([to_parts(each, parts) for each in states])).unbind(1)
 
-    ranks: Ranks
-    along: range
-    """The ranks in the order in which the state passes them."""
-    parts: int
-    """Size of the last dimension of the states, which has the parts of numbers."""
 
-    def states(self, h: Tensor, product: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states before this part and after all parts, and the products of all ranks."""
-        products, lasts = self._gather(product, last)
-        index = self.along.index(self.ranks.rank)
-        before = self._carry(self.along[:index], products, lasts, to_parts(h, self.parts))
-        after = self._carry(self.along[index:], products, lasts, before)
-        return from_parts(before, self.parts), from_parts(after, self.parts), products
-
-    def adjoint(self, products: Tensor, own: Tensor, grad_last: Tensor) -> Tensor:
-        """Return the gradient of the state after this part, from those of the states before it and after all parts."""
-        deltas, of_last = self._gather(own, grad_last)
-        later = self.along[self.along.index(self.ranks.rank) + 1 :]
-        delta = self._carry(later[::-1], conjugate(products, self.parts), deltas, of_last.sum(0))
-        return from_parts(delta, self.parts)
-
-    def _gather(self, *states: Tensor) -> tuple[Tensor, ...]:
-        return self.ranks.gather(torch.stack([to_parts(each, self.parts) for each in states])).unbind(1)
-
-    def _carry(self, along: range, products: Tensor, values: Tensor, state: Tensor) -> Tensor:
-        """Return product * state + value of one rank after the other. No state passes a reset, not even NaN."""
-        for rank in along:
-            passed = plus_times(values[rank], products[rank], state, self.parts)
-            state = torch.where(products[rank] == 0, values[rank], passed)
-        return state
+def _carry(along: range, products: Tensor, values: Tensor, state: Tensor, parts: int) -> Tensor:
+    """Return product * state + value of one rank after the other. No state passes a reset, not even NaN."""
+    for rank in along:
+        passed = plus_times(values[rank], products[rank], state, parts)
+        state = torch.where(products[rank] == 0, values[rank], passed)
+    return state
 
 
 class _Recurrence(torch.autograd.Function):
@@ -301,12 +279,18 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, ranks: Ranks, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
         start, layout, inputs = from_flat([h, *args], time_first)
         _, last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)
-        path = _Path(ranks, range(ranks.size)[:: -1 if spec.reverse else 1], parts_of(spec.cell))
-        before, after, products = path.states(h, _product(spec, inputs, start, layout), last)
-        out, _ = ops.recurrence(spec, inputs, start._replace(h=before), layout)
-        ctx.path, ctx.spec, ctx.time_first = path, spec, time_first
-        ctx.save_for_backward(products, before, *args)
-        return out, after
+        parts, along = parts_of(spec.cell), range(ranks.size)[:: -1 if spec.reverse else 1]
+        products, lasts = _gather(ranks, parts, _product(spec, inputs, start, layout), last)
+        # In the order in which the state passes the ranks.
+        index = along.index(ranks.rank)
+        before = _carry(along[:index], products, lasts, to_parts(h, parts), parts)
+        after = _carry(along[index:], products, lasts, before, parts)
+        start = start._replace(h=from_parts(before, parts))
+        out, _ = ops.recurrence(spec, inputs, start, layout)
+        ctx.ranks, ctx.spec, ctx.time_first = ranks, spec, time_first
+        ctx.is_first, ctx.later = index == 0, along[index + 1 :]
+        ctx.save_for_backward(products, start.h, *args)
+        return out, from_parts(after, parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -320,14 +304,17 @@ class _Recurrence(torch.autograd.Function):
             # Otherwise `out` of a part without steps may need no gradient.
             out = out + start.h.sum() if out.numel() == 0 else out
         (own,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
-        states = (out, last), (grad_out, ctx.path.adjoint(products, own, grad_last))
+        # The gradient of the state after this part, from those of the states before the later parts and after all.
+        parts = parts_of(ctx.spec.cell)
+        deltas, of_last = _gather(ctx.ranks, parts, own, grad_last)
+        delta = _carry(ctx.later[::-1], conjugate(products, parts), deltas, of_last.sum(0), parts)
+        states = (out, last), (grad_out, from_parts(delta, parts))
         wanted = [x for x, need in zip(args, needs, strict=True) if x is not None and need]
         found = iter(torch.autograd.grad(states[0], wanted, states[1], allow_unused=True))
         grad_h, *grads = [next(found) if need else None for need in needs]
         assert grad_h is not None
         # On the first rank, this is the gradient of the state before the whole sequence.
-        is_first = ctx.path.ranks.rank == ctx.path.along[0]
-        return None, None, None, grad_h if is_first else torch.zeros_like(grad_h), *grads
+        return None, None, None, grad_h if ctx.is_first else torch.zeros_like(grad_h), *grads
 
 
 def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
