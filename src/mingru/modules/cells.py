@@ -12,7 +12,7 @@ from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
-from .shared import MaybeList, MaybeTensor, copied
+from .shared import MaybeList, MaybeTensor, reshaped
 from .stacked import as_sequence
 
 ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
@@ -32,11 +32,14 @@ class RecurrentCell(Recurrent, role="step"):
 
     def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)
-        state = self._state(sequence, h, sequence.size(0))
+        batch = sequence.size(0)
+        if h is None:
+            state = self._state(sequence, None, batch).squeeze(0)
+        else:
+            state = self._as_state(sequence, h, [batch, 1, self.hidden_dims])
         # The state, not the output, because the state stays float32 under autocast.
-        _, states = self._run_layers(sequence, state, reset, dt, Layout(False))
-        last = states[0].squeeze(1)
-        return copied(last if x.dim() == 2 else last.squeeze(0))
+        _, states = self._run_layers(sequence, [state], reset, dt, Layout(False))
+        return reshaped(states[0], list(x.shape[:-1]) + [self.hidden_dims])  # noqa: RUF005
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""

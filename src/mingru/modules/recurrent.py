@@ -249,7 +249,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         if lengths is not None:
             x, layout = with_lengths(x, lengths, not self.batch_first)
         found: list[Tensor] = []
-        self._run_layers(x, state, reset, dt, layout, found)
+        self._run_layers(x, list(state.unbind(0)), reset, dt, layout, found)
         return torch.stack(found)
 
     def with_states(
@@ -345,45 +345,46 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
 
     def _state(self, x: Tensor, h: MaybeTensor, batch: int) -> Tensor:
         """Return h expanded to (L * D, B, 1, H), or the initial state if h is None."""
-        shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
-        autocast = is_autocast(x)
-        dtype = accumulate_dtype(x.dtype) if autocast else x.dtype
-        if h is None and self.initial_state is None:
-            return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
+        shape = [self.num_layers * self.num_directions, batch, 1, self.hidden_dims]
         if h is None:
             h = self.initial_state
-        assert h is not None
-        state = h
+        if h is None:
+            dtype = accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
+            return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
+        return self._as_state(x, h, shape)
+
+    def _as_state(self, x: Tensor, h: Tensor, shape: list[int]) -> Tensor:
+        """Return h in this shape, and in the dtype of the states of x."""
         # In a graph, h is always expanded, because a trace records the comparison as a constant.
-        if is_captured() or h.shape != shape:
-            state = h.expand(shape)
-        return state.to(dtype) if autocast else state
+        if is_captured() or list(h.shape) != shape:
+            h = h.expand(shape)
+        return h.to(accumulate_dtype(x.dtype)) if is_autocast(x) else h
 
     def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> States:
         """Run all layers, and return their states as one new tensor, which is never a view."""
-        out, states = self._run_layers(x, state, reset, dt, layout)
+        out, states = self._run_layers(x, list(state.unbind(0)), reset, dt, layout)
         return out, torch.stack(states)
 
     def _run_layers(
-        self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout, found: MaybeList = None
+        self, x: Tensor, h: list[Tensor], reset: MaybeTensor, dt: MaybeTensor, layout: Layout, found: MaybeList = None
     ) -> Outputs:
-        """Run all layers, and return a state (B, 1, H) for each; reset and dt have the leading dimensions of x.
+        """Run all layers, from and to a state (B, 1, H) for each; reset and dt have the leading dimensions of x.
 
         Append the states of all steps, of each layer and direction, to `found`.
         """
         if dt is not None:
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
-        constant = state
+        constant = h[0]
         if reset is not None and self.initial_state is None:
-            constant = torch.full([1, 1, state.size(3)], self.zero_state, dtype=state.dtype, device=state.device)
+            constant = torch.full([1, 1, self.hidden_dims], self.zero_state, dtype=constant.dtype, device=x.device)
         starts: list[Start] = []
-        for index, h in enumerate(state.unbind(0)):
+        for index, first in enumerate(h):
             initial_state = constant if self.initial_state is None else self.initial_state[index]
-            starts.append(Start(h, h if reset is None else initial_state, reset, dt))
+            starts.append(Start(first, first if reset is None else initial_state, reset, dt))
         states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            first = index * self.num_directions
-            x, last = layer(x, starts[first : first + self.num_directions], layout, found)
+            at = index * self.num_directions
+            x, last = layer(x, starts[at : at + self.num_directions], layout, found)
             x = self._dropped(x, index)
             states += last
         return x, states
