@@ -22,8 +22,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 class Session:
     """An exported module, called as the module is; its outputs are flat."""
 
-    def __init__(self, path, module, args, **options):
-        mingru.export.onnx(module, args, path, **options)
+    def __init__(self, path, module, args, export=mingru.export.onnx, **options):
+        export(module, args, path, **options)
         self.model = onnx.load(path)
         onnx.checker.check_model(self.model, full_check=True)
         threads = onnxruntime.SessionOptions()
@@ -105,6 +105,28 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
             assert out.isnan().any()
         if not out.isnan().any():
             assert_equal([out, last], tensors(module(x)), **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mingru.MinGRU(3, 4, 2, gate=["rotation", "quaternion"]),
+        lambda: mingru.drop_in.GRU(3, 4, bidirectional=True),
+        lambda: mingru.MinConv2dGRU(3, 4, kernel_size=3),
+    ],
+)
+def test_the_old_exporter_of_torch(make, steps, path):
+    """A length of 1 is fixed, as other exporters fix it."""
+    module = make().requires_grad_(False)
+    space = (6, 5) if isinstance(module, mingru.MinConv2dGRU) else ()
+    axes = {"x": {0: "first", 1: "second"} if steps > 1 else {}}
+    x = torch.randn(steps, steps, 3, *space)
+    session = Session(path, module, (x,), torch.onnx.export, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    for size in [(17, 2), (100, 1), (1, 20)] if steps > 1 else [(1, 1)]:
+        x = torch.randn(*size, 3, *space)
+        assert_equal(session(x), tensors(module(x)), **TOLERANCE)
 
 
 @mode("ONNX, single step", ["MinGRU"])

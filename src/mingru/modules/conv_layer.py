@@ -13,7 +13,7 @@ from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
 from ..ops.graph import is_autocast, is_scripting
-from ..ops.shape import States, accumulate_dtype
+from ..ops.shape import States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
@@ -136,7 +136,7 @@ class MinConvLayer(WithStart, Directions):
         steps = x.flatten(0, 1)
         y = x
         if self.norm is not None:
-            y = torch.unflatten(self.norm(steps), 0, [x.size(0), x.size(1)])
+            y = unflattened(self.norm(steps), x)
         constant = torch.full([1] * x.dim(), self.zero_state, dtype=dtype, device=x.device)
         starts: list[Start] = []
         for index in range(self.num_directions):
@@ -146,8 +146,7 @@ class MinConvLayer(WithStart, Directions):
         if self.residual:
             added = x
             if self.align is not None:
-                added = torch.unflatten(self.align(steps), 0, [x.size(0), x.size(1)])
-                added = _ungrouped(added, self.groups, self.num_directions)
+                added = _ungrouped(unflattened(self.align(steps), x), self.groups, self.num_directions)
             out = out + added
         return out, states
 
@@ -181,7 +180,7 @@ class MinConvLayer(WithStart, Directions):
             pre = self.conv(pre)
         elif self.conv_reverse is not None:
             pre = self.conv_reverse(pre)
-        pre = _ungrouped(torch.unflatten(pre, 0, [y.size(0), y.size(1)]), self.groups, 2)
+        pre = _ungrouped(unflattened(pre, y), self.groups, 2)
         return list(pre.chunk(2, 2))
 
 

@@ -57,6 +57,16 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def _no() -> bool:
+    return False
+
+
+@scripted_as(_no)
+def is_old_onnx() -> bool:
+    """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate scripted functions."""
+    return bool(is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def are_ordinary(*tensors: Tensor | None) -> bool:
     """Return whether one fused kernel can replace the individual operators on these tensors, some of which may be None.
 
@@ -113,7 +123,8 @@ def for_trace(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return _scripted(function)(*args, **kwargs) if is_tracing() else function(*args, **kwargs)
+        own = _scripted(function) if is_tracing() and not is_old_onnx() else function
+        return own(*args, **kwargs)
 
     # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
     vars(run).update({private.SCRIPT_IF_TRACING: True, private.ORIGINAL: function})

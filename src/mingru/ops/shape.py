@@ -28,7 +28,7 @@ def to_parts(x: Tensor, parts: int) -> Tensor:
         return x
     # Not `unflatten`, because it has no rule for `is_grads_batched`.
     shape = [x.size(0), x.size(1), x.size(2) // parts, parts] + list(x.shape[3:])  # noqa: RUF005 (not in TorchScript)
-    return x.reshape(shape).movedim(3, -1)
+    return x.reshape(shape).movedim(3, x.dim())
 
 
 def from_parts(x: Tensor, parts: int) -> Tensor:
@@ -36,7 +36,13 @@ def from_parts(x: Tensor, parts: int) -> Tensor:
     if parts == 1:
         return x
     shape = [x.size(0), x.size(1), x.size(2) * parts] + list(x.shape[3:-1])  # noqa: RUF005 (not in TorchScript)
-    return x.movedim(-1, 3).reshape(shape)
+    return x.movedim(x.dim() - 1, 3).reshape(shape)
+
+
+def unflattened(x: Tensor, like: Tensor) -> Tensor:
+    """Return x with its first dimension split into the first two of `like`."""
+    # Not `unflatten`, of which an older ONNX exporter makes fixed sizes.
+    return x.reshape([like.size(0), like.size(1)] + list(x.shape[1:]))  # noqa: RUF005 (not in TorchScript)
 
 
 def as_real(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
-from ..graph import for_trace, is_scripting, is_true_for_all_sizes
+from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..private import is_exporting
 from ..scan import LinearScan
@@ -106,6 +106,8 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
 
 def _is_short(num_steps: int, chunk: int) -> bool:
     """Return whether the number of steps is at most `chunk` and, in a captured graph, fixed."""
+    if is_old_onnx():
+        return num_steps == 1
     for count in range(chunk + 1):  # noqa: SIM110 (not in TorchScript)
         if is_true_for_all_sizes(num_steps == count):
             return True
@@ -114,6 +116,8 @@ def _is_short(num_steps: int, chunk: int) -> bool:
 
 def _reaches(distance: int, count: int) -> bool:
     """Return whether recursive doubling has covered all chunks."""
+    if is_old_onnx():
+        return False
     known = is_true_for_all_sizes(distance >= count)
     if is_scripting():
         return known
