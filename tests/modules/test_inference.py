@@ -123,6 +123,10 @@ def mlp(*parts):
     return nn.Sequential(*parts, nn.Linear(DIMS, 8), nn.GELU(), nn.Linear(8, DIMS))
 
 
+def order_without_conv(block):
+    block.conv, block.num_states, block.batch_first = None, 1, False
+
+
 def replace_hooks(linear):
     linear._forward_hooks = type(linear._forward_hooks)({0: lambda module, args, out: out + 1})
 
@@ -151,6 +155,7 @@ ONE_BY_ONE = {
     "patched": ("plain", lambda module, linear: setattr(linear, "forward", lambda x: x.new_ones(2, 3, 2 * DIMS))),
     "other features": ("plain", lambda module, linear: setattr(module, "input_dims", 9)),
     "order in a block": ("Block", lambda module, linear: setattr(module.rnn, "batch_first", False)),
+    "order of a block": ("Block", lambda module, linear: order_without_conv(module)),
     "order in a stack": ("Stack", lambda module, linear: setattr(module.layers[0], "batch_first", False)),
     "a method": ("plain", lambda module, linear: setattr(module.layers[0], "_direction", lambda *args: 1 / 0)),
     "a method of the block": ("Block", lambda module, linear: setattr(module, "_run", lambda x, *args: (x + 1, []))),

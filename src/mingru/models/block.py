@@ -166,7 +166,7 @@ class Block(Layer, role="sequence", planned=True):
         state = plan.num_states
         if self.conv is not None:
             plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
-        plan.require(self.num_states == 1 + (self.conv is not None))
+        plan.require(self.batch_first, self.num_states == 1 + (self.conv is not None))
         plan.keep()
         rnn = plan.child(self.rnn, *LAYERS.values())
         plan.require(rnn.batch_first)
