@@ -32,9 +32,12 @@ IMAGE = gymnasium.spaces.Box(0, 255, (36, 36, 3), np.uint8)
 VECTOR = gymnasium.spaces.Box(-1.0, 1.0, (3,), np.float32)
 SPACES = {"Policy": VECTOR, "CnnPolicy": IMAGE, "MultiInputPolicy": gymnasium.spaces.Dict({"a": VECTOR, "b": VECTOR})}
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
-
-
 ALONE = {"enable_critic_lstm": False}
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_in_the_folder_of_the_test(monkeypatch, tmp_path):
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path))
 
 
 @pytest.mark.parametrize(
