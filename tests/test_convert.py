@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import mingru
 from mingru.convert import (
     Projected,
     from_cheind,
-    from_lucidrains,
     from_pufferlib,
     language_model_from_lucidrains,
 )
@@ -162,14 +160,6 @@ def test_their_states_and_resets(case):
     assert_close(out, torch.cat([first, peer(x[:, 6:])[0]], 1), **TIGHT)
 
 
-def test_by_hand():
-    """Candidate log 3 / -log 3 and gate 0, at one step each: halves of 1.5986 and of 0.25, from 0."""
-    weight = torch.tensor([[math.log(3)], [0.0]], dtype=torch.double)
-    out, _ = from_lucidrains({"to_hidden_and_gate.weight": weight})(torch.tensor([[[1.0], [-1.0]]]).double())
-    first = (math.log(3) + 0.5) / 2
-    assert_close(out.flatten(), torch.tensor([first, first / 2 + 0.125], dtype=torch.double), **TIGHT)
-
-
 def test_puffer_by_hand():
     """Candidate 1.5, gate 0 and highway 0 of an input of 3: the state 1/2*2 = 1 and the output (1 + 3) / 2."""
     out, h = from_pufferlib({"layers.0.weight": torch.tensor([[0.5], [0.0], [0.0]])})(torch.tensor([[[3.0]]]))
@@ -207,11 +197,6 @@ def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
     }
 
 
-def test_projected_takes_only_layers():
-    with pytest.raises(TypeError, match="Projected: rnn must be a layer such as MinGRU, got GRU"):
-        Projected(nn.GRU(3, 4), nn.Linear(4, 3))
-
-
 # What comes back
 
 
@@ -237,14 +222,6 @@ OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5
 def test_kinds_and_sizes(case, options, pattern):
     source, args, given = case
     assert re.match(f"(?s){pattern}", repr(source(*args, **given).converted(**options)))
-
-
-def test_a_cell_of_ours_takes_what_a_cell_of_theirs_becomes():
-    peer = Cheind("cell", (3, 5))
-    cell = mingru.MinGRUCell(3, 5, dtype=torch.double)
-    cell.load_state_dict(peer.converted().state_dict())
-    x = double(B, 1, 3)
-    assert_close(cell(x[:, 0]), peer(x)[0][:, 0], **TIGHT)
 
 
 @some
@@ -382,18 +359,6 @@ def test_a_minlstm_whose_weights_do_not_show_the_normalization(use_coeff_norm):
         peer.converted(use_coeff_norm=use_coeff_norm)
     for value in (True, False):
         assert peer.converted(use_coeff_norm=value).rnn.normalize is value
-
-
-def test_foreign_weights():
-    foreign = Lucidrains("mingru", 4).tensors
-    for convert, message in (
-        (from_cheind, r"keys such as layers\.0\.gate_hidden\.weight or .*, got the key to_hidden_and_gate"),
-        (from_pufferlib, r"keys such as layers\.0\.weight, got the key to_hidden_and_gate"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            convert(foreign)
-    with pytest.raises(ValueError, match=r"keys such as layers\.0\.weight, got the key layers\.0\.residual_mark"):
-        from_pufferlib(mingru.MinGRU(4, 4, residual="highway").state_dict())
 
 
 # cheind/mingru

@@ -2,7 +2,13 @@
 
 import doctest
 
+import pytest
+import torch
 
-def test_refusals():
-    failed, tried = doctest.testfile("data/refusals.txt", optionflags=doctest.ELLIPSIS)
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_refusals(grad):
+    """Other code runs without gradients."""
+    with torch.set_grad_enabled(grad):
+        failed, tried = doctest.testfile("data/refusals.txt", optionflags=doctest.ELLIPSIS)
     assert failed == 0 and tried > 400

@@ -63,13 +63,6 @@ def test_a_flag_is_a_bool(kind):
             assert getattr(kind(*sizes, **{flag: value}), flag) is value
 
 
-def test_what_is_allowed():
-    assert all(mingru.MinGRU(3, 4, recompute=value).recompute is value for value in (True, False, None))
-    assert all(mingru.MinGRU(3, 4, 2, dropout=value).dropout == value for value in (0, 1, 0.0, 1.0))
-    for kind in (mingru.MinGRU, mingru.MinGRUCell, drop_in.GRU, drop_in.GRUCell):
-        assert kind(3, 5, gate="signed").hidden_dims == 5
-
-
 # What is meant by names of other libraries.
 MEANT = {
     "input_dims": "input_size in_channels",
@@ -219,6 +212,16 @@ SCRIPTED = {
         ((X,), "x must be (B, S, 3, *space)"),
         ((IMAGES[1], [torch.zeros(1)]), "h must have one state per layer and direction"),
         ((IMAGES[1], None, NO[:1]), "reset must be"),
+    ],
+    mingru.Stack([mingru.MinConv1dGRU(3, 3, 3, 2, padding=1), mingru.MinConv1dGRU(3, 3, 3)], residual=True): [
+        ((IMAGES[1], None, None, torch.tensor([5, 2])), "lengths must be None because convolutional layers do not"),
+        ((IMAGES[1], None, None, None, torch.ones(2, 5)), "dt must be None because convolutional layers do not"),
+        ((IMAGES[1], [torch.zeros(1)] * 2), "h must be 3 tensors, got 2"),
+        ((IMAGES[1],), "layers[1] must keep the shape of x because residual is True, got from [2, 5, 3, 4] to [2, 5"),
+    ],
+    drop_in.GRU(3, 4): [
+        *(((x,), "input must be") for x in (X[..., :2], X[None], X[:0, :0])),
+        *((args, "hx must be") for args in ((X, X[:1, :1]), (X, X[:1, :, 0]), (X[0], X[:1]))),
     ],
     mingru.MinConv1dGRU(3, 4, 1, batch_first=False): [((X,), "x must be (S, B, 3, *space)")],
     mingru.MinConv1dGRUCell(3, 4, 3): [

@@ -6,10 +6,9 @@ from cases import STACKS, parametrized
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
-from mingru import MinConv1dGRU, MinGRU, MinLSTM, Stack
+from mingru import MinGRU, MinLSTM, Stack
 
 X = torch.zeros(2, 5, 3)
-scripted_slowly_or_not = pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
 class Wide(MinGRU):
@@ -62,22 +61,3 @@ def test_states_are_those_of_the_layers_in_a_list_or_a_tuple(case):
     assert_close(module(x, tuple(h)), module(x, h), rtol=0, atol=0)
     with pytest.raises(ValueError, match=f"^Stack: h must be {len(h)} tensors, got {len(h) + 1}; "):
         module(x, (*h, h[0]))
-
-
-@scripted_slowly_or_not
-def test_bad_calls_of_convolutions(scripted):
-    layers = [MinConv1dGRU(3, 3, 3, 2, padding=1), MinConv1dGRU(3, 3, 3)]
-    stack, x, counts = Stack(layers, residual=True), torch.zeros(2, 5, 3, 6), "; pass 2 for MinConv1dGRU, 1 for MinConv"
-    run = torch.jit.script(stack) if scripted else stack
-    for given, message in (
-        ({"lengths": torch.tensor([5, 2])}, "lengths must be None because convolutional layers do not support lengths"),
-        ({"dt": torch.ones(2, 5)}, "dt must be None because convolutional layers do not support elapsed times"),
-        ({"h": [torch.zeros(1)] * 2}, "h must be 3 tensors, got 2" + ("" if scripted else counts)),
-        (
-            {},
-            "layers[1] must keep the shape of x because residual is True, got from [2, 5, 3, 6] to [2, 5, 3, 4]; pass",
-        ),
-    ):
-        with pytest.raises((ValueError, torch.jit.Error)) as caught:
-            run(x, **given)
-        assert f"Stack: {message}" in str(caught.value).replace("(", "[").replace(")", "]")
