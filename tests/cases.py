@@ -5,6 +5,7 @@ two values meet in one row; tests/properties checks what holds for each of them.
 """
 
 import inspect
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -169,6 +170,43 @@ def assert_equal(got: Any, expected: Any, **tolerance: Any) -> None:
     assert pairs
     for one, other in pairs:
         torch.testing.assert_close(one, other, **tolerance)
+
+
+def through_a_file(value: Any, **options: Any) -> Any:
+    """Return what `torch.load` makes of what `torch.save` writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+def graded(module: nn.Module, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the outputs and the states by name, and the gradients of all that is given and of all parameters."""
+    leaves = dict(module.named_parameters())
+
+    def leaf(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [leaf(f"{name}[{index}]", each) for index, each in enumerate(value)]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = leaves[name] = value.detach().clone().requires_grad_()
+        return value
+
+    out, states = function(**{name: leaf(name, value) for name, value in given.items()})
+    found = {"out": out} | {f"state {index}": state for index, state in enumerate(states)}
+    # Not all alike, so that no two numbers can be exchanged.
+    weights = (torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in found.values())
+    loss = sum((each.square() * weight).sum() for each, weight in zip(found.values(), weights, strict=True))
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def with_threads(numbers: tuple[int, ...], function: Callable[[], Any]) -> list[Any]:
+    """Return the results of a function with these numbers of threads."""
+    before = torch.get_num_threads()
+    try:
+        return [function() for number in numbers if torch.set_num_threads(number) is None]
+    finally:
+        torch.set_num_threads(before)
 
 
 class Model(nn.Module):

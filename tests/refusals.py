@@ -3,7 +3,6 @@
 A case is (arguments, error, pattern), and its name says what is wrong.
 """
 
-import math
 import re
 
 import torch
@@ -147,8 +146,3 @@ def wrong_ids(argument, right, vocab_size):
         (right[None], ValueError, f"{of_shape} {(1, *right.shape)}"),
     ]
     return by_message(({argument: ids}, error, message) for ids, error, message in found)
-
-
-DROPOUT = wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan))
-DTYPE = wrong_values("dtype", "a floating-point dtype", types=(torch.int64, torch.cfloat, "float32"))
-CANDIDATE = wrong_values("candidate", "one of ('positive', 'linear', 'tanh')", values=("relu",))

@@ -167,14 +167,10 @@ def test_without_a_state_the_zero_state_also_after_a_reset():
 
 
 @half_widths
-def test_half_width_input_takes_a_state_of_its_own_dtype_or_float32(dtype):
-    gate, candidate, h = torch.randn(2, 20, 3).to(dtype), torch.randn(2, 20, 3).to(dtype), torch.randn(3).to(dtype)
-    for function in (functional.mingru, functional.linear_scan):
-        narrow, wide = function(gate, candidate, h), function(gate, candidate, h.float())
-        assert narrow.dtype == wide.dtype == dtype
-        assert torch.equal(narrow, wide)
-    initial = functional.mingru(gate, candidate, initial_state=h.float(), dt=torch.ones(2, 20))
-    assert torch.equal(initial, functional.mingru(gate, candidate, h))
+def test_half_width_input_takes_states_and_times_of_float32(dtype):
+    x, states, dt = torch.randn(2, 20, 3).to(dtype), torch.randn(2, 3).to(dtype), torch.ones(2, 20)
+    narrow, wide = (functional.mingru(x, x, h[0], initial_state=h[1], dt=dt) for h in (states, states.float()))
+    assert narrow.dtype == wide.dtype == dtype and torch.equal(narrow, wide)
 
 
 @half_widths
@@ -193,18 +189,6 @@ def test_derivatives_of_a_half_width_scan(dtype):
         got, exact = derive(a, b), derive(a.double(), b.double())
         for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, exact)), strict=True):
             assert (one.double() - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
-
-
-@pytest.mark.parametrize("backend", WITH_RESETS)
-@pytest.mark.parametrize("name", ["mingru", "minlstm", "linear_scan"])
-def test_batched_gradients_of_functions(name, backend):
-    inputs = [torch.randn(2, 20, 3).double().requires_grad_() for _ in range(3 if name == "minlstm" else 2)]
-    h, reset = torch.rand(2, 1, 3).double().requires_grad_(), torch.rand(2, 20) < 0.2
-    out = getattr(functional, name)(*inputs, h, reset=reset, backend=backend)
-    grads = torch.randn(4, *out.shape).double()
-    found = torch.autograd.grad(out, [*inputs, h], grads, is_grads_batched=True, retain_graph=True)
-    one_by_one = [torch.autograd.grad(out, [*inputs, h], each, retain_graph=True) for each in grads]
-    assert_close(list(found), [torch.stack(parts) for parts in zip(*one_by_one, strict=True)])
 
 
 def test_linear_scan_with_lengths_and_scripted_without():

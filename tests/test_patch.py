@@ -4,7 +4,6 @@ import abc
 import contextvars
 import copy
 import importlib
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from refusals import assert_refused
+from cases import through_a_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn import GRU
@@ -277,35 +276,7 @@ def test_a_block_that_builds_nothing_warns():
     assert str(drop_in.PatchReport([], [])) == "nothing built"
 
 
-def test_wrong_arguments():
-    def run(**given):
-        with patch(**given):
-            pass
-
-    cases = {
-        "no option": ({"nrom": "rms"}, TypeError, "no argument 'nrom'; the arguments are residual, norm, "),
-        "of others": ({"lstm": False, "forget_bias": 1.0}, TypeError, "no argument 'forget_bias'; only a minLSTM"),
-        "a program's argument": ({"dropout": 0.1}, TypeError, "no argument 'dropout'"),
-        "nothing": ({"gru": False, "lstm": False}, ValueError, "gru or lstm must be True, got False for both"),
-        "no flag": ({"gru": 1}, TypeError, "gru must be a bool, got 1"),
-        "everywhere": ({"everywhere": None}, TypeError, "everywhere must be a bool"),
-        "layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
-    }
-    assert_refused(run, cases, "patch: ")
-    assert are_torchs()
-    tables = {case: ({"model": nn.Identity(), **given}, *rest) for case, (given, *rest) in cases.items()}
-    del tables["everywhere"], tables["nothing"]
-    assert_refused(drop_in.replace, tables, "replace: ")
-
-
 # What was saved comes back
-
-
-def saved(save, value):
-    file = io.BytesIO()
-    save(value, file)
-    file.seek(0)
-    return file
 
 
 def test_what_was_saved_comes_back():
@@ -314,11 +285,9 @@ def test_what_was_saved_comes_back():
     with patch(**options):
         model = Program()
         expected = model(x)
-        weights, whole = saved(torch.save, model.state_dict()), saved(torch.save, model)
-        pickled, copied = pickle.dumps(model), copy.deepcopy(model)
-        again = Program()
-        again.load_state_dict(torch.load(weights))
-        loaded = [again, copied, pickle.loads(pickled), torch.load(whole, weights_only=False)]
+        pickled, weights, again = pickle.dumps(model), through_a_file(model.state_dict()), Program()
+        again.load_state_dict(weights)
+        loaded = [again, copy.deepcopy(model), pickle.loads(pickled), through_a_file(model, weights_only=False)]
         for other in loaded:
             torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
         assert all(other.kind is nn.GRU for other in loaded)
@@ -326,13 +295,11 @@ def test_what_was_saved_comes_back():
     outside = pickle.loads(pickled)
     assert outside.kind is OF_TORCH["GRU"] and type(outside.encoder) is drop_in.GRU
     # The program builds torch's layers, until they are replaced.
-    weights.seek(0)
-    state_dict = torch.load(weights)
     with pytest.raises(RuntimeError, match=r"encoder\.load_in_mingru_drop_in_patch"):
-        Program().load_state_dict(state_dict)
+        Program().load_state_dict(weights)
     other = Program()
     drop_in.replace(other, **options)
-    other.load_state_dict(state_dict)
+    other.load_state_dict(weights)
     torch.testing.assert_close([*other.parameters()], [*model.parameters()], rtol=0, atol=0)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BLOCKS, parametrized
-from refusals import CANDIDATE, DROPOUT, DTYPE, assert_refused, literal, wrong_resets, wrong_states, wrong_values
+from refusals import assert_refused, literal, wrong_resets, wrong_states, wrong_values
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
-from mingru.models import Block, map_state
+from mingru.models import Block
 
 DIMS, B, S = 5, 3, 11
 
@@ -67,7 +67,7 @@ BAD_OPTIONS = {
     **wrong_values("norm", "one of ('layer', 'rms')", values=("batch", None, ["rms"])),
     **wrong_values("bias", "a bool", types=(1,)),
     **wrong_values("checkpoint", "a bool", types=(1,)),
-    **DROPOUT,
+    **wrong_values("dropout", "a number from 0 to 1", types=("0.5", True), values=(1.5, -0.1, math.nan)),
     **{
         f"the option {name}": ({name: 2}, TypeError, f"no argument '{name}'; {remedy}")
         for name, remedy in {
@@ -80,18 +80,10 @@ BAD_OPTIONS = {
         }.items()
     },
 }
-OF_THE_LAYER = {
-    **wrong_values("bidirectional", "a bool", types=(1,)),
-    **wrong_values("learn_initial_state", "a bool", types=(1,)),
-    **wrong_values("recompute", "a bool or None", types=(1,)),
-    **CANDIDATE,
-    **DTYPE,
-}
 
 
 def test_bad_options():
     assert_refused(lambda **options: Block(**{"dims": DIMS, **options}), BAD_OPTIONS, "Block: ")
-    assert_refused(lambda **options: Block(DIMS, **options), OF_THE_LAYER, "MinGRU: ")
 
 
 X = torch.zeros(2, 4, DIMS)
@@ -123,8 +115,3 @@ def test_bad_calls(with_grad):
         with torch.set_grad_enabled(with_grad):
             block = Block(DIMS, conv=conv)
             assert_refused(lambda block=block, **arguments: block(**{"x": X, **arguments}), cases, "Block: ")
-
-
-def test_a_state_that_is_one_tensor():
-    with pytest.raises(TypeError, match="map_state: state must be a list of tensors, got Tensor; call the function on"):
-        map_state(torch.Tensor.detach, torch.zeros(1, 2, 1, 4))

@@ -69,16 +69,6 @@ def with_gradients(lm, args, call=None):
     return [logits, *state, *torch.autograd.grad(loss_of((logits, state)), leaves)]
 
 
-@pytest.mark.parametrize("given", [(), ("reset", "lengths")])
-def test_states_are_not_views(given):
-    """Otherwise they could not be detached in place."""
-    lm = make()
-    logits, state = lm(**arguments(lm, given))
-    for each in [logits, *state]:
-        assert each.grad_fn is not None and each.is_contiguous()
-        each.detach_()
-
-
 # torch.compile
 
 
@@ -176,7 +166,7 @@ def test_copies():
         assert other(**args)[0].abs().max() == 0, "the output layer is the copy's own embedding"
 
 
-# Quantization and hooks
+# Quantization
 
 
 def linear_maps(lm):
@@ -215,22 +205,3 @@ def test_linear_maps_without_parameters():
     for each in linear_maps(dequantized):
         each.weight.data = each.weight.half().float()
     check_quantized(quantized, dequantized)
-
-
-def test_hook_of_a_block_runs_in_each_step():
-    lm = make()
-    prompts = ids_of(3, 5)
-    before = lm.generate(prompts, 4, temperature=0)
-    shapes = []
-
-    def hook(block, args, outputs):
-        shapes.append(tuple(args[0].shape[:2]))
-        out, h = outputs
-        return -out, h
-
-    handle = lm.blocks.layers[-1].register_forward_hook(hook)
-    after = lm.generate(prompts, 4, temperature=0)
-    assert shapes == [(3, 5), (3, 1), (3, 1), (3, 1)]
-    assert not torch.equal(after, before)
-    handle.remove()
-    assert_close(lm.generate(prompts, 4, temperature=0), before)

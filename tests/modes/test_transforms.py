@@ -38,6 +38,11 @@ def given(case: Case, batch: int = BATCH, steps: int = STEPS) -> tuple[Any, ...]
     return case.x(batch, steps, **DOUBLE), case.h(batch, **DOUBLE), case.reset(batch, steps)
 
 
+def with_lengths(case: Case, steps: int = STEPS) -> tuple[Any, ...]:
+    """The same, with lengths if the module takes them."""
+    return *given(case, steps=steps), *([torch.tensor([1, steps])] if "lengths" in case.takes else [])
+
+
 def batch_dims(case: Case) -> tuple[Any, ...]:
     """Where each of these has its batch."""
     return case.batch_dim, case.of_states(case.state_dims), case.batch_dim
@@ -88,7 +93,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @mode("torch.func.grad")
 def test_func_grad_is_backward(case):
-    module, args = case.make(**DOUBLE), given(case)
+    module, args = case.make(**DOUBLE), with_lengths(case)
     call = of_weights(module)
     found = grad(lambda weights, x, h: loss(call(weights, x, h, *args[2:])), (0, 1, 2))(weights_of(module), *args[:2])
     of_module, *of_inputs = found
@@ -97,7 +102,7 @@ def test_func_grad_is_backward(case):
 
 @mode("batched gradients (is_grads_batched)")
 def test_batched_gradients_are_those_one_by_one(case):
-    module, args = case.make(**DOUBLE), with_gradients(given(case))
+    module, args = case.make(**DOUBLE), with_gradients(with_lengths(case))
     wanted = [*leaves(args), *module.parameters()]
     outputs = tensors(module(*args))
     grads = [torch.randn(3, *out.shape, **DOUBLE) for out in outputs]
@@ -124,7 +129,7 @@ def failing(*names: str, **expected: Any):
 )
 def test_vectorized_hessian(case):
     """Of one factor for each input."""
-    module, args = case.make(**DOUBLE), given(case, steps=3)
+    module, args = case.make(**DOUBLE), with_lengths(case, steps=3)
 
     def function(*factors):
         remaining = iter(factors)
@@ -199,7 +204,7 @@ def some_directions(*groups: Any) -> tuple[Any, ...]:
 
 @mode("jvp (forward mode)")
 def test_jvp_of_parameters_inputs_and_states(case):
-    module, args = case.make(**DOUBLE), given(case)
+    module, args = case.make(**DOUBLE), with_lengths(case)
 
     def function(weights, x, h):
         return tuple(tensors(of_weights(module)(weights, x, h, *args[2:])))
@@ -216,7 +221,7 @@ def test_jvp_of_parameters_inputs_and_states(case):
 
 def squared(case: Case):
     """A number, and where: the square of some numbers of all outputs, by coordinates of weights, x and states."""
-    module, args = case.make(**DOUBLE), given(case, steps=3)
+    module, args = case.make(**DOUBLE), with_lengths(case, steps=3)
     origin = (weights_of(module), *args[:2])
     axes = [some_directions(*origin) for _ in range(3)]
     size = sum(each.numel() for each in tensors(module(*args)))

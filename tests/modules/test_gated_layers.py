@@ -2,12 +2,11 @@
 
 import copy
 import functools
-import io
 import itertools
 
 import pytest
-import reference
 import torch
+from cases import through_a_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -41,18 +40,6 @@ def test_the_gate_chooses_the_candidate(kind):
             rnn = KINDS[kind](gate=gate, **given)
             assert rnn.candidate == rnn.layers[0].candidate == given.get("candidate", default)
             assert ("candidate" in repr(rnn)) == (rnn.candidate != default)
-
-
-@every_gate
-def test_the_kind_of_a_function_chooses_its_candidate_and_initial_state(gate):
-    gates, candidate, reset = torch.randn(2, 5, 8).double(), torch.randn(2, 5, 8).double(), torch.rand(2, 5) < 0.5
-    options = {"gate": gates, "kind": gate}
-    if gate == "rotation":
-        options |= {"gate": gates[:, :, 0::2].contiguous(), "angle": gates[:, :, 1::2].contiguous()}
-    for given, activation in (({}, "tanh"), ({"activation": "positive"}, "positive")):
-        out = mingru.functional.mingru(candidate=candidate, reset=reset, **options, **given)
-        expected = reference.CELLS[f"mingru_{gate}"](gates, candidate, None, reset, activation)
-        assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 # Marks
@@ -134,11 +121,8 @@ def test_weights_of_another_option_are_refused(kind, option, value, number):
     plain, changed = kind(4, 4), kind(4, 4, **{option: value})
     (key,) = changed.state_dict().keys() - plain.state_dict().keys()
     assert key.endswith(f"{option}_mark") and int(changed.state_dict()[key]) == number
-    saved = io.BytesIO()
-    torch.save(changed.state_dict(), saved)
-    saved.seek(0)
     theirs = f"weights trained with {option}={value!r} cannot be used in a layer with"
-    for state in (changed.state_dict(), dict(changed.state_dict()), torch.load(saved)):
+    for state in (changed.state_dict(), dict(changed.state_dict()), through_a_file(changed.state_dict())):
         changed.load_state_dict(state)
         with pytest.raises(RuntimeError, match=theirs):
             plain.load_state_dict(state, strict=False)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DOUBLE, ROWS, case, parametrized, some, tensors
+from cases import DOUBLE, ROWS, case, parametrized, some, tensors, with_threads
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import BaseTorchFunctionMode
@@ -127,6 +127,10 @@ def order_without_conv(block):
     block.conv, block.num_states, block.batch_first = None, 1, False
 
 
+def negated(module, args, outputs):
+    return -outputs[0], outputs[1]
+
+
 def replace_hooks(linear):
     linear._forward_hooks = type(linear._forward_hooks)({0: lambda module, args, out: out + 1})
 
@@ -144,6 +148,7 @@ ONE_BY_ONE = {
     "fewer layers": ("MinGRU", lambda module, linear: module.layers.pop(1)),
     "compiled layer": ("Stack", lambda module, linear: module.layers[0].compile(backend="eager")),
     "compiled": ("Block", lambda module, linear: module.rnn.compile(backend="eager")),
+    "hook of a layer": ("Stack of blocks", lambda module, _: module.layers[1].register_forward_hook(negated)),
     "hook": ("Block", lambda module, linear: module.mlp.register_forward_hook(lambda module, args, out: out + 1)),
     "replaced hooks": ("MinGRU", lambda module, linear: replace_hooks(linear)),
     "weight norm": ("plain", lambda module, linear: parametrizations.weight_norm(linear)),
@@ -369,12 +374,4 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     module, x = mingru.models.Block(64, conv=4, mlp=2, bidirectional=True), torch.randn(9, 200, 64)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (threads, threads + 2):
-            torch.set_num_threads(count)
-            with torch.no_grad():
-                results.append(module(x))
-    finally:
-        torch.set_num_threads(threads)
-    assert_close(*results, rtol=2e-6, atol=2e-5)
+    assert_close(*with_threads((1, 3), torch.no_grad()(lambda: module(x))), rtol=2e-6, atol=2e-5)

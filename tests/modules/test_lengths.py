@@ -1,4 +1,4 @@
-"""Sequences of different lengths: kernels that skip padding, derivatives, devices and dtypes.
+"""Sequences of different lengths: kernels that skip padding, devices and dtypes.
 
 tests/properties checks that each sequence is what it is alone.
 """
@@ -7,8 +7,7 @@ import functools
 
 import pytest
 import torch
-from cases import DOUBLE
-from cover import cover
+from cases import DOUBLE, graded, with_threads
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
@@ -38,59 +37,6 @@ def inputs(lengths, num_steps=S, features=IN):
     x = torch.randn(len(lengths), num_steps, features).double()
     x[torch.arange(num_steps) >= lengths.unsqueeze(1)] = torch.nan
     return x, torch.rand(len(lengths), num_steps) < 0.1
-
-
-def graded(rnn, x, *args):
-    """The outputs, and the gradients of x and of all weights."""
-    x = x.detach().clone().requires_grad_()
-    out, last = rnn(x, *args)
-    weight = torch.linspace(-1, 2, out.numel()).view(out.shape)
-    loss = (out * weight).sum() + last.square().sum()
-    return [out, last, *torch.autograd.grad(loss, [x, *rnn.parameters()])]
-
-
-# Derivatives
-
-FORMS = {"backend": BACKENDS, "cell": list(KINDS), "form": ["lengths", "packed"]}
-
-
-@pytest.mark.parametrize(tuple(FORMS), [tuple(row.values()) for row in cover(FORMS)])
-def test_second_derivatives(backend, cell, form):
-    rnn = KINDS[cell](2, 2, bidirectional=True, learn_initial_state=True, **DOUBLE)
-    lengths = torch.tensor([2, 3, 0 if form == "lengths" else 1])
-    x, h = torch.randn(3, 3, 2).double().requires_grad_(), torch.randn(2, 3, 1, 2).double().requires_grad_()
-    reset = torch.tensor([[True, False, False], [False, False, True], [False, False, False]])
-    names, weights = zip(*rnn.named_parameters(), strict=True)
-
-    def function(x, h, *weights):
-        run = functools.partial(torch.func.functional_call, rnn, dict(zip(names, weights, strict=True)))
-        if form == "lengths":
-            return run((x, h, reset, lengths))
-        out, last = run((packed(x, lengths), h, packed(reset, lengths)))
-        return out.data, last
-
-    with mingru.use_backend(backend):
-        assert torch.autograd.gradgradcheck(function, (x, h, *weights), fast_mode=True)
-
-
-@each_cell
-def test_transforms_with_lengths_fixed(cell):
-    rnn = make(cell, num_layers=2, bidirectional=True)
-    x, h, reset = torch.randn(3, S, IN).double(), torch.randn(4, 3, 1, H).double(), torch.rand(3, S) < 0.2
-
-    def loss(x, h):
-        out, last = rnn(x, h, reset, LENGTHS)
-        return out.square().sum() + last.sum()
-
-    leaves = [x.clone().requires_grad_(), h.clone().requires_grad_()]
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    grad = torch.func.grad(loss, (0, 1))
-    assert_close(grad(x, h), expected, **TIGHT)
-    mapped = torch.func.vmap(grad)(torch.stack([x, x + 1]), torch.stack([h, h - 1]))
-    for index, each in enumerate(((x, h), (x + 1, h - 1))):
-        assert_close(tuple(found[index] for found in mapped), grad(*each), **TIGHT)
-    _, tangent = torch.func.jvp(loss, (x, h), (x, h))
-    assert_close(tangent, (expected[0] * x).sum() + (expected[1] * h).sum(), **TIGHT)
 
 
 # Devices, dtypes and traces
@@ -132,8 +78,9 @@ def test_lengths_in_a_trace():
     with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         traced = torch.jit.trace(rnn, (x, h, reset, torch.tensor([4, S]), dt), check_trace=False)
     for lengths in ((0, 9), (0, 0), (3, 0)):
-        args = h, reset, torch.tensor(lengths), dt
-        assert_close(graded(traced, x, *args), graded(rnn, x, *args), **TIGHT)
+        given = {"x": x, "h": h, "reset": reset, "lengths": torch.tensor(lengths), "dt": dt}
+        found = graded(rnn, lambda **given: traced(*given.values()), given)
+        assert_close(found, graded(rnn, rnn, given), **TIGHT)
 
 
 # Padding is skipped, in blocks of 2048 rows, by several threads
@@ -158,19 +105,14 @@ def test_many_blocks_by_several_threads(cell, kind):
     rnn = KINDS[cell](24, 40, bidirectional=True, learn_initial_state=True, **DOUBLE)
     lengths = torch.tensor([2049, 1, 2047, 700]) if kind == "long" else torch.randint(1, 5, (3000,))
     x, reset = inputs(lengths, lengths.max(), 24)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(graded(rnn, x, None, reset, lengths))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
+    run = functools.partial(graded, rnn, rnn, {"x": x, "reset": reset, "lengths": lengths})
+    first, *others = with_threads((1, 2, 3), run)
+    for other in others:
         # The weights' gradients are summed by each thread for itself.
-        assert_close(result, results[0], rtol=1e-9, atol=1e-8)
-        assert all(map(torch.equal, result[:3], results[0][:3]))
+        assert_close(other, first, rtol=1e-9, atol=1e-8)
+        assert all(torch.equal(other[name], first[name]) for name in ("out", "state 0", "gradient of x"))
     with mingru.use_backend("torch"):
-        assert_close(results[0], graded(rnn, x, None, reset, lengths), rtol=1e-9, atol=1e-7)
+        assert_close(first, run(), rtol=1e-9, atol=1e-7)
 
 
 # Sequences end to end

@@ -377,15 +377,6 @@ def states(backend, cell, inputs, h, initial=None, reset=None, dt=None, device=N
     return exact(row, given.of(*(x.double() for x in given.leaves())))
 
 
-def with_threads(numbers, function):
-    """Return the results of a function with these numbers of threads."""
-    before = torch.get_num_threads()
-    try:
-        return [function() for number in numbers if torch.set_num_threads(number) is None]
-    finally:
-        torch.set_num_threads(before)
-
-
 def negative(x):
     """Return a tensor with the values of x, whose memory has -x."""
     return torch.complex(torch.zeros_like(x), -x).conj().imag

@@ -2,27 +2,19 @@
 
 import copy
 import inspect
-import io
 import math
 import pickle
 import re
 
 import pytest
 import torch
-from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors
+from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors, through_a_file
 from refusals import assert_refused, wrong_resets, wrong_shapes, wrong_tensors
 from torch import nn
 from torch.testing import assert_close
 
 import mingru
 from mingru import drop_in
-
-
-def through_a_file(value, **options):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, **options)
 
 
 @parametrized(ROWS)

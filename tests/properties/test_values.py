@@ -6,7 +6,7 @@ import itertools
 import pytest
 import reference
 import torch
-from cases import DOUBLE, FEATURES, IMAGES, ROWS, STEPS, parametrized, some
+from cases import DOUBLE, FEATURES, IMAGES, ROWS, STEPS, graded, parametrized, some
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
@@ -17,26 +17,6 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 WITH_LENGTHS = [case for case in ROWS if "lengths" in case.takes]
 # "log" takes neither resets nor times, and needs a positive candidate.
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
-
-
-def graded(module, function, given):
-    """Return the outputs and the states by name, and the gradients of all that is given and of all parameters."""
-    leaves = dict(module.named_parameters())
-
-    def leaf(name, value):
-        if isinstance(value, list):
-            return [leaf(f"{name}[{index}]", each) for index, each in enumerate(value)]
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value = leaves[name] = value.detach().clone().requires_grad_()
-        return value
-
-    out, states = function(**{name: leaf(name, value) for name, value in given.items()})
-    found = {"out": out} | {f"state {index}": state for index, state in enumerate(states)}
-    # Not all alike, so that no two numbers can be exchanged.
-    weights = (torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in found.values())
-    loss = sum((each.square() * weight).sum() for each, weight in zip(found.values(), weights, strict=True))
-    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
-    return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def assert_same(got, expected, **tolerance):
