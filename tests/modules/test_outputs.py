@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BLOCKS, HIDDEN, INPUT, ROWS, case, parametrized, some, tensors
-from torch import nn
+from cases import BLOCKS, HIDDEN, ROWS, case, parametrized, some, tensors
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
@@ -55,20 +54,3 @@ def test_no_output_is_a_view(case, backend):
             assert all(weight.grad is not None for weight in weights)
         assert all(map(torch.equal, outputs, values))
         outputs[0].detach_()
-
-
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [nn.GRU, mingru.drop_in.GRU, mingru.MinGRU])
-def test_truncated_backpropagation_as_books_write_it(kind, scripted):
-    """h.detach_() between segments: the gradient is the sum of the segments', each from a state that is a number."""
-    x, rnn, found = torch.randn(12, B, INPUT), kind(INPUT, HIDDEN, batch_first=False), []
-    run = torch.jit.script(rnn) if scripted and kind is not nn.GRU else rnn
-    for function, cut in ((run, torch.Tensor.detach if scripted else torch.Tensor.detach_), (rnn, torch.clone)):
-        rnn.zero_grad()
-        h = None
-        for segment in x.split(4):
-            out, h = function(segment, h)
-            out.square().sum().backward()
-            h = cut(h if cut is not torch.clone else h.detach())
-        found.append([weight.grad.clone() for weight in rnn.parameters()])
-    torch.testing.assert_close(*found)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import mingru
@@ -112,10 +111,3 @@ def test_batched_gradients_keep_no_graph(backend):
         out, _ = rnn(torch.randn(2, 5, 3))
     grads = torch.autograd.grad(out, list(rnn.parameters()), torch.randn(3, *out.shape), is_grads_batched=True)
     assert not any(grad.requires_grad for grad in grads)
-
-
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "log"])
-def test_linear_scan_is_contiguous(backend):
-    a, b = torch.rand(2, 5, 2, 4).transpose(1, 2)
-    for given in (nn.Parameter(b), b):
-        assert functional.linear_scan(a, given, backend=backend).is_contiguous()
