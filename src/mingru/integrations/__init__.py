@@ -2,6 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from .. import drop_in
+
+
+class Replaced:
+    """Replaces the layers of a model that its library has constructed. The default options are for forecasters."""
+
+    options: ClassVar[dict[str, Any]] = {"residual": True, "candidate": "tanh"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        drop_in.replace(self, **self.options)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """Modules for Darts: `RNNModel(model=MinGRUModule)` and `BlockRNNModel(model=MinGRUBlockModule)`."""
 
-from typing import Any, ClassVar
+from typing import Any
 
-from .. import drop_in
-from . import require
+from . import Replaced, require
 
 with require("darts[torch]", "darts 0.48", __name__):
     from darts.models.forecasting.block_rnn_model import _BlockRNNModule
@@ -13,11 +12,10 @@ with require("darts[torch]", "darts 0.48", __name__):
 __all__ = ["MinGRUBlockModule", "MinGRUModule", "MinLSTMBlockModule", "MinLSTMModule"]
 
 
-class _Replaced:
-    """Replaces the layers of a module of Darts."""
+class _Loadable(Replaced):
+    """Replaces the layers of a module of Darts, and lets `load` find its class."""
 
     name = "GRU"
-    options: ClassVar[dict[str, Any]] = {"residual": True, "candidate": "tanh"}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -27,12 +25,9 @@ class _Replaced:
     def __init__(self, **kwargs: Any) -> None:
         # Lightning stores the arguments in a checkpoint, and passes them when the checkpoint is loaded.
         super().__init__(**{**kwargs, "name": self.name})
-        module: Any = self
-        options = {"batch_first": True, "dropout": module.dropout, **self.options}
-        module.rnn = getattr(drop_in, self.name)(module.input_size, module.hidden_dim, module.num_layers, **options)
 
 
-class MinGRUModule(_Replaced, _RNNModule):
+class MinGRUModule(_Loadable, _RNNModule):
     """Use minGRU layers in `RNNModel`.
 
     Pass the class, and two layers: `RNNModel(24, model=MinGRUModule, n_rnn_layers=2, training_length=36)`. Models are
@@ -49,17 +44,17 @@ class MinGRUModule(_Replaced, _RNNModule):
     """
 
 
-class MinLSTMModule(_Replaced, _RNNModule):
+class MinLSTMModule(_Loadable, _RNNModule):
     """Use minLSTM layers in `RNNModel`; see `MinGRUModule`. The options are those of [mingru.drop_in.LSTM][]."""
 
     name = "LSTM"
 
 
-class MinGRUBlockModule(_Replaced, _BlockRNNModule):
+class MinGRUBlockModule(_Loadable, _BlockRNNModule):
     """Use minGRU layers in `BlockRNNModel`; see `MinGRUModule`."""
 
 
-class MinLSTMBlockModule(_Replaced, _BlockRNNModule):
+class MinLSTMBlockModule(_Loadable, _BlockRNNModule):
     """Use minLSTM layers in `BlockRNNModel`; see `MinGRUModule`. The options are those of [mingru.drop_in.LSTM][]."""
 
     name = "LSTM"
