@@ -36,10 +36,10 @@ integrations:
 	$(PYTHON) -m pip install --no-build-isolation -e ".[integrations]"
 	$(PYTHON) -m pytest -n auto tests/integrations
 
-# The same with libraries that take longer to install, each in an environment of its own: flair needs older versions of
-# packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the removed file.
+# The same with libraries that take longer to install, each in an environment of its own: flair and GluonTS need older
+# versions of packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the removed file.
 slow-integrations:
-	set -e; for library in flair speechbrain "transformers[torch]"; do \
+	set -e; for library in flair "gluonts[torch]" neuralforecast speechbrain "transformers[torch]"; do \
 	    python3 -m venv --clear out/library; \
 	    out/library/bin/python -m pip install "setuptools>=77" torch pytest pytest-xdist "$$library"; \
 	    out/library/bin/python -m pip install --no-build-isolation -e .; \

@@ -12,13 +12,11 @@ import argparse
 import logging
 import time
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mingru import drop_in
 from mingru.bench import print_table, where
 
 # International airline passengers in thousands, 1949 to 1960. Box and Jenkins, Time Series Analysis, 1970, series G.
@@ -73,23 +71,22 @@ def darts_rows(args):
 def neuralforecast_rows(args):
     from neuralforecast import NeuralForecast, models
 
-    kinds = {
-        "torch": None,
-        "patch()": {},
-        'patch(num_layers=2, norm="rms", residual=True)': {"num_layers": 2, "norm": "rms", "residual": True},
-        'patch(num_layers=2, residual=True, candidate="tanh")': {"num_layers": 2, **FORECASTER},
-    }
-    cells = {f"{name}, {kind}": (name, options) for name in ("GRU", "LSTM") for kind, options in kinds.items()}
+    from mingru.integrations import neuralforecast as ours
+
+    cells = {}
+    for name in ("GRU", "LSTM", "DeepAR"):
+        kind = getattr(ours, f"Min{name}")
+        normed = type(f"Normed{name}", (kind,), {"options": {"residual": True, "norm": "rms"}})
+        kinds = {name: getattr(models, name), f"Min{name}": kind, f'Min{name}, norm="rms"': normed}
+        cells |= {text: (each,) for text, each in kinds.items()}
     end = len(VALUES) - args.months
     frame = pd.DataFrame({"unique_id": "passengers", "ds": MONTHS[:end], "y": VALUES[:end]})
 
-    def forecast(name, options, seed):
+    def forecast(kind, seed):
         given = {"h": args.months, "input_size": 24, "max_steps": args.epochs, "random_seed": seed}
-        with nullcontext() if options is None else drop_in.patch(**options):
-            model = getattr(models, name)(scaler_type="standard", **given, **QUIET)
-            forecaster = NeuralForecast([model], freq="MS")
-            forecaster.fit(frame)
-            return forecaster.predict()[name].to_numpy()
+        forecaster = NeuralForecast([kind(scaler_type="standard", **given, **QUIET)], freq="MS")
+        forecaster.fit(frame)
+        return forecaster.predict()[kind.__name__].to_numpy()
 
     return cells, forecast, end
 

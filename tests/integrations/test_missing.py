@@ -9,7 +9,10 @@ import pytest
 LIBRARIES = {
     "darts": ("darts", "darts[torch]", "darts 0.48"),
     "flair": ("flair", "flair", "flair 0.15"),
+    "gluonts": ("gluonts", "gluonts[torch]", "gluonts 0.17"),
+    "neuralforecast": ("neuralforecast", "neuralforecast", "neuralforecast 3.3"),
     "pytorch_forecasting": ("pytorch_forecasting", "pytorch-forecasting", "pytorch-forecasting 1.8"),
+    "rsl_rl": ("rsl_rl", "rsl-rl-lib", "rsl_rl 5.5"),
     "sb3": ("sb3_contrib", "sb3-contrib", "sb3-contrib 2.9"),
     "speechbrain": ("speechbrain", "speechbrain", "speechbrain 1.1"),
     "torchrl": ("torchrl", "torchrl", "torchrl 0.14"),

@@ -1,0 +1,83 @@
+"""NeuralForecast and GluonTS: training, saving, and equal forecasts in another process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import call
+
+from mingru import drop_in
+
+# Of these libraries.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VALUES = np.sin(np.arange(60) * 0.5)
+FORECASTER = {"residual": True, "candidate": "tanh"}
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def load_neuralforecast(folder):
+    from neuralforecast import NeuralForecast
+
+    import mingru.integrations.neuralforecast  # noqa: F401
+
+    torch.manual_seed(0)
+    NeuralForecast.load(f"{folder}/saved").predict().to_pickle(f"{folder}/found")
+
+
+def test_neuralforecast(tmp_path):
+    neuralforecast = pytest.importorskip("neuralforecast", reason="pip install neuralforecast")
+    import pandas as pd
+
+    from mingru.integrations.neuralforecast import MinDeepAR, MinGRU, MinLSTM
+
+    given = {"h": 4, "input_size": 12, "max_steps": 2, **QUIET}
+    models = [MinDeepAR(**given), MinGRU(**given), MinLSTM(**given, recurrent=True)]
+    forecaster = neuralforecast.NeuralForecast(models, 1)
+    forecaster.fit(pd.DataFrame({"unique_id": "a", "ds": np.arange(60), "y": VALUES}))
+    options = {"batch_first": True, **FORECASTER}
+    layers = [drop_in.LSTM(1, 128, 2, dropout=0.1, **options), drop_in.GRU(1, 200, 2, **options)]
+    layers.append(drop_in.LSTM(1, 128, 2, proj_size=1, **options))
+    assert [repr(each.hist_encoder) for each in forecaster.models] == [repr(each) for each in layers]
+    torch.manual_seed(0)
+    expected = forecaster.predict()
+    forecaster.save(f"{tmp_path}/saved")
+    call(load_neuralforecast, str(tmp_path))
+    found = pd.read_pickle(tmp_path / "found")
+    assert found[["MinGRU", "MinLSTM"]].equals(expected[["MinGRU", "MinLSTM"]])
+    # NeuralForecast's own DeepAR, too, draws slightly different samples after it is loaded.
+    np.testing.assert_allclose(found["MinDeepAR"], expected["MinDeepAR"], rtol=0.05)
+
+
+def forecast_of_gluonts(predictor):
+    from gluonts.dataset.common import ListDataset
+
+    torch.manual_seed(0)
+    series = ListDataset([{"start": "2000-01", "target": VALUES}], freq="M")
+    return next(iter(predictor.predict(series, num_samples=5))).samples
+
+
+def load_gluonts(folder):
+    from gluonts.model.predictor import Predictor
+
+    np.save(f"{folder}/found", forecast_of_gluonts(Predictor.deserialize(Path(folder))))
+
+
+@pytest.mark.parametrize("attributes", [{}, {"options": {"candidate": "tanh", "cell": "mingru"}}])
+def test_gluonts(attributes, tmp_path):
+    pytest.importorskip("gluonts.torch", reason='pip install "gluonts[torch]"')
+    from gluonts.dataset.common import ListDataset
+
+    from mingru.integrations.gluonts import DeepAREstimator
+
+    trainer = {"max_epochs": 1, "default_root_dir": str(tmp_path), **QUIET}
+    given = {"hidden_size": 8, "num_batches_per_epoch": 2, "trainer_kwargs": trainer}
+    estimator = type("Estimator", (DeepAREstimator,), attributes)(freq="M", prediction_length=4, **given)
+    predictor = estimator.train(ListDataset([{"start": "2000-01", "target": VALUES}], freq="M"))
+    rnn = predictor.prediction_net.model.rnn
+    options = attributes.get("options", {"residual": True, "norm": "rms"})
+    assert repr(rnn) == repr(drop_in.LSTM(rnn.input_size, 8, 2, batch_first=True, dropout=0.1, **options))
+    predictor.serialize(tmp_path)
+    call(load_gluonts, str(tmp_path))
+    assert np.array_equal(np.load(tmp_path / "found.npy"), forecast_of_gluonts(predictor))
