@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -55,26 +56,6 @@ def sequence():
 def stack_of(**options):
     layers = [mingru.MinGRU(DIMS, DIMS), Doubled(DIMS), mingru.Stack([mingru.MinLSTM(2 * DIMS, 5)])]
     return mingru.Stack(layers, **options).double()
-
-
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("reset", [None, RESET], ids=["", "reset"])
-def test_states_go_in_and_come_out(grad, reset):
-    stack, x = stack_of(), sequence()
-    with torch.set_grad_enabled(grad):
-        out, h = stack(x, None, reset)
-        # One layer after the other.
-        y, states = x, []
-        for layer in stack.layers:
-            y, after = layer(y, None, reset)
-            states += [after] if isinstance(after, Tensor) else after
-        assert_close((out, h), (y, states))
-        assert stack.num_states == len(h) == 4
-        # Two segments are one sequence.
-        resets = (None, None) if reset is None else (reset[:, :3], reset[:, 3:])
-        first, state = stack(x[:, :3], None, resets[0])
-        second, last = stack(x[:, 3:], state, resets[1])
-        assert_close((torch.cat([first, second], 1), last), (out, h))
 
 
 def test_a_module_among_modules():
@@ -148,8 +129,14 @@ def test_what_a_layer_does_not_use_is_refused(cls):
     layers = [mingru.MinGRU(DIMS, DIMS), cls() if cls is Stateless else cls(DIMS)]
     stack, x = mingru.Stack([mingru.Stack(layers)]), torch.randn(B, S, DIMS)
     assert cls.step_arguments == USED[cls]
-    out, h = stack(x, stack(x)[1])
-    assert_close(out, layers[1](layers[0](x, stack(x)[1][0])[0], stack(x)[1][1:])[0])
+    _, h = stack(x)
+    assert len(h) == stack.num_states == 1 + layers[1].num_states
+    steps = [{}, {"reset": RESET}][: 1 + ("reset" in USED[cls])]
+    for grad, state, options in itertools.product((True, False), (None, h), steps):
+        with torch.set_grad_enabled(grad):
+            below, first = layers[0](x, state and state[0], **options)
+            out, rest = layers[1](below, state and state[1:], **options)
+            assert_close(stack(x, state, **options), (out, [first, *rest]))
     for argument, value in (("reset", RESET), ("lengths", LENGTHS), ("dt", torch.ones(B, S))):
         if argument not in USED[cls]:
             message = (
@@ -158,9 +145,6 @@ def test_what_a_layer_does_not_use_is_refused(cls):
             )
             with pytest.raises(ValueError, match=message):
                 stack(x, **{argument: value})
-    if "reset" in USED[cls]:
-        with torch.no_grad():
-            assert_close(stack(x, h, RESET)[1][1:], layers[1](layers[0](x, h[0], RESET)[0], h[1:], reset=RESET)[1])
     if cls in (OnlyStates, ByKeyword, Stateless):
         message = rf"^{cls.__name__}: to be scripted in a Stack, forward must have all arguments and their types, forwa"
         with pytest.raises(TypeError, match=message):
