@@ -1,16 +1,8 @@
-"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
+"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them."""
 
-As a program, print the number of instructions of each kernel for each state:
-
-    python tests/ops/compiling.py [--target sm_90]
-"""
-
-import argparse
-import os
 import re
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +28,6 @@ TARGETS = {
 }
 # Multiprocessors of a T4, A100, H100, B200, MI300X and RX 7900 XTX.
 PROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148, "gfx942": 304, "gfx1100": 48}
-# Warps, blocks and KB of shared memory of a multiprocessor. A block of sm_80 and later needs another KB.
-_PROCESSORS = {75: (32, 16, 64), 80: (64, 32, 164)}
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -174,13 +164,6 @@ class Compiled:
         states = self.plan.chunks * self.plan.steps * self.plan.features / (self.target.warp_size * self.plan.warps)
         return len(self.loop()) / states
 
-    def num_blocks(self) -> int:
-        """Return how many programs run on a multiprocessor at a time, for CUDA targets."""
-        warps, blocks, shared = _PROCESSORS.get(self.target.arch, (64, 32, 228))
-        # Registers of a warp are allocated in units of 256.
-        by_registers = 65_536 // (-(-self.registers * 32 // 256) * 256) // self.plan.warps
-        return min(by_registers, warps // self.plan.warps, blocks, (shared << 10) // (self.shared + 1024))
-
     def num_spills(self) -> int:
         """Return how many registers are saved in the loop, or on AMD GPUs anywhere."""
         if self.target.backend == "hip":
@@ -190,31 +173,3 @@ class Compiled:
 
     def opcodes(self) -> Counter[str]:
         return Counter(re.sub(r"^@!?\w+\s+", "", line).split()[0].split(".")[0] for line in self.loop())
-
-
-def main() -> None:
-    """Print how long some kernels compile, how many instructions they have for each state, and what limits them."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--target", choices=[name for name in TARGETS if name.startswith("sm")], default="sm_90")
-    target = parser.parse_args().target
-    many, few = (1024, 128, 512), (8, 4096, 256)
-    with tempfile.TemporaryDirectory() as folder:
-        # Kernels that were compiled before do not count.
-        os.environ["TRITON_CACHE_DIR"] = folder
-        Compiled(Case("forward", "mingru", "tanh", torch.float32, *few), target)
-        print(f"Triton {triton.__version__}, {target}; spills are those in the loop, blocks those of a multiprocessor")
-        print("seconds  instructions  registers  spills  shared bytes  blocks  kernel")
-        for cell in ("mingru", "minlstm", "mingru_rotation"):
-            for dtype in (torch.float32, torch.bfloat16):
-                for name in ("forward", "backward"):
-                    for shape in (many, few):
-                        case = Case(name, cell, "positive", dtype, *shape, has_bias=name == "backward")
-                        begin = time.perf_counter()
-                        found = Compiled(case, target)
-                        row = f"{time.perf_counter() - begin:7.1f}  {found.per_state():12.1f}  {found.registers:9}"
-                        row += f"  {found.num_spills():6}  {found.shared:12}  {found.num_blocks():6}  {case}"
-                        print(row, flush=True)
-
-
-if __name__ == "__main__":
-    main()
