@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from minGRU_pytorch import minGRU
 from minGRU_pytorch.minLSTM import minLSTM
+from reference import g, recurrence
 
 from mingru.convert import from_cheind, from_lucidrains, from_minrnns, from_pufferlib
 
@@ -18,19 +19,6 @@ def double(*shape):
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.double)
-
-
-def g(v):
-    return torch.where(v >= 0, v + 0.5, v.sigmoid())
-
-
-def scanned(decay, weight, candidate, state):
-    """The states of all steps, in linear space, step by step."""
-    states = []
-    for a, b, v in zip(decay.unbind(1), weight.unbind(1), candidate.unbind(1), strict=True):
-        state = a * state + b * g(v)
-        states.append(state)
-    return torch.stack(states, 1)
 
 
 # Layers of the other packages. They take x and a list of states or None, and return the output and such a list.
@@ -92,8 +80,7 @@ class Authors(Peer):
         decay, weight = gates if self.parts == 3 else (1 - gates[0], gates[0])
         if self.kind == "minlstm":
             decay, weight = decay / (decay + weight), weight / (decay + weight)
-        state = h[0].squeeze(1) if h else g(start[0]) if start else 0.0
-        states = scanned(decay, weight, candidate, state)
+        states = recurrence(decay, weight, candidate, h[0] if h else g(start[0]) if start else zeros(1))
         return F.linear(states, out, out_bias), [states[:, -1:]]
 
 
@@ -114,7 +101,7 @@ class Puffer(Peer):
         for index, weight in enumerate(self.tensors.values()):
             candidate, gate, highway = (x @ weight.T).tensor_split(3, -1)
             z, mix = gate.sigmoid(), highway.sigmoid()
-            states = scanned(1 - z, z, candidate, h[index].squeeze(1) if h else torch.zeros_like(x[:, 0]))
+            states = recurrence(1 - z, z, candidate, h[index] if h else zeros(1))
             x = mix * states + (1 - mix) * x
             last.append(states[:, -1:])
         return x, last
@@ -174,8 +161,9 @@ class Cheind(Peer):
         for i, weights in enumerate(self.layers):
             pre = self.linear(i, "linear", self.normalized(weights, x, num_groups and num_groups[i]))
             gate, candidate = pre.chunk(2, 2)
-            z, state = gate.sigmoid(), h[i].squeeze(1) if h else torch.full_like(gate[:, 0], 0.5)
-            out = scanned(1 - z, z, candidate, state)
+            z = gate.sigmoid()
+            # From 0.5, unless a state is given.
+            out = recurrence(1 - z, z, candidate, h and h[i])
             states.append(out[:, -1:])
             if self.residual:
                 out = out + (self.linear(i, "align", x) if "align" in weights else x)
