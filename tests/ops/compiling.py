@@ -28,7 +28,6 @@ TARGETS = {
 }
 # Multiprocessors of a T4, A100, H100, B200, MI300X and RX 7900 XTX.
 PROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148, "gfx942": 304, "gfx1100": 48}
-_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Case(NamedTuple):
@@ -51,11 +50,6 @@ class Case(NamedTuple):
     needs_dt: bool = False
     is_summary: bool = False
     """The first launch, if time is divided into segments."""
-
-    def __str__(self):
-        words = [self.name, self.cell, self.activation, _TYPES[self.dtype]]
-        words += [str(self[4:7]), *(name for name, value in self._asdict().items() if value is True)]
-        return " ".join(words)
 
 
 def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
