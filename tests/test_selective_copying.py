@@ -68,9 +68,6 @@ def test_lines_and_what_they_count(capsys):
     # It learns.
     assert float(found[-1][2]) < float(found[0][2]) / 4
     assert float(LAST_LINE.fullmatch(last)[1]) >= 80
-    # 200 tokens in validation: accuracy is per token.
-    accuracy = LAST_LINE.fullmatch(last)[1]
-    assert f"{round(float(accuracy) / 100 * 200) / 200:.2%}" == f"{accuracy}%"
     # The first loss and accuracy are those of the untrained model at the markers.
     settings = config(seq_len=6, num_tokens=2, hidden_dims=16, num_layers=2)
     generator = torch.manual_seed(settings["seed"])
