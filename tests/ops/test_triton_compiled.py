@@ -59,11 +59,14 @@ def check(case, target):
     # A copy to shared memory is written twice, because the first tiles are loaded before the loop.
     copied = found.accesses[f"ld {width}"] + found.accesses[f"copy {width}"]
     assert copied in (loads, 2 * loads), (case, found.accesses)
+    # Quaternions of float64 have 8 words for each feature of a group, more than fit into registers.
+    is_large = parts_of(case.cell) > 2 and case.dtype == torch.float64
     # Registers that are saved once, outside of the loop.
-    assert found.stack <= 40, case
-    assert found.num_spills() <= (target == "sm_75"), case
+    assert found.stack <= (64 if is_large else 40), case
+    assert found.num_spills() <= (target == "sm_75") * (7 if is_large else 1), case
     # Triton 3.6 makes up to 17 of these with two parts and 26 in quaternions, Triton 3.9 up to 10 and 20.
     most = 10 + 3 * case.has_reset + 7 * (parts_of(case.cell) > 1 or case.cell in SCANS) + 9 * (parts_of(case.cell) > 2)
+    most = 74 if is_large else most
     most = 0 if found.plan.chunks == 1 else most
     assert found.opcodes()["BAR"] <= most, (case, found.opcodes()["BAR"])
     return found
