@@ -6,11 +6,15 @@ from typing import Any, ClassVar
 
 from .. import drop_in
 
+# What the layers of policies and of most forecasters have by default: a state of both signs, as that of an LSTM, and
+# beside it the input. Their difference is a change over time.
+OPTIONS: dict[str, Any] = {"candidate": "tanh", "residual": True}
+
 
 class Replaced:
-    """Replaces the layers of a model that its library has constructed. The default options are for forecasters."""
+    """Replaces the layers of a model that its library has constructed."""
 
-    options: ClassVar[dict[str, Any]] = {"residual": True, "candidate": "tanh"}
+    options: ClassVar[dict[str, Any]] = OPTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .. import drop_in
 from ..check import dims, expectation
+from . import OPTIONS
 
 __all__ = ["MinGRU", "MinGRUWrapper"]
 
-# A state of both signs, as that of an LSTM.
-DEFAULTS = {"batch_first": True, "candidate": "tanh", "residual": True}
+DEFAULTS = {"batch_first": True, **OPTIONS}
 
 
 class MinGRUWrapper(nn.Module):

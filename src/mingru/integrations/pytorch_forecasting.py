@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import drop_in
 from ..ops.private import pytree
-from . import require
+from . import OPTIONS, require
 
 with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):
     from pytorch_forecasting import models
@@ -54,7 +54,7 @@ class LSTM(_WithStates, drop_in.LSTM, role="custom"):  # type: ignore[misc]
 class _Replaced:
     """Replaces the layers of a model of pytorch-forecasting."""
 
-    options: ClassVar[dict[str, Any]] = {"residual": True, "candidate": "tanh"}
+    options: ClassVar[dict[str, Any]] = OPTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import check, drop_in
-from . import require
+from . import OPTIONS, require
 
 with require("rsl-rl-lib", "rsl_rl 5.5", __name__):
     from rsl_rl.models import RNNModel
@@ -66,7 +66,7 @@ class MinGRUModel(RNNModel):
         rnn_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {"candidate": "tanh", "residual": True, **(rnn_options or {})}
+        options = {**OPTIONS, **(rnn_options or {})}
         is_learned = bool(options.get("learn_initial_state"))
         check.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
         expected = "False because rsl_rl begins episodes with 0"

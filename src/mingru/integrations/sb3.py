@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import drop_in
 from ..drop_in.base import Pair
-from . import require
+from . import OPTIONS, require
 
 with require("sb3-contrib", "sb3-contrib 2.9", __name__):
     from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
@@ -36,8 +36,7 @@ class _OnePass:
         super().__init__(*args, **kwargs)
         policy: Any = self
         policy.lstm_kwargs = lstm_kwargs or {}
-        # A state of both signs, as that of an LSTM, and beside it the input: their difference is a change over time.
-        options = {"cell": self.cell, "candidate": "tanh", "residual": True, **policy.lstm_kwargs}
+        options = {"cell": self.cell, **OPTIONS, **policy.lstm_kwargs}
         for name in ("lstm_actor", "lstm_critic"):
             old = getattr(policy, name)
             if old is not None:
