@@ -107,7 +107,7 @@ def test_a_sequence_beyond_the_bound_does_not_pass_for_right(bidirectional, path
             assert_equal([out, last], tensors(module(x)), **TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize(
     "make",
