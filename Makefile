@@ -37,7 +37,8 @@ integrations:
 	$(PYTHON) -m pytest -n auto tests/integrations
 
 # The same with libraries that take longer to install, each in an environment of its own: flair and GluonTS need older
-# versions of packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the removed file.
+# versions of packages of other extras. PyPI's torchaudio for Linux is built for CUDA; SpeechBrain does not need the
+# removed file.
 slow-integrations:
 	set -e; for library in flair "gluonts[torch]" neuralforecast speechbrain "transformers[torch]"; do \
 	    python3 -m venv --clear out/library; \
