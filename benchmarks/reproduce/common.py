@@ -22,12 +22,14 @@ RESULTS = Path(__file__).parent / "results"
 OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True}
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "minGRU": functools.partial(mingru.MinGRU, **OPTIONS),
-    "minGRU, signed": functools.partial(mingru.MinGRU, gate="signed", **OPTIONS),
-    "minGRU, rotation": functools.partial(mingru.MinGRU, gate="rotation", **OPTIONS),
     "minLSTM": functools.partial(mingru.MinLSTM, **OPTIONS),
     "nn.GRU": functools.partial(nn.GRU, batch_first=True),
     "nn.LSTM": functools.partial(nn.LSTM, batch_first=True),
 }
+for gate in ("signed", "rotation", "quaternion"):
+    LAYERS[f"minGRU, {gate}"] = functools.partial(mingru.MinGRU, gate=gate, **OPTIONS)
+    # Two layers only.
+    LAYERS[f"minGRU, sigmoid below {gate}"] = functools.partial(mingru.MinGRU, gate=["sigmoid", gate], **OPTIONS)
 # Runs of other seeds, models, ... continue a file: each run has them in its key. The machine has the threads.
 UNRECORDED = ("json", "threads", "peer", "models", "layers", "lengths", "tasks", "seeds")
 # Return tokens (B, S), and the classes (B, T) that the model must output at the last T time steps.
