@@ -46,8 +46,8 @@ PROGRAMS = {
         {"read": lambda path, count, size: torch.randn(count, 3, size, size) - 3.0 * (path.parent.name == "Dark")},
     ),
     "counting": Program(
-        "--num-steps 3 --batch-size 4 --hidden-dims 8 --num-test 4 --tasks 2 --seeds 0",
-        "task modulo modulo modulo modulo modulo",
+        "--num-steps 3 --batch-size 1 --hidden-dims 8 --num-test 4 --tasks S3 --seeds 0",
+        "task S3 S3 S3 S3 S3 S3",
     ),
     "denoise": Program(
         "--num-steps 100 --num-parameters 10000 --learning-rate 0.02 --batch-size 4 --seconds 1 --num-test 2 --seeds 0",
@@ -214,35 +214,40 @@ def test_the_command_for_missing_data_is_named(name, package, command, tmp_path,
 counting = load("examples/counting.py")
 
 
-def test_counting_targets_are_sums():
-    tokens, sums = counting.generate(50, 12, 5, torch.Generator().manual_seed(0))
-    assert (tokens[:, 0] == 5).all()
-    assert set(tokens[:, 1:].flatten().tolist()) == set(range(5))
-    for row, expected in zip(tokens[:, 1:].tolist(), sums.tolist(), strict=True):
-        assert [sum(row[: t + 1]) % 5 for t in range(12)] == expected
+def test_counting_targets_are_sums_and_products():
+    tokens, sums = counting.generate(50, 12, counting.products("5"), torch.Generator().manual_seed(0))
+    assert set(tokens.flatten().tolist()) == set(range(5))
+    assert torch.equal(sums, tokens.cumsum(1) % 5)
+    # Elements 1 and 3 of S3 are (0, 2, 1) and (1, 2, 0). First 1, then 3, is (1, 0, 2), and the reverse is (2, 1, 0).
+    table = counting.products("S3")
+    assert [table[3, 1], table[1, 3]] == [2, 5]
+    # A5 has 60 elements, each once in each row and column, and abc = (ab)c = a(bc).
+    table = counting.products("A5")
+    assert torch.equal(table.sort(0).values, torch.arange(60).unsqueeze(1).expand(60, 60))
+    assert torch.equal(table[table], table[:, table])
 
 
 @pytest.mark.parametrize("name", counting.MODELS)
 def test_counting_each_model_is_causal(name):
-    model = counting.Model(name, 3, 8, 2).eval()
-    tokens, _ = counting.generate(2, 20, 3, torch.Generator().manual_seed(0))
+    model = counting.Model(name, 3, 8).eval()
+    tokens, _ = counting.generate(2, 20, counting.products("3"), torch.Generator().manual_seed(0))
     before = model(tokens)
-    tokens[:, 11:] = (tokens[:, 11:] + 1) % 3
+    tokens[:, 10:] = (tokens[:, 10:] + 1) % 3
     torch.testing.assert_close(before[:, :10], model(tokens)[:, :10])
     assert not torch.allclose(before[:, 10:], model(tokens)[:, 10:])
 
 
 def test_counting_accuracy_of_a_perfect_and_of_a_blind_model():
-    fabric = Fabric(accelerator="cpu")
+    fabric, table = Fabric(accelerator="cpu"), counting.products("3")
 
     def perfect(tokens):
-        return torch.nn.functional.one_hot(tokens[:, 1:].cumsum(1) % 3, 3).float()
+        return torch.nn.functional.one_hot(tokens.cumsum(1) % 3, 3).float()
 
     def blind(tokens):
-        return torch.eye(3)[0].expand(*tokens[:, 1:].shape, 3)
+        return torch.eye(3)[0].expand(*tokens.shape, 3)
 
-    assert counting.evaluate(fabric, perfect, 3, 0, 16) == [1.0] * len(counting.LENGTHS)
-    assert all(accuracy == pytest.approx(1 / 3, abs=0.1) for accuracy in counting.evaluate(fabric, blind, 3, 0, 64))
+    assert counting.evaluate(fabric, perfect, table, 0, 16) == [1.0] * len(counting.LENGTHS)
+    assert all(accuracy == pytest.approx(1 / 3, abs=0.1) for accuracy in counting.evaluate(fabric, blind, table, 0, 64))
 
 
 # pixels.py
