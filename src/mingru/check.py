@@ -58,7 +58,10 @@ def dims(shape: tuple[int, ...]) -> str:
 
 
 def not_a_tensor(name: str, argument: str, found: object, expected: str = "a tensor") -> TypeError:
-    return TypeError(expectation(name, argument, expected, type(found).__name__, "use torch.as_tensor"))
+    remedy = "" if found is None or isinstance(found, str) else "use torch.as_tensor"
+    if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
+        remedy = "use torch.nn.utils.rnn.pad_sequence with batch_first=True, and pass lengths="
+    return TypeError(expectation(name, argument, expected, type(found).__name__, remedy))
 
 
 def on_another_device(name: str, argument: str, x: Tensor, device: torch.device, like_name: str) -> ValueError:
@@ -241,6 +244,8 @@ def check_tensor(
     if x.shape != shape:
         expected = f"{dims(shape)} because {like_name} is {dims(like.shape)}"
         remedy = f"to broadcast, use {argument}.expand, which copies nothing"
+        if x.dim() > like.dim():
+            remedy = f"use {like_name}.unsqueeze(-1).expand_as({argument})"
         raise ValueError(expectation(name, argument, expected, dims(x.shape), remedy))
 
 
@@ -282,8 +287,10 @@ def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def mask_remedy(h: Any) -> str:
-    """Return the fix for a mask in place of a state; otherwise ""."""
-    return "pass a mask as reset=" if getattr(h, "dtype", None) == torch.bool else ""
+    """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
+    remedies = {torch.bool: "pass the starts of episodes as reset=, and a padding mask as lengths=mask.sum(1)"}
+    remedies |= {torch.int64: "pass lengths as lengths="}
+    return remedies.get(getattr(h, "dtype", None), "")
 
 
 def embed_remedy(x: Tensor) -> str:
@@ -390,7 +397,11 @@ def check_integers(name: str, lengths: Tensor, letters: str) -> None:
     if not isinstance(lengths, Tensor):
         raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        remedy = "use lengths=mask.sum(1) for a mask" if lengths.dtype == torch.bool else "use lengths.long()"
+        remedy = (
+            "use lengths=mask.sum(1), with all padding at the end"
+            if lengths.dtype == torch.bool
+            else "use lengths.long()"
+        )
         raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
 
 

@@ -2,8 +2,8 @@
 
 import difflib
 
-# Argument names of other packages (torch, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and their
-# names here, with a value where another one is meant.
+# Argument names of other packages (torch, Keras, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and
+# their names here, with a value where another one is meant.
 COUNTERPARTS = {
     "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
@@ -20,11 +20,17 @@ COUNTERPARTS = {
     "paddings": ("padding",),
     "batch_norm": ("norm",),
     "activation": ("candidate",),
+    "nonlinearity": ("candidate",),
+    "units": ("hidden_dims",),
+    "recurrent_dropout": ("dropout",),
     **dict.fromkeys(["n_vocab", "num_tokens", "num_embeddings"], ("vocab_size",)),
-    **dict.fromkeys(["mask", "attention_mask", "key_padding_mask", "padding_mask"], ("lengths=mask.sum(1)",)),
+    **dict.fromkeys(
+        ["mask", "attention_mask", "key_padding_mask", "padding_mask"],
+        ("lengths=mask.sum(1), with all padding at the end",),
+    ),
     **dict.fromkeys(["max_length", "max_tokens"], ("max_new_tokens",)),
     "eos_token_id": ("stop",),
-    "do_sample": ("temperature=0",),
+    "do_sample": ("temperature=0 for do_sample=False, and nothing for True",),
     "input": ("x",),
     "x": ("input",),
     **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
@@ -37,6 +43,9 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
+    "return_sequences": "the output has all time steps; out[:, -1] is the last one",
+    "stateful": "pass the returned state to the next call",
+    "go_backwards": "pass x.flip(1), or bidirectional=True",
     "opset_version": "torch chooses the opset; change that of the file with onnx.version_converter",
 }
 

@@ -38,7 +38,7 @@ def wanted_twins(
     ]
     for option in options:
         if option not in names:
-            raise TypeError(unknown_argument(name, option, list(dict.fromkeys(names))))
+            raise TypeError(unknown_argument(name, option, ["num_layers", *dict.fromkeys(names)]))
     if num_layers is not None:
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}

@@ -226,8 +226,10 @@ def with_used(
 ) -> Outputs:
     """Call a layer with the arguments that it uses, by their names; the stack has refused all others."""
     given = {"reset": reset, "lengths": lengths, "dt": dt}
-    out, states = layer(x, h, **{name: given[name] for name in layer.step_arguments})
-    return out, states
+    found: Outputs = layer(x, h, **{name: given[name] for name in layer.step_arguments})
+    if isinstance(found, Tensor):
+        raise TypeError(f"{layer.name}: forward must return the output and a list of states; return (out, [state])")
+    return found
 
 
 def _uses(cls: type[Layer], name: str) -> bool:

@@ -136,12 +136,18 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                 found[index] = PerStep(each, dims or 0, own[0].batch_first, own[0].num_space_dims)
             dims = getattr(found[index], "output_dims", None)
         for index, layer in enumerate(found):
-            got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
+            got = type(layer).__name__
+            remedy = (
+                "also torch's Linear, Dropout, norms and activations may stand between them; derive a layer of your "
+            )
+            remedy += "own from mingru.modules.Layer"
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
                 if isinstance(layer, OF_TORCH):
                     got, remedy = f"only modules of torch ({got})", "use torch.nn.Sequential"
-                if isinstance(layer, nn.RNNBase):
+                if isinstance(layer, nn.Sequential):
+                    remedy = "put its modules into the list"
+                if isinstance(layer, nn.RNNBase) or getattr(layer, "role", "") in ("step", "torch"):
                     remedy = "use mingru.MinGRU or mingru.MinLSTM in its place"
                 if isinstance(layer, Layer) and layer.role == "custom":
                     remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'

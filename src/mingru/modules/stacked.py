@@ -153,10 +153,19 @@ class Stacked(Layer):
         if at not in leading or x.shape[at] != self.input_dims:
             space = f" and space is {count}-dimensional" if count else ""
             expected = f"{letters} because input_dims is {self.input_dims}{space}"
-            one_step = "use x[None, None] for one step" if x.shape == (self.input_dims,) else ""
-            fix = remedy or embed_remedy(x) or one_step
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), fix))
+            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy or self._remedy_for(x)))
         self._check_weight(x)
+
+    def _remedy_for(self, x: Tensor) -> str:
+        """Return the fix for an input of another shape, or ""."""
+        if embed_remedy(x) or self.num_space_dims > 0:
+            return embed_remedy(x)
+        remedies = {(self.input_dims,): "use x[None, None] for one step"}
+        if x.dim() == 2:
+            remedies[len(x), self.input_dims] = f"use x.unsqueeze({0 if self.batch_first else 1}) for one sequence"
+        if x.dim() == 3:
+            remedies[len(x), self.input_dims, x.shape[2]] = "use x.transpose(1, 2) if time is last"
+        return remedies.get(tuple(x.shape), "")
 
     def _check_weight(self, x: Tensor) -> None:
         """Raise an error if x does not have the dtype and device of the weights."""

@@ -35,7 +35,7 @@ def _recurrence(call: Call) -> States:
     spec, start, lengths = call.spec, call.start, call.layout.lengths
     for name, given in (("reset", start.reset), ("dt", start.dt)):
         if given is not None:
-            why = "their decays may be 0, which has no logarithm"
+            why = "a decay may then be 0, which has no logarithm"
             raise ValueError(f"{spec.cell}: the backend 'log' takes no {name}, because {why}; use 'auto'")
     log_a, log_b = log_coefficients(spec, call.tensors, start)
     if lengths is not None:
