@@ -57,7 +57,7 @@ def dims(shape: tuple[int, ...]) -> str:
     return str(tuple(shape))
 
 
-def not_a_tensor(name: str, argument: str, found: object, expected: str = "a tensor") -> TypeError:
+def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
     remedy = "" if found is None or isinstance(found, str) else "use torch.as_tensor"
     if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
         remedy = "use torch.nn.utils.rnn.pad_sequence with batch_first=True, and pass lengths="
@@ -288,9 +288,10 @@ def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
 
 def mask_remedy(h: Any) -> str:
     """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
-    remedies = {torch.bool: "pass the starts of episodes as reset=, and a padding mask as lengths=mask.sum(1)"}
-    remedies |= {torch.int64: "pass lengths as lengths="}
-    return remedies.get(getattr(h, "dtype", None), "")
+    dtype = getattr(h, "dtype", None)
+    if dtype == torch.bool:
+        return "pass the starts of episodes as reset=, and a padding mask as lengths=mask.sum(1)"
+    return "pass lengths as lengths=" if dtype == torch.int64 else ""
 
 
 def embed_remedy(x: Tensor) -> str:

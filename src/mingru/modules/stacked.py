@@ -160,7 +160,7 @@ class Stacked(Layer):
         """Return the fix for an input of another shape, or ""."""
         if embed_remedy(x) or self.num_space_dims > 0:
             return embed_remedy(x)
-        remedies = {(self.input_dims,): "use x[None, None] for one step"}
+        remedies: dict[Any, str] = {(self.input_dims,): "use x[None, None] for one step"}
         if x.dim() == 2:
             remedies[len(x), self.input_dims] = f"use x.unsqueeze({0 if self.batch_first else 1}) for one sequence"
         if x.dim() == 3:

@@ -55,7 +55,9 @@ def backends() -> dict[str, bool | str]:
     """Return which backends can run here.
 
     Returns:
-        For each name, `True` or the reason why the backend cannot run.
+        For each name, `True` or the reason why the backend cannot run: `"native"` (C++ on CPUs), `"triton"` (GPUs),
+        `"torch"` (tensor operations in chunks), `"log"` (the paper's form, in log space) and `"sequential"` (step by
+        step).
 
     Examples:
         >>> mingru.backends()["torch"]
@@ -75,7 +77,7 @@ def use_backend(name: str) -> Iterator[None]:
     Without `with`, a call has no effect, and warns.
 
     Args:
-        name: Name of a backend, see [mingru.backends][], or `"auto"`.
+        name: `"auto"`, or the name of a backend, for which see [mingru.backends][].
 
     Raises:
         ValueError: No backend has this name.
