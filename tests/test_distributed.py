@@ -201,7 +201,7 @@ def beside_data_parallel(wrap):
 
     def check(four, pairs):
         model = pyramid(**DOUBLE)
-        x, target = torch.randn(4, 10, 6, **DOUBLE), torch.randn(4, 10, 10, **DOUBLE)
+        x, target = torch.randn(4, 10, 6, requires_grad=True, **DOUBLE), torch.randn(4, 10, 10, **DOUBLE)
         mse_loss(model(x)[0], target).backward()
         expected = [each.grad.clone() for each in model.parameters()]
         model.zero_grad()

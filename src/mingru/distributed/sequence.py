@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
@@ -33,12 +36,11 @@ from ..modules.layer import Layer
 from ..modules.per_step import PerStep
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stack import Stack
-from ..modules.stacked import Directions
-from ..ops.call import Layout, Spec, Start, flattened, from_flat, with_steps
+from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
 from ..ops.cells import parts_of
-from ..ops.layout import of_next_step, padding_of, without_padding
+from ..ops.layout import of_next_step, padded_call, without_padding
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
-from .ranks import Ranks, derive, eager, outermost
+from .ranks import Part, check_mesh, derive, eager, outermost
 
 _NAME = "SequenceParallel"
 
@@ -111,16 +113,17 @@ class SequenceParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        ranks, layers = Ranks(_NAME, device_mesh), outermost(_NAME, module)
+        check_mesh(_NAME, device_mesh)
+        layers = outermost(_NAME, module)
         inner = [each for layer in layers for each in layer.modules()]
         for each in inner:
             _check_supported(each)
         for each in inner:
             for base, part in _PARTS.items():
                 if isinstance(each, base):
-                    derive(each, part, ranks)
+                    derive(each, part, device_mesh)
         for layer in layers:
-            layer.register_forward_pre_hook(functools.partial(_of_part, ranks), with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(_of_part, device_mesh), with_kwargs=True)
         return module
 
 
@@ -129,14 +132,14 @@ def _check_supported(module: nn.Module) -> None:
         return
     expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
     is_layer = isinstance(module, (Recurrent, MinConv)) and module.role == "sequence"
-    if hasattr(module, "ranks") or not (is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))):
-        got = f"{module.name} that is already parallel" if hasattr(module, "ranks") else module.name
+    if hasattr(module, "mesh") or not (is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))):
+        got = f"{module.name} that is already parallel" if hasattr(module, "mesh") else module.name
         remedy = "nobody knows how the state of another layer continues over parts"
         raise ValueError(expectation(_NAME, "module", expected, got, remedy))
 
 
 @eager
-def _of_part(ranks: Ranks, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Check a call on all ranks, and replace the lengths by those of the part of this rank."""
     own: Any
     try:
@@ -144,7 +147,9 @@ def _of_part(ranks: Ranks, module: Any, args: Any, kwargs: Any) -> tuple[Any, An
         own = *_checked(module, bound.arguments), None
     except (TypeError, ValueError) as error:
         own = 0, {}, error
-    steps, facts, errors = zip(*ranks.gather_objects(own), strict=True)
+    of_all: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(of_all, own, mesh.get_group())
+    steps, facts, errors = zip(*of_all, strict=True)
     for rank, raised in enumerate(errors):
         if raised is not None:
             raise own[-1] or type(raised)(f"rank {rank} of {_NAME}: {raised}")
@@ -156,7 +161,7 @@ def _of_part(ranks: Ranks, module: Any, args: Any, kwargs: Any) -> tuple[Any, An
     lengths = bound.arguments.get("lengths")
     if lengths is not None:
         check_lengths(module.name, lengths, facts[0]["batch"], sum(steps), lengths.device)
-        bound.arguments["lengths"] = (lengths.long() - sum(steps[: ranks.rank])).clamp(0, own[0])
+        bound.arguments["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
     return bound.args, bound.kwargs
 
 
@@ -187,10 +192,10 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 class _Layers(Recurrent):
     """Layers of which each computes the recurrence of a part."""
 
-    ranks: Ranks
+    mesh: DeviceMesh
 
     def all_states(self, *args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = _of_part(self.ranks, self, args, kwargs)
+        args, kwargs = _of_part(self.mesh, self, args, kwargs)
         return super().all_states(*args, **kwargs)
 
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
@@ -209,55 +214,47 @@ class _Model(LanguageModel):
         )
 
 
-class _Layer(Directions):
+class _Layer(Part):
     """A layer that computes the recurrence of a part."""
-
-    ranks: Ranks
-
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
-        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
 
     @eager
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        shape = (inputs[0].shape[1 if layout.time_first else 0], 1, *inputs[0].shape[2:])
-        h = start.h.expand(shape)
         # The accumulation dtype, in which states travel.
-        tensors = flattened(start._replace(h=as_dtype(h, accumulate_dtype(h.dtype))), layout)
-        out, last = _Recurrence.apply(self.ranks, spec, layout.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
-        return out, as_dtype(last, h.dtype)
+        h = as_dtype(start.h, accumulate_dtype(start.h.dtype))
+        tensors = flattened(start._replace(h=h), layout)
+        out, last = _Recurrence.apply(self.mesh, spec, layout.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
+        return out, as_dtype(last, start.h.dtype)
 
     @eager
     def _in_reverse(self, start: Start, layout: Layout) -> Start:
-        steps = (None if x is None else _of_next_step(self.ranks, x, layout) for x in (start.reset, start.dt))
+        steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (start.reset, start.dt))
         return with_steps(start, *steps)
 
 
-def _of_next_step(ranks: Ranks, x: Tensor, layout: Layout) -> Tensor:
+def _of_next_step(mesh: DeviceMesh, x: Tensor, layout: Layout) -> Tensor:
     """Return the value of the next step, also if another rank has it.
 
     After the last step of the whole sequence comes False for resets, and for elapsed times that of its first step.
     """
-    time = 0 if layout.time_first else 1
+    time, rank = 0 if layout.time_first else 1, mesh.get_local_rank()
     dtype = x.dtype if x.is_floating_point() else torch.float32
     first = x.select(time, 0).to(dtype) if x.shape[time] > 0 else x.new_zeros(x.shape[1 - time], dtype=dtype)
     exists = torch.full_like(first, x.shape[time] > 0) if layout.lengths is None else (layout.lengths > 0).to(dtype)
-    exist, firsts = ranks.gather(torch.stack([exists, first])).unbind(1)
-
-    def first_of(ranks: range, following: Tensor) -> Tensor:
-        for rank in reversed(ranks):
-            following = torch.where(exist[rank] > 0, firsts[rank], following)
-        return following
-
-    at_end = torch.zeros_like(first)
-    if x.is_floating_point():
-        at_end = first_of(range(ranks.size), at_end)
-    at_end = first_of(range(ranks.rank + 1, ranks.size), at_end).to(x.dtype)
-    return of_next_step(x, at_end.unsqueeze(time).expand_as(x), layout)
+    exist, firsts = _gather(mesh, torch.stack([exists, first])).unbind(1)
+    following = torch.zeros_like(first)
+    for other in [*range(rank + 1, mesh.size()), *range(rank + 1 if x.is_floating_point() else 0)][::-1]:
+        following = torch.where(exist[other] > 0, firsts[other], following)
+    return of_next_step(x, following.to(x.dtype).unsqueeze(time).expand_as(x), layout)
 
 
-def _gather(ranks: Ranks, parts: int, *states: Tensor) -> tuple[Tensor, ...]:
+def _gather(mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """Return x of all ranks, (ranks, *x.shape). The gradient of x is the sum of the gradients on all ranks."""
+    return DTensor.from_local(x.unsqueeze(0), mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
+
+
+def _numbers(mesh: DeviceMesh, parts: int, *states: Tensor) -> tuple[Tensor, ...]:
     """Return states of all ranks, as numbers."""
-    return ranks.gather(torch.stack([to_parts(each, parts) for each in states])).unbind(1)
+    return _gather(mesh, torch.stack([to_parts(each, parts) for each in states])).unbind(1)
 
 
 def _carry(along: range, products: Tensor, values: Tensor, state: Tensor, parts: int) -> Tensor:
@@ -276,18 +273,18 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
+    def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
         start, layout, inputs = from_flat([h, *args], time_first)
-        _, last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)
-        parts, along = parts_of(spec.cell), range(ranks.size)[:: -1 if spec.reverse else 1]
-        products, lasts = _gather(ranks, parts, _product(spec, inputs, start, layout), last)
+        last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)[1]
+        parts, along = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1]
+        products, lasts = _numbers(mesh, parts, _product(spec, inputs, start, layout), last)
         # In the order in which the state passes the ranks.
-        index = along.index(ranks.rank)
+        index = along.index(mesh.get_local_rank())
         before = _carry(along[:index], products, lasts, to_parts(h, parts), parts)
         after = _carry(along[index:], products, lasts, before, parts)
         start = start._replace(h=from_parts(before, parts))
         out, _ = ops.recurrence(spec, inputs, start, layout)
-        ctx.ranks, ctx.spec, ctx.time_first = ranks, spec, time_first
+        ctx.mesh, ctx.spec, ctx.time_first = mesh, spec, time_first
         ctx.is_first, ctx.later = index == 0, along[index + 1 :]
         ctx.save_for_backward(products, start.h, *args)
         return out, from_parts(after, parts)
@@ -306,7 +303,7 @@ class _Recurrence(torch.autograd.Function):
         (own,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
         # The gradient of the state after this part, from those of the states before the later parts and after all.
         parts = parts_of(ctx.spec.cell)
-        deltas, of_last = _gather(ctx.ranks, parts, own, grad_last)
+        deltas, of_last = _numbers(ctx.mesh, parts, own, grad_last)
         delta = _carry(ctx.later[::-1], conjugate(products, parts), deltas, of_last.sum(0), parts)
         states = (out, last), (grad_out, from_parts(delta, parts))
         wanted = [x for x, need in zip(args, needs, strict=True) if x is not None and need]
@@ -319,45 +316,35 @@ class _Recurrence(torch.autograd.Function):
 
 def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
     """Return the product of the decays of all steps; 0 if there is a reset."""
-    parts = parts_of(spec.cell)
-    one, reset = one_like(to_parts(start.h, parts), parts), start.reset
+    parts, reset = parts_of(spec.cell), padded_call(Call(spec, list(inputs), start, layout)).start.reset
+    one = from_parts(one_like(to_parts(start.h, parts), parts), parts)
     # With candidates of 0, the state from 1 is the product.
     inputs = [*inputs[:-1], torch.zeros_like(inputs[-1])]
-    start = Start(from_parts(one, parts), start.h, None, start.dt)
-    product = to_parts(ops.recurrence(spec._replace(activation="linear"), inputs, start, layout)[1], parts)
+    _, product = ops.recurrence(spec._replace(activation="linear"), inputs, Start(one, one, None, start.dt), layout)
     # Not 0, which means a reset: infinity and NaN do not decay.
     product = product.masked_fill(product == 0, torch.finfo(product.dtype).tiny)
-    if reset is not None:
-        reset = reset.t() if layout.time_first else reset
-        if layout.lengths is not None:
-            reset = reset.masked_fill(padding_of(layout.lengths, reset), False)
-        product = product.masked_fill(along(reset.any(1), product), 0.0)
-    return from_parts(product, parts)
+    return product if reset is None else product.masked_fill(along(reset.any(1), product), 0.0)
 
 
 class _CausalConv(CausalConv):
     """A convolution whose first inputs are the last ones of the ranks before."""
 
-    ranks: Ranks
+    mesh: DeviceMesh
 
     @eager
     def forward(self, x: Tensor, state: Tensor, reset: Any = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
-        # The state after this part from 0, and where it has inputs from before.
+        # The state after this part from 0, and which of the states before it has, as numbers from 1 on.
         tail = self._state_after(*self._past(x, torch.zeros_like(state), reset), lengths)
-        blank, old = torch.zeros_like(x[..., :1]), torch.ones_like(state[..., :1])
-        is_old = self._state_after(*self._past(blank, old, reset), lengths)
-        before = after = state.to(x.dtype)
-        for rank, own in enumerate(self.ranks.gather(torch.cat([tail, is_old], -1))):
-            before = after if rank == self.ranks.rank else before
-            after = _shifted(after, own[..., :-1], own[..., -1:] > 0)
-        return super().forward(x, before, reset, lengths)[0], after
-
-
-def _shifted(state: Tensor, tail: Tensor, is_old: Tensor) -> Tensor:
-    """Return the last inputs (1, B, K, C) after a part: the first, where `is_old`, are the last of `state`."""
-    count = state.shape[2]
-    index = torch.arange(count, device=state.device).unsqueeze(1) + count - is_old.sum(2, keepdim=True)
-    return torch.where(is_old, state.gather(2, index.clamp_max(count - 1).expand_as(state)), tail)
+        numbers = torch.arange(1.0, self.kernel_size, device=x.device).view(1, 1, -1, 1).expand_as(state[..., :1])
+        blank = torch.zeros_like(x[..., :1], dtype=numbers.dtype)
+        old = self._state_after(*self._past(blank, numbers, reset), lengths)
+        states = [state.to(x.dtype)]
+        for own, index in zip(_gather(self.mesh, tail), _gather(self.mesh, old).long(), strict=True):
+            kept = states[-1].gather(2, (index - 1).clamp_min(0).expand_as(own))
+            states.append(torch.where(index > 0, kept, own))
+        # Of all states, so that all ranks gather gradients.
+        before = torch.stack(states)[self.mesh.get_local_rank()]
+        return super().forward(x, before, reset, lengths)[0], states[-1]
 
 
 # Replaced methods of each class, if it has any. All ranks call them in the same order.

@@ -7,9 +7,9 @@ all ranks gather the outputs.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
@@ -19,7 +19,7 @@ from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import parts_of
 from ..ops.shape import States
-from .ranks import Ranks, derive, eager, outermost
+from .ranks import Part, check_mesh, derive, eager, outermost
 
 _NAME = "TensorParallel"
 
@@ -80,105 +80,104 @@ class TensorParallel(ParallelStyle):
         self.is_sharded = output_layouts == Shard(-1)
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        ranks, layers = Ranks(_NAME, device_mesh), outermost(_NAME, module)
+        check_mesh(_NAME, device_mesh)
+        layers = outermost(_NAME, module)
         found: list[Any] = [each for layer in layers for each in layer.modules() if isinstance(each, Directions)]
         for each in found:
-            _check_divisible(each, ranks)
+            _check_divisible(each, device_mesh.size())
         if self.is_sharded:
             last, is_layer = found[-1], len(layers) == 1 and isinstance(layers[0], Recurrent)
             is_plain = is_layer and not last.residual and not last.highway and len(last.maps()) == 1
             expected = "Replicate() unless the module is a layer with one direction and no residual"
             require(_NAME, "output_layouts", is_plain, expected, "Shard(-1)")
         for each in found:
-            is_linear = isinstance(each, RecurrentLayer)
-            parts = each.num_inputs + each.highway if is_linear else 2
+            parts = each.num_inputs + each.highway if isinstance(each, RecurrentLayer) else 2
             for linear in each.maps():
-                derive(linear, _Linear if is_linear else _Conv, ranks)
+                derive(linear, _Rows, device_mesh)
                 linear.divide(parts, self.src_data_rank)
-            derive(each, _Layer, ranks)
+            derive(each, _Layer, device_mesh)
             each.is_sharded = self.is_sharded and each is found[-1]
         return module
 
 
-def _check_divisible(layer: Any, ranks: Ranks) -> None:
+def _check_divisible(layer: Any, size: int) -> None:
     numbers = layer.hidden_dims // parts_of(layer.cell)
     why = None
-    if hasattr(layer, "ranks"):
+    if hasattr(layer, "mesh"):
         why = "is already parallel"
     elif getattr(layer, "projections", None) is not None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
     elif layer.groups > 1:
         why = "has groups, whose channels are in other places than those of a rank"
-    elif numbers % ranks.size:
-        why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {ranks.size} ranks"
+    elif numbers % size:
+        why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
     if why is not None:
         raise ValueError(f"{_NAME}: module cannot be divided: a layer with gate {layer.cell!r} {why}")
 
 
-class _Layer(Directions):
+class _Layer(Part):
     """A layer that computes the features of its rank."""
 
-    ranks: Ranks
     is_sharded: bool
-
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
-        return self._recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
 
     @eager
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
-        inputs = super()._inputs(self.ranks.copy(y), reverse)
-        return [*inputs[:-1], self.ranks.join(inputs[-1])] if getattr(self, "highway", False) else inputs
+        # Each rank computes a part of the gradient of y, which is their sum.
+        y = DTensor.from_local(y, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+        inputs = super()._inputs(y, reverse)
+        return [*inputs[:-1], self._join(inputs[-1])] if getattr(self, "highway", False) else inputs
 
     @eager
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        is_packed, own = layout.batch_sizes is not None, inputs[0]
-        batch = start.h.shape[0] if is_packed else own.shape[1 if layout.time_first else 0]
-        shape = (batch, 1, self.hidden_dims, *(() if is_packed else own.shape[3:]))
-        h, initial_state = (self.ranks.divide(each.expand(shape)) for each in start[:2])
+        h, initial_state = map(self._divide, start[:2])
         out, last = ops.recurrence(spec, inputs, start._replace(h=h, initial_state=initial_state), layout)
-        return out if self.is_sharded else self.ranks.join(out), self.ranks.join(last)
+        return out if self.is_sharded else self._join(out), self._join(last)
+
+    def _join(self, x: Tensor) -> Tensor:
+        """Return the features of all ranks, from those of this rank."""
+        return DTensor.from_local(x, self.mesh, [_of_features(x)]).full_tensor()
+
+    def _divide(self, x: Tensor) -> Tensor:
+        """Return the features of this rank."""
+        return DTensor.from_local(x, self.mesh, [Replicate()]).redistribute(placements=[_of_features(x)]).to_local()
+
+
+def _of_features(x: Tensor) -> Shard:
+    # Packed steps are (P, H), all others (B, S, H, *) or (S, B, H, *).
+    return Shard(min(2, x.dim() - 1))
 
 
 class _Rows(nn.Module):
     """A linear map or a convolution with a part of the rows of each input of a cell."""
 
-    ranks: Ranks
+    mesh: DeviceMesh
     parts: int
+    # The rows of this rank, with which the methods of torch compute.
+    weight = property(lambda self: self._own("weight"))
+    bias = property(lambda self: self._own("bias"))
 
     def divide(self, parts: int, src_data_rank: int | None) -> None:
         self.parts = parts
-        for name, whole in [*self._parameters.items()]:
-            if whole is not None:
-                rows = nn.Parameter(self._divided(whole.detach(), src_data_rank), whole.requires_grad)
-                self.register_parameter(name, rows)
+        for name, whole in [*self.named_parameters(recurse=False)]:
+            rows = self._divided(whole.detach(), src_data_rank)
+            self.register_parameter(name, nn.Parameter(rows, whole.requires_grad))
 
     def _divided(self, whole: Tensor, src_data_rank: int | None = None) -> Tensor:
         """Return rows as a DTensor (parts, H, *), of which each rank has a part of H."""
         rows = torch.unflatten(whole, 0, (self.parts, -1))
-        return distribute_tensor(rows, self.ranks.mesh, [Shard(1)], src_data_rank=src_data_rank)
+        return distribute_tensor(rows, self.mesh, [Shard(1)], src_data_rank=src_data_rank)
 
-    def _own(self) -> list[Any]:
-        rows: list[Any] = [self._parameters["weight"], self._parameters["bias"]]
-        return [None if each is None else each.to_local().flatten(0, 1) for each in rows]
+    def _own(self, name: str) -> Any:
+        rows: Any = self._parameters[name]
+        return None if rows is None else rows.to_local().flatten(0, 1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        rows: dict[str, Any] = {name: each for name, each in self._parameters.items() if each is not None}
-        destination.update((prefix + name, each.detach().full_tensor().flatten(0, 1)) for name, each in rows.items())
+        parameters: Any = self.named_parameters(recurse=False)
+        destination.update((prefix + name, rows.detach().full_tensor().flatten(0, 1)) for name, rows in parameters)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, rows in self._parameters.items():
+        for name, rows in self.named_parameters(recurse=False):
             whole = state_dict.get(prefix + name)
-            if rows is not None and whole is not None and whole.shape == rows.flatten(0, 1).shape:
+            if whole is not None and whole.shape == rows.flatten(0, 1).shape:
                 state_dict[prefix + name] = self._divided(whole.to(rows.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Linear(_Rows):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._own())
-
-
-class _Conv(_Rows):
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super()._conv_forward(x, *self._own())  # type: ignore[misc]
-        return out
