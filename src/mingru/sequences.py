@@ -79,8 +79,7 @@ def elapsed_times(
     check_type(name, "t", t, Tensor, f"a tensor {letters}", remedy)
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
-    if t.dim() != 2:
-        raise ValueError(expectation(name, "t", letters, dims(t.shape)))
+    require(name, "t", t.dim() == 2, letters, dims(t.shape))
     check_reset(name, reset, t, letters)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
@@ -157,8 +156,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     name = "reset_from_lengths"
     check_integers(name, lengths, "(N,)")
     require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
-    if bool((lengths < 1).any()):
-        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
+    require(name, "lengths", bool((lengths > 0).all()), "at least 1 each", str(lengths.tolist()))
     ends = lengths.cumsum(0)
     total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps
@@ -202,9 +200,9 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out:
     """
     name, time = "check_resets", 1 if getattr(rnn, "batch_first", True) else 0
     check_reset(name, reset, x, "(B, S)" if time == 1 else "(S, B)")
-    if not reset.narrow(time, 1, reset.shape[time] - 1).any():
-        expected = "True somewhere after the first step"
-        raise ValueError(expectation(name, "reset", expected, "no such flag", "pass a rollout in which episodes begin"))
+    expected, remedy = "True somewhere after the first step", "pass a rollout in which episodes begin"
+    has_starts = bool(reset.narrow(time, 1, reset.shape[time] - 1).any())
+    require(name, "reset", has_starts, expected, "no such flag", remedy)
 
     def errors(flags: Tensor) -> Tensor:
         """Return the largest error in each sequence."""

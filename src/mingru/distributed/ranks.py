@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..check import check_type, expectation, require
+from ..check import check_type, require
 from ..modules.layer import Layer
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Start
@@ -52,9 +52,8 @@ def outermost(name: str, module: nn.Module) -> list[Any]:
     layers = [each for each in module.modules() if isinstance(each, Layer)]
     inner = {each for layer in layers for each in layer.modules() if each is not layer}
     found = [layer for layer in layers if layer not in inner]
-    if not found:
-        expected = "a layer or model of this library, or a module that contains one"
-        raise ValueError(expectation(name, "module", expected, type(module).__name__))
+    expected = "a layer or model of this library, or a module that contains one"
+    require(name, "module", bool(found), expected, type(module).__name__)
     return found
 
 

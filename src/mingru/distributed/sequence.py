@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check import check_integers, check_lengths, check_type, expectation
+from ..check import check_integers, check_lengths, check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv
 from ..models.language_model import LanguageModel
@@ -131,11 +131,11 @@ def _check_supported(module: nn.Module) -> None:
     if not isinstance(module, Layer):
         return
     expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
+    remedy = "nobody knows how the state of another layer continues over parts"
     is_layer = isinstance(module, (Recurrent, MinConv)) and module.role == "sequence"
-    if hasattr(module, "mesh") or not (is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))):
-        got = f"{module.name} that is already parallel" if hasattr(module, "mesh") else module.name
-        remedy = "nobody knows how the state of another layer continues over parts"
-        raise ValueError(expectation(_NAME, "module", expected, got, remedy))
+    is_known = is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))
+    got = module.name + (" that is already parallel" if hasattr(module, "mesh") else "")
+    require(_NAME, "module", is_known and not hasattr(module, "mesh"), expected, got, remedy)
 
 
 @eager
@@ -155,9 +155,8 @@ def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any
             raise own[-1] or type(raised)(f"rank {rank} of {_NAME}: {raised}")
     for name in facts[0]:
         values = [each[name] for each in facts]
-        if any(value != values[0] for value in values):
-            expected = f"equal on all ranks of {_NAME}"
-            raise ValueError(expectation(module.name, name, expected, ", ".join(map(str, values))))
+        expected, got = f"equal on all ranks of {_NAME}", ", ".join(map(str, values))
+        require(module.name, name, values == values[:1] * len(values), expected, got)
     lengths = bound.arguments.get("lengths")
     if lengths is not None:
         check_lengths(module.name, lengths, facts[0]["batch"], sum(steps), lengths.device)

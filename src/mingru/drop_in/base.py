@@ -63,8 +63,7 @@ class DropIn(Recurrent):
             check_int(name, "hidden_size", hidden_size)
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
-        if isinstance(dropout, (bool, str)):
-            raise ValueError(expectation(name, "dropout", "a number from 0 to 1", repr(dropout)))
+        require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
         check_int(name, "proj_size", proj_size, least=0)
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..check import expectation
+from ..check import check_type, expectation, require
 from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
 
 
@@ -56,8 +56,7 @@ def replace(
         >>> print(mingru.drop_in.replace(model))
         rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(expectation("replace", "model", "a torch.nn.Module", type(model).__name__))
+    check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
     if isinstance(model, of_torch):
         got = f"{described(model)} itself"
@@ -73,9 +72,9 @@ def replace(
     for _, _, name, layer in found:
         if type(layer) not in wanted:
             continue
-        if any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks")):
-            remedy = "remove them, and register suitable hooks on the new layer"
-            raise ValueError(expectation("replace", name, "a layer without hooks", "hooks", remedy))
+        has_hooks = any(hooks for key, hooks in vars(layer).items() if key.endswith("_hooks"))
+        remedy = "remove them, and register suitable hooks on the new layer"
+        require("replace", name, not has_hooks, "a layer without hooks", "hooks", remedy)
         if layer not in new_layers:
             new_layers[layer] = _twin_of(layer, wanted[type(layer)])
     report = Report([], [])

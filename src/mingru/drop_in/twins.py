@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..check import check_flag, check_int, expectation
+from ..check import check_flag, check_int, require
 from ..unknown_arguments import unknown_argument
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
@@ -28,8 +28,7 @@ def wanted_twins(
     """
     check_flag(name, "gru", gru, f"{name} with gru=False replaces LSTMs alone, and with lstm=False GRUs alone")
     check_flag(name, "lstm", lstm)
-    if not (gru or lstm):
-        raise ValueError(expectation(name, "gru or lstm", "True", "False for both"))
+    require(name, "gru or lstm", gru or lstm, "True", "False for both")
     # By their names, because `torch.nn.GRU` is another class in a block of `patch`.
     twins = [(of_torch, twin) for of_torch, twin in TWINS.items() if (gru if "GRU" in twin.__name__ else lstm)]
     known = {of_torch: inspect.signature(twin).parameters for of_torch, twin in twins}

@@ -5,7 +5,6 @@ This module does not import PufferLib, because its versions have different class
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import drop_in
@@ -108,9 +107,7 @@ class MinGRU(nn.Module):
 
     def initial_state(self, batch_size: int, device: Any) -> tuple[Tensor]:
         """Return the state (L, B, H) in a tuple."""
-        # An empty sequence keeps its initial state, learned or 0.
-        x = torch.zeros(batch_size, 1, self.hidden_size, device=device)
-        return (self.rnn(x, lengths=torch.zeros(batch_size, dtype=torch.long, device=device))[1],)
+        return (self.rnn.initial(batch_size).to(device).clone(),)
 
     def forward_eval(self, h: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
         """Return the output (B, H) of one step, and the next state."""

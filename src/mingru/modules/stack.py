@@ -197,11 +197,10 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         """Return the map from the layer's input to the shape of its output, for `residual`."""
         if not self.residual or layer.input_dims == layer.output_dims or isinstance(layer, PerStep):
             return nn.Identity()
-        if layer.num_space_dims > 0:
-            expected = "a layer with as many output as input channels because residual is True"
-            got = f"{layer.input_dims} input and {layer.output_dims} output channels"
-            remedy = "pass residual=True to the layer instead"
-            raise ValueError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
+        expected = "a layer with as many output as input channels because residual is True"
+        got = f"{layer.input_dims} input and {layer.output_dims} output channels"
+        remedy = "pass residual=True to the layer instead"
+        require(self.name, f"layers[{index}]", layer.num_space_dims == 0, expected, got, remedy)
         weight = next(layer.parameters(), torch.empty(0))
         return nn.Linear(layer.input_dims, layer.output_dims, bias=False, device=weight.device, dtype=weight.dtype)
 
