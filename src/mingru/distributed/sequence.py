@@ -157,10 +157,13 @@ def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any
         values = [each[name] for each in facts]
         expected, got = f"equal on all ranks of {_NAME}", ", ".join(map(str, values))
         require(module.name, name, values == values[:1] * len(values), expected, got)
-    lengths = bound.arguments.get("lengths")
+    given = bound.arguments
+    lengths = given.get("lengths")
     if lengths is not None:
         check_lengths(module.name, lengths, facts[0]["batch"], sum(steps), lengths.device)
-        bound.arguments["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
+        given["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
+        name, x = next(iter(given.items()))
+        given[name] = without_padding(x, given["lengths"], not getattr(module, "batch_first", True))
     return bound.args, bound.kwargs
 
 
@@ -199,11 +202,6 @@ class _Layers(Recurrent):
 
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
         return True  # Packed parts of sequences would have other batches on each rank.
-
-    def _run(self, x: Tensor, state: Tensor, reset: Any, dt: Any, layout: Layout) -> States:
-        if layout.lengths is not None:
-            x = without_padding(x, layout.lengths, layout.time_first)
-        return super()._run(x, state, reset, dt, layout)
 
 
 class _Model(LanguageModel):
