@@ -36,13 +36,18 @@ from ..modules.layer import Layer
 from ..modules.per_step import PerStep
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stack import Stack
+from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
 from ..ops.cells import parts_of
+from ..ops.graph import is_autocast
 from ..ops.layout import of_next_step, padded_call, without_padding
+from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Part, check_mesh, derive, eager, outermost
 
 _NAME = "SequenceParallel"
+# With so few input features, it takes little time to compute pre-activations again.
+_NARROW = 64
 
 
 class SequenceParallel(ParallelStyle):
@@ -95,7 +100,9 @@ class SequenceParallel(ParallelStyle):
         are no second derivatives. Under `torch.compile`, the recurrence is not in the graph.
 
     Differences from one process: the forward pass runs the recurrence twice more, for P and `last`. The backward pass
-    runs it again, and its backward pass twice. Packed sequences must be padded, and on CPUs, `lengths` are slower.
+    runs it again, and its backward pass twice. With at most 64 input features, or with `recompute=True`, layers do not
+    store pre-activations, which the backward pass computes again. Packed sequences must be padded, and on CPUs,
+    `lengths` are slower.
 
     Examples:
         >>> import torch.distributed as dist
@@ -214,18 +221,39 @@ class _Model(LanguageModel):
 class _Layer(Part):
     """A layer that computes the recurrence of a part."""
 
-    @eager
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
+        return self._over_ranks(spec, None, inputs, inputs, start, layout)
+
+    @eager
+    def _over_ranks(
+        self, spec: Spec, linear: Any, saved: list[Tensor], inputs: list[Tensor], start: Start, layout: Layout
+    ) -> States:
+        """Return the recurrence over all ranks. `saved`: the inputs, or x if there is `linear`."""
         # The accumulation dtype, in which states travel.
         h = as_dtype(start.h, accumulate_dtype(start.h.dtype))
-        tensors = flattened(start._replace(h=h), layout)
-        out, last = _Recurrence.apply(self.mesh, spec, layout.time_first, *tensors, *inputs)  # type: ignore[no-untyped-call]
+        parameters = [] if linear is None else list(linear.parameters())
+        given = *parameters, *flattened(start._replace(h=h), layout), *saved
+        out, last = _Recurrence.apply(self.mesh, spec, linear, inputs, layout.time_first, len(parameters), *given)  # type: ignore[no-untyped-call]
         return out, as_dtype(last, start.h.dtype)
 
     @eager
     def _in_reverse(self, start: Start, layout: Layout) -> Start:
         steps = (None if x is None else _of_next_step(self.mesh, x, layout) for x in (start.reset, start.dt))
         return with_steps(start, *steps)
+
+
+class _LinearLayer(_Layer, RecurrentLayer):
+    """A layer that does not store its pre-activations if they take much more memory than x."""
+
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
+        linear = self.maps()[reverse]
+        is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
+        recompute = y.shape[-1] <= _NARROW if self.recompute is None else self.recompute
+        if not (is_plain and recompute):
+            return super()._direction(y, start, layout, reverse)
+        with torch.no_grad():
+            inputs = self._inputs(y, reverse)
+        return self._over_ranks(self.spec(reverse), linear, [y], inputs, start, layout)
 
 
 def _of_next_step(mesh: DeviceMesh, x: Tensor, layout: Layout) -> Tensor:
@@ -265,13 +293,17 @@ def _carry(along: range, products: Tensor, values: Tensor, state: Tensor, parts:
 class _Recurrence(torch.autograd.Function):
     """Return the outputs of a part, and the state after all parts.
 
-    The backward pass runs the recurrence again. It could use the graph of the forward pass instead, but then, under
-    activation checkpointing, ranks without steps would compute fewer collectives than the others.
+    The backward pass runs the recurrence again, also the linear map if there is one. It could use the graph of the
+    forward pass instead, but then, under activation checkpointing, ranks without steps would compute fewer collectives
+    than the others.
     """
 
     @staticmethod
-    def forward(ctx: Any, mesh: DeviceMesh, spec: Spec, time_first: bool, h: Tensor, *args: Any) -> States:
-        start, layout, inputs = from_flat([h, *args], time_first)
+    def forward(
+        ctx: Any, mesh: DeviceMesh, spec: Spec, linear: Any, inputs: Any, time_first: bool, first: int, *args: Any
+    ) -> States:
+        start, layout, _ = from_flat(args[first:], time_first)
+        h = start.h
         last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)[1]
         parts, along = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1]
         products, lasts = _numbers(mesh, parts, _product(spec, inputs, start, layout), last)
@@ -281,34 +313,41 @@ class _Recurrence(torch.autograd.Function):
         after = _carry(along[index:], products, lasts, before, parts)
         start = start._replace(h=from_parts(before, parts))
         out, _ = ops.recurrence(spec, inputs, start, layout)
-        ctx.mesh, ctx.spec, ctx.time_first = mesh, spec, time_first
+        ctx.mesh, ctx.spec, ctx.linear, ctx.time_first, ctx.parameters = mesh, spec, linear, time_first, args[:first]
         ctx.is_first, ctx.later = index == 0, along[index + 1 :]
-        ctx.save_for_backward(products, start.h, *args)
+        # Parameters too, so that torch refuses those that were changed since.
+        ctx.save_for_backward(products, start.h, *args[first + 1 :], *args[:first])
         return out, from_parts(after, parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> Any:
         products, *saved = ctx.saved_tensors
-        needs = True, *ctx.needs_input_grad[4:]
-        args = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
-        start, layout, inputs = from_flat(args, ctx.time_first)
+        first, needs = len(ctx.parameters), [*ctx.needs_input_grad[6:]]
+        needs[first] = True
+        own = zip(saved, needs[first:], strict=False)
+        args = [x if x is None else x.detach().requires_grad_(need) for x, need in own]
+        start, layout, tensors = from_flat(args, ctx.time_first)
         with torch.enable_grad():
-            out, last = ops.recurrence(ctx.spec, inputs, start, layout)
+            if ctx.linear is None:
+                out, last = ops.recurrence(ctx.spec, tensors, start, layout)
+            else:
+                out, last = ops.linear_recurrence(ctx.spec, tensors[0], ctx.linear, start, layout, recompute=True)
             # Otherwise `out` of a part without steps may need no gradient.
             out = out + start.h.sum() if out.numel() == 0 else out
-        (own,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
+        (of_out,) = torch.autograd.grad(out, start.h, grad_out, retain_graph=True)
         # The gradient of the state after this part, from those of the states before the later parts and after all.
         parts = parts_of(ctx.spec.cell)
-        deltas, of_last = _numbers(ctx.mesh, parts, own, grad_last)
+        deltas, of_last = _numbers(ctx.mesh, parts, of_out, grad_last)
         delta = _carry(ctx.later[::-1], conjugate(products, parts), deltas, of_last.sum(0), parts)
         states = (out, last), (grad_out, from_parts(delta, parts))
+        args = [*ctx.parameters, *args]
         wanted = [x for x, need in zip(args, needs, strict=True) if x is not None and need]
         found = iter(torch.autograd.grad(states[0], wanted, states[1], allow_unused=True))
-        grad_h, *grads = [next(found) if need else None for need in needs]
-        assert grad_h is not None
-        # On the first rank, this is the gradient of the state before the whole sequence.
-        return None, None, None, grad_h if ctx.is_first else torch.zeros_like(grad_h), *grads
+        grads: list[Any] = [next(found) if need else None for need in needs]
+        # On the first rank, the gradient of the state before the whole sequence.
+        grads[first] = grads[first] if ctx.is_first else torch.zeros_like(grads[first])
+        return *[None] * 6, *grads
 
 
 def _product(spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout) -> Tensor:
@@ -346,7 +385,7 @@ class _CausalConv(CausalConv):
 
 # Replaced methods of each class, if it has any. All ranks call them in the same order.
 _PARTS = {
-    RecurrentLayer: _Layer,
+    RecurrentLayer: _LinearLayer,
     MinConvLayer: _Layer,
     Recurrent: _Layers,
     LanguageModel: _Model,
