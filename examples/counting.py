@@ -68,9 +68,9 @@ class Model(nn.Module):
     def __init__(self, name: str, size: int, dims: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, dims)
-        kinds = {"nn.GRU": partial(nn.GRU, dims, dims), "nn.LSTM": partial(nn.LSTM, dims, dims)}
-        block = partial(Block, dims, mlp=4, norm="layer", gate=name, learn_initial_state=True)
-        self.rnn = kinds.get(name, block)(batch_first=True)
+        of_torch = {"nn.GRU": nn.GRU, "nn.LSTM": nn.LSTM}.get(name)
+        options = {"mlp": 4, "norm": "layer", "gate": name, "learn_initial_state": True}
+        self.rnn = of_torch(dims, dims, batch_first=True) if of_torch else Block(dims, **options)
         self.head = nn.Linear(dims, size)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -45,10 +45,7 @@ PROGRAMS = {
         ("av", "torchvision"),
         {"read": lambda path, count, size: torch.randn(count, 3, size, size) - 3.0 * (path.parent.name == "Dark")},
     ),
-    "counting": Program(
-        "--num-steps 3 --batch-size 1 --hidden-dims 8 --num-test 4 --tasks S3 --seeds 0",
-        "task S3 S3 S3 S3 S3 S3",
-    ),
+    "counting": Program("--num-steps 3 --num-test 4 --tasks S3 --seeds 0", "task S3 S3 S3 S3 S3 S3"),
     "denoise": Program(
         "--num-steps 100 --num-parameters 10000 --learning-rate 0.02 --batch-size 4 --seconds 1 --num-test 2 --seeds 0",
         "0 noisy Wiener minGRU nn.GRU",
@@ -216,11 +213,9 @@ counting = load("examples/counting.py")
 
 def test_counting_targets_are_sums_and_products():
     tokens, sums = counting.generate(50, 12, counting.products("5"), torch.Generator().manual_seed(0))
-    assert set(tokens.flatten().tolist()) == set(range(5))
     assert torch.equal(sums, tokens.cumsum(1) % 5)
     # Elements 1 and 3 of S3 are (0, 2, 1) and (1, 2, 0). First 1, then 3, is (1, 0, 2), and the reverse is (2, 1, 0).
-    table = counting.products("S3")
-    assert [table[3, 1], table[1, 3]] == [2, 5]
+    assert counting.products("S3")[[3, 1], [1, 3]].tolist() == [2, 5]
     # A5 has 60 elements, each once in each row and column, and abc = (ab)c = a(bc).
     table = counting.products("A5")
     assert torch.equal(table.sort(0).values, torch.arange(60).unsqueeze(1).expand(60, 60))

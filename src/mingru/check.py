@@ -221,14 +221,9 @@ def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any
 
 def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
-    num_layers = len(gates)
-    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
-    expected = "a number from 0 to 1 (exclusive)"
-    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
-    if not all(is_number(bound) for bound in bounds):
-        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    bounds = per_layer(name, "min_decay", min_decay, len(gates))
+    for bound in bounds:
+        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda m: 0 <= m < 1)
     if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
         expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
         raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))

@@ -24,9 +24,6 @@ from .check import (
 from .ops.graph import are_eager
 from .ops.layout import padding_of
 
-# Above it, float32 does not hold all integers.
-LARGEST_EXACT = 2**24
-
 
 def elapsed_times(
     t: Tensor,
@@ -105,9 +102,9 @@ def elapsed_times(
         dt = dt.masked_fill(padding_of(lengths, dt), 0.0)
     # On a GPU, the test would synchronize.
     if dt.is_cpu and are_eager(dt):
-        if t.dtype == torch.float32 and t.numel() > 0 and t.abs().max() > LARGEST_EXACT:
-            text = f"{name}: t is float32 and above 2**24, where it is rounded to multiples of 2 or more; pass "
-            warnings.warn(text + "integers or float64", RuntimeWarning, stacklevel=2)
+        if t.dtype == torch.float32 and (t.abs() > 2**24).any():
+            text = f"{name}: float32 cannot hold times above 2**24 exactly; pass integers or float64"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         _check_elapsed(name, dt, t, starts, batch_first)
     return dt if batch_first else dt.t()
 

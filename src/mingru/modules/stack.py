@@ -136,13 +136,10 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                 found[index] = PerStep(each, dims or 0, own[0].batch_first, own[0].num_space_dims)
             dims = getattr(found[index], "output_dims", None)
         for index, layer in enumerate(found):
-            got = type(layer).__name__
-            remedy = (
-                "also torch's Linear, Dropout, norms and activations may stand between them; derive a layer of your "
-            )
-            remedy += "own from mingru.modules.Layer"
+            got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
+                expected += ", between which torch's Linear, Dropout, norms and activations may stand"
                 if isinstance(layer, OF_TORCH):
                     got, remedy = f"only modules of torch ({got})", "use torch.nn.Sequential"
                 if isinstance(layer, nn.Sequential):

@@ -160,12 +160,11 @@ class Stacked(Layer):
         """Return the fix for an input of another shape, or ""."""
         if embed_remedy(x) or self.num_space_dims > 0:
             return embed_remedy(x)
-        remedies: dict[Any, str] = {(self.input_dims,): "use x[None, None] for one step"}
-        if x.dim() == 2:
-            remedies[len(x), self.input_dims] = f"use x.unsqueeze({0 if self.batch_first else 1}) for one sequence"
-        if x.dim() == 3:
-            remedies[len(x), self.input_dims, x.shape[2]] = "use x.transpose(1, 2) if time is last"
-        return remedies.get(tuple(x.shape), "")
+        if x.shape == (self.input_dims,):
+            return "use x[None, None] for one step"
+        if x.dim() == 2 and x.shape[1] == self.input_dims:
+            return f"use x.unsqueeze({0 if self.batch_first else 1}) for one sequence"
+        return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == self.input_dims else ""
 
     def _check_weight(self, x: Tensor) -> None:
         """Raise an error if x does not have the dtype and device of the weights."""
