@@ -51,7 +51,7 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
     args = args | {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
     values = [args.get(name) for name in kernels.PARAMETERS]
     constants, operands = values[: kernels.NUM_CONSTANTS], values[kernels.NUM_CONSTANTS :]
-    key = (device, plan.warps, *constants, *map(stand_in, operands))
+    key = (device, plan.warps, *constants, *[x if x is None else stand_in(x) for x in operands])
     if key in _failures:
         raise RuntimeError(_failures[key])
     # Fusion is given, because the default differs between versions of Triton.
