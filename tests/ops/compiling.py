@@ -1,5 +1,10 @@
-"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them."""
+"""Compile the Triton kernels for GPUs that are not there, and read what the compiler made of them.
 
+`python tests/ops/compiling.py` prints of the main kernels, on sm_80, sm_90, sm_100 and gfx942: instructions per state
+in the loop (not on AMD), registers, spills in the loop (on AMD all), and bytes of shared memory.
+"""
+
+import itertools
 import re
 import subprocess
 import tempfile
@@ -103,10 +108,7 @@ class Compiled:
         options = {"num_warps": plan.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)
         self.shared = self.compiled.metadata.shared
-        if self.target.backend == "cuda":
-            self._read_cuda()
-        else:
-            self._read_amd()
+        (self._read_cuda if self.target.backend == "cuda" else self._read_amd)()
 
     def _read_cuda(self) -> None:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -126,9 +128,8 @@ class Compiled:
 
     def _read_amd(self) -> None:
         text = self.compiled.asm["amdgcn"]
-        self.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        self.stack = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
-        self.local = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        self.registers, self.stack, self.local = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names)
         self.accesses = Counter()
         rdna = {"u8": 1, "b8": 1, "u16": 2, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
         sizes = rdna | {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
@@ -145,13 +146,18 @@ class Compiled:
                 labels[found[1]] = len(instructions)
             elif found := re.match(r"\s*\S+:\S*:\S*:\S*:\S*\s+(.*?);", line):
                 instructions.append(found[1])
-        best = (0, 0)
+        best = (0, 0, 0)
         for index, instruction in enumerate(instructions):
-            if found := re.search(r"BRA\S*\s+.*?(LBB\d+|\.L\S+)", instruction):
-                begin = labels.get(found[1].rstrip("`)("), index)
-                if begin < index and index - begin > best[1] - best[0]:
-                    best = (begin, index)
-        return instructions[best[0] : best[1] + 1]
+            if found := re.search(r"BRA\S*\s+.*?(LBB\d+|\.L\S+|0x\w+)", instruction):
+                # Triton makes no labels of the addresses of uniform branches. An instruction has 16 bytes.
+                place = found[1].rstrip("`)(")
+                begin = int(place, 16) // 16 if place.startswith("0x") else labels.get(place, index)
+                best = max(best, (index - begin, begin, index))
+        return instructions[best[1] : best[2] + 1]
+
+    def __str__(self) -> str:
+        per_state = f"{self.per_state():.0f}" if self.target.backend == "cuda" else "-"
+        return f"{per_state} / {self.registers} / {self.num_spills()} / {self.shared}"
 
     def per_state(self) -> float:
         """Return the number of instructions per state in the loop."""
@@ -160,10 +166,16 @@ class Compiled:
 
     def num_spills(self) -> int:
         """Return how many registers are saved in the loop, or on AMD GPUs anywhere."""
-        if self.target.backend == "hip":
-            return self.stack
-        opcodes = self.opcodes()
-        return opcodes["STL"] + opcodes["LDL"]
+        return self.stack if self.target.backend == "hip" else sum(self.opcodes()[name] for name in ("STL", "LDL"))
 
     def opcodes(self) -> Counter[str]:
         return Counter(re.sub(r"^@!?\w+\s+", "", line).split()[0].split(".")[0] for line in self.loop())
+
+
+if __name__ == "__main__":
+    cells = ("mingru positive", "mingru tanh", "minlstm tanh", "mingru_rotation tanh", "mingru_quaternion tanh")
+    shapes = {"forward": (8, 4096, 256), "backward": (8, 4096, 256), "summary": (1, 65_536, 32)}
+    for name, cell, dtype in itertools.product(shapes, cells, (torch.float32, torch.bfloat16)):
+        options = {"is_summary": name == "summary", "has_bias": name == "backward"}
+        case = Case(name.replace("summary", "forward"), *cell.split(), dtype, *shapes[name], **options)
+        print(name, cell, dtype, *(Compiled(case, target) for target in list(TARGETS)[1:5]), sep="\t", flush=True)
