@@ -72,10 +72,11 @@ def check(case, target):
     return found
 
 
+@pytest.mark.parametrize("name", ["forward", "backward"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_most_registers_of_each_cell(cell):
+def test_the_most_registers_of_each_cell(cell, name):
     """CI compiles these with the oldest version of Triton, too."""
-    check(case_of("backward", cell, BF16, FEW), "sm_90")
+    check(case_of(name, cell, BF16, FEW), "sm_90")
 
 
 FACTORS = {
@@ -118,9 +119,8 @@ def test_gradients_of_elapsed_times(target):
     for cell, shape in (("mingru", FEW), ("mingru_rotation", MANY)):
         found = Compiled(case_of("backward", cell, F32, shape, needs_dt=True, **TIMED), target)
         assert found.local == 0
-        if target == "sm_90":
-            # Triton 3.6 makes 8, Triton 3.9 makes 6.
-            assert found.opcodes()["BAR"] <= (8 if cell == "mingru" else 0)
+        # Triton 3.6 makes 8, Triton 3.9 makes 6.
+        assert target != "sm_90" or found.opcodes()["BAR"] <= (8 if cell == "mingru" else 0)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])

@@ -133,11 +133,11 @@ def summary(p, l, any_reset):
 def coefficients(x, time, delta, previous, CELL: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """Return a and b of a step of the scan, and the derivatives of its state.
 
-    In the backward pass, `delta` is the gradient of the state, and `previous` the state before the step. `previous` is
-    () if the derivatives are not needed.
+    In the backward pass, `delta` is the gradient of the state, and `previous` the state before the step. `delta` is ()
+    in the forward pass, and `previous` if the derivatives are not needed.
     """
     a, b, derivatives = cell(x, time, CELL, ACTIVATION, EXACT)
-    if delta is None:
+    if len(delta) == 0:
         return a, b, ()
     else:
         return conjugate(a), delta, changes_of(derivatives, previous) if len(previous) > 0 else ()
@@ -295,7 +295,8 @@ def recurrence_kernel(
             resets += (() if reset is None else tl.load(at(reset, first, t, rows), here, other=0) != 0,)
             # Steps that are not there have a time of 0.
             elapsed = None if dt is None else tl.load(at(dt, first, t, rows), here, other=0.0)
-            delta, previous = None, ()
+            # Not None, because Triton 3.6 compiles no tuple that has it.
+            delta, previous = (), ()
             if BACKWARD:
                 delta = load_state(at(grad_out, first, t, rows), mask, real, PARTS)
             if BACKWARD and not SUMMARY:
