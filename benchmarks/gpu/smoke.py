@@ -75,8 +75,7 @@ def slow_decays(device: torch.device, backend: str, steps: int) -> dict[str, flo
     for cell, min_decay in (("mingru", 0.0), ("mingru", 0.1), ("minlstm", 0.0), ("linear_scan", 0.0)):
         inputs, *_, dt = make(cell, 1, steps, 4, dtype=torch.float32)
         inputs[-2] -= 9.0
-        if cell == "linear_scan":
-            inputs = [(9.0 - inputs[1]).sigmoid(), inputs[1].abs()]
+        inputs = [(9.0 - inputs[1]).sigmoid(), inputs[1].abs()] if cell == "linear_scan" else inputs
         results = []
         for wide, name, place in ((torch.float32, backend, device), (torch.float64, "torch", "cpu")):
             leaves = [x.to(place, wide).requires_grad_() for x in inputs]

@@ -119,8 +119,7 @@ def speed(runs: Runs, _: dict[str, Any]) -> str:
     return markdown(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
 
 
-TABLES = {"copying": copying, "chomsky": chomsky, "gates": chomsky, "words": words, "groups": groups, "layers": layers}
-TABLES["speed"] = speed
+TABLES = {each.__name__: each for each in (copying, chomsky, words, groups, layers, speed)} | {"gates": chomsky}
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:

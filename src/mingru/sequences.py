@@ -76,7 +76,8 @@ def elapsed_times(
     check_type(name, "t", t, Tensor, f"a tensor {letters}", remedy)
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
-    require(name, "t", t.dim() == 2, letters, dims(t.shape))
+    if t.dim() != 2:
+        raise ValueError(expectation(name, "t", letters, dims(t.shape)))
     check_reset(name, reset, t, letters)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
@@ -103,8 +104,7 @@ def elapsed_times(
     # On a GPU, the test would synchronize.
     if dt.is_cpu and are_eager(dt):
         if t.dtype == torch.float32 and (t.abs() > 2**24).any():
-            text = f"{name}: float32 cannot hold times above 2**24 exactly; pass integers or float64"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{name}: float32 rounds times above 2**24; use float64 or int64", stacklevel=2)
         _check_elapsed(name, dt, t, starts, batch_first)
     return dt if batch_first else dt.t()
 
@@ -153,7 +153,8 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     name = "reset_from_lengths"
     check_integers(name, lengths, "(N,)")
     require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
-    require(name, "lengths", bool((lengths > 0).all()), "at least 1 each", str(lengths.tolist()))
+    if bool((lengths < 1).any()):
+        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
     ends = lengths.cumsum(0)
     total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps
