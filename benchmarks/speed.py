@@ -54,7 +54,7 @@ PRODUCTS = [(4096, 256, 512), (2048, 512, 1024), (2048, 64, 128), (2048, 10, 200
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
-SLOW_MS = 3000.0
+BATCH, SLOW_MS = 8, 3000.0
 PEER = "minGRU-pytorch"
 
 
@@ -437,12 +437,12 @@ class InLogSpace(mingru.MinGRU):
 
 
 def sweep(timer, hidden_dims):
-    """Time forward + backward by length, batch 1; methods that become too slow are left out for longer sequences."""
+    """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
         others = {"minGRU in log space (the paper's form)": InLogSpace(hidden_dims, hidden_dims)}
         slow = [name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS]
-        found = whole_layers(timer, (1, count, hidden_dims, hidden_dims), others, slow)
+        found = whole_layers(timer, (BATCH, count, hidden_dims, hidden_dims), others, slow)
         for name, (_, both) in found.items():
             times.setdefault(name, {})[count] = both
     return times
@@ -490,7 +490,7 @@ def plot(times, hidden_dims, path):
         for name, by_steps in times.items()
     ]
     labels = {"xlabel": "sequence length (steps)", "ylabel": "forward + backward (ms)"}
-    title = f"One layer, batch 1, {hidden_dims} features, {torch.get_num_threads()} CPU threads"
+    title = f"One layer, batch {BATCH}, {hidden_dims} features, {torch.get_num_threads()} CPU threads"
     draw(path, lines, is_log=True, title=title, **labels)
 
 
