@@ -6,7 +6,7 @@
 
 A sequence has random elements of a group, and the target of each time step is the product of those so far:
 
-- `--tasks 2`, or 3, 5 or 7: numbers below it, and their sum modulo it. Modulo 2, this is parity.
+- `2`, `3`, `5` and `7`: numbers, and their sum modulo this number. Modulo 2, it is the parity.
 - `S3`: the 6 permutations of 3 objects, one after the other.
 - `A5`: the 60 even permutations of 5 objects. Whatever computes their products can compute what any finite automaton
   does (Barrington 1989, "Bounded-Width Polynomial-Size Branching Programs Recognize Exactly Those Languages in NC1").
@@ -82,7 +82,7 @@ def train(run: Run, name: str, task: str, seed: int) -> tuple[list[float], float
     args, generator, table, length = run.args, torch.manual_seed(seed), products(task), [4]
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
-        (now,) = length
+        now = length[0]
         tokens, targets = run.fabric.to_device(generate(args.batch_size * TRAIN_LENGTH // now, now, table, generator))
         logits = model(tokens)
         if (logits.argmax(-1) == targets).float().mean() > 0.95:

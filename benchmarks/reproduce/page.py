@@ -93,12 +93,11 @@ def words(runs: Runs, _: dict[str, Any]) -> str:
 
 def groups(runs: Runs, _: dict[str, Any]) -> str:
     """Return a table with every seed, of results of the program `words`."""
-    found = by_seed(runs)[0]
     rows = []
-    for key in sorted(found):
-        lengths = zip(*(run["accuracy"] for run in found[key]), strict=True)
+    for key, group in sorted(by_seed(runs)[0].items()):
+        lengths = zip(*(run["accuracy"] for run in group), strict=True)
         shown = [", ".join(f"{100 * value:.1f}".removesuffix(".0") for value in values) for values in lengths]
-        rows.append([*key.split(": "), ", ".join(str(run["steps"]) for run in found[key]), *shown])
+        rows.append([*key.split(": "), ", ".join(str(run["steps"]) for run in group), *shown])
     return markdown(["task", "model", "training steps", "64", "256", "512", "1,024"], rows)
 
 
@@ -119,7 +118,8 @@ def speed(runs: Runs, _: dict[str, Any]) -> str:
     return markdown(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
 
 
-TABLES = {each.__name__: each for each in (copying, chomsky, words, groups, layers, speed)} | {"gates": chomsky}
+TABLES = {each.__name__: each for each in (copying, chomsky)} | {"gates": chomsky}
+TABLES |= {each.__name__: each for each in (words, groups, layers, speed)}
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:

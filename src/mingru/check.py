@@ -19,7 +19,7 @@ from .ops.cells import CELLS, GATES, parts_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
-from .unknown_arguments import counterparts, unknown_argument
+from .unknown_arguments import LENGTHS_OF_MASK, counterparts, unknown_argument
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,8 +59,8 @@ def dims(shape: tuple[int, ...]) -> str:
 
 def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
     remedy = "" if found is None or isinstance(found, str) else "use torch.as_tensor"
-    if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
-        remedy = "use torch.nn.utils.rnn.pad_sequence with batch_first=True, and pass lengths="
+    if argument == "x" and type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
+        remedy = "use torch.stack, or torch.nn.utils.rnn.pad_sequence and lengths="
     return TypeError(expectation(name, argument, expected, type(found).__name__, remedy))
 
 
@@ -221,9 +221,14 @@ def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any
 
 def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
-    bounds = per_layer(name, "min_decay", min_decay, len(gates))
-    for bound in bounds:
-        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda m: 0 <= m < 1)
+    num_layers = len(gates)
+    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
+    expected = "a number from 0 to 1 (exclusive)"
+    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
+    if not all(is_number(bound) for bound in bounds):
+        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
         expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
         raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
@@ -239,7 +244,7 @@ def check_tensor(
     if x.shape != shape:
         expected = f"{dims(shape)} because {like_name} is {dims(like.shape)}"
         remedy = f"to broadcast, use {argument}.expand, which copies nothing"
-        if x.dim() > like.dim():
+        if x.shape[:-1] == like.shape == shape:
             remedy = f"use {like_name}.unsqueeze(-1).expand_as({argument})"
         raise ValueError(expectation(name, argument, expected, dims(x.shape), remedy))
 
@@ -283,10 +288,11 @@ def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
 
 def mask_remedy(h: Any) -> str:
     """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
-    dtype = getattr(h, "dtype", None)
-    if dtype == torch.bool:
-        return "pass the starts of episodes as reset=, and a padding mask as lengths=mask.sum(1)"
-    return "pass lengths as lengths=" if dtype == torch.int64 else ""
+    if not isinstance(h, Tensor):
+        return ""
+    if h.dtype == torch.bool:
+        return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
+    return "a layer takes lengths as lengths=" if h.dtype == torch.int64 and h.dim() == 1 else ""
 
 
 def embed_remedy(x: Tensor) -> str:
@@ -393,11 +399,7 @@ def check_integers(name: str, lengths: Tensor, letters: str) -> None:
     if not isinstance(lengths, Tensor):
         raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        remedy = (
-            "use lengths=mask.sum(1), with all padding at the end"
-            if lengths.dtype == torch.bool
-            else "use lengths.long()"
-        )
+        remedy = f"use {LENGTHS_OF_MASK}" if lengths.dtype == torch.bool else "use lengths.long()"
         raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
 
 

@@ -42,7 +42,7 @@ def elapsed_times(
 
     Args:
         t: Times of the observations, (B, S), which do not decrease; floating-point or integers, such as Unix times.
-            Pass large times as integers or float64, because float32 has only 7 digits.
+            Pass large times as integers or float64, because float32 has only 7 digits; above 2**24 it warns.
         first: Time from the state before the sequence to the first observation, at least 0: a number, or a tensor with
             one for each sequence, (B,). A typical gap is a good choice for the initial state. To continue a sequence,
             pass `t[:, 0]` minus the time of its last observation.

@@ -2,6 +2,7 @@
 
 import difflib
 
+LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
 # Argument names of other packages (torch, Keras, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and
 # their names here, with a value where another one is meant.
 COUNTERPARTS = {
@@ -21,10 +22,7 @@ COUNTERPARTS = {
     **dict.fromkeys(["activation", "nonlinearity"], ("candidate",)),
     "recurrent_dropout": ("dropout",),
     **dict.fromkeys(["n_vocab", "num_tokens", "num_embeddings"], ("vocab_size",)),
-    **dict.fromkeys(
-        ["mask", "attention_mask", "key_padding_mask", "padding_mask"],
-        ("lengths=mask.sum(1), with all padding at the end",),
-    ),
+    **dict.fromkeys(["mask", "attention_mask", "key_padding_mask", "padding_mask"], (LENGTHS_OF_MASK,)),
     **dict.fromkeys(["max_length", "max_tokens"], ("max_new_tokens",)),
     "eos_token_id": ("stop",),
     "do_sample": ("temperature=0 for do_sample=False, and nothing for True",),

@@ -144,8 +144,10 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                     got, remedy = f"only modules of torch ({got})", "use torch.nn.Sequential"
                 if isinstance(layer, nn.Sequential):
                     remedy = "put its modules into the list"
-                if isinstance(layer, nn.RNNBase) or getattr(layer, "role", "") in ("step", "torch"):
+                if isinstance(layer, nn.RNNBase) or getattr(layer, "role", "") == "torch":
                     remedy = "use mingru.MinGRU or mingru.MinLSTM in its place"
+                if getattr(layer, "role", "") == "step":
+                    remedy = "use a layer in place of a cell, such as MinGRU of MinGRUCell"
                 if isinstance(layer, Layer) and layer.role == "custom":
                     remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
