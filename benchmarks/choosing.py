@@ -44,6 +44,7 @@ MODELS = {
     'candidate="tanh"': (mingru.MinGRU, BASE | {"candidate": "tanh"}),
     'candidate="tanh", without norm': (mingru.MinGRU, BASE | {"candidate": "tanh", "norm": None}),
     'gate="rotation"': (mingru.MinGRU, BASE | {"gate": "rotation"}),
+    'gate="mixed"': (mingru.MinGRU, BASE | {"gate": "mixed"}),
     "minLSTM": (mingru.MinLSTM, BASE),
     "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
@@ -67,8 +68,9 @@ class Model(nn.Module):
 
 
 def width_of(cls, options):
-    """Return the even width with which the layers have about BUDGET parameters."""
-    sizes = {width: sum(x.numel() for x in cls(width, width, **options).parameters()) for width in range(16, 258, 2)}
+    """Return the even width, for "mixed" a multiple of 8, with which the layers have about BUDGET parameters."""
+    widths = range(16, 258, 8 if options.get("gate") == "mixed" else 2)
+    sizes = {width: sum(x.numel() for x in cls(width, width, **options).parameters()) for width in widths}
     return min(sizes, key=lambda width: abs(sizes[width] - BUDGET))
 
 
@@ -167,8 +169,7 @@ TASKS = {"copying": Copying, "text": Text, "forecast": Forecast}
 def train(task, name, num_steps, seed):
     """Return the metric and the seconds of training."""
     torch.manual_seed(seed)
-    cls, options = MODELS[name]
-    model = Model(task, cls, options, width_of(cls, options))
+    model = Model(task, *MODELS[name], width_of(*MODELS[name]))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(num_steps, 20), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +182,6 @@ def train(task, name, num_steps, seed):
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - start
-    model.eval()
     with torch.no_grad():
         return task.metric(model), seconds
 

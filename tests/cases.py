@@ -291,7 +291,7 @@ CASES = [
 
 # All options. In a row, what contradicts another option is put right or left out.
 
-GATES = ["sigmoid", "signed", "rotation", "quaternion"]
+GATES = ["sigmoid", "signed", "rotation", "quaternion", "mixed"]
 CELLS = [*GATES, "minlstm", "minlstm_unnormalized"]
 LAYER = {
     "cell": CELLS,
@@ -352,7 +352,7 @@ def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
         options |= {"gate": cell, "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
     if is_like_torch and cell == "rotation":
         kind, options = "LSTM", options | {"cell": "mingru"}
-    hidden = {"rotation": 6, "quaternion": 8}.get(cell, 5)
+    hidden = {"rotation": 6, "quaternion": 8, "mixed": 8}.get(cell, 5)
     input_dims = hidden if row.get("residual") == "highway" else INPUT
     made = getattr(home, f"{'' if is_like_torch else 'Min'}{kind}{end}")
     return case(f"{made.__name__} {named(row)}", made, input_dims, hidden, **options)
@@ -375,6 +375,8 @@ def of_images(row: dict[str, Any]) -> Case:
         if value == "list":
             entries = LISTS[name][:count]
             options[name] = [entry[:space] if isinstance(entry, tuple) else entry for entry in entries]
+    if row["gate"] == "mixed":
+        options["hidden_dims"] = 16
     for layer in range(count):
         if of_layer(options["padding"], layer) == "same":
             # Torch warns where one side is padded more than the other.

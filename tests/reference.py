@@ -137,12 +137,22 @@ def mingru_quaternion(gates, candidate, *start, dt=None, min_decay=0.0, **option
     return out.movedim(-1, 3).flatten(2, 3)
 
 
-_ALL = (mingru, mingru_signed, mingru_rotation, mingru_quaternion, minlstm, minlstm_unnormalized)
+def mingru_mixed(gates, candidate, h=None, reset=None, activation="positive", initial=None, **options):
+    """Half of the features are those of `mingru`, and the other half those of `mingru_quaternion`."""
+    initial = 0.5 if initial is None else initial
+    like = candidate[:, :1]
+    states = [torch.as_tensor(x, dtype=like.dtype).expand_as(like) for x in (initial if h is None else h, initial)]
+    halves = zip(*(x.chunk(2, 2) for x in (gates, candidate, *states)), strict=True)
+    cells = zip((mingru, mingru_quaternion), halves, strict=True)
+    return torch.cat([cell(*own, first, reset, activation, then, **options) for cell, (*own, first, then) in cells], 2)
+
+
+_ALL = (mingru, mingru_signed, mingru_rotation, mingru_quaternion, mingru_mixed, minlstm, minlstm_unnormalized)
 CELLS = {cell.__name__: cell for cell in _ALL}
 
 
 def initial_state(cell, activation):
-    return 0.5 if cell in ("mingru_signed", "mingru_rotation", "mingru_quaternion") else INITIAL_STATE[activation]
+    return 0.5 if cell.startswith("mingru_") else INITIAL_STATE[activation]
 
 
 def norm(x, kind, weights, prefix, eps):

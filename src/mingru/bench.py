@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,23 +146,12 @@ def _figure(number: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=_whole, help="number of CPU threads (default: torch's choice)")
-    parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
-    parser.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=3.0,
-        help="seconds for forward, and again for forward + backward, of each shape (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--shape",
-        type=_whole,
-        nargs=4,
-        action="append",
-        metavar=("B", "S", "I", "H"),
-        help="batch, steps, input and hidden features; can be repeated (default: five shapes)",
-    )
+    parser = argparse.ArgumentParser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's choice)")
+    parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for forward, and again for forward + backward")
+    of_shape = "batch, steps, input and hidden features; can be repeated (default: five shapes)"
+    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=tuple("BSIH"), help=of_shape)
     args = parser.parse_args(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -181,36 +170,6 @@ def _product(device: str) -> str:
     """Return the name of a GPU in parentheses, if torch knows it."""
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return "" if name is None else f" ({name(torch.device(device))})"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0.0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return seconds
-
-
-def _device(text: str) -> str:
-    try:
-        torch.zeros(1, device=text).add(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"torch cannot compute on {text!r} here ({why})") from None
-    return text
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .ops.cells import CELLS, GATES, parts_of
+from .ops.cells import CELLS, GATES, cells_of, parts_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
@@ -198,16 +198,17 @@ def check_device(name: str, device: object) -> None:
 
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
     # A tuple, because a value that cannot be hashed is not in a dict.
-    if value not in tuple(choices):
-        raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
+    require(name, argument, value in tuple(choices), f"one of {tuple(choices)}", repr(value))
 
 
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
-    parts = parts_of(GATES[gate])
-    how = "even" if parts == 2 else f"divisible by {parts}"
-    groups = "pairs of features" if parts == 2 else f"groups of {parts} features"
-    require(name, argument, size % parts == 0, f"{how} because gate={gate!r} turns {groups}", str(size))
+    cells = cells_of(GATES[gate])
+    parts = max(map(parts_of, cells))
+    how = "even" if parts == 2 else f"divisible by {parts * len(cells)}"
+    groups = "pairs of features" if parts == 2 else f"groups of {parts} features{' in one half' * (len(cells) > 1)}"
+    is_valid = size % (parts * len(cells)) == 0
+    require(name, argument, is_valid, f"{how} because gate={gate!r} turns {groups}", str(size))
 
 
 def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:
@@ -221,17 +222,11 @@ def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any
 
 def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
-    num_layers = len(gates)
-    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
-    expected = "a number from 0 to 1 (exclusive)"
-    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
-    if not all(is_number(bound) for bound in bounds):
-        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
+    bounds = per_layer(name, "min_decay", min_decay, len(gates))
+    for bound, gate in zip(bounds, gates, strict=True):
+        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda number: 0 <= number < 1)
         expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+        require(name, "min_decay", not bound or gate != "signed", expected, repr(min_decay))
     return [float(bound) for bound in bounds]
 
 

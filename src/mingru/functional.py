@@ -28,7 +28,7 @@ from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import traceable as _traceable
 from .ops.call import Spec, Start
-from .ops.cells import GATES, default_candidate, zero_state
+from .ops.cells import GATES, cells_of, default_candidate, zero_state
 from .ops.graph import scripted_as
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
@@ -117,7 +117,7 @@ def mingru(
     Args:
         gate: Pre-activation of the update gate z, (B, S, *); float32, float64, bfloat16 or float16. For "rotation",
             (B, S, H / 2, *). For "quaternion", (B, S, H, *): features 4 j to 4 j + 3 are the gate and the vector v of
-            quaternion j, in units of pi / 4.
+            quaternion j, in units of pi / 4; for "mixed", in the second half of the features only.
         candidate: Pre-activation of the candidate state; shape, dtype and device of `gate`. For "rotation", (B, S, H,
             *): features 2 j and 2 j + 1 are pair j.
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
@@ -127,7 +127,7 @@ def mingru(
             the first candidate: see [mingru.functional.elapsed_times][]. Dtype of `gate` or float32. Default: 1. Not
             for "signed".
         backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
-        kind: "sigmoid", "signed", "rotation" or "quaternion": the layer's `gate`, which is a tensor here.
+        kind: "sigmoid", "signed", "rotation", "quaternion" or "mixed": the layer's `gate`, which is a tensor here.
         angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
             "rotation", otherwise None.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive). 0 for "signed".
@@ -179,10 +179,11 @@ def mingru(
     elif angle is not None:
         expected = f"None because kind is {kind!r}"
         raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
-    elif kind == "quaternion":
+    elif kind in ("quaternion", "mixed"):
         _check_floating(name, "gate", gate)
-        is_valid = gate.dim() > 2 and gate.shape[2] % 4 == 0
-        expected = "(B, S, H, *) with H divisible by 4 because kind is 'quaternion'"
+        count = 4 * len(cells_of(spec.cell))
+        is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
+        expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
     return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 

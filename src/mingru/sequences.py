@@ -153,8 +153,7 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     name = "reset_from_lengths"
     check_integers(name, lengths, "(N,)")
     require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
-    if bool((lengths < 1).any()):
-        raise ValueError(expectation(name, "lengths", "at least 1 each", str(lengths.tolist())))
+    require(name, "lengths", bool((lengths >= 1).all()), "at least 1 each", str(lengths.tolist()))
     ends = lengths.cumsum(0)
     total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps

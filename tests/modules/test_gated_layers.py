@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import mingru
 
 H = 8
-GATES = ("signed", "rotation", "quaternion")
+GATES = ("signed", "rotation", "quaternion", "mixed")
 MATCHED = "<All keys matched successfully>"
 every_gate = pytest.mark.parametrize("gate", GATES)
 make = functools.partial(mingru.MinGRU, 4, H)
@@ -247,10 +247,13 @@ def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
         h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
         out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
         first, last = memory if isinstance(memory, tuple) else (memory, memory)
-        parts, groups = {"rotation": 2, "quaternion": 4}.get(rnn.gate, 1), rnn.layers[0].groups
-        count = H // groups // parts
-        expected = first * (last / first) ** ((torch.arange(count) + 0.5) / count)
-        expected = expected.repeat_interleave(parts).repeat(groups * rnn.num_directions)
+        groups, expected = rnn.layers[0].groups, torch.empty(0)
+        cells = {"rotation": [2], "quaternion": [4], "mixed": [1, 4]}.get(rnn.gate, [1])
+        for parts in cells:
+            count = H // groups // parts // len(cells)
+            steps = first * (last / first) ** ((torch.arange(count) + 0.5) / count)
+            expected = torch.cat([expected, steps.repeat_interleave(parts).repeat(groups)])
+        expected = expected.repeat(rnn.num_directions)
         assert_close(out, 1 - 1 / expected.view(1, 1, -1, *space))
     all_exact((drawn(kind, memory=(2, 7), again=True), drawn(kind, memory=(2, 7))))
 

@@ -38,9 +38,9 @@ from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
-from ..ops.cells import parts_of
+from ..ops.cells import NUM_INPUTS, parts_of
 from ..ops.graph import is_autocast
-from ..ops.layout import of_next_step, padded_call, without_padding
+from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Part, check_mesh, derive, eager, outermost
@@ -222,7 +222,8 @@ class _Layer(Part):
     """A layer that computes the recurrence of a part."""
 
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
-        return self._over_ranks(spec, None, inputs, inputs, start, layout)
+        calls = divided(Call(spec, inputs, start, layout))
+        return joined([self._over_ranks(own, None, x, x, first, layout) for own, x, first, _ in calls], layout)
 
     @eager
     def _over_ranks(
@@ -249,7 +250,7 @@ class _LinearLayer(_Layer, RecurrentLayer):
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
         recompute = y.shape[-1] <= _NARROW if self.recompute is None else self.recompute
-        if not (is_plain and recompute):
+        if not (is_plain and recompute and self.cell in NUM_INPUTS):
             return super()._direction(y, start, layout, reverse)
         with torch.no_grad():
             inputs = self._inputs(y, reverse)

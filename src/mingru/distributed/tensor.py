@@ -17,7 +17,7 @@ from ..check import require
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import parts_of
+from ..ops.cells import cells_of, parts_of
 from ..ops.shape import States
 from .ranks import Part, check_mesh, derive, eager, outermost
 
@@ -48,7 +48,7 @@ class TensorParallel(ParallelStyle):
         TypeError: `device_mesh` is no mesh.
         ValueError: The mesh has several dimensions, or a layer cannot be divided: its `hidden_dims` (or the pairs and
             groups of four of `gate="rotation"` and `gate="quaternion"`) are no multiple of the number of ranks, or it
-            has `proj_size` or `groups`.
+            has `proj_size`, `groups` or `gate="mixed"`.
 
     State dict:
         The state_dict has the whole weights, equal on all ranks, and is that of one process, so that
@@ -107,6 +107,8 @@ def _check_divisible(layer: Any, size: int) -> None:
         why = "is already parallel"
     elif getattr(layer, "projections", None) is not None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
+    elif len(cells_of(layer.cell)) > 1:
+        why = "has features of two kinds, in other places than those of a rank"
     elif layer.groups > 1:
         why = "has groups, whose channels are in other places than those of a rank"
     elif numbers % size:

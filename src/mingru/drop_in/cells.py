@@ -71,8 +71,8 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][]. From a state of 0,
-            the others learn less: pass `learn_initial_state=True` too.
+        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][]. From a
+            state of 0, the others learn less: pass `learn_initial_state=True` too.
         min_decay: Not in torch. Lower bound of the decay.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
@@ -133,7 +133,7 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion".
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation", "quaternion" or "mixed".
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).

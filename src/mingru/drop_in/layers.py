@@ -194,8 +194,8 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][], or a list with one
-            for each layer. From a state of 0, the others learn less: pass `learn_initial_state=True` too.
+        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][], or a list
+            with one for each layer. From a state of 0, the others learn less: pass `learn_initial_state=True` too.
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
@@ -311,7 +311,7 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation" or "quaternion", as in
+        gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation", "quaternion" or "mixed", as in
             [mingru.drop_in.GRU][].
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.

@@ -80,7 +80,7 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         bias: If False, the linear maps have no bias.
         norm: "layer", "rms" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed", "rotation" or "quaternion".
+        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed".
         min_decay: Lower bound of the decay.
         learn_initial_state: If True, the initial state is a parameter.
         memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].

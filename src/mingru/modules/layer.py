@@ -197,16 +197,15 @@ class Layer(nn.Module):
     def _check_parameters(self, x: Any) -> None:
         """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""
         data = x if isinstance(x, Tensor) else getattr(x, "data", None)
-        if not isinstance(data, Tensor) or is_compiling():
+        if not isinstance(data, Tensor) or data.is_meta or is_compiling():
             return  # A layer inside refuses x, or a graph has no memory.
-        is_meta = data.is_meta
         modules: list[Any] = [self]
         for module in modules:
             for found in module._parameters.values():
-                if found is not None and found.is_meta is not is_meta:
+                if found is not None and found.is_meta:
                     name = next(name for name, each in self.named_parameters() if each is found)
-                    remedy = "load a state_dict that has it, with assign=True" if found.is_meta else ""
-                    expected, got = f"on {data.device} like x", f"a tensor on {found.device}"
+                    remedy = "load a state_dict that has it, with assign=True"
+                    expected, got = f"on {data.device} like x", "a tensor on meta"
                     raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
             for child in module._modules.values():
                 # Layers inside check their own. The loop goes on with all others.

@@ -59,8 +59,9 @@ class MinConv2dGRU(MinConv):
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed", "rotation" or "quaternion", see [mingru.MinGRU][], or a list with one for each layer.
-            "rotation" needs an even number of state channels in each group, and "quaternion" a multiple of 4.
+        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][], or a list with one for
+            each layer. "rotation" needs an even number of state channels in each group, "quaternion" a multiple of 4,
+            and "mixed" a multiple of 8.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
         memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
@@ -172,7 +173,7 @@ class MinConv2dGRUCell(MinConvCell):
         bias: If False, the convolution has no bias.
         norm: "group" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.
-        gate: "sigmoid", "signed", "rotation" or "quaternion".
+        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed".
         learn_initial_state: If True, the initial state is a parameter.
         memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
         device: Device of the parameters.

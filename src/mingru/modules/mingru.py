@@ -25,7 +25,8 @@ class MinGRU(Recurrent, planned=True):
     one complex number: rows 2 j and 2 j + 1 of W_z compute k and u. "quaternion" has one gate and one vector v for each
     four features 4 j to 4 j + 3, the parts of one quaternion: rows 4 j to 4 j + 3 of W_z compute k, v_1, v_2 and v_3.
     "signed" can compute parity, and "rotation" can count modulo any number. The turns of "quaternion" do not commute,
-    as those of permutations, see [Gates](../gates.md).
+    as those of permutations, see [Gates](../gates.md). "mixed" has both: features 0 to H / 2 - 1 are those of
+    "sigmoid", and the other half is "quaternion".
 
     `dt` in the call is the time since the step before, for irregularly sampled sequences; at the first step, it is the
     time since the state `h`. `min_decay` is a lower bound m of the decay, for a memory that must last (Qin et al.
@@ -59,16 +60,17 @@ class MinGRU(Recurrent, planned=True):
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed", "rotation" or "quaternion", see above, or a list with one for each layer. "rotation"
-            needs an even `hidden_dims`, and "quaternion" one divisible by 4.
+        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see above, or a list with one for each layer.
+            "rotation" needs an even `hidden_dims`, "quaternion" one divisible by 4, and "mixed" one divisible by 8.
         min_decay: Lower bound of the decay per unit of time, from 0 to 1 (exclusive): a number, or a list with one for
             each layer. Upper layers usually get larger bounds. Must be 0 with "signed".
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
             if `gate` is not "sigmoid", it is drawn from N(0, 1).
         memory: Number of time steps that a state lasts at first, 1 / (1 - |a|), above 1: the initialization shifts the
             bias of the gate. With a pair of numbers, the first features last as long as its first number, the last
-            ones as its second, and the logarithm grows evenly in between. Default: no shift, about 2 time steps, but 21
-            with "quaternion". Requires `bias=True`.
+            ones as its second, and the logarithm grows evenly in between; with "mixed", in each half. Default: no
+            shift, about 2 time steps, but 21 with "quaternion", and from 2 to 60 in the second half of "mixed".
+            Requires `bias=True`.
         recompute: If True, the backward pass recomputes the pre-activations instead of storing them, which saves two
             thirds of the stored values. Default: whichever is faster. The backends "native" and "triton" support
             this; the others always store them, and so does `residual="highway"`.
@@ -113,9 +115,9 @@ class MinGRU(Recurrent, planned=True):
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
         - Marks, numbers of options that change what weights of the same shapes mean, so that weights do not load into a
-          layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation", 3 for "quaternion"),
-          `layers.{l}.candidate_mark`, `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights of older
-          versions load with a warning.
+          layer with another option: `layers.{l}.gate` (1 for "signed", 2 for "rotation", 3 for "quaternion", 4 for
+          "mixed"), `layers.{l}.candidate_mark`, `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights
+          of older versions load with a warning.
         - `zero_state_mark`: 1 if a gate is not "sigmoid", because the state then begins with 0.5, unless it is learned.
           Weights of older versions do not have this mark. A layer that loads them begins with 0, as they did.
 

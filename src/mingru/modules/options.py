@@ -9,11 +9,11 @@ import torch
 
 from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
-from ..ops.cells import CELLS, GATES, default_candidate
+from ..ops.cells import CELLS, GATES, cells_of, default_candidate
 
 # For type checkers; `Options` checks the values.
 Candidate = Literal["positive", "linear", "tanh"]
-Gate = Literal["sigmoid", "signed", "rotation", "quaternion"]
+Gate = Literal["sigmoid", "signed", "rotation", "quaternion", "mixed"]
 Gates = Gate | Sequence[Gate]
 Norm = Literal["layer", "rms"]
 Memory = float | Sequence[float]
@@ -69,12 +69,13 @@ class Options(SimpleNamespace):
     def candidate_of(self, gate: str) -> str:
         return default_candidate(gate) if self.candidate is None else self.candidate
 
-    def memory_of(self, cell: str) -> tuple[float, float] | None:
-        """Return the memory of the first and of the last number of a state; None for no shift of the biases."""
+    def memories_of(self, cell: str) -> list[tuple[float, float] | None]:
+        """Return the memory of the first and the last number of each part of a state; None for no shift of biases."""
         if self.memory is None:
-            return CELLS[cell].memory if self.bias else None
+            default = CELLS[cell].memory if self.bias else None
+            return [None if CELLS[each].has_logarithms else default for each in cells_of(cell)]
         first, last = self.memory if isinstance(self.memory, list | tuple) else (self.memory, self.memory)
-        return float(first), float(last)
+        return [(float(first), float(last))] * len(cells_of(cell))
 
     @property
     def num_directions(self) -> int:

@@ -27,7 +27,7 @@ from ..check import (
 from ..ops import route
 from ..ops.backends import traceable
 from ..ops.call import Layout, Start
-from ..ops.cells import CELLS, GATES, NUM_INPUTS
+from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import InferencePlan, plannable
 from ..ops.layout import pack, packing_of, unpack, with_lengths
@@ -66,7 +66,7 @@ class RecurrentLayer(Directions):
     ) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
         output_dims, factory = (proj_size or options.hidden_dims) * options.num_directions, options.factory
-        self.num_inputs = NUM_INPUTS[cell]
+        self.num_inputs = CELLS[cell].num_inputs
         self.recompute = options.recompute
         self.residual = options.residual is True
         self.highway = options.residual == "highway"
@@ -106,7 +106,7 @@ class RecurrentLayer(Directions):
 
     def plan(self, plan: InferencePlan, state: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.require(not self.highway, self.num_inputs == NUM_INPUTS[self.cell])
+        plan.require(not self.highway, self.num_inputs == CELLS[self.cell].num_inputs)
         if self.residual:
             plan.keep()
         if self.norm is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import CELLS, GATES, default_candidate, gate_biases, parts_of, zero_state
+from ..ops.cells import CELLS, GATES, cells_of, default_candidate, gate_biases, parts_of, zero_state
 from ..ops.layout import in_reverse
 from ..ops.shape import States
 from .layer import Layer
@@ -26,7 +26,6 @@ class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     gate: Tensor | None
-    memory: tuple[float, float] | None = None
     groups = 1
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
@@ -37,7 +36,7 @@ class Directions(Marked):
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
         self.min_decay = min_decay
-        self.memory = options.memory_of(cell)
+        self.memories = options.memories_of(cell)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
@@ -46,16 +45,20 @@ class Directions(Marked):
 
     def add_gate_bias(self) -> None:
         """Add to the bias of the gates what `memory` needs."""
-        if self.memory is None:
-            return
-        for linear in self.maps():
-            rows = linear.bias.detach().view(self.groups, -1, self.hidden_dims // self.groups)
-            rows = rows[:, :, :: parts_of(self.cell)]
-            (first, last), count = self.memory, rows.size(2)
-            # The logarithms have even steps.
-            steps = (first * (last / first) ** ((index + 0.5) / count) for index in range(count))
-            for index, biases in enumerate(zip(*(gate_biases(self.cell, each) for each in steps), strict=True)):
-                rows[:, index] += rows.new_tensor(biases)
+        cells = cells_of(self.cell)
+        for linear in self.maps() if any(self.memories) else []:
+            bias = linear.bias.detach()
+            rows = torch.arange(len(bias), device=bias.device)
+            rows = rows.view(self.groups, -1, self.hidden_dims // self.groups).transpose(0, 1).flatten(1)
+            for cell, memory, own in zip(cells, self.memories, rows.chunk(len(cells), 1), strict=True):
+                if memory is None:
+                    continue
+                numbers = own[:, :: parts_of(cell)].reshape(len(own), self.groups, -1)
+                (first, last), count = memory, numbers.size(2)
+                # The logarithms have even steps.
+                steps = (first * (last / first) ** ((index + 0.5) / count) for index in range(count))
+                for index, biases in enumerate(zip(*(gate_biases(cell, each) for each in steps), strict=True)):
+                    bias[numbers[index]] += bias.new_tensor(biases)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

@@ -7,15 +7,16 @@ tensors before the call.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from . import autograd, blocks, route
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
-from .cells import NUM_INPUTS
+from .cells import CELLS, NUM_INPUTS
 from .graph import scripted_as
-from .layout import in_layout, kept_in_padding, padded_call, padding_of, without_padding
+from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype, empty_states
@@ -71,17 +72,28 @@ def linear_recurrence(
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
 
-    call = Call(spec, [x], start, layout)
+    call, num_inputs = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs
 
     def run(choice: Choice) -> States:
         tensors = route.fused_with(linear, choice.backend, call)
         if tensors is None:
-            return _run(choice, Call(spec, list(linear(x).chunk(NUM_INPUTS[spec.cell], -1)), start, layout))
+            return _run(choice, Call(spec, list(linear(x).chunk(num_inputs, -1)), start, layout))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
-        return autograd.run_kernel(choice, Call(spec, tensors, start, layout), keep)
+        if spec.cell in NUM_INPUTS:
+            return autograd.run_kernel(choice, Call(spec, tensors, start, layout), keep)
+        given, *maps = tensors
+        calls = divided(Call(spec, [], start, layout))
+        owns = zip(*(_rows_of_each(each, num_inputs, len(calls)) for each in maps), strict=True)
+        calls = [call._replace(tensors=[given, *own]) for call, own in zip(calls, owns, strict=True)]
+        return joined([autograd.run_kernel(choice, call, keep) for call in calls], layout)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
+
+
+def _rows_of_each(x: Tensor | None, num_inputs: int, count: int) -> list[Tensor | None]:
+    """Return the rows of each cell of a mixture, from the weight or the bias of all."""
+    return [None if x is None else torch.cat(x.chunk(num_inputs * count)[index::count]) for index in range(count)]
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:
@@ -91,7 +103,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     """
     batch = x.shape[1 if layout.time_first else 0]
     start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
-    sizes = blocks.sizes_of(x, of, NUM_INPUTS[spec.cell])
+    sizes = blocks.sizes_of(x, of, CELLS[spec.cell].num_inputs)
 
     def run(part: Tensor, part_start: Start) -> States:
         return _run_call(Call(spec, of.inputs(part), part_start, layout))
@@ -107,6 +119,8 @@ def _run_call(call: Call, backend: str = "auto") -> States:
 def _run(choice: Choice, call: Call) -> States:
     if choice.is_traced:
         return traceable.traced_recurrence(*call)
+    if call.spec.cell not in NUM_INPUTS:
+        return joined([_run(choice, each) for each in divided(call)], call.layout)
     if call.tensors[0].numel() == 0:
         return empty_states(traceable.sum_of(call.tensors), call.start.h)
     kernel = route.kernel_of(choice.backend, call)

@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
     memory: tuple[float, float] | None = None
-    """Default of the option; None for no bias."""
+    """Default of the option; None for no bias. In a mixture, that of the features that turn."""
     not_timed: str | None = None
     """Why the cell takes no elapsed times and no lower bound; None if |a| is a decay, so that it takes both."""
 
@@ -37,8 +37,10 @@ CELLS = {
     "minlstm": Cell(3),
     "minlstm_unnormalized": Cell(3, not_timed="normalize is False, so that the gates have no common decay"),
     "mingru_quaternion": Cell(2, False, (21.0, 21.0)),
+    "mingru_mixed": Cell(2, False, (2.0, 60.0)),
 }
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items()}
+# Not those of mixtures, which are computed cell by cell.
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name != "mingru_mixed"}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
 GATES = {
@@ -46,6 +48,7 @@ GATES = {
     "signed": "mingru_signed",
     "rotation": "mingru_rotation",
     "quaternion": "mingru_quaternion",
+    "mixed": "mingru_mixed",
 }
 
 
@@ -73,6 +76,11 @@ def parts_of(cell: str) -> int:
     return 2 if cell in ("mingru_rotation", "complex_linear_scan") else 1
 
 
+def cells_of(cell: str) -> list[str]:
+    """Return the cells of a mixture, of which each computes an equal part of the features; otherwise the cell."""
+    return ["mingru", "mingru_quaternion"] if cell == "mingru_mixed" else [cell]
+
+
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
     """Return a and b, in the accumulation dtype. Both are new tensors, because a scan may overwrite them.
 
@@ -87,7 +95,9 @@ def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor
     becomes r^dt, and angle and v become dt angle and dt v. z (or i) becomes 1 - r or 1 - r^dt.
     """
     if spec.cell == "mingru_signed":
-        return _signed(spec, inputs)
+        gate, candidate = _wide(inputs)
+        # 1 - |tanh(x / 2)| = 2 sigma(-|x|), which does not cancel.
+        return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
     if spec.cell == "mingru_rotation":
         return _rotation(spec, inputs, start)
     if spec.cell == "mingru_quaternion":
@@ -169,12 +179,6 @@ def _gate_and_candidate(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tenso
     if spec.cell == "minlstm":
         return F.logsigmoid(x[1]) - F.logsigmoid(x[0]), x[2]
     return x[0], x[1]
-
-
-def _signed(spec: Spec, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    gate, candidate = _wide(inputs)
-    # 1 - |tanh(x / 2)| = 2 sigma(-|x|), which does not cancel.
-    return -(0.5 * gate).tanh(), 2.0 * (-gate.abs()).sigmoid() * activate(candidate, spec.activation)
 
 
 def _rotation(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import route
 from .backends import native
 from .call import Layout, Spec
-from .cells import CELLS
+from .cells import CELLS, cells_of
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import dt_seen_in_reverse, reset_seen_in_reverse
 from .linear_map import LINEAR_MAPS
@@ -177,8 +177,9 @@ class InferencePlan:
 
     def scan(self, spec: Spec, state: int, *linears: Any) -> None:
         """Add a recurrence with the linear map of each direction."""
-        # A cell without a kernel has no number.
-        number = native.number_of(spec)
+        # A cell without a kernel has no number. Those of a mixture have 16 bits each.
+        numbers = (native.number_of(spec._replace(cell=cell)) for cell in cells_of(spec.cell))
+        number = sum(number << 16 * index for index, number in enumerate(numbers))
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = map(self._map, linears)
         self.require(others in ([], [has_bias]))

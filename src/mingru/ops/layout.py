@@ -8,8 +8,8 @@ CPU, counts the sequences that have each step. Everything here is scriptable.
 import torch
 from torch import Tensor
 
-from .call import Call, Layout, Start, with_steps
-from .cells import coefficients, parts_of
+from .call import Call, Layout, Spec, Start, with_steps
+from .cells import cells_of, coefficients, parts_of
 from .graph import for_trace, is_captured
 from .scan import LinearScan
 from .shape import States, along, as_dtype, from_parts, one_like, plus_times, to_parts
@@ -37,6 +37,31 @@ def padded_call(call: Call) -> Call:
             reset = None if reset is None else reset.masked_fill(padding, False)
             dt = None if dt is None else dt.masked_fill(padding, 1.0)
     return Call(call.spec, inputs, with_steps(call.start, reset, dt), Layout(False, None, lengths))
+
+
+def divided(call: Call) -> list[Call]:
+    """Return a call for each cell of a mixture, of its part of the features; the call itself for any other cell."""
+    spec, start, layout = call.spec, call.start, call.layout
+    cells = cells_of(spec.cell)
+    if len(cells) == 1:
+        return [call]
+    dim = 2 if layout.batch_sizes is None else 1
+    inputs = [x.chunk(len(cells), dim) for x in call.tensors]
+    states = [x.chunk(len(cells), 2) for x in (start.h, start.initial_state.expand_as(start.h))]
+    calls: list[Call] = []
+    for index, cell in enumerate(cells):
+        own = Spec(cell, spec.activation, spec.reverse, spec.min_decay)
+        first = Start(states[0][index], states[1][index], start.reset, start.dt)
+        calls.append(Call(own, [x[index] for x in inputs], first, layout))
+    return calls
+
+
+def joined(states: list[States], layout: Layout) -> States:
+    """Return the states of a mixture from those of its cells."""
+    if len(states) == 1:
+        return states[0]
+    dim = 2 if layout.batch_sizes is None else 1
+    return torch.cat([out for out, _ in states], dim), torch.cat([last for _, last in states], 2)
 
 
 def as_linear_scan(call: Call) -> LinearScan:

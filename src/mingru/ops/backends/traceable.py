@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
 from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
-from ..layout import as_linear_scan, in_layout, padded_call
+from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
 from ..private import is_exporting
 from ..scan import LinearScan
 from ..shape import States, along, empty_states, one_like, plus_times, times
@@ -26,9 +26,12 @@ from ..shape import States, along, empty_states, one_like, plus_times, times
 
 def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
     """Compute the recurrence of a cell. A saved scripted module contains this function and needs no mingru."""
-    if inputs[0].numel() == 0:
-        return empty_states(sum_of(inputs), start.h)
-    call = Call(spec, inputs, start, layout)
+    return joined([_of_cell(call) for call in divided(Call(spec, inputs, start, layout))], layout)
+
+
+def _of_cell(call: Call) -> States:
+    if call.tensors[0].numel() == 0:
+        return empty_states(sum_of(call.tensors), call.start.h)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
