@@ -49,7 +49,7 @@ CALLED = '    if CELL == "mingru":\n        return mingru(x, time, ACTIVATION, E
 # Step of CONTRIBUTING.md, file, the text after which something is added, and what is added.
 STEPS = [
     (1, PYTHON, '    "mingru": Cell(2),\n', '    "mingru_sharp": Cell(2, not_timed="a test needs no time"),\n'),
-    (1, PYTHON, '    if spec.cell == "mingru_signed":\n        return _signed(spec, inputs)\n', OF_PYTHON),
+    (1, PYTHON, '    if spec.cell == "mingru_rotation":\n        return _rotation(spec, inputs, start)\n', OF_PYTHON),
     (2, "csrc/cells.h", "// Inputs: gate and candidate.\n", OF_CPP),
     (2, "csrc/scan.h", "#define MINGRU_CELLS(CELL)", " CELL(mingru_sharp, 2, false, SharpMinGRU)"),
     (3, TRITON, "LONGEST = tl.constexpr(1e30)\n", OF_TRITON),
