@@ -358,9 +358,8 @@ class InferencePass : Arguments {
 
   void recur(bool has_bias, bool both, int64_t state, int64_t how) {
     // Only a cell and its activation, or two in a mixture; a flag could ask for more than this pass gives.
-    const int64_t second = how >> first_flag;
+    const int64_t cell = how & (bit(Flag{}) - 1), second = how >> first_flag;
     require(second >> first_flag == 0);
-    how -= second << first_flag;
     const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states[state]);
     const Tensor initial_state = resets.empty() ? h : as_contiguous(initial_states[state]);
@@ -384,11 +383,12 @@ class InferencePass : Arguments {
         // Larger pre-activations would be in new memory. The ordinary call has none.
         require(2 * features * num_rows() * x.element_size() <= most_kept_bytes);
         kept_.push_back(out);  // so that the pre-activations are in other memory
-        recur_in_halves(mapped(as_contiguous(x), has_bias), tensors, {how | flags, second | flags}, min_decay, part, last);
+        const Tensor pre = mapped(as_contiguous(x), has_bias);
+        require(recur_in_halves(pre, tensors, {cell | flags, second | flags}, min_decay, part, last));
         kept_.pop_back();
         continue;
       }
-      const Call call{"inference", tensors, how | flags, min_decay};
+      const Call call{"inference", tensors, cell | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
       const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * call.traits().num_inputs);
@@ -397,33 +397,6 @@ class InferencePass : Arguments {
       linear_recurrence(call, x, weight, bias, outputs);
     }
     x_ = out;
-  }
-
-  // A mixture of two cells with two inputs. `pre`: gates of both halves of the features, candidates of both.
-  void recur_in_halves(
-      const Tensor& pre, std::vector<Tensor> tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
-      const Tensor& last) {
-    const Tensor h = tensors[0], initial_state = tensors[1];
-    const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
-    require(h.size(-1) == 2 * half && pre.size(2) == 4 * half);
-    for (int64_t part = 0; part < 2; ++part) {
-      const auto own = [&](Tensor x, int64_t input) {
-        return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
-      };
-      tensors[0] = own(h, 0);
-      tensors[1] = own(initial_state, 0);
-      const Call call{"inference", tensors, how[part], min_decay};
-      require(call.traits().num_inputs == 2 && (times.empty() || call.traits().takes_time));
-      Operands operands(call, pre, half);
-      for (int64_t input = 0; input < 2; ++input) operands.scan.inputs[input] = operands.sequence(own(pre, input));
-      operands.scan.out = operands.sequence(own(out, 0));
-      const Tensor end = empty_as(operands.h);
-      operands.scan.last = end.data_ptr();
-      mingru::run(operands.scan, operands.whole(), false);
-      for (int64_t batch = 0; batch < num_batch(); ++batch) {
-        std::copy_n(data_of<char>(end) + batch * bytes, bytes, data_of<char>(last) + (2 * batch + part) * bytes);
-      }
-    }
   }
 
   Tensor x_;

@@ -42,4 +42,11 @@ struct Outputs {
 void linear_recurrence(
     const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs& outputs);
 
+// The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves and then
+// the candidates of both, `tensors` are those of the call, and `how` is that of each half. Returns false if they do not
+// fit.
+bool recur_in_halves(
+    const Tensor& pre, std::vector<Tensor> tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
+    const Tensor& last);
+
 HIDDEN_NAMESPACE_END(mingru)

@@ -1,4 +1,5 @@
 // The recurrence of a cell from its pre-activations. Called only by src/mingru/ops/backends/native.py.
+#include "linear.h"
 #include "operands.h"
 
 namespace {
@@ -51,6 +52,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 }
 
 }  // namespace
+
+bool mingru::recur_in_halves(
+    const Tensor& pre, std::vector<Tensor> tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
+    const Tensor& last) {
+  const Tensor h = tensors[0], initial_state = tensors[1];
+  const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
+  if (h.size(-1) != 2 * half || pre.size(-1) != 4 * half) return false;
+  for (int64_t part = 0; part < 2; ++part) {
+    const auto own = [&](Tensor x, int64_t input) {
+      return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
+    };
+    tensors[0] = own(h, 0);
+    tensors[1] = own(initial_state, 0);
+    const Call call{"inference", tensors, how[part], min_decay};
+    if (call.traits().num_inputs != 2 || (call[Argument::dt] && !call.traits().takes_time)) return false;
+    Operands operands(call, pre, half);
+    for (int64_t input = 0; input < 2; ++input) operands.scan.inputs[input] = operands.sequence(own(pre, input));
+    operands.scan.out = operands.sequence(own(out, 0));
+    const Tensor end = empty_as(operands.h);
+    operands.scan.last = end.data_ptr();
+    run(operands.scan, operands.whole(), false);
+    for (int64_t batch = 0; batch < operands.scan.num_batch; ++batch) {
+      std::copy_n(data_of<char>(end) + batch * bytes, bytes, data_of<char>(last) + (2 * batch + part) * bytes);
+    }
+  }
+  return true;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(

@@ -324,7 +324,7 @@ CONV_CELL = {
     "bias": [True, False],
     "norm": [None, "group"],
     "candidate": ["positive", "linear", "tanh"],
-    "gate": GATES,
+    "gate": GATES[:-1],
     "learn_initial_state": [False, True],
 }
 CONV = {
@@ -375,8 +375,6 @@ def of_images(row: dict[str, Any]) -> Case:
         if value == "list":
             entries = LISTS[name][:count]
             options[name] = [entry[:space] if isinstance(entry, tuple) else entry for entry in entries]
-    if row["gate"] == "mixed":
-        options["hidden_dims"] = 16
     for layer in range(count):
         if of_layer(options["padding"], layer) == "same":
             # Torch warns where one side is padded more than the other.
@@ -404,7 +402,8 @@ def block(**options: Any) -> Case:
 # Only these have no norm, residual or highway, so that kernels skip their padding.
 PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS for count in (1, 2)]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
-IMAGES = [of_images(row) for row in cover(CONV)]
+MIXED_IMAGES = conv("MinConv2dGRU", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group")
+IMAGES = [*(of_images(row) for row in cover(CONV)), MIXED_IMAGES]
 LIKE_TORCH = [
     case("GRU with projections", drop_in.GRU, INPUT, 5, 2, proj_size=2),
     case("LSTM with projections", drop_in.LSTM, INPUT, 5, 2, proj_size=2, batch_first=True, residual=True),

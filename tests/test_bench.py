@@ -32,6 +32,25 @@ def test_it_runs_and_prints_numbers():
                 assert ms / longer == pytest.approx(figures["nn.Linear(I, 2H)"][way], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--threads 0", "argument --threads: must be a whole number above 0, got '0'"),
+        ("--seconds nan", "argument --seconds: must be a number above 0, got 'nan'"),
+        ("--device toaster", "argument --device: torch cannot compute on 'toaster' here"),
+        ("--device meta", "argument --device: torch cannot compute on 'meta' here"),
+    ],
+)
+def test_bad_options_are_refused(options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(options.split())
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"python -m mingru.bench: {says}")
+    assert error.count("\n") == 1
+
+
 def test_calls_take_turns():
     order = []
     taken = bench.medians_ms({name: (lambda name=name: order.append(name)) for name in "abc"}, seconds=0.0, least=4)

@@ -16,8 +16,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -146,12 +147,24 @@ def _figure(number: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's choice)")
-    parser.add_argument("--device", default="cpu", help="device to run on (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for forward, and again for forward + backward")
-    of_shape = "batch, steps, input and hidden features; can be repeated (default: five shapes)"
-    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=tuple("BSIH"), help=of_shape)
+    parser = _Parser("python -m mingru.bench", description=(__doc__ or "").splitlines()[0])
+    whole, seconds = _above_0(int, "a whole number"), _above_0(float, "a number")
+    parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
+    parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=3.0,
+        help="seconds for forward, and again for forward + backward, of each shape (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shape",
+        type=whole,
+        nargs=4,
+        action="append",
+        metavar=("B", "S", "I", "H"),
+        help="batch, steps, input and hidden features; can be repeated (default: five shapes)",
+    )
     args = parser.parse_args(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -170,6 +183,30 @@ def _product(device: str) -> str:
     """Return the name of a GPU in parentheses, if torch knows it."""
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return "" if name is None else f" ({name(torch.device(device))})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def _above_0(kind: type[int] | type[float], what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {what} above 0, got {text!r}")
+
+    return parse
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"torch cannot compute on {text!r} here ({why})") from None
+    return text
 
 
 if __name__ == "__main__":

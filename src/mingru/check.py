@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .ops.cells import CELLS, GATES, cells_of, parts_of
+from .ops.cells import CELLS, GATES, cells_of, multiple_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
@@ -203,12 +203,11 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
 
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
-    cells = cells_of(GATES[gate])
-    parts = max(map(parts_of, cells))
-    how = "even" if parts == 2 else f"divisible by {parts * len(cells)}"
-    groups = "pairs of features" if parts == 2 else f"groups of {parts} features{' in one half' * (len(cells) > 1)}"
-    is_valid = size % (parts * len(cells)) == 0
-    require(name, argument, is_valid, f"{how} because gate={gate!r} turns {groups}", str(size))
+    count, cells = multiple_of(GATES[gate]), cells_of(GATES[gate])
+    how = "even" if count == 2 else f"divisible by {count}"
+    groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
+    groups += " in one half" if len(cells) > 1 else ""
+    require(name, argument, size % count == 0, f"{how} because gate={gate!r} turns {groups}", str(size))
 
 
 def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:
@@ -222,11 +221,17 @@ def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any
 
 def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
-    bounds = per_layer(name, "min_decay", min_decay, len(gates))
-    for bound, gate in zip(bounds, gates, strict=True):
-        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda number: 0 <= number < 1)
+    num_layers = len(gates)
+    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
+    expected = "a number from 0 to 1 (exclusive)"
+    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
+    if not all(is_number(bound) for bound in bounds):
+        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
         expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        require(name, "min_decay", not bound or gate != "signed", expected, repr(min_decay))
+        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
     return [float(bound) for bound in bounds]
 
 

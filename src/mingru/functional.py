@@ -28,7 +28,7 @@ from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import traceable as _traceable
 from .ops.call import Spec, Start
-from .ops.cells import GATES, cells_of, default_candidate, zero_state
+from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
@@ -179,9 +179,8 @@ def mingru(
     elif angle is not None:
         expected = f"None because kind is {kind!r}"
         raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
-    elif kind in ("quaternion", "mixed"):
+    elif (count := multiple_of(spec.cell)) > 1:
         _check_floating(name, "gate", gate)
-        count = 4 * len(cells_of(spec.cell))
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))

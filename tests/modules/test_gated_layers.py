@@ -262,6 +262,8 @@ def test_what_is_drawn_by_default():
     for gate, memory in (("sigmoid", 2), ("rotation", 2), ("quaternion", (21, 21))):
         all_exact((drawn(make, gate=gate), drawn(make, gate=gate, memory=memory)))
         assert "memory" not in repr(make(gate=gate, bias=False))
+    bias, *others = (drawn(make, gate="mixed", **given)["layers.0.linear.bias"] for given in ({}, {"memory": (2, 60)}))
+    all_exact((bias[H // 2 :], others[0][H // 2 :]), (bias[: H // 2], drawn(make)["layers.0.linear.bias"][: H // 2]))
     # With inputs of variance 1, most angles are below a quarter of a turn.
     rnn = mingru.MinGRU(64, 256, gate="rotation")
     angles = rnn.layers[0].linear(torch.randn(1000, 64))[:, 1:256:2] * torch.pi / 4

@@ -82,11 +82,10 @@ def linear_recurrence(
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
         if spec.cell in NUM_INPUTS:
             return autograd.run_kernel(choice, Call(spec, tensors, start, layout), keep)
-        given, *maps = tensors
-        calls = divided(Call(spec, [], start, layout))
-        owns = zip(*(_rows_of_each(each, num_inputs, len(calls)) for each in maps), strict=True)
-        calls = [call._replace(tensors=[given, *own]) for call, own in zip(calls, owns, strict=True)]
-        return joined([autograd.run_kernel(choice, call, keep) for call in calls], layout)
+        parts = divided(Call(spec, [], start, layout))
+        maps = zip(*(_rows_of_each(each, num_inputs, len(parts)) for each in tensors[1:]), strict=True)
+        parts = [part._replace(tensors=[tensors[0], *own]) for part, own in zip(parts, maps, strict=True)]
+        return joined([autograd.run_kernel(choice, part, keep) for part in parts], layout)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
 

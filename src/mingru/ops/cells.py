@@ -39,8 +39,6 @@ CELLS = {
     "mingru_quaternion": Cell(2, False, (21.0, 21.0)),
     "mingru_mixed": Cell(2, False, (2.0, 60.0)),
 }
-# Not those of mixtures, which are computed cell by cell.
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name != "mingru_mixed"}
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
 GATES = {
@@ -79,6 +77,16 @@ def parts_of(cell: str) -> int:
 def cells_of(cell: str) -> list[str]:
     """Return the cells of a mixture, of which each computes an equal part of the features; otherwise the cell."""
     return ["mingru", "mingru_quaternion"] if cell == "mingru_mixed" else [cell]
+
+
+def multiple_of(cell: str) -> int:
+    """Return the number of which the number of features must be a multiple."""
+    cells = cells_of(cell)
+    return len(cells) * max(map(parts_of, cells))
+
+
+# Not those of mixtures, which are computed cell by cell.
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if cells_of(name) == [name]}
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
