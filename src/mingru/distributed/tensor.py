@@ -180,6 +180,6 @@ class _Rows(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, rows in self.named_parameters(recurse=False):
             whole = state_dict.get(prefix + name)
-            if whole is not None and whole.shape == rows.flatten(0, 1).shape:
+            if whole is not None and whole.shape == (rows.shape[:2].numel(), *rows.shape[2:]):
                 state_dict[prefix + name] = self._divided(whole.to(rows.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
