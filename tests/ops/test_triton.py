@@ -200,12 +200,14 @@ def as_operators_take_it(row):
 
 LAYOUTS = [
     Row(layout=layout, reset=True, dt=True, min_decay=0.1, reverse=True, steps=5, features=(4,))
-    for layout in ("time first", "packed", "lengths")
+    for layout in ("packed", "time first", "lengths")
 ]
 SCANS = [Row(cell, "linear", reset=True, reverse=True, steps=5, features=(4,)) for cell in calls.SCANS[:2]]
 
 
-@pytest.mark.parametrize("row", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "row", [LAYOUTS[0], *(pytest.param(row, marks=pytest.mark.slow) for row in LAYOUTS[1:])], ids=str
+)
 def test_operators_keep_torchs_contract(row, use_plan):
     use_plan("segments")
     inputs, given, how, order = as_operators_take_it(row)
