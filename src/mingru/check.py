@@ -58,10 +58,12 @@ def dims(shape: tuple[int, ...]) -> str:
 
 
 def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
-    remedy = "" if found is None or isinstance(found, str) else "use torch.as_tensor"
+    remedy, got = "" if found is None or isinstance(found, str) else "use torch.as_tensor", type(found).__name__
     if argument == "x" and type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
         remedy = "use torch.stack, or torch.nn.utils.rnn.pad_sequence and lengths="
-    return TypeError(expectation(name, argument, expected, type(found).__name__, remedy))
+    if isinstance(found, Tensor):
+        remedy, got = f"use torch.nested.to_padded_tensor({argument}, 0.0), and lengths= of a layer", "a nested tensor"
+    return TypeError(expectation(name, argument, expected, got, remedy))
 
 
 def on_another_device(name: str, argument: str, x: Tensor, device: torch.device, like_name: str) -> ValueError:

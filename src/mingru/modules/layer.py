@@ -3,11 +3,12 @@
 import dis
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..check import check_choice, check_int, expectation, misfit, name_of
+from ..check import check_choice, check_int, expectation, misfit, name_of, not_a_tensor
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
@@ -157,12 +158,13 @@ class Layer(nn.Module):
             # Checked after the call, because valid calls then cost nothing, and a pre-hook may change the arguments.
             if "forward() " not in str(error):
                 raise
-            signature = inspect.signature(type(self).forward)
-            problem = misfit(self.name, signature, (self, *args), kwargs)
+            problem = misfit(self.name, inspect.signature(type(self).forward), (self, *args), kwargs)
             if not problem:
                 raise
             raise TypeError(problem) from None
         except RuntimeError as error:
+            if args and isinstance(args[0], Tensor) and args[0].is_nested:
+                raise not_a_tensor(self.name, "x", args[0]) from None
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             problem = "arguments must not be DTensors, whose weights are tensors of one process"
@@ -248,8 +250,4 @@ def _uses(cls: type[Layer], name: str) -> bool:
 def reset_all(modules: Iterable[nn.Module]) -> None:
     """Re-initialize the parameters of modules, and of their children if they have no method for that."""
     for module in modules:
-        reset = getattr(module, "reset_parameters", None)
-        if reset is None:
-            reset_all(module.children())
-        else:
-            reset()
+        getattr(module, "reset_parameters", partial(reset_all, module.children()))()
