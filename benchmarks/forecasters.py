@@ -1,15 +1,17 @@
-"""Compare layers in the recurrent forecasters of Darts and NeuralForecast: errors of forecasts of AirPassengers.
+"""Compare layers in the recurrent forecasters of four libraries: errors of forecasts of AirPassengers.
 
-    python benchmarks/forecasters.py darts
-    python benchmarks/forecasters.py neuralforecast
+    python benchmarks/forecasters.py darts                   # pip install "darts[torch]"
+    python benchmarks/forecasters.py gluonts                 # pip install "gluonts[torch]"
+    python benchmarks/forecasters.py neuralforecast          # pip install neuralforecast
+    python benchmarks/forecasters.py pytorch_forecasting     # pip install pytorch-forecasting
 
-Needs `pip install "darts[torch]"` or `pip install neuralforecast`. The last months are forecast from those before. The
-options of Darts are those of its example: month and year are known, and RNNModel feeds its output back. With `--alone`,
-the forecast depends on the series only.
+The last months are forecast from those before. The options of Darts are those of its example: month and year are known,
+and RNNModel feeds its output back. With `--alone`, the forecast depends on the series only.
 """
 
 import argparse
 import logging
+import tempfile
 import time
 import warnings
 
@@ -38,7 +40,7 @@ def percent(found, expected):
     return 100 * float(np.mean(np.abs(found / expected - 1)))
 
 
-def darts_rows(args):
+def darts_rows(args, end):
     from darts import TimeSeries
     from darts.models import RNNModel
 
@@ -52,7 +54,6 @@ def darts_rows(args):
     year = (MONTHS.year.to_numpy() - 1949) / 12
     known = np.column_stack([year, np.eye(12)[MONTHS.month.to_numpy() - 1]]).astype(np.float32)
     covariates = {} if args.alone else {"future_covariates": TimeSeries.from_times_and_values(MONTHS, known)}
-    end = len(VALUES) - args.months
     scale = VALUES[:end].max()
     series = TimeSeries.from_times_and_values(MONTHS[:end], VALUES[:end] / scale)
     lengths = {"input_chunk_length": 24, "training_length": 36} if args.alone else {"input_chunk_length": 14}
@@ -65,10 +66,10 @@ def darts_rows(args):
         model.fit(series, **covariates)
         return model.predict(args.months, **covariates).values()[:, 0] * scale
 
-    return cells, forecast, end
+    return cells, forecast
 
 
-def neuralforecast_rows(args):
+def neuralforecast_rows(args, end):
     from neuralforecast import NeuralForecast, models
 
     from mingru.integrations import neuralforecast as ours
@@ -79,7 +80,6 @@ def neuralforecast_rows(args):
         normed = type(f"Normed{name}", (kind,), {"options": {"residual": True, "norm": "rms"}})
         kinds = {name: getattr(models, name), f"Min{name}": kind, f'Min{name}, norm="rms"': normed}
         cells |= {text: (each,) for text, each in kinds.items()}
-    end = len(VALUES) - args.months
     frame = pd.DataFrame({"unique_id": "passengers", "ds": MONTHS[:end], "y": VALUES[:end]})
 
     def forecast(kind, seed):
@@ -88,15 +88,66 @@ def neuralforecast_rows(args):
         forecaster.fit(frame)
         return forecaster.predict()[kind.__name__].to_numpy()
 
-    return cells, forecast, end
+    return cells, forecast
+
+
+def gluonts_rows(args, end):
+    from gluonts.dataset.common import ListDataset
+    from gluonts.torch.model.deepar import DeepAREstimator
+    from lightning.pytorch import seed_everything
+
+    from mingru.integrations import gluonts as ours
+
+    kinds = {"nn.LSTM": DeepAREstimator, "minLSTM": ours.DeepAREstimator}
+    kinds['minLSTM, candidate="tanh"'] = type("Tanh", (ours.DeepAREstimator,), {"options": FORECASTER})
+    series = ListDataset([{"start": "1949-01", "target": VALUES[:end]}], freq="M")
+
+    def forecast(kind, seed):
+        seed_everything(seed, verbose=False)
+        lengths = {"prediction_length": args.months, "context_length": 24, "num_batches_per_epoch": 4}
+        # It takes the weights of the epoch with the lowest loss from a file.
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = QUIET | {"max_epochs": args.epochs, "enable_checkpointing": True, "default_root_dir": folder}
+            predictor = kind(freq="M", lr=args.lr, trainer_kwargs=trainer, **lengths).train(series)
+        return next(iter(predictor.predict(series))).mean
+
+    return {name: (kind,) for name, kind in kinds.items()}, forecast
+
+
+def pytorch_forecasting_rows(args, end):
+    from lightning.pytorch import Trainer, seed_everything
+    from pytorch_forecasting import TimeSeriesDataSet, models
+
+    from mingru.integrations import pytorch_forecasting as ours
+
+    kinds = {"nn": models.RecurrentNetwork, "min": ours.RecurrentNetwork}
+    cells = {f"{name}.{cell}": (kind, cell) for name, kind in kinds.items() for cell in ("GRU", "LSTM")}
+    frame = pd.DataFrame({"time": range(len(VALUES)), "series": "0", "y": VALUES, "month": MONTHS.month.astype(str)})
+    known = {"time_varying_known_categoricals": ["month"], "time_varying_known_reals": ["time"]}
+    lengths = {"max_encoder_length": 24, "max_prediction_length": args.months, "time_varying_unknown_reals": ["y"]}
+    training = TimeSeriesDataSet(frame[:end], "time", "y", ["series"], **lengths, **known)
+    last = TimeSeriesDataSet.from_dataset(training, frame, predict=True, stop_randomization=True)
+
+    def forecast(kind, cell, seed):
+        seed_everything(seed, verbose=False)
+        options = {"cell_type": cell, "rnn_layers": 2, "hidden_size": 20, "learning_rate": args.lr}
+        model = kind.from_dataset(training, **options)
+        Trainer(max_epochs=args.epochs, **QUIET).fit(model, training.to_dataloader(batch_size=16))
+        return model.predict(last.to_dataloader(train=False), trainer_kwargs=QUIET)[0].numpy()
+
+    return cells, forecast
+
+
+ROWS = {"darts": darts_rows, "gluonts": gluonts_rows, "neuralforecast": neuralforecast_rows}
+ROWS["pytorch_forecasting"] = pytorch_forecasting_rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=["darts", "neuralforecast"])
+    parser.add_argument("library", choices=ROWS)
     parser.add_argument("--alone", action="store_true", help="Darts forecasts without month and year")
-    parser.add_argument("--epochs", type=int, default=300, help="epochs, of one batch in NeuralForecast (default: 300)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Darts (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=300, help="epochs; in NeuralForecast, batches (default: 300)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="not of NeuralForecast (default: %(default)s)")
     parser.add_argument("--months", type=int, default=36, help="months to forecast (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
@@ -104,7 +155,8 @@ def main():
     logging.disable(logging.WARNING)  # of Lightning
     torch.set_num_threads(1)
     print(where())
-    cells, forecast, end = (darts_rows if args.library == "darts" else neuralforecast_rows)(args)
+    end = len(VALUES) - args.months
+    cells, forecast = ROWS[args.library](args, end)
     last_year = np.tile(VALUES[end - 12 : end], 1 + args.months // 12)[: args.months]
     rows = [["the last year again", f"{percent(last_year, VALUES[end:]):.1f}", ""]]
     for name, cell in cells.items():

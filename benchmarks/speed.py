@@ -2,7 +2,7 @@
 
     pip install ".[bench]"                                 # in a clone of the repository
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
-    python benchmarks/speed.py steps gates                 # other groups of tables, which --help lists
+    python benchmarks/speed.py steps family                # other groups of tables, which --help lists
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
     python benchmarks/speed.py --ratios                    # time relative to MinGRU by shape, the README's table
     python benchmarks/speed.py --page                      # the same by batch, length, width and threads; writes them
@@ -38,10 +38,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
-from mingru import bench, drop_in, ops
+from mingru import bench, drop_in
 from mingru.bench import GRU, LINEAR, forward, forward_backward, medians_ms, output, print_table
 from mingru.models import LanguageModel
-from mingru.ops.cells import GATES
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
 RATIO_SHAPES = [(1, 256, 256, 256), (1, 4096, 256, 256), (1, 4096, 64, 64), (8, 512, 256, 256), (16, 1024, 512, 512)]
@@ -166,33 +165,6 @@ def family(args):
     yield of_modules("(B, S, C, *space) = (4, 16, 32, 64, 64), kernel 3, H = 32", x, modules, calls=calls)
 
 
-def gates(args):
-    """the recurrence alone, with each gate, elapsed times and a lower bound"""
-    for batch, steps, features, *_ in args.shape or [(8, 512, 256), (64, 1000, 100)]:
-        inputs = [torch.randn(batch, steps, features, requires_grad=True) for _ in range(2)]
-        zero, dt = torch.zeros(batch, 1, features), 2 * torch.rand(batch, steps)
-        calls = {}
-        for name in ("sigmoid", "signed", "rotation", "sigmoid, dt", "rotation, dt", "sigmoid, min_decay"):
-            spec = ops.Spec(GATES[name.partition(",")[0]], "positive", False, 0.5 if "min_decay" in name else 0.0)
-            start = ops.Start(zero, zero, None, dt if "dt" in name else None)
-            calls[name] = partial(ops.recurrence, spec, inputs, start)
-        title = f"Gates, recurrence alone, (B, S, H) = {(batch, steps, features)}"
-        yield Table(title, calls, dict.fromkeys(calls, inputs))
-
-
-def lengths(args):
-    """sequences of different lengths, evenly spaced from 1 to S, so that half of the steps are padding"""
-    batch, steps, dims = 32, 512, 256
-    given = torch.linspace(1, steps, batch).round().long()
-    x, rnn, gru = torch.randn(batch, steps, dims), mingru.MinGRU(dims, dims), nn.GRU(dims, dims, batch_first=True)
-    packed = pack_padded_sequence(x, given, batch_first=True, enforce_sorted=False)
-    calls = {"as many unpadded steps": partial(rnn, torch.randn(batch, int(given.sum()) // batch, dims))}
-    calls |= {"all steps": partial(rnn, x), "lengths=": partial(rnn, x, lengths=given)}
-    calls |= {"PackedSequence": partial(rnn, packed), "nn.GRU, PackedSequence": partial(gru, packed)}
-    leaves = {name: [*(gru if "nn.GRU" in name else rnn).parameters()] for name in calls}
-    yield Table("Lengths from 1 to S, (B, S, I = H) = (32, 512, 256); fwd + bwd for the parameters", calls, leaves)
-
-
 def steps(args):
     """one step of layers and cells, with linear maps and nn.GRU"""
     dims = 256
@@ -232,16 +204,6 @@ def products(args):
         for name, (left, right) in factors.items():
             calls = products_of(left, right.t()) | {"mingru": partial(torch.ops.mingru.multiply, left, right, None)}
             yield Table(f"{(rows, features, columns)}, {name}", calls)
-
-
-def compiled(args):
-    """eager mode with torch.compile, of a layer and of a linear map of its size"""
-    for shape in args.shape or [*bench.SHAPES, (16, 1024, 512, 512)]:
-        torch._dynamo.reset()
-        modules = {name: bench.layers(*shape[2:])[name] for name in ("mingru", LINEAR)}
-        modules |= {f"{name}, compiled": torch.compile(each, fullgraph=True) for name, each in modules.items()}
-        x = torch.randn(shape[:3], requires_grad=True)
-        yield of_modules(f"torch.compile, (B, S, I, H) = {tuple(shape)}", x, modules, "mingru", LINEAR)
 
 
 VOCAB, DIMS, LAYERS = 84, 256, 6
@@ -304,17 +266,6 @@ def model(args):
         other.eval()
         calls = {"mingru": partial(ours.eval().generate, start, args.tokens, temperature=0), PEER: generate}
         yield Table(f"Generation of {args.tokens} tokens, {name}", calls)
-
-
-def scaling(args):
-    """time by sequence length"""
-    rnn, calls, count = mingru.MinGRU(64, 64), {}, 2**18
-    # Short sequences are repeated, because one short call would mostly measure the caches that the last call left.
-    for length in [4**power for power in range(5, 10)]:
-        x = torch.randn(1, length, 64, requires_grad=True)
-        calls[f"S = {length}"] = lambda x=x: torch.stack([rnn(x)[0][:, -1] for _ in range(count // x.shape[1])])
-    leaves = {name: [*rnn.parameters()] for name in calls}
-    yield Table(f"{count} time steps of (B, S, I, H) = (1, S, 64, 64); fwd + bwd for the parameters", calls, leaves)
 
 
 class Tagger(nn.Module):
@@ -413,8 +364,7 @@ def export(name, module, shape, path):
         torch.onnx.export(module.eval(), given, path, dynamo=True, external_data=False, verbose=False, **options)
 
 
-GROUPS = (one_layer, family, gates, lengths, steps, half, products, compiled, model, scaling, tagger, deploy)
-GROUPS = {function.__name__: function for function in GROUPS}
+GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
 
 
 def whole_layers(timer, shape, others=None, skipped=()):

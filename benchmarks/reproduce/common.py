@@ -30,6 +30,7 @@ for gate in ("signed", "rotation", "quaternion"):
     LAYERS[f"minGRU, {gate}"] = functools.partial(mingru.MinGRU, gate=gate, **OPTIONS)
     # Two layers only.
     LAYERS[f"minGRU, sigmoid below {gate}"] = functools.partial(mingru.MinGRU, gate=["sigmoid", gate], **OPTIONS)
+LAYERS["minGRU, mixed"] = functools.partial(mingru.MinGRU, gate="mixed", **OPTIONS)
 # Runs of other seeds, models, ... continue a file: each run has them in its key. The machine has the threads.
 UNRECORDED = ("json", "threads", "peer", "models", "layers", "lengths", "tasks", "seeds")
 # Return tokens (B, S), and the classes (B, T) that the model must output at the last T time steps.

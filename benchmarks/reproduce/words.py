@@ -33,7 +33,7 @@ from .common import LAYERS, accuracy, build, start, training
 
 FREE = "tanh, own input gate"
 # Options of a block with one layer.
-BLOCKS: dict[str, dict[str, Any]] = {"minGRU": {}, "signed": {"gate": "signed"}}
+BLOCKS: dict[str, dict[str, Any]] = {"minGRU": {}, "signed": {"gate": "signed"}, "mixed": {"gate": "mixed"}}
 for gate in ("rotation", "quaternion"):
     learned = {"gate": gate, "learn_initial_state": True}
     BLOCKS |= {gate: {"gate": gate}, f"{gate}, learned start": learned, f"{gate}, learned from 2": learned}
