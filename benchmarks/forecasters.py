@@ -98,7 +98,7 @@ def gluonts_rows(args, end):
 
     from mingru.integrations import gluonts as ours
 
-    kinds = {"nn.LSTM": DeepAREstimator, "minLSTM": ours.DeepAREstimator}
+    kinds = {"nn.LSTM": DeepAREstimator, 'minGRU, gate="mixed"': ours.DeepAREstimator}
     kinds['minLSTM, candidate="tanh"'] = type("Tanh", (ours.DeepAREstimator,), {"options": FORECASTER})
     series = ListDataset([{"start": "1949-01", "target": VALUES[:end]}], freq="M")
 
@@ -120,22 +120,22 @@ def pytorch_forecasting_rows(args, end):
 
     from mingru.integrations import pytorch_forecasting as ours
 
-    kinds = {"nn": models.RecurrentNetwork, "min": ours.RecurrentNetwork}
-    cells = {f"{name}.{cell}": (kind, cell) for name, kind in kinds.items() for cell in ("GRU", "LSTM")}
+    mixed = type("Mixed", (ours.RecurrentNetwork,), {"options": {"residual": True, "norm": "rms", "gate": "mixed"}})
+    kinds = {"nn.GRU": models.RecurrentNetwork, "minGRU": ours.RecurrentNetwork, 'minGRU, gate="mixed"': mixed}
     frame = pd.DataFrame({"time": range(len(VALUES)), "series": "0", "y": VALUES, "month": MONTHS.month.astype(str)})
     known = {"time_varying_known_categoricals": ["month"], "time_varying_known_reals": ["time"]}
     lengths = {"max_encoder_length": 24, "max_prediction_length": args.months, "time_varying_unknown_reals": ["y"]}
     training = TimeSeriesDataSet(frame[:end], "time", "y", ["series"], **lengths, **known)
     last = TimeSeriesDataSet.from_dataset(training, frame, predict=True, stop_randomization=True)
 
-    def forecast(kind, cell, seed):
+    def forecast(kind, seed):
         seed_everything(seed, verbose=False)
-        options = {"cell_type": cell, "rnn_layers": 2, "hidden_size": 20, "learning_rate": args.lr}
+        options = {"cell_type": "GRU", "rnn_layers": 2, "hidden_size": 24, "learning_rate": args.lr}
         model = kind.from_dataset(training, **options)
         Trainer(max_epochs=args.epochs, **QUIET).fit(model, training.to_dataloader(batch_size=16))
-        return model.predict(last.to_dataloader(train=False), trainer_kwargs=QUIET)[0].numpy()
+        return model.predict(last.to_dataloader(train=False), trainer_kwargs={**QUIET})[0].numpy()
 
-    return cells, forecast
+    return {name: (kind,) for name, kind in kinds.items()}, forecast
 
 
 ROWS = {"darts": darts_rows, "gluonts": gluonts_rows, "neuralforecast": neuralforecast_rows}

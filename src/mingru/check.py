@@ -227,13 +227,12 @@ def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[flo
     bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
     expected = "a number from 0 to 1 (exclusive)"
     expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
-    if not all(is_number(bound) for bound in bounds):
-        raise TypeError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if len(bounds) != num_layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
-    if any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True)):
-        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-        raise ValueError(expectation(name, "min_decay", expected, repr(min_decay)))
+    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
+    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
+    require(name, "min_decay", is_valid, expected, repr(min_decay))
+    is_valid = not any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True))
+    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+    require(name, "min_decay", is_valid, expected, repr(min_decay))
     return [float(bound) for bound in bounds]
 
 
@@ -290,11 +289,10 @@ def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
 
 def mask_remedy(h: Any) -> str:
     """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
-    if not isinstance(h, Tensor):
-        return ""
-    if h.dtype == torch.bool:
+    dtype = getattr(h, "dtype", None)
+    if dtype == torch.bool:
         return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
-    return "a layer takes lengths as lengths=" if h.dtype == torch.int64 and h.dim() == 1 else ""
+    return "a layer takes lengths as lengths=" if dtype == torch.int64 and h.dim() == 1 else ""
 
 
 def embed_remedy(x: Tensor) -> str:

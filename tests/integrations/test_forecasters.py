@@ -64,20 +64,20 @@ def load_gluonts(folder):
     np.save(f"{folder}/found", forecast_of_gluonts(Predictor.deserialize(Path(folder))))
 
 
-@pytest.mark.parametrize("attributes", [{}, {"options": {"candidate": "tanh", "cell": "mingru"}}])
-def test_gluonts(attributes, tmp_path):
+@pytest.mark.parametrize(("size", "own"), [(8, None), (6, None), (8, {"candidate": "tanh", "cell": "mingru"})])
+def test_gluonts(size, own, tmp_path):
     pytest.importorskip("gluonts.torch", reason='pip install "gluonts[torch]"')
     from gluonts.dataset.common import ListDataset
 
     from mingru.integrations.gluonts import DeepAREstimator
 
     trainer = {"max_epochs": 1, "default_root_dir": str(tmp_path), **QUIET}
-    given = {"hidden_size": 8, "num_batches_per_epoch": 2, "trainer_kwargs": trainer}
-    estimator = type("Estimator", (DeepAREstimator,), attributes)(freq="M", prediction_length=4, **given)
+    given = {"hidden_size": size, "num_batches_per_epoch": 2, "trainer_kwargs": trainer}
+    estimator = type("Estimator", (DeepAREstimator,), {"options": own})(freq="M", prediction_length=4, **given)
     predictor = estimator.train(ListDataset([{"start": "2000-01", "target": VALUES}], freq="M"))
     rnn = predictor.prediction_net.model.rnn
-    options = attributes.get("options", {"residual": True, "norm": "rms"})
-    assert repr(rnn) == repr(drop_in.LSTM(rnn.input_size, 8, 2, batch_first=True, dropout=0.1, **options))
+    options = own or {"residual": True, "norm": "rms", **({"cell": "mingru", "gate": "mixed"} if size == 8 else {})}
+    assert repr(rnn) == repr(drop_in.LSTM(rnn.input_size, size, 2, batch_first=True, dropout=0.1, **options))
     predictor.serialize(tmp_path)
     call(load_gluonts, str(tmp_path))
     assert np.array_equal(np.load(tmp_path / "found.npy"), forecast_of_gluonts(predictor))

@@ -36,5 +36,5 @@ def test_models_of_transformers_leave_layers_of_drop_in_alone(tmp_path):
     for rnn in (model.rnn, again.rnn):
         torch.testing.assert_close(dict(rnn.state_dict()), dict(fresh.state_dict()), rtol=0, atol=0)
     assert not model.head.bias.any()
-    with pytest.raises(RuntimeError, match="bias_hh_l0|ignore_mismatched_sizes"):
+    with pytest.raises(RuntimeError, match=r"bias_hh_l0|ignore_mismatched_sizes"):
         Pretrained.from_pretrained(tmp_path)  # builds torch's layer

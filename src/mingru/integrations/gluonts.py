@@ -1,4 +1,4 @@
-"""An estimator for GluonTS with minLSTM layers, whose predictors are saved and loaded like others."""
+"""An estimator for GluonTS with minimal recurrent layers, whose predictors are saved and loaded like others."""
 
 from typing import Any, ClassVar
 
@@ -10,6 +10,8 @@ with require("gluonts[torch]", "gluonts 0.17", __name__):
     from gluonts.torch.model.deepar import estimator, lightning_module
 
 __all__ = ["DeepAREstimator", "DeepARLightningModule"]
+
+OPTIONS = {"residual": True, "norm": "rms"}
 
 
 class DeepARLightningModule(lightning_module.DeepARLightningModule):
@@ -29,13 +31,14 @@ class DeepARLightningModule(lightning_module.DeepARLightningModule):
 
 
 class DeepAREstimator(estimator.DeepAREstimator):
-    """Use minLSTM layers in `DeepAREstimator`.
+    """Use minimal recurrent layers in `DeepAREstimator`.
 
     Arguments are those of GluonTS's class. A predictor is saved by `serialize`, and loaded by `Predictor.deserialize`,
     without an import of this module.
 
-    The layers have `residual=True` and `norm="rms"`. For other options of [mingru.drop_in.LSTM][], derive a class, and
-    set its attribute `options`.
+    The layers have `residual=True`, `norm="rms"`, and `cell="mingru"` with `gate="mixed"` if `hidden_size` is divisible
+    by 8, as the default of 40 is. For other options of [mingru.drop_in.LSTM][], derive a class, and set its attribute
+    `options`.
 
     Examples:
         >>> predictor = DeepAREstimator(freq="M", prediction_length=12).train(dataset)  # doctest: +SKIP
@@ -44,8 +47,10 @@ class DeepAREstimator(estimator.DeepAREstimator):
         GluonTS 0.17, `gluonts/torch/model/deepar/estimator.py`.
     """
 
-    options: ClassVar[dict[str, Any]] = {"residual": True, "norm": "rms"}
+    options: ClassVar[dict[str, Any] | None] = None
 
     def create_lightning_module(self) -> Any:
         """Return the network."""
-        return DeepARLightningModule(**super().create_lightning_module().__init_args__, options=self.options)
+        given = super().create_lightning_module().__init_args__
+        mixed = {} if given["model_kwargs"]["hidden_size"] % 8 else {"cell": "mingru", "gate": "mixed"}
+        return DeepARLightningModule(**given, options=OPTIONS | mixed if self.options is None else self.options)

@@ -253,12 +253,11 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         plan.state_shapes = {batch: shapes}
     if list(map(_shape_of, states)) != shapes:
         return None
-    initial_states = resets = times = []
+    initial_states = [] if reset is None else module.default_states(x, batch)
+    resets = times = []
     if reset is not None or dt is not None:
         if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
             return None
-        if reset is not None:
-            initial_states = module.default_states(x, batch)
         resets = _of_both_directions(reset, reset_seen_in_reverse, module, plan, time_first)
         times = _of_both_directions(dt, dt_seen_in_reverse, module, plan, time_first)
     try:
