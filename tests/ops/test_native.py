@@ -114,7 +114,7 @@ def test_operators_refuse_what_would_read_past_the_end():
         (pair, one, number | 1 << 40, 0.0),
         (pair, one, number - 2**63, 0.0),
         (pair, one, 255, 0.0),
-        (pair, one, len(native.CELLS), 0.0),
+        (pair, one, len(native.CELL_NUMBERS), 0.0),
         (pair, one, number | 3 << 8, 0.0),
         (pair, *call_of("minlstm", h, h)),
         (pair, *call_of("mingru", h, h, flags=(False, True))),
@@ -189,7 +189,7 @@ WRONG_CODE = {
     "an unknown cell": [("scan", 0, 0, 255)],
     "an unknown candidate": [("scan", 0, 0, CELL | 3 << 8)],
     "an unknown cell of a mixture": [("scan", 0, 0, CELL | 255 << 16)],
-    "a mixture with three inputs": [("scan", 0, 0, CELL | native.CELLS.get("minlstm", 0) << 16)],
+    "a mixture with three inputs": [("scan", 0, 0, CELL | native.CELL_NUMBERS.get("minlstm", 0) << 16)],
     **{f"bit {bit}": [("scan", 0, 0, CELL | 1 << bit)] for bit in range(32, 63)},
     "a negative cell": [("scan", 0, 0, CELL - 2**63)],
 }
@@ -199,7 +199,7 @@ WRONG_CODE = {
 def test_the_inference_operator_trusts_no_code(wrong):
     x, h, norm, weight = torch.randn(2, 5, 4), torch.randn(1, 2, 1, 4), torch.ones(4), torch.randn(8, 4)
     kept, rows = x.clone(), [row if isinstance(row, tuple) else (row, 0, 0, 0) for row in WRONG_CODE[wrong]]
-    code = [(native.INSTRUCTIONS.get(name, name), *rest) for name, *rest in rows]
+    code = [(native.INSTRUCTION_NUMBERS.get(name, name), *rest) for name, *rest in rows]
     has_scan = any(name == "scan" for name, *_ in rows)
     weights, states = ([weight], [h]) if has_scan else ([norm, norm], [])
     args = torch.tensor(code, dtype=torch.int64).view(-1, 4), torch.tensor([0.0, 0.0], dtype=torch.float64), False

@@ -202,7 +202,7 @@ class InferencePlan:
         return weight is not None
 
     def _add(self, operation: str, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
-        self._instructions.append((native.INSTRUCTIONS[operation], has_bias, state, cell))
+        self._instructions.append((native.INSTRUCTION_NUMBERS[operation], has_bias, state, cell))
 
 
 def current_plan(module: Any) -> InferencePlan:

@@ -249,7 +249,7 @@ def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
     kind = sequence.device.type
     if kind == "cpu":
         devices, why = "the CPU", BACKENDS["native"].unavailable()
-        if why is None and spec.cell not in native.CELLS:
+        if why is None and spec.cell not in native.CELL_NUMBERS:
             why = f"the compiled kernels lack the cell {spec.cell!r}"
     elif kind in triton.DEVICES:
         devices, why = "GPUs", _why_not("triton", sequence, spec)

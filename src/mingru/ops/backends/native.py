@@ -96,19 +96,18 @@ def _register_shapes() -> None:
 
 
 _WHY_NOT = _load()
-# The numbers of cells and activations, and of the instructions of an inference pass: empty without the kernels.
-CELLS: dict[str, int] = {}
-ACTIVATIONS: dict[str, int] = {}
-INSTRUCTIONS: dict[str, int] = {}
 if _WHY_NOT is None:
     _register_shapes()
-    for _numbers, _names in zip((CELLS, ACTIVATIONS, INSTRUCTIONS), torch.ops.mingru.names().split("|"), strict=True):
-        _numbers.update((name, number) for number, name in enumerate(_names.split()))
+# The numbers of cells and activations, and of the instructions of an inference pass: empty without the kernels.
+_listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 3
+CELL_NUMBERS, ACTIVATION_NUMBERS, INSTRUCTION_NUMBERS = (
+    {name: number for number, name in enumerate(names.split())} for names in _listed
+)
 
 
 def number_of(spec: Spec) -> int:
     """Return the number of the cell and its activation."""
-    return CELLS[spec.cell] | ACTIVATIONS[spec.activation] << 8
+    return CELL_NUMBERS[spec.cell] | ACTIVATION_NUMBERS[spec.activation] << 8
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -116,7 +115,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
         return f"it only runs on the CPU, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it does not support {sequence.dtype}"
-    if spec.cell not in CELLS and _WHY_NOT is None:
+    if spec.cell not in CELL_NUMBERS and _WHY_NOT is None:
         return f"it has no kernel for the cell {spec.cell!r}"
     return None
 
@@ -175,7 +174,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), found
 
 
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELLS)
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELL_NUMBERS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
@@ -184,6 +183,6 @@ BACKEND = Backend(
     differentiable=False,
     kernel=_KERNEL,
     linear_kernel=Kernel(
-        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=CELLS
+        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=CELL_NUMBERS
     ),
 )
