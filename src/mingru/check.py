@@ -289,7 +289,7 @@ def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
 
 def mask_remedy(h: Any) -> str:
     """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
-    dtype = getattr(h, "dtype", None)
+    dtype = h.dtype if isinstance(h, Tensor) else None
     if dtype == torch.bool:
         return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
     return "a layer takes lengths as lengths=" if dtype == torch.int64 and h.dim() == 1 else ""
