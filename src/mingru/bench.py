@@ -151,12 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole, seconds = _above_0(int, "a whole number"), _above_0(float, "a number")
     parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
-    parser.add_argument(
-        "--seconds",
-        type=seconds,
-        default=3.0,
-        help="seconds for forward, and again for forward + backward, of each shape (default: %(default)s)",
-    )
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="seconds for each pass (default: %(default)s)")
     parser.add_argument(
         "--shape",
         type=whole,

@@ -13,7 +13,7 @@ from mingru import drop_in
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VALUES = np.sin(np.arange(60) * 0.5)
-FORECASTER = {"residual": True, "candidate": "tanh"}
+MIXED = {"residual": True, "cell": "mingru", "gate": "mixed"}
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -27,19 +27,20 @@ def load_neuralforecast(folder):
 
 
 def test_neuralforecast(tmp_path):
-    neuralforecast = pytest.importorskip("neuralforecast", reason="pip install neuralforecast")
+    kind = pytest.importorskip("neuralforecast", reason="pip install neuralforecast").NeuralForecast
     import pandas as pd
 
     from mingru.integrations.neuralforecast import MinDeepAR, MinGRU, MinLSTM
 
     given = {"h": 4, "input_size": 12, "max_steps": 2, **QUIET}
-    models = [MinDeepAR(**given), MinGRU(**given), MinLSTM(**given, recurrent=True)]
-    forecaster = neuralforecast.NeuralForecast(models, 1)
+    forecaster = kind([MinDeepAR(**given), MinGRU(**given), MinLSTM(**given, recurrent=True)], 1)
     forecaster.fit(pd.DataFrame({"unique_id": "a", "ds": np.arange(60), "y": VALUES}))
-    options = {"batch_first": True, **FORECASTER}
-    layers = [drop_in.LSTM(1, 128, 2, dropout=0.1, **options), drop_in.GRU(1, 200, 2, **options)]
-    layers.append(drop_in.LSTM(1, 128, 2, proj_size=1, **options))
-    assert [repr(each.hist_encoder) for each in forecaster.models] == [repr(each) for each in layers]
+    options = {"batch_first": True, "residual": True}
+    tanh = {**options, "candidate": "tanh"}
+    layers = [drop_in.LSTM(1, 128, 2, dropout=0.1, batch_first=True, **MIXED), drop_in.GRU(1, 200, 2, **tanh)]
+    layers += [drop_in.LSTM(1, 128, 2, proj_size=1, **tanh), drop_in.LSTM(1, 6, 2, dropout=0.1, **options, norm="rms")]
+    built = [*forecaster.models, MinDeepAR(**given, lstm_hidden_size=6)]
+    assert [repr(each.hist_encoder) for each in built] == [repr(each) for each in layers]
     torch.manual_seed(0)
     expected = forecaster.predict()
     forecaster.save(f"{tmp_path}/saved")
@@ -76,7 +77,7 @@ def test_gluonts(size, own, tmp_path):
     estimator = type("Estimator", (DeepAREstimator,), {"options": own})(freq="M", prediction_length=4, **given)
     predictor = estimator.train(ListDataset([{"start": "2000-01", "target": VALUES}], freq="M"))
     rnn = predictor.prediction_net.model.rnn
-    options = own or {"residual": True, "norm": "rms", **({"cell": "mingru", "gate": "mixed"} if size == 8 else {})}
+    options = own or {"residual": True, "norm": "rms", **(MIXED if size == 8 else {})}
     assert repr(rnn) == repr(drop_in.LSTM(rnn.input_size, size, 2, batch_first=True, dropout=0.1, **options))
     predictor.serialize(tmp_path)
     call(load_gluonts, str(tmp_path))

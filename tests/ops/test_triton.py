@@ -198,16 +198,15 @@ def as_operators_take_it(row):
     return inputs, others, ([row.cell, row.activation], row.min_decay), [row.reverse, row.layout == "time first"]
 
 
+WHOLE = {"reset": True, "dt": True, "min_decay": 0.1, "reverse": True, "steps": 5, "features": (4,)}
 LAYOUTS = [
-    Row(layout=layout, reset=True, dt=True, min_decay=0.1, reverse=True, steps=5, features=(4,))
+    pytest.param(Row(layout=layout, **WHOLE), marks=[pytest.mark.slow] * (layout != "packed"))
     for layout in ("packed", "time first", "lengths")
 ]
 SCANS = [Row(cell, "linear", reset=True, reverse=True, steps=5, features=(4,)) for cell in calls.SCANS[:2]]
 
 
-@pytest.mark.parametrize(
-    "row", [LAYOUTS[0], *(pytest.param(row, marks=pytest.mark.slow) for row in LAYOUTS[1:])], ids=str
-)
+@pytest.mark.parametrize("row", LAYOUTS, ids=str)
 def test_operators_keep_torchs_contract(row, use_plan):
     use_plan("segments")
     inputs, given, how, order = as_operators_take_it(row)

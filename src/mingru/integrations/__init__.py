@@ -11,6 +11,11 @@ from .. import drop_in
 OPTIONS: dict[str, Any] = {"candidate": "tanh", "residual": True}
 
 
+def mixed(size: int) -> dict[str, Any]:
+    """Return the options of a minGRU half of whose features turn, or nothing if it cannot divide so many features."""
+    return {} if size % 8 else {"cell": "mingru", "gate": "mixed"}
+
+
 class Replaced:
     """Replaces the layers of a model that its library has constructed."""
 

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from .. import drop_in
-from . import require
+from . import mixed, require
 
 with require("gluonts[torch]", "gluonts 0.17", __name__):
     from gluonts.core.component import validated
@@ -11,7 +11,7 @@ with require("gluonts[torch]", "gluonts 0.17", __name__):
 
 __all__ = ["DeepAREstimator", "DeepARLightningModule"]
 
-OPTIONS = {"residual": True, "norm": "rms"}
+OPTIONS: dict[str, Any] = {"residual": True, "norm": "rms"}
 
 
 class DeepARLightningModule(lightning_module.DeepARLightningModule):
@@ -52,5 +52,5 @@ class DeepAREstimator(estimator.DeepAREstimator):
     def create_lightning_module(self) -> Any:
         """Return the network."""
         given = super().create_lightning_module().__init_args__
-        mixed = {} if given["model_kwargs"]["hidden_size"] % 8 else {"cell": "mingru", "gate": "mixed"}
-        return DeepARLightningModule(**given, options=OPTIONS | mixed if self.options is None else self.options)
+        options = OPTIONS | mixed(given["model_kwargs"]["hidden_size"]) if self.options is None else self.options
+        return DeepARLightningModule(**given, options=options)

@@ -1,6 +1,8 @@
 """Models for NeuralForecast with minGRU or minLSTM layers, which are saved and loaded like others."""
 
-from . import Replaced, require
+from typing import Any, ClassVar
+
+from . import Replaced, mixed, require
 
 with require("neuralforecast", "neuralforecast 3.3", __name__):
     from neuralforecast import models
@@ -38,4 +40,12 @@ class MinLSTM(_Loadable, models.LSTM):
 
 
 class MinDeepAR(_Loadable, models.DeepAR):
-    """Use minLSTM layers in NeuralForecast's `DeepAR`; see `MinGRU`."""
+    """Use minimal recurrent layers in NeuralForecast's `DeepAR`; see `MinGRU`.
+
+    The layers have `residual=True`, and `cell="mingru"` with `gate="mixed"` if `lstm_hidden_size` is divisible by 8, as
+    the default of 128 is; otherwise they are minLSTM with `norm="rms"`.
+    """
+
+    options: ClassVar[Any] = property(
+        lambda self: {"residual": True, **(mixed(self.hist_encoder.hidden_size) or {"norm": "rms"})}
+    )
