@@ -429,7 +429,7 @@ def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool
 
 
 def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:
-    if not isinstance(x, Tensor) or x.is_nested:
+    if not isinstance(x, Tensor):
         raise not_a_tensor(name, argument, x)
     if not (x.is_floating_point() or (or_complex and x.is_complex())):
         remedy = f"use {argument}.float()"
