@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from .. import drop_in
+from ..ops.cells import GATES, multiple_of
 
 # What the layers of policies and of most forecasters have by default: a state of both signs, as that of an LSTM, and
 # beside it the input. Their difference is a change over time.
@@ -13,7 +14,7 @@ OPTIONS: dict[str, Any] = {"candidate": "tanh", "residual": True}
 
 def mixed(size: int) -> dict[str, Any]:
     """Return the options of a minGRU half of whose features turn, or nothing if it cannot divide so many features."""
-    return {} if size % 8 else {"cell": "mingru", "gate": "mixed"}
+    return {} if size % multiple_of(GATES["mixed"]) else {"cell": "mingru", "gate": "mixed"}
 
 
 class Replaced:

@@ -11,8 +11,6 @@ with require("gluonts[torch]", "gluonts 0.17", __name__):
 
 __all__ = ["DeepAREstimator", "DeepARLightningModule"]
 
-OPTIONS: dict[str, Any] = {"residual": True, "norm": "rms"}
-
 
 class DeepARLightningModule(lightning_module.DeepARLightningModule):
     """The network of `DeepAREstimator`. The file of a predictor has its name and its arguments."""
@@ -52,5 +50,5 @@ class DeepAREstimator(estimator.DeepAREstimator):
     def create_lightning_module(self) -> Any:
         """Return the network."""
         given = super().create_lightning_module().__init_args__
-        options = OPTIONS | mixed(given["model_kwargs"]["hidden_size"]) if self.options is None else self.options
-        return DeepARLightningModule(**given, options=options)
+        by_default = {"residual": True, "norm": "rms", **mixed(given["model_kwargs"]["hidden_size"])}
+        return DeepARLightningModule(**given, options=by_default if self.options is None else self.options)
