@@ -1,30 +1,38 @@
 """minGRU and minLSTM layers with torch's interface: names, shapes and types of errors."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import (
-    arguments_checked,
-    check_lengths,
-    check_steps,
-    dims,
-    expectation,
-    of_another_shape,
-    require,
-)
+from ..check import arguments_checked, check_lengths, check_steps, dims, expectation, of_another_shape, require
 from ..modules import scripted
 from ..modules.layer import Dims
 from ..modules.mingru import MinGRU
 from ..modules.options import Candidate, Gates, Memory, Norm, Residual, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Result, Steps, copied, without_dims
 from ..ops.call import Layout
-from ..ops.graph import is_captured, scripted_as, untraced
+from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
 from .base import DropIn, Pair, WithPair
+
+State = TypeVar("State", Tensor, Pair)
+
+
+class Called(Protocol[State]):
+    """A call, for type checkers. It also takes packed sequences, which TorchScript does not know in `forward`."""
+
+    def __call__(
+        self,
+        input: Steps,
+        hx: State | None = None,
+        reset: Steps | None = None,
+        lengths: MaybeTensor = None,
+        dt: Steps | None = None,
+        mask: MaybeTensor = None,
+    ) -> tuple[Steps, State]: ...
 
 
 class DropInLayer(DropIn):
@@ -65,7 +73,8 @@ class DropInLayer(DropIn):
         if mask is None:
             return lengths
         time_dim = 1 if self.batch_first else 0
-        check_mask(self.name, mask, input, lengths, time_dim)
+        if not is_scripting():
+            check_mask(self.name, mask, input, lengths, time_dim)
         return mask.sum(time_dim)
 
     def _outputs(
@@ -148,11 +157,6 @@ class DropInLayer(DropIn):
         """Do nothing; present for compatibility with torch.nn."""
 
 
-def _accept(name: str, mask: Tensor, input: Tensor, lengths: MaybeTensor, time_dim: int) -> None:
-    pass
-
-
-@scripted_as(_accept)
 @untraced
 def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:
     """Raise an error if the mask is not True for the first steps of each sequence, and only for them."""
@@ -267,16 +271,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         return self._outputs(input, hx, reset, self._lengths(input, lengths, mask), dt)
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            input: Steps,
-            hx: MaybeTensor = None,
-            reset: Steps | None = None,
-            lengths: MaybeTensor = None,
-            dt: Steps | None = None,
-            mask: MaybeTensor = None,
-        ) -> tuple[Steps, Tensor]: ...
+        __call__: Called[Tensor]  # type: ignore[assignment]
 
 
 class LSTM(WithPair, DropInLayer, role="torch", planned=True):
@@ -401,13 +396,4 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         return output, (torch.stack(projected), c_n)
 
     if TYPE_CHECKING:
-
-        def __call__(  # type: ignore[override]
-            self,
-            input: Steps,
-            hx: Pair | None = None,
-            reset: Steps | None = None,
-            lengths: MaybeTensor = None,
-            dt: Steps | None = None,
-            mask: MaybeTensor = None,
-        ) -> tuple[Steps, Pair]: ...
+        __call__: Called[Pair]  # type: ignore[assignment]
