@@ -12,6 +12,7 @@ from ..modules.marked import marks_of
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack
+from ..modules.stacked import Directions
 from .state_dict import Checkpoint
 
 
@@ -171,33 +172,29 @@ def from_cheind(
     if has_norm:
         options["norm"] = "group" if has_kernel else "layer"
 
-    def construct(residual: bool, dropout: float) -> tuple[MinGRU | MinConv2dGRU | Stack, dict[str, Any]]:
-        """Return the layer, and its single layers by the prefix of their parameters' names."""
+    def construct(residual: bool, dropout: float) -> MinGRU | MinConv2dGRU | Stack:
         common: dict[str, Any] = {"residual": residual, **options}
         if has_kernel:
-            conv = MinConv2dGRU(input_dims, _common(hidden_sizes), num_layers=num_layers, dropout=dropout, **common)
-            return conv, {f"layers.{index}.": part for index, part in enumerate(conv.layers)}
+            return MinConv2dGRU(input_dims, _common(hidden_sizes), num_layers=num_layers, dropout=dropout, **common)
         if form.is_uniform or len(set(hidden_sizes)) == 1:
-            rnn = MinGRU(input_dims, hidden_sizes[0], num_layers, dropout=dropout, **common)
-            return rnn, {f"layers.{index}.": part for index, part in enumerate(rnn.layers)}
-        rnns = [MinGRU(*sizes, **common) for sizes in pairwise([input_dims, *hidden_sizes])]
-        stack = Stack(rnns, dropout=dropout)
-        return stack, {f"layers.{index}.layers.0.": rnn.layers[0] for index, rnn in enumerate(rnns)}
+            return MinGRU(input_dims, hidden_sizes[0], num_layers, dropout=dropout, **common)
+        return Stack([MinGRU(*sizes, **common) for sizes in pairwise([input_dims, *hidden_sizes])], dropout=dropout)
 
     if form.align is None:
         require(name, "residual", not residual, "False or None because a cell has no residual", "True")
         residual = False
     elif residual is None:
         residual = any(form.keys("align", "weight", index)[0] in found for index in range(num_layers))
-        is_visible = form.is_uniform or any(part.align is not None for part in construct(True, 0.0)[1].values())
+        has_align = any(getattr(part, "align", None) is not None for part in construct(True, 0.0).modules())
         remedy = "the weights do not show it, because no layer changes the size of its input"
-        require(name, "residual", residual or is_visible, "True or False", "None", remedy)
-    layer, parts = construct(residual, dropout)
+        require(name, "residual", residual or form.is_uniform or has_align, "True or False", "None", remedy)
+    layer = construct(residual, dropout)
+    layers: Any = layer.layers
     if form.is_uniform and residual:
-        parts["layers.0."].align = nn.Linear(input_dims, hidden_sizes[0], bias, **factory)
-    _load(found, form, layer, parts)
+        layers[0].align = nn.Linear(input_dims, hidden_sizes[0], bias, **factory)
+    _load(found, form, layer)
     if has_kernel and has_norm:
-        _regroup(name, num_groups, [part.norm for part in parts.values()])
+        _regroup(name, num_groups, [part.norm for part in layers])
     return layer
 
 
@@ -219,13 +216,14 @@ def _linears(found: Checkpoint, form: Form) -> list[Tensor]:
     return [torch.cat([found[key] for key in of_layer]) for of_layer in by_layer]
 
 
-def _load(found: Checkpoint, form: Form, layer: nn.Module, parts: dict[str, Any]) -> None:
-    """Load the tensors into the layer, which must need all of them; `parts` are single layers by their prefix."""
+def _load(found: Checkpoint, form: Form, layer: nn.Module) -> None:
+    """Load the tensors into the layer, which must need all of them."""
+    parts = [(path, part) for path, part in layer.named_modules() if isinstance(part, Directions)]
     targets = []
-    for index, (path, part) in enumerate(parts.items()):
+    for index, (path, part) in enumerate(parts):
         for key, parameter in part.named_parameters():
             map_name, kind = key.split(".")
-            targets.append((path + key, parameter.shape, form.keys(map_name, kind, index)))
+            targets.append((f"{path}.{key}", parameter.shape, form.keys(map_name, kind, index)))
     first = targets[0][2][0]
     found.check([key for *_, keys in targets for key in keys])
     for _, shape, keys in targets:
