@@ -4,20 +4,14 @@ import difflib
 
 LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
 # Argument names of other packages (torch, Keras, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers) and
-# their names here, with a value where another one is meant.
+# their names here, with a value where another one is meant. Without those that look like a typing error, as "strides".
 COUNTERPARTS = {
-    "input_size": ("input_dims",),
     "in_channels": ("input_dims",),
-    "input_dims": ("input_size",),
-    "hidden_size": ("hidden_dims", "expansion"),
+    **dict.fromkeys(["input_size", "input_dims"], ("input_dims", "input_size")),
+    **dict.fromkeys(["hidden_size", "hidden_dims"], ("hidden_dims", "hidden_size", "expansion")),
     **dict.fromkeys(["hidden_sizes", "out_channels", "units"], ("hidden_dims",)),
-    "hidden_dims": ("hidden_size", "expansion"),
     "dim": ("input_dims", "hidden_dims"),
     "expansion_factor": ("hidden_dims", "expansion"),
-    "n_layers": ("num_layers",),
-    "kernel_sizes": ("kernel_size",),
-    "strides": ("stride",),
-    "paddings": ("padding",),
     "batch_norm": ("norm",),
     **dict.fromkeys(["activation", "nonlinearity"], ("candidate",)),
     "recurrent_dropout": ("dropout",),
@@ -26,8 +20,7 @@ COUNTERPARTS = {
     **dict.fromkeys(["max_length", "max_tokens"], ("max_new_tokens",)),
     "eos_token_id": ("stop",),
     "do_sample": ("temperature=0 for do_sample=False, and nothing for True",),
-    "input": ("x",),
-    "x": ("input",),
+    **dict.fromkeys(["input", "x"], ("x", "input")),
     **dict.fromkeys(["h", "hx", "h0", "h_0", "hidden", "hidden_state", "prev_hidden", "state"], ("h", "hx")),
 }
 LINEAR_BEHIND = "apply a torch.nn.Linear to the output"
