@@ -85,9 +85,7 @@ def stream(
             raise ValueError(f"{lm.name}: the logits after the prompts are NaN; check the parameters and the state")
         for step in range(max_new_tokens):
             tokens = sampling.sample(logits, next(uniforms)[active])
-            new = torch.full((len(ids),), -1, dtype=torch.int64, device=ids.device)
-            new[active] = tokens
-            yield new
+            yield torch.full((len(ids),), -1, device=ids.device).index_copy(0, active, tokens)
             if len(stops) > 0:
                 going = ~torch.isin(tokens, stops)
                 if not bool(going.all()):

@@ -143,11 +143,7 @@ class LanguageModel(Layer):
         return self.blocks.default_states(x, batch)
 
     def forward(
-        self,
-        ids: Tensor,
-        state: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, ids: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         self._begin(ids, state, reset, lengths, None)
         if is_scripting():  # noqa: SIM108 (not in TorchScript)
