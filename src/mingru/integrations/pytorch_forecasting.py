@@ -1,11 +1,13 @@
 """Models of pytorch-forecasting with minGRU or minLSTM layers: import them from here instead."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import drop_in
+from ..drop_in.layers import DropInLayer
 from ..ops.private import pytree
 from . import OPTIONS, require
 
@@ -16,25 +18,21 @@ with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):
 __all__ = ["GRU", "LSTM", "DeepAR", "RecurrentNetwork", "TemporalFusionTransformer"]
 
 
-class _WithStates:
+class _WithStates(DropInLayer):
     """Adds what the models call: `enforce_sorted`, and methods for states, each of them one tensor or a pair."""
 
-    def forward(self, x: Tensor, hx: Any = None, lengths: Tensor | None = None, enforce_sorted: bool = True) -> Any:
-        rnn: Any = self
-        if x.shape[1 if rnn.batch_first else 0] == 0:
-            return x.new_zeros(*x.shape[:2], rnn.output_dims), self.init_hidden_state(x) if hx is None else hx
-        return super().forward(x, hx, lengths=lengths)  # type: ignore[misc]
+    def forward(self, x: Tensor, hx: Any = None, lengths: Tensor | None = None, enforce_sorted: bool = True) -> Any:  # type: ignore[override]
+        if x.shape[1 if self.batch_first else 0] == 0:
+            return x.new_zeros(*x.shape[:2], self.output_dims), self.init_hidden_state(x) if hx is None else hx
+        return super().forward(x, hx, lengths=lengths)
 
     def init_hidden_state(self, x: Tensor) -> Any:
-        rnn: Any = self
-        batch = x.shape[0 if rnn.batch_first else 1]
-        zeros = x.new_zeros(rnn.num_layers * rnn.num_directions, batch, rnn.hidden_size)
-        return zeros if rnn.mode == "GRU" else (zeros, zeros.clone())
+        batch = x.shape[0 if self.batch_first else 1]
+        zeros = x.new_zeros(self.num_layers * self.num_directions, batch, self.hidden_size)
+        return zeros if self.mode == "GRU" else (zeros, zeros.clone())
 
     def handle_no_encoding(self, hidden_state: Any, no_encoding: Tensor, initial_hidden_state: Any) -> Any:
-        return pytree.tree_map(
-            lambda h, initial: torch.where(no_encoding, initial, h), hidden_state, initial_hidden_state
-        )
+        return pytree.tree_map(partial(torch.where, no_encoding), initial_hidden_state, hidden_state)
 
     def repeat_interleave(self, hidden_state: Any, n_samples: int) -> Any:
         return pytree.tree_map(lambda h: h.repeat_interleave(n_samples, 1), hidden_state)
@@ -51,15 +49,14 @@ class LSTM(_WithStates, drop_in.LSTM, role="custom"):  # type: ignore[misc]
     """Add to [mingru.drop_in.LSTM][] what `GRU` adds, for pairs of states."""
 
 
-class _Replaced:
+class _Replaced(nn.Module):
     """Replaces the layers of a model of pytorch-forecasting."""
 
     options: ClassVar[dict[str, Any]] = OPTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model: Any = self
-        for name, old in list(model.named_children()):
+        for name, old in list(self.named_children()):
             if isinstance(old, RNN):
                 layer = GRU if isinstance(old, nn.GRU) else LSTM
                 of_torch = {"batch_first": True, "dropout": old.dropout}

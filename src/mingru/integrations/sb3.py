@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-class _OnePass:
+class _OnePass(MlpLstmPolicy):
     """Replaces the LSTMs of a policy, and the loop over its steps."""
 
     cell = "mingru"
@@ -34,20 +34,18 @@ class _OnePass:
 
     def __init__(self, *args: Any, lstm_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        policy: Any = self
-        policy.lstm_kwargs = lstm_kwargs or {}
-        options = {"cell": self.cell, **OPTIONS, **policy.lstm_kwargs}
+        self.lstm_kwargs = lstm_kwargs or {}
+        options = {"cell": self.cell, **OPTIONS, **self.lstm_kwargs}
         for name in ("lstm_actor", "lstm_critic"):
-            old = getattr(policy, name)
+            old = getattr(self, name)
             if old is not None:
                 lstm = drop_in.LSTM(old.input_size, old.hidden_size, old.num_layers, **options)
-                first: Any = lstm.layers[0]
-                for parameter in first.parameters():
+                for parameter in lstm.layers[0].parameters():
                     if parameter.dim() > 1:
                         parameter.data *= self.input_gain
-                setattr(policy, name, lstm)
+                setattr(self, name, lstm)
         schedule = kwargs["lr_schedule"] if "lr_schedule" in kwargs else args[2]
-        policy.optimizer = policy.optimizer_class(policy.parameters(), lr=schedule(1), **policy.optimizer_kwargs)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=schedule(1), **self.optimizer_kwargs)
 
     @staticmethod
     def _process_sequence(
@@ -60,18 +58,17 @@ class _OnePass:
         return out.transpose(0, 1).flatten(0, 1), states
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        policy: Any = self
         return {
-            **super()._get_constructor_parameters(),  # type: ignore[misc]
-            "lstm_hidden_size": policy.lstm_output_dim,
-            "n_lstm_layers": policy.lstm_actor.num_layers,
-            "shared_lstm": policy.shared_lstm,
-            "enable_critic_lstm": policy.enable_critic_lstm,
-            "lstm_kwargs": policy.lstm_kwargs,
+            **super()._get_constructor_parameters(),
+            "lstm_hidden_size": self.lstm_output_dim,
+            "n_lstm_layers": self.lstm_actor.num_layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
         }
 
 
-class MinGRUPolicy(_OnePass, MlpLstmPolicy):
+class MinGRUPolicy(_OnePass):
     """Use minGRU layers in `RecurrentPPO`, for observations that are vectors.
 
         h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
@@ -103,7 +100,7 @@ class MinGRUMultiInputPolicy(_OnePass, MultiInputLstmPolicy):
     """Use minGRU layers for observations that are dictionaries; see `MinGRUPolicy`."""
 
 
-class MinLSTMPolicy(_OnePass, MlpLstmPolicy):
+class MinLSTMPolicy(_OnePass):
     """Use minLSTM layers in `RecurrentPPO`; see `MinGRUPolicy`."""
 
     cell = "minlstm"
