@@ -24,11 +24,21 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     return disabled
 
 
-def check_mesh(name: str, mesh: Any) -> None:
-    """Raise an error if this is no mesh with one dimension."""
+def outermost(name: str, module: nn.Module, mesh: Any) -> list[Any]:
+    """Return the layers of this library in a module that are in no other such layer, to divide them among a mesh.
+
+    Raise an error if there is none, or if the mesh does not have one dimension.
+    """
     check_type(name, "device_mesh", mesh, DeviceMesh, "a DeviceMesh", "use init_device_mesh")
     remedy = f"pass one of its dimensions, such as mesh[{(mesh.mesh_dim_names or ['name'])[-1]!r}]"
     require(name, "device_mesh", mesh.ndim == 1, "a mesh with one dimension", f"{mesh.ndim} dimensions", remedy)
+    check_type(name, "module", module, nn.Module, "a module")
+    layers = [each for each in module.modules() if isinstance(each, Layer)]
+    inner = {each for layer in layers for each in layer.modules() if each is not layer}
+    found = [layer for layer in layers if layer not in inner]
+    expected = "a layer or model of this library, or a module that contains one"
+    require(name, "module", bool(found), expected, type(module).__name__)
+    return found
 
 
 class Part(Directions):
@@ -44,17 +54,6 @@ class Part(Directions):
             shape = batch, 1, self.hidden_dims, *inputs[0].shape[3:]
             start = start._replace(h=start.h.expand(shape), initial_state=start.initial_state.expand(shape))
         return self._recurrence(self.spec(reverse), inputs, start, layout)
-
-
-def outermost(name: str, module: nn.Module) -> list[Any]:
-    """Return the layers of this library in a module that are in no other such layer."""
-    check_type(name, "module", module, nn.Module, "a module")
-    layers = [each for each in module.modules() if isinstance(each, Layer)]
-    inner = {each for layer in layers for each in layer.modules() if each is not layer}
-    found = [layer for layer in layers if layer not in inner]
-    expected = "a layer or model of this library, or a module that contains one"
-    require(name, "module", bool(found), expected, type(module).__name__)
-    return found
 
 
 def derive(module: Any, part: type, mesh: DeviceMesh) -> None:

@@ -43,7 +43,7 @@ from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
-from .ranks import Part, check_mesh, derive, eager, outermost
+from .ranks import Part, derive, eager, outermost
 
 _NAME = "SequenceParallel"
 # With so few input features, it takes little time to compute pre-activations again.
@@ -120,8 +120,7 @@ class SequenceParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        check_mesh(_NAME, device_mesh)
-        layers = outermost(_NAME, module)
+        layers = outermost(_NAME, module, device_mesh)
         inner = [each for layer in layers for each in layer.modules()]
         for each in inner:
             _check_supported(each)

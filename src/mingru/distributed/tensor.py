@@ -19,7 +19,7 @@ from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import cells_of, parts_of
 from ..ops.shape import States
-from .ranks import Part, check_mesh, derive, eager, outermost
+from .ranks import Part, derive, eager, outermost
 
 _NAME = "TensorParallel"
 
@@ -80,8 +80,7 @@ class TensorParallel(ParallelStyle):
         self.is_sharded = output_layouts == Shard(-1)
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        check_mesh(_NAME, device_mesh)
-        layers = outermost(_NAME, module)
+        layers = outermost(_NAME, module, device_mesh)
         found: list[Any] = [each for layer in layers for each in layer.modules() if isinstance(each, Directions)]
         for each in found:
             _check_divisible(each, device_mesh.size())
