@@ -132,7 +132,6 @@ class Block(Layer, role="sequence", planned=True):
         self.cell = cell
         self.dropout = float(dropout)
         self.checkpoint = checkpoint
-        self.batch_first = True
         self.input_dims = self.output_dims = dims
         self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **layer_options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
