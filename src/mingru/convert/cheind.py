@@ -151,14 +151,11 @@ def from_cheind(
     has_kernel = weights[0].dim() == 4
     has_norm = form.norm is not None and form.keys("norm", "weight", 0)[0] in found
     without = f"None because the weights have no {'group norm' if has_kernel else 'convolution'}"
-    for argument, value, is_needed, fits in (
-        ("stride", stride, has_kernel, has_kernel),
-        ("padding", padding, has_kernel, has_kernel),
-        ("num_groups", num_groups, False, has_kernel and has_norm),
-    ):
-        remedy = "convolutional weights do not show it"
-        require(name, argument, value is not None or not is_needed, "given", "None", remedy)
-        require(name, argument, value is None or fits, without, repr(value))
+    remedy = "convolutional weights do not show it"
+    for argument, value in (("stride", stride), ("padding", padding)):
+        require(name, argument, value is not None or not has_kernel, "given", "None", remedy)
+        require(name, argument, value is None or has_kernel, without, repr(value))
+    require(name, "num_groups", num_groups is None or (has_kernel and has_norm), without, repr(num_groups))
 
     num_layers = len(weights)
     input_dims, hidden_sizes = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]

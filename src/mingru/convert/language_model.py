@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..check import require
 from ..models import LanguageModel
-from ..modules.minlstm import MinLSTM
 from .projected import Projected, from_lucidrains
 from .state_dict import Checkpoint
 
@@ -98,7 +97,7 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
         dims,
         num_layers,
         tied=False,
-        cell="minlstm" if isinstance(rnn, MinLSTM) else "mingru",
+        cell=rnn.cell,
         expansion=rnn.hidden_dims / dims,
         mlp=found["layers.0.4.0.bias"].numel() / dims,
         learn_initial_state=True,
