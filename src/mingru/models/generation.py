@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..check import check_int, check_number, check_type, dims, expectation, on_another_device, require
+from ..modules.shared import MaybeList, MaybeTensor, Outputs
 from ..ops.shape import accumulate_dtype
 
 NUM_RANDOM = 1024
@@ -113,9 +114,7 @@ def random_numbers(seeds: list[int], device: torch.device) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def _last_logits(
-    lm: Any, modules: list[nn.Module], ids: Tensor, state: list[Tensor] | None, lengths: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
+def _last_logits(lm: Any, modules: list[nn.Module], ids: Tensor, state: MaybeList, lengths: MaybeTensor) -> Outputs:
     """Return the logits (B, V) after the last token of each sequence, and the states."""
     with in_eval_mode(modules):
         x, state = lm.blocks(lm._embed(ids), state, None, lengths)
