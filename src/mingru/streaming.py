@@ -140,8 +140,7 @@ class Sessions:
 
     @torch.no_grad()
     def _initial(self, batch: int) -> Any:
-        model: Any = self.model
-        return model.initial(batch)
+        return self.model.initial(batch)  # type: ignore[operator]
 
     def _of_slot(self, slot: int) -> list[Tensor]:
         return [pool.select(dim, slot) for pool, dim in self._pools]

@@ -146,8 +146,7 @@ class DropInLayer(DropIn):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
-        layers: Any = self.layers
-        return [list(linear.parameters()) for layer in layers for linear in layer.maps()]
+        return [list(linear.parameters()) for layer in self.layers for linear in layer.maps()]  # type: ignore[operator]
 
     def dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states."""
