@@ -154,10 +154,8 @@ class Block(Layer, role="sequence", planned=True):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        states = [self.rnn._state(x, None, batch)]
-        for shape in self.state_shapes(batch)[1:]:
-            states.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
-        return states
+        of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self.state_shapes(batch)[1:]]
+        return [self.rnn._state(x, None, batch), *of_conv]
 
     def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
@@ -243,10 +241,8 @@ class Block(Layer, role="sequence", planned=True):
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of each state."""
-        shapes: list[tuple[int, ...]] = self.rnn.state_shapes(batch)
-        if self.conv is not None:
-            shapes.append((1, batch, self.conv.kernel_size - 1, self.input_dims))
-        return shapes
+        of_conv = [] if self.conv is None else [(1, batch, self.conv.kernel_size - 1, self.input_dims)]
+        return [*self.rnn.state_shapes(batch), *of_conv]
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")
