@@ -83,11 +83,9 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
         raise _invalid(folder_or_name, f"a file that cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("model") != cls.__name__:
         raise _invalid(folder_or_name, f"{CONFIG} of something else")
-    options, saved = (
-        {name: value for name, value in each.items() if name not in ("model", "mingru")}
-        for each in (config, saved if isinstance(saved, dict) else config)
-    )
-    for name in options.keys() | saved.keys():
+    options = {name: value for name, value in config.items() if name not in ("model", "mingru")}
+    saved = saved if isinstance(saved, dict) else config
+    for name in (options.keys() | saved.keys()) - {"model", "mingru"}:
         if options.get(name) != saved.get(name):
             got = f"{name} {options.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
             raise _invalid(folder_or_name, f"{got}, which are from two different saves")
