@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import arguments_checked, check_int, check_type, dims, expectation, not_a_tensor, require
+from .check import arguments_checked, check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Dims, Layer
@@ -253,10 +253,9 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     require(_NAME, "model", is_module, "a torch.nn.Module", type(model).__name__, remedy, TypeError)
     _check_example(example_inputs)
     if max_steps is not None:
-        if kind == "step" or dynamic_shapes is not None:
-            why = "kind is 'step'" if kind == "step" else "dynamic_shapes is given"
-            remedy = "" if kind == "step" else f"use Dim(..., max={max_steps})"
-            raise ValueError(expectation(_NAME, "max_steps", f"None because {why}", repr(max_steps), remedy))
+        got, remedy = repr(max_steps), f"use Dim(..., max={max_steps})"
+        require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", got)
+        require(_NAME, "max_steps", dynamic_shapes is None, "None because dynamic_shapes is given", got, remedy)
         check_int(_NAME, "max_steps", max_steps, least=2)
     is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
     require(_NAME, "path", is_path, "a str or os.PathLike", type(path).__name__, error=TypeError)
