@@ -116,5 +116,4 @@ class MinGRU(nn.Module):
 
     def forward_train(self, h: Tensor) -> Tensor:
         """Return the output (B, S, H) of whole sequences."""
-        out: Tensor = self.rnn(h)[0]
-        return out
+        return self.rnn(h)[0]
