@@ -50,9 +50,14 @@ struct Linear {
 };
 
 struct Tanh {
+  // If 1 - tanh(v)^2 would cancel, the derivative is computed as 4 exp(-2|v|) / (1 + exp(-2|v|))^2.
   template <class A, class Memo>
   MINGRU_INLINE Value<A> of(A v, Memo& memo) {
-    return hyperbolic_tangent(v, memo);
+    const Fraction<A> e = memo(0, power_and_rest(A(2) * minus_absolute(v)));
+    const A inverse = A(1) / (A(1) + e.value);
+    const A size = e.rest * inverse;
+    const A far = A(4) * e.value * (inverse * inverse);
+    return {v < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};
   }
 };
 
@@ -84,8 +89,8 @@ struct OneGate {
 
 template <class A, class Memo>
 MINGRU_INLINE OneGate<A> decay(A k, const Untimed<A>&, Memo& memo) {
-  const Logistic<A> z = logistic(k, memo);
-  return {z.minus, z.plus, -(z.plus * z.minus), A(0)};
+  const Fraction<A> z = logistic(k, memo);
+  return {z.rest, z.value, -(z.value * z.rest), A(0)};
 }
 
 // r is exp(-rate).
@@ -117,9 +122,9 @@ MINGRU_INLINE Value<A> rate_at(A k, const Time& time, Memo& memo) {
 
 template <class Time, class A = typename Time::Accumulation>
 MINGRU_INLINE OneGate<A> decay_at(const Value<A>& rate, const Time& time) {
-  const PowerAndRest<A> kept = power_and_rest(-time.dt * rate.value);
-  const A by_dt = kept.power == A(0) ? A(0) : -(kept.power * rate.value);
-  return {kept.power, kept.rest, -(kept.power * time.dt * rate.slope), by_dt};
+  const Fraction<A> kept = power_and_rest(-time.dt * rate.value);
+  const A by_dt = kept.value == A(0) ? A(0) : -(kept.value * rate.value);
+  return {kept.value, kept.rest, -(kept.value * time.dt * rate.slope), by_dt};
 }
 
 template <class Time, class Memo, class A = typename Time::Accumulation>
@@ -194,10 +199,6 @@ struct ScanOf : CellOf<Of> {
   }
 };
 
-using LinearScan = ScanOf<Real>;
-using ComplexLinearScan = ScanOf<Complex>;
-using QuaternionLinearScan = ScanOf<Quaternion>;
-
 // Inputs: gate and candidate.
 template <class Activation>
 struct MinGRU : RealCell {
@@ -207,7 +208,7 @@ struct MinGRU : RealCell {
     const Value<A> c = Activation::of(x[1], memo);
     const A by_keep = delta * (h - c.value);
     return Step{
-        Decay<A>{d.keep, d.update}, d.update * c.value, d.by_gate * by_keep, d.update * c.slope * delta,
+        Fraction<A>{d.keep, d.update}, d.update * c.value, d.by_gate * by_keep, d.update * c.slope * delta,
         d.by_dt * by_keep};
   }
 };
@@ -218,10 +219,10 @@ template <class Activation>
 struct SignedMinGRU : RealCell {
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo& memo) {
-    const PowerAndRest<A> e = memo(0, power_and_rest(minus_absolute(x[0])));
+    const Fraction<A> e = memo(0, power_and_rest(minus_absolute(x[0])));
     const Value<A> c = Activation::of(x[1], memo);
-    const A inverse = A(1) / (A(1) + e.power);
-    const A size = e.rest * inverse, rest = A(2) * e.power * inverse;
+    const A inverse = A(1) / (A(1) + e.value);
+    const A size = e.rest * inverse, rest = A(2) * e.value * inverse;
     const A by_gate = A(-0.5) * rest * (A(1) + size);
     // The derivative of |a| at 0 counts as 0, as that of torch.abs.
     const A signed_candidate = x[0] < A(0) ? -c.value : x[0] > A(0) ? c.value : A(0);
@@ -240,7 +241,7 @@ struct RotationMinGRU : CellOf<Complex> {
     const Direction<A> toward = memo(0, turn_of(x[1], time));
     const Value<A> first = Activation::of(x[2], memo), second = Activation::of(x[3], memo);
     const Complex<A> c{first.value, second.value}, e{toward.cosine, toward.sine}, turned = h * e;
-    const A by_keep = dot(delta, turned - c), by_turn = dot(delta, quarter_turn(turned));
+    const A by_keep = dot(delta, turned - c), by_turn = dot(delta, Complex<A>{-turned.im, turned.re});  // i turned
     return Step{
         Turn<A, Complex<A>>{{d.keep, d.update}, e}, d.update * c, d.by_gate * by_keep,
         d.keep * (quarter_pi<A> * time.dt) * by_turn, d.update * first.slope * delta.re,
@@ -290,7 +291,7 @@ struct MinLSTM : RealCell {
     const Value<A> c = Activation::of(x[2], memo);
     const A by_keep = delta * (h - c.value);
     return Step{
-        Decay<A>{d.keep, d.update}, d.update * c.value, d.by_forget * by_keep, d.by_input * by_keep,
+        Fraction<A>{d.keep, d.update}, d.update * c.value, d.by_forget * by_keep, d.by_input * by_keep,
         d.update * c.slope * delta, d.by_dt * by_keep};
   }
 };
@@ -300,11 +301,12 @@ template <class Activation>
 struct UnnormalizedMinLSTM : RealCell {
   template <class A, class Memo>
   MINGRU_INLINE auto step(const A* x, const Untimed<A>&, A h, A delta, Memo& memo) {
-    const Logistic<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
+    const Fraction<A> forget = logistic(x[0], memo), input = logistic(x[1], memo);
     const Value<A> c = Activation::of(x[2], memo);
+    // Not `forget`: GCC does not vectorize the loop if a pair is copied as a whole.
     return Step{
-        Decay<A>{forget.plus, forget.minus}, input.plus * c.value, forget.plus * forget.minus * (delta * h),
-        c.value * (input.plus * input.minus) * delta, input.plus * c.slope * delta};
+        Fraction<A>{forget.value, forget.rest}, input.value * c.value, forget.value * forget.rest * (delta * h),
+        c.value * (input.value * input.rest) * delta, input.value * c.slope * delta};
   }
 };
 

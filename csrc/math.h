@@ -82,15 +82,15 @@ MINGRU_INLINE double rise(double r) {
   return polynomial(inverse_factorial, r) * r;
 }
 
-// exp(x) and 1 - exp(x) for x <= 0, both in full relative precision.
+// A number from 0 to 1, and 1 minus it, both in full relative precision.
 template <class A>
-struct PowerAndRest {
-  A power, rest;
+struct Fraction {
+  A value, rest;
 };
 
-// exp(x) is (1 + rise) * lifted * drop, with two powers of two, because exponent bits cannot make a subnormal.
+// exp(x) for x <= 0. It is (1 + rise) * lifted * drop, with two powers of two, because exponent bits cannot make a subnormal.
 template <class A>
-MINGRU_INLINE PowerAndRest<A> power_and_rest(A x) {
+MINGRU_INLINE Fraction<A> power_and_rest(A x) {
   using F = Format<A>;
   using UInt = typename F::UInt;
   x = F::lowest > x ? F::lowest : x;  // preserves NaN
@@ -105,7 +105,7 @@ MINGRU_INLINE PowerAndRest<A> power_and_rest(A x) {
 
 template <class A>
 MINGRU_INLINE A power(A x) {
-  return power_and_rest(x).power;
+  return power_and_rest(x).value;
 }
 
 template <class A>
@@ -121,14 +121,9 @@ struct AtOnce {
   }
 };
 
-// sigma(x) and sigma(-x), both in full relative precision, because 1 - sigma(x) would cancel.
-template <class A>
-struct Logistic {
-  A plus, minus;
-};
-
+// sigma(x), and sigma(-x), because 1 - sigma(x) would cancel.
 template <class A, class Memo>
-MINGRU_INLINE Logistic<A> logistic(A x, Memo& memo) {
+MINGRU_INLINE Fraction<A> logistic(A x, Memo& memo) {
   const A p = memo(0, power(minus_absolute(x)));
   const A large = A(1) / (A(1) + p);
   const A small = p * large;
@@ -168,16 +163,6 @@ MINGRU_INLINE Value<A> softplus(A x, Memo& memo) {
   const A p = memo(0, power(minus_absolute(x)));
   const bool left = x < A(0);
   return {(left ? A(0) : x) + log1p_of_unit(p), (left ? p : A(1)) / (A(1) + p)};
-}
-
-// If 1 - tanh(x)^2 would cancel, the derivative is computed as 4 exp(-2|x|) / (1 + exp(-2|x|))^2.
-template <class A, class Memo>
-MINGRU_INLINE Value<A> hyperbolic_tangent(A x, Memo& memo) {
-  const PowerAndRest<A> e = memo(0, power_and_rest(A(2) * minus_absolute(x)));
-  const A inverse = A(1) / (A(1) + e.power);
-  const A size = e.rest * inverse;
-  const A far = A(4) * e.power * (inverse * inverse);
-  return {x < A(0) ? -size : size, size < A(0.5) ? A(1) - size * size : far};
 }
 
 // sin(pi r) / r and cos(pi r) for |r| <= 1/4, as polynomials of r^2. In float32 the maximum relative error is 4e-8; in

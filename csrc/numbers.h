@@ -1,5 +1,5 @@
-// Numbers of the recurrence besides A, which is float or double: complex numbers, quaternions, and decays in full
-// precision. Not std::complex, whose product has branches for NaN and infinity.
+// Numbers of the recurrence besides A, which is float or double: complex numbers, quaternions, and decays. Not
+// std::complex, whose product has branches for NaN and infinity.
 #pragma once
 
 #include "math.h"
@@ -21,17 +21,11 @@ using Complex = Pair<A>;
 template <class A>
 using Quaternion = Pair<Pair<A>>;
 
-// A decay and 1 - decay, both in full relative precision. A decay near 1, rounded to one number, would be wrong in its
-// last digit in each of the many steps that the state lasts.
-template <class A>
-struct Decay {
-  A keep, update;
-};
-
-// decay * direction, where |direction| is 1.
+// decay * direction, where |direction| is 1. The decay is a fraction, because a decay near 1, rounded to one number,
+// would be wrong in its last digit in each of the many steps that the state lasts.
 template <class A, class Number>
 struct Turn {
-  Decay<A> decay;
+  Fraction<A> decay;
   Number direction;
 };
 
@@ -94,23 +88,17 @@ MINGRU_INLINE Pair<Half> operator*(A x, Pair<Half> y) {
   return {x * y.re, x * y.im};
 }
 
-// i x
-template <class A>
-MINGRU_INLINE Complex<A> quarter_turn(Complex<A> x) {
-  return {-x.im, x.re};
-}
-
-// Chooses what was computed with `update` if the decay is near 1, otherwise what was computed with `keep`. Infinity
-// minus infinity would be NaN, so an infinite h, whose product with 0 is NaN, is the second case. With two conditions, GCC
+// Chooses what was computed with `rest` if the decay is near 1, otherwise what was computed with `value`. Infinity minus
+// infinity would be NaN, so an infinite h, whose product with 0 is NaN, is the second case. With two conditions, GCC
 // would not vectorize the loop.
 template <class A>
-MINGRU_INLINE A better(const Decay<A>& a, A h, A with_update, A with_keep) {
-  return h * A(0) + a.keep > A(0.5) ? with_update : with_keep;
+MINGRU_INLINE A better(const Fraction<A>& a, A h, A with_rest, A with_value) {
+  return h * A(0) + a.value > A(0.5) ? with_rest : with_value;
 }
 
 template <class A, class Half>
-MINGRU_INLINE Pair<Half> better(const Decay<A>& a, Pair<Half> h, Pair<Half> with_update, Pair<Half> with_keep) {
-  return {better(a, h.re, with_update.re, with_keep.re), better(a, h.im, with_update.im, with_keep.im)};
+MINGRU_INLINE Pair<Half> better(const Fraction<A>& a, Pair<Half> h, Pair<Half> with_rest, Pair<Half> with_value) {
+  return {better(a, h.re, with_rest.re, with_value.re), better(a, h.im, with_rest.im, with_value.im)};
 }
 
 // a h + b
@@ -120,8 +108,8 @@ MINGRU_INLINE Number next_state(Number a, Number h, Number b) {
 }
 
 template <class A, class Number>
-MINGRU_INLINE Number next_state(const Decay<A>& a, Number h, Number b) {
-  return better(a, h, h + (b + -a.update * h), a.keep * h + b);
+MINGRU_INLINE Number next_state(const Fraction<A>& a, Number h, Number b) {
+  return better(a, h, h + (b + -a.rest * h), a.value * h + b);
 }
 
 template <class A, class Number>
@@ -136,9 +124,9 @@ MINGRU_INLINE Number previous_gradient(Number a, Number carried, Number grad) {
 }
 
 template <class A, class Number>
-MINGRU_INLINE Number previous_gradient(const Decay<A>& a, Number carried, Number grad) {
+MINGRU_INLINE Number previous_gradient(const Fraction<A>& a, Number carried, Number grad) {
   const Number sum = carried + grad;
-  return better(a, sum, carried + (grad + -a.update * sum), a.keep * sum);
+  return better(a, sum, carried + (grad + -a.rest * sum), a.value * sum);
 }
 
 template <class A, class Number>

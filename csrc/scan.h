@@ -10,9 +10,9 @@ enum class Storage { float32, float64, bfloat16, float16 };
 // Name, number of inputs, whether steps may have an elapsed time and the decay a lower bound, and the type of every cell:
 // a struct, or its template over the activation. The linear scans are the first. All other lists of cells are made from this list.
 #define MINGRU_CELLS(CELL)                                     \
-  CELL(linear_scan, 2, false, LinearScan)                      \
-  CELL(complex_linear_scan, 2, false, ComplexLinearScan)       \
-  CELL(quaternion_linear_scan, 2, false, QuaternionLinearScan) \
+  CELL(linear_scan, 2, false, ScanOf<Real>)                    \
+  CELL(complex_linear_scan, 2, false, ScanOf<Complex>)         \
+  CELL(quaternion_linear_scan, 2, false, ScanOf<Quaternion>)   \
   CELL(mingru, 2, true, MinGRU)                                \
   CELL(mingru_signed, 2, false, SignedMinGRU)                  \
   CELL(mingru_rotation, 2, true, RotationMinGRU)               \
