@@ -108,8 +108,8 @@ class Steps {
     const int64_t widest = span_.num_features < group ? group : span_.num_features / group * group;
     const bool is_copied = !std::is_same_v<T, A> || scan_.biases[0];
     int64_t most = tile_size / (is_copied ? widest : group);
-    if (span_.checkpoints) most = smaller(most, steps_per_checkpoint - done % steps_per_checkpoint);
-    most = smaller(most, num_steps() - done);
+    if (span_.checkpoints) most = least_of(most, steps_per_checkpoint - done % steps_per_checkpoint);
+    most = least_of(most, num_steps() - done);
     Run run = {position_of(done), 0, 1};
     if (is_backward_ && (is_reset_at(run.position) || is_first(done))) return run;
     if (most > 1) run.stride = position_of(done + 1) - run.position;
@@ -121,8 +121,6 @@ class Steps {
     }
     return run;
   }
-
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // The values of a run, from `feature` after `span.feature` on.
   template <class Value>

@@ -194,6 +194,8 @@ MINGRU_INLINE A remainder(A x, A unit) {
   return x - (shifted - Format<A>::rounder) * unit;
 }
 
+MINGRU_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // x y - product, where `product` is x y, rounded.
 #if defined(MINGRU_AVX512) || defined(MINGRU_AVX2) || defined(__aarch64__)
 MINGRU_INLINE float error_of_product(float x, float y, float product) { return __builtin_fmaf(x, y, -product); }

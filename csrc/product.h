@@ -13,7 +13,7 @@ static void multiply_columns(const Product& product, int64_t begin, int64_t end)
   const T* weight = static_cast<const T*>(product.weight);
   const T* bias = static_cast<const T*>(product.bias);
   for (int64_t column = begin; column < end; column += 4) {
-    const int64_t count = end - column < 4 ? end - column : 4;
+    const int64_t count = least_of(end - column, 4);
     const T* w[4];
     for (int64_t k = 0; k < 4; ++k) w[k] = weight + (column + (k < count ? k : 0)) * features;
     for (int64_t row = 0; row < product.rows; ++row) {
@@ -44,10 +44,10 @@ static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, Accumulat
   using A = Accumulated<T>;
   constexpr int64_t most = 8;  // rows summed before they are added, which rounds less
   for (int64_t row = begin; row < end; row += most) {
-    const int64_t count = end - row < most ? end - row : most;
+    const int64_t count = least_of(end - row, most);
     const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns;
     for (int64_t column = 0; column < sum.columns; column += group) {
-      const int64_t width = sum.columns - column < group ? sum.columns - column : group;
+      const int64_t width = least_of(sum.columns - column, group);
       A values[most * group], part[group] = {};
       load(values, Rows<const T>{rows + column, sum.columns}, count, width);
       for (int64_t k = 0; k < count; ++k) {

@@ -3,6 +3,7 @@
 // on the number of rows and threads nor on how the work is divided.
 #pragma once
 
+#include "math.h"
 #include "scan.h"
 
 #ifdef MINGRU_AVX512
@@ -10,8 +11,6 @@
 namespace mingru::MINGRU_ISA {
 
 constexpr int64_t lanes = 16;
-
-MINGRU_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The lanes of a vector that are columns of the matrix.
 MINGRU_INLINE __mmask16 lanes_of(int64_t columns) {
@@ -70,24 +69,17 @@ static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
   }
 }
 
-// A part of a product: at most `tile_rows` rows, the columns of a panel, and a depth of at most `tile_depth`.
-struct TileOfProduct {
-  Matrix left;
-  const float *panel, *added;
-  float* out;
-  int64_t depth, added_stride, out_stride;
-  __mmask16 last;  // the lanes of the last vector
-};
-
-// Of the 32 registers, at most 24 have sums, 4 a row of the panel, and one a value of the left matrix.
+// A tile is a part of a product: at most `tile_rows` rows, the columns of a panel, which is `right`, and a depth of at
+// most `tile_depth`. `last` has the lanes of the last vector. Of the 32 registers, at most 24 have sums, 4 a row of the
+// panel, and one a value of the left matrix.
 template <int rows, int vectors>
-static void multiply_tile(const TileOfProduct& tile) {
+static void multiply_tile(const MatrixProduct& tile, __mmask16 last) {
   __m512 sums[rows][vectors];
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_setzero_ps();
   }
   const int64_t row_stride = tile.left.row_stride, column_stride = tile.left.column_stride;
-  const float *left = tile.left.data, *panel = tile.panel;
+  const float *left = tile.left.data, *panel = tile.right.data;
   for (int64_t k = 0; k < tile.depth; ++k, left += column_stride, panel += vectors * lanes) {
     // The rows of a transposed matrix are far from each other, where the processor does not see what comes next.
     _mm_prefetch(reinterpret_cast<const char*>(left + 16 * column_stride), _MM_HINT_T0);
@@ -105,7 +97,7 @@ static void multiply_tile(const TileOfProduct& tile) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
       const float* added = tile.added + i * tile.added_stride + j * lanes;
-      sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(j == vectors - 1 ? tile.last : 0xffff, added));
+      sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(j == vectors - 1 ? last : 0xffff, added));
     }
   }
 #pragma GCC unroll 6
@@ -113,42 +105,36 @@ static void multiply_tile(const TileOfProduct& tile) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
       float* out = tile.out + i * tile.out_stride + j * lanes;
-      _mm512_mask_storeu_ps(out, j == vectors - 1 ? tile.last : 0xffff, sums[i][j]);
+      _mm512_mask_storeu_ps(out, j == vectors - 1 ? last : 0xffff, sums[i][j]);
     }
   }
 }
 
-template <int vectors>
-static void multiply_rows(const TileOfProduct& tile, int64_t rows) {
-  switch (rows) {
-    case 1: return multiply_tile<1, vectors>(tile);
-    case 2: return multiply_tile<2, vectors>(tile);
-    case 3: return multiply_tile<3, vectors>(tile);
-    case 4: return multiply_tile<4, vectors>(tile);
-    case 5: return multiply_tile<5, vectors>(tile);
-    default: return multiply_tile<6, vectors>(tile);
-  }
+template <int vectors, int rows = tile_rows>
+static void multiply_rows(const MatrixProduct& tile, __mmask16 last) {
+  if (tile.rows == rows) return multiply_tile<rows, vectors>(tile, last);
+  if constexpr (rows > 1) multiply_rows<vectors, rows - 1>(tile, last);
 }
 
 // Computes a range of rows of a panel's columns.
 static void multiply_panel(const MatrixProduct& product, const float* panel, int64_t index, int64_t begin, int64_t end) {
-  constexpr decltype(&multiply_rows<1>) by_vectors[] = {
+  constexpr void (*by_vectors[])(const MatrixProduct&, __mmask16) = {
       multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>};
   const int64_t first = index * panel_columns, columns = least_of(panel_columns, product.columns - first);
   const int64_t vectors = (columns + lanes - 1) / lanes;
-  TileOfProduct tile{product.left};
-  tile.out_stride = product.out_stride;
-  tile.last = lanes_of(columns - (vectors - 1) * lanes);
+  const __mmask16 last = lanes_of(columns - (vectors - 1) * lanes);
+  MatrixProduct tile = product;
   for (int64_t k = 0; k < product.depth; k += tile_depth) {
     tile.depth = least_of(tile_depth, product.depth - k);
-    tile.panel = panel + k * vectors * lanes;
+    tile.right.data = panel + k * vectors * lanes;
     const float* added = k == 0 ? product.added : product.out;
     tile.added_stride = k == 0 ? product.added_stride : product.out_stride;
     for (int64_t row = begin; row < end; row += tile_rows) {
       tile.left.data = product.left.data + row * product.left.row_stride + k * product.left.column_stride;
       tile.added = added ? added + row * tile.added_stride + first : nullptr;
       tile.out = product.out + row * product.out_stride + first;
-      by_vectors[vectors - 1](tile, least_of(tile_rows, end - row));
+      tile.rows = least_of(tile_rows, end - row);
+      by_vectors[vectors - 1](tile, last);
     }
   }
 }
