@@ -20,6 +20,11 @@ class Tile {
     Rows<const A> features = place<const A>(from, count);
     if (features.data == values_) load(values_, from, steps, count);
     if (!bias) return features;
+    A rest[group] = {};
+    if (count < group) {
+      copy_few(rest, bias, count);
+      bias = rest;
+    }
     const int64_t padded = padded_size(count);
     for (int64_t step = 0; step < steps; ++step, features.data += features.stride) {
       A* to = values_ + step * padded;

@@ -101,13 +101,6 @@ struct LaneBlock {
   }
 };
 
-template <class A>
-MINGRU_INLINE A sum_of(const A* values, int64_t count) {
-  A sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i];
-  return sum;
-}
-
 // A step of a cell, forward or backward.
 template <class Cell, int num_inputs, class OfStep, bool is_backward>
 struct Pass {
@@ -179,43 +172,21 @@ struct Pass {
     state.template write<chunk>(lanes.state + feature, size);
     if (is_backward && is_timed && lanes.grads_of_dt.data) {
       A* sums = lanes.grads_of_dt.data + (lanes.feature + feature) / group;
-      for (int64_t i = 0; i < size; i += per_group) *sums++ = sum_of(grads_of_dt + i, per_group);
+      for (int64_t first = 0; first < size; first += per_group) {
+        A sum = 0;
+        for (int64_t i = first; i < first + per_group; ++i) sum += grads_of_dt[i];
+        *sums++ = sum;
+      }
     }
   }
-
-  MINGRU_INLINE void next(Lanes<A>& lanes) {
-    for (int k = 0; k < num_read; ++k) lanes.read[k].data += lanes.read[k].stride;
-    for (int k = 0; k < num_written; ++k) lanes.written[k].data += lanes.written[k].stride;
-    lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
-  }
 };
-
-// For an infinite elapsed time, see `rate_at`.
-template <class A>
-MINGRU_INLINE void set_time(Timed<A>& time, A dt) {
-  const bool is_endless = dt == Format<A>::infinity;
-  time.dt = is_endless ? A(1) : dt;
-  time.endless_above = is_endless ? -Format<A>::infinity : Format<A>::infinity;
-}
-
-template <class A>
-MINGRU_INLINE void set_time(Untimed<A>&, A) {}
-
-template <class A>
-MINGRU_INLINE void set_bound(Bounded<A>& time, const Scan& scan) {
-  time.log_bound = static_cast<A>(scan.log_bound);
-  time.log_range = static_cast<A>(scan.log_range);
-}
-
-template <class A>
-MINGRU_INLINE void set_bound(Untimed<A>&, const Scan&) {}
 
 // Blocks consist of chunks of constant size, so that no loop needs code for a rest of lanes. The rest has smaller chunks.
 template <class Pass, int64_t chunk, class A = typename Pass::A>
 MINGRU_INLINE void run_chunks(const Lanes<A>& lanes, const typename Pass::Time& time, int64_t lane, int64_t count) {
   constexpr int64_t most = is_split ? most_lanes / Pass::parts : chunk;
   while (lane + chunk <= count) {
-    const int64_t rest = (count - lane) / chunk * chunk, size = rest < most ? rest : most;
+    const int64_t size = least_of((count - lane) / chunk * chunk, most);
     Pass::template block<chunk>(lanes, time, lane * Pass::parts, size);
     lane += size;
   }
@@ -227,11 +198,21 @@ static void run_lanes(const Lanes<A>& given) {
   constexpr int64_t least = Pass::per_group < 8 ? 8 : Pass::per_group, chunk = is_split ? least : most_lanes;
   Lanes<A> lanes = given;  // a copy, to which nothing else points
   typename Pass::Time time{};
-  set_bound(time, *lanes.scan);
+  if constexpr (std::is_same_v<typename Pass::Time, Bounded<A>>) {
+    time.log_bound = static_cast<A>(lanes.scan->log_bound);
+    time.log_range = static_cast<A>(lanes.scan->log_range);
+  }
   for (int64_t step = 0; step < lanes.steps; ++step) {
-    set_time(time, lanes.dt.data[step * lanes.dt.stride]);
+    if constexpr (Pass::is_timed) {
+      const A dt = lanes.dt.data[step * lanes.dt.stride];
+      const bool is_endless = dt == Format<A>::infinity;  // see `rate_at`
+      time.dt = is_endless ? A(1) : dt;
+      time.endless_above = is_endless ? -Format<A>::infinity : Format<A>::infinity;
+    }
     run_chunks<Pass, chunk>(lanes, time, 0, lanes.groups * Pass::per_group);
-    Pass::next(lanes);
+    for (int k = 0; k < Pass::num_read; ++k) lanes.read[k].data += lanes.read[k].stride;
+    for (int k = 0; k < Pass::num_written; ++k) lanes.written[k].data += lanes.written[k].stride;
+    lanes.grads_of_dt.data += lanes.grads_of_dt.stride;
   }
 }
 
@@ -249,7 +230,7 @@ constexpr Loops<typename Time::Accumulation> loops_in_time = {
 template <class A, class Cell, int num_inputs, bool takes_time>
 static Loops<A> loops_of(const Scan& scan) {
   if constexpr (takes_time) {
-    if (scan.is_bounded) return loops_in_time<Cell, num_inputs, Bounded<A>>;
+    if (scan.log_bound < 0) return loops_in_time<Cell, num_inputs, Bounded<A>>;
     if (scan.dt.data) return loops_in_time<Cell, num_inputs, Timed<A>>;
   }
   return loops_in_time<Cell, num_inputs, Untimed<A>>;

@@ -50,7 +50,7 @@ class LinearOperands : public Operands {
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         x_(in_memory_order(x)) {
     // The scan adds a bias of float32 or float64, unless the cell is timed, or the product adds it at no cost.
-    if (bias && (weight.element_size() < 4 || scan.dt.data || scan.is_bounded || is_in_tiles())) {
+    if (bias && (weight.element_size() < 4 || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
           ": bias must be (num_inputs N), of the dtype of weight");

@@ -89,7 +89,6 @@ class Operands {
     if (call.min_decay != 0) {
       STD_TORCH_CHECK(traits.takes_time, name_, ": this cell has no lower bound of its decay");
       STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, name_, ": min_decay must be in [0, 1)");
-      scan.is_bounded = true;
       scan.log_bound = std::log(call.min_decay);
       scan.log_range = std::log1p(-call.min_decay);
     }
@@ -157,7 +156,7 @@ class Operands {
     return x.data_ptr();
   }
 
-  // The bias is (num_inputs N). The part of each input is padded to a multiple of `group`.
+  // The bias is (num_inputs N).
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
@@ -165,16 +164,7 @@ class Operands {
     STD_TORCH_CHECK(
         bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, name_,
         ": bias must be (num_inputs N), float32 or float64, with the dtype of the sequences");
-    const int64_t padded = (features + group - 1) / group * group;
-    const char* data = data_of<char>(bias);
-    if (padded != features) {
-      biases_.assign(count * padded * size, 0);
-      for (int64_t k = 0; k < count; ++k) {
-        std::copy_n(data + k * features * size, features * size, biases_.data() + k * padded * size);
-      }
-      data = biases_.data();
-    }
-    for (int64_t k = 0; k < count; ++k) scan.biases[k] = data + k * padded * size;
+    for (int64_t k = 0; k < count; ++k) scan.biases[k] = data_of<char>(bias) + k * features * size;
   }
 
   // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
@@ -255,7 +245,6 @@ class Operands {
   int64_t batch_dim_, step_dim_;  // of sequences; both 0 if packed
   std::vector<int64_t> leading_, row_offsets_, lengths_;
   std::vector<Tensor> kept_;
-  std::vector<char> biases_;
 };
 
 }  // namespace

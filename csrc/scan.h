@@ -64,15 +64,14 @@ struct Scan {
   const int64_t* step_offsets;
   const int64_t* lengths;
   Sequence inputs[most_inputs];
-  // In the accumulation dtype, (N) padded to a multiple of `group`. All are null if there is no bias.
+  // (N), in the accumulation dtype. All are null if there is no bias.
   const void* biases[most_inputs];
   Sequence out;
   Sequence reset;  // uint8 or null; not bool, because a bool tensor that views bytes may contain other values
-  // Only of cells that take time: the elapsed time of each step, in the accumulation dtype (null: 1), and the lower bound of
-  // the decay.
+  // Only of cells that take time: the elapsed time of each step, in the accumulation dtype (null: 1), and log(m) and
+  // log(1 - m) of the lower bound m of the decay. Both are 0 if there is none.
   Sequence dt;
-  bool is_bounded;
-  double log_bound, log_range;  // of the bound m: log(m) and log(1 - m)
+  double log_bound, log_range;
   const void* h;
   const void* initial_state;  // state after a reset; if null, the state is 0
   void* last;
