@@ -15,6 +15,7 @@
 HIDDEN_NAMESPACE_BEGIN(mingru)
 
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
 struct CellTraits {
@@ -45,7 +46,7 @@ struct Call {
   const int64_t how;  // the numbers of cell and activation, a byte each, and the flags
   const double min_decay;
 
-  Call(const char* name, const std::vector<Tensor>& given, int64_t how, double min_decay)
+  Call(const char* name, const Tensors& given, int64_t how, double min_decay)
       : name(name), how(how), min_decay(min_decay) {
     const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
     STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");

@@ -71,14 +71,12 @@ class ScanTasks {
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
     const int64_t values = (part.batch_end - part.batch_begin) * num_steps * scan.num_features;
-    const int64_t worthwhile = std::max<int64_t>(1, values / values_per_thread);
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
+    threads_ = std::clamp<int64_t>(values / values_per_thread, 1, torch::stable::get_num_threads());
     features_ = std::min(ceil_div(scan.num_features, group) * group, most_features);
-    while (features_ > group && num_tasks() < threads) features_ = ceil_div(features_ / 2, group) * group;
-    if (num_tasks() < threads && may_split_time()) {
-      num_chunks_ = std::min(threads / num_tasks(), num_steps / (4 * steps_per_checkpoint));
+    while (features_ > group && num_tasks() < threads_) features_ = ceil_div(features_ / 2, group) * group;
+    if (num_tasks() < threads_ && may_split_time()) {
+      num_chunks_ = std::min(threads_ / num_tasks(), num_steps / (4 * steps_per_checkpoint));
     }
-    threads_ = threads;
   }
 
   void operator()() const {

@@ -16,20 +16,11 @@ namespace {
 
 using namespace mingru;
 
-#define MINGRU_INSTRUCTIONS(INSTRUCTION) \
-  INSTRUCTION(keep)                      \
-  INSTRUCTION(add)                       \
-  INSTRUCTION(add_linear)                \
-  INSTRUCTION(norm)                      \
-  INSTRUCTION(linear)                    \
-  INSTRUCTION(linear_gelu)               \
-  INSTRUCTION(causal_conv)               \
-  INSTRUCTION(scan)                      \
-  INSTRUCTION(scan_both)
+#define MINGRU_INSTRUCTIONS(NAME)                               \
+  NAME(keep) NAME(add) NAME(add_linear) NAME(norm) NAME(linear) \
+  NAME(linear_gelu) NAME(causal_conv) NAME(scan) NAME(scan_both)
 
-#define MINGRU_ENUM(name) name,
-enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_ENUM) };
-#undef MINGRU_ENUM
+enum class Instruction : int64_t { MINGRU_INSTRUCTIONS(MINGRU_NAME) };
 
 // Larger values of a pass would take the place of all others in the memory that is kept.
 constexpr int64_t most_kept_bytes = KeptMemory::most_bytes / 4;
@@ -84,7 +75,7 @@ void norm_row(T* out, const T* x, const T* weight, const T* bias, int64_t featur
 // The arguments of the operator.
 struct Arguments {
   const Tensor& x;
-  const std::vector<Tensor>&weights, &states, &initial_states, &resets, &times;
+  const Tensors&weights, &states, &initial_states, &resets, &times;
   const Tensor &code, &numbers;
   const bool time_first;
 };
@@ -110,7 +101,7 @@ class InferencePass : Arguments {
     require(resets.empty() || (resets.size() == 2 && initial_states.size() == states.size()));
   }
 
-  std::tuple<Tensor, std::vector<Tensor>> run() {
+  std::tuple<Tensor, Tensors> run() {
     const auto* row = data_of<const int64_t>(code);
     int64_t output = code.size(0) - 1;
     while (output >= 0 && !makes_x(static_cast<Instruction>(row[4 * output]))) --output;
@@ -253,11 +244,11 @@ class InferencePass : Arguments {
   // gelu(W x + b). Not by aten::gelu: the stable ABI never frees the string that it takes.
   void map_and_gelu(bool has_bias) {
     const Tensor x = as_contiguous(x_);
-    if (num_rows() <= most_few_rows) {
+    const int64_t rows = num_rows();
+    if (rows <= most_few_rows) {
       x_ = mapped(x, has_bias);
       return with_type([&](auto type) { gelu_in_place(data_of<decltype(type)>(x_), x_.numel()); });
     }
-    const int64_t rows = num_rows();
     if (x.scalar_type() == ScalarType::Float && multiplies_in_tiles()) {
       // Torch's operator then adds a product without depth.
       const Tensor product = mapped(x, has_bias);
@@ -267,9 +258,9 @@ class InferencePass : Arguments {
       return set_gelu(added, true, matrix(data, rows, 0, x), matrix(data, 0, columns, x));
     }
     const Tensor& weight = next_weight(2, x.size(2));
-    const int64_t columns = weight.size(0), features = weight.size(1);
-    const Tensor added = has_bias ? next_weight(1, columns) : matrix(weight.data_ptr(), 1, 1, x);  // times has_bias
-    set_gelu(added, has_bias, matrix(x.data_ptr(), rows, features, x), transposed(weight));
+    // Without a bias, any number times has_bias.
+    const Tensor added = has_bias ? next_weight(1, weight.size(0)) : matrix(weight.data_ptr(), 1, 1, x);
+    set_gelu(added, has_bias, matrix(x.data_ptr(), rows, x.size(2), x), transposed(weight));
   }
 
   // x = gelu(added + left right).
@@ -369,7 +360,7 @@ class InferencePass : Arguments {
     Tensor out = new_x(directions * features);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = first + direction;
-      std::vector<Tensor> tensors;
+      Tensors tensors;
       tensors.reserve(num_arguments);
       tensors.push_back(layer_of(h, index));
       tensors.push_back(layer_of(initial_state, index));
@@ -384,7 +375,7 @@ class InferencePass : Arguments {
         require(2 * features * num_rows() * x.element_size() <= most_kept_bytes);
         kept_.push_back(out);  // so that the pre-activations are in other memory
         const Tensor pre = mapped(as_contiguous(x), has_bias);
-        require(recur_in_halves(pre, tensors, {cell | flags, second | flags}, min_decay, part, last));
+        recur_in_halves(pre, tensors, {cell | flags, second | flags}, min_decay, part, last);
         kept_.pop_back();
         continue;
       }
@@ -393,10 +384,37 @@ class InferencePass : Arguments {
       const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * call.traits().num_inputs);
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      Outputs outputs = {part, last, {}};
-      linear_recurrence(call, x, weight, bias, outputs);
+      linear_recurrence(call, x, weight, bias, {part, last, {}});
     }
     x_ = out;
+  }
+
+  // The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves and
+  // then the candidates of both, `tensors` are those of the call, and `how` is that of each half.
+  static void recur_in_halves(
+      const Tensor& pre, Tensors tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
+      const Tensor& last) {
+    const Tensor h = tensors[0], initial_state = tensors[1];
+    const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
+    require(h.size(-1) == 2 * half && pre.size(-1) == 4 * half);
+    for (int64_t part = 0; part < 2; ++part) {
+      const auto own = [&](Tensor x, int64_t input) {
+        return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
+      };
+      tensors[0] = own(h, 0);
+      tensors[1] = own(initial_state, 0);
+      const Call call{"inference", tensors, how[part], min_decay};
+      require(call.traits().num_inputs == 2 && (!call[Argument::dt] || call.traits().takes_time));
+      Operands operands(call, pre, half);
+      for (int64_t input = 0; input < 2; ++input) operands.scan.inputs[input] = operands.sequence(own(pre, input));
+      operands.scan.out = operands.sequence(own(out, 0));
+      const Tensor end = empty_as(operands.h);
+      operands.scan.last = end.data_ptr();
+      mingru::run(operands.scan, operands.whole(), false);
+      for (int64_t batch = 0; batch < operands.scan.num_batch; ++batch) {
+        std::copy_n(data_of<char>(end) + batch * bytes, bytes, data_of<char>(last) + (2 * batch + part) * bytes);
+      }
+    }
   }
 
   Tensor x_;
@@ -404,7 +422,7 @@ class InferencePass : Arguments {
   size_t next_weight_ = 0;
   int64_t next_number_ = 0;
   std::array<Scratch, 4> scratch_;
-  std::vector<Tensor> kept_, last_;
+  Tensors kept_, last_;
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };
 
@@ -413,18 +431,17 @@ int64_t sources() { return MINGRU_SOURCES; }
 
 // The names of cells, activations and instructions, in the order of their numbers.
 std::string names() {
-#define MINGRU_NAME(name, ...) #name " "
-  return MINGRU_CELLS(MINGRU_NAME) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_NAME);
-#undef MINGRU_NAME
+#define MINGRU_TEXT(name, ...) #name " "
+  return MINGRU_CELLS(MINGRU_TEXT) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_TEXT);
+#undef MINGRU_TEXT
 }
 
 // x is (B, S, I), (S, B, I) if `time_first`, or (B, I) for one step, whose output is (B, 1, *). Returns the output and
 // the last states, which have the shapes of `states`; an output without elements if an argument does not fit. `resets` and
 // `times` are empty, or have a tensor for each direction.
-std::tuple<Tensor, std::vector<Tensor>> inference(
-    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& states,
-    const std::vector<Tensor>& initial_states, const std::vector<Tensor>& resets, const std::vector<Tensor>& times,
-    const Tensor& code, const Tensor& numbers, bool time_first) {
+std::tuple<Tensor, Tensors> inference(
+    const Tensor& x, const Tensors& weights, const Tensors& states, const Tensors& initial_states,
+    const Tensors& resets, const Tensors& times, const Tensor& code, const Tensor& numbers, bool time_first) {
   try {
     return InferencePass({x, weights, states, initial_states, resets, times, code, numbers, time_first}).run();
   } catch (const DoesNotFit&) {

@@ -45,7 +45,6 @@ class LinearOperands : public Operands {
         weight(as_contiguous(any_weight)),
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
-        batch_dim_(call.has(Flag::time_first) ? 1 : 0),
         is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         x_(in_memory_order(x)) {
@@ -60,7 +59,7 @@ class LinearOperands : public Operands {
     }
   }
 
-  int64_t num_rows() const { return row_offsets().empty() ? x_.numel() / num_features : row_offsets().back(); }
+  int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
 
   // The blocks in the order of the scan. A block has all batch elements of some steps, all steps of some batch
@@ -70,7 +69,7 @@ class LinearOperands : public Operands {
     const int64_t most = std::clamp(block_bytes / bytes_of_columns(1), least, most_block_rows);
     const int64_t outer = time_major_ ? scan.num_steps : scan.num_batch;
     const int64_t inner = time_major_ ? scan.num_batch : scan.num_steps;
-    const auto row_of = [&](int64_t i) { return row_offsets().empty() ? i * inner : row_offsets()[i]; };
+    const auto row_of = [&](int64_t i) { return row_offsets_.empty() ? i * inner : row_offsets_[i]; };
     std::vector<Block> blocks;
     const auto add = [&](int64_t begin, int64_t end, int64_t from, int64_t to, int64_t row, int64_t num_rows) {
       const Part part = time_major_ ? Part{from, to, begin, end} : Part{begin, end, from, to};
@@ -108,7 +107,7 @@ class LinearOperands : public Operands {
     const int64_t stride = num_columns, part = scan.num_features * x_.element_size();
     const int64_t batch_stride = time_major_ || has_lengths() ? stride : scan.num_steps * stride;
     const int64_t step_stride = time_major_ && !is_packed() ? scan.num_batch * stride : stride;
-    const int64_t* batch_offsets = has_lengths() ? row_offsets().data() : nullptr;
+    const int64_t* batch_offsets = has_lengths() ? row_offsets_.data() : nullptr;
     for (int64_t k = 0; k < stride / scan.num_features; ++k) {
       sequences[k] = {data + k * part, batch_stride, step_stride, block.row * stride, batch_offsets};
     }
@@ -163,7 +162,7 @@ class LinearOperands : public Operands {
   int64_t row_bytes() const { return num_features * x_.element_size(); }
 
   // How far steps are from each other, in bytes.
-  int64_t step_bytes(const Tensor& sequence) const { return sequence.stride(1 - batch_dim_) * sequence.element_size(); }
+  int64_t step_bytes(const Tensor& sequence) const { return sequence.stride(step_dim_) * sequence.element_size(); }
 
   char* step_of(const Tensor& sequence, int64_t batch, int64_t step) const {
     const int64_t first = batch * sequence.stride(batch_dim_) * sequence.element_size();
@@ -192,7 +191,7 @@ class LinearOperands : public Operands {
   void each_part_of(const Block& block, const Tensor& sequence, char* rows, const F& f) const {
     parallel_for(block.row, block.row + block.num_rows, row_bytes(), [&](int64_t begin, int64_t end) {
       for (int64_t b = block.part.batch_begin; b < block.part.batch_end; ++b) {
-        const int64_t first = row_offsets()[b], from = std::max(begin, first), to = std::min(end, row_offsets()[b + 1]);
+        const int64_t first = row_offsets_[b], from = std::max(begin, first), to = std::min(end, row_offsets_[b + 1]);
         char* part = rows + (from - block.row) * row_bytes();
         each_run(sequence, b, from - first, to - first, row_bytes(), [&](char* steps, int64_t size) {
           f(steps, part, size);
@@ -208,7 +207,6 @@ class LinearOperands : public Operands {
     torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
   }
 
-  const int64_t batch_dim_;
   const bool is_transposed_, time_major_;
   const Tensor x_;
   MaybeTensor bias_;
@@ -275,8 +273,8 @@ void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weig
   multiply(result, left, transposed(weight), bias);
 }
 
-void mingru::linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs& outputs) {
+Outputs mingru::linear_recurrence(
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs outputs) {
   LinearOperands operands(call, x, weight, bias);
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
@@ -297,16 +295,17 @@ void mingru::linear_recurrence(
     }
     run(scan, block.part, false);
   }
+  return outputs;
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<Tensor>& tensors, int64_t how,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how,
     double min_decay) {
-  Outputs outputs;
-  linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, outputs);
-  return {*outputs.out, *outputs.last, *outputs.kept};
+  const auto [out, last, kept] =
+      linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias);
+  return {*out, *last, *kept};
 }
 
 // left right + added, for tests and measurements.
@@ -327,9 +326,8 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const std::vector<Tensor>& tensors,
-    const Tensor& out, const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how,
-    double min_decay) {
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& out,
+    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
   const Call call{"linear_recurrence_backward", tensors, how, min_decay};
   const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
   const bool needs_bias = call.has(Flag::needs_bias);
@@ -342,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
            pre_activations.numel() == operands.num_rows() * columns),
       call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(out, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
   if (needs_x) operands.clear_padding(grad_x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);

@@ -32,21 +32,13 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const 
 void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
 
 // The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the
-// pre-activations in the memory order of x, without the bias if the scan adds it. They are allocated unless `out` and
-// `last` are given.
+// pre-activations in the memory order of x, without the bias if the scan adds it.
 struct Outputs {
   MaybeTensor out, last, kept;
 };
 
-// The bias may be absent.
-void linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs& outputs);
-
-// The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves and then
-// the candidates of both, `tensors` are those of the call, and `how` is that of each half. Returns false if they do not
-// fit.
-bool recur_in_halves(
-    const Tensor& pre, std::vector<Tensor> tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
-    const Tensor& last);
+// The bias may be absent. The outputs are allocated unless `out` and `last` are given.
+Outputs linear_recurrence(
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs outputs = {});
 
 HIDDEN_NAMESPACE_END(mingru)

@@ -50,17 +50,15 @@ T* data_of(const Tensor& x) {
 class Operands {
  public:
   Scan scan{};
-  const CellTraits traits;
   const Tensor h;
 
   // `like` has the leading dimensions and the dtype of all sequences.
   Operands(const Call& call, const Tensor& like, int64_t num_features)
-      : traits(call.traits()),
-        h(as_contiguous(*call[Argument::h])),
-        name_(call.name),
+      : h(as_contiguous(*call[Argument::h])),
         batch_dim_(call.has(Flag::time_first) ? 1 : 0),
-        step_dim_(1 - batch_dim_) {
-    STD_TORCH_CHECK(like.is_cpu(), name_, ": sequences must be on the CPU");
+        step_dim_(1 - batch_dim_),
+        call_(call) {
+    STD_TORCH_CHECK(like.is_cpu(), call.name, ": sequences must be on the CPU");
     scan.cell = call.cell();
     scan.activation = call.activation();
     scan.storage = storage_of(like);
@@ -68,27 +66,27 @@ class Operands {
     scan.reverse = call.has(Flag::reverse);
     const Tensor *lengths = call[Argument::lengths], *dt = call[Argument::dt], *reset = call[Argument::reset];
     if (const Tensor* batch_sizes = call[Argument::batch_sizes]) {
-      STD_TORCH_CHECK(!lengths, name_, ": lengths must be of sequences that are not packed");
+      STD_TORCH_CHECK(!lengths, call.name, ": lengths must be of sequences that are not packed");
       batch_dim_ = step_dim_ = 0;
       set_packed(*batch_sizes, like);
     } else {
-      STD_TORCH_CHECK(like.dim() >= 2, name_, ": sequences must be (B, S, *)");
+      STD_TORCH_CHECK(like.dim() >= 2, call.name, ": sequences must be (B, S, *)");
       scan.num_batch = like.size(batch_dim_);
       scan.num_steps = like.size(step_dim_);
       if (lengths) set_lengths(*lengths);
     }
     leading_.assign(like.sizes().begin(), like.sizes().begin() + (is_packed() ? 1 : 2));
     STD_TORCH_CHECK(
-        scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, name_, ": sequences must not be empty");
+        scan.num_batch > 0 && scan.num_steps > 0 && num_features > 0, call.name, ": sequences must not be empty");
     scan.h = state(h, "h");
     if (dt) {
-      STD_TORCH_CHECK(traits.takes_time, name_, ": this cell takes no elapsed times");
+      STD_TORCH_CHECK(call.traits().takes_time, call.name, ": this cell takes no elapsed times");
       const char* expected = ": dt must have the leading dimensions of the sequences, in the accumulation dtype";
       scan.dt = one_per_step(*dt, accumulation_dtype(), expected);
     }
     if (call.min_decay != 0) {
-      STD_TORCH_CHECK(traits.takes_time, name_, ": this cell has no lower bound of its decay");
-      STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, name_, ": min_decay must be in [0, 1)");
+      STD_TORCH_CHECK(call.traits().takes_time, call.name, ": this cell has no lower bound of its decay");
+      STD_TORCH_CHECK(call.min_decay > 0 && call.min_decay < 1, call.name, ": min_decay must be in [0, 1)");
       scan.log_bound = std::log(call.min_decay);
       scan.log_range = std::log1p(-call.min_decay);
     }
@@ -107,10 +105,6 @@ class Operands {
   bool is_packed() const { return scan.step_offsets != nullptr; }
   bool has_lengths() const { return !is_packed() && scan.lengths; }
   Part whole() const { return {0, scan.num_batch, 0, scan.num_steps}; }
-
-  // Where the steps of each batch element, or if packed the batch elements of each step, begin in a matrix of all valid
-  // steps; at the end, the number of all. Empty without lengths.
-  const std::vector<int64_t>& row_offsets() const { return row_offsets_; }
 
   std::vector<int64_t> sizes(int64_t trailing) const {
     std::vector<int64_t> sizes = leading_;
@@ -144,7 +138,7 @@ class Operands {
     STD_TORCH_CHECK(
         x.is_cpu() && has_leading_sizes(x) && storage_of(x) == scan.storage && x.numel() == num_elements &&
             has_contiguous_features(x),
-        name_, ": sequences must be on the CPU, of one shape and dtype, with contiguous features");
+        call_.name, ": sequences must be on the CPU, of one shape and dtype, with contiguous features");
     return {x.data_ptr(), x.stride(batch_dim_), x.stride(step_dim_)};
   }
 
@@ -152,7 +146,7 @@ class Operands {
     STD_TORCH_CHECK(
         x.is_cpu() && x.is_contiguous() && x.scalar_type() == accumulation_dtype() &&
             x.numel() == scan.num_batch * scan.num_features,
-        name_, ": ", what, " must be (B, 1, *), contiguous, in the accumulation dtype");
+        call_.name, ": ", what, " must be (B, 1, *), contiguous, in the accumulation dtype");
     return x.data_ptr();
   }
 
@@ -160,22 +154,22 @@ class Operands {
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
-    const int64_t count = traits.num_inputs, features = scan.num_features, size = bias.element_size();
+    const int64_t count = call_.traits().num_inputs, features = scan.num_features, size = bias.element_size();
     STD_TORCH_CHECK(
-        bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, name_,
+        bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, call_.name,
         ": bias must be (num_inputs N), float32 or float64, with the dtype of the sequences");
     for (int64_t k = 0; k < count; ++k) scan.biases[k] = data_of<char>(bias) + k * features * size;
   }
 
   // Returns the gradients of h, of initial_state and of dt, the latter for each group of features; empty if not needed.
   std::tuple<Tensor, Tensor, Tensor> add_gradients(
-      const Call& call, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
+      const Tensor& out, const Tensor& grad_out, const Tensor& grad_last) {
     scan.out = readable(out);
     scan.grad_out = readable(grad_out);
     scan.grad_last = state(contiguous(grad_last), "the gradient of the last state");
     Tensor grad_h = empty_as(h), grad_initial_state = empty({0}, h), grads_of_dt = empty({0}, h);
     scan.grad_h = grad_h.data_ptr();
-    if (call.has(Flag::needs_dt) && scan.dt.data) {
+    if (call_.has(Flag::needs_dt) && scan.dt.data) {
       grads_of_dt = torch::stable::new_zeros(h, sizes((scan.num_features + group - 1) / group));
       scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }
@@ -185,6 +179,12 @@ class Operands {
     }
     return {grad_h, grad_initial_state, grads_of_dt};
   }
+
+ protected:
+  int64_t batch_dim_, step_dim_;  // of sequences; both 0 if packed
+  // Where the steps of each batch element, or if packed the batch elements of each step, begin in a matrix of all valid
+  // steps; at the end, the number of all. Empty without lengths.
+  std::vector<int64_t> row_offsets_;
 
  private:
   int64_t num_leading() const { return static_cast<int64_t>(leading_.size()); }
@@ -196,7 +196,7 @@ class Operands {
   // A number for each step.
   Sequence one_per_step(const Tensor& x, ScalarType dtype, const char* expected) const {
     const bool fits = x.is_cpu() && x.scalar_type() == dtype && x.dim() == num_leading() && has_leading_sizes(x);
-    STD_TORCH_CHECK(fits, name_, expected);
+    STD_TORCH_CHECK(fits, call_.name, expected);
     return {x.data_ptr(), x.stride(batch_dim_), x.stride(step_dim_)};
   }
 
@@ -206,7 +206,7 @@ class Operands {
 
   std::vector<int64_t> numbers(const Tensor& x, int64_t count, const char* expected) const {
     const bool is_vector = x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Long && x.dim() == 1;
-    STD_TORCH_CHECK(is_vector && x.numel() == count, name_, expected);
+    STD_TORCH_CHECK(is_vector && x.numel() == count, call_.name, expected);
     return {data_of<int64_t>(x), data_of<int64_t>(x) + count};
   }
 
@@ -214,7 +214,7 @@ class Operands {
     lengths_ = numbers(lengths, scan.num_batch, ": lengths must be (B), int64, contiguous, on the CPU");
     row_offsets_.push_back(0);
     for (const int64_t length : lengths_) {
-      STD_TORCH_CHECK(length >= 0 && length <= scan.num_steps, name_, ": lengths must be from 0 to S");
+      STD_TORCH_CHECK(length >= 0 && length <= scan.num_steps, call_.name, ": lengths must be from 0 to S");
       row_offsets_.push_back(row_offsets_.back() + length);
     }
     scan.lengths = lengths_.data();
@@ -223,16 +223,16 @@ class Operands {
   void set_packed(const Tensor& batch_sizes, const Tensor& like) {
     const char* expected = ": packed sequences must be (number of steps, *), with int64 batch_sizes (S) on the CPU";
     const std::vector<int64_t> sizes = numbers(batch_sizes, batch_sizes.numel(), expected);
-    STD_TORCH_CHECK(like.dim() >= 1 && !sizes.empty(), name_, expected);
+    STD_TORCH_CHECK(like.dim() >= 1 && !sizes.empty(), call_.name, expected);
     row_offsets_.push_back(0);
     for (size_t t = 0; t < sizes.size(); ++t) {
       STD_TORCH_CHECK(
-          sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), name_,
+          sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), call_.name,
           ": batch_sizes must be positive and must not increase");
       row_offsets_.push_back(row_offsets_.back() + sizes[t]);
     }
     STD_TORCH_CHECK(
-        row_offsets_.back() == like.size(0), name_, ": the sum of batch_sizes must be the number of packed steps");
+        row_offsets_.back() == like.size(0), call_.name, ": the sum of batch_sizes must be the number of packed steps");
     // Sequences without a next step end with the step.
     for (size_t t = sizes.size(); t > 0; --t) lengths_.resize(sizes[t - 1], static_cast<int64_t>(t));
     scan.num_batch = sizes[0];
@@ -241,10 +241,9 @@ class Operands {
     scan.lengths = lengths_.data();
   }
 
-  const char* name_;
-  int64_t batch_dim_, step_dim_;  // of sequences; both 0 if packed
-  std::vector<int64_t> leading_, row_offsets_, lengths_;
-  std::vector<Tensor> kept_;
+  const Call& call_;
+  std::vector<int64_t> leading_, lengths_;
+  Tensors kept_;
 };
 
 }  // namespace

@@ -1,16 +1,15 @@
 // The recurrence of a cell from its pre-activations. Called only by src/mingru/ops/backends/native.py.
-#include "linear.h"
 #include "operands.h"
 
 namespace {
 
 using namespace mingru;
 
-void add_inputs(Operands& operands, const std::vector<Tensor>& inputs) {
+void add_inputs(Operands& operands, const Tensors& inputs) {
   for (size_t k = 0; k < inputs.size(); ++k) operands.scan.inputs[k] = operands.readable(inputs[k]);
 }
 
-int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
+int64_t num_features(const Call& call, const Tensors& inputs) {
   const int64_t count = call.traits().num_inputs;
   STD_TORCH_CHECK(
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
@@ -21,7 +20,7 @@ int64_t num_features(const Call& call, const std::vector<Tensor>& inputs) {
 }
 
 std::tuple<Tensor, Tensor> recurrence_forward(
-    const std::vector<Tensor>& inputs, const std::vector<Tensor>& tensors, int64_t how, double min_decay) {
+    const Tensors& inputs, const Tensors& tensors, int64_t how, double min_decay) {
   const Call call{"recurrence_forward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs);
   Operands operands(call, inputs[0], features);
@@ -36,13 +35,13 @@ std::tuple<Tensor, Tensor> recurrence_forward(
 // Returns the gradients of the inputs, concatenated to num_inputs N features, of h, of initial_state and of dt (for each
 // group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
-    const std::vector<Tensor>& inputs, const std::vector<Tensor>& tensors, const Tensor& out,
-    const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
+    const Tensors& inputs, const Tensors& tensors, const Tensor& out, const Tensor& grad_out, const Tensor& grad_last,
+    int64_t how, double min_decay) {
   const Call call{"recurrence_backward", tensors, how, min_decay};
   const int64_t features = num_features(call, inputs), count = static_cast<int64_t>(inputs.size());
   Operands operands(call, inputs[0], features);
   add_inputs(operands, inputs);
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(call, out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(out, grad_out, grad_last);
   Tensor grads = empty(operands.sizes(count * features), inputs[0]);
   for (int64_t k = 0; k < count; ++k) {
     operands.scan.grad_inputs[k] = operands.sequence(torch::stable::narrow(grads, -1, k * features, features));
@@ -52,33 +51,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
 }
 
 }  // namespace
-
-bool mingru::recur_in_halves(
-    const Tensor& pre, std::vector<Tensor> tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
-    const Tensor& last) {
-  const Tensor h = tensors[0], initial_state = tensors[1];
-  const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
-  if (h.size(-1) != 2 * half || pre.size(-1) != 4 * half) return false;
-  for (int64_t part = 0; part < 2; ++part) {
-    const auto own = [&](Tensor x, int64_t input) {
-      return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
-    };
-    tensors[0] = own(h, 0);
-    tensors[1] = own(initial_state, 0);
-    const Call call{"inference", tensors, how[part], min_decay};
-    if (call.traits().num_inputs != 2 || (call[Argument::dt] && !call.traits().takes_time)) return false;
-    Operands operands(call, pre, half);
-    for (int64_t input = 0; input < 2; ++input) operands.scan.inputs[input] = operands.sequence(own(pre, input));
-    operands.scan.out = operands.sequence(own(out, 0));
-    const Tensor end = empty_as(operands.h);
-    operands.scan.last = end.data_ptr();
-    run(operands.scan, operands.whole(), false);
-    for (int64_t batch = 0; batch < operands.scan.num_batch; ++batch) {
-      std::copy_n(data_of<char>(end) + batch * bytes, bytes, data_of<char>(last) + (2 * batch + part) * bytes);
-    }
-  }
-  return true;
-}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(

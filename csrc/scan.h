@@ -20,9 +20,9 @@ enum class Storage { float32, float64, bfloat16, float16 };
   CELL(minlstm, 3, true, MinLSTM)                              \
   CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)
 
-#define MINGRU_NAME(name, num_inputs, takes_time, type) name,
+// Of an entry of such a list, for an enum.
+#define MINGRU_NAME(name, ...) name,
 enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
-#undef MINGRU_NAME
 
 // Of the candidate. Linear scans have none.
 enum class Activation { positive, linear, tanh };

@@ -72,8 +72,6 @@ inline KeptMemory& kept_memory() {
 // Memory that an object uses during a call.
 class Scratch {
  public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
   ~Scratch() { kept_memory().give_back(std::move(memory_)); }
 
   void* at_least(int64_t bytes) {
