@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
-from ..call import Call, Layout, Spec, Start, from_flat
+from ..call import Call, Spec
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_of_sources
@@ -52,23 +52,18 @@ def _register_shapes() -> None:
     def flag(how: int, bit: int) -> bool:
         return bool((how >> (16 + bit)) & 1)
 
-    def of_call(call: list[Tensor], how: int) -> tuple[Start, Layout]:
-        given = iter(call[2:])
-        start, layout, _ = from_flat([*call[:2], *(next(given) if flag(how, bit) else None for bit in range(4))])
-        return start, layout
-
     def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
-        start, _ = of_call(call, how)
-        h, reset, dt = start.h, start.reset, start.dt
+        h, has_reset = call[0], flag(how, 0)
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
-        shape_of_dt = (*dt.shape, num_groups) if flag(how, 7) and dt is not None else (0,)
-        return h.new_empty(h.shape), h.new_empty(0 if reset is None else h.shape), h.new_empty(shape_of_dt)
+        # The elapsed times come after two states and the resets.
+        shape_of_dt = (*call[2 + has_reset].shape, num_groups) if flag(how, 1) and flag(how, 7) else (0,)
+        return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        num_leading = 2 if of_call(call, rest[2])[1].batch_sizes is None else 1
+        num_leading = 1 if flag(rest[2], 2) else 2
         num_grads = len(inputs) * out.shape[num_leading:].numel()
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
