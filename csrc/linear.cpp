@@ -213,6 +213,25 @@ class LinearOperands : public Operands {
   mutable Scratch pre_activations_scratch_, rows_scratch_, grad_rows_scratch_;
 };
 
+// out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
+// multiplies more than a few rows: in tiles of its own, or by torch, whatever is faster on this processor.
+void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added = {}) {
+  if (out.scalar_type() == ScalarType::Float) {
+    const auto matrix_of = [](const Tensor& x) { return Matrix{data_of<const float>(x), x.stride(0), x.stride(1)}; };
+    MatrixProduct product{matrix_of(left), matrix_of(right), nullptr, data_of<float>(out)};
+    product.rows = left.size(0), product.columns = right.size(1), product.depth = left.size(1);
+    product.out_stride = product.columns;
+    if (added) product.added = data_of<const float>(*added);
+    if (added && added->dim() == 2) product.added_stride = product.columns;
+    if (is_faster_in_tiles(product)) {
+      Scratch packed;
+      return multiply_in_tiles(product, static_cast<float*>(packed.at_least(most_packed * sizeof(float))));
+    }
+  }
+  if (!added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  if (added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1, 1));
+}
+
 // A gradient that is a sum over the blocks, in float32 or float64.
 class SumOfBlocks {
  public:
@@ -244,23 +263,6 @@ class SumOfBlocks {
 };
 
 }  // namespace
-
-void mingru::multiply(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added) {
-  if (out.scalar_type() == ScalarType::Float) {
-    const auto matrix_of = [](const Tensor& x) { return Matrix{data_of<const float>(x), x.stride(0), x.stride(1)}; };
-    MatrixProduct product{matrix_of(left), matrix_of(right), nullptr, data_of<float>(out)};
-    product.rows = left.size(0), product.columns = right.size(1), product.depth = left.size(1);
-    product.out_stride = product.columns;
-    if (added) product.added = data_of<const float>(*added);
-    if (added && added->dim() == 2) product.added_stride = product.columns;
-    if (is_faster_in_tiles(product)) {
-      Scratch packed;
-      return multiply_in_tiles(product, static_cast<float*>(packed.at_least(most_packed * sizeof(float))));
-    }
-  }
-  if (!added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
-  if (added) TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1, 1));
-}
 
 void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias) {
   const int64_t columns = weight.size(0), features = weight.size(1);

@@ -23,10 +23,6 @@ inline Tensor transposed(const Tensor& weight) {
   return view_of(weight.data_ptr(), {weight.size(1), weight.size(0)}, {1, weight.size(1)}, weight);
 }
 
-// out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
-// multiplies more than a few rows: in tiles of its own, or by torch, whatever is faster on this processor.
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const MaybeTensor& added = {});
-
 // out = x weight^T + bias for contiguous rows x; all have the dtype of the weight, which is contiguous. bfloat16 and
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
 void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
