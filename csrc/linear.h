@@ -1,4 +1,4 @@
-// Matrix products, and the recurrence of a cell together with its linear map.
+// The linear map of a cell, alone and together with its recurrence.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
