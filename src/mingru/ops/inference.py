@@ -10,7 +10,6 @@ capture, a refused module or unusual arguments. If an argument is wrong, that or
 
 import math
 import operator
-from collections.abc import Callable
 from itertools import repeat
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from . import route
 from .backends import native
-from .call import Layout, Spec
+from .call import Layout, Spec, Start
 from .cells import CELLS, cells_of
 from .graph import is_autocast, is_compiling, is_device_context
-from .layout import dt_seen_in_reverse, reset_seen_in_reverse
+from .layout import in_reverse
 from .linear_map import LINEAR_MAPS
 from .private import (
     DisableTorchFunction,
@@ -258,8 +257,13 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     if reset is not None or dt is not None:
         if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
             return None
-        resets = _of_both_directions(reset, reset_seen_in_reverse, module, plan, time_first)
-        times = _of_both_directions(dt, dt_seen_in_reverse, module, plan, time_first)
+        if module.role == "step":
+            reset, dt = (None if each is None else each.unsqueeze(-1) for each in (reset, dt))
+        start = Start(x, x, reset, dt)
+        others = in_reverse(start, Layout(time_first)) if plan.is_bidirectional else start
+        # As both directions see them.
+        pairs = zip(start[2:], others[2:], strict=True)
+        resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
     try:
         out, last = _operator(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first
@@ -267,18 +271,3 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     except NotImplementedError:  # a tensor on another device
         return None
     return (out, last) if last else None
-
-
-def _of_both_directions(
-    values: Tensor | None,
-    in_reverse: Callable[[Tensor, Layout], Tensor],
-    module: Any,
-    plan: InferencePlan,
-    time_first: bool,
-) -> list[Tensor]:
-    """Return resets or elapsed times as both directions see them, with a time dimension; an empty list for None."""
-    if values is None:
-        return []
-    if module.role == "step":
-        values = values.unsqueeze(-1)
-    return [values, in_reverse(values, Layout(time_first, None, None)) if plan.is_bidirectional else values]

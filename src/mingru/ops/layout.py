@@ -164,12 +164,22 @@ def with_lengths(x: Tensor, lengths: Tensor, time_first: bool) -> tuple[Tensor, 
 
 
 def in_reverse(start: Start, layout: Layout) -> Start:
-    """Return the start of the reverse direction, whose resets and elapsed times move by one step."""
+    """Return the start of the reverse direction, whose resets and elapsed times move by one step.
+
+    A reset at step t is a boundary between the steps t - 1 and t, and dt the time between them. The reverse direction
+    crosses that boundary before step t - 1. Before the last step of each sequence, it sees no reset, and uses the time
+    before the first step, which no other step uses.
+    """
     reset, dt = start.reset, start.dt
     if reset is not None:
-        reset = reset_seen_in_reverse(reset, layout)
+        reset = of_next_step(reset, torch.zeros_like(reset), layout)
     if dt is not None:
-        dt = dt_seen_in_reverse(dt, layout)
+        batch_sizes = layout.batch_sizes
+        if batch_sizes is not None:
+            first = _of_first_packed_step(dt, batch_sizes)
+        else:
+            first = (dt[:1] if layout.time_first else dt[:, :1]).expand_as(dt)
+        dt = of_next_step(dt, first, layout)
     return with_steps(start, reset, dt)
 
 
@@ -188,29 +198,6 @@ def without_padding(x: Tensor, lengths: Tensor, time_first: bool) -> Tensor:
     """Return a sequence with 0 in the padding."""
     padding = padding_of(lengths, x.transpose(0, 1) if time_first else x)
     return x.masked_fill(along(padding.t() if time_first else padding, x), 0.0)
-
-
-def reset_seen_in_reverse(reset: Tensor, layout: Layout) -> Tensor:
-    """Return the reset mask of the reverse direction.
-
-    A reset at step t is a boundary between the steps t - 1 and t. The reverse direction crosses that boundary before
-    step t - 1, so the mask moves by one step and is False at the end of each sequence.
-    """
-    return of_next_step(reset, torch.zeros_like(reset), layout)
-
-
-def dt_seen_in_reverse(dt: Tensor, layout: Layout) -> Tensor:
-    """Return the elapsed times of the reverse direction.
-
-    dt at step t is the time between the steps t - 1 and t. The reverse direction crosses it before step t - 1, so the
-    times move by one step. Before the last step it uses the time before the first step, which no other step uses.
-    """
-    batch_sizes = layout.batch_sizes
-    if batch_sizes is not None:
-        first = _of_first_step(dt, batch_sizes)
-    else:
-        first = (dt[:1] if layout.time_first else dt[:, :1]).expand_as(dt)
-    return of_next_step(dt, first, layout)
 
 
 def of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
@@ -238,7 +225,7 @@ def _of_next_packed_step(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tens
 
 
 @for_trace
-def _of_first_step(x: Tensor, batch_sizes: Tensor) -> Tensor:
+def _of_first_packed_step(x: Tensor, batch_sizes: Tensor) -> Tensor:
     """Return the value of the first step of each packed step's sequence."""
     batch = torch.arange(int(batch_sizes[:1].sum()), device=batch_sizes.device)
     sequence = batch.expand(batch_sizes.numel(), -1)[batch < batch_sizes.unsqueeze(1)]
