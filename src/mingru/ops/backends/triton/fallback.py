@@ -16,16 +16,16 @@ from .launch import Given, Tensors, backward_results, forward_results
 
 def _call(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> Call:
     start, layout, _ = from_flat(given, flags[1])
-    if start.initial_state is None:
-        start = start._replace(initial_state=start.h)
     return Call(Spec(cell[0], cell[1], flags[0], min_decay), list(inputs), start, layout)
 
 
-def _scan(call: Call, *others: Tensor) -> list[Tensor]:
-    """Return a, b, h and other tensors of a linear scan, as complex numbers if they are pairs."""
-    parts = [*call.tensors, call.start.h, *others]
-    is_complex = call.spec.cell == "complex_linear_scan"
-    return [torch.view_as_complex(x.contiguous()) for x in parts] if is_complex else parts
+def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:
+    """Return a linear scan and other tensors, as complex numbers if they are pairs."""
+    found = [*call.tensors, call.start.h, *others]
+    if call.spec.cell == "complex_linear_scan":
+        found = [torch.view_as_complex(x.contiguous()) for x in found]
+    scan = LinearScan(found[0], found[1], found[2], call.start.reset, call.spec.reverse)
+    return in_accumulation_dtype(scan), found[3:]
 
 
 def _copied(results: Tensors, found: Sequence[Any]) -> None:
@@ -35,17 +35,10 @@ def _copied(results: Tensors, found: Sequence[Any]) -> None:
             result.copy_((torch.view_as_real(x) if x.is_complex() else x).reshape(result.shape))
 
 
-def _run(call: LinearScan) -> States:
-    return tensors.scan(in_accumulation_dtype(call))
-
-
 def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
     call, results = _call(inputs, given, cell, min_decay, flags), forward_results(inputs, given)
-    if call.spec.cell in NUM_INPUTS:
-        _copied(results, traceable.recurrence(*call))
-    else:
-        a, b, h = _scan(call)
-        _copied(results, _run(LinearScan(a, b, h, call.start.reset, call.spec.reverse)))
+    is_cell = call.spec.cell in NUM_INPUTS
+    _copied(results, traceable.recurrence(*call) if is_cell else tensors.scan(_scan(call)[0]))
     return results
 
 
@@ -53,7 +46,7 @@ def backward(
     inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     call, results = _call(inputs, given, cell, min_decay, flags), backward_results(inputs, given, flags)
-    h, initial_state, reset, dt = call.start
+    h, initial_state, _, dt = call.start
     grads, *of_start, of_bias = results
     found: Sequence[Any]
     if call.spec.cell in NUM_INPUTS:
@@ -66,10 +59,9 @@ def backward(
         wanted = [x for x in leaves if x is not None]
         found = torch.autograd.grad(states, wanted, list(saved[1:]), materialize_grads=True)
     else:
-        a, _, first, out, *grad = _scan(call, *saved)
-        scan = in_accumulation_dtype(LinearScan(a, out, first, reset, call.spec.reverse))
-        delta = adjoint(_run, scan, (grad[0], grad[1]))
-        found = delta * previous_states(scan, scan.b).conj(), delta, grad_of_h(scan, delta)
+        scan, (out, grad_out, grad_last) = _scan(call, *saved)
+        delta = adjoint(tensors.scan, scan, (grad_out, grad_last))
+        found = delta * previous_states(scan, out.to(delta.dtype)).conj(), delta, grad_of_h(scan, delta)
     _copied([*grads.chunk(len(inputs), -1), *of_start][: len(found)], found)
     if of_bias.numel() > 0:
         of_bias.copy_(grads.flatten(0, -2).sum(0, dtype=of_bias.dtype))
