@@ -101,13 +101,13 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     `start.h` is expanded to the shape of the states.
     """
     batch = x.shape[1 if layout.time_first else 0]
-    start = start._replace(h=start.h.expand(batch, 1, *of.state_shape))
+    call = Call(spec, [x], start._replace(h=start.h.expand(batch, 1, *of.state_shape)), layout)
     sizes = blocks.sizes_of(x, of, CELLS[spec.cell].num_inputs)
 
-    def run(part: Tensor, part_start: Start) -> States:
-        return _run_call(Call(spec, of.inputs(part), part_start, layout))
+    def run(part: Call) -> States:
+        return _run_call(part._replace(tensors=of.inputs(part.tensors[0])))
 
-    return run(x, start) if sizes is None else blocks.in_blocks(run, x, of, start, (spec, layout), sizes)
+    return run(call) if sizes is None else blocks.in_blocks(run, call, of, sizes)
 
 
 def _run_call(call: Call, backend: str = "auto") -> States:
@@ -116,12 +116,10 @@ def _run_call(call: Call, backend: str = "auto") -> States:
 
 
 def _run(choice: Choice, call: Call) -> States:
-    if choice.is_traced:
+    if choice.is_traced or call.tensors[0].numel() == 0:
         return traceable.traced_recurrence(*call)
     if call.spec.cell not in NUM_INPUTS:
         return joined([_run(choice, each) for each in divided(call)], call.layout)
-    if call.tensors[0].numel() == 0:
-        return empty_states(traceable.sum_of(call.tensors), call.start.h)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
         return autograd.composed(choice, call)

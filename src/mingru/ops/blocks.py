@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import route
-from .call import Layout, Spec, Start
+from .call import Call
 from .graph import are_eager, is_autocast
 from .shape import States, accumulate_dtype
 
@@ -47,16 +47,9 @@ def sizes_of(x: Tensor, of: Map, num_inputs: int) -> tuple[int, int] | None:
     return max(1, count // inner), min(inner, count)
 
 
-def in_blocks(
-    run: Callable[[Tensor, Start], States],
-    x: Tensor,
-    of: Map,
-    start: Start,
-    call: tuple[Spec, Layout],
-    sizes: tuple[int, int],
-) -> States:
-    """Call `run`, a recurrence, on one block after the other."""
-    spec, layout = call
+def in_blocks(run: Callable[[Call], States], call: Call, of: Map, sizes: tuple[int, int]) -> States:
+    """Call `run` on one block of x after the other."""
+    spec, (x,), start, layout = call
     time, batch = (0, 1) if layout.time_first else (1, 0)
     out = x.new_empty((*x.shape[:2], *of.state_shape))
     # In the accumulation dtype, so that the state is not rounded between blocks.
@@ -70,6 +63,7 @@ def in_blocks(
             steps = slice(begin, begin + sizes[time])
             at = (steps, elements) if layout.time_first else (elements, steps)
             reset, dt = (None if steps is None else steps[at] for steps in (start.reset, start.dt))
-            out[at], last = run(x[at], start._replace(h=last, reset=reset, dt=dt))
+            part = Call(spec, [x[at]], start._replace(h=last, reset=reset, dt=dt), layout)
+            out[at], last = run(part)
         lasts.append(last)
     return out, torch.cat(lasts).to(start.h.dtype)
