@@ -6,7 +6,7 @@ dispatcher. States have any floating dtype, and are computed in the accumulation
 take the parts of numbers as features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -41,41 +41,35 @@ from .plan import KEEPING
 __all__ = ["BACKEND", "DEVICES"]
 
 
-def _or_other(name: str) -> Callable[..., Any]:
-    """Return the implementation of an operator: the kernel of a pass, or if it fails, tensor operations."""
+_LIBRARY: Any = torch.library.Library("mingru", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _register(name: str, saved: str, num_results: int) -> None:
+    """Register the operator of a pass, and a function that returns the shapes of its outputs."""
+    operator = f"recurrence_triton_{name}"
+    arguments = f"Tensor[] inputs, Tensor?[] given, {saved}str[] cell, float min_decay, bool[] flags"
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    _LIBRARY.define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=tags)
 
     def run(*args: Any) -> Any:
+        """Call the kernel, or if it fails, tensor operations."""
         try:
             return getattr(launch, name)(*args)
         except KernelFailure as failure:
             warn_once(f"using slower tensor operations in a captured graph. {failure}")
         return getattr(fallback, name)(*args)
 
-    return run
+    def shapes(inputs: Any, given: Any, *rest: Any) -> Any:
+        return getattr(launch, f"{name}_results")(inputs, given, rest[-1])
+
+    shapes.__name__ = operator
+    for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
+        _LIBRARY.impl(operator, run, key)
+    torch.library.register_fake(f"mingru::{operator}", on_one_device(shapes), lib=_LIBRARY)
 
 
-def _register() -> torch.library.Library:
-    """Register the operators, and functions that return the shapes of their outputs."""
-    library = torch.library.Library("mingru", "FRAGMENT")  # type: ignore[no-untyped-call]
-    define: Any = library.define
-    implement: Any = library.impl
-    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    for name, saved, num_results in (("forward", "", 2), ("backward", "Tensor[] saved, ", 5)):
-        operator, results = f"recurrence_triton_{name}", getattr(launch, f"{name}_results")
-        arguments = f"Tensor[] inputs, Tensor?[] given, {saved}str[] cell, float min_decay, bool[] flags"
-        define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=tags)
-        for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
-            implement(operator, _or_other(name), key)
-
-        def shapes(inputs: Any, given: Any, *rest: Any, results: Any = results) -> Any:
-            return results(inputs, given, rest[-1])
-
-        shapes.__name__ = operator
-        torch.library.register_fake(f"mingru::{operator}", on_one_device(shapes), lib=library)
-    return library
-
-
-_LIBRARY = _register()
+_register("forward", "", 2)
+_register("backward", "Tensor[] saved, ", 5)
 
 
 def _run(name: str, call: Call, saved: Sequence[Tensor], *flags: bool) -> tuple[Tensor, ...]:
