@@ -157,7 +157,7 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
-        states: States = Recurrence.apply(choice, spec, layout.time_first, keep, *args)  # type: ignore[no-untyped-call]
+        states: States = Recurrence.apply((choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
         return states
     out, last, _ = getattr(backend_of(choice.backend), choice.kernel).forward(call, False)
     return out, last
@@ -165,8 +165,7 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
 
 def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
     """Return the call of the flat list."""
-    h, initial_state, *rest = args
-    start, layout, tensors = from_flat([h, h if initial_state is None else initial_state, *rest], time_first)
+    start, layout, tensors = from_flat(args, time_first)
     return Call(spec, list(tensors), start, layout)
 
 
@@ -174,7 +173,8 @@ class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, choice: Choice, spec: Spec, time_first: bool, keep: bool, *args: Any) -> States:
+    def forward(ctx: Any, how: tuple[Choice, Spec, bool, bool], *args: Any) -> States:
+        choice, spec, time_first, keep = how
         call = _call(spec, time_first, args)
         out, last, kept = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
@@ -185,7 +185,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         out, kept, *args = ctx.saved_tensors
-        call, needs = _call(ctx.spec, ctx.time_first, args), ctx.needs_input_grad[4:]
+        call, needs = _call(ctx.spec, ctx.time_first, args), ctx.needs_input_grad[1:]
 
         def recompute(choice: Choice) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
@@ -213,8 +213,7 @@ class Recurrence(torch.autograd.Function):
             found, of_kernel = kernel.backward(call, Saved(out, own, *grad), Needs(of_start, of_tensors))
             return *found, *[None] * len(of_layout[1:]), *of_kernel
 
-        grads = run_or_other(run, ctx.choice, ctx.spec, out)
-        return None, None, None, None, *grads
+        return None, *run_or_other(run, ctx.choice, ctx.spec, out)
 
 
 def _differentiable(
