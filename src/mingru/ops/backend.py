@@ -12,7 +12,7 @@ from torch import Tensor
 from .call import BATCH_FIRST, Call, Spec, Start
 from .cells import NUM_INPUTS
 from .scan import LinearScan
-from .shape import States, as_dtype, as_real
+from .shape import States, as_dtype
 
 # Of the fields of a `Start`, and of the tensors of a call.
 Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -75,11 +75,11 @@ def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[
 
 def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     """Return the cell of a scan, and a, b, h and other tensors as real numbers."""
+    cell, tensors = "linear_scan" if call.parts == 1 else "quaternion_linear_scan", [*call[:3], *others]
     if call.a.is_complex():
-        return Spec("complex_linear_scan", "linear", call.reverse, 0.0), [as_real(x) for x in (*call[:3], *others)]
+        cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
     # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
-    cell = "linear_scan" if call.parts == 1 else "quaternion_linear_scan"
-    return Spec(cell, "linear", call.reverse, 0.0), [*call[:3], *others]
+    return Spec(cell, "linear", call.reverse, 0.0), tensors
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ def scripted_as(twin: Callable[..., object]) -> Callable[[Callable[P, T]], Calla
     return decorated
 
 
-def _no_autocast(x: Tensor) -> bool:
+def _no(x: Tensor | None = None) -> bool:
     return False
 
 
-@scripted_as(_no_autocast)
+@scripted_as(_no)
 def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is enabled on the device of x, which a scripted module cannot know."""
     if not is_any_autocast_enabled():
@@ -55,10 +55,6 @@ def is_autocast(x: Tensor) -> bool:
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _no() -> bool:
-    return False
 
 
 @scripted_as(_no)

@@ -45,11 +45,6 @@ def unflattened(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape([like.size(0), like.size(1)] + list(x.shape[1:]))  # noqa: RUF005 (not in TorchScript)
 
 
-def as_real(x: Tensor) -> Tensor:
-    """Return complex numbers (B, S, *) as pairs of real numbers (B, S, *, 2)."""
-    return torch.view_as_real(x.resolve_conj())
-
-
 def times(a: Tensor, b: Tensor, parts: int) -> Tensor:
     """Return the products a b of numbers with these parts. Those of quaternions depend on the order."""
     if parts == 1:

@@ -31,7 +31,7 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
-        return empty_states(sum_of(call.tensors), call.start.h)
+        return empty_states(torch.stack(call.tensors).sum(0), call.start.h)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
@@ -50,13 +50,6 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: 
     return scan(LinearScan(a, b, h, reset, reverse, 1))
 
 
-def sum_of(inputs: list[Tensor]) -> Tensor:
-    total = inputs[0]
-    for x in inputs[1:]:
-        total = total + x
-    return total
-
-
 def scan(call: LinearScan) -> States:
     """Compute the scan."""
     out, last = _scan(call.a, call.b, call.h.squeeze(1), call.reset, call.reverse, call.parts)
@@ -68,16 +61,11 @@ def chunk_size() -> int:
     return 16
 
 
-def most_chunks() -> int:
-    """Return the maximum number of chunks (268 million steps) of a graph whose length has no bound."""
-    return 1 << 24
-
-
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
     """Return the states (B, S, *) and the last state (B, *); h (B, *) is the state before the first step."""
     num_steps, chunk = b.size(1), chunk_size()
     if _is_short(num_steps, chunk):
-        resets = _no_tensors() if reset is None else _in_order(list(reset.unbind(1)), reverse)
+        resets = [] if reset is None else _in_order(list(reset.unbind(1)), reverse)
         steps = _in_order(list(a.unbind(1)), reverse), _in_order(list(b.unbind(1)), reverse)
         states = _step(steps[0], steps[1], resets, h, parts)
         return torch.stack(_in_order(states, reverse), 1), states[-1]
@@ -88,9 +76,7 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, 
     # A decay of 1 and an input of 0 keep the state.
     a_t = _step_by_step(_padded_with_ones(a, more, parts), num_chunks, chunk, reverse)
     b_t = _step_by_step(_padded(b, more, 0.0), num_chunks, chunk, reverse)
-    resets = _no_tensors()
-    if reset is not None:
-        resets = _step_by_step(_padded(reset, more, 0.0), num_chunks, chunk, reverse)
+    resets = [] if reset is None else _step_by_step(_padded(reset, more, 0.0), num_chunks, chunk, reverse)
     local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0], parts)  # noqa: RUF005 (not in TorchScript)
     decay, seen_reset = _cumulative_decays(a_t, resets, parts)
     before, last = _combined(decay[-1], local[-1], None if reset is None else seen_reset[-1], h, reverse, parts)
@@ -128,11 +114,6 @@ def _reaches(distance: int, count: int) -> bool:
         # `torch.compile` may add guards: one more graph for more than 4096 steps, and one for more than a million.
         may_guard = distance in (1 << 8, 1 << 16) and not is_exporting()
         return known or (may_guard and distance >= count)
-
-
-def _no_tensors() -> list[Tensor]:
-    empty: list[Tensor] = []
-    return empty
 
 
 def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
@@ -177,7 +158,8 @@ def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, par
 
 def _cumulative_decays(a: list[Tensor], resets: list[Tensor], parts: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the cumulative decay up to each step, and whether the steps up to it contain a reset."""
-    decays, seen_reset = _no_tensors(), _no_tensors()
+    decays: list[Tensor] = []
+    seen_reset: list[Tensor] = []
     for index in range(len(a)):
         decay = a[0] if index == 0 else times(a[index], decays[-1], parts)
         if len(resets) > 0:
@@ -203,7 +185,8 @@ def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor
     count = state.size(1)
     positions = torch.arange(count, device=state.device)
     distance = 1
-    while distance < most_chunks() and not _reaches(distance, count):
+    # At most 268 million steps in a graph whose length has no bound.
+    while distance < 1 << 24 and not _reaches(distance, count):
         sources = positions + distance if reverse else positions - distance
         # Chunks with fewer than `distance` chunks before them are complete; their decay is no longer used.
         stop = (sources != sources.clamp(0, count - 1)).unsqueeze(0)
