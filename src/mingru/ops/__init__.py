@@ -61,7 +61,8 @@ def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
     """Compute the recurrence of a cell from its pre-activations."""
-    return _run_call(Call(spec, list(inputs), start, layout), backend)
+    call, x = Call(spec, list(inputs), start, layout), inputs[0]
+    return route.run_or_other(lambda choice: _run(choice, call), route.choose(spec, x, backend), spec, x)
 
 
 def linear_recurrence(
@@ -105,14 +106,9 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     sizes = blocks.sizes_of(x, of, CELLS[spec.cell].num_inputs)
 
     def run(part: Call) -> States:
-        return _run_call(part._replace(tensors=of.inputs(part.tensors[0])))
+        return recurrence(spec, of.inputs(part.tensors[0]), part.start, layout)
 
     return run(call) if sizes is None else blocks.in_blocks(run, call, of, sizes)
-
-
-def _run_call(call: Call, backend: str = "auto") -> States:
-    spec, x = call.spec, call.tensors[0]
-    return route.run_or_other(lambda choice: _run(choice, call), route.choose(spec, x, backend), spec, x)
 
 
 def _run(choice: Choice, call: Call) -> States:
