@@ -146,15 +146,11 @@ def rotation(x, time, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     a, turned = (keep * cosine, keep * sine), (minus(keep * sine), keep * cosine)
     of_gate = (minus(a[0]), minus(a[1])), (keep * value0, keep * value1), by_gate
     of_angle = turned, (ABSENT, ABSENT), turn
-    of_time = of_b(ABSENT, ABSENT)
+    derivatives = of_gate, of_angle, of_b(z * slope0, ABSENT), of_b(ABSENT, z * slope1)
     if len(time) > 0:
-        turn_in_time = angle * QUARTER_PI
-        of_time = (
-            (turn_in_time * turned[0] - by_time * a[0], turn_in_time * turned[1] - by_time * a[1]),
-            (by_time * keep * value0, by_time * keep * value1),
-            ABSENT,
-        )
-    derivatives = of_gate, of_angle, of_b(z * slope0, ABSENT), of_b(ABSENT, z * slope1), of_time, of_b(ABSENT, ABSENT)
+        turn_in_time, kept = angle * QUARTER_PI, by_time * keep
+        da = turn_in_time * turned[0] - by_time * a[0], turn_in_time * turned[1] - by_time * a[1]
+        derivatives += ((da, (kept * value0, kept * value1), ABSENT), of_b(ABSENT, ABSENT))
     return a, (z * value0, z * value1), derivatives
 
 

@@ -333,10 +333,7 @@ def recurrence_kernel(
                     before = times(a, delta)
                     to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
                     before = where(resets[t], constant(before, 0.0), before)
-                    summed = (sums[0] + to_initial,)
-                    for k in tl.static_range(NUM_INPUTS):
-                        summed += (sums[k + 1] + found[k],)
-                    sums = summed
+                    sums = plus(sums, (to_initial,) + found[:NUM_INPUTS])  # noqa: RUF005 (not in Triton)
         if C == 1 or SUMMARY:
             state = before
 

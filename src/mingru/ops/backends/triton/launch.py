@@ -282,19 +282,17 @@ def backward(
         "after": grad_h,
     }
     # Each program has sums of its own. The dimensions of results, of these programs, and of what they have in common.
-    counts = (
-        (call.num_sequences, plan.segments),
-        (sums[1].numel(), call.num_features // unit),
-        (1, call.num_sequences * plan.segments),
-    )
-    parts = [
-        x if count == 1 or x.numel() == 0 else x.new_empty(size, count, x.numel() // size)
-        for x, (size, count) in zip(sums, counts, strict=True)
-    ]
-    names = ("grad_initial_state", "grad_dt", "grad_bias")
-    whole |= {name: part for name, part in zip(names, parts, strict=True) if part.numel() > 0}
+    counts = {
+        "grad_initial_state": (call.num_sequences, plan.segments),
+        "grad_dt": (sums[1].numel(), call.num_features // unit),
+        "grad_bias": (1, call.num_sequences * plan.segments),
+    }
+    for x, (name, (size, count)) in zip(sums, counts.items(), strict=True):
+        if x.numel() > 0:
+            whole[name] = x if count == 1 else x.new_empty(size, count, x.numel() // size)
     call.launch("backward", plan, unit, {"grad_out": call.sequence(grad_out, unit)}, whole)
-    for x, part in zip(sums, parts, strict=True):
+    for x, name in zip(sums, counts, strict=True):
+        part = whole.get(name, x)
         if part is not x:
             torch.sum(part, 1, out=x.view(len(part), -1))
     return results

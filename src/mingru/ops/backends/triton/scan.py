@@ -200,12 +200,9 @@ def combined(p, l):
     """Return the maps h -> p h + l from the first chunk to each chunk, and to the chunk before it."""
     one, zero = constant(p, 1.0), constant(p, 0.0)
     PARTS: tl.constexpr = parts_in(p)
-    if PARTS == 4:
-        maps = tl.associative_scan(p + l + one + zero, 0, then_fours)
-        return maps[:4], maps[4:8], maps[8:12], maps[12:]
-    elif PARTS == 2:
-        maps = tl.associative_scan(p + l + one + zero, 0, then_pairs)
-        return maps[:2], maps[2:4], maps[4:6], maps[6:]
+    if PARTS > 1:
+        maps = tl.associative_scan(p + l + one + zero, 0, then_fours if PARTS == 4 else then_pairs)
+        return maps[:PARTS], maps[PARTS : 2 * PARTS], maps[2 * PARTS : 3 * PARTS], maps[3 * PARTS :]
     else:
         p, l, q, m = tl.associative_scan((p[0], l[0], one[0], zero[0]), 0, then)
         return (p, ABSENT), (l, ABSENT), (q, ABSENT), (m, ABSENT)
