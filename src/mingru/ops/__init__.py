@@ -19,7 +19,7 @@ from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
-from .shape import States, as_dtype, empty_states
+from .shape import States, as_dtype
 
 # With fewer input features, backward recomputes the pre-activations on the CPU, which is faster than storing them.
 _WIDE = 64
@@ -41,10 +41,8 @@ def linear_scan(
     scan = LinearScan(a, b, h, reset, reverse, 1)
 
     def run(choice: Choice) -> States:
-        if choice.is_traced:
+        if choice.is_traced or b.numel() == 0:
             return traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
-        if b.numel() == 0:
-            return empty_states(a * b, h)
         # Kernels convert numbers when they load them.
         has_kernel = route.backend_of(choice.backend).scan_backward is not None
         return autograd.scan(choice, scan if has_kernel else in_accumulation_dtype(scan))
