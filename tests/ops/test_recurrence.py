@@ -354,18 +354,18 @@ def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype, u
         gates = [torch.stack([gates[0], *[torch.ones_like(gates[0])] * (parts - 1)], -1).flatten(2)]
     h = 3 + torch.rand_like(gates[0])
     # Above 0, where "positive" adds 0.5.
-    leaves = [leaf.requires_grad_() for leaf in (*gates, torch.rand_like(h), h)]
     dt = torch.tensor([[math.inf]], dtype=dtype)
+    leaves = [leaf.requires_grad_() for leaf in (*gates, torch.rand_like(h), h, dt)]
     options = {"activation": activation, "min_decay": min_decay}
-    out, _ = states(backend, cell, leaves[:-1], leaves[-1], None, None, dt, **options)
+    out, _ = states(backend, cell, leaves[:-2], h, None, None, dt, **options)
     rounding = {"rtol": 1e-6 if backend == "log" else 0, "atol": 0}
-    expected = leaves[-2] + (0.5 if activation == "positive" else 0.0)
+    expected = leaves[-3] + (0.5 if activation == "positive" else 0.0)
     # Triton's kernels take a gate of -infinity as one that keeps nothing of the state's angle.
     assert_close(out[..., parts:], expected[..., parts:], **rounding)
     if parts == 1 and backend != "triton":  # otherwise, its angle after an infinite time is any
         assert_close(out[..., :1], h[..., :1], rtol=0, atol=0)
-    *grad_gates, grad_candidate, grad_h = torch.autograd.grad(out[..., parts:].sum(), leaves)
-    assert all((grad == 0).all() for grad in (*grad_gates, grad_h))
+    *grad_gates, grad_candidate, grad_h, grad_dt = torch.autograd.grad(out[..., parts:].sum(), leaves)
+    assert all((grad == 0).all() for grad in (*grad_gates, grad_h, grad_dt))
     ones = torch.ones_like(grad_candidate)
     assert_close(grad_candidate[..., parts:], ones[..., parts:], **rounding)
 
