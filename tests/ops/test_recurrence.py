@@ -63,19 +63,12 @@ def test_the_comparison_can_fail(index, monkeypatch):
     assert math.isnan(calls.error([exact[0], math.nan * exact[1]], exact))
 
 
-ONE, TWO, THIRD = [9.0], [9.0, 9.0], 8 / math.sqrt(27)
+ONE, TWO, THIRD, EIGHTH = [9.0], [9.0, 9.0], 8 / math.sqrt(27), [-math.sqrt(2), -math.sqrt(8)]
 # Cell, pre-activations but candidates, candidates, state, options and states. A gate of -200 keeps, and 200 flips.
 BY_HAND = [
     ("mingru_signed", [[-200], [0], [200], [200], [-200]], [ONE, [3.0], ONE, ONE, ONE], [5.0], {}, [5, 3, -3, 3, 3]),
     # A whole, a half, a quarter and an eighth of a turn.
-    (
-        "mingru_rotation",
-        [[-200, 8], [-200, 4], [-200, 2], [-200, -1]],
-        [TWO] * 4,
-        [3.0, 1.0],
-        {},
-        [3, 1, -3, -1, 1, -3, -(2**0.5), -(8**0.5)],
-    ),
+    ("mingru_rotation", [[-200, u] for u in (8, 4, 2, -1)], [TWO] * 4, [3.0, 1.0], {}, [3, 1, -3, -1, 1, -3, *EIGHTH]),
     # Products with i, j and k from the left, with (i + j + k - 1) / 2, and with 1.
     (
         "mingru_quaternion",
@@ -89,15 +82,18 @@ BY_HAND = [
     ("mingru", [[0]] * 4, [[0.0]] * 4, [16.0], {"dt": torch.tensor([[1.0, 2.0, 0.0, 0.5]])}, [8, 2, 2, 2**0.5]),
     ("mingru", [[0]] * 2, [[0.0]] * 2, [16.0], {"dt": torch.tensor([[1.0, 2.0]]), "min_decay": 0.5}, [12, 6.75]),
     ("mingru_rotation", [[-200, 2]], [TWO], [3.0, 1.0], {"dt": torch.tensor([[2.0]])}, [-3, -1]),
+    # 257 and 259 are between two bfloat16 numbers.
+    ("mingru", [[0, 0]], [[258.0, -260.0]], [256.0, -258.0], {"dtype": torch.bfloat16}, [256, -260]),
 ]
 
 
 @pytest.mark.parametrize(("cell", "gates", "candidate", "h", "options", "expected"), BY_HAND)
 @each_backend
 def test_by_hand(backend, cell, gates, candidate, h, options, expected):
-    inputs = [torch.tensor([x], dtype=torch.float32) for x in (gates, candidate)]
+    dtype = options.get("dtype", torch.float32)
+    inputs = [torch.tensor([x], dtype=dtype) for x in (gates, candidate)]
     out, _ = states(backend, cell, inputs, torch.tensor([[h]]), activation="linear", **options)
-    assert_close(out.flatten(), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+    assert_close(out.flatten(), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=1e-6)
 
 
 def test_the_functions_equal_the_cells():
