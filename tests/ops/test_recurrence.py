@@ -402,7 +402,8 @@ def test_nan_and_infinity_pass_and_stop_at_a_reset(backend, cell, distance, reve
         wrong = [x.clone() for x in inputs]
         wrong[index][0, where, 0] = bad
         out, _ = states(backend, cell, wrong, h, initial, reset, **options)
-        assert not out[tainted].isfinite().any() or parts > 1
+        lost = out[tainted].isfinite() | (out[tainted].isnan() & (math.isinf(bad) and backend in KERNELS))
+        assert not lost.any() or parts > 1
         assert not out[0, where, 0].isfinite()
         # The backend "torch" computes a chunk otherwise if it is not finite.
         assert_close(out[~tainted], expected[~tainted], rtol=1e-5, atol=1e-5)
