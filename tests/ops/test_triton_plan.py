@@ -261,6 +261,7 @@ def card(monkeypatch):
         ([(6, 1), (8, 0)], torch.float16, "and cuda:0 is a card 0 with 6.1$", True),
         ([(7, 5)], torch.bfloat16, "torch.bfloat16 need .* card 0 with 7.5, which runs torch.float16$", True),
         ([(7, 5)], torch.float16, None, True),
+        ([(8, 0)], torch.bfloat16, None, True),
     ],
 )
 def test_old_cards_run_tensor_operations_and_say_so_once(capabilities, dtype, why, available, card):
