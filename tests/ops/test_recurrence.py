@@ -190,7 +190,7 @@ def test_forward_over_forward_is_refused_rather_than_wrong():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_gradients_where_formulas_of_two_sides_meet(backend):
-    """The kink of g, a state of zero, and a gate of -log(min_decay)."""
+    """The kink of g, a state of zero, a gate of -log(min_decay), and a signed gate of 0."""
     candidate = torch.tensor([[0.0], [-0.0]])[:, None].requires_grad_()
     h = torch.zeros(2, 1, 1, requires_grad=True)
     out, _ = states(backend, "mingru", [torch.zeros(2, 1, 1), candidate], h, h.detach())
@@ -202,6 +202,11 @@ def test_gradients_where_formulas_of_two_sides_meet(backend):
         out, _ = states(backend, "mingru", [gate, zero], one, zero, None, dt, min_decay=0.25)
         # sigma(-gate) = 0.2, r = 0.25 + 0.75 * 0.2 and h' = r + (1 - r) g(0).
         assert_close(*torch.autograd.grad(out, gate), torch.full((1, 1, 1), -0.75 * 0.2 * 0.8 * 0.5).double())
+    if backend != "log":
+        gate = torch.zeros_like(zero, requires_grad=True)
+        out, _ = states(backend, "mingru_signed", [gate, one], one)
+        # a = 0 and da = -1/2; the derivative of |a| counts as 0.
+        assert_close(*torch.autograd.grad(out, gate), -0.5 * one)
 
 
 # Inputs before the candidate and options, and the number of steps that the state lasts.
@@ -362,8 +367,7 @@ def test_an_infinite_time_forgets(backend, cell, activation, min_decay, dtype, u
         assert_close(out[..., :1], h[..., :1], rtol=0, atol=0)
     *grad_gates, grad_candidate, grad_h, grad_dt = torch.autograd.grad(out[..., parts:].sum(), leaves)
     assert all((grad == 0).all() for grad in (*grad_gates, grad_h, grad_dt))
-    ones = torch.ones_like(grad_candidate)
-    assert_close(grad_candidate[..., parts:], ones[..., parts:], **rounding)
+    assert_close(grad_candidate[..., parts:], torch.ones_like(h)[..., parts:], **rounding)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (0, 0, 4), (2, 5, 0)])
