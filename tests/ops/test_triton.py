@@ -204,6 +204,7 @@ LAYOUTS = [
     for layout in ("packed", "time first", "lengths")
 ]
 SCANS = [Row(cell, "linear", reset=True, reverse=True, steps=5, features=(4,)) for cell in calls.SCANS[:2]]
+SCANS += [SCANS[0]._replace(dtype=torch.bfloat16)]
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=str)
@@ -235,8 +236,7 @@ def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
     def results():
         out, last = torch.ops.mingru.recurrence_triton_forward(inputs, given, *how, order)
         saved, needs = [out, torch.ones_like(out), torch.ones_like(last)], [row.cell not in calls.SCANS] * 2
-        backward = torch.ops.mingru.recurrence_triton_backward
-        return out, last, *backward(inputs, given, saved, *how, [*order, *needs])
+        return out, last, *torch.ops.mingru.recurrence_triton_backward(inputs, given, saved, *how, [*order, *needs])
 
     expected = results()
     break_kernel()
