@@ -43,8 +43,9 @@ def _nothing_failed_before(monkeypatch):
 
 
 @pytest.fixture(autouse=calls.INTERPRETED)
-def _bfloat16_is_rounded(monkeypatch):
+def _the_interpreter_computes_as_gpus_do(monkeypatch):
     monkeypatch.setattr("triton.runtime.interpreter._convert_float", calls.rounded_bfloat16())
+    monkeypatch.setattr("triton.runtime.interpreter.ScanOps.generic_scan", calls.scanned_in_a_tree)
 
 
 @pytest.fixture

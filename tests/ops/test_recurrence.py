@@ -64,20 +64,15 @@ def test_the_comparison_can_fail(index, monkeypatch):
 
 
 ONE, TWO, THIRD, EIGHTH = [9.0], [9.0, 9.0], 8 / math.sqrt(27), [-math.sqrt(2), -math.sqrt(8)]
+TURNS = [[-200, 2, 0, 0], [-200, 0, 2, 0], [-200, 0, 0, 2], [-200, *[THIRD] * 3], [-200, 0, 0, 0]]
+TURNED = [-2, 1, -4, 3, 4, 3, -2, -1, 1, 2, 3, 4, -5, 0, -2, -1, -5, 0, -2, -1]
 # Cell, pre-activations but candidates, candidates, state, options and states. A gate of -200 keeps, and 200 flips.
 BY_HAND = [
     ("mingru_signed", [[-200], [0], [200], [200], [-200]], [ONE, [3.0], ONE, ONE, ONE], [5.0], {}, [5, 3, -3, 3, 3]),
     # A whole, a half, a quarter and an eighth of a turn.
     ("mingru_rotation", [[-200, u] for u in (8, 4, 2, -1)], [TWO] * 4, [3.0, 1.0], {}, [3, 1, -3, -1, 1, -3, *EIGHTH]),
     # Products with i, j and k from the left, with (i + j + k - 1) / 2, and with 1.
-    (
-        "mingru_quaternion",
-        [[-200, 2, 0, 0], [-200, 0, 2, 0], [-200, 0, 0, 2], [-200, *[THIRD] * 3], [-200, 0, 0, 0]],
-        [TWO * 2] * 5,
-        [1.0, 2.0, 3.0, 4.0],
-        {},
-        [-2, 1, -4, 3, 4, 3, -2, -1, 1, 2, 3, 4, -5, 0, -2, -1, -5, 0, -2, -1],
-    ),
+    ("mingru_quaternion", TURNS, [TWO * 2] * 5, [1.0, 2.0, 3.0, 4.0], {}, TURNED),
     # A gate of 0 halves the state in one unit of time, or leaves m + (1 - m) / 2 = 0.75 of it.
     ("mingru", [[0]] * 4, [[0.0]] * 4, [16.0], {"dt": torch.tensor([[1.0, 2.0, 0.0, 0.5]])}, [8, 2, 2, 2**0.5]),
     ("mingru", [[0]] * 2, [[0.0]] * 2, [16.0], {"dt": torch.tensor([[1.0, 2.0]]), "min_decay": 0.5}, [12, 6.75]),

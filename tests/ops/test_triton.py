@@ -60,8 +60,7 @@ def test_offsets_of_more_than_2_to_the_31(strides, use_plan, tmp_path):
         out, _ = states("triton", "mingru", [leaf, leaf], torch.zeros(2, 1, 8))
         return out, *torch.autograd.grad(out, leaf, x.detach())
 
-    for far, near in zip(results(x), results(x.clone()), strict=True):
-        assert torch.equal(far, near)
+    assert all(map(torch.equal, results(x), results(x.clone())))
 
 
 @pytest.fixture
@@ -148,9 +147,8 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("form", ["lengths", "packed"])
 def test_another_default_device(form, launches):
     rnn, x, lengths = layer(), torch.randn(3, 7, 3, device=DEVICE), torch.tensor([7, 3, 2])
-    inputs = (x, None, None, lengths)
-    if form == "packed":
-        inputs = (pack_padded_sequence(x, lengths, batch_first=True),)
+    packed = (pack_padded_sequence(x, lengths, batch_first=True),)
+    inputs = packed if form == "packed" else (x, None, None, lengths)
     expected, expected_last = rnn(*inputs)
     with torch.device("meta"):
         out, last = rnn(*inputs)
@@ -288,10 +286,6 @@ def break_kernel(monkeypatch):
     return lambda *args: monkeypatch.setattr(kernels, "recurrence_kernel", Broken(*args))
 
 
-def is_backward(args):
-    return args["grad_out"] is not None
-
-
 FALLS_BACK = "using the slower backend 'torch'. .*no C compiler found"
 
 
@@ -337,8 +331,8 @@ def test_torch_runs_if_a_kernel_fails(call, fails, break_kernel):
     x = torch.rand(2, 5, 8, device=DEVICE)
     with mingru.use_backend("torch"):
         expected = CALLS[call](x)
-    which = {"the backward pass": is_backward, "the linear scan": lambda args: "scan" in args["CELL"]}
-    break_kernel(math.inf, which.get(fails, lambda args: True))
+    backward, scan = lambda args: args["grad_out"] is not None, lambda args: "scan" in args["CELL"]
+    break_kernel(math.inf, {"the backward pass": backward, "the linear scan": scan}.get(fails, lambda args: True))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         first, again = CALLS[call](x), CALLS[call](x)
