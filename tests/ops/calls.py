@@ -85,7 +85,7 @@ MEMORY = {
 }
 TOGETHER = {
     "parts of a tensor": lambda xs, dim: torch.cat(xs, dim).chunk(len(xs), dim),
-    "different strides": lambda xs, dim: [xs[0], *map(MEMORY["other dimension first"], xs[1:])],
+    "different strides": lambda xs, dim: [xs[0], MEMORY["other dimension first"](xs[1]), *xs[2:]],
 }
 FACTORS = {
     "cell": CELLS,
