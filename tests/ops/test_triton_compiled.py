@@ -123,7 +123,7 @@ def test_gradients_of_elapsed_times(target):
         assert target != "sm_90" or found.opcodes()["BAR"] <= (8 if cell == "mingru" else 0)
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_other_variants(name):
     check(case_of(name, "mingru", F16, MANY), "sm_90")
     check(case_of(name, "mingru", F32, FEW, "tanh"), "sm_90")
