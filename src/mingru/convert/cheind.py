@@ -182,9 +182,9 @@ def from_cheind(
         residual = False
     elif residual is None:
         residual = any(form.keys("align", "weight", index)[0] in found for index in range(num_layers))
-        has_align = any(getattr(part, "align", None) is not None for part in construct(True, 0.0).modules())
+        is_visible = form.is_uniform or any("align" in key for key in construct(True, 0.0).state_dict())
         remedy = "the weights do not show it, because no layer changes the size of its input"
-        require(name, "residual", residual or form.is_uniform or has_align, "True or False", "None", remedy)
+        require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer = construct(residual, dropout)
     layers: Any = layer.layers
     if form.is_uniform and residual:
