@@ -16,7 +16,7 @@ def test_as_tuples():
 
 def test_as_a_list():
     given = [*flattened(START, LAYOUT), "more"]
-    assert from_flat(given, time_first=True) == (START, LAYOUT, ["more"])
+    assert from_flat(SPEC, given, time_first=True) == (SPEC, ["more"], START, LAYOUT)
 
 
 def test_with_other_steps():

@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import mingru
 from mingru import ops
-from mingru.ops import Spec
 from mingru.ops.backends import native
 from mingru.ops.cells import TIMED
 
@@ -37,7 +36,7 @@ def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=Non
     """Return a call as the operators take it; `flags` are in the order of csrc/call.h."""
     optional = (reset, dt, batch_sizes, lengths)
     flags = (*(x is not None for x in optional), *flags)
-    how = native.number_of(Spec(cell, "positive", False)) | sum(flag << bit for bit, flag in enumerate(flags, 16))
+    how = native.NUMBERS[cell, "positive"] | sum(flag << bit for bit, flag in enumerate(flags, 16))
     return [h, initial, *(x for x in optional if x is not None)], how, min_decay
 
 
@@ -96,7 +95,7 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
 def test_operators_refuse_what_would_read_past_the_end():
     (gate, candidate), h = torch.randn(2, 3, 20, 5), torch.rand(3, 1, 5)
     pair, packed_pair = [gate, candidate], [gate[0], candidate[0]]
-    mask, number = torch.zeros(3, 20, dtype=torch.bool), native.number_of(Spec("mingru", "positive", False))
+    mask, number = torch.zeros(3, 20, dtype=torch.bool), native.NUMBERS["mingru", "positive"]
     one = [h, h]
     for tensors, *call in [
         ([gate, candidate[:, :19]], *call_of("mingru", h, h)),
@@ -174,7 +173,7 @@ def test_a_bias_with_strides_and_of_another_dtype():
         layer(x, dt=dt)
 
 
-CELL = native.number_of(Spec("mingru", "positive", False)) if WHY_NOT is True else 0
+CELL = native.NUMBERS["mingru", "positive"] if WHY_NOT is True else 0
 WRONG_CODE = {
     "nothing": [],
     "an unknown instruction": [(99, 0, 0, 0)],

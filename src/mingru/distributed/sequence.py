@@ -302,7 +302,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, mesh: DeviceMesh, spec: Spec, linear: Any, inputs: Any, time_first: bool, first: int, *args: Any
     ) -> States:
-        start, layout, _ = from_flat(args[first:], time_first)
+        _, _, start, layout = from_flat(spec, args[first:], time_first)
         h = start.h
         last = ops.recurrence(spec, inputs, start._replace(h=torch.zeros_like(h)), layout)[1]
         parts, along = parts_of(spec.cell), range(mesh.size())[:: -1 if spec.reverse else 1]
@@ -327,7 +327,7 @@ class _Recurrence(torch.autograd.Function):
         needs[first] = True
         own = zip(saved, needs[first:], strict=False)
         args = [x if x is None else x.detach().requires_grad_(need) for x, need in own]
-        start, layout, tensors = from_flat(args, ctx.time_first)
+        _, tensors, start, layout = from_flat(ctx.spec, args, ctx.time_first)
         with torch.enable_grad():
             if ctx.linear is None:
                 out, last = ops.recurrence(ctx.spec, tensors, start, layout)

@@ -163,19 +163,13 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
     return out, last
 
 
-def _call(spec: Spec, time_first: bool, args: Sequence[Any]) -> Call:
-    """Return the call of the flat list."""
-    start, layout, tensors = from_flat(args, time_first)
-    return Call(spec, list(tensors), start, layout)
-
-
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple[Choice, Spec, bool, bool], *args: Any) -> States:
         choice, spec, time_first, keep = how
-        call = _call(spec, time_first, args)
+        call = from_flat(spec, args, time_first)
         out, last, kept = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
@@ -185,11 +179,11 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         out, kept, *args = ctx.saved_tensors
-        call, needs = _call(ctx.spec, ctx.time_first, args), ctx.needs_input_grad[1:]
+        call, needs = from_flat(ctx.spec, args, ctx.time_first), ctx.needs_input_grad[1:]
 
         def recompute(choice: Choice) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
-                call = _call(ctx.spec, ctx.time_first, args)
+                call = from_flat(ctx.spec, args, ctx.time_first)
                 if ctx.choice.kernel == "linear_kernel":
                     (x, weight, bias), layout = call.tensors, call.layout
                     if layout.lengths is not None:
@@ -208,10 +202,10 @@ class Recurrence(torch.autograd.Function):
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 own = kept.new_empty(0)
-            of_start, of_layout, of_tensors = from_flat(needs)
+            need: Any = from_flat(ctx.spec, needs)
             kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
-            found, of_kernel = kernel.backward(call, Saved(out, own, *grad), Needs(of_start, of_tensors))
-            return *found, *[None] * len(of_layout[1:]), *of_kernel
+            found, of_kernel = kernel.backward(call, Saved(out, own, *grad), Needs(need.start, need.tensors))
+            return *found, *[None] * len(need.layout[1:]), *of_kernel
 
         return None, *run_or_other(run, ctx.choice, ctx.spec, out)
 

@@ -88,8 +88,8 @@ def flattened(start: Start, layout: Layout) -> list[Tensor | None]:
     return [*start, *layout[1:]]
 
 
-def from_flat(tensors: Sequence[Any], time_first: bool = False) -> tuple[Start, Layout, Sequence[Any]]:
-    """Return the start and the layout of such a list, and what follows them."""
+def from_flat(spec: Any, tensors: Sequence[Any], time_first: bool = False) -> Call:
+    """Return the call with the start and the layout of such a list, and with the tensors that follow them."""
     first = len(Start._fields)
     last = first + len(Layout._fields) - 1
-    return Start(*tensors[:first]), Layout(time_first, *tensors[first:last]), tensors[last:]
+    return Call(spec, [*tensors[last:]], Start(*tensors[:first]), Layout(time_first, *tensors[first:last]))

@@ -177,7 +177,7 @@ class InferencePlan:
     def scan(self, spec: Spec, state: int, *linears: Any) -> None:
         """Add a recurrence with the linear map of each direction."""
         # A cell without a kernel has no number. Those of a mixture have 16 bits each.
-        numbers = (native.number_of(spec._replace(cell=cell)) for cell in cells_of(spec.cell))
+        numbers = (native.NUMBERS[cell, spec.activation] for cell in cells_of(spec.cell))
         number = sum(number << 16 * index for index, number in enumerate(numbers))
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = map(self._map, linears)

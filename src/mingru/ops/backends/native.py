@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
 from ..call import Call, Spec
 from ..layout import is_transposed
-from ..shape import States, accumulate_dtype, as_dtype
+from ..shape import States, accumulate_dtype
 from .sources import number_of_sources
 
 # The `group` of csrc/scan.h.
@@ -95,14 +95,15 @@ if _WHY_NOT is None:
     _register_shapes()
 # The numbers of cells and activations, and of the instructions of an inference pass: empty without the kernels.
 _listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 3
-CELL_NUMBERS, ACTIVATION_NUMBERS, INSTRUCTION_NUMBERS = (
+CELL_NUMBERS, _activations, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
-
-
-def number_of(spec: Spec) -> int:
-    """Return the number of the cell and its activation."""
-    return CELL_NUMBERS[spec.cell] | ACTIVATION_NUMBERS[spec.activation] << 8
+# Of a cell with its activation.
+NUMBERS = {
+    (cell, activation): number | other << 8
+    for cell, number in CELL_NUMBERS.items()
+    for activation, other in _activations.items()
+}
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -122,9 +123,9 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     """
     spec, tensors, start, layout = call
     dtype = accumulate_dtype(tensors[0].dtype)
-    h = as_dtype(start.h, dtype)
-    initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
-    how, tensors = number_of(spec), [h, initial_state]
+    h = start.h.to(dtype)
+    initial_state = h if start.reset is None else start.initial_state.expand_as(h).to(dtype)
+    how, tensors = NUMBERS[spec[:2]], [h, initial_state]
     for bit, x in enumerate((*start[2:], *layout[1:]), 16):
         if x is not None:
             how |= 1 << bit
@@ -138,13 +139,13 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
 
 def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
     out, last = torch.ops.mingru.recurrence_forward(call.tensors, *_arguments(call))
-    return out, as_dtype(last, call.start.h.dtype), None
+    return out, last.to(call.start.h.dtype), None
 
 
 def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     inputs, needs_dt = call.tensors, needs.start.dt
     tensors, how, min_decay = _arguments(call, needs=[needs_dt])
-    grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
+    grad_last = saved.grad_last.to(tensors[0].dtype)
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
         inputs, tensors, saved.out, saved.grad_out, grad_last, how, min_decay
     )
@@ -154,7 +155,7 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
 
 def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep))
-    return out, as_dtype(last, call.start.h.dtype), kept
+    return out, last.to(call.start.h.dtype), kept
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
@@ -162,7 +163,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
     out, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
-        *call.tensors, tensors, out, kept, grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
+        *call.tensors, tensors, out, kept, grad_out, grad_last.to(tensors[0].dtype), how, min_decay
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]

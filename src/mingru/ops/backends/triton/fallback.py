@@ -15,8 +15,7 @@ from .launch import Given, Tensors, backward_results, forward_results
 
 
 def _call(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> Call:
-    start, layout, _ = from_flat(given, flags[1])
-    return Call(Spec(cell[0], cell[1], flags[0], min_decay), list(inputs), start, layout)
+    return from_flat(Spec(cell[0], cell[1], flags[0], min_decay), [*given, *inputs], flags[1])
 
 
 def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:

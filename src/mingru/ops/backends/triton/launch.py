@@ -115,7 +115,7 @@ class _Call:
 
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Any) -> None:
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, flags
-        self.start, layout, _ = from_flat(_written(given))
+        _, _, self.start, layout = from_flat(None, _written(given))
         self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
         self.x = [self.flat(x) for x in _written(inputs)]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
@@ -306,7 +306,7 @@ def forward_results(inputs: Tensors, given: Given, *_: Any) -> States:
 
 def backward_results(inputs: Tensors, given: Given, flags: Sequence[bool]) -> tuple[Tensor, ...]:
     """Return uninitialized tensors for the results of `backward`."""
-    (h, initial_state, _, dt), layout, _ = from_flat(given)
+    _, _, (h, initial_state, _, dt), layout = from_flat(None, given)
     needs_dt, needs_bias = flags[2:]
     x, num_leading = inputs[0], 2 if layout.batch_sizes is None else 1
     leading, size = x.shape[:num_leading], len(inputs) * x.shape[num_leading:].numel()
