@@ -24,6 +24,21 @@ def pytest_configure():
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is loaded until all tests are collected stays, and to look for garbage in it takes half a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
@@ -56,3 +71,4 @@ def _compiled_code_is_freed():
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
+    gc.freeze()

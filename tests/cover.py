@@ -24,9 +24,10 @@ def cover(factors, allowed=lambda row: True, strength=2):
         for names in itertools.combinations(factors, strength)
         for values in itertools.product(*(factors[name] for name in names))
     }
-    rows = []
+    rows, order = [], sorted(missing, key=repr)
     while missing:
-        values = draw.choice(sorted(missing, key=repr))
+        order = [values for values in order if values in missing]
+        values = draw.choice(order)
         candidates = drawn(dict(values))
         if candidates:
             rows.append(max(candidates, key=lambda row: len(missing & met(row))))

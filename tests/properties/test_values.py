@@ -67,25 +67,15 @@ def test_the_comparison_can_fail(case):
 
 
 # TorchScript takes long to compile: every eighth row, of which few are quick.
-SCRIPTED = [
-    pytest.param(case, True, id=f"scripted {case.name}", marks=[] if index % 5 == 0 else [pytest.mark.slow])
-    for index, case in enumerate(some(ROWS, 8))
-]
-
-
-def rows_and_scripts(cases):
-    names = {case.name for case in cases}
-    params = [*(pytest.param(case, False, id=case.name) for case in cases), *SCRIPTED]
-    return pytest.mark.parametrize(("case", "scripted"), [param for param in params if param.values[0].name in names])
-
-
-def scripted_or_itself(module, scripted):
-    return torch.jit.script(module) if scripted else module
-
-
 @pytest.mark.usefixtures("_scripts_are_freed")
-@pytest.mark.parametrize(("case", "scripted"), SCRIPTED)
-def test_scripted_equals_the_reference(case, scripted):
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if index % 5 == 0 else [pytest.mark.slow])
+        for index, case in enumerate(some(ROWS, 8))
+    ],
+)
+def test_scripted_equals_the_reference(case):
     module = case.varied(**DOUBLE)
     run = torch.jit.script(module)
     assert [name for name, _ in run.named_parameters()] == [name for name, _ in module.named_parameters()]
@@ -93,6 +83,8 @@ def test_scripted_equals_the_reference(case, scripted):
     # Twice: TorchScript runs other code once it has seen the shapes.
     for given in ({"x": everything["x"]}, everything, everything):
         assert_same(graded(module, by(case, run), given), graded(module, truth(module), given))
+    if "lengths" in case.takes:
+        assert_each_is_as_alone(case, module, run, ENDS[0])
 
 
 # Calls that follow each other
@@ -206,27 +198,29 @@ def padded(case, lengths, **factory):
 ENDS = [(9, 1, 0, 21), (0, 0), (21, 4, 2)]
 
 
-@pytest.mark.usefixtures("_scripts_are_freed")
-@rows_and_scripts(WITH_LENGTHS)
-def test_each_sequence_is_as_alone(case, scripted):
+def assert_each_is_as_alone(case, module, run, lengths):
+    everything, padding = padded(case, lengths, **DOUBLE)
+    clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
+
+    def together(**given):
+        return case.call(run, lengths=torch.tensor(lengths), **given)
+
+    for names in ((), ("h", "reset", "dt"))[: 2 if lengths == ENDS[0] else 1]:
+        given = without(everything, *names)
+        expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
+        got = graded(module, together, given)
+        assert_same(got, expected)
+        assert not got["out"][padding].any() and not got["gradient of x"][padding].any()
+        with torch.no_grad():
+            out, states = together(**given)
+        assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
+
+
+@parametrized(WITH_LENGTHS)
+def test_each_sequence_is_as_alone(case):
     module = case.varied(**DOUBLE)
-    run = scripted_or_itself(module, scripted)
-    for lengths in ENDS[:1] if scripted else ENDS:
-        everything, padding = padded(case, lengths, **DOUBLE)
-        clean = {**everything, "x": everything["x"].nan_to_num(7.0)}
-        for names in ((), ("h", "reset", "dt"))[: 2 if lengths == ENDS[0] else 1]:
-            given = without(everything, *names)
-
-            def together(lengths=lengths, **given):
-                return case.call(run, lengths=torch.tensor(lengths), **given)
-
-            expected = graded(module, each_alone(case, truth(module), lengths), without(clean, *names))
-            got = graded(module, together, given)
-            assert_same(got, expected)
-            assert not got["out"][padding].any() and not got["gradient of x"][padding].any()
-            with torch.no_grad():
-                out, states = together(**given)
-            assert_close([out, *states], list(got.values())[: 1 + len(states)], **TIGHT)
+    for lengths in ENDS:
+        assert_each_is_as_alone(case, module, module, lengths)
 
 
 @parametrized(FEATURES)
