@@ -400,10 +400,11 @@ class InferencePass : Arguments {
 // The number of the sources from which the library was built, see setup.py.
 int64_t sources() { return MINGRU_SOURCES; }
 
-// The names of cells, activations and instructions, in the order of their numbers.
+// The names of cells, activations, flags and instructions, in the order of their numbers.
 std::string names() {
 #define MINGRU_TEXT(name, ...) #name " "
-  return MINGRU_CELLS(MINGRU_TEXT) "|positive linear tanh|" MINGRU_INSTRUCTIONS(MINGRU_TEXT);
+  return MINGRU_CELLS(MINGRU_TEXT) "|positive linear tanh|" MINGRU_FLAGS(MINGRU_TEXT) "|"
+      MINGRU_INSTRUCTIONS(MINGRU_TEXT);
 #undef MINGRU_TEXT
 }
 

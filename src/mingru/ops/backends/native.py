@@ -49,21 +49,22 @@ def _load() -> str | None:
 def _register_shapes() -> None:
     """Register functions that return the shapes of the outputs, for graphs that are captured without data."""
 
-    def flag(how: int, bit: int) -> bool:
-        return bool((how >> (16 + bit)) & 1)
+    def flag(how: int, name: str) -> bool:
+        return how & FLAGS[name] != 0
 
     def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
-        h, has_reset = call[0], flag(how, 0)
+        h, has_reset = call[0], flag(how, "has_reset")
         num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
+        needs_dt = flag(how, "has_dt") and flag(how, "needs_dt")
         # The elapsed times come after two states and the resets.
-        shape_of_dt = (*call[2 + has_reset].shape, num_groups) if flag(how, 1) and flag(how, 7) else (0,)
+        shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
         return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
     def recurrence_backward(inputs: list[Tensor], call: list[Tensor], out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        num_leading = 1 if flag(rest[2], 2) else 2
+        num_leading = 1 if flag(rest[2], "has_batch_sizes") else 2
         num_grads = len(inputs) * out.shape[num_leading:].numel()
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
@@ -72,18 +73,18 @@ def _register_shapes() -> None:
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
-        num_kept = math.prod(leading) if flag(how, 6) else 0
+        num_kept = math.prod(leading) if flag(how, "keep") else 0
         return x.new_empty(*leading, h.shape[-1]), h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         how = rest[4]
-        grad_x = x.new_empty(x.shape if flag(how, 8) else 0)
-        if flag(how, 8) and is_transposed(x):
+        grad_x = x.new_empty(x.shape if flag(how, "needs_x") else 0)
+        if flag(how, "needs_x") and is_transposed(x):
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
-        grad_weight = weight.new_empty(weight.shape[0] if flag(how, 9) else 0, weight.shape[1])
-        grad_bias = weight.new_empty(1 if flag(how, 10) else 0, weight.shape[0])
+        grad_weight = weight.new_empty(weight.shape[0] if flag(how, "needs_weight") else 0, weight.shape[1])
+        grad_bias = weight.new_empty(1 if flag(how, "needs_bias") else 0, weight.shape[0])
         return grad_x, grad_weight, grad_bias, *of_start(call, how)
 
     for shapes in (recurrence_forward, recurrence_backward, linear_recurrence_forward, linear_recurrence_backward):
@@ -93,17 +94,15 @@ def _register_shapes() -> None:
 _WHY_NOT = _load()
 if _WHY_NOT is None:
     _register_shapes()
-# The numbers of cells and activations, and of the instructions of an inference pass: empty without the kernels.
-_listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 3
-CELL_NUMBERS, _activations, INSTRUCTION_NUMBERS = (
+# The numbers of cells and activations, of the flags of a call, and of the instructions of an inference pass: empty
+# without the kernels.
+_listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 4
+CELL_NUMBERS, _activations, _flags, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
+FLAGS = {name: 1 << 16 + number for name, number in _flags.items()}
 # Of a cell with its activation.
-NUMBERS = {
-    (cell, activation): number | other << 8
-    for cell, number in CELL_NUMBERS.items()
-    for activation, other in _activations.items()
-}
+NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
 
 def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
@@ -126,14 +125,15 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     h = start.h.to(dtype)
     initial_state = h if start.reset is None else start.initial_state.expand_as(h).to(dtype)
     how, tensors = NUMBERS[spec[:2]], [h, initial_state]
-    for bit, x in enumerate((*start[2:], *layout[1:]), 16):
+    bits = iter(FLAGS.values())
+    for x, bit in zip((*start[2:], *layout[1:]), bits, strict=False):
         if x is not None:
-            how |= 1 << bit
+            how |= bit
             tensors.append(x)
-    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), 20):
+    for flag, bit in zip((spec.reverse, layout.time_first, keep, *needs), bits, strict=False):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
-            how |= 1 << bit
+            how |= bit
     return tensors, how, spec.min_decay
 
 
