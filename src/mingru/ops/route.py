@@ -16,7 +16,7 @@ from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, native, sequential, tensors, traceable, triton
 from .call import Call, Layout, Spec, Start
-from .cells import cells_of, parts_of
+from .cells import CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
 from .linear_map import LINEAR_MAPS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
@@ -36,6 +36,8 @@ VARIABLE = "MINGRU_BACKEND"
 _environment, _KEY = vars(os.environ)["_data"], os.environ.encodekey(VARIABLE)
 # Elements of a weight whose cast takes as long as what the kernel saves with a row.
 _CASTS = 256
+# The last cell of a mixture, which fewer backends compute than the first.
+_RAREST = {cell: cells_of(cell)[-1] for cell in CELLS}
 T = TypeVar("T")
 _BY_VARIABLE = f"the environment variable {VARIABLE}"
 
@@ -188,7 +190,7 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
     """Return x, weight and bias if a fused kernel can compute the recurrence of linear(x), otherwise None."""
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
-    if kernel is None or cells_of(spec.cell)[-1] not in kernel.cells:
+    if kernel is None or _RAREST.get(spec.cell, spec.cell) not in kernel.cells:
         return None
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
@@ -260,7 +262,7 @@ def _warn_if_kernels_are_missing(sequence: Tensor, spec: Spec) -> None:
 
 
 def _why_not(name: str, sequence: Tensor, spec: Spec) -> str | None:
-    backend, cell = BACKENDS[name], cells_of(spec.cell)[-1]
+    backend, cell = BACKENDS[name], _RAREST.get(spec.cell, spec.cell)
     spec = spec if cell == spec.cell else spec._replace(cell=cell)
     # In this order, because a backend may have to be loaded to tell whether it is available.
     return backend.unsupported(sequence, spec) or backend.unavailable()

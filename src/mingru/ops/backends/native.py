@@ -16,11 +16,11 @@ from torch import Tensor
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
 from ..call import Call, Spec
 from ..layout import is_transposed
-from ..shape import States, accumulate_dtype
+from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_of_sources
 
-# The `group` of csrc/scan.h.
-_GROUP = 16
+# The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
+_GROUP, _FIRST_FLAG = 16, 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _PRODUCTS = ("mingru", "torch")
 
@@ -100,7 +100,7 @@ _listed = torch.ops.mingru.names().split("|") if _WHY_NOT is None else [""] * 4
 CELL_NUMBERS, _activations, _flags, INSTRUCTION_NUMBERS = (
     {name: number for number, name in enumerate(names.split())} for names in _listed
 )
-FLAGS = {name: 1 << 16 + number for name, number in _flags.items()}
+FLAGS = {name: 1 << _FIRST_FLAG + number for name, number in _flags.items()}
 # Of a cell with its activation.
 NUMBERS = {(cell, name): n | m << 8 for cell, n in CELL_NUMBERS.items() for name, m in _activations.items()}
 
@@ -122,30 +122,29 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     """
     spec, tensors, start, layout = call
     dtype = accumulate_dtype(tensors[0].dtype)
-    h = start.h.to(dtype)
-    initial_state = h if start.reset is None else start.initial_state.expand_as(h).to(dtype)
-    how, tensors = NUMBERS[spec[:2]], [h, initial_state]
-    bits = iter(FLAGS.values())
-    for x, bit in zip((*start[2:], *layout[1:]), bits, strict=False):
+    h = as_dtype(start.h, dtype)
+    initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
+    how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:], *layout[1:])
+    for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
-            how |= bit
+            how |= 1 << bit
             tensors.append(x)
-    for flag, bit in zip((spec.reverse, layout.time_first, keep, *needs), bits, strict=False):
+    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
-            how |= bit
+            how |= 1 << bit
     return tensors, how, spec.min_decay
 
 
 def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
     out, last = torch.ops.mingru.recurrence_forward(call.tensors, *_arguments(call))
-    return out, last.to(call.start.h.dtype), None
+    return out, as_dtype(last, call.start.h.dtype), None
 
 
 def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     inputs, needs_dt = call.tensors, needs.start.dt
     tensors, how, min_decay = _arguments(call, needs=[needs_dt])
-    grad_last = saved.grad_last.to(tensors[0].dtype)
+    grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
         inputs, tensors, saved.out, saved.grad_out, grad_last, how, min_decay
     )
@@ -155,7 +154,7 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
 
 def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep))
-    return out, last.to(call.start.h.dtype), kept
+    return out, as_dtype(last, call.start.h.dtype), kept
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
@@ -163,7 +162,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
     out, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
-        *call.tensors, tensors, out, kept, grad_out, grad_last.to(tensors[0].dtype), how, min_decay
+        *call.tensors, tensors, out, kept, grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
