@@ -26,12 +26,13 @@ def pytest_configure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What is loaded until all tests are collected stays, and to look for garbage in it takes half a second."""
+    """Keep what the tests load out of garbage collections, each of which would take half a second."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        # Less often than by default, because each file of tests ends with a collection.
         gc.set_threshold(20_000)
         gc.enable()
 
@@ -72,4 +73,5 @@ def _compiled_code_is_freed():
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
+    # What is left stays, such as torch's compiler. Later collections need not look at it.
     gc.freeze()

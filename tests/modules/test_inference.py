@@ -240,8 +240,6 @@ NEVER_SET = {"input_dims", "input_size", "hidden_size", "num_space_dims", "num_d
 def test_every_attribute(name):
     """Each attribute, parameter and submodule of each submodule, in turn."""
     for part, each in made(name).named_modules():
-        if name == "Stack of blocks" and part.startswith("layers.0."):
-            continue  # The second block has the same attributes.
         for attribute, old in {**vars(each), **each._parameters, **each._modules}.items():
             if attribute[0] == "_" or attribute in NEVER_SET:
                 continue

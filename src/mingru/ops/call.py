@@ -89,7 +89,7 @@ def flattened(start: Start, layout: Layout) -> list[Tensor | None]:
 
 
 def from_flat(spec: Any, tensors: Sequence[Any], time_first: bool = False) -> Call:
-    """Return the call with the start and the layout of such a list, and with the tensors that follow them."""
+    """Return the call of such a list; the inputs follow the layout. `spec` may be None if nobody reads it."""
     first = len(Start._fields)
     last = first + len(Layout._fields) - 1
     return Call(spec, [*tensors[last:]], Start(*tensors[:first]), Layout(time_first, *tensors[first:last]))
