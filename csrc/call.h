@@ -71,6 +71,11 @@ struct Call {
   std::array<const Tensor*, num_arguments> tensors_{};
 };
 
+// The message has the words of torch's allocator.
+inline void check_allocated(bool is_allocated, int64_t bytes) {
+  STD_TORCH_CHECK(is_allocated, "mingru: can't allocate memory: you tried to allocate ", bytes, " bytes");
+}
+
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 HIDDEN_NAMESPACE_END(mingru)

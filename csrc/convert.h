@@ -17,15 +17,14 @@ using torch::headeronly::Half;
 template <class T>
 using Accumulated = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Calls f with a number of the type.
-template <class F>
+// Calls f with a number of the type, whose accumulation dtype is A.
+template <class A, class F>
 MINGRU_INLINE auto with_type(Storage storage, const F& f) {
-  switch (storage) {
-    case Storage::float64: return f(double());
-    case Storage::bfloat16: return f(BFloat16());
-    case Storage::float16: return f(Half());
-    default: return f(float());
+  if constexpr (std::is_same_v<A, float>) {
+    if (storage == Storage::bfloat16) return f(BFloat16());
+    if (storage == Storage::float16) return f(Half());
   }
+  return f(A());
 }
 
 // A bfloat16 is the upper half of a float. Compilers vectorize these loops, but not torch's conversions.

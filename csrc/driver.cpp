@@ -8,42 +8,73 @@
 #include <string>
 #include <vector>
 
+#ifdef MINGRU_X86
+#include <cpuid.h>
+#endif
+
 namespace mingru {
 
-namespace baseline { Kernels kernels(); }
-#if defined(__x86_64__) && defined(__GNUC__)
-namespace avx2 { Kernels kernels(); }
-namespace avx512 { Kernels kernels(); }
+#ifdef MINGRU_X86
+namespace avx2 { template <class A> Kernels kernels(); }
+namespace avx512 { template <class A> Kernels kernels(); }
+#else
+namespace baseline { template <class A> Kernels kernels(); }
 #endif
 
 namespace {
 
-Kernels best_here() {
-#if defined(__x86_64__) && defined(__GNUC__)
+struct InstructionSet {
+  const char* name;
+  Kernels of_float, of_double;
+};
+
+// Those that this library and this processor have, the fastest last.
+std::vector<InstructionSet> sets_here() {
+  std::vector<InstructionSet> sets;
+#ifdef MINGRU_X86
+  unsigned a, b, c, d;
+  // Not by __builtin_cpu_supports, because clang before 19 and old versions of GCC do not know this name there.
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return sets;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return sets;
+  sets.push_back({"avx2", avx2::kernels<float>(), avx2::kernels<double>()});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return avx512::kernels();
+    sets.push_back({"avx512", avx512::kernels<float>(), avx2::kernels<double>()});
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return avx2::kernels();
-  }
+#else
+  sets.push_back({"baseline", baseline::kernels<float>(), baseline::kernels<double>()});
 #endif
-  return baseline::kernels();
+  return sets;
 }
 
-const Kernels& chosen() {
-  static const Kernels kernels = best_here();
-  return kernels;
+// Empty if it is not set.
+std::string environment_variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+InstructionSet best_here() {
+  const std::string name = environment_variable("MINGRU_ISA");
+  InstructionSet best{};
+  for (const InstructionSet& set : sets_here()) {
+    if (name.empty() || name == set.name) best = set;
+  }
+  STD_TORCH_CHECK(best.name, "mingru: the kernels have no instruction set of this processor, or not that of MINGRU_ISA");
+  return best;
+}
+
+const Kernels& kernels_of(Storage storage) {
+  static const InstructionSet best = best_here();
+  return storage == Storage::float64 ? best.of_double : best.of_float;
 }
 
 // torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).
 // The environment variable MINGRU_PRODUCT, "mingru" or "torch", chooses elsewhere. It depends on no measurement at run
 // time, so that results are the same in every run.
 bool are_tiles_faster() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  const char* given = std::getenv("MINGRU_PRODUCT");
-  const std::string name = given ? given : "";
-  return chosen().multiply_panel && (name.empty() ? __builtin_cpu_is("amd") != 0 : name == "mingru");
+#ifdef MINGRU_X86
+  const std::string name = environment_variable("MINGRU_PRODUCT");
+  return kernels_of(Storage::float32).multiply_panel && (name.empty() ? __builtin_cpu_is("amd") != 0 : name == "mingru");
 #else
   return false;
 #endif
@@ -67,6 +98,7 @@ class ScanTasks {
       : scan_(scan),
         part_(part),
         backward_(backward),
+        kernels_(kernels_of(scan.storage)),
         forward_in_time_(scan.reverse == backward),
         size_(scan.storage == Storage::float64 ? 8 : 4) {
     const int64_t num_steps = part.end - part.begin;
@@ -84,7 +116,7 @@ class ScanTasks {
     each(num_tasks(), [&](int64_t task) {
       alignas(64) char state[most_features * 8];
       start(task, state);
-      chosen().run(scan_, span(task, part_.begin, part_.end), state, backward_);
+      kernels_.run(scan_, span(task, part_.begin, part_.end), state, backward_);
       finish(task, state);
     });
   }
@@ -163,7 +195,7 @@ class ScanTasks {
       char* state = ends.data() + item * state_size;
       if (index == 0) start(task, state);
       if (index > 0) copy_state(task, state, backward_ ? nullptr : scan_.initial_state);
-      chosen().run(scan_, chunk(task, index), state, backward_);
+      kernels_.run(scan_, chunk(task, index), state, backward_);
     });
     each(tasks, [&](int64_t task) {
       char* end = ends.data() + task * num_chunks_ * state_size;
@@ -172,7 +204,7 @@ class ScanTasks {
       for (int64_t index = 1; index < num_chunks_; ++index) {
         Span at = chunk(task, index);
         at.stop_at_match = true;
-        if (chosen().run(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
+        if (kernels_.run(scan_, at, state, backward_)) std::memcpy(state, end + index * state_size, state_size);
       }
       finish(task, state);
     });
@@ -181,6 +213,7 @@ class ScanTasks {
   const Scan& scan_;
   const Part part_;
   const bool backward_;
+  const Kernels& kernels_;
   const bool forward_in_time_;
   const int64_t size_;
   int64_t features_ = 0, num_chunks_ = 1, threads_ = 1;
@@ -192,8 +225,9 @@ void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, pa
 
 void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
+  const Kernels& kernels = kernels_of(product.storage);
   torch::stable::parallel_for(
-      0, product.columns, least, [&](int64_t begin, int64_t end) { chosen().multiply(product, begin, end); });
+      0, product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply(product, begin, end); });
 }
 
 bool multiplies_in_tiles() {
@@ -207,6 +241,7 @@ bool is_faster_in_tiles(const MatrixProduct& product) {
 }
 
 void multiply_in_tiles(const MatrixProduct& product, float* packed) {
+  const Kernels& kernels = kernels_of(Storage::float32);
   const int64_t rows = product.rows;
   // Parts of the right matrix that fit in the memory.
   const int64_t width = ceil_div(product.columns, panel_columns) * panel_columns;
@@ -227,13 +262,13 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
       part.depth = std::min(most_depth, product.depth - k);
       const int64_t panel_size = panel_columns * part.depth;
       torch::stable::parallel_for(0, panels, ceil_div(values_per_thread, panel_size), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) chosen().pack_panel(part, packed + i * panel_size, i);
+        for (int64_t i = begin; i < end; ++i) kernels.pack_panel(part, packed + i * panel_size, i);
       });
       const int64_t least = ceil_div(multiplications_per_thread, task_rows * panel_size);
       torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t panel = i % panels, row = i / panels * task_rows;
-          chosen().multiply_panel(part, packed + panel * panel_size, panel, row, std::min(row + task_rows, rows));
+          kernels.multiply_panel(part, packed + panel * panel_size, panel, row, std::min(row + task_rows, rows));
         }
       });
       part.left.data += part.depth * part.left.column_stride;
@@ -244,24 +279,25 @@ void multiply_in_tiles(const MatrixProduct& product, float* packed) {
   }
 }
 
-void add_rows(const RowSum& sum, void* total) {
-  const int64_t size = sum.storage == Storage::float64 ? 8 : 4;
-  // By rows, because the thread that wrote a row has it in its cache. The number of tasks does not depend on the number
-  // of threads, so that the results do not either.
-  const int64_t rows_per_task = std::max<int64_t>(64, ceil_div(sum.num_rows, 16));
-  const int64_t tasks = ceil_div(sum.num_rows, rows_per_task);
-  std::vector<char> parts(tasks * sum.columns * size);
-  const int64_t least = ceil_div(values_per_thread, rows_per_task * sum.columns);
-  torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task * rows_per_task, last = std::min(row + rows_per_task, sum.num_rows);
-      chosen().add_rows(sum, row, last, parts.data() + task * sum.columns * size);
-    }
+// By columns, so that the order of a sum does not depend on the number of threads.
+void add_rows(const RowSum& sum) {
+  const Kernels& kernels = kernels_of(sum.storage);
+  const int64_t least = ceil_div(values_per_thread, sum.num_rows * group);
+  torch::stable::parallel_for(0, ceil_div(sum.columns, group), least, [&](int64_t begin, int64_t end) {
+    kernels.add_rows(sum, begin * group, std::min(end * group, sum.columns));
   });
-  const RowSum of_parts{size == 8 ? Storage::float64 : Storage::float32, parts.data(), tasks, sum.columns};
-  chosen().add_rows(of_parts, 0, tasks, total);
 }
 
-const char* instruction_set() { return chosen().name; }
+// The number of the sources, which src/mingru/ops/backends/sources.py reads in the built file. Not constant, so that it
+// is after everything else, and only a whole file has it.
+#define MINGRU_TEXT(number) #number
+#define MINGRU_BUILT_FROM(number) "built from the mingru sources " MINGRU_TEXT(number) "."
+char built_from[] = MINGRU_BUILT_FROM(MINGRU_SOURCES);
+
+std::string instruction_sets() {
+  std::string names;
+  for (const InstructionSet& set : sets_here()) names += std::string(set.name) + " ";
+  return names;
+}
 
 }  // namespace mingru

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string>
+
 #include "scan.h"
 
 namespace mingru {
@@ -25,10 +27,10 @@ bool is_faster_in_tiles(const MatrixProduct& product);
 constexpr int64_t most_packed = 1 << 18;
 void multiply_in_tiles(const MatrixProduct& product, float* packed);
 
-// Adds the rows to `total`, which has the accumulation dtype.
-void add_rows(const RowSum& sum, void* total);
+void add_rows(const RowSum& sum);
 
-// The instruction set of the kernels on this processor: "baseline", "avx2" or "avx512".
-const char* instruction_set();
+// The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2" and
+// "avx512". The environment variable MINGRU_ISA chooses one.
+std::string instruction_sets();
 
 }  // namespace mingru

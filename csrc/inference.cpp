@@ -397,9 +397,6 @@ class InferencePass : Arguments {
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };
 
-// The number of the sources from which the library was built, see setup.py.
-int64_t sources() { return MINGRU_SOURCES; }
-
 // The names of cells, activations, flags and instructions, in the order of their numbers.
 std::string names() {
 #define MINGRU_TEXT(name, ...) #name " "
@@ -424,7 +421,7 @@ std::tuple<Tensor, Tensors> inference(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
-  library.def("sources() -> int");
+  library.def("instruction_sets() -> str");
   library.def("names() -> str");
   library.def(
       "inference(Tensor x, Tensor[] weights, Tensor[] states, Tensor[] initial_states, Tensor[] resets, "
@@ -434,6 +431,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) { library.impl("inference", TORCH_BOX(&inference)); }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CompositeExplicitAutograd, library) {
-  library.impl("sources", TORCH_BOX(&sources));
+  library.impl("instruction_sets", TORCH_BOX(&instruction_sets));
   library.impl("names", TORCH_BOX(&names));
 }

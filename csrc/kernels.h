@@ -217,17 +217,18 @@ class Steps {
   Tile<A> tiles_[most_inputs + 2], written_tiles_[most_inputs];
 };
 
+template <class A>
 static bool run(const Scan& scan, const Span& span, void* state, bool is_backward) {
-  return with_type(scan.storage, [&](auto type) { return Steps<decltype(type)>(scan, span, state, is_backward)(); });
+  return with_type<A>(scan.storage, [&](auto type) { return Steps<decltype(type)>(scan, span, state, is_backward)(); });
 }
 
-#define MINGRU_QUOTED(name) #name
-#define MINGRU_NAME_OF(set) MINGRU_QUOTED(set)
+// The files kernels_*.cpp instantiate this function.
+template <class A>
 Kernels kernels() {
 #ifdef MINGRU_AVX512
-  return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows, pack_panel, multiply_panel};
+  return {run<A>, multiply<A>, add_rows<A>, pack_panel, multiply_panel};
 #else
-  return {MINGRU_NAME_OF(MINGRU_ISA), run, multiply, add_rows};
+  return {run<A>, multiply<A>, add_rows<A>};
 #endif
 }
 

@@ -250,7 +250,7 @@ class SumOfBlocks {
   }
 
   void add_rows(const Tensor& rows) {
-    mingru::add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1)}, sum_.data_ptr());
+    mingru::add_rows({storage_of(rows), rows.data_ptr(), rows.size(0), rows.size(1), sum_.data_ptr()});
   }
 
   Tensor result() const { return is_narrow_ ? torch::stable::to(sum_, dtype_) : sum_; }

@@ -33,8 +33,9 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
   int32_t dtype;
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
+  const auto error = aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result);
+  check_allocated(error == 0, sizes.empty() ? 1 : sizes[0] * strides[0] * like.element_size());
   return Tensor(result);
 }
 

@@ -8,7 +8,7 @@ namespace mingru::MINGRU_ISA {
 
 // Four columns share the loads of x. OpenMP's clause allows the compiler to sum in vectors.
 template <class T>
-static void multiply_columns(const Product& product, int64_t begin, int64_t end) {
+static void multiply(const Product& product, int64_t begin, int64_t end) {
   const int64_t features = product.features, columns = product.columns;
   const T* weight = static_cast<const T*>(product.weight);
   const T* bias = static_cast<const T*>(product.bias);
@@ -34,34 +34,24 @@ static void multiply_columns(const Product& product, int64_t begin, int64_t end)
   }
 }
 
-static void multiply(const Product& product, int64_t begin, int64_t end) {
-  const bool is_double = product.storage == Storage::float64;
-  (is_double ? multiply_columns<double> : multiply_columns<float>)(product, begin, end);
-}
-
-template <class T>
-static void sum_columns(const RowSum& sum, int64_t begin, int64_t end, Accumulated<T>* total) {
-  using A = Accumulated<T>;
-  constexpr int64_t most = 8;  // rows summed before they are added, which rounds less
-  for (int64_t row = begin; row < end; row += most) {
-    const int64_t count = least_of(end - row, most);
-    const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns;
-    for (int64_t column = 0; column < sum.columns; column += group) {
-      const int64_t width = least_of(sum.columns - column, group);
-      A values[most * group], part[group] = {};
-      load(values, Rows<const T>{rows + column, sum.columns}, count, width);
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t i = 0; i < group; ++i) part[i] += values[k * group + i];
-      }
-      for (int64_t i = 0; i < width; ++i) total[column + i] += part[i];
-    }
-  }
-}
-
-static void add_rows(const RowSum& sum, int64_t begin, int64_t end, void* total) {
-  with_type(sum.storage, [&](auto type) {
+template <class A>
+static void add_rows(const RowSum& sum, int64_t begin, int64_t end) {
+  with_type<A>(sum.storage, [&](auto type) {
     using T = decltype(type);
-    sum_columns<T>(sum, begin, end, static_cast<Accumulated<T>*>(total));
+    constexpr int64_t most = 8;  // rows summed before they are added, which rounds less
+    for (int64_t row = 0; row < sum.num_rows; row += most) {
+      const int64_t count = least_of(sum.num_rows - row, most);
+      for (int64_t column = begin; column < end; column += group) {
+        const int64_t width = least_of(end - column, group);
+        const T* rows = static_cast<const T*>(sum.rows) + row * sum.columns + column;
+        A values[most * group], part[group] = {}, *total = static_cast<A*>(sum.total) + column;
+        load(values, Rows<const T>{rows, sum.columns}, count, width);
+        for (int64_t k = 0; k < count; ++k) {
+          for (int64_t i = 0; i < group; ++i) part[i] += values[k * group + i];
+        }
+        for (int64_t i = 0; i < width; ++i) total[i] += part[i];
+      }
+    }
   });
 }
 

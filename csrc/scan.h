@@ -7,6 +7,12 @@ namespace mingru {
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
+// Compilers that take the instruction set as an option of each function. Others compile for the oldest processor of the
+// target: SSE2 on x86-64, NEON on 64-bit Arm.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MINGRU_X86
+#endif
+
 // Name, number of inputs, whether steps may have an elapsed time and the decay a lower bound, and the type of every cell:
 // a struct, or its template over the activation. The linear scans are the first. All other lists of cells are made from this list.
 #define MINGRU_CELLS(CELL)                                     \
@@ -125,23 +131,24 @@ struct MatrixProduct {
 // many rows, and sums so many products in registers.
 constexpr int64_t panel_columns = 64, tile_rows = 6, tile_depth = 256;
 
-// Rows of `columns` values each, whose sum is computed.
+// Rows of `columns` values each, which are added to `total`, in the accumulation dtype.
 struct RowSum {
   Storage storage;
   const void* rows;
   int64_t num_rows, columns;
+  void* total;
 };
 
-// The kernels of an instruction set.
+// The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {
-  const char* name;
   // Reads and writes `state`. Returns whether the run stopped at a match.
   bool (*run)(const Scan&, const Span&, void* state, bool is_backward);
   // Computes a range of columns.
   void (*multiply)(const Product&, int64_t begin, int64_t end);
-  // Adds a range of rows to `total`, which has the accumulation dtype.
-  void (*add_rows)(const RowSum&, int64_t begin, int64_t end, void* total);
-  // Copies a panel of the right matrix, and computes a range of rows of a panel's columns. Null without AVX-512.
+  // Adds a range of columns, which begins at a multiple of `group`.
+  void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
+  // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without
+  // AVX-512.
   void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;
   void (*multiply_panel)(const MatrixProduct&, const float* panel, int64_t index, int64_t begin, int64_t end) = nullptr;
 };

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -43,7 +44,9 @@ class KeptMemory {
       }
     }
     const int64_t lines = (bytes + sizeof(Memory::Line) - 1) / sizeof(Memory::Line);
-    return {std::unique_ptr<Memory::Line[]>(new Memory::Line[lines]), bytes};
+    std::unique_ptr<Memory::Line[]> memory(new (std::nothrow) Memory::Line[lines]);
+    check_allocated(memory != nullptr, bytes);
+    return {std::move(memory), bytes};
   }
 
   void give_back(Memory memory) {

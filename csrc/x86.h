@@ -1,5 +1,8 @@
 // The kernels for MINGRU_TARGET. All code is in the namespace MINGRU_ISA. Otherwise the linker may merge inline functions,
 // and code for new processors runs on old ones. So headers with functions are included before the target.
+#include "scan.h"
+
+#ifdef MINGRU_X86
 #include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -8,7 +11,13 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "scan.h"
+#ifdef MINGRU_AVX512
+#define MINGRU_ISA avx512
+#define MINGRU_TARGET "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"
+#else
+#define MINGRU_ISA avx2
+#define MINGRU_TARGET "avx2,fma,f16c"
+#endif
 
 #define MINGRU_PRAGMA_OF(text) _Pragma(#text)
 #define MINGRU_PRAGMA(text) MINGRU_PRAGMA_OF(text)
@@ -18,6 +27,8 @@ MINGRU_PRAGMA(clang attribute push(__attribute__((target(MINGRU_TARGET))), apply
 MINGRU_PRAGMA(GCC target(MINGRU_TARGET, "prefer-vector-width=512"))
 #endif
 #include "kernels.h"
+template mingru::Kernels mingru::MINGRU_ISA::kernels<MINGRU_TYPE>();
 #if defined(__clang__)
 #pragma clang attribute pop
+#endif
 #endif

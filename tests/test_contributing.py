@@ -1,4 +1,4 @@
-"""The steps of CONTRIBUTING.md to add a cell type, done on a copy of the sources: Python, C++, Triton.
+"""Builds of copies of the sources, and the steps of CONTRIBUTING.md to add a cell type: Python, C++, Triton.
 
 The new cell is a minGRU whose gate is doubled, so that a minGRU with doubled weights is the reference.
 """
@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mingru
 
@@ -85,6 +87,15 @@ torch.testing.assert_close(out, expected)
 torch.testing.assert_close(grad, expected_grad)
 """
 
+# Compares some calls of the backend that is the argument with the reference.
+PLAIN = """
+import sys
+import calls
+for row in calls.rows(sys.argv[1])[::4]:
+    assert calls.share_of_allowed(sys.argv[1], row) <= 1, row
+"""
+CLANG = next(filter(None, map(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(14, 25))])), None)
+
 
 def added(root, *steps):
     """Add what these steps add."""
@@ -96,24 +107,39 @@ def added(root, *steps):
             path.write_text(before[:at] + text + before[at:], encoding="utf-8")
 
 
-def check(root, backend, **variables):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), *sys.path]), **variables}
-    subprocess.run([sys.executable, "-c", CHECK, backend], check=True, env=environment, cwd=root)
+def check(root, backend, code=CHECK, **variables):
+    path = os.pathsep.join([str(root / "src"), str(ROOT / "tests" / "ops"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    subprocess.run([sys.executable, "-c", code, backend], check=True, env=environment, cwd=root)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("copy")
+def copied(root):
+    """Copy the sources, whose kernels are built without optimizations."""
     for folder in ("src", "csrc"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "_kernels.*"))
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, root / file)
-    # Build one instruction set without optimizations, because the other sets compile the same code.
-    for path, before, after in [
-        (root / "setup.py", "-O3", "-O0"),
-        *((path, "defined(__x86_64__)", "false") for path in (root / "csrc").iterdir()),
-    ]:
-        path.write_text(path.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    replace(root / "setup.py", "-O3", "-O0")
+    return root
+
+
+def replace(path, before, after):
+    text = path.read_text(encoding="utf-8")
+    assert before in text
+    path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+def build(root, **variables):
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    environment = {**os.environ, "MINGRU_REQUIRE_KERNELS": "1", **variables}
+    subprocess.run(command, check=True, cwd=root, env=environment)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = copied(tmp_path_factory.mktemp("copy"))
+    # One instruction set, because the others compile the same code.
+    replace(root / "csrc" / "scan.h", "defined(__x86_64__)", "false")
     return root
 
 
@@ -125,14 +151,38 @@ def test_the_steps_name_these_files():
         assert Path(file).name in numbered[str(step)]
 
 
-@pytest.mark.skipif(mingru.backends()["native"] is not True, reason="needs the kernels")
+needs_kernels = pytest.mark.skipif(mingru.backends()["native"] is not True, reason="needs the kernels")
+
+
+@needs_kernels
+def test_a_library_is_kept_if_it_is_of_these_sources(tmp_path):
+    root, own = copied(tmp_path), next(Path(mingru.__file__).parent.glob("_kernels.*"))
+    shutil.copy(ROOT / "setup.py", root)
+    library, whole, now = root / "src" / "mingru" / own.name, own.read_bytes(), time.time()
+    for content, source_is_newer in ((whole, True), (whole[: len(whole) // 2], False)):
+        library.write_bytes(content)
+        os.utime(root / "csrc" / "scan.h", (now + 60 if source_is_newer else now - 60,) * 2)
+        # Otherwise it is built, which fails here.
+        build(root, MINGRU_REQUIRE_KERNELS="", CC="false", CXX="false")
+        assert library.exists() == (content == whole)
+
+
+@needs_kernels
+@pytest.mark.skipif(CLANG is None, reason="needs clang")
+def test_clang_builds_the_kernels(tmp_path):
+    root = copied(tmp_path)
+    build(root, CC=CLANG, CXX=CLANG)
+    for instruction_set in torch.ops.mingru.instruction_sets().split():
+        check(root, "native", PLAIN, MINGRU_ISA=instruction_set)
+
+
+@needs_kernels
 def test_a_cell_of_python_then_cpp(root):
     added(root, 1, 5)
     for backend in ("torch", "sequential"):
         check(root, backend)
     added(root, 2)
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
-    subprocess.run(command, check=True, cwd=root, env={**os.environ, "MINGRU_REQUIRE_KERNELS": "1"})
+    build(root)
     check(root, "native")
 
 

@@ -5,7 +5,6 @@
 
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import calls
 import pytest
@@ -28,6 +26,7 @@ from mingru import ops
 from mingru.ops.backends import native
 from mingru.ops.cells import TIMED
 
+ROOT = Path(__file__).parents[2]
 WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
 
@@ -212,24 +211,34 @@ def test_which_libraries_are_used(tmp_path, monkeypatch):
     package = tmp_path / "src" / "mingru"
     package.mkdir(parents=True)
     own = next(path for path in Path(native.__file__).parents[2].iterdir() if path.stem == "_kernels")
+    content, library = own.read_bytes(), package / own.name
     monkeypatch.setattr(native, "__file__", str(package / "ops" / "backends" / "native.py"))
     assert "not built" in native._load()
-    (package / "_kernels.so").write_bytes(b"not a library")
+    library.write_bytes(b"not a library, but built from the mingru sources 1.")
     assert "cannot be loaded" in native._load()
-    (package / "_kernels.so").unlink()
-    (package / own.name).symlink_to(own)
+    # The process would die of a part of a library.
+    library.write_bytes(content[: len(content) // 2])
+    assert native._load().endswith("is not whole, or of another version; reinstall")
+    library.unlink()
+    library.symlink_to(own)
     assert native._load() is None  # installed without the sources
-    shutil.copytree(Path(__file__).parents[2] / "csrc", tmp_path / "csrc")
+    for name, value, names in (("PRODUCT", "mkl", "'mingru', 'torch'"), ("ISA", "sse9", "of this processor")):
+        monkeypatch.setenv(f"MINGRU_{name}", value)
+        with pytest.raises(ValueError, match=f"_{name} .*{names}.*, got '{value}'"):
+            native._load()
+        monkeypatch.delenv(f"MINGRU_{name}")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mingru, "instruction_sets", str)
+        assert native._load() == "the compiled kernels need AVX2, which this processor does not have"
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
     assert native._load() is None
+    again = "build them again with 'pip install -e .'"
     (tmp_path / "csrc" / "scan.h").write_text("// of another commit")
-    of_others = r"the compiled kernels were built from other sources; build them again with 'pip install -e \.'"
-    assert re.fullmatch(of_others, native._load())
-    # The first libraries have no such number.
-    monkeypatch.setattr(torch.ops, "mingru", SimpleNamespace())
-    assert re.fullmatch(of_others, native._load())
-    monkeypatch.setenv("MINGRU_PRODUCT", "mkl")
-    with pytest.raises(ValueError, match=r"MINGRU_PRODUCT must be unset or in \('mingru', 'torch'\), got 'mkl'"):
-        native._load()
+    assert native._load() == f"the compiled kernels were built from other sources; {again}"
+    library.unlink()
+    library.write_bytes(b"")
+    assert native._load().endswith(again)
 
 
 def in_child(code, **variables):
@@ -292,12 +301,36 @@ print(differs)
 """
 
 
-@pytest.mark.parametrize("product", ["mingru", "torch", ""])
-def test_products(product):
-    out = in_child(PRODUCTS, MINGRU_PRODUCT=product)
+@pytest.mark.parametrize(("product", "isa"), [("mingru", ""), ("torch", ""), ("", ""), ("mingru", "avx2")])
+def test_products(product, isa):
+    here = torch.ops.mingru.instruction_sets().split()
+    out = in_child(PRODUCTS, MINGRU_PRODUCT=product, MINGRU_ISA=isa if isa in here else "")
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    in_tiles = product != "torch" and "avx512vl" in info and (product == "mingru" or "AuthenticAMD" in info)
+    in_tiles = product == "mingru" or (product == "" and "AuthenticAMD" in info)
+    in_tiles = in_tiles and "avx512" in here and not isa
     assert out.split() == [str(in_tiles)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the memory")
+def test_a_lack_of_memory_names_the_bytes():
+    in_child("""
+import resource
+import mingru, torch
+
+rnn, x = mingru.MinGRU(8, 4096), torch.zeros(8, 1000, 8)
+rnn(x[:1, :1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)
+for keeps in (True, False):
+    try:
+        with torch.inference_mode(not keeps):
+            rnn(x)
+    except RuntimeError as error:
+        # The states.
+        assert f"can't allocate memory: you tried to allocate {4 * 8000 * 4096} bytes" in str(error), error
+    else:
+        raise AssertionError(keeps)
+""")
 
 
 def test_a_layer_with_a_hook_is_not_taken_in_one_go():

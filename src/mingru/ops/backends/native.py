@@ -17,7 +17,7 @@ from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_o
 from ..call import Call, Spec
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
-from .sources import number_of_sources
+from .sources import number_in, number_of_sources
 
 # The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
 _GROUP, _FIRST_FLAG = 16, 16
@@ -34,15 +34,24 @@ def _load() -> str | None:
     libraries = [path for path in (folder / "_kernels.so", folder / "_kernels.dll") if path.is_file()]
     if not libraries:
         return "the compiled kernels were not built; reinstall with a C++17 compiler on the PATH"
+    # In a clone, the sources may change after the library was built. Elsewhere, both were installed together.
+    built_from, root = number_in(libraries[0]), folder.parents[1]
+    is_clone = (root / "csrc").is_dir()
+    again = "build them again with 'pip install -e .'" if is_clone else "reinstall"
+    if built_from is None:  # before the file is loaded, because the process would die of a part of it
+        return f"the file of the compiled kernels is not whole, or of another version; {again}"
+    if is_clone and built_from != number_of_sources(root):
+        return f"the compiled kernels were built from other sources; {again}"
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the compiled kernels cannot be loaded ({error}); reinstall for this version of torch"
-    # In a clone, the sources may change after the library was built. Elsewhere, both were installed together.
-    sources = folder.parents[1] / "csrc"
-    built_from = getattr(torch.ops.mingru, "sources", None)
-    if built_from is None or (sources.is_dir() and built_from() != number_of_sources(sources)):
-        return "the compiled kernels were built from other sources; build them again with 'pip install -e .'"
+    here, wanted = tuple(torch.ops.mingru.instruction_sets().split()), os.environ.get("MINGRU_ISA")
+    if not here:
+        return "the compiled kernels need AVX2, which this processor does not have"
+    if wanted and wanted not in here:  # csrc/driver.cpp reads it too
+        own = "an instruction set of the compiled kernels and of this processor"
+        raise ValueError(f"the environment variable MINGRU_ISA must be unset or {own}, in {here}, got {wanted!r}")
     return None
 
 
