@@ -84,14 +84,15 @@ docs: export REPOSITORY_URL ?= $(filter https://%,$(shell git remote get-url ori
 docs:
 	$(PYTHON) -m mkdocs build --strict
 
-# Test the kernels of each instruction set with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Run random calls of the kernels of each instruction set with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
-	PYTHON="$(abspath $(PYTHON))" csrc/sanitize
+	PYTHON="$(abspath $(PYTHON))" .ci/sanitize
 
 # Build the Linux wheel and install it, and the sources, without a compiler. Uncommitted changes are ignored.
 wheel:
 	.ci/wheel
 
 # Run the README's two commands with the oldest torch that the library promises, and with the newest of the package index.
+# With another Python than python3: `make torch-versions PYTHON=python3.13`.
 torch-versions:
 	.ci/torch_versions

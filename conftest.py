@@ -8,8 +8,8 @@ import torch
 import mingru
 from mingru.ops import graph
 
-# Importable only with Triton or another library; they have no doctests that run.
-collect_ignore_glob = ["src/mingru/integrations/*.py"]
+# Importable only with Triton or another library, or of one name; they have no doctests that run.
+collect_ignore_glob = ["src/mingru/integrations/*.py", "tests/*/conftest.py"]
 collect_ignore = [
     *(f"src/mingru/ops/backends/triton/{name}.py" for name in ("math", "cells", "scan", "kernels")),
     "src/mingru/model_repository.py",
