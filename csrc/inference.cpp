@@ -60,7 +60,7 @@ class InferencePass : Arguments {
     require(numbers.is_cpu() && numbers.scalar_type() == ScalarType::Double);
     require(code.is_contiguous() && numbers.is_contiguous());
     require(x.is_cpu() && x_.dim() == 3 && x.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double));
-    for (const Tensor& each : weights) require(fits(each) && each.is_contiguous());
+    for (const Tensor& each : weights) require(each.is_contiguous());
     for (const Tensor& each : states) {
       require(fits(each) && each.dim() >= 2 && each.dim() <= 4);
       last_.push_back(empty_as(each));
@@ -112,11 +112,11 @@ class InferencePass : Arguments {
   int64_t num_features() const { return x_.size(2); }
   int64_t num_rows() const { return x_.size(0) * x_.size(1); }
 
-  // A vector of a size, or a matrix of so many columns.
+  // A vector of a size, or a matrix of so many columns. Another thread may convert it during the pass.
   const Tensor& next_weight(int64_t dims, int64_t size) {
     require(next_weight_ < weights.size());
     const Tensor& weight = weights[next_weight_++];
-    require(weight.dim() == dims && weight.size(dims - 1) == size && weight.numel() > 0);
+    require(fits(weight) && weight.dim() == dims && weight.size(dims - 1) == size && weight.numel() > 0);
     return weight;
   }
   MaybeTensor next_bias(bool has_bias, int64_t size) {
@@ -208,7 +208,7 @@ class InferencePass : Arguments {
   Tensor mapped(const Tensor& x, bool has_bias) {
     const Tensor& weight = next_weight(2, x.size(2));
     const Tensor out = new_x(weight.size(0));
-    map_rows(out.data_ptr(), x.data_ptr(), num_rows(), weight, next_bias(has_bias, weight.size(0)));
+    map_rows(out.data_ptr(), x.data_ptr(), num_rows(), x, weight, next_bias(has_bias, weight.size(0)));
     return out;
   }
 

@@ -99,7 +99,7 @@ class LinearOperands : public Operands {
 
   // The linear map of a block's rows.
   void map(void* out, const void* rows, const Block& block) const {
-    map_rows(out, rows, block.num_rows, weight, bias_);
+    map_rows(out, rows, block.num_rows, x_, weight, bias_);
   }
 
   // Sets `sequences` to the inputs of the cell, which are side by side in the matrix of a block.
@@ -264,15 +264,19 @@ class SumOfBlocks {
 
 }  // namespace
 
-void mingru::map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias) {
+void mingru::map_rows(
+    void* out, const void* x, int64_t rows, const Tensor& like, const Tensor& weight, const MaybeTensor& bias) {
+  // Asked again for each product, because another thread may convert the parameters during a call.
+  STD_TORCH_CHECK(
+      weight.scalar_type() == like.scalar_type() && (!bias || bias->scalar_type() == like.scalar_type()),
+      "mingru: weight and bias must have the dtype of x; do not convert a layer while it is called");
   const int64_t columns = weight.size(0), features = weight.size(1);
-  if (rows <= most_few_rows && weight.element_size() >= 4) {
+  if (rows <= most_few_rows && like.element_size() >= 4) {
     const void* added = bias ? bias->data_ptr() : nullptr;
-    return multiply_few_rows({storage_of(weight), x, weight.data_ptr(), added, out, rows, columns, features});
+    return multiply_few_rows({storage_of(like), x, weight.data_ptr(), added, out, rows, columns, features});
   }
-  const Tensor result = matrix(out, rows, columns, weight);
-  const Tensor left = matrix(x, rows, features, weight);
-  multiply(result, left, transposed(weight), bias);
+  const Tensor right = view_of(weight.data_ptr(), {features, columns}, {1, features}, like);
+  multiply(matrix(out, rows, columns, like), matrix(x, rows, features, like), right, bias);
 }
 
 Outputs mingru::linear_recurrence(

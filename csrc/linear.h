@@ -23,9 +23,10 @@ inline Tensor transposed(const Tensor& weight) {
   return view_of(weight.data_ptr(), {weight.size(1), weight.size(0)}, {1, weight.size(1)}, weight);
 }
 
-// out = x weight^T + bias for contiguous rows x; all have the dtype of the weight, which is contiguous. bfloat16 and
+// out = x weight^T + bias for contiguous rows x; all have the dtype of `like`, and the weight is contiguous. bfloat16 and
 // float16 are rounded once, after the bias, as in torch.nn.Linear.
-void map_rows(void* out, const void* x, int64_t rows, const Tensor& weight, const MaybeTensor& bias);
+void map_rows(
+    void* out, const void* x, int64_t rows, const Tensor& like, const Tensor& weight, const MaybeTensor& bias);
 
 // The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the
 // pre-activations in the memory order of x, without the bias if the scan adds it.

@@ -249,6 +249,33 @@ def in_child(code, **variables):
     return result.stdout
 
 
+# Calls with errors of dtypes, while another thread converts the parameters.
+CONVERSIONS = """
+import threading, warnings, torch, mingru
+warnings.simplefilter("ignore")
+rnn, done = mingru.MinGRU(64, 64, 2, norm="rms", residual=True), threading.Event()
+@torch.no_grad()
+def call():
+    while not done.is_set():
+        for dtype in (torch.float, torch.double):
+            try:
+                rnn(torch.zeros(4, 3, 64, dtype=dtype))
+            except (RuntimeError, TypeError):
+                pass
+for _ in range(3):
+    threading.Thread(target=call).start()
+for _ in range(2000):
+    rnn.double().float()
+done.set()
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_converts_the_parameters():
+    """In a process of its own, because memory that is not the layer's would end it."""
+    in_child(CONVERSIONS)
+
+
 # Products of all sizes of tiles and panels, and of several parts of the memory: rows, columns, depth.
 PRODUCTS = """
 import itertools, torch, mingru
