@@ -41,7 +41,7 @@ def test_many_sessions(name):
     while opened < (1000 if name == "MinGRU" else 200):
         while len(held) < 40 and draw.random() < 0.9:
             slot, opened = sessions.open(), opened + 1
-            held[slot] = tree_map(torch.Tensor.detach, model.initial(1))
+            held[slot] = model.initial(1)
             # Only some, because a call for one session takes as long as one for many.
             alone[slot] = held[slot] if opened % 8 == 0 else None
         slots = draw.sample(sorted(held), draw.randint(1, len(held)))
@@ -106,6 +106,18 @@ def test_threads_take_turns():
         assert torch.equal(out, found[0])
     with torch.no_grad():
         assert_close(found[0], model(x.view(1, 50, 3))[0])
+
+
+def test_a_learned_state_is_copied():
+    model, x = MODELS["MinGRU"]().eval(), torch.randn(1, 5, 3)
+    sessions, expected, trained = Sessions(model, 2), model(x)[0], model.initial_state.requires_grad_()
+    for batch in (1, 2):
+        h = model.initial(batch)
+        assert h.is_contiguous()
+        h.detach_().zero_()
+    sessions.restore(torch.zeros(16, requires_grad=True))
+    assert trained.requires_grad and torch.equal(model(x)[0], expected)
+    assert not any(sessions.snapshot(slot).requires_grad for slot in (0, sessions.open()))
 
 
 @parametrized(some([row for row in ROWS if "Conv" not in row.name and "images" not in row.name], 3))

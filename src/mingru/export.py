@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .check import arguments_checked, check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
-from .modules.layer import Dims, Layer
+from .modules.layer import Dims, Layer, is_bidirectional
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
 
 __all__ = ["onnx", "triton"]
@@ -55,8 +55,8 @@ def onnx(
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
             and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
             is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
-            `hidden`. For a cell, both kinds give the same graph, except for that state. The reverse direction of a
-            bidirectional layer computes from this step only.
+            `hidden`. For a cell, both kinds give the same graph, except for that state. A bidirectional layer cannot
+            compute steps.
         max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
             file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
             sequences may give NaN. Default: 268 million.
@@ -77,8 +77,9 @@ def onnx(
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
         TypeError: An argument has the wrong type.
-        ValueError: The kind is unknown, the folder does not exist, x has more than one step for "step", or `max_steps`
-            is below the length of the example. Errors of the model's `forward` pass through.
+        ValueError: The kind is unknown, the folder does not exist, x has more than one step or the model is
+            bidirectional for "step", or `max_steps` is below the length of the example. Errors of the model's `forward`
+            pass through.
         torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
     Numerics:
@@ -251,6 +252,8 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
     is_module = isinstance(model, nn.Module) and not wrapped
     require(_NAME, "model", is_module, "a torch.nn.Module", type(model).__name__, remedy, TypeError)
+    is_possible = kind == "sequence" or not is_bidirectional(model)
+    require(_NAME, "kind", is_possible, "'sequence' because the model is bidirectional", repr(kind))
     _check_example(example_inputs)
     if max_steps is not None:
         got, remedy = repr(max_steps), f"use Dim(..., max={max_steps})"

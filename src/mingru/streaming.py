@@ -2,6 +2,7 @@
 
 import heapq
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .check import check_int, check_type, dims, expectation, require
+from .modules.layer import is_bidirectional
 
 __all__ = ["Sessions"]
 
@@ -29,8 +31,11 @@ class Sessions:
 
     Raises:
         TypeError: `model` has no `initial`, or an argument has the wrong type.
-        ValueError: A slot is out of range, not open or named twice, all slots are open, or a snapshot is of another
-            model. The states are then unchanged.
+        ValueError: `model` is bidirectional, a slot is out of range, not open or named twice, all slots are open, or a
+            snapshot is of another model. The states are then unchanged.
+
+    Warns:
+        UserWarning: `model` is in training mode, in which dropout would change the outputs.
 
     All methods can be called from several threads; they wait for each other. Two chunks of one session can not be in
     one step, because nothing would say which comes first.
@@ -50,7 +55,13 @@ class Sessions:
         expected, remedy = "a layer or model with initial(batch)", "derive it from mingru.modules.Layer"
         is_known = hasattr(model, "initial") and getattr(model, "role", None) != "step"
         require("Sessions", "model", is_known, expected, type(model).__name__, remedy, TypeError)
+        expected = "of one direction, because a reverse direction needs future steps"
+        require("Sessions", "model", not is_bidirectional(model), expected, f"a bidirectional {type(model).__name__}")
         check_int("Sessions", "slots", slots)
+        if model.training:
+            warnings.warn(
+                "Sessions: the model is in training mode, where dropout is active; call model.eval()", stacklevel=2
+            )
         self.model, self.slots = model, slots
         initial = self._initial(1)
         self._is_tensor = isinstance(initial, Tensor)
@@ -74,16 +85,17 @@ class Sessions:
     def close(self, slot: int) -> None:
         """End a session. Its slot is then free."""
         with self._lock:
-            self._check([slot])
+            self._check_open(slot)
             self._open.remove(slot)
             heapq.heappush(self._free, slot)
 
     def snapshot(self, slot: int) -> Tensor:
         """Return a copy of the state of a session, as one tensor of one dimension."""
         with self._lock:
-            self._check([slot])
+            self._check_open(slot)
             return _flat(self._of_slot(slot))
 
+    @torch.no_grad()
     def restore(self, snapshot: Tensor) -> int:
         """Begin a session from a snapshot, and return its slot."""
         check_type("Sessions", "snapshot", snapshot, Tensor, "a tensor that snapshot returned")
@@ -112,10 +124,14 @@ class Sessions:
             **given: Further arguments of the model, such as `lengths` for chunks of different lengths: 0 steps leave a
                 session as it is.
         """
-        index = torch.as_tensor(slots)
+        expected = "ints, or an int64 tensor (B,)"
+        try:
+            # Torch gives an empty list another dtype.
+            index = torch.as_tensor(slots if len(slots) > 0 else torch.empty(0, dtype=torch.int64))
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(expectation("Sessions", "slots", expected, repr(slots))) from None
         if index.dtype != torch.int64 or index.dim() != 1:
-            expected, got = "ints, or an int64 tensor (B,)", f"{dims(index.shape)} of {index.dtype}"
-            raise TypeError(expectation("Sessions", "slots", expected, got))
+            raise TypeError(expectation("Sessions", "slots", expected, f"{dims(index.shape)} of {index.dtype}"))
         named, batch = index.tolist(), x.shape[self._batch_of_x]
         if len(named) != batch:
             expected = f"{batch} slots, one for each sequence of x"
@@ -129,6 +145,10 @@ class Sessions:
             for (pool, dim), state in zip(self._pools, _listed(after), strict=True):
                 pool.index_copy_(dim, index, state)
         return out
+
+    def _check_open(self, slot: Any) -> None:
+        check_int("Sessions", "slot", slot, "an int that open returned", least=0)
+        self._check([slot])
 
     def _check(self, slots: Sequence[Any]) -> None:
         if not self._open.issuperset(slots):

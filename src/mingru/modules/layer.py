@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..check import check_choice, check_int, expectation, misfit, name_of, not_a_tensor
@@ -140,6 +141,8 @@ class Layer(nn.Module):
     def initial(self, batch: int) -> Any:
         """Return the state of a batch before the first step, which h=None stands for, in the form of the last state.
 
+        It is a copy without gradients, also of a learned state, which is trained by calls with h=None.
+
         Args:
             batch: Number of sequences, B.
 
@@ -149,7 +152,8 @@ class Layer(nn.Module):
         """
         check_int(self.name, "batch", batch, least=0)
         # A quantized linear map may have no parameters, and `new_zeros` of a sharded parameter would be sharded.
-        return self.default_states(next(self.parameters()), batch)
+        states = self.default_states(next(self.parameters()), batch)
+        return [state.detach().clone(memory_format=torch.contiguous_format) for state in states]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -245,6 +249,12 @@ def _uses(cls: type[Layer], name: str) -> bool:
     # Since Python 3.13, one instruction may read two variables.
     reads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD_"))
     return any(name == read or (isinstance(read, tuple) and name in read) for read in reads)
+
+
+def is_bidirectional(model: Any) -> bool:
+    """Return whether a layer, or one inside a stack or block, also runs backward in time, and cannot take steps."""
+    inside = (getattr(model, "rnn", None), *getattr(model, "layers", ()))
+    return isinstance(model, Layer) and (getattr(model, "bidirectional", False) or any(map(is_bidirectional, inside)))
 
 
 def reset_all(modules: Iterable[nn.Module]) -> None:
