@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -88,7 +89,10 @@ def test_marks_of_gates_that_are_missing_or_have_no_value(gate):
     # A mark is no parameter, no number of a dtype, and is there after `to_empty`.
     assert [name for name, _ in rnn.named_parameters()] == ["layers.0.linear.weight", "layers.0.linear.bias"]
     empty.to_empty(device="cpu")
-    empty.layers[0].gate.fill_(77)
+    for mark in (empty.layers[0].gate, empty.zero_state_mark):
+        mark.fill_(77)
+    marks = {name: mark for name, mark in empty.state_dict().items() if "linear" not in name}
+    assert marks == {name: rnn.state_dict()[name] for name in marks}
     empty.reset_parameters()
     rnn.load_state_dict(empty.state_dict())
     x = torch.randn(2, 5, 4)
@@ -192,7 +196,7 @@ def test_a_learned_initial_state_is_drawn(gate):
 @every_kind
 @every_gate
 def test_weights_say_the_initial_state(gate, kind):
-    """Those of older versions do not, and begin with 0. The layers of `drop_in` always do, as those of torch."""
+    """Those of older versions do not, and begin with 0. New layers of `drop_in` always do, as those of torch."""
 
     def start_of(rnn):
         (found,) = {owner.zero_state for owner in (rnn, *rnn.layers) if hasattr(owner, "zero_state")}
@@ -214,7 +218,35 @@ def test_weights_say_the_initial_state(gate, kind):
             loaded.load_state_dict(new, assign=assign)
             loaded.load_state_dict(loaded.state_dict())
             assert start_of(loaded) == default
-    mingru.drop_in.GRU(4, H, gate=gate).load_state_dict(make(gate=gate).state_dict())
+        # Parameters without marks, such as moving averages, keep the start of the layer.
+        parameters = dict(rnn.named_parameters())
+        for given in (parameters, dict([*parameters.items()][:1])):
+            with pytest.warns(UserWarning, match="^load_state_dict: the weights do not say") as found:
+                rnn.load_state_dict(given, strict=False)
+            assert any("zero_state=0.5" in str(each.message) for each in found) == (default > 0)
+            assert start_of(rnn) == default
+        with pytest.warns(UserWarning, match="zero_state=0.0$") if default else nullcontext():
+            rnn.load_state_dict(of_version(old, 2), assign=assign)
+        assert start_of(rnn) == 0
+
+
+@every_gate
+def test_drop_in_takes_the_initial_state_of_weights(gate):
+    rnn, x = make(gate=gate), torch.randn(2, 5, 4)
+    other = mingru.drop_in.GRU(4, H, batch_first=True, gate=gate)
+    other.load_state_dict(rnn.state_dict())
+    all_exact((other(x)[0], rnn(x)[0]))
+
+
+@pytest.mark.parametrize("candidate", [None, "tanh"])
+def test_all_layers_begin_alike(candidate):
+    options = {"num_layers": 2, "gate": ["rotation", "sigmoid"], "candidate": candidate}
+    rnn, conv = make(**options), mingru.MinConv1dGRU(4, H, 1, **options)
+    conv.load_state_dict(conv.state_dict())
+    for layer, flat in zip(conv.layers, rnn.layers, strict=True):
+        flat.linear.weight, flat.linear.bias = nn.Parameter(layer.conv.weight.flatten(1)), layer.conv.bias
+    x = torch.randn(2, 5, 4)
+    assert_close(conv(x.unsqueeze(-1))[0].squeeze(-1), rnn(x)[0])
 
 
 # Memory

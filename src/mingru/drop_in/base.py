@@ -77,7 +77,7 @@ class DropIn(Recurrent):
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
 
-    def default_start(self) -> float:
+    def default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
         return 0.0
 
@@ -87,11 +87,6 @@ class DropIn(Recurrent):
         for name in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
             if name not in self._buffers:
                 self.register_buffer(name, torch.tensor(1, device=device))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Weights of `mingru.MinGRU` begin with 0 here.
-        state_dict.pop(prefix + key_of("zero_state"), None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_tensor(self, argument: str, x: Any) -> None:
         """Raise AttributeError if x is not a tensor, as torch's layers do."""

@@ -29,6 +29,12 @@ class GroupNorm(nn.GroupNorm):
         self.num_groups = num_groups
         self.groups = torch.tensor(num_groups, device=self.weight.device)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.groups is not None:
+            # The buffer is undefined after `to_empty`.
+            destination[prefix + "groups"] = torch.full_like(self.groups, self.num_groups)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         groups = state_dict.get(prefix + "groups")
         if groups is not None:

@@ -21,9 +21,10 @@ class Mark(NamedTuple):
     Empty for a fraction, whose number is `value * 2**53`."""
     since: int
     """Version of the first state_dicts with this mark. In older ones, and in those without metadata, a missing mark
-    says nothing; in all others it means the first value. With 1, a missing mark always means the first value."""
+    says nothing; in all others it means the first value."""
     is_taken: bool = False
-    """Whether a module takes the value of the weights. Otherwise it refuses weights with another value."""
+    """Whether a module takes the value of the weights. Otherwise it refuses weights with another value. A missing mark
+    means the first value here, unless there are no metadata and no other marks either, as in parameters alone."""
 
 
 MARKS = {
@@ -33,7 +34,7 @@ MARKS = {
     "normalize": Mark((True, False), 3),
     "min_decay": Mark((), 3),
     "residual": Mark((False, True, "highway"), 3),
-    "zero_state": Mark((0.0, 0.5), 1, True),
+    "zero_state": Mark((0.0, 0.5), 3, True),
 }
 
 # A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
@@ -98,11 +99,14 @@ class Marked(nn.Module):
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         reset_all(self.children())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for option, number in self.marks().items():
-            mark = self._buffers.get(key_of(option))
+            mark = destination.get(prefix + key_of(option))
             if mark is not None:
-                # It is undefined after `to_empty`.
-                mark.fill_(number)
+                # The buffer is undefined after `to_empty` and `skip_init`.
+                destination[prefix + key_of(option)] = torch.full_like(mark, number)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -112,13 +116,18 @@ class Marked(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         metadata, *_, error_msgs = args
         own, found, wrong, unknown = self.marks(), {}, [], []
+        version, names = metadata.get("version"), [name for name in state_dict if name.startswith(prefix)]
+        has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
         for option in own:
-            key = prefix + key_of(option)
+            key, before = prefix + key_of(option), own[option]
             mark = state_dict.pop(key, None)
-            is_unknown = mark is None and metadata.get("version", 1) < MARKS[option].since
-            # A caller who is not strict may pass no weights of this module. On the device "meta", a mark has no value.
-            has_none = MARKS[option].is_taken and not any(name.startswith(prefix) for name in state_dict)
-            if is_unknown or (has_none and mark is None) or (isinstance(mark, Tensor) and mark.is_meta):
+            is_kept = is_unknown = mark is None and (version or 1) < MARKS[option].since
+            if MARKS[option].is_taken:
+                # A caller who is not strict may pass no weights of this module.
+                is_kept = mark is None and (not names or (version is None and not has_marks))
+                is_unknown = is_unknown and bool(names) and (version is not None or is_kept)
+            # On the device "meta", a mark has no value.
+            if is_kept or (isinstance(mark, Tensor) and mark.is_meta):
                 of_weights: int | None = own[option]
             else:
                 of_weights = 0 if mark is None else number_in(mark)
@@ -137,7 +146,7 @@ class Marked(nn.Module):
             wrong += [option] if of_weights != number else []
             # The map of a residual between different sizes shows that there is one.
             is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in state_dict)
-            unknown += [option] if is_unknown and number and not is_shown else []
+            unknown += [option] if is_unknown and (number or before) and not is_shown else []
             if self._buffers.get(key_of(option)) is not None:
                 state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
         if wrong:

@@ -203,16 +203,16 @@ class WithStart(Marked):
 
     def add_initial_state(self, shape: tuple[int, ...], options: Options) -> None:
         """Add the initial state, whose rows are divided among the layers, and the marks."""
-        self.zero_state = self.default_start()
+        self.zero_state = self.default_start(options)
         self.initial_state = (
             nn.Parameter(torch.empty(shape, **options.factory)) if options.learn_initial_state else None
         )
         self.reset_initial_state()
         self.add_marks(options.device)
 
-    def default_start(self) -> float:
-        """Return the initial state if it is not learned: that of the layer with the largest."""
-        return max(zero_state(layer.cell, layer.candidate) for layer in self._own_layers())
+    def default_start(self, options: Options) -> float:
+        """Return the initial state if it is not learned: of all stacked layers, that of the layer with the largest."""
+        return max(zero_state(GATES[gate], options.candidate_of(gate)) for gate in options.gates)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
@@ -232,8 +232,10 @@ class WithStart(Marked):
                 nn.init.normal_(rows)
 
     def marked_options(self) -> dict[str, Any]:
-        options = super().marked_options()
-        if self.initial_state is None and not all(CELLS[layer.cell].has_logarithms for layer in self._own_layers()):
+        options, layers = super().marked_options(), self._own_layers()
+        # The state of a layer like the paper's begins with 0.5 in all versions.
+        is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
+        if self.initial_state is None and not is_usual:
             options["zero_state"] = self.zero_state
         return options
 
