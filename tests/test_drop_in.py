@@ -1,6 +1,7 @@
 """In place of nn.GRU, nn.LSTM and their cells: the same calls, good and bad, on torch's and on ours."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -450,14 +451,14 @@ def test_no_names_of_weights_that_are_not_there():
         _ = rnn.weights
 
 
-@pytest.mark.parametrize("home", [nn, drop_in])
-def test_apply_takes_a_layer_for_one_module(home):
+def test_apply_takes_a_layer_for_one_module():
     def init(module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv1d):
             module.weight.data.zero_()
 
-    for name in ("LSTM", "GRUCell"):
-        rnn = getattr(home, name)(IN, H)
+    conv = functools.partial(mingru.MinConv1dGRU, kernel_size=1, norm="group")
+    for kind in (nn.LSTM, nn.GRUCell, drop_in.LSTM, drop_in.GRUCell, mingru.MinLSTM, mingru.MinGRUCell, conv):
+        rnn = kind(IN, H)
         model, seen = nn.Sequential(nn.ModuleList([rnn]), nn.Linear(H, 1)), []
         before = [weight.clone() for weight in rnn.parameters()]
         assert model.apply(seen.append) is model

@@ -1,12 +1,12 @@
 """What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..check import (
     autocast_dtypes,
@@ -22,19 +22,17 @@ from ..check import (
     name_of,
     require,
 )
-from ..modules.marked import GUARDS, key_of
+from ..modules.marked import GUARDS
 from ..modules.minlstm import MinLSTM
-from ..modules.recurrent import NORMS, Recurrent, RecurrentLayer
+from ..modules.recurrent import Recurrent
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
 
-Self = TypeVar("Self", bound="DropIn")
 Pair = tuple[Tensor, Tensor]
 
 # Attributes with torch's weights, and with their names.
 OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
-CREATED_BY_CONSTRUCTORS = (nn.ModuleList, RecurrentLayer, WeightAndBias, *NORMS.values())
 
 
 @contextmanager
@@ -139,18 +137,6 @@ class DropIn(Recurrent):
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
         raise AttributeError(f"{self.name}: no attribute {name!r}, because the weights are others; {remedy}")
 
-    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
-        """Apply `fn` to this layer as one module, as with torch's layer, and not to its linear maps and norms.
-
-        A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied
-        to modules that were added to the layer after its construction, such as observers for quantization.
-        """
-        for name, child in self.named_children():
-            for module in _modules_added_to(child) if name == "layers" else [child]:
-                module.apply(fn)
-        fn(self)
-        return self
-
     def extra_repr(self) -> str:
         defaults = defaults_of(self)
         # `self.cell` is more than the argument: it includes the gate.
@@ -161,15 +147,6 @@ class DropIn(Recurrent):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules inside that the constructors did not create."""
-    for child in module.children():
-        if type(child) in CREATED_BY_CONSTRUCTORS:
-            yield from _modules_added_to(child)
-        else:
-            yield child
 
 
 class WithPair(DropIn, MinLSTM):

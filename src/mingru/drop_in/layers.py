@@ -40,7 +40,7 @@ class DropInLayer(DropIn):
 
     mistake = ValueError
     # TorchScript does not support nested lists of parameters.
-    __jit_unused_properties__ = ("all_weights",)
+    __jit_unused_properties__ = (*DropIn.__jit_unused_properties__, "all_weights")
 
     @arguments_checked()
     def __init__(

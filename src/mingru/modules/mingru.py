@@ -119,8 +119,8 @@ class MinGRU(Recurrent, planned=True):
           "mixed"), `layers.{l}.candidate_mark`, `min_decay_mark` and `residual_mark`. Defaults have no marks. Weights
           of older versions load with a warning.
         - `zero_state_mark`: 1 if a gate is not "sigmoid", because the state then begins with 0.5, unless it is learned.
-          Weights of older versions do not have this mark. A layer that loads them begins with 0, as they did. Parameters
-          without any marks, such as moving averages, leave the initial state of the layer as it is, with a warning.
+          Weights of older versions do not have this mark. A layer that loads them begins with 0, as they did.
+          Parameters without any marks, such as moving averages, leave the initial state as it is, with a warning.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;

@@ -1,8 +1,8 @@
 """Stacked layers of one cell type: what MinGRU, MinLSTM and the convolutional layers have in common."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from .layer import Layer
 from .marked import Marked, key_of
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, weight_of
+
+Self = TypeVar("Self", bound="Stacked")
+# Models of transformers initialize each module and each parameter without this attribute, and then set it.
+INITIALIZED = "_is_hf_initialized"
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
@@ -125,6 +129,9 @@ class Directions(Marked):
 class Stacked(Layer):
     """Apply stacked layers of one cell type. `Options` become attributes."""
 
+    __jit_unused_properties__: tuple[str, ...] = (INITIALIZED,)
+    _is_empty = False
+    """Whether the parameters have no values yet, because the layer was constructed on the device "meta"."""
     num_layers: int
     bias: bool
     dropout: float
@@ -146,6 +153,35 @@ class Stacked(Layer):
         self.output_dims: int = self.num_directions * layers[-1].hidden_dims
         # Also set on the instance: TorchScript ignores class attributes.
         self.num_space_dims = type(self).num_space_dims
+        self._is_empty = next(self.parameters()).is_meta
+        for module in self.layers.modules():
+            vars(module)[INITIALIZED] = True
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return not self._is_empty or all(hasattr(each, INITIALIZED) for each in self.parameters())
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Initialize the parameters that `from_pretrained` has found in no file, after the program's initializer."""
+        if not self._is_hf_initialized:
+            found = [(each, each.detach().clone()) for each in self.parameters() if hasattr(each, INITIALIZED)]
+            self.reset_parameters()
+            for parameter, values in found:
+                parameter.detach().copy_(values)
+        self._is_empty = False
+
+    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
+        """Apply `fn` to this layer as one module, as to a `torch.nn.GRU`, and not to its linear maps and norms.
+
+        A function that initializes each module with a weight therefore does not change the layer. `fn` is also applied
+        to modules that were added to the layer after its construction, such as observers for quantization.
+        """
+        for name, child in self.named_children():
+            for module in _modules_added_to(child) if name == "layers" else [child]:
+                module.apply(fn)
+        fn(self)
+        return self
 
     def _check_x(self, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
         """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
@@ -180,6 +216,9 @@ class Stacked(Layer):
         if self.role == "step":
             # A cell returns the state, which does not include the residual of a layer.
             state_dict.pop(f"{prefix}layers.0.{key_of('residual')}", None)
+        # Models of transformers load one parameter after the other, also memory without values.
+        is_whole = {prefix + name for name, _ in self.named_parameters()} <= state_dict.keys()
+        self._is_empty = self._is_empty and not is_whole
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _dropped(self, x: Tensor, index: int) -> Tensor:
@@ -191,6 +230,15 @@ class Stacked(Layer):
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)
+
+
+def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules inside that the constructors did not create."""
+    for child in module.children():
+        if INITIALIZED in vars(child):
+            yield from _modules_added_to(child)
+        else:
+            yield child
 
 
 class WithStart(Marked):
