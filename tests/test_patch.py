@@ -237,6 +237,7 @@ def test_the_variable():
         "norm=rms": "MINGRU_PATCH must be arguments of mingru.drop_in.patch as JSON",
         '[{"nrm": "rms"}]': ".* got '.*': patch: no argument 'nrm'; use norm",
         "1": '.* such as {"norm": "rms"}, got \'1\'',
+        "[]": r".*, got '\[\]'",
     }.items():
         with pytest.raises(ValueError, match=f"^the environment variable {message}"):
             patching.inherit(text)

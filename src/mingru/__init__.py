@@ -1,6 +1,8 @@
 """Minimal gated recurrent layers for PyTorch, after Feng et al. 2024, "Were RNNs All We Needed?"."""
 
-from . import convert, drop_in, export, functional, models
+import typing
+
+from . import convert, drop_in, export, functional, models, unknown_arguments
 from ._version import __version__
 from .modules.cells import MinGRUCell, MinLSTMCell
 from .modules.minconvgru import (
@@ -39,3 +41,9 @@ __all__ = [
     "safe_globals",
     "use_backend",
 ]
+
+# Type checkers would take every name for known.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        raise AttributeError(unknown_arguments.unknown_name(globals(), name))

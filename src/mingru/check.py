@@ -14,12 +14,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .ops.cells import CELLS, GATES, cells_of, multiple_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
-from .unknown_arguments import LENGTHS_OF_MASK, counterparts, unknown_argument
+from .unknown_arguments import FORGOTTEN, LENGTHS_OF_MASK, counterparts, unknown_argument
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,10 +60,13 @@ def dims(shape: tuple[int, ...]) -> str:
 
 def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
     remedy, got = "" if found is None or isinstance(found, str) else "use torch.as_tensor", type(found).__name__
-    if argument == "x" and type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
-        remedy = "use torch.stack, or torch.nn.utils.rnn.pad_sequence and lengths="
+    if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
+        remedy = f"use torch.{'nn.utils.rnn.pad_sequence and lengths=' if argument == 'x' else 'cat'}, or torch.stack"
+    if isinstance(found, PackedSequence):
+        remedy = "use torch.nn.utils.rnn.pad_packed_sequence, and lengths="
     if isinstance(found, Tensor):
-        remedy, got = f"use torch.nested.to_padded_tensor({argument}, 0.0), and lengths= of a layer", "a nested tensor"
+        got = "a nested tensor" if found.is_nested else f"a tensor with the layout {found.layout}"
+        remedy = "use torch.nested.to_padded_tensor, and lengths=" if found.is_nested else f"use {argument}.to_dense()"
     return TypeError(expectation(name, argument, expected, got, remedy))
 
 
@@ -72,7 +76,56 @@ def on_another_device(name: str, argument: str, x: Tensor, device: torch.device,
 
 
 def of_another_shape(name: str, argument: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> ValueError:
-    return ValueError(expectation(name, argument, f"{letters} = {dims(shape)}", dims(x.shape)))
+    remedy = unsqueeze_remedy(argument, x, shape)
+    return ValueError(expectation(name, argument, f"{letters} = {dims(shape)}", dims(x.shape), remedy))
+
+
+def unsqueeze_remedy(argument: str, x: Tensor, shape: tuple[int, ...]) -> str:
+    """Return the fix for a tensor that lacks one dimension of size 1 of this shape; otherwise ""."""
+    missing = (dim for dim, size in enumerate(shape) if size == 1 and x.shape == (*shape[:dim], *shape[dim + 1 :]))
+    return next((f"use {argument}.unsqueeze({dim})" for dim in missing), "")
+
+
+# What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
+MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
+
+
+def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise the error that says what is wrong with the arguments of a call that raised this one, if something is.
+
+    It is called after a call has failed, so that valid calls cost nothing.
+    """
+    signature = inspect.signature(function)
+    if isinstance(error, TypeError) and f"{function.__name__}() " in str(error):
+        problem = misfit(name, signature, args, kwargs)
+        if problem:
+            raise TypeError(problem) from None
+    if "mixed torch.Tensor and DTensor" in str(error):
+        problem = "arguments must not be DTensors, whose weights are tensors of one process"
+        remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"
+        raise TypeError(f"{name}: {problem}; {remedy}") from error
+    for argument, value in {**dict(zip(signature.parameters, args, strict=False)), **kwargs}.items():
+        if isinstance(value, PackedSequence) and "'PackedSequence' object" in str(error):
+            raise not_a_tensor(name, argument, value) from error
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(each, Tensor) and (each.is_nested or each.layout != torch.strided):
+                raise not_a_tensor(name, argument, each) from error
+
+
+def explained(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function or method so that errors about its arguments say what to do."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except MISTAKES as error:
+            own: Any = function
+            name = args[0].name if args and isinstance(args[0], torch.nn.Module) else own.__name__
+            explain(error, str(name), function, args, kwargs)
+            raise
+
+    return run
 
 
 def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -88,7 +141,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
         @functools.wraps(init)
         def run(*args: Any, **kwargs: Any) -> T:
             name = function or name_of(type(args[0]))
-            problem = misfit(name, signature, args, kwargs, remedy, 0 if function else 1)
+            problem = misfit(name, signature, args, kwargs, remedy)
             if problem:
                 raise TypeError(problem)
             check_device(name, kwargs.get("device"))
@@ -107,15 +160,10 @@ def _builtin(value: Any) -> Any:
 
 
 def misfit(
-    name: str,
-    signature: inspect.Signature,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    remedy: str = "",
-    num_selves: int = 1,
+    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str = ""
 ) -> str:
-    """Return why a method cannot be called with these arguments, of which the first is self; "" if it can."""
-    known = list(signature.parameters.values())[num_selves:]
+    """Return why a function cannot be called with these arguments, or a method, whose first is self; "" if it can."""
+    known = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
     names = [parameter.name for parameter in known]
     has_options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     for argument in kwargs:
@@ -124,8 +172,9 @@ def misfit(
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        by_position = [parameter.name for parameter in known if parameter.kind is not parameter.KEYWORD_ONLY]
-        return f"{name}: {error}; {remedy or 'the positional arguments are ' + ', '.join(by_position)}"
+        by_position = [parameter.name for parameter in known if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        forgotten = FORGOTTEN.get(str(error).split("'")[-2]) if "'" in str(error) else None
+        return f"{name}: {error}; {remedy or forgotten or 'the positional arguments are ' + ', '.join(by_position)}"
     return ""
 
 
@@ -135,7 +184,8 @@ def check_flags(name: str, **flags: object) -> None:
 
 
 def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
-    require(name, argument, isinstance(flag, bool), expected, repr(flag), remedy, TypeError)
+    if not isinstance(flag, bool):
+        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
 
 
 def check_bias(name: str, bias: object) -> None:
@@ -145,7 +195,7 @@ def check_bias(name: str, bias: object) -> None:
 
 
 def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
-    if residual != "highway":
+    if not isinstance(residual, str) or residual != "highway":
         check_flag(name, "residual", residual, expected="a bool or 'highway'")
         return
     remedy = "use a layer for each direction"
@@ -156,10 +206,11 @@ def check_residual(name: str, residual: object, input_dims: int, hidden_dims: in
 
 
 def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
-    is_int = isinstance(size, int) and not isinstance(size, bool)
-    remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""
-    require(name, argument, is_int, expected, repr(size), remedy, TypeError)
-    require(name, argument, size >= least, f"at least {least}", str(size))
+    if not isinstance(size, int) or isinstance(size, bool):
+        remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""
+        raise TypeError(expectation(name, argument, expected, repr(size), remedy))
+    if size < least:
+        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
 
 
 def is_number(value: object) -> bool:
@@ -167,8 +218,8 @@ def is_number(value: object) -> bool:
 
 
 def check_number(name: str, argument: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> None:
-    require(name, argument, is_number(value), expected, repr(value), error=TypeError)
-    require(name, argument, is_valid(value), expected, repr(value))
+    if not (is_number(value) and is_valid(value)):
+        raise (ValueError if is_number(value) else TypeError)(expectation(name, argument, expected, repr(value)))
 
 
 def check_dropout(name: str, dropout: float, num_layers: int) -> None:
@@ -199,8 +250,9 @@ def check_device(name: str, device: object) -> None:
 
 
 def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
-    # A tuple, because a value that cannot be hashed is not in a dict.
-    require(name, argument, value in tuple(choices), f"one of {tuple(choices)}", repr(value))
+    # Not by comparison with values of other types: an array would compare its elements.
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
 
 
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
@@ -214,25 +266,22 @@ def check_parts(name: str, argument: str, size: int, gate: str) -> None:
 
 def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:
     """Return the value for each layer, from one value or a list."""
+    expected = f"one value, or a list of {num_layers}, one for each layer"
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        raise TypeError(expectation(name, argument, expected, repr(value), f"use {argument}.tolist()"))
     if not isinstance(value, (list, tuple)):
         return [value] * num_layers
-    expected = f"one value, or a list of {num_layers}, one for each layer"
     require(name, argument, len(value) == num_layers, expected, repr(value))
     return list(value)
 
 
 def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
     """Return the lower bound of each layer."""
-    num_layers = len(gates)
-    bounds = min_decay if isinstance(min_decay, (list, tuple)) else [min_decay] * num_layers
-    expected = "a number from 0 to 1 (exclusive)"
-    expected += f", or a list of {num_layers}, one for each layer" if num_layers > 1 else ""
-    require(name, "min_decay", all(map(is_number, bounds)), expected, repr(min_decay), error=TypeError)
-    is_valid = len(bounds) == num_layers and all(0 <= bound < 1 for bound in bounds)
-    require(name, "min_decay", is_valid, expected, repr(min_decay))
-    is_valid = not any(bound and gate == "signed" for bound, gate in zip(bounds, gates, strict=True))
-    expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
-    require(name, "min_decay", is_valid, expected, repr(min_decay))
+    bounds = per_layer(name, "min_decay", min_decay, len(gates))
+    for bound, gate in zip(bounds, gates, strict=True):
+        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda number: 0 <= number < 1)
+        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+        require(name, "min_decay", not bound or gate != "signed", expected, repr(min_decay))
     return [float(bound) for bound in bounds]
 
 
@@ -310,6 +359,8 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
     """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
     if isinstance(h, (list, tuple)):
         layer, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
+        if isinstance(h, list) and letters.startswith("(L"):
+            end += "; torch.cat joins a list with a state of each layer"
         remedy = f"a {layer}'s state is one tensor h, {letters}{end}"
         raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
 
@@ -326,6 +377,7 @@ def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letter
         return h.expand(shape)
     except RuntimeError:
         expected = f"expandable to {letters} = {dims(shape)}"
+        remedy = remedy or unsqueeze_remedy(argument, h, shape)
         raise ValueError(expectation(name, argument, expected, dims(h.shape), remedy)) from None
 
 
@@ -354,14 +406,36 @@ def check_dt(name: str, dt: Tensor, sequence: Tensor, cell: str, letters: str, l
         least, most = (time.item() for time in torch.aminmax(dt))
         if not least >= 0:
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
-        if most > MOST_USUAL_TIME and MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
-            _warn_of_large_times(name)
+        time = letters.find("S") // 3
+        is_new = name not in _WITH_LONG_SEQUENCES and dt.dim() == 2 and dt.shape[time] > LEAST_INCREASES
+        if is_new or not 0 < most <= MOST_USUAL_TIME:
+            _check_times(name, dt, time if is_new else None, most)
+
+
+# Gaps of so many steps in a row do not increase by chance.
+LEAST_INCREASES = 7
+# What has been called with more steps. Only the first such call tests for increases, which takes time.
+_WITH_LONG_SEQUENCES: set[str] = set()
+
+
+def _check_times(name: str, dt: Tensor, time: int | None, most: float) -> None:
+    """Warn once of elapsed times that look like a mistake; `most` is the largest, `time` the dimension of time."""
+    if most == 0:
+        _warn_once(name, "0 at all steps, which ignores x; pass the time between two steps")
+    elif MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
+        _warn_once(name, f"above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap")
+    elif time is not None:
+        increases, later = dt.diff(dim=time) > 0, dt.narrow(time, 1, dt.shape[time] - 1)
+        # 0 is padding.
+        if increases.sum() >= LEAST_INCREASES and (increases | (later == 0)).all():
+            _warn_once(name, "increasing at all steps, as times are; use mingru.functional.elapsed_times")
+    if time is not None:
+        _WITH_LONG_SEQUENCES.add(name)
 
 
 @functools.cache
-def _warn_of_large_times(name: str) -> None:
-    text = f"{name}: dt is above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap"
-    warnings.warn(text, RuntimeWarning, stacklevel=_level_of_the_caller())
+def _warn_once(name: str, problem: str) -> None:
+    warnings.warn(f"{name}: dt is {problem}", RuntimeWarning, stacklevel=_level_of_the_caller())
 
 
 def check_steps(

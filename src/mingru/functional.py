@@ -21,15 +21,18 @@ from .check import (
     check_tensor,
     dims,
     expectation,
+    explained,
     not_a_tensor,
     require,
 )
+from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import traceable as _traceable
 from .ops.call import Spec, Start
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
+from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
 
@@ -39,7 +42,6 @@ __all__ = [
     "g",
     "linear_scan",
     "log_g",
-    "mingru",
     "minlstm",
     "parallel_scan_log",
     "reset_from_lengths",
@@ -92,6 +94,7 @@ def log_g(x: Tensor) -> Tensor:
     return _activation.log_g(x)
 
 
+@explained
 def mingru(
     gate: Tensor,
     candidate: Tensor,
@@ -99,11 +102,11 @@ def mingru(
     *,
     reset: Tensor | None = None,
     dt: Tensor | None = None,
-    backend: str = "auto",
-    kind: str = "sigmoid",
+    backend: BackendName = "auto",
+    kind: Gate = "sigmoid",
     angle: Tensor | None = None,
     min_decay: float = 0.0,
-    activation: str | None = None,
+    activation: Candidate | None = None,
     initial_state: Tensor | None = None,
 ) -> Tensor:
     """Compute the states of a minGRU from its pre-activations.
@@ -165,8 +168,7 @@ def mingru(
     name = "mingru"
     check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, [kind])
-    activation = default_candidate(kind) if activation is None else activation
-    spec = Spec(GATES[kind], activation, False, bound)
+    spec = Spec(GATES[kind], default_candidate(kind) if activation is None else activation, False, bound)
     inputs = {"gate": gate, "candidate": candidate}
     if kind == "rotation":
         _check_sequence(name, "gate", gate, least=3)
@@ -187,6 +189,7 @@ def mingru(
     return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 
 
+@explained
 def minlstm(
     forget: Tensor,
     input: Tensor,
@@ -195,9 +198,9 @@ def minlstm(
     *,
     reset: Tensor | None = None,
     dt: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     normalize: bool = True,
-    activation: str = "positive",
+    activation: Candidate = "positive",
     initial_state: Tensor | None = None,
 ) -> Tensor:
     """Compute the states of a minLSTM from its pre-activations.
@@ -256,7 +259,7 @@ def _recurrence(
     h: Tensor | None,
     reset: Tensor | None,
     dt: Tensor | None,
-    backend: str,
+    backend: BackendName,
     initial_state: Tensor | None,
 ) -> Tensor:
     (first_name, first), *others = inputs.items()
@@ -295,7 +298,7 @@ def linear_scan(
     reverse: bool = False,
     reset: Tensor | None = None,
     lengths: None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor: ...
 
 
@@ -308,11 +311,12 @@ def linear_scan(
     reverse: bool = False,
     reset: Tensor | None = None,
     lengths: Tensor,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @scripted_as(_scripted_linear_scan)
+@explained
 def linear_scan(
     a: Tensor,
     b: Tensor,
@@ -321,7 +325,7 @@ def linear_scan(
     reverse: bool = False,
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a linear recurrence over time.
 
@@ -366,7 +370,7 @@ def linear_scan(
         (tensor([[1.0000, 1.5000, 0.0000, 0.0000]]), tensor([[1.5000]]))
     """
     name = "linear_scan"
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and _is_expandable(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape and _is_expandable(a, b):
         expected = f"(B, S, *) = {dims(b.shape)} like b"
         raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))
     _check_sequence(name, "a", a, or_complex=True)
@@ -416,9 +420,9 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _is_expandable(x: Tensor, like: Tensor) -> bool:
-    """Return whether x has another shape, but can be expanded to the shape of `like`."""
+    """Return whether x can be expanded to the shape of `like`."""
     sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
-    return x.shape != like.shape and x.dim() <= like.dim() and all(size in (1, other) for size, other in sizes)
+    return x.dim() <= like.dim() and all(size in (1, other) for size, other in sizes)
 
 
 def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False, least: int = 2) -> None:

@@ -17,6 +17,7 @@ from .check import (
     check_type,
     dims,
     expectation,
+    explained,
     of_another_shape,
     on_another_device,
     require,
@@ -25,6 +26,7 @@ from .ops.graph import are_eager
 from .ops.layout import padding_of
 
 
+@explained
 def elapsed_times(
     t: Tensor,
     first: float | Tensor,

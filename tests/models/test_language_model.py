@@ -144,7 +144,7 @@ BAD_OPTIONS = {
     **wrong_values("tied", "a bool", types=(1,)),
     **wrong_values("bidirectional", "False", values=(1,)),
     "why": ({"bidirectional": True}, ValueError, ".*, got True; the reverse direction would read the tokens"),
-    "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "min_decay must be a number from 0 to 1"),
+    "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "min_decay must be one value, or a list of 2"),
     "a bound": ({"cell": "minlstm", "min_decay": 0.5}, TypeError, "no argument 'min_decay'; only MinGRU"),
     "residual": ({"residual": True}, TypeError, "no argument 'residual'; a block has"),
     "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are vocab_size, dims, "),

@@ -28,13 +28,18 @@ def test_min_decay_bounds_the_decay():
     assert_close(h.flatten(), torch.tensor([0.25**2, 0.75**2]), rtol=1e-2, atol=0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_called(monkeypatch):
+    monkeypatch.setattr(check, "_warn_once", functools.cache(check._warn_once.__wrapped__))
+    monkeypatch.setattr(check, "_WITH_LONG_SEQUENCES", set())
+
+
 @pytest.mark.parametrize("grad", [True, False])
-def test_nanoseconds_warn_once(grad, monkeypatch):
-    monkeypatch.setattr(check, "_warn_of_large_times", functools.cache(check._warn_of_large_times.__wrapped__))
+def test_nanoseconds_warn_once(grad):
     rnn, x, dt = mingru.MinGRU(IN, H), torch.zeros(2, 3, IN), torch.full((2, 3), 3.6e12)
     with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for usual in (dt / 3.6e12, dt * torch.inf, dt * 0, torch.tensor([[1.0, 3.6e12, 0.0]]).expand(2, 3)):
+        for usual in (dt / 3.6e12, dt * torch.inf, torch.tensor([[1.0, 3.6e12, 0.0]]).expand(2, 3)):
             rnn(x, dt=usual)
         assert not seen
         for _ in range(2):
@@ -42,6 +47,30 @@ def test_nanoseconds_warn_once(grad, monkeypatch):
             rnn(x, dt=dt.where(torch.tensor([False, True, True]), 0.0))
     assert [(each.filename, each.category) for each in seen] == [(__file__, RuntimeWarning)]
     assert str(seen[0].message).startswith("MinGRU: dt is above 1e+06 at all steps, which erases the state; divide dt")
+
+
+TIMES, INCREASING = torch.arange(9.0), "increasing at all steps, as times are"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("dt", "problem"),
+    [
+        (torch.zeros(2, 3), "0 at all steps, which ignores x"),
+        (TIMES.expand(2, 9), INCREASING),
+        (torch.stack([TIMES, TIMES * (TIMES < 4)]), INCREASING),  # the second is padded
+        (torch.stack([TIMES, TIMES.flip(0) + 1]), ""),
+        ((TIMES + 1).expand(2, 9)[:, :7], ""),
+        (torch.ones(2, 9), ""),
+    ],
+)
+def test_times_in_place_of_gaps_warn_in_the_first_long_call(dt, problem, batch_first):
+    rnn, order = mingru.MinGRU(IN, H, batch_first=batch_first), (0, 1) if batch_first else (1, 0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for given in (torch.ones(2, 3), dt, dt + 0):
+            rnn(torch.zeros(*given.shape, IN).permute(*order, 2), dt=given.permute(order))
+    assert [str(each.message).partition(";")[0] for each in seen] == [f"MinGRU: dt is {problem}"] * bool(problem)
 
 
 # elapsed_times

@@ -257,6 +257,8 @@ MEMORIES = {
     "minlstm": functools.partial(mingru.MinLSTM, 4, H),
     "unnormalized": functools.partial(mingru.MinLSTM, 4, H, normalize=False),
     "groups": functools.partial(mingru.MinConv1dGRU, 4, H, 1, gate="quaternion", groups=2),
+    "bounded": functools.partial(mingru.MinGRU, 4, H, min_decay=0.25),
+    "bounded, mixed": functools.partial(mingru.MinGRU, 4, H, gate="mixed", min_decay=0.25),
 }
 
 

@@ -152,9 +152,6 @@ class DropInLayer(DropIn):
         """Return the dimensions of x and of the states."""
         return Dims(None, 0, None) if x.dim() == 2 else super().dims_of(x)
 
-    def flatten_parameters(self) -> None:
-        """Do nothing; present for compatibility with torch.nn."""
-
 
 @untraced
 def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:

@@ -288,7 +288,7 @@ def inherit(text: str) -> None:
     """Start the blocks of the process that started this one."""
     try:
         blocks = json.loads(text)
-        found = [_Patch(**each) for each in (blocks if isinstance(blocks, list) else [blocks])]
+        found = [_Patch(**each) for each in (blocks if isinstance(blocks, list) and blocks else [blocks])]
     except (TypeError, ValueError) as error:
         expected = 'arguments of mingru.drop_in.patch as JSON, such as {"norm": "rms"}'
         raise ValueError(f"the environment variable {VARIABLE} must be {expected}, got {text!r}: {error}") from None
@@ -297,4 +297,5 @@ def inherit(text: str) -> None:
         each.start()
 
 
-inherit(os.environ.get(VARIABLE) or "[]")
+if os.environ.get(VARIABLE):
+    inherit(os.environ[VARIABLE])

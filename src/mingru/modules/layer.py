@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_choice, check_int, expectation, misfit, name_of, not_a_tensor
+from ..check import MISTAKES, check_choice, check_int, expectation, explain, explained, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
@@ -126,6 +127,15 @@ class Layer(nn.Module):
         batch, time = (0, 1) if self.batch_first else (1, 0)
         return Dims(batch, time, 0 if self.num_space_dims else 1)
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: programs for `torch.nn.GRU` call it."""
+
+    def all_states(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Raise an error: only `MinGRU` and `MinLSTM` return the states of all steps, and only of padded sequences."""
+        got = type(x if isinstance(x, PackedSequence) else self).__name__
+        expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
+        raise TypeError(expectation(self.name, "all_states", expected, got))
+
     def plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
@@ -136,8 +146,12 @@ class Layer(nn.Module):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None; required by `initial`, and if the class is `planned`."""
-        raise NotImplementedError(f"{self.name}: no initial state without x; pass h=None in the first call")
+        remedy = "define default_states(x, batch)"
+        if self.num_space_dims > 0:
+            remedy = "pass h=None in the first call, and keep the states of many sessions in a dict"
+        raise NotImplementedError(f"{self.name}: no initial state without x, on which its size may depend; {remedy}")
 
+    @explained
     def initial(self, batch: int) -> Any:
         """Return the state of a batch before the first step, which h=None stands for, in the form of the last state.
 
@@ -158,22 +172,10 @@ class Layer(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return nn.Module.__call__(self, *args, **kwargs)
-        except TypeError as error:
-            # Checked after the call, because valid calls then cost nothing, and a pre-hook may change the arguments.
-            if "forward() " not in str(error):
-                raise
-            problem = misfit(self.name, inspect.signature(type(self).forward), (self, *args), kwargs)
-            if not problem:
-                raise
-            raise TypeError(problem) from None
-        except RuntimeError as error:
-            if args and isinstance(args[0], Tensor) and args[0].is_nested:
-                raise not_a_tensor(self.name, "x", args[0]) from None
-            if "mixed torch.Tensor and DTensor" not in str(error):
-                raise
-            problem = "arguments must not be DTensors, whose weights are tensors of one process"
-            remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"
-            raise TypeError(f"{self.name}: {problem}; {remedy}") from error
+        except MISTAKES as error:
+            # After the call, because a pre-hook may change the arguments.
+            explain(error, self.name, type(self).forward, (self, *args), kwargs)
+            raise
 
     def _begin(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         """Check the arguments of a call. Return its result if one operator or `_eager` has computed it."""

@@ -53,7 +53,8 @@ class Options(SimpleNamespace):
                 check_number(self.name, "memory", number, expected, lambda steps: 1 < steps < inf)
             require(self.name, "memory", self.bias, "None because bias is False", repr(self.memory))
         norms = (None, *self.norms)
-        require(self.name, "norm", self.norm in norms, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
+        is_valid = isinstance(self.norm, str | None) and self.norm in norms
+        require(self.name, "norm", is_valid, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
         is_valid = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
         require(self.name, "dtype", is_valid, "a floating-point dtype", repr(self.dtype), error=TypeError)
 
@@ -69,13 +70,17 @@ class Options(SimpleNamespace):
     def candidate_of(self, gate: str) -> str:
         return default_candidate(gate) if self.candidate is None else self.candidate
 
-    def memories_of(self, cell: str) -> list[tuple[float, float] | None]:
+    def memories_of(self, cell: str, min_decay: float) -> list[tuple[float, float] | None]:
         """Return the memory of the first and the last number of each part of a state; None for no shift of biases."""
         if self.memory is None:
             default = CELLS[cell].memory if self.bias else None
             return [None if CELLS[each].has_logarithms else default for each in cells_of(cell)]
         first, last = self.memory if isinstance(self.memory, list | tuple) else (self.memory, self.memory)
-        return [(float(first), float(last))] * len(cells_of(cell))
+        least = 1.0 / (1.0 - min_decay)
+        expected = f"above {least:g} because min_decay is {min_decay}, with which each state lasts longer"
+        require(self.name, "memory", min(first, last) > least, expected, repr(self.memory))
+        # What the gate must last by itself, without the bound.
+        return [(first / least, last / least)] * len(cells_of(cell))
 
     @property
     def num_directions(self) -> int:

@@ -21,7 +21,7 @@ from ..check import (
     check_min_decay,
     check_parts,
     check_residual,
-    expectation,
+    explained,
     name_of,
 )
 from ..ops import route
@@ -227,7 +227,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
             dt: Steps | None = None,
         ) -> tuple[Steps, Tensor]: ...
 
-    def all_states(
+    def all_states(  # type: ignore[override]
         self,
         x: Tensor,
         h: MaybeTensor = None,
@@ -241,9 +241,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         is no PackedSequence: pass `lengths`.
         """
         if self.role in ("step", "torch") or isinstance(x, PackedSequence):
-            got = type(x if isinstance(x, PackedSequence) else self).__name__
-            expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
-            raise TypeError(expectation(self.name, "all_states", expected, got))
+            return super().all_states(x)
         self._check_all(x, None if h is None else [h], reset, lengths, dt)
         state, layout = self._state(x, h, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
@@ -266,6 +264,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         # A view would take longer than the state.
         return [state if state.shape == shape else state.view(shape)]
 
+    @explained
     def initial(self, batch: int) -> Tensor:
         """Return the state of a batch before the first step."""
         state: Tensor = super().initial(batch)[0]

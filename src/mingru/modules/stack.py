@@ -25,6 +25,22 @@ SCRIPTED_FORWARD = (
     "lengths: Tensor | None = None, dt: Tensor | None = None) -> tuple[Tensor, list[Tensor]]"
 )
 PASS_A_LIST = "pass the layers in one list"
+USE_OURS = "use mingru.MinGRU or mingru.MinLSTM in its place"
+# What to do about a module that is no layer.
+REMEDIES_BY_ROLE = {
+    "torch": USE_OURS,
+    "step": "use a layer in place of a cell, such as MinGRU of MinGRUCell",
+    "custom": 'if its forward has the form of a layer, pass role="sequence" to the class',
+}
+REMEDIES: tuple[tuple[Any, str], ...] = (
+    (OF_TORCH, "use torch.nn.Sequential"),
+    (nn.Sequential, "put its modules into the list"),
+    (nn.RNNBase, USE_OURS),
+    (nn.Embedding, "embed the ids before: stack(embedding(ids))"),
+    (nn.Conv1d, "for a causal convolution, use mingru.models.Block(dims, conv=kernel_size)"),
+    (nn.BatchNorm1d, "use norm= of the layer, or torch.nn.LayerNorm"),
+    (object, "derive a layer of your own from mingru.modules.Layer"),
+)
 
 
 class Stack(Marked, Layer, role="sequence", planned=True):
@@ -136,20 +152,14 @@ class Stack(Marked, Layer, role="sequence", planned=True):
                 found[index] = PerStep(each, dims or 0, own[0].batch_first, own[0].num_space_dims)
             dims = getattr(found[index], "output_dims", None)
         for index, layer in enumerate(found):
-            got, remedy = type(layer).__name__, "derive a layer of your own from mingru.modules.Layer"
+            got = type(layer).__name__
             if not isinstance(layer, Layer) or layer.role != "sequence":
                 expected = "a MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, Stack or models.Block"
                 expected += ", between which torch's Linear, Dropout, norms and activations may stand"
+                remedy = REMEDIES_BY_ROLE.get(layer.role) if isinstance(layer, Layer) else None
+                remedy = remedy or next(text for types, text in REMEDIES if isinstance(layer, types))
                 if isinstance(layer, OF_TORCH):
-                    got, remedy = f"only modules of torch ({got})", "use torch.nn.Sequential"
-                if isinstance(layer, nn.Sequential):
-                    remedy = "put its modules into the list"
-                if isinstance(layer, nn.RNNBase) or getattr(layer, "role", "") == "torch":
-                    remedy = "use mingru.MinGRU or mingru.MinLSTM in its place"
-                if getattr(layer, "role", "") == "step":
-                    remedy = "use a layer in place of a cell, such as MinGRU of MinGRUCell"
-                if isinstance(layer, Layer) and layer.role == "custom":
-                    remedy = 'if its forward has the form of a layer, pass role="sequence" to the class'
+                    got = f"only modules of torch ({got})"
                 raise TypeError(expectation(self.name, f"layers[{index}]", expected, got, remedy))
             missing = [name for name in ("input_dims", "output_dims") if getattr(layer, name, None) is None]
             expected = "a layer that sets input_dims and output_dims"

@@ -40,7 +40,7 @@ class Directions(Marked):
         self.hidden_dims = hidden_dims
         self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
         self.min_decay = min_decay
-        self.memories = options.memories_of(cell)
+        self.memories = options.memories_of(cell, min_decay)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
@@ -202,7 +202,8 @@ class Stacked(Layer):
         if x.shape == (self.input_dims,):
             return "use x[None, None] for one step"
         if x.dim() == 2 and x.shape[1] == self.input_dims:
-            return f"use x.unsqueeze({0 if self.batch_first else 1}) for one sequence"
+            batch, time = (0, 1) if self.batch_first else (1, 0)
+            return f"use x.unsqueeze({batch}) for one sequence, or x.unsqueeze({time}) for one step of a batch"
         return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == self.input_dims else ""
 
     def _check_weight(self, x: Tensor) -> None:

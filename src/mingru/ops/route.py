@@ -7,7 +7,7 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from .linear_map import LINEAR_MAPS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
 
-BACKENDS: dict[str, Backend] = {
+BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
+BACKENDS: dict[Any, Backend] = {
     "native": native.BACKEND,
     "triton": triton.BACKEND,
     "torch": tensors.BACKEND,
@@ -53,7 +54,7 @@ _chosen = _Chosen()
 _open: dict[object, str] = {}
 
 
-def backends() -> dict[str, bool | str]:
+def backends() -> dict[BackendName, bool | str]:
     """Return which backends can run here.
 
     Returns:
@@ -69,7 +70,7 @@ def backends() -> dict[str, bool | str]:
 
 
 @context_manager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Use this backend for `"auto"` in the current thread until the `with` block ends.
 
     It takes precedence over the environment variable `MINGRU_BACKEND`, which sets the backend for the whole process.
