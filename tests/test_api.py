@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import mingru
+from mingru.models import block
 from mingru.modules import options
 from mingru.modules.conv_layer import ConvOptions
 from mingru.modules.recurrent import RecurrentOptions
-from mingru.ops import private
+from mingru.ops import private, route
 from mingru.ops.activation import ACTIVATIONS
 from mingru.ops.cells import GATES
 
@@ -137,6 +138,11 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_what_type_checkers_accept_is_what_there_is():
-    assert get_args(options.Gate) == tuple(GATES)
+    assert get_args(options.Gate) == tuple(GATES) and get_args(route.BackendName) == ("auto", *route.BACKENDS)
+    of_layers = {name for cls in block.LAYERS.values() for name in inspect.signature(cls).parameters}
+    of_layers -= {*block.SET_BY_THE_BLOCK, "norm", "dropout"}
+    of_blocks = inspect.signature(mingru.models.Block).parameters.keys() - {"dims", "layer_options"}
+    assert block.LayerOptions.__annotations__.keys() == of_layers
+    assert block.BlockOptions.__annotations__.keys() == of_layers | of_blocks
     assert set(get_args(options.Candidate)) == set(ACTIVATIONS)
     assert get_args(options.Norm) == RecurrentOptions.norms and ConvOptions.norms == ("group",)

@@ -26,7 +26,11 @@ def right(x: Tensor, packed: PackedSequence, ids: Tensor) -> None:
     stack = mingru.Stack([mingru.MinGRU(3, 4)])
     assert_type(stack(packed, (x,)), tuple[PackedSequence, list[Tensor]])
     assert_type(mingru.models.Block(3, cell="minlstm", norm="layer")(x), tuple[Tensor, list[Tensor]])
-    assert_type(mingru.models.LanguageModel(3, 4, 1)(ids, lengths=x), tuple[Tensor, list[Tensor]])
+    lm = mingru.models.LanguageModel(3, 4, 1, cell="mingru", conv=4, mlp=2.0, gate=["signed"], memory=(2, 60))
+    assert_type(lm(ids, lengths=x), tuple[Tensor, list[Tensor]])
+    for name in mingru.backends():
+        with mingru.use_backend(name):
+            assert_type(mingru.functional.mingru(x, x, kind="mixed", backend=name), Tensor)
 
 
 def wrong(x: Tensor, packed: PackedSequence) -> None:
@@ -44,5 +48,15 @@ def wrong(x: Tensor, packed: PackedSequence) -> None:
     drop_in.LSTM(3, 4)(x, x)  # type: ignore[arg-type]
     drop_in.GRUCell(3, 4)(x, lengths=x)  # type: ignore[call-arg]
     mingru.Stack([mingru.MinGRU(3, 4)])(x, x)  # type: ignore[arg-type]
+    mingru.models.LanguageModel(3, 4, 1, hidden=3)  # type: ignore[call-arg]
+    mingru.models.LanguageModel(3, 4, 1, norm="batch")  # type: ignore[arg-type]
+    mingru.models.Block(3, hidden=3)  # type: ignore[call-arg]
+    mingru.models.LanguageModel(3, 4, 1)(x, dt=x)  # type: ignore[call-arg]
+    mingru.use_backend("cuda")  # type: ignore[arg-type]
+    mingru.functional.mingru(x, x, kind="stream")  # type: ignore[arg-type]
+    mingru.functional.minlstm(x, x, x, activation="relu")  # type: ignore[arg-type]
+    mingru.export.onnx(nn.GELU(), x, "gelu.onnx", kind="stream")  # type: ignore[arg-type]
+    mingru.functional.elapsed_times(x)  # type: ignore[call-arg]
+    mingru.minGRU  # type: ignore[attr-defined]  # noqa: B018
     _, _, _ = mingru.MinLSTM(3, 4)(x)  # type: ignore[misc]
     mingru.MinGRUCell(3, 4)(x).detached()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def onnx(
     example_inputs: Tensor | tuple[Any, ...],
     path: str | os.PathLike[str],
     *,
-    kind: str = "sequence",
+    kind: Literal["sequence", "step"] = "sequence",
     max_steps: int | None = None,
     dynamic_shapes: Any = None,
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Unpack
 
 from ..check import (
     arguments_checked,
@@ -28,9 +29,9 @@ from ..check import (
 from ..modules.layer import Layer
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
-from ..modules.options import Norm
+from ..modules.options import LayerOptions, Norm
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, typed_as, weight_of
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..unknown_arguments import unknown_argument
@@ -40,6 +41,18 @@ from .state import check_states
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
+
+
+class BlockOptions(LayerOptions, total=False):
+    """Options of a block, for type checkers."""
+
+    cell: Literal["mingru", "minlstm"]
+    expansion: float
+    conv: int | None
+    mlp: float | None
+    norm: Norm
+    dropout: float
+    checkpoint: bool
 
 
 class Block(Layer, role="sequence", planned=True):
@@ -111,9 +124,10 @@ class Block(Layer, role="sequence", planned=True):
         norm: Norm = "rms",
         dropout: float = 0.0,
         checkpoint: bool = False,
-        **layer_options: Any,
+        **layer_options: Unpack[LayerOptions],
     ) -> None:
         super().__init__()
+        options: dict[str, Any] = {**layer_options}
         check_int(self.name, "dims", dims)
         check_choice(self.name, "cell", cell, LAYERS)
         _check_ratio(self.name, "expansion", expansion, dims)
@@ -125,15 +139,15 @@ class Block(Layer, role="sequence", planned=True):
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
         check_flag(self.name, "checkpoint", checkpoint)
-        check_layer_options(self.name, cell, layer_options, list(defaults_of(self)))
-        factory = {name: layer_options.get(name) for name in ("device", "dtype")}
-        bias = layer_options.get("bias", True)
+        check_layer_options(self.name, cell, options, list(defaults_of(self)))
+        factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
+        bias = options.get("bias", True)
         check_flag(self.name, "bias", bias)
         self.cell = cell
         self.dropout = float(dropout)
         self.checkpoint = checkpoint
         self.input_dims = self.output_dims = dims
-        self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **layer_options)
+        self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
         self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)
         self.mlp = None
@@ -192,7 +206,9 @@ class Block(Layer, role="sequence", planned=True):
         return self._run(x, h, reset, lengths, dt) if done is None else done
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
 
     def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
         if self.checkpoint and self.training and torch.is_grad_enabled():

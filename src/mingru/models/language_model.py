@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..check import (
     arguments_checked,
@@ -24,11 +25,11 @@ from ..check import (
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor
+from ..modules.shared import MaybeList, MaybeTensor, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
 from . import files, generation
-from .block import Block, check_layer_options
+from .block import Block, BlockOptions, check_layer_options
 from .state import check_states
 
 
@@ -87,32 +88,35 @@ class LanguageModel(Layer):
     """
 
     @arguments_checked()
-    def __init__(self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Any) -> None:
+    def __init__(
+        self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Unpack[BlockOptions]
+    ) -> None:
         own_options = arguments_of(locals(), "block_options")
         super().__init__()
+        options: dict[str, Any] = {**block_options}
         parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
-        check_layer_options(self.name, block_options.get("cell", "mingru"), block_options, parameters)
+        check_layer_options(self.name, options.get("cell", "mingru"), options, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
         check_flag(self.name, "tied", tied)
-        bidirectional = block_options.get("bidirectional", False)
+        bidirectional = options.get("bidirectional", False)
         remedy = "the reverse direction would read the tokens that are to be predicted"
         require(self.name, "bidirectional", bidirectional is False, "False", repr(bidirectional), remedy)
-        factory: dict[str, Any] = {name: block_options.get(name) for name in ("device", "dtype")}
+        factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         self.vocab_size = vocab_size
         self.tied = tied
         # A copy, so that later changes to the caller's list have no effect.
-        block_config = {name: value for name, value in block_options.items() if name not in factory}
+        block_config = {name: value for name, value in options.items() if name not in factory}
         self.config = own_options | copy.deepcopy(block_config)
         # First, because they check the options.
-        gates = per_layer(self.name, "gate", block_options.pop("gate", "sigmoid"), num_layers)
-        bounds = check_min_decay(self.name, block_options.pop("min_decay", 0.0), gates)
+        gates = per_layer(self.name, "gate", options.pop("gate", "sigmoid"), num_layers)
+        bounds = check_min_decay(self.name, options.pop("min_decay", 0.0), gates)
         # Without the defaults, because a minLSTM has neither option.
-        options = [
+        of_each = [
             ({} if gate == "sigmoid" else {"gate": gate}) | ({"min_decay": bound} if bound else {})
             for gate, bound in zip(gates, bounds, strict=True)
         ]
-        blocks = [Block(dims, **block_options, **own) for own in options]
+        blocks = [Block(dims, **options, **own) for own in of_each]
         if "gate" in self.config:
             # Saved, because the default was another one in older versions. None is the default of each gate.
             candidates = {block.rnn.candidate for block in blocks}
@@ -120,7 +124,7 @@ class LanguageModel(Layer):
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
         self.num_states = self.blocks.num_states
-        self.norm = NORMS[block_options.get("norm", "rms")](dims, **factory)
+        self.norm = NORMS[options.get("norm", "rms")](dims, **factory)
         self.head = None if tied else nn.Linear(dims, vocab_size, bias=False, **factory)
         self._initialize_embedding()
 
@@ -154,7 +158,9 @@ class LanguageModel(Layer):
         return self._logits(y), state
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head

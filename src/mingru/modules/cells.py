@@ -12,7 +12,7 @@ from .mingru import MinGRU
 from .minlstm import MinLSTM
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
-from .shared import MaybeList, MaybeTensor, reshaped
+from .shared import MaybeList, MaybeTensor, reshaped, typed_as
 from .stacked import as_sequence
 
 ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
@@ -28,7 +28,9 @@ class RecurrentCell(Recurrent, role="step"):
         return self._new_state(x, h, reset, dt) if done is None else done[1][0]
 
     if TYPE_CHECKING:
-        __call__ = forward  # type: ignore[assignment]
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...  # type: ignore[override]
 
     def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)

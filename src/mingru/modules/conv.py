@@ -23,7 +23,7 @@ from ..ops.call import Layout
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import Candidate, Gate, Gates, Memory, arguments_of
-from .shared import MaybeList, MaybeTensor, Outputs, reshaped
+from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 from .stacked import Stacked, as_sequence
 
 
@@ -69,7 +69,9 @@ class MinConv(Stacked, role="sequence"):
         return self._run_layers(x, h, reset, Layout(not self.batch_first))
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
 
     def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout) -> Outputs:
         """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
@@ -166,7 +168,9 @@ class MinConvCell(MinConv, role="step"):
         return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
 
     if TYPE_CHECKING:
-        __call__ = forward  # type: ignore[assignment]
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...  # type: ignore[override]
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import inf
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -18,6 +18,23 @@ Gates = Gate | Sequence[Gate]
 Norm = Literal["layer", "rms"]
 Memory = float | Sequence[float]
 Residual = bool | Literal["highway"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of `MinGRU` and `MinLSTM` that a block passes on, for type checkers."""
+
+    bias: bool
+    bidirectional: bool
+    candidate: Candidate | None
+    gate: Gates
+    min_decay: float | Sequence[float]
+    learn_initial_state: bool
+    memory: Memory | None
+    recompute: bool | None
+    forget_bias: float
+    normalize: bool
+    device: Any
+    dtype: torch.dtype | None
 
 
 def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -15,9 +15,15 @@ MaybeTensor = Tensor | None
 MaybeList = list[Tensor] | None
 # What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
 Steps = TypeVar("Steps", Tensor, PackedSequence)
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 # The output of a layer, and its last states; or None if they are not yet computed.
 Outputs = tuple[Tensor, list[Tensor]]
 Result = Outputs | None
+
+
+def typed_as(forward: Forward) -> Callable[[Any], Forward]:
+    """Give `__call__` the type of `forward`, for type checkers: some of them ignore what `__call__ = forward` says."""
+    return lambda _: forward
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
