@@ -59,7 +59,7 @@ def is_autocast(x: Tensor) -> bool:
 
 @scripted_as(_no)
 def is_old_onnx() -> bool:
-    """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate scripted functions."""
+    """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate most scripted functions."""
     return bool(is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
@@ -114,17 +114,23 @@ def _is_statically_true(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def for_trace(function: Callable[P, T]) -> Callable[P, T]:
-    """Script the function while tracing, so that the trace keeps its branches and loops for other sizes."""
+def for_trace(of_old_onnx: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Script the function while tracing, so that the trace keeps its branches and loops for other sizes.
 
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        own = _scripted(function) if is_tracing() and not is_old_onnx() else function
-        return own(*args, **kwargs)
+    The older ONNX exporter can only translate functions that are scripted for it (`of_old_onnx`).
+    """
 
-    # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
-    vars(run).update({private.SCRIPT_IF_TRACING: True, private.ORIGINAL: function})
-    return run
+    def decorated(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            own = _scripted(function) if is_tracing() and is_old_onnx() == of_old_onnx else function
+            return own(*args, **kwargs)
+
+        # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
+        vars(run).update({private.SCRIPT_IF_TRACING: True, private.ORIGINAL: function})
+        return run
+
+    return decorated
 
 
 @functools.cache

@@ -138,7 +138,7 @@ def pack(padded: Tensor, index: Tensor) -> Tensor:
     return padded.flatten(0, 1).index_select(0, index.to(padded.device))
 
 
-@for_trace
+@for_trace()
 def packing_of(lengths: Tensor, x: Tensor, time_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return `batch_sizes`, the batch index of each packed sequence, and the index of each packed step.
 
@@ -214,7 +214,7 @@ def of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
     return following.t() if layout.time_first else following
 
 
-@for_trace
+@for_trace()
 def _of_next_packed_step(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tensor:
     offsets = batch_sizes.cumsum(0) - batch_sizes
     batch = torch.arange(int(batch_sizes[:1].sum()), device=batch_sizes.device)
@@ -224,7 +224,7 @@ def _of_next_packed_step(x: Tensor, at_end: Tensor, batch_sizes: Tensor) -> Tens
     return at_end.index_copy(0, before.to(x.device), x.index_select(0, after.to(x.device)))
 
 
-@for_trace
+@for_trace()
 def _of_first_packed_step(x: Tensor, batch_sizes: Tensor) -> Tensor:
     """Return the value of the first step of each packed step's sequence."""
     batch = torch.arange(int(batch_sizes[:1].sum()), device=batch_sizes.device)

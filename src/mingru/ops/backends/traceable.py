@@ -21,7 +21,7 @@ from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
 from ..private import is_exporting
 from ..scan import LinearScan
-from ..shape import States, along, empty_states, one_like, plus_times, times
+from ..shape import States, along, empty_states, plus_times, times
 
 
 def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
@@ -35,14 +35,14 @@ def _of_cell(call: Call) -> States:
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 
-@for_trace
+@for_trace()
 def traced_recurrence(spec: SpecTuple, inputs: list[Tensor], start: StartTuple, layout: LayoutTuple) -> States:
     """Call `recurrence` from a trace."""
     call = call_of(spec, inputs, start, layout)
     return recurrence(call.spec, inputs, call.start, call.layout)
 
 
-@for_trace
+@for_trace()
 def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool) -> States:
     """Compute h_t = a_t h_{t-1} + b_t. a, b and h have the same dtype."""
     if b.numel() == 0:
@@ -52,67 +52,84 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: 
 
 def scan(call: LinearScan) -> States:
     """Compute the scan."""
-    out, last = _scan(call.a, call.b, call.h.squeeze(1), call.reset, call.reverse, call.parts)
-    return out, last.unsqueeze(1)
+    return _scan(call.a, call.b, call.h, call.reset, call.reverse, call.parts)
 
 
 def chunk_size() -> int:
-    """Return the number of steps of a chunk. A function, because TorchScript cannot read a global number."""
+    """Return the largest number of steps of a chunk. A function, because TorchScript cannot read a global number."""
     return 16
 
 
-def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
-    """Return the states (B, S, *) and the last state (B, *); h (B, *) is the state before the first step."""
-    num_steps, chunk = b.size(1), chunk_size()
-    if _is_short(num_steps, chunk):
-        resets = [] if reset is None else _in_order(list(reset.unbind(1)), reverse)
-        steps = _in_order(list(a.unbind(1)), reverse), _in_order(list(b.unbind(1)), reverse)
-        states = _step(steps[0], steps[1], resets, h, parts)
-        return torch.stack(_in_order(states, reverse), 1), states[-1]
+def most_steps() -> int:
+    """Return the longest sequence that a graph supports if its length has no bound. `export.onnx` changes it."""
+    return 1 << 28
 
-    # One or two more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
-    num_chunks = num_steps // chunk + 2
+
+def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
+    """Return the states (B, S, *) and the last state (B, 1, *); h (B, 1, *) is the state before the first step."""
+    num_steps = b.size(1)
+    chunk = _steps_of_a_chunk(num_steps)
+    if _is_few(num_steps) or (is_old_onnx() and num_steps == 1):
+        resets = [] if reset is None else _split(reset, 1, reverse)
+        states = _step(_split(a, 1, reverse), _split(b, 1, reverse), resets, h, parts)
+        return torch.cat(_in_order(states, reverse), 1), states[-1]
+
+    num_chunks = (num_steps + chunk - 1) // chunk
+    has_view = is_scripting() or is_old_onnx() or _is_few(num_chunks)
+    if not has_view:
+        # One or two more than needed, so that the size is never 1: export would add a guard on a size that may be 1.
+        num_chunks = num_steps // chunk + 2
     more = num_chunks * chunk - num_steps
-    # A decay of 1 and an input of 0 keep the state.
-    a_t = _step_by_step(_padded_with_ones(a, more, parts), num_chunks, chunk, reverse)
-    b_t = _step_by_step(_padded(b, more, 0.0), num_chunks, chunk, reverse)
-    resets = [] if reset is None else _step_by_step(_padded(reset, more, 0.0), num_chunks, chunk, reverse)
+    # The padding is scanned after all steps, in either direction.
+    padding = [more, 0] if reverse else [0, more]
+    a_t = _step_by_step(a, padding, num_chunks, chunk, reverse, has_view)
+    b_t = _step_by_step(b, padding, num_chunks, chunk, reverse, has_view)
+    resets = [] if reset is None else _step_by_step(reset, padding, num_chunks, chunk, reverse, has_view)
     local = [b_t[0]] + _step(a_t[1:], b_t[1:], resets[1:], b_t[0], parts)  # noqa: RUF005 (not in TorchScript)
     decay, seen_reset = _cumulative_decays(a_t, resets, parts)
-    before, last = _combined(decay[-1], local[-1], None if reset is None else seen_reset[-1], h, reverse, parts)
-    carry_in = before.unsqueeze(2)
+    of_chunks = None if reset is None else seen_reset[-1]
+    carry_in = _carry_in(decay[-1], local[-1], of_chunks, h.unsqueeze(2), reverse, parts, chunk)
     if reset is not None:
-        mask = along(torch.stack(_in_order(seen_reset, reverse), 2), carry_in)
+        mask = along(torch.cat(_in_order(seen_reset, reverse), 2), carry_in)
         carry_in = torch.where(mask, 0.0, carry_in)
-    all_local, all_decays = torch.stack(_in_order(local, reverse), 2), torch.stack(_in_order(decay, reverse), 2)
+    all_local, all_decays = torch.cat(_in_order(local, reverse), 2), torch.cat(_in_order(decay, reverse), 2)
     out = plus_times(all_local, all_decays, carry_in, parts)
     # Not `flatten`, because it has no rule for `is_grads_batched`.
     shape = [out.size(0), -1] + list(out.shape[3:])  # noqa: RUF005 (not in TorchScript)
     # Not a slice, because it would depend on which of two lengths is smaller. Not `pad`, because ExecuTorch refuses
     # negative numbers.
-    return out.reshape(shape).index_select(1, torch.arange(num_steps, device=out.device)), last
+    out = out.reshape(shape).index_select(1, torch.arange(num_steps, device=out.device) + padding[0])
+    # A copy, so that the state can be overwritten.
+    return out, (out[:, :1] if reverse else out[:, -1:]).clone()
 
 
-def _is_short(num_steps: int, chunk: int) -> bool:
-    """Return whether the number of steps is at most `chunk` and, in a captured graph, fixed."""
+def _steps_of_a_chunk(num_steps: int) -> int:
+    """Return the square root of the length if it is known, because a graph then has the fewest operations."""
+    if not is_old_onnx():
+        for size in range(2, chunk_size()):
+            if most_steps() <= size * size or is_true_for_all_sizes(num_steps <= size * size):
+                return size
+    return chunk_size()
+
+
+def _is_few(count: int) -> bool:
+    """Return whether a number of steps or chunks is at most `chunk_size` and, in a captured graph, fixed."""
     if is_old_onnx():
-        return num_steps == 1
-    for count in range(chunk + 1):  # noqa: SIM110 (not in TorchScript)
-        if is_true_for_all_sizes(num_steps == count):
+        return False
+    for number in range(chunk_size() + 1):  # noqa: SIM110 (not in TorchScript)
+        if is_true_for_all_sizes(count == number):
             return True
     return False
 
 
-def _reaches(distance: int, count: int) -> bool:
-    """Return whether recursive doubling has covered all chunks."""
-    if is_old_onnx():
-        return False
-    known = is_true_for_all_sizes(distance >= count)
+def _reaches(distance: int, count: int, chunk: int) -> bool:
+    """Return whether recursive doubling has covered all chunks, or all that the graph supports."""
     if is_scripting():
-        return known
+        return distance >= count
     else:
         # `torch.compile` may add guards: one more graph for more than 4096 steps, and one for more than a million.
         may_guard = distance in (1 << 8, 1 << 16) and not is_exporting()
+        known = distance > most_steps() // chunk + 2 or is_true_for_all_sizes(distance >= count)
         return known or (may_guard and distance >= count)
 
 
@@ -121,27 +138,23 @@ def _in_order(steps: list[Tensor], reverse: bool) -> list[Tensor]:
     return steps[::-1] if reverse else steps
 
 
-def _padded(x: Tensor, more: int, value: float) -> Tensor:
-    """Append `more` steps to dimension 1."""
+def _split(x: Tensor, dim: int, reverse: bool) -> list[Tensor]:
+    """Split a dimension into tensors of size 1. They keep it, because ONNX would need a node to remove each."""
+    return _in_order(list(torch.split(x, 1, dim)), reverse)
+
+
+def _step_by_step(
+    x: Tensor, padding: list[int], num_chunks: int, chunk: int, reverse: bool, has_view: bool
+) -> list[Tensor]:
+    """Pad (B, S, *), and split it into tensors (B, C, 1, *): the first steps of all chunks, the second steps, ..."""
     # F.pad takes the last dimension first.
-    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, more], value=value)
-
-
-def _padded_with_ones(a: Tensor, more: int, parts: int) -> Tensor:
-    if parts == 1:
-        return _padded(a, more, 1.0)
-    others = [_padded(a.select(-1, part), more, 0.0) for part in range(1, parts)]
-    return torch.stack([_padded(a.select(-1, 0), more, 1.0)] + others, -1)  # noqa: RUF005 (not in TorchScript)
-
-
-def _step_by_step(x: Tensor, num_chunks: int, chunk: int, reverse: bool) -> list[Tensor]:
-    """Split (B, C * chunk, *) into `chunk` tensors (B, C, *): the first steps of all chunks, the second steps, ..."""
-    if is_scripting():
+    x = F.pad(x, [0, 0] * (x.dim() - 2) + padding)
+    if has_view:
         # One view, because its gradient is a single copy.
-        return _in_order(list(torch.unflatten(x, 1, [num_chunks, chunk]).unbind(2)), reverse)
-    else:
-        # Slices, because a captured graph cannot prove that the view is valid for every C.
-        return _in_order([x[:, step::chunk] for step in range(chunk)], reverse)
+        shape = [x.size(0), num_chunks, chunk] + list(x.shape[2:])  # noqa: RUF005 (not in TorchScript)
+        return _split(x.reshape(shape), 2, reverse)
+    # Slices, because a captured graph cannot prove that the view is valid for every C.
+    return _in_order([x[:, step::chunk].unsqueeze(2) for step in range(chunk)], reverse)
 
 
 def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, parts: int) -> list[Tensor]:
@@ -169,44 +182,54 @@ def _cumulative_decays(a: list[Tensor], resets: list[Tensor], parts: int) -> tup
     return decays, seen_reset
 
 
-def _combined(decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, parts: int) -> States:
-    """Return the carry-in of each chunk (B, C, *) and the last state (B, *) from the results of the chunks.
-
-    decay and state (B, C, *) are the cumulative decay and the last state of each chunk, computed from a state of 0.
-    `seen_reset` (B, C) marks chunks that contain a reset.
-    """
-    first = h.unsqueeze(1)
-    state = torch.cat([state, first] if reverse else [first, state], 1)
-    one = one_like(first, parts)
-    decay = torch.cat([decay, one] if reverse else [one, decay], 1)
-    if seen_reset is not None:
-        no_reset = torch.zeros_like(seen_reset[:, :1])
-        seen_reset = torch.cat([seen_reset, no_reset] if reverse else [no_reset, seen_reset], 1)
-    count = state.size(1)
-    positions = torch.arange(count, device=state.device)
+@for_trace(of_old_onnx=True)
+def _doubled(
+    decay: Tensor, state: Tensor, reset: Tensor | None, h: Tensor, reverse: bool, parts: int, chunk: int
+) -> Tensor:
+    """Return the carry-in of each chunk by recursive doubling; see `_carry_in`."""
+    # The states before h are 0, so that all sources exist.
+    zero = torch.zeros_like(h)
+    state = torch.cat([state, h, zero] if reverse else [zero, h, state], 1)
+    decay = torch.cat([decay, zero, zero] if reverse else [zero, zero, decay], 1)
+    count = state.size(1) - 1
+    positions = torch.arange(count + 1, device=state.device)
     distance = 1
-    # At most 268 million steps in a graph whose length has no bound.
-    while distance < 1 << 24 and not _reaches(distance, count):
-        sources = positions + distance if reverse else positions - distance
-        # Chunks with fewer than `distance` chunks before them are complete; their decay is no longer used.
-        stop = (sources != sources.clamp(0, count - 1)).unsqueeze(0)
-        sources = sources.clamp(0, count - 1)
-        if seen_reset is not None:
-            stop = stop | seen_reset
-        state = plus_times(state, decay, state.index_select(1, sources).masked_fill(along(stop, state), 0.0), parts)
-        decay = times(decay, decay.index_select(1, sources), parts)
-        if seen_reset is not None:
-            decay = decay.masked_fill(along(seen_reset, decay), 0.0)
-            seen_reset = seen_reset | seen_reset.index_select(1, sources)
-        distance *= 2
-    if not is_scripting():
-        if is_exporting():
-            # NaN, because otherwise nothing would show that a sequence is longer than the graph supports.
-            state = state.masked_fill(positions[-1] >= distance, torch.nan)
-    if reverse:
-        return state[:, 1:], state[:, 0]
+    if reset is None:
+        while not _reaches(distance, count, chunk):
+            sources = (positions + (distance if reverse else -distance)).clamp(0, count)
+            state = plus_times(state, decay, state.index_select(1, sources), parts)
+            decay = times(decay, decay.index_select(1, sources), parts)
+            distance *= 2
     else:
-        return state[:, :-1], state[:, -1]
+        no_reset = torch.zeros_like(reset[:, :1])
+        seen = torch.cat([reset, no_reset, no_reset] if reverse else [no_reset, no_reset, reset], 1)
+        while not _reaches(distance, count, chunk):
+            sources = (positions + (distance if reverse else -distance)).clamp(0, count)
+            state = plus_times(state, decay, state.index_select(1, sources).masked_fill(seen, 0.0), parts)
+            decay = times(decay, decay.index_select(1, sources), parts).masked_fill(seen, 0.0)
+            seen = seen | seen.index_select(1, sources)
+            distance *= 2
+    if not is_scripting():
+        if is_exporting() and not is_true_for_all_sizes(distance >= count):
+            # NaN, because otherwise nothing would show that a sequence is longer than the graph supports.
+            state = state.masked_fill(positions[-1] > distance, torch.nan)
+    return state[:, 1:-1]
+
+
+def _carry_in(
+    decay: Tensor, state: Tensor, seen_reset: Tensor | None, h: Tensor, reverse: bool, parts: int, chunk: int
+) -> Tensor:
+    """Return the carry-in of each chunk, (B, C, 1, *), from h (B, 1, 1, *) and the results of the chunks.
+
+    decay and state (B, C, 1, *) are the cumulative decay and the last state of each chunk, computed from a state of 0.
+    `seen_reset` (B, C, 1) marks chunks that contain a reset.
+    """
+    if not _is_few(state.size(1)):
+        mask = None if seen_reset is None else along(seen_reset, state)
+        return _doubled(decay, state, mask, h, reverse, parts, chunk)
+    decays, resets = _split(decay, 1, reverse)[:-1], [] if seen_reset is None else _split(seen_reset, 1, reverse)
+    states = [h] + _step(decays, _split(state, 1, reverse)[:-1], resets, h, parts)  # noqa: RUF005 (not in TorchScript)
+    return torch.cat(_in_order(states, reverse), 1)
 
 
 BACKEND = Backend(scan=scan)
