@@ -12,7 +12,6 @@ from mingru.ops import graph
 collect_ignore_glob = ["src/mingru/integrations/*.py", "tests/*/conftest.py"]
 collect_ignore = [
     *(f"src/mingru/ops/backends/triton/{name}.py" for name in ("math", "cells", "scan", "kernels")),
-    "src/mingru/model_repository.py",
     "tests/ops/compiling.py",
 ]
 

@@ -226,8 +226,7 @@ def export(model: Denoiser) -> Any:
         # torch warns about the weights of nn.GRU.
         warnings.simplefilter("ignore")
         path = Path(folder, "step.onnx")
-        # A batch of 2 or more in the example, so that the file takes any batch.
-        example = (torch.rand(3, 1, NUM_FREQUENCIES), model.initial_state.repeat_interleave(3, 1))
+        example = (torch.rand(1, 1, NUM_FREQUENCIES), model.initial_state)
         mingru.export.onnx(model, example, path, kind="step")
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,12 +19,18 @@ from torch.nn.utils.rnn import PackedSequence
 from .check import arguments_checked, check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
-from .modules.layer import Dims, Layer, is_bidirectional
+from .modules.layer import Layer, is_bidirectional
+from .ops.backends import traceable
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
 
-__all__ = ["onnx", "triton"]
+__all__ = ["onnx"]
 
 _NAME = "export.onnx"
+
+
+def __getattr__(name: str) -> Any:
+    remedy = "; see 'Serving streams' in the documentation, which writes its files with export.onnx"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + remedy * (name == "triton"))
 
 
 @arguments_checked(function=_NAME)
@@ -40,8 +45,9 @@ def onnx(
 ) -> None:
     """Export a model to an ONNX file, for whole sequences or for one step.
 
-    The batch size is dynamic, and so is the number of steps of a sequence. The file has no custom operators and no
-    loops, and runs without this library. The model is exported in eval mode; its training mode is restored afterwards.
+    Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence. The file has no
+    custom operators and no loops, and runs without this library. The model is exported in eval mode; its training mode
+    is restored afterwards.
 
     Args:
         model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
@@ -54,17 +60,15 @@ def onnx(
             the model exceeds 2 GB, its weights are in a second file, with `.data` added to the name.
         kind: "sequence": x has any number of steps. "step": x is one step, (B, 1, I) for a layer and (B, I) for a cell,
             and the state is an input and an output. If `example_inputs` has no state, the state that the model returns
-            is used as the example. The `forward` of your own model must then name that argument `h`, `hx`, `state` or
-            `hidden`. For a cell, both kinds give the same graph, except for that state. A bidirectional layer cannot
-            compute steps.
-        max_steps: Longest sequence that the file supports, at least 2; only for "sequence". A lower maximum makes the
-            file smaller and faster: each doubling adds about twelve operations for each layer and direction. Longer
-            sequences may give NaN. Default: 268 million.
+            is used as the example; the example of your own model must have one. For a cell, both kinds give the same
+            graph, except for that state. A bidirectional layer cannot compute steps.
+        max_steps: Longest sequence that layers in the file support, at least 2; only for "sequence". A lower maximum
+            makes the file smaller and faster: each doubling adds about eight operations for each layer and direction.
+            Longer sequences may give NaN. It does not matter for a layer whose number of steps is fixed. Default: 268
+            million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
-            added for "step". Default for classes of this library: batch and time. Default for your own model: dimension
-            0 of x (batch), dimension 1 for "sequence" (time), and every dimension of another input whose size equals
-            one of these in the example, unless `forward` fixes it. If the example of your own model has other inputs
-            than x, a batch or time of 1 is fixed.
+            added for "step". Default for classes of this library: batch and time. Default for your own model: none, so
+            that all sizes are those of the example. The exporter fixes a size of 1 in the example.
 
     Returns:
         None. The names in the file are:
@@ -78,8 +82,8 @@ def onnx(
         ModuleNotFoundError: onnx or onnxscript is missing; run `pip install ".[onnx]"` in a clone of the repository.
         TypeError: An argument has the wrong type.
         ValueError: The kind is unknown, the folder does not exist, x has more than one step or the model is
-            bidirectional for "step", or `max_steps` is below the length of the example. Errors of the model's `forward`
-            pass through.
+            bidirectional for "step", the example of your own model has no state for "step", or `max_steps` is below the
+            length of the example. Errors of the model's `forward` pass through.
         torch.onnx.errors.OnnxExporterError: PyTorch cannot export the model.
 
     Numerics:
@@ -97,16 +101,15 @@ def onnx(
         ...     os.listdir(folder)
         ['step.onnx']
     """
-    target = _checked(model, example_inputs, path, kind, max_steps, dynamic_shapes)
-    with in_eval_mode(list(model.modules())), torch.no_grad(), _quiet():
+    args, target = _checked(model, example_inputs, path, kind, max_steps)
+    with in_eval_mode(list(model.modules())), torch.no_grad(), _exporting(max_steps):
         # Not only the attribute `training`, because a module may define `eval` or `train`.
         model.eval()
-        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        if dynamic_shapes is None and not _is_ours(model) and all(arg is None for arg in args[1:]):
-            # The exporter would fix a size of 1. With other inputs, their sizes would have to change too.
-            args = (_enlarged(range(min(args[0].dim(), 2 if kind == "sequence" else 1)), args[0]), *args[1:])
-        args, outputs = _with_state(model, args, kind)
-        if dynamic_shapes is None:
+        # Called before all other checks, so that an error of the model is raised first.
+        outputs = model(*args)
+        if kind == "step" or (len(args) > 1 and args[1] is not None):
+            args = _with_state(model, args, outputs)
+        if _is_ours(model) and dynamic_shapes is None:
             args, dynamic_shapes = _with_dynamic_shapes(model, args, kind, max_steps)
         named = inspect.signature(model.forward).bind(*args).arguments
         given = {name: arg for name, arg in named.items() if arg is not None}
@@ -142,56 +145,35 @@ def _is_ours(model: nn.Module) -> TypeGuard[Layer]:
     return isinstance(model, Layer) and (model.role != "custom" or is_language_model)
 
 
-def _with_state(model: nn.Module, args: tuple[Any, ...], kind: str) -> tuple[tuple[Any, ...], Any]:
-    """Return the inputs, with a state for "step", and the outputs."""
-    # Called before all other checks, so that an error of the model is raised first.
-    outputs = model(*args)
-    has_state = len(args) > 1 and args[1] is not None
-    if not has_state and kind == "sequence":
-        return args, outputs
-    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
-    is_state = isinstance(outputs, Tensor) or (_is_ours(model) and model.role == "step")
-    state = outputs if is_state else outputs[1] if is_pair else None
-    if not has_state:
-        second = list(inspect.signature(model.forward).parameters)[1:2]
-        is_valid = state is not None and (_is_ours(model) or second in (["h"], ["hx"], ["state"], ["hidden"]))
-        expected = "(x, h) because kind is 'step' and the model does not have the form forward(x, h) -> (out, h)"
-        require(_NAME, "example_inputs", is_valid, expected, "only x")
-    elif _is_ours(model):
-        # The example state may have size 1 instead of the number of layers or sequences.
-        state = pytree.tree_map(Tensor.expand_as, args[1], state)
-    else:
-        return args, outputs
-    return (args[0], state, *args[2:]), outputs
+def _with_state(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> tuple[Any, ...]:
+    """Return the inputs with a state: for a class of this library, one of the shape that the model returns."""
+    h = args[1] if len(args) > 1 else None
+    if not _is_ours(model):
+        expected = "(x, h, ...) because kind is 'step' and the model is not a class of this library"
+        require(_NAME, "example_inputs", h is not None, expected, "only x")
+        return args
+    state = outputs if model.role == "step" else outputs[1]
+    # The example state may have size 1 instead of the number of layers or sequences.
+    return (args[0], state if h is None else pytree.tree_map(Tensor.expand_as, h, state), *args[2:])
 
 
 def _with_dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kind: str, max_steps: int | None
+    model: Layer, args: tuple[Any, ...], kind: str, max_steps: int | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
-    x = args[0]
-    layout = model.dims_of(x) if _is_ours(model) else Dims(0, 1 if x.dim() > 1 else None, None)
+    x, layout = args[0], model.dims_of(args[0])
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
-    if kind == "sequence" and layout.time is not None:
+    if layout.time is None:
+        require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
+    elif kind == "sequence":
         num_steps = x.shape[layout.time]
         is_enough = max_steps is None or num_steps <= max_steps
-        expected = f"at least the {num_steps} steps of the example"
-        require(_NAME, "max_steps", is_enough, expected, str(max_steps))
-        of_x[layout.time] = Dim("time", max=max_steps)
+        require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
+        of_x[layout.time] = Dim("time")
     else:
-        require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
-    if not _is_ours(model):
-        of_x = {dim: name for dim, name in of_x.items() if x.shape[dim] > 1}
-        sizes = [x.shape[dim] for dim in of_x]
-
-        def of_other(other: Any) -> dict[int, Any]:
-            return {dim: Dim.AUTO for dim, size in enumerate(getattr(other, "shape", ())) if size in sizes}
-
-        return args, (of_x, *pytree.tree_map(of_other, args[1:]))
-    if kind == "step" and layout.time is not None:
         expected = f"of one step in dimension {layout.time} because kind is 'step'"
         remedy = f"use x.narrow({layout.time}, 0, 1)"
         require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
@@ -229,15 +211,17 @@ def _numbered(name: str, value: object) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence messages about PyTorch's internals."""
-    logger = logging.getLogger(ONNX_REGISTRATION_LOG)
+def _exporting(max_steps: int | None) -> Iterator[None]:
+    """Set the longest sequence, and silence messages about PyTorch's internals."""
+    logger, most_steps = logging.getLogger(ONNX_REGISTRATION_LOG), traceable.most_steps
     logger.addFilter(_is_relevant)
+    vars(traceable).update(most_steps=most_steps if max_steps is None else lambda: max_steps)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
+        vars(traceable).update(most_steps=most_steps)
         logger.removeFilter(_is_relevant)
 
 
@@ -245,8 +229,8 @@ def _is_relevant(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("torchvision is not installed. Skipping torchvision::")
 
 
-def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any, dynamic_shapes: Any) -> Path:
-    """Check the arguments and return the path of the file."""
+def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any) -> tuple[Any, Path]:
+    """Check the arguments, and return those of `forward` and the path of the file."""
     require(_NAME, "kind", kind in ("sequence", "step"), "'sequence' or 'step'", repr(kind))
     wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
     remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
@@ -254,11 +238,9 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
     require(_NAME, "model", is_module, "a torch.nn.Module", type(model).__name__, remedy, TypeError)
     is_possible = kind == "sequence" or not is_bidirectional(model)
     require(_NAME, "kind", is_possible, "'sequence' because the model is bidirectional", repr(kind))
-    _check_example(example_inputs)
+    args = _checked_example(example_inputs)
     if max_steps is not None:
-        got, remedy = repr(max_steps), f"use Dim(..., max={max_steps})"
-        require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", got)
-        require(_NAME, "max_steps", dynamic_shapes is None, "None because dynamic_shapes is given", got, remedy)
+        require(_NAME, "max_steps", kind != "step", "None because kind is 'step'", repr(max_steps))
         check_int(_NAME, "max_steps", max_steps, least=2)
     is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
     require(_NAME, "path", is_path, "a str or os.PathLike", type(path).__name__, error=TypeError)
@@ -276,10 +258,10 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
                 "the repository, or use torch.export.export or torch.jit.script, which do not need them",
                 name=error.name,
             ) from None
-    return target
+    return args, target
 
 
-def _check_example(example_inputs: object) -> None:
+def _checked_example(example_inputs: object) -> tuple[Any, ...]:
     expected = "a tensor x, or a tuple such as (x, h, reset, lengths, dt)"
     packed = isinstance(example_inputs, PackedSequence)
     remedy = "ONNX has no packed sequences; pass the padded tensor" if packed else ""
@@ -296,75 +278,4 @@ def _check_example(example_inputs: object) -> None:
             check_type(_NAME, argument, leaf, (Tensor, type(None)), "tensors or None", remedy)
         if isinstance(arg, Tensor):
             require(_NAME, argument, arg.numel() > 0, "a non-empty tensor", dims(arg.shape))
-
-
-@arguments_checked(function="export.triton")
-def triton(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
-    folder: str | os.PathLike[str],
-    *,
-    max_batch_size: int = 32,
-    max_sequences: int = 1024,
-    max_idle_seconds: int = 60,
-) -> None:
-    """Export one step of a model for Triton Inference Server, which then keeps the state of each sequence.
-
-    The server begins each sequence with `model.initial(1)`, and passes the state that a step returns to the next step
-    of the same sequence. It computes steps of different sequences in one batch.
-
-    Args:
-        model: Layer, cell or model of this library, except convolutional ones, or a module with the same methods:
-            `initial(batch)`, and `forward(x, h, ...)`, which returns the output and the new state.
-        example_inputs: Arguments of one step, as of `export.onnx` with kind="step". A state is not used.
-        folder: Folder of the model in the server's repository. Its name is that of the model. If the folder does not
-            exist, it is created, and if it does, its files are replaced when the export has succeeded.
-        max_batch_size: Largest number of sequences in a batch.
-        max_sequences: Largest number of sequences whose states an instance of the model keeps. Others wait until one
-            ends.
-        max_idle_seconds: Seconds without a step after which the server ends a sequence, and forgets its state.
-
-    Returns:
-        None. The folder contains:
-
-        - `1/model.onnx`: The step, as of `export.onnx`, except that the batch is the first dimension of all inputs and
-          outputs: the state of a layer is (B, L * D, 1, H).
-        - `config.pbtxt`: The configuration, with the strategy "oldest" and without control inputs. Clients send all
-          inputs except the states, and receive all outputs except the states. From a cell, they receive the state.
-        - `initial_state`: A file with the initial value of each state.
-
-    Raises:
-        ModuleNotFoundError: onnx or onnxscript is missing, as for `export.onnx`.
-        TypeError: The model has no `initial`, or is bidirectional, or an argument has the wrong type.
-        ValueError: A number is below 1, or an input or output has no batch dimension, or only that one. Errors of
-            `export.onnx` and of the model pass through.
-        NotImplementedError: The model is convolutional.
-
-    Examples:
-        >>> import os, tempfile
-        >>> rnn = mingru.MinGRU(3, 8)
-        >>> with tempfile.TemporaryDirectory() as repository:
-        ...     folder = os.path.join(repository, "rnn")
-        ...     mingru.export.triton(rnn, torch.randn(1, 1, 3), folder)
-        ...     sorted(os.listdir(folder))
-        ['1', 'config.pbtxt', 'initial_state']
-    """
-    name = "export.triton"
-    check_int(name, "max_batch_size", max_batch_size)
-    check_int(name, "max_sequences", max_sequences)
-    check_int(name, "max_idle_seconds", max_idle_seconds)
-    check_type(name, "folder", folder, (str, os.PathLike), "a str or os.PathLike")
-    initial: Any = getattr(model, "initial", None)
-    is_stream = initial is not None and not any(getattr(each, "bidirectional", False) for each in model.modules())
-    expected = "of one direction, with a method initial(batch)"
-    require(name, "model", is_stream, expected, type(model).__name__, error=TypeError)
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
-        states, written = pytree.tree_leaves(initial(1)), Path(temporary) / "model"
-        (written / "1").mkdir(parents=True)
-        onnx(model, (*args[:1], None, *args[2:]), written / "1" / "model.onnx", kind="step")
-        # Needs onnx, which `import mingru` does not.
-        from .model_repository import configure
-
-        configure(name, written, states, max_batch_size, max_sequences, max_idle_seconds)
-        shutil.copytree(written, folder, dirs_exist_ok=True)
+    return args

@@ -58,46 +58,24 @@ def test_litserve(tmp_path):
         server.wait()
 
 
-# Models, and the same with the batch first and resets.
-MODELS = {
-    "MinGRU": (mingru.MinGRU(3, 8, 2, batch_first=False), mingru.MinGRU(3, 8, 2)),
-    "LanguageModel": [mingru.models.LanguageModel(11, 8, 2, conv=3) for _ in range(2)],
-    "MinLSTMCell": (mingru.MinLSTMCell(3, 8), mingru.MinLSTM(3, 8)),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_triton(name, tmp_path):
-    """The schema takes the configuration, and sequences that begin at any step are those of the model."""
+def test_triton(tmp_path, monkeypatch):
+    """The schema takes the configuration of the page, and its names and sizes are those of the file."""
     schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason='pip install "tritonclient[grpc]"')
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     from google.protobuf import text_format
 
-    model, reference = (each.eval().requires_grad_(False) for each in MODELS[name])
-    reference.load_state_dict(model.state_dict())
-    x = torch.randint(11, (3, 9)) if name == "LanguageModel" else torch.randn(3, 9, 3)
-    example, folder = x[:, 0] if name == "MinLSTMCell" else x[:1, :1], tmp_path / "model"
-    mingru.export.triton(model, example, folder, max_batch_size=4, max_sequences=7, max_idle_seconds=9)
-    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
-    batching, (given,), (output,) = config.sequence_batching, config.input, config.output
-    limits = (batching.oldest.max_candidate_sequences, batching.max_sequence_idle_microseconds)
-    assert (config.backend, config.max_batch_size, *limits) == ("onnxruntime", 4, 7, 9_000_000)
-    assert output.data_type == schema.TYPE_FP32
-    assert given.data_type == (schema.TYPE_INT64 if name == "LanguageModel" else output.data_type)
-    first = {}
-    for state in batching.state:
-        (initial,) = state.initial_state
-        assert (initial.dims, initial.data_type) == (state.dims, state.data_type) == (state.dims, output.data_type)
-        data = np.fromfile(folder / "initial_state" / initial.data_file, np.float32)
-        first[state.input_name] = data.reshape(1, *state.dims)
-    step = onnxruntime.InferenceSession(folder / "1/model.onnx", providers=["CPUExecutionProvider"])
-    starts, kept, outs = torch.rand(3, 9) < 0.3, [first] * 3, []
-    for t in range(9):
-        kept = [first if start else states for start, states in zip(starts[:, t], kept, strict=True)]
-        feed = {each: np.concatenate([states[each] for states in kept]) for each in first}
-        feed[given.name] = x[:, t].numpy().reshape(3, *given.dims)
-        found = dict(zip([each.name for each in step.get_outputs()], step.run(None, feed), strict=True))
-        after = {state.input_name: found[state.output_name] for state in batching.state}
-        kept = [{each: after[each][[row]] for each in after} for row in range(3)]
-        outs.append(torch.from_numpy(found[output.name].reshape(3, *output.dims)).flatten(1))
-    torch.testing.assert_close(torch.stack(outs, 1), reference(x, None, starts)[0], rtol=1e-5, atol=1e-5)
+    section = (ROOT / "docs/serving.md").read_text(encoding="utf-8").split("## Triton Inference Server")[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, names)
+    config = text_format.Parse(re.search(r"```text\n(.*?)```", section, re.DOTALL)[1], schema.ModelConfig())
+    (state,) = config.sequence_batching.state
+    (initial,) = state.initial_state
+    given, found = names["step"].get_inputs(), names["step"].get_outputs()
+    names_and_dims = [(each.name, [*each.dims]) for each in (*config.input, *config.output)]
+    names_and_dims += [(name, [*state.dims]) for name in (state.input_name, state.output_name)]
+    values = (given[0], found[0], given[1], found[1])
+    assert [(each.name, each.shape[1:]) for each in values] == names_and_dims
+    assert initial.dims == state.dims and initial.data_type == state.data_type == schema.TYPE_FP32
+    assert (names["folder"] / "initial_state" / initial.data_file).stat().st_size == 4 * np.prod(state.dims)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import assert_equal, small_chunks, tensors
 from mode import mode
+from torch.export import Dim
 
 import mingru
 
@@ -47,9 +48,11 @@ def in_use(case):
 
 @mode("ONNX, whole sequence", [])
 def test_any_batch_and_any_length(case, path):
-    module = in_use(case)
+    module, options = in_use(case), {"max_steps": None if case.time_dim is None else 20}
+    if not isinstance(module, mingru.modules.Layer):
+        options["dynamic_shapes"] = case.dynamic(Dim.AUTO, Dim.AUTO)
     with small_chunks():
-        session = Session(path, module, (case.x(), case.h()), max_steps=None if case.time_dim is None else 20)
+        session = Session(path, module, (case.x(), case.h()), **options)
     for batch, steps in [(1, 1), (3, 17), (2, 20)]:
         x, h = case.x(batch, steps), case.h(batch)
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
@@ -127,6 +130,40 @@ def test_the_old_exporter_of_torch(make, steps, path):
     for size in [(17, 2), (100, 1), (1, 20)] if steps > 1 else [(1, 1)]:
         x = torch.randn(*size, 3, *space)
         assert_equal(session(x), tensors(module(x)), **TOLERANCE)
+
+
+class Bands(torch.nn.Module):
+    """A layer inside a program: over the bands of each frame, in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = mingru.MinGRU(8, 4, bidirectional=True)
+
+    def forward(self, frames, reset):
+        return self.rnn(frames.transpose(1, 2), reset=reset)[0]
+
+
+SIZES = ({0: Dim("frames"), 2: Dim("bands")}, {0: Dim.AUTO, 1: Dim.AUTO})
+
+
+# Those of the exporters of torch.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("export", "options", "most"),
+    [
+        (torch.onnx.export, {"dynamo": False, "input_names": ["frames", "reset"]}, 900),
+        (torch.onnx.export, {"dynamo": True, "verbose": False}, 250),
+        (mingru.export.onnx, {"max_steps": 33, "dynamic_shapes": SIZES}, 400),
+    ],
+)
+def test_a_short_sequence_has_few_nodes(export, options, most, path):
+    """Of a known length, only the steps and levels that it needs."""
+    module = Bands().requires_grad_(False).eval()
+    args = (torch.randn(3, 8, 33), torch.rand(3, 33) < 0.2)
+    args[0][1, :, 7] = torch.nan  # which does not pass a reset
+    session = Session(path, module, args, export, **options)
+    assert_equal(session(*args), [module(*args)], equal_nan=True, **TOLERANCE)
+    assert len(session.model.graph.node) < most
 
 
 @mode("ONNX, single step", ["MinGRU"])

@@ -2,10 +2,11 @@
 
 TorchScript, `torch.export`, ONNX and `torch.compile` capture these functions and differentiate them. A captured graph
 cannot loop over an unknown length, so the number of operations must not depend on the length. The sequence is split
-into C chunks of 16 steps. All chunks are processed in parallel, one step at a time, each from a state of 0; the
-cumulative decay is computed too. Then the last states of the chunks are combined by recursive doubling:
+into C chunks of 16 steps, or fewer if it is known to be short. All chunks are processed in parallel, one step at a
+time, each from a state of 0; the cumulative decay is computed too. Then the last states of the chunks are combined: one
+after the other if their number is known to be small, otherwise by recursive doubling:
 
-    h_c <- h_c + P_c h_{c-d}      P_c <- P_c P_{c-d}      d = 1, 2, 4, ... below C
+    h_c <- h_c + P_c h_{c-d}      P_c <- P_c P_{c-d}      d = 1, 2, 4, ... up to C
 
 h_c and P_c first cover only chunk c, then the last 2, 4, ... chunks. Finally one multiply-add adds the carry-in of each
 chunk. For 0 <= a <= 1 and b >= 0 only non-negative terms are added, so nothing cancels.
