@@ -10,6 +10,7 @@ With `--normalize`, it is normalized by `VecNormalize` of Stable-Baselines3.
 import argparse
 import statistics
 import time
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -25,6 +26,8 @@ from mingru.integrations.sb3 import MinGRUPolicy, MinLSTMPolicy
 from mingru.integrations.torchrl import MinGRUModule, MinLSTMModule
 
 SHAPES = [(16, 64, 64), (32, 256, 128)]
+MODULES = {kind.__name__: kind for kind in (GRUModule, LSTMModule, MinGRUModule, MinLSTMModule)}
+MODULES |= {f'{kind.__name__}, "scan"': partial(kind, recurrent_backend="scan") for kind in (GRUModule, LSTMModule)}
 POLICIES = {"minGRU": MinGRUPolicy, "minLSTM": MinLSTMPolicy, "nn.LSTM": "MlpLstmPolicy"}
 
 
@@ -38,8 +41,8 @@ def passes(shape, seconds):
     """Return the milliseconds of forward and backward over a batch in which episodes begin anywhere."""
     batch, steps, features = shape
     calls = {}
-    for kind in (GRUModule, LSTMModule, MinGRUModule, MinLSTMModule):
-        states = ["h"] if "GRU" in kind.__name__ else ["h", "c"]
+    for name, kind in MODULES.items():
+        states = ["h"] if "GRU" in name else ["h", "c"]
         keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", name) for name in states)]}
         module = kind(features, features, **keys)
         data = {name: torch.zeros(batch, steps, 1, features) for name in states}
@@ -51,7 +54,7 @@ def passes(shape, seconds):
             with set_recurrent_mode(True):
                 module(data.clone(recurse=False))["y"].sum().backward()
 
-        calls[kind.__name__] = call
+        calls[name] = call
     return medians_ms(calls, seconds, 3)
 
 

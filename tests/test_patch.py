@@ -79,7 +79,8 @@ def test_what_a_program_builds():
     assert str(report).splitlines()[0] == f"{__file__}:{line} in __init__: {text[0]}"
     assert not isinstance(model.encoder, nn.GRU)
     assert isinstance(Program().encoder, nn.GRU)
-    hint = "one plain layer remembers less than torch's: try num_layers=2, norm='rms', residual=True"
+    hint = "one plain layer remembers less than torch's: try norm='rms', residual=True, and num_layers=2 if the program"
+    hint += " neither passes nor reads states"
     assert "plain" not in str(report)
     with patch() as plain, patch(norm="rms", gru=False):
         nn.LSTM(IN, H)

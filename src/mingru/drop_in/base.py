@@ -53,6 +53,8 @@ class DropIn(Recurrent):
     mistake: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
     remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
+    num_layers_of_program = 0
+    """Number of layers that the program asked for, if `patch` or `replace` built this layer."""
 
     def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
         name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
@@ -118,6 +120,9 @@ class DropIn(Recurrent):
                 remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
             elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
                 remedy = "batch_first applies to the input only; the state is always (L * D, B, H)"
+            elif hx.shape == (self.num_layers_of_program * self.num_directions, *shape[1:]):
+                given = f"num_layers={self.num_layers} in place of the program's {self.num_layers_of_program}"
+                remedy = f"patch or replace got {given}, which makes states of its own: leave num_layers out"
             raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
         self._check_as("hx", hx, x, "input", RuntimeError)
 
@@ -135,7 +140,16 @@ class DropIn(Recurrent):
             if OF_TORCH.fullmatch(name) is None:
                 raise
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
+        if name == "_all_weights":
+            remedy = "in place of TorchRL's GRUModule and LSTMModule, use those of mingru.integrations.torchrl"
         raise AttributeError(f"{self.name}: no attribute {name!r}, because the weights are others; {remedy}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter that nothing reads would be trained and saved. Torch sets buffers by their names.
+        if OF_TORCH.fullmatch(name) and (isinstance(value, torch.nn.Parameter) or name not in self._buffers):
+            remedy = "initialize or share the parameters of rnn.layers"
+            raise AttributeError(f"{self.name}: {name!r} cannot be set, because the weights are others; {remedy}")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         defaults = defaults_of(self)

@@ -24,7 +24,7 @@ from torch import nn
 from ..check import check_flags
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
-from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
 
 # A layer as its report has it, with none of the options that help it to learn.
 _PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers|norm|residual)=)")
@@ -42,7 +42,8 @@ class PatchReport(NamedTuple):
         lines = [f"{place}: {layer}" for layer, place in self.built]
         lines += [f"{name} not replaced: {why}" for name, why in self.left]
         if any(_PLAIN.search(layer) for layer, _ in self.built):
-            lines.append("one plain layer remembers less than torch's: try num_layers=2, norm='rms', residual=True")
+            lines.append("one plain layer remembers less than torch's: try norm='rms', residual=True, and num_layers=2")
+            lines[-1] += " if the program neither passes nor reads states"
         return "\n".join(lines) or "nothing built"
 
 
@@ -129,8 +130,7 @@ class StandIn(ABCMeta):
             bound = signature(twin).bind(*args, **kwargs)
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
-        bound.arguments.update(converted(bound.arguments) | patch.wanted[cls.of_torch])
-        layer = twin(*bound.args, **bound.kwargs)
+        layer = built(cls.of_torch, converted(bound.arguments), patch.wanted[cls.of_torch])
         # Nobody reads the report of an inherited block, which would grow for ever.
         if patch not in _INHERITED:
             frame = sys._getframe(1)

@@ -4,10 +4,11 @@ import inspect
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..check import check_type, expectation, require
-from .twins import SUBCLASS, TWINS, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
 
 
 class Report(NamedTuple):
@@ -44,7 +45,8 @@ def replace(
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
         `left` has (qualified name, layer, reason) for each recurrent layer of torch that is not replaced: subclasses,
-        those that `gru` or `lstm` exclude, and `torch.nn.RNN`. If nothing is replaced, a warning says so.
+        scripted layers, those that `gru` or `lstm` exclude, and `torch.nn.RNN`. If nothing is replaced, a warning says
+        so.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or no class has an option of this name.
@@ -58,7 +60,7 @@ def replace(
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
-    if isinstance(model, of_torch):
+    if isinstance(model, of_torch) or _is_scripted(model):
         got = f"{described(model)} itself"
         remedy = "construct a mingru.drop_in layer instead of it"
         raise ValueError(expectation("replace", "model", "a model that contains the layers", got, remedy))
@@ -66,7 +68,7 @@ def replace(
         (parent, key, f"{prefix}.{key}" if prefix else key, layer)
         for prefix, parent in model.named_modules()
         for key, layer in parent._modules.items()
-        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) or _is_scripted(layer)
     ]
     new_layers: dict[nn.Module, nn.Module] = {}
     for _, _, name, layer in found:
@@ -86,11 +88,19 @@ def replace(
             why = SUBCLASS if isinstance(layer, of_torch) else "only GRUs and LSTMs are replaced"
             if type(layer) in TWINS:
                 why = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
+            elif _is_scripted(layer):
+                why = "call replace before torch.jit.script or torch.jit.trace"
             report.left.append((name, described(layer), why))
     if not report.replaced:
         text, remedy = str(report).replace("\n", "; "), "use patch() for a model that constructs its layers later"
         warnings.warn(f"replace: no layer was replaced ({text}); {remedy}", stacklevel=2)
     return report
+
+
+def _is_scripted(module: Any) -> bool:
+    """Return whether a module is a recurrent layer or cell of torch, scripted or traced."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
 
 
 def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:
@@ -101,7 +111,7 @@ def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:
     arguments = converted({name: getattr(old, name) for name in names} | {"bias": bool(old.bias)})
     # Set afterwards, because the constructor would warn again about a dropout without effect.
     dropout = arguments.pop("dropout", None)
-    new: nn.Module = twin(**arguments | options, device=weight.device, dtype=weight.dtype)
+    new: nn.Module = built(type(old), arguments | {"device": weight.device, "dtype": weight.dtype}, options)
     if dropout is not None:
         new.dropout = dropout
     return new.train(old.training)

@@ -49,6 +49,13 @@ def converted(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
 
 
+def built(of_torch: type[nn.Module], arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Return the twin of a layer or cell with these arguments, of which options replace some."""
+    layer = TWINS[of_torch](**arguments | options)
+    layer.num_layers_of_program = arguments.get("num_layers", 1)
+    return layer
+
+
 def described(layer: nn.Module) -> str:
     """Return the repr on one line, with the module of the class."""
     cls = type(layer)

@@ -1,5 +1,6 @@
 """Recurrent modules for TorchRL, which compute all trajectories of a batch in one pass."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,9 +16,6 @@ with require("torchrl", "torchrl 0.14", __name__):
 
 __all__ = ["MinGRUModule", "MinLSTMModule"]
 
-# Arguments of TorchRL's modules that are not options of the layer.
-_OF_MODULE = ("in_key", "in_keys", "out_key", "out_keys", "default_recurrent_mode")
-
 
 class _OnePass:
     """Replaces the layers of a module of TorchRL, and its scan with resets."""
@@ -25,8 +23,10 @@ class _OnePass:
     name = "GRU"
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        of_module = {name: options.pop(name) for name in _OF_MODULE if name in options}
-        layer = getattr(drop_in, self.name)(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
+        kind = getattr(drop_in, self.name)
+        names = signature(super().__init__).parameters.keys() - signature(kind).parameters.keys()
+        of_module = {name: options.pop(name) for name in names & options.keys()}
+        layer = kind(input_size, hidden_size, num_layers, **{"batch_first": True, **options})
         super().__init__(**{self.name.lower(): layer}, **of_module)
         # The form of a call with all its resets. Set here, because the constructor would compile TorchRL's own scan.
         self.recurrent_backend = "scan"
@@ -44,7 +44,8 @@ class MinGRUModule(_OnePass, GRUModule):
         hidden_size: Number of state features.
         num_layers: Number of layers.
         **options: Arguments of TorchRL's module: `in_key` or `in_keys`, such as ["observation", "state"], `out_key` or
-            `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. Others are options of
+            `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. `recurrent_backend`,
+            and what else chooses among TorchRL's own computations, has no effect. Others are options of
             [mingru.drop_in.GRU][], such as `candidate="tanh"`.
 
     Examples:
