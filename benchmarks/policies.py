@@ -27,7 +27,7 @@ from mingru.integrations.torchrl import MinGRUModule, MinLSTMModule
 
 SHAPES = [(16, 64, 64), (32, 256, 128)]
 MODULES = {kind.__name__: kind for kind in (GRUModule, LSTMModule, MinGRUModule, MinLSTMModule)}
-MODULES |= {f'{kind.__name__}, "scan"': partial(kind, recurrent_backend="scan") for kind in (GRUModule, LSTMModule)}
+MODULES['GRUModule, "scan"'] = partial(GRUModule, recurrent_backend="scan")
 POLICIES = {"minGRU": MinGRUPolicy, "minLSTM": MinLSTMPolicy, "nn.LSTM": "MlpLstmPolicy"}
 
 
@@ -37,17 +37,16 @@ def make_environment():
     return gymnasium.wrappers.TransformObservation(gymnasium.make("CartPole-v1"), lambda x: x[[0, 2]], positions)
 
 
-def passes(shape, seconds):
+def passes(batch, steps, features, seconds):
     """Return the milliseconds of forward and backward over a batch in which episodes begin anywhere."""
-    batch, steps, features = shape
     calls = {}
     for name, kind in MODULES.items():
         states = ["h"] if "GRU" in name else ["h", "c"]
         keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", name) for name in states)]}
         module = kind(features, features, **keys)
         data = {name: torch.zeros(batch, steps, 1, features) for name in states}
-        data |= {"x": torch.randn(batch, steps, features), "is_init": torch.rand(batch, steps, 1) < 0.02}
-        data = TensorDict(data, [batch, steps])
+        is_init = torch.rand(batch, steps, 1) < 0.02
+        data = TensorDict({**data, "x": torch.randn(batch, steps, features), "is_init": is_init}, [batch, steps])
 
         def call(module=module, data=data):
             module.zero_grad()
@@ -82,7 +81,7 @@ def main():
     torch.set_num_threads(1)
     print(where())
     for shape in SHAPES:
-        taken = passes(shape, args.seconds)
+        taken = passes(*shape, args.seconds)
         rows = [[name, f"{ms:.1f}", f"{taken['GRUModule'] / ms:.1f}"] for name, ms in taken.items()]
         print_table(f"(B, S, H) = {shape}", ["TorchRL", "ms", "speed-up over GRUModule"], rows)
     rows = []

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,9 +54,41 @@ def test_litserve(tmp_path):
         assert sorted(steps) == [*range(13, 21)]
         # "c" takes the slot of "a", which has paused longest, and ends. "a" begins again in its slot.
         assert [post(name, x[0], end=name == "c")["steps"] for name in "cab"] == [12, 12, 32]
+        # A number that is not finite is refused, and a session goes on after it.
+        with pytest.raises(urllib.error.HTTPError):
+            post("b", x[0] * float("nan"))
+        assert post("b", x[0])["steps"] == 44
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def test_fastapi(tmp_path, monkeypatch):
+    """A connection is as the model, beside others that end with an error."""
+    client = pytest.importorskip("fastapi.testclient", reason="pip install fastapi httpx")
+    monkeypatch.chdir(tmp_path)
+    model = mingru.MinGRU(3, 16, num_layers=2).requires_grad_(False)
+    torch.save(model.state_dict(), "model.pt")
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r'```py title="app.py"\n(.*?)```', text, re.DOTALL)[1].replace("slots=1000", "slots=2"), names)
+    x = torch.randn(3, 12, 3)
+
+    def send(socket, chunk):
+        socket.send_json(chunk.tolist())
+        return torch.tensor(socket.receive_json())
+
+    def fail(app, chunk):
+        with app.websocket_connect("/stream") as socket:
+            torch.testing.assert_close(send(socket, chunk), model(chunk.unsqueeze(0))[0][0])
+            send(socket, chunk[:, :1])
+
+    with client.TestClient(names["app"]) as app, app.websocket_connect("/stream") as a:
+        out = send(a, x[0, :5])
+        for chunk in x[1:]:  # in the second slot
+            with pytest.raises(ValueError, match="x must be"):
+                fail(app, chunk)
+        torch.testing.assert_close(torch.cat([out, send(a, x[0, 5:])]), model(x[:1])[0][0])
 
 
 def test_triton(tmp_path, monkeypatch):

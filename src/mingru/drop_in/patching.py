@@ -171,7 +171,8 @@ def patch(
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
         everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
-        num_layers: Number of layers of each layer that is built, in place of the program's. Default: the program's.
+        num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
+            passes states nor reads `h_n`. Default: the program's.
         options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="mingru"`. A class
             gets those that it has.
 

@@ -38,7 +38,8 @@ def replace(
         model: Model. Layers are found among its submodules, not in plain lists and other attributes.
         gru: If True, replace `torch.nn.GRU` and `torch.nn.GRUCell`.
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
-        num_layers: Number of layers of each new layer. Default: as many as the old one has.
+        num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
+            Default: as many as the old one has.
         options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"`. A class gets those that it
             has.
 
