@@ -42,11 +42,9 @@ def passes(batch, steps, features, seconds):
     calls = {}
     for name, kind in MODULES.items():
         states = ["h"] if "GRU" in name else ["h", "c"]
-        keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", name) for name in states)]}
-        module = kind(features, features, **keys)
-        data = {name: torch.zeros(batch, steps, 1, features) for name in states}
-        is_init = torch.rand(batch, steps, 1) < 0.02
-        data = TensorDict({**data, "x": torch.randn(batch, steps, features), "is_init": is_init}, [batch, steps])
+        module = kind(features, features, in_keys=["x", *states], out_keys=["y", *(("next", each) for each in states)])
+        data = {"x": torch.randn(batch, steps, features), "is_init": torch.rand(batch, steps, 1) < 0.02}
+        data = TensorDict(data | dict.fromkeys(states, torch.zeros(batch, steps, 1, features)), [batch, steps])
 
         def call(module=module, data=data):
             module.zero_grad()

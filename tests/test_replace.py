@@ -66,22 +66,6 @@ def test_replace():
         assert str(drop_in.replace(nn.Linear(1, 1))) == "nothing to replace"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("kind", [torch.jit.script, torch.jit.trace])
-def test_scripted_layers_stay(kind):
-    class Cells(nn.Sequential):
-        def forward(self, x):
-            return self[0](x), self[1](x), self[2](x)
-
-    model = nn.ModuleDict({"ours": drop_in.GRU(IN, H)})
-    layers = Cells(nn.GRUCell(IN, H), nn.LSTM(IN, H), drop_in.GRU(IN, H))
-    model["scripted"] = kind(layers) if kind is torch.jit.script else kind(layers, torch.randn(B, IN))
-    with pytest.warns(UserWarning, match=r"replace: no layer was replaced \(scripted\.0: "):
-        report = drop_in.replace(model)
-    why = "call replace before torch.jit.script or torch.jit.trace"
-    assert [(name, text) for name, _, text in report.left] == [("scripted.0", why), ("scripted.1", why)]
-
-
 def test_weights_of_torch_are_refused_by_our_layers():
     """Those of `drop_in`: tests/test_patch.py."""
     model = nn.ModuleDict({"rnn": mingru.MinLSTM(IN, H)})

@@ -85,4 +85,9 @@ class DeepAR(_Replaced, models.DeepAR):
 
 
 class TemporalFusionTransformer(_Replaced, models.TemporalFusionTransformer):
-    """Use minLSTM layers in `TemporalFusionTransformer`; see `RecurrentNetwork`. `lstm_layers` is their number."""
+    """Use minLSTM layers in `TemporalFusionTransformer`; see `RecurrentNetwork`. `lstm_layers` is their number.
+
+    The layers have the defaults of [mingru.drop_in.LSTM][], because the model itself adds their input to their output.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
