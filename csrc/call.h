@@ -30,7 +30,7 @@ constexpr CellTraits cells[] = {MINGRU_CELLS(MINGRU_TRAITS)};
 // The bits of a call after the cell and the activation. The first say which of the optional tensors there are.
 #define MINGRU_FLAGS(FLAG)                                                                                       \
   FLAG(has_reset) FLAG(has_dt) FLAG(has_batch_sizes) FLAG(has_lengths) FLAG(reverse) FLAG(time_first) FLAG(keep) \
-  FLAG(needs_dt) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)
+  FLAG(rms_norm) FLAG(layer_norm) FLAG(needs_dt) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)
 enum class Flag { MINGRU_FLAGS(MINGRU_NAME) count };
 
 constexpr auto num_arguments = static_cast<size_t>(Argument::count);

@@ -288,6 +288,13 @@ void add_rows(const RowSum& sum) {
   });
 }
 
+void normalize(const Normalization& of, bool is_backward) {
+  const Kernels& kernels = kernels_of(of.storage);
+  const int64_t least = ceil_div(values_per_thread, of.features);
+  torch::stable::parallel_for(
+      0, of.rows, least, [&](int64_t begin, int64_t end) { kernels.normalize(of, begin, end, is_backward); });
+}
+
 // The number of the sources, which src/mingru/ops/backends/sources.py reads in the built file. Not constant, so that it
 // is after everything else, and only a whole file has it.
 #define MINGRU_TEXT(number) #number

@@ -9,7 +9,6 @@
 #include <limits>
 #include <string>
 
-#include "norm.h"
 #include "operands.h"
 
 namespace {
@@ -191,14 +190,16 @@ class InferencePass : Arguments {
     const Tensor x = as_contiguous(x_), out = new_x(features);
     const Tensor& weight = next_weight(1, features);
     const MaybeTensor bias = next_bias(has_bias, features);
-    const double given_eps = next_number();
+    double eps = next_number();
     with_type([&](auto type) {
       using T = decltype(type);
-      const double eps = std::isnan(given_eps) ? std::numeric_limits<T>::epsilon() : given_eps;
+      if (std::isnan(eps)) eps = std::numeric_limits<T>::epsilon();
+      void* scales = scales_.at_least(num_rows() * sizeof(T));
+      normalize({storage_of(x), has_bias, eps, x.data_ptr(), out.data_ptr(), scales, num_rows(), features}, false);
+      const T *w = data_of<const T>(weight), *b = bias ? data_of<const T>(*bias) : nullptr;
       for_each_row(num_rows(), features, [&](int64_t row) {
-        norm_row(
-            data_of<T>(out) + row * features, data_of<const T>(x) + row * features, data_of<const T>(weight),
-            bias ? data_of<const T>(*bias) : nullptr, features, eps);
+        T* to = data_of<T>(out) + row * features;
+        for (int64_t i = 0; i < features; ++i) to[i] = to[i] * w[i] + (b ? b[i] : T(0));
       });
     });
     x_ = out;
@@ -355,7 +356,7 @@ class InferencePass : Arguments {
       const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * call.traits().num_inputs);
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
-      linear_recurrence(call, x, weight, bias, {part, last, {}});
+      linear_recurrence(call, x, weight, bias, 0, {part, last, {}});
     }
     x_ = out;
   }
@@ -393,6 +394,7 @@ class InferencePass : Arguments {
   size_t next_weight_ = 0;
   int64_t next_number_ = 0;
   std::array<Scratch, 4> scratch_;
+  Scratch scales_;
   Tensors kept_, last_;
   std::vector<int64_t> written_;  // how many layers of each state have been written
 };

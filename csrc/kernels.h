@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "lanes.h"
+#include "norm.h"
 #include "product.h"
 #include "tiles.h"
 
@@ -226,9 +227,9 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 template <class A>
 Kernels kernels() {
 #ifdef MINGRU_AVX512
-  return {run<A>, multiply<A>, add_rows<A>, pack_panel, multiply_panel};
+  return {run<A>, multiply<A>, normalize<A>, add_rows<A>, pack_panel, multiply_panel};
 #else
-  return {run<A>, multiply<A>, add_rows<A>};
+  return {run<A>, multiply<A>, normalize<A>, add_rows<A>};
 #endif
 }
 

@@ -1,4 +1,4 @@
-// The linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
+// The norm without its weights, the linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
 // each step of each batch element, in the order of memory. With `lengths`, the rows are the valid steps of the first
 // batch element, then those of the next, and so on. Called only by src/mingru/ops/backends/native.py.
 #include "linear.h"
@@ -39,14 +39,18 @@ class LinearOperands : public Operands {
  public:
   const Tensor weight;
   const int64_t num_features, num_columns;
+  const bool has_norm;
 
-  LinearOperands(const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias)
+  LinearOperands(const Call& call, const Tensor& x, const Tensor& any_weight, const MaybeTensor& bias, double eps)
       : Operands(call, x, num_outputs(call, x, any_weight)),
         weight(as_contiguous(any_weight)),
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
+        has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
         is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
+        is_centered_(call.has(Flag::layer_norm)),
+        eps_(eps),
         x_(in_memory_order(x)) {
     // The scan adds a bias of float32 or float64, unless the cell is timed, or the product adds it at no cost.
     if (bias && (weight.element_size() < 4 || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
@@ -113,13 +117,19 @@ class LinearOperands : public Operands {
     }
   }
 
-  // The rows of a block, next to each other.
+  // The rows of a block, next to each other, after the norm.
   const void* rows_of(const Block& block) const {
-    if (const void* rows = rows_in(x_, block)) return rows;
-    char* rows = static_cast<char*>(rows_scratch_.at_least(block.num_rows * row_bytes()));
-    each_part_of(block, x_, rows, [](char* steps, char* part, int64_t size) { std::memcpy(part, steps, size); });
+    if (!has_norm) return rows_of_x(block);
+    void* rows = normalized_scratch_.at_least(block.num_rows * row_bytes());
+    normalize(normalization(block, rows_of_x(block), rows), false);
     return rows;
   }
+
+  // Replaces the gradients of a block's rows after the norm by those of x; `rows_of` was called before.
+  void undo_norm(const Block& block, void* grad_rows) const {
+    if (has_norm) normalize(normalization(block, normalized_scratch_.at_least(0), grad_rows), true);
+  }
+
 
   // Calls `compute` with the memory of the gradients of a block's rows.
   template <class F>
@@ -149,6 +159,18 @@ class LinearOperands : public Operands {
   }
 
  private:
+  const void* rows_of_x(const Block& block) const {
+    if (const void* rows = rows_in(x_, block)) return rows;
+    char* rows = static_cast<char*>(rows_scratch_.at_least(block.num_rows * row_bytes()));
+    each_part_of(block, x_, rows, [](char* steps, char* part, int64_t size) { std::memcpy(part, steps, size); });
+    return rows;
+  }
+
+  Normalization normalization(const Block& block, const void* x, void* out) const {
+    void* scales = scales_scratch_.at_least(block.num_rows * h.element_size());
+    return {scan.storage, is_centered_, eps_, x, out, scales, block.num_rows, num_features};
+  }
+
   Tensor in_memory_order(const Tensor& x) const {
     if (has_lengths() && has_contiguous_features(x)) return x;
     return as_contiguous(is_transposed_ ? torch::stable::transpose(x, 0, 1) : x);
@@ -207,10 +229,12 @@ class LinearOperands : public Operands {
     torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
   }
 
-  const bool is_transposed_, time_major_;
+  const bool is_transposed_, time_major_, is_centered_;
+  const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
-  mutable Scratch pre_activations_scratch_, rows_scratch_, grad_rows_scratch_;
+  mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_,
+      grad_rows_scratch_;
 };
 
 // out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that
@@ -280,8 +304,8 @@ void mingru::map_rows(
 }
 
 Outputs mingru::linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs outputs) {
-  LinearOperands operands(call, x, weight, bias);
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps, Outputs outputs) {
+  LinearOperands operands(call, x, weight, bias, eps);
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
     outputs.kept = empty({call.has(Flag::keep) ? operands.num_rows() : 0, operands.num_columns}, x);
@@ -308,9 +332,9 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how,
-    double min_decay) {
+    double min_decay, double eps) {
   const auto [out, last, kept] =
-      linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias);
+      linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, eps);
   return {*out, *last, *kept};
 }
 
@@ -333,11 +357,12 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& out,
-    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay) {
+    const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay,
+    double eps) {
   const Call call{"linear_recurrence_backward", tensors, how, min_decay};
   const bool needs_x = call.has(Flag::needs_x), needs_weight = call.has(Flag::needs_weight);
   const bool needs_bias = call.has(Flag::needs_bias);
-  LinearOperands operands(call, x, weight, bias);
+  LinearOperands operands(call, x, weight, bias, eps);
   const int64_t columns = operands.num_columns, features = operands.num_features;
   STD_TORCH_CHECK(
       pre_activations.numel() == 0 ||
@@ -358,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
       run(scan, block.part, true);
       continue;
     }
-    const void* rows = !kept || needs_weight ? operands.rows_of(block) : nullptr;
+    const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(block) : nullptr;
     char* pre = operands.pre_activations_of(block, kept);
     if (!kept) operands.map(pre, rows, block);
     char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
@@ -370,6 +395,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     if (needs_x) {
       operands.set_grad_rows(block, grad_x, [&](void* grad_rows) {
         multiply(matrix(grad_rows, count, features, x), grads, operands.weight);
+        operands.undo_norm(block, grad_rows);
       });
     }
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
@@ -383,11 +409,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def("multiply(Tensor left, Tensor right, Tensor? added) -> Tensor");
   library.def(
-      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, float min_decay) -> "
-      "(Tensor, Tensor, Tensor)");
+      "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, float min_decay, "
+      "float eps=0) -> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor out, "
-      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay) -> "
+      "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay, float eps=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -34,8 +34,8 @@ struct Outputs {
   MaybeTensor out, last, kept;
 };
 
-// The bias may be absent. The outputs are allocated unless `out` and `last` are given.
+// The bias may be absent. `eps` is that of the norm, if the call has one. The outputs are allocated unless `out` and `last` are given.
 Outputs linear_recurrence(
-    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, Outputs outputs = {});
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps = 0, Outputs outputs = {});
 
 HIDDEN_NAMESPACE_END(mingru)

@@ -127,10 +127,22 @@ class Operands {
     return true;
   }
 
-  // Returns x, or a copy with contiguous features, as a sequence.
+  // Returns x, or a copy with contiguous features, as a sequence. If x is expanded, as the gradient of a sum is, the copy
+  // has one of the equal batch elements or steps.
   Sequence readable(const Tensor& x) {
-    kept_.push_back(has_contiguous_features(x) ? x : torch::stable::contiguous(x));
-    return sequence(kept_.back());
+    if (has_contiguous_features(x)) {
+      kept_.push_back(x);
+      return sequence(x);
+    }
+    Tensor part = x;
+    for (int64_t dim = 0; dim < num_leading(); ++dim) {
+      if (x.stride(dim) == 0 && x.size(dim) > 1) part = torch::stable::narrow(part, dim, 0, 1);
+    }
+    part = torch::stable::contiguous(part);
+    kept_.push_back(part);
+    std::vector<int64_t> strides;
+    for (int64_t dim = 0; dim < x.dim(); ++dim) strides.push_back(part.size(dim) == x.size(dim) ? part.stride(dim) : 0);
+    return sequence(torch::stable::from_blob(part.data_ptr(), x.sizes(), strides, x.device(), x.scalar_type()));
   }
 
   Sequence sequence(const Tensor& x) const {

@@ -131,6 +131,18 @@ struct MatrixProduct {
 // many rows, and sums so many products in registers.
 constexpr int64_t panel_columns = 64, tile_rows = 6, tile_depth = 256;
 
+// Contiguous rows scale * x with scale = 1 / sqrt(mean(x^2) + eps), or with the mean subtracted from x before, and the
+// scales, in the accumulation dtype. Backward, x has the normalized rows, and `out` their gradients, which are replaced by
+// those of the rows.
+struct Normalization {
+  Storage storage;
+  bool is_centered;
+  double eps;
+  const void* x;
+  void *out, *scales;
+  int64_t rows, features;
+};
+
 // Rows of `columns` values each, which are added to `total`, in the accumulation dtype.
 struct RowSum {
   Storage storage;
@@ -145,6 +157,8 @@ struct Kernels {
   bool (*run)(const Scan&, const Span&, void* state, bool is_backward);
   // Computes a range of columns.
   void (*multiply)(const Product&, int64_t begin, int64_t end);
+  // Computes a range of rows.
+  void (*normalize)(const Normalization&, int64_t begin, int64_t end, bool is_backward);
   // Adds a range of columns, which begins at a multiple of `group`.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without

@@ -93,7 +93,7 @@ class RecurrentLayer(Directions):
         Append the states of all steps in each direction to `found`.
         """
         y = x
-        if self.norm is not None:
+        if self.norm is not None and not self._fuses_norm():
             y = self.norm(x)
         if self.highway:
             return self._with_highway(x, y, starts[0], layout, found)
@@ -139,12 +139,17 @@ class RecurrentLayer(Directions):
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
+    def _fuses_norm(self) -> bool:
+        """Return whether the norm is computed with the linear map: not if several maps read its result."""
+        return not is_scripting() and not self.highway and self.linear_reverse is None
+
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         if is_scripting():
             return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
         else:
             linear: Any = self.linear_reverse if reverse else self.linear
-            return ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, self.recompute)
+            norm = self.norm if self._fuses_norm() else None
+            return ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, self.recompute, norm)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; the highway's are the last."""

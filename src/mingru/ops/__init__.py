@@ -64,9 +64,15 @@ def recurrence(
 
 
 def linear_recurrence(
-    spec: Spec, x: Tensor, linear: nn.Module, start: Start, layout: Layout, recompute: bool | None = None
+    spec: Spec,
+    x: Tensor,
+    linear: nn.Module,
+    start: Start,
+    layout: Layout,
+    recompute: bool | None = None,
+    norm: nn.Module | None = None,
 ) -> States:
-    """Compute the recurrence of the pre-activations linear(x), by one fused kernel if possible.
+    """Compute the recurrence of the pre-activations linear(norm(x)), by one fused kernel if possible.
 
     If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
     """
@@ -74,16 +80,19 @@ def linear_recurrence(
     call, num_inputs = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs
 
     def run(choice: Choice) -> States:
-        tensors = route.fused_with(linear, choice.backend, call)
-        if tensors is None:
+        fused = route.fused_with(linear, choice.backend, call, norm)
+        if fused is None and norm is not None:
+            return linear_recurrence(spec, norm(x), linear, start, layout, recompute)
+        if fused is None:
             return _run(choice, Call(spec, list(linear(x).chunk(num_inputs, -1)), start, layout))
         keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
         if spec.cell in NUM_INPUTS:
-            return autograd.run_kernel(choice, Call(spec, tensors, start, layout), keep)
-        parts = divided(Call(spec, [], start, layout))
-        maps = zip(*(_rows_of_each(each, num_inputs, len(parts)) for each in tensors[1:]), strict=True)
-        parts = [part._replace(tensors=[tensors[0], *own]) for part, own in zip(parts, maps, strict=True)]
+            return autograd.run_kernel(choice, fused, keep)
+        own_x, *of_map = fused.tensors
+        parts = divided(fused._replace(tensors=[]))
+        maps = zip(*(_rows_of_each(each, num_inputs, len(parts)) for each in of_map), strict=True)
+        parts = [part._replace(tensors=[own_x, *own]) for part, own in zip(parts, maps, strict=True)]
         return joined([autograd.run_kernel(choice, part, keep) for part in parts], layout)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)

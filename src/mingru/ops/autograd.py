@@ -22,6 +22,7 @@ from .call import Call, Spec, from_flat
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
+from .linear_map import normalized
 from .private import is_exporting, jvp_nesting
 from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
@@ -189,6 +190,8 @@ class Recurrence(torch.autograd.Function):
                     if layout.lengths is not None:
                         # Otherwise a NaN in the padding would reach the gradients of the weights.
                         x = without_padding(x, layout.lengths, layout.time_first)
+                    if call.spec.norm:
+                        x = normalized(x, call.spec.norm, call.spec.eps)
                     inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.spec.cell], -1)
                     call = call._replace(tensors=list(inputs))
                 return composed(choice, call)

@@ -51,6 +51,8 @@ class Kernel:
     """Whether the kernel takes the lengths of padded sequences, on the device of x, and skips the padding."""
     autocast: bool = False
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
+    norms: bool = False
+    """Whether the kernel of a linear map includes a norm of x."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
 
@@ -79,7 +81,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
     # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
-    return Spec(cell, "linear", call.reverse, 0.0), tensors
+    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0), tensors
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

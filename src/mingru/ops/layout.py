@@ -50,7 +50,7 @@ def divided(call: Call) -> list[Call]:
     states = [x.chunk(len(cells), 2) for x in (start.h, start.initial_state.expand_as(start.h))]
     calls: list[Call] = []
     for index, cell in enumerate(cells):
-        own = Spec(cell, spec.activation, spec.reverse, spec.min_decay)
+        own = Spec(cell, *spec[1:])
         first = Start(states[0][index], states[1][index], start.reset, start.dt)
         calls.append(Call(own, [x[index] for x in inputs], first, layout))
     return calls

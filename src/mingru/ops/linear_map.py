@@ -1,8 +1,9 @@
-"""Modules that compute a linear map, which kernels include."""
+"""Modules that compute a linear map or the norm before it, which kernels include."""
 
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class WeightAndBias(nn.Module):
@@ -22,3 +23,11 @@ class WeightAndBias(nn.Module):
 
 
 LINEAR_MAPS = (nn.Linear, WeightAndBias)
+NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
+# A program may patch them.
+FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
+
+
+def normalized(x: Tensor, norm: str, eps: float) -> Tensor:
+    """Return x after a norm without weights."""
+    return F.rms_norm(x, x.shape[-1:], None, eps) if norm == "rms" else F.layer_norm(x, x.shape[-1:], eps=eps)

@@ -18,9 +18,9 @@ from .backends import in_log_space, native, sequential, tensors, traceable, trit
 from .call import Call, Layout, Spec, Start
 from .cells import CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
-from .linear_map import LINEAR_MAPS
+from .linear_map import FORWARDS, LINEAR_MAPS, NORMS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
-from .shape import as_dtype
+from .shape import accumulate_dtype, as_dtype
 
 BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
 BACKENDS: dict[Any, Backend] = {
@@ -187,8 +187,8 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 
 
-def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
-    """Return x, weight and bias if a fused kernel can compute the recurrence of linear(x), otherwise None."""
+def fused_with(linear: nn.Module, name: str, call: Call, norm: nn.Module | None = None) -> Call | None:
+    """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
     if kernel is None or _RAREST.get(spec.cell, spec.cell) not in kernel.cells:
@@ -208,8 +208,38 @@ def fused_with(linear: nn.Module, name: str, call: Call) -> Any:
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
         if not kernel.autocast or (not is_compiling() and x.shape[:-1].numel() * _CASTS < weight.numel()):
             return None
-        return _autocast(x, weight, parameters["bias"])
-    return (x, weight, parameters["bias"]) if x.dtype == weight.dtype else None
+        tensors = _autocast(x, weight, parameters["bias"])
+        return call._replace(tensors=[*tensors]) if norm is None and tensors is not None else None
+    if x.dtype != weight.dtype:
+        return None
+    bias: Any = parameters["bias"]
+    call = call._replace(tensors=[x, weight, bias])
+    if norm is None:
+        return call
+    return _with_norm(call, norm) if kernel.norms else None
+
+
+def _with_norm(call: Call, norm: nn.Module) -> Call | None:
+    """Return the call of a kernel that normalizes x, or None if this module does something else.
+
+    The weights w and b of the norm are in those of the map: W (w * x + b) + c = (W diag(w)) x + (W b + c).
+    """
+    kind, (x, weight, bias) = NORMS.get(type(norm)), call.tensors
+    if kind is None or is_hooked(norm):
+        return None
+    module: Any = norm
+    scale, shift = (norm._parameters.get(name) for name in ("weight", "bias"))
+    own = [each for each in (scale, shift) if each is not None]
+    if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != x.shape[-1:] for each in own):
+        return None
+    if module.normalized_shape != (x.shape[-1],) or (scale is None and module.elementwise_affine):
+        return None
+    if shift is not None:
+        bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)
+    if scale is not None:
+        weight = weight * scale
+    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if module.eps is None else module.eps
+    return call._replace(spec=call.spec._replace(norm=kind, eps=eps), tensors=[x, weight, bias])
 
 
 def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, layout: Layout) -> bool:
@@ -236,9 +266,11 @@ def _autocast(*tensors: Tensor | None) -> Any:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether calling the module does more than the `forward` of its class."""
+    """Return whether calling the module does more than its class did when this package was imported."""
+    cls = type(module)
     return bool(
         has_any_global_hook()
+        or (not is_compiling() and cls.forward is not FORWARDS.get(cls, cls.forward))
         or "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks

@@ -78,7 +78,7 @@ def _register_shapes() -> None:
         return out.new_empty(*out.shape[:num_leading], num_grads), *of_start(call, rest[2])
 
     def linear_recurrence_forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, min_decay: float
+        x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], how: int, *numbers: float
     ) -> tuple[Tensor, ...]:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
@@ -134,11 +134,12 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     h = as_dtype(start.h, dtype)
     initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
     how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:], *layout[1:])
+    norms = spec.norm == "rms", spec.norm == "layer"
     for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
             how |= 1 << bit
             tensors.append(x)
-    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *needs), _FIRST_FLAG + len(optional)):
+    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *norms, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
@@ -162,7 +163,7 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
 
 
 def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep))
+    out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep), call.spec.eps)
     return out, as_dtype(last, call.start.h.dtype), kept
 
 
@@ -171,7 +172,15 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
     out, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
-        *call.tensors, tensors, out, kept, grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
+        *call.tensors,
+        tensors,
+        out,
+        kept,
+        grad_out,
+        as_dtype(grad_last, tensors[0].dtype),
+        how,
+        min_decay,
+        call.spec.eps,
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
@@ -187,6 +196,12 @@ BACKEND = Backend(
     differentiable=False,
     kernel=_KERNEL,
     linear_kernel=Kernel(
-        _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=CELL_NUMBERS
+        _linear_recurrence,
+        _linear_recurrence_backward,
+        packed=True,
+        lengths=True,
+        autocast=True,
+        norms=True,
+        cells=CELL_NUMBERS,
     ),
 )
