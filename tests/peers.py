@@ -107,29 +107,20 @@ class Puffer(Peer):
         return x, last
 
 
-# The names of linear map, residual map and norm of layer i, by version.
-NAMES = {
-    "1.4.2": lambda i: ([f"layers.{i}.gate_hidden"], f"layers.{i}.res_align", f"layers.{i}.norm"),
-    "1.4.0": lambda i: ([f"to_gate_hidden.{i}"], f"residual_layers.{i}", ""),
-    "cell": lambda i: (["to_gate_hidden"], "", ""),
-    "1.3.0": lambda i: ([f"linear_gate_hidden.{i}"], "input_residual_align", ""),
-    "1.2.0": lambda i: ([f"linear_z.{i}", f"linear_h.{i}"], "input_residual_align", ""),
-}
-OLD = ("1.3.0", "1.2.0")
+PARTS = {"linear": "gate_hidden", "align": "res_align", "norm": "norm"}
 
 
 class Cheind(Peer):
-    """Layers of https://github.com/cheind/mingru.
+    """Layers of https://github.com/cheind/mingru at aa35d42, and a cell.
 
     There: gate rows first, candidate rows second; from g(0); norm on the layer's input; the layer's input, before the
-    norm, added to its output, not to its state. Until version 1.3.0 the first layer's input always goes through a map,
-    with bias, later only where sizes differ, without.
+    norm, added to its output, not to its state, through a map without bias where sizes differ.
     """
 
     convert = staticmethod(from_cheind)
 
     def __init__(
-        self, version, sizes, *, bias=True, norm=False, residual=False, kernels=None, stride=None, padding=None
+        self, *sizes, cell=False, bias=True, norm=False, residual=False, kernels=None, stride=None, padding=None
     ):
         self.residual, self.norm, self.stride, self.padding = residual, norm, stride, padding
         self.options = {"residual": residual, "stride": stride, "padding": padding}
@@ -144,17 +135,13 @@ class Cheind(Peer):
                 weights["linear bias"] = double(2 * hidden_dims)
             if norm:
                 weights |= {"norm": double(input_dims), "norm bias": double(input_dims)}
-            if residual and (i == 0 if version in OLD else input_dims != hidden_dims or not keeps):
+            if residual and (input_dims != hidden_dims or not keeps):
                 weights["align"] = double(hidden_dims, input_dims, *kernel)
-                if bias and version in OLD:
-                    weights["align bias"] = double(hidden_dims)
             self.layers.append(weights)
-            linears, align, norm_name = NAMES[version](i)
             for name, weight in weights.items():
                 part, _, kind = name.partition(" ")
-                names = {"linear": linears, "align": [align], "norm": [norm_name]}[part]
-                pieces = zip(names, weight.chunk(len(names)), strict=True)
-                self.tensors |= {f"{name}.{kind or 'weight'}": piece for name, piece in pieces}
+                path = "to_gate_hidden" if cell else f"layers.{i}.{PARTS[part]}"
+                self.tensors[f"{path}.{kind or 'weight'}"] = weight
 
     def __call__(self, x, h=None, num_groups=None):
         states = []

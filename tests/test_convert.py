@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from minGRU_pytorch.minLM import minLM
-from peers import NAMES, OLD, Authors, B, Cheind, Lucidrains, Peer, Puffer, double, zeros
+from peers import Authors, B, Cheind, Lucidrains, Peer, Puffer, double, zeros
 from torch import nn
 from torch.testing import assert_close
 
@@ -57,25 +57,25 @@ def rnn_of(layer):
 
 
 IMAGES = [
-    (Cheind, ("cell", (2, 3)), {"kernels": [2], "stride": [1], "padding": [0]}),
-    (Cheind, ("1.4.0", (2, 3, 3)), {"kernels": [3, 1], "stride": [2, 1], "padding": [1, 0], "residual": True}),
-    (Cheind, ("1.4.2", (3, 3)), {"kernels": [3], "stride": [1], "padding": [1], "residual": True, "bias": False}),
-    (Cheind, ("1.4.2", (3, 3)), {"kernels": [3], "stride": [1], "padding": [0], "residual": True}),
+    (Cheind, (2, 3), {"cell": True, "kernels": [2], "stride": [1], "padding": [0]}),
+    (Cheind, (2, 3, 3), {"kernels": [3, 1], "stride": [2, 1], "padding": [1, 0], "residual": True}),
+    (Cheind, (3, 3), {"kernels": [3], "stride": [1], "padding": [1], "residual": True, "bias": False}),
+    (Cheind, (3, 3), {"kernels": [3], "stride": [1], "padding": [0], "residual": True}),
     *(
-        (Cheind, ("1.4.2", (channels, 12)), {"kernels": [1], "stride": [1], "padding": [0], "norm": True})
+        (Cheind, (channels, 12), {"kernels": [1], "stride": [1], "padding": [0], "norm": True})
         for channels in (64, 256)
     ),
 ]
 # Theirs has 8 groups in the first layer and 1 in the second, ours would have 2 and 1.
 NORMED = {"kernels": [3, 1], "stride": [1, 2], "padding": [1, 1], "residual": True, "norm": True}
-NORMED = (Cheind, ("1.4.2", (32, 4, 8)), NORMED)
-# Two of minGRU-pytorch, of the authors with a start and without, a residual with bias, layers of different sizes,
-# convolutions, and PufferLib's network.
+NORMED = (Cheind, (32, 4, 8), NORMED)
+# Two of minGRU-pytorch, of the authors with a start and without, a residual, layers of different sizes, convolutions,
+# and PufferLib's network.
 SOME = [
     *((Lucidrains, (kind, *sizes), {}) for kind in KINDS for sizes in [(5, 1.0, True), (4, 1.5, False)]),
     *((Authors, (kind, 5, 1.0, learn), {}) for kind in (*KINDS, "minlstm_unnormalized") for learn in (True, False)),
-    (Cheind, ("1.3.0", (3, 5, 5)), {"residual": True}),
-    (Cheind, ("1.4.2", (3, 5, 2)), {"residual": True, "norm": True}),
+    (Cheind, (3, 5, 5), {"residual": True}),
+    (Cheind, (3, 5, 2), {"residual": True, "norm": True}),
     IMAGES[1],
     NORMED,
     (Puffer, (4, 2), {}),
@@ -87,18 +87,14 @@ CASES = [
     *((Lucidrains, (kind, *sizes), {}) for kind in KINDS for sizes in [(5,), (4, 1.5), (1,), (1, 3.0)]),
     *((Authors, (kind, 4, 1.5), {}) for kind in (*KINDS, "minlstm_unnormalized")),
     (Authors, ("minlstm", 1, 1.0, False), {}),
-    *((Cheind, (version, (3, 5)), {"bias": bias}) for version in NAMES for bias in (True, False)),
-    *((Cheind, (version, sizes), {"residual": True}) for version in OLD for sizes in [(3, 5, 5), (4, 4), (4, 4, 4)]),
-    (Cheind, ("1.3.0", (3, 5, 5)), {"residual": True, "bias": False}),
-    (Cheind, ("1.2.0", (4, 4, 4)), {}),
+    *((Cheind, (3, 5), {"cell": cell, "bias": bias}) for cell in (True, False) for bias in (True, False)),
     *(
-        (Cheind, (version, sizes), {"residual": residual, "bias": bias})
-        for version in ("1.4.2", "1.4.0")
+        (Cheind, sizes, {"residual": residual, "bias": bias})
         for sizes in [(3, 5, 5), (4, 4, 4), (3, 5, 2), (5, 5, 3), (3, 3)]
         for residual, bias in [(True, True), (False, True), (True, False)]
     ),
-    (Cheind, ("1.4.2", (3, 5, 2)), {"norm": True}),
-    *((Cheind, ("1.4.2", (4, 4, 4)), {"norm": True, "residual": residual}) for residual in (True, False)),
+    (Cheind, (3, 5, 2), {"norm": True}),
+    *((Cheind, (4, 4, 4), {"norm": True, "residual": residual}) for residual in (True, False)),
     *IMAGES,
     *((Puffer, sizes, {}) for sizes in [(5,), (4, 3), (1, 2)]),
 ]
@@ -132,7 +128,7 @@ def test_one_pass(case, length):
     ("case", "place", "index"),
     [
         *((SOME[4], place, 0) for place in ("rnn.layers.0.linear.bias", "out.bias", "rnn.initial_state")),
-        *((SOME[10], f"layers.0.align.{kind}", 0) for kind in ("bias", "weight")),
+        (SOME[10], "layers.0.align.weight", 0),
         (SOME[11], "layers.1.layers.0.align.weight", 0),
         (NORMED, "layers.1.norm.weight", 0),
         *((SOME[-1], "layers.1.linear.weight", 4 * row) for row in (0, 4, 8)),
@@ -200,7 +196,7 @@ def test_a_language_model_computes_the_same_logits(use_lstm, expansion):
 # What comes back
 
 
-WITHOUT_BIAS = (Cheind, ("1.4.2", (3, 5, 5)), {"norm": True, "bias": False})
+WITHOUT_BIAS = (Cheind, (3, 5, 5), {"norm": True, "bias": False})
 OF_LUCIDRAINS = r"Projected.*MinLSTM\(\s*4, 6, bias=False.*\(out\): Linear\(in_features=6, out_features=4, bias=False"
 OF_AUTHORS = r"Projected.*MinGRU\(\s*4, 6, learn_init.*\(out\): Linear\(in_features=6, out_features=4, bias=True"
 OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5, 2, residual=True"
@@ -212,9 +208,9 @@ OF_SIZES = r"Stack\(.*dropout=0.25.*MinGRU\(\s*3, 5, residual=True.*MinGRU\(\s*5
         ((Lucidrains, ("mingru", 4, 1.5, False), {}), {}, r"MinGRU\(\s*4, 6, bias=False, learn_initial_state=True"),
         ((Lucidrains, ("minlstm", 4, 1.5), {}), {}, OF_LUCIDRAINS),
         ((Authors, ("mingru", 4, 1.5), {}), {}, OF_AUTHORS),
-        ((Cheind, ("1.4.2", (3, 5, 2)), {"residual": True}), {"dropout": 0.25}, OF_SIZES),
+        ((Cheind, (3, 5, 2), {"residual": True}), {"dropout": 0.25}, OF_SIZES),
         (WITHOUT_BIAS, {"dropout": 0.5}, r"MinGRU\(\s*3, 5, num_layers=2, bias=False, dropout=0.5, norm='layer'"),
-        (IMAGES[1], {}, r"MinConv2dGRU\(\s*2, 3, \[\(3, 3\), \(1, 1\)\], num_layers=2, stride=\[2, 1\], padding"),
+        (IMAGES[1], {}, r"MinConv2dGRU\(\s*2, 3, \[3, 1\], num_layers=2, stride=\[2, 1\], padding"),
         ((Puffer, (4, 3), {}), {}, r"MinGRU\(\s*4, 4, num_layers=3, bias=False, residual='highway'"),
     ],
     ids=str,
@@ -297,9 +293,8 @@ class Model(Peer):
 LINEAR, FIRST, SECOND = "to_hidden_and_gate.", "layers.0.gate_hidden.", "layers.1.gate_hidden."
 LUCIDRAINS, AUTHORS = ((source, ("mingru", 4, 1.5), {}) for source in (Lucidrains, Authors))
 PUFFER, MODEL = (Puffer, (4, 2), {}), (Model, (), {})
-NEW, OLDER, OLDEST = ((Cheind, (version, (3, 4, 4)), {}) for version in ("1.4.2", "1.3.0", "1.2.0"))
+NEW = (Cheind, (3, 4, 4), {})
 WITH_NORM = (*NEW[:2], {"norm": True})
-OLDER_RESIDUAL = (*OLDER[:2], {"residual": True})
 # What is changed in the tensors of each, and a part of the message.
 MISFITS = [
     (LUCIDRAINS, {LINEAR + "weight": None}, f"keys such as a.{LINEAR}weight or a.to_hidden_and_f_i_gate.weight"),
@@ -324,12 +319,8 @@ MISFITS = [
     (NEW, {SECOND + "weight": zeros(8, 4, 1, 1)}, "must be (2 * H, I), got (8, 4, 1, 1)"),
     (NEW, {FIRST + "weight": zeros(8, 0)}, "must be (2 * H, I), got (8, 0)"),
     (NEW, {SECOND + "weight": zeros(8, 5)}, "(8, 4) because a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)"),
-    (OLDER_RESIDUAL, {"input_residual_align.bias": None}, "got no key a.input_residual_align.bias"),
-    (OLDER, {"layer_transforms.0.weight": zeros(4, 4)}, "got the unexpected key a.layer_transforms.0.weight"),
-    (OLDEST, {"linear_h.1.weight": zeros(5, 4)}, "a.linear_h.1.weight must be (4, 4) because a.linear_z.1.weight is"),
-    (OLDEST, {"linear_h.0.weight": zeros(4)}, "a.linear_h.0.weight must be (H, I), got (4,)"),
     # Of four layers without the second: the missing one is named.
-    ((Cheind, ("1.4.2", (3, 4, 4, 4)), {}), {SECOND + "weight": None, SECOND + "bias": None}, "no key a.layers.1.gate"),
+    ((Cheind, (3, 4, 4, 4), {}), {SECOND + "weight": None, SECOND + "bias": None}, "no key a.layers.1.gate"),
     (PUFFER, {"layers.0.weight": None}, "must be a mapping with the keys a.layers.0.weight, got no key a.layers.0"),
     *((PUFFER, {"layers.0.weight": zeros(*size)}, f"(3 * H, H), got {size}") for size in [(12,), (12, 5), (0, 0)]),
     (PUFFER, {"layers.1.weight": zeros(15, 5)}, "layers.1.weight must be (12, 4) because a.layers.0.weight is (12, 4)"),
@@ -374,11 +365,7 @@ def test_recorded_outputs(case, run):
     x, found = torch.tensor(case["x"], dtype=torch.double), case["runs"][run]
 
     def state(h):
-        """As it was returned: one tensor until version 1.3.0, later a list with one for each layer."""
-        if h is None:
-            return None
-        is_one = next(iter(weights)).startswith("linear_")
-        return torch.tensor(h, dtype=torch.double) if is_one else [torch.tensor(each, dtype=torch.double) for each in h]
+        return None if h is None else [torch.tensor(each, dtype=torch.double) for each in h]
 
     h, last = state(found["h"]), state(found["last"])
     both = next(iter(weights)).startswith("rnn.")
@@ -395,36 +382,21 @@ def test_recorded_outputs(case, run):
 
 
 def test_a_residual_that_the_weights_do_not_show():
-    peer = Cheind("1.4.2", (4, 4, 4), residual=True)
+    peer = Cheind(4, 4, 4, residual=True)
     with pytest.raises(ValueError, match=r"^from_cheind: residual must be True or False, got None; the weights do not"):
         peer.converted(residual=None)
-    for version, sizes, residual in [
-        ("1.4.2", (3, 4, 4), True),
-        ("1.4.2", (3, 4, 4), False),
-        ("1.3.0", (4, 4, 4), True),
-        ("1.3.0", (4, 4, 4), False),
-        ("cell", (4, 4), False),
-    ]:
-        peer, x = Cheind(version, sizes, residual=residual), double(B, 4, sizes[0])
+    for *sizes, residual, cell in [(3, 4, 4, True, False), (3, 4, 4, False, False), (4, 4, False, True)]:
+        peer, x = Cheind(*sizes, residual=residual, cell=cell), double(B, 4, sizes[0])
         assert_close(peer.converted(residual=None)(x)[0], peer(x)[0], **TIGHT)
 
 
+@pytest.mark.parametrize("first", ["to_gate_hidden.0", "linear_gate_hidden.0", "linear_z.0"])
+def test_older_versions_are_renamed_by_the_user(first):
+    with pytest.raises(ValueError, match=r"or a\.to_gate_hidden\.weight, got .*; rename .* docs/coming_from_an"):
+        from_cheind({f"a.{first}.weight": zeros(8, 3)}, "a.")
+
+
 # What does not fit a layer as its constructor makes it
-
-
-@pytest.mark.parametrize("sizes", [(3, 4, 4), (4, 4, 4)])
-def test_a_residual_with_bias_through_a_state_dict(sizes):
-    peer = Cheind("1.3.0", sizes, residual=True)
-    layer, x = peer.converted(), double(B, 5, sizes[0])
-    assert_close(copy.deepcopy(layer)(x)[0], peer(x)[0], **TIGHT)
-    fresh = mingru.MinGRU(sizes[0], 4, 2, residual=True, dtype=torch.double)
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*layers\.0\.align\.bias"):
-        fresh.load_state_dict(layer.state_dict())
-    fresh.layers[0].align = nn.Linear(sizes[0], 4, dtype=torch.double)
-    fresh.load_state_dict(layer.state_dict())
-    assert torch.equal(fresh(x)[0], layer(x)[0])
-    layer.reset_parameters()
-    assert not torch.equal(fresh(x)[0], layer(x)[0])
 
 
 FRESH = {"stride": [1, 2], "padding": 1, "residual": True, "norm": "group", "dtype": torch.double}
@@ -478,7 +450,7 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
         (NEW, {"stride": 1}, "stride must be None because the weights have no convolution, got 1"),
         (NEW, {"num_groups": 1}, "num_groups must be None because the weights have no convolution, got 1"),
         (IMAGES[1], {"num_groups": 1}, "num_groups must be None because the weights have no group norm, got 1"),
-        ((Cheind, ("cell", (4, 4)), {}), {"residual": True}, "must be False or None because a cell has no residual"),
+        ((Cheind, (4, 4), {"cell": True}), {"residual": True}, "must be False or None because a cell has no residual"),
         (NEW, {"residual": 1}, "from_cheind: residual must be a bool, got 1"),
     ],
 )

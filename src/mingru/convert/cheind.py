@@ -1,11 +1,10 @@
-"""Convert weights of every version of the package cheind/mingru."""
+"""Convert weights of the package cheind/mingru, version 1.4.2."""
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..check import require
 from ..modules.marked import marks_of
@@ -15,35 +14,10 @@ from ..modules.stack import Stack
 from ..modules.stacked import Directions
 from .state_dict import Checkpoint
 
-
-class Form(NamedTuple):
-    """Names of the parts of a layer in one version of cheind/mingru; {} stands for the index of the layer."""
-
-    linear: tuple[str, ...]  # one map with the gate's rows first, or a map for the gate and one for the candidate
-    align: str | None = None
-    norm: str | None = None
-
-    @property
-    def is_uniform(self) -> bool:
-        """Return whether all layers have one hidden size, and a residual always has one map, in the first layer."""
-        return self.align is not None and "{}" not in self.align
-
-    def num_layers(self, found: Checkpoint) -> int:
-        return found.count(f"{self.linear[0]}.weight")
-
-    def keys(self, part: str, kind: str, index: int) -> list[str]:
-        """Return the keys whose tensors form one parameter of this package; `part` as `RecurrentLayer` names it."""
-        names = {"linear": self.linear, "conv": self.linear, "align": (self.align,), "norm": (self.norm,)}[part]
-        return [f"{name.format(index)}.{kind}" for name in names if name is not None]
-
-
-FORMS = (
-    Form(("layers.{}.gate_hidden",), "layers.{}.res_align", "layers.{}.norm"),
-    Form(("to_gate_hidden.{}",), "residual_layers.{}"),
-    Form(("to_gate_hidden",)),
-    Form(("linear_gate_hidden.{}",), "input_residual_align"),
-    Form(("linear_z.{}", "linear_h.{}"), "input_residual_align"),
-)
+LAYER, CELL = "layers.{}.gate_hidden.weight", "to_gate_hidden.weight"
+# Names of the parts of a layer.
+NAMES = {"linear": "gate_hidden", "conv": "gate_hidden", "align": "res_align", "norm": "norm"}
+OLDER = ("to_gate_hidden.0.", "linear_gate_hidden.", "linear_z.")
 
 
 def from_cheind(
@@ -62,19 +36,14 @@ def from_cheind(
     in both packages. [mingru.MinGRU][] has the equations.
 
     Args:
-        state_dict: Tensors by name, of one dtype and device, with the names of version 1.1.0 or later:
-
-            - `layers.{i}.gate_hidden`, `.norm`, `.res_align` of `MinGRU` and `MinConv2dGRU`, from 29 November 2024 on
-              (version 1.4.2, and the last commits of 1.4.0);
-            - `to_gate_hidden.{i}`, `residual_layers.{i}` of the same classes, earlier in version 1.4.0;
-            - `to_gate_hidden` of `MinGRUCell` and `MinConv2dGRUCell`;
-            - `linear_gate_hidden.{i}`, `input_residual_align` of `MinGRU`, versions 1.2.1 and 1.3.0;
-            - `linear_z.{i}`, `linear_h.{i}`, `input_residual_align` of `MinGRU`, versions 1.1.0 and 1.2.0.
-
+        state_dict: Tensors by name, of one dtype and device, with the names of version 1.4.2, the last one:
+            `layers.{i}.gate_hidden`, `.norm`, `.res_align` of `MinGRU` and `MinConv2dGRU`, or `to_gate_hidden` of
+            `MinGRUCell` and `MinConv2dGRUCell`. [Coming from another
+            minGRU](../coming_from_another_mingru.md#cheindmingru) shows how to rename those of older versions.
         prefix: Prefix of the layer's names inside a model, such as "rnn."; other names are ignored. Default: no
             prefix.
-        residual: Value of the original option `residual`. Required from version 1.4.0 on if no layer changes the size
-            of its input, because the weights then do not show it. Default: inferred from the weights.
+        residual: Value of the original option `residual`. Required if no layer changes the size of its input, because
+            the weights then do not show it. Default: inferred from the weights.
         dropout: Dropout probability of the new layer. It may differ from the original.
         stride: Original option `strides`, a number or a list with one number for each layer. Required for a
             convolutional layer.
@@ -98,28 +67,18 @@ def from_cheind(
 
     State dict:
         `layers.{l}.linear`, `.norm` and `.align` as in `MinGRU`, `.conv` as in `MinConv2dGRU`; under
-        `layers.{l}.layers.0.` in a `Stack`. Two things differ from a newly constructed layer:
+        `layers.{l}.layers.0.` in a `Stack`. The group norms mostly have another number of groups than those of a new
+        layer. The number is saved as `layers.{l}.norm.groups`, which a new `MinConv2dGRU(..., norm="group")` loads and
+        `torch.nn.GroupNorm` rejects.
 
-        - Until version 1.3.0, the residual's linear map had a bias and was there even for equal sizes. Then
-          `layers[0].align` is a `torch.nn.Linear` like the original. A new `MinGRU(..., residual=True)` rejects the
-          state_dict because of the key `layers.0.align.bias`; set `layers[0].align = torch.nn.Linear(I, H)` first.
-        - The group norms mostly have another number of groups. The number is saved as `layers.{l}.norm.groups`, which
-          a new `MinConv2dGRU(..., norm="group")` loads and `torch.nn.GroupNorm` rejects.
+    Pass states of cheind/mingru's `MinGRU`, a list of (B, 1, H), as `torch.stack(h)`, and those for a `Stack` or a
+    `MinConv2dGRU` unchanged.
 
-    Pass states of cheind/mingru's `MinGRU`, a list of (B, 1, H), as `torch.stack(h)`. A state tensor of version 1.3.0
-    or earlier, and a list for a `Stack` or a `MinConv2dGRU`, can be passed unchanged.
-
-    `dropout` is applied only in training, and divides by 1 - dropout. In cheind/mingru, it was also applied in
-    evaluation, and did not divide, until a commit of 25 November 2024, "fix dropout in eval mode". In this package, a
-    state may be 0 or negative.
+    In this package, a state may be 0 or negative.
 
     cheind/mingru's `Bidirectional` runs one layer twice with the same weights, and leaves the second output in reverse
     order. No layer of this package does that. Convert with the prefix "rnn.", and join `layer(x)[0]` and
     `layer(x.flip(1))[0]` by `torch.cat` along dimension 2.
-
-    Not converted: `layer_transforms` of version 1.2; the names `linear_z.weight`, `gate_hidden_layers` and
-    `align_layers`, each used for a day between versions; norms without weights, which convolutional layers had for two
-    hours on 29 November 2024 and which no state_dict shows.
 
     Examples:
         >>> checkpoint = {
@@ -137,19 +96,25 @@ def from_cheind(
         (torch.Size([2, 10, 6]), torch.Size([2, 2, 1, 6]))
 
     References:
-        https://github.com/cheind/mingru from 3597563 (version 1.1.0) to aa35d42, `mingru/modules.py` and the files
-        before it.
+        https://github.com/cheind/mingru at aa35d42, `mingru/modules.py`.
     """
     name = "from_cheind"
     is_valid = residual is None or isinstance(residual, bool)
     require(name, "residual", is_valid, "a bool", repr(residual), error=TypeError)
     found = Checkpoint(name, state_dict, prefix)
-    form = next((form for form in FORMS if form.num_layers(found)), None)
-    if form is None:
-        raise found.without([form.keys("linear", "weight", 0)[0] for form in FORMS])
-    weights = _linears(found, form)
+    is_cell = CELL in found
+    num_layers = 1 if is_cell else found.count(LAYER)
+    if num_layers == 0:
+        is_older = any(key.startswith(OLDER) for key in found)
+        older = "rename the keys of versions before 1.4.2, see docs/coming_from_another_mingru.md" if is_older else ""
+        raise found.without([LAYER.format(0), CELL], older)
+
+    def key(index: int, part: str, kind: str) -> str:
+        return f"to_gate_hidden.{kind}" if is_cell else f"layers.{index}.{NAMES[part]}.{kind}"
+
+    weights = _linears(found, [key(index, "linear", "weight") for index in range(num_layers)])
     has_kernel = weights[0].dim() == 4
-    has_norm = form.norm is not None and form.keys("norm", "weight", 0)[0] in found
+    has_norm = key(0, "norm", "weight") in found and not is_cell
     without = f"None because the weights have no {'group norm' if has_kernel else 'convolution'}"
     remedy = "convolutional weights do not show it"
     for argument, value in (("stride", stride), ("padding", padding)):
@@ -157,15 +122,13 @@ def from_cheind(
         require(name, argument, value is None or has_kernel, without, repr(value))
     require(name, "num_groups", num_groups is None or (has_kernel and has_norm), without, repr(num_groups))
 
-    num_layers = len(weights)
     input_dims, hidden_sizes = weights[0].shape[1], [weight.shape[0] // 2 for weight in weights]
-    bias = form.keys("linear", "bias", 0)[0] in found
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
-    factory: dict[str, Any] = {"device": "meta", "dtype": weights[0].dtype}
-    options: dict[str, Any] = {"bias": bias, **factory}
+    options: dict[str, Any] = {"bias": key(0, "linear", "bias") in found, "device": "meta", "dtype": weights[0].dtype}
     if has_kernel:
         kernels = [tuple(weight.shape[2:]) for weight in weights]
-        options |= {"kernel_size": _common(kernels), "stride": stride, "padding": padding}
+        sizes = [size[0] if size[0] == size[1] else size for size in kernels]
+        options |= {"kernel_size": _common(sizes), "stride": stride, "padding": padding}
     if has_norm:
         options["norm"] = "group" if has_kernel else "layer"
 
@@ -173,60 +136,46 @@ def from_cheind(
         common: dict[str, Any] = {"residual": residual, **options}
         if has_kernel:
             return MinConv2dGRU(input_dims, _common(hidden_sizes), num_layers=num_layers, dropout=dropout, **common)
-        if form.is_uniform or len(set(hidden_sizes)) == 1:
+        if len(set(hidden_sizes)) == 1:
             return MinGRU(input_dims, hidden_sizes[0], num_layers, dropout=dropout, **common)
         return Stack([MinGRU(*sizes, **common) for sizes in pairwise([input_dims, *hidden_sizes])], dropout=dropout)
 
-    if form.align is None:
+    if is_cell:
         require(name, "residual", not residual, "False or None because a cell has no residual", "True")
         residual = False
     elif residual is None:
-        residual = any(form.keys("align", "weight", index)[0] in found for index in range(num_layers))
-        is_visible = form.is_uniform or any("align" in key for key in construct(True, 0.0).state_dict())
+        residual = any(key(index, "align", "weight") in found for index in range(num_layers))
+        is_visible = any("align" in key for key in construct(True, 0.0).state_dict())
         remedy = "the weights do not show it, because no layer changes the size of its input"
         require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer = construct(residual, dropout)
-    layers: Any = layer.layers
-    if form.is_uniform and residual:
-        layers[0].align = nn.Linear(input_dims, hidden_sizes[0], bias, **factory)
-    _load(found, form, layer)
+    parts: list[Any] = [part for part in layer.named_modules() if isinstance(part[1], Directions)]
+    keys = {
+        f"{path}.{parameter}": key(index, *parameter.split("."))
+        for index, (path, part) in enumerate(parts)
+        for parameter, _ in part.named_parameters()
+    }
+    found.check(list(keys.values()))
+    for parameter, of_parameter in keys.items():
+        found.check_shapes([of_parameter], layer.get_parameter(parameter).shape, next(iter(keys.values())))
+    state = {parameter: found[of_parameter].detach().clone() for parameter, of_parameter in keys.items()}
+    layer.load_state_dict({**marks_of(layer), **state}, assign=True)
     if has_kernel and has_norm:
-        _regroup(name, num_groups, [part.norm for part in layers])
+        _regroup(name, num_groups, [part.norm for _, part in parts])
     return layer
 
 
-def _linears(found: Checkpoint, form: Form) -> list[Tensor]:
+def _linears(found: Checkpoint, keys: list[str]) -> list[Tensor]:
     """Return the weight of each layer, (2H, I) or (2H, I, kernel_h, kernel_w), gate rows first."""
-    by_layer = [form.keys("linear", "weight", index) for index in range(form.num_layers(found))]
-    keys = [key for of_layer in by_layer for key in of_layer]
     found.check(keys, None)
-    rows, divisor = ("2 * H", 2) if len(form.linear) == 1 else ("H", 1)
-    letters = {2: f"({rows}, I)", 4: f"({rows}, I, kernel_h, kernel_w)"}
+    letters = {2: "(2 * H, I)", 4: "(2 * H, I, kernel_h, kernel_w)"}
     num_dims = found[keys[0]].dim()
     expected = letters.get(num_dims, " or ".join(letters.values()))
     for key in keys:
         shape = found[key].shape
-        is_valid = num_dims in letters and len(shape) == num_dims and all(shape) and shape[0] % divisor == 0
+        is_valid = num_dims in letters and len(shape) == num_dims and all(shape) and shape[0] % 2 == 0
         found.check_shape(key, is_valid, expected)
-    for gate, *candidate in by_layer:
-        found.check_shapes(candidate, found[gate].shape, gate)
-    return [torch.cat([found[key] for key in of_layer]) for of_layer in by_layer]
-
-
-def _load(found: Checkpoint, form: Form, layer: nn.Module) -> None:
-    """Load the tensors into the layer, which must need all of them."""
-    parts = [(path, part) for path, part in layer.named_modules() if isinstance(part, Directions)]
-    targets = []
-    for index, (path, part) in enumerate(parts):
-        for key, parameter in part.named_parameters():
-            map_name, kind = key.split(".")
-            targets.append((f"{path}.{key}", parameter.shape, form.keys(map_name, kind, index)))
-    first = targets[0][2][0]
-    found.check([key for *_, keys in targets for key in keys])
-    for _, shape, keys in targets:
-        found.check_shapes(keys, (shape[0] // len(keys), *shape[1:]), first)
-    state = {target: torch.cat([found[key] for key in keys]) for target, _, keys in targets}
-    layer.load_state_dict({**marks_of(layer), **state}, assign=True)
+    return [found[key] for key in keys]
 
 
 def _regroup(name: str, num_groups: int | list[int] | None, norms: list[Any]) -> None:

@@ -33,11 +33,12 @@ class Checkpoint(dict[str, Tensor]):
     def listed(self, keys: Iterable[str], separator: str = ", ") -> str:
         return separator.join(self.prefix + key for key in keys)
 
-    def without(self, firsts: Iterable[str]) -> ValueError:
+    def without(self, firsts: Iterable[str], remedy: str = "") -> ValueError:
         """Return the error for a checkpoint with none of these keys, which names the prefix of a layer, if any."""
         prefixes = [key[: -len(first)] for key in self.state_dict for first in firsts if key.endswith("." + first)]
         inner = [key for key, x in self.state_dict.items() if isinstance(x, Mapping)]
-        remedy = f"use prefix={prefixes[0]!r}" if prefixes else f"pass the mapping under {inner[0]!r}" if inner else ""
+        if prefixes or inner:
+            remedy = f"use prefix={prefixes[0]!r}" if prefixes else f"pass the mapping under {inner[0]!r}"
         expected = f"a mapping with keys such as {self.listed(firsts, ' or ')}"
         got = f"the key {self.prefix}{next(iter(self))}"
         return ValueError(expectation(self.name, "state_dict", expected, got, remedy))
