@@ -6,6 +6,7 @@ two values meet in one row; tests/properties checks what holds for each of them.
 
 import inspect
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -289,7 +290,7 @@ CASES = [
 ]
 
 
-# All options. In a row, what contradicts another option is put right or left out.
+# All options.
 
 GATES = ["sigmoid", "signed", "rotation", "quaternion", "mixed"]
 CELLS = [*GATES, "minlstm", "minlstm_unnormalized"]
@@ -309,18 +310,24 @@ LAYER = {
 CELL = {name: LAYER[name] for name in ("cell", "bias", "norm", "candidate", "learn_initial_state", "min_decay")}
 # `drop_in` has the same code, so that fewer options meet.
 FEWER = {**LAYER, "residual": [False, True], "norm": [None], "candidate": ["positive"], "recompute": [None]}
-# What "tuple" and "list" stand for depends on the number of dimensions and of layers.
+
+
+class List(tuple):
+    """A list that can be hashed."""
+
+    __slots__ = ()
+
+
+# A row takes as many numbers of a tuple as it has dimensions, and as many of a list as it has layers.
 TUPLES = {"kernel_size": (2, 1, 3), "stride": (1, 2, 1), "padding": (1, 0, 2), "dilation": (2, 1, 1)}
-LISTS = {"hidden_dims": [16, 8], "kernel_size": [3, TUPLES["kernel_size"]], "stride": [2, 1], "padding": [0, "same"]}
-LISTS["dilation"] = [1, TUPLES["dilation"]]
+LISTS = {"hidden_dims": (16, 8), "kernel_size": (2, 3), "stride": (2, 1), "padding": (0, "same"), "dilation": (1, 2)}
 CONV_CELL = {
     "space": [1, 2, 3],
     "hidden_dims": [8, 16],
-    "kernel_size": [1, 3, "tuple"],
-    "stride": [1, 2, "tuple"],
-    "padding": [0, 1, "same", "tuple"],
-    "dilation": [1, 2, "tuple"],
-    "groups": [1, 2],
+    "kernel_size": [1, 3, TUPLES["kernel_size"]],
+    "stride": [1, 2, TUPLES["stride"]],
+    "padding": [0, 1, "same", TUPLES["padding"]],
+    "dilation": [1, 2, TUPLES["dilation"]],
     "bias": [True, False],
     "norm": [None, "group"],
     "candidate": ["positive", "linear", "tanh"],
@@ -328,7 +335,7 @@ CONV_CELL = {
     "learn_initial_state": [False, True],
 }
 CONV = {
-    **{name: [*values, "list"] if name in LISTS else values for name, values in CONV_CELL.items()},
+    **{name: [*values, List(LISTS[name])] if name in LISTS else values for name, values in CONV_CELL.items()},
     **{name: LAYER[name] for name in ("num_layers", "batch_first", "bidirectional")},
     "residual": [False, True],
 }
@@ -351,48 +358,47 @@ def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
     else:
         options |= {"gate": cell, "min_decay": [bound, 2 * bound] if row.get("num_layers") == 2 else bound}
     if is_like_torch and cell == "rotation":
+        # As `drop_in.LSTM` takes it.
         kind, options = "LSTM", options | {"cell": "mingru"}
     hidden = {"rotation": 6, "quaternion": 8, "mixed": 8}.get(cell, 5)
     input_dims = hidden if row.get("residual") == "highway" else INPUT
     made = getattr(home, f"{'' if is_like_torch else 'Min'}{kind}{end}")
-    return case(f"{made.__name__} {named(row)}", made, input_dims, hidden, **options)
+    return case(f"{made.__name__} {named(options)}", made, input_dims, hidden, **options)
 
 
-def of_layer(value: Any, layer: int) -> Any:
-    return value[layer] if isinstance(value, list) else value
+def geometries(row: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
+    """Return kernel size, stride, dilation and padding of each layer in each spatial dimension."""
+    names, space = ("kernel_size", "stride", "dilation", "padding"), range(row["space"])
+    by_layer = ([of_part(row[name], List, layer) for name in names] for layer in range(row.get("num_layers", 1)))
+    return [[tuple(of_part(each, tuple, at) for each in sizes) for at in space] for sizes in by_layer]
 
 
-def of_each(value: Any, count: int) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,) * count
+def of_part(value: Any, kind: type, index: int) -> Any:
+    return value[index] if type(value) is kind else value
+
+
+def is_possible_of_images(row: dict[str, Any]) -> bool:
+    """Whether no layer pads with "same" where a stride forbids it, or where torch warns because one side gets more."""
+    sizes = itertools.chain(*geometries(row))
+    return not any(padding == "same" and (stride > 1 or kernel % 2 == 0) for kernel, stride, _, padding in sizes)
 
 
 def of_images(row: dict[str, Any]) -> Case:
     """Likewise a convolutional layer, or a cell if there is no number of layers."""
-    options, space, count = dict(row), row["space"], row.get("num_layers", 1)
-    for name, value in row.items():
-        if value == "tuple":
-            options[name] = TUPLES[name][:space]
-        if value == "list":
-            entries = LISTS[name][:count]
-            options[name] = [entry[:space] if isinstance(entry, tuple) else entry for entry in entries]
-    for layer in range(count):
-        if of_layer(options["padding"], layer) == "same":
-            # Torch warns where one side is padded more than the other.
-            is_even = any(size % 2 == 0 for size in of_each(of_layer(options["kernel_size"], layer), space))
-            options |= {"kernel_size": 3} if is_even else {}
-            options |= {"stride": 1} if of_layer(options["stride"], layer) != 1 else {}
+    space, count = row["space"], row.get("num_layers", 1)
+    options = {
+        name: list(value[:count]) if type(value) is List else value[:space] if type(value) is tuple else value
+        for name, value in row.items()
+        if name != "space"
+    }
     # The smallest space of which the last layer makes 2 x 3 x 2 places.
     sizes = [2, 3, 2][:space]
-    for layer in reversed(range(count)):
-        geometry = [of_layer(options[name], layer) for name in ("kernel_size", "stride", "dilation", "padding")]
-        for at, (kernel, stride, dilation, padding) in enumerate(
-            zip(*(of_each(each, space) for each in geometry), strict=True)
-        ):
+    for layer in reversed(geometries(row)):
+        for at, (kernel, stride, dilation, padding) in enumerate(layer):
             span = dilation * (kernel - 1)
             sizes[at] = max(2, (sizes[at] - 1) * stride + span + 1 - (span if padding == "same" else 2 * padding))
-    kind = f"MinConv{options.pop('space')}dGRU{'' if 'num_layers' in row else 'Cell'}"
-    make = partial(getattr(mingru, kind), 8, **options)
-    return Case(f"{kind} {named(row)}", make, (8, *sizes))
+    kind = f"MinConv{space}dGRU{'' if 'num_layers' in row else 'Cell'}"
+    return Case(f"{kind} {named(options)}", partial(getattr(mingru, kind), 8, **options), (8, *sizes))
 
 
 def block(**options: Any) -> Case:
@@ -403,7 +409,7 @@ def block(**options: Any) -> Case:
 PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS for count in (1, 2)]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
 MIXED_IMAGES = conv("MinConv2dGRU", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group")
-IMAGES = [*(of_images(row) for row in cover(CONV)), MIXED_IMAGES]
+IMAGES = [*(of_images(row) for row in cover(CONV, is_possible_of_images)), MIXED_IMAGES]
 LIKE_TORCH = [
     case("GRU with projections", drop_in.GRU, INPUT, 5, 2, proj_size=2),
     case("LSTM with projections", drop_in.LSTM, INPUT, 5, 2, proj_size=2, batch_first=True, residual=True),
@@ -413,7 +419,7 @@ LIKE_TORCH = [
 ]
 STEPS = [
     *(of_features(mingru, "Cell", row) for row in cover(CELL, is_possible)),
-    *(of_images(row) for row in cover(CONV_CELL)),
+    *(of_images(row) for row in cover(CONV_CELL, is_possible_of_images)),
 ]
 CONV1D = partial(mingru.MinConv1dGRU, INPUT, INPUT)
 

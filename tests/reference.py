@@ -3,7 +3,6 @@
 `test_reference.py` compares it with values worked by hand.
 """
 
-import itertools
 import math
 
 import torch
@@ -259,24 +258,18 @@ def of_layer(value, layer):
     return value[layer] if isinstance(value, list) else value
 
 
-def in_parts(x, weights, prefix, groups, count, **geometry):
-    """Return the `count` results of a convolution (B, S, C, *space), each for one step after the other."""
+def convolved(x, weights, prefix, **geometry):
+    """Return a convolution of x (B, S, C, *space), for one step after the other."""
     weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
-    convolve, rows = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 4], weight.shape[0] // (groups * count)
-    found = [[] for _ in range(count)]
-    for group, part in itertools.product(range(groups), range(count)):
-        at = slice((group * count + part) * rows, (group * count + part + 1) * rows)
-        own, kernel = x.chunk(groups, 2)[group], weight[at]
-        steps = [convolve(own[:, t], kernel, None if bias is None else bias[at], **geometry) for t in range(x.shape[1])]
-        found[part].append(torch.stack(steps, 1))
-    return [torch.cat(of_part, 2) for of_part in found]
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 4]
+    return torch.stack([convolve(step, weight, bias, **geometry) for step in x.unbind(1)], 1)
 
 
 def convolutions(rnn, x, h=None, reset=None):
     """Compute a convolutional layer in float64 from its weights, with x (B, S, C, *space) and without dropout."""
     weights = {name: weight.double() for name, weight in rnn.named_parameters()}
     cell = "mingru" if rnn.gate == "sigmoid" else f"mingru_{rnn.gate}"
-    groups, num_directions, over_space = rnn.groups, rnn.num_directions, (-1, *[1] * rnn.num_space_dims)
+    num_directions, over_space = rnn.num_directions, (-1, *[1] * rnn.num_space_dims)
     x, last = x.double(), []
     for index in range(rnn.num_layers):
         prefix = f"layers.{index}."
@@ -290,7 +283,7 @@ def convolutions(rnn, x, h=None, reset=None):
             y = y * scale + shift
         outs = []
         for direction, name in enumerate(["conv", "conv_reverse"][:num_directions]):
-            gate, candidate = in_parts(y, weights, prefix + name, groups, 2, **geometry)
+            gate, candidate = convolved(y, weights, prefix + name, **geometry).chunk(2, 2)
             initial = weights.get(prefix + "initial_state")
             initial = None if initial is None else initial[direction]
             before = initial if h is None else h[index * num_directions + direction].double()
@@ -303,8 +296,7 @@ def convolutions(rnn, x, h=None, reset=None):
         out = torch.cat(outs, 2)
         if rnn.residual:
             is_aligned = f"{prefix}align.weight" in weights
-            parts = in_parts(x, weights, prefix + "align", groups, num_directions, **geometry) if is_aligned else [x]
-            out = out + torch.cat(parts, 2)
+            out = out + (convolved(x, weights, prefix + "align", **geometry) if is_aligned else x)
         x = out
     return x, last
 

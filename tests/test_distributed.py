@@ -177,7 +177,6 @@ def features_refused(four, pairs):
         ({"module": mingru.MinGRU(3, 6)}, ValueError, f"{wrong} has 6 numbers ...(hidden_dims 6), no multiple of 4"),
         ({"module": mingru.MinGRU(3, 4, gate="rotation")}, ValueError, f"{wrong} has 2 numbers ...(hidden_dims 4)"),
         ({"module": mingru.drop_in.GRU(3, 8, proj_size=4)}, ValueError, f"{wrong} has proj_size"),
-        ({"module": mingru.MinConv1dGRU(4, 8, 3, groups=2)}, ValueError, f"{wrong} has groups"),
         ({"module": mingru.MinGRU(4, 32, gate="mixed")}, ValueError, f"{wrong} has features of two kinds"),
         ({"module": parallel}, ValueError, f"{wrong} is already parallel"),
         ({"module": mingru.MinGRU(3, 4, bidirectional=True), **shard}, ValueError, layouts),

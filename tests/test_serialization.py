@@ -4,6 +4,7 @@ import functools
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mingru.modules.per_step import OF_TORCH
 # Options that bring in every class that may be inside.
 MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or "." in case.name} | {
     "all norms": lambda: mingru.MinLSTM(3, 4, 2, norm="rms", forget_bias=1.0, dtype=torch.bfloat16),
-    "lists": lambda: mingru.MinConv2dGRU(3, [4, 5], [3, (1, 3)], num_layers=2, padding=["same", 0], residual=True),
+    "lists": lambda: mingru.MinConv2dGRU(3, [4, 5], [3, 1], num_layers=2, padding=["same", 0], residual=True),
     "Projected": lambda: convert.Projected(mingru.MinGRU(3, 4), nn.Linear(4, 2)),
     "Stack": lambda: mingru.Stack([mingru.MinGRU(3, 4), mingru.MinLSTM(4, 4)], residual=True),
     "modules of torch": lambda: mingru.Stack([mingru.MinGRU(3, 4), *(each() for each in OF_TORCH[:-3])]),
@@ -27,6 +28,7 @@ MODELS = {case.name: case.make for case in CASES if case.name.isidentifier() or 
 
 LOAD = """
 import sys
+from contextlib import nullcontext
 import torch
 import mingru
 
@@ -81,3 +83,14 @@ def test_whole_modules_with_fewer_marks_get_them():
             del module._buffers[name]
     assert len(model.state_dict()) == len(expected) - 3
     torch.testing.assert_close(dict(pickle.loads(pickle.dumps(model)).state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def test_whole_modules_with_groups_are_refused():
+    """Their convolutions have the rows of gate and candidate in another order."""
+    model = CONV(2, 4)
+    for groups in (1, 2):
+        model.layers[0].groups = groups
+        with (
+            pytest.raises(ValueError, match="this whole module was saved with groups") if groups > 1 else nullcontext()
+        ):
+            assert repr(pickle.loads(pickle.dumps(model))) == repr(model)

@@ -43,6 +43,7 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
+    "groups": "use a layer for each group of channels, and join their outputs with torch.cat(outputs, 2)",
     "return_sequences": "the output has all time steps; out[:, -1] is the last one",
     "stateful": "pass the returned state to the next call",
     "go_backwards": "pass x.flip(1), or bidirectional=True",

@@ -256,7 +256,7 @@ MEMORIES = {
     "two directions": functools.partial(mingru.drop_in.GRU, 4, H, batch_first=True, bidirectional=True),
     "minlstm": functools.partial(mingru.MinLSTM, 4, H),
     "unnormalized": functools.partial(mingru.MinLSTM, 4, H, normalize=False),
-    "groups": functools.partial(mingru.MinConv1dGRU, 4, H, 1, gate="quaternion", groups=2),
+    "images": functools.partial(mingru.MinConv1dGRU, 4, H, 1, gate="quaternion"),
     "bounded": functools.partial(mingru.MinGRU, 4, H, min_decay=0.25),
     "bounded, mixed": functools.partial(mingru.MinGRU, 4, H, gate="mixed", min_decay=0.25),
 }
@@ -281,12 +281,12 @@ def test_memory_is_the_number_of_steps_that_a_state_lasts_at_first(kind):
         h = torch.ones(rnn.num_directions, 1, *[1] * (not isinstance(rnn, mingru.drop_in.GRU)), H, *space)
         out, _ = rnn(torch.zeros(1, 1, 4, *space), [h[0]] if space else h)
         first, last = memory if isinstance(memory, tuple) else (memory, memory)
-        groups, expected = rnn.layers[0].groups, torch.empty(0)
+        expected = torch.empty(0)
         cells = {"rotation": [2], "quaternion": [4], "mixed": [1, 4]}.get(rnn.gate, [1])
         for parts in cells:
-            count = H // groups // parts // len(cells)
+            count = H // parts // len(cells)
             steps = first * (last / first) ** ((torch.arange(count) + 0.5) / count)
-            expected = torch.cat([expected, steps.repeat_interleave(parts).repeat(groups)])
+            expected = torch.cat([expected, steps.repeat_interleave(parts)])
         expected = expected.repeat(rnn.num_directions)
         assert_close(out, 1 - 1 / expected.view(1, 1, -1, *space))
     all_exact((drawn(kind, memory=(2, 7), again=True), drawn(kind, memory=(2, 7))))

@@ -48,7 +48,7 @@ class TensorParallel(ParallelStyle):
         TypeError: `device_mesh` is no mesh.
         ValueError: The mesh has several dimensions, or a layer cannot be divided: its `hidden_dims` (or the pairs and
             groups of four of `gate="rotation"` and `gate="quaternion"`) are no multiple of the number of ranks, or it
-            has `proj_size`, `groups` or `gate="mixed"`.
+            has `proj_size` or `gate="mixed"`.
 
     State dict:
         The state_dict has the whole weights, equal on all ranks, and is that of one process, so that
@@ -108,8 +108,6 @@ def _check_divisible(layer: Any, size: int) -> None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
     elif len(cells_of(layer.cell)) > 1:
         why = "has features of two kinds, in other places than those of a rank"
-    elif layer.groups > 1:
-        why = "has groups, whose channels are in other places than those of a rank"
     elif numbers % size:
         why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
     if why is not None:

@@ -56,17 +56,12 @@ class ConvOptions(Options):
 
     def check(self) -> None:
         super().check()
-        check_int(self.name, "groups", self.groups)
         check_flags(self.name, residual=self.residual)
         widths = self.widths()
         for width in widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
-        is_divisor = not any(width % self.groups for width in [self.input_dims, *widths])
-        expected = f"a divisor of input_dims={self.input_dims} and hidden_dims={self.hidden_dims}"
-        require(self.name, "groups", is_divisor, expected, str(self.groups))
         for width, gate in zip(widths, self.gates, strict=True):
-            argument = "hidden_dims" if self.groups == 1 else "hidden_dims / groups"
-            check_parts(self.name, argument, width // self.groups, gate)
+            check_parts(self.name, "hidden_dims", width, gate)
 
     def widths(self) -> list[int]:
         """Return the number of state channels of each layer."""
@@ -97,9 +92,10 @@ class ConvOptions(Options):
         if argument == "padding" and size == "same":
             return size
         count = self.num_space_dims
-        numbers = size if isinstance(size, tuple) else (size,) * count
+        # A tuple in a list is no number.
+        numbers: Any = size if isinstance(getattr(self, argument), tuple) else (size,) * count
         single = "an int" if count == 1 else f"an int, a tuple of {count} ints"
-        expected = f"{single}, or a list of these with one for each layer"
+        expected = f"{single}, or a list of ints with one for each layer"
         require(self.name, argument, len(numbers) == count, expected, f"{size!r}")
         for number in numbers:
             check_int(self.name, argument, number, expected, 0 if argument == "padding" else 1)
@@ -114,9 +110,8 @@ class MinConvLayer(WithStart, Directions):
         self.num_directions = options.num_directions
         output_dims = self.num_directions * hidden_dims
         self.geometry = geometry
-        self.groups = options.groups
         self.residual = options.residual
-        sizes = {**geometry._asdict(), "groups": options.groups, **options.factory}
+        sizes = {**geometry._asdict(), **options.factory}
         convolution = partial(CONVOLUTIONS[len(geometry.kernel_size)], input_dims, **sizes)
         self.norm = GroupNorm(_num_groups(input_dims), input_dims, **options.factory) if options.norm else None
         self.conv = convolution(2 * hidden_dims, bias=options.bias)
@@ -126,6 +121,14 @@ class MinConvLayer(WithStart, Directions):
             self.align = convolution(output_dims, bias=False)
         self.add_gate_bias()
         self.add_initial_state((self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size)), options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.pop("groups", 1) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: this whole module was saved with groups, an option that no longer exists; "
+                "train a layer for each group of channels"
+            )
+        super().__setstate__(state)
 
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.
@@ -144,10 +147,7 @@ class MinConvLayer(WithStart, Directions):
             starts.append(Start(initial_state if h is None else h[index], initial_state, reset))
         out, states = self._directions(y, starts, layout)
         if self.residual:
-            added = x
-            if self.align is not None:
-                added = _ungrouped(unflattened(self.align(steps), x), self.groups, self.num_directions)
-            out = out + added
+            out = out + (x if self.align is None else unflattened(self.align(steps), x))
         return out, states
 
     def maps(self) -> list[Any]:
@@ -180,22 +180,10 @@ class MinConvLayer(WithStart, Directions):
             pre = self.conv(pre)
         elif self.conv_reverse is not None:
             pre = self.conv_reverse(pre)
-        pre = _ungrouped(unflattened(pre, y), self.groups, 2)
-        return list(pre.chunk(2, 2))
+        return list(unflattened(pre, y).chunk(2, 2))
 
 
 def _num_groups(channels: int) -> int:
     """Return the largest divisor of `channels`, up to 32, that leaves at least 16 channels per group; otherwise 1."""
     most = max(1, min(32, channels // 16))
     return next(count for count in range(most, 0, -1) if channels % count == 0)
-
-
-def _ungrouped(x: Tensor, groups: int, parts: int) -> Tensor:
-    """Return x with dimension 2 reordered from (group, part, channel) to (part, group, channel).
-
-    The first order is that of a grouped convolution, whose output has the channels of each group in one block.
-    """
-    if groups == 1 or parts == 1:
-        return x
-    x = torch.unflatten(x, 2, [groups, parts, x.size(2) // (groups * parts)])
-    return x.transpose(2, 3).flatten(2, 4)

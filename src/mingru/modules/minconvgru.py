@@ -30,38 +30,35 @@ class MinConv2dGRU(MinConv):
     where `*` is a spatial convolution, x_t the input of the layer, z_t the update gate and h_t the state.
     [mingru.functional.g][] keeps the candidate positive.
 
-    `hidden_dims`, `kernel_size`, `stride`, `padding` and `dilation` accept a list with one entry for each layer. A
-    tuple has one number for each spatial dimension. For example, `kernel_size=[3, (1, 5)]` is 3 x 3 in the first layer
-    and 1 x 5 in the second.
+    `hidden_dims`, `kernel_size`, `stride`, `padding` and `dilation` accept a list with one number for each layer, and
+    all but `hidden_dims` a tuple with one number for each spatial dimension: `kernel_size=[3, 5]` is 3 x 3 in the first
+    layer and 5 x 5 in the second, and `kernel_size=(3, 5)` is 3 x 5 in all layers. For tuples that differ between
+    layers, stack one-layer modules in a [mingru.Stack][].
 
     Args:
         input_dims: Number of input channels, C.
         hidden_dims: Number of state channels, H. An int or a list.
-        kernel_size: Size of the convolution kernel. An int, a tuple, or a list of these.
+        kernel_size: Size of the convolution kernel. An int, a tuple, or a list of ints.
         num_layers: Number of stacked layers, L. Layer l + 1 takes the output of layer l.
-        stride: Stride of the convolution. An int, a tuple, or a list of these.
+        stride: Stride of the convolution. An int, a tuple, or a list of ints.
         padding: Number of zeros added on each side of each spatial dimension, or "same", which keeps the spatial size
-            and needs a stride of 1. An int, a tuple, "same", or a list of these.
-        dilation: Distance between the pixels that the kernel reads. An int, a tuple, or a list of these.
-        groups: Number of groups of every convolution, a divisor of `input_dims` and of every entry of `hidden_dims`.
-            Channels of one group depend only on their own group of input channels, except through the norm. The input
-            of a layer after a bidirectional layer has the forward channels first. With more than one group, the
-            pre-activations are copied once.
+            and needs a stride of 1. An int, a tuple, "same", or a list of ints and "same".
+        dilation: Distance between the pixels that the kernel reads. An int, a tuple, or a list of ints.
         bias: If False, the convolutions have no bias.
         dropout: Dropout probability, from 0 to 1, on the output of every layer except the last. Used in training only.
         bidirectional: If True, each layer has a reverse direction with its own weights, which runs from the last step
             to the first. D is 2 if True, otherwise 1.
         residual: If True, add each layer's input to its output. If the channels differ, or if padding or stride may
-            change the spatial size, the input goes through a convolution with the layer's kernel, stride, padding,
-            dilation and groups, without bias. The returned state does not include the residual.
+            change the spatial size, the input goes through a convolution with the layer's kernel, stride, padding
+            and dilation, without bias. The returned state does not include the residual.
         norm: "group" or None: group norm of each layer's input, separate for each step. The number of groups is the
             largest divisor of the channel count that is at most 32 and leaves at least 16 channels per group. Below 32
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
         gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][], or a list with one for
-            each layer. "rotation" needs an even number of state channels in each group, "quaternion" a multiple of 4,
-            and "mixed" a multiple of 8.
+            each layer. "rotation" needs an even number of state channels, "quaternion" a multiple of 4, and "mixed" a
+            multiple of 8.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
         memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
@@ -94,11 +91,9 @@ class MinConv2dGRU(MinConv):
             for each layer; or an image is too small for a kernel.
 
     State dict:
-        - `layers.{l}.conv.weight` `(2H, C / groups, *kernel_size)` and `layers.{l}.conv.bias` (2H,): gate rows first,
-          then candidate rows. With groups, this order holds within each group, and the rows of a group are contiguous.
-          They are initialized as in `torch.nn.Conv2d`.
-        - `layers.{l}.align.weight` `(D * H, C / groups, *kernel_size)`: the residual's convolution. With groups, each
-          group has its forward rows first, then its reverse rows.
+        - `layers.{l}.conv.weight` `(2H, C, *kernel_size)` and `layers.{l}.conv.bias` (2H,): gate rows first, then
+          candidate rows. They are initialized as in `torch.nn.Conv2d`.
+        - `layers.{l}.align.weight` `(D * H, C, *kernel_size)`: the residual's convolution.
         - `layers.{l}.initial_state` (D, 1, 1, H, 1, 1).
         - `layers.{l}.conv_reverse` and `layers.{l}.norm`.
 
@@ -169,7 +164,6 @@ class MinConv2dGRUCell(MinConvCell):
         stride: Stride of the convolution.
         padding: Zeros added on each side of each spatial dimension, or "same".
         dilation: Distance between the pixels that the kernel reads.
-        groups: Number of groups of the convolution.
         bias: If False, the convolution has no bias.
         norm: "group" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.

@@ -30,7 +30,6 @@ class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     gate: Tensor | None
-    groups = 1
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
         super().__init__()
@@ -51,18 +50,16 @@ class Directions(Marked):
         """Add to the bias of the gates what `memory` needs."""
         cells = cells_of(self.cell)
         for linear in self.maps() if any(self.memories) else []:
-            bias = linear.bias.detach()
-            rows = torch.arange(len(bias), device=bias.device)
-            rows = rows.view(self.groups, -1, self.hidden_dims // self.groups).transpose(0, 1).flatten(1)
+            rows = linear.bias.detach().view(-1, self.hidden_dims)
             for cell, memory, own in zip(cells, self.memories, rows.chunk(len(cells), 1), strict=True):
                 if memory is None:
                     continue
-                numbers = own[:, :: parts_of(cell)].reshape(len(own), self.groups, -1)
-                (first, last), count = memory, numbers.size(2)
+                numbers = own[:, :: parts_of(cell)]
+                (first, last), count = memory, numbers.size(1)
                 # The logarithms have even steps.
                 steps = (first * (last / first) ** ((index + 0.5) / count) for index in range(count))
                 for index, biases in enumerate(zip(*(gate_biases(cell, each) for each in steps), strict=True)):
-                    bias[numbers[index]] += bias.new_tensor(biases)
+                    numbers[index] += numbers.new_tensor(biases)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
