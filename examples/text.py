@@ -294,10 +294,9 @@ def heldout_loss(model: nn.Module, codes: Tensor, chunk: int = 4096) -> float:
     return total / (len(codes) - 1)
 
 
-def save_model(folder: Path, model: LanguageModel, symbols: Symbols, last: dict[str, Any]) -> None:
-    figures = {"training steps": last["step"], "held-out nats per character": f"{last['held_out']:.4f}"}
+def save_model(folder: Path, model: LanguageModel, symbols: Symbols) -> None:
     try:
-        model.save_pretrained(folder, figures=figures)
+        model.save_pretrained(folder)
     except ValueError as error:
         fail(str(error))
     symbols.save(folder)
@@ -520,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.curve and is_first:
         write(args.curve, (json.dumps(curve, indent=1) + "\n").encode())
     if args.save and is_first:
-        save_model(args.save, model, symbols, curve["points"][-1])
+        save_model(args.save, model, symbols)
     if args.sample:
         write_sample(run, model, symbols, prompt)
 

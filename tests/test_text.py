@@ -189,7 +189,6 @@ def test_a_saved_model_is_the_trained_one_and_continues_the_same_text(more, exce
     )
     text.main([*SMALL, *excerpt, "--steps", "2", *more.split(), "--save", str(folder), *sampling])
     out = capsys.readouterr().out
-    assert losses(out)[-1].split()[4] in (folder / "README.md").read_text() or more
     text.main(["--load", str(folder), *sampling])
     loaded = capsys.readouterr().out
     assert loaded.startswith("gr")

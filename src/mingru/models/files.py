@@ -1,4 +1,4 @@
-"""Models as folders: `config.json`, `model.safetensors` and a model card.
+"""Models as folders: `config.json` and `model.safetensors`.
 
 `PyTorchModelHubMixin` of huggingface_hub is not used, because it must be a base when the class is defined, and `import
 mingru` needs torch alone. It also keeps random numbers in place of missing tensors, may load a pickle, and deletes the
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ from .._version import __version__
 from ..check import check_type, expectation, require
 from ..modules.marked import marks_of
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-LIBRARY = "library_name: mingru"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) -> None:
-    """Write the three files; see `LanguageModel.save_pretrained`."""
+def save(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the two files; see `LanguageModel.save_pretrained`."""
     safetensors = _required("safetensors", "save_pretrained", ".torch")
     target = _path("save_pretrained", "folder", folder)
-    check_type("save_pretrained", "figures", figures, dict, "a dict or None")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     firsts: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
@@ -48,9 +47,6 @@ def save(model: Any, folder: str | os.PathLike[str], figures: dict[str, Any]) ->
     contents = {WEIGHTS: safetensors.save(tensors, {"format": "pt", CONFIG: config}), CONFIG: f"{config}\n".encode()}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        # A README.md of something else, such as the project in whose folder a model is saved, remains.
-        if not (target / CARD).is_file() or LIBRARY in (target / CARD).read_text(encoding="utf-8", errors="replace"):
-            contents[CARD] = _card(model, figures).encode()
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target, ignore_cleanup_errors=True) as new:
             for name, content in contents.items():
                 if (target / name).is_dir():
@@ -84,6 +80,10 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
     if not isinstance(config, dict) or config.get("model") != cls.__name__:
         raise _invalid(folder_or_name, f"{CONFIG} of something else")
     options = {name: value for name, value in config.items() if name not in ("model", "mingru")}
+    for name in ("device", "dtype"):
+        # A device would allocate what the options ask for before the shapes of the tensors are compared with them.
+        if name in options:
+            raise _invalid(folder_or_name, f"{name} {options[name]!r} in {CONFIG}, which is no option of a saved model")
     saved = saved if isinstance(saved, dict) else config
     for name in (options.keys() | saved.keys()) - {"model", "mingru"}:
         if options.get(name) != saved.get(name):
@@ -96,6 +96,9 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
         model = _filled(cls, options, tensors)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _invalid(folder_or_name, f"options and tensors that do not fit ({_line(error)})") from error
+    nan = next((name for name, tensor in tensors.items() if not tensor.is_meta and tensor.isnan().any()), None)
+    if nan is not None:
+        warnings.warn(f"from_pretrained: {nan} of {folder_or_name} has NaN, and so have all logits", stacklevel=3)
     return model.to(device).eval()
 
 
@@ -129,15 +132,6 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
         for key, value in {"": type(module).__name__, **vars(module)}.items()
         if not key.startswith("_") and key != "training"
     }
-
-
-def push(model: Any, name: str, figures: dict[str, Any], options: dict[str, Any]) -> str:
-    """Upload the three files; see `LanguageModel.push_to_hub`."""
-    api = _required("huggingface_hub", "push_to_hub").HfApi(token=options.pop("token", None))
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, figures)
-        api.create_repo(name, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, **options))
 
 
 def _path(name: str, argument: str, path: Any) -> Path:
@@ -176,30 +170,3 @@ def _required(package: str, name: str, module: str = "") -> Any:
             f'{name} needs the package {package}: run pip install {package}, or ".[hub]" in a clone of the repository',
             name=error.name,
         ) from error
-
-
-def _card(model: Any, figures: dict[str, Any]) -> str:
-    """Return a model card: what the model is, its sizes, the given figures, and how to load it."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    rows = {**model.config, "parameters": f"{count:,}", **figures}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-{LIBRARY}
-tags: [mingru, text-generation]
----
-
-# Language model of minimal gated recurrent layers
-
-| | |
-| --- | --- |
-{table}
-
-Load it with [mingru](https://arxiv.org/abs/2410.01201) {__version__}:
-
-```python
-from mingru.models import LanguageModel
-
-lm = LanguageModel.from_pretrained("FOLDER_OR_NAME")
-ids = lm.generate(prompts, max_new_tokens=100)
-```
-"""

@@ -283,10 +283,9 @@ class LanguageModel(Layer):
         return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
     @torch.jit.unused
-    def save_pretrained(self, folder: str | PathLike[str], *, figures: dict[str, Any] | None = None) -> None:
-        """Write the model to a folder: `config.json`, `model.safetensors` and `README.md`, a model card.
-
-        A `README.md` that is not such a model card remains.
+    @arguments_checked()
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the model to a folder: `config.json` and `model.safetensors`.
 
         Existing files are replaced one after the other when all new files are on the disk, `model.safetensors` first.
         If an error or a crash occurs before the first replacement, the old files are unchanged. Later, the folder may
@@ -295,14 +294,19 @@ class LanguageModel(Layer):
 
         Args:
             folder: Path of the folder, which is created if necessary.
-            figures: Figures of the training for the model card, such as {"held-out loss in nats": 1.42}.
 
         Raises:
             ModuleNotFoundError: safetensors is missing.
             ValueError: The folder cannot be written, or the model's parameters were changed so that its options do not
                 describe them.
         """
-        files.save(self, folder, {} if figures is None else figures)
+        files.save(self, folder)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "push_to_hub":
+            call = "huggingface_hub.upload_folder(repo_id='owner/name', folder_path=folder)"
+            raise AttributeError(f"{self.name}: no attribute 'push_to_hub'; use save_pretrained(folder), then {call}")
+        return super().__getattr__(name)
 
     @classmethod
     def from_pretrained(
@@ -317,24 +321,10 @@ class LanguageModel(Layer):
 
         Raises:
             ModuleNotFoundError: safetensors or, for a name, huggingface_hub is missing.
-            ValueError: The folder has no model, a file is damaged, the files are from two different saves, or a tensor
-                is missing, unexpected or of the wrong shape or dtype.
+            ValueError: The folder has no model, a file is damaged, the files are from two different saves, the options
+                contain a device or dtype, or a tensor is missing, unexpected or of the wrong shape or dtype.
 
-        Errors of huggingface_hub pass through.
+        Weights with NaN load with a warning. Errors of huggingface_hub pass through.
         """
         model: LanguageModel = files.load(cls, folder_or_name, revision, device)
         return model
-
-    @torch.jit.unused
-    def push_to_hub(self, name: str, *, figures: dict[str, Any] | None = None, **options: Any) -> str:
-        """Upload the files of `save_pretrained` to the Hugging Face hub, and return the address of the commit.
-
-        Args:
-            name: Name of the model on the hub, "owner/name", which is created if necessary.
-            figures: As for `save_pretrained`.
-            **options: Options of `huggingface_hub.HfApi.upload_folder`, such as `token` and `commit_message`.
-
-        Raises:
-            ModuleNotFoundError: huggingface_hub or safetensors is missing.
-        """
-        return files.push(self, name, {} if figures is None else figures, options)
