@@ -293,9 +293,8 @@ def _carry(along: range, products: Tensor, values: Tensor, state: Tensor, parts:
 class _Recurrence(torch.autograd.Function):
     """Return the outputs of a part, and the state after all parts.
 
-    The backward pass runs the recurrence again, also the linear map if there is one. It could use the graph of the
-    forward pass instead, but then, under activation checkpointing, ranks without steps would compute fewer collectives
-    than the others.
+    The backward pass runs the recurrence again, and the linear map if there is one. The graph of the forward pass is
+    not kept, because under activation checkpointing, ranks without steps would then run fewer collectives than others.
     """
 
     @staticmethod

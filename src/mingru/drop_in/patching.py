@@ -1,8 +1,8 @@
 """Build a program's recurrent layers from this library, while a block runs.
 
-In the block, torch.nn has a `StandIn` under each name that is patched. It constructs one of our layers if a patch is
-active where it is called, and otherwise a layer of torch, so that other threads, and names that are bound in the block
-and used after it, do what they did without it.
+In the block, each patched name of torch.nn is bound to a `StandIn`. If it is called while a patch is active in the
+calling thread, it constructs one of our layers. Otherwise it constructs a layer of torch: in other threads, and after
+the block by a name that was imported in the block.
 """
 
 import copyreg

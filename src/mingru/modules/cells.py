@@ -95,8 +95,8 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
           bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5, or 0 if "sigmoid" has
           another candidate.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; at the first step, the time since the initial
-          state, where 0 would ignore x. Default: 1.
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see [What dt is](../irregular.md#what-dt-is).
+          Default: 1.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,). It is differentiable.
@@ -173,8 +173,8 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
         - **reset**: Boolean mask of sequences to reset.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; at the first step, the time since the initial
-          state, where 0 would ignore x. Default: 1.
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see [What dt is](../irregular.md#what-dt-is).
+          Default: 1.
 
     Outputs:
         - **h'**: State after the step, (B, H) or (H,).

@@ -20,8 +20,9 @@ class Mark(NamedTuple):
     """Values in the order of their numbers; files contain the numbers, so new values come last. The first has no mark.
     Empty for a fraction, whose number is `value * 2**53`."""
     since: int
-    """Version of the first state_dicts with this mark. In older ones, and in those without metadata, a missing mark
-    says nothing; in all others it means the first value."""
+    """The first version of state_dicts with this mark. If the mark is missing in a state_dict of this version or a
+    later one, the option has the first value. If it is missing in an older one, or in one without metadata, the value
+    is unknown."""
     is_taken: bool = False
     """Whether a module takes the value of the weights. Otherwise it refuses weights with another value. A missing mark
     means the first value here, unless there are no metadata and no other marks either, as in parameters alone."""

@@ -54,9 +54,9 @@ class MinLSTM(Recurrent, planned=True):
         - **h**: State before the first step, (L * D, B, 1, H).
         - **reset**: Boolean mask of steps that start from the initial state.
         - **lengths**: Number of valid steps, (B,).
-        - **dt**: Time since the step before, (B, S), at least 0; at the first step, the time since `h`, where 0 would
-          ignore the first input. The normalized forget gate is raised to this power, and the input gate is 1 minus the
-          result. Default: 1. Must be None if `normalize` is False.
+        - **dt**: Time since the step before, (B, S), at least 0; see [What dt is](../irregular.md#what-dt-is). The
+          normalized forget gate is raised to this power, and the input gate is 1 minus the result. Default: 1. Must be
+          None if `normalize` is False.
 
     Outputs:
         - **out**: Output of the last layer, (B, S, D * H).

@@ -27,9 +27,10 @@ def typed_as(forward: Forward) -> Callable[[Any], Forward]:
 
 
 def reshaped(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x in another shape but not as a view, so that it can be detached in place.
+    """Return x in another shape as a tensor that autograd does not treat as a view, so that `detach_` works.
 
-    No operation may have saved x for backward, because in-place changes of the result would not be detected.
+    Autograd does not detect in-place changes of the result. Call it only if no operation has saved x for the backward
+    pass.
     """
     return x.view(shape) if is_captured() else unsafe_view(x, shape)
 

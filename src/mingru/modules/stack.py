@@ -70,8 +70,8 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         - **reset**: Boolean mask that all layers share, as in their `forward`. Those of `reset`, `lengths` and `dt`
           that the `forward` of a layer of your own does not use must be None.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
-        - **dt**: Time since the step before, at the first step since `h`, if all layers take elapsed times. A first
-          time of 0 would ignore the first input.
+        - **dt**: Time since the step before, if all layers take elapsed times; see [What dt
+          is](../irregular.md#what-dt-is).
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.

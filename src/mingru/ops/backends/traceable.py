@@ -8,8 +8,9 @@ after the other if their number is known to be small, otherwise by recursive dou
 
     h_c <- h_c + P_c h_{c-d}      P_c <- P_c P_{c-d}      d = 1, 2, 4, ... up to C
 
-h_c and P_c first cover only chunk c, then the last 2, 4, ... chunks. Finally one multiply-add adds the carry-in of each
-chunk. For 0 <= a <= 1 and b >= 0 only non-negative terms are added, so nothing cancels.
+At first, h_c is the state and P_c the cumulative decay of chunk c only. After each doubling, they include twice as many
+chunks, up to chunk c. Finally one multiply-add adds the carry-in of each chunk. For 0 <= a <= 1 and b >= 0 only
+non-negative terms are added, so nothing cancels.
 """
 
 import torch
