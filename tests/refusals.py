@@ -76,73 +76,9 @@ def wrong_shapes(argument, expected, *values):
     }
 
 
-def wrong_values(option, expected, types=(), values=()):
-    """Return calls with values of an option that have a wrong type, or that are not allowed."""
-    errors = [*((TypeError, value) for value in types), *((ValueError, value) for value in values)]
-    return {
-        f"{option} of {value!r}": ({option: value}, error, re.escape(f"{option} must be {expected}, got {value!r}"))
-        for error, value in errors
-    }
-
-
 def literal(cases):
     """Return cases whose messages are given as text, not as patterns; "..." stands for any text."""
     return {
         case: (arguments, error, re.escape(message).replace(re.escape("..."), ".*"))
         for case, (arguments, error, message) in cases.items()
     }
-
-
-def by_message(cases):
-    """Return cases, whose messages are text, by these messages."""
-    return literal({message: (arguments, error, message) for arguments, error, message in cases})
-
-
-def wrong_states(argument, right, like):
-    """Return calls with a list of states that does not fit; `right` is a list that fits."""
-    count, last, first = len(right), f"{argument}[{len(right) - 1}]", f"{argument}[0]"
-    of_count = f"{argument} must be a list of {count} tensors, got"
-    of_shape = f"{first} must be {tuple(right[0].shape)}, got"
-    narrow = [each[:, :1] for each in right]
-    remedy = "pass a state of this batch size and of a module with the same options"
-    found = [
-        (right[:1], ValueError, f"{of_count} 1"),
-        ([*right, right[0]], ValueError, f"{of_count} {count + 1}"),
-        (right[0], TypeError, f"{of_count} Tensor"),
-        (dict(enumerate(right)), TypeError, f"{of_count} dict"),
-        ([None, *right[1:]], TypeError, f"{first} must be a tensor, got NoneType"),
-        ([*right[:-1], 1.0], TypeError, f"{last} must be a tensor, got float"),
-        (narrow, ValueError, f"{of_shape} {tuple(narrow[0].shape)}; {remedy}"),
-        (right[::-1], ValueError, f"{of_shape} {tuple(right[-1].shape)}; {remedy}"),
-        (
-            [each.double() for each in right],
-            TypeError,
-            f"{first} must be torch.float32 like {like}, got torch.float64; use {first}.to(torch.float32)",
-        ),
-        (
-            [*right[:-1], right[-1].to("meta")],
-            ValueError,
-            f"{last} must be on cpu like {like}, got a tensor on meta; use {last}.to('cpu')",
-        ),
-    ]
-    return by_message(({argument: states}, error, message) for states, error, message in found)
-
-
-def wrong_ids(argument, right, vocab_size):
-    """Return calls with ids (B, S) that are out of range, or of a wrong dtype, device or shape."""
-    of_dtype, of_shape = f"{argument} must be int64 or int32, got", f"{argument} must be (B, S), got"
-    of_range = f"{argument} must be from 0 to {vocab_size - 1} because vocab_size is {vocab_size}, got"
-    device = f"{argument} must be on cpu like the weights, got a tensor on meta; use {argument}.to('cpu')"
-    batch = f"add a batch dimension with {argument}.unsqueeze(0)"
-    found = [
-        (right + vocab_size, ValueError, f"{of_range} {vocab_size}"),
-        (right - 1, ValueError, f"{of_range} -1"),
-        (right.float(), TypeError, f"{of_dtype} torch.float32; use {argument}.long()"),
-        (right.bool(), TypeError, f"{of_dtype} torch.bool; use {argument}.long()"),
-        (right.byte(), TypeError, f"{of_dtype} torch.uint8; use {argument}.long()"),
-        (right.to("meta"), ValueError, device),
-        (right[0], ValueError, f"{of_shape} ({right.shape[1]},); {batch}"),
-        (right[0, 0], ValueError, f"{of_shape} ()"),
-        (right[None], ValueError, f"{of_shape} {(1, *right.shape)}"),
-    ]
-    return by_message(({argument: ids}, error, message) for ids, error, message in found)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from cases import graded
 from cover import named
-from refusals import assert_refused, literal, wrong_ids, wrong_resets, wrong_states, wrong_values
 from torch.testing import assert_close
 
 from mingru.models import LanguageModel, map_state
@@ -127,53 +126,6 @@ def test_groups_of_an_optimizer(options):
         has_decay = name.removeprefix("blocks.layers.0.").removeprefix("blocks.layers.1.") in WITH_DECAY
         assert found[id(parameter)] == (0.25 if has_decay else 0.0), name
     torch.optim.AdamW(groups)
-
-
-def test_bad_weight_decay():
-    cases = wrong_values("weight_decay", "a number, at least 0", types=(True, "0.1", None), values=(-0.1, math.nan))
-    assert_refused(make().parameter_groups, cases, "LanguageModel: ")
-
-
-# Bad input
-
-BAD_OPTIONS = {
-    **wrong_values("vocab_size", "at least 1", values=(0,)),
-    **wrong_values("vocab_size", "an int", types=(7.0,)),
-    **wrong_values("dims", "an int", types=("4",)),
-    **wrong_values("num_layers", "at least 1", values=(0,)),
-    **wrong_values("tied", "a bool", types=(1,)),
-    **wrong_values("bidirectional", "False", values=(1,)),
-    "why": ({"bidirectional": True}, ValueError, ".*, got True; the reverse direction would read the tokens"),
-    "min_decay": ({"min_decay": [0.5] * 3}, ValueError, "min_decay must be one value, or a list of 2"),
-    "a bound": ({"cell": "minlstm", "min_decay": 0.5}, TypeError, "no argument 'min_decay'; only MinGRU"),
-    "residual": ({"residual": True}, TypeError, "no argument 'residual'; a block has"),
-    "unknown": ({"heads": 2}, TypeError, "no argument 'heads'; the arguments are vocab_size, dims, "),
-    "typing error": ({"droput": 0.1}, TypeError, "no argument 'droput'; use dropout"),
-}
-
-
-def test_bad_options():
-    sizes = {"vocab_size": V, "dims": DIMS, "num_layers": 2}
-    assert_refused(lambda **options: LanguageModel(**{**sizes, **options}), BAD_OPTIONS, "LanguageModel: ")
-
-
-IDS = torch.zeros(2, 3, dtype=torch.int64)
-BAD_CALLS = {
-    "ids in a list": ({"ids": [[1, 2]]}, TypeError, "ids must be an integer tensor (B, S), got list; use torch.as"),
-    "a text": ({"ids": "hello"}, TypeError, "ids must be an integer tensor (B, S), got str; encode the text"),
-    "lengths": ({"lengths": torch.tensor([4, 3])}, ValueError, "lengths must be from 0 to S = 3, got [4, 3]"),
-    "lengths of a list": ({"lengths": [3, 3]}, TypeError, "lengths must be an integer tensor (B,), got list"),
-}
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_bad_calls(with_grad):
-    lm = LanguageModel(V, DIMS, 2, conv=3)
-    states = wrong_states("state", lm.initial_state(2), "the weights")
-    with torch.set_grad_enabled(with_grad):
-        cases = {**literal(BAD_CALLS), **wrong_ids("ids", IDS, V), **states, **wrong_resets("(B, S)", 2, 3)}
-        assert_refused(lambda **arguments: lm(**{"ids": IDS, **arguments}), cases, "LanguageModel: ")
-    assert_refused(lambda **arguments: lm.generate(IDS, 0, **arguments), states, "LanguageModel: ")
 
 
 def test_each_block_has_its_bound():
