@@ -1,13 +1,13 @@
 """Modules of every class of the library with its options, and what they are called with: the rows of the tests.
 
-`CASES` are the classes of docs/modes.md; tests/modes runs them in every mode. `ROWS` are all options, of which every
-two values meet in one row; tests/properties checks what holds for each of them.
+tests/properties checks what holds for each row. The first rows, `CASES`, are the classes of docs/modes.md, which
+tests/modes runs in every mode. In the others, every two values of two options meet in one row.
 """
 
 import inspect
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -28,7 +28,7 @@ DOUBLE = {"dtype": torch.double}
 
 
 class Case:
-    """A small module of a class and its inputs: `make(**factory)(x, h, reset)`."""
+    """A small module of a class and its inputs: `make(**factory)(**args(**factory))`."""
 
     def __init__(self, name: str, make: Callable[..., nn.Module], features: tuple[int, ...] = (INPUT,)) -> None:
         # `features` is the shape of x after batch and time.
@@ -90,28 +90,10 @@ class Case:
             sizes[self.time_dim] = steps
         return [sizes[dim] for dim in sorted(sizes)]
 
-    def x(self, batch: int = 2, steps: int = 7, **factory: Any) -> Tensor:
-        return torch.randn(*self.leading(batch, steps), *self.features, **factory)
-
-    def h(self, batch: int = 2, **factory: Any) -> Any:
-        shapes = [list(state.shape) for state in tensors(self.states[0])]
-        for shape, dim in zip(shapes, self.state_dims, strict=True):
-            shape[dim] = batch
-        return self.of_states(torch.randn(shape, **factory) for shape in shapes)
-
-    def reset(self, batch: int = 2, steps: int = 7) -> Tensor:
-        return torch.rand(*self.leading(batch, steps)) < 0.3
-
-    def dt(self, batch: int = 2, steps: int = 7, **factory: Any) -> dict[str, Tensor]:
-        """By name, if the module takes it."""
-        return {"dt": 2 * torch.rand(*self.leading(batch, steps), **factory)} if "dt" in self.takes else {}
-
     def dynamic(self, batch: Any, steps: Any) -> tuple[Any, Any]:
         """Return the dynamic dimensions of x and h, as `dynamic_shapes` of `torch.export` expects them."""
         x_dims = {self.batch_dim: batch} | ({} if self.time_dim is None else {self.time_dim: steps})
         return x_dims, self.of_states({dim: batch} for dim in self.state_dims)
-
-    # All classes alike: the batch first, a list of states, and a cell as a layer
 
     def varied(self, **factory: Any) -> nn.Module:
         """A module without parameters at which a forgotten norm or initial state would not show."""
@@ -128,13 +110,25 @@ class Case:
         return 6 if self.is_cell or len(self.features) > 1 else 21
 
     def given(self, batch: int = 3, steps: int | None = None, **factory: Any) -> dict[str, Any]:
-        """All that `call` takes but lengths."""
+        """All that `call` takes but lengths, alike for all classes: the batch first, and a list of states."""
         steps = self.steps if steps is None else steps
         reset = torch.rand(batch, steps) < 0.2
         reset[:1, :1] = reset[1:2, -1:] = True
         dt = {"dt": 2 * torch.rand(batch, steps, **factory)} if "dt" in self.takes else {}
         x = torch.randn(batch, steps, *self.features, **factory)
-        return {"x": x, "h": tensors(self.h(batch, **factory)), "reset": reset, **dt}
+        shapes = [list(state.shape) for state in tensors(self.states[0])]
+        for shape, dim in zip(shapes, self.state_dims, strict=True):
+            shape[dim] = batch
+        return {"x": x, "h": [torch.randn(shape, **factory) for shape in shapes], "reset": reset, **dt}
+
+    def args(self, batch: int = 2, steps: int = 7, **factory: Any) -> dict[str, Any]:
+        """What is given, as the module takes it; a cell takes the first step."""
+        given = self.given(batch, steps, **factory)
+        return {name: self.of_states(each) if name == "h" else self.turned(each) for name, each in given.items()}
+
+    def turned(self, each: Tensor) -> Tensor:
+        """Something with batch and time, of which a cell takes the first step."""
+        return each[:, 0].clone() if self.is_cell else each.transpose(0, self.batch_dim).contiguous()
 
     def call(self, run: Any, x: Any, h: Any = None, **steps: Any) -> tuple[Tensor, list[Tensor]]:
         """Call `run`, the module or what was made of it, with x and everything else batch first, or packed."""
@@ -146,12 +140,12 @@ class Case:
                 state = run(x[:, t], state, **{name: each[:, t] for name, each in steps.items()})
                 outs.append(tensors(state)[0])
             return torch.stack(outs, 1), tensors(state)
-        turned = self.time_dim == 0 and isinstance(x, Tensor)
-        if turned:
-            x = x.transpose(0, 1)
-            steps = {name: each if name == "lengths" else each.transpose(0, 1) for name, each in steps.items()}
-        out, state = run(x, state, **steps)
-        return out.transpose(0, 1) if turned else out, tensors(state)
+        if not isinstance(x, Tensor):
+            out, state = run(x, state, **steps)
+            return out, tensors(state)
+        steps = {name: each if name == "lengths" else each.transpose(0, self.batch_dim) for name, each in steps.items()}
+        out, state = run(x.transpose(0, self.batch_dim), state, **steps)
+        return out.transpose(0, self.batch_dim), tensors(state)
 
     def alone(self, given: dict[str, Any], index: int, length: int | None = None) -> dict[str, Any]:
         """What is given for one sequence, up to its length."""
@@ -181,24 +175,31 @@ def through_a_file(value: Any, **options: Any) -> Any:
     return torch.load(file, **options)
 
 
-def graded(module: nn.Module, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the outputs and the states by name, and the gradients of all that is given and of all parameters."""
+def graded(module: nn.Module, run: Callable[..., Any], given: Any) -> dict[str, Tensor]:
+    """Return the outputs by name, and the gradients of all that is given and of all parameters; 0 if there is none."""
     leaves = dict(module.named_parameters())
 
-    def leaf(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [leaf(f"{name}[{index}]", each) for index, each in enumerate(value)]
+    def leaf(path: Any, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
+            name = pytree.keystr(path).replace("['", "").replace("']", "")
             value = leaves[name] = value.detach().clone().requires_grad_()
         return value
 
-    out, states = function(**{name: leaf(name, value) for name, value in given.items()})
+    given = pytree.tree_map_with_path(leaf, given)
+    out, *states = tensors(run(**given) if isinstance(given, dict) else run(*given))
     found = {"out": out} | {f"state {index}": state for index, state in enumerate(states)}
-    # Not all alike, so that no two numbers can be exchanged.
-    weights = (torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in found.values())
-    loss = sum((each.square() * weight).sum() for each, weight in zip(found.values(), weights, strict=True))
-    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    # Outside of autocast, as its documentation says.
+    with torch.autocast("cpu", enabled=False):
+        loss = loss_of(found.values())
+        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def loss_of(outputs: Iterable[Tensor]) -> Any:
+    """Return a sum of squares in float32 at least, not all alike, so that no two numbers can be exchanged."""
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
+    weights = [torch.linspace(-1, 2, each.numel(), dtype=each.dtype).view(each.shape) for each in wide]
+    return sum((each.square() * weight).sum() for each, weight in zip(wide, weights, strict=True))
 
 
 def with_threads(numbers: tuple[int, ...], function: Callable[[], Any]) -> list[Any]:
@@ -251,7 +252,7 @@ def case(name: str, kind: Any, *sizes: Any, space: int = 0, **options: Any) -> C
 
 
 def conv(name: str, space: int, hidden: Any = HIDDEN, **options: Any) -> Case:
-    return case(name, getattr(mingru, name), INPUT, hidden, 3, space=space, padding=1, **options)
+    return case(name, getattr(mingru, name.partition(" ")[0]), INPUT, hidden, 3, space=space, padding=1, **options)
 
 
 def stack(name: str, *layers: Any, residual: bool = True, space: int = 0) -> Case:
@@ -290,7 +291,7 @@ CASES = [
 ]
 
 
-# All options.
+# All options
 
 GATES = ["sigmoid", "signed", "rotation", "quaternion", "mixed"]
 CELLS = [*GATES, "minlstm", "minlstm_unnormalized"]
@@ -408,7 +409,9 @@ def block(**options: Any) -> Case:
 # Only these have no norm, residual or highway, so that kernels skip their padding.
 PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS for count in (1, 2)]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
-MIXED_IMAGES = conv("MinConv2dGRU", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group")
+MIXED_IMAGES = conv(
+    "MinConv2dGRU with mixed gates", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group"
+)
 IMAGES = [*(of_images(row) for row in cover(CONV, is_possible_of_images)), MIXED_IMAGES]
 LIKE_TORCH = [
     case("GRU with projections", drop_in.GRU, INPUT, 5, 2, proj_size=2),
@@ -431,7 +434,6 @@ def projected(**factory: Any) -> nn.Module:
 STACKS = [
     Case("Projected", projected),
     stack("Stack with a projection", projected, partial(mingru.MinLSTM, INPUT, 5)),
-    stack("Stack of one", partial(mingru.MinGRU, INPUT, 5), residual=False),
     stack(
         "Stack of both directions",
         partial(mingru.MinGRU, INPUT, 6, 2, bidirectional=True, norm="rms"),
@@ -472,7 +474,7 @@ BLOCK = {
     **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional")},
     "norm": ["rms", "layer"],
 }
-BLOCKS = [block(), block(gate="rotation", expansion=1.2, min_decay=0.3), *(block(**row) for row in cover(BLOCK))]
+BLOCKS = [block(gate="rotation", expansion=1.2, min_decay=0.3), *(block(**row) for row in cover(BLOCK))]
 MIXED = case(
     "MinGRU with mixed gates",
     *(mingru.MinGRU, INPUT, 8, 3),
@@ -482,7 +484,8 @@ MIXED = case(
     residual=True,
     norm="rms",
 )
-ROWS = [*FEATURES, MIXED, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
+# The combined model has no reference.
+ROWS = [*CASES[:-1], *FEATURES, MIXED, *STEPS, *IMAGES, *LIKE_TORCH, *STACKS, *BLOCKS]
 
 
 def some(cases: list[Case], count: int = 4) -> list[Case]:

@@ -85,7 +85,7 @@ MANY = case("Stack of 100", lambda *_: mingru.Stack([mingru.MinGRU(2, 2) for _ i
 
 @parametrized([*CASES, BLOCKS[1], MANY])
 def test_modules(case):
-    module, x = case.make(), case.x(2, 3)
+    module, x = case.make(), case.args(2, 3)["x"]
 
     def train():
         sum(each.sum() for each in tensors(module(x))).backward()
@@ -94,7 +94,7 @@ def test_modules(case):
     assert case is MANY or kept_by(train, 60) < LEAST_LEAK
     assert kept_by(in_inference(module.eval(), x, case.is_cell), 300) < LEAST_LEAK
     if case.name == "MinGRU":
-        given = {"lengths": torch.tensor([3, 2])} | case.dt(2, 3)
+        given = {"lengths": torch.tensor([3, 2]), "dt": case.args(2, 3)["dt"]}
         assert kept_by(in_inference(lambda x, h: module(x, h, **given), x), 300) < LEAST_LEAK
 
 

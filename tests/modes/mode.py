@@ -1,9 +1,7 @@
 """What the tests of modes share: they run every class, in a mode and as it is."""
 
 import pytest
-import torch
-from cases import CASES, tensors
-from torch.utils import _pytree as pytree
+from cases import CASES
 
 # The classes of `drop_in` share their code; `drop_in.LSTM` has the most.
 QUICK = [case.name for case in CASES if not case.name.startswith("drop_in.GRU")]
@@ -28,19 +26,7 @@ def mode(name, *args, **options):
 
 def given(case, batch=2, steps=7, count=3, **factory):
     """Return what a module is called with: x, states and resets, or the first of these."""
-    reset = case.reset(batch, steps)
+    x, h, reset, *_ = case.args(batch, steps, **factory).values()
     # Or nothing might tell of the states.
     reset[(0,) * reset.dim()] = False
-    return (case.x(batch, steps, **factory), case.h(batch, **factory), reset)[:count]
-
-
-def graded(run, args, module):
-    """Return all outputs, and the gradients of x, states and all parameters; 0 where there is none."""
-    args = pytree.tree_map(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), args)
-    outputs = tensors(run(*args))
-    # Of numbers that differ, in float32 at least, and outside of autocast, as its documentation has it.
-    loss = sum((each.to(torch.promote_types(each.dtype, torch.float32)) - 2).square().mean() for each in outputs)
-    wanted = [each for each in tensors(args) if each.requires_grad]
-    wanted += [parameter for _, parameter in sorted(module.named_parameters())]
-    with torch.autocast("cpu", enabled=False):
-        return outputs, torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True)
+    return (x, h, reset)[:count]

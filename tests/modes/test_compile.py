@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from cases import CASES_WITH_LENGTHS, DOUBLE, assert_equal, tensors
-from mode import FEW, each_case, given, graded, mode
+from cases import CASES_WITH_LENGTHS, DOUBLE, assert_equal, graded, tensors
+from mode import FEW, each_case, given, mode
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -41,7 +41,7 @@ def assert_equal_with_gradients(case, module, compiled, sizes, count):
     """At all sizes: outputs, and gradients of x, the states and the parameters."""
     for batch, steps in sizes:
         args = given(case, batch, steps, count, **DOUBLE)
-        assert_equal(graded(compiled, args, module), graded(module, args, module))
+        assert_equal(graded(module, compiled, args), graded(module, module, args))
 
 
 @mode("torch.compile, one graph, any batch and length", FEW)
@@ -75,7 +75,7 @@ def test_autocast_inside(case):
     compiled = torch.compile(run, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for batch, steps in SIZES[:3]:
-            inputs = with_free_sizes(case, [case.x(batch, steps), case.h(batch)])
+            inputs = with_free_sizes(case, list(case.args(batch, steps).values())[:2])
             # Products are rounded to 8 bits, in whatever order they are added up. Dtypes are compared too.
             assert_equal(compiled(*inputs), run(*inputs), rtol=2**-6, atol=2**-6)
 
@@ -96,7 +96,7 @@ def test_functions(name, reverse):
     for batch, steps in SIZES[:3]:
         inputs = [*torch.rand(4, batch, steps, 2, 3, **DOUBLE), torch.randn(batch, 1, 2, 3, **DOUBLE)]
         inputs.append(torch.rand(batch, steps) < 0.2)
-        assert_equal(*(graded(each, inputs, torch.nn.Module()) for each in (compiled, run)))
+        assert_equal(*(graded(torch.nn.Module(), each, inputs) for each in (compiled, run)))
     assert counters["stats"]["unique_graphs"] == 2
     # Without gradients, and in a transform that needs them.
     a, b = torch.rand(2, 2, 20, 3, **DOUBLE)
@@ -125,11 +125,11 @@ def test_lengths(case):
     module = case.make(**DOUBLE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch, steps in SIZES:
-        x, h, reset = given(case, batch, steps, **DOUBLE)
-        lengths, dt = torch.randint(0, steps, (batch,)), case.dt(batch, steps, **DOUBLE)
+        x, h, reset, *dt = case.args(batch, steps, **DOUBLE).values()
+        lengths = torch.randint(0, steps, (batch,))
         x.select(case.batch_dim, 0)[lengths[0] :] = torch.nan
-        args = x, h, reset, lengths, *dt.values()
-        assert_equal(*(graded(run, args, module) for run in (compiled, module)))
+        args = x, h, reset, lengths, *dt
+        assert_equal(*(graded(module, run, args) for run in (compiled, module)))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -151,7 +151,7 @@ def test_make_fx(case, backend, options):
     module = case.make()
 
     def args_of(lengths):
-        return *given(case), torch.tensor(lengths), case.dt(2, 7).get("dt")
+        return *given(case), torch.tensor(lengths), case.args().get("dt")
 
     def run(*args):
         return tensors(module(*args))

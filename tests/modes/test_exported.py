@@ -132,16 +132,17 @@ def test_kernels_stay_where_they_are_asked_for():
 
 @mode("torch.export, lengths", [], CASES_WITH_LENGTHS)
 def test_lengths(case):
-    module, dt = case.make(), case.dt()
+    module, (x, h, _, *dt) = case.make(), case.args().values()
     of_x, of_h = case.dynamic(BATCH, Dim("steps", max=40))
     program = torch.export.export(
         module,
-        (case.x(), case.h(), None, torch.tensor([3, 7]), dt.get("dt")),
-        dynamic_shapes=(of_x, of_h, None, {0: BATCH}, of_x if dt else None),
+        (x, h, None, torch.tensor([3, 7]), *dt),
+        dynamic_shapes=(of_x, of_h, None, {0: BATCH}, *(of_x for _ in dt)),
     )
     for batch, steps in [(2, 7), (1, 1), (3, 16), (2, 17), (1, 40)]:
         lengths = torch.randint(0, steps + 1, (batch,))
-        args = case.x(batch, steps), case.h(batch), None, lengths, case.dt(batch, steps).get("dt")
+        x, h, _, *dt = case.args(batch, steps).values()
+        args = x, h, None, lengths, *dt
         args[0].select(case.batch_dim, 0)[lengths[0] :] = torch.nan
         assert_equal(program.module()(*args), module(*args))
     assert tensors(program.module()(*args))

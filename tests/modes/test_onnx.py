@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import assert_equal, small_chunks, tensors
-from mode import mode
+from mode import given, mode
 from torch.export import Dim
 
 import mingru
@@ -52,9 +52,9 @@ def test_any_batch_and_any_length(case, path):
     if not isinstance(module, mingru.modules.Layer):
         options["dynamic_shapes"] = case.dynamic(Dim.AUTO, Dim.AUTO)
     with small_chunks():
-        session = Session(path, module, (case.x(), case.h()), **options)
+        session = Session(path, module, given(case, count=2), **options)
     for batch, steps in [(1, 1), (3, 17), (2, 20)]:
-        x, h = case.x(batch, steps), case.h(batch)
+        x, h = given(case, batch, steps, 2)
         assert_equal(session(x, h), tensors(module(x, h)), **TOLERANCE)
 
 
@@ -170,10 +170,10 @@ def test_a_short_sequence_has_few_nodes(export, options, most, path):
 def test_steps_that_follow_each_other_are_one_pass(case, path):
     """The state that comes out goes in again. What the model returns was the example for it."""
     module = in_use(case)
-    session = Session(path, module, case.x(2, 1), kind="step")
-    h = state = case.h(3)
+    session = Session(path, module, given(case, 2, 1)[0], kind="step")
+    h = state = given(case, 3)[1]
     for _ in range(20):
-        x = case.x(3, 1)
+        x = given(case, 3, 1)[0]
         outputs, expected = session(x, h), module(x, state)
         assert_equal(outputs, expected, **TOLERANCE)
         state = expected if case.time_dim is None else expected[1]

@@ -9,8 +9,8 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, assert_equal, tensors
-from mode import each_case, given, graded, mode
+from cases import CASES, assert_equal, graded, loss_of, tensors
+from mode import each_case, given, mode
 from torch.utils import _pytree as pytree
 
 import mingru
@@ -27,24 +27,27 @@ def cast(args, dtype):
 def truth_of(module, args):
     with mingru.use_backend("sequential"), torch.autocast("cpu", enabled=False):
         wide = copy.deepcopy(module).double()
-        return graded(wide, cast(args, torch.float64), wide)
+        return graded(wide, wide, cast(args, torch.float64))
 
 
 def check_errors(module, args, dtype):
     """Each as near to the truth as plain PyTorch comes, times 2 or 3; outputs within some roundings, whoever rounds."""
-    found, truth, eps = graded(module, args, module), truth_of(module, args), torch.finfo(dtype).eps
+    found, truth, eps = graded(module, module, args), truth_of(module, args), torch.finfo(dtype).eps
     with mingru.use_backend("sequential"):
-        by_plain_torch = graded(module, args, module)
-    for one, plain, exact in zip(found[0], by_plain_torch[0], truth[0], strict=True):
-        error, plain_error = ((each - exact).norm() for each in (one, plain))
-        # A state that consists of inputs is exact.
-        assert error > 0 or plain_error == 0
-        assert error <= min(2 * plain_error, 4 * eps * exact.norm())
-    for one, plain, exact in zip(found[1], by_plain_torch[1], truth[1], strict=True):
-        assert exact.norm() > 0
-        # Plain PyTorch may be right by chance, to less than a rounding.
-        assert (one - exact).norm() <= max(3 * (plain - exact).norm(), eps * exact.norm())
-    return [[each.dtype for each in part] for part in found]
+        by_plain_torch = graded(module, module, args)
+    for name, exact in truth.items():
+        error, plain_error = ((each[name] - exact).norm() for each in (found, by_plain_torch))
+        if name.startswith("gradient"):
+            assert exact.norm() > 0
+            # Plain PyTorch may be right by chance, to less than a rounding.
+            assert error <= max(3 * plain_error, eps * exact.norm()), name
+        else:
+            # A state that consists of inputs is exact.
+            assert error > 0 or plain_error == 0
+            assert error <= min(2 * plain_error, 4 * eps * exact.norm()), name
+    dtypes = {name: each.dtype for name, each in found.items()}
+    gradients = [dtypes.pop(name) for name in found if name.startswith("gradient")]
+    return list(dtypes.values()), gradients
 
 
 @pytest.mark.parametrize(
@@ -98,10 +101,10 @@ def test_bfloat16_where_a_stride_leaves_one_place(case, monkeypatch):
 @mode("float64")
 def test_float64(case):
     module, args = make(case, dtype=torch.float64)
-    found, truth = graded(module, args, module), truth_of(module, args)
+    found, truth = graded(module, module, args), truth_of(module, args)
     assert_equal(found, truth, rtol=1e-12, atol=1e-13)
     in_float32 = tensors(module.float()(*cast(args, torch.float32)))[0]
-    assert not torch.allclose(in_float32.double(), truth[0][0], rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(in_float32.double(), truth["out"], rtol=1e-12, atol=1e-13)
 
 
 # A loss that is scaled up, so that half-width gradients don't vanish
@@ -110,21 +113,21 @@ def test_float64(case):
 @mode("GradScaler step")
 def test_grad_scaler(case):
     module, args = make(case)
-    weights = [weight for _, weight in sorted(module.named_parameters())]
-    truth = [grad * 2**-20 for grad in truth_of(module, args)[1][-len(weights) :]]
+    weights, truth, small = dict(module.named_parameters()), truth_of(module, args), 2.0**-26
 
     def error(scale, backend="auto"):
-        optimizer, scaler = torch.optim.SGD(weights, lr=1.0), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer, scaler = torch.optim.SGD(weights.values(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=scale)
         with mingru.use_backend(backend), torch.autocast("cpu", torch.float16):
             outputs = tensors(module(*args))
         module.zero_grad()
-        scaler.scale(sum((each.float() - 2).square().mean() for each in outputs) * 2**-20).backward()
+        scaler.scale(loss_of(outputs) * small).backward()
         scaler.unscale_(optimizer)
-        return torch.cat([(each.grad - exact).flatten() for each, exact in zip(weights, truth, strict=True)]).norm()
+        errors = [each.grad - truth[f"gradient of {name}"] * small for name, each in weights.items()]
+        return torch.cat([each.flatten() for each in errors]).norm()
 
-    assert 0 < error(2.0**18) <= 2 * error(2.0**18, "sequential")
+    assert 0 < error(2.0**24) <= 2 * error(2.0**24, "sequential")
     # Unscaled, half-width gradients are lost; scaled too much, they overflow.
-    assert 4 * error(2.0**18) < error(1.0)
+    assert 4 * error(2.0**24) < error(1.0)
     assert not error(2.0**60).isfinite()
 
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import DOUBLE, assert_equal, selected_cases
+from cases import DOUBLE, assert_equal, graded, selected_cases
 from elsewhere import run_without_mingru
-from mode import FEW, each_case, given, graded, mode
+from mode import FEW, each_case, given, mode
 
 pytestmark = pytest.mark.usefixtures("_scripts_are_freed")
 
@@ -33,7 +33,7 @@ def trace(case, module, count, size, check=False):
     """Checked by torch at another size, for which it traces anew and compares graph and values."""
     one, other = calls(case, count, [size, (3, 19)], **DOUBLE)
     # A list of states comes out, of which torch wants to be told that its length is fixed.
-    options = {"strict": not isinstance(case.h(), list)}
+    options = {"strict": not isinstance(case.args()["h"], list)}
     return torch.jit.trace(module, one, check_trace=check, check_inputs=[other], **options)
 
 
@@ -47,7 +47,7 @@ def test_script(case, count):
     run = torch.jit.script(module)
     assert "mingru::" not in str(run.inlined_graph)
     for args in calls(case, count, MANY, **DOUBLE):
-        assert_equal(graded(run, args, run), graded(module, args, module))
+        assert_equal(graded(run, run, args), graded(module, module, args))
 
 
 @mode("torch.jit.script", ["MinGRU"])
@@ -65,7 +65,7 @@ def test_script_in_training_and_not(case):
             results = []
             for each in (module, run):
                 torch.manual_seed(1)
-                results.append(graded(each, args, each))
+                results.append(graded(each, each, args))
             assert_equal(*results)
 
 
@@ -82,12 +82,12 @@ def test_trace(case, count, size):
     # No operator of ours, and no function of Python's.
     assert "mingru::" not in graph and "^" not in graph
     for args in calls(case, count, MANY, **DOUBLE):
-        assert_equal(graded(run, args, run), graded(module, args, module))
+        assert_equal(graded(run, run, args), graded(module, module, args))
 
 
 @mode("torch.jit.trace")
 def test_trace_refuses_what_does_not_fit(case):
-    x, h = case.x(2, **DOUBLE), case.h(5, **DOUBLE)
+    x, h = case.args(2, **DOUBLE)["x"], case.args(5, **DOUBLE)["h"]
     with pytest.raises((ValueError, RuntimeError), match=r"\bhx?(\[\d\])? must be"):
         torch.jit.trace(case.make(**DOUBLE), (x, h))
 
@@ -174,7 +174,7 @@ def test_threads(case):
     """All at once, for each thread calls of its own, of code of which nothing has been run."""
     module, start, saved = case.make(**DOUBLE), threading.Barrier(8), io.BytesIO()
     inputs = [calls(case, 3, [(2, 7), (1 + index, 9 + index), (2, 7)], **DOUBLE) for index in range(8)]
-    expected = [[graded(module, args, module) for args in mine] for mine in inputs]
+    expected = [[graded(module, module, args) for args in mine] for mine in inputs]
     # Modules scripted alike share what they specialise.
     torch.jit.save(torch.jit.script(module), saved)
     saved.seek(0)
@@ -182,7 +182,7 @@ def test_threads(case):
 
     def work(mine):
         start.wait()
-        return [graded(run, args, run) for args in mine]
+        return [graded(run, run, args) for args in mine]
 
     with ThreadPoolExecutor(8) as threads:
         assert_equal(list(threads.map(work, inputs)), expected)

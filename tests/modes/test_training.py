@@ -39,8 +39,7 @@ def make(case, seed=0, batch=2 * PROCESSES, **factory):
     """A module, the same in every process, and what it is called with."""
     torch.manual_seed(seed)
     module = case.make(**factory)
-    args = [case.x(batch, **factory), case.h(batch, **factory)]
-    return module, [*args, case.reset(batch)]
+    return module, list(case.args(batch, **factory).values())[:3]
 
 
 def rows(case, args, first, end):

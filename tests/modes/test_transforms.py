@@ -35,7 +35,7 @@ def plainly(function, *args: Any) -> Any:
 
 def given(case: Case, batch: int = BATCH, steps: int = STEPS) -> tuple[Any, ...]:
     """What the module is called with: x, states and resets."""
-    return case.x(batch, steps, **DOUBLE), case.h(batch, **DOUBLE), case.reset(batch, steps)
+    return tuple(case.args(batch, steps, **DOUBLE).values())[:3]
 
 
 def with_lengths(case: Case, steps: int = STEPS) -> tuple[Any, ...]:

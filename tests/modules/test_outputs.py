@@ -15,9 +15,9 @@ B, S = 2, 5
 
 def calls(case):
     """What to call the module with: no state, a state and resets, lengths, packed sequences, and no steps."""
-    x = case.x(B, S)
+    x, h, reset, *_ = case.args(B, S).values()
     yield x, None
-    yield x, case.h(B), case.reset(B, S)
+    yield x, h, reset
     if "lengths" in case.takes:
         yield x, None, None, torch.tensor([3, 5])
         if "lock" not in case.name:

@@ -55,7 +55,7 @@ def test_dropout_of_a_packed_sequence():
 
 @parametrized(STACKS[1:])
 def test_states_are_those_of_the_layers_in_a_list_or_a_tuple(case):
-    module, x = case.make(), case.x()
+    module, x = case.make(), case.args()["x"]
     _, h = module(x)
     assert len(h) == module.num_states == sum(layer.num_states for layer in module.layers)
     assert_close(module(x, tuple(h)), module(x, h), rtol=0, atol=0)

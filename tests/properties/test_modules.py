@@ -111,16 +111,17 @@ def test_a_cell_is_a_layer(case):
 
 @parametrized([row for row in some(ROWS, 5) if not row.of_torch and "lock" not in row.name])
 def test_wrong_arguments_are_refused_and_change_nothing(case):
-    module, x, reset = case.make(), case.x(), case.reset()
+    module, args = case.make(), case.args()
+    x, h, reset = args["x"], args["h"], args["reset"]
     order = "(B,)" if case.is_cell else "(B, S)" if case.batch_dim == 0 else "(S, B)"
     sizes = re.escape(f"{order} = {tuple(reset.shape)}")
     cases = wrong_tensors("x", x, "the layer's weight") | wrong_resets(order, *reset.shape)
     cases |= wrong_shapes("x", re.escape(order.rstrip(",)")), x.narrow(len(reset.shape), 0, 2), x.unsqueeze(0))
     cases["x of integers"] = ({"x": x.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64")
     if isinstance(case.states[0], torch.Tensor):
-        cases |= wrong_tensors("h", case.h(), "x")
+        cases |= wrong_tensors("h", h, "x")
     if "dt" in case.takes:
-        dt = case.dt()["dt"]
+        dt = args["dt"]
         cases |= wrong_tensors("dt", dt, "x") | wrong_shapes("dt", sizes, dt.unsqueeze(-1))
         cases |= {f"dt {time}": ({"dt": dt + time}, ValueError, "dt must be at least 0") for time in (-3, math.nan)}
     if "lengths" in case.takes:
@@ -149,7 +150,7 @@ LEARNED = [row for row in ROWS if "learn_initial_state=True" in row.name and "lo
 @parametrized(some([row for row in ROWS if row.name not in ("Projected", "Stack with a projection")], 6))
 def test_every_parameter_is_on_the_device_of_x(case, grad):
     """Otherwise torch's linear maps and convolutions return memory that nobody wrote."""
-    module, x, error = case.make(), case.x(), RuntimeError if case.of_torch else ValueError
+    module, x, error = case.make(), case.args()["x"], RuntimeError if case.of_torch else ValueError
     with torch.set_grad_enabled(grad):
         for name, parameter in list(module.named_parameters()):
             owner, _, last = name.rpartition(".")
@@ -164,13 +165,13 @@ def test_every_parameter_is_on_the_device_of_x(case, grad):
 @parametrized(some(LEARNED, 4))
 def test_a_learned_initial_state_keeps_its_shape(case, grad):
     """Another shape that can be broadcast would mean one thing in resets and another before the first step."""
-    module = case.make()
+    module, args = case.make(), case.args()
     owner = module if hasattr(module, "initial_state") else module.layers[0]
     right = owner.initial_state.shape
     with torch.set_grad_enabled(grad):
         for shape in [right[1:], (4,), (1,), (), (1, *right), (*right[:-1], 7), (right[0], 2, *right[2:])]:
             owner.initial_state = nn.Parameter(torch.zeros(shape))
             text = re.escape(f"initial_state must be {tuple(right)}, got {tuple(shape)}; to broadcast, expand it")
-            for reset in ({}, {"reset": case.reset()} if "reset" in case.takes else {}):
+            for reset in ({}, {"reset": args["reset"]} if "reset" in case.takes else {}):
                 with pytest.raises(ValueError, match=rf": (layers\[0\]\.)?{text}"):
-                    module(case.x(), **reset)
+                    module(args["x"], **reset)
