@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 import torch
+from cases import graded, loss_of, tensors
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -53,22 +54,6 @@ def arguments(lm, given, batch=2, steps=7):
     return {name: values[name] for name in ("ids", *given)}
 
 
-def loss_of(outputs):
-    logits, state = outputs
-    return logits.square().mean() + sum(each.square().mean() for each in state)
-
-
-def with_gradients(lm, args, call=None):
-    """Return logits, states, and gradients of the parameters and the given states."""
-    args = dict(args)
-    leaves = [*lm.parameters()]
-    if "state" in args:
-        args["state"] = [each.detach().requires_grad_() for each in args["state"]]
-        leaves += args["state"]
-    logits, state = (lm if call is None else call)(**args)
-    return [logits, *state, *torch.autograd.grad(loss_of((logits, state)), leaves)]
-
-
 # torch.compile
 
 
@@ -93,7 +78,7 @@ def test_compile(checkpoint):
     compiled = torch.compile(lm, fullgraph=True, backend="aot_eager" if checkpoint else "eager")
     for batch, steps in [(2, 7), (3, 9), (4, 40)]:
         args = arguments(lm, GIVEN["all"] if checkpoint else ("state",), batch, steps)
-        assert_close(with_gradients(lm, args, compiled), with_gradients(lm, args))
+        assert_close(graded(lm, compiled, args), graded(lm, lm, args))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -136,7 +121,7 @@ def test_checkpoint_has_equal_gradients():
         args, found = arguments(stored, given), []
         for lm in (stored, recomputed):
             torch.manual_seed(1)
-            found.append(with_gradients(lm, args))
+            found.append(graded(lm, lm, args))
         assert_close(*found)
 
 
@@ -146,7 +131,7 @@ def test_checkpoint_recomputes_only_in_training(mode, calls):
     found = []
     lm.blocks.layers[0].rnn.register_forward_hook(lambda *_: found.append(1))
     with torch.set_grad_enabled(mode != "no_grad"):
-        loss = loss_of(lm(ids_of(2, 7)))
+        loss = loss_of(tensors(lm(ids_of(2, 7))))
     if mode != "no_grad":
         loss.backward()
     assert len(found) == calls
@@ -159,7 +144,7 @@ def test_copies():
     lm = make()
     args = arguments(lm, GIVEN["all"])
     for other in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
-        assert_close(with_gradients(other, args), with_gradients(lm, args), rtol=0, atol=0)
+        assert_close(graded(other, other, args), graded(lm, lm, args), rtol=0, atol=0)
         with torch.no_grad():
             other.embedding.weight.zero_()
         assert lm.embedding.weight.abs().min() > 0
