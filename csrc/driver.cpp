@@ -14,12 +14,9 @@
 
 namespace mingru {
 
-#ifdef MINGRU_X86
+namespace baseline { template <class A> Kernels kernels(); }
 namespace avx2 { template <class A> Kernels kernels(); }
 namespace avx512 { template <class A> Kernels kernels(); }
-#else
-namespace baseline { template <class A> Kernels kernels(); }
-#endif
 
 namespace {
 
@@ -66,18 +63,6 @@ InstructionSet best_here() {
 const Kernels& kernels_of(Storage storage) {
   static const InstructionSet best = best_here();
   return storage == Storage::float64 ? best.of_double : best.of_float;
-}
-
-// torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).
-// The environment variable MINGRU_PRODUCT, "mingru" or "torch", chooses elsewhere. It depends on no measurement at run
-// time, so that results are the same in every run.
-bool are_tiles_faster() {
-#ifdef MINGRU_X86
-  const std::string name = environment_variable("MINGRU_PRODUCT");
-  return kernels_of(Storage::float32).multiply_panel && (name.empty() ? __builtin_cpu_is("amd") != 0 : name == "mingru");
-#else
-  return false;
-#endif
 }
 
 // With fewer, torch's product is faster.
@@ -230,9 +215,17 @@ void multiply_few_rows(const Product& product) {
       0, product.columns, least, [&](int64_t begin, int64_t end) { kernels.multiply(product, begin, end); });
 }
 
+// torch calls MKL, which takes 1.1 times as long on AMD's Zen 4, and twice as long as oneDNN on Zen 5 (docs/speed.md).
+// The environment variable MINGRU_PRODUCT, "mingru" or "torch", chooses elsewhere. It depends on no measurement at run
+// time, so that results are the same in every run.
 bool multiplies_in_tiles() {
-  static const bool result = are_tiles_faster();
-  return result;
+#ifdef MINGRU_X86
+  static const std::string name = environment_variable("MINGRU_PRODUCT");
+  static const bool is_faster = name.empty() ? __builtin_cpu_is("amd") != 0 : name == "mingru";
+  return is_faster && kernels_of(Storage::float32).multiply_panel;
+#else
+  return false;
+#endif
 }
 
 bool is_faster_in_tiles(const MatrixProduct& product) {
@@ -297,9 +290,7 @@ void normalize(const Normalization& of, bool is_backward) {
 
 // The number of the sources, which src/mingru/ops/backends/sources.py reads in the built file. Not constant, so that it
 // is after everything else, and only a whole file has it.
-#define MINGRU_TEXT(number) #number
-#define MINGRU_BUILT_FROM(number) "built from the mingru sources " MINGRU_TEXT(number) "."
-char built_from[] = MINGRU_BUILT_FROM(MINGRU_SOURCES);
+char built_from[] = "built from the mingru sources " C10_STRINGIZE(MINGRU_SOURCES) ".";
 
 std::string instruction_sets() {
   std::string names;

@@ -35,13 +35,12 @@ def _load() -> str | None:
     if not libraries:
         return "the compiled kernels were not built; reinstall with a C++17 compiler on the PATH"
     # In a clone, the sources may change after the library was built. Elsewhere, both were installed together.
+    # Before the file is loaded, because a part of it would end the process.
     built_from, root = number_in(libraries[0]), folder.parents[1]
     is_clone = (root / "csrc").is_dir()
-    again = "build them again with 'pip install -e .'" if is_clone else "reinstall"
-    if built_from is None:  # before the file is loaded, because the process would die of a part of it
-        return f"the file of the compiled kernels is not whole, or of another version; {again}"
-    if is_clone and built_from != number_of_sources(root):
-        return f"the compiled kernels were built from other sources; {again}"
+    if built_from is None or (is_clone and built_from != number_of_sources(root)):
+        again = "build them again with 'pip install -e .'" if is_clone else "reinstall"
+        return f"the compiled kernels were built from other sources, or their file is damaged; {again}"
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
