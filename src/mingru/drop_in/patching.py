@@ -111,8 +111,8 @@ class StandIn(ABCMeta):
 
     def classes(cls, asked_by: str) -> tuple[type, ...]:
         """Return the classes that this one is for a module."""
-        # Torch must not take our layers for its own: torch.compile, for example, rejects those.
-        is_program = asked_by.partition(".")[0] != "torch" or asked_by in ASKED_BY_COMPILED
+        # Both must not take our layers for those of torch: torch.compile rejects those, transformers initializes them.
+        is_program = asked_by.partition(".")[0] not in ("torch", "transformers") or asked_by in ASKED_BY_COMPILED
         is_ours = cls.patch() is not None and is_program
         return (cls.of_torch, TWINS[cls.of_torch]) if is_ours else (cls.of_torch,)
 
