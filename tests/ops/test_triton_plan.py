@@ -142,7 +142,7 @@ def test_lengths_on_a_gpu_are_not_read(options):
     assert all(p.grad.shape == p.shape for p in rnn.parameters())
 
 
-def test_batch_sizes_are_copied_once(monkeypatch):
+def test_batch_sizes_are_copied_once_to_each_stream_and_never_captured(monkeypatch):
     launched, made = Launch(monkeypatch), []
     new = launch._new_packing
     monkeypatch.setattr(launch, "_new_packing", lambda *args: made.append(args) or new(*args))
@@ -151,8 +151,16 @@ def test_batch_sizes_are_copied_once(monkeypatch):
     with mingru.use_backend("triton"):
         out, _ = rnn(sequences)
         out.data.sum().backward()
-    assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 4 + ["backward"] * 4
-    assert len(made) == 1
+        assert [kernel[0] for kernel in launched.kernels] == ["forward"] * 4 + ["backward"] * 4
+        assert len(made) == 1
+        monkeypatch.setattr(device, "stream_of", lambda device: "another")
+        rnn(sequences)
+        assert len(made) == 2
+        # Also after a call before, because a graph would read the copies after they are freed with the batch sizes.
+        monkeypatch.setattr(device, "is_capturing", lambda device: True)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="packed sequences cannot be captured in a CUDA graph"):
+                rnn(sequences)
 
 
 def test_pre_activations_are_recomputed_only_on_the_cpu(monkeypatch):

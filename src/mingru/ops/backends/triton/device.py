@@ -101,6 +101,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def stream_of(device: torch.device) -> Any:
+    """Return the current stream of a device, or None."""
+    return torch.get_device_module(device).current_stream(device) if device.type in DEVICES else None
+
+
 def current(device: torch.device) -> Any:
     """Return a context in which this device is the current one."""
     if device.type == "cpu":

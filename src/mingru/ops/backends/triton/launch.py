@@ -116,7 +116,7 @@ class _Call:
     def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Any) -> None:
         (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, flags
         _, _, self.start, layout = from_flat(None, _written(given))
-        self.batch_sizes, self.lengths = layout.batch_sizes, layout.lengths
+        self.batch_sizes, self.offsets, self.lengths = layout.batch_sizes, None, layout.lengths
         self.x = [self.flat(x) for x in _written(inputs)]
         if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
             self.x = [x.contiguous() for x in self.x]
@@ -124,7 +124,8 @@ class _Call:
         if self.batch_sizes is None:
             self.num_sequences, self.num_steps = inputs[0].shape[:2][:: -1 if self.time_first else 1]
         else:
-            self.num_sequences, self.num_steps = int(self.batch_sizes[0]), self.batch_sizes.numel()
+            self.offsets, self.lengths = _packing(self.batch_sizes, self.x[0])
+            self.num_sequences, self.num_steps = len(self.lengths), len(self.offsets)
 
     def flat(self, x: Tensor) -> Tensor:
         """Return a sequence with contiguous features in one last dimension."""
@@ -168,6 +169,7 @@ class _Call:
             "reset": self.sequence(self.start.reset, 1),
             "dt": self.sequence(self.start.dt, 1),
             "initial_state": _state(self.start.initial_state),
+            "offsets": self.offsets,
             "lengths": self.lengths,
             "bound": _bound(self.min_decay),
             "num_steps": self.num_steps,
@@ -182,8 +184,6 @@ class _Call:
             "V": unit,
             "EVEN": self.num_features % plan.features == 0,
         }
-        if self.batch_sizes is not None:
-            shared["offsets"], shared["lengths"] = _packing(self.batch_sizes, x)
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
         if plan.segments > 1:
             shape = (2, self.num_sequences, plan.segments, self.num_features)
@@ -192,14 +192,21 @@ class _Call:
         run(name, num_programs, plan, shared | whole)
 
 
-# For each tensor of batch sizes and device, because a module calls the kernel many times with the same one.
+# For each tensor of batch sizes, because a module calls the kernel many times with the same one.
 _packings: Any = WeakTensorKeyDictionary()
 
 
 def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data x, and the length of each sequence, on the device of x."""
+    if devices.is_capturing(x.device):
+        # Also if they are kept from a call before: a replay would read them after they are freed with `batch_sizes`.
+        raise ValueError(
+            "mingru: packed sequences cannot be captured in a CUDA graph, because their batch_sizes are on the CPU; "
+            "pass padded sequences and lengths"
+        )
     kept: dict[Any, tuple[Tensor, Tensor]] = _packings.setdefault(batch_sizes, {})
-    key = x.device, x.shape[0]
+    # Each stream has a copy of its own, because another one does not wait for the copy, and may reuse its memory.
+    key = x.device, x.shape[0], devices.stream_of(x.device)
     if key not in kept:
         # In a compiled graph, no layer has checked them.
         if not is_packing(batch_sizes, x.shape[0]):
@@ -209,11 +216,6 @@ def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _new_packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    if devices.is_capturing(device):
-        raise ValueError(
-            "mingru: packed sequences cannot be captured in a CUDA graph, because their batch_sizes are on the CPU; "
-            "pass padded sequences and lengths"
-        )
     num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
     offsets = batch_sizes.cumsum(0) - batch_sizes
     # Batch element b has as many steps as there are batch sizes above b.
