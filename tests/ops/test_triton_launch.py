@@ -135,6 +135,27 @@ def test_triton_launches_if_it_does_not_take_our_launch(refuses, driver):
     assert not launch._failures
 
 
+def test_a_launch_by_triton_compiles_for_strides_of_1():
+    """Triton makes constants of them, whether the kernel is compiled for other numbers or not."""
+    row, refused = calls.Row(dt=True, steps=1, batch=1, features=(8,)), mock.Mock(side_effect=TypeError("arguments"))
+    given, weights = calls.drawn(row)
+    with without_gpu(NoDriver()), mock.patch.object(type(kernels.recurrence_kernel), "warmup", refused):
+        calls.graded(lambda *leaves: calls.run("triton", row, given.of(*leaves)), given.leaves(), weights)
+        assert list(launch._compiled.values()) == [None] * 2
+
+
+def test_a_kernel_that_found_no_memory_is_loaded_at_the_next_call(driver):
+    config, compiled = next(smoke.configurations(1, 0, SIZES)), {}
+    fails = mock.Mock(side_effect=RuntimeError("Triton Error [CUDA]: out of memory"))
+    with mock.patch("triton.compiler.compile", fails), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        launches_of(config, driver, compiled)
+    assert fails.call_count == 1
+    assert compiled == launch._failures == {}
+    kernels.recurrence_kernel.device_caches.clear()
+    assert launches_of(config, driver, compiled)
+    assert None not in compiled.values()
+
+
 def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):
     config = next(smoke.configurations(1, 0, SIZES))
     compiled = {}

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,6 +100,11 @@ def facts_of(device: torch.device) -> tuple[int, bool, int]:
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a device or the machine had no memory. Triton raises a RuntimeError if it cannot load a kernel."""
+    return isinstance(error, MemoryError) or re.search("out of memory|cannot allocate", str(error), re.I) is not None
 
 
 def stream_of(device: torch.device) -> Any:

@@ -259,7 +259,8 @@ def recurrence_kernel(
     if reset is not None:
         reset = begin(reset, origin, 0, 1)
     if grad_dt is not None:
-        strides = dt[1].to(tl.int64) * num_units, dt[2].to(tl.int64) * num_units
+        # Not `.to`, because a stride of 1 is a constant in a launch by Triton.
+        strides = tl.cast(dt[1], tl.int64) * num_units, tl.cast(dt[2], tl.int64) * num_units
         grad_dt = begin((grad_dt, strides[0], strides[1]), origin, unit, 1)
     if dt is not None:
         dt = begin(dt, origin, 0, 1)

@@ -33,6 +33,8 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
     try:
         _launch(x.device, num_programs, plan, args)
     except Exception as error:
+        if devices.is_out_of_memory(error):
+            raise torch.OutOfMemoryError(f"mingru: {x.device} has no memory for a kernel: {error}") from error
         if devices.is_capturing(x.device):
             raise RuntimeError(
                 "mingru: a CUDA graph cannot capture the first call of a Triton kernel, which loads it; call the "
@@ -64,15 +66,15 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
                 compiled[(num_programs, 1, 1)](*values)
                 _compiled[key] = compiled
                 return
-        except Exception:
-            if devices.is_capturing(device):
+        except Exception as error:
+            if devices.is_capturing(device) or devices.is_out_of_memory(error):
                 raise
         # A second attempt, because some reasons to fail pass, such as a full disk, and because another version of
         # Triton may compile or take arguments in another way.
         try:
             kernel[(num_programs,)](*values, **options)
         except Exception as error:
-            if key not in _compiled and not devices.is_capturing(device):
+            if key not in _compiled and not (devices.is_capturing(device) or devices.is_out_of_memory(error)):
                 _failures[key] = devices.first_line(error)
             raise
         _compiled[key] = None
