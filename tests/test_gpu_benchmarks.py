@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import types
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import device, page, plans, smoke, speed
+from benchmarks.gpu import device, page, plans, smoke, speed, tests
 from benchmarks.gpu.device import Clock
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.plan import Plan, Work
@@ -64,26 +65,13 @@ def test_the_cache_is_flushed_before_each_replay_and_not_timed(monkeypatch):
     assert happened == 5 * ["flush", "event", "replay", "event"]
 
 
-def test_what_a_card_refuses_is_skipped(monkeypatch, capsys):
+def test_what_a_card_refuses_is_skipped(monkeypatch):
     """A T4 has no kernels of bfloat16."""
     why = "a T4 has no bfloat16"
     monkeypatch.setattr(device, "unsupported", lambda x, spec: why if x.dtype == torch.bfloat16 else None)
     dtypes = [torch.float16, torch.bfloat16]
     assert device.supported(dtypes, CPU, "triton") == [torch.float16]
-    assert capsys.readouterr().out == f"skipped, because {why}\n"
     assert device.supported(dtypes, CPU, "torch") == dtypes
-
-
-def test_a_library_that_fails_has_a_reason_and_our_failure_is_an_error():
-    def fails(x):
-        raise RuntimeError("only powers of 2\nmore")
-
-    method = speed.Method(fails, [torch.zeros(1)], is_own=False)
-    rows = speed.measure_all(Clock(CPU, 0.001), {"other": method}, "torch", 1.0)
-    assert rows == {"other": {"why": "only powers of 2"}}
-    assert speed.cells(rows["other"])[0] == "only powers of 2"
-    with pytest.raises(RuntimeError, match="only powers"):
-        speed.measure_all(Clock(CPU, 0.001), {"own": method._replace(is_own=True)}, "torch", 1.0)
 
 
 def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch):
@@ -115,11 +103,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
 
     def run(program, *options):
+        assert not program.main([*options, "--results", str(folder)])
         path = folder / f"{program.__name__.rpartition('.')[2]}.json"
-        assert not program.main([*options, "--json", str(path)])
         results = json.loads(path.read_text())
-        results["results"]["backend"] = "triton"
-        results["results"]["device"]["device"] = "cuda"
+        results |= {"backend": "triton", "device": results["device"] | {"device": "cuda"}}
         path.write_text(json.dumps(results))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -133,20 +120,24 @@ def folder(tmp_path_factory):
 def test_results_become_a_page(folder, tmp_path):
     results = page.read(folder)
     text = page.tables(results)
-    layers = results["speed"]["layers"]["(B, S, I, H) = (2, 6, 4, 4), float32"]
-    assert f"| {layers['nn.GRU']['training']['call'] / layers['MinGRU']['training']['call']:.2f} |" in text
+    for kind in ("recurrences", "layers"):
+        assert f"**{kind}, (B, S, I, H) = (2, 6, 4, 4), float32**" in text
     assert "| 3 random configurations | at most" in text
-    assert "| nn.GRU, packed |" in text
-    assert text.count("\n| (1, 64, 8), ") == 4
-    row = results["speed"]["recurrences"]["(B, S, I, H) = (2, 6, 4, 4), float32"]["minGRU"]
-    elements = [
-        row[name]["floor"] * results["speed"]["bandwidth"] / (2 * 6 * 4 * 4) for name in ("forward", "training")
-    ]
-    assert elements == pytest.approx([3, 9])
-    assert page.sentence(results).endswith("12 checks were all right.")
-    results["smoke"]["wrong"] = ["x"]
-    assert page.sentence(results).endswith("12 checks gave 1 wrong results.")
-    assert "| **wrong**: x |" in page.tables(results)
+    assert "| nn.GRU |" in text
+    row = results["speed"]["recurrences, (B, S, I, H) = (2, 6, 4, 4), float32"]["minGRU"]
+    copied = results["speed"]["copies"]["large and small"]["bandwidth"] / (2 * 6 * 4 * 4)
+    assert [row[name]["floor"] * copied for name in ("forward", "training")] == pytest.approx([3, 9])
+    assert page.sentence(results).endswith("8 checks were all right.")
+    graphs = {"inference": "WRONG; after a call, right", "packed sequences": "right; after a call, right"}
+    results["smoke"] |= {"failed": {"x": "a fault"}, "shares": {"y": math.nan}, "graphs": graphs}
+    results["smoke"]["errors"]["mingru, one step"] = {"states": 2e-6}
+    assert page.sentence(results).endswith("9 checks gave 5 wrong results.")
+    text = page.tables(results)
+    names = ("y", "mingru, one step, states", *graphs)
+    assert all(f"| **wrong**: {name} |  |" in text for name in names)
+    assert "| **wrong**: x | a fault |" in text
+    results["speed"]["failed"] = {"z": "another fault"}
+    assert "| **failed**: z | another fault |" in page.tables(results)
     for path in page.PAGES:
         before = path.read_text(encoding="utf-8")
         assert before.count("<!-- gpu: end -->") == len(measure.marked("gpu").findall(before))
@@ -154,39 +145,77 @@ def test_results_become_a_page(folder, tmp_path):
         now = page.texts_of(page.read(page.RESULTS))
         assert measure.filled(before, "gpu", now) == before
         other = measure.filled(before, "gpu", page.texts_of(page.read(folder)))
-        assert "12 checks were all right." in " ".join(other.split())
+        assert "8 checks were all right." in " ".join(other.split())
         assert measure.filled(other, "gpu", now) == before
 
 
 def test_results_must_belong_together(folder, tmp_path):
     assert page.read(tmp_path) is None
-    path = tmp_path / "plans.json"
+    path = tmp_path / "speed.json"
     shutil.copy(folder / path.name, path)
     with pytest.raises(FileNotFoundError, match=r"no smoke.json; run `make gpu`"):
         page.read(tmp_path)
     shutil.copy(folder / "smoke.json", tmp_path)
-    text, whole = page.tables(page.read(tmp_path)), path.read_text()
-    assert "### Plans" in text and "### Training" not in text
+    whole = path.read_text()
+    assert "### Recurrences" in page.tables(page.read(tmp_path))
     for right, wrong in (('d": "triton"', 'd": "torch"'), ('e": "cuda"', 'e": "cpu"'), ('e": "CPU"', 'e": "another"')):
         path.write_text(whole.replace(right, wrong))
-        with pytest.raises(ValueError, match="on one GPU, of one commit"):
+        with pytest.raises(ValueError, match="on one GPU, of one version"):
             page.read(tmp_path)
 
 
 def test_a_run_goes_on_where_another_one_stopped(tmp_path, monkeypatch, capsys):
     path, measured = tmp_path / "speed.json", []
-    monkeypatch.setattr(speed, "measure_all", lambda clock, methods, *rest: measured.append(list(methods)) or {})
+    monkeypatch.setattr(speed, "measure", lambda clock, method, *rest: measured.append(method) or {})
     monkeypatch.setattr(speed, "DTYPES", (torch.float32,))
     now = itertools.count()
     monkeypatch.setattr(device.time, "monotonic", lambda: next(now))
 
-    def run(minutes, commit="same"):
+    def run(minutes, sources="same"):
         measured.clear()
-        monkeypatch.setattr(device, "where", lambda: {"commit": commit, "torch": torch.__version__})
-        options = f"--shape 2 6 4 4 --shape 1 3 2 2 --minutes {minutes} --json {path}"
-        speed.main([*TINY, *options.split()])
+        monkeypatch.setattr(device, "about", lambda device: {"sources": sources})
+        options = f"--shape 2 6 4 4 --shape 1 3 2 2 --minutes {minutes} --results {tmp_path}"
+        assert speed.main([*TINY, *options.split()]) == 0
         return len(measured), "goes on from there" in capsys.readouterr().out
 
-    assert run(3.5 / 60) == (3, True)
-    assert list(json.loads(path.read_text())["results"]["layers"]) == ["(B, S, I, H) = (2, 6, 4, 4), float32"]
-    assert [run(9), run(9), run(9, "another commit")] == [(1, False), (0, False), (4, False)]
+    assert run(10.5 / 60) == (9, True)
+    kept = json.loads(path.read_text())
+    assert len(kept["recurrences, (B, S, I, H) = (2, 6, 4, 4), float32"]) == 8
+    assert [run(9), run(9), run(9, "others")] == [(21, False), (0, False), (30, False)]
+    # What others found is kept under another name.
+    assert len(json.loads((tmp_path / "speed-same.json").read_text())) == len(json.loads(path.read_text()))
+
+
+def test_what_fails_is_tried_again_and_the_rest_is_kept(tmp_path, monkeypatch):
+    title, faults = "recurrences, (B, S, I, H) = (2, 6, 4, 4), float32", [RuntimeError("too few registers\nmore")]
+
+    def measure(clock, method, *rest):
+        if method.elements == (4, 12) and faults:
+            raise faults.pop()
+        return {}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "DTYPES", (torch.float32,))
+    for failed, count in (({f"{title}, minLSTM": "too few registers"}, 7), ({}, 8)):
+        status = speed.main([*TINY, *"--shape 2 6 4 4 --results".split(), str(tmp_path)])
+        found = json.loads((tmp_path / "speed.json").read_text())
+        assert (status, found["failed"], len(found[title])) == (int(bool(failed)), failed, count)
+
+
+@pytest.mark.slow
+def test_tests_that_passed_are_not_run_again(tmp_path, monkeypatch, capfd):
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_some.py").write_text(
+        "import os\ndef test_right(): pass\ndef test_other(): assert os.path.exists('mended')\n"
+    )
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    monkeypatch.setattr(tests, "FILES", ["test_some.py"])
+    options = ["--device", "cpu", "-k", "test", "--results", str(tmp_path)]
+    assert tests.main(options) == 1
+    (tmp_path / "mended").touch()
+    capfd.readouterr()
+    assert [tests.main(options), tests.main(options)] == [0, 0]
+    assert "PASSED test_some.py::test_right" not in capfd.readouterr().out
+    found = json.loads((tmp_path / "tests.json").read_text())
+    names = ["test_some.py::test_right", "test_some.py::test_other"]
+    assert (found["outcomes"], found["failed"]) == (dict.fromkeys(names, "passed"), {})

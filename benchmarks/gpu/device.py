@@ -1,13 +1,19 @@
-"""The device of the programs in this folder: its properties, the kernels that ran on it, errors, and times."""
+"""What the programs in this folder share: their options, the device, their results, and times."""
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +28,13 @@ from mingru.ops import Spec
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 
-from ..measure import where, write_json
+from ..measure import where, write
 
+ROOT = Path(__file__).parents[2]
+# Results of other sources are not compared.
+SOURCES = ("src/mingru/**/*.py", "tests/ops/*.py", "tests/reference.py", "benchmarks/gpu/*.py")
+# Facts that results of one file have in common. What differs between two hours of one card is not compared.
+SAME = ("name", "torch", "triton", "sources")
 DRIVER = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,clocks_throttle_reasons.active"
 
 
@@ -32,7 +43,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
     accelerator = torch.accelerator.current_accelerator()
     parser.add_argument("--device", type=torch.device, default=accelerator, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after this time")
-    parser.add_argument("--json", type=Path, help="write the results to this file, and go on where it ends")
+    parser.add_argument("--results", type=Path, help="folder: write the results there, and go on where they end")
     args = parser.parse_args(arguments)
     if args.device is None:
         parser.error("torch finds no GPU; --device cpu runs the program without one")
@@ -46,15 +57,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
 
 
 def supported(dtypes: Sequence[torch.dtype], device: torch.device, backend: str) -> list[torch.dtype]:
-    """Return those dtypes that the backend takes on a device, and print why not the others: bfloat16 on a T4."""
-    taken = []
-    for dtype in dtypes:
-        x, spec = torch.empty(0, dtype=dtype, device=device), Spec("mingru", "positive", False)
-        if (why := unsupported(x, spec) if backend == "triton" else None) is None:
-            taken.append(dtype)
-        else:
-            print(f"skipped, because {why}")
-    return taken
+    """Return those dtypes that the backend takes on a device: not bfloat16 on a T4."""
+    empty, spec = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes), Spec("mingru", "positive", False)
+    return [x.dtype for x in empty if backend != "triton" or unsupported(x, spec) is None]
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -67,49 +72,81 @@ def about(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader", f"--id={device.index or 0}"]
         facts[DRIVER] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    sources = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    facts["sources"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     return facts
 
 
 class Results:
-    """Results by title, written to a file after each, so that a run goes on where another one was stopped."""
+    """Results of a program by kind and title, written to FOLDER/PROGRAM.json after each, so that a run goes on where
+    another one was stopped. A measurement that fails is in "failed", and the next run tries it again."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.path, self.end = args.json, time.monotonic() + 60 * args.minutes
+    def __init__(self, args: argparse.Namespace, program: str) -> None:
+        self.path = args.results and args.results / f"{program}.json"
+        self.device, self.end, self.is_stopped = args.device, time.monotonic() + 60 * args.minutes, False
+        self.pool: ProcessPoolExecutor | None = None
         facts = about(args.device)
-        self.all: dict[str, Any] = {"device": facts, "backend": args.backend}
+        self.all: dict[str, Any] = {"device": facts, "backend": args.backend, "failed": {}}
         if self.path is not None and self.path.exists():
-            found = json.loads(self.path.read_text())["results"]
-            # What differs between two hours of one card is not compared.
-            if all(found["device"].get(name) == facts.get(name) for name in ("name", "torch", "triton", "commit")):
+            found = json.loads(self.path.read_text())
+            if all(found["device"].get(name) == facts.get(name) for name in SAME):
                 self.all = found
+            else:
+                os.replace(self.path, self.path.with_name(f"{program}-{found['device']['sources']}.json"))
+
+    def missing(self, kind: str, titles: Iterable[Any]) -> list[Any]:
+        """Return those titles that have no result yet."""
+        return [title for title in titles if str(title) not in self.all.get(kind, {})]
 
     def of(self, kind: str, title: str, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what is known, or measure it; None if there is no time left."""
-        known = self.all.setdefault(kind, {})
-        if title not in known:
-            if time.monotonic() > self.end:
-                print(f"stopped before {kind}, {title}; the same command goes on from there")
-                return None
-            known[title] = measure(*arguments)
-            if self.path is not None:
-                write_json(self.path, self.all)
-        return known[title]
+        """Return what is known, or measure it; None if there is no time left, or if it fails."""
+        known, failed, name = self.all.setdefault(kind, {}), self.all["failed"], f"{kind}, {title}"
+        if title not in known and self.has_time(name):
+            failed.pop(name, None)
+            try:
+                known[title] = measure(*arguments)
+            except Exception as caught:
+                failed[name] = first_line(caught)
+                traceback.print_exc()
+            print(f"{name}: {known.get(title)}", flush=True)
+            self.write()
+            if name in failed and self.device.type != "cpu":
+                # An error here is one of the device, after which everything would fail.
+                torch.get_device_module(self.device).synchronize(self.device)
+        return known.get(title)
+
+    def has_time(self, name: str) -> bool:
+        if time.monotonic() > self.end and not self.is_stopped:
+            self.is_stopped = True
+            print(f"stopped before {name}; the same command goes on from there")
+        return not self.is_stopped
+
+    def write(self) -> None:
+        if self.path is not None:
+            write(self.path, self.all)
+
+    def compile(self, function: Callable[..., None], tasks: Iterable[Sequence[Any]]) -> None:
+        """Call a function for each task in other processes, so that Triton stores the kernels on disk. What fails there
+        fails again where it is measured."""
+        if self.device.type == "cpu" or self.is_stopped:
+            return
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+        try:
+            for future in [self.pool.submit(function, *task) for task in tasks]:
+                future.exception()
+        except BrokenProcessPool:
+            self.pool = None
 
 
 @contextmanager
-def passes_of(backend: str) -> Iterator[list[str]]:
-    """Collect the passes of the Triton kernels that are launched in the block. "triton" must have both passes."""
-    names: list[str] = []
-    run: Callable[..., Any] = launch.run
-
-    def recorded(name: str, *args: Any) -> Any:
-        names.append(name)
-        return run(name, *args)
-
-    with mock.patch.object(launch, "run", recorded):
-        yield names
-    if backend == "triton" and not {"forward", "backward"} <= set(names):
+def passes_of(backend: str) -> Iterator[mock.Mock]:
+    """Count the launches of Triton kernels in the block. "triton" must launch those of both passes."""
+    with mock.patch.object(launch, "run", wraps=launch.run) as run:
+        yield run
+    names = {call.args[0] for call in run.call_args_list}
+    if backend == "triton" and names != {"forward", "backward"}:
         raise AssertionError(f"only the passes {names} ran in Triton; forward and backward are expected")
 
 

@@ -1,6 +1,6 @@
 """Measure what a call of the GPU kernels costs the processor, without a GPU. Small work on a GPU takes as long as this.
 
-    python -m benchmarks.gpu.host [--seconds 2] [--json FILE]
+    python -m benchmarks.gpu.host [--seconds 2]
 
 Prints microseconds of the processor for a call of `functional.mingru`, of `MinGRU` without gradients, and for a
 training step of it, beside `nn.Linear`. Triton compiles the kernels for an H100. Tensors are on the CPU, and the driver
@@ -13,7 +13,6 @@ import time
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,10 +21,9 @@ import torch
 from torch import nn
 
 import mingru
+from mingru.bench import output
 from mingru.functional import mingru as recurrence
 from mingru.ops.backends.triton import device, launch
-
-from ..measure import write_json
 
 
 class NoDriver:
@@ -81,8 +79,7 @@ def measure(seconds: float) -> dict[str, float]:
 
     def training(module: nn.Module) -> Callable[[], None]:
         def call() -> None:
-            out = module(x)
-            (out[0] if isinstance(out, tuple) else out).sum().backward()
+            output(module(x)).sum().backward()
 
         return call
 
@@ -98,15 +95,12 @@ def measure(seconds: float) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with without_gpu(NoDriver()), mingru.use_backend("triton"):
         found = measure(args.seconds)
     for name, time_of in found.items():
         print(f"{name:<32} {time_of:6.1f} us")
-    if args.json:
-        write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.page
 
-The results are the JSON files that `make gpu` writes into benchmarks/gpu/results. Without them, the page says that the
+The results are the JSON files that the programs wrote into benchmarks/gpu/results. Without them, the page says that the
 kernels have never run on a GPU. The texts are written between comments, `<!-- gpu: NAME -->` and `<!-- gpu: end -->`.
 """
 
@@ -10,37 +10,38 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mingru.bench import GRU, LINEAR
-
 from ..measure import filled, markdown
+from .device import SAME
+from .smoke import count_of, wrong_of
 from .speed import COLUMNS, cells
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
+PROGRAMS = ("smoke", "speed", "plans", "tests")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "how_it_works.md", "gpu.md"))]
 Results = dict[str, Any]
 NEVER = "The GPU kernels have been compiled for NVIDIA and AMD GPUs and tested in Triton's interpreter, but have "
 NEVER += "never run on a GPU."
 COPIES = """
 A copy moves {gigabytes:.0f} GB/s; the floor is the time of a copy of the bytes that must be read and written. A copy of
-one number takes {one_launch_us:.1f} µs. The ratios are of times of training calls, with Python.
+one number takes {one_launch_us:.1f} µs. First training call of a minGRU, with compilation:
+{first}.
 """.strip()
 
 
 def read(folder: Path) -> Results | None:
-    """Return the results of the programs by name, or None if the kernels have not run on a GPU. Those of `speed` and
-    `plans` may be missing, or have a part of their tables."""
-    names = [name for name in ("smoke", "speed", "plans") if (folder / f"{name}.json").exists()]
+    """Return the results of the programs by name, or None if the kernels have not run on a GPU. Only those of `smoke`
+    must be there."""
+    names = [name for name in PROGRAMS if (folder / f"{name}.json").exists()]
     if not names:
         return None
     if "smoke" not in names:
         raise FileNotFoundError(f"{folder} has no smoke.json; run `make gpu`, which writes it first")
-    results: Results = {name: json.loads((folder / f"{name}.json").read_text())["results"] for name in names}
-    # Results that are tracked make the commit "dirty" when they are written again.
-    found = {(each["device"]["name"], each["device"]["commit"].removesuffix("-dirty")) for each in results.values()}
+    results: Results = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    found = {tuple(each["device"].get(name) for name in SAME) for each in results.values()}
     on_gpu = all(each["device"]["device"] != "cpu" and each["backend"] == "triton" for each in results.values())
     if len(found) > 1 or not on_gpu:
-        raise ValueError(f"{folder} must have results of the kernels on one GPU, of one commit, got {sorted(found)}")
+        raise ValueError(f"{folder} must have results of the kernels on one GPU, of one version, got {sorted(found)}")
     return results
 
 
@@ -49,23 +50,10 @@ def sentence(results: Results | None) -> str:
     if results is None:
         return NEVER
     device, smoke = results["smoke"]["device"], results["smoke"]
-    right = "were all right" if not smoke["wrong"] else f"gave {len(smoke['wrong'])} wrong results"
+    wrong = wrong_of(smoke)
+    right = "were all right" if not wrong else f"gave {len(wrong)} wrong results"
     where = f"{device['name']} (torch {device['torch']}, Triton {device['triton']})"
-    return f"The GPU kernels have run on one GPU, {where}: {smoke['count']} checks {right}."
-
-
-def summary(speed: Results) -> str:
-    """Return a table of training: the share of the floor of a minGRU, and how much faster a layer is than others."""
-    rows = []
-    for title, layers in speed.get("layers", {}).items():
-        passes = [speed["recurrences"][title]["minGRU"].get(name, {}) for name in ("forward", "training")]
-        shares = [x["floor"] / x["device"] if x.get("device") else None for x in passes]
-        names = ("MinGRU", GRU, "nn.LSTM", LINEAR)
-        own, *others = [layers.get(name, {}).get("training", {}).get("call") for name in names]
-        ratios = [f"{other / own:.2f}" if own and other else "" for other in others]
-        rows.append([title, *("" if share is None else f"{share:.0%}" for share in shares), *ratios])
-    columns = ["", "share of the floor", "training", *(f"{name} / MinGRU" for name in (GRU, "nn.LSTM", LINEAR))]
-    return markdown(columns, rows)
+    return f"The GPU kernels have run on one GPU, {where}: {count_of(smoke)} checks {right}."
 
 
 def tables(results: Results | None) -> str:
@@ -75,28 +63,28 @@ def tables(results: Results | None) -> str:
     smoke, speed = results["smoke"], results.get("speed", {})
     facts = ", ".join(f"{name} {value}" for name, value in smoke["device"].items() if value is not None)
     parts = [f"Machine: {facts}.", "### Checks"]
-    most = max(smoke["shares"].values())
-    rows = [[f"{len(smoke['shares'])} random configurations", f"at most {most:.2f} of the allowed error"]]
-    rows += [[name, f"{value:.1e}"] for name, value in smoke["errors"].items()]
-    rows += [[f"CUDA graph: {name}", value] for name, value in smoke["graphs"].items()]
-    rows += [[f"**wrong**: {name}", ""] for name in smoke["wrong"]]
+    shares = smoke.get("shares", {})
+    most = max(shares.values(), default=0.0)
+    rows = [[f"{len(shares)} random configurations", f"at most {most:.2f} of the allowed error"]]
+    errors = [(f"{title}, {name}", x) for title, found in smoke.get("errors", {}).items() for name, x in found.items()]
+    rows += [[name, f"{value:.1e}"] for name, value in errors]
+    rows += [[f"CUDA graph: {name}", value] for name, value in smoke.get("graphs", {}).items()]
+    if "tests" in results:
+        passed = list(results["tests"]["outcomes"].values()).count("passed")
+        rows += [["tests", f"{passed} passed, {len(results['tests']['failed'])} failed"]]
+    rows += [[f"**wrong**: {name}", smoke["failed"].get(name, "")] for name in wrong_of(smoke)]
+    others = (each["failed"].items() for program, each in results.items() if program != "smoke")
+    rows += [[f"**failed**: {name}", why] for failed in others for name, why in failed]
     parts.append(markdown(["check", "result"], rows))
-    if speed:
-        parts += ["### Training, summary", summary(speed), COPIES.format(gigabytes=speed["bandwidth"] / 1e3, **speed)]
-    for kind in ("recurrences", "layers"):
-        parts += [f"### All {kind}, in µs"] if kind in speed else []
-        for title, rows_of in speed.get(kind, {}).items():
+    if "copies" in speed:
+        copies = speed["copies"]["large and small"]
+        first = ", ".join(f"{seconds:.1f} s" for seconds in speed.get("first call", {}).values()) or "not measured"
+        parts += [COPIES.format(gigabytes=copies["bandwidth"] / 1e3, first=first, **copies)]
+        parts += ["### Recurrences and layers, in µs"]
+    for title, rows_of in speed.items():
+        if title.startswith(("recurrences", "layers")):
             shown = [[name, *cells(row)] for name, row in rows_of.items()]
             parts += [f"**{title}**", markdown(COLUMNS, shown)]
-    rows = []
-    for title, each in results.get("plans", {}).get("classes", {}).items():
-        best = each["fastest"][0] if each["fastest"] else {}
-        chosen = f"{each['chosen']['us']:.1f}" if "us" in each["chosen"] else each["chosen"]["why"]
-        fastest = [f"{best['us']:.1f}", str(tuple(best["plan"]))] if best else ["", ""]
-        rows.append([title, chosen, *fastest])
-    if rows:
-        columns = ["class", "chosen plan", "fastest plan", "chunks, steps, features, segments, warps, stages"]
-        parts += ["### Plans, in µs", markdown(columns, rows)]
     return "\n\n".join(parts)
 
 

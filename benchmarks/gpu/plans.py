@@ -1,21 +1,20 @@
 """Try many plans for each class of shapes, check their values, and write the fastest as JSON.
 
-    python -m benchmarks.gpu.plans [--json FILE] [--shape 64 1000 100]
+    python -m benchmarks.gpu.plans [--results FOLDER] [--minutes 9] [--shape 64 1000 100]
 
-A plan divides the work of a kernel (`src/mingru/ops/backends/triton/plan.py`). All plans are first compiled, in
-parallel. Then each is timed by replays of a CUDA graph, with none of its data in the L2 cache: a forward plan in
-inference, a backward plan in training, with the usual forward plan. The program prints, for each class, the plan that
-`plan_of` chooses and the three fastest, in microseconds. It stops if the values of the plan that `plan_of` chooses are
-wrong.
+A plan divides the work of a kernel (`src/mingru/ops/backends/triton/plan.py`). The plans of a class, 40 of all by
+default, are first compiled, in parallel. Then each is timed by replays of a CUDA graph, with none of its data in the L2
+cache: a forward plan in inference, a backward plan in training, with the usual forward plan. The program prints, for
+each class, the plan that `plan_of` chooses and the five fastest, in microseconds. A class fails if the values of the
+plan that `plan_of` chooses are wrong.
 """
 
 import argparse
+import functools
 import itertools
-import multiprocessing
-import os
-from collections import Counter
+import random
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,9 +24,9 @@ from calls import allowed, error
 from torch import Tensor
 
 import mingru
-from mingru.bench import forward, forward_backward, print_table
+from mingru.bench import forward, forward_backward
 from mingru.ops.backends.triton import launch
-from mingru.ops.backends.triton.device import first_line
+from mingru.ops.backends.triton.device import facts_of, first_line
 from mingru.ops.backends.triton.plan import Plan, Work
 
 from .device import Clock, Results, parse, supported
@@ -46,9 +45,6 @@ class Task(NamedTuple):
     plan: Plan | None
     """None for the plan that `plan_of` chooses."""
 
-    def __str__(self) -> str:
-        return f"{self.shape}, {str(self.dtype).removeprefix('torch.')}, {'training' if self.backward else 'forward'}"
-
 
 def candidates(task: Task, wave: int) -> list[Plan]:
     """Return plans whose tiles are not much longer than the sequences."""
@@ -63,9 +59,8 @@ def candidates(task: Task, wave: int) -> list[Plan]:
             chunks = wave * width * warps // num_features
             tile, programs = chunks * time, batch * -(-features // num_features)
             if tile <= 2 * steps and num_features < 2 * features:
-                # With segments, up to four programs for each of 132 processors.
-                most = max(1, min(64, steps // (2 * tile), 528 // programs))
-                segments = {1, 2} if most == 2 else {max(1, most // 2), most}
+                # With segments, up to two or four programs for each of 132 processors.
+                segments = {max(1, min(64, steps // (2 * tile), most // programs)) for most in (264, 528)}
                 plans += [Plan(chunks, time, num_features, each, warps, stages) for each in segments]
     return plans
 
@@ -87,10 +82,8 @@ def using(task: Task) -> Iterator[list[Plan]]:
 
 def results_of(inputs: list[Tensor], backward: bool, backend: str) -> list[Tensor]:
     """Return the states, or the gradients."""
-    if not backward:
-        return [mingru.functional.mingru(*inputs, backend=backend)]
     out = mingru.functional.mingru(*inputs, backend=backend)
-    return list(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+    return list(torch.autograd.grad(out, inputs, torch.ones_like(out))) if backward else [out]
 
 
 def compile_plan(task: Task, device: str) -> None:
@@ -100,21 +93,12 @@ def compile_plan(task: Task, device: str) -> None:
     with using(task), suppress(RuntimeError, ValueError):
         x = torch.zeros(task.shape, dtype=task.dtype, device=device, requires_grad=True)
         results_of([x, x], task.backward, "triton")
-
-
-def compile_all(tasks: list[Task], device: torch.device) -> None:
-    """Compile the kernels of the tasks in parallel processes. They do not depend on the number of sequences."""
-    smaller = [task._replace(shape=(1, min(task.shape[1], 8192), task.shape[2])) for task in tasks]
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_plan, dict.fromkeys(smaller), itertools.repeat(str(device)), chunksize=8))
+    torch.accelerator.empty_cache()
 
 
 def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], backend: str) -> dict[str, Any]:
     """Return the plan, its time, and its error as a share of what is allowed; or why there is none."""
-
-    def call() -> Tensor:
-        return mingru.functional.mingru(*inputs, backend=backend)
-
+    call = functools.partial(mingru.functional.mingru, *inputs, backend=backend)
     with using(task) as used:
         # A plan that failed must not prevent the next one.
         launch._failures.clear()
@@ -134,43 +118,38 @@ def timed(clock: Clock, task: Task, inputs: list[Tensor], exact: list[Tensor], b
 
 
 def sweep(clock: Clock, kind: Task, plans: list[Plan], backend: str) -> dict[str, Any]:
-    """Return the usual plan and all others of a class, the fastest first, and print the fastest."""
+    """Return the usual plan of a class, and the fastest of the others."""
     inputs = [torch.randn(kind.shape, device=clock.device).to(kind.dtype).requires_grad_() for _ in range(2)]
     exact = results_of([x.detach().double().requires_grad_() for x in inputs], kind.backward, "torch")
     exact = [x.detach() for x in exact]
     chosen, *found = [timed(clock, kind._replace(plan=plan), inputs, exact, backend) for plan in (None, *plans)]
     fastest = sorted((each for each in found if "us" in each), key=lambda each: each["us"])
-    rows = [
-        [name, str(tuple(each["plan"] or ())), f"{each['us']:.1f}" if "us" in each else each["why"]]
-        for name, each in [("chosen", chosen), *(("fastest", each) for each in fastest[:3])]
-    ]
-    print_table(f"{kind}: {len(found)} plans", ["", f"plan ({', '.join(Plan._fields)})", "us"], rows)
-    failed = Counter(each["why"] for each in found if "us" not in each)
-    return {"plans": len(found), "chosen": chosen, "fastest": fastest[:10], "failed": failed}
+    return {"plans": len(found), "chosen": chosen, "fastest": fastest[:5]}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.01, help="for each plan (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("B", "S", "H"), help="may be repeated")
-    parser.add_argument("--most", type=int, help="try only the first plans")
+    parser.add_argument("--most", type=int, default=40, help="number of plans of a class (default: %(default)s)")
     args = parse(parser, arguments)
     clock = Clock(args.device, args.seconds)
-    wave = getattr(torch.cuda.get_device_properties(args.device), "warp_size", 32) if args.device.type == "cuda" else 32
     dtypes = supported((torch.float32, torch.bfloat16), args.device, args.backend)
-    results = Results(args)
+    results = Results(args, "plans")
 
     def measured(kind: Task) -> dict[str, Any]:
-        plans = candidates(kind, wave)[: args.most]
-        if args.device.type != "cpu":
-            compile_all([kind._replace(plan=plan) for plan in plans], args.device)
+        plans = candidates(kind, facts_of(args.device)[0])
+        plans = random.Random(0).sample(plans, min(args.most, len(plans)))
+        # The kernels do not depend on the number of sequences.
+        smaller = kind._replace(shape=(1, min(kind.shape[1], 8192), kind.shape[2]))
+        results.compile(compile_plan, [(smaller._replace(plan=plan), str(args.device)) for plan in (None, *plans)])
         return sweep(clock, kind, plans, args.backend)
 
     for shape, dtype, backward in itertools.product(args.shape or SHAPES, dtypes, (False, True)):
         kind = Task(tuple(shape), dtype, backward, None)
-        if results.of("classes", str(kind), measured, kind) is None:
-            return
+        results.of("classes", str(kind), measured, kind)
+    return int(bool(results.all["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,39 +1,46 @@
 """Check within minutes that the GPU kernels are right on this device. Exits with 1 if one is wrong.
 
-    python -m benchmarks.gpu.smoke [--json FILE]
+    python -m benchmarks.gpu.smoke [--results FOLDER] [--minutes 9]
     TRITON_INTERPRET=1 python -m benchmarks.gpu.smoke --device cpu --small --configurations 4
 
 Prints the versions, the driver and the properties of the device. Then it compares random configurations with the
 reference of the tests, in float64 on the CPU, one step and one sequence after the other. Then it checks sequences of a
 million steps that forget slowly, single steps with gates from -30 to 30, and CUDA graphs that are captured with and
-without a call before.
+without a call before. Calls whose kernels fail are wrong, too.
 """
 
 import argparse
 import random
+import re
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import calls
 import torch
 from calls import Row, make, states
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 from mingru.ops.backends.triton.device import first_line
 from mingru.ops.cells import TIMED
 
-from ..measure import write_json
-from .device import about, parse, passes_of, supported
+from .device import Results, parse, passes_of, supported
 
 # Largest batch, steps and features: few steps; chunks; segments of time; a walk over many sequences and features.
 SIZES = ((70, 16, 300), (8, 900, 130), (2, 9000, 40), (300, 90, 513))
 SMALL = ((3, 3, 9), (2, 20, 6))
+# What must happen with CUDA graphs. The message of a capture without a call before says what to do.
+AFTER_A_CALL = "^(right|.*call the module once.*); after a call, right$"
+REFUSED = "packed sequences cannot be captured"
+GRAPHS = {"inference": AFTER_A_CALL, "training": AFTER_A_CALL, "packed sequences": f"{REFUSED}.*; after.* {REFUSED}"}
 # Largest relative error of float32. With slow decays, the roundings of about 8,000 decays to 6e-8 add up: 4e-6 in
 # Triton's interpreter after 50,000 steps.
 MOST_OF_ONE_STEP, MOST_OF_SLOW_DECAYS = 1e-6, 1e-5
+ONE_STEP = "mingru, one step"
+SLOW = [("mingru", 0.0), ("mingru", 0.1), ("minlstm", 0.0), ("linear_scan", 0.0)]
 
 
 def configurations(count: int, seed: int, sizes: tuple[tuple[int, ...], ...] = SIZES) -> Iterator[Row]:
@@ -58,36 +65,21 @@ def check(row: Row, device: torch.device, backend: str) -> float:
         return calls.share_of_allowed(backend, row, device=device, runs=2)
 
 
-def fuzz(rows: Iterator[Row], device: torch.device, backend: str) -> dict[str, float]:
-    """Return the error of each call as a share of what is allowed, and print it."""
-    shares = {}
-    for row in rows:
-        start = time.perf_counter()
-        shares[str(row)] = share = check(row, device, backend)
-        verdict = "right" if share <= 1.0 else "WRONG"
-        print(f"{verdict}  {share:.2f} of the allowed error  {time.perf_counter() - start:4.1f} s  {row}", flush=True)
-    return shares
-
-
-def slow_decays(device: torch.device, backend: str, steps: int) -> dict[str, float]:
+def slow_decay(cell: str, min_decay: float, device: torch.device, backend: str, steps: int) -> dict[str, float]:
     """Return the largest relative errors of float32 sequences that forget 1 part in 8,000 in each step, or about it."""
-    found = {}
-    for cell, min_decay in (("mingru", 0.0), ("mingru", 0.1), ("minlstm", 0.0), ("linear_scan", 0.0)):
-        inputs, *_, dt = make(cell, 1, steps, 4, dtype=torch.float32)
-        inputs[-2] -= 9.0
-        inputs = [(9.0 - inputs[1]).sigmoid(), inputs[1].abs()] if cell == "linear_scan" else inputs
-        results = []
-        for wide, name, place in ((torch.float32, backend, device), (torch.float64, "torch", "cpu")):
-            leaves = [x.to(place, wide).requires_grad_() for x in inputs]
-            timed = {"dt": dt.to(place, wide), "min_decay": min_decay} if min_decay else {}
-            h = torch.full_like(leaves[0][:, :1], 0.5).detach()
-            out = getattr(mingru.functional, cell)(*leaves, h, backend=name, **timed)
-            # All terms of both are positive, so that no error is small only beside another number.
-            results.append([out, *torch.autograd.grad(out.sum(), leaves[-1])])
-        for name, one, other in zip(("states", "gradients"), *results, strict=True):
-            error = ((one.double().cpu() - other) / other).abs().max().item()
-            found[f"{cell}{', dt, min_decay' if timed else ''}, {steps} steps, {name}"] = error
-    return found
+    inputs, *_, dt = make(cell, 1, steps, 4, dtype=torch.float32)
+    inputs[-2] -= 9.0
+    inputs = [(9.0 - inputs[1]).sigmoid(), inputs[1].abs()] if cell == "linear_scan" else inputs
+    results = []
+    for wide, name, place in ((torch.float32, backend, device), (torch.float64, "torch", "cpu")):
+        leaves = [x.to(place, wide).requires_grad_() for x in inputs]
+        timed = {"dt": dt.to(place, wide), "min_decay": min_decay} if min_decay else {}
+        h = torch.full_like(leaves[0][:, :1], 0.5).detach()
+        out = getattr(mingru.functional, cell)(*leaves, h, backend=name, **timed)
+        # All terms of both are positive, so that no error is small only beside another number.
+        results.append([out, *torch.autograd.grad(out.sum(), leaves[-1])])
+    pairs = zip(("states", "gradients"), *results, strict=True)
+    return {name: ((one.double().cpu() - other) / other).abs().max().item() for name, one, other in pairs}
 
 
 def single_steps(device: torch.device, backend: str) -> dict[str, float]:
@@ -95,32 +87,51 @@ def single_steps(device: torch.device, backend: str) -> dict[str, float]:
     inputs = [torch.linspace(-most, most, 4096)[torch.randperm(4096)].view(1, 1, -1) for most in (30.0, 8.0)]
     h = torch.zeros(1, 1, 4096)
     got, truth = (states(name, "mingru", inputs, h, device=device)[0] for name in (backend, "exact"))
-    return {"mingru, one step": ((got.double() - truth) / truth).abs().max().item()}
+    return {"states": ((got.double() - truth) / truth).abs().max().item()}
 
 
-def graphs(device: torch.device) -> dict[str, str]:
-    """Capture CUDA graphs of training and inference, after a call and without one; return what happened."""
-    if device.type != "cuda":
-        return {}
-    rnn, x = mingru.MinGRU(6, 24, num_layers=2, device=device), torch.randn(4, 50, 6, device=device)
-    trained = torch.cuda.make_graphed_callables(lambda x: rnn(x)[0], (x.clone().requires_grad_(),))
-    leaf = x.clone().requires_grad_()
-    grads = [torch.autograd.grad(function(leaf).square().sum(), leaf)[0] for function in (trained, lambda x: rnn(x)[0])]
-    found = {"training, after a call": "right" if torch.allclose(*grads, rtol=1e-5, atol=1e-6) else "WRONG"}
-    # A kernel that nothing here has loaded, because the numbers of features of the fuzz are even.
-    rnn, x = mingru.MinGRU(6, 1, gate="signed", device=device, dtype=torch.float64).requires_grad_(False), x.double()
-    for name in ("inference, without a call before", "inference, after a call"):
+def captured(function: Callable[[], torch.Tensor]) -> str:
+    """Capture a CUDA graph without a call before, and after one; return what happened."""
+    found = []
+    for _ in range(2):
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(torch.cuda.Stream()), torch.cuda.graph(graph):
-                out, _ = rnn(x)
+                out = function()
             graph.replay()
-            found[name] = "right" if torch.allclose(out, rnn(x)[0]) else "WRONG"
-        except RuntimeError as caught:
+            found.append("right" if torch.allclose(out, function()) else "WRONG")
+        except (RuntimeError, ValueError) as caught:
             # The end of the capture may raise once more.
-            found[name] = f"an error: {first_line(caught)} ({caught.__context__})"
-            rnn(x)
-    return found
+            found.append(f"an error: {first_line(caught)} ({caught.__context__})")
+            function()
+    return "; after a call, ".join(found)
+
+
+def graphs(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return the calls to capture."""
+    x = torch.randn(4, 50, 6, device=device, dtype=torch.float64, requires_grad=True)
+    packed = pack_padded_sequence(x.detach(), torch.tensor([50, 9, 9, 1]), batch_first=True)
+    # Kernels that nothing here has loaded, because the numbers of features of the random calls are even.
+    rnn = mingru.MinGRU(6, 1, gate="signed", device=device, dtype=torch.float64)
+    return {
+        "inference": torch.no_grad()(lambda: rnn(x)[0]),
+        "training": lambda: torch.autograd.grad(rnn(x)[0].square().sum(), x)[0],
+        "packed sequences": torch.no_grad()(lambda: rnn(packed)[0].data),
+    }
+
+
+def wrong_of(results: dict[str, Any]) -> list[str]:
+    """Return the names of the checks that failed, or whose result is wrong."""
+    wrong = [name for name, share in results.get("shares", {}).items() if not share <= 1.0]
+    for title, found in results.get("errors", {}).items():
+        most = MOST_OF_ONE_STEP if title == ONE_STEP else MOST_OF_SLOW_DECAYS
+        wrong += [f"{title}, {name}" for name, value in found.items() if not value <= most]
+    graphs = results.get("graphs", {})
+    return [*results["failed"], *wrong, *(name for name in graphs if not re.search(GRAPHS[name], graphs[name]))]
+
+
+def count_of(results: dict[str, Any]) -> int:
+    return sum(len(results.get(kind, {})) for kind in ("failed", "shares", "errors", "graphs"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,26 +140,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="small sizes, for Triton's interpreter")
     args = parse(parser, arguments)
-    torch.manual_seed(args.seed)
-    started, facts = time.perf_counter(), about(args.device)
-    dtypes = supported(calls.FACTORS["dtype"], args.device, args.backend)
+    results, where = Results(args, "smoke"), (args.device, args.backend)
+    dtypes = supported(calls.FACTORS["dtype"], *where)
     rows = configurations(args.configurations, args.seed, SMALL if args.small else SIZES)
+    rows = [row for row in rows if row.dtype in dtypes]
     conversion = "triton.runtime.interpreter._convert_float"
     with mock.patch(conversion, calls.rounded_bfloat16()) if calls.INTERPRETED else nullcontext():
-        shares = fuzz((row for row in rows if row.dtype in dtypes), args.device, args.backend)
-    slow = slow_decays(args.device, args.backend, 300 if args.small else 1_000_000)
-    single, captured = single_steps(args.device, args.backend), graphs(args.device)
-    for name, value in {**slow, **single, **captured}.items():
-        print(f"{name}: {value}")
-    limits = ((shares, 1.0), (slow, MOST_OF_SLOW_DECAYS), (single, MOST_OF_ONE_STEP))
-    wrong = [name for errors, most in limits for name, value in errors.items() if not value <= most]
-    # The message of a capture without a call before says what to do.
-    wrong += [name for name, value in captured.items() if value != "right" and "call the module once" not in value]
-    count, seconds = sum(map(len, (shares, slow, single, captured))), time.perf_counter() - started
-    print(f"{len(wrong)} of {count} checks are wrong, {seconds:.0f} s")
-    if args.json is not None:
-        results = {"device": facts, "backend": args.backend, "shares": shares, "errors": slow | single}
-        write_json(args.json, results | {"graphs": captured, "wrong": wrong, "count": count, "seconds": seconds})
+        for first in range(0, len(rows), 16):
+            batch = rows[first : first + 16]
+            results.compile(check, [(row, *where) for row in results.missing("shares", batch)])
+            for row in batch:
+                results.of("shares", str(row), check, row, *where)
+    steps = 300 if args.small else 1_000_000
+    for cell, min_decay in SLOW:
+        title = f"{cell}{', dt, min_decay' if min_decay else ''}, {steps} steps"
+        results.of("errors", title, slow_decay, cell, min_decay, *where, steps)
+    results.of("errors", ONE_STEP, single_steps, *where)
+    for name, function in graphs(args.device).items() if args.device.type == "cuda" else ():
+        results.of("graphs", name, captured, function)
+    wrong = wrong_of(results.all)
+    print(*(f"WRONG: {name}" for name in wrong), f"{len(wrong)} of {count_of(results.all)} checks are wrong", sep="\n")
     return int(bool(wrong))
 
 

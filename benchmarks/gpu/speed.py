@@ -1,38 +1,34 @@
 """Time the GPU kernels and whole layers. Their values are checked by `smoke`, and at these shapes by `plans`.
 
-    python -m benchmarks.gpu.speed [--json FILE] [--shape 64 1000 10 100]
+    python -m benchmarks.gpu.speed [--results FOLDER] [--minutes 9] [--shape 64 1000 10 100]
 
 "GPU" is the median time in microseconds of replaying a CUDA graph of the call, with none of its data in the L2 cache;
 "call" is the time of one of many calls in a row, with Python. "floor" is the time in which a large copy would move the
 elements that must be read and written, as a share of the time on the GPU: 3 elements for each state of a minGRU forward
-and 9 for training, 3 and 8 for a linear scan. "first" is the time of the first call, which compiles the kernels.
-"launches" counts the Triton kernels of this library.
+and 9 for training, 3 and 8 for a linear scan. "launches" counts the Triton kernels of this library. They are compiled
+before, in parallel; only the "first call" of a minGRU of the first shape compiles its kernels, into an empty cache.
 
-nn.GRU, nn.LSTM, nn.Linear and tensor operations are timed too, and accelerated-scan and flash-linear-attention if they
-are installed. These two compute the scan from the decays and inputs, not from the pre-activations.
+nn.GRU, nn.LSTM, nn.Linear and tensor operations are timed too.
 """
 
 import argparse
 import functools
-import importlib
 import itertools
 import os
+import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import mingru
 from mingru import bench, ops
-from mingru.bench import GRU, forward, forward_backward, output, print_table
-from mingru.ops import NUM_INPUTS, Layout, Spec, Start
-from mingru.ops.backends.triton.device import first_line
+from mingru.bench import GRU, forward, forward_backward, output
+from mingru.ops import NUM_INPUTS, Spec, Start
 
 from ..measure import add_shape_option
 from .device import Clock, Results, parse, passes_of, supported
@@ -41,8 +37,6 @@ from .device import Clock, Results, parse, passes_of, supported
 SHAPES = [(64, 1000, 10, 100), (8, 4096, 256, 256), (1024, 128, 512, 512), (16, 16384, 128, 128)]
 SHAPES += [(1, 4096, 256, 256), (1, 1_000_000, 64, 64), (64, 1, 512, 512), (1, 16, 32, 32)]
 DTYPES = (torch.float32, torch.bfloat16)
-# nn.GRU needs about 12 microseconds for each step.
-MOST_STEPS_OF_A_GRU = 20_000
 Row = dict[str, Any]
 
 
@@ -54,38 +48,7 @@ class Method(NamedTuple):
     elements: tuple[int, int] | None = None
     """Elements that must be read or written for each state: forward, and forward and backward."""
     is_own: bool = True
-    """Whether the kernels of this library must run, and a failure is an error."""
-
-
-@functools.cache
-def imported(name: str) -> Any:
-    """Return a module of another library, or None. accelerated-scan compiles its kernels when it is imported."""
-    try:
-        return importlib.import_module(name)
-    except Exception as failed:
-        print(f"not timed: {name} ({first_line(failed)})")
-        return None
-
-
-def others(a: Tensor, b: Tensor) -> dict[str, Method]:
-    """Return implementations of the linear scan by other libraries."""
-    methods = {}
-    if (warp := imported("accelerated_scan.warp")) is not None:
-        # It needs time last, and a power of 2 from 32 to 65536 as number of steps.
-        steps = max(32, 1 << (a.shape[1] - 1).bit_length())
-        turned = [F.pad(x.detach().mT, (0, steps - a.shape[1])).contiguous().requires_grad_() for x in (a, b)]
-        methods[f"accelerated-scan (time last, {steps} steps)"] = Method(warp.scan, turned)
-    if (hgrn := imported("fla.ops.hgrn")) is not None:
-        logs = [b.detach().requires_grad_(), a.detach().log().requires_grad_()]
-        methods["fla, chunk_hgrn"] = Method(lambda x, g: hgrn.chunk_hgrn(x, g)[0], logs)
-        methods["fla, fused_recurrent_hgrn"] = Method(lambda x, g: hgrn.fused_recurrent_hgrn(x, g)[0], logs)
-    return {name: method._replace(is_own=False) for name, method in methods.items()}
-
-
-def packed_of(x: Tensor) -> PackedSequence:
-    """Return sequences with lengths from half of the steps to all, the longest first."""
-    lengths = torch.linspace(x.shape[1], max(1, x.shape[1] // 2), len(x)).long()
-    return pack_padded_sequence(x.detach(), lengths, batch_first=True)
+    """Whether the kernels of this library must run."""
 
 
 def recurrences(shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, Method]:
@@ -93,72 +56,70 @@ def recurrences(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
     batch, steps, _, features = shape
     pre = torch.randn(batch, steps, 3 * features, dtype=dtype, device=device)
     inputs = [part.detach().requires_grad_() for part in pre.chunk(3, -1)]
-    packed = [packed_of(x) for x in inputs]
     h = torch.full((batch, 1, features), 0.5, device=device)
     reset, dt = torch.rand(batch, steps, device=device) < 0.01, torch.rand(batch, steps, device=device)
 
-    rows, plain = [x.data.requires_grad_() for x in packed], Start(h, h, None)
+    plain = Start(h, h, None)
 
-    def of(cell: str, start: Start = plain, layout: Layout = ops.BATCH_FIRST, name: str = backend) -> Method:
+    def of(cell: str, start: Start = plain, name: str = backend) -> Method:
         spec, count = Spec(cell, "positive", False), NUM_INPUTS[cell]
-        given = (inputs if layout.batch_sizes is None else rows)[:count]
         elements = count + 1, 3 * count + 3
-        return Method(lambda *x: ops.recurrence(spec, x, start, layout, name)[0], given, elements)
+        return Method(lambda *x: ops.recurrence(spec, x, start, backend=name)[0], inputs[:count], elements)
 
     a, b = ((-inputs[0]).sigmoid().detach().requires_grad_(), inputs[1].detach().clone().requires_grad_())
-    methods = {
+    return {
         "minGRU": of("mingru"),
         "minGRU, resets": of("mingru", Start(h, h, reset)),
         "minGRU, elapsed times": of("mingru", Start(h, h, None, dt)),
-        "minGRU, packed": of("mingru", layout=Layout(False, packed[0].batch_sizes)),
         'minGRU, gate="signed"': of("mingru_signed"),
         'minGRU, gate="rotation"': of("mingru_rotation"),
         "minLSTM": of("minlstm"),
         "linear_scan": Method(lambda a, b: mingru.functional.linear_scan(a, b, backend=backend), [a, b], (3, 8)),
         "minGRU, tensor operations": of("mingru", name="torch")._replace(is_own=False),
     }
-    return methods | others(a, b)
 
 
 def layers(shape: Sequence[int], dtype: torch.dtype, device: torch.device, _: str) -> dict[str, Method]:
     """Return whole layers; `use_backend` chooses their backend."""
     batch, steps, input_dims, features = shape
     x = torch.randn(batch, steps, input_dims, device=device, dtype=dtype)
-    packed, reset = packed_of(x), torch.rand(batch, steps, device=device) < 0.01
+    reset = torch.rand(batch, steps, device=device) < 0.01
 
-    def of(module: nn.Module, *rest: Any, is_packed: bool = False) -> Method:
+    def of(module: nn.Module, *rest: Any) -> Method:
         """Return the module's output of x."""
-
-        def function(x: Tensor, *_: Tensor) -> Tensor:
-            return module(PackedSequence(x, packed.batch_sizes))[0].data if is_packed else output(module(x, *rest))
-
-        leaf = (packed.data if is_packed else x).clone().requires_grad_()
-        return Method(function, [leaf, *module.parameters()], is_own=type(module).__module__.startswith("mingru"))
+        leaves = [x.clone().requires_grad_(), *module.parameters()]
+        is_own = type(module).__module__.startswith("mingru")
+        return Method(lambda x, *_: output(module(x, *rest)), leaves, is_own=is_own)
 
     modules = {name: each.to(device, dtype) for name, each in bench.layers(input_dims, features).items()}
-    if steps > MOST_STEPS_OF_A_GRU:
+    if steps > 20_000:
+        # They need about 12 microseconds for each step.
         del modules[GRU], modules["nn.LSTM"]
     rnn = modules.pop("mingru")
     methods = {
         "MinGRU": of(rnn),
         "MinGRU, resets": of(rnn, None, reset),
         "MinGRU, lengths": of(rnn, None, None, torch.linspace(steps, max(1, steps // 2), batch).long()),
-        "MinGRU, packed": of(rnn, is_packed=True),
         "MinLSTM": of(mingru.MinLSTM(input_dims, features, device=device, dtype=dtype)),
     }
-    methods |= {name: of(module) for name, module in modules.items()}
-    return methods | ({"nn.GRU, packed": of(modules[GRU], is_packed=True)} if GRU in modules else {})
+    return methods | {name: of(module) for name, module in modules.items()}
+
+
+def call_once(method: Method) -> Tensor:
+    """Call both passes, and return the output."""
+    out = method.function(*method.leaves)
+    torch.autograd.grad(out, method.leaves, torch.ones_like(out))
+    return out
 
 
 def measure(clock: Clock, method: Method, backend: str, bandwidth: float) -> Row:
     """Time a method. `bandwidth`: bytes per microsecond of a copy."""
     function, leaves, elements, is_own = method
-    start = time.perf_counter()
-    with passes_of(backend if is_own else "") as names:
-        out = function(*leaves)
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-        clock.wait()
-    row: Row = {"first_s": time.perf_counter() - start, "launches": len(names), "states": out.numel()}
+    with passes_of(backend if is_own else "") as launched:
+        out = call_once(method)
+    row: Row = {"launches": launched.call_count, "states": out.numel()}
+    # The calls keep their tensors.
+    launched.reset_mock()
     num_bytes = out.numel() * out.element_size()
     del out
     passes = (forward(lambda: function(*leaves)), forward_backward(lambda: function(*leaves), leaves))
@@ -169,47 +130,36 @@ def measure(clock: Clock, method: Method, backend: str, bandwidth: float) -> Row
     return row
 
 
-def measure_all(clock: Clock, methods: dict[str, Method], backend: str, bandwidth: float) -> dict[str, Row]:
-    rows = {}
-    for name, method in methods.items():
-        try:
-            rows[name] = measure(clock, method, backend, bandwidth)
-        except Exception as caught:
-            # Other libraries support only some sizes and dtypes.
-            if method.is_own and not isinstance(caught, torch.OutOfMemoryError):
-                raise
-            rows[name] = {"why": first_line(caught)}
-    return rows
+def compile_method(make: Any, name: str, backend: str, *arguments: Any) -> None:
+    """Call the kernels of a method, so that Triton stores them on disk."""
+    with mingru.use_backend(backend):
+        call_once(make(*arguments, backend)[name])
+    torch.accelerator.empty_cache()
 
 
-COLUMNS = ["", "GPU", "training", "floor", "training", "call", "training", "first s", "launches", "not captured"]
+COLUMNS = ["", "GPU", "training", "floor", "training", "call", "training", "launches", "not captured"]
 
 
 def cells(row: Row) -> list[str]:
     """Return a row of a table, without its name."""
-    if "why" in row:
-        return [row["why"][:60], *[""] * (len(COLUMNS) - 2)]
     passes = row["forward"], row["training"]
     shares = [x["floor"] / x["device"] if x.get("floor") and x["device"] else None for x in passes]
     return [
         *("?" if x["device"] is None else f"{x['device']:.1f}" for x in passes),
         *("" if share is None else f"{share:.0%}" for share in shares),
         *(f"{x['call']:.1f}" for x in passes),
-        f"{row['first_s']:.1f}",
         str(row["launches"]),
         passes[0]["why"] or passes[1]["why"],
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.1, help="for each time (default: %(default)s)")
     add_shape_option(parser, "eight shapes")
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        # Kernels are compiled again, so that the time of the first call includes it.
-        args = parse(parser, arguments)
-        with mingru.use_backend(args.backend):
-            run(args)
+    args = parse(parser, arguments)
+    with mingru.use_backend(args.backend):
+        return run(args, Clock(args.device, args.seconds), Results(args, "speed"))
 
 
 def bandwidth_of(clock: Clock) -> dict[str, float]:
@@ -221,26 +171,26 @@ def bandwidth_of(clock: Clock) -> dict[str, float]:
     return {"bandwidth": 2 * pair[0].numel() * pair[0].element_size() / large_us, "one_launch_us": small_us}
 
 
-def run(args: argparse.Namespace) -> None:
-    clock, results = Clock(args.device, args.seconds), Results(args)
-    if "bandwidth" not in results.all:
-        results.all |= bandwidth_of(clock)
-    bandwidth = results.all["bandwidth"]
-    print(f"a copy moves {bandwidth * 1e-3:.0f} GB/s; one of a number takes {results.all['one_launch_us']:.1f} us")
-    dtypes = supported(DTYPES, args.device, args.backend)
-
-    def measured(make: Any, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Row]:
-        methods = make(shape, dtype, args.device, args.backend)
-        return measure_all(clock, methods, args.backend, bandwidth)
-
-    for shape, dtype in itertools.product(args.shape or SHAPES, dtypes):
-        title = f"(B, S, I, H) = {tuple(shape)}, {str(dtype).removeprefix('torch.')}"
-        for kind, make in (("recurrences", recurrences), ("layers", layers)):
-            rows = results.of(kind, title, measured, make, shape, dtype)
-            if rows is None:
-                return
-            print_table(f"{kind}, {title}", COLUMNS, [[name, *cells(row)] for name, row in rows.items()])
+def run(args: argparse.Namespace, clock: Clock, results: Results) -> int:
+    copies = results.of("copies", "large and small", bandwidth_of, clock)
+    if copies is None:
+        return 1
+    shapes, dtypes = args.shape or SHAPES, supported(DTYPES, args.device, args.backend)
+    for shape, dtype, make in itertools.product(shapes, dtypes, (recurrences, layers)):
+        kind, given = make.__name__, (tuple(shape), dtype, args.device)
+        title = f"(B, S, I, H) = {given[0]}, {str(dtype).removeprefix('torch.')}"
+        methods = make(*given, args.backend)
+        own = [name for name in results.missing(f"{kind}, {title}", methods) if methods[name].is_own]
+        if kind == "recurrences" and shape is shapes[0] and clock.device.type != "cpu":
+            # This process has no kernels yet, and the folder has none either.
+            with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+                first = functools.partial(call_once, methods["minGRU"])
+                results.of("first call", title, lambda first=first: timeit.timeit(first, number=1))
+        results.compile(compile_method, [(make, name, args.backend, *given) for name in own])
+        for name, method in methods.items():
+            results.of(f"{kind}, {title}", name, measure, clock, method, args.backend, copies["bandwidth"])
+    return int(bool(results.all["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
