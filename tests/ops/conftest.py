@@ -56,7 +56,7 @@ def use_plan(monkeypatch):
         plan = PLANS.get(plan, plan)
 
         def plan_of(work):
-            return plan if work.cell in NUM_INPUTS and not work.is_packed else plan._replace(segments=1)
+            return plan if work.cell in NUM_INPUTS else plan._replace(segments=1)
 
         if plan is not None:
             monkeypatch.setattr(launch, "plan_of", plan_of)

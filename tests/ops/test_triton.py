@@ -38,6 +38,11 @@ def test_plans_of_a_gpu_for_half_widths(cell, dtype, steps, features):
     assert calls.share_of_allowed("triton", row) <= 1
 
 
+def test_the_gradient_of_dt_near_a_fixed_point_has_the_error_of_rounded_states():
+    row = Row("mingru", "tanh", torch.bfloat16, dt=True, memory="one column for all", steps=40, features=(8,), batch=2)
+    assert 0.3 < calls.share_of_allowed("triton", row, 13) <= 1
+
+
 @pytest.mark.parametrize("features", [127, 511, 512, 513, 1030])
 @pytest.mark.parametrize("segments", [1, 2])
 def test_many_features(segments, features, use_plan):
@@ -360,16 +365,15 @@ def test_a_failure_concerns_one_kernel(break_kernel, use_plan):
     use_plan("walk")
     with pytest.warns(RuntimeWarning, match=FALLS_BACK):
         mingru.functional.minlstm(x, x, x)
-    assert len(tried) == 2
     mingru.functional.minlstm(x, x, x)
-    assert len(tried) == 2
+    assert len(tried) == 1
     mingru.functional.mingru(x, x)
     mingru.functional.minlstm(*[x.double()] * 3)
     use_plan("chunks")
     mingru.functional.minlstm(x, x, x)
     # Each was compiled and launched.
     expected = [("mingru", torch.float32, 4), ("minlstm", torch.float64, 4), ("minlstm", torch.float32, 3)]
-    assert tried[2:] == [kernel for kernel in expected for _ in range(2)]
+    assert tried[1:] == [kernel for kernel in expected for _ in range(2)]
     assert mingru.backends()["triton"] is True
     assert len(launch._failures) == 1
     # A kernel that has run before.

@@ -44,8 +44,8 @@ def num_accesses(case, plan):
 def check(case, target):
     found = Compiled(case, target)
     loads, stores = num_accesses(case, found.plan)
-    # In chunks of half-width numbers, a thread has 4 features.
-    width = 8 if case.dtype.itemsize == 2 and found.plan.chunks > 1 else 16
+    # In chunks of half-width numbers that are combined in each tile, a thread has 4 features.
+    width = 8 if case.dtype.itemsize == 2 and found.plan.chunks > 1 == found.plan.segments else 16
     assert found.local == 0, case
     # Of a block, on GPUs with the least: sm_86, sm_89 and sm_120.
     assert found.shared <= 101_376, case

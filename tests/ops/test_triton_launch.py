@@ -121,29 +121,6 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 
 
-@pytest.mark.parametrize("refuses", ["__getitem__", "warmup"])
-def test_triton_launches_if_it_does_not_take_our_launch(refuses, driver):
-    """Another version may want other arguments of a compiled kernel, or types, than those that we give it."""
-    config, refused = next(smoke.configurations(1, 0, SIZES)), mock.Mock(side_effect=TypeError("arguments"))
-    expected, compiled = [launched[1:] for launched in launches_of(config, driver, {})], {}
-    with mock.patch.object(Kernel if refuses == "__getitem__" else type(kernels.recurrence_kernel), refuses, refused):
-        for _ in range(2):
-            assert [launched[1:] for launched in launches_of(config, driver, compiled)] == expected
-    # Each kernel tried it once.
-    assert refused.call_count == len(compiled) > 1
-    assert set(compiled.values()) == {None}
-    assert not launch._failures
-
-
-def test_a_launch_by_triton_compiles_for_strides_of_1():
-    """Triton makes constants of them, whether the kernel is compiled for other numbers or not."""
-    row, refused = calls.Row(dt=True, steps=1, batch=1, features=(8,)), mock.Mock(side_effect=TypeError("arguments"))
-    given, weights = calls.drawn(row)
-    with without_gpu(NoDriver()), mock.patch.object(type(kernels.recurrence_kernel), "warmup", refused):
-        calls.graded(lambda *leaves: calls.run("triton", row, given.of(*leaves)), given.leaves(), weights)
-        assert list(launch._compiled.values()) == [None] * 2
-
-
 def test_a_kernel_that_found_no_memory_is_loaded_at_the_next_call(driver):
     config, compiled = next(smoke.configurations(1, 0, SIZES)), {}
     fails = mock.Mock(side_effect=RuntimeError("Triton Error [CUDA]: out of memory"))

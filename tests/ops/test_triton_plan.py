@@ -52,7 +52,7 @@ def test_plans(wave, is_amd, itemsize, backward):
             # A thread has at most 16 bytes of each step.
             assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
             assert 1 <= plan.steps <= 8
-            assert plan.segments == 1 or (cell in ops.NUM_INPUTS and not has_reset and plan.chunks > 1)
+            assert plan.segments == 1 or (cell in ops.NUM_INPUTS and plan.chunks > 1)
             # Most steps of a tile are steps of the sequence, if it is not short.
             assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
             assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps
@@ -144,8 +144,8 @@ def test_lengths_on_a_gpu_are_not_read(options):
 
 def test_batch_sizes_are_copied_once_to_each_stream_and_never_captured(monkeypatch):
     launched, made = Launch(monkeypatch), []
-    new = launch._new_packing
-    monkeypatch.setattr(launch, "_new_packing", lambda *args: made.append(args) or new(*args))
+    check = launch.is_packing
+    monkeypatch.setattr(launch, "is_packing", lambda *args: made.append(args) or check(*args))
     rnn = mingru.MinGRU(3, 8, num_layers=2, bidirectional=True)
     sequences = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
     with mingru.use_backend("triton"):

@@ -7,9 +7,9 @@ A program computes F neighboring features of one sequence. It walks over time in
             state before each chunk. Then each chunk is computed again, from that state.
 
 The inputs of a tile are read once, and its states are written once. If there are few programs, time is also divided
-into segments: a first launch computes only the decay and the last state of each segment, and a second one the states.
-The first launch walks: each chunk is a part of the segment, and they are combined at its end.
-Everything is computed in a fixed order, without atomics.
+into segments, and both of two launches walk: each chunk is a part of a segment. The first launch computes only the
+decay and the last state of each chunk, and combines those of a segment. The second one computes the states, from the
+state before each chunk. Everything is computed in a fixed order, without atomics.
 
 Time is counted in the order of the scan; u is the step in that order. For `backwards`, a step u is the row
 num_steps - 1 - u. The backward pass is a scan in the opposite direction. The row of a packed step comes from a table.
@@ -31,7 +31,6 @@ from .math import INFINITY
 from .scan import (
     carries,
     changes_of,
-    chunk_of,
     combined,
     conjugate,
     constant,
@@ -93,7 +92,7 @@ def time_of(elapsed, bound, A: tl.constexpr):
 @triton.jit
 def after(p, l, state, PARTS: tl.constexpr):
     """Return the state after steps, from the state before them, their decay p and their last state l from 0, all as
-    features (1, F). An infinite decay marks a reset, because |a| <= 1."""
+    features. An infinite decay marks a reset, because |a| <= 1."""
     kept = features(times(number(p, PARTS), number(state, PARTS)))
     # A decay that underflowed times an infinite state would be NaN; the division has the sign of the decay.
     kept = tl.where((p == 0) & (tl.abs(state) == INFINITY), state / p, kept)
@@ -101,32 +100,39 @@ def after(p, l, state, PARTS: tl.constexpr):
 
 
 @triton.jit
-def carry_into(segment, state, products, ends, there, num_features):
-    """Return the state before a segment, from the results of all segments before it, in their order."""
+def carry_into(segment, state, summaries, offset, there, num_features, C: tl.constexpr):
+    """Return the state before each chunk of a segment (C, F), from the summaries of all segments before it, in their
+    order, and of its own chunks. `offset`: of the summaries of this batch element."""
     PARTS: tl.constexpr = parts_in(state)
-    state = features(state)
+    state, chunk = features(state), tl.arange(0, C)[:, None]
     for before in range(segment):
-        p = tl.load(products + before * num_features, there, other=1.0)
-        l = tl.load(ends + before * num_features, there, other=0.0)
+        whole = offset + (before * C + C - 1) * num_features
+        p = tl.load(summaries[0] + whole, there, other=1.0)
+        l = tl.load(summaries[1] + whole, there, other=0.0)
         state = after(p, l, state, PARTS)
-    return number(state, PARTS)
+    offset += (segment * C + chunk - 1) * num_features
+    is_later = chunk > 0
+    p = tl.load(summaries[0] + offset, there & is_later, other=1.0)
+    l = tl.load(summaries[1] + offset, there & is_later, other=0.0)
+    return number(tl.where(is_later, after(p, l, state, PARTS), state), PARTS)
 
 
 @triton.jit
 def summary(p, l, any_reset):
-    """Return the decay and the last state of a segment as features (1, F), from those of its chunks (C, F)."""
+    """Return the decay and the last state from 0, as features (C, F), of all chunks until each one, from its own."""
     PARTS: tl.constexpr = parts_in(p)
     C: tl.constexpr = p[0].shape[0]
-    marked, ends = tl.where(any_reset, INFINITY, features(p)), features(l)
+    marked, ends, chunk = tl.where(any_reset, INFINITY, features(p)), features(l), tl.arange(0, C)[:, None]
     p, l, _, _ = combined(where(any_reset, constant(p, 0.0), p), l)
-    state = features(chunk_of(l, C - 1))
-    decay = tl.where(tl.max(marked, 0)[None, :] == INFINITY, INFINITY, features(chunk_of(p, C - 1)))
-    # 0 times an infinite state is NaN.
-    if tl.max(tl.max((state != state).to(tl.int32), 1), 0) != 0:
-        state = tl.zeros_like(state)
-        for chunk in range(C):
-            state = after(row(marked, chunk), row(ends, chunk), state, PARTS)
-    return decay, state
+    first_reset = tl.min(tl.where(any_reset, chunk, C), 0)[None, :]
+    decays, states = tl.where(chunk >= first_reset, INFINITY, features(p)), features(l)
+    # 0 times an infinite state is NaN, which stays until the last chunk.
+    if tl.max(tl.max((states != states).to(tl.int32), 1), 0) != 0:
+        state = tl.zeros_like(row(ends, 0))
+        for here in range(C):
+            state = after(row(marked, here), row(ends, here), state, PARTS)
+            states = tl.where(chunk == here, state, states)
+    return decays, states
 
 
 @triton.jit
@@ -183,7 +189,7 @@ def recurrence_kernel(
     # Offset of each packed step, and length of each sequence, packed or padded.
     offsets=None,
     lengths=None,
-    # Decay and last state from a state of 0 of each segment, (B, num_segments, N).
+    # Decay and last state from a state of 0 of the chunks of a segment until each chunk, (B, num_segments, C, N).
     summaries=None,
     # log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest of it.
     bound=None,
@@ -206,7 +212,8 @@ def recurrence_kernel(
     MAY_GROW: tl.constexpr = CELL == "linear_scan" or CELL == "complex_linear_scan" or CELL == "quaternion_linear_scan"
     # Chunks need all a first. In the backward pass, float32 takes fewer instructions if all steps are derived first,
     # and bfloat16 fewer registers if each is derived when its gradients are written (Triton 3.9, sm_90).
-    FIRST: tl.constexpr = not BACKWARD or C > 1 or EXACT or SUMMARY
+    COMBINED: tl.constexpr = C > 1 and not SEGMENTS
+    FIRST: tl.constexpr = not BACKWARD or COMBINED or EXACT or SUMMARY
 
     num_features = num_units * V
     num_blocks = tl.cdiv(num_features, F)
@@ -223,7 +230,7 @@ def recurrence_kernel(
         batch = batch // num_segments
         begin_at = segment * segment_steps
         end = tl.minimum(begin_at + segment_steps, num_steps)
-        segments_at = batch * num_segments * num_features + feature
+        summaries_at = batch * num_segments * C * num_features + feature
     end_of_padding = end
     if lengths is not None:
         total = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), num_steps).to(tl.int32)
@@ -240,7 +247,7 @@ def recurrence_kernel(
     if initial_state is not None:
         start = load_state(initial_state[0] + batch * initial_state[1] + feature, there, real, PARTS)
     if SEGMENTS and not SUMMARY:
-        state = carry_into(segment, state, summaries[0] + segments_at, summaries[1] + segments_at, there, num_features)
+        state = carry_into(segment, state, summaries, summaries_at, there, num_features, C)
 
     first_row, sign = 0, 1
     if not PACKED:
@@ -259,8 +266,7 @@ def recurrence_kernel(
     if reset is not None:
         reset = begin(reset, origin, 0, 1)
     if grad_dt is not None:
-        # Not `.to`, because a stride of 1 is a constant in a launch by Triton.
-        strides = tl.cast(dt[1], tl.int64) * num_units, tl.cast(dt[2], tl.int64) * num_units
+        strides = dt[1].to(tl.int64) * num_units, dt[2].to(tl.int64) * num_units
         grad_dt = begin((grad_dt, strides[0], strides[1]), origin, unit, 1)
     if dt is not None:
         dt = begin(dt, origin, 0, 1)
@@ -273,9 +279,9 @@ def recurrence_kernel(
     sums = (tl.zeros((C, F), A),) * (NUM_INPUTS + 1)
     # Steps from a chunk to the next one, and from a tile to the next one.
     apart, tile_steps, last_tile = T, C * T, end
-    if SUMMARY:
+    if SEGMENTS:
         apart = segment_steps // C
-        tile_steps, last_tile = T, begin_at + apart
+        tile_steps, last_tile = T, tl.minimum(begin_at + apart, end)
     for tile in tl.range(begin_at, last_tile, tile_steps, num_stages=1 if SUMMARY else STAGES):
         u = tile + chunk * apart
         first = u.to(tl.int64)
@@ -284,7 +290,7 @@ def recurrence_kernel(
             # The backward pass needs one more, because the previous state is in the row of the next u.
             for t in tl.static_range(T + BACKWARD):
                 time = tl.where(backwards != 0, total - 1 - (u + t), u + t)
-                rows += (tl.load(offsets + time, u + t < end, other=0) + batch,)
+                rows += (tl.load(offsets + time, u + t < total, other=0) + batch,)
         for t in tl.static_range(T):
             here = u + t < end
             mask = here if EVEN else here & there
@@ -309,7 +315,7 @@ def recurrence_kernel(
         for t in tl.static_range(T if FIRST else 0):
             ready += (coefficients(*steps[t], CELL, ACTIVATION, EXACT),)
         before = state
-        if C > 1 and not SUMMARY:
+        if COMBINED:
             before, state = carries(ready, resets, None if BACKWARD else start, state, MAY_GROW)
         for t in tl.static_range(T):
             a, b, changes = ready[t] if FIRST else coefficients(*steps[t], CELL, ACTIVATION, EXACT)
@@ -335,27 +341,28 @@ def recurrence_kernel(
                     to_initial = tl.where(resets[t], features(before), 0.0) if reset is not None else 0.0
                     before = where(resets[t], constant(before, 0.0), before)
                     sums = plus(sums, (to_initial,) + found[:NUM_INPUTS])  # noqa: RUF005 (not in Triton)
-        if C == 1 or SUMMARY:
+        if not COMBINED:
             state = before
 
     if lengths is not None and not (PACKED or SUMMARY):
         # The padding is not reversed.
         for tile in range(tl.maximum(begin_at, total), end_of_padding, C):
-            row = (tile + chunk).to(tl.int64)
-            inside, u = row < end_of_padding, (row - first_row) * sign
+            padded = (tile + chunk).to(tl.int64)
+            inside, u = padded < end_of_padding, (padded - first_row) * sign
             for k in tl.static_range(NUM_INPUTS if BACKWARD else 1):
                 tl.store(at(written, u, 0, ()) + k * num_features, tl.zeros((C, F), A), inside & there)
             if grad_dt is not None:
                 tl.store(at(grad_dt, u, 0, ()), tl.zeros((C, F // V), A), inside & (unit < num_units))
 
     if SUMMARY:
-        p, l = summary(decay, state, any_reset)
-        tl.store(summaries[0] + segments_at + segment * num_features, p, there)
-        tl.store(summaries[1] + segments_at + segment * num_features, l, there)
+        decays, states = summary(decay, state, any_reset)
+        summaries_at += (segment * C + chunk) * num_features
+        tl.store(summaries[0] + summaries_at, decays, there)
+        tl.store(summaries[1] + summaries_at, states, there)
     else:
         is_last = segment == num_segments - 1 if SEGMENTS else True
         if is_last:
-            tl.store(after + state_at, features(state), there)
+            tl.store(after + state_at, row(features(state), C - 1) if SEGMENTS else features(state), there)
         if grad_initial_state is not None:
             tl.store(grad_initial_state + sums_of * num_features + feature, tl.sum(sums[0], 0)[None, :], there)
         if grad_bias is not None:

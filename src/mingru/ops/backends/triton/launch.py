@@ -20,8 +20,8 @@ from .plan import KEEPING, Plan, Work, plan_of
 Tensors = Sequence[Tensor]
 Given = Sequence[Tensor | None]
 
-# Kernels by device, warps, constants and types of the operands; None if Triton's own launch must find the kernel, which
-# takes most of the time of a launch.
+# Kernels by device, warps, constants and types of the operands; None in the interpreter. Triton's own launch would take
+# most of the time of a launch to find the kernel.
 _compiled: dict[tuple[Any, ...], Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
 _failures: dict[tuple[Any, ...], str] = {}
@@ -62,22 +62,13 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
         try:
             compiled = _compiled[key] if key in _compiled else kernel.warmup(*key[2:], grid=(1,), **options)
             # The interpreter compiles nothing.
-            if compiled is not None:
-                compiled[(num_programs, 1, 1)](*values)
-                _compiled[key] = compiled
-                return
+            (kernel[(num_programs,)] if compiled is None else compiled[(num_programs, 1, 1)])(*values)
         except Exception as error:
-            if devices.is_capturing(device) or devices.is_out_of_memory(error):
-                raise
-        # A second attempt, because some reasons to fail pass, such as a full disk, and because another version of
-        # Triton may compile or take arguments in another way.
-        try:
-            kernel[(num_programs,)](*values, **options)
-        except Exception as error:
+            # Some reasons to fail pass.
             if key not in _compiled and not (devices.is_capturing(device) or devices.is_out_of_memory(error)):
                 _failures[key] = devices.first_line(error)
             raise
-        _compiled[key] = None
+    _compiled[key] = compiled
 
 
 class _Pointer:
@@ -188,7 +179,7 @@ class _Call:
         }
         num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
         if plan.segments > 1:
-            shape = (2, self.num_sequences, plan.segments, self.num_features)
+            shape = (2, self.num_sequences, plan.segments, plan.chunks, self.num_features)
             shared["summaries"] = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind()
             run(name, num_programs, plan, shared)
         run(name, num_programs, plan, shared | whole)
@@ -213,21 +204,17 @@ def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # In a compiled graph, no layer has checked them.
         if not is_packing(batch_sizes, x.shape[0]):
             raise ValueError("mingru: batch_sizes must be positive, must not increase, and sum to the packed steps")
-        kept[key] = _new_packing(batch_sizes, x.device)
+        num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        # Batch element b has as many steps as there are batch sizes above b.
+        elements = torch.arange(num_sequences, device=batch_sizes.device)
+        lengths = num_steps - torch.searchsorted(batch_sizes.flip(0), elements, right=True)
+        both = torch.cat([offsets, lengths])
+        if x.device.type in devices.DEVICES:
+            both = both.pin_memory()
+        both = both.to(x.device, non_blocking=True)
+        kept[key] = both[:num_steps], both[num_steps:]
     return kept[key]
-
-
-def _new_packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    num_steps, num_sequences = batch_sizes.numel(), int(batch_sizes[0])
-    offsets = batch_sizes.cumsum(0) - batch_sizes
-    # Batch element b has as many steps as there are batch sizes above b.
-    elements = torch.arange(num_sequences, device=batch_sizes.device)
-    lengths = num_steps - torch.searchsorted(batch_sizes.flip(0), elements, right=True)
-    both = torch.cat([offsets, lengths])
-    if device.type in devices.DEVICES:
-        both = both.pin_memory()
-    both = both.to(device, non_blocking=True)
-    return both[:num_steps], both[num_steps:]
 
 
 def _state(h: Tensor | None) -> tuple[Tensor, int] | None:

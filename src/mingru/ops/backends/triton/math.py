@@ -127,16 +127,10 @@ def hyperbolic_tangent(x, EXACT: tl.constexpr):
 def log1p_of_unit(q):
     """Return log(1 + q) for q from 0 to 1, in full relative precision; see csrc/math.h."""
     if q.dtype == tl.float64:
-        is_large = q > 0.41421356237309505
-        r = tl.where(is_large, 0.5 * (q - 1.0), q)
-        s = r / (2.0 + r)
-        x = s * s
-        sum = ((1.0 / 21 * x + 1.0 / 19) * x + 1.0 / 17) * x + 1.0 / 15
-        sum = (((sum * x + 1.0 / 13) * x + 1.0 / 11) * x + 1.0 / 9) * x + 1.0 / 7
-        sum = ((sum * x + 1.0 / 5) * x + 1.0 / 3) * x + 1.0
-        log = 2.0 * s * sum
-        # Not `where` of two numbers, which would be float32.
-        return tl.where(is_large, log + 0.69314718055994530942, log)
+        # The rounding errors of 1 + q cancel.
+        whole = 1.0 + q
+        same = whole == 1.0
+        return tl.where(same, q, tl.log(whole) * (q / tl.where(same, 1.0, whole - 1.0)))
     else:
         sum = (0.005364822689443827 * q - 0.03006578609347343) * q + 0.07920452207326889
         sum = ((sum * q - 0.1375380158424377) * q + 0.191536545753479) * q - 0.2485716342926025

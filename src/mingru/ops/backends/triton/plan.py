@@ -75,6 +75,25 @@ def plan_of(work: Work) -> Plan:
     walk = Plan(1, steps, min(warp, _power_of_2(num_features)), 1, 1, None)
     if num_steps <= 2 * steps or (work.num_sequences * num_features >= 1 << 17 and num_features > warp // 2):
         return walk
+    # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
+    sizes = [size // itemsize for size in (128, 64, 32)]
+    enough = 1.8 * work.processors
+    features = next((size for size in sizes if work.num_sequences * -(-num_features // size) >= enough), sizes[-1])
+    programs = work.num_sequences * -(-num_features // features)
+    # Loading in advance would need barriers for packed steps, whose addresses are loaded too.
+    stages = None if work.is_amd or work.is_packed else 2
+    # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
+    if work.cell in NUM_INPUTS and 4 * programs < 3 * work.processors:
+        for warps in (1,) if work.is_amd else (8, 4, 2):
+            chunks = warps * warp // features
+            # Two programs for each processor: rounded up, the last ones would run alone. A chunk has two tiles.
+            segments = min(64, 2 * work.processors // programs, num_steps // (2 * chunks * steps))
+            if 4 * programs * segments >= 3 * work.processors:
+                break
+        if segments > 1:
+            # A whole number of tiles, so that no segment is empty.
+            length = -(-num_steps // (segments * chunks * steps)) * chunks * steps
+            return Plan(chunks, steps, features, -(-num_steps // length), warps, stages)
     if itemsize == 2:
         # Chunks need more registers, because the coefficients of all their steps are kept: 4 values of a step for each
         # thread instead of 8.
@@ -84,27 +103,13 @@ def plan_of(work: Work) -> Plan:
         steps = steps // 2 if work.is_timed else steps - (is_large and (work.has_reset or is_rdna))
     elif is_large and not work.is_timed:
         steps -= itemsize == 4
-    # 128 bytes of a step if that gives enough programs for all processors of a GPU, otherwise fewer; 32 is a sector.
-    sizes = [size // itemsize for size in (128, 64, 32)]
-    features = next((size for size in sizes if work.num_sequences * -(-num_features // size) >= 240), sizes[-1])
-    programs = work.num_sequences * -(-num_features // features)
     # One warp on AMD GPUs, where scans across warps were wrong in some versions of Triton (ROCm/triton#947).
-    warps = 1 if work.is_amd or programs >= 1056 else 4 if programs >= 132 else 8
+    warps = 1 if work.is_amd or programs >= 8 * work.processors else 4 if programs >= work.processors else 8
     chunks = warps * warp // features
     # Three sizes, so that sequences of many lengths need few kernels.
     chunks = next((size for size in (8, 32) if size < chunks and size * steps >= num_steps), chunks)
     warps = max(1, chunks * features // warp)
-    tile = chunks * steps
-    segments = 1
-    # Segments cannot be combined if |a| > 1, because the product of a segment may overflow.
-    if work.cell in NUM_INPUTS and not work.is_packed and 4 * programs < 3 * work.processors:
-        # With more programs, the first launch takes what the second one gains.
-        segments = max(1, min(64, -(-2 * work.processors // programs), num_steps // (2 * tile)))
-        # Segments have a whole number of tiles, and none is empty.
-        tiles = -(-num_steps // tile)
-        segments = -(-tiles // -(-tiles // segments))
-    # Addresses of packed steps are loaded too, and loading them in advance would need barriers.
-    return Plan(chunks, steps, features, segments, warps, None if work.is_amd or work.is_packed else 2)
+    return Plan(chunks, steps, features, 1, warps, stages)
 
 
 def _power_of_2(number: int) -> int:
