@@ -210,9 +210,7 @@ def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         elements = torch.arange(num_sequences, device=batch_sizes.device)
         lengths = num_steps - torch.searchsorted(batch_sizes.flip(0), elements, right=True)
         both = torch.cat([offsets, lengths])
-        if x.device.type in devices.DEVICES:
-            both = both.pin_memory()
-        both = both.to(x.device, non_blocking=True)
+        both = (both.pin_memory() if x.device.type in devices.DEVICES else both).to(x.device, non_blocking=True)
         kept[key] = both[:num_steps], both[num_steps:]
     return kept[key]
 

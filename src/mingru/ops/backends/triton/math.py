@@ -128,9 +128,8 @@ def log1p_of_unit(q):
     """Return log(1 + q) for q from 0 to 1, in full relative precision; see csrc/math.h."""
     if q.dtype == tl.float64:
         # The rounding errors of 1 + q cancel.
-        whole = 1.0 + q
-        same = whole == 1.0
-        return tl.where(same, q, tl.log(whole) * (q / tl.where(same, 1.0, whole - 1.0)))
+        added = (1.0 + q) - 1.0
+        return tl.where(added == 0.0, q, tl.log(1.0 + q) * (q / tl.where(added == 0.0, 1.0, added)))
     else:
         sum = (0.005364822689443827 * q - 0.03006578609347343) * q + 0.07920452207326889
         sum = ((sum * q - 0.1375380158424377) * q + 0.191536545753479) * q - 0.2485716342926025
