@@ -66,15 +66,6 @@ def test_the_cache_is_flushed_before_each_replay_and_not_timed(monkeypatch):
     assert happened == 5 * ["flush", "event", "replay", "event"]
 
 
-def test_what_a_card_refuses_is_skipped(monkeypatch):
-    """A T4 has no kernels of bfloat16."""
-    why = "a T4 has no bfloat16"
-    monkeypatch.setattr(device, "unsupported", lambda x, spec: why if x.dtype == torch.bfloat16 else None)
-    dtypes = [torch.float16, torch.bfloat16]
-    assert device.supported(dtypes, CPU, "triton") == [torch.float16]
-    assert device.supported(dtypes, CPU, "torch") == dtypes
-
-
 def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch):
     task = plans.Task((1, 64, 8), torch.float32, True, Plan(2, 2, 8, 1, 1, None))
     work = Work("mingru", 4, 1, 64, 8)
