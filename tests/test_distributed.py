@@ -291,10 +291,11 @@ def values(four, pairs):
     is_nan = out.isnan().all(2)
     assert is_nan[1].all() and h[:, 1].isnan().all()
     assert is_nan[0].sum() == [400, 400, 7, 0][rank] and not h[:, 0].isnan().any()
-    rnn, sizes = parallelize_module(mingru.MinGRU(3, 80), four, SequenceParallel()), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        rnn(torch.randn(1, 8, 3))
-    assert 8 * 80 not in sizes
+    for features, stored in [(63, False), (64, True)]:  # as in a layer that is not parallel
+        rnn, sizes = parallelize_module(mingru.MinGRU(features, 80), four, SequenceParallel()), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            rnn(torch.randn(1, 8, features))
+        assert (8 * 80 in sizes) == stored
 
 
 CHECKS = {

@@ -41,13 +41,11 @@ from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_ste
 from ..ops.cells import NUM_INPUTS, parts_of
 from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
-from ..ops.linear_map import LINEAR_MAPS
+from ..ops.linear_map import LINEAR_MAPS, are_recomputed
 from ..ops.shape import States, accumulate_dtype, along, as_dtype, conjugate, from_parts, one_like, plus_times, to_parts
 from .ranks import Part, derive, eager, outermost
 
 _NAME = "SequenceParallel"
-# With so few input features, it takes little time to compute pre-activations again.
-_NARROW = 64
 
 
 class SequenceParallel(ParallelStyle):
@@ -243,13 +241,12 @@ class _Layer(Part):
 
 
 class _LinearLayer(_Layer, RecurrentLayer):
-    """A layer that does not store its pre-activations if they take much more memory than x."""
+    """A layer that stores x in place of its pre-activations if backward computes them again."""
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
-        recompute = y.shape[-1] <= _NARROW if self.recompute is None else self.recompute
-        if not (is_plain and recompute and self.cell in NUM_INPUTS):
+        if not (is_plain and are_recomputed(y, self.recompute) and self.cell in NUM_INPUTS):
             return super()._direction(y, start, layout, reverse)
         with torch.no_grad():
             inputs = self._inputs(y, reverse)

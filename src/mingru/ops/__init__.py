@@ -17,12 +17,10 @@ from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .cells import CELLS, NUM_INPUTS
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
+from .linear_map import are_recomputed
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
-
-# With fewer input features, backward recomputes the pre-activations on the CPU, which is faster than storing them.
-_WIDE = 64
 
 
 def linear_scan(
@@ -74,7 +72,7 @@ def linear_recurrence(
 ) -> States:
     """Compute the recurrence of the pre-activations linear(norm(x)), by one fused kernel if possible.
 
-    If `recompute`, backward recomputes the pre-activations instead of storing them. Default: whichever is faster.
+    `recompute` is that of `are_recomputed`.
     """
 
     call, num_inputs = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs
@@ -85,7 +83,7 @@ def linear_recurrence(
             return linear_recurrence(spec, norm(x), linear, start, layout, recompute)
         if fused is None:
             return _run(choice, Call(spec, list(linear(x).chunk(num_inputs, -1)), start, layout))
-        keep = (not x.is_cpu or x.shape[-1] >= _WIDE) if recompute is None else not recompute
+        keep = not are_recomputed(x, recompute)
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
         if spec.cell in NUM_INPUTS:
             return autograd.run_kernel(choice, fused, keep)

@@ -26,8 +26,15 @@ LINEAR_MAPS = (nn.Linear, WeightAndBias)
 NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
 # A program may patch them.
 FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
+# With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them.
+_WIDE = 64
 
 
 def normalized(x: Tensor, norm: str, eps: float) -> Tensor:
     """Return x after a norm without weights."""
     return F.rms_norm(x, x.shape[-1:], None, eps) if norm == "rms" else F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def are_recomputed(x: Tensor, recompute: bool | None) -> bool:
+    """Return whether backward computes the linear map of x again. `recompute` is the option of a layer."""
+    return x.is_cpu and x.shape[-1] < _WIDE if recompute is None else recompute
