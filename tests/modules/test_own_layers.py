@@ -101,12 +101,10 @@ class OnlyStates(Doubled, role="sequence"):
 
 
 class Stateless(Layer, role="sequence"):
-    """A layer that needs neither resets nor elapsed times, because it has no state."""
-
     num_states = 0
     input_dims = output_dims = DIMS
 
-    def forward(self, x, h=None, reset=None, lengths=None, dt=None):
+    def forward(self, x, h=None, dt=None, reset=None):
         return x * 2, []
 
 
@@ -121,7 +119,7 @@ class Wrapped(Doubled, role="sequence"):
         return super().forward(*args, **options)
 
 
-USED = {OnlyStates: (), Stateless: ("reset", "dt"), ByKeyword: STEPS, Wrapped: STEPS, Doubled: ("reset",)}
+USED = {OnlyStates: (), Stateless: ("reset", "dt"), ByKeyword: STEPS, Wrapped: STEPS, Doubled: STEPS}
 
 
 @pytest.mark.parametrize("cls", USED)
@@ -159,9 +157,6 @@ def test_graphs():
     scripted = torch.jit.script(stack)
     assert_close(scripted(x, None, RESET), expected)
     assert_close(scripted(x, expected[1]), stack(x, expected[1]))
-    for name, value in (("lengths", LENGTHS), ("dt", torch.ones(B, S))):
-        with pytest.raises(torch.jit.Error, match=f"{name} must be None because the forward of a layer"):
-            scripted(x, **{name: value})
     torch.compiler.reset()
     compiled = torch.compile(stack, fullgraph=True, backend="eager")
     assert_close(compiled(x, None, RESET), expected)

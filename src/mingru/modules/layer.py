@@ -1,6 +1,5 @@
 """The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
 
-import dis
 import inspect
 from collections.abc import Iterable
 from functools import partial
@@ -41,10 +40,10 @@ class Layer(nn.Module):
     where h is None, which means the initial state, or a list of `num_states` tensors like `states`, with the batch in
     dimension 1. `reset`, `lengths` and `dt` are those of [mingru.MinGRU][], and None unless the caller of the stack
     passes them. `forward` names those of the three that it uses; if the caller passes another one, the stack raises an
-    error. With `lengths`, `out` is 0 in the padding, and the states are those after the last valid steps, as
-    [mingru.functional.linear_scan][] returns them. All other attributes and methods have defaults; override those that
-    do not fit, such as `num_states`. Residual and dropout are the stack's. A stack with a layer of your own calls its
-    layers one by one, also without gradients.
+    error. To be scripted, it names all of them. With `lengths`, `out` is 0 in the padding, and the states are those
+    after the last valid steps, as [mingru.functional.linear_scan][] returns them. All other attributes and methods have
+    defaults; override those that do not fit, such as `num_states`. Residual and dropout are the stack's. A stack with a
+    layer of your own calls its layers one by one, also without gradients.
 
     Examples:
         >>> class Sum(mingru.modules.Layer, role="sequence"):
@@ -81,7 +80,8 @@ class Layer(nn.Module):
     batch_first = True
     """Whether x is (B, S, *), otherwise (S, B, *)."""
     step_arguments: tuple[str, ...] = STEP_ARGUMENTS
-    """Which of `reset`, `lengths` and `dt` the layer takes from a stack: those that `forward` names and uses."""
+    """Which of `reset`, `lengths` and `dt` a stack passes to a layer of your own: those that `forward` names. A stack
+    says for other layers which they do not take."""
     elsewhere: type[Exception] = ValueError
     """Error for parameters on another device."""
     planned = False
@@ -96,18 +96,21 @@ class Layer(nn.Module):
             check_choice(cls.__name__, "role", role, ROLES)
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
-        # A class with its own `with_states`, such as `MinGRU`, takes all of them, or the stack knows which.
-        is_common = cls.with_states in (Layer.with_states, with_used)
-        if cls.role == "sequence" and (is_common or not cls.__module__.startswith(__name__.partition(".")[0] + ".")):
-            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if _uses(cls, name))
-        if cls.role == "sequence" and is_common:
-            names = tuple(inspect.signature(cls.forward).parameters)
+        names = tuple(inspect.signature(cls.forward).parameters)
+        if cls.role == "sequence" and not cls.__module__.startswith(__name__.partition(".")[0] + "."):
+            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if name in names)
+        # Not of a class with its own `with_states`, such as `MinGRU`.
+        if cls.role == "sequence" and cls.with_states in (Layer.with_states, with_named):
             own: Any = cls
-            own.with_states = Layer.with_states if names[3:] == STEP_ARGUMENTS else with_used
+            own.with_states = Layer.with_states if names[3:] == STEP_ARGUMENTS else with_named
 
     def __init__(self) -> None:
         super().__init__()
         self.name = name_of(type(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles contain: all attributes, without the plan."""
+        return self.__dict__
 
     def with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
@@ -224,33 +227,15 @@ class Layer(nn.Module):
         """Return the result of a call that TorchScript cannot express, otherwise None."""
 
 
-# Without the name, so that copies and pickles do not take the plan along.
-del Layer.__slots__
-
-
-def with_used(
+def with_named(
     layer: Layer, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
 ) -> Outputs:
-    """Call a layer with the arguments that it uses, by their names; the stack has refused all others."""
+    """Call a layer with the arguments that it has, by their names; the stack has refused all others."""
     given = {"reset": reset, "lengths": lengths, "dt": dt}
     found: Outputs = layer(x, h, **{name: given[name] for name in layer.step_arguments})
     if isinstance(found, Tensor):
         raise TypeError(f"{layer.name}: forward must return the output and a list of states; return (out, [state])")
     return found
-
-
-def _uses(cls: type[Layer], name: str) -> bool:
-    """Return whether `forward` has this argument and reads it, or need not read it, because there is no state."""
-    if name not in inspect.signature(cls.forward).parameters:
-        return False
-    if cls.num_states == 0 and name != "lengths":
-        return True
-    code = getattr(cls.forward, "__code__", None)
-    if code is None or name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-        return True  # no function of Python, or wrapped by another one
-    # Since Python 3.13, one instruction may read two variables.
-    reads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD_"))
-    return any(name == read or (isinstance(read, tuple) and name in read) for read in reads)
 
 
 def is_bidirectional(model: Any) -> bool:

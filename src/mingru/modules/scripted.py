@@ -41,14 +41,6 @@ def check_steps(name: str, shape: list[int], reset: Tensor | None, dt: Tensor | 
         raise ValueError(f"{name}: dt must be None because this cell takes no elapsed times")
 
 
-def check_unused(name: str, unused: list[str], reset: Tensor | None, lengths: Tensor | None, dt: Tensor | None) -> None:
-    """Raise an error for an argument of a stack that one of its layers does not use."""
-    given: dict[str, Tensor | None] = {"reset": reset, "lengths": lengths, "dt": dt}
-    for argument in unused:
-        if given[argument] is not None:
-            raise ValueError(f"{name}: {argument} must be None because the forward of a layer does not use it")
-
-
 def data_of(x: Tensor) -> Tensor:
     """Return a tensor unchanged, or the data of a PackedSequence."""
     if isinstance(x, PackedSequence):

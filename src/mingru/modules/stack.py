@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
-from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
-from .layer import STEP_ARGUMENTS, Layer, with_used
+from .layer import Layer, with_named
 from .marked import Marked
 from .per_step import OF_TORCH, PerStep
-from .scripted import check_returned, check_same_shape, check_unused, data_of, with_data
+from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, Steps, not_default
 
 SCRIPTED_FORWARD = (
@@ -98,8 +97,6 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         (torch.Size([10, 128, 16]), [torch.Size([2, 10, 1, 32]), torch.Size([1, 10, 1, 16])])
     """
 
-    unused: list[str]
-
     @arguments_checked(PASS_A_LIST)
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
@@ -118,8 +115,6 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         for layer in found:
             self.ends.append(self.ends[-1] + layer.num_states)
         self.num_states = self.ends[-1]
-        # For scripted stacks: `_check` names the layer.
-        self.unused = [name for name in STEP_ARGUMENTS if any(name not in layer.step_arguments for layer in found)]
         self.of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         self.add_marks(next(self.parameters(), torch.empty(0)).device)
@@ -224,8 +219,6 @@ class Stack(Marked, Layer, role="sequence", planned=True):
         done = self._begin(x, h, reset, lengths, dt)
         if done is not None:
             return done
-        if is_scripting():
-            check_unused(self.name, self.unused, reset, lengths, dt)
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
         if dt is not None and self.num_space_dims > 0:
@@ -300,7 +293,7 @@ def _scriptable(stack: Stack) -> Stack:
     for layer in layers:
         forward = inspect.signature(type(layer).forward)
         typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
-        if type(layer).with_states is with_used or not all(typed):
+        if type(layer).with_states is with_named or not all(typed):
             raise TypeError(
                 f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
                 f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"
