@@ -1,7 +1,7 @@
 """What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..check import (
     require,
 )
 from ..modules.marked import GUARDS
-from ..modules.minlstm import MinLSTM
 from ..modules.recurrent import Recurrent
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
 from ..ops.graph import scripted_as, untraced
@@ -68,11 +67,8 @@ class DropIn(Recurrent):
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"
         require(name, "proj_size", is_possible, "0 because residual is 'highway'", str(proj_size))
-        # Before the layers, whose constructor reads it.
-        self.proj_size = proj_size
         with _raised_as({ValueError: ValueError}):
-            # Not the constructor of MinLSTM, which does not have the options of a minGRU.
-            Recurrent.__init__(self, input_size, hidden_size, **options)
+            super().__init__(input_dims=input_size, hidden_dims=hidden_size, proj_size=proj_size, **options)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
@@ -163,45 +159,39 @@ class DropIn(Recurrent):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-class WithPair(DropIn, MinLSTM):
-    """Base class of `LSTM` and `LSTMCell`: the choice of the cell, its forget bias, and the state, which is a pair."""
+def add_pair(
+    layer: Any, init: Callable[..., None], cell: str, forget_bias: float, normalize: bool, **options: Any
+) -> None:
+    """Construct a layer with the options of `LSTM` and `LSTMCell`: the choice of the cell, and its forget bias."""
+    name = name_of(type(layer))
+    check_choice(name, "cell", cell, ("minlstm", "mingru"))
+    check_flags(name, normalize=normalize)
+    require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
+    # The options that only the other cell has must be their defaults.
+    others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}
+    if cell == "minlstm":
+        others = {"gate": "sigmoid", "min_decay": 0.0}
+    given = {**options, "normalize": normalize, "forget_bias": forget_bias}
+    for option, default in others.items():
+        require(name, option, given[option] == default, f"left out because cell is {cell!r}", repr(given[option]))
+    has_bias = options["bias"] or forget_bias == 1.0
+    require(name, "forget_bias", has_bias, "left out because bias is False", repr(forget_bias))
+    added = forget_bias if options["bias"] and cell == "minlstm" else 0.0
+    init(cell=cell, normalize=normalize, forget_bias=added, **options)
+    layer.forget_bias = float(forget_bias)
 
-    def __init__(self, cell: str, forget_bias: float, normalize: bool, **options: Any) -> None:
-        name = name_of(type(self))
-        check_choice(name, "cell", cell, ("minlstm", "mingru"))
-        check_flags(name, normalize=normalize)
-        require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
-        # The options that only the other cell has must be their defaults.
-        others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}
-        if cell == "minlstm":
-            others = {"gate": "sigmoid", "min_decay": 0.0}
-        given = {**options, "normalize": normalize, "forget_bias": forget_bias}
-        for option, default in others.items():
-            require(name, option, given[option] == default, f"left out because cell is {cell!r}", repr(given[option]))
-        has_bias = options["bias"] or forget_bias == 1.0
-        require(name, "forget_bias", has_bias, "left out because bias is False", repr(forget_bias))
-        # Before the layers, whose constructor reads it.
-        self.cell = cell if normalize else "minlstm_unnormalized"
-        super().__init__(**options)
-        self.normalize = normalize
-        self.forget_bias = float(forget_bias)
-        self._add_forget_bias()
 
-    def _add_forget_bias(self) -> None:
-        if self.cell.startswith("minlstm"):
-            super()._add_forget_bias()
+def as_pair(c: Tensor, proj_size: int) -> Pair:
+    """Return the pair (h, c) of a state before the first step."""
+    return (c.new_zeros(*c.shape[:-1], proj_size) if proj_size > 0 else c.clone()), c
 
-    def initial(self, batch: int) -> Any:
-        """Return the pair of a batch before the first step."""
-        c = super().initial(batch)
-        return (c.new_zeros(*c.shape[:-1], self.proj_size) if self.proj_size > 0 else c.clone()), c
 
-    def _state_of(self, hx: Pair | None) -> Tensor | None:
-        """Return the one state that stands for the pair (h, c)."""
-        if hx is None:
-            return None
-        check_pair(self.name, hx, self.proj_size)
-        return hx[1] if self.proj_size > 0 else (hx[0] + hx[1]) / 2
+def state_of(name: str, hx: Pair | None, proj_size: int) -> Tensor | None:
+    """Return the one state that stands for the pair (h, c)."""
+    if hx is None:
+        return None
+    check_pair(name, hx, proj_size)
+    return hx[1] if proj_size > 0 else (hx[0] + hx[1]) / 2
 
 
 def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:

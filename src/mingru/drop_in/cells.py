@@ -5,38 +5,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_flags, check_steps, dims, expectation, name_of
+from ..check import arguments_checked, check_steps, dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
-from ..modules.mingru import MinGRU
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from .base import DropIn, Pair, WithPair
+from .base import DropIn, Pair, add_pair, as_pair, state_of
 
 
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
     mistake = RuntimeError
-
-    @arguments_checked()
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gate = "sigmoid",
-        min_decay: float = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-    ) -> None:
-        check_flags(name_of(type(self)), bias=bias)
-        super().__init__(**arguments_of(locals()))
+    remedy_for_bias = ""
 
     def _step(self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
         done = self._begin(input, None if hx is None else [hx], reset, None, dt)
@@ -59,7 +40,7 @@ class DropInCell(DropIn, RecurrentCell):
             check_steps(self.name, x.select(-1, 0), letters, self.cell, reset, dt, "input")
 
 
-class GRUCell(DropInCell, MinGRU, role="step", planned=True):
+class GRUCell(DropInCell, role="step", planned=True):
     """Compute one step of a one-layer minGRU, with the interface of `torch.nn.GRUCell`.
 
     Args:
@@ -107,6 +88,26 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         torch.Size([3, 20])
     """
 
+    cell = "mingru"
+
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
+        super().__init__(**arguments_of(locals()))
+
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
@@ -116,7 +117,7 @@ class GRUCell(DropInCell, MinGRU, role="step", planned=True):
         __call__ = forward  # type: ignore[assignment]
 
 
-class LSTMCell(WithPair, DropInCell, role="step", planned=True):
+class LSTMCell(DropInCell, role="step", planned=True):
     """Compute one step of a one-layer minLSTM, with the interface of `torch.nn.LSTMCell`.
 
     The state before the step is (h + c) / 2, as in [mingru.drop_in.LSTM][].
@@ -164,6 +165,8 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
+    cell = "minlstm"
+
     @arguments_checked()
     def __init__(
         self,
@@ -183,12 +186,16 @@ class LSTMCell(WithPair, DropInCell, role="step", planned=True):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:
-        super().__init__(**arguments_of(locals()))
+        add_pair(self, super().__init__, **arguments_of(locals()))
+
+    def initial(self, batch: int) -> Any:
+        """Return the pair of a batch before the first step."""
+        return as_pair(super().initial(batch), self.proj_size)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Pair | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Pair:
-        c = self._step(input, self._state_of(hx), reset, dt)
+        c = self._step(input, state_of(self.name, hx, self.proj_size), reset, dt)
         return c.clone(), c
 
     if TYPE_CHECKING:

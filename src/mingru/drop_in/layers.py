@@ -9,14 +9,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import arguments_checked, check_lengths, check_steps, dims, expectation, of_another_shape, require
 from ..modules import scripted
+from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
-from ..modules.mingru import MinGRU
 from ..modules.options import Candidate, Gates, Memory, Norm, Residual, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Result, Steps, copied, without_dims
 from ..ops.call import Layout
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from .base import DropIn, Pair, WithPair
+from .base import DropIn, Pair, add_pair, as_pair, state_of
 
 State = TypeVar("State", Tensor, Pair)
 
@@ -41,32 +41,6 @@ class DropInLayer(DropIn):
     mistake = ValueError
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = (*DropIn.__jit_unused_properties__, "all_weights")
-
-    @arguments_checked()
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gates = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
-    ) -> None:
-        super().__init__(**arguments_of(locals()))
-        self.mode = "GRU"
 
     def _lengths(self, input: Tensor, lengths: MaybeTensor, mask: MaybeTensor) -> MaybeTensor:
         """Return the lengths, or the numbers of valid steps of the mask."""
@@ -116,7 +90,7 @@ class DropInLayer(DropIn):
         if isinstance(x, PackedSequence):
             self._check_input(x.data, (2,), "packed steps (sum of lengths, I)", RuntimeError)
             self._check_hx(h, x.data, self.state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
-            self._check_packed(x, None, reset, lengths, dt)
+            check_packed(self, x, None, reset, lengths, dt)
             return
         order = "B, S" if self.batch_first else "S, B"
         self._check_input(x, (2, 3), f"({order}, {self.input_size}) or (S, {self.input_size})", ValueError)
@@ -173,7 +147,7 @@ def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) ->
     require(name, "mask", is_valid, "True for the first steps of each sequence only", "gaps", remedy)
 
 
-class GRU(DropInLayer, MinGRU, role="torch", planned=True):
+class GRU(DropInLayer, role="torch", planned=True):
     """Apply a stack of minGRU layers to a sequence, with the interface of `torch.nn.GRU`.
 
     All time steps are computed in parallel, because no gate depends on the state.
@@ -255,6 +229,33 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         GRU(10, 20, num_layers=2)
     """
 
+    cell, mode = "mingru", "GRU"
+
+    @arguments_checked()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+    ) -> None:
+        super().__init__(**arguments_of(locals()))
+
     def forward(
         self,
         input: Tensor,
@@ -270,7 +271,7 @@ class GRU(DropInLayer, MinGRU, role="torch", planned=True):
         __call__: Called[Tensor]  # type: ignore[assignment]
 
 
-class LSTM(WithPair, DropInLayer, role="torch", planned=True):
+class LSTM(DropInLayer, role="torch", planned=True):
     """Apply a stack of minLSTM layers to a sequence, with the interface of `torch.nn.LSTM`.
 
     A minLSTM has one state, so `h_n` and `c_n` are equal. The state before the first step is
@@ -345,6 +346,8 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         LSTM(10, 20, num_layers=2)
     """
 
+    cell, mode = "minlstm", "LSTM"
+
     @arguments_checked()
     def __init__(
         self,
@@ -371,8 +374,11 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         memory: Memory | None = None,
         recompute: bool | None = None,
     ) -> None:
-        super().__init__(**arguments_of(locals()))
-        self.mode = "LSTM"
+        add_pair(self, super().__init__, **arguments_of(locals()))
+
+    def initial(self, batch: int) -> Any:
+        """Return the pair of a batch before the first step."""
+        return as_pair(super().initial(batch), self.proj_size)
 
     def forward(  # type: ignore[override]
         self,
@@ -383,7 +389,9 @@ class LSTM(WithPair, DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Pair]:
-        output, c_n = self._outputs(input, self._state_of(hx), reset, self._lengths(input, lengths, mask), dt)
+        output, c_n = self._outputs(
+            input, state_of(self.name, hx, self.proj_size), reset, self._lengths(input, lengths, mask), dt
+        )
         if self.proj_size == 0:
             return output, (c_n.clone(), c_n)
         projected: list[Tensor] = []

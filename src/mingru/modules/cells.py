@@ -5,21 +5,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..check import arguments_checked, check_flag, check_kind, check_one_state, check_steps, of_another_shape
+from ..check import arguments_checked, check_flag, check_kind, check_one_state, check_steps, name_of, of_another_shape
 from ..ops.call import Layout
 from . import scripted
-from .mingru import MinGRU
-from .minlstm import MinLSTM
+from .checked_calls import check_x
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, reshaped, typed_as
 from .stacked import as_sequence
 
-ONE_LAYER = "a cell has no num_layers; bias comes after hidden_dims"
+# The options of a layer that a cell does not have.
+ONE_LAYER: dict[str, Any] = {"num_layers": 1, "batch_first": True, "dropout": 0.0, "bidirectional": False}
+ONE_LAYER |= {"residual": False, "recompute": None}
 
 
 class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
+
+    remedy_for_bias = "a cell has no num_layers; bias comes after hidden_dims"
+
+    def __init__(self, **arguments: Any) -> None:
+        check_flag(name_of(type(self)), "bias", arguments["bias"], self.remedy_for_bias)
+        super().__init__(**arguments, **ONE_LAYER)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
@@ -56,7 +63,7 @@ class RecurrentCell(Recurrent, role="step"):
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         is_sequence = isinstance(x, Tensor) and x.dim() == 3
         remedy = "use a layer, not a cell, for sequences" if is_sequence else ""
-        self._check_x(x, (0, 1), f"(B, {self.input_dims}) or ({self.input_dims},)", remedy)
+        check_x(self, x, (0, 1), f"(B, {self.input_dims}) or ({self.input_dims},)", remedy)
         batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
         if h is not None:
             (state,) = h
@@ -68,7 +75,7 @@ class RecurrentCell(Recurrent, role="step"):
             check_steps(self.name, x.select(-1, 0), "(B,)" if batch else "a scalar", self.cell, reset, dt)
 
 
-class MinGRUCell(RecurrentCell, MinGRU, planned=True):
+class MinGRUCell(RecurrentCell, planned=True):
     """Compute one step of a minimal gated recurrent unit.
 
         z = sigma(W_z x + b_z)
@@ -126,6 +133,8 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and appendix B.
     """
 
+    cell = "mingru"
+
     @arguments_checked()
     def __init__(
         self,
@@ -142,11 +151,10 @@ class MinGRUCell(RecurrentCell, MinGRU, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
         super().__init__(**arguments_of(locals()))
 
 
-class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
+class MinLSTMCell(RecurrentCell, planned=True):
     """Compute one step of a minimal long short-term memory.
 
         f = sigma(W_f x + b_f)      i = sigma(W_i x + b_i)
@@ -197,6 +205,8 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and appendix B.
     """
 
+    cell = "minlstm"
+
     @arguments_checked()
     def __init__(
         self,
@@ -213,5 +223,5 @@ class MinLSTMCell(RecurrentCell, MinLSTM, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_flag(type(self).__name__, "bias", bias, ONE_LAYER)
         super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)

@@ -1,5 +1,6 @@
-"""The checks of a call of MinGRU, MinLSTM and their cells."""
+"""The checks of a call of a layer or cell, which raise errors that name the wrong argument."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..check import (
+    check_input,
     check_kind,
     check_lengths,
     check_one_state,
@@ -17,90 +19,98 @@ from ..check import (
     embed_remedy,
     expanded,
     expectation,
+    not_a_tensor,
     require,
 )
-from . import scripted
-from .marked import GUARDS
-from .shared import MaybeList, MaybeTensor
-from .stacked import Stacked
+from .shared import MaybeList, MaybeTensor, weight_of
 
 
-class CheckedCalls(Stacked):
-    """Raise errors that name the wrong argument."""
+def check_sequence(
+    layer: Any, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
+) -> None:
+    """Check a call of a MinGRU or MinLSTM."""
+    if isinstance(x, PackedSequence):
+        check_packed(layer, x, h, reset, lengths, dt)
+        return
+    order = "B, S" if layer.batch_first else "S, B"
+    check_x(layer, x, (2,), f"({order}, {layer.input_dims})")
+    batch, steps = x.shape[:2] if layer.batch_first else (x.shape[1], x.shape[0])
+    if h is not None:
+        _check_state(layer, x, h[0], batch)
+    check_steps(layer.name, x, f"({order})", layer.cell, reset, dt)
+    if lengths is not None:
+        check_lengths(layer.name, lengths, batch, steps, x.device)
 
-    cell: str
-    hidden_dims: int
-    is_timed: bool
-    remedy_for_weights = "train the layer from its initialization"
-    """What to do about a state_dict of torch.nn."""
 
-    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        if isinstance(x, PackedSequence):
-            self._check_packed(x, h, reset, lengths, dt)
-            return
-        order = "B, S" if self.batch_first else "S, B"
-        self._check_x(x, (2,), f"({order}, {self.input_dims})")
-        batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-        if h is not None:
-            self._check_state(x, h[0], batch)
-        check_steps(self.name, x, f"({order})", self.cell, reset, dt)
-        if lengths is not None:
-            check_lengths(self.name, lengths, batch, steps, x.device)
+def check_packed(layer: Any, x: PackedSequence, h: Any, reset: Any, lengths: object, dt: object) -> None:
+    """Check a call with a PackedSequence."""
+    expected = "None because a PackedSequence has its own lengths"
+    require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
+    if x.data.dim() != 2 or x.data.shape[1] != layer.input_dims:
+        expected = f"packed steps of {layer.input_dims} features because input_dims is {layer.input_dims}"
+        raise ValueError(expectation(layer.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
+    check_packing(layer.name, x)
+    _check_weight(layer, x.data)
+    if h is not None:
+        _check_state(layer, x.data, h[0], int(x.batch_sizes[0]))
+    packed = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
+    check_steps(layer.name, x.data.unsqueeze(0), "(1, steps)", layer.cell, *packed)
 
-    def _check_packed(self, x: PackedSequence, h: Any, reset: Any, lengths: object, dt: object) -> None:
-        expected = "None because a PackedSequence has its own lengths"
-        require(self.name, "lengths", lengths is None, expected, type(lengths).__name__)
-        if x.data.dim() != 2 or x.data.shape[1] != self.input_dims:
-            expected = f"packed steps of {self.input_dims} features because input_dims is {self.input_dims}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
-        check_packing(self.name, x)
-        self._check_weight(x.data)
-        if h is not None:
-            self._check_state(x.data, h[0], int(x.batch_sizes[0]))
-        packed = self._packed_like(x, "reset", reset), self._packed_like(x, "dt", dt)
-        check_steps(self.name, x.data.unsqueeze(0), "(1, steps)", self.cell, *packed)
 
-    def _packed_like(self, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
-        """Return the data (1, P) of an argument that must be packed like x."""
-        if given is None:
-            return None
-        remedy = "pack it with the lengths of x"
-        check_type(self.name, argument, given, PackedSequence, "a PackedSequence like x", remedy)
-        has_lengths = torch.equal(given.batch_sizes, x.batch_sizes)
-        require(self.name, argument, has_lengths, "packed with the lengths of x", "other lengths")
-        has_order = torch.equal(_order_of(given), _order_of(x))
-        require(self.name, argument, has_order, "packed in the order of x", "another order")
-        data: Tensor = given.data.unsqueeze(0)
-        return data
+def check_x(layer: Any, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
+    """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
+    if not isinstance(x, Tensor):
+        raise not_a_tensor(layer.name, "x", x)
+    count = layer.num_space_dims
+    at = x.dim() - 1 - count
+    if at not in leading or x.shape[at] != layer.input_dims:
+        space = f" and space is {count}-dimensional" if count else ""
+        expected = f"{letters} because input_dims is {layer.input_dims}{space}"
+        raise ValueError(expectation(layer.name, "x", expected, dims(x.shape), remedy or _remedy_for(layer, x)))
+    _check_weight(layer, x)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
-        if of_torch is not None:
-            expected = f"weights of {self.name} because the equations differ"
-            got = f"{of_torch} of torch.nn"
-            # Also if the caller is not strict, as torch does with weights of another shape.
-            args[-1].append(expectation(self.name, "state_dict", expected, got, self.remedy_for_weights))
-            return
-        for name in GUARDS:
-            guard = state_dict.pop(prefix + name, None)
-            if name in self._buffers:
-                # Older files have none.
-                state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_state(self, x: Tensor, h: Any, batch: int) -> None:
-        """Raise an error if h does not fit x."""
-        check_one_state(self.name, h, "(L * D, B, 1, H)", self.cell)
-        check_kind(self.name, "h", h, x)
-        shape = (self.num_layers * self.num_directions, batch, 1, self.hidden_dims)
-        if h.shape != shape:
-            remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)" if h.dim() == 3 else ""
-            expanded(self.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
+def _remedy_for(layer: Any, x: Tensor) -> str:
+    """Return the fix for an input of another shape, or ""."""
+    if embed_remedy(x) or layer.num_space_dims > 0:
+        return embed_remedy(x)
+    if x.shape == (layer.input_dims,):
+        return "use x[None, None] for one step"
+    if x.dim() == 2 and x.shape[1] == layer.input_dims:
+        batch, time = (0, 1) if layer.batch_first else (1, 0)
+        return f"use x.unsqueeze({batch}) for one sequence, or x.unsqueeze({time}) for one step of a batch"
+    return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == layer.input_dims else ""
 
-    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
-        order = "B, S" if self.batch_first else "S, B"
-        scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
-        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self.is_timed)
+
+def _check_weight(layer: Any, x: Tensor) -> None:
+    """Raise an error if x does not have the dtype and device of the weights."""
+    first = next(iter(layer._modules["layers"]._modules.values()))
+    weight = weight_of(first.maps()[0])
+    if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
+        check_input(layer.name, x, weight, "the layer's weight")
+
+
+def _check_state(layer: Any, x: Tensor, h: Any, batch: int) -> None:
+    """Raise an error if h does not fit x."""
+    check_one_state(layer.name, h, "(L * D, B, 1, H)", layer.cell)
+    check_kind(layer.name, "h", h, x)
+    shape = (layer.num_layers * layer.num_directions, batch, 1, layer.hidden_dims)
+    if h.shape != shape:
+        remedy = "convert a state of nn.GRU, (L * D, B, H), with h.unsqueeze(2)" if h.dim() == 3 else ""
+        expanded(layer.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
+
+
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
+    """Return the data (1, P) of an argument that must be packed like x."""
+    if given is None:
+        return None
+    check_type(name, argument, given, PackedSequence, "a PackedSequence like x", "pack it with the lengths of x")
+    has_lengths = torch.equal(given.batch_sizes, x.batch_sizes)
+    require(name, argument, has_lengths, "packed with the lengths of x", "other lengths")
+    has_order = torch.equal(_order_of(given), _order_of(x))
+    require(name, argument, has_order, "packed in the order of x", "another order")
+    data: Tensor = given.data.unsqueeze(0)
+    return data
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:

@@ -7,6 +7,7 @@ raised by torch.
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import (
@@ -21,6 +22,7 @@ from ..check import (
 )
 from ..ops.call import Layout
 from . import scripted
+from .checked_calls import check_x
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import Candidate, Gate, Gates, Memory, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
@@ -81,7 +83,8 @@ class MinConv(Stacked, role="sequence"):
             first = index * self.num_directions
             before = None if h is None else h[first : first + self.num_directions]
             x, last = layer(x, before, reset, layout, dtype)
-            x = self._dropped(x, index)
+            if index < self.num_layers - 1 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
             states += last
         return x, states
 
@@ -102,7 +105,7 @@ class MinConv(Stacked, role="sequence"):
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
-        self._check_x(x, (2,), f"({order}, {self.input_dims}, *space)")
+        check_x(self, x, (2,), f"({order}, {self.input_dims}, *space)")
         shapes = self._shapes(tuple(x.shape[3:]))
         check_reset(self.name, reset, x, f"({order})")
         if h is None:
@@ -180,7 +183,7 @@ class MinConvCell(MinConv, role="step"):
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims
         start = "B, " if batched else ""
-        self._check_x(x, (int(batched),), f"({start}{self.input_dims}, *space)")
+        check_x(self, x, (int(batched),), f"({start}{self.input_dims}, *space)")
         (shape,) = self._shapes(tuple(x.shape[1 + batched :]))
         if h is not None:
             check_one_state(self.name, h[0], f"({start}H, *space)")

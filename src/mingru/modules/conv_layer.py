@@ -15,9 +15,10 @@ from ..ops.cells import GATES
 from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
+from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
-from .stacked import Directions, WithStart
+from .stacked import Directions
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -102,7 +103,7 @@ class ConvOptions(Options):
         return numbers
 
 
-class MinConvLayer(WithStart, Directions):
+class MinConvLayer(Directions):
     """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
     def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, gate: str, options: ConvOptions) -> None:
@@ -120,7 +121,19 @@ class MinConvLayer(WithStart, Directions):
         if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
             self.align = convolution(output_dims, bias=False)
         self.add_gate_bias()
-        self.add_initial_state((self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size)), options)
+        shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
+        self.zero_state = default_start(options)
+        self.initial_state = learned_state(shape, options)
+        reset_initial_state(self, [self])
+        self.add_marks(options.device)
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        reset_initial_state(self, [self])
+
+    def marked_options(self) -> dict[str, Any]:
+        return {**super().marked_options(), **start_option(self, [self])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.pop("groups", 1) > 1:

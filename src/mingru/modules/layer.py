@@ -1,8 +1,6 @@
 """The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
 
 import inspect
-from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from ..check import MISTAKES, check_choice, check_int, expectation, explain, exp
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
+from .marked import Marked
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, Result
 
@@ -30,7 +29,7 @@ class Dims(NamedTuple):
 STEP_ARGUMENTS = ("reset", "lengths", "dt")
 
 
-class Layer(nn.Module):
+class Layer(Marked):
     """Base class of all layers, cells and stacks, and of layers of your own in a [mingru.Stack][].
 
     A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
@@ -118,10 +117,6 @@ class Layer(nn.Module):
         """Call the layer as `Stack` does: with its states in a list, and all arguments by position."""
         out, states = self(x, h, reset, lengths, dt)
         return out, states
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        reset_all(self.children())
 
     def dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states, for the export."""
@@ -242,9 +237,3 @@ def is_bidirectional(model: Any) -> bool:
     """Return whether a layer, or one inside a stack or block, also runs backward in time, and cannot take steps."""
     inside = (getattr(model, "rnn", None), *getattr(model, "layers", ()))
     return isinstance(model, Layer) and (getattr(model, "bidirectional", False) or any(map(is_bidirectional, inside)))
-
-
-def reset_all(modules: Iterable[nn.Module]) -> None:
-    """Re-initialize the parameters of modules, and of their children if they have no method for that."""
-    for module in modules:
-        getattr(module, "reset_parameters", partial(reset_all, module.children()))()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..check import dims
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
-from .layer import reset_all
+from .shared import reset_all
 
 
 class Mark(NamedTuple):

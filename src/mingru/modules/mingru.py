@@ -1,5 +1,12 @@
 """minGRU."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..check import arguments_checked
+from .options import Candidate, Gates, Memory, Norm, Residual, arguments_of
 from .recurrent import Recurrent
 
 
@@ -107,3 +114,27 @@ class MinGRU(Recurrent, planned=True):
     """
 
     cell = "mingru"
+
+    @arguments_checked()
+    def __init__(
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(**arguments_of(locals()))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..check import arguments_checked, check_flags, is_number, name_of, require
+from ..check import arguments_checked
 from .options import Candidate, Memory, Norm, Residual, arguments_of
 from .recurrent import Recurrent
 
@@ -108,26 +108,5 @@ class MinLSTM(Recurrent, planned=True):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_flags(name_of(type(self)), normalize=normalize)
-        if not normalize:
-            # Before the layers, whose constructor reads it.
-            self.cell = "minlstm_unnormalized"
-        super().__init__(**arguments_of(locals(), "forget_bias", "normalize"))
-        require(self.name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
-        is_valid = self.bias or forget_bias == 0
-        require(self.name, "forget_bias", is_valid, "0 because bias is False", repr(forget_bias))
+        super().__init__(**arguments_of(locals()))
         self.forget_bias = float(forget_bias)
-        self.normalize = normalize
-        self._add_forget_bias()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._add_forget_bias()
-
-    def _add_forget_bias(self) -> None:
-        if self.forget_bias == 0:
-            return
-        for name, bias in self.named_parameters():
-            if name.endswith((".linear.bias", ".linear_reverse.bias")):
-                with torch.no_grad():
-                    bias[: self.hidden_dims] += self.forget_bias

@@ -4,25 +4,28 @@ TorchScript compiles `forward` and the functions that it calls. A scripted modul
 raised by torch.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
 from ..check import (
-    arguments_checked,
     check_bias,
     check_flag,
+    check_flags,
     check_initial_state,
     check_int,
     check_min_decay,
     check_parts,
     check_residual,
+    expectation,
     explained,
+    is_number,
     name_of,
+    require,
 )
 from ..ops import route
 from ..ops.backends import traceable
@@ -33,10 +36,13 @@ from ..ops.inference import InferencePlan, plannable
 from ..ops.layout import pack, packing_of, unpack, with_lengths
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
-from .checked_calls import CheckedCalls
-from .options import Candidate, Gates, Memory, Norm, Options, Residual, arguments_of
+from . import scripted
+from .checked_calls import check_sequence
+from .initial_state import default_start, learned_state, reset_initial_state, start_option
+from .marked import GUARDS
+from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs, Result, Steps, one_or_all, reshaped
-from .stacked import Directions, WithStart
+from .stacked import Directions, Stacked
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -45,8 +51,13 @@ class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
     norms = tuple(NORMS)
+    # Of options that not all classes have.
+    gate, min_decay, normalize, forget_bias = "sigmoid", 0.0, True, 0.0
+    proj_size = 0
+    """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
     def check(self) -> None:
+        check_flags(self.name, normalize=self.normalize)
         check_bias(self.name, self.bias)
         check_int(self.name, "hidden_dims", self.hidden_dims)
         super().check()
@@ -55,6 +66,16 @@ class RecurrentOptions(Options):
         for gate in self.gates:
             check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
+        got = repr(self.forget_bias)
+        require(self.name, "forget_bias", is_number(self.forget_bias), "a number", got, error=TypeError)
+        require(self.name, "forget_bias", self.bias or self.forget_bias == 0, "0 because bias is False", got)
+
+    @property
+    def cells(self) -> list[str]:
+        """The cell of each layer."""
+        if self.cell == "mingru":
+            return [GATES[gate] for gate in self.gates]
+        return ["minlstm" if self.normalize else "minlstm_unnormalized"] * self.num_layers
 
 
 @plannable
@@ -62,10 +83,12 @@ class RecurrentLayer(Directions):
     """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
 
     def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, proj_size: int, linear: Any
+        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, linear: type[nn.Module]
     ) -> None:
         super().__init__(cell, options.hidden_dims, min_decay, options)
-        output_dims, factory = (proj_size or options.hidden_dims) * options.num_directions, options.factory
+        factory, proj_size = options.factory, options.proj_size
+        output_dims = (proj_size or options.hidden_dims) * options.num_directions
+        self.forget_bias = float(options.forget_bias)
         self.num_inputs = CELLS[cell].num_inputs
         self.recompute = options.recompute
         self.residual = options.residual is True
@@ -118,6 +141,11 @@ class RecurrentLayer(Directions):
         if self.residual:
             plan.add(self.align)
 
+    def add_gate_bias(self) -> None:
+        super().add_gate_bias()
+        for linear in self.maps() if self.forget_bias != 0 else []:
+            linear.bias.detach()[: self.hidden_dims] += self.forget_bias
+
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
         return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
@@ -161,49 +189,34 @@ class RecurrentLayer(Directions):
         return list(pre.chunk(self.num_inputs + int(self.highway), -1))
 
 
-class Recurrent(WithStart, CheckedCalls, role="sequence"):
+class Recurrent(Stacked, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
+    cell: str
+    """"mingru" or "minlstm"."""
+    hidden_dims: int
     proj_size = 0
-    """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
     linear_map: type[nn.Module] = nn.Linear
     """Class of the linear maps inside."""
+    remedy_for_weights = "train the layer from its initialization"
+    """What to do about a state_dict of torch.nn."""
+    _check = check_sequence
 
-    @arguments_checked()
-    def __init__(
-        self,
-        input_dims: int,
-        hidden_dims: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = True,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gates = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options = RecurrentOptions(name_of(type(self)), **arguments_of(locals()))
-        bounds = check_min_decay(options.name, min_decay, options.gates)
-        cells = [GATES[gate] if self.cell == "mingru" else self.cell for gate in options.gates]
-        sizes = [input_dims, *[options.num_directions * (self.proj_size or hidden_dims)] * (num_layers - 1)]
-        layers = zip(cells, sizes, bounds, strict=True)
-        super().__init__(
-            options, [RecurrentLayer(*layer, options, self.proj_size, self.linear_map) for layer in layers]
-        )
+    def __init__(self, **arguments: Any) -> None:
+        options = RecurrentOptions(name_of(type(self)), **{"cell": self.cell, **arguments})
+        bounds = check_min_decay(options.name, options.min_decay, options.gates)
+        inner = options.num_directions * (options.proj_size or options.hidden_dims)
+        sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
+        layers = zip(options.cells, sizes, bounds, strict=True)
+        super().__init__(options, [RecurrentLayer(*layer, options, self.linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
-        self.cell = next((cell for cell in cells if CELLS[cell].not_timed is not None), cells[0])
+        self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
         self.is_timed = CELLS[self.cell].not_timed is None
-        self.add_initial_state(self._shape_of_initial_state(), options)
+        self.zero_state = self.default_start(options)
+        self.initial_state = learned_state(self._shape_of_initial_state(), options)
+        reset_initial_state(self, list(self.layers))
+        self.add_marks(options.device)
 
     def forward(
         self,
@@ -294,10 +307,42 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
             layer.plan(plan, plan.num_states)
         plan.num_states += 1
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
+        if of_torch is not None:
+            expected = f"weights of {self.name} because the equations differ"
+            got = f"{of_torch} of torch.nn"
+            # Also if the caller is not strict, as torch does with weights of another shape.
+            args[-1].append(expectation(self.name, "state_dict", expected, got, self.remedy_for_weights))
+            return
+        for name in GUARDS:
+            guard = state_dict.pop(prefix + name, None)
+            if name in self._buffers:
+                # Older files have none.
+                state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
+        order = "B, S" if self.batch_first else "S, B"
+        scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
+        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self.is_timed)
+
     def _check_parameters(self, x: Any) -> None:
         super()._check_parameters(x)
         if self.initial_state is not None:
             check_initial_state(self.name, self.initial_state, self._shape_of_initial_state())
+
+    def default_start(self, options: Options) -> float:
+        """Return the initial state if it is not learned."""
+        return default_start(options)
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        reset_initial_state(self, list(self.layers))
+
+    def marked_options(self) -> dict[str, Any]:
+        return start_option(self, self.layers)
 
     def _shape_of_initial_state(self) -> tuple[int, ...]:
         return (self.num_layers * self.num_directions, 1, 1, self.hidden_dims)
@@ -389,6 +434,7 @@ class Recurrent(WithStart, CheckedCalls, role="sequence"):
         for index, layer in enumerate(self.layers):
             at = index * self.num_directions
             x, last = layer(x, starts[at : at + self.num_directions], layout, found)
-            x = self._dropped(x, index)
+            if index < self.num_layers - 1 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
             states += last
         return x, states

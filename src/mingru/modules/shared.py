@@ -1,7 +1,8 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -86,3 +87,9 @@ def weight_of(module: nn.Module) -> Tensor | None:
     """
     weight = module._parameters.get("weight")
     return next(module.parameters(), None) if weight is None else weight
+
+
+def reset_all(modules: Iterable[nn.Module]) -> None:
+    """Re-initialize the parameters of modules, and of their children if they have no method for that."""
+    for module in modules:
+        getattr(module, "reset_parameters", partial(reset_all, module.children()))()

@@ -14,7 +14,6 @@ from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import Layer, with_named
-from .marked import Marked
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, Steps, not_default
@@ -42,7 +41,7 @@ REMEDIES: tuple[tuple[Any, str], ...] = (
 )
 
 
-class Stack(Marked, Layer, role="sequence", planned=True):
+class Stack(Layer, role="sequence", planned=True):
     """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)

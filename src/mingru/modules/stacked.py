@@ -1,23 +1,21 @@
 """Stacked layers of one cell type: what MinGRU, MinLSTM and the convolutional layers have in common."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_input, dims, embed_remedy, expectation, not_a_tensor
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import CELLS, GATES, cells_of, default_candidate, gate_biases, parts_of, zero_state
+from ..ops.cells import GATES, cells_of, default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, weight_of
+from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all
 
 Self = TypeVar("Self", bound="Stacked")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
@@ -180,36 +178,6 @@ class Stacked(Layer):
         fn(self)
         return self
 
-    def _check_x(self, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
-        """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
-        if not isinstance(x, Tensor):
-            raise not_a_tensor(self.name, "x", x)
-        count = self.num_space_dims
-        at = x.dim() - 1 - count
-        if at not in leading or x.shape[at] != self.input_dims:
-            space = f" and space is {count}-dimensional" if count else ""
-            expected = f"{letters} because input_dims is {self.input_dims}{space}"
-            raise ValueError(expectation(self.name, "x", expected, dims(x.shape), remedy or self._remedy_for(x)))
-        self._check_weight(x)
-
-    def _remedy_for(self, x: Tensor) -> str:
-        """Return the fix for an input of another shape, or ""."""
-        if embed_remedy(x) or self.num_space_dims > 0:
-            return embed_remedy(x)
-        if x.shape == (self.input_dims,):
-            return "use x[None, None] for one step"
-        if x.dim() == 2 and x.shape[1] == self.input_dims:
-            batch, time = (0, 1) if self.batch_first else (1, 0)
-            return f"use x.unsqueeze({batch}) for one sequence, or x.unsqueeze({time}) for one step of a batch"
-        return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == self.input_dims else ""
-
-    def _check_weight(self, x: Tensor) -> None:
-        """Raise an error if x does not have the dtype and device of the weights."""
-        first: Any = next(iter(self._modules["layers"]._modules.values()))  # type: ignore[union-attr]
-        weight = weight_of(first.maps()[0])
-        if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
-            check_input(self.name, x, weight, "the layer's weight")
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.role == "step":
             # A cell returns the state, which does not include the residual of a layer.
@@ -218,12 +186,6 @@ class Stacked(Layer):
         is_whole = {prefix + name for name, _ in self.named_parameters()} <= state_dict.keys()
         self._is_empty = self._is_empty and not is_whole
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _dropped(self, x: Tensor, index: int) -> Tensor:
-        """Return the output of a layer after dropout, which all layers except the last have."""
-        if index < self.num_layers - 1 and self.dropout > 0:
-            x = F.dropout(x, self.dropout, self.training)
-        return x
 
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
@@ -237,56 +199,6 @@ def _modules_added_to(module: nn.Module) -> Iterator[nn.Module]:
             yield from _modules_added_to(child)
         else:
             yield child
-
-
-class WithStart(Marked):
-    """A layer, or several `layers`, with an initial state: a parameter if it is learned, otherwise `zero_state`.
-
-    Weights of a layer that flips or turns its state say which number, because older versions began with 0.
-    """
-
-    zero_state: float
-
-    def add_initial_state(self, shape: tuple[int, ...], options: Options) -> None:
-        """Add the initial state, whose rows are divided among the layers, and the marks."""
-        self.zero_state = self.default_start(options)
-        self.initial_state = (
-            nn.Parameter(torch.empty(shape, **options.factory)) if options.learn_initial_state else None
-        )
-        self.reset_initial_state()
-        self.add_marks(options.device)
-
-    def default_start(self, options: Options) -> float:
-        """Return the initial state if it is not learned: of all stacked layers, that of the layer with the largest."""
-        return max(zero_state(GATES[gate], options.candidate_of(gate)) for gate in options.gates)
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        super().reset_parameters()
-        self.reset_initial_state()
-
-    @torch.no_grad()
-    def reset_initial_state(self) -> None:
-        """Initialize a learned state. If the gate flips or turns it, it is drawn, so that blocks of features differ."""
-        if self.initial_state is None:
-            return
-        layers = self._own_layers()
-        for layer, rows in zip(layers, self.initial_state.chunk(len(layers)), strict=True):
-            if CELLS[layer.cell].has_logarithms:
-                nn.init.constant_(rows, self.zero_state)
-            else:
-                nn.init.normal_(rows)
-
-    def marked_options(self) -> dict[str, Any]:
-        options, layers = super().marked_options(), self._own_layers()
-        # The state of a layer like the paper's begins with 0.5 in all versions.
-        is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
-        if self.initial_state is None and not is_usual:
-            options["zero_state"] = self.zero_state
-        return options
-
-    def _own_layers(self) -> Any:
-        return getattr(self, "layers", [self])
 
 
 def as_sequence(

@@ -1,0 +1,42 @@
+"""The initial state of a layer, or of several: a parameter if it is learned, otherwise one number, `zero_state`.
+
+Weights of a layer that flips or turns its state say which number, because older versions began with 0.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.cells import CELLS, GATES, zero_state
+from .options import Options
+
+
+def default_start(options: Options) -> float:
+    """Return the initial state if it is not learned: of all stacked layers, that of the layer with the largest."""
+    return max(zero_state(GATES[gate], options.candidate_of(gate)) for gate in options.gates)
+
+
+def learned_state(shape: tuple[int, ...], options: Options) -> nn.Parameter | None:
+    """Return the parameter, for `reset_initial_state`, or None if the initial state is not learned."""
+    return nn.Parameter(torch.empty(shape, **options.factory)) if options.learn_initial_state else None
+
+
+@torch.no_grad()
+def reset_initial_state(module: Any, layers: list[Any]) -> None:
+    """Initialize a learned state. If the gate flips or turns it, it is drawn, so that blocks of features differ."""
+    if module.initial_state is None:
+        return
+    for layer, rows in zip(layers, module.initial_state.chunk(len(layers)), strict=True):
+        if CELLS[layer.cell].has_logarithms:
+            nn.init.constant_(rows, module.zero_state)
+        else:
+            nn.init.normal_(rows)
+
+
+def start_option(module: Any, layers: Iterable[Any]) -> dict[str, Any]:
+    """Return the option of the initial state that changes what the weights mean, if there is one."""
+    # The state of a layer like the paper's begins with 0.5 in all versions.
+    is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
+    return {} if is_usual or module.initial_state is not None else {"zero_state": module.zero_state}
