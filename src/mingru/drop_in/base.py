@@ -186,12 +186,12 @@ def as_pair(c: Tensor, proj_size: int) -> Pair:
     return (c.new_zeros(*c.shape[:-1], proj_size) if proj_size > 0 else c.clone()), c
 
 
-def state_of(name: str, hx: Pair | None, proj_size: int) -> Tensor | None:
-    """Return the one state that stands for the pair (h, c)."""
+def states_of(name: str, hx: Pair | None, proj_size: int) -> MaybeList:
+    """Return the one state that stands for the pair (h, c), in a list."""
     if hx is None:
         return None
     check_pair(name, hx, proj_size)
-    return hx[1] if proj_size > 0 else (hx[0] + hx[1]) / 2
+    return [hx[1] if proj_size > 0 else (hx[0] + hx[1]) / 2]
 
 
 def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:

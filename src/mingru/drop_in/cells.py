@@ -10,7 +10,7 @@ from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from .base import DropIn, Pair, add_pair, as_pair, state_of
+from .base import DropIn, Pair, add_pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):
@@ -18,10 +18,6 @@ class DropInCell(DropIn, RecurrentCell):
 
     mistake = RuntimeError
     remedy_for_bias = ""
-
-    def _step(self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
-        done = self._begin(input, None if hx is None else [hx], reset, None, dt)
-        return self._new_state(input, hx, reset, dt) if done is None else done[1][0]
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
@@ -111,7 +107,7 @@ class GRUCell(DropInCell, role="step", planned=True):
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
-        return self._step(input, hx, reset, dt)
+        return self._forward(input, None if hx is None else [hx], reset, None, dt)[1][0]
 
     if TYPE_CHECKING:
         __call__ = forward  # type: ignore[assignment]
@@ -195,7 +191,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: Pair | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Pair:
-        c = self._step(input, state_of(self.name, hx, self.proj_size), reset, dt)
+        c = self._forward(input, states_of(self.name, hx, self.proj_size), reset, None, dt)[1][0]
         return c.clone(), c
 
     if TYPE_CHECKING:

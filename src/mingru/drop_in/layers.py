@@ -12,11 +12,10 @@ from ..modules import scripted
 from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
 from ..modules.options import Candidate, Gates, Memory, Norm, Residual, arguments_of
-from ..modules.shared import MaybeList, MaybeTensor, Result, Steps, copied, without_dims
-from ..ops.call import Layout
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, without_dims
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from .base import DropIn, Pair, add_pair, as_pair, state_of
+from .base import DropIn, Pair, add_pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
 
@@ -51,29 +50,16 @@ class DropInLayer(DropIn):
             check_mask(self.name, mask, input, lengths, time_dim)
         return mask.sum(time_dim)
 
-    def _outputs(
-        self, input: Tensor, hx: MaybeTensor, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
-    ) -> States:
-        """Return the output, and the state of each layer and direction, (L * D, B, H) or (L * D, H)."""
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        if isinstance(x, PackedSequence) or x.dim() == 3:
+            out, states = self._sequences(x, None if h is None else [h[0].unsqueeze(2)], reset, lengths, dt)
+            return out, [without_dims(states[0], [2])]
         batch_dim = 0 if self.batch_first else 1
-        done = self._begin(input, None if hx is None else [hx], reset, lengths, dt)
-        if done is not None:
-            return done[0], done[1][0]
-        batched = input.dim() == 3
-        x, h = input, hx
-        if not batched:
-            x = x.unsqueeze(batch_dim)
-            h = None if h is None else h.unsqueeze(1)
-            reset = None if reset is None else reset.unsqueeze(batch_dim)
-            dt = None if dt is None else dt.unsqueeze(batch_dim)
-        state = self._state(x, None if h is None else h.unsqueeze(2), x.size(batch_dim))
-        if lengths is None:
-            out, last = self._run(x, state, reset, dt, Layout(not self.batch_first))
-        else:
-            out, last = self._run_packed(x, state, reset, dt, lengths)
-        if batched:
-            return out, without_dims(last, [2])
-        return copied(out.squeeze(batch_dim)), without_dims(last, [2, 1])
+        reset = None if reset is None else reset.unsqueeze(batch_dim)
+        dt = None if dt is None else dt.unsqueeze(batch_dim)
+        before = None if h is None else [h[0].unsqueeze(1).unsqueeze(2)]
+        out, states = self._sequences(x.unsqueeze(batch_dim), before, reset, None, dt)
+        return copied(out.squeeze(batch_dim)), [without_dims(states[0], [2, 1])]
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
@@ -104,10 +90,6 @@ class DropInLayer(DropIn):
             require(self.name, "lengths", x.dim() == 3, expected, type(lengths).__name__)
             batch, num_steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
             check_lengths(self.name, lengths, batch, num_steps, x.device)
-
-    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
-        done = super()._eager(x, None if h is None else [h[0].unsqueeze(2)], reset, lengths, dt)
-        return None if done is None else (done[0], [without_dims(done[1][0], [2])])
 
     def _time(self, input: Tensor) -> int:
         return 1 if self.batch_first and input.dim() == 3 else 0
@@ -265,7 +247,9 @@ class GRU(DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> States:
-        return self._outputs(input, hx, reset, self._lengths(input, lengths, mask), dt)
+        lengths = self._lengths(input, lengths, mask)
+        output, states = self._forward(input, None if hx is None else [hx], reset, lengths, dt)
+        return output, states[0]
 
     if TYPE_CHECKING:
         __call__: Called[Tensor]  # type: ignore[assignment]
@@ -389,9 +373,9 @@ class LSTM(DropInLayer, role="torch", planned=True):
         dt: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Pair]:
-        output, c_n = self._outputs(
-            input, state_of(self.name, hx, self.proj_size), reset, self._lengths(input, lengths, mask), dt
-        )
+        lengths, h = self._lengths(input, lengths, mask), states_of(self.name, hx, self.proj_size)
+        output, states = self._forward(input, h, reset, lengths, dt)
+        c_n = states[0]
         if self.proj_size == 0:
             return output, (c_n.clone(), c_n)
         projected: list[Tensor] = []

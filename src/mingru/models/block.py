@@ -31,8 +31,9 @@ from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import LayerOptions, Norm
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, Result, defaults_of, not_default, typed_as, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, typed_as, weight_of
 from ..ops import layout
+from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
 from ..unknown_arguments import unknown_argument
 from .causal_conv import CausalConv
@@ -202,19 +203,19 @@ class Block(Layer, role="sequence", planned=True):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        done = self._begin(x, h, reset, lengths, dt)
-        return self._run(x, h, reset, lengths, dt) if done is None else done
+        return self._forward(x, h, reset, lengths, dt)
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self) -> Any: ...
 
-    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
-        if self.checkpoint and self.training and torch.is_grad_enabled():
-            out, states = checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
-            return out, states
-        return None
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        if not is_scripting():
+            if self.checkpoint and self.training and torch.is_grad_enabled():
+                out, states = checkpoint(self._run, x, h, reset, lengths, dt, use_reentrant=False)
+                return out, states
+        return self._run(x, h, reset, lengths, dt)
 
     def _run(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         if lengths is not None:

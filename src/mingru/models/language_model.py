@@ -25,7 +25,7 @@ from ..check import (
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, typed_as
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
 from . import files, generation
@@ -149,18 +149,19 @@ class LanguageModel(Layer):
     def forward(
         self, ids: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        self._begin(ids, state, reset, lengths, None)
-        if is_scripting():  # noqa: SIM108 (not in TorchScript)
-            x = self.embedding(ids)
-        else:
-            x = self._embed(ids)
-        y, state = self.blocks(x, state, reset, lengths)
-        return self._logits(y), state
+        return self._forward(ids, state, reset, lengths, None)
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self) -> Any: ...
+
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        if is_scripting():
+            y, states = self.blocks(self.embedding(x), h, reset, lengths)
+        else:
+            y, states = self.blocks(self._embed(x), h, reset, lengths)
+        return self._logits(y), states
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.head

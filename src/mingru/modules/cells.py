@@ -11,7 +11,7 @@ from . import scripted
 from .checked_calls import check_x
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
-from .shared import MaybeList, MaybeTensor, reshaped, typed_as
+from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 from .stacked import as_sequence
 
 # The options of a layer that a cell does not have.
@@ -31,24 +31,23 @@ class RecurrentCell(Recurrent, role="step"):
     def forward(  # type: ignore[override]
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None, dt: Tensor | None = None
     ) -> Tensor:
-        done = self._begin(x, None if h is None else [h], reset, None, dt)
-        return self._new_state(x, h, reset, dt) if done is None else done[1][0]
+        return self._forward(x, None if h is None else [h], reset, None, dt)[1][0]
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self) -> Any: ...  # type: ignore[override]
 
-    def _new_state(self, x: Tensor, h: MaybeTensor, reset: MaybeTensor, dt: MaybeTensor) -> Tensor:
-        sequence, h, reset, dt = as_sequence(x, h, reset, dt, 2)
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        sequence, before, reset, dt = as_sequence(x, None if h is None else h[0], reset, dt, 2)
         batch = sequence.size(0)
-        if h is None:
+        if before is None:
             state = self._state(sequence, None, batch).squeeze(0)
         else:
-            state = self._as_state(sequence, h, [batch, 1, self.hidden_dims])
+            state = self._as_state(sequence, before, [batch, 1, self.hidden_dims])
         # The state, not the output, because the state stays float32 under autocast.
-        _, states = self._run_layers(sequence, [state], reset, dt, Layout(False))
-        return reshaped(states[0], list(x.shape[:-1]) + [self.hidden_dims])  # noqa: RUF005
+        out, states = self._run_layers(sequence, [state], reset, dt, Layout(False))
+        return out, [reshaped(states[0], list(x.shape[:-1]) + [self.hidden_dims])]  # noqa: RUF005
 
     def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""

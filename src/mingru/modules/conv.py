@@ -66,16 +66,19 @@ class MinConv(Stacked, role="sequence"):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        self._begin(x, h, reset, None, None)
-        return self._run_layers(x, h, reset, Layout(not self.batch_first))
+        return self._forward(x, h, reset, None, None)
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self) -> Any: ...
 
-    def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout) -> Outputs:
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        return self._run_layers(x, h, reset)
+
+    def _run_layers(self, x: Tensor, h: MaybeList, reset: MaybeTensor) -> Outputs:
         """Run all layers, and return a state (B, 1, H, *space) for each layer and direction."""
+        layout = Layout(not self.batch_first)
         states: list[Tensor] = []
         # Under autocast, the output of a layer has another dtype, but states do not.
         dtype = x.dtype
@@ -161,17 +164,19 @@ class MinConvCell(MinConv, role="step"):
         super().__init__(**arguments_of(locals()))
 
     def forward(self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        self._begin(x, None if h is None else [h], reset, None, None)
-        num_dims = 2 + self.num_space_dims
-        sequence, h, reset, _ = as_sequence(x, h, reset, None, num_dims)
-        _, states = self._run_layers(sequence, None if h is None else [h], reset, Layout(False))
-        shape = list(states[0].shape)
-        return reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])
+        return self._forward(x, None if h is None else [h], reset, None, None)[1][0]
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self) -> Any: ...  # type: ignore[override]
+
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        num_dims = 2 + self.num_space_dims
+        sequence, before, reset, _ = as_sequence(x, None if h is None else h[0], reset, None, num_dims)
+        out, states = self._run_layers(sequence, None if before is None else [before], reset)
+        shape = list(states[0].shape)
+        return out, [reshaped(states[0], shape[:1] + shape[2:] if x.dim() == num_dims else shape[2:])]
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)

@@ -13,7 +13,7 @@ from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
 from .marked import Marked
 from .scripted import check_count
-from .shared import MaybeList, MaybeTensor, Outputs, Result
+from .shared import MaybeList, MaybeTensor, Outputs
 
 ROLES = ("sequence", "step", "torch", "custom")
 
@@ -175,18 +175,21 @@ class Layer(Marked):
             explain(error, self.name, type(self).forward, (self, *args), kwargs)
             raise
 
-    def _begin(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
-        """Check the arguments of a call. Return its result if one operator or `_eager` has computed it."""
+    def _forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        """Check the arguments of a call, and compute it: by one operator if possible, otherwise by `_compute`."""
         if is_scripting():
             self._check_scripted(x, h, reset, dt)
-            return None
         else:
-            if lengths is None:
+            if lengths is None and self.planned and not torch.is_grad_enabled():
                 done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done
             self._check_all(x, h, reset, lengths, dt)
-            return self._eager(x, h, reset, lengths, dt)
+        return self._compute(x, h, reset, lengths, dt)
+
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        """Return the output and the states of a call whose arguments are checked."""
+        raise NotImplementedError
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the shapes of the arguments of a scripted module; torch raises all other errors."""
@@ -217,9 +220,6 @@ class Layer(Marked):
                 # Layers inside check their own. The loop goes on with all others.
                 if child is not None and not isinstance(child, Layer):
                     modules.append(child)
-
-    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
-        """Return the result of a call that TorchScript cannot express, otherwise None."""
 
 
 def with_named(

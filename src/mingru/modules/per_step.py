@@ -9,7 +9,7 @@ from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor
 from ..ops import layout
 from .layer import Layer
 from .scripted import data_of, with_data
-from .shared import MaybeList, MaybeTensor
+from .shared import MaybeList, MaybeTensor, Outputs
 
 # No number changes by the value of another.
 _OF_NUMBERS = (
@@ -53,7 +53,9 @@ class PerStep(Layer, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        self._begin(x, h, reset, lengths, dt)
+        return self._forward(x, h, reset, lengths, dt)
+
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         data = data_of(x)
         if lengths is not None:
             # Otherwise a NaN in the padding would reach the gradients of the weights.

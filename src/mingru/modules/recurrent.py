@@ -41,7 +41,7 @@ from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .marked import GUARDS
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, Result, Steps, one_or_all, reshaped
+from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
 from .stacked import Directions, Stacked
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -226,13 +226,8 @@ class Recurrent(Stacked, role="sequence"):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> States:
-        done = self._begin(x, None if h is None else [h], reset, lengths, dt)
-        if done is not None:
-            return done[0], done[1][0]
-        state = self._state(x, h, x.size(0 if self.batch_first else 1))
-        if lengths is None:
-            return self._run(x, state, reset, dt, Layout(not self.batch_first))
-        return self._run_packed(x, state, reset, dt, lengths)
+        out, states = self._forward(x, None if h is None else [h], reset, lengths, dt)
+        return out, states[0]
 
     if TYPE_CHECKING:
 
@@ -260,8 +255,9 @@ class Recurrent(Stacked, role="sequence"):
         """
         if self.role in ("step", "torch") or isinstance(x, PackedSequence):
             return super().all_states(x)
-        self._check_all(x, None if h is None else [h], reset, lengths, dt)
-        state, layout = self._state(x, h, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
+        states = None if h is None else [h]
+        self._check_all(x, states, reset, lengths, dt)
+        state, layout = self._state(x, states, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
             x, layout = with_lengths(x, lengths, not self.batch_first)
         found: list[Tensor] = []
@@ -347,15 +343,21 @@ class Recurrent(Stacked, role="sequence"):
     def _shape_of_initial_state(self) -> tuple[int, ...]:
         return (self.num_layers * self.num_directions, 1, 1, self.hidden_dims)
 
-    def _eager(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Result:
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        return self._sequences(x, h, reset, lengths, dt)
+
+    def _sequences(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
+        """Run all layers on sequences of any layout; h has one state (L * D, B, 1, H)."""
         if isinstance(x, PackedSequence):
             return self._packed(x, h, reset, dt)
-        if lengths is None or not self._takes_lengths(x, lengths, dt):
-            return None
-        state = self._state(x, None if h is None else h[0], x.size(0 if self.batch_first else 1))
-        x, layout = with_lengths(x, lengths, not self.batch_first)
-        out, last = self._run(x, state, reset, dt, layout)
-        return out, [last]
+        state = self._state(x, h, x.size(0 if self.batch_first else 1))
+        if lengths is None:
+            return self._run(x, state, reset, dt, Layout(not self.batch_first))
+        if not is_scripting():
+            if self._takes_lengths(x, lengths, dt):
+                x, layout = with_lengths(x, lengths, not self.batch_first)
+                return self._run(x, state, reset, dt, layout)
+        return self._run_packed(x, state, reset, dt, lengths)
 
     def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
@@ -369,38 +371,38 @@ class Recurrent(Stacked, role="sequence"):
         specs = [layer.spec(False) for layer in layers]
         return all(route.takes_lengths(*each, x, dt, layout) for each in zip(specs, maps, strict=True))
 
-    def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> States:
+    def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> Outputs:
         """Pack the valid steps once for all layers."""
         batch_sizes, order, index = packing_of(lengths, x, not self.batch_first)
         index, order = index.to(x.device), order.to(x.device)
         reset = None if reset is None else pack(reset, index)
         dt = None if dt is None else pack(dt, index)
         packed = pack(x, index)
-        out, last = self._run(packed, state.index_select(1, order), reset, dt, Layout(False, batch_sizes))
+        out, states = self._run(packed, state.index_select(1, order), reset, dt, Layout(False, batch_sizes))
         padded = unpack(out, index, x.size(0) * x.size(1))
         # The state of an empty sequence stays.
-        return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), state.index_copy(1, order, last)
+        last = state.index_copy(1, order, states[0])
+        return reshaped(padded, [x.size(0), x.size(1), out.size(1)]), [last]
 
     def _packed(self, x: PackedSequence, h: Any, reset: Any, dt: Any) -> Any:
         """Return a PackedSequence, and the states in the order of the batch before packing."""
         data, batch_sizes, order, original_order = x
         reset, dt = (None if each is None else each.data for each in (reset, dt))
-        state = self._state(data, None if h is None else h[0], int(batch_sizes[0]))
+        state = self._state(data, h, int(batch_sizes[0]))
         state = state if order is None else state.index_select(1, order)
-        out, last = self._run(data, state, reset, dt, Layout(False, batch_sizes))
+        out, (last,) = self._run(data, state, reset, dt, Layout(False, batch_sizes))
         if original_order is not None:
             last = last.index_select(1, original_order)
         return PackedSequence(out, batch_sizes, order, original_order), [last]
 
-    def _state(self, x: Tensor, h: MaybeTensor, batch: int) -> Tensor:
-        """Return h expanded to (L * D, B, 1, H), or the initial state if h is None."""
+    def _state(self, x: Tensor, h: MaybeList, batch: int) -> Tensor:
+        """Return the state in h expanded to (L * D, B, 1, H), or the initial state if h is None."""
         shape = [self.num_layers * self.num_directions, batch, 1, self.hidden_dims]
-        if h is None:
-            h = self.initial_state
-        if h is None:
+        state = self.initial_state if h is None else h[0]
+        if state is None:
             dtype = accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
             return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
-        return self._as_state(x, h, shape)
+        return self._as_state(x, state, shape)
 
     def _as_state(self, x: Tensor, h: Tensor, shape: list[int]) -> Tensor:
         """Return h in this shape, and in the dtype of the states of x."""
@@ -409,10 +411,10 @@ class Recurrent(Stacked, role="sequence"):
             h = h.expand(shape)
         return h.to(accumulate_dtype(x.dtype)) if is_autocast(x) else h
 
-    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> States:
+    def _run(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, layout: Layout) -> Outputs:
         """Run all layers, and return their states as one new tensor, which is never a view."""
         out, states = self._run_layers(x, list(state.unbind(0)), reset, dt, layout)
-        return out, torch.stack(states)
+        return out, [torch.stack(states)]
 
     def _run_layers(
         self, x: Tensor, h: list[Tensor], reset: MaybeTensor, dt: MaybeTensor, layout: Layout, found: MaybeList = None

@@ -17,9 +17,8 @@ MaybeList = list[Tensor] | None
 # What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
 Steps = TypeVar("Steps", Tensor, PackedSequence)
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-# The output of a layer, and its last states; or None if they are not yet computed.
+# The output of a layer, and its last states.
 Outputs = tuple[Tensor, list[Tensor]]
-Result = Outputs | None
 
 
 def typed_as(forward: Forward) -> Callable[[Any], Forward]:

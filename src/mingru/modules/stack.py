@@ -16,7 +16,7 @@ from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import Layer, with_named
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
-from .shared import MaybeList, MaybeTensor, Steps, not_default
+from .shared import MaybeList, MaybeTensor, Outputs, Steps, not_default
 
 SCRIPTED_FORWARD = (
     "forward(self, x: Tensor, h: list[Tensor] | None = None, reset: Tensor | None = None, "
@@ -215,9 +215,20 @@ class Stack(Layer, role="sequence", planned=True):
         lengths: Tensor | None = None,
         dt: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        done = self._begin(x, h, reset, lengths, dt)
-        if done is not None:
-            return done
+        return self._forward(x, h, reset, lengths, dt)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Steps,
+            h: Sequence[Tensor] | None = None,
+            reset: Steps | None = None,
+            lengths: MaybeTensor = None,
+            dt: Steps | None = None,
+        ) -> tuple[Steps, list[Tensor]]: ...
+
+    def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         if lengths is not None and self.num_space_dims > 0:
             raise ValueError(f"{self.name}: lengths must be None because convolutional layers do not support lengths")
         if dt is not None and self.num_space_dims > 0:
@@ -241,17 +252,6 @@ class Stack(Layer, role="sequence", planned=True):
                 data = F.dropout(data, self.dropout, self.training)
             x = with_data(out, data)
         return x, states
-
-    if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            x: Steps,
-            h: Sequence[Tensor] | None = None,
-            reset: Steps | None = None,
-            lengths: MaybeTensor = None,
-            dt: Steps | None = None,
-        ) -> tuple[Steps, list[Tensor]]: ...
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if h is not a list of `num_states` tensors, or if a layer does not use an argument.

@@ -221,7 +221,7 @@ def run(
     module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
-    if not module.planned or torch.is_grad_enabled() or is_compiling():
+    if is_compiling():
         return None
     if not is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
