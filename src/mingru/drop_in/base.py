@@ -72,13 +72,17 @@ class DropIn(Recurrent):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
+        self._add_guards(options["device"])
 
     def default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
         return 0.0
 
-    def add_marks(self, device: Any) -> None:
-        super().add_marks(device)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._add_guards(next(self.parameters()).device)
+
+    def _add_guards(self, device: Any) -> None:
         of_torch = "bias" if self.bias else "weight"
         for name in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
             if name not in self._buffers:

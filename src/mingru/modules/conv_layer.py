@@ -16,6 +16,7 @@ from ..ops.graph import is_autocast, is_scripting
 from ..ops.shape import States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
+from .marked import add_marks
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
 from .stacked import Directions
@@ -125,7 +126,7 @@ class MinConvLayer(Directions):
         self.zero_state = default_start(options)
         self.initial_state = learned_state(shape, options)
         reset_initial_state(self, [self])
-        self.add_marks(options.device)
+        add_marks(self, options.device)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""

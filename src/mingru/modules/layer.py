@@ -11,9 +11,9 @@ from ..check import MISTAKES, check_choice, check_int, expectation, explain, exp
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
-from .marked import Marked
+from .marked import VERSION, add_marks, save_marks, take_marks
 from .scripted import check_count
-from .shared import MaybeList, MaybeTensor, Outputs
+from .shared import MaybeList, MaybeTensor, Outputs, reset_all
 
 ROLES = ("sequence", "step", "torch", "custom")
 
@@ -29,7 +29,7 @@ class Dims(NamedTuple):
 STEP_ARGUMENTS = ("reset", "lengths", "dt")
 
 
-class Layer(Marked):
+class Layer(nn.Module):
     """Base class of all layers, cells and stacks, and of layers of your own in a [mingru.Stack][].
 
     A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
@@ -60,6 +60,7 @@ class Layer(Marked):
         [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
+    _version = VERSION
     # The plan of an inference pass, see `ops.inference`.
     __slots__ = ("_plan",)
 
@@ -110,6 +111,27 @@ class Layer(Marked):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles contain: all attributes, without the plan."""
         return self.__dict__
+
+    def marked_options(self) -> dict[str, Any]:
+        """Return the options of this module that are in `marked.MARKS`."""
+        return {}
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        reset_all(self.children())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_marks(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        if take_marks(self, state_dict, prefix, metadata, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Whole modules that an older version saved have fewer marks.
+        add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
     def with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor

@@ -1,4 +1,9 @@
-"""Marks in a state_dict: the options that change what weights of equal shapes mean."""
+"""Marks in a state_dict: the options that change what weights of equal shapes mean.
+
+All gates, for example, have weights of the same shapes. Without the mark, weights trained with one gate would load
+without an error into a layer with another gate, and its outputs would be wrong. A mark is a buffer, so that every tool
+that saves a model saves it. An option with its first value has none.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -10,7 +15,9 @@ from torch import Tensor, nn
 from ..check import dims
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
-from .shared import reset_all
+
+# Version 1 of a state_dict has no marks, version 2 has those of the gate.
+VERSION = 3
 
 
 class Mark(NamedTuple):
@@ -72,100 +79,78 @@ def number_in(found: Any) -> int | None:
     return int(found) if is_whole else None
 
 
-class Marked(nn.Module):
-    """A module whose state_dict contains a mark for each of its options in `MARKS`, unless the value is the first.
+def marks_in(module: Any) -> dict[str, int]:
+    """Return the number of each option of a module."""
+    return {option: number_of(option, value) for option, value in module.marked_options().items()}
 
-    Weights of equal shapes may mean different things: all gates, for example, have weights of the same shapes. Without
-    the mark, weights trained with one gate would load without an error into a layer with another gate, and its outputs
-    would be wrong. The marks are buffers, so that every tool that saves a model saves them.
-    """
 
-    # Version 1 has no marks, version 2 has those of the gate.
-    _version = 3
+def add_marks(module: Any, device: Any) -> None:
+    """Add the marks that the module does not have yet."""
+    for option, number in marks_in(module).items():
+        if number and module._buffers.get(key_of(option)) is None:
+            module.register_buffer(key_of(option), torch.tensor(number, device=device))
 
-    def marked_options(self) -> dict[str, Any]:
-        """Return the options of this module that are in `MARKS`."""
-        return {}
 
-    def marks(self) -> dict[str, int]:
-        """Return the number of each option."""
-        return {option: number_of(option, value) for option, value in self.marked_options().items()}
+def save_marks(module: Any, destination: dict[str, Any], prefix: str) -> None:
+    """Write the marks again, because the buffers are undefined after `to_empty` and `skip_init`."""
+    for option, number in marks_in(module).items():
+        mark = destination.get(prefix + key_of(option))
+        if mark is not None:
+            destination[prefix + key_of(option)] = torch.full_like(mark, number)
 
-    def add_marks(self, device: Any) -> None:
-        """Add the marks that the module does not have yet."""
-        for option, number in self.marks().items():
-            if number and self._buffers.get(key_of(option)) is None:
-                self.register_buffer(key_of(option), torch.tensor(number, device=device))
 
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        reset_all(self.children())
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for option, number in self.marks().items():
-            mark = destination.get(prefix + key_of(option))
-            if mark is not None:
-                # The buffer is undefined after `to_empty` and `skip_init`.
-                destination[prefix + key_of(option)] = torch.full_like(mark, number)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Whole modules that an older version saved have fewer marks.
-        self.add_marks(next(self.parameters(), torch.empty(0)).device)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        metadata, *_, error_msgs = args
-        own, found, wrong, unknown = self.marks(), {}, [], []
-        version, names = metadata.get("version"), [name for name in state_dict if name.startswith(prefix)]
-        has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
-        for option in own:
-            key, before = prefix + key_of(option), own[option]
-            mark = state_dict.pop(key, None)
-            is_kept = is_unknown = mark is None and (version or 1) < MARKS[option].since
-            if MARKS[option].is_taken:
-                # A caller who is not strict may pass no weights of this module.
-                is_kept = mark is None and (not names or (version is None and not has_marks))
-                is_unknown = is_unknown and bool(names) and (version is not None or is_kept)
-            # On the device "meta", a mark has no value.
-            if is_kept or (isinstance(mark, Tensor) and mark.is_meta):
-                of_weights: int | None = own[option]
-            else:
-                of_weights = 0 if mark is None else number_in(mark)
-            if of_weights is None:
-                got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
-                error_msgs.append(
-                    f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged"
-                )
-                return
-            if MARKS[option].is_taken and 0 <= of_weights < len(MARKS[option].values):
-                own[option] = of_weights
-                setattr(self, option, MARKS[option].values[of_weights])
-                self.add_marks(getattr(mark, "device", None))
-            number = own[option]
-            found[option] = of_weights
-            wrong += [option] if of_weights != number else []
-            # The map of a residual between different sizes shows that there is one.
-            is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in state_dict)
-            unknown += [option] if is_unknown and (number or before) and not is_shown else []
-            if self._buffers.get(key_of(option)) is not None:
-                state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
-        if wrong:
-            error_msgs.append(
-                f"{prefix[:-1] or type(self).__name__}: weights trained with {described(found, wrong)} cannot be used "
-                f"in a layer with {described(own, wrong)}; construct it with their {' and '.join(wrong)}"
-            )
-            return
-        if unknown:
-            # Without the name of the layer, so that it is shown once.
-            older = ". In older versions, the default candidate of this gate was 'positive'"
-            warnings.warn(
-                f"load_state_dict: the weights do not say with which {' and '.join(unknown)} they were trained, "
-                "because an older version saved them, or they have no metadata; they are used with "
-                f"{described(own, unknown, ', ')}{older if 'gate' in unknown else ''}",
-                stacklevel=2,
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+def take_marks(
+    module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], error_msgs: list[str]
+) -> bool:
+    """Compare the marks of a state_dict with those of a module. Return False if its weights cannot be used."""
+    own, found, wrong, unknown = marks_in(module), {}, [], []
+    version, names = metadata.get("version"), [name for name in state_dict if name.startswith(prefix)]
+    has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
+    for option in own:
+        key, before = prefix + key_of(option), own[option]
+        mark = state_dict.pop(key, None)
+        is_kept = is_unknown = mark is None and (version or 1) < MARKS[option].since
+        if MARKS[option].is_taken:
+            # A caller who is not strict may pass no weights of this module.
+            is_kept = mark is None and (not names or (version is None and not has_marks))
+            is_unknown = is_unknown and bool(names) and (version is not None or is_kept)
+        # On the device "meta", a mark has no value.
+        if is_kept or (isinstance(mark, Tensor) and mark.is_meta):
+            of_weights: int | None = own[option]
+        else:
+            of_weights = 0 if mark is None else number_in(mark)
+        if of_weights is None:
+            got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
+            error_msgs.append(f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged")
+            return False
+        if MARKS[option].is_taken and 0 <= of_weights < len(MARKS[option].values):
+            own[option] = of_weights
+            setattr(module, option, MARKS[option].values[of_weights])
+            add_marks(module, getattr(mark, "device", None))
+        number = own[option]
+        found[option] = of_weights
+        wrong += [option] if of_weights != number else []
+        # The map of a residual between different sizes shows that there is one.
+        is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in state_dict)
+        unknown += [option] if is_unknown and (number or before) and not is_shown else []
+        if module._buffers.get(key_of(option)) is not None:
+            state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
+    if wrong:
+        error_msgs.append(
+            f"{prefix[:-1] or type(module).__name__}: weights trained with {described(found, wrong)} cannot be used "
+            f"in a layer with {described(own, wrong)}; construct it with their {' and '.join(wrong)}"
+        )
+        return False
+    if unknown:
+        # Without the name of the layer, so that it is shown once.
+        older = ". In older versions, the default candidate of this gate was 'positive'"
+        warnings.warn(
+            f"load_state_dict: the weights do not say with which {' and '.join(unknown)} they were trained, "
+            "because an older version saved them, or they have no metadata; they are used with "
+            f"{described(own, unknown, ', ')}{older if 'gate' in unknown else ''}",
+            stacklevel=2,
+        )
+    return True
 
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -173,7 +158,7 @@ def marks_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key_of(option)}": torch.tensor(number, device="cpu")
         for name, module in model.named_modules()
-        if isinstance(module, Marked)
-        for option, number in module.marks().items()
+        if hasattr(module, "marked_options")
+        for option, number in marks_in(module).items()
         if module._buffers.get(key_of(option)) is not None and not MARKS[option].is_taken
     }

@@ -39,7 +39,7 @@ from ..ops.shape import States, accumulate_dtype, as_dtype
 from . import scripted
 from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
-from .marked import GUARDS
+from .marked import GUARDS, add_marks
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
 from .stacked import Directions, Stacked
@@ -106,7 +106,7 @@ class RecurrentLayer(Directions):
         if self.residual and input_dims != output_dims:
             self.align = linear(input_dims, output_dims, False, **factory)
         self.add_gate_bias()
-        self.add_marks(options.device)
+        add_marks(self, options.device)
 
     def forward(
         self, x: Tensor, starts: list[Start], layout: Layout, found: list[Tensor] | None = None
@@ -216,7 +216,7 @@ class Recurrent(Stacked, role="sequence"):
         self.zero_state = self.default_start(options)
         self.initial_state = learned_state(self._shape_of_initial_state(), options)
         reset_initial_state(self, list(self.layers))
-        self.add_marks(options.device)
+        add_marks(self, options.device)
 
     def forward(
         self,

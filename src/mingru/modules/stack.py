@@ -14,6 +14,7 @@ from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import Layer, with_named
+from .marked import add_marks
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, Outputs, Steps, not_default
@@ -116,7 +117,7 @@ class Stack(Layer, role="sequence", planned=True):
         self.num_states = self.ends[-1]
         self.of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
-        self.add_marks(next(self.parameters(), torch.empty(0)).device)
+        add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
     def marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""

@@ -13,9 +13,9 @@ from ..ops.cells import GATES, cells_of, default_candidate, gate_biases, parts_o
 from ..ops.layout import in_reverse
 from ..ops.shape import States
 from .layer import Layer
-from .marked import Marked, key_of
+from .marked import VERSION, add_marks, key_of, save_marks, take_marks
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all
+from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all
 
 Self = TypeVar("Self", bound="Stacked")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
@@ -24,9 +24,10 @@ INITIALIZED = "_is_hf_initialized"
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
 
-class Directions(Marked):
+class Directions(nn.Module):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
+    _version = VERSION
     gate: Tensor | None
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
@@ -41,8 +42,16 @@ class Directions(Marked):
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
-        super().reset_parameters()
+        reset_all(self.children())
         self.add_gate_bias()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_marks(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        if take_marks(self, state_dict, prefix, metadata, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def add_gate_bias(self) -> None:
         """Add to the bias of the gates what `memory` needs."""
@@ -70,7 +79,9 @@ class Directions(Marked):
                 "attributes; with that version, load it and save model.state_dict(); then construct the model with its "
                 "options here, and load that file by load_state_dict"
             )
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Whole modules that an older version saved have fewer marks.
+        add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
     def marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
