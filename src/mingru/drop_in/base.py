@@ -47,9 +47,9 @@ def _raised_as(kinds: dict[type[Exception], type[Exception]]) -> Iterator[None]:
 class DropIn(Recurrent):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
-    elsewhere = RuntimeError
+    device_error = RuntimeError
     linear_map = WeightAndBias
-    mistake: type[Exception]
+    size_error: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
     remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
     num_layers_of_program = 0
@@ -57,7 +57,7 @@ class DropIn(Recurrent):
 
     def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
         name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
-        with _raised_as({ValueError: self.mistake}):
+        with _raised_as({ValueError: self.size_error}):
             check_int(name, "input_size", input_size)
             check_int(name, "hidden_size", hidden_size)
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
@@ -106,7 +106,7 @@ class DropIn(Recurrent):
         layer: Any = next(iter(self.layers))
         weight = weight_of(layer.linear)
         if weight is not None:
-            self._check_as("input", x, weight, "the layer's weight", self.mistake)
+            self._check_as("input", x, weight, "the layer's weight", self.size_error)
 
     def _check_hx(self, h: MaybeList, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if h is None:

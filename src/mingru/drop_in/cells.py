@@ -16,7 +16,7 @@ from .base import DropIn, Pair, add_pair, as_pair, states_of
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
-    mistake = RuntimeError
+    size_error = RuntimeError
     remedy_for_bias = ""
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:

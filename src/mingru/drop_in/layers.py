@@ -37,7 +37,7 @@ class Called(Protocol[State]):
 class DropInLayer(DropIn):
     """Base class of `GRU` and `LSTM`."""
 
-    mistake = ValueError
+    size_error = ValueError
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = (*DropIn.__jit_unused_properties__, "all_weights")
 

@@ -82,7 +82,7 @@ class Layer(nn.Module):
     step_arguments: tuple[str, ...] = STEP_ARGUMENTS
     """Which of `reset`, `lengths` and `dt` a stack passes to a layer of your own: those that `forward` names. A stack
     says for other layers which they do not take."""
-    elsewhere: type[Exception] = ValueError
+    device_error: type[Exception] = ValueError
     """Error for parameters on another device."""
     planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
@@ -237,7 +237,7 @@ class Layer(nn.Module):
                     name = next(name for name, each in self.named_parameters() if each is found)
                     remedy = "load a state_dict that has it, with assign=True"
                     expected, got = f"on {data.device} like x", "a tensor on meta"
-                    raise self.elsewhere(expectation(self.name, name, expected, got, remedy))
+                    raise self.device_error(expectation(self.name, name, expected, got, remedy))
             for child in module._modules.values():
                 # Layers inside check their own. The loop goes on with all others.
                 if child is not None and not isinstance(child, Layer):

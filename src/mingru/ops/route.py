@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
-from .backends import in_log_space, native, sequential, tensors, traceable, triton
+from .backends import in_log_space, in_place, native, sequential, traceable, triton
 from .call import Call, Layout, Spec, Start
 from .cells import CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
@@ -26,7 +26,7 @@ BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
 BACKENDS: dict[Any, Backend] = {
     "native": native.BACKEND,
     "triton": triton.BACKEND,
-    "torch": tensors.BACKEND,
+    "torch": in_place.BACKEND,
     "log": in_log_space.BACKEND,
     "sequential": sequential.BACKEND,
 }

@@ -10,7 +10,7 @@ from ...call import Call, Spec, from_flat
 from ...cells import NUM_INPUTS
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from ...shape import States
-from .. import tensors, traceable
+from .. import in_place, traceable
 from .launch import Given, Tensors, backward_results, forward_results
 
 
@@ -37,7 +37,7 @@ def _copied(results: Tensors, found: Sequence[Any]) -> None:
 def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
     call, results = _call(inputs, given, cell, min_decay, flags), forward_results(inputs, given)
     is_cell = call.spec.cell in NUM_INPUTS
-    _copied(results, traceable.recurrence(*call) if is_cell else tensors.scan(_scan(call)[0]))
+    _copied(results, traceable.recurrence(*call) if is_cell else in_place.scan(_scan(call)[0]))
     return results
 
 
@@ -59,7 +59,7 @@ def backward(
         found = torch.autograd.grad(states, wanted, list(saved[1:]), materialize_grads=True)
     else:
         scan, (out, grad_out, grad_last) = _scan(call, *saved)
-        delta = adjoint(tensors.scan, scan, (grad_out, grad_last))
+        delta = adjoint(in_place.scan, scan, (grad_out, grad_last))
         found = delta * previous_states(scan, out.to(delta.dtype)).conj(), delta, grad_of_h(scan, delta)
     _copied([*grads.chunk(len(inputs), -1), *of_start][: len(found)], found)
     if of_bias.numel() > 0:
