@@ -1,16 +1,21 @@
 """minGRU and minLSTM cells with torch's interface."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..check import arguments_checked, check_steps, dims, expectation
+from ..check import check_steps, dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
-from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
+from ..modules.options import CellOptions, PairOptions, arguments_of, constructor
 from ..modules.shared import MaybeList, MaybeTensor
 from .base import DropIn, Pair, add_pair, as_pair, states_of
+
+
+class LSTMCellOptions(CellOptions, PairOptions, total=False):
+    """Options of `LSTMCell`."""
 
 
 class DropInCell(DropIn, RecurrentCell):
@@ -86,7 +91,7 @@ class GRUCell(DropInCell, role="step", planned=True):
 
     cell = "mingru"
 
-    @arguments_checked()
+    @constructor()
     def __init__(
         self,
         input_size: int,
@@ -94,13 +99,7 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gate = "sigmoid",
-        min_decay: float = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
+        **options: Unpack[CellOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -163,7 +162,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
 
     cell = "minlstm"
 
-    @arguments_checked()
+    @constructor(forget_bias=1.0)
     def __init__(
         self,
         input_size: int,
@@ -171,16 +170,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        cell: Literal["minlstm", "mingru"] = "minlstm",
-        forget_bias: float = 1.0,
-        normalize: bool = True,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gate = "sigmoid",
-        min_decay: float = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
+        **options: Unpack[LSTMCellOptions],
     ) -> None:
         add_pair(self, super().__init__, **arguments_of(locals()))
 

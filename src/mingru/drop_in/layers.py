@@ -1,17 +1,17 @@
 """minGRU and minLSTM layers with torch's interface: names, shapes and types of errors."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
-from ..check import arguments_checked, check_lengths, check_steps, dims, expectation, of_another_shape, require
+from ..check import check_lengths, check_steps, dims, expectation, of_another_shape, require
 from ..modules import scripted
 from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
-from ..modules.options import Candidate, Gates, Memory, Norm, Residual, arguments_of
+from ..modules.options import GateOptions, PairOptions, StackedOptions, arguments_of, constructor
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, without_dims
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
@@ -32,6 +32,14 @@ class Called(Protocol[State]):
         dt: Steps | None = None,
         mask: MaybeTensor = None,
     ) -> tuple[Steps, State]: ...
+
+
+class GRUOptions(StackedOptions, GateOptions, total=False):
+    """Options of `GRU`."""
+
+
+class LSTMOptions(GRUOptions, PairOptions, total=False):
+    """Options of `LSTM`."""
 
 
 class DropInLayer(DropIn):
@@ -213,7 +221,7 @@ class GRU(DropInLayer, role="torch", planned=True):
 
     cell, mode = "mingru", "GRU"
 
-    @arguments_checked()
+    @constructor()
     def __init__(
         self,
         input_size: int,
@@ -226,15 +234,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gates = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
+        **options: Unpack[GRUOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -332,7 +332,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
 
     cell, mode = "minlstm", "LSTM"
 
-    @arguments_checked()
+    @constructor(forget_bias=1.0)
     def __init__(
         self,
         input_size: int,
@@ -345,18 +345,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        cell: Literal["minlstm", "mingru"] = "minlstm",
-        forget_bias: float = 1.0,
-        normalize: bool = True,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gates = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
+        **options: Unpack[LSTMOptions],
     ) -> None:
         add_pair(self, super().__init__, **arguments_of(locals()))
 

@@ -1,12 +1,8 @@
 """minGRU."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing_extensions import Unpack
 
-import torch
-
-from ..check import arguments_checked
-from .options import Candidate, Gates, Memory, Norm, Residual, arguments_of
+from .options import MinGRUOptions, arguments_of, constructor
 from .recurrent import Recurrent
 
 
@@ -115,7 +111,7 @@ class MinGRU(Recurrent, planned=True):
 
     cell = "mingru"
 
-    @arguments_checked()
+    @constructor()
     def __init__(
         self,
         input_dims: int,
@@ -125,16 +121,6 @@ class MinGRU(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        *,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate | None = None,
-        gate: Gates = "sigmoid",
-        min_decay: float | Sequence[float] = 0.0,
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[MinGRUOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))

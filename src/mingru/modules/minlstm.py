@@ -1,11 +1,8 @@
 """minLSTM."""
 
-from typing import Any
+from typing_extensions import Unpack
 
-import torch
-
-from ..check import arguments_checked
-from .options import Candidate, Memory, Norm, Residual, arguments_of
+from .options import MinLSTMOptions, arguments_of, constructor
 from .recurrent import Recurrent
 
 
@@ -86,7 +83,7 @@ class MinLSTM(Recurrent, planned=True):
 
     cell = "minlstm"
 
-    @arguments_checked()
+    @constructor(candidate="positive")
     def __init__(
         self,
         input_dims: int,
@@ -96,17 +93,7 @@ class MinLSTM(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        *,
-        forget_bias: float = 0.0,
-        normalize: bool = True,
-        residual: Residual = False,
-        norm: Norm | None = None,
-        candidate: Candidate = "positive",
-        learn_initial_state: bool = False,
-        memory: Memory | None = None,
-        recompute: bool | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[MinLSTMOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))
-        self.forget_bias = float(forget_bias)
+        self.forget_bias = float(options["forget_bias"])

@@ -1,16 +1,28 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from math import inf
 from types import SimpleNamespace
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, ParamSpec, TypedDict, get_args, get_type_hints
 
 import torch
 
-from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
+from ..check import (
+    arguments_checked,
+    check_choice,
+    check_dropout,
+    check_flags,
+    check_int,
+    check_number,
+    per_layer,
+    require,
+)
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import CELLS, GATES, cells_of, default_candidate
 
+P = ParamSpec("P")
 # For type checkers; `Options` checks the values.
 Candidate = Literal["positive", "linear", "tanh"]
 Gate = Literal["sigmoid", "signed", "rotation", "quaternion", "mixed"]
@@ -20,26 +32,110 @@ Memory = float | Sequence[float]
 Residual = bool | Literal["highway"]
 
 
-class LayerOptions(TypedDict, total=False):
-    """Options of `MinGRU` and `MinLSTM` that a block passes on, for type checkers."""
+# The options of constructors by keyword, with their defaults. In this order, signatures have them.
+ORDER = (
+    *("cell", "forget_bias", "normalize", "residual", "norm", "candidate", "gate", "min_decay"),
+    *("learn_initial_state", "memory", "recompute", "batch_first", "device", "dtype"),
+)
+
+
+class Placement(TypedDict, total=False):
+    """Device and dtype of the parameters."""
+
+    device: Annotated[Any, None]
+    dtype: Annotated[torch.dtype | None, None]
+
+
+class StateOptions(TypedDict, total=False):
+    """Options of all layers and cells."""
+
+    candidate: Annotated[Candidate | None, None]
+    learn_initial_state: Annotated[bool, False]
+    memory: Annotated[Memory | None, None]
+
+
+class NormedOptions(StateOptions, total=False):
+    norm: Annotated[Norm | None, None]
+
+
+class CellOptions(NormedOptions, total=False):
+    gate: Annotated[Gate, "sigmoid"]
+    min_decay: Annotated[float, 0.0]
+
+
+class StackedOptions(NormedOptions, total=False):
+    residual: Annotated[Residual, False]
+    recompute: Annotated[bool | None, None]
+
+
+class GateOptions(TypedDict, total=False):
+    gate: Annotated[Gates, "sigmoid"]
+    min_decay: Annotated[float | Sequence[float], 0.0]
+
+
+class ForgetOptions(TypedDict, total=False):
+    forget_bias: Annotated[float, 0.0]
+    normalize: Annotated[bool, True]
+
+
+class MinGRUOptions(StackedOptions, GateOptions, Placement, total=False):
+    """Options of `MinGRU`."""
+
+
+class MinGRUCellOptions(CellOptions, Placement, total=False):
+    """Options of `MinGRUCell`."""
+
+
+class MinLSTMOptions(StackedOptions, ForgetOptions, Placement, total=False):
+    """Options of `MinLSTM`."""
+
+
+class MinLSTMCellOptions(NormedOptions, ForgetOptions, Placement, total=False):
+    """Options of `MinLSTMCell`."""
+
+
+class PairOptions(ForgetOptions, total=False):
+    """Options of `drop_in.LSTM` and `LSTMCell`."""
+
+    cell: Annotated[Literal["minlstm", "mingru"], "minlstm"]
+
+
+class LayerOptions(StateOptions, GateOptions, ForgetOptions, Placement, total=False):
+    """Options of `MinGRU` and `MinLSTM` that a block passes on."""
 
     bias: bool
     bidirectional: bool
-    candidate: Candidate | None
-    gate: Gates
-    min_decay: float | Sequence[float]
-    learn_initial_state: bool
-    memory: Memory | None
     recompute: bool | None
-    forget_bias: float
-    normalize: bool
-    device: Any
-    dtype: torch.dtype | None
+
+
+def constructor(remedy: str = "", **defaults: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a constructor with `**options: Unpack[...]`, to check its arguments and fill in the defaults.
+
+    Its signature then has each option. `defaults` are those that another class does not have.
+    """
+
+    def decorated(init: Callable[P, None]) -> Callable[P, None]:
+        *own, options = inspect.signature(init).parameters.values()
+        hints = get_type_hints(get_args(options.annotation)[0], include_extras=True)
+        values = {name: defaults.get(name, hints[name].__metadata__[0]) for name in sorted(hints, key=ORDER.index)}
+        for name, value in values.items():
+            option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+            own.append(option.replace(annotation=get_args(hints[name])[0]))
+
+        @functools.wraps(init)
+        def run(*args: Any, **kwargs: Any) -> None:
+            init(*args, **{**values, **kwargs})
+
+        vars(run)["__signature__"] = inspect.Signature(own, return_annotation=None)
+        return arguments_checked(remedy)(run)
+
+    return decorated
 
 
 def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
     """Return the arguments of a constructor from its `locals()`, without some of them."""
-    return {name: value for name, value in scope.items() if name not in ("self", "__class__", *without)}
+    arguments = {**scope, **scope.get("options", {})}
+    return {name: arguments[name] for name in arguments if name not in ("self", "__class__", "options", *without)}
 
 
 class Options(SimpleNamespace):
