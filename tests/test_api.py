@@ -56,6 +56,9 @@ def test_public_names():
         assert all(getattr(module, name) is not None for name in module.__all__)
     names = {name for name, value in vars(mingru).items() if not isinstance(value, types.ModuleType) or name in MODULES}
     assert {name for name in names if not name.startswith("_")} == set(mingru.__all__) - {"__version__"}
+    # Modules that are imported by their names only stand beside them.
+    seen = set(dir(mingru)) - {"bench", "distributed", "integrations", "modules", "streaming"}
+    assert {name for name in seen if not name.startswith("_")} == set(mingru.__all__) - {"__version__"}
     assert mingru.__version__ == importlib.metadata.version("torch-mingru")
     assert importlib.resources.files("mingru").joinpath("py.typed").is_file()
 

@@ -42,6 +42,14 @@ __all__ = [
     "use_backend",
 ]
 
+_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing", "unknown_arguments")
+
+
+def __dir__() -> list[str]:
+    """Return the names that a person should see, among them modules that are imported by their names only."""
+    return [name for name in globals() if name not in _PRIVATE]
+
+
 # Type checkers would take every name for known.
 if not typing.TYPE_CHECKING:
 

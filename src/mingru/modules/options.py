@@ -108,10 +108,10 @@ class LayerOptions(StateOptions, GateOptions, ForgetOptions, Placement, total=Fa
     recompute: bool | None
 
 
-def constructor(remedy: str = "", **defaults: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+def constructor(**defaults: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorate a constructor with `**options: Unpack[...]`, to check its arguments and fill in the defaults.
 
-    Its signature then has each option. `defaults` are those that another class does not have.
+    Its signature then has each option. `defaults` replace those of the options.
     """
 
     def decorated(init: Callable[P, None]) -> Callable[P, None]:
@@ -127,7 +127,7 @@ def constructor(remedy: str = "", **defaults: Any) -> Callable[[Callable[P, None
             init(*args, **{**values, **kwargs})
 
         vars(run)["__signature__"] = inspect.Signature(own, return_annotation=None)
-        return arguments_checked(remedy)(run)
+        return arguments_checked()(run)
 
     return decorated
 
