@@ -16,7 +16,7 @@ class Options(griffe.Extension):
                 func.parameters.add(
                     griffe.Parameter(
                         each.name,
-                        annotation=inspect.formatannotation(each.annotation),
+                        annotation=inspect.formatannotation(each.annotation).replace("collections.abc.", ""),
                         kind=griffe.ParameterKind.keyword_only,
                         default=repr(each.default),
                     )
