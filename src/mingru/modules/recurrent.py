@@ -176,7 +176,7 @@ class RecurrentLayer(Directions):
             return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
         else:
             linear: Any = self.linear_reverse if reverse else self.linear
-            norm = self.norm if self._fuses_norm() else None
+            norm = self.norm if self.norm is not None and self._fuses_norm() else None
             return ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, self.recompute, norm)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
