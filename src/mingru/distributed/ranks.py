@@ -46,6 +46,9 @@ class Part(Directions):
 
     mesh: DeviceMesh
 
+    def _fuses_norm(self) -> bool:
+        return False  # The norm is computed before the linear map of a part.
+
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
         inputs = self._inputs(y, reverse)
         if layout.batch_sizes is None:
