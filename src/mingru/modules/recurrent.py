@@ -75,7 +75,7 @@ class RecurrentOptions(Options):
         """The cell of each layer."""
         if self.cell == "mingru":
             return [GATES[gate] for gate in self.gates]
-        return ["minlstm" if self.normalize else "minlstm_unnormalized"] * self.num_layers
+        return [self.cell if self.normalize else f"{self.cell}_unnormalized"] * self.num_layers
 
 
 @plannable
