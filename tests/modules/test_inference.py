@@ -49,12 +49,10 @@ def trained(function, x, *args):
     leaf = x.clone().requires_grad_()
     found = outcome(function, leaf, *args)
     results = [each for each in tensors(found) if each.requires_grad]
-    # Squares, because the gradient of a sum after a norm is nearly 0.
-    return (
-        tensors(found) + list(torch.autograd.grad(sum(each.square().sum() for each in results), leaf))
-        if results
-        else found
-    )
+    if results:
+        # Squares, because the gradient of a sum after a norm is nearly 0.
+        found = [*tensors(found), *torch.autograd.grad(sum(each.square().sum() for each in results), leaf)]
+    return found
 
 
 def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):

@@ -365,15 +365,17 @@ def test_what_goes_in_comes_out_in_each_dtype(case, dtype, monkeypatch):
     module, given = case.varied(dtype=dtype), case.given(dtype=dtype)
     wide = copy.deepcopy(module).double()
     for norm in (each for each in wide.modules() if isinstance(each, torch.nn.RMSNorm) and each.eps is None):
-        norm.eps = torch.finfo(dtype).eps
+        norm.eps = torch.finfo(torch.float32).eps
     exact = {name: each if name in ("reset", "h") else each.double() for name, each in given.items()}
     exact["h"] = [each.double() for each in given["h"]]
     got, expected = graded(module, by(case, module), given), by(case, wide)(**exact)
     assert {each.dtype for each in got.values()} == {dtype}
     assert all(each.isfinite().all() for each in got.values())
     eps = torch.finfo(dtype).eps
+    # A group norm of a few pixels enlarges rounding errors.
+    most = 128 if any(isinstance(each, torch.nn.GroupNorm) for each in module.modules()) else 16
     for one, other in zip(list(got.values()), [expected[0], *expected[1]], strict=False):
-        assert (one.double() - other).abs().max() <= 16 * eps * other.abs().max()
+        assert (one.double() - other).abs().max() <= most * eps * other.abs().max()
     if "lengths" not in case.takes:
         return
     # The gradient of each weight is summed in another order.
