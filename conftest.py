@@ -51,6 +51,16 @@ def _doctest_names(doctest_namespace):
     doctest_namespace["torch"] = torch
 
 
+@pytest.fixture
+def _fresh_compiler():
+    """Free what a test compiled or exported; otherwise a process keeps gigabytes of graphs."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+    gc.collect()
+
+
 def free_scripts():
     """Free what TorchScript keeps of each class that it has compiled: 100 MB for a stack with gradients."""
     graph._scripted.cache_clear()

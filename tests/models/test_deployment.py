@@ -5,7 +5,6 @@ blocks, its states and `generate`.
 """
 
 import copy
-import gc
 import pickle
 
 import pytest
@@ -55,16 +54,6 @@ def arguments(lm, given, batch=2, steps=7):
 
 
 # torch.compile
-
-
-@pytest.fixture
-def _fresh_compiler():
-    """Free what a test compiled or exported."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-    gc.collect()
 
 
 compiling = pytest.mark.usefixtures("_fresh_compiler")

@@ -1,18 +1,4 @@
-"""Fixtures and hooks of the tests of modes."""
-
-import gc
-
-import pytest
-import torch
-
-
-@pytest.fixture
-def _fresh_compiler():
-    """Free what a test compiled or exported; otherwise a worker keeps gigabytes of graphs."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    gc.collect()
+"""A hook of the tests of modes."""
 
 
 def pytest_runtest_setup(item):
