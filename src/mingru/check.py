@@ -407,8 +407,10 @@ def check_dt(name: str, dt: Tensor, sequence: Tensor, cell: str, letters: str, l
         if not least >= 0:
             raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
         time = letters.find("S") // 3
-        is_new = name not in _WITH_LONG_SEQUENCES and dt.dim() == 2 and dt.shape[time] > LEAST_INCREASES
-        if is_new or not 0 < most <= MOST_USUAL_TIME:
+        num_steps = dt.shape[time] if dt.dim() == 2 else 1
+        is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
+        # Two events of a stream may have one time.
+        if is_new or most > MOST_USUAL_TIME or (most == 0 and num_steps > 1):
             _check_times(name, dt, time if is_new else None, most)
 
 

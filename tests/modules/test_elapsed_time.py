@@ -57,6 +57,7 @@ TIMES, INCREASING = torch.arange(9.0), "increasing at all steps, as times are"
     ("dt", "problem"),
     [
         (torch.zeros(2, 3), "0 at all steps, which ignores x"),
+        (torch.zeros(2, 1), ""),
         (TIMES.expand(2, 9), INCREASING),
         (torch.stack([TIMES, TIMES * (TIMES < 4)]), INCREASING),  # the second is padded
         (torch.stack([TIMES, TIMES.flip(0) + 1]), ""),

@@ -482,6 +482,7 @@ def test_decays_above_1(backend, cell, reverse, use_plan):
 
 @pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.filterwarnings("ignore:.* dt is 0 at all steps:RuntimeWarning")
 def test_values_that_are_not_in_memory(backend, grad):
     """Negative views and tensors without memory, as each argument and as a gradient, and masks of other bytes."""
     device = calls.device_of(backend)

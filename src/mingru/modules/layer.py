@@ -97,11 +97,10 @@ class Layer(nn.Module):
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
         names = tuple(inspect.signature(cls.forward).parameters)
-        if cls.role == "sequence" and not cls.__module__.startswith(__name__.partition(".")[0] + "."):
-            cls.step_arguments = tuple(name for name in STEP_ARGUMENTS if name in names)
         # Not of a class with its own `with_states`, such as `MinGRU`.
         if cls.role == "sequence" and cls.with_states in (Layer.with_states, with_named):
             own: Any = cls
+            own.step_arguments = tuple(name for name in STEP_ARGUMENTS if name in names)
             own.with_states = Layer.with_states if names[3:] == STEP_ARGUMENTS else with_named
 
     def __init__(self) -> None:
