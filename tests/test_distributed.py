@@ -41,8 +41,7 @@ class Model(Case):
         return [self.module.initial_state(batch) for batch in (2, 3)]
 
     def given(self, batch, steps, **factory):
-        given = {"h": self.h(batch, **factory), "reset": torch.rand(batch, steps) < 0.2}
-        return {"x": torch.randint(11, (batch, steps)), **given}
+        return {**super().given(batch, steps, **factory), "x": torch.randint(11, (batch, steps))}
 
 
 MODELS = [
