@@ -1,6 +1,7 @@
-// The norm without its weights, the linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is a matrix with one row for
-// each step of each batch element, in the order of memory. With `lengths`, the rows are the valid steps of the first
-// batch element, then those of the next, and so on. Called only by src/mingru/ops/backends/native.py.
+// The norm without its weights, the linear map and the recurrence of a cell, in blocks whose data stays in the cache. x is
+// a matrix with one row for each step of each batch element, in the order of memory. With `lengths`, the rows are the
+// valid steps of the first batch element, then those of the next, and so on. Called only by
+// src/mingru/ops/backends/native.py.
 #include "linear.h"
 
 #include "operands.h"
@@ -233,8 +234,7 @@ class LinearOperands : public Operands {
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
-  mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_,
-      grad_rows_scratch_;
+  mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_, grad_rows_scratch_;
 };
 
 // out = left right + added, where `added` may be `out`, or a vector that is added to each row. The one place that

@@ -504,11 +504,11 @@ def test_values_that_are_not_in_memory(backend, grad):
         assert_close(call(*args, twos), call(*args, twos | True), rtol=0, atol=0)
     if grad:
         out = call(args[0].requires_grad_(), *args[1:])[0]
-        weight = torch.randn_like(out)
-        found, truth = (
-            torch.autograd.grad(out, args[0], each, retain_graph=True) for each in (calls.negative(weight), weight)
-        )
-        assert_close(found, truth)
+        weight, row = torch.randn_like(out), torch.randn_like(out[:1, :1]).transpose(0, 2).contiguous().transpose(0, 2)
+        for special in (calls.negative(weight), out.new_ones(()).expand_as(out), row.expand_as(out)):
+            pair = special, torch.zeros_like(out) + special
+            found, truth = (torch.autograd.grad(out, args[0], each, retain_graph=True) for each in pair)
+            assert_close(found, truth)
 
 
 SHAPES = [(1, 1, 3, 5), (3, 40, 7, 20), (3, 5000, 4, 16), (300, 33, 4, 17), (3, 700, 3, 530)]
