@@ -193,6 +193,8 @@ def fused_with(linear: nn.Module, name: str, call: Call, norm: nn.Module | None 
     kernel = backend_of(name).linear_kernel
     if kernel is None or _RAREST.get(spec.cell, spec.cell) not in kernel.cells:
         return None
+    if norm is not None and not kernel.norms:
+        return None
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
         return None
@@ -214,9 +216,7 @@ def fused_with(linear: nn.Module, name: str, call: Call, norm: nn.Module | None 
         return None
     bias: Any = parameters["bias"]
     call = call._replace(tensors=[x, weight, bias])
-    if norm is None:
-        return call
-    return _with_norm(call, norm) if kernel.norms else None
+    return call if norm is None else _with_norm(call, norm)
 
 
 def _with_norm(call: Call, norm: nn.Module) -> Call | None:
