@@ -30,7 +30,8 @@ constexpr CellTraits cells[] = {MINGRU_CELLS(MINGRU_TRAITS)};
 // The bits of a call after the cell and the activation. The first say which of the optional tensors there are.
 #define MINGRU_FLAGS(FLAG)                                                                                       \
   FLAG(has_reset) FLAG(has_dt) FLAG(has_batch_sizes) FLAG(has_lengths) FLAG(reverse) FLAG(time_first) FLAG(keep) \
-  FLAG(rms_norm) FLAG(layer_norm) FLAG(needs_dt) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)
+  FLAG(rms_norm) FLAG(layer_norm) FLAG(output_gate) FLAG(keep_states)                                            \
+  FLAG(needs_dt) FLAG(needs_x) FLAG(needs_weight) FLAG(needs_bias)
 enum class Flag { MINGRU_FLAGS(MINGRU_NAME) count };
 
 constexpr auto num_arguments = static_cast<size_t>(Argument::count);
@@ -66,6 +67,8 @@ struct Call {
   Cell cell() const { return static_cast<Cell>(how & 0xff); }
   Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
   const CellTraits& traits() const { return cells[how & 0xff]; }
+  // The inputs of the cell, and the output gate.
+  int64_t num_parts() const { return traits().num_inputs + has(Flag::output_gate); }
 
  private:
   std::array<const Tensor*, num_arguments> tensors_{};

@@ -320,9 +320,11 @@ class InferencePass : Arguments {
   }
 
   void recur(bool has_bias, bool both, int64_t state, int64_t how) {
-    // Only a cell and its activation, or two in a mixture; a flag could ask for more than this pass gives.
-    const int64_t cell = how & (bit(Flag{}) - 1), second = how >> first_flag;
-    require(second >> first_flag == 0);
+    // Only a cell and its activation, or two in a mixture, and whether there is an output gate: a flag could ask for more
+    // than this pass gives.
+    const int64_t most = bit(Flag{}) - 1, cell = how & most, second = how >> first_flag & most;
+    const int64_t has_gate = how >> 2 * first_flag;
+    require(has_gate == 0 || has_gate == 1);
     const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states[state]);
     const Tensor initial_state = resets.empty() ? h : as_contiguous(initial_states[state]);
@@ -339,12 +341,13 @@ class InferencePass : Arguments {
       if (!resets.empty()) tensors.push_back(resets[direction]);
       if (!times.empty()) tensors.push_back(times[direction]);
       const int64_t flags = bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
-                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
+                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first) |
+                            bit(Flag::output_gate, has_gate);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
       const Tensor last = layer_of(last_[state], index);
       if (second != 0) {
         // Larger pre-activations would be in new memory. The ordinary call has none.
-        require(2 * features * num_rows() * x.element_size() <= most_kept_bytes);
+        require((2 + has_gate) * features * num_rows() * x.element_size() <= most_kept_bytes);
         kept_.push_back(out);  // so that the pre-activations are in other memory
         const Tensor pre = mapped(as_contiguous(x), has_bias);
         recur_in_halves(pre, tensors, {cell | flags, second | flags}, min_decay, part, last);
@@ -354,21 +357,21 @@ class InferencePass : Arguments {
       const Call call{"inference", tensors, cell | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
       const Tensor& weight = next_weight(2, x.size(2));
-      require(weight.size(0) == features * call.traits().num_inputs);
+      require(weight.size(0) == features * call.num_parts());
       const MaybeTensor bias = next_bias(has_bias, weight.size(0));
       linear_recurrence(call, x, weight, bias, 0, {part, last, {}});
     }
     x_ = out;
   }
 
-  // The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves and
-  // then the candidates of both, `tensors` are those of the call, and `how` is that of each half.
+  // The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves, then the
+  // candidates of both, and then their output gates, `tensors` are those of the call, and `how` is that of each half.
   static void recur_in_halves(
       const Tensor& pre, Tensors tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
       const Tensor& last) {
     const Tensor h = tensors[0], initial_state = tensors[1];
     const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
-    require(h.size(-1) == 2 * half && pre.size(-1) == 4 * half);
+    require(h.size(-1) == 2 * half);
     for (int64_t part = 0; part < 2; ++part) {
       const auto own = [&](Tensor x, int64_t input) {
         return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
@@ -376,10 +379,12 @@ class InferencePass : Arguments {
       tensors[0] = own(h, 0);
       tensors[1] = own(initial_state, 0);
       const Call call{"inference", tensors, how[part], min_decay};
-      require(call.traits().num_inputs == 2 && (!call[Argument::dt] || call.traits().takes_time));
+      const int64_t num_parts = call.num_parts();
+      require(call.traits().num_inputs == 2 && pre.size(-1) == 2 * num_parts * half);
+      require(!call[Argument::dt] || call.traits().takes_time);
       Operands operands(call, pre, half);
-      for (int64_t input = 0; input < 2; ++input) operands.scan.inputs[input] = operands.sequence(own(pre, input));
-      operands.scan.out = operands.sequence(own(out, 0));
+      for (int64_t k = 0; k < num_parts; ++k) operands.scan.inputs[k] = operands.sequence(own(pre, k));
+      operands.scan.gated = operands.scan.out = operands.sequence(own(out, 0));
       const Tensor end = empty_as(operands.h);
       operands.scan.last = end.data_ptr();
       mingru::run(operands.scan, operands.whole(), false);

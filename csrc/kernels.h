@@ -50,6 +50,8 @@ class Tile {
     if (!std::is_same_v<T, A> || count < group) store(to, values_, steps, count);
   }
 
+  A* values() { return values_; }
+
  private:
   alignas(64) A values_[tile_size];
 };
@@ -112,7 +114,7 @@ class Steps {
   // not in `out` are alone.
   Run run_from(int64_t done) const {
     const int64_t widest = span_.num_features < group ? group : span_.num_features / group * group;
-    const bool is_copied = !std::is_same_v<T, A> || scan_.biases[0];
+    const bool is_copied = !std::is_same_v<T, A> || scan_.biases[0] || scan_.has_output_gate;
     int64_t most = tile_size / (is_copied ? widest : group);
     if (span_.checkpoints) most = least_of(most, steps_per_checkpoint - done % steps_per_checkpoint);
     most = least_of(most, num_steps() - done);
@@ -155,13 +157,12 @@ class Steps {
       lanes_.dt = {dt, run.stride * scan_.dt.step_stride};
     }
     for (int k = 0; k < num_inputs; ++k) {
-      const A* bias = static_cast<const A*>(scan_.biases[k]);
-      if (bias) bias += span_.feature + feature;
-      lanes_.read[k] = tiles_[k].read(rows_of<const T>(scan_.inputs[k], run, feature), run.steps, count, bias);
+      lanes_.read[k] = read_input(k, tiles_[k], run, feature, count);
     }
     if (is_backward_) {
       const auto grad_out = rows_of<const T>(scan_.grad_out, run, feature);
       lanes_.read[num_inputs] = tiles_[num_inputs].read(grad_out, run.steps, count);
+      if (scan_.has_output_gate) lanes_.read[num_inputs] = gate_backward(lanes_.read[num_inputs], run, feature, count);
       lanes_.read[num_inputs + 1] = previous_states(run, done, feature, count);
       if (scan_.grads_of_dt.data) {
         A* grads = static_cast<A*>(scan_.grads_of_dt.data) + scan_.grads_of_dt.index(span_.batch, run.position);
@@ -175,6 +176,52 @@ class Steps {
     for (int k = 0; k < num_written; ++k) {
       written_tiles_[k].write(rows_of<T>(written[k], run, feature), run.steps, count);
     }
+    if (scan_.has_output_gate && !is_backward_) gate_states(run, feature, count);
+  }
+
+  Rows<const A> read_input(int k, Tile<A>& tile, const Run& run, int64_t feature, int64_t count) {
+    const A* bias = static_cast<const A*>(scan_.biases[k]);
+    if (bias) bias += span_.feature + feature;
+    return tile.read(rows_of<const T>(scan_.inputs[k], run, feature), run.steps, count, bias);
+  }
+
+  // Writes the states of a run, times silu(gate).
+  void gate_states(const Run& run, int64_t feature, int64_t count) {
+    const Rows<const A> gate = read_input(loops_.num_inputs, gate_tiles_[0], run, feature, count);
+    const Rows<T> gated = rows_of<T>(scan_.gated, run, feature);
+    const Rows<A> states = lanes_.written[0], to = gate_tiles_[1].template place<A>(gated, count);
+    const int64_t padded = padded_size(count);
+    for (int64_t step = 0; step < run.steps; ++step) {
+      const A *h = states.data + step * states.stride, *v = gate.data + step * gate.stride;
+      A* out = to.data + step * to.stride;
+      MINGRU_LANES
+      for (int64_t i = 0; i < padded; ++i) out[i] = h[i] * silu(v[i]).value;
+    }
+    gate_tiles_[1].write(gated, run.steps, count);
+  }
+
+  // Returns the gradients of the states of a run from those of the gated states, and writes those of the gate.
+  Rows<const A> gate_backward(Rows<const A> grad_out, const Run& run, int64_t feature, int64_t count) {
+    const int gate_index = loops_.num_inputs;
+    const Rows<const A> gate = read_input(gate_index, gate_tiles_[0], run, feature, count);
+    const Rows<const A> states = gate_tiles_[1].read(rows_of<const T>(scan_.out, run, feature), run.steps, count);
+    const Rows<T> written = rows_of<T>(scan_.grad_inputs[gate_index], run, feature);
+    const Rows<A> grads = gate_tiles_[2].template place<A>(written, count);
+    const int64_t padded = padded_size(count);
+    const Rows<A> grad_states = {gate_tiles_[3].values(), padded};
+    for (int64_t step = 0; step < run.steps; ++step) {
+      const A *h = states.data + step * states.stride, *v = gate.data + step * gate.stride;
+      const A* grad = grad_out.data + step * grad_out.stride;
+      A *of_gate = grads.data + step * grads.stride, *of_state = grad_states.data + step * grad_states.stride;
+      MINGRU_LANES
+      for (int64_t i = 0; i < padded; ++i) {
+        const Value<A> opened = silu(v[i]);
+        of_gate[i] = grad[i] * h[i] * opened.slope;
+        of_state[i] = grad[i] * opened.value;
+      }
+    }
+    gate_tiles_[2].write(written, run.steps, count);
+    return {grad_states.data, grad_states.stride};
   }
 
   Rows<const A> previous_states(const Run& run, int64_t done, int64_t feature, int64_t count) {
@@ -215,7 +262,7 @@ class Steps {
   A* const state_;
   const Loops<A> loops_ = loops_of<A>(scan_);
   Lanes<A> lanes_{};
-  Tile<A> tiles_[most_inputs + 2], written_tiles_[most_inputs];
+  Tile<A> tiles_[most_inputs + 2], written_tiles_[most_inputs], gate_tiles_[4];
 };
 
 template <class A>

@@ -25,13 +25,13 @@ struct Block {
 
 // The number of features of the states.
 int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
-  const int64_t num_inputs = call.traits().num_inputs;
+  const int64_t num_parts = call.num_parts();
   STD_TORCH_CHECK(
       x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
-          weight.scalar_type() == x.scalar_type() && weight.size(0) % num_inputs == 0 && weight.size(1) == x.size(-1) &&
+          weight.scalar_type() == x.scalar_type() && weight.size(0) % num_parts == 0 && weight.size(1) == x.size(-1) &&
           x.numel() > 0,
-      call.name, ": x must be (B, S, I), not empty, and weight (num_inputs N, I), of the same dtype");
-  return weight.size(0) / num_inputs;
+      call.name, ": x must be (B, S, I), not empty, and weight (num_parts N, I), of the same dtype");
+  return weight.size(0) / num_parts;
 }
 
 // The operands of the recurrence and of its linear map. x is a matrix in the order of memory, copied only if neither x
@@ -57,7 +57,7 @@ class LinearOperands : public Operands {
     if (bias && (weight.element_size() < 4 || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
-          ": bias must be (num_inputs N), of the dtype of weight");
+          ": bias must be (num_parts N), of the dtype of weight");
       bias_ = as_contiguous(*bias);
     } else {
       add_biases(bias);
@@ -309,13 +309,16 @@ Outputs mingru::linear_recurrence(
   if (!outputs.out) {
     // The largest tensor first: glibc's malloc then gives less memory back to the system, whose new pages take long.
     outputs.kept = empty({call.has(Flag::keep) ? operands.num_rows() : 0, operands.num_columns}, x);
-    outputs.out = empty(operands.sizes(operands.scan.num_features), x);
+    const std::vector<int64_t> sizes = operands.sizes(operands.scan.num_features);
+    outputs.out = empty(sizes, x);
+    outputs.states = empty(call.has(Flag::keep_states) ? sizes : std::vector<int64_t>{0}, x);
     outputs.last = empty_as(operands.h);
   }
   char* kept = call.has(Flag::keep) ? data_of<char>(*outputs.kept) : nullptr;
   operands.clear_padding(*outputs.out);
   Scan& scan = operands.scan;
-  scan.out = operands.sequence(*outputs.out);
+  scan.gated = scan.out = operands.sequence(*outputs.out);
+  if (call.has(Flag::keep_states)) scan.out = operands.sequence(*outputs.states);
   scan.last = operands.state(*outputs.last, "the last state");
   for (const Block& block : operands.blocks(false)) {
     if (block.num_rows > 0) {
@@ -330,12 +333,12 @@ Outputs mingru::linear_recurrence(
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> linear_recurrence_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_recurrence_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how,
     double min_decay, double eps) {
-  const auto [out, last, kept] =
+  const auto [out, last, kept, states] =
       linear_recurrence({"linear_recurrence_forward", tensors, how, min_decay}, x, weight, bias, eps);
-  return {*out, *last, *kept};
+  return {*out, *last, *kept, *states};
 }
 
 // left right + added, for tests and measurements.
@@ -356,7 +359,7 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& out,
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay,
     double eps) {
   const Call call{"linear_recurrence_backward", tensors, how, min_decay};
@@ -369,9 +372,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
           (pre_activations.is_cpu() && pre_activations.is_contiguous() &&
            pre_activations.scalar_type() == x.scalar_type() &&
            pre_activations.numel() == operands.num_rows() * columns),
-      call.name, ": pre_activations must be (number of steps, num_inputs N), contiguous, or empty");
+      call.name, ": pre_activations must be (number of steps, num_parts N), contiguous, or empty");
   char* kept = pre_activations.numel() > 0 ? data_of<char>(pre_activations) : nullptr;
-  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(out, grad_out, grad_last);
+  auto [grad_h, grad_initial_state, grads_of_dt] = operands.add_gradients(states, grad_out, grad_last);
   Tensor grad_x = needs_x ? operands.empty_like_x() : empty({0}, x);
   if (needs_x) operands.clear_padding(grad_x);
   SumOfBlocks grad_weight(x, needs_weight ? columns : 0, features), grad_bias(x, needs_bias ? 1 : 0, columns);
@@ -410,9 +413,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def("multiply(Tensor left, Tensor right, Tensor? added) -> Tensor");
   library.def(
       "linear_recurrence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, float min_decay, "
-      "float eps=0) -> (Tensor, Tensor, Tensor)");
+      "float eps=0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor out, "
+      "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor states, "
       "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay, float eps=0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -29,9 +29,10 @@ void map_rows(
     void* out, const void* x, int64_t rows, const Tensor& like, const Tensor& weight, const MaybeTensor& bias);
 
 // The results of a linear map and recurrence: all states, the last state and, if the call keeps them, the
-// pre-activations in the memory order of x, without the bias if the scan adds it.
+// pre-activations in the memory order of x, without the bias if the scan adds it. With an output gate, `out` is gated, and
+// the states are apart if the call keeps them.
 struct Outputs {
-  MaybeTensor out, last, kept;
+  MaybeTensor out, last, kept, states;
 };
 
 // The bias may be absent. `eps` is that of the norm, if the call has one. The outputs are allocated unless `out` and `last` are given.

@@ -157,6 +157,14 @@ struct Value {
   A value, slope;
 };
 
+// x sigma(x)
+template <class A>
+MINGRU_INLINE Value<A> silu(A x) {
+  AtOnce at_once;
+  const Fraction<A> z = logistic(x, at_once);
+  return {x * z.value, z.value * (A(1) + x * z.rest)};
+}
+
 // log(1 + exp(x))
 template <class A, class Memo>
 MINGRU_INLINE Value<A> softplus(A x, Memo& memo) {

@@ -65,6 +65,7 @@ class Operands {
     scan.storage = storage_of(like);
     scan.num_features = num_features;
     scan.reverse = call.has(Flag::reverse);
+    scan.has_output_gate = call.has(Flag::output_gate);
     const Tensor *lengths = call[Argument::lengths], *dt = call[Argument::dt], *reset = call[Argument::reset];
     if (const Tensor* batch_sizes = call[Argument::batch_sizes]) {
       STD_TORCH_CHECK(!lengths, call.name, ": lengths must be of sequences that are not packed");
@@ -163,14 +164,14 @@ class Operands {
     return x.data_ptr();
   }
 
-  // The bias is (num_inputs N).
+  // The bias is (num_parts N).
   void add_biases(const MaybeTensor& given) {
     if (!given) return;
     const Tensor bias = contiguous(*given);
-    const int64_t count = call_.traits().num_inputs, features = scan.num_features, size = bias.element_size();
+    const int64_t count = call_.num_parts(), features = scan.num_features, size = bias.element_size();
     STD_TORCH_CHECK(
         bias.is_cpu() && storage_of(bias) == scan.storage && bias.numel() == count * features && size >= 4, call_.name,
-        ": bias must be (num_inputs N), float32 or float64, with the dtype of the sequences");
+        ": bias must be (num_parts N), float32 or float64, with the dtype of the sequences");
     for (int64_t k = 0; k < count; ++k) scan.biases[k] = data_of<char>(bias) + k * features * size;
   }
 

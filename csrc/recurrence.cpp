@@ -13,7 +13,8 @@ int64_t num_features(const Call& call, const Tensors& inputs) {
   const int64_t count = call.traits().num_inputs;
   STD_TORCH_CHECK(
       static_cast<int64_t>(inputs.size()) == count, call.name, ": the cell takes ", count, " inputs, got ", inputs.size());
-  STD_TORCH_CHECK(!call[Argument::lengths], call.name, ": lengths need the linear map");
+  const bool has_gate = call.has(Flag::output_gate);
+  STD_TORCH_CHECK(!call[Argument::lengths] && !has_gate, call.name, ": lengths and gates need the linear map");
   int64_t features = 1;
   for (int64_t dim = call[Argument::batch_sizes] ? 1 : 2; dim < inputs[0].dim(); ++dim) features *= inputs[0].size(dim);
   return features;

@@ -37,6 +37,8 @@ enum class Activation { positive, linear, tanh };
 enum class Argument { h, initial_state, reset, dt, batch_sizes, lengths, count };
 
 constexpr int most_inputs = 3;
+// With the output gate, which comes after the inputs of the cell.
+constexpr int most_parts = most_inputs + 1;
 // A state of this size stays in the first-level cache while the inputs are read.
 constexpr int64_t most_features = 512;
 // Features are always computed in groups of this size, so that the split into tasks does not change the results.
@@ -64,15 +66,17 @@ struct Scan {
   Activation activation;
   Storage storage;
   int64_t num_batch, num_steps, num_features;
-  bool reverse;
+  bool reverse, has_output_gate;
   // The packed index at which each step begins, null if the sequences are not packed, and the length of each sequence,
   // null if all have num_steps. Steps after the end of a sequence are neither read nor written.
   const int64_t* step_offsets;
   const int64_t* lengths;
-  Sequence inputs[most_inputs];
+  Sequence inputs[most_parts];
   // (N), in the accumulation dtype. All are null if there is no bias.
-  const void* biases[most_inputs];
-  Sequence out;
+  const void* biases[most_parts];
+  Sequence out;  // the states
+  // Forward, with an output gate: the states times silu(gate). It may be `out`. Null without an output gate.
+  Sequence gated;
   Sequence reset;  // uint8 or null; not bool, because a bool tensor that views bytes may contain other values
   // Only of cells that take time: the elapsed time of each step, in the accumulation dtype (null: 1), and log(m) and
   // log(1 - m) of the lower bound m of the decay. Both are 0 if there is none.
@@ -82,8 +86,8 @@ struct Scan {
   const void* initial_state;  // state after a reset; if null, the state is 0
   void* last;
   // Backward only.
-  Sequence grad_out;
-  Sequence grad_inputs[most_inputs];
+  Sequence grad_out;  // of `gated`, if there is an output gate
+  Sequence grad_inputs[most_parts];
   const void* grad_last;
   void* grad_h;
   void* grad_initial_state;  // may be null

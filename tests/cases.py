@@ -278,6 +278,7 @@ CASES = [
         partial(mingru.MinGRU, INPUT, HIDDEN, 2),
         partial(mingru.MinLSTM, HIDDEN, 5, normalize=False),
         partial(mingru.MinGRU, 5, 5, residual="highway"),
+        partial(mingru.MinGRU, 5, 5, output_gate="silu"),
     ),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
@@ -302,6 +303,7 @@ LAYER = {
     "batch_first": [True, False],
     "bidirectional": [False, True],
     "residual": [False, True, "highway"],
+    "output_gate": [None, "silu"],
     "norm": [None, "layer", "rms"],
     "candidate": ["positive", "linear", "tanh"],
     "learn_initial_state": [False, True],
@@ -345,8 +347,8 @@ CONV = {
 def is_possible(row: dict[str, Any]) -> bool:
     """Whether the options of a layer of features go together."""
     without_bound = row["cell"] == "signed" or row["cell"].startswith("minlstm")
-    is_highway = row.get("residual") == "highway"
-    return not (without_bound and row["min_decay"] > 0) and not (is_highway and row["bidirectional"])
+    excludes_others = row.get("residual") == "highway" and (row["bidirectional"] or row["output_gate"])
+    return not (without_bound and row["min_decay"] > 0) and not excludes_others
 
 
 def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
@@ -407,7 +409,11 @@ def block(**options: Any) -> Case:
 
 
 # Only these have no norm, residual or highway, so that kernels skip their padding.
-PLAIN = [{"cell": cell, "min_decay": 0.0, "num_layers": count} for cell in CELLS for count in (1, 2)]
+PLAIN = [
+    {"cell": cell, "min_decay": 0.0, "num_layers": count, "output_gate": gate}
+    for cell in CELLS
+    for count, gate in ((1, None), (2, "silu"))
+]
 FEATURES = [of_features(mingru, "", row) for row in [*PLAIN, *cover(LAYER, is_possible)]]
 MIXED_IMAGES = conv(
     "MinConv2dGRU with mixed gates", 2, 16, gate="mixed", bidirectional=True, num_layers=2, norm="group"
@@ -471,7 +477,7 @@ BLOCK = {
     "mlp": [None, 1.5],
     "expansion": [1, 1.4, 0.6],
     "checkpoint": [False, True],
-    **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional")},
+    **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional", "output_gate")},
     "norm": ["rms", "layer"],
 }
 BLOCKS = [block(gate="rotation", expansion=1.2, min_decay=0.3), *(block(**row) for row in cover(BLOCK))]

@@ -188,6 +188,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
             inputs = list(pre.split(rnn.hidden_dims, -1))
             mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
+            gate = inputs.pop() if rnn.output_gate else None
             layer = rnn.layers[index]
             options = {} if layer.cell in ("mingru_signed", "minlstm_unnormalized") else {"min_decay": layer.min_decay}
             if dt is not None:
@@ -197,6 +198,7 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options
             )
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
+            out = out if gate is None else out * gate * torch.sigmoid(gate)
             projection = weights.get(f"{prefix}projections.{direction}.weight")
             outs.append(out if projection is None else out @ projection.T)
         out = torch.cat(outs, -1)

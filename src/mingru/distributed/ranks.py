@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..check import check_type, require
 from ..modules.layer import Layer
+from ..modules.shared import MaybeList
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Start
 from ..ops.shape import States
@@ -49,14 +50,8 @@ class Part(Directions):
     def _fuses_norm(self) -> bool:
         return False  # The norm is computed before the linear map of a part.
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
-        inputs = self._inputs(y, reverse)
-        if layout.batch_sizes is None:
-            # A convolution may have states of any batch, features and space.
-            batch = inputs[0].shape[1 if layout.time_first else 0]
-            shape = batch, 1, self.hidden_dims, *inputs[0].shape[3:]
-            start = start._replace(h=start.h.expand(shape), initial_state=start.initial_state.expand(shape))
-        return self._recurrence(self.spec(reverse), inputs, start, layout)
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        return self._from_inputs(y, start, layout, reverse, found)
 
 
 def derive(module: Any, part: type, mesh: DeviceMesh) -> None:

@@ -35,6 +35,7 @@ from ..modules.conv_layer import MinConvLayer
 from ..modules.layer import Layer
 from ..modules.per_step import PerStep
 from ..modules.recurrent import Recurrent, RecurrentLayer
+from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
@@ -243,14 +244,18 @@ class _Layer(Part):
 class _LinearLayer(_Layer, RecurrentLayer):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
-        if not (is_plain and are_recomputed(y, self.recompute) and self.cell in NUM_INPUTS):
-            return super()._direction(y, start, layout, reverse)
+        is_plain = is_plain and self.cell in NUM_INPUTS and not self.has_output_gate
+        if not (is_plain and are_recomputed(y, self.recompute)):
+            return super()._direction(y, start, layout, reverse, found)
         with torch.no_grad():
             inputs = self._inputs(y, reverse)
-        return self._over_ranks(self.spec(reverse), linear, [y], inputs, start, layout)
+        out, last = self._over_ranks(self.spec(reverse), linear, [y], inputs, start, layout)
+        if found is not None:
+            found.append(out)
+        return out, last
 
 
 def _of_next_step(mesh: DeviceMesh, x: Tensor, layout: Layout) -> Tensor:

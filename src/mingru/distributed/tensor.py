@@ -90,7 +90,7 @@ class TensorParallel(ParallelStyle):
             expected = "Replicate() unless the module is a layer with one direction and no residual"
             require(_NAME, "output_layouts", is_plain, expected, "Shard(-1)")
         for each in found:
-            parts = each.num_inputs + each.highway if isinstance(each, RecurrentLayer) else 2
+            parts = each.num_parts if isinstance(each, RecurrentLayer) else 2
             for linear in each.maps():
                 derive(linear, _Rows, device_mesh)
                 linear.divide(parts, self.src_data_rank)
@@ -124,7 +124,9 @@ class _Layer(Part):
         # Each rank computes a part of the gradient of y, which is their sum.
         y = DTensor.from_local(y, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
         inputs = super()._inputs(y, reverse)
-        return [*inputs[:-1], self._join(inputs[-1])] if getattr(self, "highway", False) else inputs
+        # That of the highway or of the output gate.
+        has_more = getattr(self, "highway", False) or (self.has_output_gate and not self.is_sharded)
+        return [*inputs[:-1], self._join(inputs[-1])] if has_more else inputs
 
     @eager
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:

@@ -16,7 +16,7 @@ from .stacked import as_sequence
 
 # The options of a layer that a cell does not have.
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "batch_first": True, "dropout": 0.0, "bidirectional": False}
-ONE_LAYER |= {"residual": False, "recompute": None}
+ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 
 
 class RecurrentCell(Recurrent, role="step"):

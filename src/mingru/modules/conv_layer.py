@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check import check_flags, check_int, check_parts, dims, require
-from ..ops.backends import traceable
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
@@ -168,16 +167,11 @@ class MinConvLayer(Directions):
         """Return the convolution of each direction."""
         return [self.conv] if self.conv_reverse is None else [self.conv, self.conv_reverse]
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
-        spec = self.spec(reverse)
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if is_scripting():
-            inputs = self._inputs(y, reverse)
-            shape = list(inputs[0].shape)
-            batch = [shape[1 if layout.time_first else 0], 1]
-            start = Start(start.h.expand(batch + shape[2:]), start.initial_state, start.reset)
-            return traceable.recurrence(spec, inputs, start, layout)
+            return self._from_inputs(y, start, layout, reverse, found)
         else:
-            return self._mapped(spec, y, start, layout)
+            return self._mapped(self.spec(reverse), y, start, layout)
 
     def _mapped(self, spec: Spec, y: Tensor, start: Start, layout: Layout) -> States:
         if is_autocast(y):

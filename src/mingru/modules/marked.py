@@ -42,6 +42,7 @@ MARKS = {
     "normalize": Mark((True, False), 3),
     "min_decay": Mark((), 3),
     "residual": Mark((False, True, "highway"), 3),
+    "output_gate": Mark((None, "silu"), 3),
     "zero_state": Mark((0.0, 0.5), 3, True),
 }
 

@@ -30,11 +30,12 @@ Gates = Gate | Sequence[Gate]
 Norm = Literal["layer", "rms"]
 Memory = float | Sequence[float]
 Residual = bool | Literal["highway"]
+OutputGate = Literal["silu"]
 
 
 # The options of constructors by keyword, with their defaults. In this order, signatures have them.
 ORDER = (
-    *("cell", "forget_bias", "normalize", "residual", "norm", "candidate", "gate", "min_decay"),
+    *("cell", "forget_bias", "normalize", "residual", "norm", "candidate", "gate", "min_decay", "output_gate"),
     *("learn_initial_state", "memory", "recompute", "batch_first", "device", "dtype"),
 )
 
@@ -65,6 +66,7 @@ class CellOptions(NormedOptions, total=False):
 
 class StackedOptions(NormedOptions, total=False):
     residual: Annotated[Residual, False]
+    output_gate: Annotated[OutputGate | None, None]
     recompute: Annotated[bool | None, None]
 
 
@@ -105,6 +107,7 @@ class LayerOptions(StateOptions, GateOptions, ForgetOptions, Placement, total=Fa
 
     bias: bool
     bidirectional: bool
+    output_gate: OutputGate | None
     recompute: bool | None
 
 

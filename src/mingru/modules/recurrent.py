@@ -28,7 +28,6 @@ from ..check import (
     require,
 )
 from ..ops import route
-from ..ops.backends import traceable
 from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_autocast, is_captured, is_scripting
@@ -66,6 +65,13 @@ class RecurrentOptions(Options):
         for gate in self.gates:
             check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
+        gate = self.output_gate
+        is_known = gate is None or (isinstance(gate, str) and gate == "silu")
+        require(self.name, "output_gate", is_known, "'silu' or None", repr(gate))
+        remedy = "gate the output yourself, by a torch.nn.Linear"
+        for option, is_used in (("residual", self.residual == "highway"), ("proj_size", self.proj_size > 0)):
+            expected = f"None because {option} is {getattr(self, option)!r}"
+            require(self.name, "output_gate", gate is None or not is_used, expected, repr(gate), remedy)
         got = repr(self.forget_bias)
         require(self.name, "forget_bias", is_number(self.forget_bias), "a number", got, error=TypeError)
         require(self.name, "forget_bias", self.bias or self.forget_bias == 0, "0 because bias is False", got)
@@ -80,7 +86,7 @@ class RecurrentOptions(Options):
 
 @plannable
 class RecurrentLayer(Directions):
-    """Apply norm, linear map, recurrence and residual or highway of one layer, in one direction or both."""
+    """Apply norm, linear map, recurrence, output gate and residual of one layer, in one direction or both."""
 
     def __init__(
         self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, linear: type[nn.Module]
@@ -93,8 +99,9 @@ class RecurrentLayer(Directions):
         self.recompute = options.recompute
         self.residual = options.residual is True
         self.highway = options.residual == "highway"
-        # The highway's rows are the last.
-        pre_dims = self.hidden_dims * (self.num_inputs + self.highway)
+        # The rows of the highway or of the output gate are the last.
+        self.num_parts = self.num_inputs + int(self.highway or self.has_output_gate)
+        pre_dims = self.hidden_dims * self.num_parts
         self.norm: nn.Module | None = None if options.norm is None else NORMS[options.norm](input_dims, **factory)
         self.linear = linear(input_dims, pre_dims, options.bias, **factory)
         self.linear_reverse = linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
@@ -129,12 +136,12 @@ class RecurrentLayer(Directions):
 
     def plan(self, plan: InferencePlan, state: int) -> None:
         """Write the instructions of an inference pass."""
-        plan.require(not self.highway, self.num_inputs == CELLS[self.cell].num_inputs)
+        plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
         if self.residual:
             plan.keep()
         if self.norm is not None:
             plan.norm(self.norm)
-        plan.scan(self.spec(False), state, *self.maps())
+        plan.scan(self.spec(False), self.has_output_gate, state, *self.maps())
         if self.projections is not None:
             (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
             plan.linear(projection)
@@ -171,22 +178,26 @@ class RecurrentLayer(Directions):
         """Return whether the norm is computed with the linear map: not if several maps read its result."""
         return not is_scripting() and not self.highway and self.linear_reverse is None
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
-        if is_scripting():
-            return traceable.recurrence(self.spec(reverse), self._inputs(y, reverse), start, layout)
-        else:
-            linear: Any = self.linear_reverse if reverse else self.linear
-            norm = self.norm if self.norm is not None and self._fuses_norm() else None
-            return ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, self.recompute, norm)
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        if not is_scripting():
+            if found is None or not self.has_output_gate:
+                linear: Any = self.linear_reverse if reverse else self.linear
+                norm = self.norm if self.norm is not None and self._fuses_norm() else None
+                options: Any = self.recompute, norm, self.has_output_gate
+                out, last = ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, *options)
+                if found is not None:
+                    found.append(out)
+                return out, last
+        return self._from_inputs(y, start, layout, reverse, found)
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
-        """Return the pre-activations of one direction; the highway's are the last."""
+        """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""
         pre = y
         if not reverse:
             pre = self.linear(y)
         elif self.linear_reverse is not None:
             pre = self.linear_reverse(y)
-        return list(pre.chunk(self.num_inputs + int(self.highway), -1))
+        return list(pre.chunk(self.num_parts, -1))
 
 
 class Recurrent(Stacked, role="sequence"):

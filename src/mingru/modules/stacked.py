@@ -11,6 +11,7 @@ from .. import ops
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES, cells_of, default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
+from ..ops.linear_map import gated
 from ..ops.shape import States
 from .layer import Layer
 from .marked import VERSION, add_marks, key_of, save_marks, take_marks
@@ -36,6 +37,7 @@ class Directions(nn.Module):
         # Not with the other marks, because modules of version 0.1 are recognized by its absence.
         self.register_buffer("gate", None)
         self.hidden_dims = hidden_dims
+        self.has_output_gate: bool = getattr(options, "output_gate", None) is not None
         self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
         self.min_decay = min_decay
         self.memories = options.memories_of(cell, min_decay)
@@ -94,6 +96,7 @@ class Directions(nn.Module):
             "normalize": self.cell != "minlstm_unnormalized",
             "min_decay": self.min_decay,
             "residual": "highway" if getattr(layer, "highway", False) else layer.residual,
+            "output_gate": "silu" if self.has_output_gate else None,
         }
 
     def spec(self, reverse: bool) -> Spec:
@@ -101,28 +104,41 @@ class Directions(nn.Module):
         return Spec(self.cell, self.candidate, reverse, self.min_decay)
 
     def _directions(self, y: Tensor, starts: list[Start], layout: Layout, found: MaybeList = None) -> Outputs:
-        """Return the states of all steps and the last states; `starts` has one entry for each direction.
+        """Return the output and the last states; `starts` has one entry for each direction.
 
         Append the states of all steps in each direction to `found`.
         """
-        out, last = self._direction(y, starts[0], layout, False)
-        states, directions = [last], [out]
+        out, last = self._direction(y, starts[0], layout, False, found)
+        states = [last]
         if len(starts) > 1:
-            back, last = self._direction(y, self._in_reverse(starts[1], layout), layout, True)
+            back, last = self._direction(y, self._in_reverse(starts[1], layout), layout, True, found)
             # The features of packed steps are dimension 1.
             out = torch.cat([out, back], min(2, y.dim() - 1))
             states.append(last)
-            directions.append(back)
-        if found is not None:
-            found += directions
         return out, states
 
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool) -> States:
+    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         """Run one direction: by one kernel if possible, scripted by operations that TorchScript can compile."""
         raise NotImplementedError
 
+    def _from_inputs(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
+        """Run one direction from its pre-activations."""
+        inputs = self._inputs(y, reverse)
+        gate: MaybeTensor = None
+        if self.has_output_gate:
+            gate = inputs.pop()
+        if layout.batch_sizes is None:
+            # A convolution may have states of any batch, features and space.
+            sizes = list(inputs[0].shape)
+            sizes = [sizes[1 if layout.time_first else 0], 1, self.hidden_dims] + sizes[3:]  # noqa: RUF005 (not in TorchScript)
+            start = Start(start.h.expand(sizes), start.initial_state.expand(sizes), start.reset, start.dt)
+        out, last = self._recurrence(self.spec(reverse), inputs, start, layout)
+        if found is not None:
+            found.append(out)
+        return gated((out, last), gate)
+
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
-        """Return the pre-activations of one direction."""
+        """Return the pre-activations of one direction, and its output gate if it has one."""
         raise NotImplementedError
 
     def _recurrence(self, spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:

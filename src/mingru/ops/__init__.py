@@ -17,7 +17,7 @@ from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .cells import CELLS, NUM_INPUTS
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
-from .linear_map import are_recomputed
+from .linear_map import are_recomputed, gated
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
@@ -69,36 +69,39 @@ def linear_recurrence(
     layout: Layout,
     recompute: bool | None = None,
     norm: nn.Module | None = None,
+    output_gate: bool = False,
 ) -> States:
     """Compute the recurrence of the pre-activations linear(norm(x)), by one fused kernel if possible.
 
-    `recompute` is that of `are_recomputed`.
+    `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
 
-    call, num_inputs = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs
+    call, num_parts = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs + output_gate
 
     def run(choice: Choice) -> States:
-        fused = route.fused_with(linear, choice.backend, call, norm)
+        fused = route.fused_with(linear, choice.backend, call, norm, output_gate)
         if fused is None and norm is not None:
-            return linear_recurrence(spec, norm(x), linear, start, layout, recompute)
+            return linear_recurrence(spec, norm(x), linear, start, layout, recompute, None, output_gate)
         if fused is None:
-            return _run(choice, Call(spec, list(linear(x).chunk(num_inputs, -1)), start, layout))
+            inputs = list(linear(x).chunk(num_parts, -1))
+            gate = inputs.pop() if output_gate else None
+            return gated(_run(choice, Call(spec, inputs, start, layout)), gate)
         keep = not are_recomputed(x, recompute)
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
         if spec.cell in NUM_INPUTS:
             return autograd.run_kernel(choice, fused, keep)
         own_x, *of_map = fused.tensors
         parts = divided(fused._replace(tensors=[]))
-        maps = zip(*(_rows_of_each(each, num_inputs, len(parts)) for each in of_map), strict=True)
+        maps = zip(*(_rows_of_each(each, num_parts, len(parts)) for each in of_map), strict=True)
         parts = [part._replace(tensors=[own_x, *own]) for part, own in zip(parts, maps, strict=True)]
         return joined([autograd.run_kernel(choice, part, keep) for part in parts], layout)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
 
 
-def _rows_of_each(x: Tensor | None, num_inputs: int, count: int) -> list[Tensor | None]:
+def _rows_of_each(x: Tensor | None, num_parts: int, count: int) -> list[Tensor | None]:
     """Return the rows of each cell of a mixture, from the weight or the bias of all."""
-    return [None if x is None else torch.cat(x.chunk(num_inputs * count)[index::count]) for index in range(count)]
+    return [None if x is None else torch.cat(x.chunk(num_parts * count)[index::count]) for index in range(count)]
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:

@@ -22,7 +22,7 @@ from .call import Call, Spec, from_flat
 from .cells import NUM_INPUTS
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
-from .linear_map import normalized
+from .linear_map import gated, normalized
 from .private import is_exporting, jvp_nesting
 from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
@@ -160,7 +160,7 @@ def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
         args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
         states: States = Recurrence.apply((choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
         return states
-    out, last, _ = getattr(backend_of(choice.backend), choice.kernel).forward(call, False)
+    out, last, *_ = getattr(backend_of(choice.backend), choice.kernel).forward(call, None)
     return out, last
 
 
@@ -171,15 +171,15 @@ class Recurrence(torch.autograd.Function):
     def forward(ctx: Any, how: tuple[Choice, Spec, bool, bool], *args: Any) -> States:
         choice, spec, time_first, keep = how
         call = from_flat(spec, args, time_first)
-        out, last, kept = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
+        out, last, kept, *states = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
         ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
-        ctx.save_for_backward(out, kept, *args)
+        ctx.save_for_backward(*(states or [out]), kept, *args)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        out, kept, *args = ctx.saved_tensors
+        states, kept, *args = ctx.saved_tensors
         call, needs = from_flat(ctx.spec, args, ctx.time_first), ctx.needs_input_grad[1:]
 
         def recompute(choice: Choice) -> Sequence[Tensor | None]:
@@ -192,8 +192,10 @@ class Recurrence(torch.autograd.Function):
                         x = without_padding(x, layout.lengths, layout.time_first)
                     if call.spec.norm:
                         x = normalized(x, call.spec.norm, call.spec.eps)
-                    inputs = F.linear(x, weight, bias).chunk(NUM_INPUTS[ctx.spec.cell], -1)
-                    call = call._replace(tensors=list(inputs))
+                    num_parts = NUM_INPUTS[ctx.spec.cell] + ctx.spec.output_gate
+                    inputs = list(F.linear(x, weight, bias).chunk(num_parts, -1))
+                    gate = inputs.pop() if ctx.spec.output_gate else None
+                    return gated(composed(choice, call._replace(tensors=inputs)), gate)
                 return composed(choice, call)
 
             return _differentiable(function, args, needs, grad)
@@ -207,10 +209,10 @@ class Recurrence(torch.autograd.Function):
                 own = kept.new_empty(0)
             need: Any = from_flat(ctx.spec, needs)
             kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
-            found, of_kernel = kernel.backward(call, Saved(out, own, *grad), Needs(need.start, need.tensors))
+            found, of_kernel = kernel.backward(call, Saved(states, own, *grad), Needs(need.start, need.tensors))
             return *found, *[None] * len(need.layout[1:]), *of_kernel
 
-        return None, *run_or_other(run, ctx.choice, ctx.spec, out)
+        return None, *run_or_other(run, ctx.choice, ctx.spec, states)
 
 
 def _differentiable(

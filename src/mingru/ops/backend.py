@@ -21,7 +21,7 @@ Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 class Saved(NamedTuple):
     """What a backward pass has: results of the forward pass, and their gradients."""
 
-    out: Tensor
+    states: Tensor
     kept: Tensor | None
     grad_out: Tensor
     grad_last: Tensor
@@ -42,8 +42,8 @@ class Kernel:
     Backward computes the pre-activations again unless forward keeps them.
     """
 
-    forward: Callable[[Call, bool], tuple[Tensor, Tensor, Tensor | None]]
-    """(call, keep) -> (out, last, kept)"""
+    forward: Callable[[Call, bool | None], tuple[Any, ...]]
+    """(call, keep) -> (out, last, kept), and the states if `out` is gated. `keep` is None without a backward pass."""
     backward: Callable[[Call, Saved, Needs], Grads]
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
@@ -51,8 +51,8 @@ class Kernel:
     """Whether the kernel takes the lengths of padded sequences, on the device of x, and skips the padding."""
     autocast: bool = False
     """Whether autocast may use the kernel of a linear map, whose tensors are then cast before the call."""
-    norms: bool = False
-    """Whether the kernel of a linear map includes a norm of x."""
+    whole: bool = False
+    """Whether the kernel of a linear map includes a norm of x and an output gate."""
     cells: Container[str] = tuple(NUM_INPUTS)
     """The cells that the kernel computes. Default: all."""
 
@@ -81,7 +81,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
     # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
-    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0), tensors
+    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0, False), tensors
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Spec(NamedTuple):
-    """Cell, activation, direction, lower bound of the decay, and the norm that a kernel of a linear map includes."""
+    """Cell, activation, direction, lower bound of the decay, and what else a kernel of a linear map includes."""
 
     cell: str
     """Cell type, one of `cells.NUM_INPUTS`."""
@@ -27,6 +27,8 @@ class Spec(NamedTuple):
     """"rms" or "layer" if the linear map is of the normalized x; see `linear_map.normalized`."""
     eps: float = 0.0
     """Number in the norm that is added to the variance."""
+    output_gate: bool = False
+    """Whether the last rows of the linear map are an output gate; see `linear_map.gated`."""
 
 
 class Start(NamedTuple):
@@ -68,17 +70,17 @@ class Call(NamedTuple):
 
 
 # The fields as tuples, because a trace can pass tuples to a scripted function, but no NamedTuple.
-SpecTuple = tuple[str, str, bool, float, str, float]
+SpecTuple = tuple[str, str, bool, float, str, float, bool]
 StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
 
 
 def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: LayoutTuple) -> Call:
     """Return the call of these tuples."""
-    cell, activation, reverse, min_decay, norm, eps = spec
+    cell, activation, reverse, min_decay, norm, eps, output_gate = spec
     h, initial_state, reset, dt = start
     time_first, batch_sizes, lengths = layout
-    named = Spec(cell, activation, reverse, min_decay, norm, eps), Start(h, initial_state, reset, dt)
+    named = Spec(cell, activation, reverse, min_decay, norm, eps, output_gate), Start(h, initial_state, reset, dt)
     return Call(named[0], tensors, named[1], Layout(time_first, batch_sizes, lengths))
 
 

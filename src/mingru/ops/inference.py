@@ -174,11 +174,11 @@ class InferencePlan:
         self.require(self._weight(conv, "weight"), len(conv.weight) == conv.kernel_size)
         self._add("causal_conv", self._weight(conv, "bias"), state)
 
-    def scan(self, spec: Spec, state: int, *linears: Any) -> None:
+    def scan(self, spec: Spec, output_gate: bool, state: int, *linears: Any) -> None:
         """Add a recurrence with the linear map of each direction."""
-        # A cell without a kernel has no number. Those of a mixture have 16 bits each.
+        # A cell without a kernel has no number. Those of a mixture have 16 bits each, and then comes the output gate.
         numbers = (native.NUMBERS[cell, spec.activation] for cell in cells_of(spec.cell))
-        number = sum(number << 16 * index for index, number in enumerate(numbers))
+        number = sum(number << 16 * index for index, number in enumerate(numbers)) | output_gate << 32
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = map(self._map, linears)
         self.require(others in ([], [has_bias]))

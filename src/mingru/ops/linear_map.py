@@ -5,6 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shape import States
+
 
 class WeightAndBias(nn.Module):
     """Compute what `torch.nn.Linear` computes.
@@ -33,6 +35,11 @@ _WIDE = 64
 def normalized(x: Tensor, norm: str, eps: float) -> Tensor:
     """Return x after a norm without weights."""
     return F.rms_norm(x, x.shape[-1:], None, eps) if norm == "rms" else F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def gated(states: States, gate: Tensor | None) -> States:
+    """Return the states of all steps after an output gate, if there is one, and the last state."""
+    return states if gate is None else (states[0] * F.silu(gate), states[1])
 
 
 def are_recomputed(x: Tensor, recompute: bool | None) -> bool:

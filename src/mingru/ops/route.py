@@ -187,14 +187,17 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
     return None if layout.lengths is not None and kernel.packed and not kernel.lengths else kernel
 
 
-def fused_with(linear: nn.Module, name: str, call: Call, norm: nn.Module | None = None) -> Call | None:
+def fused_with(
+    linear: nn.Module, name: str, call: Call, norm: nn.Module | None = None, output_gate: bool = False
+) -> Call | None:
     """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
     if kernel is None or _RAREST.get(spec.cell, spec.cell) not in kernel.cells:
         return None
-    if norm is not None and not kernel.norms:
+    if (norm is not None or output_gate) and not kernel.whole:
         return None
+    call = call if not output_gate else call._replace(spec=spec._replace(output_gate=True))
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
         return None

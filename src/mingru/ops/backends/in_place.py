@@ -58,7 +58,7 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
+def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     # In place, because the coefficients are new.
     states = _scan_in_place(as_linear_scan(padded_call(call)))
     # The padding has states, because backward needs them in the reverse direction.

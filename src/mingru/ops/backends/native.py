@@ -82,7 +82,8 @@ def _register_shapes() -> None:
         h, *leading = call[0], *x.shape[:-1]
         # No captured graph has lengths, which would make the number of rows depend on data.
         num_kept = math.prod(leading) if flag(how, "keep") else 0
-        return x.new_empty(*leading, h.shape[-1]), h.new_empty(h.shape), x.new_empty(num_kept, weight.shape[0])
+        out, kept = x.new_empty(*leading, h.shape[-1]), x.new_empty(num_kept, weight.shape[0])
+        return out, h.new_empty(h.shape), kept, x.new_empty(out.shape if flag(how, "keep_states") else 0)
 
     def linear_recurrence_backward(
         x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any
@@ -123,7 +124,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return None
 
 
-def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
+def _arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
@@ -133,19 +134,19 @@ def _arguments(call: Call, keep: bool = False, needs: Sequence[bool] = ()) -> tu
     h = as_dtype(start.h, dtype)
     initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
     how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:], *layout[1:])
-    norms = spec.norm == "rms", spec.norm == "layer"
+    more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
     for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
             how |= 1 << bit
             tensors.append(x)
-    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *norms, *needs), _FIRST_FLAG + len(optional)):
+    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *more, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
     return tensors, how, spec.min_decay
 
 
-def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
+def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     out, last = torch.ops.mingru.recurrence_forward(call.tensors, *_arguments(call))
     return out, as_dtype(last, call.start.h.dtype), None
 
@@ -155,25 +156,27 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     tensors, how, min_decay = _arguments(call, needs=[needs_dt])
     grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
-        inputs, tensors, saved.out, saved.grad_out, grad_last, how, min_decay
+        inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
     )
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
     return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), [*parts]
 
 
-def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    out, last, kept = torch.ops.mingru.linear_recurrence_forward(*call.tensors, *_arguments(call, keep), call.spec.eps)
-    return out, as_dtype(last, call.start.h.dtype), kept
+def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, ...]:
+    out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(
+        *call.tensors, *_arguments(call, keep), call.spec.eps
+    )
+    return out, as_dtype(last, call.start.h.dtype), kept, *([states] if call.spec.output_gate else [])
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     needs_dt = needs.start.dt
     tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
-    out, kept, grad_out, grad_last = saved
+    states, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
         *call.tensors,
         tensors,
-        out,
+        states,
         kept,
         grad_out,
         as_dtype(grad_last, tensors[0].dtype),
@@ -200,7 +203,7 @@ BACKEND = Backend(
         packed=True,
         lengths=True,
         autocast=True,
-        norms=True,
+        whole=True,
         cells=CELL_NUMBERS,
     ),
 )

@@ -87,7 +87,7 @@ def _run(name: str, call: Call, saved: Sequence[Tensor], *flags: bool) -> tuple[
     return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, list(flags)))
 
 
-def _recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, None]:
+def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     out, last = _run("forward", call, [])
     return out, last, None
 
@@ -114,7 +114,7 @@ def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
     return pre, call._replace(tensors=list(inputs))
 
 
-def _linear_recurrence(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, Tensor | None]:
     pre, mapped = _mapped(call, None)
     out, last, _ = _recurrence(mapped, keep)
     return out, last, pre.flatten(0, -2) if keep else None
