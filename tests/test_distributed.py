@@ -54,7 +54,7 @@ FEATURES_OF_EACH = [
     case(
         "highway", mingru.MinGRU, 16, 16, 3, residual="highway", gate=["rotation", "quaternion", "signed"], bias=False
     ),
-    case("MinLSTM", mingru.MinLSTM, 3, 4, 2, batch_first=False, normalize=False),
+    case("MinLSTM", mingru.MinLSTM, 3, 4, 2, batch_first=False, normalize=False, output_gate="silu"),
     case("MinGRUCell", mingru.MinGRUCell, 3, 4, norm="layer"),
     case("drop_in.LSTM", mingru.drop_in.LSTM, 3, 8, 2, bidirectional=True),
     case("MinConv2dGRU", mingru.MinConv2dGRU, 3, 8, 3, 2, space=2, padding=1, bidirectional=True, norm="group"),

@@ -98,6 +98,7 @@ MODULES = {
     "drop_in.GRU": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, norm="rms", batch_first=True),
     "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(DIMS, DIMS),
     "signed": lambda: mingru.MinGRU(DIMS, DIMS, gate="signed", norm="rms"),
+    "gated": lambda: mingru.MinGRU(DIMS, 8, 2, gate=["mixed", "sigmoid"], output_gate="silu", norm="rms"),
     "projected": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, batch_first=True, proj_size=2),
 }
 each_module = pytest.mark.parametrize("name", MODULES)

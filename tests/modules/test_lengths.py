@@ -98,12 +98,14 @@ def test_padding_is_skipped_without_packing(options, monkeypatch):
         rnn(x, None, reset, LENGTHS)
 
 
-@pytest.mark.parametrize("kind", ["long", "many"])
+@pytest.mark.parametrize("kind", ["long", "many", "one"])
 @each_cell
 def test_many_blocks_by_several_threads(cell, kind):
-    """Of long sequences, and of many that end within a step."""
-    rnn = KINDS[cell](24, 40, bidirectional=True, learn_initial_state=True, **DOUBLE)
-    lengths = torch.tensor([2049, 1, 2047, 700]) if kind == "long" else torch.randint(1, 5, (3000,))
+    """Of long sequences, of many that end within a step, and of one whose time is divided."""
+    gate = None if kind == "many" else "silu"
+    rnn = KINDS[cell](24, 40, bidirectional=True, learn_initial_state=True, output_gate=gate, **DOUBLE)
+    lengths = torch.tensor([2049, 1, 2047, 700] if kind == "long" else [5000])
+    lengths = torch.randint(1, 5, (3000,)) if kind == "many" else lengths
     x, reset = inputs(lengths, lengths.max(), 24)
     run = functools.partial(graded, rnn, rnn, {"x": x, "reset": reset, "lengths": lengths})
     first, *others = with_threads((1, 2, 3), run)

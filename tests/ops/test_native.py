@@ -31,12 +31,12 @@ WHY_NOT = mingru.backends()["native"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
 
 
-def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=None, min_decay=0.0, flags=()):
-    """Return a call as the operators take it; `flags` are in the order of csrc/call.h."""
-    optional = (reset, dt, batch_sizes, lengths)
-    flags = (*(x is not None for x in optional), *flags)
-    how = native.NUMBERS[cell, "positive"] | sum(flag << bit for bit, flag in enumerate(flags, 16))
-    return [h, initial, *(x for x in optional if x is not None)], how, min_decay
+def call_of(cell, h, initial, reset=None, dt=None, batch_sizes=None, lengths=None, min_decay=0.0, **flags):
+    """Return a call as the operators take it; `flags` are those of csrc/call.h."""
+    optional = {"reset": reset, "dt": dt, "batch_sizes": batch_sizes, "lengths": lengths}
+    flags |= {f"has_{name}": x is not None for name, x in optional.items()}
+    how = native.NUMBERS[cell, "positive"] | sum(native.FLAGS[name] for name, flag in flags.items() if flag)
+    return [h, initial, *(x for x in optional.values() if x is not None)], how, min_decay
 
 
 CONTRACTS = {
@@ -45,17 +45,19 @@ CONTRACTS = {
     "with_bias": [False, True],
     "with_reset": [False, True],
     "reverse": [False, True],
+    "output_gate": [False, True],
 }
 
 
 @pytest.mark.parametrize(tuple(CONTRACTS), [tuple(row.values()) for row in cover(CONTRACTS)])
-def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse):
-    count, order = ops.NUM_INPUTS[cell], layout == "time first"
+def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse, output_gate):
+    count, order = ops.NUM_INPUTS[cell], {"reverse": reverse, "time_first": layout == "time first"}
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
     lengths = torch.tensor([20, 1, 7]) if layout == "lengths" else None
+    parts = (count + output_gate) * 5
     leading = {"time first": (20, 3), "packed": (11,)}.get(layout, (3, 20))
     pre = [torch.randn(*leading, 5) for _ in range(count)]
-    bias = torch.randn(count * 5) if with_bias else None
+    bias = torch.randn(parts) if with_bias else None
     # A permuted state.
     h, initial = torch.rand(5, 1, 3).permute(2, 1, 0), torch.rand(3, 1, 5)
     reset = torch.rand(*leading) < 0.2 if with_reset else None
@@ -63,17 +65,18 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     is_timed = cell in TIMED and with_bias and with_reset
     dt, min_decay = (torch.rand(*leading), 0.2) if is_timed else (None, 0.0)
     tensors = (h, initial, reset, dt, batch_sizes)
-    call = call_of(cell, *tensors, min_decay=min_decay, flags=(reverse, order))
+    call = call_of(cell, *tensors, min_decay=min_decay, **order)
     out, last = torch.ops.mingru.recurrence_forward(pre, *call)
-    x, weight = torch.randn(*leading, 4), torch.randn(count * 5, 4)
-    product = torch.randn(out[..., 0].numel() if lengths is None else 28, count * 5)
+    x, weight = torch.randn(*leading, 4), torch.randn(parts, 4)
+    product = torch.randn(out[..., 0].numel() if lengths is None else 28, parts)
     grad = (torch.randn_like(out), last)
-    _, how, _ = backward = call_of(cell, *tensors, min_decay=min_decay, flags=(reverse, order, False, is_timed))
-    needs = (with_bias, is_timed, with_bias, with_reset, reverse and with_bias)
-    with_lengths = call_of(cell, *tensors, lengths, min_decay, (reverse, order, *needs))
+    _, how, _ = backward = call_of(cell, *tensors, min_decay=min_decay, needs_dt=is_timed, **order)
+    both = {"needs_dt": is_timed, "needs_weight": with_reset, "needs_bias": reverse and with_bias, **order}
+    own = {"keep": with_bias, "rms_norm": reverse, "keep_states": output_gate and with_reset, "needs_x": with_bias}
+    with_lengths = call_of(cell, *tensors, lengths, min_decay, output_gate=output_gate, **both, **own)
     checks = torch.library._OPCHECK_DEFAULT_UTILS if lengths is None else "test_schema"
     apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
-    scan = (pre[:2], *call_of("linear_scan", h, h, reset, flags=(reverse, order)))
+    scan = (pre[:2], *call_of("linear_scan", h, h, reset, **order))
     for operator, args in (
         ("recurrence_forward", (pre, *call) if layout == "packed" else scan),
         ("recurrence_forward", (apart, *call)),
@@ -115,7 +118,8 @@ def test_operators_refuse_what_would_read_past_the_end():
         (pair, one, len(native.CELL_NUMBERS), 0.0),
         (pair, one, number | 3 << 8, 0.0),
         (pair, *call_of("minlstm", h, h)),
-        (pair, *call_of("mingru", h, h, flags=(False, True))),
+        (pair, *call_of("mingru", h, h, time_first=True)),
+        (pair, *call_of("mingru", h, h, output_gate=True)),
         ([], *call_of("mingru", h, h)),
         ([gate[0, 0], candidate[0, 0]], *call_of("mingru", h, h)),
         ([gate[:0], candidate[:0]], *call_of("mingru", h[:0], h[:0])),

@@ -47,7 +47,7 @@ class Part(Directions):
 
     mesh: DeviceMesh
 
-    def _fuses_norm(self) -> bool:
+    def _fuses_norm(self, found: MaybeList) -> bool:
         return False  # The norm is computed before the linear map of a part.
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:

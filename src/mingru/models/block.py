@@ -74,9 +74,9 @@ class Block(Layer, role="sequence", planned=True):
         norm: "rms" or "layer".
         dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
-        **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `learn_initial_state`, `recompute`,
-            `forget_bias`, `normalize`, `device` and `dtype` of [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`,
-            `device` and `dtype` apply to the other parts too.
+        **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `output_gate`,
+            `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `device` and `dtype` of
+            [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`, `device` and `dtype` apply to the other parts too.
 
     Inputs:
         - **x**: Sequence, (B, S, dims).

@@ -24,6 +24,9 @@ class MinGRU(Recurrent, planned=True):
     `residual="highway"` computes the output y of a layer from its state and its input, without the norm, with p_t = W_p
     x_t + b_p: y_t = sigma(p_t) h_t + (1 - sigma(p_t)) x_t.
 
+    `output_gate="silu"` multiplies the states of a layer by a gate: y_t = h_t silu(v_t), with v_t = W_v x_t + b_v and
+    silu(v) = v sigma(v). The next states do not depend on it. Language models learn better with it.
+
     Args:
         input_dims: Number of input features, I.
         hidden_dims: Number of state features, H.
@@ -36,6 +39,8 @@ class MinGRU(Recurrent, planned=True):
         residual: If True, add each layer's input to its output, through a linear map without bias if the sizes differ.
             "highway" mixes both by a gate, see above; it needs `hidden_dims` equal to `input_dims` and one direction.
             The returned state does not include the residual.
+        output_gate: "silu" or None: gate of each layer's output, see above. It is applied before the residual, excludes
+            `residual="highway"`, and takes half as many weights more. The returned state does not include it.
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
@@ -79,7 +84,8 @@ class MinGRU(Recurrent, planned=True):
 
     State dict:
         - `layers.{l}.linear.weight` (2H, I) and `layers.{l}.linear.bias` (2H,): gate rows first, then candidate rows.
-          With `residual="highway"`, (3H, I) and (3H,), the rows of W_p last. Initialized as in `torch.nn.Linear`.
+          With `residual="highway"` or `output_gate`, (3H, I) and (3H,), the rows of W_p or W_v last. Initialized as in
+          `torch.nn.Linear`.
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
         - Marks: numbers of options that change what weights of the same shapes mean, see
@@ -107,6 +113,7 @@ class MinGRU(Recurrent, planned=True):
         - Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling" (arXiv 2311.04823),
           section 3.2, for `min_decay`.
         - Srivastava et al. 2015, "Highway Networks" (arXiv 1505.00387), equation 3, for `residual="highway"`.
+        - Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 3.4, for `output_gate`.
     """
 
     cell = "mingru"

@@ -35,6 +35,7 @@ class MinLSTM(Recurrent, planned=True):
         dropout: Dropout probability between layers.
         bidirectional: If True, add a reverse direction (D = 2).
         residual: If True, add each layer's input to its output. "highway" mixes both; see [mingru.MinGRU][].
+        output_gate: "silu" or None: gate of each layer's output; see [mingru.MinGRU][].
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
@@ -61,14 +62,15 @@ class MinLSTM(Recurrent, planned=True):
 
     State dict:
         As in `MinGRU`, except `layers.{l}.linear.weight` (3H, I) and `layers.{l}.linear.bias` (3H,): forget gate rows
-        first, then input gate rows, then candidate rows. With `residual="highway"`, the highway's H rows are the last.
+        first, then input gate rows, then candidate rows. With `residual="highway"` or `output_gate`, its H rows are the
+        last.
         `layers.{l}.normalize_mark` is 1 if `normalize` is False.
 
     Numerics:
         As in `MinGRU`. The normalized gates sum to 1 even if both sigmoids underflow.
 
-    Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state, output gate or recurrent
-    weight. Defaults differ as in `MinGRU`.
+    Differences from `torch.nn.LSTM`: the state is one tensor, h. There is no cell state or recurrent weight. Defaults
+    differ as in `MinGRU`.
 
     Examples:
         >>> rnn = mingru.MinLSTM(input_dims=3, hidden_dims=64, num_layers=2, forget_bias=1.0)

@@ -32,7 +32,7 @@ from ..ops.call import Layout, Start
 from ..ops.cells import CELLS, GATES
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import InferencePlan, plannable
-from ..ops.layout import pack, packing_of, unpack, with_lengths
+from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from . import scripted
@@ -123,7 +123,7 @@ class RecurrentLayer(Directions):
         Append the states of all steps in each direction to `found`.
         """
         y = x
-        if self.norm is not None and not self._fuses_norm():
+        if self.norm is not None and not self._fuses_norm(found):
             y = self.norm(x)
         if self.highway:
             return self._with_highway(x, y, starts[0], layout, found)
@@ -174,15 +174,19 @@ class RecurrentLayer(Directions):
         # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
         return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
 
-    def _fuses_norm(self) -> bool:
+    def _is_one_kernel(self, found: MaybeList) -> bool:
+        """Return whether linear map, recurrence and output gate may be one kernel, which has no states to find."""
+        return not is_scripting() and not self.highway and (found is None or not self.has_output_gate)
+
+    def _fuses_norm(self, found: MaybeList) -> bool:
         """Return whether the norm is computed with the linear map: not if several maps read its result."""
-        return not is_scripting() and not self.highway and self.linear_reverse is None
+        return self._is_one_kernel(found) and self.linear_reverse is None
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if not is_scripting():
-            if found is None or not self.has_output_gate:
+            if self._is_one_kernel(found):
                 linear: Any = self.linear_reverse if reverse else self.linear
-                norm = self.norm if self.norm is not None and self._fuses_norm() else None
+                norm = self.norm if self.norm is not None and self._fuses_norm(found) else None
                 options: Any = self.recompute, norm, self.has_output_gate
                 out, last = ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, *options)
                 if found is not None:
@@ -270,7 +274,8 @@ class Recurrent(Stacked, role="sequence"):
         self._check_all(x, states, reset, lengths, dt)
         state, layout = self._state(x, states, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
-            x, layout = with_lengths(x, lengths, not self.batch_first)
+            # Also of layers that are no kernel, which would compute the padding.
+            x, layout = with_lengths(without_padding(x, lengths, not self.batch_first), lengths, not self.batch_first)
         found: list[Tensor] = []
         self._run_layers(x, list(state.unbind(0)), reset, dt, layout, found)
         return torch.stack(found)
