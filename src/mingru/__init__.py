@@ -42,7 +42,7 @@ __all__ = [
     "use_backend",
 ]
 
-_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing", "unknown_arguments")
+_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing", "unknown_arguments", "wrong_calls")
 
 
 def __dir__() -> list[str]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import arguments_checked, check_int, check_type, dims, not_a_tensor, require
+from .check import check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
 from .ops.backends import traceable
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
+from .wrong_calls import arguments_checked
 
 __all__ = ["onnx"]
 

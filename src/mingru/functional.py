@@ -21,7 +21,6 @@ from .check import (
     check_tensor,
     dims,
     expectation,
-    explained,
     not_a_tensor,
     require,
 )
@@ -35,6 +34,7 @@ from .ops.graph import scripted_as
 from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
+from .wrong_calls import explained
 
 __all__ = [
     "check_resets",

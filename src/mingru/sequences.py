@@ -17,13 +17,13 @@ from .check import (
     check_type,
     dims,
     expectation,
-    explained,
     of_another_shape,
     on_another_device,
     require,
 )
 from .ops.graph import are_eager
 from .ops.layout import padding_of
+from .wrong_calls import explained
 
 
 @explained

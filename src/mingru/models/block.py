@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from ..check import (
-    arguments_checked,
     check_choice,
     check_dropout,
     check_flag,
@@ -36,6 +35,7 @@ from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
 from ..unknown_arguments import unknown_argument
+from ..wrong_calls import arguments_checked
 from .causal_conv import CausalConv
 from .state import check_states
 

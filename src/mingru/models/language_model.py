@@ -11,23 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..check import (
-    arguments_checked,
-    check_flag,
-    check_int,
-    check_lengths,
-    check_min_decay,
-    check_number,
-    check_reset,
-    per_layer,
-    require,
-)
+from ..check import check_flag, check_int, check_lengths, check_min_decay, check_number, check_reset, per_layer, require
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
+from ..wrong_calls import arguments_checked
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options
 from .state import check_states

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import MISTAKES, check_choice, check_int, expectation, explain, explained, name_of
+from ..check import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
+from ..wrong_calls import MISTAKES, explain, explained
 from .marked import VERSION, add_marks, save_marks, take_marks
 from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all

@@ -22,7 +22,6 @@ from ..check import (
     check_parts,
     check_residual,
     expectation,
-    explained,
     is_number,
     name_of,
     require,
@@ -35,6 +34,7 @@ from ..ops.inference import InferencePlan, plannable
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
+from ..wrong_calls import explained
 from . import scripted
 from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option

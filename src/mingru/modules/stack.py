@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import arguments_checked, check_dropout, check_flags, check_type, expectation, mask_remedy, require
+from ..check import check_dropout, check_flags, check_type, expectation, mask_remedy, require
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
+from ..wrong_calls import arguments_checked
 from .layer import Layer, with_named
 from .marked import add_marks
 from .per_step import OF_TORCH, PerStep
