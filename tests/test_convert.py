@@ -13,12 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import mingru
-from mingru.convert import (
-    Projected,
-    from_cheind,
-    from_pufferlib,
-    language_model_from_lucidrains,
-)
+from mingru.convert import Projected, from_cheind, from_pufferlib, language_model_from_lucidrains
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 KINDS = {"mingru": mingru.MinGRU, "minlstm": mingru.MinLSTM}

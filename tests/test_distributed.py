@@ -303,9 +303,7 @@ CHECKS = {
         *(beside_data_parallel(with_ddp), beside_data_parallel(with_fsdp), refusals, values),
         *(features, sharded_outputs, features_refused, checkpoints),
     ],
-    "slow": [
-        *(generation, rows(LAYERS), rows([*STACKS[3:4], *BLOCKS[1:2]], wrap=torch.compile)),
-    ],
+    "slow": [*(generation, rows(LAYERS), rows([*STACKS[3:4], *BLOCKS[1:2]], wrap=torch.compile))],
 }
 
 

@@ -18,7 +18,7 @@ SIZES = [(2, 7), (3, 9), (4, 40), (5, 17), (2, 33)]
 
 pytestmark = [
     # Dynamo makes a context for each autograd function, in a way that torch warns of.
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
 ]
 
 

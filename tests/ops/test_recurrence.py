@@ -12,20 +12,7 @@ import calls
 import pytest
 import reference
 import torch
-from calls import (
-    ALL,
-    BACKENDS,
-    CELLS,
-    INTERPRETED,
-    NOT_LOG,
-    SCANS,
-    TIGHT,
-    Row,
-    each,
-    make,
-    parts_of,
-    states,
-)
+from calls import ALL, BACKENDS, CELLS, INTERPRETED, NOT_LOG, SCANS, TIGHT, Row, each, make, parts_of, states
 from cases import with_threads
 from cover import cover
 from torch.autograd import gradcheck, gradgradcheck

@@ -10,15 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import (
-    check_initial_state,
-    check_kind,
-    check_list,
-    check_one_state,
-    check_reset,
-    expanded,
-    expectation,
-)
+from ..check import check_initial_state, check_kind, check_list, check_one_state, check_reset, expanded, expectation
 from ..ops.call import Layout
 from . import scripted
 from .checked_calls import check_x
