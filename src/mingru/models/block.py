@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ from ..check import (
     is_number,
     require,
 )
-from ..modules.layer import Layer
+from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import LayerOptions, Norm
 from ..modules.recurrent import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, typed_as, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
@@ -56,7 +56,7 @@ class BlockOptions(LayerOptions, total=False):
     checkpoint: bool
 
 
-class Block(Layer, role="sequence", planned=True):
+class Block(Composite, role="sequence", planned=True):
     """Apply a residual block around a minGRU or minLSTM layer to a sequence.
 
         x_t = x_t + conv(x)_t           if `conv`
@@ -194,21 +194,6 @@ class Block(Layer, role="sequence", planned=True):
             plan.linear(parts[3])
             plan.add()
         plan.num_states = state + self.num_states
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self._forward(x, h, reset, lengths, dt)
-
-    if TYPE_CHECKING:
-
-        @typed_as(forward)
-        def __call__(self) -> Any: ...
 
     def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         if not is_scripting():

@@ -1,7 +1,7 @@
 """The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..ops.inference import InferencePlan, plannable
 from ..wrong_calls import MISTAKES, explain, explained
 from .marked import VERSION, add_marks, save_marks, take_marks
 from .scripted import check_count
-from .shared import MaybeList, MaybeTensor, Outputs, reset_all
+from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
 ROLES = ("sequence", "step", "torch", "custom")
 
@@ -242,6 +242,25 @@ class Layer(nn.Module):
                 # Layers inside check their own. The loop goes on with all others.
                 if child is not None and not isinstance(child, Layer):
                     modules.append(child)
+
+
+class Composite(Layer):
+    """Base class of layers that contain other modules, with a list of states."""
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        return self._forward(x, h, reset, lengths, dt)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
 
 
 def with_named(

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor, require
 from ..ops import layout
-from .layer import Layer
+from .layer import Composite
 from .scripted import data_of, with_data
 from .shared import MaybeList, MaybeTensor, Outputs
 
@@ -20,7 +20,7 @@ _OF_FEATURES = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 OF_TORCH: tuple[type[nn.Module], ...] = (*(getattr(nn, name) for name in _OF_NUMBERS.split()), *_OF_FEATURES)
 
 
-class PerStep(Layer, role="sequence"):
+class PerStep(Composite, role="sequence"):
     """Apply a module of torch to each time step. The output is 0 in the padding."""
 
     num_states = 0
@@ -44,16 +44,6 @@ class PerStep(Layer, role="sequence"):
             return module.normalized_shape[-1]
         found: int | None = getattr(module, "in_features", getattr(module, "input_dims", None))
         return found
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self._forward(x, h, reset, lengths, dt)
 
     def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
         data = data_of(x)

@@ -14,7 +14,7 @@ from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from ..wrong_calls import arguments_checked
-from .layer import Layer, with_named
+from .layer import Composite, Layer, with_named
 from .marked import add_marks
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
@@ -43,7 +43,7 @@ REMEDIES: tuple[tuple[Any, str], ...] = (
 )
 
 
-class Stack(Layer, role="sequence", planned=True):
+class Stack(Composite, role="sequence", planned=True):
     """Apply layers of any type and size in sequence, each to the output of the previous layer.
 
         x_0 = x      x_{i+1} = layer_i(x_i)
@@ -208,16 +208,6 @@ class Stack(Layer, role="sequence", planned=True):
         require(self.name, f"layers[{index}]", layer.num_space_dims == 0, expected, got, remedy)
         weight = next(layer.parameters(), torch.empty(0))
         return nn.Linear(layer.input_dims, layer.output_dims, bias=False, device=weight.device, dtype=weight.dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self._forward(x, h, reset, lengths, dt)
 
     if TYPE_CHECKING:
 
