@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from minGRU_pytorch.minLM import minLM
-from peers import Authors, B, Cheind, Lucidrains, Peer, Puffer, double, zeros
+from peers import Authors, B, Cheind, Lucidrains, Puffer, double, zeros
 from torch import nn
 from torch.testing import assert_close
 
@@ -276,68 +276,6 @@ def test_wrong_types(case):
         peer.convert(peer.tensors, 3, **peer.options)
 
 
-class Model(Peer):
-    """The language model of minGRU-pytorch."""
-
-    convert = staticmethod(language_model_from_lucidrains)
-
-    def __init__(self):
-        self.tensors = minLM(num_tokens=5, dim=4, depth=2, ff_mult=2).double().state_dict()
-
-
-LINEAR, FIRST, SECOND = "to_hidden_and_gate.", "layers.0.gate_hidden.", "layers.1.gate_hidden."
-LUCIDRAINS, AUTHORS = ((source, ("mingru", 4, 1.5), {}) for source in (Lucidrains, Authors))
-PUFFER, MODEL = (Puffer, (4, 2), {}), (Model, (), {})
-NEW = (Cheind, (3, 4, 4), {})
-WITH_NORM = (*NEW[:2], {"norm": True})
-# What is changed in the tensors of each, and a part of the message.
-MISFITS = [
-    (LUCIDRAINS, {LINEAR + "weight": None}, f"keys such as a.{LINEAR}weight or a.to_hidden_and_f_i_gate.weight"),
-    (LUCIDRAINS, {"to_out.bias": zeros(4)}, "and optionally a.to_out.weight, got the unexpected key a.to_out.bias"),
-    (LUCIDRAINS, {LINEAR + "weight": zeros(7, 4)}, "a.to_hidden_and_gate.weight must be (2 * H, I), got (7, 4)"),
-    (LUCIDRAINS, {LINEAR + "weight": zeros(0, 4)}, "a.to_hidden_and_gate.weight must be (2 * H, I), got (0, 4)"),
-    (LUCIDRAINS, {"to_out.weight": zeros(6, 4)}, "(4, 6) because a.to_hidden_and_gate.weight is (12, 4), got (6, 4)"),
-    (LUCIDRAINS, {"to_out.weight": zeros(4, 6).to("meta")}, "a.to_out.weight must be on cpu like a.to_hidden_and_gate"),
-    (LUCIDRAINS, {str(index): zeros(1) for index in range(9)}, "got the unexpected key a.0"),
-    (AUTHORS, {"to_out.bias": None, LINEAR + "bias": None}, "got no key a.to_hidden_and_gate.bias"),
-    (AUTHORS, {"conv.weight": zeros(4)}, "optionally a.init_hidden_state, got the unexpected key a.conv"),
-    (AUTHORS, {LINEAR + "weight": zeros(24, 4)}, "(2 * H, I) or (3 * H, I) with a.to_out.weight (I, H), got (24,"),
-    (AUTHORS, {"to_out.weight": zeros(4)}, "a.to_out.weight (I, H), got (12, 4) with (4,)"),
-    (AUTHORS, {"to_out.bias": zeros(5)}, "a.to_out.bias must be (4,) because"),
-    (AUTHORS, {"init_hidden_state": zeros(1, 6)}, "a.init_hidden_state must be (6,) because"),
-    (NEW, {SECOND + "weight": None}, "got the unexpected key a.layers.1.gate_hidden.bias"),
-    (NEW, {FIRST + "weight": None}, "the keys a.layers.0.gate_hidden.weight, got no key a.layers.0.gate_hidden.weight"),
-    (NEW, {SECOND + "bias": None}, "a.layers.1.gate_hidden.bias, got no key a.layers.1.gate_hidden.bias"),
-    (WITH_NORM, {"layers.1.norm.bias": None}, "got no key a.layers.1.norm.bias"),
-    (NEW, {"layers.0.res_align.weight": zeros(4, 3)}, "got the unexpected key a.layers.0.res_align.weight"),
-    (NEW, {FIRST + "weight": zeros(8)}, "must be (2 * H, I) or (2 * H, I, kernel_h, kernel_w), got (8,)"),
-    (NEW, {SECOND + "weight": zeros(8, 4, 1, 1)}, "must be (2 * H, I), got (8, 4, 1, 1)"),
-    (NEW, {FIRST + "weight": zeros(8, 0)}, "must be (2 * H, I), got (8, 0)"),
-    (NEW, {SECOND + "weight": zeros(8, 5)}, "(8, 4) because a.layers.0.gate_hidden.weight is (8, 3), got (8, 5)"),
-    # Of four layers without the second: the missing one is named.
-    ((Cheind, (3, 4, 4, 4), {}), {SECOND + "weight": None, SECOND + "bias": None}, "no key a.layers.1.gate"),
-    (PUFFER, {"layers.0.weight": None}, "must be a mapping with the keys a.layers.0.weight, got no key a.layers.0"),
-    *((PUFFER, {"layers.0.weight": zeros(*size)}, f"(3 * H, H), got {size}") for size in [(12,), (12, 5), (0, 0)]),
-    (PUFFER, {"layers.1.weight": zeros(15, 5)}, "layers.1.weight must be (12, 4) because a.layers.0.weight is (12, 4)"),
-    (MODEL, {"norm.weight": None}, "got no key a.norm.weight"),
-    (MODEL, {"layers.1.2.to_out.weight": zeros(4, 5)}, "a.layers.1.2.to_out.weight must be (4, 6)"),
-    (MODEL, {"layers.1.4.0.weight": zeros(9, 4)}, "a.layers.1.4.0.weight must be (8, 4)"),
-    (MODEL, {"layers.0.0.net.0.weight": zeros(4, 1, 3)}, "of a model without convolutions"),
-    (MODEL, {"other": zeros(1)}, "unexpected key a.other"),
-]
-
-
-@pytest.mark.parametrize(("case", "changes", "message"), MISFITS)
-def test_weights_that_do_not_fit(case, changes, message):
-    source, args, options = case
-    peer = source(*args, **options)
-    tensors = {"a." + key: weight for key, weight in {**peer.tensors, **changes}.items() if weight is not None}
-    with pytest.raises(ValueError, match=r"^\w*from_\w+: ") as caught:
-        peer.convert(tensors, "a.", **peer.options)
-    assert message in str(caught.value)
-    assert "prefix" not in str(caught.value)
-
-
 @pytest.mark.parametrize("use_coeff_norm", [None, 1, "True"])
 def test_a_minlstm_whose_weights_do_not_show_the_normalization(use_coeff_norm):
     peer = Authors("minlstm", 4)
@@ -432,24 +370,3 @@ def test_other_groups_than_by_their_rule(num_groups, expected):
     layer = peer.converted(num_groups=num_groups)
     assert [each.norm.num_groups for each in layer.layers] == expected
     assert_close(layer(x)[0], peer(x, num_groups=expected)[0], **TIGHT)
-
-
-@pytest.mark.parametrize(
-    ("case", "options", "message"),
-    [
-        (NORMED, {"stride": None}, "stride must be given, got None; convolutional weights do not show it"),
-        (NORMED, {"padding": None}, "padding must be given, got None"),
-        (NORMED, {"num_groups": [8]}, "num_groups must be a number or a list of 2, one for each layer, got [8]"),
-        (NORMED, {"num_groups": 3}, "num_groups must be a divisor of the number of channels, 32, got 3"),
-        (NORMED, {"residual": False}, "got the unexpected key layers.0.res_align.weight"),
-        (NEW, {"stride": 1}, "stride must be None because the weights have no convolution, got 1"),
-        (NEW, {"num_groups": 1}, "num_groups must be None because the weights have no convolution, got 1"),
-        (IMAGES[1], {"num_groups": 1}, "num_groups must be None because the weights have no group norm, got 1"),
-        ((Cheind, (4, 4), {"cell": True}), {"residual": True}, "must be False or None because a cell has no residual"),
-        (NEW, {"residual": 1}, "from_cheind: residual must be a bool, got 1"),
-    ],
-)
-def test_options_that_do_not_fit(case, options, message):
-    with pytest.raises(TypeError if "a bool" in message else ValueError) as caught:
-        made(case)[0].converted(**options)
-    assert message in str(caught.value)

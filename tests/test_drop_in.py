@@ -290,23 +290,6 @@ def test_the_pair_may_have_two_dtypes_under_autocast(home):
         lstm(x, (h.bfloat16(), c))
 
 
-def test_messages_tell_the_remedy():
-    first, x = drop_in.GRU(IN, H, batch_first=True), torch.randn(B, S, IN)
-    for call, remedy in {
-        "first(x, (h, h))": "unlike the (h, c) of an LSTM, the state is one tensor",
-        "first(x, h.transpose(0, 1))": "batch_first applies to the input only; the state is always (L * D, B, H)",
-        "first(x, h[:, :, None])": "use hx.squeeze(-2) for a state of mingru.MinGRU",
-        "first(x.numpy())": "use torch.as_tensor",
-        "first(x.double())": "use input.to(torch.float32)",
-        "first(x, h.double())": "use hx.to(torch.float32)",
-        "drop_in.LSTM(3, 4)(x, h)": "h alone is passed as (h, h)",
-    }.items():
-        error = outcome(call, {"first": first, "x": x, "h": torch.zeros(1, B, H), "drop_in": drop_in})
-        assert str(error).endswith("; " + remedy), error
-    # A cell has no num_layers, which the remedy for a layer mentions.
-    assert str(outcome("drop_in.GRUCell(3, 4, 1)", {"drop_in": drop_in})).endswith("bias must be a bool, got 1")
-
-
 # What is computed
 
 

@@ -1,12 +1,10 @@
 """`mingru.export.onnx` as one calls it: names, examples, models of one's own, and bad input."""
 
-import io
 import sys
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 
 import mingru
 
@@ -184,27 +182,11 @@ STEP = {"kind": "step"}
 PAIR = r"must be \(x, h, ...\) because kind is 'step' and the model is not a class of this library, got only x"
 MODULE = "model must be a torch.nn.Module, .*; pass the original module"
 BAD_CALLS = [
-    (ValueError, "kind must be 'sequence' or 'step', got 'steps'", RNN, X, {"kind": "steps"}),
-    (ValueError, "kind must be 'sequence' or 'step', got None", RNN, X, {"kind": None}),
-    (TypeError, "model must be a torch.nn.Module, got type", mingru.MinGRU, X, {}),
     (TypeError, MODULE, torch.compile(RNN), X, {}),
-    (TypeError, "example_inputs must be a tensor x, or a tuple .*, got list", RNN, [X], {}),
-    (TypeError, "got PackedSequence; ONNX has no packed sequences", RNN, pack_sequence([X[0]]), {}),
-    (ValueError, r"example_inputs must be .*, got \(\)", RNN, (), {}),
-    (TypeError, r"example_inputs\[0\] must be a tensor, got NoneType", RNN, (None,), {}),
-    (TypeError, r"example_inputs\[1\] must be tensors or None, got int", RNN, (X, 3), {}),
-    (ValueError, r"example_inputs\[0\] must be a non-empty tensor, got \(2, 0, 3\)", RNN, X[:, :0], {}),
     (ValueError, r"x must be of one step .*, got \(2, 5, 3\); use x.narrow\(1, 0, 1\)", RNN, X, STEP),
-    (ValueError, "max_steps must be None because kind is 'step', got 4", RNN, X, {**STEP, "max_steps": 4}),
     (ValueError, "max_steps must be at least the 5 steps of the example, got 4", RNN, X, {"max_steps": 4}),
-    (ValueError, "max_steps must be at least 2, got 1", RNN, X, {"max_steps": 1}),
-    (TypeError, "max_steps must be an int, got 4.0", RNN, X, {"max_steps": 4.0}),
-    (TypeError, "no argument 'opset_version'; torch chooses the opset; .*", RNN, X, {"opset_version": 17}),
     (ValueError, "max_steps must be None because x has no time", CELL, X[0], {"max_steps": 4}),
     (ValueError, PAIR, Echo(), X, STEP),
-    (TypeError, "path must be a str or os.PathLike, got BytesIO", RNN, X, {"path": io.BytesIO()}),
-    (ValueError, "path must be in an existing folder, got .*; create the folder first", RNN, X, {"path": "no/m.onnx"}),
-    (ValueError, r"path must be the path of a file, got the folder", RNN, X, {"path": "."}),
 ]
 
 
@@ -215,6 +197,4 @@ def test_bad_calls(path):
             onnx(model, example, **{"path": path, **options})
     with pytest.raises(ValueError, match=r"MinGRU: x must be \(B, S, 3\)"):
         onnx(RNN, torch.zeros(2, 5, 4), path)
-    with pytest.raises(AttributeError, match="no attribute 'triton'; see 'Serving streams'"):
-        mingru.export.triton  # noqa: B018
     assert not path.exists()

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -316,40 +315,6 @@ def test_weights_of_nan_load_with_a_warning(folder):
         assert load(folder).norm.weight.isnan().sum() == 1
     assert caught[0].filename == __file__
     assert load(folder, device="meta").norm.weight.is_meta
-
-
-NEITHER = "folder_or_name must be a folder that save_pretrained wrote, or a name on the hub such as 'owner/name', got"
-
-
-def test_bad_arguments(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    monkeypatch.chdir(tmp_path)
-    neither = [
-        folder / "config.json",
-        Path("owner/name"),
-        "missing",
-        "a/b/c",
-        "../model",
-        "/nowhere/m",
-        "owner/na me",
-        "o/n\n",
-    ]
-    loads = {path: (ValueError, f"{NEITHER} {str(path)!r}") for path in neither}
-    loads |= {
-        path: (TypeError, f"folder_or_name must be a str or a path, got {type(path).__name__}") for path in (3, b"a")
-    }
-    for path, (error, message) in loads.items():
-        with pytest.raises(error, match="^" + re.escape(f"from_pretrained: {message}")):
-            load(path)
-    with pytest.raises(ValueError, match=r"^from_pretrained: revision must be None for a folder, got 'main'"):
-        load(folder, revision="main")
-    with pytest.raises(TypeError, match=r"^save_pretrained: folder must be"):
-        make().save_pretrained(None)
-    with pytest.raises(TypeError, match=r"^LanguageModel: no argument 'figures'; write README\.md"):
-        make().save_pretrained("m", figures={})
-    with pytest.raises(AttributeError, match=r"^LanguageModel: no attribute 'push_to_hub'; use save_pretrained"):
-        make().push_to_hub("owner/name")
-    assert list(tmp_path.iterdir()) == [folder]
 
 
 # Failures while writing

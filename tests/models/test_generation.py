@@ -218,11 +218,6 @@ def test_a_stream_and_a_streamer_get_the_tokens_of_each_step(model):
         assert (row[len(new) :] == -1).all()
 
 
-def test_a_stream_checks_its_arguments_when_it_is_made():
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        make().stream(make_prompts(2), -1)
-
-
 def modes_of(lm):
     return [module.training for module in lm.modules()], torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
