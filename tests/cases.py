@@ -25,6 +25,9 @@ from mingru.ops.backends import traceable
 # Input features, state features, and pixels in each spatial dimension.
 INPUT, HIDDEN, PIXELS = 3, 4, 5
 DOUBLE = {"dtype": torch.double}
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+# "log" takes neither resets nor times, and needs a positive candidate.
+BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
 
 
 class Case:

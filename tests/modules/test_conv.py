@@ -6,14 +6,13 @@ import warnings
 
 import pytest
 import torch
-from cases import DOUBLE, IMAGES, parametrized, some
+from cases import DOUBLE, IMAGES, TIGHT, parametrized, some
 from torch import nn
 from torch.testing import assert_close
 
 from mingru import MinConv1dGRU, MinConv2dGRU, MinConv2dGRUCell, MinConv3dGRU, ops
 from mingru.ops import blocks
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 IMAGE = (4, 8, 4, 5, 5)
 
 

@@ -3,12 +3,11 @@
 import copy
 
 import torch
-from cases import DOUBLE, INPUT, case, conv, parametrized, stack
+from cases import DOUBLE, INPUT, TIGHT, case, conv, parametrized, stack
 from torch.testing import assert_close
 
 import mingru
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 OPTIONS = {"num_layers": 3, "bidirectional": True}
 SEVERAL = [
     case("MinGRU", mingru.MinGRU, INPUT, 5, **OPTIONS),

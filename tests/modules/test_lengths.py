@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from cases import DOUBLE, graded, with_threads
+from cases import BACKENDS, DOUBLE, TIGHT, graded, with_threads
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
@@ -15,10 +15,7 @@ import mingru
 from mingru.functional import reset_from_lengths
 
 IN, H, S = 4, 5, 21
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 LENGTHS = torch.tensor([9, 1, S])
-# "log" takes neither resets nor times.
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
 KINDS = {
     "mingru": mingru.MinGRU,
     "minlstm": mingru.MinLSTM,

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import BLOCKS, HIDDEN, ROWS, case, parametrized, some, tensors
+from cases import BACKENDS, BLOCKS, HIDDEN, ROWS, case, parametrized, some, tensors
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
 B, S = 2, 5
 
 

@@ -6,17 +6,14 @@ import itertools
 import pytest
 import reference
 import torch
-from cases import DOUBLE, FEATURES, IMAGES, ROWS, STEPS, graded, parametrized, some
+from cases import BACKENDS, DOUBLE, FEATURES, IMAGES, ROWS, STEPS, TIGHT, graded, parametrized, some
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 import mingru
 from mingru.ops.linear_map import LINEAR_MAPS
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 WITH_LENGTHS = [case for case in ROWS if "lengths" in case.takes]
-# "log" takes neither resets nor times, and needs a positive candidate.
-BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "log"]
 
 
 def assert_same(got, expected, **tolerance):
