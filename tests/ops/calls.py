@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 from mingru import ops
-from mingru.ops import NUM_INPUTS, Layout, Spec, Start, autograd, route
+from mingru.ops import Layout, Spec, Start, autograd, route
 from mingru.ops.backends import traceable
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import NUM_INPUTS, TIMED
 from mingru.ops.scan import LinearScan
 from mingru.ops.shape import accumulate_dtype, from_parts, to_parts
 

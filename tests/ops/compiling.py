@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import mangle_type
 
-from mingru.ops import NUM_INPUTS
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
+from mingru.ops.cells import NUM_INPUTS
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),

@@ -6,9 +6,10 @@ from pathlib import Path
 import calls
 import pytest
 
-from mingru.ops import NUM_INPUTS, route
+from mingru.ops import route
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.plan import Plan
+from mingru.ops.cells import NUM_INPUTS
 
 # Small, because the interpreter runs each element of a scan on its own.
 PLANS = {

@@ -22,9 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 import mingru
-from mingru import ops
 from mingru.ops.backends import native
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import NUM_INPUTS, TIMED
 
 ROOT = Path(__file__).parents[2]
 WHY_NOT = mingru.backends()["native"]
@@ -51,7 +50,7 @@ CONTRACTS = {
 
 @pytest.mark.parametrize(tuple(CONTRACTS), [tuple(row.values()) for row in cover(CONTRACTS)])
 def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, reverse, output_gate):
-    count, order = ops.NUM_INPUTS[cell], {"reverse": reverse, "time_first": layout == "time first"}
+    count, order = NUM_INPUTS[cell], {"reverse": reverse, "time_first": layout == "time first"}
     batch_sizes = torch.tensor([3, 3, 2, 2, 1]) if layout == "packed" else None
     lengths = torch.tensor([20, 1, 7]) if layout == "lengths" else None
     parts = (count + output_gate) * 5
@@ -149,7 +148,7 @@ def test_operators_refuse_what_would_read_past_the_end():
             torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call)
 
 
-@pytest.mark.parametrize("cell", ops.NUM_INPUTS)
+@pytest.mark.parametrize("cell", NUM_INPUTS)
 def test_as_exact_as_plain_pytorch(cell):
     """Plain PyTorch, one step after the other, has an error too: three times that, and a unit in the last place."""
     activations, dtypes = calls.FACTORS["activation"], (torch.float32, torch.bfloat16)

@@ -20,8 +20,7 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import functional
-from mingru.ops import NUM_INPUTS
-from mingru.ops.cells import TIMED
+from mingru.ops.cells import NUM_INPUTS, TIMED
 
 KERNELS = [name for name in BACKENDS if name in ("native", "triton")]
 TURNING = ["mingru_rotation", "mingru_quaternion"]

@@ -230,7 +230,6 @@ def test_a_device_without_kernels_is_named_once(monkeypatch):
 def test_a_cell_without_kernels_runs_with_a_warning(monkeypatch):
     """`coefficients` computes it like "mingru". The values of a new cell: tests/test_contributing.py."""
     monkeypatch.setitem(cells.CELLS, "only_python", cells.Cell(2, not_timed="the cell has no clock"))
-    monkeypatch.setitem(cells.NUM_INPUTS, "only_python", 2)
     route.warn_once.cache_clear()
     rnn, x = Python(3, 4, bidirectional=True), torch.randn(2, 5, 3)
     with pytest.warns(RuntimeWarning, match="slower backend 'torch' on the CPU, .* the cell 'only_python'"):

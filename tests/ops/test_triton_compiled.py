@@ -15,8 +15,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 from compiling import TARGETS, Case, Compiled
 from cover import cover, named
 
-from mingru.ops import NUM_INPUTS
-from mingru.ops.cells import parts_of
+from mingru.ops.cells import NUM_INPUTS, parts_of
 
 MANY, FEW = (1024, 128, 512), (8, 4096, 256)
 CELLS = (*NUM_INPUTS, "linear_scan")

@@ -17,6 +17,7 @@ from mingru.ops import Spec, Start, route
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
+from mingru.ops.cells import NUM_INPUTS
 
 MINGRU = Spec("mingru", "positive", False)
 NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
@@ -52,7 +53,7 @@ def test_plans(wave, is_amd, itemsize, backward):
             # A thread has at most 16 bytes of each step.
             assert plan.chunks * plan.features * itemsize <= plan.warps * wave * 16
             assert 1 <= plan.steps <= 8
-            assert plan.segments == 1 or (cell in ops.NUM_INPUTS and plan.chunks > 1)
+            assert plan.segments == 1 or (cell in NUM_INPUTS and plan.chunks > 1)
             # Most steps of a tile are steps of the sequence, if it is not short.
             assert plan.chunks * plan.steps <= max(4 * steps, 8 * plan.steps)
             assert plan.segments == 1 or plan.segments * plan.chunks * plan.steps <= steps

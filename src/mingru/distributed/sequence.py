@@ -39,7 +39,7 @@ from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
-from ..ops.cells import NUM_INPUTS, parts_of
+from ..ops.cells import MIXTURES, parts_of
 from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
 from ..ops.linear_map import LINEAR_MAPS, are_recomputed
@@ -247,7 +247,7 @@ class _LinearLayer(_Layer, RecurrentLayer):
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         linear = self.maps()[reverse]
         is_plain = type(linear) in LINEAR_MAPS and not route.is_hooked(linear) and not is_autocast(y)
-        is_plain = is_plain and self.cell in NUM_INPUTS and not self.has_output_gate
+        is_plain = is_plain and self.cell not in MIXTURES and not self.has_output_gate
         if not (is_plain and are_recomputed(y, self.recompute)):
             return super()._direction(y, start, layout, reverse, found)
         with torch.no_grad():

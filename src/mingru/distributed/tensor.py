@@ -17,7 +17,7 @@ from ..check import require
 from ..modules.recurrent import Recurrent, RecurrentLayer
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import cells_of, parts_of
+from ..ops.cells import MIXTURES, parts_of
 from ..ops.shape import States
 from .ranks import Part, derive, eager, outermost
 
@@ -106,7 +106,7 @@ def _check_divisible(layer: Any, size: int) -> None:
         why = "is already parallel"
     elif getattr(layer, "projections", None) is not None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
-    elif len(cells_of(layer.cell)) > 1:
+    elif layer.cell in MIXTURES:
         why = "has features of two kinds, in other places than those of a rank"
     elif numbers % size:
         why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"

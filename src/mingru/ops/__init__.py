@@ -14,7 +14,7 @@ from . import autograd, blocks, route
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
-from .cells import CELLS, NUM_INPUTS
+from .cells import CELLS, MIXTURES
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import are_recomputed, gated
@@ -88,7 +88,7 @@ def linear_recurrence(
             return gated(_run(choice, Call(spec, inputs, start, layout)), gate)
         keep = not are_recomputed(x, recompute)
         choice = Choice(choice.backend, choice.selected, "linear_kernel")
-        if spec.cell in NUM_INPUTS:
+        if spec.cell not in MIXTURES:
             return autograd.run_kernel(choice, fused, keep)
         own_x, *of_map = fused.tensors
         parts = divided(fused._replace(tensors=[]))
@@ -122,7 +122,7 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
 def _run(choice: Choice, call: Call) -> States:
     if choice.is_traced or call.tensors[0].numel() == 0:
         return traceable.traced_recurrence(*call)
-    if call.spec.cell not in NUM_INPUTS:
+    if call.spec.cell in MIXTURES:
         return joined([_run(choice, each) for each in divided(call)], call.layout)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:

@@ -85,8 +85,9 @@ def multiple_of(cell: str) -> int:
     return len(cells) * max(map(parts_of, cells))
 
 
+MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
 # Not those of mixtures, which are computed cell by cell.
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if cells_of(name) == [name]}
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in MIXTURES}
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:
