@@ -160,10 +160,10 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
     count, cells = multiple_of(GATES[gate]), cells_of(GATES[gate])
-    how = "even" if count == 2 else f"divisible by {count}"
+    condition = "even" if count == 2 else f"divisible by {count}"
     groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
     groups += " in one half" if len(cells) > 1 else ""
-    require(name, argument, size % count == 0, f"{how} because gate={gate!r} turns {groups}", str(size))
+    require(name, argument, size % count == 0, f"{condition} because gate={gate!r} turns {groups}", str(size))
 
 
 def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:

@@ -20,7 +20,7 @@ from .base import DropIn, Pair, add_pair, as_pair, states_of
 State = TypeVar("State", Tensor, Pair)
 
 
-class Called(Protocol[State]):
+class TypedCall(Protocol[State]):
     """A call, for type checkers. It also takes packed sequences, which TorchScript does not know in `forward`."""
 
     def __call__(
@@ -253,7 +253,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         return output, states[0]
 
     if TYPE_CHECKING:
-        __call__: Called[Tensor]  # type: ignore[assignment]
+        __call__: TypedCall[Tensor]  # type: ignore[assignment]
 
 
 class LSTM(DropInLayer, role="torch", planned=True):
@@ -375,4 +375,4 @@ class LSTM(DropInLayer, role="torch", planned=True):
         return output, (torch.stack(projected), c_n)
 
     if TYPE_CHECKING:
-        __call__: Called[Pair]  # type: ignore[assignment]
+        __call__: TypedCall[Pair]  # type: ignore[assignment]
