@@ -13,7 +13,6 @@ from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
 from ..wrong_calls import MISTAKES, explain, explained
 from .marked import VERSION, add_marks, save_marks, take_marks
-from .scripted import check_count
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
 ROLES = ("sequence", "step", "torch", "custom")
@@ -215,7 +214,8 @@ class Layer(nn.Module):
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         """Check the shapes of the arguments of a scripted module; torch raises all other errors."""
-        check_count(self.name, h, self.num_states)
+        if h is not None and len(h) != self.num_states:
+            raise ValueError(f"{self.name}: h must be {self.num_states} tensors, got {len(h)}")
 
     @untraced
     def _check_all(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:

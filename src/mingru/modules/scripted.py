@@ -17,11 +17,6 @@ def _list(shape: list[int]) -> str:
 dims = scripted_as(_list)(check.dims)
 
 
-def check_count(name: str, h: list[Tensor] | None, num_states: int) -> None:
-    if h is not None and len(h) != num_states:
-        raise ValueError(f"{name}: h must be {num_states} tensors, got {len(h)}")
-
-
 def check_x(name: str, x: Tensor, leading: list[int], letters: str, input_dims: int, num_space_dims: int) -> None:
     at = x.dim() - 1 - num_space_dims
     if at not in leading or x.size(at) != input_dims:
