@@ -293,21 +293,6 @@ def test_the_pair_may_have_two_dtypes_under_autocast(home):
 # What is computed
 
 
-def make(kind=drop_in.GRU, **options):
-    return kind(IN, H, **options, dtype=torch.double)
-
-
-OPTIONS = [{}, {"num_layers": 2, "batch_first": True, "bidirectional": True}, {"num_layers": 2, "bias": False}]
-options_of = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "plain")
-
-
-def arguments(rnn, steps=23):
-    """x in the module's order, and a state (L * D, B, H) of any sign."""
-    shape = (B, steps, IN) if rnn.batch_first else (steps, B, IN)
-    count = rnn.num_layers * (2 if rnn.bidirectional else 1)
-    return torch.randn(shape).double(), torch.randn(count, B, H).double()
-
-
 # LSTM: a minLSTM or a minGRU, whose state is the mean of the pair
 
 
@@ -372,8 +357,8 @@ def of_sequence(state, index):
 @pytest.mark.parametrize("kind", [drop_in.GRU, drop_in.LSTM])
 def test_a_mask_says_which_steps_are_valid(kind, batch_first):
     """As of TorchRL. Without a batch, steps are as in one."""
-    rnn = make(kind, batch_first=batch_first)
-    x, h = arguments(rnn, S)
+    rnn = kind(IN, H, batch_first=batch_first, dtype=torch.double)
+    x, h = torch.randn((B, S, IN) if batch_first else (S, B, IN)).double(), torch.randn(1, B, H).double()
     hx, lengths = (h, h) if kind is drop_in.LSTM else h, torch.tensor([3, 0])
     mask, reset = torch.arange(S) < lengths.unsqueeze(1), torch.rand(B, S) < 0.4
     mask, reset = (each if batch_first else each.t() for each in (mask, reset))
@@ -409,9 +394,12 @@ def test_scripts_as_torch_does(home):
             cell(*call)
 
 
-@options_of
+OPTIONS = [{}, {"num_layers": 2, "batch_first": True, "bidirectional": True}, {"num_layers": 2, "bias": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attributes(options):
-    ours, theirs = make(**options), nn.GRU(IN, H, **options)
+    ours, theirs = drop_in.GRU(IN, H, **options), nn.GRU(IN, H, **options)
     for name in ("input_size", "hidden_size", "mode", "proj_size", "training", "dropout", *options):
         assert getattr(ours, name) == getattr(theirs, name), name
         assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
