@@ -4,6 +4,7 @@ Then comes what is special in some; the others have files of their own.
 """
 
 import importlib.util
+import re
 import wave
 from functools import partial
 from types import SimpleNamespace
@@ -134,43 +135,8 @@ def test_a_short_run_and_its_results_from_the_checkpoint(name, tmp_path, capsys,
     assert capsys.readouterr().out.splitlines() == lines[: -3 if name == "long_signal" else None]
 
 
-TEXT = f"--text {programs.ROOT}/README.md --batch 8 --length 32"
-REFUSALS = [
-    ("selective_copying", "--num-tokens 65", "--num-tokens must be at most --seq-len (64), got 65"),
-    ("selective_copying", "--lr 0", "argument --learning-rate/--lr: must be a number above 0, got '0'"),
-    ("selective_copying", "--warmup 2", "argument --warmup: must be a number from 0 to 1, got '2'"),
-    ("selective_copying", "--num-steps 1.5", "argument --num-steps: must be an integer of at least 1, got '1.5'"),
-    ("selective_copying", "--seed 2147483648", "--seed: must be an integer from 0 to 2147483647, got '2147483648'"),
-    ("selective_copying", "--load a --save b", "--load does not train, so it cannot be combined with --save, --plot"),
-    ("selective_copying", "--load missing", "cannot read missing: No such file or directory"),
-    ("text", f"{TEXT} --sample 1 --prompt 日", "--prompt must be made of the text's characters, got '日'; "),
-    ("text", "--bytes --subwords 300", "argument --subwords: not allowed with argument --bytes"),
-    ("text", "--load m --sample 1 --curve c", "--load does not train, so it cannot be combined with --curve"),
-    ("text", "--load m", "--load needs --sample; "),
-    ("text", f"{TEXT} --devices 3", "--batch must be a multiple of --devices 3, got 8; "),
-    ("text", "--minutes 3 --checkpoint a.pt", "--checkpoint cannot be combined with --minutes, because "),
-    ("text", "--save folder --cell lstm", "--save cannot be combined with torch's layers, got --cell lstm"),
-    ("text", f"{TEXT} --save {__file__}", "cannot write "),
-    ("text", "--text docs/text.png", "docs/text.png must be a UTF-8 file, got "),
-    ("text", "--text LICENSE --batch 99", "--text must be a file of at least 14080 characters, got "),
-    ("text", f"{TEXT} --conv 1", "Block: conv must be at least 2, got 1"),
-    ("denoise", "--folder missing", "missing has no speaker for the training, but no wav files; install the packages"),
-    ("denoise", "--test first second", "has no speaker for the training, but first second noise tune; install"),
-    ("denoise", "--test second", "has no music for the test, but first second noise tune; install"),
-    ("denoise", "--seconds 9", "must have more than 9 s of sound, got 9.0; join short files"),
-    ("action", "--backbone resnet", "--backbone must be a model of torchvision, such as resnet18 or"),
-    ("action", "--weights missing.pth", "DEFAULT or a file with a state dict of resnet18, got missing.pth"),
-    ("action", "--data missing", "--data must be a folder with a folder of videos for each class, got missing"),
-    ("action", "--lists missing", "there is no file missing/trainlist01.txt; check --lists and --split"),
-    ("irregular", "--hidden-dims 9", "--hidden-dims must be even for --gate rotation, got 9"),
-    ("irregular", "--csv missing.csv", "there is no file missing.csv; check the path"),
-    ("long_signal", "--segment 800", "--segment must be at most 700 with --batch-size 4, got 800"),
-    ("long_signal", "--max-length 10", "argument --max-length: must be an integer of at least 1200, got '10'"),
-    ("speakers", "--folder missing", "there is no file missing"),
-    ("video", "--size 15", "--size must be even, got 15"),
-    ("video", "--test setup.py", "setup.py must be a video, got"),
-    ("video", "--length 40", "--train must have at least 41 frames of 16 x 16 pixels, got 40 x 32 x 48 in"),
-]
+TABLE = (programs.ROOT / "tests/data/refusals_of_programs.txt").read_text(encoding="utf-8")
+REFUSALS = [re.fullmatch(r"(\w+) (.*)\n    (.*)", each).groups() for each in TABLE.strip().split("\n\n")[1:]]
 
 
 @pytest.mark.parametrize(("name", "more", "message"), REFUSALS)
