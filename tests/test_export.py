@@ -112,6 +112,8 @@ class Alone(nn.Module):
         # One state for all sequences and layers.
         (RNN, ONE_STATE, {"kind": "step"}, [(5, 1, 3), (2, 5, 1, 4)], {"x": ["batch", 1, 3], "h": [2, "batch", 1, 4]}),
         (RNN, X, ALL_SIZES, [(7, 5, 3)], {"x": ["rows", 5, 3]}),
+        # As many steps as the example has.
+        (RNN, X, {"max_steps": 5}, [(7, 5, 3)], {"x": ["batch", "time", 3]}),
         (Pieces(), X[0], {"dynamic_shapes": ({1: torch.export.Dim("time")},)}, [(5, 9)], {"out": [5, "time"]}),
         # An output has another name than an input. The sizes of a model of one's own are those of the example.
         (Echo(), X[0], {}, [(5, 3)], {"out": [5, 3]}),
