@@ -20,7 +20,7 @@ import mingru
 from mingru.models import block
 from mingru.modules import options
 from mingru.modules.conv_layer import ConvOptions
-from mingru.modules.recurrent import RecurrentOptions
+from mingru.modules.recurrent_layer import RecurrentOptions
 from mingru.ops import private, route
 from mingru.ops.activation import ACTIVATIONS
 from mingru.ops.cells import GATES

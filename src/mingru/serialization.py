@@ -9,7 +9,7 @@ from .models.causal_conv import CausalConv
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.per_step import OF_TORCH, PerStep
-from .modules.recurrent import NORMS, RecurrentLayer
+from .modules.recurrent_layer import NORMS, RecurrentLayer
 from .ops.linear_map import WeightAndBias
 
 

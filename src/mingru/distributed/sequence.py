@@ -34,7 +34,8 @@ from ..modules.conv import MinConv
 from ..modules.conv_layer import MinConvLayer
 from ..modules.layer import Layer
 from ..modules.per_step import PerStep
-from ..modules.recurrent import Recurrent, RecurrentLayer
+from ..modules.recurrent import Recurrent
+from ..modules.recurrent_layer import RecurrentLayer
 from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route

@@ -14,7 +14,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..check import require
-from ..modules.recurrent import Recurrent, RecurrentLayer
+from ..modules.recurrent import Recurrent
+from ..modules.recurrent_layer import RecurrentLayer
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import MIXTURES, parts_of

@@ -29,7 +29,7 @@ from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import LayerOptions, Norm
-from ..modules.recurrent import NORMS
+from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from ..check import check_flag, check_int, check_lengths, check_min_decay, check_number, check_reset, per_layer, require
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
-from ..modules.recurrent import NORMS
+from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting

@@ -11,28 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import ops
-from ..check import (
-    check_bias,
-    check_flag,
-    check_flags,
-    check_initial_state,
-    check_int,
-    check_min_decay,
-    check_parts,
-    check_residual,
-    expectation,
-    is_number,
-    name_of,
-    require,
-)
+from ..check import check_initial_state, check_min_decay, expectation, name_of
 from ..ops import route
 from ..ops.call import Layout, Start
-from ..ops.cells import CELLS, GATES
+from ..ops.cells import CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import InferencePlan, plannable
+from ..ops.inference import InferencePlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
-from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from ..wrong_calls import explained
 from . import scripted
@@ -40,168 +25,9 @@ from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .marked import GUARDS, add_marks
 from .options import Options
+from .recurrent_layer import RecurrentLayer, RecurrentOptions
 from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
-from .stacked import Directions, Stacked
-
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-
-
-class RecurrentOptions(Options):
-    """The options of MinGRU and MinLSTM."""
-
-    norms = tuple(NORMS)
-    # Of options that not all classes have.
-    gate, min_decay, normalize, forget_bias = "sigmoid", 0.0, True, 0.0
-    proj_size = 0
-    """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
-
-    def check(self) -> None:
-        check_flags(self.name, normalize=self.normalize)
-        check_bias(self.name, self.bias)
-        check_int(self.name, "hidden_dims", self.hidden_dims)
-        super().check()
-        if self.recompute is not None:
-            check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
-        for gate in self.gates:
-            check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
-        check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
-        gate = self.output_gate
-        is_known = gate is None or (isinstance(gate, str) and gate == "silu")
-        require(self.name, "output_gate", is_known, "'silu' or None", repr(gate))
-        remedy = "gate the output yourself, by a torch.nn.Linear"
-        for option, is_used in (("residual", self.residual == "highway"), ("proj_size", self.proj_size > 0)):
-            expected = f"None because {option} is {getattr(self, option)!r}"
-            require(self.name, "output_gate", gate is None or not is_used, expected, repr(gate), remedy)
-        got = repr(self.forget_bias)
-        require(self.name, "forget_bias", is_number(self.forget_bias), "a number", got, error=TypeError)
-        require(self.name, "forget_bias", self.bias or self.forget_bias == 0, "0 because bias is False", got)
-
-    @property
-    def cells(self) -> list[str]:
-        """The cell of each layer."""
-        if self.cell == "mingru":
-            return [GATES[gate] for gate in self.gates]
-        return [self.cell if self.normalize else f"{self.cell}_unnormalized"] * self.num_layers
-
-
-@plannable
-class RecurrentLayer(Directions):
-    """Apply norm, linear map, recurrence, output gate and residual of one layer, in one direction or both."""
-
-    def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: RecurrentOptions, linear: type[nn.Module]
-    ) -> None:
-        super().__init__(cell, options.hidden_dims, min_decay, options)
-        factory, proj_size = options.factory, options.proj_size
-        output_dims = (proj_size or options.hidden_dims) * options.num_directions
-        self.forget_bias = float(options.forget_bias)
-        self.num_inputs = CELLS[cell].num_inputs
-        self.recompute = options.recompute
-        self.residual = options.residual is True
-        self.highway = options.residual == "highway"
-        # The rows of the highway or of the output gate are the last.
-        self.num_parts = self.num_inputs + int(self.highway or self.has_output_gate)
-        pre_dims = self.hidden_dims * self.num_parts
-        self.norm: nn.Module | None = None if options.norm is None else NORMS[options.norm](input_dims, **factory)
-        self.linear = linear(input_dims, pre_dims, options.bias, **factory)
-        self.linear_reverse = linear(input_dims, pre_dims, options.bias, **factory) if options.bidirectional else None
-        self.projections: nn.ModuleList | None = None
-        if proj_size > 0:
-            maps = [linear(self.hidden_dims, proj_size, False, **factory) for _ in range(options.num_directions)]
-            self.projections = nn.ModuleList(maps)
-        self.align = None
-        if self.residual and input_dims != output_dims:
-            self.align = linear(input_dims, output_dims, False, **factory)
-        self.add_gate_bias()
-        add_marks(self, options.device)
-
-    def forward(
-        self, x: Tensor, starts: list[Start], layout: Layout, found: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output in the layout of x, and the last states; `starts` has one entry for each direction.
-
-        Append the states of all steps in each direction to `found`.
-        """
-        y = x
-        if self.norm is not None and not self._fuses_norm(found):
-            y = self.norm(x)
-        if self.highway:
-            return self._with_highway(x, y, starts[0], layout, found)
-        out, states = self._directions(y, starts, layout, found)
-        if self.projections is not None:
-            out = torch.cat(self.projected(list(out.chunk(len(self.projections), -1))), -1)
-        if self.residual:
-            out = out + (x if self.align is None else self.align(x))
-        return out, states
-
-    def plan(self, plan: InferencePlan, state: int) -> None:
-        """Write the instructions of an inference pass."""
-        plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
-        if self.residual:
-            plan.keep()
-        if self.norm is not None:
-            plan.norm(self.norm)
-        plan.scan(self.spec(False), self.has_output_gate, state, *self.maps())
-        if self.projections is not None:
-            (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
-            plan.linear(projection)
-        if self.residual:
-            plan.add(self.align)
-
-    def add_gate_bias(self) -> None:
-        super().add_gate_bias()
-        for linear in self.maps() if self.forget_bias != 0 else []:
-            linear.bias.detach()[: self.hidden_dims] += self.forget_bias
-
-    def maps(self) -> list[Any]:
-        """Return the linear map of each direction."""
-        return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
-
-    def projected(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the projection of the states of each direction."""
-        found: list[Tensor] = []
-        if self.projections is not None:
-            for index, projection in enumerate(self.projections):
-                found.append(projection(states[index]))
-        return found
-
-    def _with_highway(self, x: Tensor, y: Tensor, start: Start, layout: Layout, found: MaybeList) -> Outputs:
-        inputs = self._inputs(y, False)
-        gate = inputs.pop()
-        out, last = self._recurrence(self.spec(False), inputs, start, layout)
-        if found is not None:
-            found.append(out)
-        # sigma(-gate), because 1 - sigma(gate) would cancel near 1.
-        return gate.sigmoid() * out + (-gate).sigmoid() * x, [last]
-
-    def _is_one_kernel(self, found: MaybeList) -> bool:
-        """Return whether linear map, recurrence and output gate may be one kernel, which has no states to find."""
-        return not is_scripting() and not self.highway and (found is None or not self.has_output_gate)
-
-    def _fuses_norm(self, found: MaybeList) -> bool:
-        """Return whether the norm is computed with the linear map: not if several maps read its result."""
-        return self._is_one_kernel(found) and self.linear_reverse is None
-
-    def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
-        if not is_scripting():
-            if self._is_one_kernel(found):
-                linear: Any = self.linear_reverse if reverse else self.linear
-                norm = self.norm if self.norm is not None and self._fuses_norm(found) else None
-                options: Any = self.recompute, norm, self.has_output_gate
-                out, last = ops.linear_recurrence(self.spec(reverse), y, linear, start, layout, *options)
-                if found is not None:
-                    found.append(out)
-                return out, last
-        return self._from_inputs(y, start, layout, reverse, found)
-
-    def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
-        """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""
-        pre = y
-        if not reverse:
-            pre = self.linear(y)
-        elif self.linear_reverse is not None:
-            pre = self.linear_reverse(y)
-        return list(pre.chunk(self.num_parts, -1))
+from .stacked import Stacked
 
 
 class Recurrent(Stacked, role="sequence"):
