@@ -71,7 +71,6 @@ seeds:
 
 picture: test
 	$(PYTHON) benchmarks/speed.py --sweep --plot docs/speed.png --json out/sweep.json
-	$(PYTHON) benchmarks/speed.py --ratios --json docs/ratios.json
 	$(PYTHON) -m pip install --no-deps --target out/scans mingru-scans==0.2.0
 	$(PYTHON) benchmarks/speed.py --page --scans out/scans
 

@@ -10,6 +10,8 @@
   forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period. The
   error of the mean as forecast is printed too.
 
+The seconds are of the processor, with one thread.
+
 All models have about as many parameters in their layers, the same optimizer and the same number of training steps.
 """
 
@@ -45,6 +47,7 @@ MODELS = {
     'candidate="tanh", without norm': (mingru.MinGRU, BASE | {"candidate": "tanh", "norm": None}),
     'gate="rotation"': (mingru.MinGRU, BASE | {"gate": "rotation"}),
     'gate="mixed"': (mingru.MinGRU, BASE | {"gate": "mixed"}),
+    'gate="mixed", output_gate="silu"': (mingru.MinGRU, BASE | {"gate": "mixed", "output_gate": "silu"}),
     "minLSTM": (mingru.MinLSTM, BASE),
     "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
@@ -167,13 +170,13 @@ TASKS = {"copying": Copying, "text": Text, "forecast": Forecast}
 
 
 def train(task, name, num_steps, seed):
-    """Return the metric and the seconds of training."""
+    """Return the metric and the processor seconds of training."""
     torch.manual_seed(seed)
     model = Model(task, *MODELS[name], width_of(*MODELS[name]))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(num_steps, 20), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(num_steps):
         loss = task.loss(model, generator)
         optimizer.zero_grad()
@@ -181,15 +184,16 @@ def train(task, name, num_steps, seed):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with torch.no_grad():
         return task.metric(model), seconds
 
 
-def cell_of(values):
-    """Return the mean and half of the range, as the page has them."""
-    digits = 1 if max(values) > 10 else 2
-    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+def cell_of(metrics, seconds):
+    """Return the mean and half of the range, and the median time, as the page has them."""
+    digits = 1 if max(metrics) > 10 else 2
+    half = (max(metrics) - min(metrics)) / 2
+    return f"{statistics.mean(metrics):.{digits}f} ± {half:.{digits}f}; {statistics.median(seconds):.0f} s"
 
 
 def main():
@@ -213,8 +217,8 @@ def main():
             metrics, seconds = zip(*(train(task, model, steps, seed) for seed in args.seeds), strict=True)
             results[title][model] = {"metrics": metrics, "seconds": seconds}
             print(f"{title}: {model}: {json.dumps(metrics)}", flush=True)
-    rows = [[name, *(cell_of(found[name]["metrics"]) for found in results.values())] for name in args.models]
-    print_table("Mean of the seeds and half of their range", ["model", *results], rows)
+    rows = [[name, *(cell_of(**found[name]) for found in results.values())] for name in args.models]
+    print_table("Mean of the seeds and half of their range; processor seconds of training", ["model", *results], rows)
     if args.json:
         write_json(args.json, results)
 

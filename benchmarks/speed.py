@@ -4,9 +4,8 @@
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
     python benchmarks/speed.py steps family                # other groups of tables, which --help lists
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
-    python benchmarks/speed.py --ratios                    # time relative to MinGRU by shape, the README's table
-    python benchmarks/speed.py --page                      # the same by batch, length, width and threads; writes them
-                                                           # into docs/speed.md and docs/speed.json, in 5 minutes
+    python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads; writes them
+                                                           # into docs/speed.md and docs/speed.json, in 6 minutes
 
 Times are medians of interleaved runs in one process, in milliseconds. Forward is timed in inference mode. Forward +
 backward includes the gradients of all inputs and parameters. The dtype is float32 unless a name says bf16.
@@ -43,8 +42,8 @@ from mingru.bench import GRU, LINEAR, forward, forward_backward, medians_ms, out
 from mingru.models import LanguageModel
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
-RATIO_SHAPES = [(1, 256, 256, 256), (1, 4096, 256, 256), (1, 4096, 64, 64), (8, 512, 256, 256), (16, 1024, 512, 512)]
-RATIO_SHAPES += [(32, 1024, 128, 128), (64, 1000, 10, 100), (128, 32, 128, 128)]
+# Of the model that docs/choosing.md recommends.
+EQUAL_SHAPES = [(1, 4096, 256, 256), (8, 512, 256, 256), (64, 256, 64, 128), (16, 256, 10, 64), (128, 32, 128, 128)]
 # One shape, and others that differ in batch, steps or features.
 PAGE_SHAPES = [(batch, 512, 128, 128) for batch in (8, 1, 64)] + [(8, steps, 128, 128) for steps in (1, 16, 64, 4096)]
 PAGE_SHAPES += [(8, 512, dims, dims) for dims in (32, 512)]
@@ -54,7 +53,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, SLOW_MS = 8, 3000.0
-PEER = "minGRU-pytorch"
+PEER, RECOMMENDED = "minGRU-pytorch", "MinGRU as recommended"
 
 
 class Table(NamedTuple):
@@ -367,6 +366,10 @@ def export(name, module, shape, path):
 GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
 
 
+def recommended(input_dims, hidden_dims):
+    return mingru.MinGRU(input_dims, hidden_dims, 2, norm="rms", residual=True, gate="mixed")
+
+
 def whole_layers(timer, shape, others=None, skipped=()):
     """Return the milliseconds of forward, and of forward + backward, of one layer of each class, by name."""
     modules = {**layers(*shape[2:]), **(others or {})}
@@ -380,17 +383,11 @@ def short(ratio):
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-class InLogSpace(mingru.MinGRU):
-    def forward(self, x):
-        with mingru.use_backend("log"):
-            return super().forward(x)
-
-
 def sweep(timer, hidden_dims):
     """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
-        others = {"minGRU in log space (the paper's form)": InLogSpace(hidden_dims, hidden_dims)}
+        others = {RECOMMENDED: recommended(hidden_dims, hidden_dims)}
         slow = [name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS]
         found = whole_layers(timer, (BATCH, count, hidden_dims, hidden_dims), others, slow)
         for name, (_, both) in found.items():
@@ -398,20 +395,18 @@ def sweep(timer, hidden_dims):
     return times
 
 
-def ratios(timer, shapes):
-    """Print how many times as long a training step of other layers takes, as a Markdown table by shape."""
-    names, rows, results = (GRU, "nn.LSTM", LINEAR), [], {}
-    for shape in shapes:
-        training_ms = {name: both for name, (_, both) in whole_layers(timer, shape).items()}
-        relative = [training_ms[name] / training_ms["mingru"] for name in names]
-        rows.append([str(shape), f"{training_ms['mingru']:.3g} ms", *(f"{short(ratio)} ×" for ratio in relative)])
-        results[str(shape)] = {name: training_ms[name] for name in ("mingru", LINEAR, GRU, "nn.LSTM")}
-    print(markdown(["(B, S, I, H)", "MinGRU", *names], rows))
-    return results
+def equal(times):
+    """Return the table of the model that is recommended beside one layer of torch, a training step and inference."""
+    rows = []
+    for shape, figures in times.items():
+        own, *others = (figures[name][::-1] for name in (RECOMMENDED, GRU, "nn.LSTM"))
+        of_each = [[f"{ms:.3g} ms", *(f"{short(other[at] / ms)} ×" for other in others)] for at, ms in enumerate(own)]
+        rows.append([shape, *of_each[0], *of_each[1]])
+    return markdown(["(B, S, I, H)", "training", GRU, "nn.LSTM", "inference", GRU, "nn.LSTM"], rows)
 
 
 def tables(record):
-    """Return the table of docs/speed.md, a training step with the most threads, from what docs/speed.json has."""
+    """Return the tables of docs/speed.md, with the most threads, from what docs/speed.json has."""
     where, versions = record["where"], record["results"]["versions"]
     machine = f"{where['cores']} cores of {where['processor']} with {where['instructions']}, torch {where['torch']}"
     others = "".join(f", {name} {version}" for name, version in versions.items())
@@ -429,23 +424,26 @@ def tables(record):
         cells = [f"**{short(ratio)}**" if ratio < 1 else short(ratio) for ratio in ratios]
         rows.append([f"{batch}, {steps}, {features}", f"{times['mingru']:.3g}", *cells])
     table = markdown(["B, S, H", "MinGRU, ms", *(name.removesuffix("(I, 2H)") for name in names)], rows)
-    return "\n".join([*lines, table])
+    return {"equal": equal(record["results"]["equal"]), "tables": "\n".join([*lines, table])}
 
 
 def plot(times, hidden_dims, path):
-    styles = {"mingru": {**OWN, "label": "mingru.MinGRU"}, LINEAR: {"color": "#8d99ae", "linestyle": "--"}}
+    styles = {RECOMMENDED: OWN, "mingru": {"color": "#52b788", "label": "MinGRU, one plain layer"}}
+    styles |= {LINEAR: {"color": "#8d99ae", "linestyle": "--"}}
     styles |= {GRU: {"color": "#c1121f"}, "nn.LSTM": {"color": "#e07a1f"}, PEER: {"color": "#b5179e"}}
     lines = [
         (by_steps, by_steps.values(), {"label": name, "color": "#5a4fcf", **styles.get(name, {})})
         for name, by_steps in times.items()
     ]
     labels = {"xlabel": "sequence length (steps)", "ylabel": "forward + backward (ms)"}
-    title = f"One layer, batch {BATCH}, {hidden_dims} features, {torch.get_num_threads()} CPU threads"
+    title = f"Batch {BATCH}, {hidden_dims} features, {torch.get_num_threads()} CPU threads"
     draw(path, lines, is_log=True, title=title, **labels)
 
 
 def page(args, timer):
     """Write docs/speed.json and the tables of docs/speed.md; with --json, only this file."""
+    shapes = [tuple(shape) for shape in args.shape or EQUAL_SHAPES]
+    of_equal = {str(each): whole_layers(timer, each, {RECOMMENDED: recommended(*each[2:])}, (PEER,)) for each in shapes}
     load = os.getloadavg()[0]
     versions = {PEER: importlib.metadata.version(PEER)}
     if scanned := args.scans and scans(args.scans):
@@ -457,11 +455,11 @@ def page(args, timer):
             others = {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
             times.setdefault(str(threads), {})[str(shape)] = whole_layers(timer, shape, others)
     path = args.json or PAGE.with_suffix(".json")
-    write_json(path, {"load": load, "versions": versions, "times": times})
-    text = tables(json.loads(path.read_text(encoding="utf-8")))
-    print(text)
+    write_json(path, {"load": load, "versions": versions, "equal": of_equal, "times": times})
+    texts = tables(json.loads(path.read_text(encoding="utf-8")))
+    print("\n\n".join(texts.values()))
     if not args.json:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "speed", {"tables": text}), encoding="utf-8")
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "speed", texts), encoding="utf-8")
 
 
 def main():
@@ -473,7 +471,6 @@ def main():
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--sweep", action="store_true", help="print times by sequence length instead of the tables")
     add("--hidden-dims", type=int, default=256, help="features in the sweep (default: %(default)s)")
-    add("--ratios", action="store_true", help="print times relative to MinGRU instead of the tables")
     add("--page", action="store_true", help="print times with one thread and --threads, and write docs/speed.md")
     add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
@@ -498,8 +495,6 @@ def main():
         results = sweep(timer, args.hidden_dims)
         if args.plot:
             plot(results, args.hidden_dims, args.plot)
-    elif args.ratios:
-        results = ratios(timer, [tuple(shape) for shape in args.shape or RATIO_SHAPES])
     else:
         chosen = args.groups or [one_layer.__name__]
         results = {table.title: run(table, timer) for name in chosen for table in GROUPS[name](args)}
