@@ -38,14 +38,15 @@ class Matrix:
                     limitations.append(limitation)
 
     def table(self) -> str:
-        """Return the table, with the classes of each mode, after the list of all, and the numbered limitations."""
+        """Return the lists of all classes and modes, the table of exceptions, and the numbered limitations."""
         names = [case.name for case in CASES]
         found = {
             mode: {name: self.cells[mode, name] for name in names if (mode, name) in self.cells} for mode in modes()
         }
         limitations = dict.fromkeys(each for by_name in found.values() for cell in by_name.values() for each in cell)
         numbers = {limitation: number for number, limitation in enumerate(limitations, 1)}
-        lines = [f"All are {', '.join(names)}.", "", "| mode | classes | with a limitation |", "| --- | --- | --- |"]
+        lines = [f"All are {', '.join(names)}.", "", *(f"- {mode}" for mode in found), "", "## Exceptions", ""]
+        lines += ["| mode | classes | with a limitation |", "| --- | --- | --- |"]
         for mode, by_name in found.items():
             limited = [
                 f"{', '.join(name for name in by_name if each in by_name[name])} ({number})"
@@ -53,7 +54,7 @@ class Matrix:
                 if any(each in cell for cell in by_name.values())
             ]
             tested = "all" if len(by_name) == len(names) else ", ".join(by_name)
-            lines.append(f"| {mode} | {tested} | {'; '.join(limited)} |")
+            lines += [f"| {mode} | {tested} | {'; '.join(limited)} |"] * (tested != "all" or limited != [])
         return "\n".join([*lines, "", *(f"{number}. {limitation}" for limitation, number in numbers.items())]) + "\n"
 
 

@@ -429,7 +429,7 @@ def test_threads_do_not_show_in_the_numbers_of_native_and_torch(cell, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_kept_for_backward(backend):
-    """Values for each value of the states; `docs/how_it_works.md` has these figures."""
+    """Values for each value of the states."""
     most = {"native": 3.1, "triton": 3.1, "torch": 3.1, "sequential": 10.1, "log": 13.1}
     shape = (2, 12, 4) if INTERPRETED else (4, 256, 32)
     pre = torch.randn(*shape[:2], 2 * shape[2], requires_grad=True, device=calls.device_of(backend))
