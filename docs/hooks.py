@@ -65,7 +65,21 @@ def on_page_content(html, page, config, files):
         log.warning("%s: %s", page.file.src_uri, fault)
     names = [file.name for file in files.documentation_pages() if file.src_uri.startswith("reference/")]
     documented = {f"mingru.{name}" for name in names if name not in ("index", page.file.name)}
+    html = guides_linked(html, page, files) if is_reference else html
     return breakable(linked(html, documented))
+
+
+def guides_linked(html, page, files):
+    """Return the page with links to the guides that docstrings name by their files, such as docs/gates.md."""
+
+    def link(match):
+        guide = files.get_file_from_path(match[1])
+        if guide is None:
+            log.warning("%s: there is no guide %s", page.file.src_uri, match[0])
+            return match[0]
+        return f'<a href="{guide.url_relative_to(page.file)}">{title_of(match[1], guide.content_string)}</a>'
+
+    return re.sub(r"(?<![\w/])docs/(\w+\.md)", link, html)
 
 
 def breakable(html):

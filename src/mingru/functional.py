@@ -114,7 +114,7 @@ def mingru(
         z_t = sigma(gate_t)
         h_t = (1 - z_t) h_{t-1} + z_t activation(candidate_t)
 
-    This is the equation of the kind "sigmoid". [mingru.MinGRU][] has the equations of the other kinds, and of `dt` and
+    This is the equation of the kind "sigmoid". `mingru.MinGRU` has the equations of the other kinds, and of `dt` and
     `min_decay`.
 
     Args:
@@ -126,9 +126,9 @@ def mingru(
         h: State before the first step, any real numbers; expandable to (B, 1, *). Its dtype is the dtype of `gate`, or
             float32 if `gate` is bfloat16 or float16. Default: `initial_state`.
         reset: Boolean mask, (B, S). Where True, the state is set to `initial_state` before that step.
-        dt: Time since the step before, (B, S), at least 0; see [What dt is](../irregular.md#what-dt-is). Dtype of
+        dt: Time since the step before, (B, S), at least 0; see docs/irregular.md. Dtype of
             `gate` or float32. Default: 1. Not for "signed".
-        backend: Name listed by [mingru.backends][], or "auto" for the fastest backend that supports these tensors.
+        backend: Name listed by `mingru.backends`, or "auto" for the fastest backend that supports these tensors.
         kind: "sigmoid", "signed", "rotation", "quaternion" or "mixed": the layer's `gate`, which is a tensor here.
         angle: Pre-activation of the angle, in units of pi / 4; shape, dtype and device of `gate`. Required for
             "rotation", otherwise None.
@@ -149,7 +149,7 @@ def mingru(
     Numerics:
         bfloat16 and float16 are computed in float32. "native", "torch" and "sequential" compute in linear space. With
         kind "sigmoid", the activation "positive" and a positive state, all terms are positive, and the relative error
-        in float32 does not grow with length. [mingru.MinGRU][] has its bound by the number of steps that a state lasts,
+        in float32 does not grow with length. `mingru.MinGRU` has its bound by the number of steps that a state lasts,
         and that of the other kinds. The error of "log" grows with length, to 1e-3 at 10,000 steps.
 
     z = 1 takes the candidate. In `torch.nn.GRU`, z = 1 keeps the previous state.
@@ -216,7 +216,7 @@ def minlstm(
         candidate: Pre-activation of the candidate state; shape, dtype and device of `forget`.
         h: State before the first step. Default: `initial_state`.
         reset: Boolean mask, (B, S), of the steps that start from `initial_state`.
-        dt: Time since the step before, (B, S), at least 0; see [What dt is](../irregular.md#what-dt-is). Default: 1.
+        dt: Time since the step before, (B, S), at least 0; see docs/irregular.md. Default: 1.
             Must be None if `normalize` is False.
         backend: Name of a backend, or "auto".
         normalize: If False, the gates are not divided by their sum.
@@ -231,7 +231,7 @@ def minlstm(
         ValueError: A shape, device or activation is invalid, or the backend cannot compute this call.
 
     Numerics:
-        Same as [mingru.functional.mingru][] with gate = log sigma(input) - log sigma(forget). The normalized gates sum
+        Same as `mingru.functional.mingru` with gate = log sigma(input) - log sigma(forget). The normalized gates sum
         to 1 even if both sigmoids underflow. Without normalization, the relative error has the same bound.
 
     Unlike `torch.nn.LSTM`, minLSTM has no output gate and no cell state.
@@ -343,7 +343,7 @@ def linear_scan(
         reset: Boolean mask, (B, S). Where True, the state is set to 0 before that step: h_t = b_t.
         lengths: Number of valid steps of each sequence, integers (B,) from 0 to S. The steps after them are padding,
             where the result is 0; with `reverse`, the scan begins at the last valid step.
-        backend: Name listed by [mingru.backends][], or "auto" for the fastest backend.
+        backend: Name listed by `mingru.backends`, or "auto" for the fastest backend.
 
     Returns:
         States in the order of time, (B, S, *), dtype of `b`. With `lengths`, a pair: these states, and the state after
@@ -402,7 +402,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
 
     Numerics:
         The relative error in float32 grows with length, because a* does: 1e-5 at 100 steps, 1e-3 at 10,000, 0.2 at a
-        million. [mingru.functional.linear_scan][] does not have this problem, and is faster.
+        million. `mingru.functional.linear_scan` does not have this problem, and is faster.
 
     Examples:
         >>> log_a, log_b = torch.full((1, 3), 0.5).log(), torch.ones(1, 4).log()

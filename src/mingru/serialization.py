@@ -21,7 +21,7 @@ def safe_globals() -> list[type]:
     state_dict does not need these classes.
 
     Returns:
-        The public layers, cells, [mingru.Stack][] and models, the classes inside them, and the `torch.nn` classes that
+        The public layers, cells, `mingru.Stack` and models, the classes inside them, and the `torch.nn` classes that
         they contain. Pass them to `torch.serialization.add_safe_globals` once, or to the context manager
         `torch.serialization.safe_globals`. Add the classes of your own model.
 

@@ -33,13 +33,13 @@ def from_cheind(
     """Convert the weights of a layer of cheind/mingru, the package that this one replaces.
 
     The converted layer computes the same outputs and states, from a given state and from the initial state, g(0) = 0.5
-    in both packages. [mingru.MinGRU][] has the equations.
+    in both packages. `mingru.MinGRU` has the equations.
 
     Args:
         state_dict: Tensors by name, of one dtype and device, with the names of version 1.4.2, the last one:
             `layers.{i}.gate_hidden`, `.norm`, `.res_align` of `MinGRU` and `MinConv2dGRU`, or `to_gate_hidden` of
-            `MinGRUCell` and `MinConv2dGRUCell`. [Coming from another
-            minGRU](../coming_from_another_mingru.md#cheindmingru) shows how to rename those of older versions.
+            `MinGRUCell` and `MinConv2dGRUCell`. docs/coming_from_another_mingru.md shows how
+            to rename those of older versions.
         prefix: Prefix of the layer's names inside a model, such as "rnn."; other names are ignored. Default: no
             prefix.
         residual: Value of the original option `residual`. Required if no layer changes the size of its input, because

@@ -22,17 +22,17 @@ def language_model_from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str
     Args:
         state_dict: Tensors by name, of one dtype and device: `token_emb.weight` (V, dims), `norm.weight`,
             `to_logits.weight` (V, dims), and for each block `layers.{i}.1.weight` and `.3.weight` (norms), `.2.*` (the
-            layer, see [mingru.convert.from_lucidrains][]), and `.4.0.*` and `.4.2.*` (the feed-forward network).
+            layer, see `mingru.convert.from_lucidrains`), and `.4.0.*` and `.4.2.*` (the feed-forward network).
         prefix: Prefix of the model's names, such as "net."; other names are ignored. Default: no prefix.
 
     Returns:
-        A [mingru.models.LanguageModel][] with copies of the tensors, in their dtype and on their device.
+        A `mingru.models.LanguageModel` with copies of the tensors, in their dtype and on their device.
 
     Raises:
         TypeError: `state_dict` is not a mapping, or the tensors have different or integer dtypes.
         ValueError: A key is missing or unexpected, a shape does not fit, or tensors are on different devices. The model
             has convolutions (`enable_conv=True`), which are followed by a map of all features that a
-            [mingru.models.Block][] does not have.
+            `mingru.models.Block` does not have.
 
     State dict:
         As in a `LanguageModel` with `learn_initial_state=True`. The recurrent layers and W have a bias, which is 0, and

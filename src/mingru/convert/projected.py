@@ -28,8 +28,8 @@ class Projected(Layer, role="sequence"):
     where y is the layer's output, h its state, and W and b are the parameters of `out`. The state is not projected.
 
     Args:
-        rnn: [mingru.MinGRU][], [mingru.MinLSTM][], [mingru.Stack][] or a layer of your own with an output of
-            (B, S, D * H), see [mingru.modules.Layer][].
+        rnn: `mingru.MinGRU`, `mingru.MinLSTM`, `mingru.Stack` or a layer of your own with an output of
+            (B, S, D * H), see `mingru.modules.Layer`.
         out: Map of the output: `torch.nn.Linear(D * H, O)` or another module that takes (B, S, D * H). Without an
             attribute `out_features`, O is D * H.
 
@@ -101,7 +101,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGR
     """Convert the weights of a `minGRU` or `minLSTM` of the package minGRU-pytorch.
 
     The converted layer computes the same outputs, for whole sequences and in single steps, from the same initial state
-    0. [mingru.MinGRU][] and [mingru.MinLSTM][] have the equations.
+    0. `mingru.MinGRU` and `mingru.MinLSTM` have the equations.
 
     Args:
         state_dict: Tensors by name, of one dtype and device. A minGRU has `to_hidden_and_gate.weight` (2H, I), rows in
@@ -156,7 +156,7 @@ def from_minrnns(
     """Convert the weights of a `minGRU` or `minLSTM` of the paper's authors' code, BorealisAI/minRNNs.
 
     The converted layer computes the same outputs, for whole sequences and in single steps, from the same initial state:
-    g(`init_hidden_state`), or 0 without that key. [mingru.MinGRU][] and [mingru.MinLSTM][] have the equations.
+    g(`init_hidden_state`), or 0 without that key. `mingru.MinGRU` and `mingru.MinLSTM` have the equations.
 
     Args:
         state_dict: Tensors by name, of one dtype and device. A minGRU has `to_hidden_and_gate.weight` (2H, I) and

@@ -13,7 +13,7 @@ def from_pufferlib(state_dict: Mapping[str, Tensor], prefix: str = "") -> MinGRU
     """Convert the weights of the network `MinGRU` of PufferLib 4.
 
     The converted layer computes the same outputs, for whole sequences and in single steps, from the same initial state
-    0. [mingru.MinGRU][] has the equations: these layers have `residual="highway"` and no bias.
+    0. `mingru.MinGRU` has the equations: these layers have `residual="highway"` and no bias.
 
     Args:
         state_dict: Tensors by name, of one dtype and device: `layers.{i}.weight` (3H, H) for each layer, rows in the

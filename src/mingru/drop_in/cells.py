@@ -53,12 +53,12 @@ class GRUCell(DropInCell, role="step", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][]. From a
+        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see `mingru.MinGRU`. From a
             state of 0, the others learn less: pass `learn_initial_state=True` too.
         min_decay: Not in torch. Lower bound of the decay.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
-        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Not in torch. Number of time steps that a state lasts at first, see `mingru.MinGRU`.
 
     Inputs:
         - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
@@ -78,7 +78,7 @@ class GRUCell(DropInCell, role="step", planned=True):
         refuses is `bias_hh` here, or `weight_hh` without bias.
 
     As with `GRU`, there is no `weight_ih`, `apply` treats the cell as one module, and `isinstance(cell,
-    torch.nn.GRUCell)` is false outside of [mingru.drop_in.patch][].
+    torch.nn.GRUCell)` is false outside of `mingru.drop_in.patch`.
 
     Examples:
         >>> cell = mingru.drop_in.GRUCell(10, 20)
@@ -115,7 +115,7 @@ class GRUCell(DropInCell, role="step", planned=True):
 class LSTMCell(DropInCell, role="step", planned=True):
     """Compute one step of a one-layer minLSTM, with the interface of `torch.nn.LSTMCell`.
 
-    The state before the step is (h + c) / 2, as in [mingru.drop_in.LSTM][].
+    The state before the step is (h + c) / 2, as in `mingru.drop_in.LSTM`.
 
     Args:
         input_size: Number of input features, I; at least 1.
@@ -133,12 +133,12 @@ class LSTMCell(DropInCell, role="step", planned=True):
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
-        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Not in torch. Number of time steps that a state lasts at first, see `mingru.MinGRU`.
 
     Inputs:
         - **input**: Input, (B, I), or (I,) without a batch; dtype and device of the parameters.
         - **hx**: Pair (h, c) before the step, any real numbers; each (B, H) or (H,). Default: 0, or the learned state.
-        - **reset**, **dt**: As in [mingru.drop_in.GRUCell][].
+        - **reset**, **dt**: As in `mingru.drop_in.GRUCell`.
 
     Outputs:
         - **(h, c)**: Pair of two equal tensors after the step, each with the shape of `h`; float32 under autocast.
@@ -148,7 +148,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
             mistake. Also RuntimeError for a size of 0, which torch accepts.
 
     State dict:
-        As in a one-layer `LSTM`: the state_dict of one loads into the other. Buffers as in [mingru.drop_in.GRUCell][].
+        As in a one-layer `LSTM`: the state_dict of one loads into the other. Buffers as in `mingru.drop_in.GRUCell`.
 
     Examples:
         >>> cell = mingru.drop_in.LSTMCell(10, 20)

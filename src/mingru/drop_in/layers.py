@@ -159,13 +159,13 @@ class GRU(DropInLayer, role="torch", planned=True):
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
-        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][], or a list
+        gate: Not in torch. "sigmoid", "signed", "rotation", "quaternion" or "mixed", see `mingru.MinGRU`, or a list
             with one for each layer. From a state of 0, the others learn less: pass `learn_initial_state=True` too.
         min_decay: Not in torch. Lower bound of the decay: a number, or a list with one for each layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
-        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
-        recompute: Not in torch. If True, backward recomputes pre-activations, see [mingru.MinGRU][].
+        memory: Not in torch. Number of time steps that a state lasts at first, see `mingru.MinGRU`.
+        recompute: Not in torch. If True, backward recomputes pre-activations, see `mingru.MinGRU`.
 
     Inputs:
         - **input**: Sequence, (S, B, I), (B, S, I) with `batch_first`, (S, I) without a batch, or a
@@ -177,7 +177,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         - **lengths**: Not in torch. Number of valid steps of each sequence, integers (B,) from 0 to S. `output` is 0 in
           the padding, and `h_n` is the state after the last valid step.
         - **dt**: Not in torch. Time since the step before, with the leading dimensions of `input`; packed if `input` is
-          packed. Default: 1. See [mingru.MinGRU][].
+          packed. Default: 1. See `mingru.MinGRU`.
         - **mask**: Not in torch. `lengths` as TorchRL passes them: boolean, with the leading dimensions of a padded
           `input`, True for the valid steps, which come first. It is not a reset.
 
@@ -188,12 +188,12 @@ class GRU(DropInLayer, role="torch", planned=True):
 
     Raises:
         ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.GRU` raises for the same mistake.
-            The arguments that torch does not have raise the errors of [mingru.MinGRU][].
+            The arguments that torch does not have raise the errors of `mingru.MinGRU`.
 
     State dict:
-        As in [mingru.MinGRU][]: the state_dict of one loads into the other. With `proj_size`, also
+        As in `mingru.MinGRU`: the state_dict of one loads into the other. With `proj_size`, also
         `layers.{l}.projections.{d}.weight` (P, H). Two buffers let torch's layers refuse it:
-        `load_in_mingru_drop_in_patch`, and `bias_hh_l0` or without bias `weight_hh_l0`; see [mingru.drop_in.patch][].
+        `load_in_mingru_drop_in_patch`, and `bias_hh_l0` or without bias `weight_hh_l0`; see `mingru.drop_in.patch`.
         `reset_parameters` initializes as `torch.nn.Linear` does.
         `all_weights` has a list [weight, bias] for each layer and direction, in the order of `h_n`.
 
@@ -206,7 +206,7 @@ class GRU(DropInLayer, role="torch", planned=True):
     - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.
-    - `isinstance(rnn, torch.nn.GRU)` is false outside of [mingru.drop_in.patch][], because `torch.compile` rejects
+    - `isinstance(rnn, torch.nn.GRU)` is false outside of `mingru.drop_in.patch`, because `torch.compile` rejects
       every instance of `torch.nn.GRU`.
 
     Differences from `mingru.MinGRU`: names, order of input dimensions, shape of states and initial state.
@@ -290,19 +290,19 @@ class LSTM(DropInLayer, role="torch", planned=True):
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
         gate: Not in torch. "sigmoid", or with `cell="mingru"` also "signed", "rotation", "quaternion" or "mixed", as in
-            [mingru.drop_in.GRU][].
+            `mingru.drop_in.GRU`.
         min_decay: Not in torch. Lower bound of the decay, with `cell="mingru"`: a number, or a list with one for each
             layer.
         learn_initial_state: Not in torch. If True, the initial state is a parameter, which begins at 0,
             or if `gate` is not "sigmoid", is drawn from N(0, 1).
-        memory: Not in torch. Number of time steps that a state lasts at first, see [mingru.MinGRU][].
-        recompute: Not in torch. If True, backward recomputes pre-activations, see [mingru.MinGRU][].
+        memory: Not in torch. Number of time steps that a state lasts at first, see `mingru.MinGRU`.
+        recompute: Not in torch. If True, backward recomputes pre-activations, see `mingru.MinGRU`.
 
     Inputs:
-        - **input**: As in [mingru.drop_in.GRU][].
+        - **input**: As in `mingru.drop_in.GRU`.
         - **hx**: Pair (h_0, c_0): h_0 (L * D, B, H), or (L * D, B, P) with `proj_size`, and c_0 (L * D, B, H); without
           a batch, neither has B. Default: 0, or the learned state.
-        - **reset**, **lengths**, **dt**, **mask**: As in [mingru.drop_in.GRU][].
+        - **reset**, **lengths**, **dt**, **mask**: As in `mingru.drop_in.GRU`.
 
     Outputs:
         - **output**: Output of the last layer, (S, B, D * H), (B, S, D * H), (S, D * H) or packed, like `input`. With
@@ -313,13 +313,13 @@ class LSTM(DropInLayer, role="torch", planned=True):
     Raises:
         ValueError, RuntimeError, TypeError, AttributeError: Same type as `torch.nn.LSTM` raises for the same mistake;
             TypeError if `hx` is not a pair. The arguments that torch does not have raise the errors of
-            [mingru.MinLSTM][].
+            `mingru.MinLSTM`.
 
     State dict:
-        As in [mingru.MinLSTM][], or [mingru.MinGRU][] with `cell="mingru"`: the state_dict of one loads into the other.
-        With `proj_size`, also `layers.{l}.projections.{d}.weight` (P, H). Two buffers as in [mingru.drop_in.GRU][].
+        As in `mingru.MinLSTM`, or `mingru.MinGRU` with `cell="mingru"`: the state_dict of one loads into the other.
+        With `proj_size`, also `layers.{l}.projections.{d}.weight` (P, H). Two buffers as in `mingru.drop_in.GRU`.
 
-    Differences from `torch.nn.LSTM` are those of [mingru.drop_in.GRU][] from `torch.nn.GRU`. In addition, there is no
+    Differences from `torch.nn.LSTM` are those of `mingru.drop_in.GRU` from `torch.nn.GRU`. In addition, there is no
     output gate, so `h_n` is not bounded by 1, and `c_n` is no sum that can count steps.
 
     Examples:

@@ -163,7 +163,7 @@ def patch(
     """Let a program build the layers of this library wherever it builds `torch.nn.GRU`, `torch.nn.LSTM` or their cells.
 
     For programs that construct their own layers, such as other libraries. In the block, `torch.nn.GRU` stands for
-    [mingru.drop_in.GRU][], and likewise the other classes. This includes `getattr(torch.nn, name)` and
+    `mingru.drop_in.GRU`, and likewise the other classes. This includes `getattr(torch.nn, name)` and
     `isinstance(m, torch.nn.GRU)`, but not `type(m) is torch.nn.GRU`. Some libraries construct layers in `fit` or
     `train`: then the block must contain these calls.
 
@@ -200,7 +200,7 @@ def patch(
 
     A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
     program that builds the model again and then loads weights must do this in a block with the same options, or call
-    [mingru.drop_in.replace][] on the new model before it loads them. Otherwise `load_state_dict` raises an error, also
+    `mingru.drop_in.replace` on the new model before it loads them. Otherwise `load_state_dict` raises an error, also
     with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a param with shape torch.Size([]) from checkpoint".
     If it is strict, it also names `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save` or pickle,
     load with and without a block.

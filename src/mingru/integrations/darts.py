@@ -34,7 +34,7 @@ class MinGRUModule(_Loadable, _RNNModule):
     saved and loaded as usual. If a model is loaded in another program, import this module there.
 
     The layers have `residual=True` and `candidate="tanh"`, because `RNNModel` feeds its output back. For other options
-    of [mingru.drop_in.GRU][], derive a class in an importable module, and set its attribute `options`:
+    of `mingru.drop_in.GRU`, derive a class in an importable module, and set its attribute `options`:
 
         class Normed(MinGRUModule):
             options = {**MinGRUModule.options, "norm": "rms"}
@@ -45,7 +45,7 @@ class MinGRUModule(_Loadable, _RNNModule):
 
 
 class MinLSTMModule(_Loadable, _RNNModule):
-    """Use minLSTM layers in `RNNModel`; see `MinGRUModule`. The options are those of [mingru.drop_in.LSTM][]."""
+    """Use minLSTM layers in `RNNModel`; see `MinGRUModule`. The options are those of `mingru.drop_in.LSTM`."""
 
     name = "LSTM"
 
@@ -55,6 +55,6 @@ class MinGRUBlockModule(_Loadable, _BlockRNNModule):
 
 
 class MinLSTMBlockModule(_Loadable, _BlockRNNModule):
-    """Use minLSTM layers in `BlockRNNModel`; see `MinGRUModule`. The options are those of [mingru.drop_in.LSTM][]."""
+    """Use minLSTM layers in `BlockRNNModel`; see `MinGRUModule`. The options are those of `mingru.drop_in.LSTM`."""
 
     name = "LSTM"

@@ -15,7 +15,7 @@ class MinGRUTagger(SequenceTagger):
     """Tag the words of sentences, as flair's `SequenceTagger` does.
 
     The arguments are those of `SequenceTagger`, with other defaults for two of them. `rnn_type` is "GRU" for
-    [mingru.drop_in.GRU][] (the default), or "LSTM" for [mingru.drop_in.LSTM][]. `rnn_layers` is 2. The layers have
+    `mingru.drop_in.GRU` (the default), or "LSTM" for `mingru.drop_in.LSTM`. `rnn_layers` is 2. The layers have
     `norm="rms"` and `residual=True`. For other options, pass such a layer with `batch_first=True` as `rnn`.
 
     `save`, `load` and flair's `ModelTrainer` work as usual. Load a file with `MinGRUTagger.load`.

@@ -35,7 +35,7 @@ class DeepAREstimator(estimator.DeepAREstimator):
     without an import of this module.
 
     The layers have `residual=True`, `norm="rms"`, and `cell="mingru"` with `gate="mixed"` if `hidden_size` is divisible
-    by 8, as the default of 40 is. For other options of [mingru.drop_in.LSTM][], derive a class, and set its attribute
+    by 8, as the default of 40 is. For other options of `mingru.drop_in.LSTM`, derive a class, and set its attribute
     `options`.
 
     Examples:

@@ -27,7 +27,7 @@ class MinGRU(_Loadable, models.GRU):
     Arguments are those of NeuralForecast's class. Models are saved and loaded as usual. If a model is loaded in another
     program, import this module there before.
 
-    The layers have `residual=True` and `candidate="tanh"`. For other options of [mingru.drop_in.GRU][], derive a class
+    The layers have `residual=True` and `candidate="tanh"`. For other options of `mingru.drop_in.GRU`, derive a class
     in an importable module, and set its attribute `options`.
 
     References:
@@ -36,7 +36,7 @@ class MinGRU(_Loadable, models.GRU):
 
 
 class MinLSTM(_Loadable, models.LSTM):
-    """Use minLSTM layers in NeuralForecast's `LSTM`; see `MinGRU`. The options are those of [mingru.drop_in.LSTM][]."""
+    """Use minLSTM layers in NeuralForecast's `LSTM`; see `MinGRU`. The options are those of `mingru.drop_in.LSTM`."""
 
 
 class MinDeepAR(_Loadable, models.DeepAR):

@@ -28,7 +28,7 @@ class MinGRUWrapper(nn.Module):
         input_size: Number of features that `encode_observations` returns.
         hidden_size: Number of features that `decode_actions` takes.
         num_layers: Number of layers, L. PufferLib stores L * `hidden_size` state features, the attribute `hidden_size`.
-        **options: Options of [mingru.drop_in.GRU][].
+        **options: Options of `mingru.drop_in.GRU`.
 
     Examples:
         >>> policy = MinGRUWrapper(vecenv.driver_env, policy)  # doctest: +SKIP
@@ -88,12 +88,12 @@ class MinGRU(nn.Module):
         Policy(encoder, decoder, MinGRU(hidden_size, num_layers=2))
 
     As with PufferLib's networks, the state is not reset where an episode ends, and training begins from the initial
-    state. To continue with weights of PufferLib's own `MinGRU`, see [mingru.convert.from_pufferlib][].
+    state. To continue with weights of PufferLib's own `MinGRU`, see `mingru.convert.from_pufferlib`.
 
     Args:
         hidden_size: Number of features, H.
         num_layers: Number of layers, L.
-        **options: Options of [mingru.drop_in.GRU][].
+        **options: Options of `mingru.drop_in.GRU`.
 
     References:
         PufferLib 4, `pufferlib/models.py`.

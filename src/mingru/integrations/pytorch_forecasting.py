@@ -39,14 +39,14 @@ class _WithStates(DropInLayer):
 
 
 class GRU(_WithStates, drop_in.GRU, role="custom"):  # type: ignore[misc]
-    """Add to [mingru.drop_in.GRU][] what the models call: `enforce_sorted`, and methods for states.
+    """Add to `mingru.drop_in.GRU` what the models call: `enforce_sorted`, and methods for states.
 
     A length may be 0, also where all of them are: such a sequence keeps its initial state.
     """
 
 
 class LSTM(_WithStates, drop_in.LSTM, role="custom"):  # type: ignore[misc]
-    """Add to [mingru.drop_in.LSTM][] what `GRU` adds, for pairs of states."""
+    """Add to `mingru.drop_in.LSTM` what `GRU` adds, for pairs of states."""
 
 
 class _Replaced(nn.Module):
@@ -70,7 +70,7 @@ class RecurrentNetwork(_Replaced, models.RecurrentNetwork):
     default). Choose `rnn_layers=2`. Checkpoints are saved and loaded as usual, with this class.
 
     The layers have `residual=True` and `candidate="tanh"`, because the model feeds its output back. For other options
-    of [mingru.drop_in.GRU][], derive a class, and set its attribute `options`.
+    of `mingru.drop_in.GRU`, derive a class, and set its attribute `options`.
 
     Examples:
         >>> model = RecurrentNetwork.from_dataset(dataset, cell_type="GRU", rnn_layers=2)  # doctest: +SKIP
@@ -87,7 +87,7 @@ class DeepAR(_Replaced, models.DeepAR):
 class TemporalFusionTransformer(_Replaced, models.TemporalFusionTransformer):
     """Use minLSTM layers in `TemporalFusionTransformer`; see `RecurrentNetwork`. `lstm_layers` is their number.
 
-    The layers have the defaults of [mingru.drop_in.LSTM][], because the model itself adds their input to their output.
+    The layers have the defaults of `mingru.drop_in.LSTM`, because the model itself adds their input to their output.
     """
 
     options: ClassVar[dict[str, Any]] = {}

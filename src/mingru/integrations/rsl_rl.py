@@ -47,7 +47,7 @@ class MinGRUModel(RNNModel):
         config["actor"]["class_name"] = "mingru.integrations.rsl_rl:MinGRUModel"
 
     The arguments are those of rsl_rl's `RNNModel`, with "gru" as the default `rnn_type`; "lstm" is minLSTM.
-    `rnn_options` are options of [mingru.drop_in.GRU][] or [mingru.drop_in.LSTM][]. The default candidate is "tanh", and
+    `rnn_options` are options of `mingru.drop_in.GRU` or `mingru.drop_in.LSTM`. The default candidate is "tanh", and
     `residual` is True by default.
 
     In an update, the trajectories are not computed as padded sequences, but in one call over the steps of the

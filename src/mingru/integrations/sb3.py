@@ -74,7 +74,7 @@ class MinGRUPolicy(_OnePass):
         h_t = h_0 where an episode starts, else h_{t-1}, before each step; h_0 = 0
 
     Pass the class instead of the name of a policy. The arguments are those of `MlpLstmPolicy`; `lstm_kwargs` are
-    options of [mingru.drop_in.LSTM][]. The default candidate is "tanh", and `residual` is True by default. Models are
+    options of `mingru.drop_in.LSTM`. The default candidate is "tanh", and `residual` is True by default. Models are
     saved and loaded as usual.
 
     The initial weights of the first layer are 3 times those of `torch.nn.Linear`, because observations that are not

@@ -55,7 +55,7 @@ class MinGRU(_Replaced, RNN.GRU):
             candidate: tanh
 
     Arguments, inputs and outputs are those of `speechbrain.nnet.RNN.GRU`. Further arguments are options of
-    [mingru.drop_in.GRU][]. The layers have `norm="rms"` and `residual=True`. `re_init` has no effect, because the
+    `mingru.drop_in.GRU`. The layers have `norm="rms"` and `residual=True`. `re_init` has no effect, because the
     layers have no recurrent weights. Relative lengths are passed to the layers as `lengths`, without packing.
 
     References:
@@ -66,6 +66,6 @@ class MinGRU(_Replaced, RNN.GRU):
 
 
 class MinLSTM(_Replaced, RNN.LSTM):
-    """Use minLSTM layers in SpeechBrain; see `MinGRU`. Further arguments are options of [mingru.drop_in.LSTM][]."""
+    """Use minLSTM layers in SpeechBrain; see `MinGRU`. Further arguments are options of `mingru.drop_in.LSTM`."""
 
     layer = drop_in.LSTM

@@ -46,7 +46,7 @@ class MinGRUModule(_OnePass, GRUModule):
         **options: Arguments of TorchRL's module: `in_key` or `in_keys`, such as ["observation", "state"], `out_key` or
             `out_keys`, such as ["features", ("next", "state")], and `default_recurrent_mode`. `recurrent_backend`,
             and what else chooses among TorchRL's own computations, has no effect. Others are options of
-            [mingru.drop_in.GRU][], such as `candidate="tanh"`.
+            `mingru.drop_in.GRU`, such as `candidate="tanh"`.
 
     Examples:
         >>> from tensordict import TensorDict  # doctest: +SKIP
@@ -68,7 +68,7 @@ class MinGRUModule(_OnePass, GRUModule):
 class MinLSTMModule(_OnePass, LSTMModule):
     """Apply minLSTM layers to a tensordict, as TorchRL's `LSTMModule` does; see `MinGRUModule`.
 
-    The keys are those of the input and of the two states. `options` are arguments of [mingru.drop_in.LSTM][].
+    The keys are those of the input and of the two states. `options` are arguments of `mingru.drop_in.LSTM`.
     """
 
     name = "LSTM"

@@ -76,7 +76,7 @@ class Block(Composite, role="sequence", planned=True):
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
         **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `output_gate`,
             `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `device` and `dtype` of
-            [mingru.MinGRU][] or [mingru.MinLSTM][]. `bias`, `device` and `dtype` apply to the other parts too.
+            `mingru.MinGRU` or `mingru.MinLSTM`. `bias`, `device` and `dtype` apply to the other parts too.
 
     Inputs:
         - **x**: Sequence, (B, S, dims).

@@ -38,7 +38,7 @@ class LanguageModel(Layer):
         dims: Number of features of embeddings and blocks.
         num_layers: Number of blocks, L.
         tied: If True, the output layer shares the embedding's weight.
-        **block_options: Options of [mingru.models.Block][]: `cell`, `expansion`, `conv`, `mlp`, `norm`, `dropout`,
+        **block_options: Options of `mingru.models.Block`: `cell`, `expansion`, `conv`, `mlp`, `norm`, `dropout`,
             `checkpoint`, and options of the layer, `device` and `dtype` included. `bidirectional` must be False.
             `gate` and `min_decay` may be lists with one value for each block.
 
@@ -55,7 +55,7 @@ class LanguageModel(Layer):
           (1, B, 1, H), and (1, B, conv - 1, dims) with `conv`, where H = round(expansion * dims). The state of a
           sequence has num_layers * (H + (conv - 1) * dims) numbers, or num_layers * H without `conv`.
 
-        Both outputs are differentiable. [mingru.models.map_state][] detaches, moves or selects the states of sequences.
+        Both outputs are differentiable. `mingru.models.map_state` detaches, moves or selects the states of sequences.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -215,7 +215,7 @@ class LanguageModel(Layer):
             seed: Seed of the first sequence; sequence b has seed + b. Or a list with a seed for each. Default: random.
             state: State before the prompts, as `forward` returns it. Default: `initial_state(B)`.
             streamer: Called after each step with the new tokens, (B,); -1 for sequences that have ended.
-                [stream][mingru.models.LanguageModel.stream] has the same tokens as an iterator.
+                `stream` has the same tokens as an iterator.
 
         Returns:
             For a tensor, (B, S + n): prompts and new tokens; a sequence that ends early is filled with its stop token.
@@ -252,7 +252,7 @@ class LanguageModel(Layer):
     ) -> Iterator[Tensor]:
         """Yield the new tokens of each step, (B,), with -1 for sequences that have ended.
 
-        The arguments are those of [generate][mingru.models.LanguageModel.generate].
+        The arguments are those of `generate`.
         """
         sampling = generation.Sampling(self.name, temperature, top_k, top_p, min_p)
         return generation.stream(self, prompts, max_new_tokens, sampling, stop, seed, state)

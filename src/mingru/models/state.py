@@ -15,7 +15,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
 
     Args:
         function: Takes and returns a tensor.
-        state: State of a [mingru.models.LanguageModel][], [mingru.models.Block][] or [mingru.Stack][].
+        state: State of a `mingru.models.LanguageModel`, `mingru.models.Block` or `mingru.Stack`.
 
     Returns:
         A list of the tensors that the function returned, in the same order.

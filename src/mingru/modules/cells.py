@@ -80,7 +80,7 @@ class MinGRUCell(RecurrentCell, planned=True):
         z = sigma(W_z x + b_z)
         h' = (1 - z) h + z g(W_h x + b_h)
 
-    Symbols, weights, options and other gates are those of a one-layer [mingru.MinGRU][].
+    Symbols, weights, options and other gates are those of a one-layer `mingru.MinGRU`.
 
     Args:
         input_dims: Number of input features, I.
@@ -91,7 +91,7 @@ class MinGRUCell(RecurrentCell, planned=True):
         gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed".
         min_decay: Lower bound of the decay.
         learn_initial_state: If True, the initial state is a parameter.
-        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
@@ -101,7 +101,7 @@ class MinGRUCell(RecurrentCell, planned=True):
           bfloat16 or float16. Default: the initial state, which is learned, or g(0) = 0.5, or 0 if "sigmoid" has
           another candidate.
         - **reset**: Boolean mask, (B,) or a scalar. Where True, the state is set to the initial state before the step.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; see [What dt is](../irregular.md#what-dt-is).
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see docs/irregular.md.
           Default: 1.
 
     Outputs:
@@ -149,7 +149,7 @@ class MinLSTMCell(RecurrentCell, planned=True):
 
     or, with `normalize=False`, h' = f h + i g(W_h x + b_h), whose state may grow.
 
-    Symbols, weights and options are those of a one-layer [mingru.MinLSTM][].
+    Symbols, weights and options are those of a one-layer `mingru.MinLSTM`.
 
     Args:
         input_dims: Number of input features, I.
@@ -158,7 +158,7 @@ class MinLSTMCell(RecurrentCell, planned=True):
         norm: "layer", "rms" or None: norm of the input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
-        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         forget_bias: Added to the forget gate's bias at initialization. Requires `bias=True`.
@@ -168,7 +168,7 @@ class MinLSTMCell(RecurrentCell, planned=True):
         - **x**: Input, (B, I) or (I,).
         - **h**: State before the step, (B, H) or (H,).
         - **reset**: Boolean mask of sequences to reset.
-        - **dt**: Time since the step before, (B,) or a scalar tensor; see [What dt is](../irregular.md#what-dt-is).
+        - **dt**: Time since the step before, (B,) or a scalar tensor; see docs/irregular.md.
           Default: 1.
 
     Outputs:

@@ -30,17 +30,17 @@ STEP_ARGUMENTS = ("reset", "lengths", "dt")
 
 
 class Layer(nn.Module):
-    """Base class of all layers, cells and stacks, and of layers of your own in a [mingru.Stack][].
+    """Base class of all layers, cells and stacks, and of layers of your own in a `mingru.Stack`.
 
     A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
 
         forward(x, h=None, reset=None, lengths=None, dt=None) -> (out, states)
 
     where h is None, which means the initial state, or a list of `num_states` tensors like `states`, with the batch in
-    dimension 1. `reset`, `lengths` and `dt` are those of [mingru.MinGRU][], and None unless the caller of the stack
+    dimension 1. `reset`, `lengths` and `dt` are those of `mingru.MinGRU`, and None unless the caller of the stack
     passes them. `forward` names those of the three that it uses; if the caller passes another one, the stack raises an
     error. To be scripted, it names all of them. With `lengths`, `out` is 0 in the padding, and the states are those
-    after the last valid steps, as [mingru.functional.linear_scan][] returns them. All other attributes and methods have
+    after the last valid steps, as `mingru.functional.linear_scan` returns them. All other attributes and methods have
     defaults; override those that do not fit, such as `num_states`. Residual and dropout are the stack's. A stack with a
     layer of your own calls its layers one by one, also without gradients.
 

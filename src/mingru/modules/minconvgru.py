@@ -6,7 +6,7 @@ from .conv import MinConv, MinConvCell
 class MinConv1dGRU(MinConv):
     """Apply a stack of minGRU layers with one-dimensional convolutions to a sequence of signals.
 
-    Arguments, inputs and outputs are those of [mingru.MinConv2dGRU][]; `space` is a single size.
+    Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`; `space` is a single size.
 
     Examples:
         >>> rnn = mingru.MinConv1dGRU(input_dims=2, hidden_dims=8, kernel_size=5, padding=4, dilation=2)
@@ -28,12 +28,12 @@ class MinConv2dGRU(MinConv):
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h * x_t + b_h)
 
     where `*` is a spatial convolution, x_t the input of the layer, z_t the update gate and h_t the state.
-    [mingru.functional.g][] keeps the candidate positive.
+    `mingru.functional.g` keeps the candidate positive.
 
     `hidden_dims`, `kernel_size`, `stride`, `padding` and `dilation` accept a list with one number for each layer, and
     all but `hidden_dims` a tuple with one number for each spatial dimension: `kernel_size=[3, 5]` is 3 x 3 in the first
     layer and 5 x 5 in the second, and `kernel_size=(3, 5)` is 3 x 5 in all layers. For tuples that differ between
-    layers, stack one-layer modules in a [mingru.Stack][].
+    layers, stack one-layer modules in a `mingru.Stack`.
 
     Args:
         input_dims: Number of input channels, C.
@@ -56,12 +56,12 @@ class MinConv2dGRU(MinConv):
             channels it is 1.
         candidate: Activation of the candidate: "positive" (g, as in the paper's log-space version), "linear" (none, as
             in the paper's vanilla version) or "tanh". Default: "positive" if `gate` is "sigmoid", otherwise "tanh".
-        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see [mingru.MinGRU][], or a list with one for
+        gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed", see `mingru.MinGRU`, or a list with one for
             each layer. "rotation" needs an even number of state channels, "quaternion" a multiple of 4, and "mixed" a
             multiple of 8.
         learn_initial_state: If True, the initial state is a parameter, with one number for each layer, direction and
             channel. All pixels share it, so that images may have any size.
-        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         batch_first: If False, x is `(S, B, C, *space)` instead of `(B, S, C, *space)`. Neither order needs a copy of x.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -72,7 +72,7 @@ class MinConv2dGRU(MinConv):
         - **h**: States before the first step, any real numbers: a list with one tensor for each layer and direction,
           expandable to `(B, 1, H, *space)`, where space is that of the layer's output. Index l * D is layer l forward,
           l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16. Default: the
-          initial state, as in [mingru.MinGRU][].
+          initial state, as in `mingru.MinGRU`.
         - **reset**: Boolean mask, (B, S) or (S, B) like x. Where True, the state is set to the initial state before
           that step. The reverse direction is reset at the same boundary, between that step and the previous one.
 
@@ -100,7 +100,7 @@ class MinConv2dGRU(MinConv):
         All entries except those of `conv` exist only if an option needs them.
 
     Numerics:
-        As in [mingru.MinGRU][] after the convolution. On the CPU, without gradients and without hooks on the
+        As in `mingru.MinGRU` after the convolution. On the CPU, without gradients and without hooks on the
         convolution, a long input is convolved in blocks. This is faster, takes less memory, and differs only in
         rounding.
 
@@ -126,7 +126,7 @@ class MinConv2dGRU(MinConv):
 class MinConv3dGRU(MinConv):
     """Apply a stack of minGRU layers with three-dimensional convolutions to a sequence of volumes.
 
-    Arguments, inputs and outputs are those of [mingru.MinConv2dGRU][].
+    Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`.
 
     Examples:
         >>> rnn = mingru.MinConv3dGRU(input_dims=1, hidden_dims=4, kernel_size=3, padding=1)
@@ -141,7 +141,7 @@ class MinConv3dGRU(MinConv):
 class MinConv1dGRUCell(MinConvCell):
     """Compute one step of a one-layer `MinConv1dGRU`.
 
-    Arguments, inputs and outputs are those of [mingru.MinConv2dGRUCell][].
+    Arguments, inputs and outputs are those of `mingru.MinConv2dGRUCell`.
 
     Examples:
         >>> cell = mingru.MinConv1dGRUCell(input_dims=2, hidden_dims=8, kernel_size=3, padding=1)
@@ -155,7 +155,7 @@ class MinConv1dGRUCell(MinConvCell):
 class MinConv2dGRUCell(MinConvCell):
     """Compute one step of a one-layer `MinConv2dGRU`, for loops in your own code.
 
-    Arguments are explained in [mingru.MinConv2dGRU][].
+    Arguments are explained in `mingru.MinConv2dGRU`.
 
     Args:
         input_dims: Number of input channels, C.
@@ -169,7 +169,7 @@ class MinConv2dGRUCell(MinConvCell):
         candidate: "positive" (g), "linear" or "tanh". Default: by `gate`, as in the layer.
         gate: "sigmoid", "signed", "rotation", "quaternion" or "mixed".
         learn_initial_state: If True, the initial state is a parameter.
-        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
@@ -201,7 +201,7 @@ class MinConv2dGRUCell(MinConvCell):
 class MinConv3dGRUCell(MinConvCell):
     """Compute one step of a one-layer `MinConv3dGRU`.
 
-    Arguments, inputs and outputs are those of [mingru.MinConv2dGRUCell][].
+    Arguments, inputs and outputs are those of `mingru.MinConv2dGRUCell`.
 
     Examples:
         >>> cell = mingru.MinConv3dGRUCell(input_dims=1, hidden_dims=4, kernel_size=(1, 3, 3))

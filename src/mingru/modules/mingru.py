@@ -14,12 +14,12 @@ class MinGRU(Recurrent, planned=True):
         z_t = sigma(W_z x_t + b_z)
         h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h)
 
-    where x_t is the input of the layer, z_t the update gate and h_t the state. [mingru.functional.g][] keeps the
+    where x_t is the input of the layer, z_t the update gate and h_t the state. `mingru.functional.g` keeps the
     candidate positive: g(v) is v + 0.5 for v >= 0 and sigma(v) for v < 0.
 
-    [Gates](../gates.md) has the equations of the other values of `gate`, which flip or turn the state so that it can
+    docs/gates.md has the equations of the other values of `gate`, which flip or turn the state so that it can
     count. With elapsed times `dt` and a lower bound m of the decay, `min_decay`, 1 - z_t becomes r_t =
-    (m + (1 - m) (1 - z_t))^dt_t, and z_t becomes 1 - r_t; see [Irregular times](../irregular.md).
+    (m + (1 - m) (1 - z_t))^dt_t, and z_t becomes 1 - r_t; see docs/irregular.md.
 
     `residual="highway"` computes the output y of a layer from its state and its input, without the norm, with p_t = W_p
     x_t + b_p: y_t = sigma(p_t) h_t + (1 - sigma(p_t)) x_t.
@@ -51,7 +51,7 @@ class MinGRU(Recurrent, planned=True):
         learn_initial_state: If True, the initial state is a parameter, (L * D, 1, 1, H). It begins at the default, or
             if `gate` is not "sigmoid", it is drawn from N(0, 1).
         memory: Number of time steps, above 1, that a state lasts at first, 1 / (1 - |a|), or a pair of them; see
-            [Gates](../gates.md). It shifts the bias of the gate at initialization, and requires `bias=True`.
+            docs/gates.md. It shifts the bias of the gate at initialization, and requires `bias=True`.
         recompute: If True, the backward pass of the backends "native" and "triton" recomputes the pre-activations
             instead of storing them, which saves two thirds of the memory. Default: whichever is faster. It has no
             effect with `residual="highway"`.
@@ -63,13 +63,13 @@ class MinGRU(Recurrent, planned=True):
           parameters. B or S may be 0. A `torch.nn.utils.rnn.PackedSequence`, sorted or not, is accepted too.
         - **h**: State before the first step, any real numbers, expandable to (L * D, B, 1, H). Index l * D is layer l
           forward, l * D + 1 its reverse direction. The dtype is that of x, or float32 if x is bfloat16 or float16.
-          Default: the [initial state](../states.md#initial-state).
+          Default: the initial state, see docs/states.md.
         - **reset**: Boolean mask, (B, S) or (S, B) like x; packed if x is packed. Where True, the state is set to the
           initial state before that step, and in the reverse direction after it.
         - **lengths**: Number of valid steps of each sequence, integers (B,) from 0 to S. Padded steps are skipped, and
           `out` is 0 there. The state of an empty sequence is its initial state. Must be None if x is packed.
         - **dt**: Time since the step before, (B, S) or (S, B) like x, at least 0, in a unit in which usual values are
-          near 1; see [What dt is](../irregular.md#what-dt-is) for its first value. [mingru.functional.elapsed_times][]
+          near 1; see docs/irregular.md for its first value. `mingru.functional.elapsed_times`
           computes `dt` from times. It is packed if x is packed. The dtype is that of x or float32. Default: 1.
 
     Outputs:
@@ -89,13 +89,13 @@ class MinGRU(Recurrent, planned=True):
         - `layers.{l}.linear_reverse`, `layers.{l}.norm`, `layers.{l}.align` (the residual's linear map) and
           `initial_state`: only if an option needs them.
         - Marks: numbers of options that change what weights of the same shapes mean, see
-          [Gates](../gates.md#state-dicts). Defaults have no marks.
+          docs/gates.md. Defaults have no marks.
 
     Numerics:
         The recurrence of bfloat16 and float16 inputs is computed in float32. The returned state has the dtype of `h`;
         under autocast it is float32. If a state lasts L = 1 / (1 - |a|) steps, the relative error of the recurrence in
         float32 stays below 5e-7 + 1e-7 L, and below 5e-7 sqrt(L) with the backend "native" and inputs that vary.
-        [Accuracy](../accuracy.md) has the errors of the other gates, in which terms of both signs may cancel.
+        docs/accuracy.md has the errors of the other gates, in which terms of both signs may cancel.
 
     Differences from `torch.nn.GRU`: z_t = 1 takes the candidate, not the old state. One layer cannot compare its input
     with its state, because no weights lead from state to state. The shape and default of the state and the default of

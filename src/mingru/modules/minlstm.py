@@ -14,7 +14,7 @@ class MinLSTM(Recurrent, planned=True):
         f_t = sigma(W_f x_t + b_f)      i_t = sigma(W_i x_t + b_i)
         h_t = f_t / (f_t + i_t) h_{t-1} + i_t / (f_t + i_t) g(W_h x_t + b_h)
 
-    where f_t is the forget gate, i_t the input gate and h_t the state. [mingru.functional.g][] keeps the candidate
+    where f_t is the forget gate, i_t the input gate and h_t the state. `mingru.functional.g` keeps the candidate
     positive. The normalized gates sum to 1, so that the state does not grow with length.
 
     With `normalize=False`, the gates are independent:
@@ -24,7 +24,7 @@ class MinLSTM(Recurrent, planned=True):
     The state may then grow, because f + i may exceed 1: with constant gates and a constant candidate c, it approaches
     i c / (1 - f).
 
-    [mingru.MinGRU][] explains the arguments (except `forget_bias` and `normalize`), inputs, outputs and errors.
+    `mingru.MinGRU` explains the arguments (except `forget_bias` and `normalize`), inputs, outputs and errors.
 
     Args:
         input_dims: Number of input features, I.
@@ -34,12 +34,12 @@ class MinLSTM(Recurrent, planned=True):
         batch_first: If False, x is (S, B, I).
         dropout: Dropout probability between layers.
         bidirectional: If True, add a reverse direction (D = 2).
-        residual: If True, add each layer's input to its output. "highway" mixes both; see [mingru.MinGRU][].
-        output_gate: "silu" or None: gate of each layer's output; see [mingru.MinGRU][].
+        residual: If True, add each layer's input to its output. "highway" mixes both; see `mingru.MinGRU`.
+        output_gate: "silu" or None: gate of each layer's output; see `mingru.MinGRU`.
         norm: "layer", "rms" or None: norm of each layer's input.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
-        memory: Number of time steps that a state lasts at first, see [mingru.MinGRU][].
+        memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
         recompute: If True, backward recomputes pre-activations.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -52,7 +52,7 @@ class MinLSTM(Recurrent, planned=True):
         - **h**: State before the first step, (L * D, B, 1, H).
         - **reset**: Boolean mask of steps that start from the initial state.
         - **lengths**: Number of valid steps, (B,).
-        - **dt**: Time since the step before, (B, S), at least 0; see [What dt is](../irregular.md#what-dt-is). The
+        - **dt**: Time since the step before, (B, S), at least 0; see docs/irregular.md. The
           normalized forget gate is raised to this power, and the input gate is 1 minus the result. Default: 1. Must be
           None if `normalize` is False.
 

@@ -53,7 +53,7 @@ class Stack(Composite, role="sequence", planned=True):
 
     Args:
         layers: At least one `MinGRU`, `MinLSTM`, `MinConv1dGRU`, `MinConv2dGRU`, `MinConv3dGRU`, `Stack` or
-            [mingru.models.Block][], or a layer of your own, see [mingru.modules.Layer][]. Between them, before and
+            `mingru.models.Block`, or a layer of your own, see `mingru.modules.Layer`. Between them, before and
             after, also modules of torch that act on each time step: `torch.nn.Linear`, `Dropout`, `LayerNorm`,
             `RMSNorm` and activations of single numbers, such as `ReLU`. Each has as many input features as the
             previous layer has output features, D * H. All have the same `batch_first` and the same number of spatial
@@ -70,8 +70,8 @@ class Stack(Composite, role="sequence", planned=True):
         - **reset**: Boolean mask that all layers share, as in their `forward`. Those of `reset`, `lengths` and `dt`
           that the `forward` of a layer of your own does not use must be None.
         - **lengths**: Number of valid steps of each sequence, if no layer is convolutional.
-        - **dt**: Time since the step before, if all layers take elapsed times; see [What dt
-          is](../irregular.md#what-dt-is).
+        - **dt**: Time since the step before, if all layers take elapsed times; see
+          docs/irregular.md.
 
     Outputs:
         - **out**: Output of the last layer, packed if x is packed.

@@ -80,7 +80,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
     Without `with`, a call has no effect, and warns.
 
     Args:
-        name: `"auto"`, or the name of a backend, for which see [mingru.backends][].
+        name: `"auto"`, or the name of a backend, for which see `mingru.backends`.
 
     Raises:
         ValueError: No backend has this name.
