@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mingru.models import Block
 
-MODELS = ("sigmoid", "signed", "rotation", "quaternion", "mixed", "nn.GRU", "nn.LSTM")
+MODELS = ("sigmoid", "signed", "rotation", "quaternion", "nn.GRU", "nn.LSTM")
 TRAIN_LENGTH = 64
 LENGTHS = (64, 128, 256, 512, 1024)
 GROUPS = {"S3": "Permutations of 3", "A5": "Even permutations of 5"}
