@@ -138,7 +138,7 @@ def test_each_public_name_has_a_page():
 
 def test_the_page_of_options_is_what_the_command_wrote(monkeypatch):
     results = json.loads((DOCS / "choosing.json").read_text(encoding="utf-8"))["results"]
-    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8").replace("**", "")  # the bold row
     assert f"| | {' | '.join(results)} |" in page
     monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     choosing = load("benchmarks/choosing.py")
