@@ -288,6 +288,14 @@ void normalize(const Normalization& of, bool is_backward) {
       0, of.rows, least, [&](int64_t begin, int64_t end) { kernels.normalize(of, begin, end, is_backward); });
 }
 
+void convolve(const Convolution& of, bool is_backward) {
+  const Kernels& kernels = kernels_of(of.scan.storage);
+  const int64_t least = ceil_div(values_per_thread, Convolution::block_rows * of.scan.num_features);
+  torch::stable::parallel_for(0, of.num_blocks(), least, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) kernels.convolve(of, block, is_backward);
+  });
+}
+
 // The number of the sources, which src/mingru/ops/backends/sources.py reads in the built file. Not constant, so that it
 // is after everything else, and only a whole file has it.
 char built_from[] = "built from the mingru sources " C10_STRINGIZE(MINGRU_SOURCES) ".";

@@ -31,6 +31,8 @@ void add_rows(const RowSum& sum);
 
 void normalize(const Normalization& of, bool is_backward);
 
+void convolve(const Convolution& of, bool is_backward);
+
 // The names of the instruction sets that this library and this processor have, the fastest last: "baseline", or "avx2" and
 // "avx512". The environment variable MINGRU_ISA chooses one.
 std::string instruction_sets();

@@ -253,50 +253,18 @@ class InferencePass : Arguments {
     for (int64_t i = 0; i < count; ++i) x[i] *= T(0.5) * (T(1) + values[i]);
   }
 
-  // y_t = x_t + bias + sum_k weight_k x_{t-k}; inputs from before a reset count as 0.
+  // x + conv(x).
   void convolve(bool has_bias, int64_t state) {
     require(!time_first);
     begin_layers(state, 1);
-    const int64_t features = num_features(), steps = num_steps();
-    const Tensor& weight = next_weight(2, features);
-    const int64_t num_past = weight.size(0) - 1;
-    const Tensor x = as_contiguous(x_), past = as_contiguous(states[state]), out = new_x(features);
-    require(past.dim() == 4 && past.size(0) == 1 && past.size(1) == num_batch());
-    require(past.size(2) == num_past && past.size(3) == features);
-    const MaybeTensor bias = next_bias(has_bias, features);
-    const auto is_reset = [&](int64_t batch, int64_t step) {
-      if (resets.empty() || step < 0) return false;
-      return data_of<const uint8_t>(resets[0])[batch * resets[0].stride(0) + step * resets[0].stride(1)] != 0;
-    };
-    with_type([&](auto type) {
-      using T = decltype(type);
-      const T *w = data_of<const T>(weight), *b = bias ? data_of<const T>(*bias) : nullptr;
-      // The input of a step, which may be negative; the state holds the inputs before step 0.
-      const auto input = [&](int64_t batch, int64_t step) {
-        return step < 0 ? data_of<const T>(past) + (batch * num_past + num_past + step) * features
-                        : data_of<const T>(x) + (batch * steps + step) * features;
-      };
-      for_each_row(num_rows(), features * (num_past + 1), [&](int64_t row) {
-        const int64_t batch = row / steps, step = row % steps;
-        const T* now = input(batch, step);
-        T* to = data_of<T>(out) + row * features;
-        for (int64_t i = 0; i < features; ++i) to[i] = now[i] * w[i] + (b ? b[i] : T(0));
-        for (int64_t lag = 1; lag <= num_past && !is_reset(batch, step - lag + 1); ++lag) {
-          const T *before = input(batch, step - lag), *of_lag = w + lag * features;
-          for (int64_t i = 0; i < features; ++i) to[i] += before[i] * of_lag[i];
-        }
-        for (int64_t i = 0; i < features; ++i) to[i] += now[i];
-      });
-      // The new state has the last step itself, and the inputs that it sees.
-      for (int64_t batch = 0; batch < num_batch(); ++batch) {
-        T* to = data_of<T>(last_[state]) + batch * num_past * features;
-        std::fill_n(to, num_past * features, T(0));
-        for (int64_t lag = 0; lag < num_past && (lag == 0 || !is_reset(batch, steps - lag)); ++lag) {
-          std::copy_n(input(batch, steps - 1 - lag), features, to + (num_past - 1 - lag) * features);
-        }
-      }
-    });
-    x_ = out;
+    const Tensor x = x_, &past = states[state], &weight = next_weight(2, num_features());
+    require(sizes_of(past) == std::vector<int64_t>{1, num_batch(), weight.size(0) - 1, num_features()});
+    Tensors tensors(resets.empty() ? 2 : 3, past);
+    if (!resets.empty()) tensors[2] = resets[0];
+    const MaybeTensor bias = next_bias(has_bias, num_features());
+    x_ = new_x(num_features());
+    const Call call{"inference", tensors, bit(Flag::has_reset, !resets.empty()), 0};
+    causal_conv(call, x, weight, bias, true, {x_, last_[state], {}});
   }
 
   // States are (L * D, B, 1, N), (L * D, B, N) of a layer like torch's, or (B, N) of a cell.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convert.h"
+#include "convolution.h"
 #include "lanes.h"
 #include "norm.h"
 #include "product.h"
@@ -274,9 +275,9 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 template <class A>
 Kernels kernels() {
 #ifdef MINGRU_AVX512
-  return {run<A>, multiply<A>, normalize<A>, add_rows<A>, pack_panel, multiply_panel};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, pack_panel, multiply_panel};
 #else
-  return {run<A>, multiply<A>, normalize<A>, add_rows<A>};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>};
 #endif
 }
 

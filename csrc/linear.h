@@ -1,4 +1,4 @@
-// The linear map of a cell, alone and together with its recurrence.
+// What the inference pass calls: the linear map of a cell, alone and together with its recurrence, and the convolution.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -38,5 +38,10 @@ struct Outputs {
 // The bias may be absent. `eps` is that of the norm, if the call has one. The outputs are allocated unless `out` and `last` are given.
 Outputs linear_recurrence(
     const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps = 0, Outputs outputs = {});
+
+// Returns the output and the last state of a causal convolution of x (B, S, N), with x added if it `adds_x`. The outputs are
+// allocated unless given.
+Outputs causal_conv(
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool adds_x, Outputs outputs = {});
 
 HIDDEN_NAMESPACE_END(mingru)

@@ -53,11 +53,12 @@ class Operands {
   Scan scan{};
   const Tensor h;
 
-  // `like` has the leading dimensions and the dtype of all sequences.
-  Operands(const Call& call, const Tensor& like, int64_t num_features)
+  // `like` has the leading dimensions and the dtype of all sequences. A state has `state_steps` steps.
+  Operands(const Call& call, const Tensor& like, int64_t num_features, int64_t state_steps = 1)
       : h(as_contiguous(*call[Argument::h])),
         batch_dim_(call.has(Flag::time_first) ? 1 : 0),
         step_dim_(1 - batch_dim_),
+        state_steps_(state_steps),
         call_(call) {
     STD_TORCH_CHECK(like.is_cpu(), call.name, ": sequences must be on the CPU");
     scan.cell = call.cell();
@@ -159,8 +160,8 @@ class Operands {
   void* state(const Tensor& x, const char* what) const {
     STD_TORCH_CHECK(
         x.is_cpu() && x.is_contiguous() && x.scalar_type() == accumulation_dtype() &&
-            x.numel() == scan.num_batch * scan.num_features,
-        call_.name, ": ", what, " must be (B, 1, *), contiguous, in the accumulation dtype");
+            x.numel() == scan.num_batch * state_steps_ * scan.num_features,
+        call_.name, ": ", what, " must be (B, ", state_steps_, ", *), contiguous, in the accumulation dtype");
     return x.data_ptr();
   }
 
@@ -255,6 +256,7 @@ class Operands {
     scan.lengths = lengths_.data();
   }
 
+  const int64_t state_steps_;
   const Call& call_;
   std::vector<int64_t> leading_, lengths_;
   Tensors kept_;

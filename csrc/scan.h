@@ -155,6 +155,22 @@ struct RowSum {
   void* total;
 };
 
+// The causal depthwise convolution out_t = bias + sum_k weight_k x_{t-k}, and x_t if it `adds_x`, where x is the first input
+// of the scan, and h the K - 1 inputs before the first step, (B, K - 1, N). Inputs from before a reset count as 0. All
+// numbers are float32 or float64.
+struct Convolution {
+  // A task has so many rows: the steps of all batch elements, and before those of each the K - 1 steps of the state.
+  static constexpr int64_t block_rows = 64;
+  const Scan& scan;
+  int64_t kernel_size;
+  bool adds_x;
+  const void *weight, *bias, *zeros;  // (K, N), (N) and (N); backward, there is no bias
+  void* sums;  // backward only: parts of the gradients of weight and bias, (blocks, K + 1, N)
+
+  int64_t num_rows() const { return scan.num_batch * (scan.num_steps + kernel_size - 1); }
+  int64_t num_blocks() const { return (num_rows() + block_rows - 1) / block_rows; }
+};
+
 // The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {
   // Reads and writes `state`. Returns whether the run stopped at a match.
@@ -163,6 +179,8 @@ struct Kernels {
   void (*multiply)(const Product&, int64_t begin, int64_t end);
   // Computes a range of rows.
   void (*normalize)(const Normalization&, int64_t begin, int64_t end, bool is_backward);
+  // Computes a block of rows.
+  void (*convolve)(const Convolution&, int64_t block, bool is_backward);
   // Adds a range of columns, which begins at a multiple of `group`.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without

@@ -274,13 +274,16 @@ def test_every_attribute(name):
                 assert_same_as_one_by_one(module, x)
 
 
-@pytest.mark.parametrize("target", [nn.Linear, nn.RMSNorm, nn.GELU, mingru.models.Block, type(made("plain").layers[0])])
+PATCHED = [nn.Linear, nn.RMSNorm, nn.GELU, CausalConv, mingru.models.Block, type(made("plain").layers[0])]
+
+
+@pytest.mark.parametrize("target", PATCHED)
 def test_forward_patched_on_a_class(target):
     module, forward = made("Block"), target.forward
     x = planned(module)
 
-    def patched(self, *args):
-        result = forward(self, *args)
+    def patched(self, *args, **kwargs):
+        result = forward(self, *args, **kwargs)
         return (result[0] + 1, result[1]) if isinstance(result, tuple) else result + 1
 
     with mock.patch.object(target, "forward", patched):

@@ -75,12 +75,17 @@ def test_operators_keep_torchs_contract(cell, layout, with_bias, with_reset, rev
     with_lengths = call_of(cell, *tensors, lengths, min_decay, output_gate=output_gate, **both, **own)
     checks = torch.library._OPCHECK_DEFAULT_UTILS if lengths is None else "test_schema"
     apart = [torch.randn(*leading, 10)[..., ::2] for _ in range(count)]
+    signal, mask = torch.randn(3, 20, 5), None if reset is None else torch.rand(3, 20) < 0.2
+    kernel, own_bias = torch.randn(2, 5), torch.randn(5) if with_bias else None
+    conv = (signal, kernel, own_bias, *call_of("linear_scan", h, h, mask, lengths=lengths)[:2], reverse)
     scan = (pre[:2], *call_of("linear_scan", h, h, reset, **order))
     for operator, args in (
         ("recurrence_forward", (pre, *call) if layout == "packed" else scan),
         ("recurrence_forward", (apart, *call)),
         ("recurrence_backward", (pre, backward[0], out, *grad, how, min_decay)),
         ("linear_recurrence_forward", (x, weight, bias, *with_lengths)),
+        ("causal_conv_forward", conv),
+        ("causal_conv_backward", (*conv, torch.randn(3, 20, 5), last)),
         ("linear_recurrence_backward", (x, weight, bias, with_lengths[0], out, product, *grad, *with_lengths[1:])),
     ):
         run = getattr(torch.ops.mingru, operator)
@@ -146,6 +151,20 @@ def test_operators_refuse_what_would_read_past_the_end():
         call = call_of("mingru", h, h, lengths=lengths)
         with pytest.raises(RuntimeError, match="linear_recurrence_forward: lengths must be"):
             torch.ops.mingru.linear_recurrence_forward(x, weight, None, *call)
+
+    x, weight, state = torch.randn(3, 20, 4), torch.randn(3, 4), torch.randn(1, 3, 2, 4)
+    call = call_of("linear_scan", state, state)[:2]
+    for wrong in (
+        *((x[0], weight, None, *call), (x[..., :3], weight, None, *call), (x[:2], weight, None, *call)),
+        *((x, weight[:2], None, *call), (x, weight[..., :3], None, *call), (x, weight.double(), None, *call)),
+        *((x, weight[0], None, *call), (x, weight[:0], None, *call), (x, weight, weight[0, :3], *call)),
+        *((x.half(), weight.half(), None, *call), (x, weight, None, [state[:, :2]] * 2, call[1])),
+        (x, weight, None, *call_of("linear_scan", state, state, mask[:, :19])[:2]),
+        (x[0], weight, None, *call_of("linear_scan", state[:, :2], state, batch_sizes=torch.tensor([2, 1]))[:2]),
+        (x, weight, None, *call_of("linear_scan", state, state, lengths=torch.tensor([20, 21, 7]))[:2]),
+    ):
+        with pytest.raises(RuntimeError, match=r"causal_conv_forward|mingru"):
+            torch.ops.mingru.causal_conv_forward(*wrong, False)
 
 
 @pytest.mark.parametrize("cell", NUM_INPUTS)

@@ -40,6 +40,7 @@ from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route
 from ..ops.call import Call, Layout, Spec, Start, flattened, from_flat, with_steps
+from ..ops.causal_conv import past_and_segment, state_after
 from ..ops.cells import MIXTURES, parts_of
 from ..ops.graph import is_autocast
 from ..ops.layout import divided, joined, of_next_step, padded_call, without_padding
@@ -370,19 +371,20 @@ class _CausalConv(CausalConv):
     mesh: DeviceMesh
 
     @eager
-    def forward(self, x: Tensor, state: Tensor, reset: Any = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, state: Any, reset: Any = None, lengths: Any = None, adds_x: bool = False) -> States:
         # The state after this part from 0, and which of the states before it has, as numbers from 1 on.
-        tail = self._state_after(*self._past(x, torch.zeros_like(state), reset), lengths)
+        num_past = self.kernel_size - 1
+        tail = state_after(*past_and_segment(x, torch.zeros_like(state), reset, num_past), lengths, num_past)
         numbers = torch.arange(1.0, self.kernel_size, device=x.device).view(1, 1, -1, 1).expand_as(state[..., :1])
         blank = torch.zeros_like(x[..., :1], dtype=numbers.dtype)
-        old = self._state_after(*self._past(blank, numbers, reset), lengths)
+        old = state_after(*past_and_segment(blank, numbers, reset, num_past), lengths, num_past)
         states = [state.to(x.dtype)]
         for own, index in zip(_gather(self.mesh, tail), _gather(self.mesh, old).long(), strict=True):
             kept = states[-1].gather(2, (index - 1).clamp_min(0).expand_as(own))
             states.append(torch.where(index > 0, kept, own))
         # Of all states, so that all ranks gather gradients.
         before = torch.stack(states)[self.mesh.get_local_rank()]
-        return super().forward(x, before, reset, lengths)[0], states[-1]
+        return super().forward(x, before, reset, lengths, adds_x)[0], states[-1]
 
 
 # Replaced methods of each class, if it has any. All ranks call them in the same order.

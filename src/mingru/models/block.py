@@ -36,7 +36,7 @@ from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
 from ..unknown_arguments import unknown_argument
 from ..wrong_calls import arguments_checked
-from .causal_conv import CausalConv
+from .causal_conv import CausalConv, plus_convolved
 from .state import check_states
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM}
@@ -210,9 +210,11 @@ class Block(Composite, role="sequence", planned=True):
         conv = self.conv
         if conv is not None:
             past = x.new_zeros([1, x.size(0), conv.kernel_size - 1, x.size(2)]) if h is None else h[1]
-            # By name, because the hooks of Opacus expect positional arguments to be tensors with the batch first.
-            convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
-            x = convolved + x
+            if is_scripting():
+                convolved, past = conv(x, state=past, reset=reset, lengths=lengths)
+                x = convolved + x
+            else:
+                x, past = plus_convolved(conv, x, state=past, reset=reset, lengths=lengths)
             states.append(past)
         y, last = self.rnn(x, None if h is None else h[0], reset, lengths, dt)
         states.insert(0, last)

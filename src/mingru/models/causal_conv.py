@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.causal_conv import Maybe, causal_conv
 from ..ops.inference import plannable
+from ..ops.route import is_hooked
+from ..ops.shape import States
 
 
 @plannable
@@ -32,50 +34,19 @@ class CausalConv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, x: Tensor, state: Tensor, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return y (B, S, C) and the state after the last step of each sequence."""
-        num_steps, num_past = x.size(1), self.kernel_size - 1
-        past, segment = self._past(x, state, reset)
-        y = x * self.weight[0]
-        if self.bias is not None:
-            y = y + self.bias
-        for lag in range(1, self.kernel_size):
-            first = num_past - lag
-            shifted = past[:, first : first + num_steps]
-            if segment is not None:
-                is_before_reset = segment[:, first : first + num_steps] != segment[:, num_past:]
-                shifted = shifted.masked_fill(is_before_reset.unsqueeze(2), 0.0)
-            y = torch.addcmul(y, shifted, self.weight[lag])
-        return y, self._state_after(past, segment, lengths)
+        self, x: Tensor, state: Tensor, reset: Maybe = None, lengths: Maybe = None, adds_x: bool = False
+    ) -> States:
+        """Return y (B, S, C), or x + y, and the state after the last step of each sequence."""
+        return causal_conv(x, self.weight, self.bias, state, reset, lengths, self.kernel_size - 1, adds_x)
 
-    def _past(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the inputs from the state on, and their segments: steps of one segment have no reset between them."""
-        if state.dtype != x.dtype:
-            state = state.to(x.dtype)
-        segment: Tensor | None = None
-        if reset is not None:
-            # The state belongs to segment 0.
-            segment = F.pad(reset.cumsum(1), [self.kernel_size - 1, 0])
-        # Step t of x is step t + kernel_size - 1.
-        return torch.cat([state.squeeze(0), x], 1), segment
 
-    def _state_after(self, past: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:
-        num_past = self.kernel_size - 1
-        # Not after the last operation, because the state must not be a view.
-        past = past.unsqueeze(0)
-        if lengths is None:
-            last = past[:, :, past.size(2) - num_past :]
-            if segment is None:
-                # Not a view, which would keep the whole sequence in memory.
-                return last.clone()
-            segment = segment[:, segment.size(1) - num_past :]
-        else:
-            # int64, because `gather` takes no narrower dtype.
-            steps = lengths.to(past.device).long().unsqueeze(1) + torch.arange(num_past, device=past.device)
-            last = past.gather(2, steps.unsqueeze(2).expand(1, -1, -1, past.size(3)))
-            if segment is None:
-                return last
-            segment = segment.gather(1, steps)
-        is_before_reset = segment != segment[:, -1:]
-        return last.masked_fill(is_before_reset.unsqueeze(2), 0.0)
+def plus_convolved(conv: nn.Module, x: Tensor, **given: Maybe) -> States:
+    """Return x + conv(x) and the state: by the module itself, unless it is another one or hooks see its output.
+
+    All but x go by name, because the hooks of Opacus expect positional arguments to be tensors with the batch first.
+    """
+    if type(conv) is CausalConv and not is_hooked(conv):
+        states: States = conv(x, **given, adds_x=True)
+        return states
+    y, state = conv(x, **given)
+    return y + x, state

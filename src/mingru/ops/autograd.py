@@ -198,7 +198,7 @@ class Recurrence(torch.autograd.Function):
                     return gated(composed(choice, call._replace(tensors=inputs)), gate)
                 return composed(choice, call)
 
-            return _differentiable(function, args, needs, grad)
+            return differentiable(function, args, needs, grad)
 
         def run(choice: Choice) -> Sequence[Tensor | None]:
             if not choice.kernel or torch.is_grad_enabled() or are_batched(*grad):
@@ -215,7 +215,7 @@ class Recurrence(torch.autograd.Function):
         return None, *run_or_other(run, ctx.choice, ctx.spec, states)
 
 
-def _differentiable(
+def differentiable(
     function: Callable[..., States], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Any
 ) -> list[Tensor | None]:
     """Run the function again, and return differentiable gradients of the tensors that need a gradient."""

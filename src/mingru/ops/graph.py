@@ -71,7 +71,7 @@ def are_ordinary(*tensors: Tensor | None) -> bool:
     return is_untransformed() and {*map(type, tensors)} <= _ORDINARY
 
 
-def are_eager(*tensors: Tensor) -> bool:
+def are_eager(*tensors: Tensor | None) -> bool:
     """Return whether the tensors are ordinary, and no graph is captured, so that they have values."""
     return not is_symbolic() and are_ordinary(*tensors)
 

@@ -22,7 +22,7 @@ from .call import Layout, Spec, Start
 from .cells import CELLS, cells_of
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import LINEAR_MAPS
+from .linear_map import FORWARDS, LINEAR_MAPS
 from .private import (
     DisableTorchFunction,
     has_any_global_hook,
@@ -35,14 +35,12 @@ _DTYPES = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALL = nn.Module.__call__
 _forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
-# The `forward` of every class that a plan may replace, to notice if somebody replaces it.
-_SIMPLE = (*LINEAR_MAPS, nn.RMSNorm, nn.LayerNorm, nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)
-_FORWARDS: dict[type[nn.Module], Any] = {cls: cls.forward for cls in _SIMPLE}
+FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)})
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
     """Register a class whose `forward` instructions may replace."""
-    _FORWARDS[cls] = cls.forward
+    FORWARDS[cls] = cls.forward
     return cls
 
 
@@ -76,8 +74,8 @@ class InferencePlan:
             # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
             self.is_supported = False
         classes = {self._type, *self._types}
-        self._classes = [cls for cls in _FORWARDS if cls in classes]
-        self._forwards = [_FORWARDS[cls] for cls in self._classes]
+        self._classes = [cls for cls in FORWARDS if cls in classes]
+        self._forwards = [FORWARDS[cls] for cls in self._classes]
 
     def is_current(self, module: nn.Module) -> bool:
         """Return whether nothing has changed."""
@@ -131,7 +129,7 @@ class InferencePlan:
                 keys.append(key)
                 values.append(entries[key])
         cls = type(module)
-        self.require(cls in _FORWARDS, attributes.get("_compiled_call_impl") is None)
+        self.require(cls in FORWARDS, attributes.get("_compiled_call_impl") is None)
         # An attribute of the instance may stand in for a method of its class.
         self.require(not any(callable(getattr(cls, name, None)) for name in attributes))
 

@@ -26,7 +26,7 @@ class WeightAndBias(nn.Module):
 
 LINEAR_MAPS = (nn.Linear, WeightAndBias)
 NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
-# A program may patch them.
+# Of every class that a kernel or a plan may replace, to notice if a program patches it.
 FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
 # With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them.
 _WIDE = 64

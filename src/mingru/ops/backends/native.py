@@ -96,7 +96,14 @@ def _register_shapes() -> None:
         grad_bias = weight.new_empty(1 if flag(how, "needs_bias") else 0, weight.shape[0])
         return grad_x, grad_weight, grad_bias, *of_start(call, how)
 
-    for shapes in (recurrence_forward, recurrence_backward, linear_recurrence_forward, linear_recurrence_backward):
+    def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
+        return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
+
+    def causal_conv_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(shape) for shape in (x.shape, weight.shape, weight.shape[1:], rest[1][0].shape))
+
+    own = recurrence_forward, recurrence_backward, causal_conv_forward, causal_conv_backward
+    for shapes in (*own, linear_recurrence_forward, linear_recurrence_backward):
         torch.library.register_fake(f"mingru::{shapes.__name__}", on_one_device(shapes))
 
 
@@ -124,7 +131,7 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return None
 
 
-def _arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
+def arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
     `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
@@ -147,13 +154,13 @@ def _arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ())
 
 
 def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
-    out, last = torch.ops.mingru.recurrence_forward(call.tensors, *_arguments(call))
+    out, last = torch.ops.mingru.recurrence_forward(call.tensors, *arguments(call))
     return out, as_dtype(last, call.start.h.dtype), None
 
 
 def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     inputs, needs_dt = call.tensors, needs.start.dt
-    tensors, how, min_decay = _arguments(call, needs=[needs_dt])
+    tensors, how, min_decay = arguments(call, needs=[needs_dt])
     grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
     grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
         inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
@@ -164,14 +171,14 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
 
 def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, ...]:
     out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(
-        *call.tensors, *_arguments(call, keep), call.spec.eps
+        *call.tensors, *arguments(call, keep), call.spec.eps
     )
     return out, as_dtype(last, call.start.h.dtype), kept, *([states] if call.spec.output_gate else [])
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     needs_dt = needs.start.dt
-    tensors, how, min_decay = _arguments(call, needs=[needs_dt, *needs.tensors])
+    tensors, how, min_decay = arguments(call, needs=[needs_dt, *needs.tensors])
     states, kept, grad_out, grad_last = saved
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
         *call.tensors,

@@ -1,0 +1,82 @@
+// The causal depthwise convolution of a block. Called by src/mingru/ops/causal_conv.py and inference.cpp. The call is that of
+// a scan whose state h is that of the convolution.
+#include "linear.h"
+#include "operands.h"
+
+namespace {
+
+using namespace mingru;
+
+class ConvOperands : public Operands {
+ public:
+  const std::vector<double> zeros;
+  Convolution of;
+
+  ConvOperands(const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool adds_x)
+      : Operands(call, x, x.size(-1), weight.size(0) - 1), zeros(x.size(-1)), of{scan, weight.size(0), adds_x} {
+    const auto fits = [&](const Tensor& given, int64_t rows) {
+      return given.is_cpu() && given.scalar_type() == x.scalar_type() && given.numel() == rows * x.size(2);
+    };
+    STD_TORCH_CHECK(
+        x.dim() == 3 && !is_packed() && x.element_size() >= 4 && fits(weight, of.kernel_size) && (!bias || fits(*bias, 1)),
+        call.name, ": x must be (B, S, N), weight (K, N) and bias (N), all float32 or float64");
+    scan.inputs[0] = readable(x);
+    of.weight = contiguous(weight).data_ptr();
+    of.zeros = zeros.data();
+    of.bias = bias ? contiguous(*bias).data_ptr() : of.zeros;
+  }
+};
+
+}  // namespace
+
+Outputs mingru::causal_conv(
+    const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool adds_x, Outputs outputs) {
+  ConvOperands operands(call, x, weight, bias, adds_x);
+  if (!outputs.out) outputs = {empty_as(x), empty_as(operands.h), {}};
+  operands.scan.out = operands.sequence(*outputs.out);
+  operands.scan.last = operands.state(*outputs.last, "the last state");
+  convolve(operands.of, false);
+  return outputs;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> causal_conv_forward(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how, bool adds_x) {
+  const auto [out, last, _] = causal_conv({"causal_conv_forward", tensors, how, 0}, x, weight, bias, adds_x);
+  return {*out, *last};
+}
+
+// Returns the gradients of x, weight, bias and state.
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how, bool adds_x,
+    const Tensor& grad_out, const Tensor& grad_last) {
+  const Call call{"causal_conv_backward", tensors, how, 0};
+  ConvOperands operands(call, x, weight, bias, adds_x);
+  const Tensor grad_x = empty_as(x), grad_h = std::get<0>(operands.add_gradients(x, grad_out, grad_last));
+  operands.scan.grad_inputs[0] = operands.sequence(grad_x);
+  Convolution& of = operands.of;
+  of.bias = of.zeros;
+  Tensor sums = torch::stable::new_zeros(x, {of.kernel_size + 1, x.size(2)});
+  Scratch scratch;
+  of.sums = scratch.at_least(of.num_blocks() * sums.numel() * x.element_size());
+  convolve(of, true);
+  add_rows({operands.scan.storage, of.sums, of.num_blocks(), sums.numel(), sums.data_ptr()});
+  const Tensor grad_bias = torch::stable::clone(torch::stable::select(sums, 0, of.kernel_size));
+  return {grad_x, torch::stable::narrow(sums, 0, 0, of.kernel_size), grad_bias, grad_h};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
+  library.def(
+      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x) -> (Tensor, Tensor)");
+  library.def(
+      "causal_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x, "
+      "Tensor grad_out, Tensor grad_last) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {
+  library.impl("causal_conv_forward", TORCH_BOX(&causal_conv_forward));
+  library.impl("causal_conv_backward", TORCH_BOX(&causal_conv_backward));
+}
