@@ -1,5 +1,5 @@
-// The causal depthwise convolution of a block. Called by src/mingru/ops/causal_conv.py and inference.cpp. The call is that of
-// a scan whose state h is that of the convolution.
+// The causal depthwise convolution of a block. Called by src/mingru/ops/causal_conv.py and inference.cpp. The state of
+// the convolution is the h of the call.
 #include "linear.h"
 #include "operands.h"
 
@@ -18,7 +18,8 @@ class ConvOperands : public Operands {
       return given.is_cpu() && given.scalar_type() == x.scalar_type() && given.numel() == rows * x.size(2);
     };
     STD_TORCH_CHECK(
-        x.dim() == 3 && !is_packed() && x.element_size() >= 4 && fits(weight, of.kernel_size) && (!bias || fits(*bias, 1)),
+        x.dim() == 3 && !is_packed() && x.element_size() >= 4 && fits(weight, of.kernel_size) &&
+            (!bias || fits(*bias, 1)),
         call.name, ": x must be (B, S, N), weight (K, N) and bias (N), all float32 or float64");
     scan.inputs[0] = readable(x);
     of.weight = contiguous(weight).data_ptr();
@@ -70,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
-      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x) -> (Tensor, Tensor)");
+      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x) -> "
+      "(Tensor, Tensor)");
   library.def(
       "causal_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, int how, bool adds_x, "
       "Tensor grad_out, Tensor grad_last) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -1,6 +1,5 @@
 // The causal depthwise convolution and its gradients, compiled once for each instruction set. A row is a step of a batch
-// element. The K - 1 rows before the first step of each have the state: the last inputs of the call before, or, as a
-// result, those of this call.
+// element. The K - 1 rows before its first step are those of the state.
 #pragma once
 
 #include <algorithm>
@@ -26,11 +25,11 @@ static void add_taps(
   }
 }
 
-template <class A, bool is_backward>
-static void convolve_block(const Convolution& of, int64_t block) {
-  static constexpr decltype(&add_taps<A, is_backward, 0>) adding[] = {
-      add_taps<A, is_backward, 0>, add_taps<A, is_backward, 1>, add_taps<A, is_backward, 2>, add_taps<A, is_backward, 3>,
-      add_taps<A, is_backward, 4>};
+template <class A>
+static void convolve(const Convolution& of, int64_t block, bool is_backward) {
+  static constexpr decltype(&add_taps<A, false, 0>) adding[2][5] = {
+      {add_taps<A, false, 0>, add_taps<A, false, 1>, add_taps<A, false, 2>, add_taps<A, false, 3>, add_taps<A, false, 4>},
+      {add_taps<A, true, 0>, add_taps<A, true, 1>, add_taps<A, true, 2>, add_taps<A, true, 3>, add_taps<A, true, 4>}};
   const Scan& scan = of.scan;
   const int64_t count = scan.num_features, size = of.kernel_size, num_past = size - 1, begin = block * of.block_rows;
   const A *weight = static_cast<const A*>(of.weight), *zeros = static_cast<const A*>(of.zeros);
@@ -56,7 +55,7 @@ static void convolve_block(const Convolution& of, int64_t block) {
       std::copy_n(later < length ? zeros : at(scan.inputs[0], scan.h, length + step), count, out);
       continue;
     }
-    // The lags whose input has an effect on this step or, backward, on which this input has one: from `lag`, below `most`.
+    // The lags from `lag` on, below `most`, at which an input has an effect on this step, or this input on another one.
     int64_t lag = step < 0 ? -step : 0, most = 1;
     const auto other = [&](int64_t k) { return is_backward ? step + k : step - k; };
     while (most < size && other(most) < scan.num_steps && !is_reset(is_backward ? step + most : step + 1 - most)) ++most;
@@ -69,15 +68,11 @@ static void convolve_block(const Convolution& of, int64_t block) {
     }
     do {
       const int64_t taps = least_of(most - lag, 4), from = lag * count;
-      adding[taps](out, first, second, rows.data() + lag, weight + from, count, x, sums + from);
+      A* const of_taps = is_backward ? sums + from : nullptr;
+      adding[is_backward][taps](out, first, second, rows.data() + lag, weight + from, count, x, of_taps);
       first = out, second = zeros, lag += taps;
     } while (lag < most);
   }
-}
-
-template <class A>
-static void convolve(const Convolution& of, int64_t block, bool is_backward) {
-  is_backward ? convolve_block<A, true>(of, block) : convolve_block<A, false>(of, block);
 }
 
 }  // namespace mingru::MINGRU_ISA

@@ -39,7 +39,7 @@ struct Outputs {
 Outputs linear_recurrence(
     const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps = 0, Outputs outputs = {});
 
-// Returns the output and the last state of a causal convolution of x (B, S, N), with x added if it `adds_x`. The outputs are
+// Returns the output and the last state of a causal convolution of x (B, S, N), with x added if it `adds_x`. Both are
 // allocated unless given.
 Outputs causal_conv(
     const Call& call, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool adds_x, Outputs outputs = {});

@@ -155,8 +155,8 @@ struct RowSum {
   void* total;
 };
 
-// The causal depthwise convolution out_t = bias + sum_k weight_k x_{t-k}, and x_t if it `adds_x`, where x is the first input
-// of the scan, and h the K - 1 inputs before the first step, (B, K - 1, N). Inputs from before a reset count as 0. All
+// The causal depthwise convolution out_t = bias + sum_k weight_k x_{t-k}, and x_t if it `adds_x`. x is the first input of
+// the scan, and h the K - 1 inputs before the first step, (B, K - 1, N). Inputs from before a reset count as 0. All
 // numbers are float32 or float64.
 struct Convolution {
   // A task has so many rows: the steps of all batch elements, and before those of each the K - 1 steps of the state.
