@@ -66,7 +66,7 @@ def laid_out(x, layout):
 
 LAYOUTS = ["contiguous", "time first", "features first", "expanded"]
 CONVOLUTIONS = {
-    "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "dtype": [torch.float64, torch.float32],
     "steps": [1, 3, 64, 131],
     "batch": [1, 5],
     "features": [1, 16, 37],
@@ -103,7 +103,8 @@ def test_the_operator_of_the_convolution_is_as_exact_as_tensor_operations(row):
         assert other.shape == one.shape and other.dtype == one.dtype
         assert torch.equal(other.isnan(), true.isnan())
         errors = [(each - true).nan_to_num().abs().max() for each in (one, other)]
-        assert errors[1] <= 2 * errors[0] + 8 * torch.finfo(dtype).eps * true.nan_to_num().abs().max()
+        size_of_sums = true.nan_to_num().abs().max().clamp_min(steps**0.5)
+        assert errors[1] <= 2 * errors[0] + 8 * torch.finfo(dtype).eps * size_of_sums
 
 
 @native
@@ -120,7 +121,7 @@ def test_when_the_convolution_is_one_operator():
         with context:
             assert not is_one()
     assert not is_one(x.as_subclass(type("Tagged", (torch.Tensor,), {})))
-    assert not is_one(x[:, :0]) and not is_one(x.double(), state.double())
+    assert not is_one(x[:, :0]) and not is_one(x.double(), state.double()) and is_one(x, state.half())
     parametrizations.weight_norm(conv)
     assert is_one()
     for name, value in (("weight", torch.randn(4, 1)), ("bias", torch.randn(1)), ("bias", torch.randn(DIMS).double())):

@@ -11,9 +11,10 @@ from .backends import native
 from .call import Call, Layout, Spec, Start
 from .graph import are_batched, are_eager, is_autocast, scripted_as
 from .route import is_native
-from .shape import States, accumulate_dtype, as_dtype
+from .shape import States, as_dtype
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Not half widths: their conversions take as long as what the operator saves.
+_DTYPES = (torch.float32, torch.float64)
 Maybe = Tensor | None
 
 
@@ -61,26 +62,22 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, how: tuple[int, bool], *tensors: Any) -> Any:
         ctx.how = how
         ctx.save_for_backward(*tensors)
-        out, last = torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), how[1])
-        return as_dtype(out, tensors[0].dtype), as_dtype(last, tensors[0].dtype)
+        return torch.ops.mingru.causal_conv_forward(*_arguments(*tensors), how[1])
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         tensors, how = ctx.saved_tensors, ctx.how
         if torch.is_grad_enabled() or are_batched(*grad):
             return None, *differentiable(lambda *each: composed(*each, *how), tensors, ctx.needs_input_grad[1:], grad)
-        grads = (as_dtype(each, accumulate_dtype(each.dtype)) for each in grad)
-        found = torch.ops.mingru.causal_conv_backward(*_arguments(*tensors), how[1], *grads)
-        pairs = zip(found, tensors, strict=False)
-        return None, *(None if each is None else as_dtype(own, each.dtype) for own, each in pairs), None, None
+        x, weight, bias, state = torch.ops.mingru.causal_conv_backward(*_arguments(*tensors), how[1], *grad)
+        return None, x, weight, None if tensors[2] is None else bias, as_dtype(state, tensors[3].dtype), None, None
 
 
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
-    """Return the first arguments of the operators, with numbers of half width in float32."""
+    """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
     call = Call(Spec("linear_scan", "linear", False), [x], Start(state, state, reset), layout)
-    own = (None if each is None else as_dtype(each, accumulate_dtype(x.dtype)) for each in (x, weight, bias))
-    return *own, *native.arguments(call)[:2]
+    return x, weight, bias, *native.arguments(call)[:2]
 
 
 def past_and_segment(x: Tensor, state: Tensor, reset: Maybe, num_past: int) -> tuple[Tensor, Maybe]:
