@@ -2,7 +2,6 @@
 // element. The K - 1 rows before its first step are those of the state.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 #include "convert.h"
@@ -34,7 +33,7 @@ static void convolve(const Convolution& of, int64_t block, bool is_backward) {
   const int64_t count = scan.num_features, size = of.kernel_size, num_past = size - 1, begin = block * of.block_rows;
   const A *weight = static_cast<const A*>(of.weight), *zeros = static_cast<const A*>(of.zeros);
   A* sums = is_backward ? static_cast<A*>(of.sums) + block * (size + 1) * count : nullptr;
-  if (is_backward) std::fill_n(sums, (size + 1) * count, A(0));
+  if (is_backward) std::memset(sums, 0, (size + 1) * count * sizeof(A));
   std::vector<const A*> rows(size);
   for (int64_t row = begin; row < least_of(begin + of.block_rows, of.num_rows()); ++row) {
     const int64_t batch = row / (scan.num_steps + num_past), step = row % (scan.num_steps + num_past) - num_past;
@@ -52,7 +51,7 @@ static void convolve(const Convolution& of, int64_t block, bool is_backward) {
     if (step < 0 && !is_backward) {
       int64_t later = length + step + 1;
       while (later < length && !is_reset(later)) ++later;
-      std::copy_n(later < length ? zeros : at(scan.inputs[0], scan.h, length + step), count, out);
+      std::memcpy(out, later < length ? zeros : at(scan.inputs[0], scan.h, length + step), count * sizeof(A));
       continue;
     }
     // The lags from `lag` on, below `most`, at which an input has an effect on this step, or this input on another one.
