@@ -44,8 +44,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> causal_conv_forward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, int64_t how, bool adds_x) {
-  const auto [out, last, _] = causal_conv({"causal_conv_forward", tensors, how, 0}, x, weight, bias, adds_x);
-  return {*out, *last};
+  const Outputs found = causal_conv({"causal_conv_forward", tensors, how, 0}, x, weight, bias, adds_x);
+  return {*found.out, *found.last};
 }
 
 // Returns the gradients of x, weight, bias and state.
