@@ -153,7 +153,7 @@ def test_gates_and_candidates_are_views_of_the_convolution(batch_first, kind, gr
     x = torch.randn(3, 5, 4, *[4] * rnn.num_space_dims)
     conv, run = rnn.layers[0].conv.forward, ops.autograd.run_kernel
     monkeypatch.setattr(rnn.layers[0].conv, "forward", lambda x: made.append((x, conv(x))) or made[-1][1])
-    monkeypatch.setattr(ops.autograd, "run_kernel", lambda *args: given.append(args[1].tensors) or run(*args))
+    monkeypatch.setattr(ops.autograd, "run_kernel", lambda *args: given.append(args[2].tensors) or run(*args))
     with torch.set_grad_enabled(grad):
         out, _ = rnn(x)
     ((images, pre),), (inputs,) = made, given

@@ -127,6 +127,14 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
     assert body_of() == fastest
 
 
+def test_a_norm_that_no_kernel_includes_does_not_choose_again(monkeypatch):
+    names, choose = [], route.choose
+    monkeypatch.setattr(route, "choose", lambda *args: names.append(choose(*args).backend) or choose(*args))
+    with mingru.use_backend("torch"):
+        mingru.MinGRU(3, 8, norm="rms")(X)
+    assert names == ["torch"]
+
+
 @pytest.mark.parametrize("manager", [mingru.use_backend, mingru.drop_in.patch])
 def test_a_call_without_a_block_warns(manager, ran):
     arguments = ("log",) if manager is mingru.use_backend else ()

@@ -18,6 +18,7 @@ from .cells import CELLS, MIXTURES
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import are_recomputed, gated
+from .private import is_tracing
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
@@ -39,7 +40,7 @@ def linear_scan(
     scan = LinearScan(a, b, h, reset, reverse, 1)
 
     def run(choice: Choice) -> States:
-        if choice.is_traced or b.numel() == 0:
+        if is_tracing() or b.numel() == 0:
             return traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
         # Kernels convert numbers when they load them.
         has_kernel = route.backend_of(choice.backend).scan_backward is not None
@@ -76,25 +77,25 @@ def linear_recurrence(
     `recompute` is that of `are_recomputed`. The last of the pre-activations may be an output gate of the states.
     """
 
-    call, num_parts = Call(spec, [x], start, layout), CELLS[spec.cell].num_inputs + output_gate
+    num_parts = CELLS[spec.cell].num_inputs + output_gate
 
     def run(choice: Choice) -> States:
-        fused = route.fused_with(linear, choice.backend, call, norm, output_gate)
-        if fused is None and norm is not None:
-            return linear_recurrence(spec, norm(x), linear, start, layout, recompute, None, output_gate)
-        if fused is None:
-            inputs = list(linear(x).chunk(num_parts, -1))
+        y, call = x, route.fused_with(linear, choice.backend, Call(spec, [x], start, layout), norm, output_gate)
+        if call is None and norm is not None:
+            y = norm(x)
+            call = route.fused_with(linear, choice.backend, Call(spec, [y], start, layout), None, output_gate)
+        if call is None:
+            inputs = list(linear(y).chunk(num_parts, -1))
             gate = inputs.pop() if output_gate else None
             return gated(_run(choice, Call(spec, inputs, start, layout)), gate)
-        keep = not are_recomputed(x, recompute)
-        choice = Choice(choice.backend, choice.selected, "linear_kernel")
+        keep = not are_recomputed(y, recompute)
         if spec.cell not in MIXTURES:
-            return autograd.run_kernel(choice, fused, keep)
-        own_x, *of_map = fused.tensors
-        parts = divided(fused._replace(tensors=[]))
+            return autograd.run_kernel("linear_kernel", choice, call, keep)
+        own_x, *of_map = call.tensors
+        parts = divided(call._replace(tensors=[]))
         maps = zip(*(_rows_of_each(each, num_parts, len(parts)) for each in of_map), strict=True)
         parts = [part._replace(tensors=[own_x, *own]) for part, own in zip(parts, maps, strict=True)]
-        return joined([autograd.run_kernel(choice, part, keep) for part in parts], layout)
+        return joined([autograd.run_kernel("linear_kernel", choice, part, keep) for part in parts], layout)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
 
@@ -120,15 +121,14 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
 
 
 def _run(choice: Choice, call: Call) -> States:
-    if choice.is_traced or call.tensors[0].numel() == 0:
+    if is_tracing() or call.tensors[0].numel() == 0:
         return traceable.traced_recurrence(*call)
     if call.spec.cell in MIXTURES:
         return joined([_run(choice, each) for each in divided(call)], call.layout)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
         return autograd.composed(choice, call)
-    choice = Choice(choice.backend, choice.selected, "kernel")
     if kernel.packed or (call.layout.batch_sizes is None and call.layout.lengths is None):
-        return autograd.run_kernel(choice, call, False)
-    states = autograd.run_kernel(choice, padded_call(call), False)
+        return autograd.run_kernel("kernel", choice, call, False)
+    states = autograd.run_kernel("kernel", choice, padded_call(call), False)
     return in_layout(states, call)

@@ -145,22 +145,22 @@ class Scan(ScanInGraph):
         return (out, last), (0, 0)
 
 
-def run_kernel(choice: Choice, call: Call, keep: bool) -> States:
-    """Run the chosen kernel, so that it is differentiable."""
+def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
+    """Run a kernel of the backend, so that it is differentiable. `name`: of its field, "kernel" or "linear_kernel"."""
     spec, tensors, start, layout = call
-    if choice.kernel == "kernel" and tensors[0].dim() > 3 and is_compiling():
+    if name == "kernel" and tensors[0].dim() > 3 and is_compiling():
         # Inductor treats tensors of more dimensions as images, and changes the strides of tensors saved for backward.
         flat = [x.flatten(2).contiguous() for x in tensors]
         initial_state = start.initial_state.expand_as(start.h)
         flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
-        out, last = run_kernel(choice, Call(spec, flat, flat_start, layout), keep)
+        out, last = run_kernel(name, choice, Call(spec, flat, flat_start, layout), keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     if torch.is_grad_enabled():
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
-        states: States = Recurrence.apply((choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
+        states: States = Recurrence.apply((name, choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
         return states
-    out, last, *_ = getattr(backend_of(choice.backend), choice.kernel).forward(call, None)
+    out, last, *_ = getattr(backend_of(choice.backend), name).forward(call, None)
     return out, last
 
 
@@ -168,11 +168,11 @@ class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[Choice, Spec, bool, bool], *args: Any) -> States:
-        choice, spec, time_first, keep = how
+    def forward(ctx: Any, how: tuple[str, Choice, Spec, bool, bool], *args: Any) -> States:
+        name, choice, spec, time_first, keep = how
         call = from_flat(spec, args, time_first)
-        out, last, kept, *states = getattr(backend_of(choice.backend), choice.kernel).forward(call, keep)
-        ctx.choice, ctx.spec, ctx.time_first = choice, spec, time_first
+        out, last, kept, *states = getattr(backend_of(choice.backend), name).forward(call, keep)
+        ctx.name, ctx.choice, ctx.spec, ctx.time_first = name, choice, spec, time_first
         ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
         ctx.save_for_backward(*(states or [out]), kept, *args)
         return out, last
@@ -185,7 +185,7 @@ class Recurrence(torch.autograd.Function):
         def recompute(choice: Choice) -> Sequence[Tensor | None]:
             def function(*args: Any) -> States:
                 call = from_flat(ctx.spec, args, ctx.time_first)
-                if ctx.choice.kernel == "linear_kernel":
+                if ctx.name == "linear_kernel":
                     (x, weight, bias), layout = call.tensors, call.layout
                     if layout.lengths is not None:
                         # Otherwise a NaN in the padding would reach the gradients of the weights.
@@ -201,14 +201,14 @@ class Recurrence(torch.autograd.Function):
             return differentiable(function, args, needs, grad)
 
         def run(choice: Choice) -> Sequence[Tensor | None]:
-            if not choice.kernel or torch.is_grad_enabled() or are_batched(*grad):
+            if choice.backend != ctx.choice.backend or torch.is_grad_enabled() or are_batched(*grad):
                 return recompute(choice)
             own = kept
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 own = kept.new_empty(0)
             need: Any = from_flat(ctx.spec, needs)
-            kernel: Kernel = getattr(backend_of(choice.backend), choice.kernel)
+            kernel: Kernel = getattr(backend_of(choice.backend), ctx.name)
             found, of_kernel = kernel.backward(call, Saved(states, own, *grad), Needs(need.start, need.tensors))
             return *found, *[None] * len(need.layout[1:]), *of_kernel
 

@@ -108,10 +108,6 @@ class Choice(NamedTuple):
     """Name of the backend."""
     selected: bool
     """Whether the caller selected it: by the argument `backend`, by `use_backend` or by the environment."""
-    kernel: str = ""
-    """Field of the backend that has the kernel, "kernel" or "linear_kernel"; "" for tensor operations."""
-    is_traced: bool = False
-    """Whether `torch.jit.trace` records the call, as operations that do not depend on sizes."""
 
 
 def _selected(backend: str) -> tuple[str, str]:
@@ -138,7 +134,7 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
     if name != "auto":
         _check_name(name, f"{spec.cell}: {selected_by}")
     if is_tracing():
-        return Choice("torch", False, is_traced=True)
+        return Choice("torch", False)
     if name == "auto":
         if is_exporting():
             # The exported graph may run where the kernels of this package are not installed.
@@ -214,11 +210,11 @@ def fused_with(
         if not kernel.autocast or (not is_compiling() and x.shape[:-1].numel() * _CASTS < weight.numel()):
             return None
         tensors = _autocast(x, weight, parameters["bias"])
-        return call._replace(tensors=[*tensors]) if norm is None and tensors is not None else None
+        return Call(spec, [*tensors], start, layout) if norm is None and tensors is not None else None
     if x.dtype != weight.dtype:
         return None
     bias: Any = parameters["bias"]
-    call = call._replace(tensors=[x, weight, bias])
+    call = Call(spec, [x, weight, bias], start, layout)
     return call if norm is None else _with_norm(call, norm)
 
 
