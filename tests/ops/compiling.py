@@ -21,6 +21,7 @@ from triton.runtime.jit import mangle_type
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
+from mingru.ops.call import Call, Layout, Spec, Start
 from mingru.ops.cells import NUM_INPUTS
 
 TARGETS = {
@@ -73,8 +74,9 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     reset = empty(*leading, dtype=torch.bool) if case.has_reset else None
     initial_state = h if case.has_reset and case.cell in NUM_INPUTS else None
     lengths = torch.empty(batch, dtype=torch.int64, device="meta") if case.has_lengths else None
-    given = [h, initial_state, reset, empty(*leading) if case.has_dt else None, batch_sizes, lengths]
-    cell, min_decay, order = (case.cell, case.activation), 0.1 if case.is_bounded else 0.0, (False, False)
+    spec = Spec(case.cell, case.activation, False, 0.1 if case.is_bounded else 0.0)
+    start = Start(h, initial_state, reset, empty(*leading) if case.has_dt else None)
+    call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
     launches = []
     facts = target.warp_size, target.backend == "hip", PROCESSORS[target.arch]
     with (
@@ -82,10 +84,9 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
         mock.patch.object(device, "facts_of", return_value=facts),
     ):
         if case.name == "forward":
-            launch.forward(inputs, given, cell, min_decay, order)
+            launch.forward(call)
         else:
-            flags = (*order, case.needs_dt, case.has_bias)
-            launch.backward(inputs, given, (sequence, sequence, h), cell, min_decay, flags)
+            launch.backward(call, (sequence, sequence, h), case.needs_dt, case.has_bias)
     return launches[0 if case.is_summary else -1]
 
 
@@ -95,8 +96,6 @@ class Compiled:
     def __init__(self, case: Case, target: str) -> None:
         self.target = TARGETS[target]
         self.plan, args = launched(case, self.target)
-        plan = self.plan
-        args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
         values = {name: args.get(name) for name in PARAMETERS}
         # Constants have names in capitals.
         signature = {
@@ -105,7 +104,7 @@ class Compiled:
         }
         constexprs = {name: value for name, value in values.items() if signature[name] == "constexpr"}
         source = triton.compiler.ASTSource(fn=recurrence_kernel, signature=signature, constexprs=constexprs)
-        options = {"num_warps": plan.warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.plan.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)
         self.shared = self.compiled.metadata.shared
         (self._read_cuda if self.target.backend == "cuda" else self._read_amd)()

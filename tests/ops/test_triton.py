@@ -198,7 +198,7 @@ def as_operators_take_it(row):
     inputs, h, initial, reset, dt, lengths, batch_sizes = drawn(row)[0].to(DEVICE)
     if row.cell == "complex_linear_scan":
         *inputs, h = (x.unflatten(-1, (-1, 2)) for x in (*inputs, h))
-    others = [h, None if row.cell in calls.SCANS else initial, reset, dt, batch_sizes, lengths]
+    others = [h, None if row.cell in calls.SCANS or reset is None else initial, reset, dt, batch_sizes, lengths]
     return inputs, others, ([row.cell, row.activation], row.min_decay), [row.reverse, row.layout == "time first"]
 
 
@@ -231,7 +231,7 @@ def test_operators_refuse_batch_sizes_that_do_not_fit(sizes, rows):
         torch.ops.mingru.recurrence_triton_forward([pre, pre], given, ["mingru", "positive"], 0.0, [False, False])
 
 
-@pytest.mark.parametrize("row", [*LAYOUTS, *SCANS], ids=str)
+@pytest.mark.parametrize("row", [*LAYOUTS, *SCANS, Row(dt=True, steps=5, features=(4,))], ids=str)
 def test_operators_fall_back_in_a_captured_graph(row, break_kernel, use_plan):
     """All results of the operators, whose kernel then fails."""
     use_plan("walk")

@@ -116,7 +116,9 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
     with mock.patch.object(launch, "_compiled", {}):
         for changed in ({}, change, {}, change):
             args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
-            launch._launch(CPU, 1, args.pop("plan", PLAN), args)
+            plan = args.pop("plan", PLAN)
+            args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+            launch._launch(CPU, 1, plan, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 

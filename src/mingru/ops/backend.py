@@ -88,11 +88,12 @@ def _like(call: LinearScan, x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous()) if call.a.is_complex() else x
 
 
-def grads_of_start(start: Start, of_states: Sequence[Tensor], grad_dt: Tensor | None) -> Start:
-    """Return gradients as a start. `of_states`: of h and of the initial state, that for each sequence, or empty."""
+def grads_of_start(start: Start, of_states: Sequence[Any], grad_dt: Tensor | None) -> Start:
+    """Return gradients as a start. `of_states`: of h and of the initial state, that for each sequence; empty or None
+    if there is none."""
     grad_h, grad_initial_state = of_states
     of_initial_state: Any = None
-    if start.reset is not None and grad_initial_state.numel() > 0:
+    if start.reset is not None and grad_initial_state is not None and grad_initial_state.numel() > 0:
         summed = grad_initial_state.sum_to_size(start.initial_state.shape)
         of_initial_state = as_dtype(summed, start.initial_state.dtype)
     return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)

@@ -6,7 +6,6 @@ dispatcher. States have any floating dtype, and are computed in the accumulation
 take the parts of numbers as features.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -28,12 +27,12 @@ from ...backend import (
     scan_by,
     warn_once,
 )
-from ...call import Call, flattened
+from ...call import Call, Spec, flattened, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
 from ...private import len_torch_dispatch_stack
-from ...shape import as_dtype
+from ...shape import accumulate_dtype, as_dtype
 from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
@@ -51,16 +50,23 @@ def _register(name: str, saved: str, num_results: int) -> None:
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
     _LIBRARY.define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=tags)
 
-    def run(*args: Any) -> Any:
+    def called(function: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Call a function with the arguments of the operator. Results that are not needed are empty."""
+        inputs, given, *of_pass, (cell, activation), min_decay, (reverse, time_first, *needs) = arguments
+        call = from_flat(Spec(cell, activation, reverse, min_decay), [*given, *inputs], time_first)
+        empty = partial(inputs[0].new_empty, 0, dtype=accumulate_dtype(inputs[0].dtype))
+        return tuple(empty() if x is None else x for x in function(call, *of_pass, *needs))
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
         """Call the kernel, or if it fails, tensor operations."""
         try:
-            return getattr(launch, name)(*args)
+            return called(getattr(launch, name), args)
         except KernelFailure as failure:
             warn_once(f"using slower tensor operations in a captured graph. {failure}")
-        return getattr(fallback, name)(*args)
+        return called(getattr(fallback, name), args)
 
-    def shapes(inputs: Any, given: Any, *rest: Any) -> Any:
-        return getattr(launch, f"{name}_results")(inputs, given, rest[-1])
+    def shapes(*args: Any) -> tuple[Tensor, ...]:
+        return called(getattr(launch, f"{name}_results"), args)
 
     shapes.__name__ = operator
     for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
@@ -72,23 +78,21 @@ _register("forward", "", 2)
 _register("backward", "Tensor[] saved, ", 5)
 
 
-def _run(name: str, call: Call, saved: Sequence[Tensor], *flags: bool) -> tuple[Tensor, ...]:
-    """Call the operator of a pass. `saved`, only for "backward": out, grad_out and grad_last."""
-    spec, inputs, start, layout = call
-    # A linear scan starts from 0 after a reset.
-    has_initial_state = start.reset is not None and spec.cell in NUM_INPUTS
-    initial_state: Any = start.initial_state.expand_as(start.h) if has_initial_state else None
-    given = flattened(start._replace(initial_state=initial_state), layout)
-    tensors = (inputs, given, saved) if name == "backward" else (inputs, given)
+def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
+    """Run a pass. `of_pass`, only for "backward": out, grad_out and grad_last; whether dt and a bias need gradients."""
     # A call may skip the dispatcher if nothing else could take it.
-    is_direct = are_eager(*inputs) and not len_torch_dispatch_stack()
-    run: Any = getattr(launch, name) if is_direct else getattr(torch.ops.mingru, f"recurrence_triton_{name}")
-    flags = spec.reverse, layout.time_first, *flags
-    return tuple(run(*tensors, [spec.cell, spec.activation], spec.min_decay, list(flags)))
+    if are_eager(*call.tensors) and not len_torch_dispatch_stack():
+        return getattr(launch, name)(call, *of_pass)  # type: ignore[no-any-return]
+    spec, inputs, start, layout = call
+    initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
+    given, needs = flattened(start._replace(initial_state=initial_state), layout), of_pass[1:]
+    run = getattr(torch.ops.mingru, f"recurrence_triton_{name}")
+    flags = [spec.reverse, layout.time_first, *needs]
+    return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
 def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
-    out, last = _run("forward", call, [])
+    out, last = _run("forward", call)
     return out, last, None
 
 
@@ -106,18 +110,18 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 
 def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
-    """Return the pre-activations in the order of memory, and their call. `kept`: a matrix with a row for each step."""
-    x, weight, bias = call.tensors
+    """Return the pre-activations in the order of memory, and their call; `kept`: those that forward returned."""
+    spec, (x, weight, bias), start, layout = call
     rows = _in_memory_order(x)
-    pre = F.linear(rows, weight, bias) if kept is None else kept.view(*rows.shape[:-1], kept.shape[-1])
-    inputs = (pre if rows is x else pre.transpose(0, 1)).chunk(NUM_INPUTS[call.spec.cell], -1)
-    return pre, call._replace(tensors=list(inputs))
+    pre = F.linear(rows, weight, bias) if kept is None else kept
+    inputs = (pre if rows is x else pre.transpose(0, 1)).chunk(NUM_INPUTS[spec.cell], -1)
+    return pre, Call(spec, list(inputs), start, layout)
 
 
 def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, Tensor | None]:
     pre, mapped = _mapped(call, None)
     out, last, _ = _recurrence(mapped, keep)
-    return out, last, pre.flatten(0, -2) if keep else None
+    return out, last, pre if keep else None
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:

@@ -6,16 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call import Call, Spec, from_flat
+from ...call import Call
 from ...cells import NUM_INPUTS
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from ...shape import States
 from .. import in_place, traceable
-from .launch import Given, Tensors, backward_results, forward_results
-
-
-def _call(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> Call:
-    return from_flat(Spec(cell[0], cell[1], flags[0], min_decay), [*given, *inputs], flags[1])
+from .launch import Results, Tensors, backward_results, forward_results
 
 
 def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:
@@ -28,25 +24,22 @@ def _scan(call: Call, *others: Tensor) -> tuple[LinearScan, list[Tensor]]:
 
 
 def _copied(results: Tensors, found: Sequence[Any]) -> None:
-    """Copy what was found into those results that are not empty."""
+    """Copy what was found into the results."""
     for result, x in zip(results, found, strict=True):
-        if result.numel() > 0:
-            result.copy_((torch.view_as_real(x) if x.is_complex() else x).reshape(result.shape))
+        result.copy_((torch.view_as_real(x) if x.is_complex() else x).reshape(result.shape))
 
 
-def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
-    call, results = _call(inputs, given, cell, min_decay, flags), forward_results(inputs, given)
-    is_cell = call.spec.cell in NUM_INPUTS
+def forward(call: Call) -> States:
+    results, is_cell = forward_results(call), call.spec.cell in NUM_INPUTS
     _copied(results, traceable.recurrence(*call) if is_cell else in_place.scan(_scan(call)[0]))
     return results
 
 
-def backward(
-    inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    call, results = _call(inputs, given, cell, min_decay, flags), backward_results(inputs, given, flags)
+def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
+    results, inputs = backward_results(call, saved, needs_dt, needs_bias), call.tensors
     h, initial_state, _, dt = call.start
     grads, *of_start, of_bias = results
+    wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_start]
     found: Sequence[Any]
     if call.spec.cell in NUM_INPUTS:
         with torch.enable_grad():
@@ -55,13 +48,14 @@ def backward(
             ]
             own = call.start._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
             states = traceable.recurrence(call.spec, leaves[:-3], own, call.layout)
-        wanted = [x for x in leaves if x is not None]
-        found = torch.autograd.grad(states, wanted, list(saved[1:]), materialize_grads=True)
+        needed = [x for x, result in zip(leaves, wanted, strict=True) if result is not None]
+        wanted = [result for result in wanted if result is not None]
+        found = torch.autograd.grad(states, needed, list(saved[1:]), materialize_grads=True)
     else:
         scan, (out, grad_out, grad_last) = _scan(call, *saved)
         delta = adjoint(in_place.scan, scan, (grad_out, grad_last))
         found = delta * previous_states(scan, out.to(delta.dtype)).conj(), delta, grad_of_h(scan, delta)
-    _copied([*grads.chunk(len(inputs), -1), *of_start][: len(found)], found)
-    if of_bias.numel() > 0:
+    _copied(wanted[: len(found)], found)
+    if of_bias is not None:
         of_bias.copy_(grads.flatten(0, -2).sum(0, dtype=of_bias.dtype))
     return results

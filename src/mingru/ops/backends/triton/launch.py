@@ -11,20 +11,34 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...backend import KernelFailure
-from ...call import from_flat
+from ...call import Call, Spec
+from ...cells import NUM_INPUTS
 from ...layout import is_packing, is_transposed
 from ...shape import States, accumulate_dtype
 from . import device as devices
 from .plan import KEEPING, Plan, Work, plan_of
 
 Tensors = Sequence[Tensor]
-Given = Sequence[Tensor | None]
+# Of the backward pass: gradients of the inputs and of h, and three that may not be needed.
+Results = tuple[Any, ...]
+# The memory of a launch by the names of the kernel's arguments; inputs and summaries have several.
+Memory = list[tuple[str, Tensor]]
+# Its names, dtypes, strides, and addresses modulo 16.
+Forms = tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
 
-# Kernels by device, warps, constants and types of the operands; None in the interpreter. Triton's own launch would take
-# most of the time of a launch to find the kernel.
+_SEVERAL = ("inputs", "summaries")
+# Sequences of features, other sequences, and states of which any batch stride is taken. All other memory is dense.
+_FEATURES, _STEPS, _STATES = ("inputs", "out", "grad_out", "grads"), ("reset", "dt"), ("h", "initial_state")
+# What the first of two launches reads, if time is divided into segments.
+_OF_SUMMARIES = (*_SEVERAL, "grad_out", *_STEPS, "initial_state", "offsets", "lengths")
+
+# Kernels by device, warps, and types and constants; None in the interpreter. Triton's own launch would take most of the
+# time of a launch to find the kernel.
 _compiled: dict[tuple[Any, ...], Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
 _failures: dict[tuple[Any, ...], str] = {}
+# Numbers of the types and constants.
+_numbers: dict[tuple[Any, ...], int] = {}
 
 
 def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
@@ -48,24 +62,24 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
 
 
 def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
-    from . import kernels
+    from .kernels import PARAMETERS, recurrence_kernel
 
-    args = args | {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-    values = [args.get(name) for name in kernels.PARAMETERS]
-    constants, operands = values[: kernels.NUM_CONSTANTS], values[kernels.NUM_CONSTANTS :]
-    key = (device, plan.warps, *constants, *[x if x is None else stand_in(x) for x in operands])
+    values, key = [*map(args.get, PARAMETERS)], (device, plan.warps, args["TYPES"])
+    compiled, is_known = _compiled.get(key), key in _compiled
     if key in _failures:
         raise RuntimeError(_failures[key])
-    # Fusion is given, because the default differs between versions of Triton.
-    kernel, options = kernels.recurrence_kernel, {"num_warps": plan.warps, "enable_fp_fusion": True}
     with devices.current(device):
         try:
-            compiled = _compiled[key] if key in _compiled else kernel.warmup(*key[2:], grid=(1,), **options)
+            if not is_known:
+                stand_ins = [x if name.isupper() else stand_in(x) for name, x in zip(PARAMETERS, values, strict=True)]
+                # Fusion is given, because the default differs between versions of Triton.
+                options = {"grid": (1,), "num_warps": plan.warps, "enable_fp_fusion": True}
+                compiled = recurrence_kernel.warmup(*stand_ins, **options)
             # The interpreter compiles nothing.
-            (kernel[(num_programs,)] if compiled is None else compiled[(num_programs, 1, 1)])(*values)
+            (compiled or recurrence_kernel)[(num_programs, 1, 1)](*values)
         except Exception as error:
             # Some reasons to fail pass.
-            if key not in _compiled and not (devices.is_capturing(device) or devices.is_out_of_memory(error)):
+            if not (is_known or devices.is_capturing(device) or devices.is_out_of_memory(error)):
                 _failures[key] = devices.first_line(error)
             raise
     _compiled[key] = compiled
@@ -98,91 +112,138 @@ def stand_in(x: Any) -> Any:
     return _pointer(x.dtype) if isinstance(x, Tensor) else x
 
 
-def _written(tensors: Given) -> list[Any]:
-    """Return tensors whose values are in memory; a negative view and a ZeroTensor have other values, or no memory."""
-    return [x.clone() if x is not None and (x.is_neg() or x._is_zerotensor()) else x for x in tensors]
+def types_of(args: dict[str, Any]) -> int:
+    """Return a number for the types of the operands and for the constants, which select a kernel."""
+    types = tuple((name, x if name.isupper() else stand_in(x)) for name, x in args.items())
+    return _numbers.setdefault(types, len(_numbers))
+
+
+@functools.lru_cache(4096)
+def _prepared(name: str, spec: Spec, time_first: bool, sizes: tuple[int, ...], plan: Plan, forms: Forms) -> Any:
+    """Return the arguments of a launch without the memory, and the strides of each memory, or None if it is dense.
+
+    Calls with memory of the same forms share them. `sizes`: numbers of sequences, steps and features.
+    """
+    _, num_steps, num_features = sizes
+    unit, is_packed = unit_of(num_features, forms), any(kind == "offsets" for kind, *_ in forms)
+    found: list[Any] = []
+    before = None
+    for kind, _, strides, _ in forms:
+        own, is_shared, before = unit if kind in _FEATURES else 1, (kind, strides) == before, (kind, strides)
+        if kind in _FEATURES or kind in _STEPS:
+            batch, step = (0, strides[0]) if is_packed else strides[:2][:: -1 if time_first else 1]
+            found.append(() if is_shared else (batch // own, step // own))
+        else:
+            found.append(strides[:1] if kind in _STATES else None)
+    tile = plan.chunks * plan.steps
+    args = {
+        "bound": _bound(spec.min_decay),
+        "num_steps": num_steps,
+        "num_units": num_features // unit,
+        "num_segments": plan.segments,
+        # A whole number of tiles.
+        "segment_steps": -(-num_steps // (plan.segments * tile)) * tile,
+        "backwards": int(spec.reverse != (name == "backward")),
+        "CELL": spec.cell,
+        "ACTIVATION": spec.activation,
+        "KEEPING": KEEPING[spec.cell],
+        "V": unit,
+        "EVEN": num_features % plan.features == 0,
+    }
+    args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
+    pointers: Any = [(kind, _pointer(dtype)) for kind, dtype, *_ in forms]
+    args["TYPES"] = types_of(_filled(args, pointers, found))
+    return args, found
+
+
+def _filled(args: dict[str, Any], memory: Memory, strides: list[Any]) -> dict[str, Any]:
+    """Return these arguments and the memory: sequences and states as tuples, with their strides."""
+    args = args.copy()
+    for (name, x), own in zip(memory, strides, strict=True):
+        operand = x if own is None else (x, *own)
+        args[name] = (*args.get(name, ()), operand) if name in _SEVERAL else operand
+    return args
+
+
+def unit_of(num_features: int, forms: Forms) -> int:
+    """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
+    size = forms[0][1].itemsize
+    bits = 16 // size | num_features
+    for kind, _, strides, address in forms:
+        if kind in _FEATURES:
+            for number in (address // size, *strides[:-1]):
+                bits |= number
+    # The lowest bit is the largest power of 2 that divides all of them.
+    return bits & -bits
+
+
+def _forms(memory: Memory) -> Forms:
+    return tuple([(name, x.dtype, x.stride(), x.data_ptr() & 15) for name, x in memory])
+
+
+def _written(x: Tensor) -> Tensor:
+    """Return a tensor whose values are in memory; a negative view and a ZeroTensor have other values, or no memory."""
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
+
+
+def _state(h: Tensor) -> Tensor:
+    """Return a state (B, *) whose elements are dense in each batch element, or which is expanded from one."""
+    h = _written(h)
+    if h.is_contiguous():
+        return h
+    return h[:1].contiguous().expand_as(h) if h.stride(0) == 0 else h.contiguous()
+
+
+def has_initial_state(call: Call) -> bool:
+    """Return whether a state after resets is an argument. A linear scan starts from 0 after a reset."""
+    return call.start.reset is not None and call.spec.cell in NUM_INPUTS
 
 
 class _Call:
     """What both passes have in common."""
 
-    def __init__(self, inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Any) -> None:
-        (self.cell, self.activation), self.min_decay, (self.reverse, self.time_first) = cell, min_decay, flags
-        _, _, self.start, layout = from_flat(None, _written(given))
-        self.batch_sizes, self.offsets, self.lengths = layout.batch_sizes, None, layout.lengths
-        self.x = [self.flat(x) for x in _written(inputs)]
-        if any(x.stride() != self.x[1].stride() for x in self.x[2:]):
-            self.x = [x.contiguous() for x in self.x]
-        self.num_features = self.x[0].shape[-1]
-        if self.batch_sizes is None:
-            self.num_sequences, self.num_steps = inputs[0].shape[:2][:: -1 if self.time_first else 1]
-        else:
-            self.offsets, self.lengths = _packing(self.batch_sizes, self.x[0])
-            self.num_sequences, self.num_steps = len(self.lengths), len(self.offsets)
+    def __init__(self, name: str, call: Call) -> None:
+        self.name = name
+        self.spec, inputs, (h, initial_state, reset, dt), (self.time_first, batch_sizes, lengths) = call
+        # A sequence has its features in one last dimension.
+        self.num_dims = 3 if batch_sizes is None else 2
+        self.memory = [("inputs", self.flat(each)) for each in inputs]
+        self.x, self.h = self.memory[0][1], _state(h)
+        num_steps, offsets = self.x.shape[0 if self.time_first else 1], None
+        if batch_sizes is not None:
+            offsets, lengths = _packing(batch_sizes, self.x)
+            num_steps = offsets.shape[0]
+        # The kernel writes the gradients of dt with the strides of dt.
+        others = {"offsets": offsets, "lengths": lengths, "dt": dt, "reset": reset}
+        self.memory += [(kind, _written(x).contiguous()) for kind, x in others.items() if x is not None]
+        if has_initial_state(call):
+            self.memory.append(("initial_state", _state(initial_state.expand_as(h))))
+        # The numbers of sequences, steps and features.
+        self.sizes = h.shape[0], num_steps, self.x.shape[-1]
+        is_timed = self.spec.min_decay != 0 or dt is not None
+        facts = name == "backward", reset is not None, batch_sizes is not None, is_timed
+        work = Work(self.spec.cell, self.x.element_size(), *self.sizes, *facts, *devices.facts_of(self.x.device))
+        self.plan = plan_of(work)
 
     def flat(self, x: Tensor) -> Tensor:
         """Return a sequence with contiguous features in one last dimension."""
-        x = x.flatten(2 if self.batch_sizes is None else 1)
+        x = _written(x)
+        x = x if x.dim() == self.num_dims else x.flatten(self.num_dims - 1)
         return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
-    def plan(self, backward: bool) -> Plan:
-        x, reset, dt = self.x[0], self.start.reset, self.start.dt
-        sizes = x.element_size(), self.num_sequences, self.num_steps, self.num_features
-        facts = backward, reset is not None, self.batch_sizes is not None, self.min_decay != 0 or dt is not None
-        return plan_of(Work(self.cell, *sizes, *facts, *devices.facts_of(x.device)))
-
-    def unit(self, *sequences: Tensor) -> int:
-        """Return the number of features that one access may have: at most 16 bytes, by sizes, strides and addresses."""
-        size = self.x[0].element_size()
-        bits = 16 // size | self.num_features
-        for x in (*self.x, *sequences):
-            bits |= x.data_ptr() // size
-            for stride in x.stride()[:-1]:
-                bits |= stride
-        # The lowest bit is the largest power of 2 that divides all of them.
-        return bits & -bits
-
-    def sequence(self, x: Tensor | None, unit: int) -> tuple[Any, ...] | None:
-        """Return a sequence and its strides of batch and time in units, as an argument."""
-        if x is None:
-            return None
-        if self.batch_sizes is not None:
-            return x, 0, x.stride(0) // unit
-        step, batch = x.stride()[:2] if self.time_first else x.stride()[1::-1]
-        return x, batch // unit, step // unit
-
-    def launch(self, name: str, plan: Plan, unit: int, shared: dict[str, Any], whole: dict[str, Any]) -> None:
-        """Launch the kernel with arguments `shared` and `whole`. If time is divided into segments, launch it first for
-        the segments with `shared` alone."""
-        x, *others = self.x
-        num_own = 1 + (others[0].stride() != x.stride())
-        tile = plan.chunks * plan.steps
-        shared |= {
-            "inputs": (*(self.sequence(x, unit) for x in self.x[:num_own]), *((x,) for x in self.x[num_own:])),
-            "reset": self.sequence(self.start.reset, 1),
-            "dt": self.sequence(self.start.dt, 1),
-            "initial_state": _state(self.start.initial_state),
-            "offsets": self.offsets,
-            "lengths": self.lengths,
-            "bound": _bound(self.min_decay),
-            "num_steps": self.num_steps,
-            "num_units": self.num_features // unit,
-            "num_segments": plan.segments,
-            # A whole number of tiles.
-            "segment_steps": -(-self.num_steps // (plan.segments * tile)) * tile,
-            "backwards": int(self.reverse != (name == "backward")),
-            "CELL": self.cell,
-            "ACTIVATION": self.activation,
-            "KEEPING": KEEPING[self.cell],
-            "V": unit,
-            "EVEN": self.num_features % plan.features == 0,
-        }
-        num_programs = -(-self.num_features // plan.features) * self.num_sequences * plan.segments
+    def launch(self, memory: Memory) -> None:
+        """Launch the kernel. If time is divided into segments, launch it first for them, without results."""
+        (num_sequences, _, num_features), plan = self.sizes, self.plan
+        launches = [self.memory + memory]
         if plan.segments > 1:
-            shape = (2, self.num_sequences, plan.segments, plan.chunks, self.num_features)
-            shared["summaries"] = x.new_empty(shape, dtype=accumulate_dtype(x.dtype)).unbind()
-            run(name, num_programs, plan, shared)
-        run(name, num_programs, plan, shared | whole)
+            shape = (2, num_sequences, plan.segments, plan.chunks, num_features)
+            summaries = self.x.new_empty(shape, dtype=accumulate_dtype(self.x.dtype)).unbind()
+            launches[0] += [("summaries", each) for each in summaries]
+            launches.insert(0, [each for each in launches[0] if each[0] in _OF_SUMMARIES])
+        for each in launches:
+            args, strides = _prepared(self.name, self.spec, self.time_first, self.sizes, plan, _forms(each))
+            num_programs = -(-num_features // plan.features) * num_sequences * plan.segments
+            run(self.name, num_programs, plan, _filled(args, each, strides))
 
 
 # For each tensor of batch sizes, because a module calls the kernel many times with the same one.
@@ -215,14 +276,7 @@ def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return kept[key]
 
 
-def _state(h: Tensor | None) -> tuple[Tensor, int] | None:
-    """Return a state (B, N), or (1, N) for all batch elements, and its stride, as an argument."""
-    if h is None:
-        return None
-    h = (h[:1] if h.stride(0) == 0 else h).contiguous()
-    return h, 0 if h.shape[0] == 1 else h[0].numel()
-
-
+@functools.cache
 def _bound(min_decay: float) -> tuple[float, ...] | None:
     """Return log(m) and log(1 - m) of the lower bound m of the decay, each as a float32 number and the rest."""
     if min_decay == 0:
@@ -232,78 +286,63 @@ def _bound(min_decay: float) -> tuple[float, ...] | None:
     return tuple(part for number, rounded in pairs for part in (rounded, number - rounded))
 
 
-def forward(inputs: Tensors, given: Given, cell: Sequence[str], min_decay: float, flags: Sequence[bool]) -> States:
-    """Return the states of all steps, and the last state.
-
-    `given`: see `call.flattened`. `cell`: name and activation. `flags`: reverse, time_first.
-    """
-    call = _Call(inputs, given, cell, min_decay, flags)
-    out, last = forward_results(inputs, given)
-    flat = call.flat(out)
-    unit = call.unit(flat)
-    whole = {"out": call.sequence(flat, unit), "h": _state(call.start.h), "after": last}
-    call.launch("forward", call.plan(backward=False), unit, {}, whole)
+def forward(call: Call) -> States:
+    """Return the states of all steps, and the last state."""
+    own, (out, last) = _Call("forward", call), forward_results(call)
+    own.launch([("out", own.flat(out)), ("h", own.h), ("after", last)])
     return out, last
 
 
-def backward(
-    inputs: Tensors, given: Given, saved: Tensors, cell: Sequence[str], min_decay: float, flags: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     """Return the gradients of the inputs, side by side, and of h, of the initial state, of dt and of a bias.
 
-    The last three are sums in the accumulation dtype; they are empty if they are not needed. `saved`: out, grad_out,
-    grad_last. `flags`: reverse, time_first, needs_dt, needs_bias.
+    The last three are sums in the accumulation dtype, or None if they are not needed. `saved`: out, grad_out,
+    grad_last.
     """
-    call = _Call(inputs, given, cell, min_decay, flags[:2])
-    if call.start.dt is not None:
-        # The kernel writes the gradients of dt with the strides of dt.
-        call.start = call.start._replace(dt=call.start.dt.contiguous())
-    results = backward_results(inputs, given, flags)
+    own, results = _Call("backward", call), backward_results(call, saved, needs_dt, needs_bias)
     grads, grad_h, *sums = results
-    out, grad_out, grad_last = _written(saved)
-    out, grad_out = call.flat(out), call.flat(grad_out)
-    plan, unit = call.plan(backward=True), call.unit(out, grad_out, grads)
-    whole = {
-        "out": call.sequence(out, unit),
-        "grads": call.sequence(grads, unit),
-        "h": _state(call.start.h),
-        "grad_last": grad_last.contiguous(),
-        "after": grad_h,
+    (num_sequences, num_steps, num_features), segments = own.sizes, own.plan.segments
+    memory: Memory = [("out", own.flat(saved[0])), ("grad_out", own.flat(saved[1])), ("grads", grads), ("h", own.h)]
+    memory += [("grad_last", _written(saved[2]).contiguous()), ("after", grad_h)]
+    # Each program has a sum of its own. The number of results, and of programs for each.
+    num_units = num_features // unit_of(num_features, _forms(own.memory + memory)) if needs_dt else 0
+    parts = {
+        "grad_initial_state": (num_sequences, segments),
+        "grad_dt": (sums[1].numel() if needs_dt else 0, num_units),
+        # To read the gradients of few steps again moves less memory than a sum for each sequence.
+        "grad_bias": (1, 0 if num_steps * grads.element_size() <= 8 else num_sequences * segments),
     }
-    # Each program has sums of its own. The dimensions of results, of these programs, and of what they have in common.
-    counts = {
-        "grad_initial_state": (call.num_sequences, plan.segments),
-        "grad_dt": (sums[1].numel(), call.num_features // unit),
-        "grad_bias": (1, call.num_sequences * plan.segments),
-    }
-    for x, (name, (size, count)) in zip(sums, counts.items(), strict=True):
-        if x.numel() > 0:
-            whole[name] = x if count == 1 else x.new_empty(size, count, x.numel() // size)
-    call.launch("backward", plan, unit, {"grad_out": call.sequence(grad_out, unit)}, whole)
-    for x, name in zip(sums, counts, strict=True):
-        part = whole.get(name, x)
-        if part is not x:
-            torch.sum(part, 1, out=x.view(len(part), -1))
+    partial = []
+    for x, (name, (size, count)) in zip(sums, parts.items(), strict=True):
+        if x is not None and count > 0:
+            memory.append((name, x if count == 1 else x.new_empty(size, count, x.numel() // size)))
+            partial += [(memory[-1][1], x)] if count > 1 else []
+    own.launch(memory)
+    for part, x in partial:
+        torch.sum(part, 1, out=x.view(part.shape[0], -1))
+    if needs_bias and parts["grad_bias"][1] == 0:
+        torch.sum(grads, [*range(grads.dim() - 1)], dtype=sums[2].dtype, out=sums[2])
     return results
 
 
-def forward_results(inputs: Tensors, given: Given, *_: Any) -> States:
+def forward_results(call: Call) -> States:
     """Return uninitialized tensors for the results of `forward`."""
-    h: Any = given[0]
-    return inputs[0].new_empty(inputs[0].shape), h.new_empty(h.shape)
+    x, h = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (call.tensors[0], call.start.h))
+    return x, h
 
 
-def backward_results(inputs: Tensors, given: Given, flags: Sequence[bool]) -> tuple[Tensor, ...]:
+def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     """Return uninitialized tensors for the results of `backward`."""
-    _, _, (h, initial_state, _, dt), layout = from_flat(None, given)
-    needs_dt, needs_bias = flags[2:]
-    x, num_leading = inputs[0], 2 if layout.batch_sizes is None else 1
-    leading, size = x.shape[:num_leading], len(inputs) * x.shape[num_leading:].numel()
+    x, (h, _, _, dt) = call.tensors[0], call.start
+    num_leading = 2 if call.layout.batch_sizes is None else 1
+    leading, size = x.shape[:num_leading], len(call.tensors) * x.shape[num_leading:].numel()
     # In the memory order of the inputs.
     if is_transposed(x):
         grads = x.new_empty(leading[1], leading[0], size).transpose(0, 1)
     else:
         grads = x.new_empty(*leading, size)
-    new = functools.partial(x.new_empty, dtype=accumulate_dtype(x.dtype))
-    of_initial_state, of_dt = 0 if initial_state is None else h.shape, dt.shape if needs_dt and dt is not None else 0
-    return grads, h.new_empty(h.shape), new(of_initial_state), new(of_dt), new(size if needs_bias else 0)
+    shape_of_dt = dt.shape if needs_dt and dt is not None else None
+    shapes = h.shape if has_initial_state(call) else None, shape_of_dt, (size,) if needs_bias else None
+    dtype = accumulate_dtype(x.dtype)
+    sums = (None if shape is None else x.new_empty(shape, dtype=dtype) for shape in shapes)
+    return grads, torch.empty_like(h, memory_format=torch.contiguous_format), *sums
