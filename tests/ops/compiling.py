@@ -98,11 +98,8 @@ class Compiled:
         self.plan, args = launched(case, self.target)
         values = {name: args.get(name) for name in PARAMETERS}
         # Constants have names in capitals.
-        signature = {
-            name: "constexpr" if name.isupper() else mangle_type(launch.stand_in(value))
-            for name, value in values.items()
-        }
-        constexprs = {name: value for name, value in values.items() if signature[name] == "constexpr"}
+        signature = {k: "constexpr" if k.isupper() else mangle_type(launch.stand_in(x)) for k, x in values.items()}
+        constexprs = {name: value for name, value in values.items() if name.isupper()}
         source = triton.compiler.ASTSource(fn=recurrence_kernel, signature=signature, constexprs=constexprs)
         options = {"num_warps": self.plan.warps, "enable_fp_fusion": True}
         self.compiled = triton.compile(source, target=self.target, options=options)

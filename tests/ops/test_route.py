@@ -130,8 +130,7 @@ def test_the_argument_over_the_block_over_the_environment(ran, monkeypatch):
 def test_a_norm_that_no_kernel_includes_does_not_choose_again(monkeypatch):
     names, choose = [], route.choose
     monkeypatch.setattr(route, "choose", lambda *args: names.append(choose(*args).backend) or choose(*args))
-    with mingru.use_backend("torch"):
-        mingru.MinGRU(3, 8, norm="rms")(X)
+    mingru.use_backend("torch")(mingru.MinGRU(3, 8, norm="rms"))(X)
     assert names == ["torch"]
 
 

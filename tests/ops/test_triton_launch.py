@@ -101,8 +101,7 @@ SEQUENCE = (X[1:], 5, 3)
 SELECTING = [
     *[{"inputs": ((X, number, 3),)} for number in (2**31, -(2**31) - 1)],
     *[{"inputs": (SEQUENCE, (X,))}, {"inputs": ((X.half(), 5, 3),)}, {"out": SEQUENCE}, {"bound": (0.0,) * 4}],
-    *[{"CELL": "minlstm"}, {"EVEN": True}, {"plan": PLAN._replace(warps=2)}, {"plan": PLAN._replace(steps=2)}],
-    {"plan": PLAN._replace(stages=2)},
+    *[{"CELL": "minlstm"}, {"EVEN": True}, {"plan": PLAN._replace(warps=2)}, {"T": 2}, {"STAGES": 2}],
 ]
 # Other values.
 NOT_SELECTING = [
@@ -117,7 +116,6 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
         for changed in ({}, change, {}, change):
             args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
             plan = args.pop("plan", PLAN)
-            args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
             launch._launch(CPU, 1, plan, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2

@@ -75,8 +75,7 @@ class Launch:
     def __call__(self, name, num_programs, plan, args):
         assert num_programs > 0
         # What selects a kernel.
-        types = {key: x if key.isupper() else launch.stand_in(x) for key, x in args.items() if x is not None}
-        self.kernels.append((name, plan._replace(segments=1), frozenset(types.items())))
+        self.kernels.append((name, plan._replace(segments=1), args["TYPES"]))
         self.args = args
 
 

@@ -182,27 +182,24 @@ class Recurrence(torch.autograd.Function):
         states, kept, *args = ctx.saved_tensors
         call, needs = from_flat(ctx.spec, args, ctx.time_first), ctx.needs_input_grad[1:]
 
-        def recompute(choice: Choice) -> Sequence[Tensor | None]:
-            def function(*args: Any) -> States:
-                call = from_flat(ctx.spec, args, ctx.time_first)
-                if ctx.name == "linear_kernel":
-                    (x, weight, bias), layout = call.tensors, call.layout
-                    if layout.lengths is not None:
-                        # Otherwise a NaN in the padding would reach the gradients of the weights.
-                        x = without_padding(x, layout.lengths, layout.time_first)
-                    if call.spec.norm:
-                        x = normalized(x, call.spec.norm, call.spec.eps)
-                    num_parts = NUM_INPUTS[ctx.spec.cell] + ctx.spec.output_gate
-                    inputs = list(F.linear(x, weight, bias).chunk(num_parts, -1))
-                    gate = inputs.pop() if ctx.spec.output_gate else None
-                    return gated(composed(choice, call._replace(tensors=inputs)), gate)
-                return composed(choice, call)
-
-            return differentiable(function, args, needs, grad)
+        def function(choice: Choice, *args: Any) -> States:
+            call = from_flat(ctx.spec, args, ctx.time_first)
+            if ctx.name == "linear_kernel":
+                (x, weight, bias), layout = call.tensors, call.layout
+                if layout.lengths is not None:
+                    # Otherwise a NaN in the padding would reach the gradients of the weights.
+                    x = without_padding(x, layout.lengths, layout.time_first)
+                if call.spec.norm:
+                    x = normalized(x, call.spec.norm, call.spec.eps)
+                num_parts = NUM_INPUTS[ctx.spec.cell] + ctx.spec.output_gate
+                inputs = list(F.linear(x, weight, bias).chunk(num_parts, -1))
+                gate = inputs.pop() if ctx.spec.output_gate else None
+                return gated(composed(choice, call._replace(tensors=inputs)), gate)
+            return composed(choice, call)
 
         def run(choice: Choice) -> Sequence[Tensor | None]:
             if choice.backend != ctx.choice.backend or torch.is_grad_enabled() or are_batched(*grad):
-                return recompute(choice)
+                return _differentiable(partial(function, choice), args, needs, grad)
             own = kept
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.

@@ -133,12 +133,10 @@ def choose(spec: Spec, sequence: Tensor, backend: str = "auto") -> Choice:
     name, selected_by = _selected(backend)
     if name != "auto":
         _check_name(name, f"{spec.cell}: {selected_by}")
-    if is_tracing():
+    # An exported graph may run where the kernels of this package are not installed.
+    if is_tracing() or (name == "auto" and is_exporting()):
         return Choice("torch", False)
     if name == "auto":
-        if is_exporting():
-            # The exported graph may run where the kernels of this package are not installed.
-            return Choice("torch", False)
         for name in FASTEST_FIRST:
             if _why_not(name, sequence, spec) is None:
                 break
@@ -189,9 +187,8 @@ def fused_with(
     """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
-    if kernel is None or _RAREST.get(spec.cell, spec.cell) not in kernel.cells:
-        return None
-    if (norm is not None or output_gate) and not kernel.whole:
+    cell, has_more = _RAREST.get(spec.cell, spec.cell), norm is not None or output_gate
+    if kernel is None or cell not in kernel.cells or (has_more and not kernel.whole):
         return None
     call = call if not output_gate else call._replace(spec=spec._replace(output_gate=True))
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.

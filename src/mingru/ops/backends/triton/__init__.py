@@ -135,12 +135,9 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
         rows = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(mapped.tensors[0]) else grads).flatten(0, -2)
-        grad_x = grad_weight = None
-        if needs_x:
-            grad_x = (matrix @ weight).view(rows.shape)
-            grad_x = grad_x if rows is x else grad_x.transpose(0, 1)
-        if needs_weight:
-            grad_weight = matrix.t() @ rows.flatten(0, -2)
+        grad_rows = (matrix @ weight).view(rows.shape) if needs_x else None
+        grad_weight = matrix.t() @ rows.flatten(0, -2) if needs_weight else None
+    grad_x = grad_rows if grad_rows is None or rows is x else grad_rows.transpose(0, 1)
     found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
     return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found
 

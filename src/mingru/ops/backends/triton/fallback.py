@@ -43,9 +43,8 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
     found: Sequence[Any]
     if call.spec.cell in NUM_INPUTS:
         with torch.enable_grad():
-            leaves: list[Any] = [
-                x if x is None else x.detach().requires_grad_() for x in (*inputs, h, initial_state, dt)
-            ]
+            all_of = *inputs, h, initial_state, dt
+            leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in all_of]
             own = call.start._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
             states = traceable.recurrence(call.spec, leaves[:-3], own, call.layout)
         needed = [x for x, result in zip(leaves, wanted, strict=True) if result is not None]

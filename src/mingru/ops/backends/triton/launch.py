@@ -22,7 +22,7 @@ Tensors = Sequence[Tensor]
 # Of the backward pass: gradients of the inputs and of h, and three that may not be needed.
 Results = tuple[Any, ...]
 # The memory of a launch by the names of the kernel's arguments; inputs and summaries have several.
-Memory = list[tuple[str, Tensor]]
+Memory = list[tuple[str, Any]]
 # Its names, dtypes, strides, and addresses modulo 16.
 Forms = tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
 
@@ -73,8 +73,7 @@ def _launch(device: torch.device, num_programs: int, plan: Plan, args: dict[str,
             if not is_known:
                 stand_ins = [x if name.isupper() else stand_in(x) for name, x in zip(PARAMETERS, values, strict=True)]
                 # Fusion is given, because the default differs between versions of Triton.
-                options = {"grid": (1,), "num_warps": plan.warps, "enable_fp_fusion": True}
-                compiled = recurrence_kernel.warmup(*stand_ins, **options)
+                compiled = recurrence_kernel.warmup(*stand_ins, grid=(1,), num_warps=plan.warps, enable_fp_fusion=True)
             # The interpreter compiles nothing.
             (compiled or recurrence_kernel)[(num_programs, 1, 1)](*values)
         except Exception as error:
@@ -151,8 +150,7 @@ def _prepared(name: str, spec: Spec, time_first: bool, sizes: tuple[int, ...], p
         "EVEN": num_features % plan.features == 0,
     }
     args |= {"C": plan.chunks, "T": plan.steps, "F": plan.features, "STAGES": plan.stages}
-    pointers: Any = [(kind, _pointer(dtype)) for kind, dtype, *_ in forms]
-    args["TYPES"] = types_of(_filled(args, pointers, found))
+    args["TYPES"] = types_of(_filled(args, [(kind, _pointer(dtype)) for kind, dtype, *_ in forms], found))
     return args, found
 
 
@@ -209,10 +207,8 @@ class _Call:
         self.num_dims = 3 if batch_sizes is None else 2
         self.memory = [("inputs", self.flat(each)) for each in inputs]
         self.x, self.h = self.memory[0][1], _state(h)
-        num_steps, offsets = self.x.shape[0 if self.time_first else 1], None
-        if batch_sizes is not None:
-            offsets, lengths = _packing(batch_sizes, self.x)
-            num_steps = offsets.shape[0]
+        offsets, lengths = (None, lengths) if batch_sizes is None else _packing(batch_sizes, self.x)
+        num_steps = self.x.shape[0 if self.time_first else 1] if offsets is None else offsets.shape[0]
         # The kernel writes the gradients of dt with the strides of dt.
         others = {"offsets": offsets, "lengths": lengths, "dt": dt, "reset": reset}
         self.memory += [(kind, _written(x).contiguous()) for kind, x in others.items() if x is not None]
@@ -337,10 +333,7 @@ def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: boo
     num_leading = 2 if call.layout.batch_sizes is None else 1
     leading, size = x.shape[:num_leading], len(call.tensors) * x.shape[num_leading:].numel()
     # In the memory order of the inputs.
-    if is_transposed(x):
-        grads = x.new_empty(leading[1], leading[0], size).transpose(0, 1)
-    else:
-        grads = x.new_empty(*leading, size)
+    grads = x.new_empty(*leading[::-1], size).transpose(0, 1) if is_transposed(x) else x.new_empty(*leading, size)
     shape_of_dt = dt.shape if needs_dt and dt is not None else None
     shapes = h.shape if has_initial_state(call) else None, shape_of_dt, (size,) if needs_bias else None
     dtype = accumulate_dtype(x.dtype)
