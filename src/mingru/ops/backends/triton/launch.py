@@ -37,8 +37,8 @@ _OF_SUMMARIES = (*_SEVERAL, "grad_out", *_STEPS, "initial_state", "offsets", "le
 _compiled: dict[tuple[Any, ...], Any] = {}
 # Why a kernel that never ran could not be compiled or launched, by the same.
 _failures: dict[tuple[Any, ...], str] = {}
-# Numbers of the types and constants.
-_numbers: dict[tuple[Any, ...], int] = {}
+# One object for equal types and constants, whose hash takes less time. Two threads could take the same number.
+_types: dict[tuple[Any, ...], object] = {}
 
 
 def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
@@ -111,10 +111,10 @@ def stand_in(x: Any) -> Any:
     return _pointer(x.dtype) if isinstance(x, Tensor) else x
 
 
-def types_of(args: dict[str, Any]) -> int:
-    """Return a number for the types of the operands and for the constants, which select a kernel."""
+def types_of(args: dict[str, Any]) -> object:
+    """Return what stands for the types of the operands and for the constants, which select a kernel."""
     types = tuple((name, x if name.isupper() else stand_in(x)) for name, x in args.items())
-    return _numbers.setdefault(types, len(_numbers))
+    return _types.setdefault(types, object())
 
 
 @functools.lru_cache(4096)
@@ -135,7 +135,7 @@ def _prepared(name: str, spec: Spec, time_first: bool, sizes: tuple[int, ...], p
         else:
             found.append(strides[:1] if kind in _STATES else None)
     tile = plan.chunks * plan.steps
-    args = {
+    args: dict[str, Any] = {
         "bound": _bound(spec.min_decay),
         "num_steps": num_steps,
         "num_units": num_features // unit,
