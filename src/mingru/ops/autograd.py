@@ -199,7 +199,7 @@ class Recurrence(torch.autograd.Function):
 
         def run(choice: Choice) -> Sequence[Tensor | None]:
             if choice.backend != ctx.choice.backend or torch.is_grad_enabled() or are_batched(*grad):
-                return _differentiable(partial(function, choice), args, needs, grad)
+                return differentiable(partial(function, choice), args, needs, grad)
             own = kept
             if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
