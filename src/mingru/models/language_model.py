@@ -120,8 +120,9 @@ class LanguageModel(Layer):
         self._initialize_embedding()
 
     def _initialize_embedding(self) -> None:
-        # The output layer of the same weight then starts with logits of about 1.
-        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
+        # The output layer of the same weight then starts with logits of about 1. Otherwise, N(0, 1) learns faster.
+        if self.tied:
+            nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""

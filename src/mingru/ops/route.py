@@ -190,7 +190,8 @@ def fused_with(
     cell, has_more = _RAREST.get(spec.cell, spec.cell), norm is not None or output_gate
     if kernel is None or cell not in kernel.cells or (has_more and not kernel.whole):
         return None
-    call = call if not output_gate else call._replace(spec=spec._replace(output_gate=True))
+    if output_gate:
+        spec = spec._replace(output_gate=True)
     # The kernel's sizes depend on the values of lengths, which a captured graph does not know.
     if layout.lengths is not None and (not kernel.lengths or is_symbolic()):
         return None
