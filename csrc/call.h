@@ -26,6 +26,10 @@ struct CellTraits {
 #define MINGRU_TRAITS(name, num_inputs, takes_time, type) {num_inputs, takes_time},
 constexpr CellTraits cells[] = {MINGRU_CELLS(MINGRU_TRAITS)};
 #undef MINGRU_TRAITS
+#define MINGRU_PAIR(name, first, second) {Cell::first, Cell::second},
+constexpr Cell mixtures[][2] = {MINGRU_MIXTURES(MINGRU_PAIR)};
+#undef MINGRU_PAIR
+constexpr auto num_cells = static_cast<int64_t>(std::size(cells));
 
 // The bits of a call after the cell and the activation. The first say which of the optional tensors there are.
 #define MINGRU_FLAGS(FLAG)                                                                                       \
@@ -49,7 +53,8 @@ struct Call {
 
   Call(const char* name, const Tensors& given, int64_t how, double min_decay)
       : name(name), how(how), min_decay(min_decay) {
-    const bool is_known = (how & 0xff) < static_cast<int64_t>(std::size(cells)) && (how >> 8 & 0xff) < 3;
+    const int64_t num_known = num_cells + static_cast<int64_t>(std::size(mixtures));
+    const bool is_known = (how & 0xff) < num_known && (how >> 8 & 0xff) < 3;
     STD_TORCH_CHECK(is_known, name, ": unknown cell ", how & 0xff, " or activation");
     STD_TORCH_CHECK(how >= 0 && how < bit(Flag::count), name, ": unknown flags");
     size_t next = 0;
@@ -64,9 +69,17 @@ struct Call {
   // Null if absent.
   const Tensor* operator[](Argument argument) const { return tensors_[static_cast<size_t>(argument)]; }
   bool has(Flag flag) const { return (how & bit(flag)) != 0; }
-  Cell cell() const { return static_cast<Cell>(how & 0xff); }
+  bool is_mixture() const { return (how & 0xff) >= num_cells; }
+  // The cell, or a cell of the mixture.
+  Cell cell(int index = 0) const {
+    return is_mixture() ? mixtures[(how & 0xff) - num_cells][index] : static_cast<Cell>(how & 0xff);
+  }
   Activation activation() const { return static_cast<Activation>(how >> 8 & 0xff); }
-  const CellTraits& traits() const { return cells[how & 0xff]; }
+  const CellTraits& traits() const { return cells[static_cast<size_t>(cell())]; }
+  // Of features, for the gradients of the elapsed times. Each cell of a mixture has its own.
+  int64_t num_groups(int64_t features) const {
+    return is_mixture() ? 2 * ((features / 2 + group - 1) / group) : (features + group - 1) / group;
+  }
   // The inputs of the cell, and the output gate.
   int64_t num_parts() const { return traits().num_inputs + has(Flag::output_gate); }
 

@@ -136,7 +136,7 @@ class ScanTasks {
   }
 
   // In states.
-  int64_t bytes_before(const Span& at) const { return (at.batch * scan_.num_features + at.feature) * size_; }
+  int64_t bytes_before(const Span& at) const { return (at.batch * scan_.state_stride + at.feature) * size_; }
 
   void copy_state(int64_t task, void* state, const void* from) const {
     const Span at = span(task, 0, 0);

@@ -288,11 +288,8 @@ class InferencePass : Arguments {
   }
 
   void recur(bool has_bias, bool both, int64_t state, int64_t how) {
-    // Only a cell and its activation, or two in a mixture, and whether there is an output gate: a flag could ask for more
-    // than this pass gives.
-    const int64_t most = bit(Flag{}) - 1, cell = how & most, second = how >> first_flag & most;
-    const int64_t has_gate = how >> 2 * first_flag;
-    require(has_gate == 0 || has_gate == 1);
+    // A flag could ask for more than this pass gives.
+    require((how & ~(bit(Flag{}) - 1) & ~bit(Flag::output_gate)) == 0);
     const int64_t directions = both ? 2 : 1, first = begin_layers(state, directions);
     const Tensor x = x_, h = as_contiguous(states[state]);
     const Tensor initial_state = resets.empty() ? h : as_contiguous(initial_states[state]);
@@ -309,20 +306,10 @@ class InferencePass : Arguments {
       if (!resets.empty()) tensors.push_back(resets[direction]);
       if (!times.empty()) tensors.push_back(times[direction]);
       const int64_t flags = bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
-                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first) |
-                            bit(Flag::output_gate, has_gate);
+                            bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
       const Tensor last = layer_of(last_[state], index);
-      if (second != 0) {
-        // Larger pre-activations would be in new memory. The ordinary call has none.
-        require((2 + has_gate) * features * num_rows() * x.element_size() <= most_kept_bytes);
-        kept_.push_back(out);  // so that the pre-activations are in other memory
-        const Tensor pre = mapped(as_contiguous(x), has_bias);
-        recur_in_halves(pre, tensors, {cell | flags, second | flags}, min_decay, part, last);
-        kept_.pop_back();
-        continue;
-      }
-      const Call call{"inference", tensors, cell | flags, min_decay};
+      const Call call{"inference", tensors, how | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
       const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * call.num_parts());
@@ -330,36 +317,6 @@ class InferencePass : Arguments {
       linear_recurrence(call, x, weight, bias, 0, {part, last, {}});
     }
     x_ = out;
-  }
-
-  // The recurrence of a mixture of two cells, each of a half of the features. `pre` has the gates of both halves, then the
-  // candidates of both, and then their output gates, `tensors` are those of the call, and `how` is that of each half.
-  static void recur_in_halves(
-      const Tensor& pre, Tensors tensors, std::array<int64_t, 2> how, double min_decay, const Tensor& out,
-      const Tensor& last) {
-    const Tensor h = tensors[0], initial_state = tensors[1];
-    const int64_t half = h.size(-1) / 2, bytes = half * h.element_size();
-    require(h.size(-1) == 2 * half);
-    for (int64_t part = 0; part < 2; ++part) {
-      const auto own = [&](Tensor x, int64_t input) {
-        return torch::stable::narrow(x, -1, (2 * input + part) * half, half);
-      };
-      tensors[0] = own(h, 0);
-      tensors[1] = own(initial_state, 0);
-      const Call call{"inference", tensors, how[part], min_decay};
-      const int64_t num_parts = call.num_parts();
-      require(call.traits().num_inputs == 2 && pre.size(-1) == 2 * num_parts * half);
-      require(!call[Argument::dt] || call.traits().takes_time);
-      Operands operands(call, pre, half);
-      for (int64_t k = 0; k < num_parts; ++k) operands.scan.inputs[k] = operands.sequence(own(pre, k));
-      operands.scan.gated = operands.scan.out = operands.sequence(own(out, 0));
-      const Tensor end = empty_as(operands.h);
-      operands.scan.last = end.data_ptr();
-      mingru::run(operands.scan, operands.whole(), false);
-      for (int64_t batch = 0; batch < operands.scan.num_batch; ++batch) {
-        std::copy_n(data_of<char>(end) + batch * bytes, bytes, data_of<char>(last) + (2 * batch + part) * bytes);
-      }
-    }
   }
 
   Tensor x_;
@@ -375,7 +332,7 @@ class InferencePass : Arguments {
 // The names of cells, activations, flags and instructions, in the order of their numbers.
 std::string names() {
 #define MINGRU_TEXT(name, ...) #name " "
-  return MINGRU_CELLS(MINGRU_TEXT) "|positive linear tanh|" MINGRU_FLAGS(MINGRU_TEXT) "|"
+  return MINGRU_CELLS(MINGRU_TEXT) MINGRU_MIXTURES(MINGRU_TEXT) "|positive linear tanh|" MINGRU_FLAGS(MINGRU_TEXT) "|"
       MINGRU_INSTRUCTIONS(MINGRU_TEXT);
 #undef MINGRU_TEXT
 }

@@ -141,7 +141,7 @@ class Steps {
   // The state of the batch element, which is 0 without states.
   const A* state_of(const void* states) const {
     static constexpr A zeros[most_features] = {};
-    return states ? static_cast<const A*>(states) + span_.batch * scan_.num_features + span_.feature : zeros;
+    return states ? static_cast<const A*>(states) + span_.batch * scan_.state_stride + span_.feature : zeros;
   }
 
   void run_features(const Run& run, int64_t done, int64_t feature, int64_t count) {
@@ -240,7 +240,7 @@ class Steps {
   void reset() {
     const A* next = state_of(is_backward_ ? nullptr : scan_.initial_state);
     A* gradient = static_cast<A*>(scan_.grad_initial_state);
-    if (gradient) gradient += span_.batch * scan_.num_features + span_.feature;
+    if (gradient) gradient += span_.batch * scan_.state_stride + span_.feature;
     for (int64_t i = 0; i < span_.num_features; ++i) {
       if (gradient) gradient[i] += state_[i];
       state_[i] = next[i];

@@ -25,10 +25,10 @@ struct Block {
 
 // The number of features of the states.
 int64_t num_outputs(const Call& call, const Tensor& x, const Tensor& weight) {
-  const int64_t num_parts = call.num_parts();
+  const int64_t num_parts = call.num_parts(), factor = num_parts * (call.is_mixture() ? 2 : 1);
   STD_TORCH_CHECK(
       x.dim() == (call[Argument::batch_sizes] ? 2 : 3) && weight.dim() == 2 && weight.is_cpu() &&
-          weight.scalar_type() == x.scalar_type() && weight.size(0) % num_parts == 0 && weight.size(1) == x.size(-1) &&
+          weight.scalar_type() == x.scalar_type() && weight.size(0) % factor == 0 && weight.size(1) == x.size(-1) &&
           x.numel() > 0,
       call.name, ": x must be (B, S, I), not empty, and weight (num_parts N, I), of the same dtype");
   return weight.size(0) / num_parts;
@@ -326,7 +326,7 @@ Outputs mingru::linear_recurrence(
       operands.map(pre_activations, operands.rows_of(block), block);
       operands.set_sequences(scan.inputs, pre_activations, block);
     }
-    run(scan, block.part, false);
+    operands.run(block.part, false);
   }
   return outputs;
 }
@@ -383,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
   for (const Block& block : operands.blocks(true)) {
     const int64_t count = block.num_rows;
     if (count == 0) {
-      run(scan, block.part, true);
+      operands.run(block.part, true);
       continue;
     }
     const void* rows = !kept || needs_weight || operands.has_norm ? operands.rows_of(block) : nullptr;
@@ -392,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     char* to = static_cast<char*>(grads_scratch.at_least(operands.bytes_of_columns(count)));
     operands.set_sequences(scan.inputs, pre, block);
     operands.set_sequences(scan.grad_inputs, to, block);
-    run(scan, block.part, true);
+    operands.run(block.part, true);
 
     const Tensor grads = matrix(to, count, columns, x);
     if (needs_x) {

@@ -48,6 +48,27 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
+// The recurrence of some of the features by a cell; `group_index` is the number of groups before them.
+Scan of_features(Scan scan, Cell cell, int64_t first, int64_t count, int64_t group_index) {
+  const int64_t wide = scan.storage == Storage::float64 ? 8 : 4;
+  const int64_t size = scan.storage == Storage::bfloat16 || scan.storage == Storage::float16 ? 2 : wide;
+  const auto move = [](auto& data, int64_t bytes) {
+    if (data) data = const_cast<char*>(static_cast<const char*>(data)) + bytes;
+  };
+  scan.cell = cell;
+  scan.num_features = count;
+  for (int k = 0; k < most_parts; ++k) {
+    move(scan.inputs[k].data, first * size);
+    move(scan.biases[k], first * wide);
+    move(scan.grad_inputs[k].data, first * size);
+  }
+  for (Sequence* each : {&scan.out, &scan.gated, &scan.grad_out}) move(each->data, first * size);
+  for (const void** each : {&scan.h, &scan.initial_state, &scan.grad_last}) move(*each, first * wide);
+  for (void** each : {&scan.last, &scan.grad_h, &scan.grad_initial_state}) move(*each, first * wide);
+  move(scan.grads_of_dt.data, group_index * wide);
+  return scan;
+}
+
 class Operands {
  public:
   Scan scan{};
@@ -64,7 +85,7 @@ class Operands {
     scan.cell = call.cell();
     scan.activation = call.activation();
     scan.storage = storage_of(like);
-    scan.num_features = num_features;
+    scan.num_features = scan.state_stride = num_features;
     scan.reverse = call.has(Flag::reverse);
     scan.has_output_gate = call.has(Flag::output_gate);
     const Tensor *lengths = call[Argument::lengths], *dt = call[Argument::dt], *reset = call[Argument::reset];
@@ -104,6 +125,16 @@ class Operands {
   }
 
   Operands(const Operands&) = delete;  // `scan` points into this object
+
+  // Runs the recurrence, of a mixture that of each half of the features.
+  void run(const Part& part, bool is_backward) const {
+    if (!call_.is_mixture()) return mingru::run(scan, part, is_backward);
+    const int64_t half = scan.num_features / 2;
+    for (int i = 0; i < 2; ++i) {
+      const Scan own = of_features(scan, call_.cell(i), i * half, half, i * call_.num_groups(2 * half) / 2);
+      mingru::run(own, part, is_backward);
+    }
+  }
 
   bool is_packed() const { return scan.step_offsets != nullptr; }
   bool has_lengths() const { return !is_packed() && scan.lengths; }
@@ -185,7 +216,7 @@ class Operands {
     Tensor grad_h = empty_as(h), grad_initial_state = empty({0}, h), grads_of_dt = empty({0}, h);
     scan.grad_h = grad_h.data_ptr();
     if (call_.has(Flag::needs_dt) && scan.dt.data) {
-      grads_of_dt = torch::stable::new_zeros(h, sizes((scan.num_features + group - 1) / group));
+      grads_of_dt = torch::stable::new_zeros(h, sizes(call_.num_groups(scan.num_features)));
       scan.grads_of_dt = {grads_of_dt.data_ptr(), grads_of_dt.stride(batch_dim_), grads_of_dt.stride(step_dim_)};
     }
     if (scan.reset.data) {

@@ -30,6 +30,10 @@ enum class Storage { float32, float64, bfloat16, float16 };
 #define MINGRU_NAME(name, ...) name,
 enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
 
+// Name of every mixture, and its cells, which have as many inputs and compute a half of the features each. Mixtures are
+// numbered after the cells.
+#define MINGRU_MIXTURES(MIXTURE) MIXTURE(mingru_mixed, mingru, mingru_quaternion)
+
 // Of the candidate. Linear scans have none.
 enum class Activation { positive, linear, tanh };
 
@@ -60,12 +64,13 @@ struct Sequence {
   }
 };
 
-// States are (B, N), contiguous, in the accumulation dtype.
+// States are (B, N), in the accumulation dtype, with contiguous features.
 struct Scan {
   Cell cell;
   Activation activation;
   Storage storage;
   int64_t num_batch, num_steps, num_features;
+  int64_t state_stride;  // from one batch element to the next
   bool reverse, has_output_gate;
   // The packed index at which each step begins, null if the sequences are not packed, and the length of each sequence,
   // null if all have num_steps. Steps after the end of a sequence are neither read nor written.

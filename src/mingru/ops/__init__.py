@@ -89,20 +89,9 @@ def linear_recurrence(
             gate = inputs.pop() if output_gate else None
             return gated(_run(choice, Call(spec, inputs, start, layout)), gate)
         keep = not are_recomputed(y, recompute)
-        if spec.cell not in MIXTURES:
-            return autograd.run_kernel("linear_kernel", choice, call, keep)
-        own_x, *of_map = call.tensors
-        parts = divided(call._replace(tensors=[]))
-        maps = zip(*(_rows_of_each(each, num_parts, len(parts)) for each in of_map), strict=True)
-        parts = [part._replace(tensors=[own_x, *own]) for part, own in zip(parts, maps, strict=True)]
-        return joined([autograd.run_kernel("linear_kernel", choice, part, keep) for part in parts], layout)
+        return autograd.run_kernel("linear_kernel", choice, call, keep)
 
     return route.run_or_other(run, route.choose(spec, x), spec, x)
-
-
-def _rows_of_each(x: Tensor | None, num_parts: int, count: int) -> list[Tensor | None]:
-    """Return the rows of each cell of a mixture, from the weight or the bias of all."""
-    return [None if x is None else torch.cat(x.chunk(num_parts * count)[index::count]) for index in range(count)]
 
 
 def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layout) -> States:

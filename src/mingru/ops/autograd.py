@@ -19,9 +19,9 @@ from torch import Tensor
 from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, from_flat
-from .cells import NUM_INPUTS
+from .cells import CELLS
 from .graph import are_batched, is_compiling
-from .layout import as_linear_scan, in_layout, is_transposed, padded_call, without_padding
+from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
 from .private import is_exporting, jvp_nesting
 from .route import Choice, backend_of, run_or_other
@@ -191,10 +191,11 @@ class Recurrence(torch.autograd.Function):
                     x = without_padding(x, layout.lengths, layout.time_first)
                 if call.spec.norm:
                     x = normalized(x, call.spec.norm, call.spec.eps)
-                num_parts = NUM_INPUTS[ctx.spec.cell] + ctx.spec.output_gate
+                num_parts = CELLS[ctx.spec.cell].num_inputs + ctx.spec.output_gate
                 inputs = list(F.linear(x, weight, bias).chunk(num_parts, -1))
                 gate = inputs.pop() if ctx.spec.output_gate else None
-                return gated(composed(choice, call._replace(tensors=inputs)), gate)
+                parts = [composed(choice, part) for part in divided(call._replace(tensors=inputs))]
+                return gated(joined(parts, layout), gate)
             return composed(choice, call)
 
         def run(choice: Choice) -> Sequence[Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import route
 from .backends import native
 from .call import Layout, Spec, Start
-from .cells import CELLS, cells_of
+from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, LINEAR_MAPS
@@ -174,9 +174,8 @@ class InferencePlan:
 
     def scan(self, spec: Spec, output_gate: bool, state: int, *linears: Any) -> None:
         """Add a recurrence with the linear map of each direction."""
-        # A cell without a kernel has no number. Those of a mixture have 16 bits each, and then comes the output gate.
-        numbers = (native.NUMBERS[cell, spec.activation] for cell in cells_of(spec.cell))
-        number = sum(number << 16 * index for index, number in enumerate(numbers)) | output_gate << 32
+        # A cell without a kernel has no number.
+        number = native.NUMBERS[spec.cell, spec.activation] | output_gate * native.FLAGS["output_gate"]
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = map(self._map, linears)
         self.require(others in ([], [has_bias]))

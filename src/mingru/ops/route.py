@@ -187,8 +187,8 @@ def fused_with(
     """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
     spec, (x,), start, layout = call
     kernel = backend_of(name).linear_kernel
-    cell, has_more = _RAREST.get(spec.cell, spec.cell), norm is not None or output_gate
-    if kernel is None or cell not in kernel.cells or (has_more and not kernel.whole):
+    has_more = norm is not None or output_gate
+    if kernel is None or spec.cell not in kernel.cells or (has_more and not kernel.whole):
         return None
     if output_gate:
         spec = spec._replace(output_gate=True)

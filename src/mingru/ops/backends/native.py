@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
 from ..call import Call, Spec
+from ..cells import MIXTURES
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_in, number_of_sources
@@ -62,7 +63,9 @@ def _register_shapes() -> None:
 
     def of_start(call: list[Tensor], how: int) -> tuple[Tensor, Tensor, Tensor]:
         h, has_reset = call[0], flag(how, "has_reset")
-        num_groups = (h.shape[2:].numel() + _GROUP - 1) // _GROUP
+        # Each cell of a mixture has its own groups.
+        count = 2 if how & 0xFF in map(CELL_NUMBERS.get, MIXTURES) else 1
+        num_groups = count * ((h.shape[2:].numel() // count + _GROUP - 1) // _GROUP)
         needs_dt = flag(how, "has_dt") and flag(how, "needs_dt")
         # The elapsed times come after two states and the resets.
         shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
@@ -196,7 +199,8 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), found
 
 
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=CELL_NUMBERS)
+_CELLS = [cell for cell in CELL_NUMBERS if cell not in MIXTURES]
+_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
