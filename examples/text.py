@@ -54,8 +54,8 @@ from mingru.models import LanguageModel
 COMMON = {"expansion": 1.0, "conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 128}
 COMMON |= {"warmup": 100, "weight_decay": 0.1}
 PRESETS = {
-    "small": COMMON | {"dims": 168, "num_layers": 3, "steps": 3000, "lr": 6e-3},
-    "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 9600, "lr": 3e-3},
+    "small": COMMON | {"dims": 192, "num_layers": 3, "steps": 3000, "lr": 6e-3},
+    "medium": COMMON | {"dims": 384, "num_layers": 4, "steps": 9600, "lr": 3e-3},
 }
 # The text is shortened too.
 QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "eval_every": 50}
@@ -271,8 +271,7 @@ Model = LanguageModel | Peer
 def build(settings: dict[str, Any], vocab_size: int) -> Model:
     """Return the model. A peer has about as many parameters as the minGRU model of the same settings."""
     if settings["cell"] not in PEERS:
-        options = {"tied": False, "output_gate": "silu", **({"gate": "mixed"} if settings["cell"] == "mingru" else {})}
-        options |= {name: settings[name] or None for name in ("conv", "mlp")}
+        options = {name: settings[name] or None for name in ("conv", "mlp")}
         options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout", "expansion")}
         return LanguageModel(vocab_size, **options)
     # A multiple of 8, because other sizes are slower.
