@@ -53,7 +53,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, SLOW_MS = 8, 3000.0
-PEER, RECOMMENDED = "minGRU-pytorch", "MinGRU as recommended"
+PEER, RECOMMENDED, TENSORS = "minGRU-pytorch", "MinGRU as recommended", "the same without a compiler"
 
 
 class Table(NamedTuple):
@@ -118,9 +118,9 @@ def layers(input_dims, hidden_dims):
 def within(context, call):
     """Return the call within a context that is made for each call."""
 
-    def run():
+    def run(*args):
         with context():
-            return call()
+            return call(*args)
 
     return run
 
@@ -367,7 +367,11 @@ GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, produ
 
 
 def recommended(input_dims, hidden_dims):
-    return mingru.MinGRU(input_dims, hidden_dims, 2, norm="rms", residual=True, gate="mixed")
+    """Return the model that docs/choosing.md recommends, twice: with the kernels, and as without a compiler."""
+    options = {"num_layers": 2, "norm": "rms", "residual": True, "gate": "mixed"}
+    found = {name: mingru.MinGRU(input_dims, hidden_dims, **options) for name in (RECOMMENDED, TENSORS)}
+    found[TENSORS].forward = within(partial(mingru.use_backend, "torch"), found[TENSORS].forward)
+    return found
 
 
 def whole_layers(timer, shape, others=None, skipped=()):
@@ -387,7 +391,7 @@ def sweep(timer, hidden_dims):
     """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
-        others = {RECOMMENDED: recommended(hidden_dims, hidden_dims)}
+        others = {RECOMMENDED: recommended(hidden_dims, hidden_dims)[RECOMMENDED]}
         slow = [name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS]
         found = whole_layers(timer, (BATCH, count, hidden_dims, hidden_dims), others, slow)
         for name, (_, both) in found.items():
@@ -397,12 +401,12 @@ def sweep(timer, hidden_dims):
 
 def equal(times):
     """Return the table of the model that is recommended beside one layer of torch, a training step and inference."""
-    rows = []
+    rows, names = [], (GRU, "nn.LSTM", "no compiler")
     for shape, figures in times.items():
-        own, *others = (figures[name][::-1] for name in (RECOMMENDED, GRU, "nn.LSTM"))
+        own, *others = (figures[name][::-1] for name in (RECOMMENDED, GRU, "nn.LSTM", TENSORS))
         of_each = [[f"{ms:.3g} ms", *(f"{short(other[at] / ms)} ×" for other in others)] for at, ms in enumerate(own)]
         rows.append([shape, *of_each[0], *of_each[1]])
-    return markdown(["(B, S, I, H)", "training", GRU, "nn.LSTM", "inference", GRU, "nn.LSTM"], rows)
+    return markdown(["(B, S, I, H)", *(each for kind in ("training", "inference") for each in (kind, *names))], rows)
 
 
 def tables(record):
@@ -443,7 +447,7 @@ def plot(times, hidden_dims, path):
 def page(args, timer):
     """Write docs/speed.json and the tables of docs/speed.md; with --json, only this file."""
     shapes = [tuple(shape) for shape in args.shape or EQUAL_SHAPES]
-    of_equal = {str(each): whole_layers(timer, each, {RECOMMENDED: recommended(*each[2:])}, (PEER,)) for each in shapes}
+    of_equal = {str(each): whole_layers(timer, each, recommended(*each[2:]), (PEER,)) for each in shapes}
     load = os.getloadavg()[0]
     versions = {PEER: importlib.metadata.version(PEER)}
     if scanned := args.scans and scans(args.scans):

@@ -54,7 +54,7 @@ class MinGRU(Recurrent, planned=True):
             docs/gates.md. It shifts the bias of the gate at initialization, and requires `bias=True`.
         recompute: If True, the backward pass of the backends "native" and "triton" recomputes the pre-activations
             instead of storing them, which saves two thirds of the memory. Default: whichever is faster. It has no
-            effect with `residual="highway"`.
+            effect with `residual="highway"`, and on GPUs with `output_gate` or `gate="mixed"`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
