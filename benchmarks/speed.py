@@ -387,26 +387,28 @@ def short(ratio):
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def sweep(timer, hidden_dims):
+def sweep(timer, dims):
     """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
-        others = {RECOMMENDED: recommended(hidden_dims, hidden_dims)[RECOMMENDED]}
-        slow = [name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS]
-        found = whole_layers(timer, (BATCH, count, hidden_dims, hidden_dims), others, slow)
+        slow = [TENSORS, *(name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS)]
+        found = whole_layers(timer, (BATCH, count, dims, dims), recommended(dims, dims), slow)
         for name, (_, both) in found.items():
             times.setdefault(name, {})[count] = both
     return times
 
 
 def equal(times):
-    """Return the table of the model that is recommended beside one layer of torch, a training step and inference."""
-    rows, names = [], (GRU, "nn.LSTM", "no compiler")
-    for shape, figures in times.items():
-        own, *others = (figures[name][::-1] for name in (RECOMMENDED, GRU, "nn.LSTM", TENSORS))
-        of_each = [[f"{ms:.3g} ms", *(f"{short(other[at] / ms)} ×" for other in others)] for at, ms in enumerate(own)]
-        rows.append([shape, *of_each[0], *of_each[1]])
-    return markdown(["(B, S, I, H)", *(each for kind in ("training", "inference") for each in (kind, *names))], rows)
+    """Return the tables of the model that is recommended beside one layer of torch, a training step and inference."""
+
+    def row(shape, own, *others):
+        return [shape, f"{own:.3g} ms", *(f"{short(other / own)} ×" for other in others)]
+
+    names, kinds = (RECOMMENDED, GRU, "nn.LSTM", TENSORS), ((1, "training step"), (0, "inference"))
+    rows = (
+        (kind, [row(shape, *(each[name][at] for name in names)) for shape, each in times.items()]) for at, kind in kinds
+    )
+    return "\n\n".join(markdown(["(B, S, I, H)", kind, GRU, "nn.LSTM", "no compiler"], each) for kind, each in rows)
 
 
 def tables(record):
