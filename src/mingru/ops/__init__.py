@@ -7,7 +7,6 @@ tensors before the call.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from . import autograd, blocks, route
