@@ -100,7 +100,7 @@ class Recurrent(Stacked, role="sequence"):
         self._check_all(x, states, reset, lengths, dt)
         state, layout = self._state(x, states, x.size(0 if self.batch_first else 1)), Layout(not self.batch_first)
         if lengths is not None:
-            # Also of layers that are no kernel, which would compute the padding.
+            # Layers without a kernel compute the padding too. A NaN there would reach the gradients of the weights.
             x, layout = with_lengths(without_padding(x, lengths, not self.batch_first), lengths, not self.batch_first)
         found: list[Tensor] = []
         self._run_layers(x, list(state.unbind(0)), reset, dt, layout, found)
