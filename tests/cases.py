@@ -82,7 +82,7 @@ class Case:
         """Which of reset, lengths and dt the module takes."""
         names = inspect.signature(type(self.module).forward).parameters
         modules = list(self.module.modules())
-        without = {"dt"} if not all(getattr(each, "is_timed", True) for each in modules) else set()
+        without = {"dt"} if not all(getattr(each, "_is_timed", True) for each in modules) else set()
         if any(getattr(each, "num_space_dims", 0) for each in modules):
             without |= {"dt", "lengths"}
         return tuple(name for name in ("reset", "lengths", "dt") if name in names and name not in without)

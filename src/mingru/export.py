@@ -164,7 +164,7 @@ def _with_dynamic_shapes(
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
-    x, layout = args[0], model.dims_of(args[0])
+    x, layout = args[0], model._dims_of(args[0])
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
     if layout.time is None:

@@ -38,7 +38,7 @@ def test_dropout():
 def test_states(case):
     """Their shapes, the default ones, and that they do not keep the sequence."""
     block = case.make()
-    shapes = block.state_shapes(B)
+    shapes = block._state_shapes(B)
     for num_steps in (1, 5, 500):
         x, h = torch.randn(B, num_steps, DIMS), block.initial_state(B)
         for arguments in ({}, {"reset": torch.rand(B, num_steps) < 0.3}, {"lengths": torch.tensor([1, num_steps, 1])}):

@@ -199,7 +199,7 @@ def test_weights_say_the_initial_state(gate, kind):
     """Those of older versions do not, and begin with 0. New layers of `drop_in` always do, as those of torch."""
 
     def start_of(rnn):
-        (found,) = {owner.zero_state for owner in (rnn, *rnn.layers) if hasattr(owner, "zero_state")}
+        (found,) = {owner._zero_state for owner in (rnn, *rnn.layers) if hasattr(owner, "_zero_state")}
         return found
 
     default = 0.0 if "drop_in" in kind else 0.5

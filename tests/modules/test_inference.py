@@ -263,7 +263,7 @@ def test_every_attribute(name):
     """Each attribute, parameter and submodule of each submodule, in turn."""
     for part, each in made(name).named_modules():
         for attribute, old in {**vars(each), **each._parameters, **each._modules}.items():
-            if attribute[0] == "_" or attribute in NEVER_SET:
+            if attribute in NEVER_SET or (attribute[0] == "_" and hasattr(nn.Module(), attribute)):
                 continue
             for value in values_in_place_of(old):
                 module = made(name)
@@ -343,7 +343,7 @@ SIZES = [
 
 
 NOT_IN_ONE = ("highway", "images", "both directions", "projection", "modules of torch")
-PLANNED = [row for row in ROWS if row.module.planned and not any(part in row.name for part in NOT_IN_ONE)]
+PLANNED = [row for row in ROWS if row.module._planned and not any(part in row.name for part in NOT_IN_ONE)]
 
 
 @parametrized([*SIZES, *some(PLANNED, 2)])

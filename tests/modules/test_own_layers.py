@@ -126,7 +126,7 @@ USED = {OnlyStates: (), Stateless: ("reset", "dt"), ByKeyword: STEPS, Wrapped: S
 def test_what_a_layer_does_not_use_is_refused(cls):
     layers = [mingru.MinGRU(DIMS, DIMS), cls() if cls is Stateless else cls(DIMS)]
     stack, x = mingru.Stack([mingru.Stack(layers)]), torch.randn(B, S, DIMS)
-    assert cls.step_arguments == USED[cls]
+    assert cls._step_arguments == USED[cls]
     _, h = stack(x)
     assert len(h) == stack.num_states == 1 + layers[1].num_states
     steps = [{}, {"reset": RESET}][: 1 + ("reset" in USED[cls])]

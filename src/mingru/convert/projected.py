@@ -75,11 +75,11 @@ class Projected(Layer, role="sequence"):
         y, h = self.rnn(x, h, reset, lengths, dt)
         return self._projected(y, lengths), h
 
-    def with_states(
+    def _with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> Outputs:
         """Call the layer with its states in a list, and return the new states in a list."""
-        y, states = self.rnn.with_states(x, h, reset, lengths, dt)
+        y, states = self.rnn._with_states(x, h, reset, lengths, dt)
         return self._projected(y, lengths), states
 
     def initial(self, batch: int) -> Any:

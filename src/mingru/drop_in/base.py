@@ -47,17 +47,17 @@ def _raised_as(kinds: dict[type[Exception], type[Exception]]) -> Iterator[None]:
 class DropIn(Recurrent):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
-    device_error = RuntimeError
-    linear_map = WeightAndBias
-    size_error: type[Exception]
+    _device_error = RuntimeError
+    _linear_map = WeightAndBias
+    _size_error: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
-    remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
-    num_layers_of_program = 0
+    _remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
+    _num_layers_of_program = 0
     """Number of layers that the program asked for, if `patch` or `replace` built this layer."""
 
     def __init__(self, input_size: int, hidden_size: int, proj_size: int = 0, **options: Any) -> None:
         name, dtype, dropout = name_of(type(self)), options["dtype"], options.get("dropout")
-        with _raised_as({ValueError: self.size_error}):
+        with _raised_as({ValueError: self._size_error}):
             check_int(name, "input_size", input_size)
             check_int(name, "hidden_size", hidden_size)
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
@@ -74,7 +74,7 @@ class DropIn(Recurrent):
         self.output_dims = self.num_directions * (proj_size or hidden_size)
         self._add_guards(options["device"])
 
-    def default_start(self, options: Any) -> float:
+    def _default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
         return 0.0
 
@@ -106,7 +106,7 @@ class DropIn(Recurrent):
         layer: Any = next(iter(self.layers))
         weight = weight_of(layer.linear)
         if weight is not None:
-            self._check_as("input", x, weight, "the layer's weight", self.size_error)
+            self._check_as("input", x, weight, "the layer's weight", self._size_error)
 
     def _check_hx(self, h: MaybeList, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
         if h is None:
@@ -120,8 +120,8 @@ class DropIn(Recurrent):
                 remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
             elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
                 remedy = "batch_first applies to the input only; the state is always (L * D, B, H)"
-            elif hx.shape == (self.num_layers_of_program * self.num_directions, *shape[1:]):
-                given = f"num_layers={self.num_layers} in place of the program's {self.num_layers_of_program}"
+            elif hx.shape == (self._num_layers_of_program * self.num_directions, *shape[1:]):
+                given = f"num_layers={self.num_layers} in place of the program's {self._num_layers_of_program}"
                 remedy = f"patch or replace got {given}, which makes states of its own: leave num_layers out"
             raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
         self._check_as("hx", hx, x, "input", RuntimeError)

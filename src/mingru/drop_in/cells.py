@@ -21,15 +21,15 @@ class LSTMCellOptions(CellOptions, PairOptions, total=False):
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
-    size_error = RuntimeError
-    remedy_for_bias = ""
+    _size_error = RuntimeError
+    _remedy_for_bias = ""
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
             raise ValueError(f"{self.name}: input must be (B, {self.input_size}), got {x.shape}")
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "hx", None if h is None else h[0], batch + [self.hidden_size])  # noqa: RUF005
-        scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
+        scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         self._check_input(x, (1, 2), f"(B, {self.input_size}) or ({self.input_size},)", ValueError)

@@ -45,7 +45,7 @@ class LSTMOptions(GRUOptions, PairOptions, total=False):
 class DropInLayer(DropIn):
     """Base class of `GRU` and `LSTM`."""
 
-    size_error = ValueError
+    _size_error = ValueError
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = (*DropIn.__jit_unused_properties__, "all_weights")
 
@@ -69,7 +69,7 @@ class DropInLayer(DropIn):
         out, states = self._sequences(x.unsqueeze(batch_dim), before, reset, None, dt)
         return copied(out.squeeze(batch_dim)), [without_dims(states[0], [2, 1])]
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, self.hidden_size)]
 
@@ -78,12 +78,12 @@ class DropInLayer(DropIn):
             letters = "(B, S, " if self.batch_first else "(S, B, "
             raise ValueError(f"{self.name}: input must be {letters}{self.input_size}), S > 0, got {x.shape}")
         scripted.check_shape(self.name, "hx", None if h is None else h[0], self._state_shape(x))
-        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self.is_timed)
+        scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         if isinstance(x, PackedSequence):
             self._check_input(x.data, (2,), "packed steps (sum of lengths, I)", RuntimeError)
-            self._check_hx(h, x.data, self.state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
+            self._check_hx(h, x.data, self._state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
             check_packed(self, x, None, reset, lengths, dt)
             return
         order = "B, S" if self.batch_first else "S, B"
@@ -112,9 +112,9 @@ class DropInLayer(DropIn):
         """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
         return [list(linear.parameters()) for layer in self.layers for linear in layer.maps()]  # type: ignore[operator]
 
-    def dims_of(self, x: Tensor) -> Dims:
+    def _dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states."""
-        return Dims(None, 0, None) if x.dim() == 2 else super().dims_of(x)
+        return Dims(None, 0, None) if x.dim() == 2 else super()._dims_of(x)
 
 
 @untraced

@@ -52,7 +52,7 @@ def converted(arguments: dict[str, Any]) -> dict[str, Any]:
 def built(of_torch: type[nn.Module], arguments: dict[str, Any], options: dict[str, Any]) -> Any:
     """Return the twin of a layer or cell with these arguments, of which options replace some."""
     layer = TWINS[of_torch](**arguments | options)
-    layer.num_layers_of_program = arguments.get("num_layers", 1)
+    layer._num_layers_of_program = arguments.get("num_layers", 1)
     return layer
 
 

@@ -169,10 +169,10 @@ class Block(Composite, role="sequence", planned=True):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self.state_shapes(batch)[1:]]
+        of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
         plan.dropout(self)
         state = plan.num_states
@@ -182,7 +182,7 @@ class Block(Composite, role="sequence", planned=True):
         plan.keep()
         rnn = plan.child(self.rnn, *LAYERS.values())
         plan.require(rnn.batch_first)
-        rnn.plan(plan)
+        rnn._write_plan(plan)
         plan.linear(self.out)
         plan.add()
         if self.mlp is not None:
@@ -238,15 +238,15 @@ class Block(Composite, role="sequence", planned=True):
         if weight is not None:
             check_input(self.name, x, weight, "the block's weights")
         if h is not None:
-            check_states(self.name, "h", h, self.state_shapes(x.shape[0]), x, "x")
+            check_states(self.name, "h", h, self._state_shapes(x.shape[0]), x, "x")
         check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt)
         if lengths is not None:
             check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of each state."""
         of_conv = [] if self.conv is None else [(1, batch, self.conv.kernel_size - 1, self.input_dims)]
-        return [*self.rnn.state_shapes(batch), *of_conv]
+        return [*self.rnn._state_shapes(batch), *of_conv]
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")

@@ -179,7 +179,7 @@ class LanguageModel(Layer):
 
     def _check_state(self, state: Any, batch: int) -> None:
         if state is not None:
-            shapes = self.blocks.state_shapes(batch)
+            shapes = self.blocks._state_shapes(batch)
             check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
 
     @torch.jit.unused

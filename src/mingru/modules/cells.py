@@ -22,10 +22,10 @@ ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
-    remedy_for_bias = "a cell has no num_layers; bias comes after hidden_dims"
+    _remedy_for_bias = "a cell has no num_layers; bias comes after hidden_dims"
 
     def __init__(self, **arguments: Any) -> None:
-        check_flag(name_of(type(self)), "bias", arguments["bias"], self.remedy_for_bias)
+        check_flag(name_of(type(self)), "bias", arguments["bias"], self._remedy_for_bias)
         super().__init__(**arguments, **ONE_LAYER)
 
     def forward(  # type: ignore[override]
@@ -49,7 +49,7 @@ class RecurrentCell(Recurrent, role="step"):
         out, states = self._run_layers(sequence, [state], reset, dt, Layout(False))
         return out, [reshaped(states[0], list(x.shape[:-1]) + [self.hidden_dims])]  # noqa: RUF005
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(batch, self.hidden_dims)]
 
@@ -57,7 +57,7 @@ class RecurrentCell(Recurrent, role="step"):
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
-        scripted.check_steps(self.name, batch, reset, dt, self.is_timed)
+        scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         is_sequence = isinstance(x, Tensor) and x.dim() == 3

@@ -89,7 +89,7 @@ class MinConv(Stacked, role="sequence"):
             states += last
         return x, states
 
-    def with_states(
+    def _with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> Outputs:
         """Call the layer; `lengths` and `dt` must be None."""

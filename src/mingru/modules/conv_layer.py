@@ -122,7 +122,7 @@ class MinConvLayer(Directions):
             self.align = convolution(output_dims, bias=False)
         self.add_gate_bias()
         shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))
-        self.zero_state = default_start(options)
+        self._zero_state = default_start(options)
         self.initial_state = learned_state(shape, options)
         reset_initial_state(self, [self])
         add_marks(self, options.device)
@@ -132,8 +132,8 @@ class MinConvLayer(Directions):
         super().reset_parameters()
         reset_initial_state(self, [self])
 
-    def marked_options(self) -> dict[str, Any]:
-        return {**super().marked_options(), **start_option(self, [self])}
+    def _marked_options(self) -> dict[str, Any]:
+        return {**super()._marked_options(), **start_option(self, [self])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.pop("groups", 1) > 1:
@@ -153,7 +153,7 @@ class MinConvLayer(Directions):
         y = x
         if self.norm is not None:
             y = unflattened(self.norm(steps), x)
-        constant = torch.full([1] * x.dim(), self.zero_state, dtype=dtype, device=x.device)
+        constant = torch.full([1] * x.dim(), self._zero_state, dtype=dtype, device=x.device)
         starts: list[Start] = []
         for index in range(self.num_directions):
             initial_state = constant if self.initial_state is None else self.initial_state[index]

@@ -1,4 +1,4 @@
-"""The initial state of a layer, or of several: a parameter if it is learned, otherwise one number, `zero_state`.
+"""The initial state of a layer, or of several: a parameter if it is learned, otherwise one number, `_zero_state`.
 
 Weights of a layer that flips or turns its state say which number, because older versions began with 0.
 """
@@ -30,7 +30,7 @@ def reset_initial_state(module: Any, layers: list[Any]) -> None:
         return
     for layer, rows in zip(layers, module.initial_state.chunk(len(layers)), strict=True):
         if CELLS[layer.cell].has_logarithms:
-            nn.init.constant_(rows, module.zero_state)
+            nn.init.constant_(rows, module._zero_state)
         else:
             nn.init.normal_(rows)
 
@@ -39,4 +39,4 @@ def start_option(module: Any, layers: Iterable[Any]) -> dict[str, Any]:
     """Return the option of the initial state that changes what the weights mean, if there is one."""
     # The state of a layer like the paper's begins with 0.5 in all versions.
     is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
-    return {} if is_usual or module.initial_state is not None else {"zero_state": module.zero_state}
+    return {} if is_usual or module.initial_state is not None else {"zero_state": module._zero_state}

@@ -79,17 +79,17 @@ class Layer(nn.Module):
     """Number of spatial dimensions, which follow the features."""
     batch_first = True
     """Whether x is (B, S, *), otherwise (S, B, *)."""
-    step_arguments: tuple[str, ...] = STEP_ARGUMENTS
+    _step_arguments: tuple[str, ...] = STEP_ARGUMENTS
     """Which of `reset`, `lengths` and `dt` a stack passes to a layer of your own: those that `forward` names. A stack
     says for other layers which they do not take."""
-    device_error: type[Exception] = ValueError
+    _device_error: type[Exception] = ValueError
     """Error for parameters on another device."""
-    planned = False
+    _planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
 
     def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        cls.planned = planned
+        cls._planned = planned
         if planned:
             plannable(cls)
         if role is not None:
@@ -97,11 +97,11 @@ class Layer(nn.Module):
         if role is not None or "forward" in cls.__dict__:
             cls.role = role or "custom"
         names = tuple(inspect.signature(cls.forward).parameters)
-        # Not of a class with its own `with_states`, such as `MinGRU`.
-        if cls.role == "sequence" and cls.with_states in (Layer.with_states, with_named):
+        # Not of a class with its own `_with_states`, such as `MinGRU`.
+        if cls.role == "sequence" and cls._with_states in (Layer._with_states, with_named):
             own: Any = cls
-            own.step_arguments = tuple(name for name in STEP_ARGUMENTS if name in names)
-            own.with_states = Layer.with_states if names[3:] == STEP_ARGUMENTS else with_named
+            own._step_arguments = tuple(name for name in STEP_ARGUMENTS if name in names)
+            own._with_states = Layer._with_states if names[3:] == STEP_ARGUMENTS else with_named
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Layer(nn.Module):
         """Return what copies and pickles contain: all attributes, without the plan."""
         return self.__dict__
 
-    def marked_options(self) -> dict[str, Any]:
+    def _marked_options(self) -> dict[str, Any]:
         """Return the options of this module that are in `marked.MARKS`."""
         return {}
 
@@ -132,14 +132,14 @@ class Layer(nn.Module):
         # Whole modules that an older version saved have fewer marks.
         add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
-    def with_states(
+    def _with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> Outputs:
         """Call the layer as `Stack` does: with its states in a list, and all arguments by position."""
         out, states = self(x, h, reset, lengths, dt)
         return out, states
 
-    def dims_of(self, x: Tensor) -> Dims:
+    def _dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states, for the export."""
         if self.role == "step":
             return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
@@ -155,11 +155,11 @@ class Layer(nn.Module):
         expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shapes of the states of a batch, if the class is `planned`."""
         raise NotImplementedError
 
@@ -201,7 +201,7 @@ class Layer(nn.Module):
         if is_scripting():
             self._check_scripted(x, h, reset, dt)
         else:
-            if lengths is None and self.planned and not torch.is_grad_enabled():
+            if lengths is None and self._planned and not torch.is_grad_enabled():
                 done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done
@@ -237,7 +237,7 @@ class Layer(nn.Module):
                     name = next(name for name, each in self.named_parameters() if each is found)
                     remedy = "load a state_dict that has it, with assign=True"
                     expected, got = f"on {data.device} like x", "a tensor on meta"
-                    raise self.device_error(expectation(self.name, name, expected, got, remedy))
+                    raise self._device_error(expectation(self.name, name, expected, got, remedy))
             for child in module._modules.values():
                 # Layers inside check their own. The loop goes on with all others.
                 if child is not None and not isinstance(child, Layer):
@@ -268,7 +268,7 @@ def with_named(
 ) -> Outputs:
     """Call a layer with the arguments that it has, by their names; the stack has refused all others."""
     given = {"reset": reset, "lengths": lengths, "dt": dt}
-    found: Outputs = layer(x, h, **{name: given[name] for name in layer.step_arguments})
+    found: Outputs = layer(x, h, **{name: given[name] for name in layer._step_arguments})
     if isinstance(found, Tensor):
         raise TypeError(f"{layer.name}: forward must return the output and a list of states; return (out, [state])")
     return found

@@ -31,8 +31,9 @@ class Mark(NamedTuple):
     later one, the option has the first value. If it is missing in an older one, or in one without metadata, the value
     is unknown."""
     is_taken: bool = False
-    """Whether a module takes the value of the weights. Otherwise it refuses weights with another value. A missing mark
-    means the first value here, unless there are no metadata and no other marks either, as in parameters alone."""
+    """Whether a module takes the value of the weights, as the attribute `_option`. Otherwise it refuses weights with
+    another value. A missing mark means the first value here, unless there are no metadata and no other marks either, as
+    in parameters alone."""
 
 
 MARKS = {
@@ -82,7 +83,7 @@ def number_in(found: Any) -> int | None:
 
 def marks_in(module: Any) -> dict[str, int]:
     """Return the number of each option of a module."""
-    return {option: number_of(option, value) for option, value in module.marked_options().items()}
+    return {option: number_of(option, value) for option, value in module._marked_options().items()}
 
 
 def add_marks(module: Any, device: Any) -> None:
@@ -126,7 +127,7 @@ def take_marks(
             return False
         if MARKS[option].is_taken and 0 <= of_weights < len(MARKS[option].values):
             own[option] = of_weights
-            setattr(module, option, MARKS[option].values[of_weights])
+            setattr(module, f"_{option}", MARKS[option].values[of_weights])
             add_marks(module, getattr(mark, "device", None))
         number = own[option]
         found[option] = of_weights
@@ -159,7 +160,7 @@ def marks_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key_of(option)}": torch.tensor(number, device="cpu")
         for name, module in model.named_modules()
-        if hasattr(module, "marked_options")
+        if hasattr(module, "_marked_options")
         for option, number in marks_in(module).items()
         if module._buffers.get(key_of(option)) is not None and not MARKS[option].is_taken
     }

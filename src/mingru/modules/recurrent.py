@@ -37,9 +37,9 @@ class Recurrent(Stacked, role="sequence"):
     """"mingru" or "minlstm"."""
     hidden_dims: int
     proj_size = 0
-    linear_map: type[nn.Module] = nn.Linear
+    _linear_map: type[nn.Module] = nn.Linear
     """Class of the linear maps inside."""
-    remedy_for_weights = "train the layer from its initialization"
+    _remedy_for_weights = "train the layer from its initialization"
     """What to do about a state_dict of torch.nn."""
     _check = check_sequence
 
@@ -49,12 +49,12 @@ class Recurrent(Stacked, role="sequence"):
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
         sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
         layers = zip(options.cells, sizes, bounds, strict=True)
-        super().__init__(options, [RecurrentLayer(*layer, options, self.linear_map) for layer in layers])
+        super().__init__(options, [RecurrentLayer(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
-        self.is_timed = CELLS[self.cell].not_timed is None
-        self.zero_state = self.default_start(options)
+        self._is_timed = CELLS[self.cell].not_timed is None
+        self._zero_state = self._default_start(options)
         self.initial_state = learned_state(self._shape_of_initial_state(), options)
         reset_initial_state(self, list(self.layers))
         add_marks(self, options.device)
@@ -106,7 +106,7 @@ class Recurrent(Stacked, role="sequence"):
         self._run_layers(x, list(state.unbind(0)), reset, dt, layout, found)
         return torch.stack(found)
 
-    def with_states(
+    def _with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor
     ) -> Outputs:
         """Call the layer with its state in a list, and return the new state in a list."""
@@ -115,7 +115,7 @@ class Recurrent(Stacked, role="sequence"):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        (shape,) = self.state_shapes(batch)
+        (shape,) = self._state_shapes(batch)
         state = self._state(x, None, batch)
         # A view would take longer than the state.
         return [state if state.shape == shape else state.view(shape)]
@@ -126,11 +126,11 @@ class Recurrent(Stacked, role="sequence"):
         state: Tensor = super().initial(batch)[0]
         return state
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
 
-    def plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer)
         initial_state: Any = self.initial_state
@@ -142,7 +142,7 @@ class Recurrent(Stacked, role="sequence"):
             plan.require(
                 layer.hidden_dims == self.hidden_dims, (layer.linear_reverse is not None) == (self.num_directions == 2)
             )
-            layer.plan(plan, plan.num_states)
+            layer._write_plan(plan, plan.num_states)
         plan.num_states += 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -151,7 +151,7 @@ class Recurrent(Stacked, role="sequence"):
             expected = f"weights of {self.name} because the equations differ"
             got = f"{of_torch} of torch.nn"
             # Also if the caller is not strict, as torch does with weights of another shape.
-            args[-1].append(expectation(self.name, "state_dict", expected, got, self.remedy_for_weights))
+            args[-1].append(expectation(self.name, "state_dict", expected, got, self._remedy_for_weights))
             return
         for name in GUARDS:
             guard = state_dict.pop(prefix + name, None)
@@ -163,14 +163,14 @@ class Recurrent(Stacked, role="sequence"):
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         order = "B, S" if self.batch_first else "S, B"
         scripted.check_x(self.name, x, [2], order, self.input_dims, self.num_space_dims)
-        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self.is_timed)
+        scripted.check_steps(self.name, list(x.shape[:2]), reset, dt, self._is_timed)
 
     def _check_parameters(self, x: Any) -> None:
         super()._check_parameters(x)
         if self.initial_state is not None:
             check_initial_state(self.name, self.initial_state, self._shape_of_initial_state())
 
-    def default_start(self, options: Options) -> float:
+    def _default_start(self, options: Options) -> float:
         """Return the initial state if it is not learned."""
         return default_start(options)
 
@@ -179,7 +179,7 @@ class Recurrent(Stacked, role="sequence"):
         super().reset_parameters()
         reset_initial_state(self, list(self.layers))
 
-    def marked_options(self) -> dict[str, Any]:
+    def _marked_options(self) -> dict[str, Any]:
         return start_option(self, self.layers)
 
     def _shape_of_initial_state(self) -> tuple[int, ...]:
@@ -243,7 +243,7 @@ class Recurrent(Stacked, role="sequence"):
         state = self.initial_state if h is None else h[0]
         if state is None:
             dtype = accumulate_dtype(x.dtype) if is_autocast(x) else x.dtype
-            return torch.full(shape, self.zero_state, dtype=dtype, device=x.device)
+            return torch.full(shape, self._zero_state, dtype=dtype, device=x.device)
         return self._as_state(x, state, shape)
 
     def _as_state(self, x: Tensor, h: Tensor, shape: list[int]) -> Tensor:
@@ -269,7 +269,7 @@ class Recurrent(Stacked, role="sequence"):
             dt = as_dtype(dt, accumulate_dtype(x.dtype))
         constant = h[0]
         if reset is not None and self.initial_state is None:
-            constant = torch.full([1, 1, self.hidden_dims], self.zero_state, dtype=constant.dtype, device=x.device)
+            constant = torch.full([1, 1, self.hidden_dims], self._zero_state, dtype=constant.dtype, device=x.device)
         starts: list[Start] = []
         for index, first in enumerate(h):
             initial_state = constant if self.initial_state is None else self.initial_state[index]

@@ -109,7 +109,7 @@ class RecurrentLayer(Directions):
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def plan(self, plan: InferencePlan, state: int) -> None:
+    def _write_plan(self, plan: InferencePlan, state: int) -> None:
         """Write the instructions of an inference pass."""
         plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
         if self.residual:

@@ -112,22 +112,22 @@ class Stack(Composite, role="sequence", planned=True):
         self.input_dims: int = found[0].input_dims
         self.output_dims = found[-1].output_dims
         # Layer i has states[ends[i] : ends[i + 1]].
-        self.ends = [0]
+        self._ends = [0]
         for layer in found:
-            self.ends.append(self.ends[-1] + layer.num_states)
-        self.num_states = self.ends[-1]
-        self.of_torch = [isinstance(layer, PerStep) for layer in found]
+            self._ends.append(self._ends[-1] + layer.num_states)
+        self.num_states = self._ends[-1]
+        self._of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
         add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
-    def marked_options(self) -> dict[str, Any]:
+    def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
         return {"residual": self.residual}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Whole modules of older versions do not have it.
-        self.of_torch = [isinstance(layer, PerStep) for layer in self.layers]
+        self._of_torch = [isinstance(layer, PerStep) for layer in self.layers]
 
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
@@ -176,24 +176,24 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
 
-    def state_shapes(self, batch: int) -> list[tuple[int, ...]]:
+    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shapes of the layers' states."""
-        return [shape for layer in self.layers for shape in layer.state_shapes(batch)]  # type: ignore[operator]
+        return [shape for layer in self.layers for shape in layer._state_shapes(batch)]  # type: ignore[operator]
 
-    def plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
-        layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each.planned})
+        layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
-        plan.require(len(aligns) == len(layers) == len(self.ends) - 1, self.num_states == self.ends[-1])
-        plan.require(self.of_torch == [False] * len(layers))
+        plan.require(len(aligns) == len(layers) == len(self._ends) - 1, self.num_states == self._ends[-1])
+        plan.require(self._of_torch == [False] * len(layers))
         first = plan.num_states
         if len(layers) > 1:
             plan.dropout(self)
-        for layer, align, end in zip(layers, aligns, self.ends[1:], strict=True):
+        for layer, align, end in zip(layers, aligns, self._ends[1:], strict=True):
             plan.require(layer.role == "sequence", layer.batch_first == self.batch_first)
             if self.residual:
                 plan.keep()
-            layer.plan(plan)
+            layer._write_plan(plan)
             plan.require(plan.num_states == first + end)
             if self.residual:
                 plan.add(None if isinstance(align, nn.Identity) else align)
@@ -227,12 +227,12 @@ class Stack(Composite, role="sequence", planned=True):
             raise ValueError(f"{self.name}: dt must be None because convolutional layers do not support elapsed times")
         states: list[Tensor] = []
         for index, (layer, align) in enumerate(zip(self.layers, self.aligns)):  # noqa: B905 (not in TorchScript)
-            before = None if h is None else h[self.ends[index] : self.ends[index + 1]]
-            out, after = layer.with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
-            check_returned(self.name, index, after, self.ends[index + 1] - self.ends[index])
+            before = None if h is None else h[self._ends[index] : self._ends[index + 1]]
+            out, after = layer._with_states(x, before, reset, lengths, dt)  # type: ignore[operator]
+            check_returned(self.name, index, after, self._ends[index + 1] - self._ends[index])
             states += after
             data = data_of(out)
-            if self.residual and not self.of_torch[index]:
+            if self.residual and not self._of_torch[index]:
                 residual_input = data_of(x)
                 if index == 0 and lengths is not None:
                     # The output must stay 0 in the padding.
@@ -240,7 +240,7 @@ class Stack(Composite, role="sequence", planned=True):
                 added = align(residual_input)
                 check_same_shape(self.name, index, added, data)
                 data = data + added
-            if index < len(self.layers) - 1 and self.dropout > 0 and not self.of_torch[index]:
+            if index < len(self.layers) - 1 and self.dropout > 0 and not self._of_torch[index]:
                 data = F.dropout(data, self.dropout, self.training)
             x = with_data(out, data)
         return x, states
@@ -252,7 +252,7 @@ class Stack(Composite, role="sequence", planned=True):
         """
         for argument, value in (("reset", reset), ("lengths", lengths), ("dt", dt)):
             for index, layer in enumerate([] if value is None else self.layers):
-                if argument not in layer.step_arguments:  # type: ignore[operator]
+                if argument not in layer._step_arguments:  # type: ignore[operator]
                     expected = f"None because the forward of layers[{index}], {type(layer).__name__}, does not use it"
                     remedy = f"add {argument}=None to the arguments of that forward, and use it there"
                     raise ValueError(expectation(self.name, argument, expected, type(value).__name__, remedy))
@@ -270,7 +270,7 @@ class Stack(Composite, role="sequence", planned=True):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))
 
     def _counts(self) -> str:
-        counts = [end - start for start, end in pairwise(self.ends)]
+        counts = [end - start for start, end in pairwise(self._ends)]
         names = [type(layer).__name__ for layer in self.layers]
         return "pass " + ", ".join(f"{count} for {name}" for count, name in zip(counts, names, strict=True) if count)
 
@@ -284,7 +284,7 @@ def _scriptable(stack: Stack) -> Stack:
     for layer in layers:
         forward = inspect.signature(type(layer).forward)
         typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
-        if type(layer).with_states is with_named or not all(typed):
+        if type(layer)._with_states is with_named or not all(typed):
             raise TypeError(
                 f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
                 f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"

@@ -85,7 +85,7 @@ class Directions(nn.Module):
         # Whole modules that an older version saved have fewer marks.
         add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
-    def marked_options(self) -> dict[str, Any]:
+    def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
         gate = GATE_OF.get(self.cell, "sigmoid")
         is_default = self.candidate == default_candidate(gate)

@@ -1,8 +1,8 @@
 """One operator for the whole inference pass of a module: norms, linear maps, recurrences and residuals.
 
-A class with `planned=True` writes the instructions of its modules into an `InferencePlan` (its method `plan`). An
-instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
-change of a module or its submodules, the plan is made again. The operator checks the sizes.
+The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into an `InferencePlan`.
+An instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After
+any change of a module or its submodules, the plan is made again. The operator checks the sizes.
 
 `run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
 capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
@@ -67,7 +67,7 @@ class InferencePlan:
         self.is_supported = True
         try:
             self._watch(module)
-            module.plan(self)
+            module._write_plan(self)
             self.code = torch.tensor(self._instructions, dtype=torch.int64, device="cpu").view(-1, 4)
             self.numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
         except Exception:
@@ -245,7 +245,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         return None
     shapes = plan.state_shapes.get(batch)
     if shapes is None:
-        shapes = module.state_shapes(batch)
+        shapes = module._state_shapes(batch)
         plan.state_shapes = {batch: shapes}
     if list(map(_shape_of, states)) != shapes:
         return None
