@@ -174,7 +174,7 @@ def test_minutes_end_the_training_and_its_schedule(tmp_path, monkeypatch, excerp
     curve = tmp_path / "curve.json"
     text.main([*SMALL, *excerpt, "--minutes", "0.1", "--warmup", "1", "--curve", str(curve)])
     assert states[:6] == [True] + [False] * 5
-    np.testing.assert_allclose(rates, [1e-2 * (1 + math.cos(math.pi * second / 6)) / 2 for second in range(6)])
+    np.testing.assert_allclose(rates, [1e-2 * (1 - second / 6) for second in range(6)])
     assert [(point["step"], point["seconds"]) for point in json.loads(curve.read_text())["points"]] == [(6, 6)]
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     load("benchmarks/text_curve.py").main([str(curve), "--plot", str(tmp_path / "text.png")])
