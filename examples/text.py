@@ -432,11 +432,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--batch", type=at_least(1), help="streams of text read in parallel, on all devices together")
     add("--length", type=at_least(1), help="symbols of each stream in a training step")
     add("--steps", type=at_least(1), help="number of training steps")
-    add(
-        "--lr",
-        type=positive,
-        help="highest learning rate, by default twice as high for gru and lstm; falls to 0",
-    )
+    add("--lr", type=positive, help="highest learning rate; by default twice as high for gru and lstm; falls to 0")
     add("--warmup", type=at_least(1), help="training steps in which the learning rate rises")
     add("--weight-decay", type=at_least(0, float), help="weight decay of AdamW; norms and biases have none")
     add("--minutes", type=positive, help="time to train, instead of --steps")
@@ -456,7 +452,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     parser.set_defaults(**PRESETS["small"])  # shown by --help
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
-    parser.set_defaults(**preset, **({"lr": 2 * preset["lr"]} if args.cell in PEERS else {}))
+    parser.set_defaults(**preset | {"lr": preset["lr"] * (2 if args.cell in PEERS else 1)})
     args = parser.parse_args(argv)
     if args.minutes:
         args.steps = None
