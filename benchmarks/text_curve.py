@@ -28,8 +28,7 @@ def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
     style = {"linestyle": "--", "color": "#8d99ae", "label": ngram["name"]}
     lines.append(((0.3, max(minutes[-1] for minutes, *_ in lines)), [ngram["held_out"]] * 2, style))
     best = max(min(losses) for _, losses, _ in lines)
-    machine = f"{where['threads']} CPU threads" if where["device"] == "cpu" else where["device"]
-    options = {"title": f"Language models on held-out text, {machine}", "xlabel": "training time (minutes)"}
+    options = {"title": f"Held-out text, {where['device']}, {where['threads']} threads", "xlabel": "minutes of training"}
     options |= {"xscale": "log", "xticks": (ticks := (0.5, 1, 3, 10, 30)), "xticklabels": ticks}
     # The first losses are several times higher.
     options |= {"ylabel": "held-out loss (nats per character)", "ylim": (None, 1.3 * best)}

@@ -51,8 +51,7 @@ from torch import Tensor, nn
 from mingru.bench import where
 from mingru.models import LanguageModel
 
-COMMON = {"expansion": 1.0, "conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 64}
-COMMON |= {"warmup": 100, "weight_decay": 0.1}
+COMMON = {"conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 64, "warmup": 100, "weight_decay": 0.1}
 PRESETS = {
     "small": COMMON | {"dims": 168, "num_layers": 3, "steps": 6000, "lr": 6e-3},
     "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 16_000, "lr": 3e-3},
@@ -272,7 +271,7 @@ def build(settings: dict[str, Any], vocab_size: int) -> Model:
     """Return the model. A peer has about as many parameters as the minGRU model of the same settings."""
     if settings["cell"] not in PEERS:
         options = {name: settings[name] or None for name in ("conv", "mlp")}
-        options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout", "expansion")}
+        options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout")}
         options |= {"gate": "mixed"} if settings["cell"] == "mingru" else {}
         # The words and lines of a text are short: the first gates remember 1.5 to 30 symbols.
         return LanguageModel(vocab_size, tied=False, output_gate="silu", memory=(1.5, 30.0), **options)
@@ -425,7 +424,6 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
     add("--num-layers", type=at_least(1), help="number of blocks; torch's layers are always two")
-    add("--expansion", type=positive, help="features of a block's state, as a multiple of --dims")
     add("--conv", type=at_least(0), help="kernel size of the convolution in each block; 0 means none")
     add("--mlp", type=at_least(0, float), help="features of the MLP in each block, over --dims; 0 means none")
     add("--dropout", type=at_least(0, float, 1), help="dropout in blocks or between layers, for texts read many times")

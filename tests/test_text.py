@@ -101,10 +101,10 @@ def test_heldout_loss_is_that_of_one_pass(cell):
 
 
 def test_options_reach_the_model():
-    options = "--dims 16 --expansion 1.5 --conv 3 --mlp 2 --dropout 0.25"
+    options = "--dims 16 --conv 3 --mlp 2 --dropout 0.25"
     block = build("minlstm", 7, *options.split()).blocks.layers[1]
     assert (block.cell, block.conv.kernel_size, block.dropout) == ("minlstm", 3, 0.25)
-    assert (block.out.weight.shape, block.mlp[1].weight.shape) == ((16, 24), (32, 16))
+    assert (block.out.weight.shape, block.mlp[1].weight.shape) == ((16, 16), (32, 16))
     assert build("mingru", 7, "--conv", "0").blocks.layers[1].conv is None
     medium = vars(parse("--preset", "medium"))
     assert medium.items() >= text.PRESETS["medium"].items()
