@@ -28,8 +28,8 @@ def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
     style = {"linestyle": "--", "color": "#8d99ae", "label": ngram["name"]}
     lines.append(((0.3, max(minutes[-1] for minutes, *_ in lines)), [ngram["held_out"]] * 2, style))
     best = max(min(losses) for _, losses, _ in lines)
-    options = {"title": f"Held-out text, {where['device']}, {where['threads']} threads", "xlabel": "minutes of training"}
-    options |= {"xscale": "log", "xticks": (ticks := (0.5, 1, 3, 10, 30)), "xticklabels": ticks}
+    options = {"title": f"Held-out text, {where['device']}, {where['threads']} threads", "xscale": "log"}
+    options |= {"xlabel": "minutes of training", "xticks": (ticks := (0.5, 1, 3, 10, 30)), "xticklabels": ticks}
     # The first losses are several times higher.
     options |= {"ylabel": "held-out loss (nats per character)", "ylim": (None, 1.3 * best)}
     draw(path, lines, **options)
