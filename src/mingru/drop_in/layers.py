@@ -156,7 +156,7 @@ class GRU(DropInLayer, role="torch", planned=True):
         dtype: Floating-point dtype of the parameters.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
-        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign,
+        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
             and "layer" nothing.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
@@ -287,7 +287,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
-        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign,
+        norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
             and "layer" nothing.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".

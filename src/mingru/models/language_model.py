@@ -261,10 +261,10 @@ class LanguageModel(Layer):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameters in two groups for an optimizer such as `torch.optim.AdamW`.
 
-        All matrices have weight decay: those of the embedding, gates, candidates, convolutions, W, MLP and output layer.
-        Norms, biases and initial states have none. Frozen parameters are in the groups too: an optimizer skips them
-        because they have no gradient. In the authors' code, gates and candidates have none; with it, models of text
-        generalize better.
+        All matrices have weight decay: those of the embedding, gates, candidates, convolutions, W, MLP and output
+        layer. Norms, biases and initial states have none. Frozen parameters are in the groups too: an optimizer skips
+        them because they have no gradient. In the authors' code, gates and candidates have none; with it, models of
+        text generalize better.
 
         Args:
             weight_decay: Weight decay of the first group, a number of at least 0.
