@@ -53,8 +53,8 @@ from mingru.models import LanguageModel
 
 COMMON = {"conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 64, "warmup": 100, "weight_decay": 0.1}
 PRESETS = {
-    "small": COMMON | {"dims": 168, "num_layers": 3, "steps": 6000, "lr": 6e-3},
-    "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 16_000, "lr": 3e-3},
+    "small": COMMON | {"dims": 168, "num_layers": 3, "steps": 6000, "lr": 1e-2},
+    "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 18_000, "lr": 5e-3},
 }
 # The text is shortened too.
 QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "eval_every": 50}
@@ -430,7 +430,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--batch", type=at_least(1), help="streams of text read in parallel, on all devices together")
     add("--length", type=at_least(1), help="symbols of each stream in a training step")
     add("--steps", type=at_least(1), help="number of training steps")
-    add("--lr", type=positive, help="highest learning rate; by default twice as high for gru and lstm; falls to 0")
+    add("--lr", type=positive, help="highest learning rate; falls to 0")
     add("--warmup", type=at_least(1), help="training steps in which the learning rate rises")
     add("--weight-decay", type=at_least(0, float), help="weight decay of AdamW; norms and biases have none")
     add("--minutes", type=positive, help="time to train, instead of --steps")
@@ -448,9 +448,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     add("--sample-seed", type=at_least(0, most=MAX_SEED), default=0, help="random seed of the sample")
     add("--devices", type=at_least(1), default=1, help="number of devices; each takes an equal part of the batch")
     parser.set_defaults(**PRESETS["small"])  # shown by --help
-    args = parser.parse_args(argv)
-    preset = PRESETS[args.preset]
-    parser.set_defaults(**preset | {"lr": preset["lr"] * (2 if args.cell in PEERS else 1)})
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     if args.minutes:
         args.steps = None
