@@ -54,7 +54,7 @@ from mingru.models import LanguageModel
 COMMON = {"conv": 4, "mlp": 0.0, "dropout": 0.0, "batch": 16, "length": 64, "warmup": 100, "weight_decay": 0.1}
 PRESETS = {
     "small": COMMON | {"dims": 168, "num_layers": 3, "steps": 6000, "lr": 1e-2},
-    "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 18_000, "lr": 5e-3},
+    "medium": COMMON | {"dims": 336, "num_layers": 4, "steps": 18_000, "lr": 3e-3},
 }
 # The text is shortened too.
 QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "eval_every": 50}
