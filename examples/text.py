@@ -271,7 +271,7 @@ def build(settings: dict[str, Any], vocab_size: int) -> Model:
         options = {name: settings[name] or None for name in ("conv", "mlp")}
         options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout")}
         options |= {"gate": "mixed"} if settings["cell"] == "mingru" else {}
-        # The words and lines of a text are short: the first gates remember 1.5 to 30 symbols.
+        # Before training, a state lasts 1.5 to 30 symbols, as words and lines do.
         return LanguageModel(vocab_size, tied=False, output_gate="silu", memory=(1.5, 30.0), **options)
     # A multiple of 8, because other sizes are slower.
     with torch.device("meta"):
