@@ -208,6 +208,21 @@ class ScanTasks {
 
 void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, part, backward)(); }
 
+void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward) {
+  const Kernels& kernels = kernels_of(scan.storage);
+  // A multiple of every `most_together`.
+  const int64_t batch = part.batch_end - part.batch_begin, size = ceil_div(ceil_div(batch, most_totals), 4) * 4;
+  const int64_t padded = blocks.padded, bytes = (3 * padded + 1) * padded * (scan.storage == Storage::float64 ? 8 : 4);
+  const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * padded);
+  torch::stable::parallel_for(0, ceil_div(batch, size) * blocks.count, least, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = part.batch_begin + i / blocks.count * size, last = std::min(first + size, part.batch_end);
+      char* totals = backward ? static_cast<char*>(blocks.totals) + i * bytes : nullptr;
+      kernels.run_block(scan, blocks, part, i % blocks.count, first, last, totals);
+    }
+  });
+}
+
 void multiply_few_rows(const Product& product) {
   const int64_t least = std::max<int64_t>(1, weights_per_thread / product.features);
   const Kernels& kernels = kernels_of(product.storage);

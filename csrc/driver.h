@@ -13,6 +13,9 @@ constexpr int64_t values_per_thread = 16384;
 // because each part continues from the state of the previous part.
 void run(const Scan& scan, const Part& part, bool backward);
 
+// The same for features that see each other in blocks.
+void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward);
+
 // With more rows, torch's product is faster.
 constexpr int64_t most_few_rows = 4;
 // Computes a product whose rows are at most `most_few_rows`.

@@ -305,15 +305,22 @@ class InferencePass : Arguments {
       tensors.push_back(layer_of(initial_state, index));
       if (!resets.empty()) tensors.push_back(resets[direction]);
       if (!times.empty()) tensors.push_back(times[direction]);
-      const int64_t flags = bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
+      const Tensor& weight = next_weight(2, x.size(2));
+      const MaybeTensor bias = next_bias(has_bias, weight.size(0));
+      const bool is_blockgru = (how & 0xff) == static_cast<int64_t>(Cell::blockgru);
+      if (is_blockgru) {
+        require(next_weight_ < weights.size());
+        tensors.push_back(next_weight(2, weights[next_weight_].size(-1)));
+        if (has_bias) tensors.push_back(next_weight(1, features));
+      }
+      const int64_t flags = bit(Flag::has_recurrent, is_blockgru) | bit(Flag::has_recurrent_bias, is_blockgru && has_bias) |
+                            bit(Flag::has_reset, !resets.empty()) | bit(Flag::has_dt, !times.empty()) |
                             bit(Flag::reverse, direction == 1) | bit(Flag::time_first, time_first);
       const Tensor part = both ? torch::stable::narrow(out, 2, direction * features, features) : out;
       const Tensor last = layer_of(last_[state], index);
       const Call call{"inference", tensors, how | flags, min_decay};
       require(times.empty() || call.traits().takes_time);
-      const Tensor& weight = next_weight(2, x.size(2));
       require(weight.size(0) == features * call.num_parts());
-      const MaybeTensor bias = next_bias(has_bias, weight.size(0));
       linear_recurrence(call, x, weight, bias, 0, {part, last, {}});
     }
     x_ = out;

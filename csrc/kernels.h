@@ -1,6 +1,7 @@
 // The loops over the steps, compiled once for each instruction set (kernels_*.cpp).
 #pragma once
 
+#include "blocks.h"
 #include "convert.h"
 #include "convolution.h"
 #include "lanes.h"
@@ -275,9 +276,9 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 template <class A>
 Kernels kernels() {
 #ifdef MINGRU_AVX512
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, pack_panel, multiply_panel};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_panel, multiply_panel};
 #else
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>};
 #endif
 }
 

@@ -227,6 +227,11 @@ template <class Cell, int num_inputs, class Time>
 constexpr Loops<typename Time::Accumulation> loops_in_time = {
     num_inputs, {run_lanes<Pass<Cell, num_inputs, Time, false>>, run_lanes<Pass<Cell, num_inputs, Time, true>>}};
 
+// In place of a cell whose features depend on each other; see blocks.h.
+struct WithoutLanes {};
+template <int num_inputs, class Time>
+constexpr Loops<typename Time::Accumulation> loops_in_time<WithoutLanes, num_inputs, Time> = {};
+
 template <class A, class Cell, int num_inputs, bool takes_time>
 static Loops<A> loops_of(const Scan& scan) {
   if constexpr (takes_time) {

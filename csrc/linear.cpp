@@ -4,7 +4,7 @@
 // src/mingru/ops/backends/native.py.
 #include "linear.h"
 
-#include "operands.h"
+#include "recurrent_blocks.h"
 
 namespace {
 
@@ -53,8 +53,9 @@ class LinearOperands : public Operands {
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
         x_(in_memory_order(x)) {
-    // The scan adds a bias of float32 or float64, unless the cell is timed, or the product adds it at no cost.
-    if (bias && (weight.element_size() < 4 || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
+    if (call.cell() == Cell::blockgru) blocks_.emplace(call, h, scan.num_features);
+    // The scan adds a bias of float32 or float64, unless the cell is timed or has blocks, or the product adds it at no cost.
+    if (bias && (weight.element_size() < 4 || blocks_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
           ": bias must be (num_parts N), of the dtype of weight");
@@ -63,6 +64,13 @@ class LinearOperands : public Operands {
       add_biases(bias);
     }
   }
+
+  void run(const Part& part, bool is_backward) {
+    blocks_ ? blocks_->run(scan, part, is_backward, h) : Operands::run(part, is_backward);
+  }
+
+  // The gradients of the recurrent weights, as their kernels compute them; empty without them.
+  Tensor totals_of_blocks() const { return blocks_ ? *blocks_->totals : empty({0}, h); }
 
   int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
@@ -234,6 +242,7 @@ class LinearOperands : public Operands {
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
+  std::optional<RecurrentBlocks> blocks_;
   mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_, grad_rows_scratch_;
 };
 
@@ -357,8 +366,9 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
   return out;
 }
 
-// Returns the gradients of x, weight and bias (empty if not needed), h, initial_state and dt (for each group of features).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
+// Returns the gradients of x, weight and bias (empty if not needed), h, initial_state, dt (for each group of features), and
+// of the recurrent weights; see `Blocks`.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay,
     double eps) {
@@ -404,7 +414,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_bac
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
     if (needs_bias) grad_bias.add_rows(grads);
   }
-  return {grad_x, grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state, grads_of_dt};
+  return {grad_x,      grad_weight.result(),       grad_bias.result(), grad_h, grad_initial_state,
+          grads_of_dt, operands.totals_of_blocks()};
 }
 
 }  // namespace
@@ -417,7 +428,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor states, "
       "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay, float eps=0) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -24,7 +24,8 @@ enum class Storage { float32, float64, bfloat16, float16 };
   CELL(mingru_rotation, 2, true, RotationMinGRU)               \
   CELL(mingru_quaternion, 2, true, QuaternionMinGRU)           \
   CELL(minlstm, 3, true, MinLSTM)                              \
-  CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)
+  CELL(minlstm_unnormalized, 3, false, UnnormalizedMinLSTM)    \
+  CELL(blockgru, 3, false, WithoutLanes)
 
 // Of an entry of such a list, for an enum.
 #define MINGRU_NAME(name, ...) name,
@@ -38,7 +39,7 @@ enum class Cell { MINGRU_CELLS(MINGRU_NAME) };
 enum class Activation { positive, linear, tanh };
 
 // The tensors of a call: the fields of `Start` and `Layout` in src/mingru/ops/call.py. The first two are not optional.
-enum class Argument { h, initial_state, reset, dt, batch_sizes, lengths, count };
+enum class Argument { h, initial_state, reset, dt, recurrent, recurrent_bias, batch_sizes, lengths, count };
 
 constexpr int most_inputs = 3;
 // With the output gate, which comes after the inputs of the cell.
@@ -176,6 +177,19 @@ struct Convolution {
   int64_t num_blocks() const { return (num_rows() + block_rows - 1) / block_rows; }
 };
 
+// The recurrent weights U of a GRU whose features see each other in `count` blocks of `size`, or in whole groups of
+// `padded`, as recurrent_blocks.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
+// h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
+struct Blocks {
+  int64_t size, count, padded;
+  const void *weights, *transposed, *biases;
+  // Backward only: the gradients of weights and biases, (most_totals, count, 3 padded + 1, padded).
+  void* totals;
+};
+// For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
+// constant, so that sums do not depend on the number of threads.
+constexpr int64_t most_totals = 8;
+
 // The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {
   // Reads and writes `state`. Returns whether the run stopped at a match.
@@ -188,6 +202,8 @@ struct Kernels {
   void (*convolve)(const Convolution&, int64_t block, bool is_backward);
   // Adds a range of columns, which begins at a multiple of `group`.
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
+  // Runs a block of features of some batch elements. Backward, adds the gradients of weights and biases to the totals.
+  void (*run_block)(const Scan&, const Blocks&, const Part&, int64_t block, int64_t begin, int64_t end, void* totals);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without
   // AVX-512.
   void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;

@@ -95,7 +95,7 @@ class Case:
 
     def dynamic(self, batch: Any, steps: Any) -> tuple[Any, Any]:
         """Return the dynamic dimensions of x and h, as `dynamic_shapes` of `torch.export` expects them."""
-        x_dims = {self.batch_dim: batch} | ({} if self.time_dim is None else {self.time_dim: steps})
+        x_dims = {self.batch_dim: batch} | ({} if self.time_dim is None or steps is None else {self.time_dim: steps})
         return x_dims, self.of_states({dim: batch} for dim in self.state_dims)
 
     def varied(self, **factory: Any) -> nn.Module:
@@ -106,6 +106,11 @@ class Case:
                 if "norm" in name or "initial_state" in name or name.startswith("mlp.0"):
                     weight.add_(torch.randn_like(weight) / 4)
         return module
+
+    @cached_property
+    def loops(self) -> bool:
+        """Whether a captured graph has a loop over the steps of its example, and takes no others."""
+        return any(getattr(each, "cell", None) == "blockgru" for each in self.module.modules())
 
     @cached_property
     def steps(self) -> int:
@@ -283,6 +288,7 @@ CASES = [
         partial(mingru.MinGRU, 5, 5, residual="highway"),
         partial(mingru.MinGRU, 5, 5, output_gate="silu"),
     ),
+    case("BlockGRU", mingru.BlockGRU, INPUT, HIDDEN, 2, block_size=2),
     case("MinGRUCell", mingru.MinGRUCell, INPUT, HIDDEN),
     case("MinLSTMCell", mingru.MinLSTMCell, INPUT, HIDDEN, candidate="tanh", normalize=False),
     *(conv(f"MinConv{dims}dGRUCell", dims) for dims in (1, 2, 3)),
@@ -298,7 +304,7 @@ CASES = [
 # All options
 
 GATES = ["sigmoid", "signed", "rotation", "quaternion", "mixed"]
-CELLS = [*GATES, "minlstm", "minlstm_unnormalized"]
+CELLS = [*GATES, "minlstm", "minlstm_unnormalized", "blockgru"]
 LAYER = {
     "cell": CELLS,
     "num_layers": [1, 2],
@@ -349,7 +355,9 @@ CONV = {
 
 def is_possible(row: dict[str, Any]) -> bool:
     """Whether the options of a layer of features go together."""
-    without_bound = row["cell"] == "signed" or row["cell"].startswith("minlstm")
+    without_bound = row["cell"] in ("signed", "blockgru") or row["cell"].startswith("minlstm")
+    if row["cell"] == "blockgru" and (row.get("residual") == "highway" or row.get("output_gate")):
+        return False
     excludes_others = row.get("residual") == "highway" and (row["bidirectional"] or row["output_gate"])
     return not (without_bound and row["min_decay"] > 0) and not excludes_others
 
@@ -357,6 +365,11 @@ def is_possible(row: dict[str, Any]) -> bool:
 def of_features(home: Any, end: str, row: dict[str, Any]) -> Case:
     """The case of a row of options: a layer or a cell of mingru or drop_in."""
     options = dict(row)
+    if row["cell"] == "blockgru":
+        for name in ("candidate", "min_decay", "output_gate", *([] if home is drop_in else ["cell"])):
+            options.pop(name, None)
+        kind = ("" if home is drop_in else "Block") + f"GRU{end}"
+        return case(f"{kind} {named(options)}", getattr(home, kind), INPUT, 6, block_size=2, **options)
     cell, bound, is_like_torch = options.pop("cell"), options.pop("min_decay"), home is drop_in
     kind = "LSTM" if cell.startswith("minlstm") else "GRU"
     if kind == "LSTM":
@@ -483,7 +496,11 @@ BLOCK = {
     **{name: LAYER[name] for name in ("bias", "candidate", "learn_initial_state", "bidirectional", "output_gate")},
     "norm": ["rms", "layer"],
 }
-BLOCKS = [block(gate="rotation", expansion=1.2, min_decay=0.3), *(block(**row) for row in cover(BLOCK))]
+BLOCKS = [
+    block(gate="rotation", expansion=1.2, min_decay=0.3),
+    block(cell="blockgru", expansion=1.2, block_size=2, conv=2),
+    *(block(**row) for row in cover(BLOCK)),
+]
 MIXED = case(
     "MinGRU with mixed gates",
     *(mingru.MinGRU, INPUT, 8, 3),

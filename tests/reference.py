@@ -146,6 +146,22 @@ def mingru_mixed(gates, candidate, h=None, reset=None, activation="positive", in
     return torch.cat([cell(*own, first, reset, activation, then, **options) for cell, (*own, first, then) in cells], 2)
 
 
+def blockgru(r, z, c, weight, bias, h, reset, initial, reverse):
+    """`weight` has the rows of torch.nn.GRU, each with the features of its block."""
+    size = weight.shape[1]
+    u_r, u_z, u_c = (torch.block_diag(*gate.split(size)) for gate in weight.chunk(3))
+    state, out = h.expand_as(c[:, :1]).squeeze(1), torch.empty_like(c)
+    steps = range(c.shape[1])
+    for t in reversed(steps) if reverse else steps:
+        if reset is not None:
+            state = torch.where(reset[:, t, None], initial.expand_as(c[:, :1]).squeeze(1), state)
+        candidate = torch.tanh(c[:, t] + torch.sigmoid(r[:, t] + state @ u_r.T) * (state @ u_c.T + bias))
+        update = z[:, t] + state @ u_z.T
+        state = torch.sigmoid(-update) * candidate + torch.sigmoid(update) * state
+        out[:, t] = state
+    return out
+
+
 _ALL = (mingru, mingru_signed, mingru_rotation, mingru_quaternion, mingru_mixed, minlstm, minlstm_unnormalized)
 CELLS = {cell.__name__: cell for cell in _ALL}
 
@@ -188,15 +204,20 @@ def layers(rnn, x, h=None, reset=None, eps=EPS, dt=None, start=None):
                 resets = None if reset is None else torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
             inputs = list(pre.split(rnn.hidden_dims, -1))
             mix = torch.sigmoid(inputs.pop()) if rnn.residual == "highway" else None
-            gate = inputs.pop() if rnn.output_gate else None
+            gate = inputs.pop() if getattr(rnn, "output_gate", None) else None
             layer = rnn.layers[index]
             options = {} if layer.cell in ("mingru_signed", "minlstm_unnormalized") else {"min_decay": layer.min_decay}
             if dt is not None:
                 # The reverse direction crosses the time before a step on its way to the step before it.
                 options["dt"] = torch.cat([dt[:, 1:], dt[:, :1]], 1) if direction else dt
-            out = CELLS[layer.cell](
-                *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options
-            )
+            if layer.cell == "blockgru":
+                own = prefix + "recurrent" + "_reverse" * direction
+                recurrent = weights[f"{own}.weight"], weights.get(f"{own}.bias", 0.0)
+                out = blockgru(*inputs, *recurrent, h[state], resets, initial[state], direction == 1)
+            else:
+                out = CELLS[layer.cell](
+                    *inputs, h[state], resets, layer.candidate, initial[state], reverse=direction == 1, **options
+                )
             last.append(h[state] if out.shape[1] == 0 else out[:, :1] if direction else out[:, -1:])
             out = out if gate is None else out * gate * torch.sigmoid(gate)
             projection = weights.get(f"{prefix}projections.{direction}.weight")

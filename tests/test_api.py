@@ -72,7 +72,7 @@ def test_public_names_are_documented(name):
         assert "MinConv2dGRU" in text
         return
     for parameter in inspect.signature(found(name)).parameters:
-        assert parameter in text.partition("Args:")[2], parameter
+        assert parameter == "self" or parameter in text.partition("Args:")[2], parameter
 
 
 def test_import_brings_nothing_but_the_package():

@@ -4,6 +4,7 @@ import typing
 
 from . import convert, drop_in, export, functional, models, unknown_arguments
 from ._version import __version__
+from .modules.blockgru import BlockGRU, BlockGRUCell
 from .modules.cells import MinGRUCell, MinLSTMCell
 from .modules.minconvgru import (
     MinConv1dGRU,
@@ -20,6 +21,8 @@ from .ops.route import backends, use_backend
 from .serialization import safe_globals
 
 __all__ = [
+    "BlockGRU",
+    "BlockGRUCell",
     "MinConv1dGRU",
     "MinConv1dGRUCell",
     "MinConv2dGRU",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .ops.cells import CELLS, GATES, cells_of, multiple_of
+from .ops.cells import BLOCKS, CELLS, GATES, cells_of, multiple_of
 from .ops.graph import are_eager, is_autocast, is_captured
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
@@ -261,6 +261,7 @@ def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") ->
     """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
     if isinstance(h, (list, tuple)):
         layer, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
+        layer = "BlockGRU" if cell == BLOCKS else layer
         if isinstance(h, list) and letters.startswith("(L"):
             end += "; torch.cat joins a list with a state of each layer"
         remedy = f"a {layer}'s state is one tensor h, {letters}{end}"

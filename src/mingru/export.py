@@ -21,6 +21,7 @@ from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
 from .ops.backends import traceable
+from .ops.cells import BLOCKS
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
 from .wrong_calls import arguments_checked
 
@@ -46,8 +47,9 @@ def onnx(
 ) -> None:
     """Export a model to an ONNX file, for whole sequences or for one step.
 
-    Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence. The file has no
-    custom operators and no loops, and runs without this library. The model is exported in eval mode; its training mode
+    Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence, except of a
+    `BlockGRU`, whose file has the steps of the example one after the other. The file has no custom operators and no
+    loops, and runs without this library. The model is exported in eval mode; its training mode
     is restored afterwards.
 
     Args:
@@ -167,13 +169,15 @@ def _with_dynamic_shapes(
     x, layout = args[0], model._dims_of(args[0])
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
+    # A loop over the steps has as many as the example.
+    loops = any(getattr(each, "cell", None) == BLOCKS for each in model.modules())
     if layout.time is None:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     elif kind == "sequence":
         num_steps = x.shape[layout.time]
         is_enough = max_steps is None or num_steps <= max_steps
         require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
-        of_x[layout.time] = Dim("time")
+        of_x |= {} if loops else {layout.time: Dim("time")}
     else:
         expected = f"of one step in dimension {layout.time} because kind is 'step'"
         remedy = f"use x.narrow({layout.time}, 0, 1)"

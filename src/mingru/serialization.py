@@ -6,11 +6,12 @@ from torch import nn
 
 from . import convert, drop_in, models
 from .models.causal_conv import CausalConv
+from .modules.block_layer import BlockLayer
 from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
 from .modules.group_norm import GroupNorm
 from .modules.per_step import OF_TORCH, PerStep
 from .modules.recurrent_layer import NORMS, RecurrentLayer
-from .ops.linear_map import WeightAndBias
+from .ops.linear_map import RecurrentMap, WeightAndBias
 
 
 def safe_globals() -> list[type]:
@@ -45,5 +46,6 @@ def safe_globals() -> list[type]:
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [CausalConv, Geometry, GroupNorm, MinConvLayer, PerStep, RecurrentLayer, WeightAndBias]
+    inner = [BlockLayer, CausalConv, Geometry, GroupNorm, MinConvLayer, PerStep, RecurrentLayer]
+    inner += [RecurrentMap, WeightAndBias]
     return [*layers, *inner, *of_torch]

@@ -262,7 +262,7 @@ DAMAGES = {
     "the config of a block": (set_option(model="Block"), "with config.json of something else"),
     "a missing option": (edited(lambda config: config.pop("dims")), FIT),
     "an unknown option": (set_option(heads=2), f"{FIT}LanguageModel: no argument 'heads'; "),
-    "an invalid option": (set_option(cell="gru"), f"{FIT}Block: cell must be one of "),
+    "an invalid option": (set_option(cell="gru"), f"{FIT}LanguageModel: cell must be one of "),
     "NaN as an option": (set_option(dropout=math.nan), "with dropout nan in config.json and nan in model.safetensors"),
     "a device": (set_option(device="cuda"), "with device 'cuda' in config.json, which is no option of a saved model"),
     "a dtype": (

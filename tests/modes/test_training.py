@@ -313,7 +313,12 @@ def test_int8_by_torchao(case):
 # A gradient for each sequence of the batch
 
 
-@mode("per-sample hooks (Opacus)")
+@mode(
+    "per-sample hooks (Opacus)",
+    marks=[
+        ("BlockGRU", pytest.mark.xfail(reason="Opacus hooks calls, and recurrent weights are not called.", strict=True))
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
 def test_opacus(case, monkeypatch):
     from opacus.grad_sample import GradSampleModule

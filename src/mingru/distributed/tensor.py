@@ -18,7 +18,7 @@ from ..modules.recurrent import Recurrent
 from ..modules.recurrent_layer import RecurrentLayer
 from ..modules.stacked import Directions
 from ..ops.call import Layout, Spec, Start
-from ..ops.cells import MIXTURES, parts_of
+from ..ops.cells import BLOCKS, MIXTURES, parts_of
 from ..ops.shape import States
 from .ranks import Part, derive, eager, outermost
 
@@ -109,6 +109,8 @@ def _check_divisible(layer: Any, size: int) -> None:
         why = "has proj_size, whose map needs the states of all ranks; apply a RowwiseParallel Linear to its output"
     elif layer.cell in MIXTURES:
         why = "has features of two kinds, in other places than those of a rank"
+    elif layer.cell == BLOCKS:
+        why = "has recurrent weights, which would be divided too"
     elif numbers % size:
         why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
     if why is not None:

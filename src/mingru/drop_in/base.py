@@ -25,6 +25,7 @@ from ..check import (
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of
+from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
 
@@ -63,6 +64,10 @@ class DropIn(Recurrent):
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
+        cell, size = options["cell"], options["block_size"]
+        check_choice(name, "cell", cell, tuple(dict.fromkeys([type(self).cell, "mingru", BLOCKS])))
+        is_left_out = cell == BLOCKS or size == 32
+        require(name, "block_size", is_left_out, f"left out because cell is {cell!r}", repr(size))
         check_int(name, "proj_size", proj_size, least=0)
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"
@@ -154,7 +159,8 @@ class DropIn(Recurrent):
     def extra_repr(self) -> str:
         defaults = defaults_of(self)
         # `self.cell` is more than the argument: it includes the gate.
-        cell = ", cell='mingru'" if "cell" in defaults and self.cell.startswith("mingru") else ""
+        kind = self.cell.partition("_")[0]
+        cell = "" if kind == defaults["cell"] else f", cell={kind!r}"
         # As in torch, `proj_size` is the first option.
         names = sorted(defaults.keys() - {"cell"}, key=["proj_size", *defaults].index)
         return f"{self.input_size}, {self.hidden_size}{not_default(self, *names)}{cell}"
@@ -168,7 +174,6 @@ def add_pair(
 ) -> None:
     """Construct a layer with the options of `LSTM` and `LSTMCell`: the choice of the cell, and its forget bias."""
     name = name_of(type(layer))
-    check_choice(name, "cell", cell, ("minlstm", "mingru"))
     check_flags(name, normalize=normalize)
     require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
     # The options that only the other cell has must be their defaults.

@@ -9,12 +9,16 @@ from typing_extensions import Unpack
 from ..check import check_steps, dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
-from ..modules.options import CellOptions, PairOptions, arguments_of, constructor
+from ..modules.options import CellOptions, OneStateOptions, PairOptions, arguments_of, constructor
 from ..modules.shared import MaybeList, MaybeTensor
 from .base import DropIn, Pair, add_pair, as_pair, states_of
 
 
-class LSTMCellOptions(CellOptions, PairOptions, total=False):
+class GRUCellOptions(OneStateOptions, CellOptions, total=False):
+    """Options of `GRUCell`."""
+
+
+class LSTMCellOptions(PairOptions, CellOptions, total=False):
     """Options of `LSTMCell`."""
 
 
@@ -50,6 +54,8 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: If False, the linear map has no bias.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
+        cell: Not in torch. "mingru" or "blockgru", as in `GRU`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
@@ -99,7 +105,7 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[CellOptions],
+        **options: Unpack[GRUCellOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -123,7 +129,8 @@ class LSTMCell(DropInCell, role="step", planned=True):
         bias: If False, the linear map has no bias.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "minlstm", or "mingru", which has a third fewer weights.
+        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in `GRU`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization, as in `LSTM`.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         norm: Not in torch. "layer", "rms" or None: norm of the input.

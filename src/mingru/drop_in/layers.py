@@ -11,7 +11,7 @@ from ..check import check_lengths, check_steps, dims, expectation, of_another_sh
 from ..modules import scripted
 from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
-from ..modules.options import GateOptions, PairOptions, StackedOptions, arguments_of, constructor
+from ..modules.options import GateOptions, OneStateOptions, PairOptions, StackedOptions, arguments_of, constructor
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, without_dims
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
@@ -34,11 +34,11 @@ class TypedCall(Protocol[State]):
     ) -> tuple[Steps, State]: ...
 
 
-class GRUOptions(StackedOptions, GateOptions, total=False):
+class GRUOptions(OneStateOptions, StackedOptions, GateOptions, total=False):
     """Options of `GRU`."""
 
 
-class LSTMOptions(GRUOptions, PairOptions, total=False):
+class LSTMOptions(PairOptions, StackedOptions, GateOptions, total=False):
     """Options of `LSTM`."""
 
 
@@ -109,8 +109,12 @@ class DropInLayer(DropIn):
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
-        """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`."""
-        return [list(linear.parameters()) for layer in self.layers for linear in layer.maps()]  # type: ignore[operator]
+        """Return the weight, and the bias if there is one, of each layer and direction, in the order of `h_n`.
+
+        With `cell="blockgru"`, those of the recurrent weights follow.
+        """
+        directions = [own for layer in self.layers for own in layer.maps_of_directions()]  # type: ignore[operator]
+        return [[weight for each in own for weight in each.parameters()] for own in directions]
 
     def _dims_of(self, x: Tensor) -> Dims:
         """Return the dimensions of x and of the states."""
@@ -154,6 +158,9 @@ class GRU(DropInLayer, role="torch", planned=True):
             direction, below H. The state keeps H features. Default: 0, no map.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
+        cell: Not in torch. "mingru", or "blockgru" with `mingru.BlockGRU` inside, whose gates see the state. It has no
+            `gate`, `candidate`, `min_decay`, `output_gate`, highway and `dt`, and computes one step after the other.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
@@ -281,7 +288,9 @@ class LSTM(DropInLayer, role="torch", planned=True):
             direction, below H. Default: 0, no map.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
-        cell: Not in torch. "minlstm", or "mingru", which has a third fewer weights.
+        cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in
+            `mingru.drop_in.GRU`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization. A minGRU, and a layer
             without bias, have no such bias, and take no other value than the default.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.

@@ -27,7 +27,7 @@ from ..ops.private import ASKED_BY_COMPILED
 from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
 
 # A layer as its report has it, with none of the options that help it to learn.
-_PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers|norm|residual)=)")
+_PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers=|norm=|residual=|cell='blockgru'))")
 
 
 class PatchReport(NamedTuple):

@@ -41,7 +41,11 @@ def wanted_twins(
     if num_layers is not None:
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}
-    return {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
+    wanted = {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
+    if options.get("cell") == "minlstm":
+        # A GRU has no such cell.
+        wanted = {of_torch: {**own, "cell": TWINS[of_torch].cell} for of_torch, own in wanted.items()}
+    return wanted
 
 
 def converted(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..check import (
     is_number,
     require,
 )
+from ..modules.blockgru import BlockGRU
 from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
@@ -39,7 +40,7 @@ from ..wrong_calls import arguments_checked
 from .causal_conv import CausalConv, plus_convolved
 from .state import check_states
 
-LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM}
+LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
 
@@ -47,7 +48,7 @@ SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "r
 class BlockOptions(LayerOptions, total=False):
     """Options of a block, for type checkers."""
 
-    cell: Literal["mingru", "minlstm"]
+    cell: Literal["mingru", "minlstm", "blockgru"]
     expansion: float
     conv: int | None
     mlp: float | None
@@ -57,7 +58,7 @@ class BlockOptions(LayerOptions, total=False):
 
 
 class Block(Composite, role="sequence", planned=True):
-    """Apply a residual block around a minGRU or minLSTM layer to a sequence.
+    """Apply a residual block around a recurrent layer to a sequence.
 
         x_t = x_t + conv(x)_t           if `conv`
         x_t = x_t + W rnn(norm(x))_t
@@ -67,7 +68,7 @@ class Block(Composite, role="sequence", planned=True):
 
     Args:
         dims: Number of features of input and output.
-        cell: "mingru" or "minlstm".
+        cell: "mingru", "minlstm" or "blockgru".
         expansion: The state has `round(expansion * dims)` features.
         conv: Kernel size of the convolution, at least 2, or None.
         mlp: The MLP has `round(mlp * dims)` hidden features and GELU; None for no MLP.
@@ -75,8 +76,9 @@ class Block(Composite, role="sequence", planned=True):
         dropout: Dropout probability of the outputs of W and of the MLP. Used in training only.
         checkpoint: If True, training recomputes the block in the backward pass instead of storing its activations.
         **layer_options: `bias`, `bidirectional`, `candidate`, `gate`, `min_decay`, `output_gate`,
-            `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `device` and `dtype` of
-            `mingru.MinGRU` or `mingru.MinLSTM`. `bias`, `device` and `dtype` apply to the other parts too.
+            `learn_initial_state`, `memory`, `recompute`, `forget_bias`, `normalize`, `block_size`, `device` and `dtype`
+            of `mingru.MinGRU`, `mingru.MinLSTM` or `mingru.BlockGRU`. `bias`, `device` and `dtype` apply to the other
+            parts too.
 
     Inputs:
         - **x**: Sequence, (B, S, dims).
@@ -118,7 +120,7 @@ class Block(Composite, role="sequence", planned=True):
         self,
         dims: int,
         *,
-        cell: Literal["mingru", "minlstm"] = "mingru",
+        cell: Literal["mingru", "minlstm", "blockgru"] = "mingru",
         expansion: float = 1.0,
         conv: int | None = None,
         mlp: float | None = None,
@@ -130,7 +132,6 @@ class Block(Composite, role="sequence", planned=True):
         super().__init__()
         options: dict[str, Any] = {**layer_options}
         check_int(self.name, "dims", dims)
-        check_choice(self.name, "cell", cell, LAYERS)
         _check_ratio(self.name, "expansion", expansion, dims)
         if conv is not None:
             check_int(self.name, "conv", conv, "an int or None", 2)
@@ -254,8 +255,9 @@ class Block(Composite, role="sequence", planned=True):
 
 def check_layer_options(name: str, cell: str, layer_options: Iterable[str], arguments: list[str]) -> None:
     """Raise an error for an option that the layer in a block does not have."""
+    check_choice(name, "cell", cell, LAYERS)
     own = [argument for argument in arguments if not argument.endswith("_options")]
-    of_layer = inspect.signature(MinGRU if cell == "mingru" else MinLSTM).parameters
+    of_layer = inspect.signature(LAYERS[cell]).parameters
     own += [argument for argument in of_layer if argument not in (*own, *SET_BY_THE_BLOCK)]
     for option in layer_options:
         if option in ("num_layers", "batch_first", "residual"):

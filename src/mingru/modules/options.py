@@ -28,7 +28,7 @@ OutputGate = Literal["silu"]
 # The options of constructors by keyword, with their defaults. In this order, signatures have them.
 ORDER = (
     *("cell", "forget_bias", "normalize", "residual", "norm", "candidate", "gate", "min_decay", "output_gate"),
-    *("learn_initial_state", "memory", "recompute", "batch_first", "device", "dtype"),
+    *("block_size", "learn_initial_state", "memory", "recompute", "batch_first", "device", "dtype"),
 )
 
 
@@ -88,18 +88,43 @@ class MinLSTMCellOptions(NormedOptions, ForgetOptions, Placement, total=False):
     """Options of `MinLSTMCell`."""
 
 
+class BlockGRUCellOptions(Placement, total=False):
+    """Options of `BlockGRUCell`."""
+
+    block_size: Annotated[int, 32]
+    norm: Annotated[Norm | None, None]
+    learn_initial_state: Annotated[bool, False]
+    memory: Annotated[Memory | None, None]
+
+
+class BlockGRUOptions(BlockGRUCellOptions, total=False):
+    """Options of `BlockGRU`."""
+
+    residual: Annotated[bool, False]
+    recompute: Annotated[bool | None, None]
+
+
 class PairOptions(ForgetOptions, total=False):
     """Options of `drop_in.LSTM` and `LSTMCell`."""
 
-    cell: Annotated[Literal["minlstm", "mingru"], "minlstm"]
+    cell: Annotated[Literal["minlstm", "mingru", "blockgru"], "minlstm"]
+    block_size: Annotated[int, 32]
+
+
+class OneStateOptions(TypedDict, total=False):
+    """Options of `drop_in.GRU` and `GRUCell`."""
+
+    cell: Annotated[Literal["mingru", "blockgru"], "mingru"]
+    block_size: Annotated[int, 32]
 
 
 class LayerOptions(StateOptions, GateOptions, ForgetOptions, Placement, total=False):
-    """Options of `MinGRU` and `MinLSTM` that a block passes on."""
+    """Options of `MinGRU`, `MinLSTM` and `BlockGRU` that a block passes on."""
 
     bias: bool
     bidirectional: bool
     output_gate: OutputGate | None
+    block_size: int
     recompute: bool | None
 
 

@@ -14,13 +14,14 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check import check_initial_state, check_min_decay, expectation, name_of
 from ..ops import route
 from ..ops.call import Layout, Start
-from ..ops.cells import CELLS
+from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import InferencePlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from ..wrong_calls import explained
 from . import scripted
+from .block_layer import BlockLayer, BlockOptions
 from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .marked import GUARDS, add_marks
@@ -34,7 +35,7 @@ class Recurrent(Stacked, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
     cell: str
-    """"mingru" or "minlstm"."""
+    """"mingru", "minlstm" or "blockgru"."""
     hidden_dims: int
     proj_size = 0
     _linear_map: type[nn.Module] = nn.Linear
@@ -44,12 +45,15 @@ class Recurrent(Stacked, role="sequence"):
     _check = check_sequence
 
     def __init__(self, **arguments: Any) -> None:
-        options = RecurrentOptions(name_of(type(self)), **{"cell": self.cell, **arguments})
+        is_block = arguments.get("cell", self.cell) == BLOCKS
+        kinds: Any = (BlockOptions, BlockLayer) if is_block else (RecurrentOptions, RecurrentLayer)
+        kind, layer_kind = kinds
+        options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
         inner = options.num_directions * (options.proj_size or options.hidden_dims)
         sizes = [options.input_dims, *[inner] * (options.num_layers - 1)]
         layers = zip(options.cells, sizes, bounds, strict=True)
-        super().__init__(options, [RecurrentLayer(*layer, options, self._linear_map) for layer in layers])
+        super().__init__(options, [layer_kind(*layer, options, self._linear_map) for layer in layers])
         # One that takes no elapsed times, if there is one.
         self.cell = next((cell for cell in options.cells if CELLS[cell].not_timed is not None), options.cells[0])
         self.min_decay = one_or_all(bounds)
@@ -132,7 +136,7 @@ class Recurrent(Stacked, role="sequence"):
 
     def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""
-        layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer)
+        layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
         initial_state: Any = self.initial_state
         plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
@@ -148,7 +152,7 @@ class Recurrent(Stacked, role="sequence"):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         of_torch = next((key for key in state_dict if key.startswith(f"{prefix}weight_ih")), None)
         if of_torch is not None:
-            expected = f"weights of {self.name} because the equations differ"
+            expected = f"weights of {self.name}" + " because the equations differ" * (self.cell != BLOCKS)
             got = f"{of_torch} of torch.nn"
             # Also if the caller is not strict, as torch does with weights of another shape.
             args[-1].append(expectation(self.name, "state_dict", expected, got, self._remedy_for_weights))

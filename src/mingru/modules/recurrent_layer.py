@@ -26,7 +26,9 @@ class RecurrentOptions(Options):
 
     norms = tuple(NORMS)
     # Of options that not all classes have.
-    gate, min_decay, normalize, forget_bias = "sigmoid", 0.0, True, 0.0
+    gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 32
+    candidate: Any = None
+    output_gate: Any = None
     proj_size = 0
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
@@ -116,7 +118,7 @@ class RecurrentLayer(Directions):
             plan.keep()
         if self.norm is not None:
             plan.norm(self.norm)
-        plan.scan(self.spec(False), self.has_output_gate, state, *self.maps())
+        plan.scan(self.spec(False), self.has_output_gate, state, self.maps_of_directions())
         if self.projections is not None:
             (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
             plan.linear(projection)
@@ -131,6 +133,10 @@ class RecurrentLayer(Directions):
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
         return [self.linear] if self.linear_reverse is None else [self.linear, self.linear_reverse]
+
+    def maps_of_directions(self) -> list[list[Any]]:
+        """Return what has the weights of each direction."""
+        return [[linear] for linear in self.maps()]
 
     def projected(self, states: list[Tensor]) -> list[Tensor]:
         """Return the projection of the states of each direction."""
@@ -160,6 +166,7 @@ class RecurrentLayer(Directions):
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
         if not is_scripting():
             if self._is_one_kernel(found):
+                start = self._with_recurrent(start, reverse)
                 linear: Any = self.linear_reverse if reverse else self.linear
                 norm = self.norm if self.norm is not None and self._fuses_norm(found) else None
                 options: Any = self.recompute, norm, self.has_output_gate
@@ -167,7 +174,11 @@ class RecurrentLayer(Directions):
                 if found is not None:
                     found.append(out)
                 return out, last
-        return self._from_inputs(y, start, layout, reverse, found)
+        return self._from_inputs(y, self._with_recurrent(start, reverse), layout, reverse, found)
+
+    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+        """Return the start with the recurrent weights of a direction, if the cell has any."""
+        return start
 
     def _inputs(self, y: Tensor, reverse: bool) -> list[Tensor]:
         """Return the pre-activations of one direction; those of the highway or of the output gate are the last."""

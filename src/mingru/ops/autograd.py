@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import block_recurrence
 from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, from_flat
-from .cells import CELLS
+from .cells import BLOCKS, CELLS
 from .graph import are_batched, is_compiling
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
@@ -32,7 +33,8 @@ from .shape import States, as_dtype, conjugate, times
 def composed(choice: Choice, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
-    own = backend_of(choice.backend).recurrence
+    is_block = call.spec.cell == BLOCKS
+    own = block_recurrence.composed_without_autocast if is_block else backend_of(choice.backend).recurrence
     if own is not None:
         return in_layout(own(padded), call)
     linear = as_linear_scan(padded)
@@ -155,12 +157,13 @@ def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
         flat_start = start._replace(h=start.h.flatten(2), initial_state=initial_state.flatten(2))
         out, last = run_kernel(name, choice, Call(spec, flat, flat_start, layout), keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
-    if torch.is_grad_enabled():
+    kernel: Kernel = getattr(backend_of(choice.backend), name)
+    if torch.is_grad_enabled() and kernel.backward is not None:
         # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
         args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
         states: States = Recurrence.apply((name, choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
         return states
-    out, last, *_ = getattr(backend_of(choice.backend), name).forward(call, None)
+    out, last, *_ = kernel.forward(call, None)
     return out, last
 
 

@@ -44,7 +44,8 @@ class Kernel:
 
     forward: Callable[[Call, bool | None], tuple[Any, ...]]
     """(call, keep) -> (out, last, kept), and the states if `out` is gated. `keep` is None without a backward pass."""
-    backward: Callable[[Call, Saved, Needs], Grads]
+    backward: Any
+    """(call, saved, needs) -> `Grads`, or None if forward consists of differentiable operations."""
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False

@@ -16,7 +16,7 @@ class Spec(NamedTuple):
     """Cell, activation, direction, lower bound of the decay, and what else a kernel of a linear map includes."""
 
     cell: str
-    """Cell type, one of `cells.NUM_INPUTS`."""
+    """Cell type, one of `cells.CELLS`."""
     activation: str
     """Activation of the candidate, one of `activation.ACTIVATIONS`."""
     reverse: bool
@@ -42,6 +42,10 @@ class Start(NamedTuple):
     """Boolean reset mask with the leading dimensions of the sequences."""
     dt: Tensor | None = None
     """Time since the step before, with the leading dimensions of the sequences, accumulation dtype. None means 1."""
+    recurrent: Tensor | None = None
+    """Recurrent weights of the cell "blockgru", (3 H, K); see `ops.block_recurrence`."""
+    recurrent_bias: Tensor | None = None
+    """Their bias, (H)."""
 
 
 class Layout(NamedTuple):
@@ -71,22 +75,23 @@ class Call(NamedTuple):
 
 # The fields as tuples, because a trace can pass tuples to a scripted function, but no NamedTuple.
 SpecTuple = tuple[str, str, bool, float, str, float, bool]
-StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+StartTuple = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 LayoutTuple = tuple[bool, Tensor | None, Tensor | None]
 
 
 def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: LayoutTuple) -> Call:
     """Return the call of these tuples."""
     cell, activation, reverse, min_decay, norm, eps, output_gate = spec
-    h, initial_state, reset, dt = start
+    h, initial_state, reset, dt, recurrent, bias = start
     time_first, batch_sizes, lengths = layout
-    named = Spec(cell, activation, reverse, min_decay, norm, eps, output_gate), Start(h, initial_state, reset, dt)
-    return Call(named[0], tensors, named[1], Layout(time_first, batch_sizes, lengths))
+    named = Spec(cell, activation, reverse, min_decay, norm, eps, output_gate)
+    own = Start(h, initial_state, reset, dt, recurrent, bias)
+    return Call(named, tensors, own, Layout(time_first, batch_sizes, lengths))
 
 
 def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
     """Return a start with other resets and elapsed times, the values that belong to steps."""
-    return Start(start.h, start.initial_state, reset, dt)
+    return Start(start.h, start.initial_state, reset, dt, start.recurrent, start.recurrent_bias)
 
 
 def flattened(start: Start, layout: Layout) -> list[Tensor | None]:

@@ -18,10 +18,11 @@ from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 
 class Cell(NamedTuple):
-    """What other files must know of a cell. All cells have |a| <= 1."""
+    """What other files must know of a cell. All cells but "blockgru", which has no a, have |a| <= 1."""
 
     num_inputs: int
-    """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate."""
+    """Number of pre-activations, in the order of the rows of the weight: gate, candidate; forget, input, candidate; of
+    "blockgru" reset gate, update gate, candidate."""
     has_logarithms: bool = True
     """Whether a and b are positive if the candidate is positive."""
     memory: tuple[float, float] | None = None
@@ -38,6 +39,7 @@ CELLS = {
     "minlstm_unnormalized": Cell(3, not_timed="normalize is False, so that the gates have no common decay"),
     "mingru_quaternion": Cell(2, False, (21.0, 21.0)),
     "mingru_mixed": Cell(2, False, (2.0, 60.0)),
+    "blockgru": Cell(3, False, None, "its gates see the state"),
 }
 TIMED = tuple(name for name, cell in CELLS.items() if cell.not_timed is None)
 # The cell of each gate of a minGRU.
@@ -64,6 +66,7 @@ def gate_biases(cell: str, memory: float) -> tuple[float, ...]:
     """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
     odds = math.log(memory - 1)
     own = {"mingru_signed": (-math.log(2 * memory - 1),), "minlstm": (odds, -odds), "minlstm_unnormalized": (odds,)}
+    own[BLOCKS] = (0.0, odds)
     return own.get(cell, (-odds,))
 
 
@@ -86,8 +89,10 @@ def multiple_of(cell: str) -> int:
 
 
 MIXTURES = tuple(name for name in CELLS if len(cells_of(name)) > 1)
+# A GRU whose recurrent weights are blocks, which is no linear recurrence; see `ops.block_recurrence`.
+BLOCKS = "blockgru"
 # Not those of mixtures, which are computed cell by cell.
-NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in MIXTURES}
+NUM_INPUTS = {name: cell.num_inputs for name, cell in CELLS.items() if name not in (*MIXTURES, BLOCKS)}
 
 
 def coefficients(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .call import Layout, Spec, Start
 from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import FORWARDS, LINEAR_MAPS
+from .linear_map import FORWARDS, LINEAR_MAPS, RecurrentMap
 from .private import (
     DisableTorchFunction,
     has_any_global_hook,
@@ -35,7 +35,7 @@ _DTYPES = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALL = nn.Module.__call__
 _forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
-FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential)})
+FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
 def plannable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -172,20 +172,21 @@ class InferencePlan:
         self.require(self._weight(conv, "weight"), len(conv.weight) == conv.kernel_size)
         self._add("causal_conv", self._weight(conv, "bias"), state)
 
-    def scan(self, spec: Spec, output_gate: bool, state: int, *linears: Any) -> None:
-        """Add a recurrence with the linear map of each direction."""
+    def scan(self, spec: Spec, output_gate: bool, state: int, directions: list[list[Any]]) -> None:
+        """Add a recurrence with the linear map of each direction, and its recurrent weights if it has some."""
         # A cell without a kernel has no number.
         number = native.NUMBERS[spec.cell, spec.activation] | output_gate * native.FLAGS["output_gate"]
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
-        has_bias, *others = map(self._map, linears)
-        self.require(others in ([], [has_bias]))
+        has_bias, *others = [self._map(each) for own in directions for each in own]
+        both = len(directions) == 2
+        self.require({*others} <= {has_bias})
         self._numbers.append(spec.min_decay)
-        self.is_bidirectional |= len(linears) == 2
-        self._add("scan_both" if others else "scan", has_bias, state, number)
+        self.is_bidirectional |= both
+        self._add("scan_both" if both else "scan", has_bias, state, number)
 
     def _map(self, linear: Any) -> bool:
         """Take the weights of a linear map; return whether it has a bias."""
-        self.child(linear, *LINEAR_MAPS)
+        self.child(linear, *LINEAR_MAPS, RecurrentMap)
         self.require(self._weight(linear, "weight"))
         return self._weight(linear, "bias")
 
@@ -259,7 +260,7 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         start = Start(x, x, reset, dt)
         others = in_reverse(start, Layout(time_first)) if plan.is_bidirectional else start
         # As both directions see them.
-        pairs = zip(start[2:], others[2:], strict=True)
+        pairs = zip(start[2:4], others[2:4], strict=True)
         resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
     try:
         out, last = _operator(

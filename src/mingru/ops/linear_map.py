@@ -1,7 +1,9 @@
 """Modules that compute a linear map or the norm before it, which kernels include."""
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +24,29 @@ class WeightAndBias(nn.Module):
     forward = nn.Linear.forward
     reset_parameters = nn.Linear.reset_parameters
     extra_repr = nn.Linear.extra_repr
+
+
+class RecurrentMap(nn.Module):
+    """The recurrent weights of one direction, and the bias of the candidate's; see `ops.block_recurrence`."""
+
+    def __init__(self, hidden_dims: int, size: int, bias: bool, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * hidden_dims, size, **factory))
+        self.bias = nn.Parameter(torch.empty(hidden_dims, **factory)) if bias else None
+        self.reset_parameters()
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Return both. A call, so that hooks run, which compute weights."""
+        return self.weight, self.bias
+
+    def reset_parameters(self) -> None:
+        """Re-initialize as `torch.nn.GRU` does with K features."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0] // 3}, block_size={self.weight.shape[1]}, bias={self.bias is not None}"
 
 
 LINEAR_MAPS = (nn.Linear, WeightAndBias)

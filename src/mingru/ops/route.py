@@ -16,7 +16,7 @@ from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, in_place, native, sequential, traceable, triton
 from .call import Call, Layout, Spec, Start
-from .cells import CELLS, cells_of, parts_of
+from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, LINEAR_MAPS, NORMS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
@@ -205,7 +205,8 @@ def fused_with(
         return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
-        if not kernel.autocast or (not is_compiling() and x.shape[:-1].numel() * _CASTS < weight.numel()):
+        is_small = spec.cell != BLOCKS and x.shape[:-1].numel() * _CASTS < weight.numel()
+        if not kernel.autocast or (is_small and not is_compiling()):
             return None
         tensors = _autocast(x, weight, parameters["bias"])
         return Call(spec, [*tensors], start, layout) if norm is None and tensors is not None else None

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
 from ..call import Call, Spec
-from ..cells import MIXTURES
+from ..cells import BLOCKS, MIXTURES
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_in, number_of_sources
 
-# The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
-_GROUP, _FIRST_FLAG = 16, 16
+# The `group` and `most_totals` of csrc/scan.h, and the `first_flag` of csrc/call.h.
+_GROUP, _TOTALS, _FIRST_FLAG = 16, 8, 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _PRODUCTS = ("mingru", "torch")
 
@@ -71,6 +71,15 @@ def _register_shapes() -> None:
         shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
         return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
 
+    def of_blocks(call: list[Tensor], how: int) -> Tensor:
+        h = call[0]
+        if not flag(how, "has_recurrent"):
+            return h.new_empty(0)
+        # The weights come after two states, the resets and the elapsed times.
+        size = call[2 + flag(how, "has_reset") + flag(how, "has_dt")].shape[1]
+        padded = -(size // -_GROUP) * _GROUP
+        return h.new_empty(_TOTALS, h.shape[-1] // size, 3 * padded + 1, padded)
+
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
 
@@ -97,7 +106,7 @@ def _register_shapes() -> None:
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if flag(how, "needs_weight") else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if flag(how, "needs_bias") else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *of_start(call, how)
+        return grad_x, grad_weight, grad_bias, *of_start(call, how), of_blocks(call, how)
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
         return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
@@ -142,8 +151,9 @@ def arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ()) 
     spec, tensors, start, layout = call
     dtype = accumulate_dtype(tensors[0].dtype)
     h = as_dtype(start.h, dtype)
+    recurrent = (None if x is None else as_dtype(x, dtype).contiguous() for x in start[4:])
     initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
-    how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:], *layout[1:])
+    how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:4], *recurrent, *layout[1:])
     more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
     for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
@@ -183,7 +193,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     needs_dt = needs.start.dt
     tensors, how, min_decay = arguments(call, needs=[needs_dt, *needs.tensors])
     states, kept, grad_out, grad_last = saved
-    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt = torch.ops.mingru.linear_recurrence_backward(
+    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, totals = torch.ops.mingru.linear_recurrence_backward(
         *call.tensors,
         tensors,
         states,
@@ -196,10 +206,17 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     )
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
-    return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), found
+    grads_of_call = grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None)
+    recurrent = call.start.recurrent
+    if recurrent is not None:
+        size, total = recurrent.shape[1], totals.sum(0)
+        of_weight = torch.unflatten(total[:, :-1], 1, (3, -1))[:, :, :size, :size].transpose(0, 1).reshape_as(recurrent)
+        of_bias: Any = None if call.start.recurrent_bias is None else total[:, -1, :size].flatten()
+        grads_of_call = grads_of_call._replace(recurrent=of_weight, recurrent_bias=of_bias)
+    return grads_of_call, found
 
 
-_CELLS = [cell for cell in CELL_NUMBERS if cell not in MIXTURES]
+_CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import block_recurrence
 from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
 from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
@@ -33,7 +34,13 @@ def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -
 
 def _of_cell(call: Call) -> States:
     if call.tensors[0].numel() == 0:
-        return empty_states(torch.stack(call.tensors).sum(0), call.start.h)
+        out = torch.stack(call.tensors).sum(0)
+        for weight in [call.start.recurrent, call.start.recurrent_bias]:
+            if weight is not None:
+                out = out + weight[:0].sum().to(out.dtype)
+        return empty_states(out, call.start.h)
+    if call.spec.cell == "blockgru":
+        return in_layout(block_recurrence.composed(padded_call(call)), call)
     return in_layout(scan(as_linear_scan(padded_call(call))), call)
 
 

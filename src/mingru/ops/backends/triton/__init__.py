@@ -27,7 +27,7 @@ from ...backend import (
     scan_by,
     warn_once,
 )
-from ...call import Call, Spec, flattened, from_flat
+from ...call import Call, Spec, from_flat
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, is_autocast
 from ...layout import is_transposed
@@ -53,7 +53,8 @@ def _register(name: str, saved: str, num_results: int) -> None:
     def called(function: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Call a function with the arguments of the operator. Results that are not needed are empty."""
         inputs, given, *of_pass, (cell, activation), min_decay, (reverse, time_first, *needs) = arguments
-        call = from_flat(Spec(cell, activation, reverse, min_decay), [*given, *inputs], time_first)
+        tensors = [*given[:4], None, None, *given[4:], *inputs]  # without recurrent weights
+        call = from_flat(Spec(cell, activation, reverse, min_decay), tensors, time_first)
         empty = partial(inputs[0].new_empty, 0, dtype=accumulate_dtype(inputs[0].dtype))
         return tuple(empty() if x is None else x for x in function(call, *of_pass, *needs))
 
@@ -85,7 +86,7 @@ def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
         return getattr(launch, name)(call, *of_pass)  # type: ignore[no-any-return]
     spec, inputs, start, layout = call
     initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
-    given, needs = flattened(start._replace(initial_state=initial_state), layout), of_pass[1:]
+    given, needs = [start.h, initial_state, *start[2:4], *layout[1:]], of_pass[1:]
     run = getattr(torch.ops.mingru, f"recurrence_triton_{name}")
     flags = [spec.reverse, layout.time_first, *needs]
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...call import Spec
+from ...cells import BLOCKS
 from ...private import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
@@ -65,6 +66,8 @@ def unsupported(sequence: torch.Tensor, spec: Spec) -> str | None:
         return f"it only runs on CUDA, ROCm and XPU devices, and the tensors are on {sequence.device}"
     if sequence.dtype not in _DTYPES:
         return f"it does not support {sequence.dtype}"
+    if spec.cell == BLOCKS:
+        return f"it has no kernel for the cell {spec.cell!r}"
     return _why_too_old(sequence.device, sequence.dtype) if kind == "cuda" else None
 
 

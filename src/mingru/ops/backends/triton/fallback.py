@@ -37,7 +37,7 @@ def forward(call: Call) -> States:
 
 def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     results, inputs = backward_results(call, saved, needs_dt, needs_bias), call.tensors
-    h, initial_state, _, dt = call.start
+    h, initial_state, _, dt, *_ = call.start
     grads, *of_start, of_bias = results
     wanted: list[Any] = [*grads.chunk(len(inputs), -1), *of_start]
     found: Sequence[Any]

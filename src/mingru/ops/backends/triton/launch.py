@@ -202,7 +202,7 @@ class _Call:
 
     def __init__(self, name: str, call: Call) -> None:
         self.name = name
-        self.spec, inputs, (h, initial_state, reset, dt), (self.time_first, batch_sizes, lengths) = call
+        self.spec, inputs, (h, initial_state, reset, dt, *_), (self.time_first, batch_sizes, lengths) = call
         # A sequence has its features in one last dimension.
         self.num_dims = 3 if batch_sizes is None else 2
         self.memory = [("inputs", self.flat(each)) for each in inputs]
@@ -329,7 +329,7 @@ def forward_results(call: Call) -> States:
 
 def backward_results(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Results:
     """Return uninitialized tensors for the results of `backward`."""
-    x, (h, _, _, dt) = call.tensors[0], call.start
+    x, (h, _, _, dt, *_) = call.tensors[0], call.start
     num_leading = 2 if call.layout.batch_sizes is None else 1
     leading, size = x.shape[:num_leading], len(call.tensors) * x.shape[num_leading:].numel()
     # In the memory order of the inputs.

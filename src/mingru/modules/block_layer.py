@@ -1,0 +1,57 @@
+"""One layer of a BlockGRU."""
+
+from typing import Any
+
+from torch import nn
+
+from ..check import check_flag, check_int, require
+from ..ops.call import Start
+from ..ops.inference import plannable
+from ..ops.linear_map import RecurrentMap
+from .recurrent_layer import RecurrentLayer, RecurrentOptions
+
+
+class BlockOptions(RecurrentOptions):
+    """The options of BlockGRU. Those that only other cells have must be their defaults."""
+
+    def check(self) -> None:
+        check_int(self.name, "block_size", self.block_size)
+        check_flag(self.name, "residual", self.residual)
+        without = {"gate": ("sigmoid",), "candidate": (None, "tanh"), "min_decay": (0.0,), "output_gate": (None,)}
+        for option, allowed in without.items():
+            got = getattr(self, option)
+            require(self.name, option, got in allowed, f"left out because cell is {self.cell!r}", repr(got))
+        self.candidate = "tanh"
+        super().check()
+        fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0
+        expected, got = f"divisible by block_size = {self.block_size}", str(self.hidden_dims)
+        require(self.name, "hidden_dims", fits, expected, got)
+
+
+@plannable
+class BlockLayer(RecurrentLayer):
+    """A layer whose recurrence has recurrent weights."""
+
+    def __init__(
+        self, cell: str, input_dims: int, min_decay: float, options: BlockOptions, linear: type[nn.Module]
+    ) -> None:
+        super().__init__(cell, input_dims, min_decay, options, linear)
+        arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias
+        self.recurrent = RecurrentMap(*arguments, **options.factory)
+        self.recurrent_reverse = RecurrentMap(*arguments, **options.factory) if options.bidirectional else None
+
+    def maps_of_directions(self) -> list[list[Any]]:
+        """Return the linear map and the recurrent weights of each direction."""
+        both: list[list[Any]] = [[self.linear, self.recurrent], [self.linear_reverse, self.recurrent_reverse]]
+        return both[: len(self.maps())]
+
+    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+        weight, bias = self.recurrent()
+        if self.recurrent_reverse is not None:
+            if reverse:
+                weight, bias = self.recurrent_reverse()
+        return Start(start.h, start.initial_state, start.reset, start.dt, weight, bias)
+
+    def _marked_options(self) -> dict[str, Any]:
+        # The names of the recurrent weights tell these weights from others.
+        return {**super()._marked_options(), "candidate": None}

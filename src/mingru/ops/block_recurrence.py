@@ -1,0 +1,138 @@
+"""The recurrence of a GRU whose features see each other in blocks of K.
+
+From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the bias d:
+
+    h_t = (1 - z) tanh(c_t + r (U_c h_{t-1} + d)) + z h_{t-1}
+    r = sigma(r_t + U_r h_{t-1})        z = sigma(z_t + U_z h_{t-1})
+
+The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+
+from .call import Call
+from .graph import is_autocast
+from .layout import in_layout, padded_call, without_padding
+from .shape import States, accumulate_dtype, as_dtype
+
+
+def composed(call: Call) -> States:
+    """Compute a padded call step by step, by differentiable operations that TorchScript can compile."""
+    start, lengths, reverse = call.start, call.layout.lengths, call.spec.reverse
+    weight, bias, reset = start.recurrent, start.recurrent_bias, start.reset
+    assert weight is not None
+    dtype = accumulate_dtype(call.tensors[0].dtype)
+    r, z, c = [as_dtype(x, dtype) for x in call.tensors]
+    size, features = weight.size(1), weight.size(0) // 3
+    # (blocks, K, 3 K): the product with the states, (blocks, B, K), does not mix blocks.
+    maps = as_dtype(weight, dtype).view(3, -1, size, size).permute(1, 3, 0, 2).reshape(-1, size, 3 * size)
+    state = as_dtype(start.h, dtype).squeeze(1)
+    states: list[Tensor] = []
+    for done in range(r.size(1)):
+        t = r.size(1) - 1 - done if reverse else done
+        if reset is not None:
+            state = torch.where(reset[:, t].unsqueeze(1), as_dtype(start.initial_state, dtype).squeeze(1), state)
+        blocks = state.reshape(-1, features // size, size).transpose(0, 1)
+        sums = torch.bmm(blocks, maps).view(-1, state.size(0), 3, size).permute(2, 1, 0, 3).reshape(3, -1, features)
+        candidate = sums[2]
+        if bias is not None:
+            candidate = candidate + as_dtype(bias, dtype)
+        candidate = (c[:, t] + (r[:, t] + sums[0]).sigmoid() * candidate).tanh()
+        update = z[:, t] + sums[1]
+        # sigma(-update), because 1 - sigma(update) would cancel near 1.
+        new = (-update).sigmoid() * candidate + update.sigmoid() * state
+        if lengths is not None:
+            new = torch.where((lengths.to(r.device) <= t).unsqueeze(1), state, new)
+        state = new
+        states.append(state)
+    if reverse:
+        states.reverse()
+    return torch.stack(states, 1), state.unsqueeze(1)
+
+
+def composed_without_autocast(call: Call) -> States:
+    """The same, in the accumulation dtype also under autocast, which TorchScript does not know."""
+    x = call.tensors[0]
+    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
+        return composed(call)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Return recurrent weights (3 H, K) as those of torch.nn.GRU, (3 H, H), with 0 outside of the blocks."""
+    size, features = weight.size(1), weight.size(0) // 3
+    block = torch.arange(features, device=weight.device) // size
+    return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
+
+
+def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
+    """Compute the recurrence of a linear map by `torch.gru`, on any device; the tensors are x, weight and bias.
+
+    A sequence with resets is one sequence for each piece between them.
+    """
+    (x, weight, bias), start, lengths = call.tensors, call.start, call.layout.lengths
+    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
+        if x.is_meta or (lengths is not None and not lengths.any()):
+            # There are no values of resets and lengths, or torch would refuse an empty sequence.
+            x = x if lengths is None else without_padding(x, lengths, call.layout.time_first)
+            of_inputs = call._replace(tensors=[*F.linear(x, weight, bias).chunk(3, -1)])
+            return *in_layout(composed(padded_call(of_inputs)), call), None
+        dtype = accumulate_dtype(x.dtype)
+        zeros = weight.new_zeros(len(weight), dtype=dtype)
+        assert start.recurrent is not None
+        weights = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype)), zeros, zeros]
+        if bias is not None:
+            weights[2] = as_dtype(bias, dtype)
+        if start.recurrent_bias is not None:
+            weights[3] = F.pad(as_dtype(start.recurrent_bias, dtype), (2 * start.h.size(2), 0))
+        padded = padded_call(call._replace(tensors=[as_dtype(x, dtype)]))
+        # As in training, because the backward pass of cuDNN needs it. There is no dropout.
+        options = weights, True, 1, 0.0, True, False
+        (steps,), reverse = padded.tensors, call.spec.reverse
+        if start.reset is None and padded.layout.lengths is None:
+            h = as_dtype(start.h, dtype).transpose(0, 1).contiguous()
+            out, last = torch.gru(steps.flip(1) if reverse else steps, h, *options, True)
+            states = out.flip(1) if reverse else out, last.transpose(0, 1)
+        else:
+            packed, batch_sizes, h, rows, sequences, pieces = _in_pieces(padded)
+            found, lasts = torch.gru(packed, batch_sizes, h, *options)
+            out = steps.new_zeros(steps.shape[:2].numel(), h.size(2)).index_copy(0, rows, found)
+            last = as_dtype(start.h, dtype).squeeze(1).index_copy(0, sequences, lasts[0].index_select(0, pieces))
+            states = torch.unflatten(out, 0, steps.shape[:2]), last.unsqueeze(1)
+        out, last = in_layout(states, call)
+        # A copy, because outputs are not views.
+        return out.clone(memory_format=torch.contiguous_format), last, None
+
+
+def _in_pieces(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the pieces between resets as packed sequences.
+
+    Returns:
+        Data, batch sizes and states before the pieces; the index in (B S) of each packed step; the sequences that have
+        steps, and the last piece of each.
+    """
+    (x,), start, lengths = call.tensors, call.start, call.layout.lengths
+    batch, num_steps = x.shape[:2]
+    done = torch.arange(num_steps, device=x.device).expand(batch, -1)
+    ends = torch.full_like(done[:, :1], num_steps) if lengths is None else lengths.to(x.device).unsqueeze(1)
+    # In the order of the pass.
+    steps = (ends - 1 - done).clamp(min=0) if call.spec.reverse else done
+    is_valid = done < ends
+    reset = torch.zeros_like(is_valid) if start.reset is None else start.reset.gather(1, steps)
+    rows = (torch.arange(batch, device=x.device).unsqueeze(1) * num_steps + steps)[is_valid]
+    first = (reset | (done == 0))[is_valid].nonzero().squeeze(1)
+    sizes = first.diff(append=first.new_full((1,), len(rows)))
+    packed = pack_padded_sequence(pad_sequence([*torch.split(rows, sizes.tolist())]), sizes.cpu(), enforce_sorted=False)
+    order, rank = packed.sorted_indices, packed.unsorted_indices
+    assert order is not None and rank is not None
+    sequence = rows[first] // num_steps
+    states = (each.expand_as(start.h).squeeze(1)[sequence] for each in (start.initial_state, start.h))
+    # The first pieces continue from h, and all others follow a reset.
+    h = torch.where(reset[is_valid][first].unsqueeze(1), *states)[order]
+    is_last = torch.cat([sequence[1:] != sequence[:-1], torch.ones_like(sequence[:1], dtype=torch.bool)])
+    data = x.flatten(0, 1).index_select(0, packed.data)
+    return data, packed.batch_sizes, as_dtype(h, x.dtype).unsqueeze(0), packed.data, sequence[is_last], rank[is_last]

@@ -1,0 +1,109 @@
+"""BlockGRU with blocks and batches of every size: against the float64 reference, and `torch.nn.GRU`."""
+
+import pytest
+import reference
+import torch
+from cases import assert_equal, graded, with_threads
+from cover import cover, named
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import mingru
+
+# Around the lanes of a vector (16, or 8 of float64), the sequences that are computed together (4), the rows whose
+# products are summed (64), and the rows of a block of pre-activations.
+FACTORS = {
+    "block_size": [1, 7, 8, 15, 16, 17, 33],
+    "num_blocks": [1, 2, 3],
+    "batch": [1, 2, 5, 9],
+    "steps": [1, 2, 65, 300],
+    "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "layout": ["padded", "lengths", "packed"],
+    "reset": [False, True],
+    **{name: [True, False] for name in ("bias", "batch_first", "bidirectional", "recompute", "norm")},
+}
+# Of values and gradients near 1.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("row", cover(FACTORS), ids=named)
+def test_equals_the_reference(row, backend):
+    batch, steps, dtype, batch_first = (row[name] for name in ("batch", "steps", "dtype", "batch_first"))
+    options = {name: row[name] for name in ("block_size", "bias", "batch_first", "bidirectional", "recompute")}
+    options["norm"] = "rms" if row["norm"] else None
+    rnn = mingru.BlockGRU(3, row["block_size"] * row["num_blocks"], **options, dtype=dtype)
+    lengths = torch.randint(1, steps + 1, (batch,))
+    lengths[0] = steps
+    given = {
+        "x": torch.randn(batch, steps, 3, dtype=dtype),
+        "h": torch.randn(1 + rnn.bidirectional, batch, 1, rnn.hidden_dims),
+    }
+    given["h"] = given["h"].to(torch.promote_types(dtype, torch.float32))
+    reset = torch.rand(batch, steps) < 0.1 if row["reset"] else None
+
+    def turned(each):
+        return each if batch_first else each.transpose(0, 1)
+
+    def packed(each):
+        return pack_padded_sequence(turned(each), lengths, batch_first, enforce_sorted=False)
+
+    def run(x, h):
+        options = {"lengths": lengths} if row["layout"] == "lengths" else {}
+        form = packed if row["layout"] == "packed" else turned
+        out, h = rnn(form(x), h, None if reset is None else form(reset), **options)
+        out = pad_packed_sequence(out, batch_first)[0] if row["layout"] == "packed" else out
+        return turned(out), h
+
+    def truth(x, h):
+        outs, states = torch.zeros(batch, steps, rnn.output_dims, dtype=torch.double), []
+        for index, length in enumerate(lengths if row["layout"] != "padded" else [steps] * batch):
+            own = None if reset is None else reset[index : index + 1, :length]
+            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            out, last = reference.layers(rnn, x[index : index + 1, :length], h[:, index : index + 1], own, eps)
+            outs[index, :length] = out
+            states.append(last)
+        return outs, torch.cat(states, 1)
+
+    expected = graded(rnn, truth, given)
+    with mingru.use_backend(backend):
+        got = graded(rnn, run, given)
+    for name, each in expected.items():
+        error = (got[name].double() - each).abs().max() / each.abs().max().clamp(min=1.0)
+        assert error < TOLERANCE[dtype], f"{name}: {error}"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_exchange_with_torch(bias, bidirectional):
+    gru = nn.GRU(3, 12, 2, bias, True, 0.2, bidirectional).eval()
+    rnn = mingru.BlockGRU.from_torch(gru, block_size=12)
+    assert (rnn.dropout, rnn.training) == (0.2, False)
+    x = torch.randn(4, 9, 3)
+    assert_equal((rnn(x)[0], rnn(x)[1].squeeze(2)), gru(x))
+    blocks = mingru.BlockGRU(3, 12, 2, bias, True, 0.2, bidirectional, block_size=4).eval()
+    assert_equal((blocks(x)[0], blocks(x)[1].squeeze(2)), blocks.to_torch()(x))
+    again = mingru.BlockGRU.from_torch(blocks.to_torch(), block_size=4)
+    assert_equal(list(again.state_dict().values()), list(blocks.state_dict().values()), rtol=0, atol=0)
+    message = "BlockGRU.from_torch: gru must be a GRU whose recurrent weights are 0 outside of blocks of 4"
+    with pytest.raises(ValueError, match=message):
+        mingru.BlockGRU.from_torch(gru, block_size=4)
+
+
+def test_long_sequences_are_accurate():
+    rnn = mingru.BlockGRU(4, 64, memory=(2, 1000))
+    wide = mingru.BlockGRU(4, 64, memory=(2, 1000), dtype=torch.double)
+    wide.load_state_dict(rnn.state_dict())
+    x = torch.randn(2, 4096, 4)
+    assert (rnn(x)[0] - wide(x.double())[0]).abs().max() < 1e-5
+
+
+def test_threads_do_not_change_the_results():
+    rnn, x = mingru.BlockGRU(8, 64, block_size=16), torch.randn(9, 300, 8)
+
+    def results():
+        out, h = rnn(x)
+        return [out, h, *torch.autograd.grad(out.square().sum(), list(rnn.parameters()))]
+
+    one, two = with_threads((1, 2), results)
+    assert all(map(torch.equal, one, two))
