@@ -8,13 +8,13 @@
 
 namespace mingru::MINGRU_ISA {
 
-// Lanes of a vector of 512 bits.
+// Lanes of a vector of weights.
 template <class A>
-constexpr int64_t width = 64 / sizeof(A);
+constexpr int64_t width = Blocks::vector_bytes / sizeof(A);
 #ifdef __GNUC__
 template <class A>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(64)));
+  typedef A type __attribute__((vector_size(Blocks::vector_bytes)));
 };
 template <class A>
 using Vector = typename VectorOf<A>::type;
@@ -103,7 +103,7 @@ class BlockSteps {
   }
 
  private:
-  static constexpr int64_t num_gates = 3, most_rows = 64;
+  static constexpr int64_t num_gates = Blocks::num_gates, most_rows = 64;
 
   bool exists(int64_t n, int64_t done) const { return begin_ + done < ends_[n]; }
 

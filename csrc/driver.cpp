@@ -212,8 +212,8 @@ void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool b
   const Kernels& kernels = kernels_of(scan.storage);
   // A multiple of every `most_together`.
   const int64_t batch = part.batch_end - part.batch_begin, size = ceil_div(ceil_div(batch, most_totals), 4) * 4;
-  const int64_t padded = blocks.padded, bytes = (3 * padded + 1) * padded * (scan.storage == Storage::float64 ? 8 : 4);
-  const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * padded);
+  const int64_t bytes = blocks.values_of_total() * (scan.storage == Storage::float64 ? 8 : 4);
+  const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * blocks.padded);
   torch::stable::parallel_for(0, ceil_div(batch, size) * blocks.count, least, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = part.batch_begin + i / blocks.count * size, last = std::min(first + size, part.batch_end);

@@ -53,9 +53,9 @@ class LinearOperands : public Operands {
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
         x_(in_memory_order(x)) {
-    if (call.cell() == Cell::blockgru) blocks_.emplace(call, h, scan.num_features);
+    if (call.cell() == Cell::blockgru) recurrent_.emplace(call, h, scan.num_features);
     // The scan adds a bias of float32 or float64, unless the cell is timed or has blocks, or the product adds it at no cost.
-    if (bias && (weight.element_size() < 4 || blocks_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
+    if (bias && (weight.element_size() < 4 || recurrent_ || scan.dt.data || scan.log_bound < 0 || is_in_tiles())) {
       STD_TORCH_CHECK(
           bias->is_cpu() && bias->numel() == num_columns && bias->scalar_type() == weight.scalar_type(), call.name,
           ": bias must be (num_parts N), of the dtype of weight");
@@ -66,11 +66,11 @@ class LinearOperands : public Operands {
   }
 
   void run(const Part& part, bool is_backward) {
-    blocks_ ? blocks_->run(scan, part, is_backward, h) : Operands::run(part, is_backward);
+    recurrent_ ? recurrent_->run(scan, part, is_backward) : Operands::run(part, is_backward);
   }
 
   // The gradients of the recurrent weights, as their kernels compute them; empty without them.
-  Tensor totals_of_blocks() const { return blocks_ ? *blocks_->totals : empty({0}, h); }
+  Tensor totals_of_recurrent() const { return recurrent_ ? *recurrent_->totals : empty({0}, h); }
 
   int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
@@ -242,7 +242,7 @@ class LinearOperands : public Operands {
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
-  std::optional<RecurrentBlocks> blocks_;
+  std::optional<RecurrentBlocks> recurrent_;
   mutable Scratch pre_activations_scratch_, rows_scratch_, normalized_scratch_, scales_scratch_, grad_rows_scratch_;
 };
 
@@ -414,8 +414,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurr
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
     if (needs_bias) grad_bias.add_rows(grads);
   }
-  return {grad_x,      grad_weight.result(),       grad_bias.result(), grad_h, grad_initial_state,
-          grads_of_dt, operands.totals_of_blocks()};
+  return {grad_x,      grad_weight.result(),           grad_bias.result(), grad_h, grad_initial_state,
+          grads_of_dt, operands.totals_of_recurrent()};
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ class RecurrentBlocks {
   MaybeTensor totals;
 
   // Weight and bias are in the accumulation dtype, as `h` is.
-  RecurrentBlocks(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features) {
+  RecurrentBlocks(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), h_(h) {
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
     const auto fits = [&](const Tensor& x) {
       return x.is_cpu() && x.is_contiguous() && x.scalar_type() == h.scalar_type() && x.numel() > 0;
@@ -28,42 +28,46 @@ class RecurrentBlocks {
     blocks_.size = given->size(1);
     blocks_.count = num_features / blocks_.size;
     blocks_.padded = (blocks_.size + group - 1) / group * group;
-    h.element_size() == 8 ? set<double>(*given, bias) : set<float>(*given, bias);
+    weight_ = data_of<void>(*given);
+    blocks_.weights = packed(packed_, blocks_.size, 1);
+    const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
+    biases_.resize(blocks_.count * padded);
+    for (int64_t i = 0; bias && i < blocks_.count; ++i) {
+      std::memcpy(&biases_[i * padded], data_of<char>(*bias) + i * bytes, bytes);
+    }
+    blocks_.biases = biases_.data();
   }
 
-  void run(const Scan& scan, const Part& part, bool is_backward, const Tensor& h) {
+  void run(const Scan& scan, const Part& part, bool is_backward) {
     if (is_backward && !totals) {
-      totals = torch::stable::new_zeros(h, {most_totals, blocks_.count, num_gates * blocks_.padded + 1, blocks_.padded});
+      totals = torch::stable::new_zeros(h_, {most_totals, blocks_.count, num_gates * blocks_.padded + 1, blocks_.padded});
       blocks_.totals = totals->data_ptr();
+      blocks_.transposed = packed(transposed_, 1, blocks_.size);
     }
     run_blocks(scan, blocks_, part, is_backward);
   }
 
  private:
-  static constexpr int64_t num_gates = 3;
+  static constexpr int64_t num_gates = Blocks::num_gates;
 
-  template <class A>
-  void set(const Tensor& weight, const Tensor* bias) {
-    const int64_t num_weights = num_gates * num_features_ * blocks_.padded, size = blocks_.size;
-    A* packed = static_cast<A*>(packed_.at_least((2 * num_weights + blocks_.count * blocks_.padded) * sizeof(A)));
-    A *transposed = packed + num_weights, *biases = transposed + num_weights;
-    pack(data_of<const A>(weight), packed, size, 1);
-    pack(data_of<const A>(weight), transposed, 1, size);
-    std::fill(biases, biases + blocks_.count * blocks_.padded, A(0));
-    for (int64_t i = 0; bias && i < num_features_; ++i) biases[i / size * blocks_.padded + i % size] = data_of<const A>(*bias)[i];
-    blocks_.weights = packed, blocks_.transposed = transposed, blocks_.biases = biases;
+  // Returns weights in this order: (blocks, padded / lanes, size, gates, lanes). A vector has the weights from one feature
+  // to some, or transposed, from some features to one. The strides are those of features that are lanes, and of those that
+  // are not.
+  const void* packed(Scratch& scratch, int64_t lane_stride, int64_t stride) const {
+    void* to = scratch.at_least(num_gates * num_features_ * blocks_.padded * h_.element_size());
+    h_.element_size() == 8 ? pack(static_cast<double*>(to), lane_stride, stride)
+                           : pack(static_cast<float*>(to), lane_stride, stride);
+    return to;
   }
 
-  // (blocks, padded / lanes, size, gates, lanes): a vector has the weights from one feature to some, or transposed, from
-  // some features to one. The strides are those of features that are lanes, and of those that are not.
   template <class A>
-  void pack(const A* weight, A* to, int64_t lane_stride, int64_t stride) const {
-    const int64_t size = blocks_.size, lanes = 64 / sizeof(A);
+  void pack(A* to, int64_t lane_stride, int64_t stride) const {
+    const int64_t size = blocks_.size, lanes = Blocks::vector_bytes / sizeof(A);
     for (int64_t first = 0; first < num_features_; first += size) {
       for (int64_t lane = 0; lane < blocks_.padded; lane += lanes) {
         for (int64_t k = 0; k < size; ++k) {
           for (int64_t gate = 0; gate < num_gates; ++gate) {
-            const A* from = weight + (gate * num_features_ + first) * size + k * stride;
+            const A* from = static_cast<const A*>(weight_) + (gate * num_features_ + first) * size + k * stride;
             for (int64_t i = lane; i < lane + lanes; ++i) *to++ = i < size ? from[i * lane_stride] : A(0);
           }
         }
@@ -72,8 +76,11 @@ class RecurrentBlocks {
   }
 
   const int64_t num_features_;
+  const Tensor h_;
+  const void* weight_;
   Blocks blocks_{};
-  Scratch packed_;
+  std::vector<char> biases_;
+  Scratch packed_, transposed_;
 };
 
 }  // namespace

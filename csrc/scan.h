@@ -181,10 +181,12 @@ struct Convolution {
 // `padded`, as recurrent_blocks.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
 struct Blocks {
+  static constexpr int64_t num_gates = 3, vector_bytes = 64;
   int64_t size, count, padded;
   const void *weights, *transposed, *biases;
   // Backward only: the gradients of weights and biases, (most_totals, count, 3 padded + 1, padded).
   void* totals;
+  int64_t values_of_total() const { return (num_gates * padded + 1) * padded; }
 };
 // For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
 // constant, so that sums do not depend on the number of threads.

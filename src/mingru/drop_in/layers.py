@@ -144,7 +144,7 @@ def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) ->
 class GRU(DropInLayer, role="torch", planned=True):
     """Apply a stack of minGRU layers to a sequence, with the interface of `torch.nn.GRU`.
 
-    All time steps are computed in parallel, because no gate depends on the state.
+    All time steps are computed in parallel, because no gate depends on the state, except with `cell="blockgru"`.
 
     Args:
         input_size: Number of input features, I; at least 1.
@@ -203,7 +203,8 @@ class GRU(DropInLayer, role="torch", planned=True):
         `layers.{l}.projections.{d}.weight` (P, H). Two buffers let torch's layers refuse it:
         `load_in_mingru_drop_in_patch`, and `bias_hh_l0` or without bias `weight_hh_l0`; see `mingru.drop_in.patch`.
         `reset_parameters` initializes as `torch.nn.Linear` does.
-        `all_weights` has a list [weight, bias] for each layer and direction, in the order of `h_n`.
+        `all_weights` has a list [weight, bias] for each layer and direction, in the order of `h_n`; with
+        `cell="blockgru"`, the recurrent weight and bias follow.
 
     All arguments except `device` and `dtype` are attributes, as in `torch.nn.GRU`; `mode` is "GRU".
 
@@ -274,7 +275,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
     which is exactly the last state if a program passes the pair on, and 0 where it sets both to 0. A pair (h, zeros) or
     (zeros, c) starts from half of what it has. With `proj_size`, h_n is the projection of c_n, and s_0 = c_0.
 
-    All time steps are computed in parallel, because no gate depends on the state.
+    All time steps are computed in parallel, because no gate depends on the state, except with `cell="blockgru"`.
 
     Args:
         input_size: Number of input features, I; at least 1.

@@ -41,11 +41,9 @@ def wanted_twins(
     if num_layers is not None:
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}
-    wanted = {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
-    if options.get("cell") == "minlstm":
-        # A GRU has no such cell.
-        wanted = {of_torch: {**own, "cell": TWINS[of_torch].cell} for of_torch, own in wanted.items()}
-    return wanted
+    # The cell "minlstm" is the default of an LSTM, and a GRU has none.
+    options = {key: value for key, value in options.items() if (key, value) != ("cell", "minlstm")}
+    return {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
 
 
 def converted(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..ops.linear_map import RecurrentMap
 from .recurrent_layer import RecurrentLayer, RecurrentOptions
 
 
-class BlockOptions(RecurrentOptions):
+class BlockGRUSettings(RecurrentOptions):
     """The options of BlockGRU. Those that only other cells have must be their defaults."""
 
     def check(self) -> None:
@@ -25,7 +25,7 @@ class BlockOptions(RecurrentOptions):
         super().check()
         fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0
         expected, got = f"divisible by block_size = {self.block_size}", str(self.hidden_dims)
-        require(self.name, "hidden_dims", fits, expected, got)
+        require(self.name, "hidden_dims", fits, expected, got, "pass block_size, a divisor of it")
 
 
 @plannable
@@ -33,7 +33,7 @@ class BlockLayer(RecurrentLayer):
     """A layer whose recurrence has recurrent weights."""
 
     def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: BlockOptions, linear: type[nn.Module]
+        self, cell: str, input_dims: int, min_decay: float, options: BlockGRUSettings, linear: type[nn.Module]
     ) -> None:
         super().__init__(cell, input_dims, min_decay, options, linear)
         arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias

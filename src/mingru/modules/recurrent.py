@@ -21,7 +21,7 @@ from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from ..wrong_calls import explained
 from . import scripted
-from .block_layer import BlockLayer, BlockOptions
+from .block_layer import BlockGRUSettings, BlockLayer
 from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .marked import GUARDS, add_marks
@@ -46,7 +46,7 @@ class Recurrent(Stacked, role="sequence"):
 
     def __init__(self, **arguments: Any) -> None:
         is_block = arguments.get("cell", self.cell) == BLOCKS
-        kinds: Any = (BlockOptions, BlockLayer) if is_block else (RecurrentOptions, RecurrentLayer)
+        kinds: Any = (BlockGRUSettings, BlockLayer) if is_block else (RecurrentOptions, RecurrentLayer)
         kind, layer_kind = kinds
         options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)

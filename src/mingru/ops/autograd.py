@@ -21,7 +21,7 @@ from .backend import Kernel, Needs, Saved
 from .backends import traceable
 from .call import Call, Spec, from_flat
 from .cells import BLOCKS, CELLS
-from .graph import are_batched, is_compiling
+from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
 from .private import is_exporting, jvp_nesting
@@ -33,8 +33,10 @@ from .shape import States, as_dtype, conjugate, times
 def composed(choice: Choice, call: Call) -> States:
     """Compute a recurrence by differentiable operations and the linear scan of a backend."""
     padded = padded_call(call)
-    is_block = call.spec.cell == BLOCKS
-    own = block_recurrence.composed_without_autocast if is_block else backend_of(choice.backend).recurrence
+    if call.spec.cell == BLOCKS:
+        with without_autocast(call.tensors[0]):
+            return in_layout(block_recurrence.composed(padded), call)
+    own = backend_of(choice.backend).recurrence
     if own is not None:
         return in_layout(own(padded), call)
     linear = as_linear_scan(padded)
@@ -226,8 +228,7 @@ def differentiable(
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
         wanted: Any = [view for view, need in zip(views, needs, strict=True) if need]
         # Disabled, because the tensors of a linear kernel are already in the dtype in which it is computed.
-        kind = grad[0].device.type
-        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        with without_autocast(grad[0]):
             states = function(*views)
             found = iter(torch.autograd.grad(states, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

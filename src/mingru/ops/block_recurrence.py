@@ -8,15 +8,13 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from .call import Call
-from .graph import is_autocast
+from .graph import without_autocast
 from .layout import in_layout, padded_call, without_padding
 from .shape import States, accumulate_dtype, as_dtype
 
@@ -55,13 +53,6 @@ def composed(call: Call) -> States:
     return torch.stack(states, 1), state.unsqueeze(1)
 
 
-def composed_without_autocast(call: Call) -> States:
-    """The same, in the accumulation dtype also under autocast, which TorchScript does not know."""
-    x = call.tensors[0]
-    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
-        return composed(call)
-
-
 def dense(weight: Tensor) -> Tensor:
     """Return recurrent weights (3 H, K) as those of torch.nn.GRU, (3 H, H), with 0 outside of the blocks."""
     size, features = weight.size(1), weight.size(0) // 3
@@ -75,7 +66,7 @@ def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None
     A sequence with resets is one sequence for each piece between them.
     """
     (x, weight, bias), start, lengths = call.tensors, call.start, call.layout.lengths
-    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
+    with without_autocast(x):
         if x.is_meta or (lengths is not None and not lengths.any()):
             # There are no values of resets and lengths, or torch would refuse an empty sequence.
             x = x if lengths is None else without_padding(x, lengths, call.layout.time_first)

@@ -7,6 +7,7 @@ on sizes or values are therefore scripted, and the trace contains the scripted f
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -55,6 +56,11 @@ def is_autocast(x: Tensor) -> bool:
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which operations on x keep its dtype, also under autocast."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 @scripted_as(_no)

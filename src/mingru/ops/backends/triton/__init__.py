@@ -6,7 +6,6 @@ dispatcher. States have any floating dtype, and are computed in the accumulation
 take the parts of numbers as features.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from ...backend import (
 )
 from ...call import Call, Spec, from_flat
 from ...cells import NUM_INPUTS
-from ...graph import are_eager, is_autocast
+from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
 from ...private import len_torch_dispatch_stack
 from ...shape import accumulate_dtype, as_dtype
@@ -130,7 +129,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     needs_dt, (needs_x, needs_weight, needs_bias) = needs.start.dt, needs.tensors
     out, kept, *grad = saved
     # The tensors are in the dtype in which autocast computes.
-    with torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext():
+    with without_autocast(x):
         _, mapped = _mapped(call, kept if kept is not None and kept.numel() else None)
         grads, *of_states, grad_dt, grad_bias = _run("backward", mapped, [out, *grad], needs_dt, needs_bias)
         rows = _in_memory_order(x)
