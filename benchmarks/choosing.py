@@ -49,6 +49,8 @@ MODELS = {
     'gate="mixed"': (mingru.MinGRU, BASE | {"gate": "mixed"}),
     'gate="mixed", output_gate="silu"': (mingru.MinGRU, BASE | {"gate": "mixed", "output_gate": "silu"}),
     "minLSTM": (mingru.MinLSTM, BASE),
+    "BlockGRU, block_size=16": (mingru.BlockGRU, BASE | {"block_size": 16}),
+    "BlockGRU, 1 layer, without residual": (mingru.BlockGRU, {"num_layers": 1, "norm": "rms"}),
     "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 2 layers": (nn.LSTM, {"num_layers": 2, "batch_first": True}),
@@ -71,8 +73,9 @@ class Model(nn.Module):
 
 
 def width_of(cls, options):
-    """Return the even width, for "mixed" a multiple of 8, with which the layers have about BUDGET parameters."""
-    widths = range(16, 258, 8 if options.get("gate") == "mixed" else 2)
+    """Return the width with which the layers have about BUDGET parameters: even, or a multiple of what they need."""
+    step = options.get("block_size", 32) if cls is mingru.BlockGRU else 8 if options.get("gate") == "mixed" else 2
+    widths = range(16 + 16 % step, 258, step)
     sizes = {width: sum(x.numel() for x in cls(width, width, **options).parameters()) for width in widths}
     return min(sizes, key=lambda width: abs(sizes[width] - BUDGET))
 

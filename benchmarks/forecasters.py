@@ -46,22 +46,19 @@ def darts_rows(args, end):
 
     from mingru.integrations.darts import MinGRUModule, MinLSTMModule
 
-    default = type("Default", (MinGRUModule,), {"options": {}})
-    normed = type("Normed", (MinGRUModule,), {"options": {**FORECASTER, "norm": "rms"}})
     kinds = {"nn.GRU": "GRU", "nn.LSTM": "LSTM", "MinGRUModule": MinGRUModule, "MinLSTMModule": MinLSTMModule}
-    kinds |= {'MinGRUModule, norm="rms"': normed, "MinGRU with the layer's defaults": default}
+    kinds["BlockGRU"] = type("Blocks", (MinGRUModule,), {"options": {"cell": "blockgru"}})
     cells = {f"{name}, layers: {count}": (kind, count) for name, kind in kinds.items() for count in (1, 2)}
     year = (MONTHS.year.to_numpy() - 1949) / 12
     known = np.column_stack([year, np.eye(12)[MONTHS.month.to_numpy() - 1]]).astype(np.float32)
     covariates = {} if args.alone else {"future_covariates": TimeSeries.from_times_and_values(MONTHS, known)}
     scale = VALUES[:end].max()
     series = TimeSeries.from_times_and_values(MONTHS[:end], VALUES[:end] / scale)
-    lengths = {"input_chunk_length": 24, "training_length": 36} if args.alone else {"input_chunk_length": 14}
-    lengths = {"training_length": 20, **lengths}
+    lengths = {"input_chunk_length": 24 if args.alone else 14, "training_length": 36 if args.alone else 20}
 
     def forecast(kind, num_layers, seed):
-        options = {"hidden_dim": 20, "batch_size": 16, "n_epochs": args.epochs, "optimizer_kwargs": {"lr": args.lr}}
-        options |= {"n_rnn_layers": num_layers, "random_state": seed, "pl_trainer_kwargs": QUIET}
+        options = {"hidden_dim": args.size, "batch_size": 16, "n_epochs": args.epochs, "n_rnn_layers": num_layers}
+        options |= {"optimizer_kwargs": {"lr": args.lr}, "random_state": seed, "pl_trainer_kwargs": QUIET}
         model = RNNModel(model=kind, **options, **lengths)
         model.fit(series, **covariates)
         return model.predict(args.months, **covariates).values()[:, 0] * scale
@@ -76,10 +73,7 @@ def neuralforecast_rows(args, end):
 
     cells = {}
     for name in ("GRU", "LSTM", "DeepAR"):
-        kind = getattr(ours, f"Min{name}")
-        normed = type(f"Normed{name}", (kind,), {"options": {"residual": True, "norm": "rms"}})
-        kinds = {name: getattr(models, name), f"Min{name}": kind, f'Min{name}, norm="rms"': normed}
-        cells |= {text: (each,) for text, each in kinds.items()}
+        cells |= {name: (getattr(models, name),), f"Min{name}": (getattr(ours, f"Min{name}"),)}
     frame = pd.DataFrame({"unique_id": "passengers", "ds": MONTHS[:end], "y": VALUES[:end]})
 
     def forecast(kind, seed):
@@ -120,8 +114,10 @@ def pytorch_forecasting_rows(args, end):
 
     from mingru.integrations import pytorch_forecasting as ours
 
+    plain = type("Plain", (ours.RecurrentNetwork,), {"options": FORECASTER})
     mixed = type("Mixed", (ours.RecurrentNetwork,), {"options": {"residual": True, "norm": "rms", "gate": "mixed"}})
-    kinds = {"nn.GRU": models.RecurrentNetwork, "minGRU": ours.RecurrentNetwork, 'minGRU, gate="mixed"': mixed}
+    kinds = {"nn.GRU": models.RecurrentNetwork, "BlockGRU": ours.RecurrentNetwork, "minGRU": plain}
+    kinds['minGRU, gate="mixed"'] = mixed
     frame = pd.DataFrame({"time": range(len(VALUES)), "series": "0", "y": VALUES, "month": MONTHS.month.astype(str)})
     known = {"time_varying_known_categoricals": ["month"], "time_varying_known_reals": ["time"]}
     lengths = {"max_encoder_length": 24, "max_prediction_length": args.months, "time_varying_unknown_reals": ["y"]}
@@ -147,6 +143,8 @@ def main():
     parser.add_argument("library", choices=ROWS)
     parser.add_argument("--alone", action="store_true", help="Darts forecasts without month and year")
     parser.add_argument("--epochs", type=int, default=300, help="epochs; in NeuralForecast, batches (default: 300)")
+    parser.add_argument("--size", type=int, default=20, help="features of layers, only of Darts (default: %(default)s)")
+    parser.add_argument("--layers", nargs="*", help="rows of the table (default: all)")
     parser.add_argument("--lr", type=float, default=1e-3, help="not of NeuralForecast (default: %(default)s)")
     parser.add_argument("--months", type=int, default=36, help="months to forecast (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(default: 0 1 2)")
@@ -159,10 +157,9 @@ def main():
     cells, forecast = ROWS[args.library](args, end)
     last_year = np.tile(VALUES[end - 12 : end], 1 + args.months // 12)[: args.months]
     rows = [["the last year again", f"{percent(last_year, VALUES[end:]):.1f}", ""]]
-    for name, cell in cells.items():
-        errors, start = [], time.perf_counter()
-        for seed in args.seeds:
-            errors.append(f"{percent(forecast(*cell, seed), VALUES[end:]):.1f}")
+    for name, cell in [each for each in cells.items() if each[0] in (args.layers or cells)]:
+        start = time.perf_counter()
+        errors = [f"{percent(forecast(*cell, seed), VALUES[end:]):.1f}" for seed in args.seeds]
         seconds = (time.perf_counter() - start) / max(1, len(args.seeds))
         rows.append([name, ", ".join(errors), f"{seconds:.0f}"])
         print(*rows[-1], sep="; ", flush=True)

@@ -28,7 +28,9 @@ from mingru.integrations.torchrl import MinGRUModule, MinLSTMModule
 SHAPES = [(16, 64, 64), (32, 256, 128)]
 MODULES = {kind.__name__: kind for kind in (GRUModule, LSTMModule, MinGRUModule, MinLSTMModule)}
 MODULES['GRUModule, "scan"'] = partial(GRUModule, recurrent_backend="scan")
+MODULES['MinGRUModule, cell="blockgru"'] = partial(MinGRUModule, cell="blockgru")
 POLICIES = {"minGRU": MinGRUPolicy, "minLSTM": MinLSTMPolicy, "nn.LSTM": "MlpLstmPolicy"}
+POLICIES["BlockGRU"] = type("BlockGRUPolicy", (MinGRUPolicy,), {"cell": "blockgru"})
 
 
 def make_environment():

@@ -154,10 +154,11 @@ def one_layer(args):
 
 def family(args):
     """the other layers, and drop_in, with MinGRU and torch's layers; MinConv2dGRU with a convolution"""
-    for batch, steps, dims, *_ in args.shape or [(8, 512, 256), (32, 64, 64), (1, 1, 256)]:
-        x, modules = torch.randn(batch, steps, dims, requires_grad=True), bench.layers(dims, dims)
-        modules |= {"MinLSTM": mingru.MinLSTM(dims, dims), "drop_in.GRU": drop_in.GRU(dims, dims, batch_first=True)}
-        yield of_modules(f"One layer, (B, S, I = H) = {(batch, steps, dims)}", x, modules)
+    for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
+        x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), bench.layers(*dims)
+        modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
+        modules |= {f"BlockGRU, {size}": mingru.BlockGRU(*dims, block_size=size) for size in (8, 16, 32)}
+        yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
     x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
     modules = {"nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1), "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1)}
     calls = {name: partial(module, x.flatten(0, 1) if "nn." in name else x) for name, module in modules.items()}
@@ -286,11 +287,9 @@ class Tagger(nn.Module):
 
 def tagger(args):
     """a training step of a tagger of 32 sentences of random lengths, packed and with `lengths=`"""
-    homes = (("nn", nn), ("drop_in", drop_in))
-    taggers = {
-        f"{name}.{kind}, packed": (getattr(home, kind), True) for name, home in homes for kind in ("GRU", "LSTM")
-    }
-    taggers |= {f"drop_in.{kind}, lengths=": (getattr(drop_in, kind), False) for kind in ("GRU", "LSTM")}
+    homes, kinds = (("nn", nn), ("drop_in", drop_in)), ("GRU", "LSTM")
+    taggers = {f"{name}.{kind}, packed": (getattr(home, kind), True) for name, home in homes for kind in kinds}
+    taggers |= {f"drop_in.{kind}, lengths=": (getattr(drop_in, kind), False) for kind in kinds}
     for longest in args.longest:
         torch.manual_seed(0)
         words, given = torch.randint(1000, (32, longest)), torch.randint(1, longest + 1, (32,))
@@ -458,7 +457,8 @@ def page(args, timer):
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
         for shape in [tuple(shape) for shape in args.shape or PAGE_SHAPES]:
-            others = {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
+            others = {"BlockGRU": mingru.BlockGRU(*shape[2:])}
+            others |= {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
             times.setdefault(str(threads), {})[str(shape)] = whole_layers(timer, shape, others)
     path = args.json or PAGE.with_suffix(".json")
     write_json(path, {"load": load, "versions": versions, "equal": of_equal, "times": times})

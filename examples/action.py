@@ -62,13 +62,11 @@ def split(args: Any) -> tuple[list[str], Clips, Clips]:
     else:
         is_test = [group(path)[1] in TEST_GROUPS for path in paths]
         parts = [[path for path, test in zip(paths, is_test, strict=True) if test == part] for part in (False, True)]
-    both = {group(path) for path in parts[0]} & {group(path) for path in parts[1]}
-    if both:
+    if both := {group(path) for path in parts[0]} & {group(path) for path in parts[1]}:
         name, number = min(both)
         fail(f"group {number} of {name} is in training and test; the clips of a group must be in one of them")
     for part, found in zip(("training", "test"), parts, strict=True):
-        missing = set(classes) - {path.parent.name for path in found}
-        if missing:
+        if missing := set(classes) - {path.parent.name for path in found}:
             fail(f"the {part} has no video of class {min(missing)}; the test has groups 1 to 7 if --lists is omitted")
     train, test = ([(path, classes.index(path.parent.name)) for path in part] for part in parts)
     return classes, few(train, args.clips), few(test, args.clips)

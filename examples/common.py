@@ -390,12 +390,10 @@ class Run:
         for logger in self.loggers:
             logger.save()
         if objects:
-            self.unfinished[self.name] = {
-                "step": self.done,
-                "seconds": self._spent(),
-                "random": [module.get_rng_state() for module in self.random],
-                "objects": [each.state_dict() if hasattr(each, "state_dict") else each for each in objects],
-            }
+            random = [module.get_rng_state() for module in self.random]
+            states = [each.state_dict() if hasattr(each, "state_dict") else each for each in objects]
+            now = {"step": self.done, "seconds": self._spent(), "random": random, "objects": states}
+            self.unfinished[self.name] = now
         if self.fabric.is_global_zero:
             file = io.BytesIO()
             torch.save({"settings": self.settings, "results": self.results, "unfinished": self.unfinished}, file)

@@ -138,14 +138,9 @@ def observe(series: Series, places: Tensor, starts: Tensor, mean_gap: float, gen
     now = values.gather(1, index)
     target = values.gather(1, index + HORIZON) - now
     dt = mingru.functional.elapsed_times(index, first=UNIT, lengths=kept.sum(1)) / UNIT
-    return Batch(
-        hours.gather(1, index),
-        now.where(is_kept, 0.0),
-        # Not 0 in the padding, because two models have the logarithm.
-        dt.where(is_kept, 1.0),
-        target,
-        is_kept & ~target.isnan() & (index >= WINDOW // 2),
-    )
+    is_scored = is_kept & ~target.isnan() & (index >= WINDOW // 2)
+    # dt is not 0 in the padding, because two models have the logarithm.
+    return Batch(hours.gather(1, index), now.where(is_kept, 0.0), dt.where(is_kept, 1.0), target, is_scored)
 
 
 class Model(nn.Module):
@@ -251,8 +246,7 @@ def plot(args: Any, results: dict[str, list[list[float]]], series: Series, shown
             draw_runs(axes, GAPS, runs, label=name, **style)
         for gap in args.train_gaps:
             axes.axvline(gap, color="gray", linestyle=":", linewidth=1)
-        label = "Mean hours between observations (dotted: in training)"
-        axes.set(xscale="log", xlabel=label, ylabel="Error (°C)")
+        axes.set(xscale="log", xlabel="Mean hours between observations (dotted: in training)", ylabel="Error (°C)")
         axes.set_xticks(GAPS, [str(gap) for gap in GAPS])
         axes.minorticks_off()
         for each, num_columns in ((days, 1), (axes, 3)):

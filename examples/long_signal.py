@@ -71,8 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_dims: int, num_layers: int) -> None:
         super().__init__()
-        sizes = [(hidden_dims, 3 * hidden_dims), (hidden_dims, hidden_dims)] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.layers = nn.ModuleList(nn.Linear(hidden_dims, n * hidden_dims) for n in [3, 1] * num_layers)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         for project, out in zip(self.layers[::2], self.layers[1::2], strict=True):

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 import mingru
 
 DATA = ("mnist1d", "digits")
-MODELS = ("minGRU", "mixed", "minLSTM", "nn.GRU")
+MODELS = ("minGRU", "mixed", "minLSTM", "BlockGRU", "nn.GRU")
 BASELINES = {"logistic, pixels": "--", "logistic, bag of values": ":"}
 NUM_CLASSES = 10
 NUM_STEPS = {"mnist1d": 2000, "digits": 300}
@@ -76,13 +76,15 @@ def read(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class Model(nn.Module):
     """Map sequences (B, S) to logits (B, 10) of the output of the last time step. `length` is S."""
 
-    def __init__(self, name: str, dims: int, length: int) -> None:
+    def __init__(self, name: str, dims: int, length: int, kernel: int) -> None:
         super().__init__()
-        # Each time step gets the last four pixels: the gates of minGRU do not see the pixels before.
-        self.encoder = nn.Conv1d(1, dims, 4)
+        # Each time step gets the last pixels: the gates of minGRU do not see the pixels before.
+        self.encoder = nn.Conv1d(1, dims, kernel)
         options: dict[str, Any] = {"norm": "rms", "residual": True, "candidate": "tanh"}
         if name == "nn.GRU":
             self.rnn: nn.Module = nn.GRU(dims, dims, batch_first=True)
+        elif name == "BlockGRU":
+            self.rnn = mingru.BlockGRU(dims, dims, block_size=16)
         elif name == "minLSTM":
             self.rnn = mingru.MinLSTM(dims, dims, 3, forget_bias=2.0, **options)
         else:
@@ -93,7 +95,8 @@ class Model(nn.Module):
         self.head = nn.Linear(dims, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, _ = self.rnn(self.encoder(F.pad(x.unsqueeze(1), (3, 0))).transpose(1, 2))
+        kernel = self.encoder.kernel_size[0]
+        out, _ = self.rnn(self.encoder(F.pad(x.unsqueeze(1), (kernel - 1, 0))).transpose(1, 2))
         return self.head(self.norm(out[:, -1]))
 
 
@@ -107,8 +110,9 @@ def train(run: Run, name: str, num_steps: int, rate: float, data: tuple[Tensor, 
     """Return the accuracy in the test, the processor seconds of the training and the number of parameters."""
     torch.manual_seed(seed)
     x, classes, test_x, test_classes = run.fabric.to_device(data)
-    # The mixture needs a multiple of 8.
-    model = widest(lambda width: Model(name, width, x.shape[1]), run.args.num_parameters, 8, 8)
+    # The mixture needs a multiple of 8, blocks one of 16.
+    step = 16 if name == "BlockGRU" else 8
+    model = widest(lambda width: Model(name, width, x.shape[1], run.args.kernel), run.args.num_parameters, step, step)
 
     def loss_of(model: nn.Module, step: int) -> Tensor:
         rows = torch.randint(len(x), (run.args.batch_size,))
@@ -162,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__file__, __doc__, QUICK, models=MODELS, **defaults)
     add = parser.add_argument
     add("--data", nargs="+", choices=DATA, default=DATA, help="images")
+    add("--kernel", type=at_least(1), default=4, help="pixels that a time step gets")
     add("--num-steps", type=at_least(1), help="training steps; if omitted, 2000 for mnist1d, otherwise 300")
     add("--learning-rate", type=positive, help="highest; if omitted, the best on mnist1d, otherwise 0.01")
     add("--most", type=at_least(100), help="use at most so many images for training and so many for the test")

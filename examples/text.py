@@ -57,6 +57,9 @@ PRESETS = {
 # The text is shortened too.
 QUICK = {"dims": 48, "num_layers": 2, "batch": 8, "length": 64, "steps": 100, "eval_every": 50}
 QUICK_LENGTH = 100_000
+# Options of blocks by their cell, and torch's layers.
+CELLS = {"mingru": {"gate": "mixed", "output_gate": "silu"}, "minlstm": {"output_gate": "silu"}}
+CELLS["blockgru"] = {"block_size": 24}
 PEERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 ALL_BYTES = "".join(map(chr, range(256)))
 MAX_SEED = 2**32 - 1
@@ -270,9 +273,8 @@ def build(settings: dict[str, Any], vocab_size: int) -> Model:
     if settings["cell"] not in PEERS:
         options = {name: settings[name] or None for name in ("conv", "mlp")}
         options |= {name: settings[name] for name in ("dims", "num_layers", "cell", "dropout")}
-        options |= {"gate": "mixed"} if settings["cell"] == "mingru" else {}
         # Before training, a state lasts 1.5 to 30 symbols, as words and lines do.
-        return LanguageModel(vocab_size, tied=False, output_gate="silu", memory=(1.5, 30.0), **options)
+        return LanguageModel(vocab_size, tied=False, memory=(1.5, 30.0), **options, **CELLS[settings["cell"]])
     # A multiple of 8, because other sizes are slower.
     with torch.device("meta"):
         wanted = num_parameters(build({**settings, "cell": "mingru"}, vocab_size))
@@ -399,9 +401,8 @@ def train(run: Run, model: Model, corpus: Corpus, points: list[dict[str, float]]
         last = done == args.steps if args.steps else streams.seconds >= 60 * args.minutes
         losses = {}
         if done % args.eval_every == 0 or last:
-            mean = statistics.mean(recent)
+            losses["training"] = report(run, f"step {done}  training", statistics.mean(recent), unit, per_character[0])
             recent.clear()
-            losses["training"] = report(run, f"step {done}  training", mean, unit, per_character[0])
             of_heldout = heldout_loss(model, heldout)
             losses["held_out"] = report(run, f"step {done}  held out", of_heldout, unit, per_character[1])
             characters = done * args.batch * args.length / per_character[0]
@@ -419,7 +420,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, Any]:
     either("--bytes", action="store_true", help="predict UTF-8 bytes instead of characters")
     either("--subwords", type=at_least(257), metavar="N", help="predict N frequent groups of bytes instead")
     add("--preset", choices=PRESETS, default="small", help="defaults of the options from --dims to --weight-decay")
-    add("--cell", choices=("mingru", "minlstm", *PEERS), default="mingru", help="gru and lstm are torch's layers")
+    add("--cell", choices=(*CELLS, *PEERS), default="mingru", help="gru and lstm are torch's layers")
     add("--dims", type=at_least(1), help="features of embeddings and blocks")
     add("--num-layers", type=at_least(1), help="number of blocks; torch's layers are always two")
     add("--conv", type=at_least(0), help="kernel size of the convolution in each block; 0 means none")
@@ -457,8 +458,7 @@ def check_options(args: Any) -> None:
     if args.load:
         if not args.sample:
             fail("--load needs --sample; give the number of symbols to generate")
-        given = [name for name in ("save", "checkpoint", "curve", "text") if getattr(args, name)]
-        if given:
+        if given := [name for name in ("save", "checkpoint", "curve", "text") if getattr(args, name)]:
             fail(f"--load does not train, so it cannot be combined with --{given[0]}")
     if args.batch % args.devices:
         fail(f"--batch must be a multiple of --devices {args.devices}, got {args.batch}; change one of them")

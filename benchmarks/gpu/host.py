@@ -86,8 +86,7 @@ def measure(seconds: float) -> dict[str, float]:
     calls = {"functional.mingru": lambda: recurrence(x, x), "MinGRU": lambda: rnn(x), "nn.Linear": lambda: linear(x)}
     with torch.no_grad():
         found = {f"{name}, no gradients": microseconds(call, seconds) for name, call in calls.items()}
-    for module in (rnn, linear):
-        name = "MinGRU" if module is rnn else "nn.Linear"
+    for name, module in (("MinGRU", rnn), ("nn.Linear", linear)):
         found[f"{name}, training step"] = microseconds(training(module), seconds)
     return found
 

@@ -118,8 +118,8 @@ def speed(runs: Runs, _: dict[str, Any]) -> str:
     return markdown(["layer", "length", "ms", "nn.GRU or nn.LSTM", "loop", "loop, paper (GPU)"], rows)
 
 
-TABLES = {each.__name__: each for each in (copying, chomsky)} | {"gates": chomsky}
-TABLES |= {each.__name__: each for each in (words, groups, layers, speed)}
+TABLES = {"copying": copying, "chomsky": chomsky, "gates": chomsky, "words": words, "groups": groups}
+TABLES |= {"blocks": groups, "layers": layers, "speed": speed}
 
 
 def text_of(name: str, found: dict[str, Any]) -> str:
@@ -134,8 +134,7 @@ def text_of(name: str, found: dict[str, Any]) -> str:
 
 
 def texts(folder: Path) -> dict[str, str]:
-    found = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in TABLES}
-    return {name: text_of(name, each) for name, each in found.items()}
+    return {name: text_of(name, json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in TABLES}
 
 
 def main() -> None:

@@ -40,11 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(0)
         x = torch.randn(args.batch_size, length, dims, device=args.device, requires_grad=True)
         minimal, layer, cell = PAIRS[kind]
-        modules = {
-            "minimal": minimal(dims, dims),
-            "layer": layer(dims, dims, batch_first=True),
-            "loop": cell(dims, dims),
-        }
+        modules = {"minimal": minimal(dims, dims), "layer": layer(dims, dims, batch_first=True)}
+        modules["loop"] = cell(dims, dims)
 
         def call(name: str, module: nn.Module) -> Any:
             leaves = [x, *module.to(args.device).parameters()]

@@ -152,14 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument("--seconds", type=seconds, default=3.0, help="seconds for each pass (default: %(default)s)")
-    parser.add_argument(
-        "--shape",
-        type=whole,
-        nargs=4,
-        action="append",
-        metavar=("B", "S", "I", "H"),
-        help="batch, steps, input and hidden features; can be repeated (default: five shapes)",
-    )
+    text = "batch, steps, input and hidden features; can be repeated (default: five shapes)"
+    parser.add_argument("--shape", type=whole, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
     args = parser.parse_args(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

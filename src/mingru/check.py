@@ -127,11 +127,9 @@ def check_number(name: str, argument: str, value: Any, expected: str, is_valid: 
 def check_dropout(name: str, dropout: float, num_layers: int) -> None:
     check_number(name, "dropout", dropout, "a number from 0 to 1", lambda p: 0 <= p <= 1)
     if dropout > 0 and num_layers == 1:
-        warnings.warn(
-            f"{name}: dropout={dropout} has no effect on one layer, because it is not applied to the last layer's "
-            "output; add layers or set dropout to 0",
-            stacklevel=_level_of_the_caller(),
-        )
+        why = "because it is not applied to the last layer's output; add layers or set dropout to 0"
+        text = f"{name}: dropout={dropout} has no effect on one layer, {why}"
+        warnings.warn(text, stacklevel=_level_of_the_caller())
 
 
 def _level_of_the_caller() -> int:

@@ -258,11 +258,10 @@ def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: A
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'{_NAME}: needs the packages onnx and onnxscript ({error}); run pip install ".[onnx]" in a clone of '
-                "the repository, or use torch.export.export or torch.jit.script, which do not need them",
-                name=error.name,
-            ) from None
+            needs = f"needs the packages onnx and onnxscript ({error})"
+            remedy = 'run pip install ".[onnx]" in a clone of the repository'
+            others = "torch.export.export or torch.jit.script, which do not need them"
+            raise ModuleNotFoundError(f"{_NAME}: {needs}; {remedy}, or use {others}", name=error.name) from None
     return args, target
 
 

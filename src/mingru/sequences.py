@@ -156,14 +156,13 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
     check_integers(name, lengths, "(N,)")
     require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
     require(name, "lengths", bool((lengths >= 1).all()), "at least 1 each", str(lengths.tolist()))
-    ends = lengths.cumsum(0)
     total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps
     check_int(name, "num_steps", num_steps, least=0)
     require(name, "num_steps", num_steps >= total, f"at least {total}, the sum of lengths", str(num_steps))
     # One more element, for the reset after the last sequence.
     reset = torch.zeros(1, num_steps + 1, dtype=torch.bool, device=lengths.device)
-    reset[0, ends - lengths] = True
+    reset[0, lengths.cumsum(0) - lengths] = True
     reset[0, total] = True
     return reset[:, :num_steps]
 

@@ -59,9 +59,8 @@ class Sessions:
         require("Sessions", "model", not is_bidirectional(model), expected, f"a bidirectional {type(model).__name__}")
         check_int("Sessions", "slots", slots)
         if model.training:
-            warnings.warn(
-                "Sessions: the model is in training mode, where dropout is active; call model.eval()", stacklevel=2
-            )
+            text = "Sessions: the model is in training mode, where dropout is active; call model.eval()"
+            warnings.warn(text, stacklevel=2)
         self.model, self.slots = model, slots
         initial = self._initial(1)
         self._is_tensor = isinstance(initial, Tensor)
@@ -109,8 +108,7 @@ class Sessions:
             slot = heapq.heappop(self._free)
             self._open.add(slot)
             states = self._of_slot(slot)
-            sizes = [each.numel() for each in states]
-            for state, saved in zip(states, torch.split(snapshot, sizes), strict=True):
+            for state, saved in zip(states, torch.split(snapshot, [each.numel() for each in states]), strict=True):
                 state.copy_(saved.view(state.shape))
             return slot
 

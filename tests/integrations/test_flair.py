@@ -50,7 +50,10 @@ def given():
     return drop_in.LSTM(6, 5, 3, batch_first=True, candidate="tanh", proj_size=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"rnn_type": "LSTM", "use_crf": False}, {"rnn": given}, {"use_rnn": False}])
+OPTIONS = [{}, {"rnn_type": "LSTM", "use_crf": False}, {"rnn_type": "BlockGRU"}, {"rnn": given}, {"use_rnn": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_training_saving_and_loading(options, corpus, tmp_path):
     tagger = make(corpus, **{name: x() if callable(x) else x for name, x in options.items()})
     if not options:
@@ -70,5 +73,5 @@ def test_training_saving_and_loading(options, corpus, tmp_path):
 
 
 def test_wrong_type(corpus):
-    with pytest.raises(ValueError, match='rnn_type must be "GRU" or "LSTM", got \'RNN\''):
+    with pytest.raises(ValueError, match=r"rnn_type must be one of \('GRU', 'LSTM', 'BlockGRU'\), got 'RNN'"):
         make(corpus, rnn_type="RNN")

@@ -24,6 +24,7 @@ MODELS = {
     "DeepAR": {"cell_type": "LSTM", "rnn_layers": 2, "loss": NormalDistributionLoss()},
     "TemporalFusionTransformer": {"lstm_layers": 1},
 }
+OPTIONS = {"RecurrentNetwork": ("blockgru", False, "tanh"), "DeepAR": ("minlstm", True, "tanh")}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_training_saving_and_loading(name, dataset, tmp_path):
     assert len(layers) == 3 - num_layers
     for rnn in layers:
         assert type(rnn) is getattr(pytorch_forecasting, MODELS[name].get("cell_type", "LSTM"))
-        options = (False, "positive") if name == "TemporalFusionTransformer" else (True, "tanh")
-        assert (rnn.num_layers, rnn.residual, rnn.candidate, rnn.batch_first) == (num_layers, *options, True)
+        options = OPTIONS.get(name, ("minlstm", False, "positive"))
+        assert (rnn.num_layers, rnn.cell, rnn.residual, rnn.candidate, rnn.batch_first) == (num_layers, *options, True)
     before = [x.detach().clone() for rnn in layers for x in rnn.parameters()]
     options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=1, limit_train_batches=2, default_root_dir=tmp_path, **options)

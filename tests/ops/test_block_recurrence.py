@@ -35,11 +35,8 @@ def test_equals_the_reference(row, backend):
     rnn = mingru.BlockGRU(3, row["block_size"] * row["num_blocks"], **options, dtype=dtype)
     lengths = torch.randint(1, steps + 1, (batch,))
     lengths[0] = steps
-    given = {
-        "x": torch.randn(batch, steps, 3, dtype=dtype),
-        "h": torch.randn(1 + rnn.bidirectional, batch, 1, rnn.hidden_dims),
-    }
-    given["h"] = given["h"].to(torch.promote_types(dtype, torch.float32))
+    h = torch.randn(1 + rnn.bidirectional, batch, 1, rnn.hidden_dims).to(torch.promote_types(dtype, torch.float32))
+    given = {"x": torch.randn(batch, steps, 3, dtype=dtype), "h": h}
     reset = torch.rand(batch, steps) < 0.1 if row["reset"] else None
 
     def turned(each):

@@ -215,9 +215,8 @@ class _Layers(Recurrent):
 
 class _Model(LanguageModel):
     def stream(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"{self.name}: generate and stream need a model without {_NAME}, because prompts have no parts"
-        )
+        problem = f"generate and stream need a model without {_NAME}, because prompts have no parts"
+        raise ValueError(f"{self.name}: {problem}")
 
 
 class _Layer(Part):

@@ -66,8 +66,12 @@ class DropIn(Recurrent):
         require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
         cell, size = options["cell"], options["block_size"]
         check_choice(name, "cell", cell, tuple(dict.fromkeys([type(self).cell, "mingru", BLOCKS])))
-        is_left_out = cell == BLOCKS or size == 32
-        require(name, "block_size", is_left_out, f"left out because cell is {cell!r}", repr(size))
+        check_int(name, "block_size", size)
+        is_possible = cell == BLOCKS or size == 32
+        require(name, "block_size", is_possible, f"left out because cell is {cell!r}", repr(size))
+        if cell == BLOCKS:
+            # `patch` has one option for layers of all sizes.
+            options["block_size"] = max(count for count in range(1, size + 1) if hidden_size % count == 0)
         check_int(name, "proj_size", proj_size, least=0)
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"

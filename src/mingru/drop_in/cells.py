@@ -55,7 +55,8 @@ class GRUCell(DropInCell, role="step", planned=True):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         cell: Not in torch. "mingru" or "blockgru", as in `GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+            H up to this number.
         norm: Not in torch. "layer", "rms" or None: norm of the input.
         candidate: Not in torch. Activation of the candidate: "positive" (g), "linear" or "tanh". Default: "positive" if
             `gate` is "sigmoid", otherwise "tanh".
@@ -130,7 +131,8 @@ class LSTMCell(DropInCell, role="step", planned=True):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in `GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+            H up to this number.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization, as in `LSTM`.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.
         norm: Not in torch. "layer", "rms" or None: norm of the input.

@@ -160,7 +160,8 @@ class GRU(DropInLayer, role="torch", planned=True):
         dtype: Floating-point dtype of the parameters.
         cell: Not in torch. "mingru", or "blockgru" with `mingru.BlockGRU` inside, whose gates see the state. It has no
             `gate`, `candidate`, `min_decay`, `output_gate`, highway and `dt`, and computes one step after the other.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+            H up to this number.
         residual: Not in torch. If True, add each layer's input to its output. "highway" mixes both.
         output_gate: Not in torch. "silu" or None: gate of each layer's output; not with `proj_size`.
         norm: Not in torch. "layer", "rms" or None: norm of each layer's input. Of one feature, "rms" leaves the sign,
@@ -227,6 +228,8 @@ class GRU(DropInLayer, role="torch", planned=True):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
         >>> rnn
         GRU(10, 20, num_layers=2)
+        >>> mingru.drop_in.GRU(10, 100, cell="blockgru")
+        GRU(10, 100, block_size=25, cell='blockgru')
     """
 
     cell, mode = "mingru", "GRU"
@@ -291,7 +294,8 @@ class LSTM(DropInLayer, role="torch", planned=True):
         dtype: Floating-point dtype of the parameters.
         cell: Not in torch. "minlstm", "mingru", which has a third fewer weights, or "blockgru", as in
             `mingru.drop_in.GRU`.
-        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`.
+        block_size: Not in torch. Number of features that see each other with `cell="blockgru"`: the largest divisor of
+            H up to this number.
         forget_bias: Not in torch. Number added to the forget gate's bias at initialization. A minGRU, and a layer
             without bias, have no such bias, and take no other value than the default.
         normalize: Not in torch. If False, the gates of a minLSTM are not divided by their sum.

@@ -32,9 +32,8 @@ def wanted_twins(
     # By their names, because `torch.nn.GRU` is another class in a block of `patch`.
     twins = [(of_torch, twin) for of_torch, twin in TWINS.items() if (gru if "GRU" in twin.__name__ else lstm)]
     known = {of_torch: inspect.signature(twin).parameters for of_torch, twin in twins}
-    names = [
-        each.name for parameters in known.values() for each in parameters.values() if each.kind is each.KEYWORD_ONLY
-    ]
+    parameters = [each for of_twin in known.values() for each in of_twin.values()]
+    names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     for option in options:
         if option not in names:
             raise TypeError(unknown_argument(name, option, ["num_layers", *dict.fromkeys(names)]))

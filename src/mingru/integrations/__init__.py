@@ -33,6 +33,5 @@ def require(package: str, tested: str, name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise type(error)(
-            f'{name} was tested with {tested}: {error}. Run pip install "{package}"', name=error.name
-        ) from error
+        text = f'{name} was tested with {tested}: {error}. Run pip install "{package}"'
+        raise type(error)(text, name=error.name) from error

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .. import drop_in
+from ..check import check_choice
 from . import require
 
 with require("flair", "flair 0.15", __name__):
@@ -15,8 +16,9 @@ class MinGRUTagger(SequenceTagger):
     """Tag the words of sentences, as flair's `SequenceTagger` does.
 
     The arguments are those of `SequenceTagger`, with other defaults for two of them. `rnn_type` is "GRU" for
-    `mingru.drop_in.GRU` (the default), or "LSTM" for `mingru.drop_in.LSTM`. `rnn_layers` is 2. The layers have
-    `norm="rms"` and `residual=True`. For other options, pass such a layer with `batch_first=True` as `rnn`.
+    `mingru.drop_in.GRU` (the default), "LSTM" for `mingru.drop_in.LSTM`, or "BlockGRU" for `mingru.drop_in.GRU` with
+    `cell="blockgru"`. `rnn_layers` is 2. The layers have `norm="rms"` and `residual=True`. For other options, pass such
+    a layer with `batch_first=True` as `rnn`.
 
     `save`, `load` and flair's `ModelTrainer` work as usual. Load a file with `MinGRUTagger.load`.
 
@@ -37,11 +39,12 @@ class MinGRUTagger(SequenceTagger):
         rnn_type: str, rnn_layers: int, hidden_size: int, bidirectional: bool, rnn_input_dim: int
     ) -> Any:
         """Return the layers of a new tagger."""
-        if rnn_type not in ("GRU", "LSTM"):
-            raise ValueError(f'MinGRUTagger: rnn_type must be "GRU" or "LSTM", got {rnn_type!r}')
+        check_choice("MinGRUTagger", "rnn_type", rnn_type, ("GRU", "LSTM", "BlockGRU"))
         dropout = 0.0 if rnn_layers == 1 else 0.5
         options = {"bidirectional": bidirectional, "dropout": dropout, "norm": "rms", "residual": True}
-        return getattr(drop_in, rnn_type)(rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options)
+        options |= {"cell": "blockgru"} if rnn_type == "BlockGRU" else {}
+        layer: Any = drop_in.LSTM if rnn_type == "LSTM" else drop_in.GRU
+        return layer(rnn_input_dim, hidden_size, rnn_layers, batch_first=True, **options)
 
     def _get_state_dict(self) -> dict[str, Any]:
         # The layers with their options. Their tensors are those of the state_dict, so that the file has them once.

@@ -1,4 +1,4 @@
-"""Models of pytorch-forecasting with minGRU or minLSTM layers: import them from here instead."""
+"""Models of pytorch-forecasting with layers of this library: import them from here instead."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -64,13 +64,14 @@ class _Replaced(nn.Module):
 
 
 class RecurrentNetwork(_Replaced, models.RecurrentNetwork):
-    """Use minGRU or minLSTM layers in `RecurrentNetwork`.
+    """Use layers of this library in `RecurrentNetwork`.
 
-    Arguments are those of pytorch-forecasting's class: `cell_type` is "GRU" for minGRU, or "LSTM" for minLSTM (the
-    default). Choose `rnn_layers=2`. Checkpoints are saved and loaded as usual, with this class.
+    Arguments are those of pytorch-forecasting's class: `cell_type` is "GRU" for `mingru.drop_in.GRU`, or "LSTM" (the
+    default) for `mingru.drop_in.LSTM`. Choose `rnn_layers=2`. Checkpoints are saved and loaded as usual, with this
+    class.
 
-    The layers have `residual=True` and `candidate="tanh"`, because the model feeds its output back. For other options
-    of `mingru.drop_in.GRU`, derive a class, and set its attribute `options`.
+    The layers have `cell="blockgru"`, because gates that see the state learn best here. For other options, such as
+    {"residual": True, "candidate": "tanh"}, derive a class, and set its attribute `options`.
 
     Examples:
         >>> model = RecurrentNetwork.from_dataset(dataset, cell_type="GRU", rnn_layers=2)  # doctest: +SKIP
@@ -79,9 +80,14 @@ class RecurrentNetwork(_Replaced, models.RecurrentNetwork):
         pytorch-forecasting 1.8, `pytorch_forecasting/models/nn/rnn.py`.
     """
 
+    options: ClassVar[dict[str, Any]] = {"cell": "blockgru"}
+
 
 class DeepAR(_Replaced, models.DeepAR):
-    """Use minGRU or minLSTM layers in `DeepAR`; see `RecurrentNetwork`."""
+    """Use minGRU or minLSTM layers in `DeepAR`; see `RecurrentNetwork`.
+
+    The layers have `residual=True` and `candidate="tanh"`, because the model feeds its output back.
+    """
 
 
 class TemporalFusionTransformer(_Replaced, models.TemporalFusionTransformer):

@@ -165,8 +165,7 @@ class Block(Composite, role="sequence", planned=True):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        states: list[Tensor] = self.initial(batch)
-        return states
+        return list(self.initial(batch))
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""

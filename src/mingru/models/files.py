@@ -166,7 +166,5 @@ def _required(package: str, name: str, module: str = "") -> Any:
     try:
         return importlib.import_module(package + module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{name} needs the package {package}: run pip install {package}, or ".[hub]" in a clone of the repository',
-            name=error.name,
-        ) from error
+        remedy = f'run pip install {package}, or ".[hub]" in a clone of the repository'
+        raise ModuleNotFoundError(f"{name} needs the package {package}: {remedy}", name=error.name) from error

@@ -131,8 +131,7 @@ class LanguageModel(Layer):
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the default states for a batch."""
-        states: list[Tensor] = self.initial(batch)
-        return states
+        return list(self.initial(batch))
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace state=None."""

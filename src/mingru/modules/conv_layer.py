@@ -137,10 +137,8 @@ class MinConvLayer(Directions):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.pop("groups", 1) > 1:
-            raise ValueError(
-                f"{type(self).__name__}: this whole module was saved with groups, an option that no longer exists; "
-                "train a layer for each group of channels"
-            )
+            problem = "this whole module was saved with groups, an option that no longer exists"
+            raise ValueError(f"{type(self).__name__}: {problem}; train a layer for each group of channels")
         super().__setstate__(state)
 
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout, dtype: torch.dtype) -> Outputs:

@@ -12,7 +12,7 @@ from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
 from ..wrong_calls import MISTAKES, explain, explained
-from .marked import VERSION, add_marks, save_marks, take_marks
+from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
 ROLES = ("sequence", "step", "torch", "custom")
@@ -29,7 +29,7 @@ class Dims(NamedTuple):
 STEP_ARGUMENTS = ("reset", "lengths", "dt")
 
 
-class Layer(nn.Module):
+class Layer(Marked):
     """Base class of all layers, cells and stacks, and of layers of your own in a `mingru.Stack`.
 
     A layer of your own is a direct subclass with `role="sequence"`. It sets `input_dims` and `output_dims` and defines
@@ -60,7 +60,6 @@ class Layer(nn.Module):
         [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
-    _version = VERSION
     # The plan of an inference pass, see `ops.inference`.
     __slots__ = ("_plan",)
 
@@ -118,19 +117,6 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         reset_all(self.children())
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_marks(self, destination, prefix)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        if take_marks(self, state_dict, prefix, metadata, args[-1]):
-            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Whole modules that an older version saved have fewer marks.
-        add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
     def _with_states(
         self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor

@@ -93,12 +93,27 @@ def add_marks(module: Any, device: Any) -> None:
             module.register_buffer(key_of(option), torch.tensor(number, device=device))
 
 
-def save_marks(module: Any, destination: dict[str, Any], prefix: str) -> None:
-    """Write the marks again, because the buffers are undefined after `to_empty` and `skip_init`."""
-    for option, number in marks_in(module).items():
-        mark = destination.get(prefix + key_of(option))
-        if mark is not None:
-            destination[prefix + key_of(option)] = torch.full_like(mark, number)
+class Marked(nn.Module):
+    """A module with marks, of the options that its method `_marked_options` returns."""
+
+    _version = VERSION
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Again, because the buffers are undefined after `to_empty` and `skip_init`.
+        for option, number in marks_in(self).items():
+            mark = destination.get(prefix + key_of(option))
+            if mark is not None:
+                destination[prefix + key_of(option)] = torch.full_like(mark, number)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        if take_marks(self, state_dict, prefix, metadata, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Whole modules that an older version saved have fewer marks.
+        add_marks(self, next(self.parameters(), torch.empty(0)).device)
 
 
 def take_marks(
@@ -138,20 +153,17 @@ def take_marks(
         if module._buffers.get(key_of(option)) is not None:
             state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
     if wrong:
-        error_msgs.append(
-            f"{prefix[:-1] or type(module).__name__}: weights trained with {described(found, wrong)} cannot be used "
-            f"in a layer with {described(own, wrong)}; construct it with their {' and '.join(wrong)}"
-        )
+        trained, here = described(found, wrong), described(own, wrong)
+        problem = f"weights trained with {trained} cannot be used in a layer with {here}; construct it with their"
+        error_msgs.append(f"{prefix[:-1] or type(module).__name__}: {problem} {' and '.join(wrong)}")
         return False
     if unknown:
         # Without the name of the layer, so that it is shown once.
-        older = ". In older versions, the default candidate of this gate was 'positive'"
-        warnings.warn(
-            f"load_state_dict: the weights do not say with which {' and '.join(unknown)} they were trained, "
-            "because an older version saved them, or they have no metadata; they are used with "
-            f"{described(own, unknown, ', ')}{older if 'gate' in unknown else ''}",
-            stacklevel=2,
-        )
+        problem = f"the weights do not say with which {' and '.join(unknown)} they were trained"
+        why = "because an older version saved them, or they have no metadata"
+        older = ". In older versions, the default candidate of this gate was 'positive'" * ("gate" in unknown)
+        used = f"they are used with {described(own, unknown, ', ')}{older}"
+        warnings.warn(f"load_state_dict: {problem}, {why}; {used}", stacklevel=2)
     return True
 
 

@@ -143,9 +143,7 @@ class Recurrent(Stacked, role="sequence"):
         if len(layers) > 1:
             plan.dropout(self)
         for layer in layers:
-            plan.require(
-                layer.hidden_dims == self.hidden_dims, (layer.linear_reverse is not None) == (self.num_directions == 2)
-            )
+            plan.require(layer.hidden_dims == self.hidden_dims, len(layer.maps()) == self.num_directions)
             layer._write_plan(plan, plan.num_states)
         plan.num_states += 1
 
@@ -210,9 +208,8 @@ class Recurrent(Stacked, role="sequence"):
         if not x.is_cpu:
             return True  # To pack them, the CPU would wait for the lengths.
         layers: Any = self.layers
-        has_more = self.proj_size > 0 or any(
-            layer.norm is not None or layer.residual or layer.highway for layer in layers
-        )
+        more = (layer.norm is not None or layer.residual or layer.highway for layer in layers)
+        has_more = self.proj_size > 0 or any(more)
         maps, layout = [[] if has_more else layer.maps() for layer in layers], Layout(False, None, lengths)
         specs = [layer.spec(False) for layer in layers]
         return all(route.takes_lengths(*each, x, dt, layout) for each in zip(specs, maps, strict=True))

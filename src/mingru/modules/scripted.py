@@ -64,7 +64,5 @@ def check_returned(name: str, index: int, states: list[Tensor], num_states: int)
 def check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
     """Raise an error if a layer of a stack with a residual changes the shape of its input."""
     if added.shape != data.shape:
-        raise ValueError(
-            f"{name}: layers[{index}] must keep the shape of x because residual is True, "
-            f"got from {dims(added.shape)} to {dims(data.shape)}; pass residual=True to the layer instead"
-        )
+        got = f"from {dims(added.shape)} to {dims(data.shape)}; pass residual=True to the layer instead"
+        raise ValueError(f"{name}: layers[{index}] must keep the shape of x because residual is True, got {got}")

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +112,7 @@ class Stack(Composite, role="sequence", planned=True):
         self.input_dims: int = found[0].input_dims
         self.output_dims = found[-1].output_dims
         # Layer i has states[ends[i] : ends[i + 1]].
-        self._ends = [0]
-        for layer in found:
-            self._ends.append(self._ends[-1] + layer.num_states)
+        self._ends = [*accumulate((layer.num_states for layer in found), initial=0)]
         self.num_states = self._ends[-1]
         self._of_torch = [isinstance(layer, PerStep) for layer in found]
         self.aligns = nn.ModuleList(self._align(index, layer) for index, layer in enumerate(found))
@@ -285,10 +283,9 @@ def _scriptable(stack: Stack) -> Stack:
         forward = inspect.signature(type(layer).forward)
         typed = [each.annotation is not each.empty for each in list(forward.parameters.values())[1:]]
         if type(layer)._with_states is with_named or not all(typed):
-            raise TypeError(
-                f"{type(layer).__name__}: to be scripted in a Stack, forward must have all arguments and their "
-                f"types, {SCRIPTED_FORWARD}; torch.compile, torch.export and torch.jit.trace do not need them"
-            )
+            problem = f"to be scripted in a Stack, forward must have all arguments and their types, {SCRIPTED_FORWARD}"
+            others = "torch.compile, torch.export and torch.jit.trace do not need them"
+            raise TypeError(f"{type(layer).__name__}: {problem}; {others}")
     return stack
 
 

@@ -14,7 +14,7 @@ from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
 from ..ops.shape import States
 from .layer import Layer
-from .marked import VERSION, add_marks, key_of, save_marks, take_marks
+from .marked import Marked, key_of
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all
 
@@ -25,10 +25,9 @@ INITIALIZED = "_is_hf_initialized"
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
 
-class Directions(nn.Module):
+class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
-    _version = VERSION
     gate: Tensor | None
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
@@ -46,14 +45,6 @@ class Directions(nn.Module):
         """Re-initialize all parameters."""
         reset_all(self.children())
         self.add_gate_bias()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_marks(self, destination, prefix)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
-        if take_marks(self, state_dict, prefix, metadata, args[-1]):
-            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def add_gate_bias(self) -> None:
         """Add to the bias of the gates what `memory` needs."""
@@ -76,14 +67,10 @@ class Directions(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "gate" not in state["_buffers"]:
-            raise ValueError(
-                f"{type(self).__name__}: this whole module was saved by mingru 0.1, whose modules had other "
-                "attributes; with that version, load it and save model.state_dict(); then construct the model with its "
-                "options here, and load that file by load_state_dict"
-            )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Whole modules that an older version saved have fewer marks.
-        add_marks(self, next(self.parameters(), torch.empty(0)).device)
+            problem = "this whole module was saved by mingru 0.1, whose modules had other attributes"
+            remedy = "with that version, load it and save model.state_dict(); then construct the model with its options"
+            raise ValueError(f"{type(self).__name__}: {problem}; {remedy} here, and load that file by load_state_dict")
+        super().__setstate__(state)
 
     def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""

@@ -124,10 +124,9 @@ class Scan(ScanInGraph):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if jvp_nesting() > 1:
-            raise RuntimeError(
-                "mingru: forward mode over forward mode would give wrong results, because PyTorch silently drops the "
-                "inner tangent of a custom function; use jacfwd over jacrev, or the backend 'sequential'"
-            )
+            why = "because PyTorch silently drops the inner tangent of a custom function"
+            remedy = "use jacfwd over jacrev, or the backend 'sequential'"
+            raise RuntimeError(f"mingru: forward mode over forward mode would give wrong results, {why}; {remedy}")
         _, da, db, dh, *_ = tangents
         a, h, reset, out = ctx.saved_tensors
         call = LinearScan(a, out, h, reset, *ctx.constants)

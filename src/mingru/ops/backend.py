@@ -113,9 +113,8 @@ def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
         found = {str(x.device) for x in tensors if x.dtype != torch.int64 or x.device.type != "cpu"}
         if len(found) > 1:
-            raise ValueError(
-                f"mingru::{shapes.__name__}: tensors must be on one device, got {', '.join(sorted(found))}"
-            )
+            got = ", ".join(sorted(found))
+            raise ValueError(f"mingru::{shapes.__name__}: tensors must be on one device, got {got}")
         return shapes(*args)
 
     return run

@@ -109,8 +109,7 @@ def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
         state = _chunks_in_place(chunk_a, chunk_b, chunk_reset, state, reverse)
     if not reverse:
         _step_in_place(*rest, state, reverse)
-    last = b[:, :1] if reverse else b[:, -1:]
-    return b, last.clone()
+    return b, (b[:, :1] if reverse else b[:, -1:]).clone()
 
 
 def _in_order(sequence: Tensor, dim: int, reverse: bool) -> list[Tensor]:

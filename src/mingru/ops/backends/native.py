@@ -175,35 +175,25 @@ def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     inputs, needs_dt = call.tensors, needs.start.dt
     tensors, how, min_decay = arguments(call, needs=[needs_dt])
     grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
-    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(
-        inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
-    )
+    given = inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
+    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(*given)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
     return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), [*parts]
 
 
 def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, ...]:
-    out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(
-        *call.tensors, *arguments(call, keep), call.spec.eps
-    )
+    given = *call.tensors, *arguments(call, keep), call.spec.eps
+    out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*given)
     return out, as_dtype(last, call.start.h.dtype), kept, *([states] if call.spec.output_gate else [])
 
 
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     needs_dt = needs.start.dt
     tensors, how, min_decay = arguments(call, needs=[needs_dt, *needs.tensors])
-    states, kept, grad_out, grad_last = saved
-    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, totals = torch.ops.mingru.linear_recurrence_backward(
-        *call.tensors,
-        tensors,
-        states,
-        kept,
-        grad_out,
-        as_dtype(grad_last, tensors[0].dtype),
-        how,
-        min_decay,
-        call.spec.eps,
-    )
+    *of_forward, grad_last = saved
+    given = *call.tensors, tensors, *of_forward, as_dtype(grad_last, tensors[0].dtype), how, min_decay, call.spec.eps
+    results = torch.ops.mingru.linear_recurrence_backward(*given)
+    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, totals = results
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
     grads_of_call = grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None)
@@ -218,6 +208,8 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
+_OF_LINEAR = _linear_recurrence, _linear_recurrence_backward
+_LINEAR_KERNEL = Kernel(*_OF_LINEAR, packed=True, lengths=True, autocast=True, whole=True, cells=CELL_NUMBERS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
@@ -225,13 +217,5 @@ BACKEND = Backend(
     scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
     kernel=_KERNEL,
-    linear_kernel=Kernel(
-        _linear_recurrence,
-        _linear_recurrence_backward,
-        packed=True,
-        lengths=True,
-        autocast=True,
-        whole=True,
-        cells=CELL_NUMBERS,
-    ),
+    linear_kernel=_LINEAR_KERNEL,
 )

@@ -50,14 +50,10 @@ def run(name: str, num_programs: int, plan: Plan, args: dict[str, Any]) -> None:
         if devices.is_out_of_memory(error):
             raise torch.OutOfMemoryError(f"mingru: {x.device} has no memory for a kernel: {error}") from error
         if devices.is_capturing(x.device):
-            raise RuntimeError(
-                "mingru: a CUDA graph cannot capture the first call of a Triton kernel, which loads it; call the "
-                "module once before the capture"
-            ) from error
-        why = (
-            f"Triton failed to compile or launch the {name} kernel of {args['CELL']}, {x.dtype}, on {x.device} "
-            f"({devices.first_line(error)})"
-        )
+            problem = "a CUDA graph cannot capture the first call of a Triton kernel, which loads it"
+            raise RuntimeError(f"mingru: {problem}; call the module once before the capture") from error
+        kernel = f"the {name} kernel of {args['CELL']}, {x.dtype}, on {x.device}"
+        why = f"Triton failed to compile or launch {kernel} ({devices.first_line(error)})"
         raise KernelFailure(f"the backend 'triton' cannot run this because {why}; use 'torch'") from error
 
 
@@ -250,10 +246,8 @@ def _packing(batch_sizes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the offset of each step in packed data x, and the length of each sequence, on the device of x."""
     if devices.is_capturing(x.device):
         # Also if they are kept from a call before: a replay would read them after they are freed with `batch_sizes`.
-        raise ValueError(
-            "mingru: packed sequences cannot be captured in a CUDA graph, because their batch_sizes are on the CPU; "
-            "pass padded sequences and lengths"
-        )
+        why = "because their batch_sizes are on the CPU; pass padded sequences and lengths"
+        raise ValueError(f"mingru: packed sequences cannot be captured in a CUDA graph, {why}")
     kept: dict[Any, tuple[Tensor, Tensor]] = _packings.setdefault(batch_sizes, {})
     # Each stream has a copy of its own, because another one does not wait for the copy, and may reuse its memory.
     key = x.device, x.shape[0], devices.stream_of(x.device)
