@@ -157,7 +157,7 @@ def family(args):
     for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
         x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), bench.layers(*dims)
         modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
-        modules |= {f"BlockGRU, {size}": mingru.BlockGRU(*dims, block_size=size) for size in (8, 16, 32)}
+        modules |= {f"BlockGRU, {size}": mingru.BlockGRU(*dims, block_size=size) for size in (16, 32, dims[1])}
         yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
     x = torch.randn(4, 16, 32, 64, 64, requires_grad=True)
     modules = {"nn.Conv2d": nn.Conv2d(32, 64, 3, padding=1), "MinConv2dGRU": mingru.MinConv2dGRU(32, 32, 3, padding=1)}
