@@ -159,6 +159,14 @@ class Clock:
         size = 0 if properties is None else max(1 << 28, 4 * properties.L2_cache_size)
         self.other = torch.zeros(size // 4, device=device)
 
+    def wait(self) -> None:
+        if self.device.type != "cpu":
+            self.module.synchronize(self.device)
+
+    def flush(self) -> None:
+        """Replace the data in the L2 cache. By reading, because written data would be written back during the call."""
+        self.other.sum()
+
     def times(self, call: Callable[[], object]) -> dict[str, Any]:
         """Return median times in microseconds.
 
@@ -185,7 +193,7 @@ class Clock:
                     call()
             except (RuntimeError, ValueError) as caught:
                 return None, first_line(caught)
-        self.module.synchronize(self.device)
+        self.wait()
         return graph.replay, ""
 
     def replay_us(self, replay: Callable[[], object]) -> float:
@@ -194,12 +202,11 @@ class Clock:
         taken, end = [], time.perf_counter() + self.seconds
         while len(taken) < 5 or (time.perf_counter() < end and len(taken) < 200):
             start, stop = (self.module.Event(enable_timing=True) for _ in range(2))
-            # Replaces the data in the L2 cache. By reading: written data would be written back during the call.
-            self.other.sum()
+            self.flush()
             start.record()
             replay()
             stop.record()
-            self.module.synchronize(self.device)
+            self.wait()
             taken.append(start.elapsed_time(stop) * 1e3)
         return statistics.median(taken)
 

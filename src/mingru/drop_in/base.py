@@ -71,7 +71,8 @@ class DropIn(Recurrent):
         require(name, "block_size", is_possible, f"left out because cell is {cell!r}", repr(size))
         if cell == BLOCKS:
             # `patch` has one option for layers of all sizes.
-            options["block_size"] = max(count for count in range(1, size + 1) if hidden_size % count == 0)
+            sizes = range(1, min(size, hidden_size) + 1)
+            options["block_size"] = max(count for count in sizes if hidden_size % count == 0)
         check_int(name, "proj_size", proj_size, least=0)
         require(name, "proj_size", proj_size < hidden_size, "smaller than hidden_size", str(proj_size))
         is_possible = proj_size == 0 or options["residual"] != "highway"
