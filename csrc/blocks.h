@@ -8,33 +8,43 @@
 
 namespace mingru::MINGRU_ISA {
 
-// Lanes of a vector of weights.
+// Lanes of a group of weights in memory, and of a register, which holds a part of it: compilers keep longer vectors in
+// memory.
 template <class A>
 constexpr int64_t width = Blocks::vector_bytes / sizeof(A);
+#ifdef MINGRU_AVX512
+constexpr int64_t register_bytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t register_bytes = 32;
+#else
+constexpr int64_t register_bytes = 16;
+#endif
+template <class A>
+constexpr int64_t per_register = register_bytes / sizeof(A);
 #ifdef __GNUC__
 template <class A>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(Blocks::vector_bytes)));
+  typedef A type __attribute__((vector_size(register_bytes)));
 };
 template <class A>
 using Vector = typename VectorOf<A>::type;
 #else
 template <class A>
 struct Vector {
-  A lanes[width<A>];
+  A values[per_register<A>];
   void operator+=(Vector x) {
-    for (int64_t i = 0; i < width<A>; ++i) lanes[i] += x.lanes[i];
+    for (int64_t i = 0; i < per_register<A>; ++i) values[i] += x.values[i];
   }
   Vector operator*(A x) const {
     Vector product;
-    for (int64_t i = 0; i < width<A>; ++i) product.lanes[i] = lanes[i] * x;
+    for (int64_t i = 0; i < per_register<A>; ++i) product.values[i] = values[i] * x;
     return product;
   }
 };
 #endif
 
 // How many batch elements are computed together: their sums of all gates stay in registers.
-constexpr int64_t most_together = is_split ? 2 : 4;
+constexpr int64_t most_together = 4;
 
 template <class T, int64_t together>
 class BlockSteps {
@@ -156,9 +166,11 @@ class BlockSteps {
   // candidate's. Transposed, those of the gradients of these products, whose sum is the gradient of the states.
   template <bool is_transposed>
   void multiply(A* to, const A* from, const void* all_weights) const {
-    const A* weights = static_cast<const A*>(all_weights) + block_ * num_gates * size_ * padded_;
+    const A* of_block = static_cast<const A*>(all_weights) + block_ * num_gates * size_ * padded_;
     const A* biases = static_cast<const A*>(blocks_.biases) + block_ * padded_;
-    for (int64_t lane = 0; lane < padded_; lane += width<A>) {
+    for (int64_t lane = 0; lane < padded_; lane += per_register<A>) {
+      const int64_t within = lane % width<A>;
+      const A* weights = of_block + (lane - within) * num_gates * size_ + within;
       // A sum for each gate, so that the processor does not wait for the addition before.
       Vector<A> sum[together][num_gates] = {};
       for (int64_t n = 0; n < together && !is_transposed; ++n) std::memcpy(&sum[n][2], biases + lane, sizeof(sum[n][2]));
@@ -239,7 +251,7 @@ class BlockSteps {
   void add_rows(A* totals) {
     constexpr int64_t tile = 8;
     for (int64_t output = 0; output < num_gates * padded_; output += tile) {
-      for (int64_t lane = 0; lane < padded_; lane += width<A>) {
+      for (int64_t lane = 0; lane < padded_; lane += per_register<A>) {
         Vector<A> sum[tile] = {};
         for (int64_t k = 0; k < num_rows_; ++k) {
           Vector<A> previous;
@@ -247,9 +259,9 @@ class BlockSteps {
           for (int64_t i = 0; i < tile; ++i) sum[i] += previous * grads_[k * num_gates * padded_ + output + i];
         }
         for (int64_t i = 0; i < tile; ++i) {
-          A part[width<A>], *to = totals + (output + i) * padded_ + lane;
+          A part[per_register<A>], *to = totals + (output + i) * padded_ + lane;
           std::memcpy(part, &sum[i], sizeof(part));
-          for (int64_t j = 0; j < width<A>; ++j) to[j] += part[j];
+          for (int64_t j = 0; j < per_register<A>; ++j) to[j] += part[j];
         }
       }
     }

@@ -20,15 +20,16 @@ of their range, and processor seconds of one training:
                               mnist1d                   digits
     logistic, pixels          33.1%                     90.0%
     logistic, bag of values   40.9%                     21.0%
-    minGRU                    98.1 ± 0.3%     11 s      68.0 ± 1.9%     12 s
-    mixed                     97.3 ± 0.4%     17 s      35.5 ± 8.1%     18 s
-    minLSTM                   97.7 ± 0.4%     11 s      43.9 ± 2.2%     10 s
-    nn.GRU                    98.0 ± 0.4%     21 s      48.2 ± 2.8%     45 s
+    minGRU                    98.2 ± 0.2%     10 s      68.0 ± 1.9%     10 s
+    mixed                     96.8 ± 0.5%     14 s      24.9 ± 9.4%     13 s
+    minLSTM                   97.6 ± 0.1%      9 s      43.9 ± 2.2%      7 s
+    BlockGRU                  97.2 ± 0.4%      6 s      44.7 ± 0.8%      7 s
+    nn.GRU                    98.0 ± 0.4%     15 s      48.2 ± 2.8%     40 s
 
-On 40 time steps, all are equal, and minGRU takes half the time of nn.GRU. With --kernel 1, a time step gets one pixel,
-and nn.GRU is better (94.7%, BlockGRU 93.0%, minLSTM 90.5%, minGRU 88.5%, mixed 81.1%): its gates see the state, those
-of minGRU only one noisy number. On 784, minGRU is best after so few training steps, but all are behind logistic
-regression. With --num-steps 3000, which take 128 s, minGRU has 92.4 ± 1.1%.
+On 40 time steps, all are nearly equal, and minGRU takes two thirds of the time of nn.GRU. With --kernel 1, a time step
+gets one pixel, and nn.GRU is better (94.7%, BlockGRU 93.0%, minLSTM 90.5%, minGRU 88.5%, mixed 81.1%): its gates see
+the state, those of minGRU only one noisy number. On 784, minGRU is best after so few training steps, but all are behind
+logistic regression. With --num-steps 3000, which take 128 s, minGRU has 92.4 ± 1.1%.
 """
 
 import statistics
