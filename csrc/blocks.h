@@ -14,7 +14,7 @@ template <class A>
 constexpr int64_t width = Blocks::vector_bytes / sizeof(A);
 #ifdef MINGRU_AVX512
 constexpr int64_t register_bytes = 64;
-#elif defined(__AVX__)
+#elif defined(MINGRU_AVX2)
 constexpr int64_t register_bytes = 32;
 #else
 constexpr int64_t register_bytes = 16;
@@ -42,9 +42,6 @@ struct Vector {
   }
 };
 #endif
-
-// How many batch elements are computed together: their sums of all gates stay in registers.
-constexpr int64_t most_together = 4;
 
 template <class T, int64_t together>
 class BlockSteps {

@@ -210,8 +210,8 @@ void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, pa
 
 void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward) {
   const Kernels& kernels = kernels_of(scan.storage);
-  // A multiple of every `most_together`.
-  const int64_t batch = part.batch_end - part.batch_begin, size = ceil_div(ceil_div(batch, most_totals), 4) * 4;
+  const int64_t batch = part.batch_end - part.batch_begin;
+  const int64_t size = ceil_div(ceil_div(batch, most_totals), most_together) * most_together;
   const int64_t bytes = blocks.values_of_total() * (scan.storage == Storage::float64 ? 8 : 4);
   const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * blocks.padded);
   torch::stable::parallel_for(0, ceil_div(batch, size) * blocks.count, least, [&](int64_t begin, int64_t end) {

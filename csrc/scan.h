@@ -191,6 +191,8 @@ struct Blocks {
 // For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
 // constant, so that sums do not depend on the number of threads.
 constexpr int64_t most_totals = 8;
+// How many batch elements are computed together: their sums of all gates stay in registers.
+constexpr int64_t most_together = 4;
 
 // The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {

@@ -190,9 +190,9 @@ def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, ...]:
 def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
     needs_dt = needs.start.dt
     tensors, how, min_decay = arguments(call, needs=[needs_dt, *needs.tensors])
-    *of_forward, grad_last = saved
-    given = *call.tensors, tensors, *of_forward, as_dtype(grad_last, tensors[0].dtype), how, min_decay, call.spec.eps
-    results = torch.ops.mingru.linear_recurrence_backward(*given)
+    states, kept, grad_out, grad_last = saved
+    rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, call.spec.eps
+    results = torch.ops.mingru.linear_recurrence_backward(*call.tensors, tensors, states, kept, grad_out, *rest)
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, totals = results
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
@@ -208,8 +208,6 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
-_OF_LINEAR = _linear_recurrence, _linear_recurrence_backward
-_LINEAR_KERNEL = Kernel(*_OF_LINEAR, packed=True, lengths=True, autocast=True, whole=True, cells=CELL_NUMBERS)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
@@ -217,5 +215,13 @@ BACKEND = Backend(
     scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
     kernel=_KERNEL,
-    linear_kernel=_LINEAR_KERNEL,
+    linear_kernel=Kernel(
+        _linear_recurrence,
+        _linear_recurrence_backward,
+        packed=True,
+        lengths=True,
+        autocast=True,
+        whole=True,
+        cells=CELL_NUMBERS,
+    ),
 )
