@@ -13,8 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mingru import bench
+from torch import nn
 
+import mingru.bench
+
+LINEAR, GRU = "nn.Linear(I, 2H)", "nn.GRU"
 SCANS = "mingru-scans"
 # The line of this library in a picture.
 OWN = {"linewidth": 3.0, "zorder": 3, "color": "#0b6e4f"}
@@ -26,10 +29,16 @@ def add_shape_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
 
 
+def plain_layers(*sizes: int) -> dict[str, nn.Module]:
+    """Return a layer of each class with these numbers of features, and the linear map of `MinGRU`."""
+    of_torch = {f"nn.{kind.__name__}": kind(*sizes, batch_first=True) for kind in (nn.GRU, nn.LSTM)}
+    return {"mingru": mingru.MinGRU(*sizes), LINEAR: nn.Linear(sizes[0], 2 * sizes[1]), **of_torch}
+
+
 def where() -> dict[str, Any]:
     """Return the machine, the versions and the commit."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {**bench.where(), "commit": commit.stdout.strip() or "unknown"}
+    return {**mingru.bench.where(), "commit": commit.stdout.strip() or "unknown"}
 
 
 def write_json(path: Path, results: Any) -> None:

@@ -28,17 +28,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import measure
 import torch
-import torch.nn.functional as F
-from measure import OWN, SCANS, add_shape_option, draw, filled, markdown, scans, where, write_json
+from measure import GRU, LINEAR, SCANS, markdown, plain_layers, where, write_json
 from minGRU_pytorch import minGRU
 from minGRU_pytorch.minLM import minLM
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
-from mingru import bench, drop_in
-from mingru.bench import GRU, LINEAR, forward, forward_backward, medians_ms, output, print_table
+from mingru import drop_in
+from mingru.bench import forward, forward_backward, medians_ms, output, print_table
 from mingru.models import LanguageModel
 
 SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (16, 1024, 512, 512), (64, 1000, 10, 100), (32, 64, 64, 64)]
@@ -52,7 +52,7 @@ PRODUCTS = [(4096, 256, 512), (2048, 512, 1024), (2048, 64, 128), (2048, 10, 200
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
-BATCH, SLOW_MS = 8, 3000.0
+BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
 PEER, RECOMMENDED, TENSORS = "minGRU-pytorch", "MinGRU as recommended", "the same without a compiler"
 
 
@@ -75,15 +75,11 @@ def values(result):
     return out.data if isinstance(out, PackedSequence) else out
 
 
-def all_of(results):
-    return list(results)[-1]
-
-
 def time_both(timer, table):
     """Return milliseconds of forward and of forward + backward or None, by name."""
     functions = {name: (lambda call=call: values(call())) for name, call in table.calls.items()}
-    leaves = table.leaves or {}
-    both_ms = timer({name: forward_backward(functions[name], leaves[name]) for name in leaves}) if leaves else {}
+    training = {name: forward_backward(functions[name], leaves) for name, leaves in (table.leaves or {}).items()}
+    both_ms = timer(training) if training else {}
     forward_ms = timer(table.calls if table.plain else {name: forward(each) for name, each in functions.items()})
     return {name: (ms, both_ms.get(name)) for name, ms in forward_ms.items()}
 
@@ -112,7 +108,7 @@ def of_modules(title, x, modules, *baselines, calls=None):
 def layers(input_dims, hidden_dims):
     # minGRU-pytorch rounds input_dims * factor down.
     peer = minGRU(input_dims, expansion_factor=(hidden_dims + 0.5) / input_dims, proj_out=False)
-    return {**bench.layers(input_dims, hidden_dims), PEER: peer}
+    return {**plain_layers(input_dims, hidden_dims), PEER: peer}
 
 
 def within(context, call):
@@ -155,7 +151,7 @@ def one_layer(args):
 def family(args):
     """the other layers, and drop_in, with MinGRU and torch's layers; MinConv2dGRU with a convolution"""
     for batch, steps, *dims in args.shape or [(8, 512, 256, 256), (32, 64, 64, 64), (1, 1, 256, 256)]:
-        x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), bench.layers(*dims)
+        x, modules = torch.randn(batch, steps, dims[0], requires_grad=True), plain_layers(*dims)
         modules |= {"MinLSTM": mingru.MinLSTM(*dims), "drop_in.GRU": drop_in.GRU(*dims, batch_first=True)}
         modules |= {f"BlockGRU, {size}": mingru.BlockGRU(*dims, block_size=size) for size in (16, 32, dims[1])}
         yield of_modules(f"One layer, (B, S, I, H) = {(batch, steps, *dims)}", x, modules, "mingru", GRU)
@@ -169,11 +165,11 @@ def steps(args):
     """one step of layers and cells, with linear maps and nn.GRU"""
     dims = 256
     x, h, deep_h = torch.randn(1, 1, dims), torch.rand(1, 1, 1, dims), torch.rand(3, 1, 1, dims)
-    modules, linears = bench.layers(dims, dims), [nn.Linear(dims, 2 * dims) for _ in range(3)]
+    modules, linears = plain_layers(dims, dims), [nn.Linear(dims, 2 * dims) for _ in range(3)]
     calls = {LINEAR: partial(linears[0], x), "mingru": partial(modules["mingru"], x, h)}
     yield Table("one step of a layer", calls | {GRU: partial(modules[GRU], x, torch.zeros(1, 1, dims))})
     deep = partial(mingru.MinGRU(dims, dims, 3, norm="rms", residual=True), x, deep_h)
-    calls = {"three nn.Linear(I, 2H)": lambda: all_of(linear(x) for linear in linears), "mingru": deep}
+    calls = {"three nn.Linear(I, 2H)": lambda: [linear(x) for linear in linears][-1], "mingru": deep}
     yield Table("one step of three layers, norm='rms', residual=True", calls)
     cells = {"nn.GRUCell": nn.GRUCell(dims, dims), "MinGRUCell": mingru.MinGRUCell(dims, dims)}
     yield Table("one step of a cell", {name: partial(cell, x[0], h[0, 0]) for name, cell in cells.items()})
@@ -187,7 +183,7 @@ def half(args):
     for shape in args.shape or [(8, 512, 256, 256), (16, 1024, 512, 512)]:
         for name, dtype in (("bfloat16 module", torch.bfloat16), ("float32 module, bfloat16 autocast", torch.float32)):
             x = torch.randn(*shape[:3], dtype=dtype, requires_grad=True)
-            modules = {key: bench.layers(*shape[2:])[key].to(dtype) for key in (LINEAR, "mingru")}
+            modules = {key: plain_layers(*shape[2:])[key].to(dtype) for key in (LINEAR, "mingru")}
             autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == torch.float32)
             calls = {key: within(autocast, partial(module, x)) for key, module in modules.items()}
             yield of_modules(f"(B, S, I, H) = {tuple(shape)}, {name}", x, modules, calls=calls)
@@ -233,7 +229,7 @@ def model(args):
         # The tied output layer is no module.
         maps = [*(each for each in lm.modules() if isinstance(each, nn.Linear)), nn.Linear(DIMS, VOCAB, bias=False)]
         pairs = [(each, torch.randn(1, 1, each.in_features)) for each in maps]
-        calls = {"linear maps": lambda pairs=pairs: all_of(each(x) for each, x in pairs)}
+        calls = {"linear maps": lambda pairs=pairs: [each(x) for each, x in pairs][-1]}
         title = f"One step, {LAYERS} layers, {DIMS} features, {name}"
         yield Table(title, calls | {"step": partial(lm, ids[:, :1], state)})
 
@@ -250,7 +246,7 @@ def model(args):
         ids, start = torch.randint(VOCAB, (args.sequences, 257)), torch.zeros(1, 1, dtype=torch.int64)
 
         def loss(ours=ours, ids=ids):
-            return F.cross_entropy(ours(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+            return nn.functional.cross_entropy(ours(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
 
         def generate(other=other, start=start):
             ids, hiddens = start, None
@@ -313,7 +309,7 @@ def deploy(args):
     import onnxruntime
 
     for shape in args.shape or [(1, 1, 256, 256), (1, 512, 256, 256), (8, 512, 256, 256)]:
-        modules = {name: bench.layers(*shape[2:])[name] for name in (GRU, "mingru")}
+        modules = {name: plain_layers(*shape[2:])[name] for name in (GRU, "mingru")}
         modules["drop_in.GRU"] = drop_in.GRU(*shape[2:], batch_first=True)
         if shape[1] == 1:
             modules["MinGRUCell"] = mingru.MinGRUCell(*shape[2:])
@@ -386,12 +382,12 @@ def short(ratio):
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def sweep(timer, dims):
+def sweep(timer):
     """Time forward + backward by length; methods that become too slow are left out for longer sequences."""
     times = {}
     for count in LENGTHS:
         slow = [TENSORS, *(name for name, by_count in times.items() if max(by_count.values()) >= SLOW_MS)]
-        found = whole_layers(timer, (BATCH, count, dims, dims), recommended(dims, dims), slow)
+        found = whole_layers(timer, (BATCH, count, FEATURES, FEATURES), recommended(FEATURES, FEATURES), slow)
         for name, (_, both) in found.items():
             times.setdefault(name, {})[count] = both
     return times
@@ -432,8 +428,8 @@ def tables(record):
     return {"equal": equal(record["results"]["equal"]), "tables": "\n".join([*lines, table])}
 
 
-def plot(times, hidden_dims, path):
-    styles = {RECOMMENDED: OWN, "mingru": {"color": "#52b788", "label": "MinGRU, one plain layer"}}
+def plot(times, path):
+    styles = {RECOMMENDED: measure.OWN, "mingru": {"color": "#52b788", "label": "MinGRU, one plain layer"}}
     styles |= {LINEAR: {"color": "#8d99ae", "linestyle": "--"}}
     styles |= {GRU: {"color": "#c1121f"}, "nn.LSTM": {"color": "#e07a1f"}, PEER: {"color": "#b5179e"}}
     lines = [
@@ -441,8 +437,8 @@ def plot(times, hidden_dims, path):
         for name, by_steps in times.items()
     ]
     labels = {"xlabel": "sequence length (steps)", "ylabel": "forward + backward (ms)"}
-    title = f"Batch {BATCH}, {hidden_dims} features, {torch.get_num_threads()} CPU threads"
-    draw(path, lines, is_log=True, title=title, **labels)
+    title = f"Batch {BATCH}, {FEATURES} features, {torch.get_num_threads()} CPU threads"
+    measure.draw(path, lines, is_log=True, title=title, **labels)
 
 
 def page(args, timer):
@@ -451,7 +447,7 @@ def page(args, timer):
     of_equal = {str(each): whole_layers(timer, each, recommended(*each[2:]), (PEER,)) for each in shapes}
     load = os.getloadavg()[0]
     versions = {PEER: importlib.metadata.version(PEER)}
-    if scanned := args.scans and scans(args.scans):
+    if scanned := args.scans and measure.scans(args.scans):
         versions[SCANS] = next(importlib.metadata.distributions(name=SCANS, path=[str(args.scans)])).version
     times = {}
     for threads in sorted({1, args.threads}):
@@ -465,7 +461,7 @@ def page(args, timer):
     texts = tables(json.loads(path.read_text(encoding="utf-8")))
     print("\n\n".join(texts.values()))
     if not args.json:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "speed", texts), encoding="utf-8")
+        PAGE.write_text(measure.filled(PAGE.read_text(encoding="utf-8"), "speed", texts), encoding="utf-8")
 
 
 def main():
@@ -476,11 +472,10 @@ def main():
     add("groups", nargs="*", help=f"groups of tables (default: {one_layer.__name__})")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--sweep", action="store_true", help="print times by sequence length instead of the tables")
-    add("--hidden-dims", type=int, default=256, help="features in the sweep (default: %(default)s)")
     add("--page", action="store_true", help="print times with one thread and --threads, and write docs/speed.md")
     add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
-    add_shape_option(parser, "those of the group")
+    measure.add_shape_option(parser, "those of the group")
     add("--tokens", type=int, default=1024, help="tokens that a model generates (default: %(default)s)")
     add("--prompt", type=int, default=4096, help="tokens that a model reads (default: %(default)s)")
     add("--sequences", type=int, default=16, help="sequences of a model's step (default: %(default)s)")
@@ -498,9 +493,9 @@ def main():
     if args.page:
         page(args, timer)
     elif args.sweep or args.plot:
-        results = sweep(timer, args.hidden_dims)
+        results = sweep(timer)
         if args.plot:
-            plot(results, args.hidden_dims, args.plot)
+            plot(results, args.plot)
     else:
         chosen = args.groups or [one_layer.__name__]
         results = {table.title: run(table, timer) for name in chosen for table in GROUPS[name](args)}

@@ -10,26 +10,25 @@ from mingru import bench
 
 
 def test_it_runs_and_prints_numbers():
-    command = "-m mingru.bench --seconds 0.05 --threads 1 --shape 2 7 3 5 --shape 1 1 4 4".split()
+    command = "-m mingru.bench --seconds 0.05 --threads 1 --shape 2 7 3 8 --shape 1 1 4 16".split()
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     head, *tables = result.stdout.split("\n\n")
     facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
     assert (facts["threads"], facts["torch"], facts["backend torch"]) == ("1", torch.__version__, "can run")
     assert {"processor", "backend native"} <= set(facts)
-    for shape, table in zip([(2, 7, 3, 5), (1, 1, 4, 4)], tables, strict=True):
+    for shape, table in zip([(2, 7, 3, 8), (1, 1, 4, 16)], tables, strict=True):
         title, _, *rows = table.splitlines()
         assert title == f"(B, S, I, H) = {shape}"
-        cells = [row.rsplit(maxsplit=6) for row in rows]
+        cells = [row.rsplit(maxsplit=4) for row in rows]
         figures = {name: [float(number) for number in numbers] for name, *numbers in cells}
-        assert list(figures) == ["mingru", "nn.Linear(I, 2H)", "nn.GRU", "nn.LSTM"]
+        assert list(figures) == ["MinGRU", "nn.GRU", "nn.LSTM"]
         for numbers in figures.values():
             for way in (0, 1):
                 # All figures have three digits.
-                ms, faster, longer = numbers[way::2]
+                ms, longer = numbers[way::2]
                 assert 0 < ms < 1e5
-                assert ms * faster == pytest.approx(figures["nn.GRU"][way], rel=0.02)
-                assert ms / longer == pytest.approx(figures["nn.Linear(I, 2H)"][way], rel=0.02)
+                assert ms / longer == pytest.approx(figures["MinGRU"][way], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +38,7 @@ def test_it_runs_and_prints_numbers():
         ("--seconds nan", "argument --seconds: must be a number above 0, got 'nan'"),
         ("--device toaster", "argument --device: torch cannot compute on 'toaster' here"),
         ("--device meta", "argument --device: torch cannot compute on 'meta' here"),
+        ("--shape 2 3 4 5", "argument --shape: H must be divisible by 8 because gate is 'mixed', got '5'"),
     ],
 )
 def test_bad_options_are_refused(options, says, capsys):

@@ -154,7 +154,7 @@ def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):
     speed = load("benchmarks/speed.py")
     record = json.loads((DOCS / "speed.json").read_text(encoding="utf-8"))
     page, text = (DOCS / "speed.md").read_text(encoding="utf-8"), speed.tables(record)
-    assert speed.filled(page, "speed", text) == page, "run python benchmarks/speed.py --page"
+    assert speed.measure.filled(page, "speed", text) == page, "run python benchmarks/speed.py --page"
     times = [figures.items() for figures in record["results"]["times"]["2"].values()]
     faster = [by_name[1] < dict(each)["mingru"][1] for each in times for name, by_name in each if name != "mingru"]
     assert text["tables"].count("**") == 2 * sum(faster) > 0

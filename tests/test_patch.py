@@ -3,19 +3,13 @@
 import abc
 import contextvars
 import copy
-import importlib
-import json
-import multiprocessing
-import os
 import pickle
-import subprocess
 import sys
 import threading
 import types
 import warnings
 from contextlib import nullcontext
 
-import joblib
 import numpy as np
 import pytest
 import safetensors.torch
@@ -195,48 +189,6 @@ def test_threads_do_not_see_each_other():
     assert are_torchs()
 
 
-# Other processes
-
-
-def built(layers=1):
-    return f"{type(nn.GRU(IN, H)).__module__} {nn.LSTM(IN, H, layers)}"
-
-
-def in_multiprocessing(method):
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        return pool.apply(built)
-
-
-def in_joblib():
-    """Workers that import nothing of this library by themselves: `eval` is the function."""
-    text = f"'%s %s' % (type(nn.GRU({IN}, {H})).__module__, nn.LSTM({IN}, {H}))"
-    with joblib.parallel_config("loky", initializer=importlib.import_module, initargs=("mingru",)):
-        return joblib.Parallel(2)([joblib.delayed(eval)(text, {"nn": nn})] * 2)[1]
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("run", ["spawn", "fork", "joblib"])
-def test_processes_inherit_the_blocks(run, monkeypatch):
-    if run not in ("joblib", *multiprocessing.get_all_start_methods()):
-        pytest.skip(f"this system has no {run}")
-    monkeypatch.delenv("MINGRU_PATCH", raising=False)
-    with patch(norm="rms"), patch(gru=False, min_decay=0.5, cell="mingru", num_layers=2):
-        expected = built()
-        assert (in_joblib() if run == "joblib" else in_multiprocessing(run)) == expected
-    assert expected.startswith("mingru") and "norm" not in expected and "min_decay=0.5" in expected
-    assert "MINGRU_PATCH" not in os.environ
-
-
-def test_the_variable():
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from torch.nn import GRU; import mingru; print(GRU({IN}, {H}))"
-    # Nobody reads the report of a process, which would grow for ever.
-    code += "; print(sum(len(each.report.built) for each in mingru.drop_in.patching._INHERITED))"
-    environment = {**os.environ, "MINGRU_PATCH": json.dumps({"norm": "rms", "everywhere": True})}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "GRU(3, 4, norm='rms')\n0\n"
-    assert are_torchs()
-
-
 def defined_in_a_block():
     with patch() as report:
         # As pytorch-forecasting does.
@@ -312,7 +264,7 @@ def test_torchs_layers_refuse_our_weights(name, bias, strict):
         of_torch.load_state_dict(state_dict, strict=strict)
     with pytest.raises(RuntimeError, match=r"state_dict must be weights of .*, got rnn.weight_ih.* outside of mingru"):
         ours.load_state_dict(of_torch.state_dict(), strict=strict)
-    # Files of older versions load, and those of our other layers; both load here.
+    # Files of our other layers load, which have no guards, and ours load there.
     old = {key: value for key, value in state_dict.items() if "layers" in key}
     assert len(old) == len(state_dict) - 2 == len([*ours.parameters()])
     with torch.device("meta"):
@@ -332,10 +284,6 @@ def test_the_guards_are_saved_as_other_buffers_are(tmp_path):
     assert [*state_dict] == [*model.state_dict()]
     safetensors.torch.save_model(model, tmp_path / "model.safetensors")
     safetensors.torch.load_model(model, tmp_path / "model.safetensors")
-    # Whole models of older versions do not have them.
-    for name in [*model[0]._buffers]:
-        del model[0]._buffers[name]
-    assert [*pickle.loads(pickle.dumps(model)).state_dict()] == [*state_dict]
 
 
 # Torch's own code

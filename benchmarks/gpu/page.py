@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..measure import filled, markdown
-from .device import SAME
+from .device import ROOT, SAME
 from .smoke import count_of, wrong_of
 from .speed import COLUMNS, cells
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
 PROGRAMS = ("smoke", "speed", "plans", "tests")
 PAGES = [ROOT / "README.md", ROOT / "docs" / "gpu.md"]

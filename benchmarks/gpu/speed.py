@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import mingru
-from mingru import bench, ops
-from mingru.bench import GRU, forward, forward_backward, output
+from mingru import ops
+from mingru.bench import forward, forward_backward, output
 from mingru.ops import Spec, Start
 
-from ..measure import add_shape_option
+from ..measure import GRU, add_shape_option, plain_layers
 from .device import Clock, Results, parse, passes_of, supported
 
 # Batch, steps, input and hidden features. The last four: two with segments of time, one step, and little work.
@@ -88,10 +88,9 @@ def layers(shape: Sequence[int], dtype: torch.dtype, device: torch.device, _: st
     def of(module: nn.Module, *rest: Any) -> Method:
         """Return the module's output of x."""
         leaves = [x.clone().requires_grad_(), *module.parameters()]
-        is_own = type(module).__module__.startswith("mingru")
-        return Method(lambda x, *_: output(module(x, *rest)), leaves, is_own=is_own)
+        return Method(lambda x, *_: output(module(x, *rest)), leaves, is_own="mingru" in type(module).__module__)
 
-    modules = {name: each.to(device, dtype) for name, each in bench.layers(input_dims, features).items()}
+    modules = {name: each.to(device, dtype) for name, each in plain_layers(input_dims, features).items()}
     if steps > 20_000:
         # They need about 12 microseconds for each step.
         del modules[GRU], modules["nn.LSTM"]

@@ -1,11 +1,11 @@
-"""Compare the speed of MinGRU, nn.GRU, nn.LSTM and nn.Linear on your own machine.
+"""Compare the speed of the README's model with nn.GRU and nn.LSTM on your own machine.
 
     python -m mingru.bench
     python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
 
-Each time is the median of interleaved runs in one process, in milliseconds, for one layer in float32. "forward" runs in
-inference mode. "fwd + bwd" also computes the gradients of the input and of all parameters. The program needs only torch
-and runs for about a minute.
+The model is MinGRU(I, H, num_layers=2, norm="rms", residual=True, gate="mixed"), and torch's have one layer. Each time
+is the median of interleaved runs in one process, in milliseconds, in float32. "forward" runs in inference mode. "fwd +
+bwd" also computes the gradients of the input and of all parameters. The program needs only torch.
 """
 
 import argparse
@@ -29,8 +29,7 @@ from .ops.call import Spec
 from .ops.route import backends, choose
 
 # Batch, steps, input features, hidden features.
-SHAPES = [(8, 512, 256, 256), (1, 4096, 256, 256), (64, 1000, 10, 100), (32, 64, 64, 64), (1, 1, 256, 256)]
-LINEAR, GRU = "nn.Linear(I, 2H)", "nn.GRU"
+SHAPE = (16, 256, 64, 64)
 
 
 def medians_ms(
@@ -103,41 +102,21 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def layers(input_dims: int, hidden_dims: int, device: str = "cpu") -> dict[str, nn.Module]:
-    """Return a layer of each class, and the linear map of `MinGRU`."""
-    return {
-        "mingru": MinGRU(input_dims, hidden_dims, device=device),
-        LINEAR: nn.Linear(input_dims, 2 * hidden_dims, device=device),
-        GRU: nn.GRU(input_dims, hidden_dims, batch_first=True, device=device),
-        "nn.LSTM": nn.LSTM(input_dims, hidden_dims, batch_first=True, device=device),
-    }
-
-
-def whole_layer(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
-    """Return the times of forward, and of forward + backward, for one layer of each class, in milliseconds."""
+def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, tuple[float, float]]:
+    """Return the times of forward, and of forward + backward, of each module, in milliseconds."""
     batch, steps, input_dims, hidden_dims = shape
-    modules = layers(input_dims, hidden_dims, device)
+    sizes = input_dims, hidden_dims
+    modules = {
+        "MinGRU": MinGRU(*sizes, num_layers=2, norm="rms", residual=True, gate="mixed", device=device),
+        "nn.GRU": nn.GRU(*sizes, batch_first=True, device=device),
+        "nn.LSTM": nn.LSTM(*sizes, batch_first=True, device=device),
+    }
     x = torch.randn(batch, steps, input_dims, device=device, requires_grad=True)
-
-    def on(module: nn.Module) -> Callable[[], Tensor]:
-        return lambda: output(module(x))
-
-    inference = {name: forward(on(module)) for name, module in modules.items()}
-    training = {name: forward_backward(on(module), [x, *module.parameters()]) for name, module in modules.items()}
-    inference_ms, training_ms = (medians_ms(calls, seconds, 3, device) for calls in (inference, training))
+    calls = {name: (lambda module=module: output(module(x))) for name, module in modules.items()}
+    inference = {name: forward(call) for name, call in calls.items()}
+    training = {name: forward_backward(calls[name], [x, *module.parameters()]) for name, module in modules.items()}
+    inference_ms, training_ms = (medians_ms(each, seconds, 1, device) for each in (inference, training))
     return {name: (inference_ms[name], training_ms[name]) for name in modules}
-
-
-def show(shape: Sequence[int], taken_ms: dict[str, tuple[float, float]]) -> None:
-    parts = ("forward", "fwd + bwd")
-    columns = ["median ms", *parts, *(f"speed-up over {GRU}: {part}" for part in parts)]
-    columns += [f"time / {LINEAR}: {part}" for part in parts]
-    rows = []
-    for name, taken in taken_ms.items():
-        speed_up = [base / ms for base, ms in zip(taken_ms[GRU], taken, strict=True)]
-        relative = [ms / base for base, ms in zip(taken_ms[LINEAR], taken, strict=True)]
-        rows.append([name, *(_figure(number) for number in (*taken, *speed_up, *relative))])
-    print_table(f"(B, S, I, H) = {tuple(shape)}", columns, rows)
 
 
 def _figure(number: float) -> str:
@@ -152,9 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument("--seconds", type=seconds, default=3.0, help="seconds for each pass (default: %(default)s)")
-    text = "batch, steps, input and hidden features; can be repeated (default: five shapes)"
+    text = f"batch, steps, input and hidden features; can be repeated (default: {SHAPE})"
     parser.add_argument("--shape", type=whole, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
     args = parser.parse_args(arguments)
+    for *_, features in args.shape or []:
+        if features % 8:
+            parser.error(f"argument --shape: H must be divisible by 8 because gate is 'mixed', got '{features}'")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -162,10 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
-    auto = choose(Spec("mingru", "positive", False), torch.zeros(1, 1, 1, device=args.device)).backend
+    auto = choose(Spec("mingru_mixed", "tanh", False), torch.zeros(1, 1, 1, device=args.device)).backend
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
-    for shape in args.shape or SHAPES:
-        show(shape, whole_layer(shape, args.device, args.seconds))
+    for shape in args.shape or [SHAPE]:
+        taken_ms = compared(shape, args.device, args.seconds)
+        own, parts = taken_ms["MinGRU"], ("forward", "fwd + bwd")
+        rows = [
+            [name, *map(_figure, (*taken, *(ms / base for ms, base in zip(taken, own, strict=True))))]
+            for name, taken in taken_ms.items()
+        ]
+        columns = ["median ms", *parts, *(f"time / MinGRU: {part}" for part in parts)]
+        print_table(f"(B, S, I, H) = {tuple(shape)}", columns, rows)
 
 
 def _product(device: str) -> str:

@@ -31,6 +31,12 @@ def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], k
         problem = misfit(name, signature, args, kwargs)
         if problem:
             raise TypeError(problem) from None
+    if isinstance(error, AttributeError) and isinstance(error.obj, torch.nn.Module):
+        if type(error.obj).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            problem = f"{type(error.obj).__name__} has no attribute {error.name!r}"
+            problem += ", as after torch.load of a whole module that another version of mingru saved"
+            remedy = "save its state_dict with that version, and load it into a new module"
+            raise AttributeError(f"{name}: {problem}; {remedy}") from error
     if "mixed torch.Tensor and DTensor" in str(error):
         problem = "arguments must not be DTensors, whose weights are tensors of one process"
         remedy = "pass x.to_local(), and divide the layer by mingru.distributed.TensorParallel"

@@ -190,22 +190,6 @@ def test_a_changed_model_is_not_saved(case, folder):
     assert contents(folder) == before
 
 
-def test_a_model_of_an_older_version(tmp_path):
-    """It has no marks of its gates, "positive" was the default candidate, and states began with 0."""
-    lm = make("bounds", candidate="positive")
-    lm.save_pretrained(tmp_path)
-    marks = [f"blocks.layers.{index}.rnn.{key}" for index in (0, 1) for key in ("layers.0.gate", "zero_state_mark")]
-    edited(lambda config: config.pop("candidate"), lambda tensors: [tensors.pop(mark) for mark in marks])(tmp_path)
-    found = load(tmp_path)
-    assert [block.rnn._zero_state for block in found.blocks.layers] == [0.0, 0.0]
-    ids = torch.randint(7, (2, 5))
-    zeros = models.map_state(torch.zeros_like, lm.initial_state(2))
-    torch.testing.assert_close(found(ids)[0], lm.eval()(ids, zeros)[0])
-    found.save_pretrained(tmp_path)
-    assert_same_model(load(tmp_path), found)
-    assert make("bounds").config["candidate"] == "tanh"
-
-
 # Files that are no model
 
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import mingru
 H = 8
 GATES = ("signed", "rotation", "quaternion", "mixed")
 MATCHED = "<All keys matched successfully>"
+UNKNOWN = "^load_state_dict: the weights do not say with which .* because they have no metadata; they are used with"
 every_gate = pytest.mark.parametrize("gate", GATES)
 make = functools.partial(mingru.MinGRU, 4, H)
 KINDS = {
@@ -59,27 +59,19 @@ def test_weights_of_another_gate_are_refused(kind):
             layers[ours].load_state_dict(state, strict=False)
 
 
-def of_version(state, number):
-    for metadata in state._metadata.values():
-        metadata["version"] = number
-    return state
-
-
 @every_gate
 def test_marks_of_gates_that_are_missing_or_have_no_value(gate):
-    """State dicts of older versions have no mark, and those of safetensors and of dict comprehensions no version."""
+    """Parameters alone, such as moving averages, have no marks and no metadata."""
     rnn = make(gate=gate, num_layers=2)
-    state = of_version(rnn.state_dict(), 1)
-    del state["layers.0.gate"], state["layers.1.gate"]
-    for old, assign in itertools.product((state, dict(state)), (False, True)):
+    for assign in (False, True):
         new = make(gate=gate, num_layers=2)
-        with pytest.warns(UserWarning, match=f"^load_state_dict: the weights do not say .* gate='{gate}'"):
-            assert str(new.load_state_dict(old, assign=assign)) == MATCHED
+        with pytest.warns(UserWarning, match=UNKNOWN) as found:
+            assert str(new.load_state_dict(dict(rnn.named_parameters()), assign=assign)) == MATCHED
+        assert any(f"; they are used with gate='{gate}'" in str(each.message) for each in found)
         all_exact((dict(new.state_dict()), dict(rnn.state_dict())))
     plain = make()
-    for old in (of_version(plain.state_dict(), 1), dict(plain.state_dict())):
-        plain.load_state_dict(old)
-    # The device "meta" has shapes only, and a later version may have more gates.
+    plain.load_state_dict(dict(plain.state_dict()))
+    # The device "meta" has shapes only, and a file may be of a program with more gates.
     with torch.device("meta"):
         empty = make(gate=gate)
     assert str(empty.load_state_dict(empty.state_dict(), assign=True)) == MATCHED
@@ -133,13 +125,9 @@ def test_weights_of_another_option_are_refused(kind, option, value, number):
     message = f"cannot be used in a layer with {option}={value!r}; construct it with their {option}"
     with pytest.raises(RuntimeError, match=message):
         changed.load_state_dict(plain.state_dict(), strict=False)
-    # Without metadata, or with those of the version that had marks of gates only.
-    old = {name: tensor for name, tensor in changed.state_dict().items() if name != key}
-    warning = rf"^load_state_dict: .* with which {option} they .* with {option}={value!r}$"
-    for state in (old, of_version(plain.state_dict(), 2)):
-        with pytest.warns(UserWarning, match=warning):
-            changed.load_state_dict(state)
-        plain.load_state_dict(dict(state))
+    with pytest.warns(UserWarning, match=UNKNOWN) as found:
+        changed.load_state_dict(dict(plain.named_parameters()), strict=False)
+    assert any(f"{option}={value!r}" in str(each.message) for each in found)
     copied = copy.deepcopy(changed)
     copied.reset_parameters()
     changed.load_state_dict(copied.state_dict())
@@ -149,12 +137,9 @@ def test_weights_that_say_enough():
     # The map of a residual shows it.
     rnn = mingru.Stack([mingru.MinGRU(4, H, residual=True)], residual=True)
     rnn.load_state_dict({name: tensor for name, tensor in rnn.state_dict().items() if not name.endswith("mark")})
-    # A mark of a gate alone says which gate.
-    rnn = make(gate="signed", candidate="tanh")
-    state = of_version(rnn.state_dict(), 2)
-    rnn.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="weights trained with gate='signed' cannot be used"):
-        make().load_state_dict(state)
+    # With one mark, missing ones mean the defaults, also without metadata.
+    with pytest.raises(RuntimeError, match="weights trained with candidate=None cannot be used in a layer with cand"):
+        make(gate="signed", candidate="linear").load_state_dict(dict(make(gate="signed").state_dict()))
     # A cell returns the state, which does not include the residual of a layer.
     mingru.MinGRUCell(4, 4).load_state_dict(mingru.MinGRU(4, 4, residual=True).state_dict())
     mingru.MinConv1dGRUCell(4, 4, 1).load_state_dict(mingru.MinConv1dGRU(4, 4, 1, residual=True).state_dict())
@@ -196,7 +181,7 @@ def test_a_learned_initial_state_is_drawn(gate):
 @every_kind
 @every_gate
 def test_weights_say_the_initial_state(gate, kind):
-    """Those of older versions do not, and begin with 0. New layers of `drop_in` always do, as those of torch."""
+    """Those that do not begin with 0, as layers of `drop_in` do."""
 
     def start_of(rnn):
         (found,) = {owner._zero_state for owner in (rnn, *rnn.layers) if hasattr(owner, "_zero_state")}
@@ -221,13 +206,10 @@ def test_weights_say_the_initial_state(gate, kind):
         # Parameters without marks, such as moving averages, keep the start of the layer.
         parameters = dict(rnn.named_parameters())
         for given in (parameters, dict([*parameters.items()][:1])):
-            with pytest.warns(UserWarning, match="^load_state_dict: the weights do not say") as found:
+            with pytest.warns(UserWarning, match=UNKNOWN) as found:
                 rnn.load_state_dict(given, strict=False)
             assert any("zero_state=0.5" in str(each.message) for each in found) == (default > 0)
             assert start_of(rnn) == default
-        with pytest.warns(UserWarning, match="zero_state=0.0$") if default else nullcontext():
-            rnn.load_state_dict(of_version(old, 2), assign=assign)
-        assert start_of(rnn) == 0
 
 
 @every_gate

@@ -82,21 +82,13 @@ class DropIn(Recurrent):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_dims = self.num_directions * (proj_size or hidden_size)
-        self._add_guards(options["device"])
+        of_torch = "bias" if self.bias else "weight"
+        for guard in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
+            self.register_buffer(guard, torch.tensor(1, device=options["device"]))
 
     def _default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
         return 0.0
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._add_guards(next(self.parameters()).device)
-
-    def _add_guards(self, device: Any) -> None:
-        of_torch = "bias" if self.bias else "weight"
-        for name in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
-            if name not in self._buffers:
-                self.register_buffer(name, torch.tensor(1, device=device))
 
     def _check_tensor(self, argument: str, x: Any) -> None:
         """Raise AttributeError if x is not a tensor, as torch's layers do."""

@@ -5,16 +5,13 @@ calling thread, it constructs one of our layers. Otherwise it constructs a layer
 the block by a name that was imported in the block.
 """
 
-import copyreg
-import json
-import os
 import re
 import sys
 import threading
 import types
 import warnings
 from abc import ABCMeta
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any, NamedTuple
@@ -48,11 +45,10 @@ class PatchReport(NamedTuple):
 
 
 class _Patch:
-    """A block that is running: the arguments of `patch`, what it replaces, where, and its report."""
+    """A block that is running: what it replaces, where, and its report."""
 
     def __init__(self, everywhere: bool = False, **arguments: Any) -> None:
         check_flags("patch", everywhere=everywhere)
-        self.arguments = {"everywhere": everywhere, **arguments}
         self.wanted = wanted_twins("patch", **arguments)
         self.everywhere = everywhere
         self.report = PatchReport([], [])
@@ -62,7 +58,6 @@ class _Patch:
         stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in self.wanted}
         with _LOCK:
             _RUNNING.append(self)
-            _tell_processes()
             _bind(stand_ins, [nn])
             return _bind(stand_ins, _modules_of_programs() if self.everywhere else [])
 
@@ -79,10 +74,6 @@ _PATCHES: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The blocks of all threads.
 _RUNNING: list[_Patch] = []
 _LOCK = threading.Lock()
-VARIABLE = "MINGRU_PATCH"
-"""Environment variable with the running blocks, as JSON: a list with the arguments of each, or those of one."""
-# The blocks of the process that started this one. They apply to all threads, for ever.
-_INHERITED: list[_Patch] = []
 
 
 class StandIn(ABCMeta):
@@ -105,8 +96,7 @@ class StandIn(ABCMeta):
     def patch(cls) -> _Patch | None:
         """Return the innermost active patch of this class."""
         # A copy of the context, such as a task's, may outlive its block.
-        entered = (*_INHERITED, *_PATCHES.get())
-        running = [each for each in entered if each in _RUNNING and cls.of_torch in each.wanted]
+        running = [each for each in _PATCHES.get() if each in _RUNNING and cls.of_torch in each.wanted]
         return running[-1] if running else None
 
     def classes(cls, asked_by: str) -> tuple[type, ...]:
@@ -131,24 +121,11 @@ class StandIn(ABCMeta):
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
         layer = built(cls.of_torch, converted(bound.arguments), patch.wanted[cls.of_torch])
-        # Nobody reads the report of an inherited block, which would grow for ever.
-        if patch not in _INHERITED:
-            frame = sys._getframe(1)
-            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-            patch.report.built.append((described(layer), place))
+        frame = sys._getframe(1)
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        patch.report.built.append((described(layer), place))
         return layer
 
-
-def class_named(name: str) -> Any:
-    """Return the class that torch.nn has now; files have this call where a program stores the class itself."""
-    return getattr(nn, name)
-
-
-def _pickled(cls: StandIn) -> tuple[Callable[[str], Any], tuple[str]]:
-    return class_named, (cls.__name__,)
-
-
-copyreg.pickle(StandIn, _pickled)
 
 _STAND_INS: dict[type[nn.Module], StandIn] = {
     of_torch: StandIn(of_torch.__name__, (twin,), {"of_torch": of_torch, "__module__": "torch.nn"})
@@ -183,20 +160,16 @@ def patch(
 
     Raises:
         TypeError: An argument has the wrong type, or no class has an option of this name.
-        ValueError: `gru` and `lstm` are both False. At `import mingru`: `MINGRU_PATCH` has no arguments of `patch`.
+        ValueError: `gru` and `lstm` are both False.
 
     Warns:
         UserWarning: The block built no layer, or the program has a class that inherits from one of torch's classes.
 
     Without `with`, a call has no effect, and warns.
 
-    Processes that are started in the block do the same from their `import mingru` on, in all threads and until they
-    end. They read the environment variable `MINGRU_PATCH`, which the block sets. It can also be set by hand, to the
-    arguments as JSON: `MINGRU_PATCH='{"norm": "rms"}'`. A process that never imports `mingru` builds layers of torch.
-
     However the block is left, torch's names are restored, also in modules that were loaded in the block. Blocks may be
-    nested; the innermost one that replaces a class decides. A block applies to the thread that entered it, and other
-    threads of this process build layers of torch.
+    nested; the innermost one that replaces a class decides. A block applies to the thread that entered it; other
+    threads, and processes with an interpreter of their own, build layers of torch.
 
     A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
     program that builds the model again and then loads weights must do this in a block with the same options, or call
@@ -230,7 +203,6 @@ def patch(
         _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))
         with _LOCK:
             _RUNNING.remove(running)
-            _tell_processes()
             # Also names that the block has bound by an import. Those of a block around it stay.
             _restore([nn, *_modules_of_programs()], _RUNNING)
             _restore(changed, [each for each in _RUNNING if each.everywhere])
@@ -270,33 +242,3 @@ def _restore(modules: list[types.ModuleType], running: Collection[_Patch]) -> No
     """Bind names to torch's classes again, except those that a running block replaces."""
     stay = {of_torch for each in running for of_torch in each.wanted}
     _bind({stand_in: of_torch for of_torch, stand_in in _STAND_INS.items() if of_torch not in stay}, modules)
-
-
-def _tell_processes() -> None:
-    """Let processes that are started now inherit the running blocks."""
-    if _RUNNING:
-        os.environ[VARIABLE] = json.dumps([each.arguments for each in _RUNNING], default=_plain)
-    else:
-        os.environ.pop(VARIABLE, None)
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or an array of numpy as JSON has it."""
-    return getattr(value, "tolist", value.__repr__)()
-
-
-def inherit(text: str) -> None:
-    """Start the blocks of the process that started this one."""
-    try:
-        blocks = json.loads(text)
-        found = [_Patch(**each) for each in (blocks if isinstance(blocks, list) and blocks else [blocks])]
-    except (TypeError, ValueError) as error:
-        expected = 'arguments of mingru.drop_in.patch as JSON, such as {"norm": "rms"}'
-        raise ValueError(f"the environment variable {VARIABLE} must be {expected}, got {text!r}: {error}") from None
-    _INHERITED.extend(found)
-    for each in found:
-        each.start()
-
-
-if os.environ.get(VARIABLE):
-    inherit(os.environ[VARIABLE])

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..check import check_type, expectation, require
-from ..modules.marked import marks_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -89,9 +88,6 @@ def load(cls: type, folder_or_name: str | os.PathLike[str], revision: str | None
         if options.get(name) != saved.get(name):
             got = f"{name} {options.get(name)!r} in {CONFIG} and {saved.get(name)!r} in {WEIGHTS}"
             raise _invalid(folder_or_name, f"{got}, which are from two different saves")
-    if options.get("gate", "sigmoid") != "sigmoid":
-        # Older versions saved only options that were passed, and this was the default of all gates.
-        options.setdefault("candidate", "positive")
     try:
         model = _filled(cls, options, tensors)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -109,8 +105,7 @@ def _filled(cls: type, options: dict[str, Any], tensors: dict[str, Tensor]) -> n
         raise ValueError(f"{num_layers} layers and {len(tensors)} tensors")
     with torch.device("meta"):
         model: nn.Module = cls(**options)
-    # Models of older versions were saved without marks.
-    model.load_state_dict({**marks_of(model), **tensors}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     dtypes = {parameter.dtype: name for name, parameter in model.named_parameters()}
     if len(dtypes) > 1:
         raise ValueError(", ".join(f"{name} of {dtype}" for dtype, name in dtypes.items()))

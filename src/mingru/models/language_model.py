@@ -108,10 +108,6 @@ class LanguageModel(Layer):
             for gate, bound in zip(gates, bounds, strict=True)
         ]
         blocks = [Block(dims, **options, **own) for own in of_each]
-        if "gate" in self.config:
-            # Saved, because the default was another one in older versions. None is the default of each gate.
-            candidates = {block.rnn.candidate for block in blocks}
-            self.config["candidate"] = candidates.pop() if len(candidates) == 1 else None
         self.embedding = nn.Embedding(vocab_size, dims, **factory)
         self.blocks = Stack(blocks)
         self.num_states = self.blocks.num_states

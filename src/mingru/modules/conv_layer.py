@@ -135,12 +135,6 @@ class MinConvLayer(Directions):
     def _marked_options(self) -> dict[str, Any]:
         return {**super()._marked_options(), **start_option(self, [self])}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state.pop("groups", 1) > 1:
-            problem = "this whole module was saved with groups, an option that no longer exists"
-            raise ValueError(f"{type(self).__name__}: {problem}; train a layer for each group of channels")
-        super().__setstate__(state)
-
     def forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, layout: Layout, dtype: torch.dtype) -> Outputs:
         """Return the output in the layout of x, and the last state of each direction.
 

@@ -1,6 +1,6 @@
 """The initial state of a layer, or of several: a parameter if it is learned, otherwise one number, `_zero_state`.
 
-Weights of a layer that flips or turns its state say which number, because older versions began with 0.
+Weights of a layer that flips or turns its state say which number, because layers of `drop_in` begin with 0.
 """
 
 from collections.abc import Iterable
@@ -37,6 +37,6 @@ def reset_initial_state(module: Any, layers: list[Any]) -> None:
 
 def start_option(module: Any, layers: Iterable[Any]) -> dict[str, Any]:
     """Return the option of the initial state that changes what the weights mean, if there is one."""
-    # The state of a layer like the paper's begins with 0.5 in all versions.
+    # The weights of a layer like the paper's do not say it: a new layer begins with 0.5, and in `drop_in` with 0.
     is_usual = all(CELLS[each.cell].has_logarithms and each.candidate == "positive" for each in layers)
     return {} if is_usual or module.initial_state is not None else {"zero_state": module._zero_state}

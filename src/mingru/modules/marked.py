@@ -16,9 +16,6 @@ from ..check import dims
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
 
-# Version 1 of a state_dict has no marks, version 2 has those of the gate.
-VERSION = 3
-
 
 class Mark(NamedTuple):
     """How a state_dict contains the value of an option."""
@@ -26,25 +23,20 @@ class Mark(NamedTuple):
     values: tuple[Any, ...]
     """Values in the order of their numbers; files contain the numbers, so new values come last. The first has no mark.
     Empty for a fraction, whose number is `value * 2**53`."""
-    since: int
-    """The first version of state_dicts with this mark. If the mark is missing in a state_dict of this version or a
-    later one, the option has the first value. If it is missing in an older one, or in one without metadata, the value
-    is unknown."""
     is_taken: bool = False
     """Whether a module takes the value of the weights, as the attribute `_option`. Otherwise it refuses weights with
-    another value. A missing mark means the first value here, unless there are no metadata and no other marks either, as
-    in parameters alone."""
+    another value."""
 
 
 MARKS = {
-    "gate": Mark(tuple(GATES), 2),
+    "gate": Mark(tuple(GATES)),
     # None is the default of the gate.
-    "candidate": Mark((None, *ACTIVATIONS), 3),
-    "normalize": Mark((True, False), 3),
-    "min_decay": Mark((), 3),
-    "residual": Mark((False, True, "highway"), 3),
-    "output_gate": Mark((None, "silu"), 3),
-    "zero_state": Mark((0.0, 0.5), 3, True),
+    "candidate": Mark((None, *ACTIVATIONS)),
+    "normalize": Mark((True, False)),
+    "min_decay": Mark(()),
+    "residual": Mark((False, True, "highway")),
+    "output_gate": Mark((None, "silu")),
+    "zero_state": Mark((0.0, 0.5), True),
 }
 
 # A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
@@ -64,7 +56,7 @@ def number_of(option: str, value: Any) -> int:
 
 
 def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
-    """Return the values of these options as a constructor takes them; unknown values, of later versions, as numbers."""
+    """Return the values of these options as a constructor takes them; unknown values as numbers."""
     texts = []
     for option in options:
         number, values = numbers[option], MARKS[option].values
@@ -96,8 +88,6 @@ def add_marks(module: Any, device: Any) -> None:
 class Marked(nn.Module):
     """A module with marks, of the options that its method `_marked_options` returns."""
 
-    _version = VERSION
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Again, because the buffers are undefined after `to_empty` and `skip_init`.
@@ -110,29 +100,22 @@ class Marked(nn.Module):
         if take_marks(self, state_dict, prefix, metadata, args[-1]):
             super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Whole modules that an older version saved have fewer marks.
-        add_marks(self, next(self.parameters(), torch.empty(0)).device)
-
 
 def take_marks(
     module: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], error_msgs: list[str]
 ) -> bool:
     """Compare the marks of a state_dict with those of a module. Return False if its weights cannot be used."""
     own, found, wrong, unknown = marks_in(module), {}, [], []
-    version, names = metadata.get("version"), [name for name in state_dict if name.startswith(prefix)]
+    names = [name for name in state_dict if name.startswith(prefix)]
+    # Parameters alone, such as moving averages, have neither metadata nor marks, and say nothing. Otherwise, an option
+    # without a mark has its first value. A caller who is not strict may pass no weights of this module.
     has_marks = not {name.rpartition(".")[2] for name in names}.isdisjoint(map(key_of, MARKS))
+    is_silent = not names or ("version" not in metadata and not has_marks)
     for option in own:
-        key, before = prefix + key_of(option), own[option]
+        key = prefix + key_of(option)
         mark = state_dict.pop(key, None)
-        is_kept = is_unknown = mark is None and (version or 1) < MARKS[option].since
-        if MARKS[option].is_taken:
-            # A caller who is not strict may pass no weights of this module.
-            is_kept = mark is None and (not names or (version is None and not has_marks))
-            is_unknown = is_unknown and bool(names) and (version is not None or is_kept)
         # On the device "meta", a mark has no value.
-        if is_kept or (isinstance(mark, Tensor) and mark.is_meta):
+        if (mark is None and is_silent) or (isinstance(mark, Tensor) and mark.is_meta):
             of_weights: int | None = own[option]
         else:
             of_weights = 0 if mark is None else number_in(mark)
@@ -148,8 +131,8 @@ def take_marks(
         found[option] = of_weights
         wrong += [option] if of_weights != number else []
         # The map of a residual between different sizes shows that there is one.
-        is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in state_dict)
-        unknown += [option] if is_unknown and (number or before) and not is_shown else []
+        is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in names)
+        unknown += [option] if mark is None and is_silent and names and number and not is_shown else []
         if module._buffers.get(key_of(option)) is not None:
             state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
     if wrong:
@@ -160,10 +143,8 @@ def take_marks(
     if unknown:
         # Without the name of the layer, so that it is shown once.
         problem = f"the weights do not say with which {' and '.join(unknown)} they were trained"
-        why = "because an older version saved them, or they have no metadata"
-        older = ". In older versions, the default candidate of this gate was 'positive'" * ("gate" in unknown)
-        used = f"they are used with {described(own, unknown, ', ')}{older}"
-        warnings.warn(f"load_state_dict: {problem}, {why}; {used}", stacklevel=2)
+        used = f"because they have no metadata; they are used with {described(own, unknown, ', ')}"
+        warnings.warn(f"load_state_dict: {problem}, {used}", stacklevel=2)
     return True
 
 

@@ -158,7 +158,7 @@ class Recurrent(Stacked, role="sequence"):
         for name in GUARDS:
             guard = state_dict.pop(prefix + name, None)
             if name in self._buffers:
-                # Older files have none.
+                # Weights of layers that are not in `drop_in` have none.
                 state_dict[prefix + name] = torch.tensor(1, device=getattr(guard, "device", None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -122,11 +122,6 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the options that change what the weights mean, for the marks in the state_dict."""
         return {"residual": self.residual}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Whole modules of older versions do not have it.
-        self._of_torch = [isinstance(layer, PerStep) for layer in self.layers]
-
     def _checked(self, layers: Any) -> list[Any]:
         """Return the layers as a list; raise an error if one is not supported or does not fit the previous one."""
         check_type(self.name, "layers", layers, Iterable, "a list of layers", PASS_A_LIST)

@@ -28,13 +28,9 @@ GATE_OF = {cell: gate for gate, cell in GATES.items()}
 class Directions(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
-    gate: Tensor | None
-
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
         super().__init__()
         self.cell = cell
-        # Not with the other marks, because modules of version 0.1 are recognized by its absence.
-        self.register_buffer("gate", None)
         self.hidden_dims = hidden_dims
         self.has_output_gate: bool = getattr(options, "output_gate", None) is not None
         self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
@@ -64,13 +60,6 @@ class Directions(Marked):
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
         raise NotImplementedError
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "gate" not in state["_buffers"]:
-            problem = "this whole module was saved by mingru 0.1, whose modules had other attributes"
-            remedy = "with that version, load it and save model.state_dict(); then construct the model with its options"
-            raise ValueError(f"{type(self).__name__}: {problem}; {remedy} here, and load that file by load_state_dict")
-        super().__setstate__(state)
 
     def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
