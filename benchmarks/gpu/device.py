@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 
 import mingru
 from mingru.bench import medians_ms
-from mingru.ops import Spec
+from mingru.ops import spec_of
 from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 
@@ -58,7 +58,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
 
 def supported(dtypes: Sequence[torch.dtype], device: torch.device, backend: str) -> list[torch.dtype]:
     """Return those dtypes that the backend takes on a device: not bfloat16 on a T4."""
-    empty, spec = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes), Spec("mingru", "positive", False)
+    empty = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
+    spec = spec_of("mingru", "positive", False, 0.0)
     return [x.dtype for x in empty if backend != "triton" or unsupported(x, spec) is None]
 
 

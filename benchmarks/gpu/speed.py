@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import mingru
 from mingru import ops
 from mingru.bench import forward, forward_backward, output
-from mingru.ops import Spec, Start
+from mingru.ops import Start, spec_of
 
 from ..measure import GRU, add_shape_option, plain_layers
 from .device import Clock, Results, parse, passes_of, supported
@@ -62,7 +62,7 @@ def recurrences(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
     plain = Start(h, h, None)
 
     def of(cell: str, start: Start = plain, name: str = backend) -> Method:
-        spec, count = Spec(cell, "positive", False), ops.cells.NUM_INPUTS[cell]
+        spec, count = spec_of(cell, "positive", False, 0.0), ops.cells.NUM_INPUTS[cell]
         elements = count + 1, 3 * count + 3
         return Method(lambda *x: ops.recurrence(spec, x, start, backend=name)[0], inputs[:count], elements)
 

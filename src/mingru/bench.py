@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules.mingru import MinGRU
-from .ops.call import Spec
+from .ops.call import spec_of
 from .ops.route import backends, choose
 
 # Batch, steps, input features, hidden features.
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {value}")
     for name, can_run in backends().items():
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
-    auto = choose(Spec("mingru_mixed", "tanh", False), torch.zeros(1, 1, 1, device=args.device)).backend
+    auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device)).backend
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
     for shape in args.shape or [SHAPE]:
         taken_ms = compared(shape, args.device, args.seconds)

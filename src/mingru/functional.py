@@ -28,7 +28,7 @@ from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
 from .ops.backends import traceable as _traceable
-from .ops.call import Spec, Start
+from .ops.call import Spec, Start, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as
 from .ops.route import BackendName
@@ -167,7 +167,7 @@ def mingru(
     name = "mingru"
     check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, [kind])
-    spec = Spec(GATES[kind], default_candidate(kind) if activation is None else activation, False, bound)
+    spec = spec_of(GATES[kind], default_candidate(kind) if activation is None else activation, False, bound)
     inputs = {"gate": gate, "candidate": candidate}
     if kind == "rotation":
         _check_sequence(name, "gate", gate, least=3)
@@ -246,7 +246,7 @@ def minlstm(
     """
     name = "minlstm"
     check_flag(name, "normalize", normalize)
-    spec = Spec("minlstm" if normalize else "minlstm_unnormalized", activation, False)
+    spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
     return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru
 from mingru import ops
-from mingru.ops import Layout, Spec, Start, autograd, route
+from mingru.ops import Layout, Start, autograd, route, spec_of
 from mingru.ops.backends import traceable
 from mingru.ops.cells import NUM_INPUTS, TIMED
 from mingru.ops.scan import LinearScan
@@ -243,7 +243,7 @@ def drawn(row, seed=0, in_padding=None):
 def run(backend, row, given):
     """Return the states and the last state of a backend."""
     inputs, h, initial, reset, dt, lengths, batch_sizes = given
-    spec = Spec(row.cell, row.activation, row.reverse, row.min_decay)
+    spec = spec_of(row.cell, row.activation, row.reverse, row.min_decay)
     if row.cell not in SCANS:
         order = Layout(row.layout == "time first", batch_sizes, lengths)
         compute = traceable.recurrence if backend == "traceable" else ops.recurrence

@@ -21,7 +21,7 @@ from triton.runtime.jit import mangle_type
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.kernels import PARAMETERS, recurrence_kernel
 from mingru.ops.backends.triton.plan import Plan
-from mingru.ops.call import Call, Layout, Spec, Start
+from mingru.ops.call import Call, Layout, Start, spec_of
 from mingru.ops.cells import NUM_INPUTS
 
 TARGETS = {
@@ -74,7 +74,7 @@ def launched(case: Case, target: GPUTarget) -> tuple[Plan, dict[str, Any]]:
     reset = empty(*leading, dtype=torch.bool) if case.has_reset else None
     initial_state = h if case.has_reset and case.cell in NUM_INPUTS else None
     lengths = torch.empty(batch, dtype=torch.int64, device="meta") if case.has_lengths else None
-    spec = Spec(case.cell, case.activation, False, 0.1 if case.is_bounded else 0.0)
+    spec = spec_of(case.cell, case.activation, False, 0.1 if case.is_bounded else 0.0)
     start = Start(h, initial_state, reset, empty(*leading) if case.has_dt else None)
     call = Call(spec, inputs, start, Layout(False, batch_sizes, lengths))
     launches = []

@@ -2,9 +2,9 @@
 
 import torch
 
-from mingru.ops.call import Call, Layout, Spec, Start, call_of, flattened, from_flat, with_steps
+from mingru.ops.call import Call, Layout, Start, call_of, flattened, from_flat, spec_of, with_steps
 
-SPEC = Spec("mingru", "tanh", True, 0.25)
+SPEC = spec_of("mingru", "tanh", True, 0.25)
 START = Start(*(torch.tensor(number) for number in range(len(Start._fields))))
 LAYOUT = Layout(True, *(torch.tensor(number) for number in range(len(Layout._fields) - 1)))
 

@@ -13,12 +13,12 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import functional
-from mingru.ops import Spec, autograd, cells, route
+from mingru.ops import autograd, cells, route, spec_of
 from mingru.ops.backend import Backend
 from mingru.ops.backends import native
 
 X = torch.zeros(2, 20, 3)
-MINGRU = Spec("mingru", "positive", False)
+MINGRU = spec_of("mingru", "positive", False, 0.0)
 RUNNABLE = [name for name, can_run in mingru.backends().items() if can_run is True]
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru
-from mingru.ops import Spec, route
+from mingru.ops import route, spec_of
 from mingru.ops.backend import KernelFailure
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import Plan
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not True, reason=str(WHY_NOT))
 if WHY_NOT is True:
     from mingru.ops.backends.triton import kernels
 DEVICE = calls.device_of("triton" if WHY_NOT is True else "torch")
-MINGRU = Spec("mingru", "positive", False)
+MINGRU = spec_of("mingru", "positive", False, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import torch
 
 import mingru
 from mingru import ops
-from mingru.ops import Spec, Start, route
+from mingru.ops import Start, route, spec_of
 from mingru.ops.backends import triton
 from mingru.ops.backends.triton import device, launch
 from mingru.ops.backends.triton.plan import KEEPING, Work, plan_of
 from mingru.ops.cells import NUM_INPUTS
 
-MINGRU = Spec("mingru", "positive", False)
+MINGRU = spec_of("mingru", "positive", False, 0.0)
 NONE_HERE = not (torch.cuda.is_available() or torch.xpu.is_available())
 
 
@@ -236,7 +236,7 @@ def test_dtypes_and_devices_without_a_kernel():
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="xpu"), dtype=torch.float32)
     assert device.unsupported(on_gpu, MINGRU) is None
     on_gpu.dtype = torch.complex64
-    assert device.unsupported(on_gpu, Spec("linear_scan", "linear", False)) is None
+    assert device.unsupported(on_gpu, spec_of("linear_scan", "linear", False, 0.0)) is None
     on_gpu.dtype = torch.complex32
     assert device.unsupported(on_gpu, MINGRU) == "it does not support torch.complex32"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.call import Layout, Spec, Start
+from ..ops.call import Layout, Spec, Start, spec_of
 from ..ops.cells import GATES, cells_of, default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
@@ -77,7 +77,7 @@ class Directions(Marked):
 
     def spec(self, reverse: bool) -> Spec:
         """Return the recurrence of one direction."""
-        return Spec(self.cell, self.candidate, reverse, self.min_decay)
+        return spec_of(self.cell, self.candidate, reverse, self.min_decay)
 
     def _directions(self, y: Tensor, starts: list[Start], layout: Layout, found: MaybeList = None) -> Outputs:
         """Return the output and the last states; `starts` has one entry for each direction.

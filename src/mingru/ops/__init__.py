@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import autograd, blocks, route
 from .backends import traceable
 from .blocks import Map
-from .call import BATCH_FIRST, Call, Layout, Spec, Start
+from .call import BATCH_FIRST, Call, Layout, Spec, Start, spec_of
 from .cells import CELLS, MIXTURES
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
@@ -45,7 +45,7 @@ def linear_scan(
         has_kernel = route.backend_of(choice.backend).scan_backward is not None
         return autograd.scan(choice, scan if has_kernel else in_accumulation_dtype(scan))
 
-    spec = Spec("linear_scan", "linear", reverse)
+    spec = spec_of("linear_scan", "linear", reverse, 0.0)
     out, last = route.run_or_other(run, route.choose(spec, b, backend), spec, b)
     if lengths is not None:
         out = without_padding(out, lengths, False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import block_recurrence
 from .backend import Kernel, Needs, Saved
 from .backends import traceable
-from .call import Call, Spec, from_flat
+from .call import Call, Spec, from_flat, spec_of
 from .cells import BLOCKS, CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
@@ -114,7 +114,7 @@ class ScanInGraph(torch.autograd.Function):
                 grad_h = grad_of_h(call, delta)
             return grad_a, delta, grad_h
 
-        spec = Spec("linear_scan", "linear", call.reverse)
+        spec = spec_of("linear_scan", "linear", call.reverse, 0.0)
         return None, *run_or_other(run, ctx.choice, spec, out), None, None, None
 
 
@@ -188,6 +188,9 @@ class Recurrence(torch.autograd.Function):
 
         def function(choice: Choice, *args: Any) -> States:
             call = from_flat(ctx.spec, args, ctx.time_first)
+            if call.start.reset is None:
+                # The initial state was not saved, and nothing reads it.
+                call = call._replace(start=call.start._replace(initial_state=call.start.h))
             if ctx.name == "linear_kernel":
                 (x, weight, bias), layout = call.tensors, call.layout
                 if layout.lengths is not None:
@@ -229,5 +232,9 @@ def differentiable(
         # Disabled, because the tensors of a linear kernel are already in the dtype in which it is computed.
         with without_autocast(grad[0]):
             states = function(*views)
-            found = iter(torch.autograd.grad(states, wanted, grad, create_graph=create_graph, allow_unused=True))
+            # A state may not depend on what needs a gradient.
+            outputs, grads = zip(
+                *(pair for pair in zip(states, grad, strict=True) if pair[0].requires_grad), strict=True
+            )
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import BATCH_FIRST, Call, Spec, Start
+from .call import BATCH_FIRST, Call, Spec, Start, spec_of
 from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
@@ -81,8 +81,7 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     cell, tensors = "linear_scan" if call.parts == 1 else "quaternion_linear_scan", [*call[:3], *others]
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
-    # `torch.compile(dynamic=True)` would make a default a symbol, which cannot enter two autograd functions.
-    return Spec(cell, "linear", call.reverse, 0.0, "", 0.0, False), tensors
+    return spec_of(cell, "linear", call.reverse, 0.0), tensors
 
 
 def _like(call: LinearScan, x: Tensor) -> Tensor:

@@ -13,7 +13,11 @@ from torch import Tensor
 
 
 class Spec(NamedTuple):
-    """Cell, activation, direction, lower bound of the decay, and what else a kernel of a linear map includes."""
+    """Cell, activation, direction, lower bound of the decay, and what else a kernel of a linear map includes.
+
+    It has no defaults: `torch.compile(dynamic=True)` would make a default number a symbol, which two autograd functions
+    cannot share.
+    """
 
     cell: str
     """Cell type, one of `cells.CELLS`."""
@@ -21,13 +25,13 @@ class Spec(NamedTuple):
     """Activation of the candidate, one of `activation.ACTIVATIONS`."""
     reverse: bool
     """Whether the scan runs from the last step to the first."""
-    min_decay: float = 0.0
+    min_decay: float
     """Lower bound m of |a| per unit of time, from 0 to 1 (exclusive); see `cells.coefficients`."""
-    norm: str = ""
+    norm: str
     """"rms" or "layer" if the linear map is of the normalized x; see `linear_map.normalized`."""
-    eps: float = 0.0
+    eps: float
     """Number in the norm that is added to the variance."""
-    output_gate: bool = False
+    output_gate: bool
     """Whether the last rows of the linear map are an output gate; see `linear_map.gated`."""
 
 
@@ -87,6 +91,11 @@ def call_of(spec: SpecTuple, tensors: list[Tensor], start: StartTuple, layout: L
     named = Spec(cell, activation, reverse, min_decay, norm, eps, output_gate)
     own = Start(h, initial_state, reset, dt, recurrent, bias)
     return Call(named, tensors, own, Layout(time_first, batch_sizes, lengths))
+
+
+def spec_of(cell: str, activation: str, reverse: bool, min_decay: float) -> Spec:
+    """Return the spec of a recurrence alone."""
+    return Spec(cell, activation, reverse, min_decay, "", 0.0, False)
 
 
 def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:

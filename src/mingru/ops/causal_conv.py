@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .autograd import differentiable
 from .backends import native
-from .call import Call, Layout, Spec, Start
+from .call import Call, Layout, Start, spec_of
 from .graph import are_batched, are_eager, is_autocast, scripted_as
 from .route import is_native
 from .shape import States, as_dtype
@@ -76,7 +76,7 @@ class _Fused(torch.autograd.Function):
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
     """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
-    call = Call(Spec("linear_scan", "linear", False), [x], Start(state, state, reset), layout)
+    call = Call(spec_of("linear_scan", "linear", False, 0.0), [x], Start(state, state, reset), layout)
     return x, weight, bias, *native.arguments(call)[:2]
 
 

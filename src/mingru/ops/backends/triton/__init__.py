@@ -26,7 +26,7 @@ from ...backend import (
     scan_by,
     warn_once,
 )
-from ...call import Call, Spec, from_flat
+from ...call import Call, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
@@ -53,7 +53,7 @@ def _register(name: str, saved: str, num_results: int) -> None:
         """Call a function with the arguments of the operator. Results that are not needed are empty."""
         inputs, given, *of_pass, (cell, activation), min_decay, (reverse, time_first, *needs) = arguments
         tensors = [*given[:4], None, None, *given[4:], *inputs]  # without recurrent weights
-        call = from_flat(Spec(cell, activation, reverse, min_decay), tensors, time_first)
+        call = from_flat(spec_of(cell, activation, reverse, min_decay), tensors, time_first)
         empty = partial(inputs[0].new_empty, 0, dtype=accumulate_dtype(inputs[0].dtype))
         return tuple(empty() if x is None else x for x in function(call, *of_pass, *needs))
 

@@ -1,0 +1,181 @@
+"""Every path of the kernels in every kind of call, compared with the backend "sequential" under torch's own autograd.
+
+A path is what one kernel computes together, or what stands between two kernels. All pairs of a path and a kind of call
+are tests. What is given and what is trained change from row to row, so that every two values of two columns meet.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import DOUBLE, Case, assert_equal, case, small_chunks, stack, tensors
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+
+import mingru
+from mingru import BlockGRU, MinGRU, MinLSTM, drop_in
+
+PATHS = [
+    case("map", MinGRU, 4, 8),
+    case("map without bias", MinLSTM, 4, 8, bias=False, normalize=False),
+    case("two maps", MinGRU, 4, 8, 2),
+    case("both directions", MinGRU, 4, 8, bidirectional=True, candidate="tanh"),
+    case("rms", MinGRU, 4, 4, 2, norm="rms", residual=True),
+    case("layer", MinLSTM, 4, 8, norm="layer"),
+    case("mixture", MinGRU, 4, 8, gate="mixed"),
+    case("mixture with norm", MinGRU, 4, 8, 2, gate="mixed", norm="rms", residual=True),
+    case("rotation", MinGRU, 4, 8, gate="rotation", min_decay=0.3),
+    case("quaternion", MinGRU, 4, 8, 2, gate="quaternion"),
+    case("signed", MinGRU, 4, 8, gate="signed", learn_initial_state=True),
+    case("output gate", MinGRU, 4, 8, 2, output_gate="silu"),
+    case("output gate of a mixture", MinGRU, 4, 8, gate="mixed", norm="rms", output_gate="silu"),
+    case("highway", MinGRU, 4, 4, residual="highway"),
+    case("recomputed", MinGRU, 4, 8, norm="rms", recompute=True),
+    case("kept", MinGRU, 4, 8, recompute=False),
+    case("blocks", BlockGRU, 4, 8, 2, block_size=4),
+    case("blocks with norm", BlockGRU, 4, 8, norm="rms", residual=True, bidirectional=True),
+    case("projection", drop_in.LSTM, 4, 8, proj_size=2, batch_first=True),
+    case("convolution", mingru.models.Block, 4, conv=3, mlp=2),
+    case("convolution of a mixture", mingru.models.Block, 4, conv=2, expansion=2, gate="mixed"),
+    stack("stack", lambda **factory: MinGRU(4, 8, 2, **factory), lambda **factory: MinLSTM(8, 8, **factory)),
+]
+# Dynamo makes a context for each autograd function, in a way that torch warns of.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
+)
+GIVEN = ["x", "reset", "lengths", "packed", "dt"]
+TRAINED = ["all", "x", "weights", "first weight", "last weight"]
+
+
+class Row:
+    """A module, what it is called with, and the tensors that need a gradient."""
+
+    def __init__(self, path: Case, given: str, trained: str) -> None:
+        self.module = path.varied(**DOUBLE)
+        self.x, self.given = torch.randn(3, 5, 4, **DOUBLE), {}
+        self.is_packed = given == "packed" and not path.name.startswith("convolution")
+        if self.is_packed:
+            self.x = self.x.flatten(0, 1)[:9]
+        elif given in path.takes:
+            values = torch.rand(3, 5) < 0.3, torch.tensor([5, 1, 3]), 2 * torch.rand(3, 5, **DOUBLE)
+            self.given = {given: dict(zip(("reset", "lengths", "dt"), values, strict=True))[given]}
+        names = [name for name, _ in self.module.named_parameters()]
+        chosen = {"all": names, "x": [], "weights": names, "first weight": names[:1], "last weight": names[-1:]}
+        self.names = chosen[trained]
+        for name, weight in self.module.named_parameters():
+            weight.requires_grad_(name in self.names)
+        self.trains_x = trained in ("all", "x")
+        weights = dict(self.module.named_parameters())
+        self.x.requires_grad_(self.trains_x)
+        self.leaves = [*([self.x] if self.trains_x else []), *(weights[name] for name in self.names)]
+
+    def call(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs and states, without the batch sizes of packed outputs."""
+        given = PackedSequence(x, torch.tensor([3, 2, 2, 1, 1])) if self.is_packed else x
+        return [each for each in tensors(self.module(given, **self.given)) if each.is_floating_point()]
+
+    def of(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """Return the same of other leaves."""
+        x = leaves[0] if self.trains_x else self.x
+        weights = dict(zip(self.names, leaves[self.trains_x :], strict=True))
+        with torch.nn.utils.stateless._reparametrize_module(self.module, weights):
+            return tuple(self.call(x))
+
+    def grads(self, outputs: Any, **options: Any) -> Any:
+        outputs = [each for each in outputs if each.requires_grad]
+        return torch.autograd.grad(loss(outputs), self.leaves, allow_unused=True, materialize_grads=True, **options)
+
+
+def loss(outputs: Any) -> Any:
+    return sum((each.sin() * torch.linspace(-1, 2, each.numel(), **DOUBLE).view(each.shape)).sum() for each in outputs)
+
+
+def first(row: Row) -> Any:
+    outputs = row.call(row.x)
+    return outputs, row.grads(outputs)
+
+
+def second(row: Row) -> Any:
+    return row.grads(row.grads(row.call(row.x), create_graph=True))
+
+
+def batched(row: Row) -> Any:
+    outputs = [each for each in row.call(row.x) if each.requires_grad]
+    given = [torch.stack([each.cos(), each.detach(), each.exp()]).detach() for each in outputs]
+    return torch.autograd.grad(
+        outputs, row.leaves, given, is_grads_batched=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def forward_mode(row: Row) -> Any:
+    return jvp(row.of, tuple(row.leaves), tuple(each.detach().cos() for each in row.leaves))
+
+
+def mapped(row: Row) -> Any:
+    return vmap(row.of)(*(torch.stack([each, each.cos()]).detach() for each in row.leaves))
+
+
+def mapped_gradient(row: Row) -> Any:
+    function = grad(lambda *leaves: loss(row.of(*leaves)), tuple(range(len(row.leaves))))
+    return vmap(function)(*(torch.stack([each, each.cos()]).detach() for each in row.leaves))
+
+
+def checkpointed(row: Row) -> Any:
+    return row.grads(checkpoint(row.call, row.x, use_reentrant=False))
+
+
+def without_gradients(row: Row) -> Any:
+    with torch.no_grad():
+        return row.call(row.x)
+
+
+def compiled(row: Row, dynamic: bool) -> Any:
+    outputs = torch.compile(row.call, fullgraph=True, backend="aot_eager", dynamic=dynamic)(row.x)
+    return outputs, row.grads(outputs)
+
+
+def compiled_static(row: Row) -> Any:
+    return compiled(row, False)
+
+
+def compiled_dynamic(row: Row) -> Any:
+    return compiled(row, True)
+
+
+EAGER = [first, second, batched, forward_mode, mapped, mapped_gradient, checkpointed, without_gradients]
+# What a compiled call must be equal to is the same call in eager mode.
+COMPILED = [compiled_static, compiled_dynamic]
+SHIFTS = {kind: index for index, kind in enumerate([*EAGER, *COMPILED])}
+
+
+def rows(path: Case, kind: Any, count: int = 5) -> Iterator[Row]:
+    """Yield rows in which each value of both columns occurs once."""
+    shift = PATHS.index(path) + SHIFTS[kind]
+    for index in range(count):
+        at = (index + 3 * shift) % 5
+        yield Row(path, GIVEN[at], TRAINED[(at + shift) % 5])
+
+
+def parametrized(kinds: list[Callable[[Row], Any]]) -> Any:
+    return lambda test: pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.__name__)(
+        pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)(test)
+    )
+
+
+@parametrized(EAGER)
+def test_eager(path, kind):
+    for row in rows(path, kind):
+        found = kind(row)
+        with mingru.use_backend("sequential"):
+            assert_equal(found, kind(row))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@parametrized(COMPILED)
+def test_compiled(path, kind):
+    with small_chunks():
+        for row in rows(path, kind, 1):
+            assert_equal(kind(row), first(row))
