@@ -43,7 +43,6 @@ REMEDIES = {
     "normalize": "only a minLSTM has two gates",
     "gate": "only a minGRU has several gates",
     "min_decay": "only MinGRU and MinGRUCell have a bound of the decay",
-    "figures": "write README.md, the model card, into the saved folder",
     "groups": "use a layer for each group of channels, and join their outputs with torch.cat(outputs, 2)",
     "return_sequences": "the output has all time steps; out[:, -1] is the last one",
     "stateful": "pass the returned state to the next call",

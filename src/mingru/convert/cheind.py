@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..check import require
-from ..modules.marked import marks_of
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack
@@ -159,7 +158,8 @@ def from_cheind(
     for parameter, of_parameter in keys.items():
         found.check_shapes([of_parameter], layer.get_parameter(parameter).shape, next(iter(keys.values())))
     state = {parameter: found[of_parameter].detach().clone() for parameter, of_parameter in keys.items()}
-    layer.load_state_dict({**marks_of(layer), **state}, assign=True)
+    # With its own marks.
+    layer.load_state_dict({**layer.state_dict(), **state}, assign=True)
     if has_kernel and has_norm:
         _regroup(name, num_groups, [part.norm for _, part in parts])
     return layer

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..check import check_like, check_type, dims, expectation, require
-from ..modules.marked import marks_of
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 
@@ -88,7 +87,8 @@ def loaded(
     # "meta" skips the initialization, which would also change the state of the caller's random generator.
     rnn = layer(learn_initial_state=True, device="meta", dtype=start.dtype, **options)
     # The initial state is set even if it is 0, because the default of this package is 0.5. Resets use it too.
-    rnn.load_state_dict({**marks_of(rnn), **state, "initial_state": start}, assign=True)
+    # With its own marks.
+    rnn.load_state_dict({**rnn.state_dict(), **state, "initial_state": start}, assign=True)
     assert rnn.initial_state is not None
     rnn.initial_state.requires_grad_(is_learned)
     return rnn

@@ -13,6 +13,7 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import nn
 from ..check import check_flags
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
-from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, Wanted, built, converted, described, wanted_twins
 
 # A layer as its report has it, with none of the options that help it to learn.
 _PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers=|norm=|residual=|cell='blockgru'))")
@@ -44,22 +45,13 @@ class PatchReport(NamedTuple):
         return "\n".join(lines) or "nothing built"
 
 
+@dataclass(eq=False)
 class _Patch:
     """A block that is running: what it replaces, where, and its report."""
 
-    def __init__(self, everywhere: bool = False, **arguments: Any) -> None:
-        check_flags("patch", everywhere=everywhere)
-        self.wanted = wanted_twins("patch", **arguments)
-        self.everywhere = everywhere
-        self.report = PatchReport([], [])
-
-    def start(self) -> list[types.ModuleType]:
-        """Bind torch's names to stand-ins. Return the modules of the program that had such names."""
-        stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in self.wanted}
-        with _LOCK:
-            _RUNNING.append(self)
-            _bind(stand_ins, [nn])
-            return _bind(stand_ins, _modules_of_programs() if self.everywhere else [])
+    wanted: Wanted
+    everywhere: bool
+    report: PatchReport
 
     def leave(self, cls: type, stacklevel: int) -> None:
         """Report a class that is not replaced, and warn."""
@@ -190,14 +182,19 @@ def patch(
         >>> [layer for layer, place in report.built]
         ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
     """
-    running = _Patch(everywhere, gru=gru, lstm=lstm, num_layers=num_layers, **options)
+    check_flags("patch", everywhere=everywhere)
+    running = _Patch(wanted_twins("patch", gru, lstm, num_layers, **options), everywhere, PatchReport([], []))
+    stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}
     for of_torch in running.wanted:
         for subclass in _subclasses(of_torch):
             running.leave(subclass, 4)
     _PATCHES.set((*_PATCHES.get(), running))
     changed: list[types.ModuleType] = []
     try:
-        changed += running.start()
+        with _LOCK:
+            _RUNNING.append(running)
+            _bind(stand_ins, [nn])
+            changed = _bind(stand_ins, _modules_of_programs() if everywhere else [])
         yield running.report
     finally:
         _PATCHES.set(tuple(each for each in _PATCHES.get() if each is not running))

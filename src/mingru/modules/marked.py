@@ -7,7 +7,7 @@ that saves a model saves it. An option with its first value has none.
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,19 @@ from ..check import dims
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
 
-
-class Mark(NamedTuple):
-    """How a state_dict contains the value of an option."""
-
-    values: tuple[Any, ...]
-    """Values in the order of their numbers; files contain the numbers, so new values come last. The first has no mark.
-    Empty for a fraction, whose number is `value * 2**53`."""
-    is_taken: bool = False
-    """Whether a module takes the value of the weights, as the attribute `_option`. Otherwise it refuses weights with
-    another value."""
-
-
-MARKS = {
-    "gate": Mark(tuple(GATES)),
+# The values of each option in the order of their numbers. Files contain the numbers, so new values come last. The first
+# has no mark.
+MARKS: dict[str, tuple[Any, ...]] = {
+    "gate": tuple(GATES),
     # None is the default of the gate.
-    "candidate": Mark((None, *ACTIVATIONS)),
-    "normalize": Mark((True, False)),
-    "min_decay": Mark(()),
-    "residual": Mark((False, True, "highway")),
-    "output_gate": Mark((None, "silu")),
-    "zero_state": Mark((0.0, 0.5), True),
+    "candidate": (None, *ACTIVATIONS),
+    "normalize": (True, False),
+    # A fraction, whose number is `value * 2**53`.
+    "min_decay": (),
+    "residual": (False, True, "highway"),
+    "output_gate": (None, "silu"),
+    # A module takes this one from the weights, as the attribute `_zero_state`. It refuses weights with others.
+    "zero_state": (0.0, 0.5),
 }
 
 # A state_dict of `drop_in` has two buffers more, so that torch's layers refuse it. The first says what to do, and torch
@@ -51,7 +43,7 @@ def key_of(option: str) -> str:
 
 
 def number_of(option: str, value: Any) -> int:
-    values = MARKS[option].values
+    values = MARKS[option]
     return values.index(value) if values else round(value * 2**53)
 
 
@@ -59,7 +51,7 @@ def described(numbers: dict[str, int], options: Iterable[str], separator: str = 
     """Return the values of these options as a constructor takes them; unknown values as numbers."""
     texts = []
     for option in options:
-        number, values = numbers[option], MARKS[option].values
+        number, values = numbers[option], MARKS[option]
         text = f"{number}" if values else f"{number / 2**53:.15g}"
         texts.append(f"{option}={values[number]!r}" if 0 <= number < len(values) else f"{option}={text}")
     return separator.join(texts)
@@ -115,7 +107,9 @@ def take_marks(
         key = prefix + key_of(option)
         mark = state_dict.pop(key, None)
         # On the device "meta", a mark has no value.
-        if (mark is None and is_silent) or (isinstance(mark, Tensor) and mark.is_meta):
+        is_meta = isinstance(mark, Tensor) and mark.is_meta
+        device = "cpu" if is_meta else getattr(mark, "device", None)
+        if is_meta or (mark is None and is_silent):
             of_weights: int | None = own[option]
         else:
             of_weights = 0 if mark is None else number_in(mark)
@@ -123,10 +117,9 @@ def take_marks(
             got = f"a tensor {dims(mark.shape)}" if isinstance(mark, Tensor) and mark.numel() != 1 else repr(mark)
             error_msgs.append(f"{key} must be one whole number, the mark of {option}, got {got}; the file is damaged")
             return False
-        if MARKS[option].is_taken and 0 <= of_weights < len(MARKS[option].values):
-            own[option] = of_weights
-            setattr(module, f"_{option}", MARKS[option].values[of_weights])
-            add_marks(module, getattr(mark, "device", None))
+        if option == "zero_state" and 0 <= of_weights < len(MARKS[option]):
+            own[option], module._zero_state = of_weights, MARKS[option][of_weights]
+            add_marks(module, device)
         number = own[option]
         found[option] = of_weights
         wrong += [option] if of_weights != number else []
@@ -134,7 +127,7 @@ def take_marks(
         is_shown = option == "residual" and any(name.startswith(f"{prefix}align") for name in names)
         unknown += [option] if mark is None and is_silent and names and number and not is_shown else []
         if module._buffers.get(key_of(option)) is not None:
-            state_dict[key] = torch.tensor(number, device=getattr(mark, "device", None))
+            state_dict[key] = torch.tensor(number, device=device)
     if wrong:
         trained, here = described(found, wrong), described(own, wrong)
         problem = f"weights trained with {trained} cannot be used in a layer with {here}; construct it with their"
@@ -146,14 +139,3 @@ def take_marks(
         used = f"because they have no metadata; they are used with {described(own, unknown, ', ')}"
         warnings.warn(f"load_state_dict: {problem}, {used}", stacklevel=2)
     return True
-
-
-def marks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the marks in the state_dict of a model, without those whose values it takes from weights."""
-    return {
-        f"{name}.{key_of(option)}": torch.tensor(number, device="cpu")
-        for name, module in model.named_modules()
-        if hasattr(module, "_marked_options")
-        for option, number in marks_in(module).items()
-        if module._buffers.get(key_of(option)) is not None and not MARKS[option].is_taken
-    }

@@ -372,4 +372,3 @@ def recurrence_kernel(
 
 
 PARAMETERS = signature(recurrence_kernel.fn).parameters
-NUM_CONSTANTS = sum(each.annotation is tl.constexpr for each in PARAMETERS.values())
