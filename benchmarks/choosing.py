@@ -51,7 +51,6 @@ MODELS = {
     "BlockGRU, 1 layer, without residual": (mingru.BlockGRU, {"num_layers": 1, "norm": "rms"}),
     "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
-    "nn.LSTM, 2 layers": (nn.LSTM, {"num_layers": 2, "batch_first": True}),
 }
 MIXED, NORMED = {"gate": "mixed", "residual": True}, BASE | {"gate": "mixed"}
 # Layers of one input feature.
