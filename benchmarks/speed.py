@@ -32,7 +32,6 @@ import measure
 import torch
 from measure import GRU, LINEAR, SCANS, markdown, plain_layers, where, write_json
 from minGRU_pytorch import minGRU
-from minGRU_pytorch.minLM import minLM
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -205,23 +204,8 @@ def products(args):
 VOCAB, DIMS, LAYERS = 84, 256, 6
 
 
-def training_step(lm, loss):
-    optimizer = torch.optim.AdamW(lm.parameters(), 1e-3)
-
-    def run():
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return run
-
-
 def model(args):
-    """a language model: a step, reading a prompt, and training and generation beside minGRU-pytorch
-
-    minGRU-pytorch keeps the state of its recurrence between steps, but not the last inputs of its convolution. A model
-    of its with convolutions reads all tokens again for each new token.
-    """
+    """a language model: a step beside its linear maps, and reading a prompt"""
     options = {"no convolution, no MLP": {}, "convolution": {"conv": 4}, "convolution and MLP": {"conv": 4, "mlp": 2}}
     for name, given in options.items():
         lm, ids = LanguageModel(VOCAB, DIMS, LAYERS, **given).eval(), torch.randint(VOCAB, (1, args.prompt))
@@ -240,28 +224,6 @@ def model(args):
             return out
 
         yield Table(f"{args.prompt} tokens, {name}", {"one pass": partial(lm, ids), "stepping": stepping})
-    for conv, name in ((None, "without convolutions"), (3, "with convolutions")):
-        ours = LanguageModel(VOCAB, DIMS, LAYERS, expansion=1.5, conv=conv, mlp=4, bias=True, tied=False)
-        other = minLM(num_tokens=VOCAB, dim=DIMS, depth=LAYERS, enable_conv=conv is not None)
-        ids, start = torch.randint(VOCAB, (args.sequences, 257)), torch.zeros(1, 1, dtype=torch.int64)
-
-        def loss(ours=ours, ids=ids):
-            return nn.functional.cross_entropy(ours(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
-
-        def generate(other=other, start=start):
-            ids, hiddens = start, None
-            for _ in range(args.tokens):
-                logits, new = other(ids, return_prev_hiddens=True, prev_hiddens=hiddens)
-                hiddens = new if other.can_cache else None
-                ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-            return ids
-
-        calls = {"mingru": training_step(ours, loss)}
-        calls[PEER] = training_step(other, partial(other, ids, return_loss=True))
-        yield Table(f"Training step, {args.sequences} sequences of 256 tokens, {name}", calls, plain=True)
-        other.eval()
-        calls = {"mingru": partial(ours.eval().generate, start, args.tokens, temperature=0), PEER: generate}
-        yield Table(f"Generation of {args.tokens} tokens, {name}", calls)
 
 
 class Tagger(nn.Module):
@@ -393,17 +355,21 @@ def sweep(timer):
     return times
 
 
-def equal(times):
+def equal(by_threads):
     """Return the tables of the model that is recommended beside one layer of torch, a training step and inference."""
+    *fewer, most = by_threads.values()
 
-    def row(shape, own, *others):
-        return [shape, f"{own:.3g} ms", *(f"{short(other / own)} ×" for other in others)]
+    def ratio(shape, name, at):
+        found = [short(each[shape][name][at] / each[shape][RECOMMENDED][at]) for each in (most, *fewer)]
+        return "–".join(sorted(set(found), key=float)) + " ×"
 
-    names, kinds = (RECOMMENDED, GRU, "nn.LSTM", TENSORS), ((1, "training step"), (0, "inference"))
-    rows = (
-        (kind, [row(shape, *(each[name][at] for name in names)) for shape, each in times.items()]) for at, kind in kinds
-    )
-    return "\n\n".join(markdown(["(B, S, I, H)", kind, GRU, "nn.LSTM", "no compiler"], each) for kind, each in rows)
+    def row(shape, own, at):
+        return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in (GRU, "nn.LSTM", TENSORS))]
+
+    kinds = {"training step": 1, "inference": 0}
+    columns = {kind: ["(B, S, I, H)", kind, GRU, "nn.LSTM", "no kernels"] for kind in kinds}
+    rows = {kind: [row(shape, each[RECOMMENDED], at) for shape, each in most.items()] for kind, at in kinds.items()}
+    return "\n\n".join(markdown(columns[kind], rows[kind]) for kind in kinds)
 
 
 def tables(record):
@@ -443,15 +409,16 @@ def plot(times, path):
 
 def page(args, timer):
     """Write docs/speed.json and the tables of docs/speed.md; with --json, only this file."""
-    shapes = [tuple(shape) for shape in args.shape or EQUAL_SHAPES]
-    of_equal = {str(each): whole_layers(timer, each, recommended(*each[2:]), (PEER,)) for each in shapes}
     load = os.getloadavg()[0]
     versions = {PEER: importlib.metadata.version(PEER)}
     if scanned := args.scans and measure.scans(args.scans):
         versions[SCANS] = next(importlib.metadata.distributions(name=SCANS, path=[str(args.scans)])).version
-    times = {}
+    of_equal, times = {}, {}
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
+        for shape in [tuple(shape) for shape in args.shape or EQUAL_SHAPES]:
+            found = whole_layers(timer, shape, recommended(*shape[2:]), (PEER,))
+            of_equal.setdefault(str(threads), {})[str(shape)] = found
         for shape in [tuple(shape) for shape in args.shape or PAGE_SHAPES]:
             others = {"BlockGRU": mingru.BlockGRU(*shape[2:])}
             others |= {SCANS: scanned.MinGRU(*shape[2:])} if scanned else {}
@@ -476,9 +443,7 @@ def main():
     add("--scans", type=Path, help="folder in which pip has installed mingru-scans, for --page")
     add("--plot", type=Path, help="plot the sweep to this file; implies --sweep")
     measure.add_shape_option(parser, "those of the group")
-    add("--tokens", type=int, default=1024, help="tokens that a model generates (default: %(default)s)")
     add("--prompt", type=int, default=4096, help="tokens that a model reads (default: %(default)s)")
-    add("--sequences", type=int, default=16, help="sequences of a model's step (default: %(default)s)")
     add("--longest", type=int, nargs="*", default=[40, 400], help="sentences of the tagger (default: 40 400)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")

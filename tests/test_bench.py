@@ -17,6 +17,7 @@ def test_it_runs_and_prints_numbers():
     facts = dict(line.split(": ", 1) for line in head.splitlines() if ": " in line)
     assert (facts["threads"], facts["torch"], facts["backend torch"]) == ("1", torch.__version__, "can run")
     assert {"processor", "backend native"} <= set(facts)
+    assert facts["MinGRU"] == "the README's model, num_layers=2, norm='rms', residual=True, gate='mixed'"
     for shape, table in zip([(2, 7, 3, 8), (1, 1, 4, 16)], tables, strict=True):
         title, _, *rows = table.splitlines()
         assert title == f"(B, S, I, H) = {shape}"
@@ -62,11 +63,14 @@ def test_calls_take_turns():
     assert list(taken) == ["a", "b", "c"]
 
 
-def test_medians_in_milliseconds(monkeypatch):
+@pytest.mark.parametrize(("threads", "clock", "factor"), [(2, "perf_counter", 1.0), (1, "process_time", 3.0)])
+def test_medians_in_milliseconds(threads, clock, factor, monkeypatch):
     # The clock is read once for the end, then before each round, and before and after each call.
     readings = iter([0.0, 0.0, 10.0, 10.5, 0.0, 20.0, 20.1, 0.0, 30.0, 39.0, 5.0])
+    monkeypatch.setattr(bench.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(readings))
-    assert bench.medians_ms({"a": lambda: None}, seconds=4.0, least=1) == {"a": pytest.approx(500.0)}
+    monkeypatch.setattr(bench.time, clock, lambda: factor * next(readings))
+    assert bench.medians_ms({"a": lambda: None}, seconds=4.0, least=1) == {"a": pytest.approx(factor * 500.0)}
 
 
 def test_what_is_timed():

@@ -3,9 +3,9 @@
     python -m mingru.bench
     python -m mingru.bench --threads 4 --shape 8 512 256 256 --shape 1 1 64 64
 
-The model is MinGRU(I, H, num_layers=2, norm="rms", residual=True, gate="mixed"), and torch's have one layer. Each time
-is the median of interleaved runs in one process, in milliseconds, in float32. "forward" runs in inference mode. "fwd +
-bwd" also computes the gradients of the input and of all parameters. The program needs only torch.
+Torch's models have one layer. Each time is the median of interleaved runs in one process, in milliseconds, in float32.
+With one CPU thread, it is processor time, which is right on a busy machine too. "forward" runs in inference mode.
+"fwd + bwd" also computes the gradients of the input and of all parameters. The program needs only torch.
 """
 
 import argparse
@@ -25,9 +25,12 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules.mingru import MinGRU
+from .modules.options import MinGRUOptions
 from .ops.call import spec_of
 from .ops.route import backends, choose
 
+# Of the README's model.
+OPTIONS: MinGRUOptions = {"norm": "rms", "residual": True, "gate": "mixed"}
 # Batch, steps, input features, hidden features.
 SHAPE = (16, 256, 64, 64)
 
@@ -35,12 +38,14 @@ SHAPE = (16, 256, 64, 64)
 def medians_ms(
     calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
 ) -> dict[str, float]:
-    """Return the median time of each call, in milliseconds.
+    """Return the median time of each call, in milliseconds; with one CPU thread, it is processor time.
 
     All calls are timed once per round, so that a temporary slowdown of the machine affects them equally. The order
     differs between rounds. Before it is timed, each call runs once, so that its data is in the caches.
     """
-    wait: Callable[[], object] = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
+    on_cpu = torch.device(device).type == "cpu"
+    wait: Callable[[], object] = (lambda: None) if on_cpu else torch.accelerator.synchronize
+    clock = time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -50,10 +55,10 @@ def medians_ms(
         for name, call in order:
             call()
             wait()
-            start = time.perf_counter()
+            start = clock()
             call()
             wait()
-            times_ms[name].append((time.perf_counter() - start) * 1e3)
+            times_ms[name].append((clock() - start) * 1e3)
         rounds += 1
     return {name: statistics.median(taken) for name, taken in times_ms.items()}
 
@@ -107,7 +112,7 @@ def compared(shape: Sequence[int], device: str, seconds: float) -> dict[str, tup
     batch, steps, input_dims, hidden_dims = shape
     sizes = input_dims, hidden_dims
     modules = {
-        "MinGRU": MinGRU(*sizes, num_layers=2, norm="rms", residual=True, gate="mixed", device=device),
+        "MinGRU": MinGRU(*sizes, num_layers=2, **OPTIONS).to(device),
         "nn.GRU": nn.GRU(*sizes, batch_first=True, device=device),
         "nn.LSTM": nn.LSTM(*sizes, batch_first=True, device=device),
     }
@@ -146,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"backend {name}: {'can run' if can_run is True else can_run}")
     auto = choose(spec_of("mingru_mixed", "tanh", False, 0.0), torch.zeros(1, 1, 1, device=args.device)).backend
     print(f"device {args.device}{_product(args.device)}: mingru uses the backend {auto!r}")
+    options = ", ".join(f"{name}={value!r}" for name, value in OPTIONS.items())
+    print(f"MinGRU: the README's model, num_layers=2, {options}")
     for shape in args.shape or [SHAPE]:
         taken_ms = compared(shape, args.device, args.seconds)
         own, parts = taken_ms["MinGRU"], ("forward", "fwd + bwd")

@@ -39,7 +39,7 @@ class BlockGRU(Recurrent, planned=True):
         bidirectional: If True, add a reverse direction (D = 2).
         residual: If True, add each layer's input to its output.
         norm: "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign, and
-            "layer" nothing: map it to more features first.
+            "layer" nothing: use None, see docs/choosing.md.
         block_size: Number of features that see each other, K. Larger blocks learn more and take longer. With
             `hidden_dims`, it is `torch.nn.GRU`.
         learn_initial_state: If True, the initial state is a parameter, which begins at 0.

@@ -37,7 +37,7 @@ class MinLSTM(Recurrent, planned=True):
         residual: If True, add each layer's input to its output. "highway" mixes both; see `mingru.MinGRU`.
         output_gate: "silu" or None: gate of each layer's output; see `mingru.MinGRU`.
         norm: "layer", "rms" or None: norm of each layer's input. Of a single feature, "rms" leaves the sign, and
-            "layer" nothing: map it to more features first.
+            "layer" nothing: use None, see docs/choosing.md.
         candidate: "positive" (g), "linear" or "tanh".
         learn_initial_state: If True, the initial state is a parameter.
         memory: Number of time steps that a state lasts at first, see `mingru.MinGRU`.
