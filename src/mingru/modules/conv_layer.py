@@ -40,10 +40,6 @@ class Geometry(NamedTuple):
         padded = spans if isinstance(self.padding, str) else [2 * padding for padding in self.padding]
         return [span + 1 - more for span, more in zip(spans, padded, strict=True)]
 
-    def keeps_space(self) -> bool:
-        """Return whether the output has the spatial size of the input, for every size."""
-        return all(stride == 1 for stride in self.stride) and all(reach == 1 for reach in self.reach())
-
     def space(self, space: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial sizes of the output."""
         sizes = zip(space, self.reach(), self.stride, strict=True)
@@ -118,7 +114,9 @@ class MinConvLayer(Directions):
         self.conv = convolution(2 * hidden_dims, bias=options.bias)
         self.conv_reverse = convolution(2 * hidden_dims, bias=options.bias) if options.bidirectional else None
         self.align = None
-        if self.residual and not (input_dims == output_dims and geometry.keeps_space()):
+        # Whether the output has the spatial size of the input, for every size.
+        keeps_space = all(number == 1 for number in (*geometry.stride, *geometry.reach()))
+        if self.residual and not (input_dims == output_dims and keeps_space):
             self.align = convolution(output_dims, bias=False)
         self.add_gate_bias()
         shape = (self.num_directions, 1, 1, hidden_dims, *(1 for _ in geometry.kernel_size))

@@ -14,7 +14,7 @@ def number_of_sources(root: Path) -> int:
 
 
 def number_in(library: Path) -> int | None:
-    """Return the number of the sources of a built library, or None if the file is not whole, or of an older version."""
+    """Return the number of the sources of a built library, or None if the file is not whole."""
     content = library.read_bytes() if library.is_file() else b""
     # Searched from the end, where it is.
     _, mark, rest = content.rpartition(_MARK)
