@@ -6,6 +6,7 @@
 
 #include "lanes.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace mingru::MINGRU_ISA {
 
@@ -116,11 +117,23 @@ static void multiply(RegisterProduct<A> product, int64_t rows, int64_t num_vecto
   }
 }
 
+// The same for other numbers and processors. A line of the cache is read at once.
+template <class A>
+static void pack_columns(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
+  for (int64_t first = 0; first < depth; first += 16) {
+    for (int64_t i = 0; i < per_register<A>; ++i) {
+      for (int64_t k = first; k < least_of(first + 16, depth); ++k) {
+        to[k * to_stride + i] = i < count ? from[i * stride + k] : A(0);
+      }
+    }
+  }
+}
+
 // Copies the weights of a block in this order: (padded / lanes, size, gates, lanes), where a vector has the weights from one
 // feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size, vectors, lanes).
 template <class A>
 static void pack_block(const Blocks& blocks, void* packed, int64_t block, bool is_transposed) {
-  constexpr int64_t lanes = per_register<A>, line = 16;
+  constexpr int64_t lanes = per_register<A>;
   const int64_t size = blocks.size, padded = blocks.padded;
   A* to = static_cast<A*>(packed) + block * Blocks::num_gates * size * padded;
   const A* weights = static_cast<const A*>(blocks.given) + block * size * size;
@@ -132,16 +145,13 @@ static void pack_block(const Blocks& blocks, void* packed, int64_t block, bool i
       for (int64_t i = 0; i < width; ++i) to[i] = i < count ? from[i] : A(0);
     }
   }
-  for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes, to += Blocks::num_gates * size * lanes) {
-    for (int64_t first = 0; first < size; first += line) {
-      const int64_t end = least_of(first + line, size);
-      for (int64_t gate = 0; gate < Blocks::num_gates; ++gate) {
-        for (int64_t i = 0; i < lanes; ++i) {
-          const A* from = lane + i < size ? weights + gate * gate_stride + (lane + i) * size : nullptr;
-          for (int64_t k = first; k < end; ++k) to[(k * Blocks::num_gates + gate) * lanes + i] = from ? from[k] : A(0);
-        }
-      }
+  for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes) {
+    const int64_t count = least_of(lanes, size - lane), stride = Blocks::num_gates * lanes;
+    for (int64_t gate = 0; gate < Blocks::num_gates; ++gate) {
+      const A* from = weights + gate * gate_stride + lane * size;
+      pack_columns(from, size, count, size, to + gate * lanes, stride);
     }
+    to += size * stride;
   }
 }
 

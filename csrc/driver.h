@@ -22,7 +22,7 @@ void share_block(
 void pack_blocks(const Blocks& blocks, Storage storage, void* packed, bool is_transposed);
 
 // With more rows, torch's product is faster.
-constexpr int64_t most_few_rows = 4;
+constexpr int64_t most_few_rows = 8;
 // Computes a product whose rows are at most `most_few_rows`.
 void multiply_few_rows(const Product& product);
 

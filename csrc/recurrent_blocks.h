@@ -38,7 +38,7 @@ class RecurrentBlocks {
   void run(const Scan& scan, const Part& part, bool is_backward) {
     // To copy the weights takes longer than a product of one step.
     const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
-    if (!blocks_.weights && !(is_step && scan.num_batch <= most_unpacked)) blocks_.weights = packed(packed_, scan, false);
+    if (!blocks_.weights && !(is_step && scan.num_batch <= most_few_rows)) blocks_.weights = packed(packed_, scan, false);
     if (is_backward && !totals_) {
       const int64_t rows = num_gates * blocks_.padded + 1;
       totals_ = torch::stable::new_zeros(h_, {blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded});
@@ -73,7 +73,7 @@ class RecurrentBlocks {
   }
 
  private:
-  static constexpr int64_t num_gates = Blocks::num_gates, most_unpacked = 16;
+  static constexpr int64_t num_gates = Blocks::num_gates;
 
   const void* packed(Scratch& scratch, const Scan& scan, bool is_transposed) const {
     void* to = scratch.at_least(num_gates * num_features_ * blocks_.padded * h_.element_size());
