@@ -12,4 +12,15 @@ from .layers import GRU, LSTM
 from .patching import PatchReport, patch
 from .replacing import Report, replace
 
-__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "Acceleration", "PatchReport", "Report", "accelerate", "patch", "replace"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Acceleration",
+    "GRUCell",
+    "LSTMCell",
+    "PatchReport",
+    "Report",
+    "accelerate",
+    "patch",
+    "replace",
+]

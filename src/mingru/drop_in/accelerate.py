@@ -7,30 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_flag, check_type, expectation
+from ..check import check_flag, check_type
 from ..ops import autograd, route
 from ..ops.call import Call, Layout, Spec, Start
 from ..ops.cells import BLOCKS
 from ..ops.graph import are_eager, is_autocast, is_compiling
 from ..ops.linear_map import are_recomputed
-from ..ops.private import len_torch_dispatch_stack
+from ..ops.private import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
 from ..ops.route import Choice
-from .twins import SUBCLASS, described
+from .twins import SUBCLASS, described, is_recurrent
 
-_DTYPES = (torch.float32, torch.float64)
-# Not `nn.GRU`, which is another class in a block of `patch`.
-_GRU, _GRUCell, _LSTMS = nn.modules.GRU, nn.modules.GRUCell, (nn.modules.LSTM, nn.modules.LSTMCell)
+_FORWARD = nn.modules.GRU.forward
 
 
-def is_faster(features: int, batch: int, steps: int, trains: bool) -> bool:
-    """Return whether the kernels take less time than torch for H features.
+def is_faster(features: int, batch: int, steps: int) -> bool:
+    """Return whether the kernels take less time than torch for H features, in a call with or without gradients.
 
-    For few steps, the calls are most of the time. In training, the kernels compute the products of the states again,
-    and torch calls many small operators, which is longer from some steps on.
+    For few steps, what comes before and after the kernels takes longer than they save. With gradients, they compute the
+    products of the states again, which is the larger part where products take longer than the calls of operators.
     """
-    if trains:
-        return steps >= (4 if features >= 192 or batch >= 32 else 3)
-    return steps >= 2 or (features >= 256 and batch <= 8)
+    is_large = features >= 192 or batch >= 32
+    return steps >= ((8 if is_large else 4) if torch.is_grad_enabled() else 6)
 
 
 class _Equal(type):
@@ -50,27 +47,15 @@ def _with_own_class(layer: Any) -> nn.Module:
     return own
 
 
-class AcceleratedGRU(_GRU, metaclass=_Equal):
+class AcceleratedGRU(nn.modules.GRU, metaclass=_Equal):
     """A `torch.nn.GRU` with its own weights, which computes by the kernels where these take less time."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         found = None if is_compiling() else _sequence(self, input, hx)
-        return super().forward(input, hx) if found is None else found
-
-    __prepare_scriptable__ = _with_own_class
+        return _FORWARD(self, input, hx) if found is None else found
 
 
-class AcceleratedGRUCell(_GRUCell, metaclass=_Equal):
-    """The same for a `torch.nn.GRUCell`."""
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        found = None if is_compiling() else _step(self, input, hx)
-        return super().forward(input, hx) if found is None else found
-
-    __prepare_scriptable__ = _with_own_class
-
-
-_ACCELERATED: dict[type, type] = {AcceleratedGRU: _GRU, AcceleratedGRUCell: _GRUCell}
+setattr(AcceleratedGRU, PREPARE_SCRIPTABLE, _with_own_class)
 
 
 class Acceleration(NamedTuple):
@@ -87,13 +72,13 @@ class Acceleration(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
-    """Let each `torch.nn.GRU` and `torch.nn.GRUCell` of a model compute by the CPU kernels, where these are faster.
+    """Let each `torch.nn.GRU` of a model compute by the CPU kernels, where these take less time.
 
     The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
     their class becomes a subclass, whose `forward` calls torch's on other devices, in other dtypes, in graphs, under
-    autocast and transforms, and for sizes for which torch takes less time. A copied or saved model stays accelerated,
-    so a program that loads the whole model needs this package: call this with `undo=True` before saving it for others.
-    `torch.jit.script` gives the layers their own class again.
+    autocast and transforms, and for few steps. A copied or saved model stays accelerated, so a program that loads the
+    whole model needs this package: call this with `undo=True` before saving it for others. `torch.jit.script` gives
+    the layers their own class again.
 
     Args:
         model: Model, or a layer itself.
@@ -101,12 +86,11 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
 
     Returns:
         An `Acceleration`, which can be printed. `changed` has (qualified name, layer) for each layer whose class was
-        changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that are
-        changed already, subclasses, scripted layers, and `torch.nn.LSTM`, which is as fast by itself.
+        changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that were
+        changed before, subclasses, scripted layers, LSTMs and cells, which torch computes as fast.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or `undo` is not a bool.
-        ValueError: `model` is scripted as a whole.
 
     Examples:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
@@ -115,56 +99,40 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
     """
     check_type("accelerate", "model", model, nn.Module, "a torch.nn.Module")
     check_flag("accelerate", "undo", undo)
-    if isinstance(model, torch.jit.ScriptModule):
-        remedy = "call accelerate for layers outside of scripts; a scripted model computes by torch"
-        raise ValueError(expectation("accelerate", "model", "not scripted", "a ScriptModule", remedy))
-    wanted = {old: new for new, old in _ACCELERATED.items()} if not undo else _ACCELERATED
+    # Not `nn.GRU`, which is another class in a block of `patch`.
+    kinds: tuple[type, type] = nn.modules.GRU, AcceleratedGRU
+    old, new = reversed(kinds) if undo else kinds
     report = Acceleration([], [])
     for name, layer in model.named_modules():
-        kind = next((kind for kind in wanted if type(layer) is kind), None)
-        if kind is not None:
+        kind = type(layer)
+        if kind is old:
             report.changed.append((name, described(layer)))
-            layer.__class__ = wanted[kind]
-        elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) or _is_scripted(layer):
-            report.left.append((name, described(layer), _why_left(layer, undo)))
+            layer.__class__ = new
+        elif is_recurrent(layer):
+            why = SUBCLASS if isinstance(layer, nn.modules.GRU) else "only GRUs are changed"
+            if isinstance(layer, (nn.modules.LSTM, nn.RNNCellBase)):
+                why = "torch computes it as fast"
+            elif kind is new:
+                why = "it has this class already"
+            elif isinstance(layer, torch.jit.ScriptModule):
+                why = "call accelerate before torch.jit.script or torch.jit.trace"
+            report.left.append((name, described(layer), why))
     return report
 
 
-def _why_left(layer: nn.Module, undo: bool) -> str:
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "call accelerate before torch.jit.script or torch.jit.trace"
-    if undo or any(type(layer) is kind for kind in _ACCELERATED):
-        return "it is torch's own" if undo else "it was changed before"
-    if type(layer) in _LSTMS:
-        return "torch computes LSTMs as fast"
-    return SUBCLASS if isinstance(layer, (_GRU, _GRUCell)) else "only GRUs are changed"
-
-
-def _is_scripted(module: Any) -> bool:
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    return isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
-
-
-def _is_possible(x: Any, h: Any, weights: list[Any]) -> bool:
-    """Return whether kernels can compute the recurrence of these tensors, which are checked as torch does."""
-    if not (type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and route.is_native()):
+def _is_possible(x: Tensor, *others: Any) -> bool:
+    """Return whether kernels can compute the recurrence of these tensors."""
+    is_plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and are_eager(x, *others)
+    if not is_plain or is_autocast(x) or len_torch_dispatch_stack() or not route.is_native():
         return False
-    is_seen = is_autocast(x) or len_torch_dispatch_stack()
-    if is_seen or not are_eager(x, h, *weights) or not all(isinstance(each, Tensor) for each in weights):
-        return False
-    given = [*weights, x if h is None else h]
-    fits = len(weights[1]) == 3 * weights[1].shape[-1] and x.shape[-1] == weights[0].shape[-1]
-    return fits and all(each.is_cpu and each.dtype == x.dtype for each in given)
-
-
-def _trains(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    return all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
 
 
 def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     """Compute a layer in one direction, from and to a state (B, H)."""
     of_input, of_state, *biases = weights
-    bias = own = None
+    bias: Any = None
+    own: Any = None
     if biases:
         features = of_state.shape[-1]
         bias, own = biases[0] + F.pad(biases[1][: 2 * features], (0, features)), biases[1][2 * features :]
@@ -179,20 +147,25 @@ def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layo
 def _sequence(layer: Any, given: Any, hx: Any) -> Any:
     """Return the outputs of a layer by the kernels, or None if torch's own code must compute them."""
     is_packed = isinstance(given, PackedSequence)
+    if is_packed:
+        batch, steps = int(given.batch_sizes[0]), len(given.batch_sizes)
+    elif type(given) is Tensor and given.dim() == 3:
+        batch, steps = given.size(1 - layer.batch_first), given.size(int(layer.batch_first))
+    else:
+        return None
+    # First, because it takes no time that a step of torch's would notice.
+    if not is_faster(layer.hidden_size, batch, steps):
+        return None
     x, batch_sizes, order, original = given if is_packed else (given, None, None, None)
     weights, directions = layer._flat_weights, 2 if layer.bidirectional else 1
-    if not _is_possible(x, hx, weights) or x.dim() != (2 if is_packed else 3):
-        return None
-    batch, steps = x.shape[:2] if layer.batch_first else (x.shape[1], x.shape[0])
-    if batch_sizes is not None:
-        batch, steps = int(batch_sizes[0]), len(batch_sizes)
     shape = (layer.num_layers * directions, batch, layer.hidden_size)
-    trains = _trains(x, hx, *weights)
-    if (hx is not None and hx.shape != shape) or not is_faster(layer.hidden_size, batch, steps, trains):
+    # Torch raises the errors.
+    fits = x.shape[-1] == layer.input_size and (hx is None or (isinstance(hx, Tensor) and hx.shape == shape))
+    if not fits or not _is_possible(x, hx, *weights):
         return None
     h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
     layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
-    count, lasts = 4 if layer.bias else 2, []
+    count, lasts = 4 if layer.bias else 2, list[Tensor]()
     for index in range(layer.num_layers):
         outs = []
         for at in range(index * directions, (index + 1) * directions):
@@ -205,15 +178,3 @@ def _sequence(layer: Any, given: Any, hx: Any) -> Any:
             x = F.dropout(x, layer.dropout, layer.training)
     last = layer.permute_hidden(torch.stack(lasts), original)
     return (PackedSequence(x, batch_sizes, order, original) if is_packed else x), last
-
-
-def _step(cell: Any, x: Any, h: Tensor | None) -> Tensor | None:
-    """Return the next state of a cell by the kernels, or None."""
-    weights = [cell.weight_ih, cell.weight_hh, *([cell.bias_ih, cell.bias_hh] if cell.bias else [])]
-    shape = (len(x), cell.hidden_size) if isinstance(x, Tensor) and x.dim() == 2 else None
-    if shape is None or (h is not None and h.shape != shape) or not _is_possible(x, h, weights):
-        return None
-    if not is_faster(cell.hidden_size, len(x), 1, _trains(x, h, *weights)):
-        return None
-    before = x.new_zeros(shape) if h is None else h
-    return _recurrence(x.unsqueeze(1), before, weights, False, Layout(False))[1]

@@ -5,8 +5,9 @@ An instruction checks that the module that it replaces is exactly what it comput
 any change of a module or its submodules, the plan is made again. The operator checks the sizes.
 
 With gradients, `run` computes one step of GRUs by torch's cells, for which the calls of all modules would take longer.
-It returns None whenever the modules must be called one by one: with gradients of anything else, hooks, autocast, transforms, graph
-capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
+It returns None whenever the modules must be called one by one: with gradients of anything else, hooks, autocast,
+transforms, graph capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises
+the error.
 """
 
 import math
