@@ -3,6 +3,7 @@
     pip install ".[bench]"                                 # in a clone of the repository
     python benchmarks/speed.py                             # one layer and its recurrence, by shape
     python benchmarks/speed.py steps family                # other groups of tables, which --help lists
+    python benchmarks/speed.py --gru 32 64 128 256 512     # nn.GRU as it is, and accelerated, by shape
     python benchmarks/speed.py --sweep --plot speed.png    # time by sequence length, and the README's picture
     python benchmarks/speed.py --page                      # time relative to MinGRU by shape and threads; writes them
                                                            # into docs/speed.md and docs/speed.json, in 6 minutes
@@ -23,7 +24,9 @@ import importlib.metadata
 import json
 import os
 import tempfile
+import time
 import warnings
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +55,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BACKENDS = [name for name, can_run in mingru.backends().items() if can_run is True and name != "sequential"]
 LENGTHS = [2**power for power in range(4, 17)]
 BATCH, FEATURES, SLOW_MS = 8, 256, 3000.0
+ACCELERATED = "nn.GRU, accelerated"
 PEER, RECOMMENDED, TENSORS = "minGRU-pytorch", "MinGRU as recommended", "the same without a compiler"
 
 
@@ -320,6 +324,31 @@ def export(name, module, shape, path):
         torch.onnx.export(module.eval(), given, path, dynamo=True, external_data=False, verbose=False, **options)
 
 
+def against_gru(args, timer):
+    """Print times of nn.GRU / those of its weights in a BlockGRU and of the layer accelerated: inference ; training."""
+    # With one thread, the processor's time, which other programs change less.
+    timer = partial(timer, clock=time.thread_time) if args.threads == 1 else timer
+    shapes, found = [(batch, steps) for steps in (1, 20, 200) for batch in (1, 8, 32, 64)], {}
+    for dims in args.gru:
+        modules = {GRU: nn.GRU(dims, dims, batch_first=True)}
+        modules |= {
+            "BlockGRU": mingru.BlockGRU.from_torch(modules[GRU], block_size=dims),
+            ACCELERATED: deepcopy(modules[GRU]),
+        }
+        drop_in.accelerate(modules[ACCELERATED])
+        for shape in shapes:
+            table = of_modules("", torch.randn(*shape, dims, requires_grad=True), modules)
+            found[dims, shape] = time_both(timer, table)
+    for name in ("BlockGRU", ACCELERATED):
+        rows = [[str(dims), *(ratios(found[dims, shape], name) for shape in shapes)] for dims in args.gru]
+        print_table(f"nn.GRU / {name}, threads: {args.threads}", ["H", *map(str, shapes)], rows)
+    return {f"{dims}, {shape}": each for (dims, shape), each in found.items()}
+
+
+def ratios(found, name):
+    return " ; ".join(f"{of_torch / own:.2f}" for of_torch, own in zip(found[GRU], found[name], strict=True))
+
+
 GROUPS = {each.__name__: each for each in (one_layer, family, steps, half, products, model, tagger, deploy)}
 
 
@@ -447,6 +476,7 @@ def main():
     add("--longest", type=int, nargs="*", default=[40, 400], help="sentences of the tagger (default: 40 400)")
     add("--seconds", type=float, default=4.0, help="time for each set of calls (default: %(default)s)")
     add("--rounds", type=int, default=5, help="minimum rounds of these calls (default: %(default)s)")
+    add("--gru", type=int, nargs="+", metavar="H", help="compare nn.GRU with itself accelerated, for these features")
     add("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if unknown := [name for name in args.groups if name not in GROUPS]:
@@ -457,6 +487,8 @@ def main():
     timer = partial(medians_ms, seconds=args.seconds, least=args.rounds)
     if args.page:
         page(args, timer)
+    elif args.gru:
+        results = against_gru(args, timer)
     elif args.sweep or args.plot:
         results = sweep(timer)
         if args.plot:

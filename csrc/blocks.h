@@ -1,24 +1,27 @@
 // The loops over the steps of a GRU whose features see each other in blocks. A task has one block of features, of some
-// batch elements; the features are lanes, and each weight is loaded once for all batch elements that are computed together.
+// batch elements; the features are lanes, and each weight is loaded once for all batch elements whose sums are in registers.
 #pragma once
 
 #include <vector>
 
 #include "lanes.h"
+#include "product.h"
+#include "tiles.h"
 
 namespace mingru::MINGRU_ISA {
 
-// Lanes of a group of weights in memory, and of a register, which holds a part of it: compilers keep longer vectors in
-// memory.
-template <class A>
-constexpr int64_t width = Blocks::vector_bytes / sizeof(A);
+// Compilers keep longer vectors than registers in memory. A product sums so many rows and vectors in registers.
 #ifdef MINGRU_AVX512
 constexpr int64_t register_bytes = 64;
+constexpr int most_rows = 8;
 #elif defined(MINGRU_AVX2)
 constexpr int64_t register_bytes = 32;
+constexpr int most_rows = 4;
 #else
 constexpr int64_t register_bytes = 16;
+constexpr int most_rows = 4;
 #endif
+constexpr int most_vectors = Blocks::num_gates;
 template <class A>
 constexpr int64_t per_register = register_bytes / sizeof(A);
 #ifdef __GNUC__
@@ -43,74 +46,211 @@ struct Vector {
 };
 #endif
 
-template <class T, int64_t together>
+// out = left right, or added to it. Both are divided into `parts` along the depth, and the vectors of a row of `right` are
+// next to each other. Strides count values.
+template <class A>
+struct RegisterProduct {
+  const A* left;
+  int64_t row_stride, left_stride, left_part_stride;
+  const A* right;
+  int64_t right_stride, right_part_stride, depth;
+  A* out;
+  int64_t out_stride, vector_stride;
+  bool is_added;
+};
+
+template <class A, int parts, int vectors, int rows>
+static void multiply_in_registers(const RegisterProduct<A>& product) {
+  // Few sums are divided, so that the processor does not wait for the addition before.
+  constexpr int chains = rows * vectors * parts <= most_rows * most_vectors ? parts : 1;
+  Vector<A> sums[chains][rows][vectors] = {};
+  for (int part = 0; part < parts; part += chains) {
+    const A* left = product.left + part * product.left_part_stride;
+    const A* right = product.right + part * product.right_part_stride;
+    for (int64_t k = 0; k < product.depth; ++k, left += product.left_stride, right += product.right_stride) {
+#pragma GCC unroll 3
+      for (int chain = 0; chain < chains; ++chain) {
+        Vector<A> values[vectors];
+        std::memcpy(values, right + chain * product.right_part_stride, sizeof(values));
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; ++row) {
+          const A factor = left[chain * product.left_part_stride + row * product.row_stride];
+#pragma GCC unroll 3
+          for (int i = 0; i < vectors; ++i) sums[chain][row][i] += values[i] * factor;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 3
+    for (int i = 0; i < vectors; ++i) {
+      A* out = product.out + row * product.out_stride + i * product.vector_stride;
+      Vector<A> sum = sums[0][row][i], before;
+      for (int chain = 1; chain < chains; ++chain) sum += sums[chain][row][i];
+      if (product.is_added) {
+        std::memcpy(&before, out, sizeof(before));
+        sum += before;
+      }
+      std::memcpy(out, &sum, sizeof(sum));
+    }
+  }
+}
+
+template <class A, int parts, int vectors, int rows = most_rows>
+static void multiply_rows(const RegisterProduct<A>& product, int64_t count) {
+  if (count == rows) return multiply_in_registers<A, parts, vectors, rows>(product);
+  if constexpr (rows > 1) multiply_rows<A, parts, vectors, rows - 1>(product, count);
+}
+
+// Of any number of rows, in equal parts, and of at most `most_vectors`.
+template <class A, int parts, int vectors = most_vectors>
+static void multiply(RegisterProduct<A> product, int64_t rows, int64_t num_vectors) {
+  if constexpr (vectors > 1) {
+    if (num_vectors < vectors) return multiply<A, parts, vectors - 1>(product, rows, num_vectors);
+  }
+  for (int64_t tiles = (rows + most_rows - 1) / most_rows, count; tiles > 0; --tiles, rows -= count) {
+    count = (rows + tiles - 1) / tiles;
+    multiply_rows<A, parts, vectors>(product, count);
+    product.left += count * product.row_stride;
+    product.out += count * product.out_stride;
+  }
+}
+
+// The same for other numbers and processors. A line of the cache is read at once.
+template <class A>
+static void pack_columns(const A* from, int64_t stride, int64_t count, int64_t depth, A* to, int64_t to_stride) {
+  for (int64_t first = 0; first < depth; first += 16) {
+    for (int64_t i = 0; i < per_register<A>; ++i) {
+      for (int64_t k = first; k < least_of(first + 16, depth); ++k) {
+        to[k * to_stride + i] = i < count ? from[i * stride + k] : A(0);
+      }
+    }
+  }
+}
+
+// Copies the weights of a block in this order: (padded / lanes, size, gates, lanes), where a vector has the weights from one
+// feature to some. Transposed, from some features to one, (padded / (lanes vectors), gates, size, vectors, lanes).
+template <class A>
+static void pack_block(const Blocks& blocks, void* packed, int64_t block, bool is_transposed) {
+  constexpr int64_t lanes = per_register<A>;
+  const int64_t size = blocks.size, padded = blocks.padded;
+  A* to = static_cast<A*>(packed) + block * Blocks::num_gates * size * padded;
+  const A* weights = static_cast<const A*>(blocks.given) + block * size * size;
+  const int64_t gate_stride = blocks.count * size * size;
+  for (int64_t lane = 0; is_transposed && lane < padded; lane += most_vectors * lanes) {
+    const int64_t width = least_of(most_vectors * lanes, padded - lane), count = least_of(width, size - lane);
+    for (int64_t row = 0; row < Blocks::num_gates * size; ++row, to += width) {
+      const A* from = weights + row / size * gate_stride + row % size * size + lane;
+      for (int64_t i = 0; i < width; ++i) to[i] = i < count ? from[i] : A(0);
+    }
+  }
+  for (int64_t lane = 0; !is_transposed && lane < padded; lane += lanes) {
+    const int64_t count = least_of(lanes, size - lane), stride = Blocks::num_gates * lanes;
+    for (int64_t gate = 0; gate < Blocks::num_gates; ++gate) {
+      const A* from = weights + gate * gate_stride + lane * size;
+      pack_columns(from, size, count, size, to + gate * lanes, stride);
+    }
+    to += size * stride;
+  }
+}
+
+template <class T>
 class BlockSteps {
   using A = Accumulated<T>;
 
  public:
-  // Of the batch elements [batch, batch + together).
-  BlockSteps(const Scan& scan, const Blocks& blocks, const Part& part, int64_t block, int64_t batch, bool is_backward)
+  // Of the batch elements [begin, end).
+  BlockSteps(
+      const Scan& scan, const Blocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end, bool is_backward)
       : scan_(scan),
         blocks_(blocks),
         size_(blocks.size),
         padded_(blocks.padded),
         block_(block),
-        batch_(batch),
+        batch_(begin),
+        together_(end - begin),
         begin_(part.begin),
         is_backward_(is_backward),
-        is_first_(scan.reverse == is_backward ? part.begin == 0 : part.end == scan.num_steps),
-        memory_((together + (is_backward ? most_rows : 0)) * (1 + num_gates) * padded_) {
-    for (int64_t n = 0; n < together; ++n) {
-      lengths_[n] = scan.lengths ? scan.lengths[batch + n] : scan.num_steps;
+        is_first_(scan.reverse == is_backward ? part.begin == 0 : part.end == scan.num_steps) {
+    for (int64_t n = 0; n < together_; ++n) {
+      lengths_[n] = scan.lengths ? scan.lengths[batch_ + n] : scan.num_steps;
       ends_[n] = least_of(part.end, lengths_[n]);
       if (ends_[n] - begin_ > count_) count_ = ends_[n] - begin_;
+    }
+    if (is_backward && blocks.rows_together() > 2 * together_) chunk_ = blocks.rows_together() / together_;
+    chunk_ = least_of(chunk_, count_);
+    const int64_t rows = chunk_ * together_;
+    memory_.resize((together_ + rows * (1 + num_gates)) * padded_);
+    states_ = memory_.data();
+    others_ = states_ + together_ * padded_;
+    products_ = others_ + rows * padded_;
+    for (int64_t n = 0; n < together_; ++n) {
       copy(states_ + n * padded_, is_first_ ? (is_backward ? scan.grad_last : scan.h) : end_of_pass(), n);
     }
   }
 
   void forward() {
     for (int64_t done = 0; done < count_; ++done) {
-      for (int64_t n = 0; n < together; ++n) {
+      for (int64_t n = 0; n < together_; ++n) {
         if (is_reset(n, done)) copy(states_ + n * padded_, scan_.initial_state, n);
       }
-      multiply<false>(sums_, states_, blocks_.weights);
-      for (int64_t n = 0; n < together; ++n) {
-        if (exists(n, done)) advance(n, position_of(n, done));
-      }
+      each(padded_ / group, together_ * num_gates * group * size_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          // Each step begins with the weights that the one before read last, which are still in the cache.
+          const int64_t lane = (done % 2 == 0 ? i : begin + end - 1 - i) * group;
+          multiply_states(states_, together_, lane);
+          for (int64_t n = 0; n < together_; ++n) advance(n, done, lane);
+        }
+      });
+      A* const before = states_;
+      states_ = others_;
+      others_ = before;
     }
     finish();
   }
 
   // Adds the gradients of the weights, (gates, padded, padded), and of the biases after them.
   void backward(A* totals) {
-    for (int64_t done = 0; done < count_; ++done) {
-      if (num_rows_ + together > most_rows) add_rows(totals);
-      A *previous = previous_ + num_rows_ * padded_, *grads = grads_ + num_rows_ * num_gates * padded_;
-      std::memset(grads, 0, together * num_gates * padded_ * sizeof(A));
-      num_rows_ += together;
-      for (int64_t n = 0; n < together; ++n) read_previous(n, done, previous + n * padded_);
-      multiply<false>(sums_, previous, blocks_.weights);
-      for (int64_t n = 0; n < together; ++n) {
-        if (!exists(n, done)) continue;
-        differentiate(n, position_of(n, done), previous + n * padded_, grads + n * num_gates * padded_);
+    for (int64_t first = 0; first < count_; first += chunk_) {
+      const int64_t steps = least_of(chunk_, count_ - first), rows = steps * together_;
+      each(rows, padded_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) read_previous(i % together_, first + i / together_, others_ + i * padded_);
+      });
+      each(padded_ / group, rows * num_gates * group * size_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) multiply_states(others_, rows, i * group);
+      });
+      // The products of a step need all lanes of its gradients, but the gradients of the step before only their own.
+      constexpr int64_t lanes = most_vectors * group;
+      for (int64_t step = 0; step <= steps; ++step) {
+        const int64_t multiplications = step == 0 ? lanes : together_ * num_gates * lanes * size_;
+        each((padded_ + lanes - 1) / lanes, multiplications, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t lane = (step % 2 == 0 ? i : begin + end - 1 - i) * lanes, last = least_of(lane + lanes, padded_);
+            if (step > 0) pass_back(first, step - 1, lane, last);
+            for (int64_t own = lane; step < steps && own < last; own += group) {
+              for (int64_t n = 0; n < together_; ++n) differentiate(n, first + step, step * together_ + n, own);
+            }
+          }
+        });
       }
-      multiply<true>(sums_, grads, blocks_.transposed);
-      for (int64_t n = 0; n < together; ++n) {
-        if (!exists(n, done)) continue;
-        A *carried = states_ + n * padded_, *sum = sums_ + n * num_gates * padded_;
-        for (int64_t i = 0; i < size_; ++i) carried[i] += sum[i] + sum[padded_ + i] + sum[2 * padded_ + i];
-        if (!is_reset(n, done)) continue;
-        A* total = state_of(scan_.grad_initial_state, n);
-        for (int64_t i = 0; i < size_; ++i) total[i] += carried[i];
-        std::memset(carried, 0, size_ * sizeof(A));
-      }
+      add_rows(totals, rows);
     }
-    add_rows(totals);
     finish();
   }
 
  private:
-  static constexpr int64_t num_gates = Blocks::num_gates, most_rows = 64;
+  static constexpr int64_t num_gates = Blocks::num_gates;
+
+  // Calls f with ranges of [0, count), by several threads if there are enough multiplications.
+  template <class F>
+  void each(int64_t count, int64_t multiplications, const F& f) const {
+    if (!blocks_.parallel_for) return f(0, count);
+    const auto call = [](const void* given, int64_t begin, int64_t end) { (*static_cast<const F*>(given))(begin, end); };
+    blocks_.parallel_for(count, multiplications, call, &f);
+  }
+
+  A* products_of(int64_t row) const { return products_ + row * num_gates * padded_; }
 
   bool exists(int64_t n, int64_t done) const { return begin_ + done < ends_[n]; }
 
@@ -137,7 +277,7 @@ class BlockSteps {
   }
   void copy(A* to, const void* states, int64_t n) const { std::memcpy(to, state_of(states, n), size_ * sizeof(A)); }
   void finish() const {
-    for (int64_t n = 0; n < together; ++n) {
+    for (int64_t n = 0; n < together_; ++n) {
       std::memcpy(state_of(end_of_pass(), n), states_ + n * padded_, size_ * sizeof(A));
     }
   }
@@ -159,53 +299,76 @@ class BlockSteps {
     }
   }
 
-  // The products of the states, (together, padded), for each gate, (together, gates, padded), with the bias of the
-  // candidate's. Transposed, those of the gradients of these products, whose sum is the gradient of the states.
-  template <bool is_transposed>
-  void multiply(A* to, const A* from, const void* all_weights) const {
-    const A* of_block = static_cast<const A*>(all_weights) + block_ * num_gates * size_ * padded_;
-    const A* biases = static_cast<const A*>(blocks_.biases) + block_ * padded_;
-    for (int64_t lane = 0; lane < padded_; lane += per_register<A>) {
-      const int64_t within = lane % width<A>;
-      const A* weights = of_block + (lane - within) * num_gates * size_ + within;
-      // A sum for each gate, so that the processor does not wait for the addition before.
-      Vector<A> sum[together][num_gates] = {};
-      for (int64_t n = 0; n < together && !is_transposed; ++n) std::memcpy(&sum[n][2], biases + lane, sizeof(sum[n][2]));
-      for (int64_t k = 0; k < size_; ++k) {
-        for (int64_t gate = 0; gate < num_gates; ++gate, weights += width<A>) {
-          Vector<A> weight;
-          std::memcpy(&weight, weights, sizeof(weight));
-          for (int64_t n = 0; n < together; ++n) {
-            sum[n][gate] += weight * from[(is_transposed ? n * num_gates + gate : n) * padded_ + k];
-          }
-        }
+  // The products of rows of states, (rows, padded), for a group of features of each gate.
+  void multiply_states(const A* from, int64_t rows, int64_t lane) const {
+    if (!blocks_.weights) {
+      const int64_t gate_stride = blocks_.count * size_ * size_;
+      const A* weights = static_cast<const A*>(blocks_.given) + block_ * size_ * size_;
+      for (int64_t gate = 0; gate < num_gates; ++gate) {
+        const Product product{
+            scan_.storage, from, weights + gate * gate_stride, nullptr, products_ + gate * padded_, rows,
+            num_gates * padded_, size_};
+        multiply<A>(product, lane, lane + group);
       }
-      for (int64_t n = 0; n < together; ++n) {
-        for (int64_t gate = 0; gate < num_gates; ++gate) {
-          std::memcpy(to + (n * num_gates + gate) * padded_ + lane, &sum[n][gate], sizeof(sum[n][gate]));
-        }
+      return;
+    }
+    const A* weights = static_cast<const A*>(blocks_.weights) + block_ * num_gates * size_ * padded_;
+    constexpr int64_t width = num_gates * per_register<A>;
+    for (int64_t own = lane; own < lane + group; own += per_register<A>) {
+      multiply<A, 1>(
+          {from, padded_, 1, 0, weights + own * num_gates * size_, width, 0, size_, products_ + own, num_gates * padded_,
+           padded_, false},
+          rows, most_vectors);
+    }
+  }
+
+  // Adds the products of a step's gradients with the transposed weights to the gradients that are carried.
+  void pass_back(int64_t first, int64_t step, int64_t lane, int64_t last) const {
+    const A* weights = static_cast<const A*>(blocks_.transposed);
+    RegisterProduct<A> product{products_of(step * together_), num_gates * padded_, 1, padded_, nullptr, 0, 0, size_, nullptr,
+                               padded_, per_register<A>, true};
+    for (int64_t own = lane; own < last; own += most_vectors * per_register<A>) {
+      const int64_t width = least_of(most_vectors * per_register<A>, last - own);
+      product.right = weights + (block_ * padded_ + own) * num_gates * size_;
+      product.right_stride = width;
+      product.right_part_stride = size_ * width;
+      if (!weights) {
+        product.right = static_cast<const A*>(blocks_.given) + block_ * size_ * size_ + own;
+        product.right_stride = size_;
+        product.right_part_stride = blocks_.count * size_ * size_;
+      }
+      product.out = states_ + own;
+      multiply<A, num_gates>(product, together_, width / per_register<A>);
+    }
+    for (int64_t n = 0; n < together_; ++n) {
+      if (!is_reset(n, first + step)) continue;
+      A *total = state_of(scan_.grad_initial_state, n), *carried = states_ + n * padded_;
+      for (int64_t i = lane; i < least_of(last, size_); ++i) {
+        total[i] += carried[i];
+        carried[i] = 0;
       }
     }
   }
 
-  // Replaces the state by the next one.
-  void advance(int64_t n, int64_t position) const {
-    for (int64_t lane = 0; lane < padded_; lane += group) {
-      A inputs[num_gates][group], h[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
-      for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
-      const A *r_sum = sums_ + n * num_gates * padded_ + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
-      A* state = states_ + n * padded_ + lane;
-      MINGRU_LANES
-      for (int64_t i = 0; i < group; ++i) {
-        AtOnce at_once;
-        const A open = logistic(r[i] + r_sum[i], at_once).value;
-        const Fraction<A> keep = logistic(z[i] + z_sum[i], at_once);
-        const A candidate = Tanh().of(c[i] + open * c_sum[i], at_once).value;
-        h[i] = next_state(keep, state[i], keep.rest * candidate);
-      }
-      std::memcpy(state, h, sizeof(h));
-      put(row(scan_.out, n, position), h, lane);
+  // Computes a group of features of the next state.
+  void advance(int64_t n, int64_t done, int64_t lane) const {
+    const A *state = states_ + n * padded_ + lane, *biases = static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane;
+    A* next = others_ + n * padded_ + lane;
+    if (!exists(n, done)) return static_cast<void>(std::memcpy(next, state, group * sizeof(A)));
+    const int64_t position = position_of(n, done);
+    A inputs[num_gates][group], h[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
+    for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
+    const A *r_sum = products_of(n) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
+    MINGRU_LANES
+    for (int64_t i = 0; i < group; ++i) {
+      AtOnce at_once;
+      const A open = logistic(r[i] + r_sum[i], at_once).value;
+      const Fraction<A> keep = logistic(z[i] + z_sum[i], at_once);
+      const A candidate = Tanh().of(c[i] + open * (c_sum[i] + biases[i]), at_once).value;
+      h[i] = next_state(keep, state[i], keep.rest * candidate);
     }
+    std::memcpy(next, h, sizeof(h));
+    put(row(scan_.out, n, position), h, lane);
   }
 
   // Reads the state before a step. Of a batch element without the step, it is 0.
@@ -217,69 +380,66 @@ class BlockSteps {
     for (int64_t lane = 0; lane < padded_; lane += group) get(to + lane, row(scan_.out, n, place_of(before)), lane);
   }
 
-  // Writes the gradients of a step's inputs and of its products. The gradient of the state becomes the part of the previous
-  // state's gradient that does not pass the weights.
-  void differentiate(int64_t n, int64_t position, const A* before, A* grads) const {
-    for (int64_t lane = 0; lane < padded_; lane += group) {
-      A inputs[num_gates][group], grad[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
-      for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
-      get(grad, row(scan_.grad_out, n, position), lane);
-      const A *r_sum = sums_ + n * num_gates * padded_ + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
-      A *r_grad = grads + lane, *z_grad = r_grad + padded_, *c_grad = z_grad + padded_;
-      A* carried = states_ + n * padded_ + lane;
-      MINGRU_LANES
-      for (int64_t i = 0; i < group; ++i) {
-        AtOnce at_once;
-        const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
-        const Value<A> candidate = Tanh().of(c[i] + open.value * c_sum[i], at_once);
-        const A of_state = grad[i] + carried[i];
-        c[i] = of_state * keep.rest * candidate.slope;
-        r[i] = r_grad[i] = c[i] * c_sum[i] * open.value * open.rest;
-        z[i] = z_grad[i] = of_state * (before[lane + i] - candidate.value) * keep.value * keep.rest;
-        c_grad[i] = c[i] * open.value;
-        carried[i] = of_state * keep.value;
-      }
-      for (int k = 0; k < num_gates; ++k) put(row(scan_.grad_inputs[k], n, position), inputs[k], lane);
+  // Replaces a group of a row of products by their gradients, which are 0 without the step, and writes those of the step's
+  // inputs. The gradient of the state becomes the part of the previous state's gradient that does not pass the weights.
+  void differentiate(int64_t n, int64_t done, int64_t index, int64_t lane) const {
+    A *r_sum = products_of(index) + lane, *z_sum = r_sum + padded_, *c_sum = z_sum + padded_;
+    if (!exists(n, done)) {
+      for (A* each : {r_sum, z_sum, c_sum}) std::memset(each, 0, group * sizeof(A));
+      return;
     }
+    const int64_t position = position_of(n, done);
+    const A *before = others_ + index * padded_ + lane, *biases = static_cast<const A*>(blocks_.biases) + block_ * padded_ + lane;
+    A inputs[num_gates][group], grad[group], *r = inputs[0], *z = inputs[1], *c = inputs[2];
+    for (int k = 0; k < num_gates; ++k) get(inputs[k], row(scan_.inputs[k], n, position), lane);
+    get(grad, row(scan_.grad_out, n, position), lane);
+    A* carried = states_ + n * padded_ + lane;
+    MINGRU_LANES
+    for (int64_t i = 0; i < group; ++i) {
+      AtOnce at_once;
+      const Fraction<A> open = logistic(r[i] + r_sum[i], at_once), keep = logistic(z[i] + z_sum[i], at_once);
+      const A sum = c_sum[i] + biases[i];
+      const Value<A> candidate = Tanh().of(c[i] + open.value * sum, at_once);
+      const A of_state = grad[i] + carried[i];
+      c[i] = of_state * keep.rest * candidate.slope;
+      r[i] = r_sum[i] = c[i] * sum * open.value * open.rest;
+      z[i] = z_sum[i] = of_state * (before[i] - candidate.value) * keep.value * keep.rest;
+      c_sum[i] = c[i] * open.value;
+      carried[i] = of_state * keep.value;
+    }
+    for (int k = 0; k < num_gates; ++k) put(row(scan_.grad_inputs[k], n, position), inputs[k], lane);
   }
 
   // Adds the products of the rows of gradients and previous states, which are sums of sums, because a long sum is less
   // accurate.
-  void add_rows(A* totals) {
-    constexpr int64_t tile = 8;
-    for (int64_t output = 0; output < num_gates * padded_; output += tile) {
-      for (int64_t lane = 0; lane < padded_; lane += per_register<A>) {
-        Vector<A> sum[tile] = {};
-        for (int64_t k = 0; k < num_rows_; ++k) {
-          Vector<A> previous;
-          std::memcpy(&previous, previous_ + k * padded_ + lane, sizeof(previous));
-          for (int64_t i = 0; i < tile; ++i) sum[i] += previous * grads_[k * num_gates * padded_ + output + i];
-        }
-        for (int64_t i = 0; i < tile; ++i) {
-          A part[per_register<A>], *to = totals + (output + i) * padded_ + lane;
-          std::memcpy(part, &sum[i], sizeof(part));
-          for (int64_t j = 0; j < per_register<A>; ++j) to[j] += part[j];
+  void add_rows(A* totals, int64_t rows) const {
+    each(num_gates * padded_ / most_rows, most_rows * padded_ * rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * most_rows; i < end * most_rows; i += most_rows) {
+        for (int64_t lane = 0; lane < padded_; lane += most_vectors * per_register<A>) {
+          multiply<A, 1>(
+              {products_ + i, 1, num_gates * padded_, 0, others_ + lane, padded_, 0, rows, totals + i * padded_ + lane,
+               padded_, per_register<A>, true},
+              most_rows, (padded_ - lane) / per_register<A>);
         }
       }
+    });
+    A* of_biases = totals + num_gates * padded_ * padded_;
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t i = 0; i < padded_; ++i) of_biases[i] += products_of(k)[2 * padded_ + i];
     }
-    for (int64_t k = 0; k < num_rows_; ++k) {
-      const A* grads = grads_ + (k * num_gates + 2) * padded_;
-      for (int64_t i = 0; i < padded_; ++i) totals[num_gates * padded_ * padded_ + i] += grads[i];
-    }
-    num_rows_ = 0;
   }
 
   const Scan& scan_;
   const Blocks& blocks_;
-  const int64_t size_, padded_, block_, batch_, begin_;
+  const int64_t size_, padded_, block_, batch_, together_, begin_;
   const bool is_backward_, is_first_;
-  int64_t lengths_[together], ends_[together], count_ = 0, num_rows_ = 0;
+  int64_t lengths_[Blocks::most_together], ends_[Blocks::most_together], count_ = 0, chunk_ = 1;
   std::vector<A> memory_;
-  // The states, or backward the gradients that are carried to the step before, and the products.
-  A *const states_ = memory_.data(), *const sums_ = states_ + together * padded_;
-  // Of some steps of a backward pass: the previous states, (rows, padded), and the gradients of the products, (rows, gates,
-  // padded).
-  A *const previous_ = sums_ + together * num_gates * padded_, *const grads_ = previous_ + most_rows * padded_;
+  // (together, padded): the states, or backward the gradients that are carried to the step before.
+  A* states_;
+  // Forward: the next states, and the products, (together, gates, padded). Backward, of so many steps that are computed
+  // together: the previous states, and the products, which the gradients of the products replace.
+  A *others_, *products_;
 };
 
 // The batch elements [begin, end) of the part. Backward, if there are totals.
@@ -287,12 +447,12 @@ template <class A>
 static void run_block(
     const Scan& scan, const Blocks& blocks, const Part& part, int64_t block, int64_t begin, int64_t end, void* totals) {
   with_type<A>(scan.storage, [&](auto type) {
-    using T = decltype(type);
-    const auto run = [&](auto&& steps) { totals ? steps.backward(static_cast<A*>(totals)) : steps.forward(); };
-    for (; begin + most_together <= end; begin += most_together) {
-      run(BlockSteps<T, most_together>(scan, blocks, part, block, begin, totals));
+    const int64_t most = blocks.sequences_together();
+    for (int64_t last; begin < end; begin = last) {
+      last = least_of(begin + most, end);
+      BlockSteps<decltype(type)> steps(scan, blocks, part, block, begin, last, totals);
+      totals ? steps.backward(static_cast<A*>(totals)) : steps.forward();
     }
-    for (; begin < end; ++begin) run(BlockSteps<T, 1>(scan, blocks, part, block, begin, totals));
   });
 }
 

@@ -69,6 +69,8 @@ const Kernels& kernels_of(Storage storage) {
 constexpr int64_t least_multiplications = 1 << 17;
 // With fewer, a thread costs more time than it saves.
 constexpr int64_t multiplications_per_thread = 1 << 20;
+// The same for a step of a recurrence, whose weights are in the cache of each thread.
+constexpr int64_t multiplications_per_share = 1 << 17;
 // The rows of the left matrix that a task reads for each panel, from the second-level cache.
 constexpr int64_t most_task_rows = 16 * tile_rows;
 
@@ -210,16 +212,35 @@ void run(const Scan& scan, const Part& part, bool backward) { ScanTasks(scan, pa
 
 void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward) {
   const Kernels& kernels = kernels_of(scan.storage);
-  const int64_t batch = part.batch_end - part.batch_begin;
-  const int64_t size = ceil_div(ceil_div(batch, most_totals), most_together) * most_together;
+  const int64_t batch = part.batch_end - part.batch_begin, threads = torch::stable::get_num_threads();
+  const int64_t groups = blocks.is_wide() ? 1 : backward ? Blocks::most_totals : ceil_div(threads, blocks.count);
+  const int64_t size = ceil_div(ceil_div(batch, groups), Blocks::per_group) * Blocks::per_group;
   const int64_t bytes = blocks.values_of_total() * (scan.storage == Storage::float64 ? 8 : 4);
   const int64_t least = ceil_div(values_per_thread, size * (part.end - part.begin) * blocks.padded);
-  torch::stable::parallel_for(0, ceil_div(batch, size) * blocks.count, least, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = part.batch_begin + i / blocks.count * size, last = std::min(first + size, part.batch_end);
       char* totals = backward ? static_cast<char*>(blocks.totals) + i * bytes : nullptr;
       kernels.run_block(scan, blocks, part, i % blocks.count, first, last, totals);
     }
+  };
+  const int64_t tasks = ceil_div(batch, size) * blocks.count;
+  if (!blocks.is_wide()) return torch::stable::parallel_for(0, tasks, least, run);
+  run(0, tasks);
+}
+
+void share_block(
+    int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given) {
+  torch::stable::parallel_for(0, count, ceil_div(multiplications_per_share, multiplications), [&](int64_t begin, int64_t end) {
+    f(given, begin, end);
+  });
+}
+
+void pack_blocks(const Blocks& blocks, Storage storage, void* packed, bool is_transposed) {
+  const Kernels& kernels = kernels_of(storage);
+  const int64_t least = ceil_div(values_per_thread, Blocks::num_gates * blocks.size * blocks.padded);
+  torch::stable::parallel_for(0, blocks.count, least, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) kernels.pack_block(blocks, packed, block, is_transposed);
   });
 }
 

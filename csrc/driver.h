@@ -15,9 +15,14 @@ void run(const Scan& scan, const Part& part, bool backward);
 
 // The same for features that see each other in blocks.
 void run_blocks(const Scan& scan, const Blocks& blocks, const Part& part, bool backward);
+// The `parallel_for` of wide blocks.
+void share_block(
+    int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given);
+// Copies the weights of all blocks as the kernels read them.
+void pack_blocks(const Blocks& blocks, Storage storage, void* packed, bool is_transposed);
 
 // With more rows, torch's product is faster.
-constexpr int64_t most_few_rows = 4;
+constexpr int64_t most_few_rows = 8;
 // Computes a product whose rows are at most `most_few_rows`.
 void multiply_few_rows(const Product& product);
 

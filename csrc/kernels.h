@@ -276,9 +276,9 @@ static bool run(const Scan& scan, const Span& span, void* state, bool is_backwar
 template <class A>
 Kernels kernels() {
 #ifdef MINGRU_AVX512
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_panel, multiply_panel};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_block<A>, pack_panel, multiply_panel};
 #else
-  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>};
+  return {run<A>, multiply<A>, normalize<A>, convolve<A>, add_rows<A>, run_block<A>, pack_block<A>};
 #endif
 }
 

@@ -48,7 +48,8 @@ class LinearOperands : public Operands {
         num_features(weight.size(1)),
         num_columns(weight.size(0)),
         has_norm(call.has(Flag::rms_norm) || call.has(Flag::layer_norm)),
-        is_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
+        is_given_transposed_(!has_lengths() && !is_packed() && !x.is_contiguous() && x.stride(0) < x.stride(1)),
+        is_transposed_(has_wide_blocks(call) ? !call.has(Flag::time_first) : is_given_transposed_),
         time_major_(is_packed() || (!has_lengths() && call.has(Flag::time_first) != is_transposed_)),
         is_centered_(call.has(Flag::layer_norm)),
         eps_(eps),
@@ -69,8 +70,10 @@ class LinearOperands : public Operands {
     recurrent_ ? recurrent_->run(scan, part, is_backward) : Operands::run(part, is_backward);
   }
 
-  // The gradients of the recurrent weights, as their kernels compute them; empty without them.
-  Tensor totals_of_recurrent() const { return recurrent_ ? *recurrent_->totals : empty({0}, h); }
+  // The gradients of the recurrent weights and their bias; empty without them.
+  std::tuple<Tensor, Tensor> grads_of_recurrent() const {
+    return recurrent_ ? recurrent_->gradients() : std::tuple{empty({0}, h), empty({0}, h)};
+  }
 
   int64_t num_rows() const { return row_offsets_.empty() ? x_.numel() / num_features : row_offsets_.back(); }
   int64_t bytes_of_columns(int64_t rows) const { return rows * num_columns * x_.element_size(); }
@@ -167,7 +170,20 @@ class LinearOperands : public Operands {
     return is_transposed_ ? torch::stable::transpose(result, 0, 1) : result;
   }
 
+  // Returns such a tensor in the memory order of the given x.
+  Tensor in_given_order(const Tensor& x) const {
+    if (is_transposed_ == is_given_transposed_ || x.dim() < 3) return x;
+    if (!is_given_transposed_) return as_contiguous(x);
+    return torch::stable::transpose(as_contiguous(torch::stable::transpose(x, 0, 1)), 0, 1);
+  }
+
  private:
+  // Their sequences are computed together, so all of a step are next to each other.
+  bool has_wide_blocks(const Call& call) const {
+    const Tensor* weight = call[Argument::recurrent];
+    return weight && weight->size(-1) >= Blocks::least_wide && !has_lengths() && !is_packed();
+  }
+
   const void* rows_of_x(const Block& block) const {
     if (const void* rows = rows_in(x_, block)) return rows;
     char* rows = static_cast<char*>(rows_scratch_.at_least(block.num_rows * row_bytes()));
@@ -238,7 +254,7 @@ class LinearOperands : public Operands {
     torch::stable::parallel_for(begin, end, std::max(bytes_per_thread / bytes, int64_t(1)), f);
   }
 
-  const bool is_transposed_, time_major_, is_centered_;
+  const bool is_given_transposed_, is_transposed_, time_major_, is_centered_;
   const double eps_;
   const Tensor x_;
   MaybeTensor bias_;
@@ -367,8 +383,8 @@ Tensor multiply_matrices(const Tensor& left, const Tensor& right, const MaybeTen
 }
 
 // Returns the gradients of x, weight and bias (empty if not needed), h, initial_state, dt (for each group of features), and
-// of the recurrent weights; see `Blocks`.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
+// of the recurrent weights and their bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& tensors, const Tensor& states,
     const Tensor& pre_activations, const Tensor& grad_out, const Tensor& grad_last, int64_t how, double min_decay,
     double eps) {
@@ -414,8 +430,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurr
     if (needs_weight) grad_weight.add_product(transposed(grads), matrix(rows, count, features, x));
     if (needs_bias) grad_bias.add_rows(grads);
   }
-  return {grad_x,      grad_weight.result(),           grad_bias.result(), grad_h, grad_initial_state,
-          grads_of_dt, operands.totals_of_recurrent()};
+  auto [grad_recurrent, grad_recurrent_bias] = operands.grads_of_recurrent();
+  return {operands.in_given_order(grad_x), grad_weight.result(), grad_bias.result(), grad_h, grad_initial_state,
+          grads_of_dt, grad_recurrent, grad_recurrent_bias};
 }
 
 }  // namespace
@@ -428,7 +445,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mingru, library) {
   library.def(
       "linear_recurrence_backward(Tensor x, Tensor weight, Tensor? bias, Tensor[] call, Tensor states, "
       "Tensor pre_activations, Tensor grad_out, Tensor grad_last, int how, float min_decay, float eps=0) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mingru, CPU, library) {

@@ -11,9 +11,6 @@ namespace {
 
 class RecurrentBlocks {
  public:
-  // Backward only: sums of the gradients of weights and bias, (most_totals, blocks, 3 padded + 1, padded).
-  MaybeTensor totals;
-
   // Weight and bias are in the accumulation dtype, as `h` is.
   RecurrentBlocks(const Call& call, const Tensor& h, int64_t num_features) : num_features_(num_features), h_(h) {
     const Tensor *given = call[Argument::recurrent], *bias = call[Argument::recurrent_bias];
@@ -28,8 +25,8 @@ class RecurrentBlocks {
     blocks_.size = given->size(1);
     blocks_.count = num_features / blocks_.size;
     blocks_.padded = (blocks_.size + group - 1) / group * group;
-    weight_ = data_of<void>(*given);
-    blocks_.weights = packed(packed_, blocks_.size, 1);
+    blocks_.given = data_of<void>(*given);
+    if (blocks_.is_wide()) blocks_.parallel_for = share_block;
     const int64_t padded = blocks_.padded * h.element_size(), bytes = blocks_.size * h.element_size();
     biases_.resize(blocks_.count * padded);
     for (int64_t i = 0; bias && i < blocks_.count; ++i) {
@@ -39,46 +36,55 @@ class RecurrentBlocks {
   }
 
   void run(const Scan& scan, const Part& part, bool is_backward) {
-    if (is_backward && !totals) {
-      totals = torch::stable::new_zeros(h_, {most_totals, blocks_.count, num_gates * blocks_.padded + 1, blocks_.padded});
-      blocks_.totals = totals->data_ptr();
-      blocks_.transposed = packed(transposed_, 1, blocks_.size);
+    // To copy the weights takes longer than a product of one step.
+    const bool is_step = scan.num_steps == 1 && blocks_.padded == blocks_.size;
+    if (!blocks_.weights && !(is_step && scan.num_batch <= most_few_rows)) blocks_.weights = packed(packed_, scan, false);
+    if (is_backward && !totals_) {
+      const int64_t rows = num_gates * blocks_.padded + 1;
+      totals_ = torch::stable::new_zeros(h_, {blocks_.num_totals(scan.num_batch), blocks_.count, rows, blocks_.padded});
+      blocks_.totals = totals_->data_ptr();
+      if (!is_step) blocks_.transposed = packed(transposed_, scan, true);
     }
     run_blocks(scan, blocks_, part, is_backward);
+  }
+
+  // The gradients of weight and bias.
+  std::tuple<Tensor, Tensor> gradients() const {
+    const int64_t size = blocks_.size, padded = blocks_.padded, rows = num_gates * padded + 1;
+    const std::vector<int64_t> groups = {0};
+    const Tensor sum = totals_->size(0) > 1 ? torch::stable::sum(*totals_, groups) : torch::stable::select(*totals_, 0, 0);
+    Tensor first = torch::stable::select(sum, 0, 0), of_weight = torch::stable::narrow(first, 0, 0, rows - 1);
+    const Tensor of_bias = empty({num_features_}, h_);
+    if (blocks_.count > 1 || padded > size) of_weight = empty({num_gates * num_features_, size}, h_);
+    const auto copy = [&](const Tensor& to, int64_t row, int64_t block, int64_t from, int64_t count) {
+      const int64_t bytes = h_.element_size();
+      const char* data = data_of<char>(sum) + (block * rows + from) * padded * bytes;
+      std::memcpy(data_of<char>(to) + row * bytes, data, count * bytes);
+    };
+    for (int64_t block = 0; block < blocks_.count; ++block) {
+      copy(of_bias, block * size, block, rows - 1, size);
+      if (of_weight.data_ptr() == sum.data_ptr()) continue;
+      for (int64_t i = 0; i < num_gates * size; ++i) {
+        const int64_t gate = i / size, row = gate * num_features_ + block * size + i % size;
+        copy(of_weight, row * size, block, gate * padded + i % size, size);
+      }
+    }
+    return {of_weight, of_bias};
   }
 
  private:
   static constexpr int64_t num_gates = Blocks::num_gates;
 
-  // Returns weights in this order: (blocks, padded / lanes, size, gates, lanes). A vector has the weights from one feature
-  // to some, or transposed, from some features to one. The strides are those of features that are lanes, and of those that
-  // are not.
-  const void* packed(Scratch& scratch, int64_t lane_stride, int64_t stride) const {
+  const void* packed(Scratch& scratch, const Scan& scan, bool is_transposed) const {
     void* to = scratch.at_least(num_gates * num_features_ * blocks_.padded * h_.element_size());
-    h_.element_size() == 8 ? pack(static_cast<double*>(to), lane_stride, stride)
-                           : pack(static_cast<float*>(to), lane_stride, stride);
+    pack_blocks(blocks_, scan.storage, to, is_transposed);
     return to;
-  }
-
-  template <class A>
-  void pack(A* to, int64_t lane_stride, int64_t stride) const {
-    const int64_t size = blocks_.size, lanes = Blocks::vector_bytes / sizeof(A);
-    for (int64_t first = 0; first < num_features_; first += size) {
-      for (int64_t lane = 0; lane < blocks_.padded; lane += lanes) {
-        for (int64_t k = 0; k < size; ++k) {
-          for (int64_t gate = 0; gate < num_gates; ++gate) {
-            const A* from = static_cast<const A*>(weight_) + (gate * num_features_ + first) * size + k * stride;
-            for (int64_t i = lane; i < lane + lanes; ++i) *to++ = i < size ? from[i * lane_stride] : A(0);
-          }
-        }
-      }
-    }
   }
 
   const int64_t num_features_;
   const Tensor h_;
-  const void* weight_;
   Blocks blocks_{};
+  MaybeTensor totals_;
   std::vector<char> biases_;
   Scratch packed_, transposed_;
 };

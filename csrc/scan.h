@@ -181,18 +181,32 @@ struct Convolution {
 // `padded`, as recurrent_blocks.h packs them: r = sigma(x_r + U_r h), z = sigma(x_z + U_z h) and
 // h_t = (1 - z) tanh(x_c + r (U_c h + bias)) + z h, with h = h_{t-1}. All are in the accumulation dtype.
 struct Blocks {
-  static constexpr int64_t num_gates = 3, vector_bytes = 64;
+  static constexpr int64_t num_gates = 3;
+  // From so many features on, threads share each step of all batch elements, and backward the totals.
+  static constexpr int64_t least_wide = 192;
+  // For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
+  // constant, so that sums do not depend on the number of threads.
+  static constexpr int64_t most_totals = 8, per_group = 4;
+  static constexpr int64_t most_together = 64;
   int64_t size, count, padded;
-  const void *weights, *transposed, *biases;
-  // Backward only: the gradients of weights and biases, (most_totals, count, 3 padded + 1, padded).
+  // As the caller has them, and packed. A call of one step may have those of the caller only.
+  const void *given, *weights, *transposed, *biases;
+  // Backward only: the gradients of weights and biases, (totals, count, 3 padded + 1, padded).
   void* totals;
+  // Calls f with ranges of [0, count). Null: the caller calls it with all.
+  void (*parallel_for)(
+      int64_t count, int64_t multiplications, void (*f)(const void*, int64_t, int64_t), const void* given);
+
+  bool is_wide() const { return size >= least_wide; }
+  int64_t num_totals(int64_t batch) const {
+    const int64_t most = (batch + per_group - 1) / per_group;
+    return is_wide() ? 1 : most < most_totals ? most : most_totals;
+  }
   int64_t values_of_total() const { return (num_gates * padded + 1) * padded; }
+  // How many batch elements are computed together, and backward how many rows of gradients.
+  int64_t sequences_together() const { return is_wide() ? most_together : 8; }
+  int64_t rows_together() const { return is_wide() ? 128 : 64; }
 };
-// For threads, the batch elements of a part are divided into at most so many groups, each with totals of its own. It is
-// constant, so that sums do not depend on the number of threads.
-constexpr int64_t most_totals = 8;
-// How many batch elements are computed together: their sums of all gates stay in registers.
-constexpr int64_t most_together = 4;
 
 // The kernels of an instruction set, for one accumulation dtype.
 struct Kernels {
@@ -208,6 +222,8 @@ struct Kernels {
   void (*add_rows)(const RowSum&, int64_t begin, int64_t end);
   // Runs a block of features of some batch elements. Backward, adds the gradients of weights and biases to the totals.
   void (*run_block)(const Scan&, const Blocks&, const Part&, int64_t block, int64_t begin, int64_t end, void* totals);
+  // Copies the weights of a block.
+  void (*pack_block)(const Blocks&, void* packed, int64_t block, bool is_transposed);
   // Copies a panel of the right matrix, and computes a range of rows of a panel's columns, in float32. Null without
   // AVX-512.
   void (*pack_panel)(const MatrixProduct&, float* to, int64_t panel) = nullptr;

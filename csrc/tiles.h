@@ -36,6 +36,25 @@ MINGRU_INLINE void transpose(__m512 (&rows)[lanes]) {
   if constexpr (size > 1) transpose<size / 2>(rows);
 }
 
+// Copies columns that are far from each other into a row of lanes for each k, with 0 after the last column.
+MINGRU_INLINE void pack_columns(
+    const float* from, int64_t stride, int64_t count, int64_t depth, float* to, int64_t to_stride) {
+  for (int64_t k = 0; k < depth; k += lanes) {
+    const __mmask16 mask = lanes_of(depth - k);
+    __m512 values[lanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      // The last column again in place of those that do not exist.
+      values[i] = _mm512_maskz_loadu_ps(i < count ? mask : 0, from + least_of(i, count - 1) * stride + k);
+    }
+    transpose(values);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (k + i < depth) _mm512_storeu_ps(to + (k + i) * to_stride, values[i]);
+    }
+  }
+}
+
 // Copies a panel of the right matrix, with 0 after its last column.
 static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
   const Matrix& right = product.right;
@@ -44,27 +63,12 @@ static void pack_panel(const MatrixProduct& product, float* to, int64_t panel) {
   const float* from = right.data + first * right.column_stride;
   for (int64_t column = 0; column < width; column += lanes, from += lanes * right.column_stride, to += lanes) {
     const int64_t count = least_of(columns - column, lanes);
-    if (right.column_stride == 1) {
-      const __mmask16 mask = lanes_of(count);
-      for (int64_t k = 0; k < product.depth; ++k) {
-        _mm512_storeu_ps(to + k * width, _mm512_maskz_loadu_ps(mask, from + k * right.row_stride));
-      }
+    if (right.column_stride != 1) {
+      pack_columns(from, right.column_stride, count, product.depth, to, width);
       continue;
     }
-    for (int64_t k = 0; k < product.depth; k += lanes) {
-      const __mmask16 mask = lanes_of(product.depth - k);
-      __m512 values[lanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        // The last column again in place of those that do not exist.
-        const float* row = from + least_of(i, count - 1) * right.column_stride + k;
-        values[i] = _mm512_maskz_loadu_ps(i < count ? mask : 0, row);
-      }
-      transpose(values);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        if (k + i < product.depth) _mm512_storeu_ps(to + (k + i) * width, values[i]);
-      }
+    for (int64_t k = 0; k < product.depth; ++k) {
+      _mm512_storeu_ps(to + k * width, _mm512_maskz_loadu_ps(lanes_of(count), from + k * right.row_stride));
     }
   }
 }

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #ifdef MINGRU_AVX512
 #define MINGRU_ISA avx512

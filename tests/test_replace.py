@@ -1,13 +1,21 @@
-"""replace: which layers of a model are replaced, what the report says, and what is refused."""
+"""replace: which layers of a model are replaced, what the report says, what is refused; accelerate: what it keeps."""
 
+import copy
+import operator
+import pickle
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from cases import assert_equal, graded, tensors, with_threads
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune, weight_norm
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
 from mingru import drop_in
+from mingru.ops import autograd
 
 S, B, IN, H = 5, 2, 3, 4
 
@@ -94,3 +102,143 @@ def test_replace_refuses_hooks_and_then_changes_nothing(hook):
     assert list(model.values()) == before
     handle.remove()
     assert len(drop_in.replace(model).replaced) == 2
+
+
+class Rnn(nn.Module):
+    """A GRU of these options, and a head."""
+
+    def __init__(self, *args, **options):
+        super().__init__()
+        self.rnn = nn.GRU(IN, *args, batch_first=True, **options)
+        self.head = nn.Linear(self.rnn.hidden_size * (1 + self.rnn.bidirectional), 2)
+
+    def forward(self, x, h: Tensor | None = None):
+        out, h = self.rnn(x, h)
+        out = pad_packed_sequence(out, True)[0] if isinstance(out, PackedSequence) else out
+        return self.head(out), h
+
+
+def trained(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(x)[0].square().mean().backward()
+        optimizer.step()
+    return model(x)
+
+
+def after(edit, run=None):
+    """Return a mode that edits the model before it runs."""
+
+    def mode(model, x):
+        edited = edit(model)
+        model = edited if isinstance(edited, nn.Module) else model
+        return model(x) if run is None else run(model, x)
+
+    return mode
+
+
+def second_derivatives(model, x):
+    x = x.requires_grad_()
+    (grad,) = torch.autograd.grad(model(x)[0].square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), [x, *model.rnn.parameters()])
+
+
+def forward_mode(model, x):
+    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+
+
+def packed(model, x):
+    return model(pack_padded_sequence(x, torch.tensor([4, STEPS, 9]), True, enforce_sorted=False))
+
+
+def with_state(model, x):
+    return model(x, torch.ones(model.rnn.num_layers * (1 + model.rnn.bidirectional), len(x), model.rnn.hidden_size))
+
+
+def autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+STEPS, THREE = 12, 3
+# What a program does with a model. The result is the same, whether its layers are accelerated or not.
+MODES = {
+    "call": lambda model, x: model(x),
+    "state": with_state,
+    "packed": packed,
+    "no grad": torch.no_grad()(lambda model, x: model(x)),
+    "inference mode": torch.inference_mode()(lambda model, x: model(x)),
+    "gradients": lambda model, x: list(graded(model, model, (x,)).values()),
+    "ten training steps": trained,
+    "second derivatives": second_derivatives,
+    "forward mode": forward_mode,
+    "float64": after(nn.Module.double, lambda model, x: model(x.double())),
+    "bfloat16": after(nn.Module.bfloat16, lambda model, x: model(x.bfloat16())),
+    "autocast": autocast,
+    "one step": lambda model, x: model(x[:, :1]),
+    "one sequence": lambda model, x: model(x[0]),
+    "dropout of everything": after(lambda model: setattr(model.rnn, "dropout", 1.0)),
+    "16 threads": lambda model, x: with_threads((16,), lambda: model(x))[0],
+    "edited weight": after(lambda model: nn.init.normal_(model.rnn.weight_hh_l0)),
+    "new weight": after(lambda model: setattr(model.rnn, "weight_hh_l0", nn.Parameter(model.rnn.weight_hh_l0 * 2))),
+    "prune": after(lambda model: prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.5)),
+    "weight_norm": after(lambda model: weight_norm(model.rnn, "weight_hh_l0"), trained),
+    "quantize_dynamic": after(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.GRU})),
+    "script": after(torch.jit.script),
+    "trace": lambda model, x: torch.jit.trace(model, x)(x + 1),
+    "export": lambda model, x: torch.export.export(model, (x,)).module()(x + 1),
+    "make_fx": lambda model, x: make_fx(model)(x)(x + 1),
+    "compile": lambda model, x: torch.compile(model, backend="eager")(x),
+    "a hook": after(lambda model: model.rnn.register_forward_hook(lambda *given: (given[2][0] * 2, given[2][1]))),
+    "deepcopy": after(copy.deepcopy),
+    "pickle": after(lambda model: pickle.loads(pickle.dumps(model))),
+    "undo": after(lambda model: drop_in.accelerate(model, undo=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["", "two layers and directions"]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_accelerated_layers_compute_the_same(mode, options):
+    model, x = Rnn(H, **options), torch.randn(THREE, STEPS, IN)
+    own = copy.deepcopy(model)
+    report = drop_in.accelerate(own)
+    assert [name for name, _ in report.changed] == ["rnn"] and type(own.rnn) is not nn.GRU
+    assert isinstance(own.rnn, nn.GRU) and list(own.state_dict()) == list(model.state_dict())
+    expected, got = (tensors(MODES[mode](each, x.clone())) for each in (model, own) if torch.manual_seed(1))
+    tolerance = 0.05 if "bfloat16" in mode or mode in ("autocast", "quantize_dynamic") else 1e-4
+    assert_equal(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [H, 200])
+def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
+    calls, kernel = [], autograd.run_kernel
+    monkeypatch.setattr(autograd, "run_kernel", lambda *args: calls.append(args) or kernel(*args))
+    gru = nn.GRU(IN, hidden, 2, bias=bias)
+    own, x = copy.deepcopy(gru), torch.randn(STEPS, THREE, IN)
+    before = list(own.parameters())
+    drop_in.accelerate(own)
+    assert all(map(operator.is_, own.parameters(), before))
+    assert_equal(graded(own, own, (x,)), graded(gru, gru, (x,)), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+    with mingru.use_backend("torch"):
+        own(x)
+    own(x[:2]), own(x[:, :1])
+    assert len(calls) == 4
+
+
+def test_accelerate_reports_each_layer():
+    model = Model()
+    model.scripted = torch.jit.script(nn.GRU(IN, H))
+    report = drop_in.accelerate(model)
+    assert [name for name, _ in report.changed] == ["encoder.a", "layers.0"]
+    left = {name: why for name, _, why in report.left}
+    assert list(left) == ["cell", "lstm", "own", "rnn", "scripted"] and left["lstm"] == "torch computes it as fast"
+    assert str(report).splitlines()[0] == "encoder.a: torch.nn.GRU(3, 4, batch_first=True) changed"
+    assert drop_in.accelerate(model).changed == [] and type(model.own) is Own
+    assert [name for name, _ in drop_in.accelerate(model, undo=True).changed] == ["encoder.a", "layers.0"]
+    assert type(model.encoder["a"]) is nn.GRU

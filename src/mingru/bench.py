@@ -36,7 +36,11 @@ SHAPE = (16, 256, 64, 64)
 
 
 def medians_ms(
-    calls: dict[str, Callable[[], Any]], seconds: float = 4.0, least: int = 5, device: str = "cpu"
+    calls: dict[str, Callable[[], Any]],
+    seconds: float = 4.0,
+    least: int = 5,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Return the median time of each call, in milliseconds; with one CPU thread, it is processor time.
 

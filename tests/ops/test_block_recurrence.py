@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mingru
 
-# Around the lanes of a vector (16, or 8 of float64), the sequences that are computed together (4), the rows whose
-# products are summed (64), and the rows of a block of pre-activations.
+# Around the lanes of a vector (16, or 8 and 4 of float64) and the three vectors that are summed in registers, the
+# sequences in registers (8, or 4), the rows whose products are summed (64), and the rows of a block of pre-activations.
 FACTORS = {
-    "block_size": [1, 7, 8, 15, 16, 17, 33],
+    "block_size": [1, 7, 8, 15, 16, 17, 33, 64],
     "num_blocks": [1, 2, 3],
     "batch": [1, 2, 5, 9],
     "steps": [1, 2, 65, 300],
@@ -22,12 +22,14 @@ FACTORS = {
     "reset": [False, True],
     **{name: [True, False] for name in ("bias", "batch_first", "bidirectional", "recompute", "norm")},
 }
+# From 192 features on, threads share a step of all sequences, and 128 rows are summed.
+WIDE = FACTORS | {"block_size": [192, 200], "num_blocks": [1, 2], "batch": [1, 9], "steps": [1, 2, 19]}
 # Of values and gradients near 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-@pytest.mark.parametrize("row", cover(FACTORS), ids=named)
+@pytest.mark.parametrize("row", [*cover(FACTORS), *cover(WIDE)], ids=named)
 def test_equals_the_reference(row, backend):
     batch, steps, dtype, batch_first = (row[name] for name in ("batch", "steps", "dtype", "batch_first"))
     options = {name: row[name] for name in ("block_size", "bias", "batch_first", "bidirectional", "recompute")}

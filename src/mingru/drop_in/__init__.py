@@ -6,9 +6,21 @@
 not kept, because the equations differ.
 """
 
+from .accelerate import Acceleration, accelerate
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
 from .patching import PatchReport, patch
 from .replacing import Report, replace
 
-__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "PatchReport", "Report", "patch", "replace"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Acceleration",
+    "GRUCell",
+    "LSTMCell",
+    "PatchReport",
+    "Report",
+    "accelerate",
+    "patch",
+    "replace",
+]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..check import check_type, expectation, require
-from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, built, converted, described, is_recurrent, wanted_twins
 
 
 class Report(NamedTuple):
@@ -61,7 +61,7 @@ def replace(
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
-    if isinstance(model, of_torch) or _is_scripted(model):
+    if isinstance(model, of_torch) or (isinstance(model, torch.jit.ScriptModule) and is_recurrent(model)):
         got = f"{described(model)} itself"
         remedy = "construct a mingru.drop_in layer instead of it"
         raise ValueError(expectation("replace", "model", "a model that contains the layers", got, remedy))
@@ -69,7 +69,7 @@ def replace(
         (parent, key, f"{prefix}.{key}" if prefix else key, layer)
         for prefix, parent in model.named_modules()
         for key, layer in parent._modules.items()
-        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) or _is_scripted(layer)
+        if is_recurrent(layer)
     ]
     new_layers: dict[nn.Module, nn.Module] = {}
     for _, _, name, layer in found:
@@ -89,19 +89,13 @@ def replace(
             why = SUBCLASS if isinstance(layer, of_torch) else "only GRUs and LSTMs are replaced"
             if type(layer) in TWINS:
                 why = "gru is False" if "GRU" in type(layer).__name__ else "lstm is False"
-            elif _is_scripted(layer):
+            elif isinstance(layer, torch.jit.ScriptModule):
                 why = "call replace before torch.jit.script or torch.jit.trace"
             report.left.append((name, described(layer), why))
     if not report.replaced:
         text, remedy = str(report).replace("\n", "; "), "use patch() for a model that constructs its layers later"
         warnings.warn(f"replace: no layer was replaced ({text}); {remedy}", stacklevel=2)
     return report
-
-
-def _is_scripted(module: Any) -> bool:
-    """Return whether a module is a recurrent layer or cell of torch, scripted or traced."""
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    return isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
 
 
 def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:

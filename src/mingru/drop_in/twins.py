@@ -4,6 +4,7 @@ import inspect
 import operator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..check import check_flag, check_int, require
@@ -55,6 +56,13 @@ def built(of_torch: type[nn.Module], arguments: dict[str, Any], options: dict[st
     layer = TWINS[of_torch](**arguments | options)
     layer._num_layers_of_program = arguments.get("num_layers", 1)
     return layer
+
+
+def is_recurrent(module: Any) -> bool:
+    """Return whether a module is a recurrent layer or cell of torch, which may be scripted or traced."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    is_script = isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
+    return is_script or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
 def described(layer: nn.Module) -> str:

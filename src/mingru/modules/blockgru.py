@@ -88,6 +88,7 @@ class BlockGRU(Recurrent, planned=True):
     """
 
     cell = "blockgru"
+    _has_cells = True
     _remedy_for_weights = "use mingru.BlockGRU.from_torch"
 
     @constructor()
@@ -215,6 +216,7 @@ class BlockGRUCell(RecurrentCell, planned=True):
     """
 
     cell = "blockgru"
+    _has_cells = True
 
     @constructor()
     def __init__(

@@ -85,6 +85,8 @@ class Layer(Marked):
     """Error for parameters on another device."""
     _planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
+    _has_cells = False
+    """Whether steps with gradients may be those of torch's cells; see `ops.inference`."""
 
     def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,7 +189,7 @@ class Layer(Marked):
         if is_scripting():
             self._check_scripted(x, h, reset, dt)
         else:
-            if lengths is None and self._planned and not torch.is_grad_enabled():
+            if lengths is None and self._planned and (self._has_cells or not torch.is_grad_enabled()):
                 done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done

@@ -8,6 +8,8 @@ From the pre-activations r_t, z_t and c_t, with the recurrent weights U and the 
 The weights are (3 H, K), with the rows of torch.nn.GRU: r, z, c. Each row has those of the K features of its block.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,8 @@ def composed(call: Call) -> States:
 def dense(weight: Tensor) -> Tensor:
     """Return recurrent weights (3 H, K) as those of torch.nn.GRU, (3 H, H), with 0 outside of the blocks."""
     size, features = weight.size(1), weight.size(0) // 3
+    if size == features:
+        return weight
     block = torch.arange(features, device=weight.device) // size
     return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
 
@@ -73,17 +77,16 @@ def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None
             of_inputs = call._replace(tensors=[*F.linear(x, weight, bias).chunk(3, -1)])
             return *in_layout(composed(padded_call(of_inputs)), call), None
         dtype = accumulate_dtype(x.dtype)
-        zeros = weight.new_zeros(len(weight), dtype=dtype)
         assert start.recurrent is not None
-        weights = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype)), zeros, zeros]
-        if bias is not None:
-            weights[2] = as_dtype(bias, dtype)
-        if start.recurrent_bias is not None:
-            weights[3] = F.pad(as_dtype(start.recurrent_bias, dtype), (2 * start.h.size(2), 0))
+        biases = [None if each is None else as_dtype(each, dtype) for each in (bias, start.recurrent_bias)]
+        if biases[1] is not None:
+            biases[1] = F.pad(biases[1], (2 * start.h.size(2), 0))
+        weights: Any = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype)), *biases]
         padded = padded_call(call._replace(tensors=[as_dtype(x, dtype)]))
+        (steps,), reverse = padded.tensors, call.spec.reverse
+        weights = [weight.new_zeros(len(weight), dtype=dtype) if each is None else each for each in weights]
         # As in training, because the backward pass of cuDNN needs it. There is no dropout.
         options = weights, True, 1, 0.0, True, False
-        (steps,), reverse = padded.tensors, call.spec.reverse
         if start.reset is None and padded.layout.lengths is None:
             h = as_dtype(start.h, dtype).transpose(0, 1).contiguous()
             out, last = torch.gru(steps.flip(1) if reverse else steps, h, *options, True)

@@ -4,22 +4,26 @@ The method `_write_plan` of a class with `planned=True` writes the instructions 
 An instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After
 any change of a module or its submodules, the plan is made again. The operator checks the sizes.
 
-`run` returns None whenever the modules must be called one by one: with gradients, hooks, autocast, transforms, graph
-capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
+With gradients, `run` computes one step of GRUs by torch's cells, for which the calls of all modules would take longer.
+It returns None whenever the modules must be called one by one: with gradients of anything else, hooks, autocast,
+transforms, graph capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises
+the error.
 """
 
 import math
 import operator
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import route
 from .backends import native
 from .call import Layout, Spec, Start
-from .cells import CELLS
+from .cells import BLOCKS, CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, LINEAR_MAPS, RecurrentMap
@@ -53,6 +57,8 @@ class InferencePlan:
         # For the batch size of the last call.
         self.state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self.is_bidirectional = False
+        # Weights and biases of a GRU of one block, for each instruction that is one.
+        self.cells: list[list[Any]] = []
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -97,6 +103,11 @@ class InferencePlan:
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
         )
+
+    def is_step_of_cells(self, shape: Sequence[int], time_first: bool) -> bool:
+        """Return whether x of this shape is one step, and the module only the cells of torch."""
+        steps = 1 if len(shape) == 2 else shape[0 if time_first else 1]
+        return steps == 1 and 0 not in shape and len(self.cells) == len(self._instructions)
 
     def require(self, *conditions: bool) -> None:
         """Refuse the module if an assumption of the instructions does not hold."""
@@ -179,6 +190,8 @@ class InferencePlan:
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = [self._map(each) for own in directions for each in own]
         both = len(directions) == 2
+        if spec.cell == BLOCKS and not both and directions[0][1].weight.shape[1] * 3 == len(directions[0][1].weight):
+            self.cells.append([getattr(each, name) for name in ("weight", "bias") for each in directions[0]])
         self.require({*others} <= {has_bias})
         self._numbers.append(spec.min_decay)
         self.is_bidirectional |= both
@@ -240,6 +253,9 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
+    with_gradients = torch.is_grad_enabled()
+    if with_gradients and not (dt is None and plan.is_step_of_cells(shape, time_first)):
+        return None
     if states is None:
         states = module.default_states(x, batch)
     elif not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
@@ -251,6 +267,8 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     if list(map(_shape_of, states)) != shapes:
         return None
     initial_states = [] if reset is None else module.default_states(x, batch)
+    if with_gradients:
+        return _by_cells(plan, x, states[0], None if reset is None else (reset, initial_states[0]), time_first)
     resets = times = []
     if reset is not None or dt is not None:
         if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
@@ -269,3 +287,21 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     except NotImplementedError:  # a tensor on another device
         return None
     return (out, last) if last else None
+
+
+def _by_cells(
+    plan: InferencePlan, x: Tensor, h: Tensor, reset: tuple[Tensor, Tensor] | None, time_first: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute one step with gradients."""
+    step, found, shape = x.flatten(0, -2), [], (len(plan.cells), -1, h.shape[-1])
+    befores = h.reshape(shape).unbind()
+    if reset is not None:
+        befores = torch.where(reset[0].view(-1, 1), reset[1].reshape(shape), h.reshape(shape)).unbind()
+    for (weight, recurrent, bias, own), before in zip(plan.cells, befores, strict=True):
+        of_state = None if own is None else F.pad(own, (2 * len(own), 0))
+        step = torch.gru_cell(step, before, weight, recurrent, bias, of_state)
+        found.append(step)
+    # New tensors, because outputs are not views.
+    if h.dim() == 2:
+        return step, found
+    return torch.stack([step], 0 if time_first else 1), [torch.stack([torch.stack([each], 1) for each in found])]

@@ -20,8 +20,8 @@ from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
 from .sources import number_in, number_of_sources
 
-# The `group` and `most_totals` of csrc/scan.h, and the `first_flag` of csrc/call.h.
-_GROUP, _TOTALS, _FIRST_FLAG = 16, 8, 16
+# The `group` of csrc/scan.h, and the `first_flag` of csrc/call.h.
+_GROUP, _FIRST_FLAG = 16, 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _PRODUCTS = ("mingru", "torch")
 
@@ -71,14 +71,13 @@ def _register_shapes() -> None:
         shape_of_dt = (*call[2 + has_reset].shape, num_groups) if needs_dt else (0,)
         return h.new_empty(h.shape), h.new_empty(h.shape if has_reset else 0), h.new_empty(shape_of_dt)
 
-    def of_blocks(call: list[Tensor], how: int) -> Tensor:
+    def of_blocks(call: list[Tensor], how: int) -> States:
         h = call[0]
         if not flag(how, "has_recurrent"):
-            return h.new_empty(0)
+            return h.new_empty(0), h.new_empty(0)
         # The weights come after two states, the resets and the elapsed times.
-        size = call[2 + flag(how, "has_reset") + flag(how, "has_dt")].shape[1]
-        padded = -(size // -_GROUP) * _GROUP
-        return h.new_empty(_TOTALS, h.shape[-1] // size, 3 * padded + 1, padded)
+        weight = call[2 + flag(how, "has_reset") + flag(how, "has_dt")]
+        return weight.new_empty(weight.shape), h.new_empty(h.shape[-1])
 
     def recurrence_forward(inputs: list[Tensor], call: list[Tensor], how: int, min_decay: float) -> States:
         return inputs[0].new_empty(inputs[0].shape), call[0].new_empty(call[0].shape)
@@ -106,7 +105,7 @@ def _register_shapes() -> None:
             grad_x = x.new_empty(x.transpose(0, 1).shape).transpose(0, 1)
         grad_weight = weight.new_empty(weight.shape[0] if flag(how, "needs_weight") else 0, weight.shape[1])
         grad_bias = weight.new_empty(1 if flag(how, "needs_bias") else 0, weight.shape[0])
-        return grad_x, grad_weight, grad_bias, *of_start(call, how), of_blocks(call, how)
+        return grad_x, grad_weight, grad_bias, *of_start(call, how), *of_blocks(call, how)
 
     def causal_conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: list[Tensor], *rest: Any) -> States:
         return x.new_empty(x.shape), call[0].new_empty(call[0].shape)
@@ -193,16 +192,13 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     states, kept, grad_out, grad_last = saved
     rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, call.spec.eps
     results = torch.ops.mingru.linear_recurrence_backward(*call.tensors, tensors, states, kept, grad_out, *rest)
-    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, totals = results
+    grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
     grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
     found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
     grads_of_call = grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None)
-    recurrent = call.start.recurrent
-    if recurrent is not None:
-        size, total = recurrent.shape[1], totals.sum(0)
-        of_weight = torch.unflatten(total[:, :-1], 1, (3, -1))[:, :, :size, :size].transpose(0, 1).reshape_as(recurrent)
-        of_bias: Any = None if call.start.recurrent_bias is None else total[:, -1, :size].flatten()
-        grads_of_call = grads_of_call._replace(recurrent=of_weight, recurrent_bias=of_bias)
+    if call.start.recurrent is not None:
+        own = None if call.start.recurrent_bias is None else of_bias
+        grads_of_call = grads_of_call._replace(recurrent=of_recurrent, recurrent_bias=own)
     return grads_of_call, found
 
 

@@ -1,0 +1,180 @@
+"""Compute the `torch.nn.GRU` inside a model by the CPU kernels of this package, where these take less time."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..check import check_flag, check_type
+from ..ops import autograd, route
+from ..ops.call import Call, Layout, Spec, Start
+from ..ops.cells import BLOCKS
+from ..ops.graph import are_eager, is_autocast, is_compiling
+from ..ops.linear_map import are_recomputed
+from ..ops.private import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
+from ..ops.route import Choice
+from .twins import SUBCLASS, described, is_recurrent
+
+_FORWARD = nn.modules.GRU.forward
+
+
+def is_faster(features: int, batch: int, steps: int) -> bool:
+    """Return whether the kernels take less time than torch for H features, in a call with or without gradients.
+
+    For few steps, what comes before and after the kernels takes longer than they save. With gradients, they compute the
+    products of the states again, which is the larger part where products take longer than the calls of operators.
+    """
+    is_large = features >= 192 or batch >= 32
+    return steps >= ((8 if is_large else 4) if torch.is_grad_enabled() else 6)
+
+
+class _Equal(type):
+    """A class that is equal to its first base, so that tables of classes, as those of quantization, have it."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
+def _with_own_class(layer: Any) -> nn.Module:
+    """Return the layer with torch's class, whose `forward` TorchScript compiles."""
+    layer.__class__ = type(layer).__base__
+    own: nn.Module = layer
+    return own
+
+
+class AcceleratedGRU(nn.modules.GRU, metaclass=_Equal):
+    """A `torch.nn.GRU` with its own weights, which computes by the kernels where these take less time."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        found = None if is_compiling() else _sequence(self, input, hx)
+        return _FORWARD(self, input, hx) if found is None else found
+
+
+setattr(AcceleratedGRU, PREPARE_SCRIPTABLE, _with_own_class)
+
+
+class Acceleration(NamedTuple):
+    """Printable report of `accelerate`."""
+
+    changed: list[tuple[str, str]]
+    """Qualified name and layer of each layer whose class was changed."""
+    left: list[tuple[str, str, str]]
+    """Qualified name, layer and reason of each other recurrent layer of torch."""
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {layer} changed" for name, layer in self.changed]
+        return "\n".join(lines + [f"{name}: {layer} left: {why}" for name, layer, why in self.left]) or "no layers"
+
+
+def accelerate(model: nn.Module, *, undo: bool = False) -> Acceleration:
+    """Let each `torch.nn.GRU` of a model compute by the CPU kernels, where these take less time.
+
+    The layers stay the same objects with the same parameters, names, `state_dict`, hooks, states and outputs. Only
+    their class becomes a subclass, whose `forward` calls torch's on other devices, in other dtypes, in graphs, under
+    autocast and transforms, and for few steps. A copied or saved model stays accelerated, so a program that loads the
+    whole model needs this package: call this with `undo=True` before saving it for others. `torch.jit.script` gives
+    the layers their own class again.
+
+    Args:
+        model: Model, or a layer itself.
+        undo: If True, give the layers their own class again.
+
+    Returns:
+        An `Acceleration`, which can be printed. `changed` has (qualified name, layer) for each layer whose class was
+        changed, `left` has (qualified name, layer, reason) for each other recurrent layer of torch: layers that were
+        changed before, subclasses, scripted layers, LSTMs and cells, which torch computes as fast.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module, or `undo` is not a bool.
+
+    Examples:
+        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
+        >>> print(mingru.drop_in.accelerate(model))
+        rnn: torch.nn.GRU(3, 4) changed
+    """
+    check_type("accelerate", "model", model, nn.Module, "a torch.nn.Module")
+    check_flag("accelerate", "undo", undo)
+    # Not `nn.GRU`, which is another class in a block of `patch`.
+    kinds: tuple[type, type] = nn.modules.GRU, AcceleratedGRU
+    old, new = reversed(kinds) if undo else kinds
+    report = Acceleration([], [])
+    for name, layer in model.named_modules():
+        kind = type(layer)
+        if kind is old:
+            report.changed.append((name, described(layer)))
+            layer.__class__ = new
+        elif is_recurrent(layer):
+            why = SUBCLASS if isinstance(layer, nn.modules.GRU) else "only GRUs are changed"
+            if isinstance(layer, (nn.modules.LSTM, nn.RNNCellBase)):
+                why = "torch computes it as fast"
+            elif kind is new:
+                why = "it has this class already"
+            elif isinstance(layer, torch.jit.ScriptModule):
+                why = "call accelerate before torch.jit.script or torch.jit.trace"
+            report.left.append((name, described(layer), why))
+    return report
+
+
+def _is_possible(x: Tensor, *others: Any) -> bool:
+    """Return whether kernels can compute the recurrence of these tensors."""
+    is_plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and are_eager(x, *others)
+    if not is_plain or is_autocast(x) or len_torch_dispatch_stack() or not route.is_native():
+        return False
+    return all(each is None or (each.is_cpu and each.dtype == x.dtype) for each in others)
+
+
+def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Compute a layer in one direction, from and to a state (B, H)."""
+    of_input, of_state, *biases = weights
+    bias: Any = None
+    own: Any = None
+    if biases:
+        features = of_state.shape[-1]
+        bias, own = biases[0] + F.pad(biases[1][: 2 * features], (0, features)), biases[1][2 * features :]
+    before = h.unsqueeze(1)
+    start = Start(before, before, None, None, of_state, own)
+    call = Call(Spec(BLOCKS, "tanh", reverse), [x, of_input, bias], start, layout)
+    keep = not are_recomputed(x, None)
+    out, last = autograd.run_kernel("linear_kernel", Choice("native", False), call, keep)
+    return out, last.squeeze(1)
+
+
+def _sequence(layer: Any, given: Any, hx: Any) -> Any:
+    """Return the outputs of a layer by the kernels, or None if torch's own code must compute them."""
+    is_packed = isinstance(given, PackedSequence)
+    if is_packed:
+        batch, steps = int(given.batch_sizes[0]), len(given.batch_sizes)
+    elif type(given) is Tensor and given.dim() == 3:
+        batch, steps = given.size(1 - layer.batch_first), given.size(int(layer.batch_first))
+    else:
+        return None
+    # First, because it takes no time that a step of torch's would notice.
+    if not is_faster(layer.hidden_size, batch, steps):
+        return None
+    x, batch_sizes, order, original = given if is_packed else (given, None, None, None)
+    weights, directions = layer._flat_weights, 2 if layer.bidirectional else 1
+    shape = (layer.num_layers * directions, batch, layer.hidden_size)
+    # Torch raises the errors.
+    fits = x.shape[-1] == layer.input_size and (hx is None or (isinstance(hx, Tensor) and hx.shape == shape))
+    if not fits or not _is_possible(x, hx, *weights):
+        return None
+    h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
+    layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
+    count, lasts = 4 if layer.bias else 2, list[Tensor]()
+    for index in range(layer.num_layers):
+        outs = []
+        for at in range(index * directions, (index + 1) * directions):
+            own = weights[at * count : (at + 1) * count]
+            out, last = _recurrence(x, h[at], own, at % directions == 1, layout)
+            outs.append(out)
+            lasts.append(last)
+        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+        if index < layer.num_layers - 1 and layer.dropout > 0:
+            x = F.dropout(x, layer.dropout, layer.training)
+    last = layer.permute_hidden(torch.stack(lasts), original)
+    return (PackedSequence(x, batch_sizes, order, original) if is_packed else x), last
