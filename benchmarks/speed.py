@@ -267,7 +267,7 @@ def tagger(args):
 
 
 def deploy(args):
-    """exported layers in ONNX Runtime, with their state as input and output, with an exported nn.GRU
+    """exported models of two layers in ONNX Runtime, with their state as input and output, with an exported nn.GRU
 
     The batch size is dynamic; in files for sequences the length is dynamic too, up to 512 steps. Each call allocates
     its outputs.
@@ -275,16 +275,18 @@ def deploy(args):
     import onnxruntime
 
     for shape in args.shape or [(1, 1, 256, 256), (1, 512, 256, 256), (8, 512, 256, 256)]:
-        modules = {name: plain_layers(*shape[2:])[name] for name in (GRU, "mingru")}
-        modules["drop_in.GRU"] = drop_in.GRU(*shape[2:], batch_first=True)
-        if shape[1] == 1:
-            modules["MinGRUCell"] = mingru.MinGRUCell(*shape[2:])
+        options = {"num_layers": 2, "norm": "rms", "residual": True}
+        modules = {GRU: nn.GRU(*shape[2:], 2, batch_first=True), "MinGRU": mingru.MinGRU(*shape[2:], **options)}
+        modules |= {"MinGRU, mixed": mingru.MinGRU(*shape[2:], **options, gate="mixed")}
+        modules |= {"BlockGRU": mingru.BlockGRU(*shape[2:], **options)}
         with tempfile.TemporaryDirectory() as folder:
             paths = {name: Path(folder, f"{name}.onnx") for name in modules}
+            rows = []
             for name, module in modules.items():
+                start = time.process_time()
                 export(name, module, shape, paths[name])
-            sizes = [[name, f"{path.stat().st_size / 1000:.0f}"] for name, path in paths.items()]
-            print_table(f"(B, S, I, H) = {shape}, ONNX", ["", "kB"], sizes)
+                rows.append([name, f"{time.process_time() - start:.1f}", f"{paths[name].stat().st_size / 1000:.0f}"])
+            print_table(f"(B, S, I, H) = {shape}, ONNX", ["", "processor seconds of the export", "kB"], rows)
             for threads in (1, 2):
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -305,17 +307,14 @@ def deploy(args):
 
 def example(name, batch, count, input_dims, hidden_dims):
     """Return x and h for the module of this name."""
-    if name == "MinGRUCell":
-        return torch.randn(batch, input_dims), torch.rand(batch, hidden_dims)
-    state = (1, batch, 1, hidden_dims) if name == "mingru" else (1, batch, hidden_dims)
+    state = (2, batch, hidden_dims) if name == GRU else (2, batch, 1, hidden_dims)
     return torch.randn(batch, count, input_dims), torch.rand(state)
 
 
 def export(name, module, shape, path):
     is_step, given = shape[1] == 1, example(name, 2, min(shape[1], 20), *shape[2:])
     if name != GRU:
-        bound = {"kind": "step"} if is_step else {"kind": "sequence", "max_steps": shape[1]}
-        mingru.export.onnx(module, given, path, **bound)
+        mingru.export.onnx(module, given, path, **({"kind": "step"} if is_step else {"max_steps": shape[1]}))
         return
     dynamic = ({0: "batch"} if is_step else {0: "batch", 1: "time"}, {1: torch.export.Dim.AUTO})
     with warnings.catch_warnings():

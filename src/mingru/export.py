@@ -20,7 +20,7 @@ from .check import check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
-from .ops.backends import traceable
+from .ops.backends import in_onnx, traceable
 from .ops.cells import BLOCKS
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
 from .wrong_calls import arguments_checked
@@ -28,6 +28,8 @@ from .wrong_calls import arguments_checked
 __all__ = ["onnx"]
 
 _NAME = "export.onnx"
+# A step of a BlockGRU with resets takes a second.
+_MOST_LOOPS = 50
 
 
 def __getattr__(name: str) -> Any:
@@ -48,9 +50,9 @@ def onnx(
     """Export a model to an ONNX file, for whole sequences or for one step.
 
     Of a class of this library, the batch size is dynamic, and so is the number of steps of a sequence, except of a
-    `BlockGRU`, whose file has the steps of the example one after the other. The file has no custom operators and no
-    loops, and runs without this library. The model is exported in eval mode; its training mode
-    is restored afterwards.
+    `BlockGRU` with resets, whose file has the steps of the example one after the other. Without resets it has one node,
+    `GRU`, for each layer and direction. The file has no custom operators and no loops, and runs without this library.
+    The model is exported in eval mode; its training mode is restored afterwards.
 
     Args:
         model: Layer, cell or stack of this library or of `mingru.drop_in`, or your own model that contains such
@@ -66,9 +68,10 @@ def onnx(
             is used as the example; the example of your own model must have one. For a cell, both kinds give the same
             graph, except for that state. A bidirectional layer cannot compute steps.
         max_steps: Longest sequence that layers in the file support, at least 2; only for "sequence". A lower maximum
-            makes the file smaller and faster: each doubling adds about eight operations for each layer and direction.
-            Longer sequences may give NaN. It does not matter for a layer whose number of steps is fixed. Default: 268
-            million.
+            makes the file smaller and faster: each doubling adds some seven operations for each layer and direction, of
+            quaternions eleven. Longer sequences give NaN, except in the states of a chunk that follow a reset in it,
+            which are right. It does not matter for a `BlockGRU`, nor for a layer whose number of steps is fixed.
+            Default: 268 million.
         dynamic_shapes: Dynamic dimensions of all inputs, as `torch.export.export` takes them, including a state that is
             added for "step". Default for classes of this library: batch and time. Default for your own model: none, so
             that all sizes are those of the example. The exporter fixes a size of 1 in the example.
@@ -128,10 +131,15 @@ def onnx(
             dynamic_shapes=dynamic_shapes,
             input_names=inputs,
             output_names=_output_names(model, outputs, inputs),
+            custom_translation_table=in_onnx.translation(),
             dynamo=True,
             verbose=False,
         )
         assert program is not None
+        # Weights that are computed from others become weights, of any size.
+        importlib.import_module("onnxscript.optimizer").fold_constants(
+            program.model, input_size_limit=1 << 40, output_size_limit=1 << 40
+        )
         # PyTorch records the source line of each operation: a quarter of the file, with paths of this machine.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
@@ -169,14 +177,20 @@ def _with_dynamic_shapes(
     x, layout = args[0], model._dims_of(args[0])
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
-    # A loop over the steps has as many as the example.
-    loops = any(getattr(each, "cell", None) == BLOCKS for each in model.modules())
+    # The node of a GRU takes no resets, and without it there are as many steps as in the example.
+    has_reset = inspect.signature(model.forward).bind(*args).arguments.get("reset") is not None
+    loops = [name for name, each in model.named_modules() if has_reset and getattr(each, "cell", None) == BLOCKS]
     if layout.time is None:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     elif kind == "sequence":
         num_steps = x.shape[layout.time]
         is_enough = max_steps is None or num_steps <= max_steps
         require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
+        if loops:
+            why = f"each has its own nodes for a reset of {loops[-1]!r}, a BlockGRU"
+            expected = f"of at most {_MOST_LOOPS} steps, because {why}"
+            remedy = "leave out the resets, and pass what is between them as sequences; or use kind='step'"
+            require(_NAME, "x", num_steps <= _MOST_LOOPS, expected, f"{num_steps} steps", remedy)
         of_x |= {} if loops else {layout.time: Dim("time")}
     else:
         expected = f"of one step in dimension {layout.time} because kind is 'step'"
@@ -218,15 +232,16 @@ def _numbered(name: str, value: object) -> list[str]:
 @contextmanager
 def _exporting(max_steps: int | None) -> Iterator[None]:
     """Set the longest sequence, and silence messages about PyTorch's internals."""
-    logger, most_steps = logging.getLogger(ONNX_REGISTRATION_LOG), traceable.most_steps
+    logger, before = logging.getLogger(ONNX_REGISTRATION_LOG), vars(traceable).copy()
     logger.addFilter(_is_relevant)
-    vars(traceable).update(most_steps=most_steps if max_steps is None else lambda: max_steps)
+    scan = partial(in_onnx.scan, most_steps=max_steps or traceable.most_steps())
+    vars(traceable).update(scan=scan, mixed_step=in_onnx.mixed_step)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        vars(traceable).update(most_steps=most_steps)
+        vars(traceable).update(before)
         logger.removeFilter(_is_relevant)
 
 

@@ -25,7 +25,8 @@ class BlockGRU(Recurrent, planned=True):
 
     which is `torch.nn.GRU` with block-diagonal U_r, U_z and U_n: H / K blocks of K x K weights. Its gates see the
     state, so the steps are computed one after the other: on CPUs by kernels, elsewhere and where these were not built
-    by `torch.gru` with the dense weights. A graph of `torch.export` or ONNX has as many steps as its example.
+    by `torch.gru` with the dense weights. In an ONNX file, each layer and direction is one node, `GRU`, of any length.
+    A graph of `torch.export`, or of ONNX with resets, has as many steps as its example.
 
     `mingru.MinGRU` explains the other arguments, inputs, outputs and errors.
 

@@ -6,17 +6,19 @@ tensors before the call.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import autograd, blocks, route
+from . import autograd, block_recurrence, blocks, route
 from .backends import traceable
 from .blocks import Map
 from .call import BATCH_FIRST, Call, Layout, Spec, Start, spec_of
-from .cells import CELLS, MIXTURES
+from .cells import BLOCKS, CELLS, MIXTURES
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
-from .linear_map import are_recomputed, gated
+from .linear_map import LINEAR_MAPS, are_recomputed, gated
 from .private import is_tracing
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
@@ -83,6 +85,13 @@ def linear_recurrence(
         if call is None and norm is not None:
             y = norm(x)
             call = route.fused_with(linear, choice.backend, Call(spec, [y], start, layout), None, output_gate)
+        if spec.cell == BLOCKS and block_recurrence.is_one_node(y, start, layout):
+            parameters: Any = linear
+            own = [y, parameters.weight, parameters.bias]
+            if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
+                y = linear(y)
+                own = [y, torch.eye(y.size(-1), dtype=y.dtype, device=y.device), None]
+            return block_recurrence.in_onnx(Call(spec, own, start, layout))
         if call is None:
             inputs = list(linear(y).chunk(num_parts, -1))
             gate = inputs.pop() if output_gate else None
@@ -112,7 +121,8 @@ def _run(choice: Choice, call: Call) -> States:
     if is_tracing() or call.tensors[0].numel() == 0:
         return traceable.traced_recurrence(*call)
     if call.spec.cell in MIXTURES:
-        return joined([_run(choice, each) for each in divided(call)], call.layout)
+        step = traceable.mixed_step(call)
+        return step or joined([_run(choice, each) for each in divided(call)], call.layout)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:
         return autograd.composed(choice, call)

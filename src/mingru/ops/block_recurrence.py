@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-from .call import Call
-from .graph import without_autocast
+from .call import Call, Layout, Start
+from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, without_autocast
 from .layout import in_layout, padded_call, without_padding
 from .shape import States, accumulate_dtype, as_dtype
 
@@ -62,6 +62,57 @@ def dense(weight: Tensor) -> Tensor:
         return weight
     block = torch.arange(features, device=weight.device) // size
     return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
+
+
+def is_one_node(x: Tensor, start: Start, layout: Layout) -> bool:
+    """Return whether a graph for ONNX has one node for this, which takes no resets. One step needs none."""
+    if not is_onnx() or start.reset is not None:
+        return False
+    return (
+        layout.lengths is None
+        if is_old_onnx()
+        else not is_true_for_all_sizes(x.size(0 if layout.time_first else 1) == 1)
+    )
+
+
+def in_onnx(call: Call) -> States:
+    """Compute the recurrence of a linear map by one node of an ONNX graph; the tensors are x, weight and bias."""
+    (x, weight, bias), start, (time_first, _, lengths) = call.tensors, call.start, call.layout
+    dtype, features = accumulate_dtype(x.dtype), start.h.size(2)
+    assert start.recurrent is not None
+    weights = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype))]
+    biases = [weight.new_zeros(3 * features, dtype=dtype) if bias is None else as_dtype(bias, dtype)]
+    of_candidate = start.recurrent_bias
+    if of_candidate is None:
+        biases.append(0.0 * biases[0])
+    else:
+        # Not padded, of which the exporters would make operations.
+        own = as_dtype(of_candidate, dtype)
+        biases.append(torch.cat([0.0 * own, 0.0 * own, own]))
+    x, h = as_dtype(x if time_first else x.transpose(0, 1), dtype), as_dtype(start.h, dtype).transpose(0, 1)
+    if is_old_onnx():
+        out, last = torch.gru(
+            x.flip(0) if call.spec.reverse else x, h, weights + biases, True, 1, 0.0, False, False, False
+        )
+        out = out.flip(0) if call.spec.reverse else out
+    else:
+        # ONNX has the update gate first.
+        order = torch.tensor([1, 0, 2], device=x.device)
+        in_order = [each.view(3, features, -1).index_select(0, order) for each in weights + biases]
+        maps = [each.view(1, 3 * features, -1) for each in in_order]
+        inputs = [x, *maps[:2], torch.cat(maps[2:], 1).squeeze(2), None if lengths is None else lengths.int(), h]
+        direction = "reverse" if call.spec.reverse else "forward"
+        options: dict[str, Any] = {"hidden_size": features, "linear_before_reset": 1, "direction": direction}
+        shapes = (x.size(0), 1, x.size(1), features), h.shape
+        outputs = torch.onnx.ops.symbolic_multi_out(
+            "GRU", inputs, options, dtypes=(dtype, dtype), shapes=shapes, version=18
+        )
+        out, last = outputs[0].squeeze(1), outputs[1]
+        if lengths is not None:
+            # ONNX Runtime does not keep the state of an empty sequence.
+            last = torch.where((lengths > 0).unsqueeze(1), last, h)
+    out, last = as_dtype(out if time_first else out.transpose(0, 1), call.tensors[0].dtype), last.transpose(0, 1)
+    return out, as_dtype(last, start.h.dtype)
 
 
 def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activation import activate, log_g
 from .call import Spec, Start
+from .graph import is_onnx
 from .shape import accumulate_dtype, along, as_dtype, to_parts
 
 
@@ -211,6 +212,9 @@ def _quaternion(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor,
     With the angle phi = |v|, exp(i v_1 + j v_2 + k v_3) = cos(phi) + sin(phi) / phi (i v_1 + j v_2 + k v_3).
     """
     gates, candidates = [to_parts(x, 4) for x in _wide(inputs)]
+    if is_onnx():
+        keep, update = _decay(gates[..., :1], spec.min_decay, start)
+        return keep * unit_quaternion(gates[..., 1:], start), update * activate(candidates, spec.activation)
     gate, vector = gates[..., 0], gates[..., 1:]
     unit = torch.full_like(gate, 0.25 * math.pi)
     dt = start.dt
@@ -233,6 +237,16 @@ def _quaternion(spec: Spec, inputs: list[Tensor], start: Start) -> tuple[Tensor,
     return keep.unsqueeze(-1) * a, update.unsqueeze(-1) * activate(candidates, spec.activation)
 
 
+def unit_quaternion(vector: Tensor, start: Start) -> Tensor:
+    """Return the exponential above from few operations, without derivatives at 0.
+
+    The bounds give the same results for vectors whose length would be 0 or infinite; 2^63 is a number of whole turns.
+    """
+    size = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(1e-15, 2.0**63)
+    angle = _angle(size, start)
+    return torch.cat([angle.cos(), angle.sin() / size * vector], -1)
+
+
 def _alternating(square: Tensor, odd: int) -> Tensor:
     """Return cos(x), or if `odd`, sin(x) / x, from x^2 for |x| < 1/2, as a Taylor series."""
     total = torch.ones_like(square)
@@ -243,7 +257,7 @@ def _alternating(square: Tensor, odd: int) -> Tensor:
 
 def _angle(turn: Tensor, start: Start) -> Tensor:
     """Return an angle in units of pi / 4, times the elapsed time, as an angle in which whole turns are left out."""
-    dt = start.dt
+    dt, turn = start.dt, 0.125 * turn
     if dt is None:
         turn = _without_whole_turns(turn)
     else:
@@ -251,12 +265,12 @@ def _angle(turn: Tensor, start: Start) -> Tensor:
         product = elapsed * turn
         lost = _error_of_product(elapsed, turn, product).detach()
         turn = _without_whole_turns(product) + _without_whole_turns(lost)
-    return turn * (0.25 * math.pi)
+    return turn * (2.0 * math.pi)
 
 
 def _without_whole_turns(turn: Tensor) -> Tensor:
     """Subtract whole turns, without rounding. The product with pi would lose the precision of a large angle."""
-    return turn - 8.0 * (0.125 * turn).round()
+    return turn - turn.round()
 
 
 def _error_of_product(x: Tensor, y: Tensor, product: Tensor) -> Tensor:

@@ -64,9 +64,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 @scripted_as(_no)
+def is_onnx() -> bool:
+    """Return whether a graph is captured for ONNX, where it needs no derivatives, and each operation takes time."""
+    return (bool(is_tracing()) or private.is_exporting()) and torch.onnx.is_in_onnx_export()
+
+
+@scripted_as(_no)
 def is_old_onnx() -> bool:
     """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate most scripted functions."""
-    return bool(is_tracing()) and torch.onnx.is_in_onnx_export()
+    return bool(is_tracing()) and is_onnx()
 
 
 def are_ordinary(*tensors: Tensor | None) -> bool:

@@ -34,7 +34,8 @@ def padded_call(call: Call) -> Call:
             dt = None if dt is None else dt.transpose(0, 1)
         if lengths is not None:
             padding = padding_of(lengths, inputs[0])
-            reset = None if reset is None else reset.masked_fill(padding, False)
+            # Not `masked_fill`, which ONNX Runtime has not for a mask.
+            reset = None if reset is None else reset & ~padding
             dt = None if dt is None else dt.masked_fill(padding, 1.0)
     return Call(call.spec, inputs, with_steps(call.start, reset, dt), Layout(False, None, lengths))
 
@@ -208,7 +209,8 @@ def of_next_step(x: Tensor, at_end: Tensor, layout: Layout) -> Tensor:
     if layout.time_first:
         x, at_end = x.t(), at_end.t()
     if lengths is not None:
-        x = torch.where(padding_of(lengths, x), at_end, x)
+        padding = padding_of(lengths, x)
+        x = (x & ~padding) | (at_end & padding) if x.dtype == torch.bool else torch.where(padding, at_end, x)
     # Not x[:, 1:] first, because export would add a guard on its size.
     following = torch.cat([x, at_end[:, :1]], 1)[:, 1:]
     return following.t() if layout.time_first else following
