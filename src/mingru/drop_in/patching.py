@@ -5,7 +5,6 @@ calling thread, it constructs one of our layers. Otherwise it constructs a layer
 the block by a name that was imported in the block.
 """
 
-import re
 import sys
 import threading
 import types
@@ -21,10 +20,10 @@ from torch import nn
 from ..check import check_flags
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
-from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
+from .base import converted
+from .twins import SUBCLASS, TWINS, described, wanted_twins
 
-# A layer as its report has it, with none of the options that help it to learn.
-_PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers=|norm=|residual=|cell='blockgru'))")
+_HINT = "a loop that sets biases to 0 undoes forget_bias and memory: call reset_parameters() of these layers after it"
 
 
 class PatchReport(NamedTuple):
@@ -38,9 +37,7 @@ class PatchReport(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{place}: {layer}" for layer, place in self.built]
         lines += [f"{name} not replaced: {why}" for name, why in self.left]
-        if any(_PLAIN.search(layer) for layer, _ in self.built):
-            lines.append("one plain layer remembers less than torch's: try norm='rms', residual=True, and num_layers=2")
-            lines[-1] += " if the program neither passes nor reads states"
+        lines += [_HINT] * any("cell='blockgru'" not in layer for layer, _ in self.built)
         return "\n".join(lines) or "nothing built"
 
 
@@ -120,7 +117,8 @@ class StandIn(ABCMeta):
             bound = signature(twin).bind(*args, **kwargs)
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
-        layer = built(cls.of_torch, converted(bound.arguments), patch.wanted[cls.of_torch])
+        layer = twin(**converted(bound.arguments) | patch.wanted[cls.of_torch])
+        layer._num_layers_of_program = bound.arguments.get("num_layers", 1)
         frame = sys._getframe(1)
         place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         patch.report.built.append((described(layer), place))

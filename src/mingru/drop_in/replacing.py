@@ -1,6 +1,5 @@
 """Replace the layers of an existing model."""
 
-import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from ..check import check_type, expectation, require
-from .twins import SUBCLASS, TWINS, built, converted, described, wanted_twins
+from .twins import SUBCLASS, TWINS, described, wanted_twins
 
 
 class Report(NamedTuple):
@@ -79,7 +78,7 @@ def replace(
         remedy = "remove them, and register suitable hooks on the new layer"
         require("replace", name, not has_hooks, "a layer without hooks", "hooks", remedy)
         if layer not in new_layers:
-            new_layers[layer] = _twin_of(layer, wanted[type(layer)])
+            new_layers[layer] = TWINS[type(layer)]._like(layer, wanted[type(layer)])
     report = Report([], [])
     for parent, key, name, layer in found:
         if layer in new_layers:
@@ -102,17 +101,3 @@ def _is_scripted(module: Any) -> bool:
     """Return whether a module is a recurrent layer or cell of torch, scripted or traced."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     return isinstance(module, torch.jit.ScriptModule) and ("weight_ih" in names or "weight_ih_l0" in names)
-
-
-def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:
-    """Return the twin of a layer or cell, with its arguments."""
-    twin, weight = TWINS[type(old)], next(old.parameters())
-    names = [name for name in inspect.signature(twin).parameters if name in vars(old)]
-    # Torch's cells also take a number as `bias`.
-    arguments = converted({name: getattr(old, name) for name in names} | {"bias": bool(old.bias)})
-    # Set afterwards, because the constructor would warn again about a dropout without effect.
-    dropout = arguments.pop("dropout", None)
-    new: nn.Module = built(type(old), arguments | {"device": weight.device, "dtype": weight.dtype}, options)
-    if dropout is not None:
-        new.dropout = dropout
-    return new.train(old.training)
