@@ -215,7 +215,8 @@ class GRU(DropInLayer, role="torch", planned=True):
     Differences from `torch.nn.GRU`:
 
     - The equations differ, so the weights of a GRU cannot be loaded. There are no attributes such as `weight_ih_l0` or
-      private lists of their names such as `_flat_weights_names`.
+      private lists of their names such as `_flat_weights_names`. With `cell="blockgru"` and `block_size=hidden_size`,
+      the equations are the same: its state_dict loads, and `weight_ih_l0` and its like can be read.
     - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.

@@ -148,8 +148,9 @@ def patch(
         everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
         num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
             passes states nor reads `h_n`. Default: the program's.
-        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="mingru"`. A class
-            gets those that it has.
+        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="minlstm"`, a minGRU
+            for a GRU and a minLSTM for an LSTM. A class gets those that it has. Default: `cell="blockgru"` with one
+            block, which is `torch.nn.GRU` itself, also for an LSTM.
 
     Returns:
         A context manager. It returns a report, which can be printed: `report.built` has (layer, place in the program)
@@ -169,17 +170,18 @@ def patch(
     nested; the innermost one that replaces a class decides. A block applies to the thread that entered it; other
     threads, and processes with an interpreter of their own, build layers of torch.
 
-    A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
-    program that builds the model again and then loads weights must do this in a block with the same options, or call
-    `mingru.drop_in.replace` on the new model before it loads them. Otherwise `load_state_dict` raises an error, also
-    with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a param with shape torch.Size([]) from checkpoint".
-    If it is strict, it also names `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save` or pickle,
-    load with and without a block.
+    A state_dict of `torch.nn.GRU` loads into the default. To use one with other options, load it outside of the block,
+    and call `replace`, which initializes these layers. A model that was built in a block is saved with its weights,
+    which have other names and shapes than torch's. A program that builds the model again and then loads weights must
+    do this in a block with the same options, or call `mingru.drop_in.replace` on the new model before it loads them.
+    Otherwise `load_state_dict` raises an error, also with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a
+    param with shape torch.Size([]) from checkpoint". If it is strict, it also names
+    `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save` or pickle, load with and without a block.
 
     Examples:
         >>> def program():
         ...     return torch.nn.Sequential(torch.nn.LSTM(3, 4))
-        >>> with mingru.drop_in.patch(norm="rms") as report:
+        >>> with mingru.drop_in.patch(cell="minlstm", norm="rms") as report:
         ...     model = program()
         >>> model
         Sequential(

@@ -29,8 +29,9 @@ def replace(
 ) -> Report:
     """Replace every `torch.nn.GRU` and `torch.nn.LSTM` inside a model, in place; cells too.
 
-    The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. All weights are
-    newly initialized and require gradients, because torch's weights have no meaning here. Train the model, with an
+    The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. Without options,
+    a GRU becomes one block of `mingru.BlockGRU`, which computes the same with the same weights, frozen where they
+    were. An LSTM becomes such a GRU too, whose weights are new, as they are with options. Train those, with an
     optimizer created after this call.
 
     Args:
@@ -39,8 +40,8 @@ def replace(
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
         num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
             Default: as many as the old one has.
-        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"`. A class gets those that it
-            has.
+        options: Keyword options of the classes of `mingru.drop_in`, such as `cell="minlstm"`, a minGRU for a GRU and a
+            minLSTM for an LSTM. A class gets those that it has. Default: one block, `cell="blockgru"`.
 
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
@@ -56,7 +57,7 @@ def replace(
     Examples:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
         >>> print(mingru.drop_in.replace(model))
-        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4)
+        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4, block_size=4, cell='blockgru')
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
