@@ -143,8 +143,7 @@ class Seq2Seq(Program):
 
     def logits_and_labels(self, num, g):
         length = int(torch.randint(5, 9, (), generator=g))
-        ids = torch.randint(self.vocab_size, (length, num), generator=g)
-        labels = ids.flip(0)
+        labels = (ids := torch.randint(self.vocab_size, (length, num), generator=g)).flip(0)
         given = self.target(torch.cat([torch.full_like(ids[:1], self.vocab_size), labels[:-1]]))
         encoded, last = self.encoder(self.source(ids))
         state, logits = self.between(last.transpose(0, 1).flatten(1)).tanh(), []
@@ -291,6 +290,10 @@ def cell_of(results):
     return f"{metrics}; {statistics.median(seconds for _, seconds in results):.1f} s"
 
 
+def table(results):
+    return markdown(["", *ROWS], [[name, *(cell_of(found[row]) for row in ROWS)] for name, found in results.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", help="default: all", default=list(PROGRAMS))
@@ -311,7 +314,7 @@ def main():
                 print(name, "own" * is_own, row, found[row], flush=True)
         if args.json:
             write_json(args.json, results)
-    print(markdown(["", *ROWS], [[name, *(cell_of(found[row]) for row in ROWS)] for name, found in results.items()]))
+    print(table(results))
 
 
 if __name__ == "__main__":
