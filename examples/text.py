@@ -17,7 +17,7 @@ On two CPU cores, `--preset small` trains for about 3 minutes and `--preset medi
 need about 1.44 nats (2.08 bits) per held-out character, medium ones 1.33, and the n-gram 1.48.
 
 `--cell gru` and `--cell lstm` train torch's layers with about as many parameters, without samples of text. `--minutes`
-gives each model the same time. `--curve` writes the learning curve, and benchmarks/text_curve.py draws it.
+gives each model the same time. `--curve` writes the learning curve.
 
 A killed run continues with `--resume`. On the same devices it then prints the same numbers as an uninterrupted run.
 

@@ -147,6 +147,9 @@ def test_the_page_of_options_is_what_the_command_wrote(monkeypatch):
         for name in models:
             cells = [choosing.cell_of(**results[title][name]) for title in titles]
             assert f"\n| {name} | {' | '.join(cells)} |\n" in page
+    results = json.loads((DOCS / "drop_in.json").read_text(encoding="utf-8"))["results"]
+    table = load("benchmarks/drop_in.py").table(results)
+    assert f"\n{table}\n" in (DOCS / "other_libraries.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_speed_are_what_the_command_wrote(monkeypatch):

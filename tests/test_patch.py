@@ -51,7 +51,7 @@ def are_torchs():
 
 
 def test_what_a_program_builds():
-    with patch(norm="rms", forget_bias=2.0, num_layers=2) as report:
+    with patch(norm="rms", forget_bias=2.0, num_layers=2, cell="minlstm") as report:
         model = Program()
         kinds = [type(each) for each in (model.encoder, model.decoder, model.cell)]
         of_torch = OF_TORCH["GRU"](IN, H)
@@ -73,15 +73,31 @@ def test_what_a_program_builds():
     assert str(report).splitlines()[0] == f"{__file__}:{line} in __init__: {text[0]}"
     assert not isinstance(model.encoder, nn.GRU)
     assert isinstance(Program().encoder, nn.GRU)
-    hint = "one plain layer remembers less than torch's: try norm='rms', residual=True, and num_layers=2 if the program"
-    hint += " neither passes nor reads states"
-    assert "plain" not in str(report)
-    with patch() as plain, patch(norm="rms", gru=False):
-        nn.LSTM(IN, H)
-        assert "plain" not in str(plain)
-        nn.GRU(IN, H, batch_first=True)
-        nn.GRUCell(IN, H)
-    assert str(plain).splitlines()[-1] == hint and len(plain.built) == 2
+    hint = "a loop that sets biases to 0 undoes forget_bias and memory: call reset_parameters() of these layers"
+    assert str(report).splitlines()[-1] == f"{hint} after it"
+
+
+def test_the_default_is_torchs_gru():
+    """One block: values, weights of torch, and their names. An LSTM has a pair, and other equations."""
+    gru, cell, x = nn.GRU(IN, H, 2, bidirectional=True), nn.GRUCell(IN, H), torch.randn(5, 2, IN)
+    with patch() as report:
+        model = nn.ModuleDict({"gru": nn.GRU(IN, H, 2, bidirectional=True), "cell": nn.GRUCell(IN, H)})
+        lstm = nn.LSTM(IN, H)
+    assert "loop" not in str(report) and lstm.cell == "blockgru" and lstm.block_size == H
+    model.load_state_dict(nn.ModuleDict({"gru": gru, "cell": cell}).state_dict())
+    torch.testing.assert_close((model["gru"](x), model["cell"](x[0])), (gru(x), cell(x[0])))
+    ours = drop_in.GRU.from_torch(gru)
+    for each in (model["gru"], ours, ours.to_torch()):
+        torch.testing.assert_close(each(x), gru(x))
+        for name, weight in gru.named_parameters():
+            if "weight" in name:
+                torch.testing.assert_close(getattr(each, name), weight, rtol=0, atol=0)
+        both = ours.bias_ih_l1_reverse + ours.bias_hh_l1_reverse
+        torch.testing.assert_close(both, gru.bias_ih_l1_reverse + gru.bias_hh_l1_reverse)
+    torch.testing.assert_close(mingru.BlockGRUCell.from_torch(cell)(x[0]), cell(x[0]))
+    assert not hasattr(lstm, "weight_ih_l0") and not hasattr(ours, "weight_ih_l2")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ours.load_state_dict({"weight_ih_l0": gru.weight_ih_l0})
 
 
 def test_errors_are_those_of_the_class():
@@ -99,7 +115,8 @@ def test_numbers_that_torch_takes():
     drop_in.replace(model)
     with patch():
         for rnn in (model["rnn"], nn.GRU(IN, H, **given), nn.GRU(IN, H, np.int64(2), True)):
-            assert repr(rnn) == "GRU(3, 4, num_layers=2)" and rnn(torch.randn(2, 5, IN))[1].shape == (2, 5, H)
+            assert repr(rnn) == "GRU(3, 4, num_layers=2, block_size=4, cell='blockgru')"
+            assert rnn(torch.randn(2, 5, IN))[1].shape == (2, 5, H)
         for wrong in ((1.5,), (1, 0.5)):
             with pytest.raises(TypeError):
                 nn.GRU(IN, H, *wrong)
@@ -262,7 +279,7 @@ def test_torchs_layers_refuse_our_weights(name, bias, strict):
     message = REFUSED.format("bias" if bias else "weight")
     with pytest.raises(RuntimeError, match=f"(?s){'rnn.load_in_mingru_drop_in_patch.*' * strict}{message}"):
         of_torch.load_state_dict(state_dict, strict=strict)
-    with pytest.raises(RuntimeError, match=r"state_dict must be weights of .*, got rnn.weight_ih.* outside of mingru"):
+    with pytest.raises(RuntimeError, match=r"state_dict must be weights of .*, got rnn.weight_ih.*replace"):
         ours.load_state_dict(of_torch.state_dict(), strict=strict)
     # Files of our other layers load, which have no guards, and ours load there.
     old = {key: value for key, value in state_dict.items() if "layers" in key}

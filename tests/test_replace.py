@@ -38,6 +38,9 @@ class Own(nn.GRU):
 def test_replace():
     model = Model()
     model.encoder.register_forward_hook(lambda *args: None)  # not on a layer
+    x, of_torch = torch.randn(S, B, IN).double(), model.layers[0]
+    of_torch.weight_ih_l1.requires_grad_(False)
+    expected = of_torch(x)
     report = drop_in.replace(model, lstm=False)
     a, layer, cell = model.encoder["a"], model.layers[0], model.cell
     assert type(a) is type(layer) is drop_in.GRU and type(cell) is drop_in.GRUCell
@@ -45,14 +48,18 @@ def test_replace():
     assert a.training and not layer.training
     assert [next(each.parameters()).dtype for each in (a, layer)] == [torch.float, torch.double]
     assert cell.layers[0].linear.weight.is_meta
-    assert all(weight.requires_grad for weight in model.parameters())
+    # One block has the weights of torch's layer, trained or not.
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    assert frozen == ["layers.0.layers.1.linear.weight"]
+    torch.testing.assert_close(layer(x), expected)
     replaced = {
         "cell": "GRUCell(3, 4, bias=False)",
         "encoder.a": "GRU(3, 4, batch_first=True)",
         "encoder.b.0": "GRU(3, 4, batch_first=True)",
         "layers.0": "GRU(3, 4, num_layers=2, bias=False, dropout=0.25, bidirectional=True)",
     }
-    assert report.replaced == [(key, f"torch.nn.{name}", f"mingru.drop_in.{name}") for key, name in replaced.items()]
+    ours = {key: f"mingru.drop_in.{name[:-1]}, block_size=4, cell='blockgru')" for key, name in replaced.items()}
+    assert report.replaced == [(key, f"torch.nn.{name}", ours[key]) for key, name in replaced.items()]
     left = {
         ("lstm", "torch.nn.LSTM(3, 4)"): "lstm is False",
         ("own", f"{__name__}.Own(3, 4)"): "a subclass may compute something else",
@@ -60,10 +67,10 @@ def test_replace():
     }
     assert report.left == [(*layer, why) for layer, why in left.items()]
     assert str(report).splitlines() == [
-        *(f"{key}: torch.nn.{name} -> mingru.drop_in.{name}" for key, name in replaced.items()),
+        *(f"{key}: torch.nn.{name} -> {ours[key]}" for key, name in replaced.items()),
         *(f"{key}: {name} not replaced: {why}" for (key, name), why in left.items()),
     ]
-    out, h = layer(torch.randn(S, B, IN).double())
+    out, h = layer(x)
     assert (out.shape, h.shape) == ((S, B, 2 * H), (4, B, H))
     with pytest.warns(UserWarning, match=r"^replace: no layer was replaced \(lstm: torch.nn.LSTM.* lstm is False; own"):
         again = drop_in.replace(model, lstm=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common import Run
-from programs import ROOT, load, refusal
+from programs import load, refusal
 
 from mingru.models import LanguageModel
 
@@ -176,9 +176,6 @@ def test_minutes_end_the_training_and_its_schedule(tmp_path, monkeypatch, excerp
     assert states[:6] == [True] + [False] * 5
     np.testing.assert_allclose(rates, [1e-2 * (1 - second / 6) for second in range(6)])
     assert [(point["step"], point["seconds"]) for point in json.loads(curve.read_text())["points"]] == [(6, 6)]
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    load("benchmarks/text_curve.py").main([str(curve), "--plot", str(tmp_path / "text.png")])
-    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("more", ["", "--bytes", "--subwords 300"])

@@ -51,7 +51,7 @@ class Larger(Pretrained):
 
 
 def test_models_of_transformers_leave_layers_alone(tmp_path):
-    with mingru.drop_in.patch(norm="rms"):
+    with mingru.drop_in.patch(cell="minlstm", norm="rms"):
         model = Pretrained(transformers.PretrainedConfig())
         model.save_pretrained(tmp_path)
         again, larger = Pretrained.from_pretrained(tmp_path), Larger.from_pretrained(tmp_path)
@@ -78,7 +78,7 @@ def test_models_of_transformers_leave_layers_alone(tmp_path):
 
 def test_a_model_of_transformers_with_recurrent_layers():
     sizes = {"num_filters": 2, "hidden_size": 8, "upsampling_ratios": [2, 2], "codebook_size": 4, "codebook_dim": 8}
-    with mingru.drop_in.patch(norm="rms", residual=True) as report:
+    with mingru.drop_in.patch(cell="minlstm", norm="rms", residual=True) as report:
         model = transformers.EncodecModel(transformers.EncodecConfig(**sizes))
     assert report.built
     for rnn in (each for each in model.modules() if isinstance(each, mingru.drop_in.LSTM)):

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..check import check_flag, check_type
 from ..ops import autograd, route
-from ..ops.call import Call, Layout, Spec, Start
+from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKS
 from ..ops.graph import are_eager, is_autocast, is_compiling
 from ..ops.linear_map import are_recomputed
@@ -138,7 +138,7 @@ def _recurrence(x: Tensor, h: Tensor, weights: list[Tensor], reverse: bool, layo
         bias, own = biases[0] + F.pad(biases[1][: 2 * features], (0, features)), biases[1][2 * features :]
     before = h.unsqueeze(1)
     start = Start(before, before, None, None, of_state, own)
-    call = Call(Spec(BLOCKS, "tanh", reverse), [x, of_input, bias], start, layout)
+    call = Call(spec_of(BLOCKS, "tanh", reverse, 0.0), [x, of_input, bias], start, layout)
     keep = not are_recomputed(x, None)
     out, last = autograd.run_kernel("linear_kernel", Choice("native", False), call, keep)
     return out, last.squeeze(1)

@@ -1,11 +1,14 @@
 """What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
 
+import inspect
+import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import (
@@ -31,8 +34,21 @@ from ..ops.linear_map import WeightAndBias
 
 Pair = tuple[Tensor, Tensor]
 
-# Attributes with torch's weights, and with their names.
+# Names of weights here, and attributes of torch with its weights and with their names.
+_OWN = re.compile(r"(layers\.(\d+)\.(linear|recurrent)(_reverse)?\.(weight|bias))")
+_PARTS = {"linear": "ih", "recurrent": "hh"}
 OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
+
+
+# The options of `patch` and `replace` without `cell`: one block of any size, which is torch's GRU itself.
+ONE_BLOCK = {"cell": BLOCKS, "block_size": 2**20}
+# Torch's classes also take numbers as this flag, and integers of numpy.
+CONVERTED = {"bidirectional": bool, "num_layers": operator.index}
+
+
+def converted(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a class of torch as those of ours."""
+    return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
 
 
 @contextmanager
@@ -52,7 +68,9 @@ class DropIn(Recurrent):
     _linear_map = WeightAndBias
     _size_error: type[Exception]
     """What torch raises for a size of 0 and for an input of another dtype."""
-    _remedy_for_weights = "build and load this model outside of mingru.drop_in.patch(), or train it again"
+    _remedy_for_weights = (
+        "load them into torch's layer, and then call mingru.drop_in.replace(model), which keeps a GRU's"
+    )
     _num_layers_of_program = 0
     """Number of layers that the program asked for, if `patch` or `replace` built this layer."""
 
@@ -84,7 +102,8 @@ class DropIn(Recurrent):
         self.output_dims = self.num_directions * (proj_size or hidden_size)
         of_torch = "bias" if self.bias else "weight"
         for guard in (f"{of_torch}_hh" if self.role == "step" else f"{of_torch}_hh_l0", GUARDS[0]):
-            self.register_buffer(guard, torch.tensor(1, device=options["device"]))
+            # Not by register_buffer, which refuses the name of what can be read, as the bias of one block.
+            self._buffers[guard] = torch.tensor(1, device=options["device"])
 
     def _default_start(self, options: Any) -> float:
         """Return the initial state, which is 0, as in torch."""
@@ -135,12 +154,62 @@ class DropIn(Recurrent):
         with _raised_as({TypeError: RuntimeError if others else wrong_dtype, ValueError: RuntimeError}):
             check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
 
+    def _names_of_torch(self) -> dict[str, str]:
+        """Return the name of each parameter by that of torch's class, if a GRU has one block, and so its equations.
+
+        The bias of the state has here only the part of the candidate. The rest is in the other bias.
+        """
+        if type(self).cell != "mingru" or self.cell != BLOCKS or self.block_size != self.hidden_size:
+            return {}
+        end = "" if self.role == "step" else "_l{}"
+        found = _OWN.findall(" ".join(name for name, _ in self.named_parameters()))
+        return {f"{kind}_{_PARTS[part]}{end.format(at)}{way}": name for name, at, part, way, kind in found}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(f"{prefix}weight_ih") for key in state_dict):
+            own = {prefix + name: prefix + here for name, here in self._names_of_torch().items()}
+            found, last = {key: state_dict.pop(key) for key in own if key in state_dict}, 2 * self.hidden_size
+            for key, value in found.items():
+                # The bias of the state has its part of the gates in the other bias.
+                other = found.get(key.replace("bias_ih", "bias_hh")) if "bias_ih" in key else None
+                head = value[:last] if other is None else value[:last] + other[:last]
+                state_dict[own[key]] = torch.cat([head[: 0 if "bias_hh" in key else last], value[last:]])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def _like(cls, of_torch: Any, options: dict[str, Any]) -> Any:
+        """Return the layer or cell with the arguments of one of torch, of which options replace some.
+
+        If it computes the same, it has the same weights, and trains those that are trained there.
+        """
+        names, weight = inspect.signature(cls).parameters, next(of_torch.parameters())
+        # Torch's cells also take a number as `bias`.
+        given = {name: getattr(of_torch, name) for name in names if name in vars(of_torch)}
+        given |= {"bias": bool(of_torch.bias), "device": weight.device, "dtype": weight.dtype}
+        # Set afterwards, because the constructor would warn again about a dropout without effect.
+        dropout = given.pop("dropout", 0.0)
+        rnn: Any = cls(**converted(given) | options)
+        rnn.dropout, rnn._num_layers_of_program = dropout, given.get("num_layers", 1)
+        if options == ONE_BLOCK and cls.cell == "mingru":
+            if not weight.is_meta:
+                rnn.load_state_dict(of_torch.state_dict())
+            for name, own in rnn._names_of_torch().items():
+                rnn.get_parameter(own).requires_grad_(getattr(of_torch, name).requires_grad)
+        return rnn.train(of_torch.training)
+
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            if "_hh" not in name:  # which a guard has in its name too
+                return super().__getattr__(name)
         except AttributeError:
             if OF_TORCH.fullmatch(name) is None:
                 raise
+        own = self._names_of_torch().get(name)
+        if own is not None:
+            weight = self.get_parameter(own)
+            return F.pad(weight, (2 * self.hidden_size, 0)) if "bias_hh" in name else weight
+        if name in self._buffers:
+            return self._buffers[name]
         remedy = "let the program construct torch's layer, and then call mingru.drop_in.replace(model)"
         if name == "_all_weights":
             remedy = "in place of TorchRL's GRUModule and LSTMModule, use those of mingru.integrations.torchrl"
@@ -173,13 +242,15 @@ def add_pair(
     name = name_of(type(layer))
     check_flags(name, normalize=normalize)
     require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
-    # The options that only the other cell has must be their defaults.
+    # The options that only another cell has must be their defaults.
     others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}
+    remedy = "pass cell='minlstm' to use it"
     if cell == "minlstm":
-        others = {"gate": "sigmoid", "min_decay": 0.0}
+        others, remedy = {"gate": "sigmoid", "min_decay": 0.0}, "pass cell='mingru' to use it"
     given = {**options, "normalize": normalize, "forget_bias": forget_bias}
     for option, default in others.items():
-        require(name, option, given[option] == default, f"left out because cell is {cell!r}", repr(given[option]))
+        expected, got = f"left out because cell is {cell!r}", repr(given[option])
+        require(name, option, given[option] == default, expected, got, remedy)
     has_bias = options["bias"] or forget_bias == 1.0
     require(name, "forget_bias", has_bias, "left out because bias is False", repr(forget_bias))
     added = forget_bias if options["bias"] and cell == "minlstm" else 0.0

@@ -1,21 +1,24 @@
 """minGRU and minLSTM layers with torch's interface: names, shapes and types of errors."""
 
+import inspect
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
-from ..check import check_lengths, check_steps, dims, expectation, of_another_shape, require
+from ..check import check_lengths, check_steps, check_type, dims, expectation, name_of, of_another_shape, require
 from ..modules import scripted
+from ..modules.blockgru import BlockGRU
 from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
 from ..modules.options import GateOptions, OneStateOptions, PairOptions, StackedOptions, arguments_of, constructor
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, without_dims
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, take_weights, without_dims
+from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from .base import DropIn, Pair, add_pair, as_pair, states_of
+from .base import ONE_BLOCK, DropIn, Pair, add_pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
 
@@ -212,7 +215,8 @@ class GRU(DropInLayer, role="torch", planned=True):
     Differences from `torch.nn.GRU`:
 
     - The equations differ, so the weights of a GRU cannot be loaded. There are no attributes such as `weight_ih_l0` or
-      private lists of their names such as `_flat_weights_names`.
+      private lists of their names such as `_flat_weights_names`. With `cell="blockgru"` and `block_size=hidden_size`,
+      the equations are the same: its state_dict loads, and `weight_ih_l0` and its like can be read.
     - The linear maps inside are no `torch.nn.Linear`, so that programs that initialize each of them leave these alone.
     - Under autocast, `output` has autocast's dtype and `h_n` is float32.
     - `flatten_parameters` does nothing. `apply` treats the layer as one module.
@@ -250,6 +254,35 @@ class GRU(DropInLayer, role="torch", planned=True):
         **options: Unpack[GRUOptions],
     ) -> None:
         super().__init__(**arguments_of(locals()))
+
+    @classmethod
+    def from_torch(cls, gru: nn.GRU) -> Self:
+        """Return the layer that computes the same as a `torch.nn.GRU`, with its weights, trainable where those are.
+
+        It has one block of `cell="blockgru"`.
+
+        Raises:
+            TypeError: `gru` is no `torch.nn.GRU`.
+
+        Examples:
+            >>> mingru.drop_in.GRU.from_torch(torch.nn.GRU(3, 48))
+            GRU(3, 48, block_size=48, cell='blockgru')
+        """
+        check_type(f"{name_of(cls)}.from_torch", "gru", gru, nn.modules.GRU, "a torch.nn.GRU", "")
+        return cls._like(gru, ONE_BLOCK)  # type: ignore[no-any-return]
+
+    def to_torch(self) -> nn.GRU:
+        """Return the `torch.nn.GRU` that computes the same, with these weights, which are 0 outside of the blocks.
+
+        Raises:
+            ValueError: `cell` is not "blockgru", or an option is set that `torch.nn.GRU` has not.
+        """
+        name, got = f"{self.name}.to_torch", repr(self.cell.partition("_")[0])
+        require(name, "cell", self.cell == BLOCKS, f"{BLOCKS!r}, because a minGRU has other equations", got)
+        require(name, "proj_size", self.proj_size == 0, "0 because torch.nn.GRU has none", str(self.proj_size))
+        names, weight = inspect.signature(BlockGRU).parameters, next(self.parameters())
+        rnn = BlockGRU(**{name: getattr(self, name) for name in names if name in vars(self)})
+        return take_weights(rnn.to(weight.device, weight.dtype), self).to_torch()
 
     def forward(
         self,

@@ -5,7 +5,6 @@ calling thread, it constructs one of our layers. Otherwise it constructs a layer
 the block by a name that was imported in the block.
 """
 
-import re
 import sys
 import threading
 import types
@@ -22,10 +21,10 @@ from torch import nn
 from ..check import check_flags
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
-from .twins import SUBCLASS, TWINS, Wanted, built, converted, described, wanted_twins
+from .base import converted
+from .twins import SUBCLASS, TWINS, Wanted, described, wanted_twins
 
-# A layer as its report has it, with none of the options that help it to learn.
-_PLAIN = re.compile(r"(GRU|LSTM)\((?!.*(num_layers=|norm=|residual=|cell='blockgru'))")
+_HINT = "a loop that sets biases to 0 undoes forget_bias and memory: call reset_parameters() of these layers after it"
 
 
 class PatchReport(NamedTuple):
@@ -39,9 +38,7 @@ class PatchReport(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{place}: {layer}" for layer, place in self.built]
         lines += [f"{name} not replaced: {why}" for name, why in self.left]
-        if any(_PLAIN.search(layer) for layer, _ in self.built):
-            lines.append("one plain layer remembers less than torch's: try norm='rms', residual=True, and num_layers=2")
-            lines[-1] += " if the program neither passes nor reads states"
+        lines += [_HINT] * any("cell='blockgru'" not in layer for layer, _ in self.built)
         return "\n".join(lines) or "nothing built"
 
 
@@ -112,7 +109,8 @@ class StandIn(ABCMeta):
             bound = signature(twin).bind(*args, **kwargs)
         except TypeError:
             return twin(*args, **kwargs)  # whose error says more
-        layer = built(cls.of_torch, converted(bound.arguments), patch.wanted[cls.of_torch])
+        layer = twin(**converted(bound.arguments) | patch.wanted[cls.of_torch])
+        layer._num_layers_of_program = bound.arguments.get("num_layers", 1)
         frame = sys._getframe(1)
         place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         patch.report.built.append((described(layer), place))
@@ -142,8 +140,9 @@ def patch(
         everywhere: If True, also replace names that loaded modules have bound by `from torch.nn import GRU`.
         num_layers: Number of layers of each layer that is built, in place of the program's, for a program that neither
             passes states nor reads `h_n`. Default: the program's.
-        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="mingru"`. A class
-            gets those that it has.
+        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"` or `cell="minlstm"`, a minGRU
+            for a GRU and a minLSTM for an LSTM. A class gets those that it has. Default: `cell="blockgru"` with one
+            block, which is `torch.nn.GRU` itself, also for an LSTM.
 
     Returns:
         A context manager. It returns a report, which can be printed: `report.built` has (layer, place in the program)
@@ -163,17 +162,18 @@ def patch(
     nested; the innermost one that replaces a class decides. A block applies to the thread that entered it; other
     threads, and processes with an interpreter of their own, build layers of torch.
 
-    A model that was built in a block is saved with its weights, which have other names and shapes than torch's. A
-    program that builds the model again and then loads weights must do this in a block with the same options, or call
-    `mingru.drop_in.replace` on the new model before it loads them. Otherwise `load_state_dict` raises an error, also
-    with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a param with shape torch.Size([]) from checkpoint".
-    If it is strict, it also names `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save` or pickle,
-    load with and without a block.
+    A state_dict of `torch.nn.GRU` loads into the default. To use one with other options, load it outside of the block,
+    and call `replace`, which initializes these layers. A model that was built in a block is saved with its weights,
+    which have other names and shapes than torch's. A program that builds the model again and then loads weights must
+    do this in a block with the same options, or call `mingru.drop_in.replace` on the new model before it loads them.
+    Otherwise `load_state_dict` raises an error, also with `strict=False`: "size mismatch for rnn.bias_hh_l0: copying a
+    param with shape torch.Size([]) from checkpoint". If it is strict, it also names
+    `rnn.load_in_mingru_drop_in_patch`. Whole models, saved by `torch.save` or pickle, load with and without a block.
 
     Examples:
         >>> def program():
         ...     return torch.nn.Sequential(torch.nn.LSTM(3, 4))
-        >>> with mingru.drop_in.patch(norm="rms") as report:
+        >>> with mingru.drop_in.patch(cell="minlstm", norm="rms") as report:
         ...     model = program()
         >>> model
         Sequential(

@@ -1,6 +1,5 @@
 """Replace the layers of an existing model."""
 
-import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from ..check import check_type, expectation, require
-from .twins import SUBCLASS, TWINS, built, converted, described, is_recurrent, wanted_twins
+from .twins import SUBCLASS, TWINS, described, is_recurrent, wanted_twins
 
 
 class Report(NamedTuple):
@@ -30,8 +29,9 @@ def replace(
 ) -> Report:
     """Replace every `torch.nn.GRU` and `torch.nn.LSTM` inside a model, in place; cells too.
 
-    The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. All weights are
-    newly initialized and require gradients, because torch's weights have no meaning here. Train the model, with an
+    The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. Without options,
+    a GRU becomes one block of `mingru.BlockGRU`, which computes the same with the same weights, frozen where they
+    were. An LSTM becomes such a GRU too, whose weights are new, as they are with options. Train those, with an
     optimizer created after this call.
 
     Args:
@@ -40,8 +40,8 @@ def replace(
         lstm: If True, replace `torch.nn.LSTM` and `torch.nn.LSTMCell`.
         num_layers: Number of layers of each new layer, for a model that neither passes states nor reads `h_n`.
             Default: as many as the old one has.
-        options: Keyword options of the classes of `mingru.drop_in`, such as `norm="rms"`. A class gets those that it
-            has.
+        options: Keyword options of the classes of `mingru.drop_in`, such as `cell="minlstm"`, a minGRU for a GRU and a
+            minLSTM for an LSTM. A class gets those that it has. Default: one block, `cell="blockgru"`.
 
     Returns:
         A `Report`, which can be printed. `replaced` has (qualified name, old layer, new layer) for each replaced layer.
@@ -57,7 +57,7 @@ def replace(
     Examples:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "head": torch.nn.Linear(4, 1)})
         >>> print(mingru.drop_in.replace(model))
-        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4)
+        rnn: torch.nn.GRU(3, 4) -> mingru.drop_in.GRU(3, 4, block_size=4, cell='blockgru')
     """
     check_type("replace", "model", model, nn.Module, "a torch.nn.Module")
     wanted, of_torch = wanted_twins("replace", gru, lstm, num_layers, **options), tuple(TWINS)
@@ -79,7 +79,7 @@ def replace(
         remedy = "remove them, and register suitable hooks on the new layer"
         require("replace", name, not has_hooks, "a layer without hooks", "hooks", remedy)
         if layer not in new_layers:
-            new_layers[layer] = _twin_of(layer, wanted[type(layer)])
+            new_layers[layer] = TWINS[type(layer)]._like(layer, wanted[type(layer)])
     report = Report([], [])
     for parent, key, name, layer in found:
         if layer in new_layers:
@@ -96,17 +96,3 @@ def replace(
         text, remedy = str(report).replace("\n", "; "), "use patch() for a model that constructs its layers later"
         warnings.warn(f"replace: no layer was replaced ({text}); {remedy}", stacklevel=2)
     return report
-
-
-def _twin_of(old: Any, options: dict[str, Any]) -> nn.Module:
-    """Return the twin of a layer or cell, with its arguments."""
-    twin, weight = TWINS[type(old)], next(old.parameters())
-    names = [name for name in inspect.signature(twin).parameters if name in vars(old)]
-    # Torch's cells also take a number as `bias`.
-    arguments = converted({name: getattr(old, name) for name in names} | {"bias": bool(old.bias)})
-    # Set afterwards, because the constructor would warn again about a dropout without effect.
-    dropout = arguments.pop("dropout", None)
-    new: nn.Module = built(type(old), arguments | {"device": weight.device, "dtype": weight.dtype}, options)
-    if dropout is not None:
-        new.dropout = dropout
-    return new.train(old.training)

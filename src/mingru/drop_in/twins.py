@@ -1,7 +1,6 @@
 """Which class takes the place of which class of torch, and with which options."""
 
 import inspect
-import operator
 from typing import Any
 
 import torch
@@ -9,13 +8,12 @@ from torch import nn
 
 from ..check import check_flag, check_int, require
 from ..unknown_arguments import unknown_argument
+from .base import ONE_BLOCK
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
 
 TWINS: dict[type[nn.Module], Any] = {nn.GRU: GRU, nn.GRUCell: GRUCell, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 SUBCLASS = "a subclass may compute something else"
-# Torch's classes also take numbers as this flag, and integers of numpy.
-CONVERTED = {"bidirectional": bool, "num_layers": operator.index}
 # The options for each class of torch that is replaced.
 Wanted = dict[type[nn.Module], dict[str, Any]]
 
@@ -41,21 +39,10 @@ def wanted_twins(
     if num_layers is not None:
         check_int(name, "num_layers", num_layers)
         options = {**options, "num_layers": num_layers}
+    options = options if "cell" in options else ONE_BLOCK | options
     # The cell "minlstm" is the default of an LSTM, and a GRU has none.
     options = {key: value for key, value in options.items() if (key, value) != ("cell", "minlstm")}
     return {of_torch: {key: options[key] for key in options if key in each} for of_torch, each in known.items()}
-
-
-def converted(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of a class of torch as those of its twin."""
-    return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
-
-
-def built(of_torch: type[nn.Module], arguments: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Return the twin of a layer or cell with these arguments, of which options replace some."""
-    layer = TWINS[of_torch](**arguments | options)
-    layer._num_layers_of_program = arguments.get("num_layers", 1)
-    return layer
 
 
 def is_recurrent(module: Any) -> bool:

@@ -20,7 +20,8 @@ class BlockGRUSettings(RecurrentOptions):
         without = {"gate": ("sigmoid",), "candidate": (None, "tanh"), "min_decay": (0.0,), "output_gate": (None,)}
         for option, allowed in without.items():
             got = getattr(self, option)
-            require(self.name, option, got in allowed, f"left out because cell is {self.cell!r}", repr(got))
+            expected, remedy = f"left out because cell is {self.cell!r}", "pass cell='mingru' to use it"
+            require(self.name, option, got in allowed, expected, repr(got), remedy)
         self.candidate = "tanh"
         super().check()
         fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0

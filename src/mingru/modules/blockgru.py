@@ -11,6 +11,7 @@ from ..ops.block_recurrence import dense
 from .cells import RecurrentCell
 from .options import BlockGRUCellOptions, BlockGRUOptions, arguments_of, constructor
 from .recurrent import Recurrent
+from .shared import take_weights
 
 
 class BlockGRU(Recurrent, planned=True):
@@ -224,3 +225,24 @@ class BlockGRUCell(RecurrentCell, planned=True):
         self, input_dims: int, hidden_dims: int, bias: bool = True, **options: Unpack[BlockGRUCellOptions]
     ) -> None:
         super().__init__(**arguments_of(locals()))
+
+    @classmethod
+    def from_torch(cls, cell: nn.GRUCell, *, block_size: int | None = None) -> Self:
+        """Return the cell with the weights of a `torch.nn.GRUCell`, trainable where those are.
+
+        Args:
+            cell: Cell whose recurrent weights are 0 outside of the blocks. With one block, any cell.
+            block_size: Number of features of a block. Default: hidden_size, one block.
+
+        Raises:
+            TypeError: `cell` is no `torch.nn.GRUCell`.
+            ValueError: A weight outside of the blocks is not 0.
+        """
+        check_type(f"{cls.__name__}.from_torch", "cell", cell, nn.modules.GRUCell, "a torch.nn.GRUCell", "")
+        gru = nn.modules.GRU(cell.input_size, cell.hidden_size, bias=bool(cell.bias)).train(cell.training)
+        for name, weight in cell.named_parameters():
+            setattr(gru, f"{name}_l0", weight)
+        block_size = block_size or cell.hidden_size
+        layer, weight = BlockGRU.from_torch(gru, block_size=block_size), next(cell.parameters())
+        rnn = cls(cell.input_size, cell.hidden_size, gru.bias, block_size=block_size)
+        return take_weights(rnn.to(weight.device, weight.dtype), layer)

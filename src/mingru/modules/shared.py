@@ -16,6 +16,7 @@ MaybeTensor = Tensor | None
 MaybeList = list[Tensor] | None
 # What a call takes and returns, for type checkers: TorchScript reads the types of `forward`.
 Steps = TypeVar("Steps", Tensor, PackedSequence)
+M = TypeVar("M", bound=nn.Module)
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 # The output of a layer, and its last states.
 Outputs = tuple[Tensor, list[Tensor]]
@@ -87,6 +88,14 @@ def weight_of(module: nn.Module) -> Tensor | None:
     """
     weight = module._parameters.get("weight")
     return next(module.parameters(), None) if weight is None else weight
+
+
+def take_weights(module: M, other: nn.Module) -> M:
+    """Give a module the weights of another with equal parameters, trainable where those are, and return it."""
+    module.load_state_dict(other.state_dict())
+    for own, given in zip(module.parameters(), other.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
+    return module.train(other.training)
 
 
 def reset_all(modules: Iterable[nn.Module]) -> None:
