@@ -371,5 +371,5 @@ def recurrence_kernel(
                 tl.store(grad_bias + place, tl.sum(sums[k + 1], 0)[None, :], there)
 
 
-PARAMETERS = signature(recurrence_kernel.fn).parameters
-NUM_CONSTANTS = sum(each.annotation is tl.constexpr for each in PARAMETERS.values())
+PARAMETERS = tuple(signature(recurrence_kernel.fn).parameters)
+NUM_CONSTANTS = sum(name.isupper() for name in PARAMETERS)
