@@ -1,11 +1,16 @@
 """benchmarks/gpu on the CPU: the programs run, find wrong values, and write the page."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import time
 import types
+import weakref
 from unittest import mock
 
 import pytest
@@ -87,6 +92,96 @@ def test_a_plan_is_used_for_its_pass_only_and_wrong_values_are_found(monkeypatch
     monkeypatch.setattr(plans, "results_of", lambda *args: inputs)
     with pytest.raises(AssertionError, match="its plan is unknown"):
         plans.timed(clock, task, inputs, inputs, "triton")
+
+
+def test_references_are_computed_once_and_by_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(smoke, "REFERENCES", tmp_path / "out")
+    truth = mock.Mock(wraps=calls._truth)
+    first, again = (smoke.kept(ROW, 0, truth) for _ in range(2))
+    assert truth.call_count == 1
+    assert all(map(torch.equal, first, again))
+    smoke.kept(ROW._replace(steps=6), 0, truth)
+    assert truth.call_count == 2
+    sizes, results_of = [], plans.results_of
+    monkeypatch.setattr(plans, "results_of", lambda xs, *rest: sizes.append(xs[0].numel()) or results_of(xs, *rest))
+    for shape, largest in (((3, 9, 4), 36), ((1, 9, 4), 18)):
+        sizes.clear()
+        inputs = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+        found = plans.reference_of(inputs, True, most=largest)
+        assert sizes == [largest] * (inputs[0].numel() // largest)
+        torch.testing.assert_close(
+            found, results_of([x.detach().double().requires_grad_() for x in inputs], True, "torch")
+        )
+
+
+class Capture:
+    """CUDA graphs of a process that may not have multiplied matrices before."""
+
+    is_ready = is_open = False
+
+    def eye(self, *args, **options):
+        return self
+
+    def mm(self, other):
+        if self.is_open and not self.is_ready:
+            raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")
+        self.is_ready = True
+        return torch.zeros(1)
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.is_open = True
+        yield
+        self.is_open = False
+
+
+def test_a_capture_is_not_the_first_product_of_matrices(monkeypatch):
+    capture = Capture()
+    for name in ("CUDAGraph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capture.graph)
+    monkeypatch.setattr(torch, "eye", capture.eye)
+    assert smoke.captured(lambda: capture.mm(capture)) == "right; after a call, right"
+
+
+def test_an_error_in_another_process_holds_no_memory(monkeypatch):
+    tensors = []
+
+    def fail(size):
+        x = torch.zeros(size)
+        tensors.append(weakref.ref(x))
+        raise ValueError("no kernel")
+
+    freed = []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: freed.append(tensors[0]()))
+    device.compiled(fail, 3)
+    assert freed == [None]
+
+
+def test_processes_end_with_a_program_that_was_killed():
+    child = "import time; from benchmarks.gpu import end_with; end_with({}); print(1, flush=True); time.sleep(60)"
+    code = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}.format(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"1\n"
+        parent.kill()
+        start = time.monotonic()
+        # Its end closes the output.
+        assert parent.stdout.read() == b""
+        assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("wrong", ["", "smoke"])
+def test_all_programs_run_whatever_one_finds(wrong, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/run\n[ "$2" != "benchmarks.gpu.{wrong}" ]\n')
+    python.chmod(0o755)
+    command = ["make", "gpu", f"PYTHON={python}", "RESULTS=here", "MINUTES=3"]
+    done = subprocess.run(command, cwd=device.ROOT, capture_output=True, check=False)
+    assert (done.returncode != 0) == bool(wrong)
+    options = ["speed --shape 64 1000 10 100 --shape 8 4096 256 256", "smoke", "speed", "plans", "tests"]
+    lines = [f"-m benchmarks.gpu.{each} --results here --minutes 3" for each in options]
+    assert (tmp_path / "run").read_text().splitlines() == [*lines, "-m benchmarks.gpu.page --results here"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +29,7 @@ from mingru.ops.backends.triton import launch
 from mingru.ops.backends.triton.device import IS_INTERPRETED, first_line, unsupported
 
 from ..measure import where, write
+from . import end_with
 
 ROOT = Path(__file__).parents[2]
 # Results of other sources are not compared.
@@ -73,10 +74,23 @@ def about(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader", f"--id={device.index or 0}"]
         facts[DRIVER] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    sources = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
-    facts["sources"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    facts["sources"] = digest(*SOURCES)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     return facts
+
+
+def digest(*patterns: str, text: str = "") -> str:
+    """Return what changes with files of this folder, and with a text."""
+    paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths) + text.encode()).hexdigest()[:12]
+
+
+def compiled(function: Callable[..., None], *task: Any) -> None:
+    """Call a function so that Triton stores its kernels on disk. What fails here fails again where it is measured."""
+    with suppress(Exception):
+        function(*task)
+    # Now that an error does not hold tensors any more.
+    torch.accelerator.empty_cache()
 
 
 class Results:
@@ -84,7 +98,7 @@ class Results:
     another one was stopped. A measurement that fails is in "failed", and the next run tries it again."""
 
     def __init__(self, args: argparse.Namespace, program: str) -> None:
-        self.path = args.results and args.results / f"{program}.json"
+        self.name, self.path = program, args.results and args.results / f"{program}.json"
         self.device, self.end, self.is_stopped = args.device, time.monotonic() + 60 * args.minutes, False
         self.pool: ProcessPoolExecutor | None = None
         facts = about(args.device)
@@ -128,17 +142,25 @@ class Results:
             write(self.path, self.all)
 
     def compile(self, function: Callable[..., None], tasks: Iterable[Sequence[Any]]) -> None:
-        """Call a function for each task in other processes, so that Triton stores the kernels on disk. What fails there
-        fails again where it is measured."""
+        """Call a function for each task in other processes, which end with this one."""
         if self.device.type == "cpu" or self.is_stopped:
             return
         if self.pool is None:
-            self.pool = ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+            own = multiprocessing.get_context("spawn"), end_with, (os.getpid(),)
+            self.pool = ProcessPoolExecutor(min(16, os.cpu_count() or 1), *own)
         try:
-            for future in [self.pool.submit(function, *task) for task in tasks]:
+            for future in [self.pool.submit(compiled, function, *task) for task in tasks]:
                 future.exception()
         except BrokenProcessPool:
             self.pool = None
+
+    def finish(self, wrong: Sequence[str] | None = None) -> int:
+        """Print the last line of the program; return its exit status. Default of `wrong`: what failed."""
+        wrong = [*self.all["failed"]] if wrong is None else wrong
+        count = sum(len(each) for kind, each in self.all.items() if kind not in ("device", "backend"))
+        stopped = ", stopped after --minutes" if self.is_stopped else ""
+        print(*(f"WRONG: {name}" for name in wrong), f"{self.name}: {len(wrong)} of {count} wrong{stopped}", sep="\n")
+        return int(bool(wrong))
 
 
 @contextmanager

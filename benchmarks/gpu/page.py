@@ -1,11 +1,13 @@
 """Write the results of a GPU into docs/gpu.md, and the sentence about GPUs into the README and the pages that have it.
 
-    python -m benchmarks.gpu.page
+    python -m benchmarks.gpu.page [--results FOLDER]
 
-The results are the JSON files that the programs wrote into benchmarks/gpu/results. Without them, the page says that the
-kernels have never run on a GPU. The texts are written between comments, `<!-- gpu: NAME -->` and `<!-- gpu: end -->`.
+The results are the JSON files that the programs wrote into a folder, benchmarks/gpu/results by default. Without them,
+the page says that the kernels have never run on a GPU. The texts are written between comments, `<!-- gpu: NAME -->` and
+`<!-- gpu: end -->`.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -91,8 +93,10 @@ def texts_of(results: Results | None) -> dict[str, str]:
     return {"sentence": sentence(results), "results": tables(results)}
 
 
-def main() -> None:
-    texts = texts_of(read(RESULTS))
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    texts = texts_of(read(parser.parse_args(arguments).results))
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8"), "gpu", texts), encoding="utf-8")
     print(texts["sentence"])

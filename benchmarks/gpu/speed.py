@@ -130,10 +130,9 @@ def measure(clock: Clock, method: Method, backend: str, bandwidth: float) -> Row
 
 
 def compile_method(make: Any, name: str, backend: str, *arguments: Any) -> None:
-    """Call the kernels of a method, so that Triton stores them on disk."""
+    """Call the kernels of a method."""
     with mingru.use_backend(backend):
         call_once(make(*arguments, backend)[name])
-    torch.accelerator.empty_cache()
 
 
 COLUMNS = ["", "GPU", "training", "floor", "training", "call", "training", "launches", "not captured"]
@@ -173,7 +172,7 @@ def bandwidth_of(clock: Clock) -> dict[str, float]:
 def run(args: argparse.Namespace, clock: Clock, results: Results) -> int:
     copies = results.of("copies", "large and small", bandwidth_of, clock)
     if copies is None:
-        return 1
+        return results.finish()
     shapes, dtypes = args.shape or SHAPES, supported(DTYPES, args.device, args.backend)
     for shape, dtype, make in itertools.product(shapes, dtypes, (recurrences, layers)):
         kind, given = make.__name__, (tuple(shape), dtype, args.device)
@@ -188,7 +187,7 @@ def run(args: argparse.Namespace, clock: Clock, results: Results) -> int:
         results.compile(compile_method, [(make, name, args.backend, *given) for name in own])
         for name, method in methods.items():
             results.of(f"{kind}, {title}", name, measure, clock, method, args.backend, copies["bandwidth"])
-    return int(bool(results.all["failed"]))
+    return results.finish()
 
 
 if __name__ == "__main__":

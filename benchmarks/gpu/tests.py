@@ -13,6 +13,10 @@ import sys
 
 from .device import ROOT, Results, parse
 
+# A process that ends with this one.
+PYTEST = (
+    "import sys, pytest, benchmarks.gpu as gpu; gpu.end_with(int(sys.argv[1])); sys.exit(pytest.main(sys.argv[2:]))"
+)
 FILES = ("tests/ops/test_recurrence.py", "tests/ops/test_triton.py")
 
 
@@ -22,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(parser, arguments)
     results = Results(args, "tests")
     outcomes, failed = results.all.setdefault("outcomes", {}), results.all["failed"]
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-c", PYTEST, str(os.getpid()), "-p", "no:cacheprovider"]
     # The library may be found by the path of this process only.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [*pytest, "--collect-only", "-q", "-k", args.k, *FILES]
@@ -39,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
                 results.write()
                 if not results.has_time("the other tests"):
                     running.terminate()
-    return int(bool(failed) or (running.returncode != 0 and not results.is_stopped))
+    if running.returncode != 0 and not (failed or results.is_stopped):
+        failed["pytest"] = f"it ended with {running.returncode}"
+    return results.finish()
 
 
 if __name__ == "__main__":

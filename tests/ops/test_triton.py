@@ -272,6 +272,32 @@ def test_compiles_without_a_graph_break(lengths, launches):
     torch.testing.assert_close(found, truth)
 
 
+# Of the fake tensors of a compiler.
+@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("_auto")
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_compiled_programs_capture_no_cuda_graph_of_packed_sequences(form, launches):
+    # They take seconds to load.
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    torch.compiler.reset()
+    rnn, x, graphs = layer(), torch.randn(3, 7, 3, device=DEVICE), []
+    given = x if form == "padded" else pack_padded_sequence(x, torch.tensor([7, 3, 2]), batch_first=True)
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    out, last = torch.compile(rnn, fullgraph=True, backend=aot_autograd(fw_compiler=seen))(given)
+    (out if form == "padded" else out.data).sum().backward()
+    torch.testing.assert_close(last, rnn(given)[1])
+    unsafe = [is_cudagraph_unsafe_fx_node(node) for graph in graphs for node in graph.graph.nodes]
+    assert sum(unsafe) == (2 if form == "packed" else 0)
+    assert launches == ["forward", "backward", "forward"]
+
+
 class Broken:
     """A kernel that fails to compile and to launch, for some calls and a number of times."""
 
@@ -395,6 +421,14 @@ def test_a_failure_while_a_graph_is_captured_is_an_error_of_that_call_alone(brea
             mingru.functional.mingru(x, x)
     assert not launch._failures
     mingru.functional.mingru(x, x)
+    # One that failed before is known, and no call would help.
+    break_kernel()
+    launch._compiled.clear()
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=FALLS_BACK):
+            mingru.functional.mingru(x, x)
+        monkeypatch.setattr(device, "is_capturing", lambda device: True)
+        route.warn_once.cache_clear()
 
 
 @pytest.mark.usefixtures("_auto")

@@ -6,6 +6,8 @@ interpreter mode.
 
 import importlib.util
 import os
+import re
+from contextlib import nullcontext
 from unittest import mock
 
 import calls
@@ -18,9 +20,11 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from triton.compiler import CompiledKernel
 
+import mingru
 from benchmarks.gpu import smoke
 from benchmarks.gpu.host import NoDriver, without_gpu
-from mingru.ops.backends.triton import kernels, launch
+from mingru.ops.backend import KernelFailure
+from mingru.ops.backends.triton import device, kernels, launch
 
 CPU = torch.device("cpu")
 SIZES = ((40, 3, 40), (3, 400, 70), (1, 1, 9), (2, 3000, 20))
@@ -85,7 +89,8 @@ def test_random_calls_are_launched_with_a_kernel_for_their_types(driver):
         first = launches_of(config, driver, compiled)
         assert len(first) in (2, 3, 4)
         for kernel, _, values in driver.launches:
-            constants, operands = values[: kernels.NUM_CONSTANTS], values[kernels.NUM_CONSTANTS :]
+            count = sum(name.isupper() for name in kernels.PARAMETERS)
+            constants, operands = values[:count], values[count:]
             types = [kernel.src.signature[name] for name in kernels.PARAMETERS]
             assert types == ["constexpr"] * len(constants) + list(map(type_of, operands))
             assert [kernel.src.constants[(index,)] for index in range(len(constants))] == list(constants)
@@ -116,19 +121,53 @@ def test_types_and_constants_select_a_kernel_and_values_do_not(change, count, dr
         for changed in ({}, change, {}, change):
             args = {"CELL": "mingru", "EVEN": False, "inputs": (SEQUENCE,), "num_steps": 5, "backwards": 1, **changed}
             plan = args.pop("plan", PLAN)
-            launch._launch(CPU, 1, plan, args | {"TYPES": launch.types_of(args)})
+            launch.run("forward", 1, plan, args | {"TYPES": launch.types_of(args)})
     assert len(driver.compiled) == count
     assert [kernel for kernel, *_ in driver.launches] == [driver.compiled[0], driver.compiled[-1]] * 2
 
 
-def test_a_kernel_that_found_no_memory_is_loaded_at_the_next_call(driver):
+PASSING = {
+    torch.OutOfMemoryError: ["Triton Error [CUDA]: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "hipErrorOutOfMemory"],
+    KernelFailure: ["[Errno 28] No space left on device: 'a.cubin'", "[Errno 24] Too many open files"],
+}
+PASSING[torch.OutOfMemoryError] += ["UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY"]
+
+
+@pytest.mark.parametrize(("kind", "why"), [(kind, why) for kind, all_of in PASSING.items() for why in all_of])
+def test_a_kernel_that_found_no_memory_or_disk_is_compiled_at_the_next_call(kind, why, driver):
     config, compiled = next(smoke.configurations(1, 0, SIZES)), {}
-    fails = mock.Mock(side_effect=RuntimeError("Triton Error [CUDA]: out of memory"))
-    with mock.patch("triton.compiler.compile", fails), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+    fails = mock.Mock(side_effect=RuntimeError(why))
+    with mock.patch("triton.compiler.compile", fails), pytest.raises(kind, match=re.escape(why)):
         launches_of(config, driver, compiled)
-    assert fails.call_count == 1
+    assert not launch._failures
     kernels.recurrence_kernel.device_caches.clear()
     assert launches_of(config, driver, compiled)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_kernel_is_loaded_again_without_the_memory_that_torch_keeps(times, driver):
+    fails = mock.Mock(side_effect=times * [RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")] + 100 * [None])
+    raises = pytest.raises(torch.OutOfMemoryError, match="cpu has no memory") if times > 1 else nullcontext()
+    with mock.patch.object(Kernel, "_init_handles", fails), mock.patch.object(device, "free") as free, raises:
+        assert launches_of(next(smoke.configurations(1, 0, SIZES)), driver, {})
+    assert free.mock_calls == [mock.call(CPU)]
+
+
+@pytest.mark.parametrize(("number", "programs"), [(2, 256), (1, 128)])
+def test_segments_are_as_many_as_processors_hold_programs(number, programs, driver, monkeypatch):
+    """The kernel is loaded, not launched, to know it."""
+    asked = []
+
+    def num_resident(device, warps, load):
+        asked.append((warps, type(load()), driver.launches.copy()))
+        return number
+
+    monkeypatch.setattr(device, "num_resident", num_resident)
+    launch._prepared.cache_clear()
+    x = torch.zeros(1, 1, 32).expand(1, 2**18, 32)
+    mingru.functional.mingru(x, x, backend="triton")
+    assert asked == [(8, Kernel, [])]
+    assert [grid[0] for _, grid, _ in driver.launches] == [programs] * 2
 
 
 def test_a_failed_launch_of_a_known_kernel_is_an_error(driver):

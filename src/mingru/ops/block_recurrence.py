@@ -128,14 +128,18 @@ def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None
             of_inputs = call._replace(tensors=[*F.linear(x, weight, bias).chunk(3, -1)])
             return *in_layout(composed(padded_call(of_inputs)), call), None
         dtype = accumulate_dtype(x.dtype)
+        second, zeros = start.recurrent_bias, weight.new_zeros(len(weight))
+        if second is not None:
+            second = F.pad(second, (2 * start.h.size(2), 0))
         assert start.recurrent is not None
-        biases = [None if each is None else as_dtype(each, dtype) for each in (bias, start.recurrent_bias)]
-        if biases[1] is not None:
-            biases[1] = F.pad(biases[1], (2 * start.h.size(2), 0))
-        weights: Any = [as_dtype(weight, dtype), dense(as_dtype(start.recurrent, dtype)), *biases]
+        weights = [weight, dense(start.recurrent), *(zeros if each is None else each for each in (bias, second))]
+        # One piece of memory, as cuDNN needs it; of several it makes one, with a warning. Made anew for each call,
+        # because an edit of `weight.data` does not change the version of a weight.
+        whole = torch.cat([as_dtype(each, dtype).flatten() for each in weights])
+        parts = zip(torch.split(whole, [each.numel() for each in weights]), weights, strict=True)
+        weights = [part.view_as(each) for part, each in parts]
         padded = padded_call(call._replace(tensors=[as_dtype(x, dtype)]))
         (steps,), reverse = padded.tensors, call.spec.reverse
-        weights = [weight.new_zeros(len(weight), dtype=dtype) if each is None else each for each in weights]
         # As in training, because the backward pass of cuDNN needs it. There is no dropout.
         options = weights, True, 1, 0.0, True, False
         if start.reset is None and padded.layout.lengths is None:

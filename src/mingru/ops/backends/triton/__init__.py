@@ -47,7 +47,6 @@ def _register(name: str, saved: str, num_results: int) -> None:
     operator = f"recurrence_triton_{name}"
     arguments = f"Tensor[] inputs, Tensor?[] given, {saved}str[] cell, float min_decay, bool[] flags"
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    _LIBRARY.define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=tags)
 
     def called(function: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Call a function with the arguments of the operator. Results that are not needed are empty."""
@@ -69,9 +68,12 @@ def _register(name: str, saved: str, num_results: int) -> None:
         return called(getattr(launch, f"{name}_results"), args)
 
     shapes.__name__ = operator
-    for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
-        _LIBRARY.impl(operator, run, key)
-    torch.library.register_fake(f"mingru::{operator}", on_one_device(shapes), lib=_LIBRARY)
+    # `torch.compile` captures no CUDA graph of packed sequences, whose batch sizes are on the CPU.
+    for own, more in ((operator, ()), (f"{operator}.packed", (torch.Tag.cudagraph_unsafe,))):
+        _LIBRARY.define(f"{own}({arguments}) -> ({', '.join(['Tensor'] * num_results)})", tags=(*tags, *more))
+        for key in ("CUDA", "XPU", *(("CPU",) if IS_INTERPRETED else ())):
+            _LIBRARY.impl(own, run, key)
+        torch.library.register_fake(f"mingru::{own}", on_one_device(shapes), lib=_LIBRARY)
 
 
 _register("forward", "", 2)
@@ -87,6 +89,7 @@ def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     initial_state: Any = start.initial_state.expand_as(start.h) if launch.has_initial_state(call) else None
     given, needs = [start.h, initial_state, *start[2:4], *layout[1:]], of_pass[1:]
     run = getattr(torch.ops.mingru, f"recurrence_triton_{name}")
+    run = run.default if layout.batch_sizes is None else run.packed
     flags = [spec.reverse, layout.time_first, *needs]
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
@@ -135,8 +138,8 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
         rows = _in_memory_order(x)
         # One matrix of the gradients of all inputs, for both products.
         matrix = (grads.transpose(0, 1) if is_transposed(mapped.tensors[0]) else grads).flatten(0, -2)
-        grad_rows = (matrix @ weight).view(rows.shape) if needs_x else None
-        grad_weight = matrix.t() @ rows.flatten(0, -2) if needs_weight else None
+        grad_rows = torch.mm(matrix, weight).view(rows.shape) if needs_x else None
+        grad_weight = torch.mm(matrix.t(), rows.flatten(0, -2)) if needs_weight else None
     grad_x = grad_rows if grad_rows is None or rows is x else grad_rows.transpose(0, 1)
     found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
     return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ DEVICES = ("cuda", "xpu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _OLDEST = (3, 6)
 # Triton reads this variable when it is imported. Its interpreter runs the kernels on the CPU, for tests.
+_NOTHING = nullcontext()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -100,6 +102,18 @@ def facts_of(device: torch.device) -> tuple[int, bool, int]:
     return 32, False, torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 132
 
 
+def num_resident(device: torch.device, warps: int, load: Callable[[], Any]) -> int:
+    """Return how many programs of the kernel that `load` loads a multiprocessor holds at a time; 2 if it is more."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 2
+    found: Any = torch.cuda.get_device_properties(device)
+    threads, kernel = 32 * warps, load()
+    # Registers are given by 8 for each thread. 1 KB of shared memory is not the program's own.
+    of_two = 2 * threads, 2 * threads * -(-kernel.n_regs // 8) * 8, 2 * (kernel.metadata.shared + 1024)
+    names = "max_threads_per_multi_processor", "regs_per_multiprocessor", "shared_memory_per_multiprocessor"
+    return 1 + all(need <= getattr(found, name) for name, need in zip(names, of_two, strict=True))
+
+
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -107,7 +121,19 @@ def is_capturing(device: torch.device) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether a device or the machine had no memory. Triton raises a RuntimeError if it cannot load a kernel."""
-    return isinstance(error, MemoryError) or re.search("out of memory|cannot allocate", str(error), re.I) is not None
+    names = "out.?of.?((device|host).?)?memory|cannot allocate"
+    return isinstance(error, MemoryError) or re.search(names, str(error), re.I) is not None
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory that torch keeps for tensors, which a kernel may need."""
+    if device.type in DEVICES:
+        torch.get_device_module(device).empty_cache()
+
+
+def is_without_files(error: Exception) -> bool:
+    """Return whether a disk was full, or a process had too many open files."""
+    return re.search("no space left|disk quota exceeded|too many open files", str(error), re.I) is not None
 
 
 def stream_of(device: torch.device) -> Any:
@@ -117,7 +143,10 @@ def stream_of(device: torch.device) -> Any:
 
 def current(device: torch.device) -> Any:
     """Return a context in which this device is the current one."""
-    if device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if module.current_device() == device.index else module.device(device)
+    module = _module_of(device)
+    return _NOTHING if module is None or module.current_device() == device.index else module.device(device)
+
+
+@functools.cache
+def _module_of(device: torch.device) -> Any:
+    return None if device.type == "cpu" else torch.get_device_module(device)

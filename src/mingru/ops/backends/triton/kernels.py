@@ -371,4 +371,4 @@ def recurrence_kernel(
                 tl.store(grad_bias + place, tl.sum(sums[k + 1], 0)[None, :], there)
 
 
-PARAMETERS = signature(recurrence_kernel.fn).parameters
+PARAMETERS = tuple(signature(recurrence_kernel.fn).parameters)
