@@ -4,10 +4,11 @@ import ctypes
 import gc
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BLOCKS, CASES, case, parametrized, tensors
+from cases import BLOCKS, CASES, case, parametrized, tensors, with_threads
 from torch import nn
 
 import mingru
@@ -50,13 +51,16 @@ def used():
 
 
 def kept_by(call, num_calls):
-    """Return the number of bytes that a call keeps: the least of several series, because caches grow now and then."""
+    """Return the number of bytes that a call keeps: the least of several series, because caches grow now and then.
+
+    What others free at the same time, such as the messages of pytest-xdist, counts as kept.
+    """
     least = float("inf")
     for _ in range(10):
         before = used()
         for _ in range(num_calls):
             call()
-        least = min(least, (used() - before) / num_calls)
+        least = min(least, abs(used() - before) / num_calls)
         if least < LEAST_LEAK:
             break
     return least
@@ -117,27 +121,20 @@ def test_scans(dtype):
 
 
 def test_idle_threads_keep_a_bounded_amount():
-    """The values of a call have 3 to 6 MiB. Each of the threads would keep that."""
+    """The values of a call have 3 to 6 MiB. Each of the threads would keep that.
+
+    What a product of torch keeps for each thread is not counted: 4 to 9 MiB of MKL on Intel.
+    """
     stack, x = mingru.Stack([mingru.MinGRU(64, 128, norm="rms"), mingru.MinGRU(128, 64)]), torch.randn(3, 4096, 64)
-    num_threads, before_threads = 24, torch.get_num_threads()
-    called, end = threading.Barrier(num_threads + 1), threading.Event()
+    products, num_threads, kept = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 128)), 24, []
+    called = threading.Barrier(num_threads, lambda: kept.append(used()), timeout=60)
 
-    def call():
-        with torch.no_grad():
-            stack(x)
-        called.wait()
-        end.wait()
+    @torch.no_grad()
+    def call(_):
+        for each in (products, stack):
+            each(x)
+            called.wait()
 
-    torch.set_num_threads(1)
-    before = used()
-    threads = [threading.Thread(target=call) for _ in range(num_threads)]
-    try:
-        for thread in threads:
-            thread.start()
-        called.wait()
-        assert used() - before < 2**27 + 2**24
-    finally:
-        end.set()
-        for thread in threads:
-            thread.join()
-        torch.set_num_threads(before_threads)
+    with ThreadPoolExecutor(num_threads) as pool:
+        with_threads((1,), lambda: list(pool.map(call, range(num_threads))))
+    assert kept[1] - kept[0] < 2**27 + 2**24

