@@ -3,8 +3,8 @@
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..check import (
     mask_remedy,
     name_of,
     require,
+    reworded,
 )
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
@@ -51,14 +52,7 @@ def converted(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
 
 
-@contextmanager
-def _raised_as(kinds: dict[type[Exception], type[Exception]]) -> Iterator[None]:
-    """Raise errors of the block as other kinds, and with torch's names of the sizes."""
-    try:
-        yield
-    except tuple(kinds) as error:
-        text = str(error).replace("input_dims", "input_size").replace("hidden_dims", "hidden_size")
-        raise kinds.get(type(error), type(error))(text) from None
+_raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
 
 
 class DropIn(Recurrent):
@@ -124,8 +118,7 @@ class DropIn(Recurrent):
         if x.shape[-1] != self.input_size:
             expected = f"of {self.input_size} features because input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        layer: Any = next(iter(self.layers))
-        weight = weight_of(layer.linear)
+        weight = weight_of(self._map_of_x())
         if weight is not None:
             self._check_as("input", x, weight, "the layer's weight", self._size_error)
 
