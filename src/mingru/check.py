@@ -6,7 +6,8 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def expectation(name: str, argument: str, expected: str, got: str, remedy: str =
     return f"{name}: {argument} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
+@contextmanager
+def reworded(kinds: dict[type[Exception], type[Exception]], names: dict[str, str]) -> Iterator[None]:
+    """Raise errors of the block as other kinds, and with other names of arguments."""
+    try:
+        yield
+    except tuple(kinds) as error:
+        text = str(error)
+        for name, other in names.items():
+            text = text.replace(name, other)
+        raise kinds.get(type(error), type(error))(text) from None
+
+
 def require(
     name: str, argument: str, ok: bool, expected: str, got: str, remedy: str = "", error: type[Exception] = ValueError
 ) -> None:
@@ -45,7 +58,11 @@ def require(
 
 
 def check_type(name: str, argument: str, value: object, types: Any, expected: str, remedy: str = "") -> None:
-    require(name, argument, isinstance(value, types), expected, type(value).__name__, remedy, TypeError)
+    if not isinstance(value, types):
+        got = name_of(type(value))
+        # A class of another module may have the name that is expected.
+        got = f"{type(value).__module__}.{got}" if got in expected.replace(".", " ").split() else got
+        raise TypeError(expectation(name, argument, expected, got, remedy))
 
 
 def dims(shape: tuple[int, ...]) -> str:
@@ -164,14 +181,16 @@ def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     require(name, argument, size % count == 0, f"{condition} because gate={gate!r} turns {groups}", str(size))
 
 
-def per_layer(name: str, argument: str, value: Any, num_layers: int) -> list[Any]:
+def per_layer(
+    name: str, argument: str, value: Any, num_layers: int, kinds: Any = (list, tuple), remedy: str = ""
+) -> list[Any]:
     """Return the value for each layer, from one value or a list."""
     expected = f"one value, or a list of {num_layers}, one for each layer"
     if hasattr(value, "tolist") and not isinstance(value, str):
         raise TypeError(expectation(name, argument, expected, repr(value), f"use {argument}.tolist()"))
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, kinds):
         return [value] * num_layers
-    require(name, argument, len(value) == num_layers, expected, repr(value))
+    require(name, argument, len(value) == num_layers, expected, repr(value), remedy)
     return list(value)
 
 
@@ -249,10 +268,11 @@ def embed_remedy(x: Tensor) -> str:
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
 
 
-def check_list(name: str, argument: str, values: Any, count: int, expected: str) -> None:
+def check_list(name: str, argument: str, values: Any, count: int, expected: str, remedy: str = "") -> None:
     """Check that values are a list or a tuple of so many."""
-    check_type(name, argument, values, (list, tuple), expected, mask_remedy(values) if argument == "h" else "")
-    require(name, argument, len(values) == count, expected, str(len(values)))
+    of_mask = mask_remedy(values) if argument == "h" else ""
+    check_type(name, argument, values, (list, tuple), expected, of_mask or remedy)
+    require(name, argument, len(values) == count, expected, str(len(values)), remedy)
 
 
 def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
@@ -342,19 +362,24 @@ def _warn_once(name: str, problem: str) -> None:
 
 
 def check_steps(
-    name: str, sequence: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x"
+    name: str, x: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x", lengths: Any = None
 ) -> None:
-    """Check the resets and the elapsed times of the steps of a sequence."""
-    check_reset(name, reset, sequence, letters)
+    """Check the resets and the elapsed times of the steps of a sequence, and its lengths."""
+    check_reset(name, reset, x, letters)
     if dt is not None:
-        check_dt(name, dt, sequence, cell, letters, like_name)
+        check_dt(name, dt, x, cell, letters, like_name)
+    if lengths is not None:
+        batch, steps = x.shape[:2] if letters == "(B, S)" else (x.shape[1], x.shape[0])
+        check_lengths(name, lengths, batch, steps, x.device)
 
 
-def check_initial_state(name: str, state: Tensor, shape: tuple[int, ...], argument: str = "initial_state") -> None:
-    """Check the shape of a learned initial state, which a caller may have replaced."""
-    if state.shape != shape:
-        remedy = f"to broadcast, expand it to {dims(shape)}"
-        raise ValueError(expectation(name, argument, dims(shape), dims(state.shape), remedy))
+def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Check the shape and dtype of a parameter that a caller may have replaced, and that operations would convert."""
+    if x.shape != shape:
+        remedy = f"to broadcast, expand it to {dims(shape)}; for other sizes, construct a layer"
+        raise ValueError(expectation(name, argument, dims(shape), dims(x.shape), remedy))
+    if not x.is_floating_point():
+        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype)))
 
 
 def check_packing(name: str, x: Any) -> None:

@@ -13,9 +13,7 @@ from . import ops
 from .check import (
     check_choice,
     check_flag,
-    check_lengths,
     check_min_decay,
-    check_reset,
     check_state,
     check_steps,
     check_tensor,
@@ -374,9 +372,7 @@ def linear_scan(
         raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))
     _check_sequence(name, "a", a, or_complex=True)
     check_tensor(name, "b", b, a, "a")
-    check_reset(name, reset, a, "(B, S)")
-    if lengths is not None:
-        check_lengths(name, lengths, a.shape[0], a.shape[1], a.device)
+    check_steps(name, a, "(B, S)", "linear_scan", reset, None, lengths=lengths)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
     states = ops.linear_scan(a, b, check_state(name, "h", state, a), reset, reverse, backend, lengths)
     return states[0] if lengths is None else states

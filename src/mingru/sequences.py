@@ -11,9 +11,9 @@ from .check import (
     check_flag,
     check_int,
     check_integers,
-    check_lengths,
     check_number,
     check_reset,
+    check_steps,
     check_type,
     dims,
     expectation,
@@ -80,7 +80,7 @@ def elapsed_times(
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
-    check_reset(name, reset, t, letters)
+    check_steps(name, t, letters, "mingru", reset, None, lengths=lengths)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
     batch, steps = t.shape
@@ -101,7 +101,6 @@ def elapsed_times(
     starts = starts if reset is None else starts | reset
     dt = torch.where(starts, before, between)
     if lengths is not None:
-        check_lengths(name, lengths, batch, steps, t.device)
         dt = dt.masked_fill(padding_of(lengths, dt), 0.0)
     # On a GPU, the test would synchronize.
     if dt.is_cpu and are_eager(dt):

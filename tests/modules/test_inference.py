@@ -5,6 +5,7 @@ Whatever is called, and however a module was changed, both give the same values,
 
 import copy
 import gc
+import itertools
 import weakref
 from contextlib import suppress
 from unittest import mock
@@ -97,6 +98,7 @@ MODULES = {
     "Stack of blocks": lambda: mingru.Stack([mingru.models.Block(DIMS, mlp=2, norm="layer") for _ in range(2)]),
     "drop_in.GRU": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, norm="rms", batch_first=True),
     "drop_in.GRUCell": lambda: mingru.drop_in.GRUCell(DIMS, DIMS),
+    "BlockGRU": lambda: mingru.BlockGRU(DIMS, DIMS, 2, block_size=2, norm="layer"),
     "signed": lambda: mingru.MinGRU(DIMS, DIMS, gate="signed", norm="rms"),
     "gated": lambda: mingru.MinGRU(DIMS, 8, 2, gate=["mixed", "sigmoid"], output_gate="silu", norm="rms"),
     "projected": lambda: mingru.drop_in.GRU(DIMS, DIMS, 2, batch_first=True, proj_size=2),
@@ -157,9 +159,18 @@ def replace_hooks(linear):
     linear._forward_hooks = type(linear._forward_hooks)({0: lambda module, args, out: out + 1})
 
 
-def replace_weight(linear):
-    del linear.weight
-    linear.weight = torch.randn(2 * DIMS, DIMS)
+def as_tensor(owner, name, value):
+    delattr(owner, name)
+    setattr(owner, name, value)
+
+
+def as_buffer(owner, name, value):
+    delattr(owner, name)
+    owner.register_buffer(name, value)
+
+
+# Ways to put something in the place of a parameter; the last hides it.
+WAYS = [setattr, as_tensor, as_buffer, lambda owner, name, value: vars(owner).update({name: value})]
 
 
 LINEAR, NORM = "layers.0.linear", "layers.0.norm"
@@ -175,7 +186,9 @@ ONE_BY_ONE = {
     "replaced hooks": ("MinGRU", lambda module, linear: replace_hooks(linear)),
     "weight norm": ("plain", lambda module, linear: parametrizations.weight_norm(linear)),
     "norm": ("MinGRU", lambda m, _: parametrize.register_parametrization(m.layers[0].norm, "weight", Doubled())),
-    "no parameter": ("plain", lambda module, linear: replace_weight(linear)),
+    "block size": ("BlockGRU", lambda m, _: setattr(m.layers[0].recurrent.weight, "data", torch.ones(12, 4))),
+    "bias of an align": ("Stack", lambda module, _: as_buffer(module.aligns[0], "bias", torch.randn(6))),
+    "no parameter": ("plain", lambda module, linear: as_tensor(linear, "weight", torch.randn(2 * DIMS, DIMS))),
     "more features": ("plain", lambda module, linear: setattr(linear.weight, "data", torch.randn(2 * DIMS, 5))),
     "another class": ("plain", lambda module, linear: setattr(linear, "__class__", Shifted)),
     "another class of the layer": ("plain", lambda module, linear: setattr(module, "__class__", Wrong)),
@@ -236,22 +249,28 @@ def test_edits(name, what, value, in_one, is_first_call):
     assert (outcome(is_in_one, module, x) is True) is in_one
 
 
+TENSORS = nn.LayerNorm(DIMS, elementwise_affine=False)
+for each in ("weight", "bias"):
+    as_tensor(TENSORS, each, torch.randn(DIMS))
 SETTABLE = [
-    *(None, nn.Identity(), Doubled(), nn.ReLU(), nn.GELU("tanh"), mlp(), CausalConv(DIMS, 2, True)),
+    *(None, TENSORS, nn.Identity(), Doubled(), nn.ReLU(), nn.GELU("tanh"), mlp(), CausalConv(DIMS, 2, True)),
     *(nn.Linear(DIMS, DIMS), nn.Linear(2 * DIMS, DIMS), nn.Linear(DIMS, 2 * DIMS), Shifted(DIMS, 2 * DIMS)),
     *(nn.RMSNorm(DIMS), nn.RMSNorm(3), nn.RMSNorm(DIMS, elementwise_affine=False), nn.LayerNorm((3, DIMS))),
     *(Wrong(DIMS, 6), mingru.MinGRU(5, DIMS), mingru.MinGRUCell(DIMS, 6), mingru.drop_in.GRU(DIMS, DIMS)),
 ]
 
 
-def values_in_place_of(old):
+def replacements(old):
+    """Return ways to replace an attribute, and values."""
     if isinstance(old, nn.Parameter):
-        turned = torch.randn(old.transpose(0, -1).shape).transpose(0, -1)
-        return [None, nn.Parameter(torch.randn_like(old)), nn.Parameter(turned)]
-    if old is None or isinstance(old, nn.Module):
-        return SETTABLE
-    texts = ["tanh", "linear", "minlstm", "sine"]
-    return {bool: [not old], int: [2, 9], float: [1.0], str: texts, list: [[0, 1, 1]]}.get(type(old), [])
+        drawn, turned = torch.randn_like(old), torch.randn(old.transpose(0, -1).shape).transpose(0, -1)
+        others = [drawn, turned, drawn.double(), torch.ones(1), torch.cat([drawn, drawn], -1)]
+        return [*((setattr, nn.Parameter(each)) for each in others), *itertools.product(WAYS, [None, drawn])]
+    # Other cells have no recurrent weights.
+    texts = ["tanh", "linear", "minlstm", "sine"] if old != "blockgru" else []
+    by_type = {bool: [not old], int: [2, 9], float: [1.0, None], str: texts, list: [[0, 1, 1]]}
+    is_module = old is None or isinstance(old, nn.Module)
+    return [(setattr, value) for value in (SETTABLE if is_module else by_type.get(type(old), []))]
 
 
 # Sizes, and the order of a block, which follow from those of the modules inside.
@@ -265,12 +284,12 @@ def test_every_attribute(name):
         for attribute, old in {**vars(each), **each._parameters, **each._modules}.items():
             if attribute in NEVER_SET or (attribute[0] == "_" and hasattr(nn.Module(), attribute)):
                 continue
-            for value in values_in_place_of(old):
+            for way, value in replacements(old):
                 module = made(name)
                 x = planned(module)
                 # Torch refuses some.
                 with suppress(TypeError, AttributeError, KeyError, ValueError):
-                    setattr(module.get_submodule(part), attribute, copy.deepcopy(value))
+                    way(module.get_submodule(part), attribute, copy.deepcopy(value))
                 assert_same_as_one_by_one(module, x)
 
 

@@ -233,7 +233,7 @@ class _Layer(Part):
         """Return the recurrence over all ranks. `saved`: the inputs, or x if there is `linear`."""
         # The accumulation dtype, in which states travel.
         h = as_dtype(start.h, accumulate_dtype(start.h.dtype))
-        parameters = [] if linear is None else list(linear.parameters())
+        parameters = [] if linear is None else [linear.weight, linear.bias]
         given = *parameters, *flattened(start._replace(h=h), layout), *saved
         out, last = _Recurrence.apply(self.mesh, spec, linear, inputs, layout.time_first, len(parameters), *given)  # type: ignore[no-untyped-call]
         return out, as_dtype(last, start.h.dtype)

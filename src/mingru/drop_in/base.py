@@ -1,8 +1,8 @@
 """What the classes with torch's interface have in common: constructors, checks, and the state of an LSTM."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..check import (
     mask_remedy,
     name_of,
     require,
+    reworded,
 )
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
@@ -35,14 +36,7 @@ Pair = tuple[Tensor, Tensor]
 OF_TORCH = re.compile(r"_(flat|all)_weights(_names)?|(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
 
 
-@contextmanager
-def _raised_as(kinds: dict[type[Exception], type[Exception]]) -> Iterator[None]:
-    """Raise errors of the block as other kinds, and with torch's names of the sizes."""
-    try:
-        yield
-    except tuple(kinds) as error:
-        text = str(error).replace("input_dims", "input_size").replace("hidden_dims", "hidden_size")
-        raise kinds.get(type(error), type(error))(text) from None
+_raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
 
 
 class DropIn(Recurrent):
@@ -113,8 +107,7 @@ class DropIn(Recurrent):
         if x.shape[-1] != self.input_size:
             expected = f"of {self.input_size} features because input_size is {self.input_size}"
             raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        layer: Any = next(iter(self.layers))
-        weight = weight_of(layer.linear)
+        weight = weight_of(self._map_of_x())
         if weight is not None:
             self._check_as("input", x, weight, "the layer's weight", self._size_error)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from ..check import check_lengths, check_steps, dims, expectation, of_another_shape, require
+from ..check import check_steps, dims, expectation, of_another_shape, require
 from ..modules import scripted
 from ..modules.checked_calls import check_packed
 from ..modules.layer import Dims
@@ -92,12 +92,9 @@ class DropInLayer(DropIn):
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(x.shape)))
         self._check_hx(h, x, tuple(self._state_shape(x)), "L * D, B, H" if x.dim() == 3 else "L * D, H")
         letters, steps = f"({order})" if x.dim() == 3 else "(S,)", x.select(-1, 0)
-        check_steps(self.name, steps, letters, self.cell, reset, dt, "input")
-        if lengths is not None:
-            expected = "None because input has no batch"
-            require(self.name, "lengths", x.dim() == 3, expected, type(lengths).__name__)
-            batch, num_steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-            check_lengths(self.name, lengths, batch, num_steps, x.device)
+        expected, is_possible = "None because input has no batch", lengths is None or x.dim() == 3
+        require(self.name, "lengths", is_possible, expected, type(lengths).__name__)
+        check_steps(self.name, steps, letters, self.cell, reset, dt, "input", lengths)
 
     def _time(self, input: Tensor) -> int:
         return 1 if self.batch_first and input.dim() == 3 else 0

@@ -11,27 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
-from ..check import (
-    check_choice,
-    check_dropout,
-    check_flag,
-    check_input,
-    check_int,
-    check_lengths,
-    check_steps,
-    check_type,
-    dims,
-    expectation,
-    is_number,
-    require,
-)
+from ..check import check_choice, check_dropout, check_flag, check_int, check_number, check_steps, reworded
 from ..modules.blockgru import BlockGRU
+from ..modules.checked_calls import check_x
 from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import LayerOptions, Norm
 from ..modules.recurrent_layer import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
@@ -149,7 +137,9 @@ class Block(Composite, role="sequence", planned=True):
         self.dropout = float(dropout)
         self.checkpoint = checkpoint
         self.input_dims = self.output_dims = dims
-        self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
+        own = "dims" if expansion == 1 else "round(expansion * dims)"
+        with reworded({ValueError: ValueError}, {f"{LAYERS[cell].__name__}: hidden_dims": f"{self.name}: {own}"}):
+            self.rnn = LAYERS[cell](dims, round(expansion * dims), norm=norm, **options)
         self.out = nn.Linear(self.rnn.output_dims, dims, bias, **factory)
         self.conv = None if conv is None else CausalConv(dims, conv, bias, **factory)
         self.mlp = None
@@ -229,19 +219,13 @@ class Block(Composite, role="sequence", planned=True):
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
-        letters = f"(B, S, {self.input_dims})"
-        remedy = "pad the sequences and pass lengths" if hasattr(x, "batch_sizes") else "use torch.as_tensor"
-        check_type(self.name, "x", x, Tensor, f"a tensor {letters}", remedy)
-        if x.dim() != 3 or x.shape[2] != self.input_dims:
-            raise ValueError(expectation(self.name, "x", letters, dims(x.shape)))
-        weight = weight_of(self.out)
-        if weight is not None:
-            check_input(self.name, x, weight, "the block's weights")
+        check_x(self, x, (2,), f"(B, S, {self.input_dims})", size="dims")
         if h is not None:
             check_states(self.name, "h", h, self._state_shapes(x.shape[0]), x, "x")
-        check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt)
-        if lengths is not None:
-            check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
+        check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt, lengths=lengths)
+
+    def _map_of_x(self) -> nn.Module:
+        return self.out
 
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shape of each state."""
@@ -266,6 +250,5 @@ def check_layer_options(name: str, cell: str, layer_options: Iterable[str], argu
 
 
 def _check_ratio(name: str, argument: str, ratio: Any, dims: int) -> None:
-    require(name, argument, is_number(ratio), "a number", repr(ratio), error=TypeError)
-    is_valid = math.isfinite(ratio * dims) and round(ratio * dims) >= 1
-    require(name, argument, is_valid, f"a finite number with {argument} * dims >= 1", repr(ratio))
+    expected = f"a finite number with {argument} * dims >= 1"
+    check_number(name, argument, ratio, expected, lambda x: math.isfinite(x * dims) and round(x * dims) >= 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..check import check_flag, check_int, check_lengths, check_min_decay, check_number, check_reset, per_layer, require
+from ..check import check_flag, check_int, check_min_decay, check_number, check_steps, per_layer, require
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent_layer import NORMS
@@ -162,19 +162,16 @@ class LanguageModel(Layer):
 
     def _embed(self, ids: Tensor) -> Tensor:
         try:
-            x: Tensor = self.embedding(ids)
+            return self.embedding(ids)  # type: ignore[no-any-return]
         except IndexError:
             generation.check_range(self.name, "ids", ids, self.vocab_size)
             raise
-        return x
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error that names this model, not a block, if an argument is wrong."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
         self._check_state(h, x.shape[0])
-        check_reset(self.name, reset, x, "(B, S)")
-        if lengths is not None:
-            check_lengths(self.name, lengths, x.shape[0], x.shape[1], x.device)
+        check_steps(self.name, x, "(B, S)", "mingru", reset, None, lengths=lengths)
 
     def _check_state(self, state: Any, batch: int) -> None:
         if state is not None:

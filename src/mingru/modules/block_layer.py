@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..check import check_flag, check_int, require
+from ..check import check_flag, check_int, check_parameter, require
 from ..ops.call import Start
-from ..ops.inference import plannable
+from ..ops.graph import is_scripting
+from ..ops.inference import InferencePlan, plannable
 from ..ops.linear_map import RecurrentMap
 from .recurrent_layer import RecurrentLayer, RecurrentOptions
 
@@ -36,7 +37,10 @@ class BlockLayer(RecurrentLayer):
         self, cell: str, input_dims: int, min_decay: float, options: BlockGRUSettings, linear: type[nn.Module]
     ) -> None:
         super().__init__(cell, input_dims, min_decay, options, linear)
+        self.name = options.name
         arguments = options.hidden_dims, min(options.block_size, options.hidden_dims), options.bias
+        # Of the recurrent weight and bias.
+        self.shapes = (3 * arguments[0], arguments[1]), (arguments[0],)
         self.recurrent = RecurrentMap(*arguments, **options.factory)
         self.recurrent_reverse = RecurrentMap(*arguments, **options.factory) if options.bidirectional else None
 
@@ -45,11 +49,26 @@ class BlockLayer(RecurrentLayer):
         both: list[list[Any]] = [[self.linear, self.recurrent], [self.linear_reverse, self.recurrent_reverse]]
         return both[: len(self.maps())]
 
-    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+    def recurrent_weights(self, reverse: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the recurrent weight and bias of one direction, which a hook or a program may have replaced."""
         weight, bias = self.recurrent()
         if self.recurrent_reverse is not None:
             if reverse:
                 weight, bias = self.recurrent_reverse()
+        if not is_scripting():
+            check_parameter(self.name, "recurrent.weight", weight, self.shapes[0])
+            if bias is not None:
+                check_parameter(self.name, "recurrent.bias", bias, self.shapes[1])
+        return weight, bias
+
+    def _write_plan(self, plan: InferencePlan, state: int) -> None:
+        super()._write_plan(plan, state)
+        for _, own in self.maps_of_directions():
+            plan.require(type(own) is RecurrentMap)
+            plan.shapes += zip((own.weight, own.bias), self.shapes, strict=True)
+
+    def _with_recurrent(self, start: Start, reverse: bool) -> Start:
+        weight, bias = self.recurrent_weights(reverse)
         return Start(start.h, start.initial_state, start.reset, start.dt, weight, bias)
 
     def _marked_options(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The checks of a call of a layer or cell, which raise errors that name the wrong argument."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check import (
     check_input,
     check_kind,
-    check_lengths,
     check_one_state,
     check_packing,
     check_steps,
@@ -34,40 +32,39 @@ def check_sequence(
         return
     order = "B, S" if layer.batch_first else "S, B"
     check_x(layer, x, (2,), f"({order}, {layer.input_dims})")
-    batch, steps = x.shape[:2] if layer.batch_first else (x.shape[1], x.shape[0])
     if h is not None:
-        _check_state(layer, x, h[0], batch)
-    check_steps(layer.name, x, f"({order})", layer.cell, reset, dt)
-    if lengths is not None:
-        check_lengths(layer.name, lengths, batch, steps, x.device)
+        _check_state(layer, x, h[0], x.shape[0 if layer.batch_first else 1])
+    check_steps(layer.name, x, f"({order})", layer.cell, reset, dt, lengths=lengths)
 
 
 def check_packed(layer: Any, x: PackedSequence, h: Any, reset: Any, lengths: object, dt: object) -> None:
     """Check a call with a PackedSequence."""
     expected = "None because a PackedSequence has its own lengths"
     require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
-    if x.data.dim() != 2 or x.data.shape[1] != layer.input_dims:
-        expected = f"packed steps of {layer.input_dims} features because input_dims is {layer.input_dims}"
-        raise ValueError(expectation(layer.name, "x", expected, dims(x.data.shape), embed_remedy(x.data)))
+    check_x(layer, x.data, (1,), f"packed steps of {layer.input_dims} features")
     check_packing(layer.name, x)
-    _check_weight(layer, x.data)
     if h is not None:
         _check_state(layer, x.data, h[0], int(x.batch_sizes[0]))
     packed = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
     check_steps(layer.name, x.data.unsqueeze(0), "(1, steps)", layer.cell, *packed)
 
 
-def check_x(layer: Any, x: Any, leading: Sequence[int], letters: str, remedy: str = "") -> None:
-    """Raise an error if x has another number of leading dimensions, or does not fit the weights."""
+def check_x(layer: Any, x: Any, leading: Any, letters: str, remedy: str = "", size: str = "input_dims") -> None:
+    """Raise an error if x has another number of leading dimensions, or does not fit the weights.
+
+    `leading` has the possible numbers, and `size` is the argument that is the number of features of x.
+    """
     if not isinstance(x, Tensor):
         raise not_a_tensor(layer.name, "x", x)
     count = layer.num_space_dims
     at = x.dim() - 1 - count
     if at not in leading or x.shape[at] != layer.input_dims:
         space = f" and space is {count}-dimensional" if count else ""
-        expected = f"{letters} because input_dims is {layer.input_dims}{space}"
+        expected = f"{letters} because {size} is {layer.input_dims}{space}"
         raise ValueError(expectation(layer.name, "x", expected, dims(x.shape), remedy or _remedy_for(layer, x)))
-    _check_weight(layer, x)
+    weight = weight_of(layer._map_of_x())
+    if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
+        check_input(layer.name, x, weight, "the layer's weight")
 
 
 def _remedy_for(layer: Any, x: Tensor) -> str:
@@ -82,14 +79,6 @@ def _remedy_for(layer: Any, x: Tensor) -> str:
     return "use x.transpose(1, 2) if time is last" if x.dim() == 3 and x.shape[1] == layer.input_dims else ""
 
 
-def _check_weight(layer: Any, x: Tensor) -> None:
-    """Raise an error if x does not have the dtype and device of the weights."""
-    first = next(iter(layer._modules["layers"]._modules.values()))
-    weight = weight_of(first.maps()[0])
-    if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
-        check_input(layer.name, x, weight, "the layer's weight")
-
-
 def _check_state(layer: Any, x: Tensor, h: Any, batch: int) -> None:
     """Raise an error if h does not fit x."""
     check_one_state(layer.name, h, "(L * D, B, 1, H)", layer.cell)
@@ -100,7 +89,7 @@ def _check_state(layer: Any, x: Tensor, h: Any, batch: int) -> None:
         expanded(layer.name, "h", h, shape, "(L * D, B, 1, H)", remedy)
 
 
-def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Tensor | None:
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Any:
     """Return the data (1, P) of an argument that must be packed like x."""
     if given is None:
         return None
@@ -109,8 +98,7 @@ def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Ten
     require(name, argument, has_lengths, "packed with the lengths of x", "other lengths")
     has_order = torch.equal(_order_of(given), _order_of(x))
     require(name, argument, has_order, "packed in the order of x", "another order")
-    data: Tensor = given.data.unsqueeze(0)
-    return data
+    return given.data.unsqueeze(0)
 
 
 def _order_of(packed_x: PackedSequence) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import check_initial_state, check_kind, check_list, check_one_state, check_reset, expanded, expectation
+from ..check import check_kind, check_list, check_one_state, check_parameter, check_reset, expanded, expectation
 from ..ops.call import Layout
 from . import scripted
 from .checked_calls import check_x
@@ -111,8 +111,8 @@ class MinConv(Stacked, role="sequence"):
         check_reset(self.name, reset, x, f"({order})")
         if h is None:
             return
-        count = self.num_states
-        check_list(self.name, "h", h, count, f"a list of {count} states, one for each layer and direction")
+        expected = f"a list of {self.num_states} states, one for each layer and direction"
+        check_list(self.name, "h", h, self.num_states, expected)
         batch = x.shape[0 if self.batch_first else 1]
         for index, state in enumerate(h):
             shape = (batch, 1, *shapes[index // self.num_directions])
@@ -131,7 +131,7 @@ class MinConv(Stacked, role="sequence"):
                 raise ValueError(expectation(self.name, "x", expected, str(space), "pad more, or pass a larger x"))
             if layer.initial_state is not None:
                 shape = (self.num_directions, 1, 1, layer.hidden_dims, *(1 for _ in space))
-                check_initial_state(self.name, layer.initial_state, shape, f"layers[{index}].initial_state")
+                check_parameter(self.name, f"layers[{index}].initial_state", layer.initial_state, shape)
             space = layer.geometry.space(space)
             states.append((layer.hidden_dims, *space))
         return states

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_flags, check_int, check_parts, dims, require
+from ..check import check_flags, check_int, check_parts, dims, per_layer, require
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
@@ -81,13 +81,8 @@ class ConvOptions(Options):
         return geometries
 
     def _per_layer(self, option: str) -> list[Any]:
-        sizes = getattr(self, option)
-        if not isinstance(sizes, list):
-            return [sizes] * self.num_layers
-        expected = f"a list of {self.num_layers} entries because num_layers is {self.num_layers}"
         remedy = "a list has one entry for each layer, a tuple one number for each spatial dimension"
-        require(self.name, option, len(sizes) == self.num_layers, expected, f"{sizes!r}", remedy)
-        return sizes
+        return per_layer(self.name, option, getattr(self, option), self.num_layers, list, remedy)
 
     def _per_dimension(self, argument: str, size: object) -> Any:
         if argument == "padding" and size == "same":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_initial_state, check_min_decay, expectation, name_of
+from ..check import check_min_decay, check_parameter, expectation, name_of
 from ..ops import route
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
@@ -170,7 +170,7 @@ class Recurrent(Stacked, role="sequence"):
     def _check_parameters(self, x: Any) -> None:
         super()._check_parameters(x)
         if self.initial_state is not None:
-            check_initial_state(self.name, self.initial_state, self._shape_of_initial_state())
+            check_parameter(self.name, "initial_state", self.initial_state, self._shape_of_initial_state())
 
     def _default_start(self, options: Options) -> float:
         """Return the initial state if it is not learned."""

@@ -6,15 +6,7 @@ TorchScript knows that a tensor is no PackedSequence, and omits the branch.
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import check
-from ..ops.graph import scripted_as, untraced
-
-
-def _list(shape: list[int]) -> str:
-    return str(shape)
-
-
-dims = scripted_as(_list)(check.dims)
+from ..ops.graph import untraced
 
 
 def check_x(name: str, x: Tensor, leading: list[int], letters: str, input_dims: int, num_space_dims: int) -> None:
@@ -64,5 +56,5 @@ def check_returned(name: str, index: int, states: list[Tensor], num_states: int)
 def check_same_shape(name: str, index: int, added: Tensor, data: Tensor) -> None:
     """Raise an error if a layer of a stack with a residual changes the shape of its input."""
     if added.shape != data.shape:
-        got = f"from {dims(added.shape)} to {dims(data.shape)}; pass residual=True to the layer instead"
+        got = f"from {list(added.shape)} to {list(data.shape)}; pass residual=True to the layer instead"
         raise ValueError(f"{name}: layers[{index}] must keep the shape of x because residual is True, got {got}")

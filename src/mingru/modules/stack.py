@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_dropout, check_flags, check_type, expectation, mask_remedy, require
+from ..check import check_dropout, check_flags, check_list, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
@@ -256,13 +256,8 @@ class Stack(Composite, role="sequence", planned=True):
                     raise ValueError(expectation(self.name, argument, expected, type(value).__name__, remedy))
         if h is None:
             return
-        if not isinstance(h, (list, tuple)):
-            expected = f"a list of {self.num_states} tensors"
-            remedy = mask_remedy(h) or self._counts()
-            raise TypeError(expectation(self.name, "h", expected, type(h).__name__, remedy))
-        if len(h) != self.num_states:
-            expected = f"{self.num_states} tensors"
-            raise ValueError(expectation(self.name, "h", expected, str(len(h)), self._counts()))
+        if not isinstance(h, (list, tuple)) or len(h) != self.num_states:
+            check_list(self.name, "h", h, self.num_states, f"a list of {self.num_states} tensors", self._counts())
         for index, state in enumerate(h):
             if not isinstance(state, Tensor):
                 raise TypeError(expectation(self.name, f"h[{index}]", "a tensor", type(state).__name__, self._counts()))

@@ -202,6 +202,10 @@ class Stacked(Layer):
         self._is_empty = self._is_empty and not is_whole
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _map_of_x(self) -> Any:
+        """Return the module whose weight has the dtype and device of x."""
+        return next(iter(self._modules["layers"]._modules.values())).maps()[0]  # type: ignore[operator, union-attr]
+
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]
         return ", ".join(str(getattr(self, name)) for name in required) + not_default(self)

@@ -22,7 +22,7 @@ from .call import Layout, Spec, Start
 from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import FORWARDS, LINEAR_MAPS, RecurrentMap
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, RecurrentMap
 from .private import (
     DisableTorchFunction,
     has_any_global_hook,
@@ -32,7 +32,6 @@ from .private import (
 )
 
 _DTYPES = (torch.float32, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALL = nn.Module.__call__
 _forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
@@ -53,6 +52,8 @@ class InferencePlan:
         # For the batch size of the last call.
         self.state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self.is_bidirectional = False
+        # Weights, or None, with the shapes that they must have, because the operator takes others too.
+        self.shapes: list[tuple[Any, tuple[int, ...]]] = []
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -84,10 +85,10 @@ class InferencePlan:
                 type(module) is self._type
                 and all(map(operator.is_, map(type, self._submodules), self._types))
                 and self._now == self._then
-                and all(map(operator.is_, map(dict.get, *self._parameters[:2]), self._parameters[2]))
+                and all(map(operator.is_, map(operator.getitem, *self._parameters[:2]), self._parameters[2]))
             )
         except Exception:
-            return False  # values that cannot be compared, such as tensors, are new
+            return False  # values that cannot be compared, such as tensors, are new, or a parameter was deleted
 
     def is_open(self) -> bool:
         """Return whether the instructions compute what the modules would compute if they were called now."""
@@ -96,6 +97,7 @@ class InferencePlan:
             and not any(self._hooks)
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
+            and not (self.shapes and any(x is not None and x.shape != shape for x, shape in self.shapes))
         )
 
     def require(self, *conditions: bool) -> None:
@@ -121,7 +123,7 @@ class InferencePlan:
         for entries in (attributes, module._modules):
             self._now.append(entries)
             self._then.append(dict(entries))
-        self._hooks += map(attributes.get, _HOOKS, repeat({}))
+        self._hooks += map(attributes.get, HOOKS, repeat({}))
         if module._parameters:
             dicts, keys, values = self._parameters
             for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
@@ -157,13 +159,12 @@ class InferencePlan:
 
     def norm(self, norm: Any) -> None:
         self.child(norm, nn.RMSNorm, nn.LayerNorm)
-        self.require(norm.eps is None or type(norm.eps) is float)
-        is_rms = isinstance(norm, nn.RMSNorm)
-        for name in ("weight",) if is_rms else ("weight", "bias"):
-            self.require(self._weight(norm, name))
-        self.require(norm.eps is None or not math.isnan(norm.eps), norm.normalized_shape == norm.weight.shape)
+        is_rms, eps = isinstance(norm, nn.RMSNorm), norm.eps
+        self.require(self._weight(norm, "weight"), is_rms or self._weight(norm, "bias"))
+        is_number = type(eps) is float and not math.isnan(eps)
+        self.require(is_number or (is_rms and eps is None), norm.normalized_shape == norm.weight.shape)
         # NaN is the default of RMSNorm, which depends on the dtype.
-        self._numbers.append(math.nan if norm.eps is None else norm.eps)
+        self._numbers.append(math.nan if eps is None else eps)
         # In C++, the norm with a bias is the layer norm.
         self._add("norm", not is_rms)
 
@@ -192,8 +193,8 @@ class InferencePlan:
 
     def _weight(self, module: nn.Module, name: str) -> bool:
         """Take a parameter; return whether there is one. A subclass, such as a quantized tensor, is refused."""
-        weight = module._parameters.get(name)
-        self.require(type(weight) is nn.Parameter or (weight is None and getattr(module, name) is None))
+        weight = getattr(module, name)
+        self.require(weight is module._parameters.get(name), type(weight) in (nn.Parameter, type(None)))
         if weight is not None:
             self.weights.append(weight)
         return weight is not None

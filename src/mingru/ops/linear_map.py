@@ -53,6 +53,8 @@ LINEAR_MAPS = (nn.Linear, WeightAndBias)
 NORMS: dict[type[nn.Module], str] = {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}
 # Of every class that a kernel or a plan may replace, to notice if a program patches it.
 FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, *NORMS)}
+# Attributes of a module: what sees its inputs and outputs, and may change them.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them.
 _WIDE = 64
 

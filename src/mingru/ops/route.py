@@ -18,7 +18,7 @@ from .backends import in_log_space, in_place, native, sequential, traceable, tri
 from .call import Call, Layout, Spec, Start
 from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
-from .linear_map import FORWARDS, LINEAR_MAPS, NORMS
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import accumulate_dtype, as_dtype
 
@@ -182,7 +182,7 @@ def kernel_of(name: str, call: Call) -> Kernel | None:
 
 
 def fused_with(
-    linear: nn.Module, name: str, call: Call, norm: nn.Module | None = None, output_gate: bool = False
+    linear: Any, name: str, call: Call, norm: nn.Module | None = None, output_gate: bool = False
 ) -> Call | None:
     """Return the call of a fused kernel that computes the recurrence of linear(norm(x)), or None."""
     spec, (x,), start, layout = call
@@ -197,27 +197,26 @@ def fused_with(
         return None
     if type(linear) not in LINEAR_MAPS or is_hooked(linear):
         return None
-    parameters = linear._parameters
-    weight = parameters.get("weight")
-    if weight is None or "bias" not in parameters:
+    # Its attributes, because something else than a parameter may have their names.
+    weight, bias = linear.weight, linear.bias
+    if weight is None or not are_ordinary(x, weight, bias, *start[2:]):
         return None
-    if not are_ordinary(x, weight, *start[2:]) or not x.is_floating_point() or x.numel() == 0:
+    if not x.is_floating_point() or x.numel() == 0 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     if is_autocast(x):
         # For few rows, as in a step, `linear` is faster, because autocast casts its weights once for all calls.
         is_small = spec.cell != BLOCKS and x.shape[:-1].numel() * _CASTS < weight.numel()
         if not kernel.autocast or (is_small and not is_compiling()):
             return None
-        tensors = _autocast(x, weight, parameters["bias"])
+        tensors = _autocast(x, weight, bias)
         return Call(spec, [*tensors], start, layout) if norm is None and tensors is not None else None
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return None
-    bias: Any = parameters["bias"]
     call = Call(spec, [x, weight, bias], start, layout)
     return call if norm is None else _with_norm(call, norm)
 
 
-def _with_norm(call: Call, norm: nn.Module) -> Call | None:
+def _with_norm(call: Call, norm: Any) -> Call | None:
     """Return the call of a kernel that normalizes x, or None if this module does something else.
 
     The weights w and b of the norm are in those of the map: W (w * x + b) + c = (W diag(w)) x + (W b + c).
@@ -225,18 +224,17 @@ def _with_norm(call: Call, norm: nn.Module) -> Call | None:
     kind, (x, weight, bias) = NORMS.get(type(norm)), call.tensors
     if kind is None or is_hooked(norm):
         return None
-    module: Any = norm
-    scale, shift = (norm._parameters.get(name) for name in ("weight", "bias"))
+    scale, shift = norm.weight, norm.bias if kind == "layer" else None
     own = [each for each in (scale, shift) if each is not None]
     if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != x.shape[-1:] for each in own):
         return None
-    if module.normalized_shape != (x.shape[-1],) or (scale is None and module.elementwise_affine):
+    if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
     if shift is not None:
         bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)
     if scale is not None:
         weight = weight * scale
-    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if module.eps is None else module.eps
+    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if norm.eps is None else norm.eps
     return call._replace(spec=call.spec._replace(norm=kind, eps=eps), tensors=[x, weight, bias])
 
 
@@ -270,10 +268,7 @@ def is_hooked(module: nn.Module) -> bool:
         has_any_global_hook()
         or (not is_compiling() and cls.forward is not FORWARDS.get(cls, cls.forward))
         or "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or any(map(module.__dict__.get, HOOKS))
     )
 
 
