@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -189,12 +190,14 @@ def test_without_a_device():
         ),
         ("__version__ = '3.5.1'", "Triton 3.5.1 is too old; install Triton 3.6 or later"),
         ("__version__ = '3.10.0+git1234'", "True"),
+        ("__version__ = '3.10.0'", "torch cannot use the GPU (Cannot re-initialize CUDA in forked subprocess."),
     ],
 )
 def test_why_triton_cannot_run(module, why, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(device, "_problem_of", lambda *args: None)
+    error = RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use ...") if "forked" in why else None
+    monkeypatch.setattr(device, "_problem_of", mock.Mock(return_value=None, side_effect=error))
     (tmp_path / "triton.py").write_text(module or "")
     monkeypatch.syspath_prepend(str(tmp_path))
     # Also what this test imports leaves again.

@@ -52,7 +52,10 @@ def _why_not() -> str | None:
         return f"Triton {version} is too old; install Triton {'.'.join(map(str, _OLDEST))} or later"
     if IS_INTERPRETED or torch.xpu.is_available():
         return None
-    problems = [_problem_of(torch.device("cuda", index), torch.float32) for index in range(torch.cuda.device_count())]
+    try:
+        problems = [_problem_of(torch.device("cuda", each), torch.float32) for each in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a forked process, or of a broken driver
+        return f"torch cannot use the GPU ({first_line(error)})"
     return problems[0] if problems and all(problems) else None
 
 
