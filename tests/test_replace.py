@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import mingru
 from mingru import drop_in
 
 S, B, IN, H = 5, 2, 3, 4
@@ -64,15 +63,6 @@ def test_replace():
     assert type(model.lstm) is drop_in.LSTM and model.encoder["a"] is a
     with pytest.warns(UserWarning, match=r"^replace: no layer was replaced \(nothing to replace\); use patch"):
         assert str(drop_in.replace(nn.Linear(1, 1))) == "nothing to replace"
-
-
-def test_weights_of_torch_are_refused_by_our_layers():
-    """Those of `drop_in`: tests/test_patch.py."""
-    model = nn.ModuleDict({"rnn": mingru.MinLSTM(IN, H)})
-    message = r"state_dict must be weights of .* got rnn\.weight_ih_l0 of torch\.nn; train the layer from its init"
-    with pytest.raises(RuntimeError, match=message) as raised:
-        model.load_state_dict(nn.ModuleDict({"rnn": nn.LSTM(IN, H)}).state_dict(), strict=False)
-    assert str(raised.value).count("state_dict must be") == 1
 
 
 def test_replace_does_not_warn_again():

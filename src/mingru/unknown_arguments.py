@@ -7,14 +7,15 @@ from typing import Any
 LENGTHS_OF_MASK = "lengths=mask.sum(1), with all padding at the end"
 # Argument names of other packages (torch, Keras, minGRU-pytorch, cheind/mingru, convolutional GRUs, transformers,
 # libraries of reinforcement learning) and their names here, followed by a value or an explanation. Without those that
-# look like a typing error, as "strides".
+# look like a typing error, as "strides". The first that a function has is meant.
 _BY_NAMES = {
     "in_channels input_size input_dims": ("input_dims", "input_size"),
     "hidden_size hidden_sizes out_channels units": ("hidden_dims", "dims"),
     "hidden_dims expansion_factor": ("hidden_dims", "hidden_size", "expansion"),
-    "dim": ("input_dims", "hidden_dims", "dims"),
+    "dim": ("input_dims and hidden_dims", "dims"),
     "d_model n_embd emb_dim embed_dim embedding_dim": ("dims",),
-    "depth num_blocks num_hidden_layers": ("num_layers",),
+    "depth num_hidden_layers": ("num_layers",),
+    "num_blocks": ("block_size, the number of features of a block", "num_layers"),
     "batch_norm": ("norm",),
     "time_major": ("batch_first=False for time_major=True",),
     "activation nonlinearity": ("candidate",),
@@ -57,16 +58,16 @@ BY_THEIR_NAMES_ONLY = ("bench", "distributed", "integrations", "streaming")
 
 def unknown_argument(name: str, argument: str, names: list[str]) -> str:
     """Return the error message for an argument that is not one of `names`."""
-    meant = " and ".join(counterparts(argument, names))
+    meant = counterpart(argument, names)
     remedy = f"use {meant}" if meant else REMEDIES.get(argument) or f"the arguments are {', '.join(names)}"
     return f"{name}: no argument {argument!r}; {remedy}"
 
 
-def counterparts(argument: str, names: list[str]) -> list[str]:
-    """Return those of `names` that a caller probably means."""
+def counterpart(argument: str, names: list[str]) -> str:
+    """Return what a caller probably means, which begins with one of `names`, or ""."""
     known = [name for name in COUNTERPARTS.get(argument, ()) if re.split(r"\W", name)[0] in names]
     # The high cutoff, 0.8, accepts only typing errors.
-    return known or difflib.get_close_matches(argument, names, 1, 0.8)
+    return next(iter(known or difflib.get_close_matches(argument, names, 1, 0.8)), "")
 
 
 def unknown_name(package: dict[str, Any], name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .check import check_device, name_of, not_a_tensor
-from .unknown_arguments import FORGOTTEN, counterparts, unknown_argument
+from .unknown_arguments import FORGOTTEN, counterpart, unknown_argument
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def misfit(
     names = [parameter.name for parameter in known]
     has_options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     for argument in kwargs:
-        if argument not in names and (not has_options or counterparts(argument, names)):
+        if argument not in names and (not has_options or counterpart(argument, names)):
             return unknown_argument(name, argument, names)
     try:
         signature.bind(*args, **kwargs)

@@ -160,23 +160,6 @@ def test_weights_that_say_enough():
     mingru.MinConv1dGRUCell(4, 4, 1).load_state_dict(mingru.MinConv1dGRU(4, 4, 1, residual=True).state_dict())
 
 
-DAMAGED = [
-    (torch.tensor([1, 2, 3]), r"a tensor \(3,\)"),
-    (torch.tensor(torch.nan), r"tensor\(nan\)"),
-    ("signed", "'signed'"),
-    (0.5, "0.5"),
-]
-
-
-@pytest.mark.parametrize(("mark", "got"), DAMAGED)
-def test_a_damaged_mark(mark, got):
-    rnn = make(gate="signed")
-    text = f"layers.0.gate must be one whole number, the mark of gate, got {got}; the file is damaged"
-    with pytest.raises(RuntimeError, match=text) as raised:
-        rnn.load_state_dict({**rnn.state_dict(), "layers.0.gate": mark})
-    assert str(raised.value).count("\n") == 1
-
-
 # Initial states
 
 

@@ -1,4 +1,4 @@
-"""MinGRU and MinLSTM: memory and values by hand. What holds for every class: tests/properties."""
+"""MinGRU, MinLSTM and BlockGRU: memory, values by hand, and weights. What holds for every class: tests/properties."""
 
 import math
 
@@ -122,3 +122,23 @@ def test_weights_that_do_not_lie_dense_or_are_computed():
     counted.count = 0
     rnn(x)
     assert counted.count == 1
+
+
+def test_exchange_with_torch_keeps_what_is_trained_and_computed():
+    gru = torch.nn.GRU(IN, 48, 2, batch_first=True)
+    for frozen in (gru.weight_hh_l0, gru.bias_ih_l1, gru.bias_hh_l1):
+        frozen.requires_grad_(False)
+    with torch.no_grad():
+        rnn = mingru.BlockGRU.from_torch(gru)
+        again = mingru.BlockGRU.from_torch(rnn.to_torch(), block_size=64)
+    names = [[name for name, each in model.named_parameters() if not each.requires_grad] for model in (rnn, again)]
+    assert names == [["layers.0.recurrent.weight", "layers.1.linear.bias", "layers.1.recurrent.bias"]] * 2
+    assert (rnn.block_size, again.layers[0].recurrent.weight.shape) == (48, (144, 48))
+    on_meta = mingru.BlockGRU.from_torch(torch.nn.GRU(IN, 48, bias=False, device="meta"), block_size=16)
+    assert {each.shape for each in on_meta.to_torch().parameters() if each.is_meta} == {(144, IN), (144, 48)}
+    torch.nn.utils.parametrize.register_parametrization(rnn.layers[0].recurrent, "weight", Counted())
+    rnn.layers[1].recurrent.register_forward_hook(lambda module, args, out: (3 * out[0], -out[1]))
+    x = torch.randn(B, S, IN)
+    assert_close(rnn.to_torch()(x)[0], rnn(x)[0])
+    rnn.layers[0].linear.bias = None
+    assert_close(rnn.to_torch()(x)[0], rnn(x)[0])

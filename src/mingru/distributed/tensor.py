@@ -114,7 +114,7 @@ def _check_divisible(layer: Any, size: int) -> None:
     elif numbers % size:
         why = f"has {numbers} numbers as its state (hidden_dims {layer.hidden_dims}), no multiple of {size} ranks"
     if why is not None:
-        raise ValueError(f"{_NAME}: module cannot be divided: a layer with gate {layer.cell!r} {why}")
+        raise ValueError(f"{_NAME}: module cannot be divided: a layer with the cell {layer.cell!r} {why}")
 
 
 class _Layer(Part):

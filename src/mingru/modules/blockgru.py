@@ -1,13 +1,16 @@
 """A GRU whose features see each other in blocks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from ..check import check_type, require
-from ..ops.block_recurrence import dense
+from ..check import check_type, require, reworded
+from ..ops.block_recurrence import blocks_of, dense
+from ..ops.route import is_hooked
 from .cells import RecurrentCell
 from .options import BlockGRUCellOptions, BlockGRUOptions, arguments_of, constructor
 from .recurrent import Recurrent
@@ -104,77 +107,90 @@ class BlockGRU(Recurrent, planned=True):
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
+    @torch.enable_grad()
     def to_torch(self) -> nn.GRU:
-        """Return the `torch.nn.GRU` with the same weights, which are 0 outside of the blocks.
+        """Return the `torch.nn.GRU` with the same weights, which are 0 outside of the blocks, and trainable as here.
 
         It computes the same as this layer. Its state is (L * D, B, H), without the dimension of time.
 
         Raises:
-            ValueError: The layer has a norm, a residual or a learned initial state, which `torch.nn.GRU` has not.
+            ValueError: The layer has a norm, a residual or a learned initial state, which `torch.nn.GRU` has not, or a
+                module in it has hooks or another `forward`. Only `recurrent` may have them.
 
         Examples:
             >>> rnn, x = mingru.BlockGRU(3, 64), torch.randn(10, 128, 3)
             >>> bool(torch.allclose(rnn.to_torch()(x)[0], rnn(x)[0], atol=1e-5))
             True
         """
+        name = f"{self.name}.to_torch"
         for option in ("norm", "residual", "learn_initial_state"):
             value = getattr(self, option)
-            expected = f"left out because torch.nn.GRU has no {option}"
-            require(f"{self.name}.to_torch", option, not value, expected, repr(value))
-        sizes = self.input_dims, self.hidden_dims, self.num_layers, self.bias, self.batch_first
-        weight = next(self.parameters())
+            require(name, option, not value, f"left out because torch.nn.GRU has no {option}", repr(value))
+        has_bias = any(getattr(each, "bias", None) is not None for _, _, *own in self._directions() for each in own)
+        sizes = self.input_dims, self.hidden_dims, self.num_layers, has_bias, self.batch_first
+        weight = self._directions()[0][2].weight
         # Not `nn.GRU`, which is another class in a block of `drop_in.patch`.
         gru = nn.modules.GRU(*sizes, self.dropout, self.bidirectional, device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            for (linear, recurrent), (of_input, of_state, *biases) in zip(self._maps(), gru.all_weights, strict=True):
-                of_input.copy_(linear.weight)
-                of_state.copy_(dense(recurrent.weight))
-                if biases:
-                    biases[0].copy_(linear.bias)
-                    biases[1].zero_()[-self.hidden_dims :].copy_(recurrent.bias)
+        for (layer, reverse, linear, _), parameters in zip(self._directions(), gru.all_weights, strict=True):
+            has_more = layer.norm or layer.residual or is_hooked(layer) or is_hooked(linear)
+            is_gru = not has_more and type(linear).forward is nn.Linear.forward
+            expected, got = "as constructed, except for recurrent", "hooks, or other modules inside"
+            require(name, "layers", is_gru, expected, got, "remove them")
+            recurrent, bias = layer.recurrent_weights(reverse)
+            bias = None if bias is None else F.pad(bias, (2 * self.hidden_dims, 0))
+            _assign(parameters, linear.weight, dense(recurrent), linear.bias, bias)
         return gru.train(self.training)
 
     @classmethod
-    def from_torch(cls, gru: nn.GRU, *, block_size: int = 32) -> Self:
-        """Return the layer with the weights of a `torch.nn.GRU`.
+    @torch.enable_grad()
+    def from_torch(cls, gru: nn.GRU, *, block_size: int | None = None) -> Self:
+        """Return the layer with the weights of a `torch.nn.GRU`, trainable where those are.
 
         Args:
-            gru: Layer whose recurrent weights are 0 outside of the blocks, as that of `to_torch`. With a `block_size`
-                of its hidden_size, any layer.
-            block_size: Number of features of a block.
+            gru: Layer without hooks. With a `block_size` below its hidden_size, its recurrent weights must be 0 outside
+                of the blocks, as those of `to_torch` are.
+            block_size: Number of features of a block, a divisor of hidden_size. Default: hidden_size.
 
         Raises:
-            TypeError: `gru` is no `torch.nn.GRU`.
-            ValueError: A weight outside of the blocks is not 0.
+            TypeError: `gru` is no `torch.nn.GRU`, or it has hooks or another `forward`.
+            ValueError: `block_size` is no divisor, or a weight outside of the blocks is not 0.
 
         Examples:
-            >>> mingru.BlockGRU.from_torch(torch.nn.GRU(3, 48), block_size=48).block_size
+            >>> mingru.BlockGRU.from_torch(torch.nn.GRU(3, 48)).block_size
             48
         """
-        name = f"{cls.__name__}.from_torch"
-        check_type(name, "gru", gru, nn.modules.GRU, "a torch.nn.GRU", "")
-        sizes = gru.input_size, gru.hidden_size, gru.num_layers, gru.bias, gru.batch_first
-        weight: Any = gru.weight_ih_l0
-        placement: Any = {"device": weight.device, "dtype": weight.dtype}
-        rnn = cls(*sizes, gru.dropout, gru.bidirectional, block_size=block_size, **placement)
-        with torch.no_grad():
-            for (linear, recurrent), (of_input, of_state, *biases) in zip(rnn._maps(), gru.all_weights, strict=True):
-                is_inside = dense(torch.ones_like(recurrent.weight)).bool()
-                expected = f"a GRU whose recurrent weights are 0 outside of blocks of {block_size}"
-                remedy = f"pass block_size={gru.hidden_size} to keep them"
-                require(name, "gru", not of_state[~is_inside].any(), expected, "others", remedy)
-                recurrent.weight.copy_(of_state[is_inside].view_as(recurrent.weight))
-                linear.weight.copy_(of_input)
-                if biases:
-                    linear.bias.copy_(biases[0])
-                    linear.bias[: -gru.hidden_size] += biases[1][: -gru.hidden_size]
-                    recurrent.bias.copy_(biases[1][-gru.hidden_size :])
+        name, of_torch = f"{cls.__name__}.from_torch", nn.modules.GRU
+        remedy = "pass one that is not quantized, replaced or wrapped"
+        check_type(name, "gru", gru, of_torch, "a torch.nn.GRU", remedy)
+        got, remedy = f"{type(gru).__name__} with hooks or a forward of its own", "copy its weights to a torch.nn.GRU"
+        is_gru = type(gru).forward is of_torch.forward and not is_hooked(gru)
+        require(name, "gru", is_gru, "a torch.nn.GRU without hooks", got, remedy, TypeError)
+        (weight, *_), hidden = gru.all_weights[0], gru.hidden_size
+        sizes = gru.input_size, hidden, gru.num_layers, gru.bias, gru.batch_first, gru.dropout, gru.bidirectional
+        size = hidden if block_size is None else block_size
+        with reworded({ValueError: ValueError}, {f"{cls.__name__}: hidden_dims": f"{name}: hidden_size"}):
+            rnn = cls(*sizes, block_size=size, device=weight.device, dtype=weight.dtype)
+        for ours, theirs in zip(rnn._directions(), gru.all_weights, strict=True):
+            (layer, _, linear, recurrent), (of_input, of_state, *biases) = ours, theirs
+            blocks = blocks_of(of_state, layer.shapes[0][1])
+            is_whole = of_state.is_meta or bool(of_state.count_nonzero() == blocks.count_nonzero())
+            expected = f"a GRU whose recurrent weights are 0 outside of blocks of {layer.shapes[0][1]}"
+            require(name, "gru", is_whole, expected, "others", "leave block_size out to keep all weights")
+            own = (biases[0] + F.pad(biases[1][:-hidden], (0, hidden)), biases[1][-hidden:]) if biases else ()
+            _assign((linear.weight, recurrent.weight, linear.bias, recurrent.bias), of_input, blocks, *own)
         return rnn.train(gru.training)
 
-    def _maps(self) -> list[list[Any]]:
-        """Return the map of the input and that of the state, of each layer and direction."""
+    def _directions(self) -> list[Any]:
+        """Return (layer, index, linear map, recurrent weights) of each direction."""
         layers: Any = self.layers
-        return [own for layer in layers for own in layer.maps_of_directions()]
+        return [(layer, index, *own) for layer in layers for index, own in enumerate(layer.maps_of_directions())]
+
+
+def _assign(parameters: Iterable[Any], *values: Tensor | None) -> None:
+    """Copy values, of which None means 0, to parameters, which are trainable if their values are."""
+    for parameter, value in zip(parameters, values, strict=False):
+        parameter.requires_grad_(value is None or value.requires_grad)
+        parameter.detach().copy_(torch.zeros_like(parameter) if value is None else value.detach())
 
 
 class BlockGRUCell(RecurrentCell, planned=True):

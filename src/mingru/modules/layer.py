@@ -136,9 +136,9 @@ class Layer(Marked):
         """Do nothing: programs for `torch.nn.GRU` call it."""
 
     def all_states(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Raise an error: only `MinGRU` and `MinLSTM` return the states of all steps, and only of padded sequences."""
+        """Raise an error: only MinGRU, MinLSTM and BlockGRU return the states of all steps, of padded sequences."""
         got = type(x if isinstance(x, PackedSequence) else self).__name__
-        expected = "called on a mingru.MinGRU or MinLSTM, with a padded x"
+        expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
     def _write_plan(self, plan: InferencePlan) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..check import check_bias, check_flag, check_flags, check_int, check_parts, check_residual, is_number, require
 from ..ops.call import Layout, Start
-from ..ops.cells import CELLS, GATES
+from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
@@ -129,6 +129,16 @@ class RecurrentLayer(Directions):
         super().add_gate_bias()
         for linear in self.maps() if self.forget_bias != 0 else []:
             linear.bias.detach()[: self.hidden_dims] += self.forget_bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = {name[len(prefix) :].partition(".")[0] for name in state_dict if name.startswith(prefix)}
+        # The linear map of a MinLSTM has the shape of that of a BlockGRU.
+        if "linear" in names and ("recurrent" in names) != (self.cell == BLOCKS):
+            args[-1].append(f"{prefix}linear: a BlockGRU, and no other, has recurrent weights; load a whole state_dict")
+            # The modules inside keep their weights.
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""

@@ -60,6 +60,12 @@ def dense(weight: Tensor) -> Tensor:
     return weight.repeat(1, features // size).masked_fill(block.repeat(3).unsqueeze(1) != block, 0.0)
 
 
+def blocks_of(weight: Tensor, size: int) -> Tensor:
+    """Return the blocks of recurrent weights of torch.nn.GRU, (3 H, H), as (3 H, K): the inverse of `dense`."""
+    by_block = weight.reshape(3, -1, size, weight.size(1) // size, size)
+    return by_block.diagonal(0, 1, 3).permute(0, 3, 1, 2).reshape(-1, size)
+
+
 def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
     """Compute the recurrence of a linear map by `torch.gru`, on any device; the tensors are x, weight and bias.
 
