@@ -37,6 +37,8 @@ PATHS = [
     case("kept", MinGRU, 4, 8, recompute=False),
     case("blocks", BlockGRU, 4, 8, 2, block_size=4),
     case("blocks with norm", BlockGRU, 4, 8, norm="rms", residual=True, bidirectional=True),
+    case("step of one block", BlockGRU, 4, 8),
+    case("step", MinGRU, 4, 8, 2, norm="rms", residual=True),
     case("projection", drop_in.LSTM, 4, 8, proj_size=2, batch_first=True),
     case("convolution", mingru.models.Block, 4, conv=3, mlp=2),
     case("convolution of a mixture", mingru.models.Block, 4, conv=2, expansion=2, gate="mixed"),
@@ -55,12 +57,15 @@ class Row:
 
     def __init__(self, path: Case, given: str, trained: str) -> None:
         self.module = path.varied(**DOUBLE)
-        self.x, self.given = torch.randn(3, 5, 4, **DOUBLE), {}
+        steps = 1 if path.name.startswith("step") else 5
+        self.x, self.given = torch.randn(3, steps, 4, **DOUBLE), {}
+        lengths = torch.tensor([steps, 1, (steps + 1) // 2])
+        self.batch_sizes = (lengths > torch.arange(steps).unsqueeze(1)).sum(1)
         self.is_packed = given == "packed" and not path.name.startswith("convolution")
         if self.is_packed:
-            self.x = self.x.flatten(0, 1)[:9]
+            self.x = self.x.flatten(0, 1)[: lengths.sum()]
         elif given in path.takes:
-            values = torch.rand(3, 5) < 0.3, torch.tensor([5, 1, 3]), 2 * torch.rand(3, 5, **DOUBLE)
+            values = torch.rand(3, steps) < 0.3, lengths, 2 * torch.rand(3, steps, **DOUBLE)
             self.given = {given: dict(zip(("reset", "lengths", "dt"), values, strict=True))[given]}
         names = [name for name, _ in self.module.named_parameters()]
         chosen = {"all": names, "x": [], "weights": names, "first weight": names[:1], "last weight": names[-1:]}
@@ -74,7 +79,7 @@ class Row:
 
     def call(self, x: Tensor) -> list[Tensor]:
         """Return the outputs and states, without the batch sizes of packed outputs."""
-        given = PackedSequence(x, torch.tensor([3, 2, 2, 1, 1])) if self.is_packed else x
+        given = PackedSequence(x, self.batch_sizes) if self.is_packed else x
         return [each for each in tensors(self.module(given, **self.given)) if each.is_floating_point()]
 
     def of(self, *leaves: Tensor) -> tuple[Tensor, ...]:

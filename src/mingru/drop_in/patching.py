@@ -210,9 +210,9 @@ def patch(
 
 
 def _subclasses(of_torch: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    """Yield the loaded classes that inherit from a class of torch, except torch's own."""
+    """Yield the loaded classes that inherit from a class of torch, except torch's own and that of `accelerate`."""
     for subclass in of_torch.__subclasses__():
-        if subclass.__module__.partition(".")[0] != "torch":
+        if subclass.__module__.partition(".")[0] not in ("torch", __name__.partition(".")[0]):
             yield subclass
         yield from _subclasses(subclass)
 
