@@ -7,7 +7,7 @@ build torch's GRU itself, as one block of `mingru.BlockGRU`, so that `replace` k
 layers, and an LSTM, have other equations, and new weights.
 """
 
-from .accelerate import Acceleration, accelerate
+from .accelerating import Acceleration, accelerate
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM
 from .patching import PatchReport, patch
