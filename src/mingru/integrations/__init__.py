@@ -24,7 +24,9 @@ class Replaced:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        drop_in.replace(self, **self.options)  # type: ignore[arg-type]
+        # A minGRU for a GRU, and a minLSTM for an LSTM, unless the options say otherwise.
+        given: dict[str, Any] = {"cell": "minlstm", **self.options}
+        drop_in.replace(self, **given)  # type: ignore[arg-type]
 
 
 @contextmanager

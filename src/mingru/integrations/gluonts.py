@@ -25,7 +25,7 @@ class DeepARLightningModule(lightning_module.DeepARLightningModule):
         patience: int = 10,
     ) -> None:
         super().__init__(model_kwargs, lr, weight_decay, patience)
-        drop_in.replace(self, **options)
+        drop_in.replace(self, **{"cell": "minlstm", **options})
 
 
 class DeepAREstimator(estimator.DeepAREstimator):
