@@ -227,6 +227,9 @@ def test_accelerated_layers_use_the_kernels(bias, hidden, monkeypatch):
         own(x)
     own(x[:2]), own(x[:, :1])
     assert len(calls) == 4
+    own.weight_hh_l0 = nn.Parameter(torch.zeros(3 * hidden, 2))  # of blocks
+    with pytest.raises(RuntimeError, match="shapes"):
+        own(x)
 
 
 def test_accelerate_reports_each_layer():

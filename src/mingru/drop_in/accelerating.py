@@ -161,11 +161,14 @@ def _sequence(layer: Any, given: Any, hx: Any) -> Any:
     shape = (layer.num_layers * directions, batch, layer.hidden_size)
     # Torch raises the errors.
     fits = x.shape[-1] == layer.input_size and (hx is None or (isinstance(hx, Tensor) and hx.shape == shape))
+    count = 4 if layer.bias else 2
+    # Others would be the weights of blocks.
+    fits &= all(each.shape == (3 * layer.hidden_size, layer.hidden_size) for each in weights[1::count])
     if not fits or not _is_possible(x, hx, *weights):
         return None
     h = x.new_zeros(shape) if hx is None else layer.permute_hidden(hx, order)
     layout = Layout(not (layer.batch_first or is_packed), batch_sizes)
-    count, lasts = 4 if layer.bias else 2, list[Tensor]()
+    lasts: list[Tensor] = []
     for index in range(layer.num_layers):
         outs = []
         for at in range(index * directions, (index + 1) * directions):

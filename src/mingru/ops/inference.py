@@ -268,12 +268,12 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     if list(map(_shape_of, states)) != shapes:
         return None
     initial_states = [] if reset is None else module.default_states(x, batch)
+    if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
+        return None
     if with_gradients:
         return _by_cells(plan, x, states[0], None if reset is None else (reset, initial_states[0]), time_first)
     resets = times = []
     if reset is not None or dt is not None:
-        if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
-            return None
         if module.role == "step":
             reset, dt = (None if each is None else each.unsqueeze(-1) for each in (reset, dt))
         start = Start(x, x, reset, dt)
@@ -292,8 +292,12 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
 
 def _by_cells(
     plan: InferencePlan, x: Tensor, h: Tensor, reset: tuple[Tensor, Tensor] | None, time_first: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Compute one step with gradients."""
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Compute one step with gradients, or return None for tensors that the ordinary call refuses."""
+    # Torch's cell has other errors, and none for a reset.
+    fits = all(each.dtype == x.dtype and each.is_cpu for each in (h, *plan.weights))
+    if not fits or (reset is not None and not (reset[0].dtype == torch.bool and reset[0].is_cpu)):
+        return None
     step, found, shape = x.flatten(0, -2), [], (len(plan.cells), -1, h.shape[-1])
     befores = h.reshape(shape).unbind()
     if reset is not None:
