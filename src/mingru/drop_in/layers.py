@@ -256,7 +256,7 @@ class GRU(DropInLayer, role="torch", planned=True):
     def from_torch(cls, gru: nn.GRU) -> Self:
         """Return the layer that computes the same as a `torch.nn.GRU`, with its weights, trainable where those are.
 
-        It has one block of `cell="blockgru"`.
+        It has one block of `cell="blockgru"`. The two biases of r become their sum, and so do those of z.
 
         Raises:
             TypeError: `gru` is no `torch.nn.GRU`.
@@ -270,6 +270,8 @@ class GRU(DropInLayer, role="torch", planned=True):
 
     def to_torch(self) -> nn.GRU:
         """Return the `torch.nn.GRU` that computes the same, with these weights, which are 0 outside of the blocks.
+
+        Of its two biases of r, and of z, the second is 0.
 
         Raises:
             ValueError: `cell` is not "blockgru", or an option is set that `torch.nn.GRU` has not.

@@ -114,7 +114,8 @@ class BlockGRU(Recurrent, planned=True):
     def to_torch(self) -> nn.GRU:
         """Return the `torch.nn.GRU` with the same weights, which are 0 outside of the blocks, and trainable as here.
 
-        It computes the same as this layer. Its state is (L * D, B, H), without the dimension of time.
+        It computes the same as this layer. Its state is (L * D, B, H), without the dimension of time. Of the two biases
+        of r, and of z, the second is 0.
 
         Raises:
             ValueError: The layer has a norm, a residual or a learned initial state, which `torch.nn.GRU` has not, or a
@@ -148,6 +149,8 @@ class BlockGRU(Recurrent, planned=True):
     @torch.enable_grad()
     def from_torch(cls, gru: nn.GRU, *, block_size: int | None = None) -> Self:
         """Return the layer with the weights of a `torch.nn.GRU`, trainable where those are.
+
+        It computes the same. The two biases of r become their sum, and so do those of z.
 
         Args:
             gru: Layer without hooks. With a `block_size` below its hidden_size, its recurrent weights must be 0 outside
@@ -245,6 +248,8 @@ class BlockGRUCell(RecurrentCell, planned=True):
     @classmethod
     def from_torch(cls, cell: nn.GRUCell, *, block_size: int | None = None) -> Self:
         """Return the cell with the weights of a `torch.nn.GRUCell`, trainable where those are.
+
+        It computes the same. The two biases of r become their sum, and so do those of z.
 
         Args:
             cell: Cell whose recurrent weights are 0 outside of the blocks. With one block, any cell.
