@@ -389,7 +389,7 @@ def equal(by_threads):
 
     def ratio(shape, name, at):
         found = [short(each[shape][name][at] / each[shape][RECOMMENDED][at]) for each in (most, *fewer)]
-        return "–".join(sorted(set(found), key=float)) + " ×"
+        return "–".join(sorted(set(found), key=float)) + "×"
 
     def row(shape, own, at):
         return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in (GRU, "nn.LSTM", TENSORS))]
