@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops.cells import BLOCKS, CELLS, GATES, cells_of, multiple_of
-from .ops.graph import are_eager, is_autocast, is_captured
+from .ops.graph import are_eager, is_autocast, is_captured, untraced
 from .ops.layout import is_packing
 from .ops.shape import accumulate_dtype
 from .unknown_arguments import LENGTHS_OF_MASK
@@ -373,6 +373,7 @@ def check_steps(
         check_lengths(name, lengths, batch, steps, x.device)
 
 
+@untraced
 def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Check the shape and dtype of a parameter that a caller may have replaced, and that operations would convert."""
     if x.shape != shape:

@@ -48,8 +48,9 @@ def causal_conv(
     tensors = (x, weight, bias, state, reset, lengths)
     is_plain = is_native() and are_eager(*tensors) and x.is_cpu and x.dtype in _DTYPES and not is_autocast(x)
     own = zip((weight, bias), ((num_past + 1, x.shape[-1]), x.shape[-1:]), strict=True)
-    fits = all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)
-    if not (is_plain and fits and x.numel() > 0):
+    # Shapes come last, because a trace would record a comparison.
+    fits = is_plain and all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)
+    if not fits or x.numel() == 0:
         return composed(*tensors, num_past, adds_x)
     states: States = _Fused.apply((num_past, adds_x), *tensors)  # type: ignore[no-untyped-call]
     return states
