@@ -1,20 +1,16 @@
 """The options of layers: the arguments of their constructors, checked once."""
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, ParamSpec, TypedDict, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 
 from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import CELLS, GATES, cells_of, default_candidate
-from ..wrong_calls import arguments_checked
 
-P = ParamSpec("P")
 # For type checkers; `Options` checks the values.
 Candidate = Literal["positive", "linear", "tanh"]
 Gate = Literal["sigmoid", "signed", "rotation", "quaternion", "mixed"]
@@ -25,137 +21,9 @@ Residual = bool | Literal["highway"]
 OutputGate = Literal["silu"]
 
 
-# The options of constructors by keyword, with their defaults. In this order, signatures have them.
-ORDER = (
-    *("cell", "forget_bias", "normalize", "residual", "norm", "candidate", "gate", "min_decay", "output_gate"),
-    *("block_size", "learn_initial_state", "memory", "recompute", "batch_first", "device", "dtype"),
-)
-
-
-class Placement(TypedDict, total=False):
-    """Device and dtype of the parameters."""
-
-    device: Annotated[Any, None]
-    dtype: Annotated[torch.dtype | None, None]
-
-
-class StateOptions(TypedDict, total=False):
-    """Options of all layers and cells."""
-
-    candidate: Annotated[Candidate | None, None]
-    learn_initial_state: Annotated[bool, False]
-    memory: Annotated[Memory | None, None]
-
-
-class NormedOptions(StateOptions, total=False):
-    norm: Annotated[Norm | None, None]
-
-
-class CellOptions(NormedOptions, total=False):
-    gate: Annotated[Gate, "sigmoid"]
-    min_decay: Annotated[float, 0.0]
-
-
-class StackedOptions(NormedOptions, total=False):
-    residual: Annotated[Residual, False]
-    output_gate: Annotated[OutputGate | None, None]
-    recompute: Annotated[bool | None, None]
-
-
-class GateOptions(TypedDict, total=False):
-    gate: Annotated[Gates, "sigmoid"]
-    min_decay: Annotated[float | Sequence[float], 0.0]
-
-
-class ForgetOptions(TypedDict, total=False):
-    forget_bias: Annotated[float, 0.0]
-    normalize: Annotated[bool, True]
-
-
-class MinGRUOptions(StackedOptions, GateOptions, Placement, total=False):
-    """Options of `MinGRU`."""
-
-
-class MinGRUCellOptions(CellOptions, Placement, total=False):
-    """Options of `MinGRUCell`."""
-
-
-class MinLSTMOptions(StackedOptions, ForgetOptions, Placement, total=False):
-    """Options of `MinLSTM`."""
-
-
-class MinLSTMCellOptions(NormedOptions, ForgetOptions, Placement, total=False):
-    """Options of `MinLSTMCell`."""
-
-
-class BlockGRUCellOptions(Placement, total=False):
-    """Options of `BlockGRUCell`."""
-
-    block_size: Annotated[int, 32]
-    norm: Annotated[Norm | None, None]
-    learn_initial_state: Annotated[bool, False]
-    memory: Annotated[Memory | None, None]
-
-
-class BlockGRUOptions(BlockGRUCellOptions, total=False):
-    """Options of `BlockGRU`."""
-
-    residual: Annotated[bool, False]
-    recompute: Annotated[bool | None, None]
-
-
-class PairOptions(ForgetOptions, total=False):
-    """Options of `drop_in.LSTM` and `LSTMCell`."""
-
-    cell: Annotated[Literal["minlstm", "mingru", "blockgru"], "minlstm"]
-    block_size: Annotated[int, 32]
-
-
-class OneStateOptions(TypedDict, total=False):
-    """Options of `drop_in.GRU` and `GRUCell`."""
-
-    cell: Annotated[Literal["mingru", "blockgru"], "mingru"]
-    block_size: Annotated[int, 32]
-
-
-class LayerOptions(StateOptions, GateOptions, ForgetOptions, Placement, total=False):
-    """Options of `MinGRU`, `MinLSTM` and `BlockGRU` that a block passes on."""
-
-    bias: bool
-    bidirectional: bool
-    output_gate: OutputGate | None
-    block_size: int
-    recompute: bool | None
-
-
-def constructor(**defaults: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate a constructor with `**options: Unpack[...]`, to check its arguments and fill in the defaults.
-
-    Its signature then has each option. `defaults` replace those of the options.
-    """
-
-    def decorated(init: Callable[P, None]) -> Callable[P, None]:
-        *own, options = inspect.signature(init).parameters.values()
-        hints = get_type_hints(get_args(options.annotation)[0], include_extras=True)
-        values = {name: defaults.get(name, hints[name].__metadata__[0]) for name in sorted(hints, key=ORDER.index)}
-        for name, value in values.items():
-            option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
-            own.append(option.replace(annotation=get_args(hints[name])[0]))
-
-        @functools.wraps(init)
-        def run(*args: Any, **kwargs: Any) -> None:
-            init(*args, **{**values, **kwargs})
-
-        vars(run)["__signature__"] = inspect.Signature(own, return_annotation=None)
-        return arguments_checked()(run)
-
-    return decorated
-
-
-def arguments_of(scope: dict[str, Any], *without: str) -> dict[str, Any]:
-    """Return the arguments of a constructor from its `locals()`, without some of them."""
-    arguments = {**scope, **scope.get("options", {})}
-    return {name: arguments[name] for name in arguments if name not in ("self", "__class__", "options", *without)}
+def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor from its `locals()`, to pass all of them to the base class."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 class Options(SimpleNamespace):
