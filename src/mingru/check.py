@@ -99,7 +99,8 @@ def unsqueeze_remedy(argument: str, x: Tensor, shape: tuple[int, ...]) -> str:
 
 def check_flags(name: str, **flags: object) -> None:
     for argument, flag in flags.items():
-        check_flag(name, argument, flag)
+        if not isinstance(flag, bool):
+            check_flag(name, argument, flag)
 
 
 def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
@@ -174,11 +175,13 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
 
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
-    count, cells = multiple_of(GATES[gate]), cells_of(GATES[gate])
-    condition = "even" if count == 2 else f"divisible by {count}"
-    groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
-    groups += " in one half" if len(cells) > 1 else ""
-    require(name, argument, size % count == 0, f"{condition} because gate={gate!r} turns {groups}", str(size))
+    count = multiple_of(GATES[gate])
+    if size % count:
+        cells = cells_of(GATES[gate])
+        condition = "even" if count == 2 else f"divisible by {count}"
+        groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
+        groups += " in one half" if len(cells) > 1 else ""
+        raise ValueError(expectation(name, argument, f"{condition} because gate={gate!r} turns {groups}", str(size)))
 
 
 def per_layer(

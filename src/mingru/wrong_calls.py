@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
+# Types of arguments that are no numbers of other libraries.
+PLAIN = (int, float, str)
 
 
 def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,11 +80,13 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
         @functools.wraps(init)
         def run(*args: Any, **kwargs: Any) -> T:
             name = function or name_of(type(args[0]))
-            problem = misfit(name, signature, args, kwargs, remedy)
-            if problem:
-                raise TypeError(problem)
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:
+                raise TypeError(misfit(name, signature, args, kwargs, remedy)) from None
             check_device(name, kwargs.get("device"))
-            return init(*map(_builtin, args), **{name: _builtin(value) for name, value in kwargs.items()})
+            given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
+            return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
         return run
 
@@ -91,7 +95,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
 
 def _builtin(value: Any) -> Any:
     """Return a number of another library, such as a scalar of numpy, as an int or float."""
-    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real):
         return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 

@@ -9,7 +9,7 @@ import torch
 
 from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
-from ..ops.cells import CELLS, GATES, cells_of, default_candidate
+from ..ops.cells import CELLS, GATES, cells_of
 
 # For type checkers; `Options` checks the values.
 Candidate = Literal["positive", "linear", "tanh"]
@@ -34,8 +34,12 @@ class Options(SimpleNamespace):
 
     def __init__(self, name: str, **arguments: Any) -> None:
         """`name` is that of the class that is constructed, for errors."""
-        super().__init__(name=name, **arguments)
+        super().__init__(**arguments)
+        self.name = name
+        self.arguments = arguments
+        self.factory = {"device": self.device, "dtype": self.dtype}
         self.check()
+        self.num_directions = 2 if self.bidirectional else 1
 
     def check(self) -> None:
         """Raise an error for an argument that is invalid."""
@@ -44,6 +48,8 @@ class Options(SimpleNamespace):
         check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
         check_flags(self.name, learn_initial_state=self.learn_initial_state)
         check_dropout(self.name, self.dropout, self.num_layers)
+        # The gate of each layer.
+        self.gates = per_layer(self.name, "gate", self.gate, self.num_layers)
         for gate in self.gates:
             check_choice(self.name, "gate", gate, GATES)
         if self.candidate is not None:
@@ -59,30 +65,14 @@ class Options(SimpleNamespace):
         is_valid = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
         require(self.name, "dtype", is_valid, "a floating-point dtype", repr(self.dtype), error=TypeError)
 
-    @property
-    def factory(self) -> dict[str, Any]:
-        return {"device": self.device, "dtype": self.dtype}
-
-    @property
-    def gates(self) -> list[str]:
-        """The gate of each layer."""
-        return per_layer(self.name, "gate", self.gate, self.num_layers)
-
-    def candidate_of(self, gate: str) -> str:
-        return default_candidate(gate) if self.candidate is None else self.candidate
-
-    def memories_of(self, cell: str, min_decay: float) -> list[tuple[float, float] | None]:
-        """Return the memory of the first and the last number of each part of a state; None for no shift of biases."""
+    def memories_of(self, cell: str, min_decay: float) -> dict[str, tuple[float, float] | None]:
+        """Return the memory of the first and the last number of each cell of a mixture; None for no shift of biases."""
         if self.memory is None:
             default = CELLS[cell].memory if self.bias else None
-            return [None if CELLS[each].has_logarithms else default for each in cells_of(cell)]
+            return {each: None if CELLS[each].has_logarithms else default for each in cells_of(cell)}
         first, last = self.memory if isinstance(self.memory, list | tuple) else (self.memory, self.memory)
         least = 1.0 / (1.0 - min_decay)
         expected = f"above {least:g} because min_decay is {min_decay}, with which each state lasts longer"
         require(self.name, "memory", min(first, last) > least, expected, repr(self.memory))
         # What the gate must last by itself, without the bound.
-        return [(first / least, last / least)] * len(cells_of(cell))
-
-    @property
-    def num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
+        return dict.fromkeys(cells_of(cell), (first / least, last / least))

@@ -51,7 +51,7 @@ def without_dims(state: Tensor, dims: list[int]) -> Tensor:
 
 def one_or_all(values: Sequence[Any]) -> Any:
     """Return the value that all layers have, or a tuple with one for each layer."""
-    return values[0] if all(value == values[0] for value in values) else tuple(values)
+    return values[0] if values.count(values[0]) == len(values) else tuple(values)
 
 
 def defaults_of(module: nn.Module) -> dict[str, Any]:
