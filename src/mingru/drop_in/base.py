@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..check import (
     autocast_dtypes,
-    check_choice,
-    check_flags,
     check_int,
     check_like,
     dims,
@@ -77,7 +75,6 @@ class DropIn(Recurrent):
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
         cell, size = options["cell"], options["block_size"]
-        check_choice(name, "cell", cell, tuple(dict.fromkeys([type(self).cell, "mingru", BLOCKS])))
         check_int(name, "block_size", size)
         is_possible = cell == BLOCKS or size == 32
         require(name, "block_size", is_possible, f"left out because cell is {cell!r}", repr(size))
@@ -233,7 +230,6 @@ def add_pair(
 ) -> None:
     """Construct a layer with the options of `LSTM` and `LSTMCell`: the choice of the cell, and its forget bias."""
     name = name_of(type(layer))
-    check_flags(name, normalize=normalize)
     require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
     # The options that only another cell has must be their defaults.
     others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}

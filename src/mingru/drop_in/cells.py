@@ -18,7 +18,6 @@ class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
     _size_error = RuntimeError
-    _remedy_for_bias = ""
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:

@@ -144,10 +144,8 @@ class Block(Composite, role="sequence", planned=True):
             check_int(self.name, "conv", conv, "an int or None", 2)
         if mlp is not None:
             _check_ratio(self.name, "mlp", mlp, dims)
-        check_choice(self.name, "norm", norm, NORMS)
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
-        check_flag(self.name, "checkpoint", checkpoint)
         check_layer_options(self.name, cell, options, list(defaults_of(self)))
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         bias = options.get("bias", True)

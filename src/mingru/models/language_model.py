@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..check import check_flag, check_int, check_min_decay, check_number, check_steps, per_layer, require
+from ..check import check_int, check_min_decay, check_number, check_steps, per_layer, require
 from ..modules.layer import Layer
 from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
@@ -87,7 +87,6 @@ class LanguageModel(Layer):
         check_layer_options(self.name, options.get("cell", "mingru"), options, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
-        check_flag(self.name, "tied", tied)
         bidirectional = options.get("bidirectional", False)
         remedy = "the reverse direction would read the tokens that are to be predicted"
         require(self.name, "bidirectional", bidirectional is False, "False", repr(bidirectional), remedy)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..check import check_flag, check_kind, check_one_state, check_steps, name_of, of_another_shape
+from ..check import check_kind, check_one_state, check_steps, of_another_shape
 from ..ops.call import Layout
 from ..wrong_calls import arguments_checked
 from . import scripted
@@ -23,10 +23,7 @@ ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
-    _remedy_for_bias = "a cell has no num_layers; bias comes after hidden_dims"
-
     def __init__(self, **arguments: Any) -> None:
-        check_flag(name_of(type(self)), "bias", arguments["bias"], self._remedy_for_bias)
         super().__init__(**arguments, **ONE_LAYER)
 
     def forward(  # type: ignore[override]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_flags, check_int, check_parts, dims, per_layer, require
+from ..check import check_int, check_parts, dims, per_layer, require
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
@@ -49,11 +49,8 @@ class Geometry(NamedTuple):
 class ConvOptions(Options):
     """The options of the convolutional layers."""
 
-    norms = ("group",)
-
     def check(self) -> None:
         super().check()
-        check_flags(self.name, residual=self.residual)
         widths = self.widths()
         for width in widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
-from ..ops.activation import ACTIVATIONS
+from ..check import check_choice, check_dropout, check_int, check_number, per_layer, require
 from ..ops.cells import CELLS, GATES, cells_of
 
-# For type checkers; `Options` checks the values.
+# The values of options; a constructor refuses others, see `annotations`.
 Candidate = Literal["positive", "linear", "tanh"]
 Gate = Literal["sigmoid", "signed", "rotation", "quaternion", "mixed"]
 Gates = Gate | Sequence[Gate]
@@ -29,9 +28,6 @@ def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
 class Options(SimpleNamespace):
     """The arguments of the constructor of a layer, checked. All but device and dtype become attributes of the layer."""
 
-    norms: tuple[str, ...]
-    """Names of the norms that the layer has."""
-
     def __init__(self, name: str, **arguments: Any) -> None:
         """`name` is that of the class that is constructed, for errors."""
         super().__init__(**arguments)
@@ -45,23 +41,16 @@ class Options(SimpleNamespace):
         """Raise an error for an argument that is invalid."""
         check_int(self.name, "input_dims", self.input_dims)
         check_int(self.name, "num_layers", self.num_layers)
-        check_flags(self.name, bias=self.bias, batch_first=self.batch_first, bidirectional=self.bidirectional)
-        check_flags(self.name, learn_initial_state=self.learn_initial_state)
         check_dropout(self.name, self.dropout, self.num_layers)
         # The gate of each layer.
         self.gates = per_layer(self.name, "gate", self.gate, self.num_layers)
         for gate in self.gates:
             check_choice(self.name, "gate", gate, GATES)
-        if self.candidate is not None:
-            check_choice(self.name, "candidate", self.candidate, ACTIVATIONS)
         if self.memory is not None:
             memory, expected = self.memory, "a number above 1, a pair of two such numbers, or None"
             for number in memory if isinstance(memory, list | tuple) and len(memory) == 2 else (memory,):
                 check_number(self.name, "memory", number, expected, lambda steps: 1 < steps < inf)
             require(self.name, "memory", self.bias, "None because bias is False", repr(self.memory))
-        norms = (None, *self.norms)
-        is_valid = isinstance(self.norm, str | None) and self.norm in norms
-        require(self.name, "norm", is_valid, f"one of {', '.join(map(repr, norms))}", repr(self.norm))
         is_valid = self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point)
         require(self.name, "dtype", is_valid, "a floating-point dtype", repr(self.dtype), error=TypeError)
 

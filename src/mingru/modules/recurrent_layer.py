@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_bias, check_flag, check_flags, check_int, check_parts, check_residual, is_number, require
+from ..check import check_int, check_parts, check_residual, is_number, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
@@ -24,7 +24,6 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
-    norms = tuple(NORMS)
     # Of options that not all classes have.
     gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 32
     candidate: Any = None
@@ -33,18 +32,12 @@ class RecurrentOptions(Options):
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
     def check(self) -> None:
-        check_flags(self.name, normalize=self.normalize)
-        check_bias(self.name, self.bias)
         check_int(self.name, "hidden_dims", self.hidden_dims)
         super().check()
-        if self.recompute is not None:
-            check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
         for gate in dict.fromkeys(self.gates):
             check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
         gate = self.output_gate
-        is_known = gate is None or (isinstance(gate, str) and gate == "silu")
-        require(self.name, "output_gate", is_known, "'silu' or None", repr(gate))
         remedy = "gate the output yourself, by a torch.nn.Linear"
         excluding = {"residual": self.residual == "highway", "proj_size": self.proj_size > 0} if gate else {}
         for option, is_used in excluding.items():
