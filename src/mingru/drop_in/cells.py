@@ -11,7 +11,7 @@ from ..modules.cells import RecurrentCell
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
 from ..wrong_calls import arguments_checked
-from .base import DropIn, Pair, add_pair, as_pair, states_of
+from .base import DropIn, Pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):
@@ -190,7 +190,8 @@ class LSTMCell(DropInCell, role="step", planned=True):
         learn_initial_state: bool = False,
         memory: Memory | None = None,
     ) -> None:
-        add_pair(self, super().__init__, **arguments_of(locals()))
+        super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)
 
     def initial(self, batch: int) -> Any:
         """Return the pair of a batch before the first step."""

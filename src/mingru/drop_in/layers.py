@@ -20,7 +20,7 @@ from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
 from ..wrong_calls import arguments_checked
-from .base import ONE_BLOCK, DropIn, Pair, add_pair, as_pair, states_of
+from .base import ONE_BLOCK, DropIn, Pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
 
@@ -413,7 +413,8 @@ class LSTM(DropInLayer, role="torch", planned=True):
         memory: Memory | None = None,
         recompute: bool | None = None,
     ) -> None:
-        add_pair(self, super().__init__, **arguments_of(locals()))
+        super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)
 
     def initial(self, batch: int) -> Any:
         """Return the pair of a batch before the first step."""

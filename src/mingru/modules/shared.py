@@ -54,14 +54,19 @@ def one_or_all(values: Sequence[Any]) -> Any:
     return values[0] if values.count(values[0]) == len(values) else tuple(values)
 
 
-def defaults_of(module: nn.Module) -> dict[str, Any]:
+def arguments_of_class(cls: type) -> dict[str, Any]:
     """Return the default of each argument of the constructor, from the class of this package that defines it.
 
     The default of a required argument is `inspect.Parameter.empty`. Subclasses elsewhere may have other arguments.
     """
     package = __name__.partition(".")[0]
-    own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
-    defaults = {name: each.default for name, each in inspect.signature(own).parameters.items()}
+    own = next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package)
+    return {name: each.default for name, each in inspect.signature(own).parameters.items()}
+
+
+def defaults_of(module: nn.Module) -> dict[str, Any]:
+    """Return the default of each argument of the constructor; of `candidate`, the one for the module's gates."""
+    defaults = arguments_of_class(type(module))
     if "candidate" in defaults and "gate" in defaults:
         gates = vars(module)["gate"]
         gates = [gates] if isinstance(gates, str) else gates
