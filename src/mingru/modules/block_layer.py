@@ -68,7 +68,3 @@ class BlockLayer(RecurrentLayer):
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         weight, bias = self.recurrent_weights(reverse)
         return Start(start.h, start.initial_state, start.reset, start.dt, weight, bias)
-
-    def _marked_options(self) -> dict[str, Any]:
-        # The names of the recurrent weights tell these weights from others.
-        return {**super()._marked_options(), "candidate": None}

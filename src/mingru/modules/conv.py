@@ -49,9 +49,8 @@ class MinConv(Stacked, role="sequence"):
         dtype: torch.dtype | None = None,
     ) -> None:
         checked = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
-        widths = checked.widths()
-        sizes = [input_dims, *(checked.num_directions * width for width in widths[:-1])]
-        layers = zip(sizes, widths, checked.geometries(), checked.gates, strict=True)
+        sizes = [input_dims, *(checked.num_directions * width for width in checked.widths[:-1])]
+        layers = zip(sizes, checked.widths, checked.geometries(), checked.gates, strict=True)
         super().__init__(checked, [MinConvLayer(*layer, checked) for layer in layers])
         self.num_states = num_layers * self.num_directions
 

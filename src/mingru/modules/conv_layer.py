@@ -51,15 +51,12 @@ class ConvOptions(Options):
 
     def check(self) -> None:
         super().check()
-        widths = self.widths()
-        for width in widths:
+        # The number of state channels of each layer.
+        self.widths = self._per_layer("hidden_dims")
+        for width in self.widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
-        for width, gate in zip(widths, self.gates, strict=True):
+        for width, gate in zip(self.widths, self.gates, strict=True):
             check_parts(self.name, "hidden_dims", width, gate)
-
-    def widths(self) -> list[int]:
-        """Return the number of state channels of each layer."""
-        return self._per_layer("hidden_dims")
 
     def geometries(self) -> list[Geometry]:
         """Return the sizes of the convolution of each layer."""

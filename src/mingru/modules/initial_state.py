@@ -15,7 +15,8 @@ from .options import Options
 
 def default_start(options: Options) -> float:
     """Return the initial state if it is not learned: of all stacked layers, that of the layer with the largest."""
-    return max(zero_state(GATES[gate], options.candidate or default_candidate(gate)) for gate in set(options.gates))
+    cells = {GATES[gate] for gate in options.gates}
+    return max(zero_state(cell, options.candidate or default_candidate(cell)) for cell in cells)
 
 
 def learned_state(shape: tuple[int, ...], options: Options) -> nn.Parameter | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.cells import BLOCKS, default_candidate
+from ..ops.cells import BLOCKS, GATES, default_candidate
 from ..ops.graph import is_captured
 from ..ops.private import unsafe_view
 
@@ -70,7 +70,7 @@ def defaults_of(module: nn.Module) -> dict[str, Any]:
     if "candidate" in defaults and "gate" in defaults:
         gates = vars(module)["gate"]
         gates = [gates] if isinstance(gates, str) else gates
-        of_gates = [default_candidate(gate) for gate in gates]
+        of_gates = [default_candidate(GATES[gate]) for gate in gates]
         defaults["candidate"] = "tanh" if vars(module).get("cell") == BLOCKS else one_or_all(of_gates)
     return defaults
 

@@ -33,7 +33,7 @@ class Directions(Marked):
         self.cell = cell
         self.hidden_dims = hidden_dims
         self.has_output_gate: bool = getattr(options, "output_gate", None) is not None
-        self.candidate = options.candidate or default_candidate(GATE_OF.get(cell, "sigmoid"))
+        self.candidate = options.candidate or default_candidate(cell)
         self.min_decay = min_decay
         self.memories = options.memories_of(cell, min_decay)
 
@@ -62,11 +62,10 @@ class Directions(Marked):
 
     def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
-        gate = GATE_OF.get(self.cell, "sigmoid")
-        is_default = self.candidate == default_candidate(gate)
+        is_default = self.candidate == default_candidate(self.cell)
         layer: Any = self
         return {
-            "gate": gate,
+            "gate": GATE_OF.get(self.cell, "sigmoid"),
             "candidate": None if is_default else self.candidate,
             "normalize": self.cell != "minlstm_unnormalized",
             "min_decay": self.min_decay,

@@ -53,9 +53,9 @@ GATES = {
 }
 
 
-def default_candidate(gate: str) -> str:
-    """Return the default activation of the candidate: symmetric if the gate gives the state both signs."""
-    return "positive" if CELLS[GATES[gate]].has_logarithms else "tanh"
+def default_candidate(cell: str) -> str:
+    """Return the default activation of the candidate: symmetric if the state has both signs."""
+    return "positive" if CELLS[cell].has_logarithms else "tanh"
 
 
 def zero_state(cell: str, activation: str) -> float:
