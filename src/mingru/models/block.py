@@ -19,7 +19,7 @@ from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
 from ..modules.recurrent_layer import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
@@ -146,7 +146,7 @@ class Block(Composite, role="sequence", planned=True):
             _check_ratio(self.name, "mlp", mlp, dims)
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
-        check_layer_options(self.name, cell, options, list(defaults_of(self)))
+        check_layer_options(self.name, cell, options, list(arguments_of_class(type(self))))
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         bias = options.get("bias", True)
         check_flag(self.name, "bias", bias)

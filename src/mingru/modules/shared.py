@@ -1,8 +1,8 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -60,13 +60,17 @@ def arguments_of_class(cls: type) -> dict[str, Any]:
     The default of a required argument is `inspect.Parameter.empty`. Subclasses elsewhere may have other arguments.
     """
     package = __name__.partition(".")[0]
-    own = next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package)
+    return _defaults(next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package))
+
+
+@functools.cache
+def _defaults(own: type) -> dict[str, Any]:
     return {name: each.default for name, each in inspect.signature(own).parameters.items()}
 
 
 def defaults_of(module: nn.Module) -> dict[str, Any]:
     """Return the default of each argument of the constructor; of `candidate`, the one for the module's gates."""
-    defaults = arguments_of_class(type(module))
+    defaults = {**arguments_of_class(type(module))}
     if "candidate" in defaults and "gate" in defaults:
         gates = vars(module)["gate"]
         gates = [gates] if isinstance(gates, str) else gates
@@ -106,4 +110,4 @@ def take_weights(module: M, other: nn.Module) -> M:
 def reset_all(modules: Iterable[nn.Module]) -> None:
     """Re-initialize the parameters of modules, and of their children if they have no method for that."""
     for module in modules:
-        getattr(module, "reset_parameters", partial(reset_all, module.children()))()
+        getattr(module, "reset_parameters", functools.partial(reset_all, module.children()))()

@@ -50,9 +50,8 @@ class Directions(Marked):
                 if memory is None:
                     continue
                 numbers, (first, last) = own[:, :: parts_of(cell)], memory
-                # The logarithms have even steps.
-                index = torch.arange(numbers.size(1), dtype=torch.float64, device="cpu")
-                steps = first * (last / first) ** ((index + 0.5) / len(index))
+                count, half = numbers.size(1), 0.5 / numbers.size(1)
+                steps = first * torch.logspace(half, 1 - half, count, last / first, dtype=torch.float64, device="cpu")
                 for row, biases in zip(numbers, gate_biases(cell, steps), strict=False):
                     row.add_(biases.to(row))
 
