@@ -19,8 +19,7 @@ import torch
 import mingru
 from mingru.models import block
 from mingru.modules import options
-from mingru.modules.conv_layer import ConvOptions
-from mingru.modules.recurrent_layer import RecurrentOptions
+from mingru.modules.recurrent_layer import NORMS
 from mingru.ops import private, route
 from mingru.ops.activation import ACTIVATIONS
 from mingru.ops.cells import GATES
@@ -148,4 +147,4 @@ def test_what_type_checkers_accept_is_what_there_is():
     assert block.LayerOptions.__annotations__.keys() == of_layers
     assert block.BlockOptions.__annotations__.keys() == of_layers | of_blocks
     assert set(get_args(options.Candidate)) == set(ACTIVATIONS)
-    assert get_args(options.Norm) == RecurrentOptions.norms and ConvOptions.norms == ("group",)
+    assert get_args(options.Norm) == tuple(NORMS)

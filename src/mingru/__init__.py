@@ -45,7 +45,7 @@ __all__ = [
     "use_backend",
 ]
 
-_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing", "unknown_arguments", "wrong_calls")
+_PRIVATE = "annotations check context ops sequences serialization typing unknown_arguments wrong_calls".split()
 
 
 def __dir__() -> list[str]:

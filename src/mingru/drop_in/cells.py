@@ -1,32 +1,23 @@
 """minGRU and minLSTM cells with torch's interface."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ..check import check_steps, dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
-from ..modules.options import CellOptions, OneStateOptions, PairOptions, arguments_of, constructor
+from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from .base import DropIn, Pair, add_pair, as_pair, states_of
-
-
-class GRUCellOptions(OneStateOptions, CellOptions, total=False):
-    """Options of `GRUCell`."""
-
-
-class LSTMCellOptions(PairOptions, CellOptions, total=False):
-    """Options of `LSTMCell`."""
+from ..wrong_calls import arguments_checked
+from .base import DropIn, Pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
     _size_error = RuntimeError
-    _remedy_for_bias = ""
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
@@ -98,7 +89,7 @@ class GRUCell(DropInCell, role="step", planned=True):
 
     cell = "mingru"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -106,7 +97,15 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[GRUCellOptions],
+        *,
+        cell: Literal["mingru", "blockgru"] = "mingru",
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -171,7 +170,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
 
     cell = "minlstm"
 
-    @constructor(forget_bias=1.0)
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -179,9 +178,20 @@ class LSTMCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[LSTMCellOptions],
+        *,
+        cell: Literal["minlstm", "mingru", "blockgru"] = "minlstm",
+        forget_bias: float = 1.0,
+        normalize: bool = True,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
     ) -> None:
-        add_pair(self, super().__init__, **arguments_of(locals()))
+        super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)
 
     def initial(self, batch: int) -> Any:
         """Return the pair of a batch before the first step."""

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from ..modules.checked_calls import check_x
 from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
-from ..modules.options import LayerOptions, Norm
+from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
 from ..modules.recurrent_layer import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
@@ -31,6 +31,25 @@ from .state import check_states
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of the layer that a block passes on, for type checkers."""
+
+    bias: bool
+    bidirectional: bool
+    candidate: Candidate | None
+    gate: Gates
+    min_decay: float | Sequence[float]
+    output_gate: OutputGate | None
+    learn_initial_state: bool
+    memory: Memory | None
+    recompute: bool | None
+    forget_bias: float
+    normalize: bool
+    block_size: int
+    device: Any
+    dtype: torch.dtype | None
 
 
 class BlockOptions(LayerOptions, total=False):
@@ -125,11 +144,9 @@ class Block(Composite, role="sequence", planned=True):
             check_int(self.name, "conv", conv, "an int or None", 2)
         if mlp is not None:
             _check_ratio(self.name, "mlp", mlp, dims)
-        check_choice(self.name, "norm", norm, NORMS)
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
-        check_flag(self.name, "checkpoint", checkpoint)
-        check_layer_options(self.name, cell, options, list(defaults_of(self)))
+        check_layer_options(self.name, cell, options, list(arguments_of_class(type(self))))
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         bias = options.get("bias", True)
         check_flag(self.name, "bias", bias)

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from ..check import check_type, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
+from ..wrong_calls import arguments_checked
 from .cells import RecurrentCell
-from .options import BlockGRUCellOptions, BlockGRUOptions, arguments_of, constructor
+from .options import Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import take_weights
 
@@ -96,7 +97,7 @@ class BlockGRU(Recurrent, planned=True):
     _has_cells = True
     _remedy_for_weights = "use mingru.BlockGRU.from_torch"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -106,7 +107,15 @@ class BlockGRU(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **options: Unpack[BlockGRUOptions],
+        *,
+        residual: bool = False,
+        norm: Norm | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -239,9 +248,19 @@ class BlockGRUCell(RecurrentCell, planned=True):
     cell = "blockgru"
     _has_cells = True
 
-    @constructor()
+    @arguments_checked()
     def __init__(
-        self, input_dims: int, hidden_dims: int, bias: bool = True, **options: Unpack[BlockGRUCellOptions]
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        norm: Norm | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_dropout, check_flags, check_list, check_type, expectation, require
+from ..check import check_dropout, check_list, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
@@ -102,7 +102,6 @@ class Stack(Composite, role="sequence", planned=True):
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
         found: list[Any] = self._checked(layers)
-        check_flags(self.name, residual=residual)
         check_dropout(self.name, dropout, len(found))
         self.layers = nn.ModuleList(found)
         self.dropout = float(dropout)
