@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import check_int, check_type, dims, not_a_tensor, require
+from .check.calls import arguments_checked
+from .check.messages import check_type, dims, not_a_tensor, require
+from .check.values import check_int
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
 from .ops.backends import in_onnx, traceable
 from .ops.cells import BLOCKS
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
-from .wrong_calls import arguments_checked
 
 __all__ = ["onnx"]
 

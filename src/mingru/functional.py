@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .check import (
-    check_choice,
-    check_flag,
-    check_min_decay,
-    check_state,
-    check_steps,
-    check_tensor,
-    dims,
-    expectation,
-    not_a_tensor,
-    require,
-)
+from .check.calls import explained
+from .check.forms import check_state, check_steps, check_tensor
+from .check.messages import dims, expectation, not_a_tensor, require
+from .check.values import check_choice, check_flag, check_min_decay
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
@@ -32,7 +24,6 @@ from .ops.graph import scripted_as
 from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
-from .wrong_calls import explained
 
 __all__ = [
     "check_resets",

@@ -7,23 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import (
-    check_flag,
-    check_int,
-    check_integers,
-    check_number,
-    check_reset,
-    check_steps,
-    check_type,
-    dims,
-    expectation,
-    of_another_shape,
-    on_another_device,
-    require,
-)
+from .check.calls import explained
+from .check.forms import check_integers, check_reset, check_steps
+from .check.messages import check_type, dims, expectation, of_another_shape, on_another_device, require
+from .check.values import check_flag, check_int, check_number
 from .ops.graph import are_eager
 from .ops.layout import padding_of
-from .wrong_calls import explained
 
 
 @explained

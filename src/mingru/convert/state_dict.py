@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..check import check_like, check_type, dims, expectation, require
+from ..check.forms import check_like
+from ..check.messages import check_type, dims, expectation, require
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check import check_integers, check_lengths, check_type, require
+from ..check.forms import check_integers, check_lengths
+from ..check.messages import check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv
 from ..models.language_model import LanguageModel

@@ -11,21 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    autocast_dtypes,
-    check_choice,
-    check_flags,
-    check_int,
-    check_like,
-    dims,
-    embed_remedy,
-    expectation,
-    is_number,
-    mask_remedy,
-    name_of,
-    require,
-    reworded,
-)
+from ..check.forms import autocast_dtypes, check_like, embed_remedy, mask_remedy
+from ..check.messages import dims, expectation, name_of, require, reworded
+from ..check.values import check_choice, check_flags, check_int, is_number
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
 from ..modules.shared import MaybeList, defaults_of, not_default, weight_of

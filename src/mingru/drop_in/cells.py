@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import check_steps, dims, expectation
+from ..check.forms import check_steps
+from ..check.messages import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import CellOptions, OneStateOptions, PairOptions, arguments_of, constructor

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self, Unpack
 
-from ..check import check_steps, check_type, dims, expectation, name_of, of_another_shape, require
+from ..check.forms import check_steps
+from ..check.messages import check_type, dims, expectation, name_of, of_another_shape, require
 from ..modules import scripted
 from ..modules.blockgru import BlockGRU
 from ..modules.checked_calls import check_packed

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
-from ..check import check_choice, check_dropout, check_flag, check_int, check_number, check_steps, reworded
+from ..check.calls import arguments_checked
+from ..check.forms import check_steps
+from ..check.messages import reworded
+from ..check.names import unknown_argument
+from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number
 from ..modules.blockgru import BlockGRU
 from ..modules.checked_calls import check_x
 from ..modules.layer import Composite
@@ -23,8 +27,6 @@ from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_d
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
-from ..unknown_arguments import unknown_argument
-from ..wrong_calls import arguments_checked
 from .causal_conv import CausalConv, plus_convolved
 from .state import check_states
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check import check_int, check_number, check_type, dims, expectation, on_another_device, require
+from ..check.messages import check_type, dims, expectation, on_another_device, require
+from ..check.values import check_int, check_number
 from ..modules.shared import MaybeList, MaybeTensor, Outputs
 from ..ops.shape import accumulate_dtype
 

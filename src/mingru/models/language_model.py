@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..check import check_flag, check_int, check_min_decay, check_number, check_steps, per_layer, require
+from ..check.calls import arguments_checked
+from ..check.forms import check_steps
+from ..check.messages import require
+from ..check.values import check_flag, check_int, check_min_decay, check_number, per_layer
 from ..modules.layer import Layer
 from ..modules.options import arguments_of
 from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
-from ..wrong_calls import arguments_checked
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options
 from .state import check_states

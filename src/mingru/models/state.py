@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import check_kind, check_list, dims, expectation, require
+from ..check.forms import check_kind, check_list
+from ..check.messages import dims, expectation, require
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> list[Tensor]:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import check_flag, check_kind, check_one_state, check_steps, name_of, of_another_shape
+from ..check.forms import check_kind, check_one_state, check_steps
+from ..check.messages import name_of, of_another_shape
+from ..check.values import check_flag
 from ..ops.call import Layout
 from . import scripted
 from .checked_calls import check_x

@@ -6,20 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import (
-    check_input,
-    check_kind,
-    check_one_state,
-    check_packing,
-    check_steps,
-    check_type,
-    dims,
-    embed_remedy,
-    expanded,
-    expectation,
-    not_a_tensor,
-    require,
-)
+from ..check.forms import check_input, check_kind, check_one_state, check_packing, check_steps, embed_remedy, expanded
+from ..check.messages import check_type, dims, expectation, not_a_tensor, require
 from .shared import MaybeList, MaybeTensor, weight_of
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import check_kind, check_list, check_one_state, check_parameter, check_reset, expanded, expectation
+from ..check.forms import check_kind, check_list, check_one_state, check_parameter, check_reset, expanded
+from ..check.messages import expectation
 from ..ops.call import Layout
 from . import scripted
 from .checked_calls import check_x

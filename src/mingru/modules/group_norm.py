@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..check import check_int, require
+from ..check.messages import require
+from ..check.values import check_int
 
 
 class GroupNorm(nn.GroupNorm):

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_choice, check_int, expectation, name_of
+from ..check.calls import MISTAKES, explain, explained
+from ..check.messages import expectation, name_of
+from ..check.values import check_choice, check_int
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
-from ..wrong_calls import MISTAKES, explain, explained
 from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, get_args, get_
 
 import torch
 
-from ..check import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
+from ..check.calls import arguments_checked
+from ..check.messages import require
+from ..check.values import check_choice, check_dropout, check_flags, check_int, check_number, per_layer
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import CELLS, GATES, cells_of, default_candidate
-from ..wrong_calls import arguments_checked
 
 P = ParamSpec("P")
 # For type checkers; `Options` checks the values.

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor, require
+from ..check.forms import check_lengths, embed_remedy
+from ..check.messages import dims, expectation, not_a_tensor, require
 from ..ops import layout
 from .layer import Composite
 from .scripted import data_of, with_data

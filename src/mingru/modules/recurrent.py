@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_min_decay, check_parameter, expectation, name_of
+from ..check.calls import explained
+from ..check.forms import check_parameter
+from ..check.messages import expectation, name_of
+from ..check.values import check_min_decay
 from ..ops import route
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
@@ -19,7 +22,6 @@ from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import InferencePlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.shape import States, accumulate_dtype, as_dtype
-from ..wrong_calls import explained
 from . import scripted
 from .block_layer import BlockGRUSettings, BlockLayer
 from .checked_calls import check_sequence

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_dropout, check_flags, check_list, check_type, expectation, require
+from ..check.calls import arguments_checked
+from ..check.forms import check_list
+from ..check.messages import check_type, expectation, require
+from ..check.values import check_dropout, check_flags
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
-from ..wrong_calls import arguments_checked
 from .layer import Composite, Layer, with_named
 from .marked import add_marks
 from .per_step import OF_TORCH, PerStep

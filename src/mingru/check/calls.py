@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import check_device, name_of, not_a_tensor
-from .unknown_arguments import FORGOTTEN, counterpart, unknown_argument
+from .messages import name_of, not_a_tensor
+from .names import FORGOTTEN, counterpart, unknown_argument
+from .values import check_device
 
 P = ParamSpec("P")
 T = TypeVar("T")
