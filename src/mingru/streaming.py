@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check.messages import check_type, dims, expectation, require
-from .check.values import check_int
+from .check.values import check_int, check_type, dims, expectation, require
 from .modules.layer import is_bidirectional
 
 __all__ = ["Sessions"]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .messages import name_of, not_a_tensor
 from .names import FORGOTTEN, counterpart, unknown_argument
-from .values import check_device
+from .values import check_device, name_of, not_a_tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,205 +1,248 @@
-"""Checks of the tensors of a call."""
+"""Forms: what the tensors of a call must be, as data. Checks, errors and shapes of states are computed from them.
 
-import functools
-import math
-import warnings
-from collections.abc import Sequence
-from typing import Any
+A form is a shape in letters: B sequences, S steps, P packed steps, I features of x, H of a state, L layers, D
+directions. A part with "*" stands for any number of dimensions at the end. `tables.py` has all forms.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.cells import BLOCKS, CELLS
+from ..ops.cells import CELLS
 from ..ops.graph import are_eager, is_autocast, is_captured
 from ..ops.layout import is_packing
 from ..ops.shape import accumulate_dtype
-from .messages import (
-    check_type,
-    dims,
-    expectation,
-    level_of_the_caller,
-    not_a_tensor,
-    of_another_shape,
-    on_another_device,
-    require,
-    unsqueeze_remedy,
-)
-from .names import LENGTHS_OF_MASK
+from . import hints
+from .times import check_times
+from .values import check_type, dims, expectation, instead_of_a_tensor, require, unsqueeze_remedy, written
 
-# Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
-MOST_USUAL_TIME = 1e6
-
-EMBED = "embed token ids first (torch.nn.Embedding)"
+Shape = Sequence[int]
+EXPANDS = "expands to "
+# Where a layer has the sizes that x has not.
+SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions"}
 
 
-def check_tensor(
-    name: str, argument: str, x: Tensor, like: Tensor, like_name: str, shape: tuple[int, ...] | None = None
-) -> None:
-    """Check that x is a tensor of this shape, or the shape of `like`, with the dtype and the device of `like`."""
-    check_like(name, argument, x, like, like_name)
-    shape = like.shape if shape is None else shape
-    if x.shape != shape:
-        expected = f"{dims(shape)} because {like_name} is {dims(like.shape)}"
-        remedy = f"to broadcast, use {argument}.expand, which copies nothing"
-        if x.shape[:-1] == like.shape == shape:
-            remedy = f"use {like_name}.unsqueeze(-1).expand_as({argument})"
-        raise ValueError(expectation(name, argument, expected, dims(x.shape), remedy))
+class Kind(NamedTuple):
+    """What a tensor contains: its dtypes in words, the dtypes, and the method that converts others."""
+
+    noun: str
+    expected: str
+    dtypes: tuple[torch.dtype, ...]
+    method: str
 
 
-def check_like(
-    name: str, argument: str, x: Tensor, like: Tensor, like_name: str, others: Sequence[Any] = (), ids: bool = False
-) -> None:
-    """Check that x is a tensor with the device of `like`, and with its dtype or one of the others.
+MASK = Kind("a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LENGTHS = Kind("an integer tensor", "of an integer dtype", INTEGERS, "long()")
+KINDS = {"reset": MASK, "mask": MASK, "lengths": LENGTHS}
+# Their dtype may also be that in which a recurrence is computed.
+STATES = ("h", "initial_state", "past", "dt")
 
-    With `ids`, the error for integers says that token ids must be embedded.
+
+class Form:
+    """An argument of a call: its shape in letters, and what it contains; without a kind, numbers of the dtype of x."""
+
+    def __init__(self, argument: str, text: str, x: str, of: "Forms") -> None:
+        self.argument, self.is_state = argument, argument in STATES and argument != of.names["exact"]
+        self.expands = text.startswith(EXPANDS)
+        self.parts = text.removeprefix(EXPANDS).split()
+        self.shape = compiled(self.parts, x.split(), of.sizes)
+        self.num_dims = sum(part[0] != "*" for part in self.parts)
+        self.kind = KINDS.get(argument)
+        self.dtype = None if self.kind is None else self.kind.dtypes[0]
+
+    def dim(self, letters: str) -> int | None:
+        """Return the dimension that one of these letters stands for, or None if there is none."""
+        return next((at for at, part in enumerate(self.parts) if part in letters), None)
+
+    def check(self, owner: Any, value: Any, like: Tensor, x: Shape, of: Any = None, place: str = "") -> None:
+        """Raise an error unless a value has this form, for this shape of x, and the dtype and device of a tensor.
+
+        `of` has the other sizes, by default a layer itself, and `place` is the index of the value in a list.
+        """
+        shape, is_tensor = self.shape(x, owner if of is None else of), isinstance(value, Tensor)
+        # First what is usual.
+        is_usual = is_tensor and value.shape == shape and value.dtype == (self.dtype or like.dtype)
+        if is_usual and value.device == like.device:
+            return
+        if not is_tensor:
+            problem = "type"
+        elif value.dtype not in self._dtypes(like):
+            problem = "dtype"
+        elif value.device != like.device and not (self.kind is LENGTHS and value.is_cpu):
+            problem = "device"
+        elif value.shape != shape and not (self.expands and is_expandable(value.shape, shape)):
+            problem = "shape"
+        else:
+            return
+        self.refuse(owner, problem, value, like, shape, place)
+
+    def refuse(
+        self, owner: Any, problem: str, value: Any, like: Tensor, shape: Shape = (), place: str = ""
+    ) -> NoReturn:
+        """Raise the error about a wrong type, dtype, device or shape."""
+        noun, expected, _, method = self.kind or ("a tensor", "", (), "")
+        names, is_length, expand = owner._forms.names, self.kind is LENGTHS, "expandable to " * self.expands
+        name = names.get(self.argument, self.argument) + place
+        like_name = "the layer's weight" if self.argument == "x" else names["like"]
+        if problem == "type":
+            expected, (got, remedy) = noun, instead_of_a_tensor(name, value)
+        elif problem == "dtype":
+            expected, got = expected or f"{like.dtype} like {like_name}", str(value.dtype)
+            remedy = hints.of_dtype(self.argument, value, f"use {name}.{method or f'to({like.dtype})'}")
+        elif problem == "device":
+            expected = f"{'on the CPU or ' * is_length}on {like.device} like {like_name}"
+            got, device = f"a tensor on {value.device}", str(like.device)
+            remedy = f"use {name}.{'cpu()' if is_length else f'to({device!r})'}"
+        else:
+            expected, got = f"{expand}{written(self.parts)} = {dims(tuple(shape))}", dims(value.shape)
+            remedy = unsqueeze_remedy(name, value, tuple(shape))
+        if problem in ("type", "shape"):
+            remedy = owner._hint(self, value, shape if problem == "shape" else ()) or remedy
+        raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy))
+
+    def _dtypes(self, like: Tensor) -> tuple[torch.dtype, ...]:
+        if self.kind is not None:
+            return self.kind.dtypes
+        others = autocast_dtypes(like) if self.argument in ("x", *STATES) else ()
+        return like.dtype, *others, *([accumulate_dtype(like.dtype)] if self.is_state else ())
+
+
+def compiled(parts: list[str], x: list[str], sizes: dict[str, str]) -> Callable[[Shape, Any], tuple[int, ...]]:
+    """Return a function of the shape of x, and of a layer that has the other sizes, to a shape."""
+
+    def of_letter(found: re.Match[str]) -> str:
+        return f"x[{x.index(found[0])}]" if found[0] in x else f"of.{sizes[found[0]]}"
+
+    of_parts = (f"*x[{x.index(part)}:]" if part[0] == "*" else re.sub("[A-Z]", of_letter, part) for part in parts)
+    # With the name of this file, because the compiler of torch skips code without one.
+    code = compile(f"lambda x, of: ({''.join(f'{part}, ' for part in of_parts)})", __file__, "eval")
+    return eval(code)  # type: ignore[no-any-return]
+
+
+Table = dict[str, Form]
+
+
+def usual_error(owner: Any, argument: str, problem: str) -> type[Exception]:
+    """Return what is raised for another type, dtype, device, number of dimensions or shape."""
+    return TypeError if problem in ("type", "dtype") else ValueError
+
+
+class Forms:
+    """The forms of all arguments of a call: a table for each form of x, and one for packed sequences.
+
+    `names` has the names that a caller sees: of arguments, of the size I, and of what has the dtype of other arguments;
+    and which state must have the dtype of x. The forms of a function have its name, and are in the place of a layer.
     """
+
+    _hint, _error_for = hints.of_functions, usual_error
+
+    def __init__(self, *tables: dict[str, str], packed: Any = None, sizes: Any = (), **names: str) -> None:
+        self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), "name": "", "exact": "", **names}
+        self.name, self._forms = self.names["name"], self
+        self.sizes = SIZES | dict(sizes)
+        # The size of the batch is behind the shape of x.
+        self.packed = [] if packed is None else [self._table(packed, packed["x"] + " B")]
+        self.batch_first = [self._table(table, table["x"]) for table in tables]
+        swapped = [{name: text.replace("B S", "S B") for name, text in table.items()} for table in tables]
+        self.time_first = [self._table(table, table["x"]) for table in swapped]
+
+    def _table(self, texts: dict[str, str], x: str) -> Table:
+        return {argument: Form(argument, text, x, self) for argument, text in texts.items()}
+
+
+def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Table:
+    """Return the table of the form that x has, or raise an error if it has none, or another dtype or device."""
+    form, count = tables[0]["x"], layer.num_space_dims
     if not isinstance(x, Tensor):
-        raise not_a_tensor(name, argument, x)
-    if x.dtype not in (like.dtype, *others):
-        expected = f"{like.dtype} like {like_name}"
-        remedy = f"use {argument}.to({like.dtype})"
-        if ids and embed_remedy(x):
-            remedy = f"{EMBED}, or {remedy} for numbers"
-        if argument == "h":
-            remedy = mask_remedy(x) or remedy
-        raise TypeError(expectation(name, argument, expected, str(x.dtype), remedy))
-    if x.device != like.device:
-        raise on_another_device(name, argument, x, like.device, like_name)
+        form.refuse(layer, "type", x, x)
+    shape = x.shape
+    for table in tables:
+        num_dims = table["x"].num_dims
+        if len(shape) == num_dims + count and shape[num_dims - 1] == layer.input_dims:
+            if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
+                table["x"].check(layer, x, weight, shape)
+            return table
+    names, all_dims = layer._forms.names, [table["x"].num_dims + count for table in tables]
+    problem = "shape" if len(shape) in all_dims or form.parts[0] == "P" else "dims"
+    letters = [table["x"].parts if count > 0 else table["x"].parts[: table["x"].num_dims] for table in tables]
+    expected = " or ".join(written(parts, layer.input_dims) for parts in letters)
+    expected += f" because {names['I']} is {layer.input_dims}" + f" and space is {count}-dimensional" * (count > 0)
+    error = expectation(layer.name, names["x"], expected, dims(shape), layer._hint(form, x, shape))
+    raise layer._error_for("x", problem)(error)
 
 
-def check_input(name: str, x: Tensor, weight: Tensor, like_name: str) -> None:
-    """Check that x has the device of the weight, and its dtype unless autocast converts it."""
-    check_like(name, "x", x, weight, like_name, autocast_dtypes(weight), ids=True)
+def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, cell: str = "") -> Table:
+    """Check a call of a layer with at most one state, and return the forms of its arguments."""
+    tables = layer._tables()
+    if isinstance(x, PackedSequence) and layer._forms.packed:
+        expected = "None because a PackedSequence has its own lengths"
+        require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
+        table = bind(layer, layer._forms.packed, x.data, layer._weight_of_x())
+        shape: Shape = (*x.data.shape, check_packing(layer, table, x))
+        reset, dt = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
+        x = x.data
+    else:
+        table = bind(layer, tables, x, layer._weight_of_x())
+        shape = x.shape
+    if h is not None:
+        table["h"].check(layer, h[0], x, shape)
+    if reset is not None or dt is not None or lengths is not None:
+        check_steps(layer, table, x, shape, cell, reset, lengths, dt)
+    return table
 
 
-def check_kind(name: str, argument: str, x: Tensor, like: Tensor, like_name: str = "x") -> None:
-    """Check that x, a state or a time, has the device of a sequence, and its dtype or its accumulation dtype."""
-    if not (isinstance(x, Tensor) and x.dtype == like.dtype and x.device == like.device):
-        check_like(name, argument, x, like, like_name, (accumulate_dtype(like.dtype), *autocast_dtypes(like)))
+def check_steps(
+    owner: Any, table: Table, like: Tensor, x: Shape, cell: str, reset: Any, lengths: Any = None, dt: Any = None
+) -> None:
+    """Check what a call has for each step or sequence. Values are checked in eager mode on the CPU."""
+    if reset is not None:
+        (table.get("reset") or refuse_given(owner, table, "reset", reset)).check(owner, reset, like, x)
+    if lengths is not None:
+        (table.get("lengths") or refuse_given(owner, table, "lengths", lengths)).check(owner, lengths, like, x)
+        # A graph has no values, and a GPU would be waited for.
+        if lengths.is_cpu and not is_captured() and lengths.numel() > 0:
+            check_range(owner.name, lengths, x[table["x"].dim("S") or 0])
+    if dt is not None:
+        why_not = CELLS[cell or owner.cell].not_timed
+        if why_not is not None:
+            raise ValueError(expectation(owner.name, "dt", f"None because {why_not}", type(dt).__name__))
+        form = table.get("dt") or refuse_given(owner, table, "dt", dt)
+        form.check(owner, dt, like, x)
+        if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
+            check_times(owner.name, dt, form.dim("SP"))
 
 
-def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes that autocast converts, if it is enabled."""
-    return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
+def check_range(name: str, lengths: Tensor, steps: int) -> None:
+    """Check that lengths are possible."""
+    least, most = (length.item() for length in torch.aminmax(lengths))
+    if least < 0 or most > steps:
+        raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
 
 
-def mask_remedy(h: Any) -> str:
-    """Return the fix for a mask, or lengths, in place of a state; otherwise ""."""
-    dtype = h.dtype if isinstance(h, Tensor) else None
-    if dtype == torch.bool:
-        return f"pass the starts of episodes as reset=; a layer takes a padding mask as {LENGTHS_OF_MASK}"
-    return "a layer takes lengths as lengths=" if dtype == torch.int64 and h.dim() == 1 else ""
+def refuse_given(owner: Any, table: Table, argument: str, value: Any) -> NoReturn:
+    """Raise the error about an argument that this form of x does not have."""
+    expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
+    raise ValueError(expectation(owner.name, argument, expected, type(value).__name__))
 
 
-def embed_remedy(x: Tensor) -> str:
-    """Return the fix for token ids, if x has a dtype that an embedding accepts; otherwise ""."""
-    return EMBED if x.dtype in (torch.int64, torch.int32) else ""
+def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape]], like: Tensor, what: str) -> None:
+    """Check a list of states, each with its form, what has its sizes, and the shape of x."""
+    if not isinstance(states, (list, tuple)) or len(states) != len(forms):
+        argument = owner._forms.names.get("h", "h")
+        check_list(owner.name, argument, states, len(forms), f"a list of {len(forms)} {what}")
+    for index, (state, (form, of, x)) in enumerate(zip(states, forms, strict=True)):
+        form.check(owner, state, like, x, of, f"[{index}]")
 
 
 def check_list(name: str, argument: str, values: Any, count: int, expected: str, remedy: str = "") -> None:
     """Check that values are a list or a tuple of so many."""
-    of_mask = mask_remedy(values) if argument == "h" else ""
-    check_type(name, argument, values, (list, tuple), expected, of_mask or remedy)
+    check_type(name, argument, values, (list, tuple), expected, hints.of_mask(values) or remedy)
     require(name, argument, len(values) == count, expected, str(len(values)), remedy)
-
-
-def check_one_state(name: str, h: object, letters: str, cell: str = "mingru") -> None:
-    """Check that h is neither a list of states nor the pair (h, c) of an LSTM."""
-    if isinstance(h, (list, tuple)):
-        layer, end = ("minLSTM", ", without a cell state") if cell.startswith("minlstm") else ("minGRU", "")
-        layer = "BlockGRU" if cell == BLOCKS else layer
-        if isinstance(h, list) and letters.startswith("(L"):
-            end += "; torch.cat joins a list with a state of each layer"
-        remedy = f"a {layer}'s state is one tensor h, {letters}{end}"
-        raise TypeError(expectation(name, "h", "a tensor", type(h).__name__, remedy))
-
-
-def check_state(name: str, argument: str, h: Tensor, sequence: Tensor) -> Tensor:
-    """Return h expanded to the state (B, 1, *) of a sequence (B, S, *)."""
-    check_kind(name, argument, h, sequence, "the sequence")
-    remedy = "(S, H) without a batch is read as (B, S); pass (1, S, H)" if sequence.dim() == 2 and h.dim() == 1 else ""
-    return expanded(name, argument, h, (sequence.shape[0], 1, *sequence.shape[2:]), "(B, 1, *)", remedy)
-
-
-def expanded(name: str, argument: str, h: Tensor, shape: tuple[int, ...], letters: str, remedy: str = "") -> Tensor:
-    try:
-        return h.expand(shape)
-    except RuntimeError:
-        expected = f"expandable to {letters} = {dims(shape)}"
-        remedy = remedy or unsqueeze_remedy(argument, h, shape)
-        raise ValueError(expectation(name, argument, expected, dims(h.shape), remedy)) from None
-
-
-def check_reset(name: str, reset: Tensor | None, sequence: Tensor, letters: str) -> None:
-    if reset is None:
-        return
-    if not isinstance(reset, Tensor):
-        raise not_a_tensor(name, "reset", reset, "a bool tensor")
-    if reset.dtype != torch.bool:
-        raise TypeError(expectation(name, "reset", "of dtype torch.bool", str(reset.dtype), "use reset.bool()"))
-    if reset.shape != sequence.shape[:2]:
-        raise of_another_shape(name, "reset", reset, letters, sequence.shape[:2])
-    if reset.device != sequence.device:
-        raise on_another_device(name, "reset", reset, sequence.device, "the sequence")
-
-
-def check_dt(name: str, dt: Tensor, sequence: Tensor, cell: str, letters: str, like_name: str = "x") -> None:
-    """Check the elapsed times of a sequence. Negative times and NaN are only found in eager mode on the CPU."""
-    why_not = CELLS[cell].not_timed
-    require(name, "dt", why_not is None, f"None because {why_not}", type(dt).__name__)
-    check_kind(name, "dt", dt, sequence, like_name)
-    if dt.shape != sequence.shape[:2]:
-        raise of_another_shape(name, "dt", dt, letters, sequence.shape[:2])
-    # On a GPU, the test would synchronize.
-    if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
-        least, most = (time.item() for time in torch.aminmax(dt))
-        if not least >= 0:
-            raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
-        time = letters.find("S") // 3
-        num_steps = dt.shape[time] if dt.dim() == 2 else 1
-        is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
-        # Two events of a stream may have one time.
-        if is_new or most > MOST_USUAL_TIME or (most == 0 and num_steps > 1):
-            _check_times(name, dt, time if is_new else None, most)
-
-
-# Gaps of so many steps in a row do not increase by chance.
-LEAST_INCREASES = 7
-
-# What has been called with more steps. Only the first such call tests for increases, which takes time.
-_WITH_LONG_SEQUENCES: set[str] = set()
-
-
-def _check_times(name: str, dt: Tensor, time: int | None, most: float) -> None:
-    """Warn once of elapsed times that look like a mistake; `most` is the largest, `time` the dimension of time."""
-    if most == 0:
-        _warn_once(name, "0 at all steps, which ignores x; pass the time between two steps")
-    elif MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
-        _warn_once(name, f"above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap")
-    elif time is not None:
-        increases, later = dt.diff(dim=time) > 0, dt.narrow(time, 1, dt.shape[time] - 1)
-        # 0 is padding.
-        if increases.sum() >= LEAST_INCREASES and (increases | (later == 0)).all():
-            _warn_once(name, "increasing at all steps, as times are; use mingru.functional.elapsed_times")
-    if time is not None:
-        _WITH_LONG_SEQUENCES.add(name)
-
-
-@functools.cache
-def _warn_once(name: str, problem: str) -> None:
-    warnings.warn(f"{name}: dt is {problem}", RuntimeWarning, stacklevel=level_of_the_caller())
-
-
-def check_steps(
-    name: str, x: Tensor, letters: str, cell: str, reset: Any, dt: Any, like_name: str = "x", lengths: Any = None
-) -> None:
-    """Check the resets and the elapsed times of the steps of a sequence, and its lengths."""
-    check_reset(name, reset, x, letters)
-    if dt is not None:
-        check_dt(name, dt, x, cell, letters, like_name)
-    if lengths is not None:
-        batch, steps = x.shape[:2] if letters == "(B, S)" else (x.shape[1], x.shape[0])
-        check_lengths(name, lengths, batch, steps, x.device)
 
 
 def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -211,38 +254,43 @@ def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...])
         raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype)))
 
 
-def check_packing(name: str, x: Any) -> None:
-    """Check the sizes of a PackedSequence, by which kernels read and write memory."""
+def check_packing(layer: Any, table: Table, x: PackedSequence) -> int:
+    """Check the sizes of a PackedSequence, by which kernels read and write memory, and return the size of its batch."""
     _, batch_sizes, *orders = x
     if not are_eager(batch_sizes):
-        return  # A graph has no values.
-    if not is_packing(batch_sizes, x.data.shape[0]):
-        expected = f"packed with batch_sizes that are positive, do not increase and sum to {x.data.shape[0]}"
-        raise ValueError(expectation(name, "x", expected, str(batch_sizes.tolist()), "use pack_padded_sequence"))
-    count = int(batch_sizes[0])
-    for order in orders:
-        if order is not None and order.numel() != count:
-            expected = f"packed with one index in its order for each of {count} sequences"
-            raise ValueError(expectation(name, "x", expected, str(order.numel()), "use pack_padded_sequence"))
+        return int(batch_sizes[0])  # A graph has no values.
+    argument, count = layer._forms.names["x"], batch_sizes[:1].sum().item()
+    is_valid, remedy = is_packing(batch_sizes, x.data.shape[0]), "use pack_padded_sequence"
+    expected = f"packed with batch_sizes that are positive, do not increase and sum to {x.data.shape[0]}"
+    require(layer.name, argument, is_valid, expected, str(batch_sizes.tolist()), remedy)
+    expected = f"packed with one index in its order for each of {count} sequences"
+    for size in [order.numel() for order in orders if order is not None]:
+        require(layer.name, argument, size == count, expected, str(size), remedy)
+    return int(count)
 
 
-def check_integers(name: str, lengths: Tensor, letters: str) -> None:
-    if not isinstance(lengths, Tensor):
-        raise not_a_tensor(name, "lengths", lengths, f"an integer tensor {letters}")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        remedy = f"use {LENGTHS_OF_MASK}" if lengths.dtype == torch.bool else "use lengths.long()"
-        raise TypeError(expectation(name, "lengths", "of an integer dtype", str(lengths.dtype), remedy))
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Any:
+    """Return the data (P,) of an argument that must be packed like x."""
+    if given is None:
+        return None
+    check_type(name, argument, given, PackedSequence, "a PackedSequence like x", "pack it with the lengths of x")
+    fits = torch.equal(given.batch_sizes, x.batch_sizes) and torch.equal(_order_of(given), _order_of(x))
+    require(name, argument, fits, "packed with the lengths and in the order of x", "others")
+    return given.data
 
 
-def check_lengths(name: str, lengths: Tensor, batch: int, steps: int, device: torch.device) -> None:
-    check_integers(name, lengths, "(B,)")
-    if lengths.shape != (batch,):
-        raise of_another_shape(name, "lengths", lengths, "(B,)", (batch,))
-    if lengths.device.type != "cpu" and lengths.device != device:
-        expected = f"on the CPU or on {device} like x"
-        raise ValueError(expectation(name, "lengths", expected, f"a tensor on {lengths.device}", "use lengths.cpu()"))
-    if is_captured() or not lengths.is_cpu:
-        return  # A graph has no values, and a GPU would be waited for.
-    least, most = (length.item() for length in torch.aminmax(lengths)) if batch else (0, 0)
-    if least < 0 or most > steps:
-        raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
+def _order_of(packed_x: PackedSequence) -> Tensor:
+    """Return the batch index of each sorted sequence."""
+    order = packed_x.sorted_indices
+    return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
+
+
+def is_expandable(shape: Shape, whole: Shape) -> bool:
+    """Return whether a tensor of a shape can be expanded to another."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(size in (1, other) for size, other in sizes)
+
+
+def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that autocast converts, if it is enabled."""
+    return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()

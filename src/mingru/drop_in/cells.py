@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check.forms import check_steps
-from ..check.messages import dims, expectation
+from ..check.forms import check_call
+from ..check.tables import CELL_OF_TORCH
+from ..check.values import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import CellOptions, OneStateOptions, PairOptions, arguments_of, constructor
@@ -26,6 +27,7 @@ class LSTMCellOptions(PairOptions, CellOptions, total=False):
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
+    _forms = CELL_OF_TORCH
     _size_error = RuntimeError
     _remedy_for_bias = ""
 
@@ -37,13 +39,9 @@ class DropInCell(DropIn, RecurrentCell):
         scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        self._check_input(x, (1, 2), f"(B, {self.input_size}) or ({self.input_size},)", ValueError)
         if h is not None and isinstance(h[0], Tensor) and h[0].dim() not in (1, 2):
             raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
-        self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
-        if reset is not None or dt is not None:
-            letters = "(B,)" if x.dim() == 2 else "a scalar"
-            check_steps(self.name, x.select(-1, 0), letters, self.cell, reset, dt, "input")
+        check_call(self, x, h, reset, lengths, dt)
 
 
 class GRUCell(DropInCell, role="step", planned=True):

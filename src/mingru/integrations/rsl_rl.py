@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import drop_in
-from ..check import messages, values
+from ..check import values
 from . import OPTIONS, require
 
 with require("rsl-rl-lib", "rsl_rl 5.5", __name__):
@@ -71,7 +71,7 @@ class MinGRUModel(RNNModel):
         is_learned = bool(options.get("learn_initial_state"))
         values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
         expected = "False because rsl_rl begins episodes with 0"
-        messages.require("MinGRUModel", "learn_initial_state", not is_learned, expected, "True")
+        values.require("MinGRUModel", "learn_initial_state", not is_learned, expected, "True")
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)
         layer = drop_in.GRU if rnn_type == "gru" else drop_in.LSTM
         self.rnn = _OnePass(layer(self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options))

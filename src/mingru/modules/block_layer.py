@@ -5,8 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..check.forms import check_parameter
-from ..check.messages import require
-from ..check.values import check_flag, check_int
+from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan, plannable

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from ..check.messages import check_type, require, reworded
+from ..check.values import check_type, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
 from .cells import RecurrentCell

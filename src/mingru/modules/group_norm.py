@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..check.messages import require
-from ..check.values import check_int
+from ..check.values import check_int, require
 
 
 class GroupNorm(nn.GroupNorm):

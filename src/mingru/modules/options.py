@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, get_args, get_
 import torch
 
 from ..check.calls import arguments_checked
-from ..check.messages import require
-from ..check.values import check_choice, check_dropout, check_flags, check_int, check_number, per_layer
+from ..check.values import check_choice, check_dropout, check_flags, check_int, check_number, per_layer, require
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import CELLS, GATES, cells_of, default_candidate
 

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.messages import require
-from ..check.values import check_bias, check_flag, check_flags, check_int, check_parts, check_residual, is_number
+from ..check.values import (
+    check_bias,
+    check_flag,
+    check_flags,
+    check_int,
+    check_parts,
+    check_residual,
+    is_number,
+    require,
+)
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
