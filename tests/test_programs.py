@@ -136,7 +136,7 @@ def test_a_short_run_and_its_results_from_the_checkpoint(name, tmp_path, capsys,
 
 
 TABLE = (programs.ROOT / "tests/data/refusals_of_programs.txt").read_text(encoding="utf-8")
-REFUSALS = [re.fullmatch(r"(\w+) (.*)\n    (.*)", each).groups() for each in TABLE.strip().split("\n\n")[1:]]
+REFUSALS = re.findall(r"^(\w+) (--.*) -> (.*)$", TABLE, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "more", "message"), REFUSALS)

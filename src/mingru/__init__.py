@@ -2,8 +2,9 @@
 
 import typing
 
-from . import convert, drop_in, export, functional, models, unknown_arguments
+from . import convert, drop_in, export, functional, models
 from ._version import __version__
+from .check import names as _names
 from .modules.blockgru import BlockGRU, BlockGRUCell
 from .modules.cells import MinGRUCell, MinLSTMCell
 from .modules.minconvgru import (
@@ -45,7 +46,7 @@ __all__ = [
     "use_backend",
 ]
 
-_PRIVATE = "annotations check context ops sequences serialization typing unknown_arguments wrong_calls".split()
+_PRIVATE = ("check", "context", "ops", "sequences", "serialization", "typing")
 
 
 def __dir__() -> list[str]:
@@ -57,4 +58,4 @@ def __dir__() -> list[str]:
 if not typing.TYPE_CHECKING:
 
     def __getattr__(name):
-        raise AttributeError(unknown_arguments.unknown_name(globals(), name))
+        raise AttributeError(_names.unknown_name(globals(), name))

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .check import check_int, check_type, dims, not_a_tensor, require
+from .check.calls import arguments_checked
+from .check.values import check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
 from .ops.backends import in_onnx, traceable
 from .ops.cells import BLOCKS
 from .ops.private import ONNX_REGISTRATION_LOG, pytree
-from .wrong_calls import arguments_checked
 
 __all__ = ["onnx"]
 
@@ -174,16 +174,22 @@ def _with_dynamic_shapes(
     """Return the inputs, large enough to keep their sizes dynamic, and their dynamic dimensions."""
     from torch.export import Dim
 
-    x, layout = args[0], model._dims_of(args[0])
+    x, tables = args[0], model._tables()
+    forms = next((each for each in tables if each["x"].num_dims + model.num_space_dims == x.dim()), tables[0])
+    batch, time, of_state = (
+        forms["x"].dim("B"),
+        forms["x"].dim("S"),
+        0 if model.num_space_dims > 0 else forms["h"].dim("B"),
+    )
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
-    of_x: dict[int, Any] = {} if layout.batch is None else {layout.batch: Dim("batch")}
+    of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
     # The node of a GRU takes no resets, and without it there are as many steps as in the example.
     has_reset = inspect.signature(model.forward).bind(*args).arguments.get("reset") is not None
     loops = [name for name, each in model.named_modules() if has_reset and getattr(each, "cell", None) == BLOCKS]
-    if layout.time is None:
+    if time is None:
         require(_NAME, "max_steps", max_steps is None, "None because x has no time dimension", str(max_steps))
     elif kind == "sequence":
-        num_steps = x.shape[layout.time]
+        num_steps = x.shape[time]
         is_enough = max_steps is None or num_steps <= max_steps
         require(_NAME, "max_steps", is_enough, f"at least the {num_steps} steps of the example", str(max_steps))
         if loops:
@@ -191,14 +197,14 @@ def _with_dynamic_shapes(
             expected = f"of at most {_MOST_LOOPS} steps, because {why}"
             remedy = "leave out the resets, and pass what is between them as sequences; or use kind='step'"
             require(_NAME, "x", num_steps <= _MOST_LOOPS, expected, f"{num_steps} steps", remedy)
-        of_x |= {} if loops else {layout.time: Dim("time")}
+        of_x |= {} if loops else {time: Dim("time")}
     else:
-        expected = f"of one step in dimension {layout.time} because kind is 'step'"
-        remedy = f"use x.narrow({layout.time}, 0, 1)"
-        require(_NAME, "x", x.shape[layout.time] == 1, expected, dims(x.shape), remedy)
+        expected = f"of one step in dimension {time} because kind is 'step'"
+        remedy = f"use x.narrow({time}, 0, 1)"
+        require(_NAME, "x", x.shape[time] == 1, expected, dims(x.shape), remedy)
     enlarged, shapes = [], []
     for index, (name, arg) in enumerate(inspect.signature(model.forward).bind(*args).arguments.items()):
-        of_others = [layout.state] if index == 1 else [0] if name == "lengths" else list(of_x)
+        of_others = [of_state] if index == 1 else [0] if name == "lengths" else list(of_x)
         dynamic = of_x if index == 0 else {dim: Dim.AUTO for dim in of_others if dim is not None}
         enlarged.append(None if arg is None else pytree.tree_map(partial(_enlarged, dynamic), arg))
         shapes.append(pytree.tree_map(lambda _, dynamic=dynamic: dynamic, arg))

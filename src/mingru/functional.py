@@ -4,24 +4,16 @@ Notation, here and in the whole package: B batch, S sequence (time), I input fea
 D directions (1 or 2), * any trailing sizes.
 """
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .check import (
-    check_choice,
-    check_flag,
-    check_min_decay,
-    check_state,
-    check_steps,
-    check_tensor,
-    dims,
-    expectation,
-    not_a_tensor,
-    require,
-)
+from .check.calls import explained
+from .check.forms import Forms, Table, check_steps, is_expandable
+from .check.tables import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION
+from .check.values import check_choice, check_flag, check_min_decay, dims, expectation, not_a_tensor, require, written
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
@@ -32,7 +24,6 @@ from .ops.graph import scripted_as
 from .ops.route import BackendName
 from .ops.shape import accumulate_dtype, as_dtype
 from .sequences import check_resets, elapsed_times, reset_from_lengths
-from .wrong_calls import explained
 
 __all__ = [
     "check_resets",
@@ -166,24 +157,20 @@ def mingru(
     check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, [kind])
     spec = spec_of(GATES[kind], default_candidate(GATES[kind]) if activation is None else activation, False, bound)
-    inputs = {"gate": gate, "candidate": candidate}
+    inputs: dict[str, Any] = {"gate": gate, "candidate": candidate}
+    forms = ROTATION if kind == "rotation" else MINGRU
     if kind == "rotation":
-        _check_sequence(name, "gate", gate, least=3)
-        if angle is None:
-            raise ValueError(expectation(name, "angle", "a tensor like gate because kind is 'rotation'", "None"))
-        check_tensor(name, "angle", angle, gate, "gate")
-        shape = (*gate.shape[:2], 2 * gate.shape[2], *gate.shape[3:])
-        check_tensor(name, "candidate", candidate, gate, "gate", shape)
-        inputs = {"gate and angle": torch.stack([gate, angle], 3).flatten(2, 3), "candidate": candidate}
-    elif angle is not None:
+        require(name, "angle", angle is not None, "a tensor like gate because kind is 'rotation'", "None")
+        inputs = {"gate": gate, "angle": angle, "candidate": candidate}
+    else:
         expected = f"None because kind is {kind!r}"
-        raise ValueError(expectation(name, "angle", expected, type(angle).__name__, "pass kind='rotation'"))
-    elif (count := multiple_of(spec.cell)) > 1:
+        require(name, "angle", angle is None, expected, type(angle).__name__, "pass kind='rotation'")
+    if (count := multiple_of(spec.cell)) > 1 and kind != "rotation":
         _check_floating(name, "gate", gate)
         is_valid = gate.dim() > 2 and gate.shape[2] % count == 0
         expected = f"(B, S, H, *) with H divisible by {count} because kind is {kind!r}"
         require(name, "gate", is_valid, expected, dims(gate.shape))
-    return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
+    return _recurrence(name, spec, forms, inputs, h, reset, dt, backend, initial_state)
 
 
 @explained
@@ -246,34 +233,42 @@ def minlstm(
     check_flag(name, "normalize", normalize)
     spec = spec_of("minlstm" if normalize else "minlstm_unnormalized", activation, False, 0.0)
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _recurrence(name, spec, inputs, h, reset, dt, backend, initial_state)
+    return _recurrence(name, spec, MINLSTM, inputs, h, reset, dt, backend, initial_state)
 
 
 def _recurrence(
     name: str,
     spec: Spec,
-    inputs: dict[str, Tensor],
+    forms: Forms,
+    inputs: dict[str, Any],
     h: Tensor | None,
     reset: Tensor | None,
     dt: Tensor | None,
     backend: BackendName,
     initial_state: Tensor | None,
 ) -> Tensor:
-    (first_name, first), *others = inputs.items()
-    _check_sequence(name, first_name, first)
-    for argument, sequence in others:
-        check_tensor(name, argument, sequence, first, first_name)
+    tensors = [*inputs.values()]
+    first, table = tensors[0], _forms_of(forms, tensors[0])
+    for argument, sequence in inputs.items():
+        if argument in table:
+            table[argument].check(forms, sequence, first, first.shape)
     check_choice(name, "activation", spec.activation, _activation.ACTIVATIONS)
-    check_steps(name, first, "(B, S)", spec.cell, reset, dt, first_name)
+    check_steps(forms, table, first, first.shape, spec.cell, reset, None, dt)
     if dt is not None:
         dt = as_dtype(dt, accumulate_dtype(first.dtype))
-    if initial_state is None:
+    if h is not None:
+        table["h"].check(forms, h, first, first.shape)
+    if initial_state is not None:
+        table["initial_state"].check(forms, initial_state, first, first.shape)
+    else:
         value = zero_state(spec.cell, spec.activation)
         initial_state = torch.full((), value, dtype=first.dtype, device=first.device)
-    initial = check_state(name, "initial_state", initial_state, first)
-    state = initial if h is None else check_state(name, "h", h, first)
-    start = Start(state, initial, reset, dt)
-    return ops.recurrence(spec, list(inputs.values()), start, backend=backend)[0]
+    shape = table["h"].shape(first.shape, None)
+    initial = initial_state.expand(shape)
+    start = Start(initial if h is None else h.expand(shape), initial, reset, dt)
+    if "angle" in inputs:
+        tensors = [torch.stack(tensors[:2], 3).flatten(2, 3), tensors[2]]
+    return ops.recurrence(spec, tensors, start, backend=backend)[0]
 
 
 def _scripted_linear_scan(
@@ -367,14 +362,17 @@ def linear_scan(
         (tensor([[1.0000, 1.5000, 0.0000, 0.0000]]), tensor([[1.5000]]))
     """
     name = "linear_scan"
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape and _is_expandable(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape and is_expandable(a.shape, b.shape):
         expected = f"(B, S, *) = {dims(b.shape)} like b"
         raise ValueError(expectation(name, "a", expected, dims(a.shape), "use a.expand_as(b), which copies nothing"))
-    _check_sequence(name, "a", a, or_complex=True)
-    check_tensor(name, "b", b, a, "a")
-    check_steps(name, a, "(B, S)", "linear_scan", reset, None, lengths=lengths)
+    table = _forms_of(LINEAR_SCAN, a, or_complex=True)
+    table["b"].check(LINEAR_SCAN, b, a, a.shape)
+    check_steps(LINEAR_SCAN, table, a, a.shape, name, reset, lengths)
+    if h is not None:
+        table["h"].check(LINEAR_SCAN, h, a, a.shape)
     state = torch.zeros((), dtype=a.dtype, device=a.device) if h is None else h
-    states = ops.linear_scan(a, b, check_state(name, "h", state, a), reset, reverse, backend, lengths)
+    state = state.expand(table["h"].shape(a.shape, None))
+    states = ops.linear_scan(a, b, state, reset, reverse, backend, lengths)
     return states[0] if lengths is None else states
 
 
@@ -408,23 +406,18 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     References:
         Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation"; Feng et al. 2024, appendix B.
     """
-    name = "parallel_scan_log"
-    _check_sequence(name, "log_a", log_a)
-    check_tensor(name, "log_b", log_b, log_a, "log_a", (log_a.shape[0], log_a.shape[1] + 1, *log_a.shape[2:]))
+    _forms_of(PARALLEL_SCAN_LOG, log_a)["log_b"].check(PARALLEL_SCAN_LOG, log_b, log_a, log_a.shape)
     return _in_log_space.parallel_scan_log(log_a, log_b)
 
 
-def _is_expandable(x: Tensor, like: Tensor) -> bool:
-    """Return whether x can be expanded to the shape of `like`."""
-    sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
-    return x.dim() <= like.dim() and all(size in (1, other) for size, other in sizes)
-
-
-def _check_sequence(name: str, argument: str, sequence: Tensor, or_complex: bool = False, least: int = 2) -> None:
-    _check_floating(name, argument, sequence, or_complex)
-    if sequence.dim() < least:
-        expected = "(B, S, *)" if least == 2 else "(B, S, H / 2, *) because kind is 'rotation'"
-        raise ValueError(expectation(name, argument, expected, dims(sequence.shape), "add a batch dimension"))
+def _forms_of(forms: Forms, x: Tensor, or_complex: bool = False) -> Table:
+    """Return the forms of the arguments beside a sequence x."""
+    (table,), name, argument = forms.batch_first, forms.name, forms.names["x"]
+    _check_floating(name, argument, x, or_complex)
+    if x.dim() < table["x"].num_dims:
+        remedy = "add a batch dimension"
+        raise ValueError(expectation(name, argument, written(table["x"].parts), dims(x.shape), remedy))
+    return table
 
 
 def _check_floating(name: str, argument: str, x: Tensor, or_complex: bool = False) -> None:

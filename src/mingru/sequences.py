@@ -7,23 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import (
-    check_flag,
-    check_int,
-    check_integers,
-    check_number,
-    check_reset,
-    check_steps,
-    check_type,
-    dims,
-    expectation,
-    of_another_shape,
-    on_another_device,
-    require,
-)
+from .check.calls import explained
+from .check.forms import check_steps
+from .check.tables import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS
+from .check.values import check_flag, check_int, check_number, check_type, dims, expectation, require
 from .ops.graph import are_eager
 from .ops.layout import padding_of
-from .wrong_calls import explained
 
 
 @explained
@@ -80,7 +69,8 @@ def elapsed_times(
         raise TypeError(expectation(name, "t", "of a floating-point or integer dtype", str(t.dtype)))
     if t.dim() != 2:
         raise ValueError(expectation(name, "t", letters, dims(t.shape)))
-    check_steps(name, t, letters, "mingru", reset, None, lengths=lengths)
+    (table,) = ELAPSED_TIMES.batch_first if batch_first else ELAPSED_TIMES.time_first
+    check_steps(ELAPSED_TIMES, table, t, t.shape, "mingru", reset, lengths)
     if not batch_first:
         t, reset = t.t(), None if reset is None else reset.t()
     batch, steps = t.shape
@@ -91,12 +81,10 @@ def elapsed_times(
     if not isinstance(first, Tensor):
         check_number(name, "first", first, "a number of at least 0, or a tensor (B,)", lambda time: time >= 0)
         before = torch.full((batch, 1), first, dtype=between.dtype, device=t.device)
-    elif first.shape != (batch,):
-        raise of_another_shape(name, "first", first, "(B,)", (batch,))
-    elif first.device != t.device:
-        raise on_another_device(name, "first", first, t.device, "t")
     else:
-        before = first.to(between.dtype).unsqueeze(1)
+        before = first.to(between.dtype)
+        table["first"].check(ELAPSED_TIMES, before, between, between.shape)
+        before = before.unsqueeze(1)
     starts = (torch.arange(steps, device=t.device) == 0).expand(batch, steps)
     starts = starts if reset is None else starts | reset
     dt = torch.where(starts, before, between)
@@ -152,8 +140,8 @@ def reset_from_lengths(lengths: Tensor, num_steps: int | None = None) -> Tensor:
         >>> torch.testing.assert_close(out[:, 3:], rnn(sequences[2].unsqueeze(0))[0])
     """
     name = "reset_from_lengths"
-    check_integers(name, lengths, "(N,)")
-    require(name, "lengths", lengths.dim() == 1, "(N,)", dims(lengths.shape))
+    (table,), count = RESET_FROM_LENGTHS.batch_first, lengths.numel() if isinstance(lengths, Tensor) else 0
+    table["lengths"].check(RESET_FROM_LENGTHS, lengths, lengths, (count,))
     require(name, "lengths", bool((lengths >= 1).all()), "at least 1 each", str(lengths.tolist()))
     total = int(lengths.sum())
     num_steps = total if num_steps is None else num_steps
@@ -196,7 +184,8 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out:
         early; pass reset[t] = flags[t - 1]
     """
     name, time = "check_resets", 1 if getattr(rnn, "batch_first", True) else 0
-    check_reset(name, reset, x, "(B, S)" if time == 1 else "(S, B)")
+    (table,) = CHECK_RESETS.batch_first if time == 1 else CHECK_RESETS.time_first
+    table["reset"].check(CHECK_RESETS, reset, x, x.shape)
     expected, remedy = "True somewhere after the first step", "pass a rollout in which episodes begin"
     has_starts = bool(reset.narrow(time, 1, reset.shape[time] - 1).any())
     require(name, "reset", has_starts, expected, "no such flag", remedy)
@@ -205,7 +194,8 @@ def check_resets(rnn: Callable[..., Any], x: Tensor, h: Any, reset: Tensor, out:
         """Return the largest error in each sequence."""
         found: Tensor = rnn(x, h, reset=flags)[0]
         if found.shape != out.shape:
-            raise of_another_shape(name, "out", out, "the shape of a pass", found.shape)
+            expected = f"of the shape of a pass, {dims(found.shape)}"
+            raise ValueError(expectation(name, "out", expected, dims(out.shape)))
         return (found - out).abs().movedim(1 - time, 0).flatten(1).amax(1)
 
     def fits(flags: Tensor, unknown: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check import check_int, check_type, dims, expectation, require
+from .check.values import check_int, check_type, dims, expectation, require
 from .modules.layer import is_bidirectional
 
 __all__ = ["Sessions"]

@@ -2,14 +2,12 @@
 
 import copy
 import inspect
-import math
 import pickle
 import re
 
 import pytest
 import torch
 from cases import DOUBLE, FEATURES, IMAGES, LIKE_TORCH, ROWS, STEPS, parametrized, some, tensors, through_a_file
-from refusals import assert_refused, wrong_resets, wrong_shapes, wrong_tensors
 from torch import nn
 from torch.testing import assert_close
 
@@ -107,39 +105,6 @@ def test_a_cell_is_a_layer(case):
             one = None if h is None else case.of_states(each[at] for each in given["h"])
             alone = cell(given["x"][at, 0], one, **{name: each[at] for name, each in extra.items()})
             assert_close(tensors(alone), [each[at] for each in together], rtol=1e-9, atol=1e-9)
-
-
-@parametrized([row for row in some(ROWS, 5) if not row.of_torch and "lock" not in row.name])
-def test_wrong_arguments_are_refused_and_change_nothing(case):
-    module, args = case.make(), case.args()
-    x, h, reset = args["x"], args["h"], args["reset"]
-    order = "(B,)" if case.is_cell else "(B, S)" if case.batch_dim == 0 else "(S, B)"
-    sizes = re.escape(f"{order} = {tuple(reset.shape)}")
-    cases = wrong_tensors("x", x, "the layer's weight") | wrong_resets(order, *reset.shape)
-    cases |= wrong_shapes("x", re.escape(order.rstrip(",)")), x.narrow(len(reset.shape), 0, 2), x.unsqueeze(0))
-    cases["x of integers"] = ({"x": x.long()}, TypeError, r"x must be torch\.float32 .*, got torch\.int64")
-    if isinstance(case.states[0], torch.Tensor):
-        cases |= wrong_tensors("h", h, "x")
-    if "dt" in case.takes:
-        dt = args["dt"]
-        cases |= wrong_tensors("dt", dt, "x") | wrong_shapes("dt", sizes, dt.unsqueeze(-1))
-        cases |= {f"dt {time}": ({"dt": dt + time}, ValueError, "dt must be at least 0") for time in (-3, math.nan)}
-    if "lengths" in case.takes:
-        ends = torch.tensor([7, 3])
-        cases |= wrong_shapes("lengths", r"\(B,\) = \(2,\)", ends[:1], ends[:, None])
-        cases["a length"] = ({"lengths": ends + 1}, ValueError, r"lengths must be from 0 to S = 7, got \[8, 4\]")
-        cases["lengths"] = (
-            {"lengths": ends.float()},
-            TypeError,
-            "lengths must be of an integer dtype, got torch.float32",
-        )
-    given = {"x": x, "reset": reset}
-    # Other code runs without gradients.
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            expected = module(**given)
-            assert_refused(lambda **wrong: module(**{**given, **wrong}), cases, r"\w+: ")
-            assert_close(module(**given), expected, rtol=0, atol=0)
 
 
 with_and_without_grad = pytest.mark.parametrize("grad", [True, False])

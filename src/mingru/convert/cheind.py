@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import require
+from ..check.values import require
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack

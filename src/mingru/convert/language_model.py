@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import require
+from ..check.values import require
 from ..models import LanguageModel
 from .projected import Projected, from_lucidrains
 from .state_dict import Checkpoint

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..check import check_like, check_type, dims, expectation, require
+from ..check.values import check_type, dims, expectation, not_a_tensor, require
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 
@@ -64,10 +64,13 @@ class Checkpoint(dict[str, Tensor]):
         weight, argument = self[wanted[0]], self.prefix + wanted[0]
         for key in (wanted[0], *self):
             # Comparing the first tensor with itself only checks that it is a tensor.
-            check_like(self.name, self.prefix + key, self[key], weight, argument)
-            layout = self[key].layout
-            is_dense, remedy = layout == torch.strided, "use .to_dense()"
-            require(self.name, self.prefix + key, is_dense, "of layout torch.strided", str(layout), remedy, TypeError)
+            x, name = self[key], self.prefix + key
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                raise not_a_tensor(self.name, name, x)
+            expected, got, remedy = f"{weight.dtype} like {argument}", str(x.dtype), f"use {name}.to({weight.dtype})"
+            require(self.name, name, x.dtype == weight.dtype, expected, got, remedy, TypeError)
+            expected, got = f"on {weight.device} like {argument}", f"a tensor on {x.device}"
+            require(self.name, name, x.device == weight.device, expected, got, f"use {name}.to({str(weight.device)!r})")
         is_valid = weight.is_floating_point()
         require(self.name, argument, is_valid, "of a floating-point dtype", str(weight.dtype), error=TypeError)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..check import check_type, require
+from ..check.values import check_type, require
 from ..modules.layer import Layer
 from ..modules.shared import MaybeList
 from ..modules.stacked import Directions

@@ -26,7 +26,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check import check_integers, check_lengths, check_type, require
+from ..check.forms import check_range
+from ..check.tables import LAYER
+from ..check.values import check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv
 from ..models.language_model import LanguageModel
@@ -169,7 +171,7 @@ def _of_part(mesh: DeviceMesh, module: Any, args: Any, kwargs: Any) -> tuple[Any
     given = bound.arguments
     lengths = given.get("lengths")
     if lengths is not None:
-        check_lengths(module.name, lengths, facts[0]["batch"], sum(steps), lengths.device)
+        check_range(module.name, lengths, sum(steps))
         given["lengths"] = (lengths.long() - sum(steps[: mesh.get_local_rank()])).clamp(0, own[0])
         name, x = next(iter(given.items()))
         given[name] = without_padding(x, given["lengths"], not getattr(module, "batch_first", True))
@@ -192,9 +194,9 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         first = first.layers[0] if isinstance(first, Stack) else None
         states = states[: first.num_states] if states is not None and first is not None else None
     lengths = given.get("lengths")
-    if lengths is not None:
-        check_integers(module.name, lengths, "(B,)")
     batch, steps = x.shape[:2] if getattr(module, "batch_first", True) else (x.shape[1], x.shape[0])
+    if lengths is not None:
+        LAYER.batch_first[0]["lengths"].check(module, lengths, lengths, (batch, steps))
     arguments = tuple(name for name, value in given.items() if value is not None)
     of_lengths = None if lengths is None else lengths.tolist()
     return steps, {"batch": batch, "dtype": x.dtype, "arguments": arguments, "lengths": of_lengths}

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check import require
+from ..check.values import require
 from ..modules.recurrent import Recurrent
 from ..modules.recurrent_layer import RecurrentLayer
 from ..modules.stacked import Directions

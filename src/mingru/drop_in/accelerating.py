@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_flag, check_type
+from ..check.values import check_flag, check_type
 from ..ops import autograd, route
 from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKS

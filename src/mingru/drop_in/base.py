@@ -3,6 +3,7 @@
 import inspect
 import operator
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,25 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    autocast_dtypes,
+from ..check import hints
+from ..check.forms import Form, autocast_dtypes
+from ..check.values import (
     check_int,
-    check_like,
     dims,
-    embed_remedy,
     expectation,
     is_number,
-    mask_remedy,
     name_of,
     require,
     reworded,
 )
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
-from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default
 from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
+from ..ops.private import is_any_autocast_enabled
 
 Pair = tuple[Tensor, Tensor]
 
@@ -114,49 +114,29 @@ class DropIn(Recurrent):
         """Return the initial state, which is 0, as in torch."""
         return 0.0
 
-    def _check_tensor(self, argument: str, x: Any) -> None:
-        """Raise AttributeError if x is not a tensor, as torch's layers do."""
-        if not isinstance(x, Tensor):
-            of_lstm = "unlike the (h, c) of an LSTM, the state is one tensor" if argument == "hx" else ""
-            remedy = of_lstm if isinstance(x, tuple) else "use torch.as_tensor"
-            raise AttributeError(expectation(self.name, argument, "a tensor", type(x).__name__, remedy))
+    def _error_for(self, argument: str, problem: str) -> type[Exception]:
+        """Return what torch raises, for its own arguments."""
+        if argument not in ("x", "h"):
+            return super()._error_for(argument, problem)
+        if argument == "x" and problem == "dtype" and not is_any_autocast_enabled():
+            return self._size_error
+        return {"type": AttributeError, "dims": ValueError}.get(problem, RuntimeError)
 
-    def _check_input(self, x: Any, num_dims: tuple[int, ...], expected: str, error: type[Exception]) -> None:
-        """Raise an error if x is not a tensor with one of these numbers of dimensions, or does not fit the weights."""
-        self._check_tensor("input", x)
-        if x.dim() not in num_dims:
-            raise error(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        if x.shape[-1] != self.input_size:
-            expected = f"of {self.input_size} features because input_size is {self.input_size}"
-            raise RuntimeError(expectation(self.name, "input", expected, dims(x.shape), embed_remedy(x)))
-        weight = weight_of(self._map_of_x())
-        if weight is not None:
-            self._check_as("input", x, weight, "the layer's weight", self._size_error)
-
-    def _check_hx(self, h: MaybeList, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-        if h is None:
-            return
-        (hx,) = h
-        self._check_tensor("hx", hx)
-        if hx.shape != shape:
-            expected = f"({letters}) = {dims(shape)}"
-            remedy = mask_remedy(hx)
-            if hx.dim() == len(shape) + 1 and hx.shape[-2] == 1:
-                remedy = "use hx.squeeze(-2) for a state of mingru.MinGRU"
-            elif hx.dim() == 3 and (hx.shape[1], hx.shape[0], hx.shape[2]) == shape:
-                remedy = "batch_first applies to the input only; the state is always (L * D, B, H)"
-            elif hx.shape == (self._num_layers_of_program * self.num_directions, *shape[1:]):
-                given = f"num_layers={self.num_layers} in place of the program's {self._num_layers_of_program}"
-                remedy = f"patch or replace got {given}, which makes states of its own: leave num_layers out"
-            raise RuntimeError(expectation(self.name, "hx", expected, dims(hx.shape), remedy))
-        self._check_as("hx", hx, x, "input", RuntimeError)
-
-    def _check_as(self, argument: str, x: Tensor, like: Tensor, like_name: str, wrong_dtype: type[Exception]) -> None:
-        if x.dtype == like.dtype and x.device == like.device:
-            return
-        others = autocast_dtypes(x)
-        with _raised_as({TypeError: RuntimeError if others else wrong_dtype, ValueError: RuntimeError}):
-            check_like(self.name, argument, x, like, like_name, others, ids=argument == "input")
+    def _hint(self, form: Form, value: Any, shape: Sequence[int]) -> str:
+        """Return the remedy for an argument of another type or shape."""
+        if form.argument == "x":
+            return hints.of_ids(value) if isinstance(value, Tensor) else ""
+        if form.argument != "h" or not shape:
+            of_lstm = "unlike the (h, c) of an LSTM, the state is one tensor"
+            return of_lstm if form.argument == "h" and isinstance(value, tuple) else ""
+        if value.dim() == len(shape) + 1 and value.shape[-2] == 1:
+            return "use hx.squeeze(-2) for a state of mingru.MinGRU"
+        if value.dim() == 3 and (value.shape[1], value.shape[0], value.shape[2]) == shape:
+            return "batch_first applies to the input only; the state is always (L * D, B, H)"
+        if value.shape == (self._num_layers_of_program * self.num_directions, *shape[1:]):
+            given = f"num_layers={self.num_layers} in place of the program's {self._num_layers_of_program}"
+            return f"patch or replace got {given}, which makes states of its own: leave num_layers out"
+        return ""
 
     def _names_of_torch(self) -> dict[str, str]:
         """Return the name of each parameter by that of torch's class, if a GRU has one block, and so its equations.
@@ -264,7 +244,7 @@ def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
 def check_pair(name: str, hx: Any, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     if not isinstance(hx, (tuple, list)):
-        remedy = mask_remedy(hx) or "h alone is passed as (h, h)"
+        remedy = hints.of_mask(hx) or "h alone is passed as (h, h)"
         raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, remedy))
     if len(hx) != 2:
         raise RuntimeError(expectation(name, "hx", "a pair (h, c)", f"{len(hx)} values"))

@@ -5,18 +5,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..check import check_steps, dims, expectation
+from ..check.calls import arguments_checked
+from ..check.forms import check_call
+from ..check.tables import CELL_OF_TORCH
+from ..check.values import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from ..wrong_calls import arguments_checked
 from .base import DropIn, Pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):
     """Base class of `GRUCell` and `LSTMCell`."""
 
+    _forms = CELL_OF_TORCH
     _size_error = RuntimeError
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
@@ -27,13 +30,9 @@ class DropInCell(DropIn, RecurrentCell):
         scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        self._check_input(x, (1, 2), f"(B, {self.input_size}) or ({self.input_size},)", ValueError)
         if h is not None and isinstance(h[0], Tensor) and h[0].dim() not in (1, 2):
             raise ValueError(expectation(self.name, "hx", "(B, H) or (H,)", dims(h[0].shape)))
-        self._check_hx(h, x, (*x.shape[:-1], self.hidden_size), "B, H" if x.dim() == 2 else "H,")
-        if reset is not None or dt is not None:
-            letters = "(B,)" if x.dim() == 2 else "a scalar"
-            check_steps(self.name, x.select(-1, 0), letters, self.cell, reset, dt, "input")
+        check_call(self, x, h, reset, lengths, dt)
 
 
 class GRUCell(DropInCell, role="step", planned=True):

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
-from ..check import check_steps, check_type, dims, expectation, name_of, of_another_shape, require
+from ..check.calls import arguments_checked
+from ..check.forms import check_call
+from ..check.tables import LAYER_OF_TORCH
+from ..check.values import check_type, dims, expectation, name_of, require
 from ..modules import scripted
 from ..modules.blockgru import BlockGRU
-from ..modules.checked_calls import check_packed
-from ..modules.layer import Dims
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, take_weights, without_dims
 from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from ..wrong_calls import arguments_checked
 from .base import ONE_BLOCK, DropIn, Pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
@@ -42,6 +42,7 @@ class TypedCall(Protocol[State]):
 class DropInLayer(DropIn):
     """Base class of `GRU` and `LSTM`."""
 
+    _forms = LAYER_OF_TORCH
     _size_error = ValueError
     # TorchScript does not support nested lists of parameters.
     __jit_unused_properties__ = (*DropIn.__jit_unused_properties__, "all_weights")
@@ -52,7 +53,7 @@ class DropInLayer(DropIn):
             return lengths
         time_dim = 1 if self.batch_first else 0
         if not is_scripting():
-            check_mask(self.name, mask, input, lengths, time_dim)
+            check_mask(self, mask, input, lengths, time_dim)
         return mask.sum(time_dim)
 
     def _compute(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
@@ -66,10 +67,6 @@ class DropInLayer(DropIn):
         out, states = self._sequences(x.unsqueeze(batch_dim), before, reset, None, dt)
         return copied(out.squeeze(batch_dim)), [without_dims(states[0], [2, 1])]
 
-    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shape of the state in a list."""
-        return [(self.num_layers * self.num_directions, batch, self.hidden_size)]
-
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (2, 3) or x.size(-1) != self.input_size or x.size(self._time(x)) == 0:
             letters = "(B, S, " if self.batch_first else "(S, B, "
@@ -78,20 +75,9 @@ class DropInLayer(DropIn):
         scripted.check_steps(self.name, list(x.shape[:-1]), reset, dt, self._is_timed)
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        if isinstance(x, PackedSequence):
-            self._check_input(x.data, (2,), "packed steps (sum of lengths, I)", RuntimeError)
-            self._check_hx(h, x.data, self._state_shapes(int(x.batch_sizes[0]))[0], "L * D, B, H")
-            check_packed(self, x, None, reset, lengths, dt)
-            return
-        order = "B, S" if self.batch_first else "S, B"
-        self._check_input(x, (2, 3), f"({order}, {self.input_size}) or (S, {self.input_size})", ValueError)
-        if x.shape[self._time(x)] == 0:
+        table = check_call(self, x, h, reset, lengths, dt)
+        if isinstance(x, Tensor) and x.shape[table["x"].dim("S") or 0] == 0:
             raise RuntimeError(expectation(self.name, "input", "of at least 1 step", dims(x.shape)))
-        self._check_hx(h, x, tuple(self._state_shape(x)), "L * D, B, H" if x.dim() == 3 else "L * D, H")
-        letters, steps = f"({order})" if x.dim() == 3 else "(S,)", x.select(-1, 0)
-        expected, is_possible = "None because input has no batch", lengths is None or x.dim() == 3
-        require(self.name, "lengths", is_possible, expected, type(lengths).__name__)
-        check_steps(self.name, steps, letters, self.cell, reset, dt, "input", lengths)
 
     def _time(self, input: Tensor) -> int:
         return 1 if self.batch_first and input.dim() == 3 else 0
@@ -110,23 +96,15 @@ class DropInLayer(DropIn):
         directions = [own for layer in self.layers for own in layer.maps_of_directions()]  # type: ignore[operator]
         return [[weight for each in own for weight in each.parameters()] for own in directions]
 
-    def _dims_of(self, x: Tensor) -> Dims:
-        """Return the dimensions of x and of the states."""
-        return Dims(None, 0, None) if x.dim() == 2 else super()._dims_of(x)
-
 
 @untraced
-def check_mask(name: str, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:
+def check_mask(layer: Any, mask: Any, input: Any, lengths: Any, time_dim: int) -> None:
     """Raise an error if the mask is not True for the first steps of each sequence, and only for them."""
+    name = layer.name
     require(name, "lengths", lengths is None, "None because mask is given", type(lengths).__name__)
     is_padded = isinstance(input, Tensor) and input.dim() == 3
     require(name, "mask", is_padded, "None unless input is padded and has a batch", type(mask).__name__)
-    letters = "(B, S)" if time_dim == 1 else "(S, B)"
-    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool
-    got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-    require(name, "mask", is_mask, f"a bool tensor {letters}", got, error=TypeError)
-    if mask.shape != input.shape[:2]:
-        raise of_another_shape(name, "mask", mask, letters, input.shape[:2])
+    layer._tables()[0]["mask"].check(layer, mask, input, input.shape)
     if is_captured():
         return  # A graph has no values.
     by_time = mask.transpose(0, time_dim)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..check import check_flag
+from ..check.values import check_flag
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
 from .base import converted

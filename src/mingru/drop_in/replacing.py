@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..check import check_type, expectation, require
+from ..check.values import check_type, expectation, require
 from .twins import SUBCLASS, TWINS, described, is_recurrent, wanted_twins
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..check import check_flag, check_int, require
-from ..unknown_arguments import unknown_argument
+from ..check.names import unknown_argument
+from ..check.values import check_flag, check_int, require
 from .base import ONE_BLOCK
 from .cells import GRUCell, LSTMCell
 from .layers import GRU, LSTM

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .. import drop_in
-from ..check import check_choice
+from ..check.values import check_choice
 from . import require
 
 with require("flair", "flair 0.15", __name__):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import drop_in
-from ..check import dims, expectation
+from ..check.values import dims, expectation
 from . import OPTIONS
 
 __all__ = ["MinGRU", "MinGRUWrapper"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import check, drop_in
+from .. import drop_in
+from ..check import values
 from . import OPTIONS, require
 
 with require("rsl-rl-lib", "rsl_rl 5.5", __name__):
@@ -68,9 +69,9 @@ class MinGRUModel(RNNModel):
     ) -> None:
         options = {**OPTIONS, **(rnn_options or {})}
         is_learned = bool(options.get("learn_initial_state"))
-        check.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
+        values.check_choice("MinGRUModel", "rnn_type", rnn_type, ("gru", "lstm"))
         expected = "False because rsl_rl begins episodes with 0"
-        check.require("MinGRUModel", "learn_initial_state", not is_learned, expected, "True")
+        values.require("MinGRUModel", "learn_initial_state", not is_learned, expected, "True")
         super().__init__(*args, rnn_hidden_dim=rnn_hidden_dim, **kwargs)
         layer = drop_in.GRU if rnn_type == "gru" else drop_in.LSTM
         self.rnn = _OnePass(layer(self.obs_dim, rnn_hidden_dim, rnn_num_layers, **options))

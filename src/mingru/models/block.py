@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
-from ..check import check_choice, check_dropout, check_flag, check_int, check_number, check_steps, reworded
+from ..check.calls import arguments_checked
+from ..check.forms import Form, Shape, check_call, check_states
+from ..check.names import unknown_argument
+from ..check.tables import BLOCK
+from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, reworded
 from ..modules.blockgru import BlockGRU
-from ..modules.checked_calls import check_x
 from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
 from ..modules.recurrent_layer import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan
-from ..unknown_arguments import unknown_argument
-from ..wrong_calls import arguments_checked
 from .causal_conv import CausalConv, plus_convolved
-from .state import check_states
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
 # Arguments of a layer that a block sets.
@@ -121,6 +121,8 @@ class Block(Composite, role="sequence", planned=True):
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", appendix C, and the authors' code.
     """
+
+    _forms = BLOCK
 
     @arguments_checked()
     def __init__(
@@ -236,18 +238,16 @@ class Block(Composite, role="sequence", planned=True):
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
-        check_x(self, x, (2,), f"(B, S, {self.input_dims})", size="dims")
+        check_call(self, x, None, reset, lengths, dt, self.rnn.cell)
         if h is not None:
-            check_states(self.name, "h", h, self._state_shapes(x.shape[0]), x, "x")
-        check_steps(self.name, x, "(B, S)", self.rnn.cell, reset, dt, lengths=lengths)
+            check_states(self, h, self._states(x.shape), x, "tensors")
 
-    def _map_of_x(self) -> nn.Module:
-        return self.out
+    def _weight_of_x(self) -> MaybeTensor:
+        return weight_of(self.out)
 
-    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shape of each state."""
-        of_conv = [] if self.conv is None else [(1, batch, self.conv.kernel_size - 1, self.input_dims)]
-        return [*self.rnn._state_shapes(batch), *of_conv]
+    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+        (table,) = BLOCK.batch_first
+        return [(table["h"], self.rnn, x), (table["past"], self, x)][: self.num_states]
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, cell={self.cell!r}" + not_default(self, "dropout", "checkpoint")

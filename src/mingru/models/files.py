@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..check import check_type, expectation, require
+from ..check.values import check_type, expectation, require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

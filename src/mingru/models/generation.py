@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check import check_int, check_number, check_type, dims, expectation, on_another_device, require
+from ..check.values import check_int, check_number, check_type, dims, expectation, require
 from ..modules.shared import MaybeList, MaybeTensor, Outputs
 from ..ops.shape import accumulate_dtype
 
@@ -75,7 +75,7 @@ def stream(
     """Return an iterator over the new tokens of each step, with -1 for sequences that have ended."""
     ids, lengths = padded(lm.name, prompts, lm.vocab_size, lm.embedding.weight.device)
     check_int(lm.name, "max_new_tokens", max_new_tokens, least=0)
-    lm._check_state(state, len(ids))
+    lm._check_state(state, ids.shape)
     stops = torch.tensor(stop_tokens(lm.name, stop, lm.vocab_size), device=ids.device)
     uniforms = random_numbers(seeds_of(lm.name, seed, len(ids)), ids.device)
 
@@ -166,8 +166,8 @@ def check_ids(name: str, argument: str, ids: Any, num_dims: int, device: torch.d
     if ids.dim() != num_dims:
         remedy = f"add a batch dimension with {argument}.unsqueeze(0)" if (ids.dim(), num_dims) == (1, 2) else ""
         raise ValueError(expectation(name, argument, letters, dims(ids.shape), remedy))
-    if ids.device != device:
-        raise on_another_device(name, argument, ids, device, "the weights")
+    got, remedy = f"a tensor on {ids.device}", f"use {argument}.to({str(device)!r})"
+    require(name, argument, ids.device == device, f"on {device} like the weights", got, remedy)
 
 
 def check_range(name: str, argument: str, ids: Tensor, vocab_size: int) -> None:

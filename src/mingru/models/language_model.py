@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..check import check_int, check_min_decay, check_number, check_steps, per_layer, require
+from ..check.calls import arguments_checked
+from ..check.forms import Shape, check_states, check_steps
+from ..check.tables import LANGUAGE_MODEL
+from ..check.values import check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer
 from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
 from ..ops.graph import is_scripting
-from ..wrong_calls import arguments_checked
 from . import files, generation
 from .block import Block, BlockOptions, check_layer_options
-from .state import check_states
 
 
 class LanguageModel(Layer):
@@ -76,6 +77,8 @@ class LanguageModel(Layer):
     References:
         Feng et al. 2024, "Were RNNs All We Needed?", section 4.
     """
+
+    _forms = LANGUAGE_MODEL
 
     @arguments_checked()
     def __init__(
@@ -164,13 +167,12 @@ class LanguageModel(Layer):
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
         """Raise an error that names this model, not a block, if an argument is wrong."""
         generation.check_ids(self.name, "ids", x, 2, self.embedding.weight.device)
-        self._check_state(h, x.shape[0])
-        check_steps(self.name, x, "(B, S)", "mingru", reset, None, lengths=lengths)
+        self._check_state(h, x.shape)
+        check_steps(self, LANGUAGE_MODEL.batch_first[0], x, x.shape, "mingru", reset, lengths)
 
-    def _check_state(self, state: Any, batch: int) -> None:
+    def _check_state(self, state: Any, x: Shape) -> None:
         if state is not None:
-            shapes = self.blocks._state_shapes(batch)
-            check_states(self.name, "state", state, shapes, self.embedding.weight, "the weights")
+            check_states(self, state, self.blocks._states(x), self.embedding.weight, "tensors")
 
     @torch.jit.unused
     @arguments_checked()

@@ -1,11 +1,10 @@
 """Operations on states."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor
 
-from ..check import check_kind, check_list, dims, expectation, require
+from ..check.values import require
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> list[Tensor]:
@@ -36,15 +35,3 @@ def map_state(function: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> 
     is_list = isinstance(state, Iterable) and not isinstance(state, Tensor)
     require("map_state", "state", is_list, "a list of tensors", type(state).__name__, remedy, TypeError)
     return [function(tensor) for tensor in state]
-
-
-def check_states(
-    name: str, argument: str, states: Any, shapes: list[tuple[int, ...]], like: Tensor, like_name: str
-) -> None:
-    """Check that states are tensors of these shapes, with a dtype and the device that fit `like`."""
-    check_list(name, argument, states, len(shapes), f"a list of {len(shapes)} tensors")
-    for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
-        check_kind(name, f"{argument}[{index}]", state, like, like_name)
-        if state.shape != shape:
-            remedy = "pass a state of this batch size and of a module with the same options"
-            raise ValueError(expectation(name, f"{argument}[{index}]", dims(shape), dims(state.shape), remedy))

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..check import check_flag, check_int, check_parameter, require
+from ..check.forms import check_parameter
+from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.graph import is_scripting
 from ..ops.inference import InferencePlan, plannable

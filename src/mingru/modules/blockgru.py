@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..check import check_type, require, reworded
+from ..check.calls import arguments_checked
+from ..check.values import check_type, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
-from ..wrong_calls import arguments_checked
 from .cells import RecurrentCell
 from .options import Memory, Norm, arguments_of
 from .recurrent import Recurrent

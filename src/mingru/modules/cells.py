@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..check import check_kind, check_one_state, check_steps, of_another_shape
+from ..check.calls import arguments_checked
+from ..check.tables import CELL
 from ..ops.call import Layout
-from ..wrong_calls import arguments_checked
 from . import scripted
-from .checked_calls import check_x
 from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
@@ -22,6 +21,8 @@ ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 
 class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
+
+    _forms = CELL
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments, **ONE_LAYER)
@@ -47,29 +48,11 @@ class RecurrentCell(Recurrent, role="step"):
         out, states = self._run_layers(sequence, [state], reset, dt, Layout(False))
         return out, [reshaped(states[0], list(x.shape[:-1]) + [self.hidden_dims])]  # noqa: RUF005
 
-    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shape of the state in a list."""
-        return [(batch, self.hidden_dims)]
-
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         scripted.check_x(self.name, x, [0, 1], "B", self.input_dims, self.num_space_dims)
         batch = list(x.shape[:-1])
         scripted.check_shape(self.name, "h", None if h is None else h[0], batch + [self.hidden_dims])  # noqa: RUF005
         scripted.check_steps(self.name, batch, reset, dt, self._is_timed)
-
-    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        is_sequence = isinstance(x, Tensor) and x.dim() == 3
-        remedy = "use a layer, not a cell, for sequences" if is_sequence else ""
-        check_x(self, x, (0, 1), f"(B, {self.input_dims}) or ({self.input_dims},)", remedy)
-        batch, letters = tuple(x.shape[:-1]), "B, " if x.dim() == 2 else ""
-        if h is not None:
-            (state,) = h
-            check_one_state(self.name, state, f"({letters}H)", self.cell)
-            check_kind(self.name, "h", state, x)
-            if state.shape != (*batch, self.hidden_dims):
-                raise of_another_shape(self.name, "h", state, f"({letters}H)", (*batch, self.hidden_dims))
-        if reset is not None or dt is not None:
-            check_steps(self.name, x.select(-1, 0), "(B,)" if batch else "a scalar", self.cell, reset, dt)
 
 
 class MinGRUCell(RecurrentCell, planned=True):

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_kind, check_list, check_one_state, check_parameter, check_reset, expanded, expectation
+from ..check.calls import arguments_checked
+from ..check.forms import check_call, check_parameter, check_states
+from ..check.tables import CELL_OF_IMAGES, OF_IMAGES
+from ..check.values import expectation
 from ..ops.call import Layout
-from ..wrong_calls import arguments_checked
 from . import scripted
-from .checked_calls import check_x
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
 from .options import Candidate, Gate, Gates, Memory, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
@@ -23,6 +24,8 @@ from .stacked import Stacked, as_sequence
 
 class MinConv(Stacked, role="sequence"):
     """Apply stacked layers in any number of spatial dimensions; the base class of `MinConv2dGRU` and its variants."""
+
+    _forms = OF_IMAGES
 
     @arguments_checked()
     def __init__(
@@ -98,19 +101,14 @@ class MinConv(Stacked, role="sequence"):
             raise ValueError(f"{self.name}: h must have one state per layer and direction, got {len(h)}")
 
     def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        order = "B, S" if self.batch_first else "S, B"
-        check_x(self, x, (2,), f"({order}, {self.input_dims}, *space)")
-        shapes = self._shapes(tuple(x.shape[3:]))
-        check_reset(self.name, reset, x, f"({order})")
-        if h is None:
-            return
-        expected = f"a list of {self.num_states} states, one for each layer and direction"
-        check_list(self.name, "h", h, self.num_states, expected)
-        batch = x.shape[0 if self.batch_first else 1]
-        for index, state in enumerate(h):
-            shape = (batch, 1, *shapes[index // self.num_directions])
-            check_kind(self.name, f"h[{index}]", state, x)
-            expanded(self.name, f"h[{index}]", state, shape, "(B, 1, H, *space)")
+        table, n = check_call(self, x, None, reset, None, None), self.num_space_dims
+        states: list[Any] = []
+        for layer, (_, *space) in zip(self.layers, self._shapes(tuple(x.shape[-n:])), strict=True):
+            states += [(table["h"], layer, (*x.shape[:-n], *space))] * self.num_directions
+        if h is not None and self.role == "step":
+            table["h"].check(self, h[0], x, states[0][2], states[0][1])
+        elif h is not None:
+            check_states(self, h, states, x, "states, one for each layer and direction")
 
     def _shapes(self, space: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Return (channels, *space) of each layer's states; raise an error if the space of x is too small."""
@@ -132,6 +130,8 @@ class MinConv(Stacked, role="sequence"):
 
 class MinConvCell(MinConv, role="step"):
     """Compute one step of one layer; the base class of `MinConv2dGRUCell` and its variants."""
+
+    _forms = CELL_OF_IMAGES
 
     @arguments_checked()
     def __init__(
@@ -175,15 +175,3 @@ class MinConvCell(MinConv, role="step"):
             shapes = f"{h[0].shape} with x {x.shape}"
             raise ValueError(f"{self.name}: h must be expandable to (B, H, *space), got {shapes}")
         scripted.check_shape(self.name, "reset", reset, list(x.shape[: x.dim() - 1 - self.num_space_dims]))
-
-    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        batched = not isinstance(x, Tensor) or x.dim() != 1 + self.num_space_dims
-        start = "B, " if batched else ""
-        check_x(self, x, (int(batched),), f"({start}{self.input_dims}, *space)")
-        (shape,) = self._shapes(tuple(x.shape[1 + batched :]))
-        if h is not None:
-            check_one_state(self.name, h[0], f"({start}H, *space)")
-            check_kind(self.name, "h", h[0], x)
-            expanded(self.name, "h", h[0], (*x.shape[:batched], *shape), f"({start}H, *space)")
-        if reset is not None:
-            check_reset(self.name, reset, x.flatten(int(batched)).select(-1, 0), "(B,)" if batched else "a scalar")

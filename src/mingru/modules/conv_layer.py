@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_int, check_parts, dims, per_layer, require
+from ..check.values import check_int, check_parts, dims, per_layer, require
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES

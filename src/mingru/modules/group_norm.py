@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..check import check_int, require
+from ..check.values import check_int, require
 
 
 class GroupNorm(nn.GroupNorm):

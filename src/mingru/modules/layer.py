@@ -1,29 +1,24 @@
 """The base class of layers, cells and stacks: everything that `Stack`, inference pass and export ask of them."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_choice, check_int, expectation, name_of
+from ..check import hints
+from ..check.calls import MISTAKES, explain, explained
+from ..check.forms import Form, Shape, Table, check_call, usual_error
+from ..check.tables import LAYER
+from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import InferencePlan, plannable
-from ..wrong_calls import MISTAKES, explain, explained
 from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
 ROLES = ("sequence", "step", "torch", "custom")
-
-
-class Dims(NamedTuple):
-    """Indices of the batch and time dimensions of x, and of the batch dimension of each state; None if absent."""
-
-    batch: int | None
-    time: int | None
-    state: int | None
 
 
 STEP_ARGUMENTS = ("reset", "lengths", "dt")
@@ -85,6 +80,10 @@ class Layer(Marked):
     """Error for parameters on another device."""
     _planned = False
     """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
+    _forms = LAYER
+    """What the tensors of a call must be."""
+    _hint, _error_for = hints.of_layers, usual_error
+    """Remedies for arguments of another type or shape, and types of errors."""
     _has_cells = False
     """Whether steps with gradients may be those of torch's cells; see `ops.inference`."""
 
@@ -127,13 +126,6 @@ class Layer(Marked):
         out, states = self(x, h, reset, lengths, dt)
         return out, states
 
-    def _dims_of(self, x: Tensor) -> Dims:
-        """Return the dimensions of x and of the states, for the export."""
-        if self.role == "step":
-            return Dims(0, None, 0) if x.dim() == 2 + self.num_space_dims else Dims(None, None, None)
-        batch, time = (0, 1) if self.batch_first else (1, 0)
-        return Dims(batch, time, 0 if self.num_space_dims else 1)
-
     def flatten_parameters(self) -> None:
         """Do nothing: programs for `torch.nn.GRU` call it."""
 
@@ -147,9 +139,22 @@ class Layer(Marked):
         """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 
+    def _tables(self) -> list[Table]:
+        """Return the forms of all arguments, for each form of x."""
+        return self._forms.batch_first if self.batch_first else self._forms.time_first
+
+    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+        """Return the form of each state, what has its sizes, and the shape of x."""
+        return [(self._tables()[0]["h"], self, x)]
+
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shapes of the states of a batch, if the class is `planned`."""
-        raise NotImplementedError
+        """Return the shapes of the states of a batch, if they do not depend on x."""
+        # Either of the first dimensions of x may be the batch.
+        return [form.shape(x, of) for form, of, x in self._states((batch, batch))]
+
+    def _weight_of_x(self) -> Tensor | None:
+        """Return a tensor with the dtype and the device of x, or None if a layer inside checks them."""
+        return None
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None; required by `initial`, and if the class is `planned`."""
@@ -210,8 +215,9 @@ class Layer(Marked):
         self._check(x, h, reset, lengths, dt)
         self._check_parameters(x)
 
-    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
+    def _check(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> object:
         """Raise an error if an argument is invalid. A trace does not record it."""
+        return check_call(self, x, h, reset, lengths, dt)
 
     def _check_parameters(self, x: Any) -> None:
         """Raise an error if parameters are on "meta" and x is not: torch's linear maps return unwritten memory then."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..check import dims
+from ..check.values import dims
 from ..ops.activation import ACTIVATIONS
 from ..ops.cells import GATES
 

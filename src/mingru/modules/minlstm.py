@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..wrong_calls import arguments_checked
+from ..check.calls import arguments_checked
 from .options import Candidate, Memory, Norm, OutputGate, Residual, arguments_of
 from .recurrent import Recurrent
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..check import check_choice, check_dropout, check_int, check_number, per_layer, require
+from ..check.values import check_choice, check_dropout, check_int, check_number, per_layer, require
 from ..ops.cells import CELLS, GATES, cells_of
 
 # The values of options; a constructor refuses others, see `annotations`.

@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_lengths, dims, embed_remedy, expectation, not_a_tensor, require
+from ..check.forms import check_call
+from ..check.tables import PER_STEP
 from ..ops import layout
 from .layer import Composite
 from .scripted import data_of, with_data
@@ -24,6 +24,7 @@ class PerStep(Composite, role="sequence"):
     """Apply a module of torch to each time step. The output is 0 in the padding."""
 
     num_states = 0
+    _forms = PER_STEP
 
     def __init__(self, module: nn.Module, input_dims: int, batch_first: bool, num_space_dims: int) -> None:
         super().__init__()
@@ -61,16 +62,4 @@ class PerStep(Composite, role="sequence"):
         return []
 
     def _check(self, x: Any, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> None:
-        is_packed = isinstance(x, PackedSequence)
-        data, at = (x.data, 1) if is_packed else (x, 2)
-        if not isinstance(data, Tensor):
-            raise not_a_tensor(self.name, "x", x)
-        if data.dim() != at + 1 + self.num_space_dims or data.shape[at] != self.input_dims:
-            order = "P" if is_packed else "B, S" if self.batch_first else "S, B"
-            expected = f"({order}, {self.input_dims}{', *space' if self.num_space_dims else ''})"
-            raise ValueError(expectation(self.name, "x", expected, dims(data.shape), embed_remedy(data)))
-        if lengths is not None:
-            expected = "None because a PackedSequence has its own lengths"
-            require(self.name, "lengths", not is_packed, expected, type(lengths).__name__)
-            batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-            check_lengths(self.name, lengths, batch, steps, x.device)
+        check_call(self, x, None, None, lengths, None, "mingru")

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import check_min_decay, check_parameter, expectation, name_of
+from ..check.calls import explained
+from ..check.forms import check_parameter
+from ..check.values import check_min_decay, expectation, name_of
 from ..ops import route
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
@@ -19,10 +21,8 @@ from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import InferencePlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.shape import States, accumulate_dtype, as_dtype
-from ..wrong_calls import explained
 from . import scripted
 from .block_layer import BlockGRUSettings, BlockLayer
-from .checked_calls import check_sequence
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
 from .marked import GUARDS, add_marks
 from .options import Options
@@ -42,7 +42,6 @@ class Recurrent(Stacked, role="sequence"):
     """Class of the linear maps inside."""
     _remedy_for_weights = "train the layer from its initialization"
     """What to do about a state_dict of torch.nn."""
-    _check = check_sequence
 
     def __init__(self, **arguments: Any) -> None:
         is_block = arguments.get("cell", self.cell) == BLOCKS
@@ -119,20 +118,15 @@ class Recurrent(Stacked, role="sequence"):
 
     def default_states(self, x: Tensor, batch: int) -> list[Tensor]:
         """Return the states that replace h=None."""
-        (shape,) = self._state_shapes(batch)
         state = self._state(x, None, batch)
         # A view would take longer than the state.
-        return [state if state.shape == shape else state.view(shape)]
+        return [state if self.role == "sequence" else state.view(*self._state_shapes(batch))]
 
     @explained
     def initial(self, batch: int) -> Tensor:
         """Return the state of a batch before the first step."""
         state: Tensor = super().initial(batch)[0]
         return state
-
-    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shape of the state in a list."""
-        return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
 
     def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check import check_int, check_parts, check_residual, is_number, require
+from ..check.values import check_int, check_parts, check_residual, is_number, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check_dropout, check_list, check_type, expectation, require
+from ..check.calls import arguments_checked
+from ..check.forms import Form, Shape, check_list
+from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import InferencePlan
 from ..ops.private import PREPARE_SCRIPTABLE
-from ..wrong_calls import arguments_checked
 from .layer import Composite, Layer, with_named
 from .marked import add_marks
 from .per_step import OF_TORCH, PerStep
@@ -168,9 +169,8 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
 
-    def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Return the shapes of the layers' states."""
-        return [shape for layer in self.layers for shape in layer._state_shapes(batch)]  # type: ignore[operator]
+    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+        return [state for layer in self.layers for state in layer._states(x)]  # type: ignore[operator]
 
     def _write_plan(self, plan: InferencePlan) -> None:
         """Write the instructions of an inference pass."""

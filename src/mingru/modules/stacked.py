@@ -16,7 +16,7 @@ from ..ops.shape import States
 from .layer import Layer
 from .marked import Marked, key_of
 from .options import Options
-from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all
+from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all, weight_of
 
 Self = TypeVar("Self", bound="Stacked")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
@@ -188,9 +188,8 @@ class Stacked(Layer):
         self._is_empty = self._is_empty and not is_whole
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _map_of_x(self) -> Any:
-        """Return the module whose weight has the dtype and device of x."""
-        return next(iter(self._modules["layers"]._modules.values())).maps()[0]  # type: ignore[operator, union-attr]
+    def _weight_of_x(self) -> MaybeTensor:
+        return weight_of(next(iter(self._modules["layers"]._modules.values())).maps()[0])  # type: ignore[operator, union-attr]
 
     def extra_repr(self) -> str:
         required = [name for name, default in defaults_of(self).items() if default is inspect.Parameter.empty]

@@ -5,7 +5,7 @@ import itertools
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from .check import expectation, is_number
+from .values import expectation, is_number
 
 
 def values_of(annotation: Any) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .annotations import by_position, check_values, values_of
-from .check import check_device, name_of, not_a_tensor
-from .unknown_arguments import FORGOTTEN, counterpart, unknown_argument
+from .names import FORGOTTEN, counterpart, unknown_argument
+from .values import check_device, name_of, not_a_tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Checks of arguments, and the errors that say what to do."""

@@ -1,0 +1,297 @@
+"""Forms: what the tensors of a call must be, as data. Checks, errors and shapes of states are computed from them.
+
+A form is a shape in letters: B sequences, S steps, P packed steps, I features of x, H of a state, L layers, D
+directions. A part with "*" stands for any number of dimensions at the end. `tables.py` has all forms.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..ops.cells import CELLS
+from ..ops.graph import are_eager, is_autocast, is_captured, untraced
+from ..ops.layout import is_packing
+from ..ops.shape import accumulate_dtype
+from . import hints
+from .times import check_times
+from .values import check_type, dims, expectation, instead_of_a_tensor, require, unsqueeze_remedy, written
+
+Shape = Sequence[int]
+EXPANDS = "expands to "
+# Where a layer has the sizes that x has not.
+SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions"}
+
+
+class Kind(NamedTuple):
+    """What a tensor contains: its dtypes in words, the dtypes, and the method that converts others."""
+
+    noun: str
+    expected: str
+    dtypes: tuple[torch.dtype, ...]
+    method: str
+
+
+MASK = Kind("a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LENGTHS = Kind("an integer tensor", "of an integer dtype", INTEGERS, "long()")
+KINDS = {"reset": MASK, "mask": MASK, "lengths": LENGTHS}
+# Their dtype may also be that in which a recurrence is computed.
+STATES = ("h", "initial_state", "past", "dt")
+
+
+class Form:
+    """An argument of a call: its shape in letters, and what it contains; without a kind, numbers of the dtype of x."""
+
+    def __init__(self, argument: str, text: str, x: str, of: "Forms") -> None:
+        self.argument, self.is_state = argument, argument in STATES and argument != of.names["exact"]
+        self.expands = text.startswith(EXPANDS)
+        self.parts = text.removeprefix(EXPANDS).split()
+        self.shape = compiled(self.parts, x.split(), of.sizes)
+        self.num_dims = sum(part[0] != "*" for part in self.parts)
+        self.kind = KINDS.get(argument)
+        self.dtype = None if self.kind is None else self.kind.dtypes[0]
+
+    def dim(self, letters: str) -> int | None:
+        """Return the dimension that one of these letters stands for, or None if there is none."""
+        return next((at for at, part in enumerate(self.parts) if part in letters), None)
+
+    def check(self, owner: Any, value: Any, like: Tensor, x: Shape, of: Any = None, place: str = "") -> None:
+        """Raise an error unless a value has this form, for this shape of x, and the dtype and device of a tensor.
+
+        `of` has the other sizes, by default a layer itself, and `place` is the index of the value in a list.
+        """
+        shape, is_tensor = self.shape(x, owner if of is None else of), isinstance(value, Tensor)
+        # First what is usual.
+        is_usual = is_tensor and value.shape == shape and value.dtype == (self.dtype or like.dtype)
+        if is_usual and value.device == like.device:
+            return
+        if not is_tensor:
+            problem = "type"
+        elif value.dtype not in self._dtypes(like):
+            problem = "dtype"
+        elif value.device != like.device and not (self.kind is LENGTHS and value.is_cpu):
+            problem = "device"
+        elif value.shape != shape and not (self.expands and is_expandable(value.shape, shape)):
+            problem = "shape"
+        else:
+            return
+        self.refuse(owner, problem, value, like, shape, place)
+
+    def refuse(
+        self, owner: Any, problem: str, value: Any, like: Tensor, shape: Shape = (), place: str = ""
+    ) -> NoReturn:
+        """Raise the error about a wrong type, dtype, device or shape."""
+        noun, expected, _, method = self.kind or ("a tensor", "", (), "")
+        names, is_length, expand = owner._forms.names, self.kind is LENGTHS, "expandable to " * self.expands
+        name = names.get(self.argument, self.argument) + place
+        like_name = "the layer's weight" if self.argument == "x" else names["like"]
+        if problem == "type":
+            expected, (got, remedy) = noun, instead_of_a_tensor(name, value)
+        elif problem == "dtype":
+            expected, got = expected or f"{like.dtype} like {like_name}", str(value.dtype)
+            remedy = hints.of_dtype(self.argument, value, f"use {name}.{method or f'to({like.dtype})'}")
+        elif problem == "device":
+            expected = f"{'on the CPU or ' * is_length}on {like.device} like {like_name}"
+            got, device = f"a tensor on {value.device}", str(like.device)
+            remedy = f"use {name}.{'cpu()' if is_length else f'to({device!r})'}"
+        else:
+            expected, got = f"{expand}{written(self.parts)} = {dims(tuple(shape))}", dims(value.shape)
+            remedy = unsqueeze_remedy(name, value, tuple(shape))
+        if problem in ("type", "shape"):
+            remedy = owner._hint(self, value, shape if problem == "shape" else ()) or remedy
+        raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy))
+
+    def _dtypes(self, like: Tensor) -> tuple[torch.dtype, ...]:
+        if self.kind is not None:
+            return self.kind.dtypes
+        others = autocast_dtypes(like) if self.argument in ("x", *STATES) else ()
+        return like.dtype, *others, *([accumulate_dtype(like.dtype)] if self.is_state else ())
+
+
+def compiled(parts: list[str], x: list[str], sizes: dict[str, str]) -> Callable[[Shape, Any], tuple[int, ...]]:
+    """Return a function of the shape of x, and of a layer that has the other sizes, to a shape."""
+
+    def of_letter(found: re.Match[str]) -> str:
+        return f"x[{x.index(found[0])}]" if found[0] in x else f"of.{sizes[found[0]]}"
+
+    of_parts = (f"*x[{x.index(part)}:]" if part[0] == "*" else re.sub("[A-Z]", of_letter, part) for part in parts)
+    # With the name of this file, because the compiler of torch skips code without one.
+    code = compile(f"lambda x, of: ({''.join(f'{part}, ' for part in of_parts)})", __file__, "eval")
+    return eval(code)  # type: ignore[no-any-return]
+
+
+Table = dict[str, Form]
+
+
+def usual_error(owner: Any, argument: str, problem: str) -> type[Exception]:
+    """Return what is raised for another type, dtype, device, number of dimensions or shape."""
+    return TypeError if problem in ("type", "dtype") else ValueError
+
+
+class Forms:
+    """The forms of all arguments of a call: a table for each form of x, and one for packed sequences.
+
+    `names` has the names that a caller sees: of arguments, of the size I, and of what has the dtype of other arguments;
+    and which state must have the dtype of x. The forms of a function have its name, and are in the place of a layer.
+    """
+
+    _hint, _error_for = hints.of_functions, usual_error
+
+    def __init__(self, *tables: dict[str, str], packed: Any = None, sizes: Any = (), **names: str) -> None:
+        self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), "name": "", "exact": "", **names}
+        self.name, self._forms = self.names["name"], self
+        self.sizes = SIZES | dict(sizes)
+        # The size of the batch is behind the shape of x.
+        self.packed = [] if packed is None else [self._table(packed, packed["x"] + " B")]
+        self.batch_first = [self._table(table, table["x"]) for table in tables]
+        swapped = [{name: text.replace("B S", "S B") for name, text in table.items()} for table in tables]
+        self.time_first = [self._table(table, table["x"]) for table in swapped]
+
+    def _table(self, texts: dict[str, str], x: str) -> Table:
+        return {argument: Form(argument, text, x, self) for argument, text in texts.items()}
+
+
+def bind(layer: Any, tables: list[Table], x: Any, weight: Tensor | None) -> Table:
+    """Return the table of the form that x has, or raise an error if it has none, or another dtype or device."""
+    form, count = tables[0]["x"], layer.num_space_dims
+    if not isinstance(x, Tensor):
+        form.refuse(layer, "type", x, x)
+    shape = x.shape
+    for table in tables:
+        num_dims = table["x"].num_dims
+        if len(shape) == num_dims + count and shape[num_dims - 1] == layer.input_dims:
+            if weight is not None and not (x.dtype == weight.dtype and x.device == weight.device):
+                table["x"].check(layer, x, weight, shape)
+            return table
+    names, all_dims = layer._forms.names, [table["x"].num_dims + count for table in tables]
+    problem = "shape" if len(shape) in all_dims or form.parts[0] == "P" else "dims"
+    letters = [table["x"].parts if count > 0 else table["x"].parts[: table["x"].num_dims] for table in tables]
+    expected = " or ".join(written(parts, layer.input_dims) for parts in letters)
+    expected += f" because {names['I']} is {layer.input_dims}" + f" and space is {count}-dimensional" * (count > 0)
+    error = expectation(layer.name, names["x"], expected, dims(shape), layer._hint(form, x, shape))
+    raise layer._error_for("x", problem)(error)
+
+
+def check_call(layer: Any, x: Any, h: Any, reset: Any, lengths: Any, dt: Any, cell: str = "") -> Table:
+    """Check a call of a layer with at most one state, and return the forms of its arguments."""
+    tables = layer._tables()
+    if isinstance(x, PackedSequence) and layer._forms.packed:
+        expected = "None because a PackedSequence has its own lengths"
+        require(layer.name, "lengths", lengths is None, expected, type(lengths).__name__)
+        table = bind(layer, layer._forms.packed, x.data, layer._weight_of_x())
+        shape: Shape = (*x.data.shape, check_packing(layer, table, x))
+        reset, dt = _packed_like(layer.name, x, "reset", reset), _packed_like(layer.name, x, "dt", dt)
+        x = x.data
+    else:
+        table = bind(layer, tables, x, layer._weight_of_x())
+        shape = x.shape
+    if h is not None:
+        table["h"].check(layer, h[0], x, shape)
+    if reset is not None or dt is not None or lengths is not None:
+        check_steps(layer, table, x, shape, cell, reset, lengths, dt)
+    return table
+
+
+def check_steps(
+    owner: Any, table: Table, like: Tensor, x: Shape, cell: str, reset: Any, lengths: Any = None, dt: Any = None
+) -> None:
+    """Check what a call has for each step or sequence. Values are checked in eager mode on the CPU."""
+    if reset is not None:
+        (table.get("reset") or refuse_given(owner, table, "reset", reset)).check(owner, reset, like, x)
+    if lengths is not None:
+        (table.get("lengths") or refuse_given(owner, table, "lengths", lengths)).check(owner, lengths, like, x)
+        # A graph has no values, and a GPU would be waited for.
+        if lengths.is_cpu and not is_captured() and lengths.numel() > 0:
+            check_range(owner.name, lengths, x[table["x"].dim("S") or 0])
+    if dt is not None:
+        why_not = CELLS[cell or owner.cell].not_timed
+        if why_not is not None:
+            raise ValueError(expectation(owner.name, "dt", f"None because {why_not}", type(dt).__name__))
+        form = table.get("dt") or refuse_given(owner, table, "dt", dt)
+        form.check(owner, dt, like, x)
+        if dt.is_cpu and are_eager(dt) and dt.numel() > 0:
+            check_times(owner.name, dt, form.dim("SP"))
+
+
+def check_range(name: str, lengths: Tensor, steps: int) -> None:
+    """Check that lengths are possible."""
+    least, most = (length.item() for length in torch.aminmax(lengths))
+    if least < 0 or most > steps:
+        raise ValueError(expectation(name, "lengths", f"from 0 to S = {steps}", str(lengths.tolist())))
+
+
+def refuse_given(owner: Any, table: Table, argument: str, value: Any) -> NoReturn:
+    """Raise the error about an argument that this form of x does not have."""
+    expected = f"None because {owner._forms.names['x']} is {written(table['x'].parts)}"
+    raise ValueError(expectation(owner.name, argument, expected, type(value).__name__))
+
+
+def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape]], like: Tensor, what: str) -> None:
+    """Check a list of states, each with its form, what has its sizes, and the shape of x."""
+    if not isinstance(states, (list, tuple)) or len(states) != len(forms):
+        argument = owner._forms.names.get("h", "h")
+        check_list(owner.name, argument, states, len(forms), f"a list of {len(forms)} {what}")
+    for index, (state, (form, of, x)) in enumerate(zip(states, forms, strict=True)):
+        form.check(owner, state, like, x, of, f"[{index}]")
+
+
+def check_list(name: str, argument: str, values: Any, count: int, expected: str, remedy: str = "") -> None:
+    """Check that values are a list or a tuple of so many."""
+    check_type(name, argument, values, (list, tuple), expected, hints.of_mask(values) or remedy)
+    require(name, argument, len(values) == count, expected, str(len(values)), remedy)
+
+
+@untraced
+def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Check the shape and dtype of a parameter that a caller may have replaced, and that operations would convert."""
+    if x.shape != shape:
+        remedy = f"to broadcast, expand it to {dims(shape)}; for other sizes, construct a layer"
+        raise ValueError(expectation(name, argument, dims(shape), dims(x.shape), remedy))
+    if not x.is_floating_point():
+        raise TypeError(expectation(name, argument, "of a floating-point dtype", str(x.dtype)))
+
+
+def check_packing(layer: Any, table: Table, x: PackedSequence) -> int:
+    """Check the sizes of a PackedSequence, by which kernels read and write memory, and return the size of its batch."""
+    _, batch_sizes, *orders = x
+    if not are_eager(batch_sizes):
+        return int(batch_sizes[0])  # A graph has no values.
+    argument, count = layer._forms.names["x"], batch_sizes[:1].sum().item()
+    is_valid, remedy = is_packing(batch_sizes, x.data.shape[0]), "use pack_padded_sequence"
+    expected = f"packed with batch_sizes that are positive, do not increase and sum to {x.data.shape[0]}"
+    require(layer.name, argument, is_valid, expected, str(batch_sizes.tolist()), remedy)
+    expected = f"packed with one index in its order for each of {count} sequences"
+    for size in [order.numel() for order in orders if order is not None]:
+        require(layer.name, argument, size == count, expected, str(size), remedy)
+    return int(count)
+
+
+def _packed_like(name: str, x: PackedSequence, argument: str, given: Any) -> Any:
+    """Return the data (P,) of an argument that must be packed like x."""
+    if given is None:
+        return None
+    check_type(name, argument, given, PackedSequence, "a PackedSequence like x", "pack it with the lengths of x")
+    fits = torch.equal(given.batch_sizes, x.batch_sizes) and torch.equal(_order_of(given), _order_of(x))
+    require(name, argument, fits, "packed with the lengths and in the order of x", "others")
+    return given.data
+
+
+def _order_of(packed_x: PackedSequence) -> Tensor:
+    """Return the batch index of each sorted sequence."""
+    order = packed_x.sorted_indices
+    return torch.arange(int(packed_x.batch_sizes[0]), device="cpu") if order is None else order.cpu()
+
+
+def is_expandable(shape: Shape, whole: Shape) -> bool:
+    """Return whether a tensor of a shape can be expanded to another."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(size in (1, other) for size, other in sizes)
+
+
+def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that autocast converts, if it is enabled."""
+    return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()

@@ -1,0 +1,186 @@
+"""The words of all errors, and checks of options and other values that are no tensors."""
+
+import itertools
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..ops.cells import GATES, cells_of, multiple_of
+
+
+def name_of(cls: type) -> str:
+    """Return the name of a class for errors; that of a class of `drop_in` is not the name of torch's class."""
+    package, is_drop_in, _ = cls.__module__.partition(".drop_in.")
+    return f"{package}.drop_in.{cls.__name__}" if is_drop_in else cls.__name__
+
+
+def expectation(name: str, argument: str, expected: str, got: str, remedy: str = "") -> str:
+    """Return an error message: what the argument must be, what was passed, and the fix."""
+    return f"{name}: {argument} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+@contextmanager
+def reworded(kinds: dict[type[Exception], type[Exception]], names: dict[str, str]) -> Iterator[None]:
+    """Raise errors of the block as other kinds, and with other names of arguments."""
+    try:
+        yield
+    except tuple(kinds) as error:
+        text = str(error)
+        for name, other in names.items():
+            text = text.replace(name, other)
+        raise kinds.get(type(error), type(error))(text) from None
+
+
+def require(
+    name: str, argument: str, ok: bool, expected: str, got: str, remedy: str = "", error: type[Exception] = ValueError
+) -> None:
+    """Raise an error if an argument is wrong. Not for `forward`, because the texts of sizes add guards to graphs."""
+    if not ok:
+        raise error(expectation(name, argument, expected, got, remedy))
+
+
+def check_type(name: str, argument: str, value: object, types: Any, expected: str, remedy: str = "") -> None:
+    if not isinstance(value, types):
+        got = name_of(type(value))
+        # A class of another module may have the name that is expected.
+        got = f"{type(value).__module__}.{got}" if got in expected.replace(".", " ").split() else got
+        raise TypeError(expectation(name, argument, expected, got, remedy))
+
+
+def dims(shape: tuple[int, ...]) -> str:
+    return str(tuple(shape))
+
+
+def written(parts: Sequence[str], size: Any = "I") -> str:
+    """Return the letters of a form as in messages, with the number of features of x."""
+    texts = [str(size) if part == "I" else re.sub(r"(?<=\w)[*/+](?=\w)", r" \g<0> ", part) for part in parts]
+    packed = "packed steps " if parts[:1] == ["P"] else ""
+    return f"{packed}({', '.join(texts)}{',' * (len(texts) == 1)})" if texts else "a scalar"
+
+
+def instead_of_a_tensor(argument: str, found: Any) -> tuple[str, str]:
+    """Return what came in place of a tensor, and the fix."""
+    remedy, got = "" if found is None or isinstance(found, str) else "use torch.as_tensor", type(found).__name__
+    if type(found) in (list, tuple) and any(isinstance(each, Tensor) for each in found):
+        remedy = f"use torch.{'nn.utils.rnn.pad_sequence and lengths=' if argument == 'x' else 'cat'}, or torch.stack"
+    if isinstance(found, PackedSequence):
+        remedy = "use torch.nn.utils.rnn.pad_packed_sequence, and lengths="
+    if isinstance(found, Tensor):
+        got = "a nested tensor" if found.is_nested else f"a tensor with the layout {found.layout}"
+        remedy = "use torch.nested.to_padded_tensor, and lengths=" if found.is_nested else f"use {argument}.to_dense()"
+    return got, remedy
+
+
+def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor") -> TypeError:
+    return TypeError(expectation(name, argument, expected, *instead_of_a_tensor(argument, found)))
+
+
+def unsqueeze_remedy(argument: str, x: Tensor, shape: tuple[int, ...]) -> str:
+    """Return the fix for a tensor that lacks one dimension of size 1 of this shape; otherwise ""."""
+    missing = (dim for dim, size in enumerate(shape) if size == 1 and x.shape == (*shape[:dim], *shape[dim + 1 :]))
+    return next((f"use {argument}.unsqueeze({dim})" for dim in missing), "")
+
+
+def level_of_the_caller() -> int:
+    """Return the `stacklevel` of the innermost frame outside of this package, and of torch, which calls modules."""
+    packages = (__name__.partition(".")[0], "torch")
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    inner = itertools.takewhile(lambda each: each.f_globals.get("__name__", "").partition(".")[0] in packages, frames)
+    return 1 + sum(1 for _ in inner)
+
+
+def check_flag(name: str, argument: str, flag: object, remedy: str = "") -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(expectation(name, argument, "a bool", repr(flag), remedy))
+
+
+def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
+    if residual != "highway":
+        return
+    remedy = "use a layer for each direction"
+    require(name, "bidirectional", not bidirectional, "False because residual is 'highway'", "True", remedy)
+    expected = f"{input_dims} like input_dims because residual is 'highway'"
+    remedy = "change the size of x by a torch.nn.Linear before"
+    require(name, "hidden_dims", hidden_dims == input_dims, expected, str(hidden_dims), remedy)
+
+
+def check_int(name: str, argument: str, size: Any, expected: str = "an int", least: int = 1) -> None:
+    if not isinstance(size, int) or isinstance(size, bool):
+        remedy = "for layers of different sizes, use mingru.Stack" if isinstance(size, (list, tuple)) else ""
+        raise TypeError(expectation(name, argument, expected, repr(size), remedy))
+    if size < least:
+        raise ValueError(expectation(name, argument, f"at least {least}", str(size)))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(name: str, argument: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> None:
+    if not (is_number(value) and is_valid(value)):
+        raise (ValueError if is_number(value) else TypeError)(expectation(name, argument, expected, repr(value)))
+
+
+def check_dropout(name: str, dropout: float, num_layers: int) -> None:
+    check_number(name, "dropout", dropout, "a number from 0 to 1", lambda p: 0 <= p <= 1)
+    if dropout > 0 and num_layers == 1:
+        why = "because it is not applied to the last layer's output; add layers or set dropout to 0"
+        text = f"{name}: dropout={dropout} has no effect on one layer, {why}"
+        warnings.warn(text, stacklevel=level_of_the_caller())
+
+
+def check_device(name: str, device: object) -> None:
+    """Raise the type of torch's error if this is the name of no device."""
+    try:
+        torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:
+        expected, remedy = "a device of torch", "the devices are 'cpu', 'cuda' (also of AMD), 'mps', 'xpu' and others"
+        raise RuntimeError(expectation(name, "device", expected, repr(device), remedy)) from None
+
+
+def check_choice(name: str, argument: str, value: object, choices: Collection[str]) -> None:
+    # Not by comparison with values of other types: an array would compare its elements.
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(expectation(name, argument, f"one of {tuple(choices)}", repr(value)))
+
+
+def check_parts(name: str, argument: str, size: int, gate: str) -> None:
+    """Check that the gate can divide this number of features into numbers."""
+    count = multiple_of(GATES[gate])
+    if size % count:
+        cells = cells_of(GATES[gate])
+        condition = "even" if count == 2 else f"divisible by {count}"
+        groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
+        groups += " in one half" if len(cells) > 1 else ""
+        raise ValueError(expectation(name, argument, f"{condition} because gate={gate!r} turns {groups}", str(size)))
+
+
+def per_layer(
+    name: str, argument: str, value: Any, num_layers: int, kinds: Any = (list, tuple), remedy: str = ""
+) -> list[Any]:
+    """Return the value for each layer, from one value or a list."""
+    expected = f"one value, or a list of {num_layers}, one for each layer"
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        raise TypeError(expectation(name, argument, expected, repr(value), f"use {argument}.tolist()"))
+    if not isinstance(value, kinds):
+        return [value] * num_layers
+    require(name, argument, len(value) == num_layers, expected, repr(value), remedy)
+    return list(value)
+
+
+def check_min_decay(name: str, min_decay: Any, gates: Sequence[str]) -> list[float]:
+    """Return the lower bound of each layer."""
+    bounds = per_layer(name, "min_decay", min_decay, len(gates))
+    for bound, gate in zip(bounds, gates, strict=True):
+        check_number(name, "min_decay", bound, "a number from 0 to 1 (exclusive)", lambda number: 0 <= number < 1)
+        expected = "0 because a decay with a lower bound cannot change its sign and gate is 'signed'"
+        require(name, "min_decay", not bound or gate != "signed", expected, repr(min_decay))
+    return [float(bound) for bound in bounds]
