@@ -93,7 +93,6 @@ class BlockGRU(Recurrent, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
     _remedy_for_weights = "use mingru.BlockGRU.from_torch"
 
     @constructor()
@@ -234,7 +233,6 @@ class BlockGRUCell(RecurrentCell, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
 
     @constructor()
     def __init__(

@@ -16,7 +16,7 @@ from ..ops import route
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import InferencePlan
+from ..ops.inference import Plan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from ..wrong_calls import explained
@@ -134,15 +134,15 @@ class Recurrent(Stacked, role="sequence"):
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
 
-    def _write_plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
         initial_state: Any = self.initial_state
         plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
-        if len(layers) > 1:
-            plan.dropout(self)
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            if index > 0:
+                plan.dropout(self)
             plan.require(layer.hidden_dims == self.hidden_dims, len(layer.maps()) == self.num_directions)
             layer._write_plan(plan, plan.num_states)
         plan.num_states += 1

@@ -18,9 +18,9 @@ from .backends import in_log_space, in_place, native, sequential, traceable, tri
 from .call import Call, Layout, Spec, Start
 from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
-from .shape import accumulate_dtype, as_dtype
+from .shape import as_dtype
 
 BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
 BACKENDS: dict[Any, Backend] = {
@@ -217,25 +217,17 @@ def fused_with(
 
 
 def _with_norm(call: Call, norm: Any) -> Call | None:
-    """Return the call of a kernel that normalizes x, or None if this module does something else.
-
-    The weights w and b of the norm are in those of the map: W (w * x + b) + c = (W diag(w)) x + (W b + c).
-    """
+    """Return the call of a kernel that normalizes x, or None if this module does something else."""
     kind, (x, weight, bias) = NORMS.get(type(norm)), call.tensors
     if kind is None or is_hooked(norm):
         return None
-    scale, shift = norm.weight, norm.bias if kind == "layer" else None
-    own = [each for each in (scale, shift) if each is not None]
+    of_norm = weights_of_norm(norm)
+    own = [each for each in of_norm if each is not None]
     if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != x.shape[-1:] for each in own):
         return None
     if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
-    if shift is not None:
-        bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)
-    if scale is not None:
-        weight = weight * scale
-    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if norm.eps is None else norm.eps
-    return call._replace(spec=call.spec._replace(norm=kind, eps=eps), tensors=[x, weight, bias])
+    return call._replace(spec=with_norm(call.spec, norm, x.dtype), tensors=[x, *map_with_norm(weight, bias, *of_norm)])
 
 
 def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, layout: Layout) -> bool:
