@@ -45,14 +45,16 @@ def one_by_one(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def trained(function, x, *args):
-    """Return the outcome of a call, and the gradient of x."""
-    leaf = x.clone().requires_grad_()
-    found = outcome(function, leaf, *args)
+def trained(function, x, *args, **kwargs):
+    """Return the outcome of a call, and the gradients of x and of the parameters."""
+    leaf, parts = x.clone().requires_grad_(), [each for each in (function, *args) if isinstance(each, nn.Module)]
+    leaves = [leaf, *(weight for part in parts for weight in part.parameters())]
+    found = outcome(function, *(leaf if each is x else each for each in (x, *args)), **kwargs)
     results = [each for each in tensors(found) if each.requires_grad]
     if results:
         # Squares, because the gradient of a sum after a norm is nearly 0.
-        found = [*tensors(found), *torch.autograd.grad(sum(each.square().sum() for each in results), leaf)]
+        loss = sum(each.square().sum() for each in results)
+        found = [*tensors(found), *torch.autograd.grad(loss, leaves, allow_unused=True)]
     return found
 
 
@@ -77,10 +79,10 @@ def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
             assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def is_in_one(function, *args, **kwargs):
-    """Return whether one operator computes a call without gradients."""
+def is_in_one(function, *args, trains=False, **kwargs):
+    """Return whether a call is computed by a plan, with gradients or without."""
     run, done = inference.run, []
-    with torch.no_grad(), mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]):
+    with torch.set_grad_enabled(trains), mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]):
         function(*args, **kwargs)
     # A module that is called one by one calls those inside, which may be in one.
     return bool(done) and done[0] is not None
@@ -246,7 +248,7 @@ def test_edits(name, what, value, in_one, is_first_call):
     x = input_of(module) if is_first_call else planned(module)
     edit(module, what, value)
     assert_same_as_one_by_one(module, x)
-    assert (outcome(is_in_one, module, x) is True) is in_one
+    assert [outcome(is_in_one, module, x, trains=trains) is True for trains in (False, True)] == [in_one] * 2
 
 
 TENSORS = nn.LayerNorm(DIMS, elementwise_affine=False)
