@@ -82,7 +82,10 @@ def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
 def is_in_one(function, *args, trains=False, **kwargs):
     """Return whether a call is computed by a plan, with gradients or without."""
     run, done = inference.run, []
-    with torch.set_grad_enabled(trains), mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]):
+    with (
+        torch.set_grad_enabled(trains),
+        mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]),
+    ):
         function(*args, **kwargs)
     # A module that is called one by one calls those inside, which may be in one.
     return bool(done) and done[0] is not None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import BATCH_FIRST, Call, Spec, Start, spec_of
+from .call import BATCH_FIRST, FIRST_INPUT, Call, Spec, Start, flattened, from_flat, spec_of
 from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
@@ -42,10 +42,12 @@ class Kernel:
     Backward computes the pre-activations again unless forward keeps them.
     """
 
-    forward: Callable[[Call, bool | None], tuple[Any, ...]]
-    """(call, keep) -> (out, last, kept), and the states if `out` is gated. `keep` is None without a backward pass."""
+    forward: Callable[[Spec, Sequence[Any], bool, bool | None], tuple[Any, ...]]
+    """(spec, tensors, time_first, keep) -> (out, last, kept), and the states if `out` is gated. The tensors are a list
+    like that of `call.flattened`. `keep` is None without a backward pass."""
     backward: Any
-    """(call, saved, needs) -> `Grads`, or None if forward consists of differentiable operations."""
+    """(spec, tensors, time_first, saved, needs) -> gradients of the tensors, or None if forward consists of
+    differentiable operations. `needs` says of each tensor whether it needs a gradient."""
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
@@ -58,10 +60,26 @@ class Kernel:
     """The cells that the kernel computes. Default: all."""
 
 
+def of_calls(forward: Any, backward: Any, **options: Any) -> Kernel:
+    """Return a kernel of functions that take a call: (call, keep) and (call, saved, `Needs`) -> `Grads`."""
+
+    def run(spec: Spec, tensors: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = forward(from_flat(spec, tensors, time_first), keep)
+        return found
+
+    def run_backward(spec: Spec, tensors: Sequence[Any], time_first: bool, saved: Saved, needs: Any) -> Any:
+        need: Any = from_flat(spec, needs, time_first)
+        call = from_flat(spec, tensors, time_first)
+        of_start, of_inputs = backward(call, saved, Needs(need.start, need.tensors))
+        return *of_start, *[None] * (FIRST_INPUT - len(of_start)), *of_inputs
+
+    return Kernel(run, None if backward is None else run_backward, **options)
+
+
 def scan_by(kernel: Kernel, call: LinearScan) -> States:
     """Compute the linear scan by a fused kernel, which takes the parts of numbers as features."""
     spec, (a, b, h) = _real(call)
-    out, last, _ = kernel.forward(Call(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST), False)
+    out, last, _ = kernel.forward(spec, [*flattened(Start(h, h, call.reset), BATCH_FIRST), a, b], False, False)
     return _like(call, out), _like(call, last)
 
 
@@ -69,11 +87,10 @@ def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[
     """Compute the gradients of a, b and h; `saved`: out, grad_out, grad_last."""
     spec, (a, _, h, out, *grad) = _real(call, *saved)
     # The gradients do not depend on b.
-    recurrence = Call(spec, [a, a], Start(h, h, call.reset), BATCH_FIRST)
-    no: Any = False
-    needs = Needs(Start(*[no] * len(Start._fields)), [True, True])
-    of_start, grads = kernel.backward(recurrence, Saved(out, None, *grad), needs)
-    return tuple(_like(call, x) for x in (*grads, of_start[0]) if x is not None)
+    tensors = [*flattened(Start(h, h, call.reset), BATCH_FIRST), a, a]
+    needs = [True, *[False] * (FIRST_INPUT - 1), True, True]
+    of_h, *_, of_a, of_b = kernel.backward(spec, tensors, False, Saved(out, None, *grad), needs)
+    return _like(call, of_a), _like(call, of_b), _like(call, of_h)
 
 
 def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
@@ -88,15 +105,17 @@ def _like(call: LinearScan, x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous()) if call.a.is_complex() else x
 
 
-def grads_of_start(start: Start, of_states: Sequence[Any], grad_dt: Tensor | None) -> Start:
-    """Return gradients as a start. `of_states`: of h and of the initial state, that for each sequence; empty or None
-    if there is none."""
-    grad_h, grad_initial_state = of_states
-    of_initial_state: Any = None
-    if start.reset is not None and grad_initial_state is not None and grad_initial_state.numel() > 0:
-        summed = grad_initial_state.sum_to_size(start.initial_state.shape)
-        of_initial_state = as_dtype(summed, start.initial_state.dtype)
-    return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)
+def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
+    """Return the gradients of h, the initial state, resets and elapsed times, with which a call begins.
+
+    `of_states`: of h and of the initial state, that for each sequence; empty or None if there is none.
+    """
+    (grad_h, of_initial_state), (h, initial_state, reset, *_) = of_states, tensors
+    if reset is None or of_initial_state is None or of_initial_state.numel() == 0:
+        of_initial_state = None
+    else:
+        of_initial_state = as_dtype(of_initial_state.sum_to_size(initial_state.shape), initial_state.dtype)
+    return as_dtype(grad_h, h.dtype), of_initial_state, None, grad_dt
 
 
 def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Iterator
 from functools import partial
-from itertools import repeat
+from itertools import product, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import autograd, route
 from .backends import native
-from .call import Call, Layout, Spec, Start
+from .call import Layout, Spec, Start
 from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
@@ -59,19 +59,17 @@ def plannable(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-class Recurrence(NamedTuple):
+class Prepared(NamedTuple):
     """What the recurrence of one layer and direction is computed from, except x and the states."""
 
-    specs: dict[torch.dtype, Spec]
-    """For each dtype of x, on which the default of eps depends."""
+    how: dict[Any, autograd.How]
+    """For each dtype of x, on which the default of eps depends, and order of dimensions."""
     map: tuple[Tensor, Tensor | None]
     """Weight and bias of the linear map."""
     of_norm: tuple[Tensor | None, Tensor | None]
     """Weight and bias of the norm before it."""
     recurrent: tuple[Tensor | None, Tensor | None]
     """Recurrent weight and bias."""
-    keep: bool
-    """Whether the pre-activations are kept for the backward pass."""
 
     def fits(self) -> bool:
         """Return whether a kernel takes these weights. If not, the modules raise the error."""
@@ -80,15 +78,15 @@ class Recurrence(NamedTuple):
         return all(each is None or each.shape == shape for each, shape in own)
 
 
-def _recurrence_of(spec: Spec, norm: Any, recompute: bool | None, linear: Any, recurrent: Any = None) -> Recurrence:
-    """Return the recurrence of modules: a norm or None, a linear map, and recurrent weights if it has some."""
-    keep, of_state = not are_recomputed(linear.weight, recompute), (None, None)
-    if recurrent is not None:
-        of_state = recurrent.weight, recurrent.bias
-    if norm is None:
-        return Recurrence(dict.fromkeys(_DTYPES, spec), (linear.weight, linear.bias), (None, None), of_state, keep)
-    specs = {dtype: with_norm(spec, norm, dtype) for dtype in _DTYPES}
-    return Recurrence(specs, (linear.weight, linear.bias), weights_of_norm(norm), of_state, keep)
+def _prepared(spec: Spec, norm: Any, recompute: bool | None, linear: Any, recurrent: Any = None) -> Prepared:
+    """Prepare the recurrence of modules: a norm or None, a linear map, and recurrent weights if it has some."""
+    keep, how = not are_recomputed(linear.weight, recompute), {}
+    for dtype, time_first in product(_DTYPES, (False, True)):
+        own = spec if norm is None else with_norm(spec, norm, dtype)
+        how[dtype, time_first] = "linear_kernel", _NATIVE, own, time_first, keep
+    none = None, None
+    of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
+    return Prepared(how, (linear.weight, linear.bias), none if norm is None else weights_of_norm(norm), of_state)
 
 
 class Plan:
@@ -256,7 +254,7 @@ class Plan:
         if not both and self.steps and self.steps[-1][0] == "norm":
             norm = self.steps.pop()[1]
         own = [
-            _recurrence_of(spec._replace(reverse=index == 1), norm, recompute, *each)
+            _prepared(spec._replace(reverse=index == 1), norm, recompute, *each)
             for index, each in enumerate(directions)
         ]
         self.is_trained &= all(each.fits() for each in own)
@@ -368,19 +366,16 @@ def _trained(
     befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initial_states)]
     kept: list[Tensor] = []
     found: list[Any] = [[] for _ in states]
-    layout, x = Layout(time_first), x.unsqueeze(1) if x.dim() == 2 else x
+    x = x.unsqueeze(1) if x.dim() == 2 else x
     for name, of in plan.steps:
         if name == "scan":
             directions, state = of
             outs = []
-            for index, own in enumerate(directions):
-                h = initial_state = next(befores[state])
-                if resets:
-                    initial_state = next(starts[state])
+            for own, reset in zip(directions, resets or [None, None], strict=False):
+                start = None if reset is None else next(starts[state])
+                given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
                 linear = map_with_norm(*own.map, *own.of_norm)
-                start = Start(h, initial_state, resets[index] if resets else None, None, *own.recurrent)
-                call = Call(own.specs[x.dtype], [x, *linear], start, layout)
-                out, last = autograd.run_kernel("linear_kernel", _NATIVE, call, own.keep)
+                out, last = autograd.Recurrence.apply(own.how[x.dtype, time_first], *given, *linear)  # type: ignore[no-untyped-call]
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel, Needs, Saved
+from ..backend import Backend, Grads, Needs, Saved, of_calls
 from ..block_recurrence import by_torch
 from ..call import Call, Start
 from ..cells import BLOCKS, NUM_INPUTS, parts_of
@@ -149,6 +149,6 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 
 # Numbers with several parts need a scan of their own.
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
-_OF_BLOCKS = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKS])
+_KERNEL = of_calls(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
+_OF_BLOCKS = of_calls(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKS])
 BACKEND = Backend(scan=scan, differentiable=False, kernel=_KERNEL, linear_kernel=_OF_BLOCKS)

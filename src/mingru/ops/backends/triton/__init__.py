@@ -16,11 +16,11 @@ from torch import Tensor
 from ...backend import (
     Backend,
     Grads,
-    Kernel,
     KernelFailure,
     Needs,
     Saved,
     grads_of_start,
+    of_calls,
     on_one_device,
     scan_backward_by,
     scan_by,
@@ -145,7 +145,7 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
     return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found
 
 
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING)
+_KERNEL = of_calls(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING)
 BACKEND = Backend(
     unavailable=unavailable,
     unsupported=unsupported,
@@ -153,7 +153,7 @@ BACKEND = Backend(
     scan_backward=partial(scan_backward_by, _KERNEL),
     differentiable=False,
     kernel=_KERNEL,
-    linear_kernel=Kernel(
+    linear_kernel=of_calls(
         _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=KEEPING
     ),
 )
