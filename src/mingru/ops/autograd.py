@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_recurrence
-from .backend import Kernel, Saved
+from .backend import SCANS, Kernel, Saved, scan_backward_by, scan_by
 from .backends import traceable
-from .call import FIRST_INPUT, Call, Spec, flattened, from_flat, spec_of
+from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import BLOCKS, CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
@@ -58,9 +58,11 @@ def composed(choice: Choice, call: Call) -> States:
 def scan(choice: Choice, call: LinearScan) -> States:
     """Compute the linear scan by a backend, so that it is differentiable."""
     backend = backend_of(choice.backend)
-    if backend.differentiable:
-        assert backend.scan is not None
-        return backend.scan(call)
+    if backend.scan is not None:
+        # Kernels convert numbers when they load them.
+        call = in_accumulation_dtype(call)
+        if backend.kernel is None:
+            return backend.scan(call)
     in_compile = is_compiling() and not is_exporting()
     if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
@@ -84,9 +86,8 @@ class ScanInGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(choice: Choice, *call: Any) -> States:
-        run = backend_of(choice.backend).scan
-        assert run is not None
-        return run(LinearScan(*call))
+        backend = backend_of(choice.backend)
+        return scan_by(backend.kernel, LinearScan(*call)) if backend.scan is None else backend.scan(LinearScan(*call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
@@ -102,9 +103,9 @@ class ScanInGraph(torch.autograd.Function):
         batched = are_batched(*grad)
 
         def run(choice: Choice) -> tuple[Tensor | None, ...]:
-            kernel = backend_of(choice.backend).scan_backward
-            if kernel is not None and not torch.is_grad_enabled() and not batched:
-                return kernel(call, out, *grad)
+            backend = backend_of(choice.backend)
+            if backend.scan is None and not torch.is_grad_enabled() and not batched:
+                return scan_backward_by(backend.kernel, call, out, *grad)
             # Kernels have no rule for batched gradients.
             delta = adjoint(_traceable_scan if batched else partial(scan, choice), call, grad)
             grad_a = grad_h = None
@@ -114,8 +115,7 @@ class ScanInGraph(torch.autograd.Function):
                 grad_h = grad_of_h(call, delta)
             return grad_a, delta, grad_h
 
-        spec = spec_of("linear_scan", "linear", call.reverse, 0.0)
-        return None, *run_or_other(run, ctx.choice, spec, out), None, None, None
+        return None, *run_or_other(run, ctx.choice, SCANS["linear_scan", call.reverse], out), None, None, None
 
 
 class Scan(ScanInGraph):
@@ -190,19 +190,15 @@ class Recurrence(torch.autograd.Function):
         (name, chosen, spec, time_first, _), (states, kept, *tensors) = ctx.how, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
 
-        def run(choice: Choice) -> Sequence[Tensor | None]:
+        def run(choice: Choice) -> Any:
             if choice.backend != chosen.backend or torch.is_grad_enabled() or are_batched(*grad):
-                again = partial(_again, name, choice, spec, time_first)
-                return differentiable(again, tensors, needs, grad)
+                return differentiable(partial(_again, name, choice, spec, time_first), tensors, needs, grad)
             own = kept
             if kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed:
                 # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
                 own = kept.new_empty(0)
             kernel: Kernel = getattr(backend_of(choice.backend), name)
-            found: Sequence[Tensor | None] = kernel.backward(
-                spec, tensors, time_first, Saved(states, own, *grad), needs
-            )
-            return found
+            return kernel.backward(spec, tensors, time_first, Saved(states, own, *grad), needs)
 
         return None, *run_or_other(run, chosen, spec, states)
 

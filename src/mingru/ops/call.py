@@ -114,6 +114,6 @@ FIRST_INPUT = len(Start._fields) + len(Layout._fields) - 1
 
 def from_flat(spec: Spec, tensors: Sequence[Any], time_first: bool) -> Call:
     """Return the call of such a list."""
-    num_of_start = len(Start._fields)
-    layout = Layout(time_first, *tensors[num_of_start:FIRST_INPUT])
-    return Call(spec, [*tensors[FIRST_INPUT:]], Start(*tensors[:num_of_start]), layout)
+    at = len(Start._fields)
+    layout = Layout(time_first, *tensors[at:FIRST_INPUT])
+    return Call(spec, [*tensors[FIRST_INPUT:]], Start(*tensors[:at]), layout)

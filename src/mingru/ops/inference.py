@@ -20,34 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, route
+from . import autograd, linear_map, private, route
 from .backends import native
 from .call import Layout, Spec, Start
 from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import (
-    FORWARDS,
-    HOOKS,
-    LINEAR_MAPS,
-    NORMS,
-    RecurrentMap,
-    are_recomputed,
-    map_with_norm,
-    weights_of_norm,
-    with_norm,
-)
-from .private import (
-    DisableTorchFunction,
-    has_any_global_hook,
-    is_torch_function_mode_enabled,
-    is_untransformed,
-    len_torch_dispatch_stack,
-    unsafe_view,
-)
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
 
 _DTYPES = (torch.float32, torch.float64)
-_CALL = nn.Module.__call__
+Outputs = tuple[Tensor, list[Tensor]]
+_CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
 _forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
 _NATIVE = route.Choice("native", False)
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
@@ -71,23 +54,6 @@ class Prepared(NamedTuple):
     recurrent: tuple[Tensor | None, Tensor | None]
     """Recurrent weight and bias."""
 
-    def fits(self) -> bool:
-        """Return whether a kernel takes these weights. If not, the modules raise the error."""
-        (weight, bias), of_norm = self.map, self.of_norm
-        own = zip((bias, *of_norm), (weight.shape[:1], weight.shape[1:], weight.shape[1:]), strict=True)
-        return all(each is None or each.shape == shape for each, shape in own)
-
-
-def _prepared(spec: Spec, norm: Any, recompute: bool | None, linear: Any, recurrent: Any = None) -> Prepared:
-    """Prepare the recurrence of modules: a norm or None, a linear map, and recurrent weights if it has some."""
-    keep, how = not are_recomputed(linear.weight, recompute), {}
-    for dtype, time_first in product(_DTYPES, (False, True)):
-        own = spec if norm is None else with_norm(spec, norm, dtype)
-        how[dtype, time_first] = "linear_kernel", _NATIVE, own, time_first, keep
-    none = None, None
-    of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
-    return Prepared(how, (linear.weight, linear.bias), none if norm is None else weights_of_norm(norm), of_state)
-
 
 class Plan:
     """The instructions and weights of a module, and everything from which they were made."""
@@ -102,8 +68,8 @@ class Plan:
         self.shapes: list[tuple[Any, tuple[int, ...]]] = []
         # The instructions with gradients: a name, and what it computes with.
         self.steps: list[tuple[str, Any]] = []
-        # Whether one operator can compute the instructions, and whether they are those with gradients.
-        self.is_operator = self.is_trained = True
+        # Whether one operator can compute them, whether they hold with gradients, and whether all are recurrences.
+        self.is_operator = self.is_trained = self.is_scan = True
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -200,26 +166,22 @@ class Plan:
         """Add dropout if it is active, which is no instruction of the operator."""
         if module.training and module.dropout > 0:
             self.is_operator = False
-            self.steps.append(("call", partial(F.dropout, p=module.dropout)))
+            self.steps.append(("dropout", partial(F.dropout, p=module.dropout)))
 
     def keep(self) -> None:
         """Remember x, for `add`."""
-        self._add("keep", ("keep", None))
+        self._add("keep", None)
 
     def add(self, linear: Any = None) -> None:
         """Add what was remembered last, or a linear map of it."""
-        if linear is None:
-            self._add("add", ("add", None))
-        else:
-            self._add("add_linear", ("add", linear), self._map(linear))
+        self._add("add" if linear is None else "add_linear", linear, linear is not None and self._map(linear))
 
     def linear(self, linear: object, gelu: Any = None) -> None:
         """Add a linear map of x, and GELU of it if there is one."""
-        has_bias = self._map(linear)
-        self._add("linear" if gelu is None else "linear_gelu", ("call", linear), has_bias)
+        self._add("linear" if gelu is None else "linear_gelu", linear, self._map(linear))
         if gelu is not None:
             self.require(self.child(gelu, nn.GELU).approximate == "none")
-            self.steps.append(("call", gelu))
+            self.steps.append(("gelu", gelu))
 
     def norm(self, norm: Any) -> None:
         self.child(norm, *NORMS)
@@ -230,12 +192,12 @@ class Plan:
         # NaN is the default of RMSNorm, which depends on the dtype.
         self._numbers.append(math.nan if eps is None else eps)
         # In C++, the norm with a bias is the layer norm.
-        self._add("norm", ("norm", norm), not is_rms)
+        self._add("norm", norm, not is_rms)
 
     def causal_conv(self, conv: Any, state: int) -> None:
         """Add the convolution of x; the caller has checked its type."""
         self.require(self._weight(conv, "weight"), len(conv.weight) == conv.kernel_size)
-        self._add("causal_conv", ("causal_conv", (conv, state)), self._weight(conv, "bias"), state)
+        self._add("causal_conv", (conv, state), self._weight(conv, "bias"), state)
 
     def scan(
         self, spec: Spec, output_gate: bool, state: int, directions: list[list[Any]], recompute: bool | None
@@ -249,16 +211,25 @@ class Plan:
         self.require({*others} <= {has_bias})
         self._numbers.append(spec.min_decay)
         self.is_bidirectional |= both
-        spec, norm = spec._replace(output_gate=output_gate), None
+        spec, before = spec._replace(output_gate=output_gate), self.steps[-1][0] if self.steps else ""
         # Kernels include the norm, unless several maps read its result.
-        if not both and self.steps and self.steps[-1][0] == "norm":
-            norm = self.steps.pop()[1]
-        own = [
-            _prepared(spec._replace(reverse=index == 1), norm, recompute, *each)
-            for index, each in enumerate(directions)
-        ]
-        self.is_trained &= all(each.fits() for each in own)
-        self._add("scan_both" if both else "scan", ("scan", (own, state)), has_bias, state, number)
+        norm = self.steps.pop()[1] if before == "norm" and not both else None
+        ways = zip(directions, (False, True), strict=False)
+        own = [self._prepared(spec._replace(reverse=way), norm, recompute, *modules) for modules, way in ways]
+        self._add("scan_both" if both else "scan", (own, state), has_bias, state, number)
+
+    def _prepared(self, spec: Spec, norm: Any, recompute: Any, linear: Any, recurrent: Any = None) -> Prepared:
+        """Prepare the recurrence of a norm or None, a linear map, and recurrent weights if there are some."""
+        keep, how, none = not linear_map.are_recomputed(linear.weight, recompute), {}, (None, None)
+        for dtype, time_first in product(_DTYPES, (False, True)):
+            own = spec if norm is None else linear_map.with_norm(spec, norm, dtype)
+            how[dtype, time_first] = "linear_kernel", _NATIVE, own, time_first, keep
+        of_norm = none if norm is None else linear_map.weights_of_norm(norm)
+        sizes = zip((linear.bias, *of_norm), (0, 1, 1), strict=True)
+        # Of other sizes, the modules raise the errors.
+        self.is_trained &= all(x is None or x.shape == linear.weight.shape[dim : dim + 1] for x, dim in sizes)
+        of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
+        return Prepared(how, (linear.weight, linear.bias), of_norm, of_state)
 
     def _map(self, linear: Any) -> bool:
         """Take the weights of a linear map; return whether it has a bias."""
@@ -274,11 +245,10 @@ class Plan:
             self.weights.append(weight)
         return weight is not None
 
-    def _add(
-        self, operation: str, step: tuple[str, Any], has_bias: bool = False, state: int = 0, cell: int = 0
-    ) -> None:
+    def _add(self, operation: str, of: Any, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
         self._instructions.append((native.INSTRUCTION_NUMBERS[operation], has_bias, state, cell))
-        self.steps.append(step)
+        self.steps.append((operation, of))
+        self.is_scan &= operation in _SCANS
 
 
 def current_plan(module: Any) -> Plan:
@@ -290,29 +260,37 @@ def current_plan(module: Any) -> Plan:
     return plan
 
 
+def _is_plain(x: Any) -> bool:
+    """Return whether kernels compute x, and nothing sees operations: no trace, transform, dispatch mode or hook."""
+    is_plain = type(x) is Tensor and x.is_cpu and private.is_untransformed() and not is_autocast(x)
+    return is_plain and not (private.len_torch_dispatch_stack() or private.has_any_global_hook()) and route.is_native()
+
+
+def skips_padding(module: Any, x: Tensor) -> bool:
+    """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
+    plan = current_plan(module) if _is_plain(x) else None
+    return plan is not None and plan.is_scan and plan.is_open() and plan.can_train(x.dtype)
+
+
 # None without the kernels.
 _operator: Any = getattr(getattr(torch.ops.mingru, "inference", None), "default", None)
 
 
-def run(
-    module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
-) -> tuple[Tensor, list[Tensor]] | None:
+def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None) -> Outputs | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if is_compiling():
         return None
-    if not is_torch_function_mode_enabled():
+    if not private.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
         return None
     # Otherwise the context would be called for every attribute of a tensor.
-    with DisableTorchFunction():
+    with private.DisableTorchFunction():
         return _run(module, x, states, reset, time_first, dt)
 
 
-def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> tuple[Tensor, list[Tensor]] | None:
-    # Operations on x must be seen by nothing: no trace, transform, dispatch mode or hook.
-    is_plain = type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES and is_untransformed() and not is_autocast(x)
-    if not is_plain or len_torch_dispatch_stack() or has_any_global_hook() or not route.is_native():
+def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> Outputs | None:
+    if not _is_plain(x) or x.dtype not in _DTYPES:
         return None
     shape, plan, trains = x.shape, current_plan(module), torch.is_grad_enabled()
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
@@ -354,34 +332,31 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     return (out, last) if last else None
 
 
-def _trained(
-    plan: Plan, x: Tensor, states: list[Tensor], initial_states: list[Tensor], resets: Any, time_first: bool
-) -> tuple[Tensor, list[Tensor]] | None:
+def _trained(plan: Plan, x: Tensor, states: Any, initial_states: Any, resets: Any, time_first: bool) -> Outputs | None:
     """Compute the instructions with gradients, or return None for tensors that the ordinary call refuses."""
     tensors = [*states, *initial_states]
-    if {*map(_dtype_of, tensors)} != {x.dtype} or not all(map(_is_cpu, [*tensors, *resets])):
-        return None
-    if resets and resets[0].dtype != torch.bool:
+    fits = {*map(_dtype_of, tensors)} == {x.dtype} and all(map(_is_cpu, [*tensors, *resets]))
+    if not fits or (resets and resets[0].dtype != torch.bool):
         return None
     befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initial_states)]
     kept: list[Tensor] = []
     found: list[Any] = [[] for _ in states]
     x = x.unsqueeze(1) if x.dim() == 2 else x
     for name, of in plan.steps:
-        if name == "scan":
+        if name in _SCANS:
             directions, state = of
             outs = []
             for own, reset in zip(directions, resets or [None, None], strict=False):
                 start = None if reset is None else next(starts[state])
                 given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
-                linear = map_with_norm(*own.map, *own.of_norm)
+                linear = linear_map.map_with_norm(*own.map, *own.of_norm)
                 out, last = autograd.Recurrence.apply(own.how[x.dtype, time_first], *given, *linear)  # type: ignore[no-untyped-call]
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
         elif name == "keep":
             kept.append(x)
-        elif name == "add":
+        elif name in ("add", "add_linear"):
             # x is the first, because a sum has the strides of the first, and outputs are contiguous.
             x = x + (kept.pop() if of is None else of(kept.pop()))
         elif name == "causal_conv":
@@ -404,4 +379,4 @@ def _state_of(found: Any, like: Tensor) -> Tensor:
     if isinstance(found, Tensor):
         return found
     whole = found[0] if like.dim() == 2 else torch.stack(found)
-    return whole if like.dim() == 4 else unsafe_view(whole, like.shape)
+    return whole if like.dim() == 4 else private.unsafe_view(whole, like.shape)

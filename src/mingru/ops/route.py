@@ -6,7 +6,7 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, in_place, native, sequential, traceable, triton
-from .call import Call, Layout, Spec, Start
+from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
@@ -157,8 +157,7 @@ def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequenc
     except KernelFailure as failure:
         if choice.selected:
             raise
-        others = (other for other in FASTEST_FIRST if other != choice.backend)
-        name = next(other for other in others if _why_not(other, sequence, spec) is None)
+        name = next(each for each in FASTEST_FIRST if each != choice.backend and not _why_not(each, sequence, spec))
         warn_once(f"using the slower backend {name!r}. {failure}")
     return run(Choice(name, False))
 
@@ -228,20 +227,6 @@ def _with_norm(call: Call, norm: Any) -> Call | None:
     if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
     return call._replace(spec=with_norm(call.spec, norm, x.dtype), tensors=[x, *map_with_norm(weight, bias, *of_norm)])
-
-
-def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, layout: Layout) -> bool:
-    """Return whether `ops.linear_recurrence` takes padded sequences with lengths, for all these linear maps.
-
-    A captured graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
-    computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
-    """
-    if is_symbolic():
-        return True
-    if not linears or is_autocast(x):
-        return False
-    name, call = choose(spec, x).backend, Call(spec, [x], Start(x, x, None, dt), layout)
-    return all(fused_with(linear, name, call) for linear in linears)
 
 
 def _autocast(*tensors: Tensor | None) -> Any:

@@ -6,14 +6,13 @@ Importing this module registers the operators with PyTorch's dispatcher. They ta
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
+from ..backend import Backend, Kernel, Saved, grads_of_start, on_one_device
 from ..call import FIRST_INPUT, Spec
 from ..cells import BLOCKS, MIXTURES
 from ..layout import is_transposed
@@ -152,12 +151,11 @@ def arguments(
     """
     h, initial_state, reset, dt, recurrent, recurrent_bias, *of_layout = given[:FIRST_INPUT]
     dtype = accumulate_dtype(given[FIRST_INPUT].dtype)
-    if h.dtype != dtype:
-        h = h.to(dtype)
+    h = h.to(dtype)
     if recurrent is not None:
-        recurrent = as_dtype(recurrent, dtype).contiguous()
+        recurrent = recurrent.to(dtype).contiguous()
     if recurrent_bias is not None:
-        recurrent_bias = as_dtype(recurrent_bias, dtype).contiguous()
+        recurrent_bias = recurrent_bias.to(dtype).contiguous()
     tensors = [h, h if reset is None else as_dtype(initial_state.expand_as(h), dtype)]
     how, optional = NUMBERS[spec[:2]], (reset, dt, recurrent, recurrent_bias, *of_layout)
     for bit, x in enumerate(optional, _FIRST_FLAG):
@@ -187,7 +185,7 @@ def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, sav
     grads, *of_states, grads_of_dt = results
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
     of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
-    return *of_start, *[None] * (FIRST_INPUT - len(of_start)), *parts
+    return *of_start, *parts
 
 
 def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
@@ -203,26 +201,15 @@ def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bo
     results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
     of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)
-    grads = *of_start, of_recurrent, of_bias, None, None, grad_x, grad_weight, grad_bias.squeeze(0)
+    grads = *of_start[:4], of_recurrent, of_bias, *of_start[6:], grad_x, grad_weight, grad_bias.squeeze(0)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
+_ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    scan=partial(scan_by, _KERNEL),
-    scan_backward=partial(scan_backward_by, _KERNEL),
-    differentiable=False,
-    kernel=_KERNEL,
-    linear_kernel=Kernel(
-        _linear_recurrence,
-        _linear_recurrence_backward,
-        packed=True,
-        lengths=True,
-        autocast=True,
-        whole=True,
-        cells=CELL_NUMBERS,
-    ),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS),
 )
