@@ -164,8 +164,8 @@ def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
         if start.reset is None:
             given[1] = None  # the initial state, which nothing reads
         # A flat list, because autograd ignores tensors inside tuples.
-        states: States = Recurrence.apply((name, choice, spec, layout.time_first, keep), *given)  # type: ignore[no-untyped-call]
-        return states
+        run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
+        return run((name, choice, spec, layout.time_first, keep), *given)
     out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
 
@@ -193,14 +193,17 @@ class Recurrence(torch.autograd.Function):
         def run(choice: Choice) -> Any:
             if choice.backend != chosen.backend or torch.is_grad_enabled() or are_batched(*grad):
                 return differentiable(partial(_again, name, choice, spec, time_first), tensors, needs, grad)
-            own = kept
-            if kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed:
-                # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
-                own = kept.new_empty(0)
+            # A saved-tensor hook may change the memory order of x, which is the order of the kept pre-activations.
+            has_moved = kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed
+            own = kept.new_empty(0) if has_moved else kept
             kernel: Kernel = getattr(backend_of(choice.backend), name)
             return kernel.backward(spec, tensors, time_first, Saved(states, own, *grad), needs)
 
         return None, *run_or_other(run, chosen, spec, states)
+
+
+# Without what `Function.apply` does for transforms, in which no kernel runs.
+apply: Any = super(torch.autograd.Function, Recurrence).apply
 
 
 def _again(name: str, choice: Choice, spec: Spec, time_first: bool, *tensors: Any) -> States:

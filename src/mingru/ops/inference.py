@@ -290,12 +290,13 @@ def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any 
 
 
 def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> Outputs | None:
-    if not _is_plain(x) or x.dtype not in _DTYPES:
+    trains = torch.is_grad_enabled()
+    if not _is_plain(x) or x.dtype not in _DTYPES or (trains and dt is not None):
         return None
-    shape, plan, trains = x.shape, current_plan(module), torch.is_grad_enabled()
+    shape, plan = x.shape, current_plan(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
-    if (dt is not None or 0 in shape or not plan.can_train(x.dtype)) if trains else not plan.is_operator:
+    if (0 in shape or not plan.can_train(x.dtype)) if trains else not plan.is_operator:
         return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
@@ -350,7 +351,7 @@ def _trained(plan: Plan, x: Tensor, states: Any, initial_states: Any, resets: An
                 start = None if reset is None else next(starts[state])
                 given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
                 linear = linear_map.map_with_norm(*own.map, *own.of_norm)
-                out, last = autograd.Recurrence.apply(own.how[x.dtype, time_first], *given, *linear)  # type: ignore[no-untyped-call]
+                out, last = autograd.apply(own.how[x.dtype, time_first], *given, *linear)
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -369,9 +370,8 @@ def _trained(plan: Plan, x: Tensor, states: Any, initial_states: Any, resets: An
 
 def _layers_of(state: Tensor) -> Iterator[Tensor]:
     """Return the state (B, 1, *) of each layer and direction."""
-    if state.dim() == 4:
-        return iter(state.unbind())
-    return iter([state.unsqueeze(1)] if state.dim() == 2 else state.unsqueeze(2).unbind())
+    whole = state if state.dim() == 4 else state.unsqueeze(-2)
+    return iter([whole] if state.dim() == 2 else whole.unbind())
 
 
 def _state_of(found: Any, like: Tensor) -> Tensor:

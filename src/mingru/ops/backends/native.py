@@ -151,7 +151,7 @@ def arguments(
     """
     h, initial_state, reset, dt, recurrent, recurrent_bias, *of_layout = given[:FIRST_INPUT]
     dtype = accumulate_dtype(given[FIRST_INPUT].dtype)
-    h = h.to(dtype)
+    h = h if h.dtype == dtype else h.to(dtype)
     if recurrent is not None:
         recurrent = recurrent.to(dtype).contiguous()
     if recurrent_bias is not None:
