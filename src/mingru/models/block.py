@@ -25,7 +25,7 @@ from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
-from ..ops.inference import InferencePlan
+from ..ops.inference import Plan
 from .causal_conv import CausalConv, plus_convolved
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
@@ -181,9 +181,9 @@ class Block(Composite, role="sequence", planned=True):
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def _write_plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: Plan) -> None:
         """Write the instructions of an inference pass."""
-        plan.dropout(self)
+        plan.is_trained &= not (self.checkpoint and self.training)
         state = plan.num_states
         if self.conv is not None:
             plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
@@ -193,6 +193,7 @@ class Block(Composite, role="sequence", planned=True):
         plan.require(rnn.batch_first)
         rnn._write_plan(plan)
         plan.linear(self.out)
+        plan.dropout(self)
         plan.add()
         if self.mlp is not None:
             parts = plan.children(self.mlp, nn.Sequential, *NORMS.values(), nn.Linear, nn.GELU)
@@ -201,6 +202,7 @@ class Block(Composite, role="sequence", planned=True):
             plan.norm(parts[0])
             plan.linear(parts[1], gelu=parts[2])
             plan.linear(parts[3])
+            plan.dropout(self)
             plan.add()
         plan.num_states = state + self.num_states
 

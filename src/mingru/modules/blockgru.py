@@ -94,7 +94,6 @@ class BlockGRU(Recurrent, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
     _remedy_for_weights = "use mingru.BlockGRU.from_torch"
 
     @arguments_checked()
@@ -246,7 +245,6 @@ class BlockGRUCell(RecurrentCell, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
 
     @arguments_checked()
     def __init__(

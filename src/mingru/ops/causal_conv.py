@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import differentiable
+from .backend import SCANS
 from .backends import native
-from .call import Call, Layout, Start, spec_of
+from .call import Layout, Start, flattened
 from .graph import are_batched, are_eager, is_autocast, scripted_as
 from .route import is_native
 from .shape import States, as_dtype
@@ -77,8 +78,8 @@ class _Fused(torch.autograd.Function):
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
     """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
-    call = Call(spec_of("linear_scan", "linear", False, 0.0), [x], Start(state, state, reset), layout)
-    return x, weight, bias, *native.arguments(call)[:2]
+    given = [*flattened(Start(state, state, reset), layout), x]
+    return x, weight, bias, *native.arguments(SCANS["linear_scan", False], given, False)[:2]
 
 
 def past_and_segment(x: Tensor, state: Tensor, reset: Maybe, num_past: int) -> tuple[Tensor, Maybe]:
