@@ -221,8 +221,8 @@ class LanguageModel(Layer):
         is_valid, got = streamer is None or callable(streamer), type(streamer).__name__
         require(self.name, "streamer", is_valid, "a function of the new tokens, or None", got, error=TypeError)
         new = []
-        sampling = generation.Sampling(self.name, temperature, top_k, top_p, min_p)
-        for tokens in generation.stream(self, prompts, max_new_tokens, sampling, stop, seed, state):
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for tokens in self.stream(prompts, max_new_tokens, **sampling, stop=stop, seed=seed, state=state):
             new.append(tokens)
             if streamer is not None:
                 streamer(tokens.clone())
