@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
-from ..ops.inference import Plan, plannable
+from ..ops.inference import LayerPlan, plannable
 from ..wrong_calls import MISTAKES, explain, explained
 from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
@@ -141,7 +141,7 @@ class Layer(Marked):
         expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of a pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from ..ops import inference
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import Plan
+from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.private import is_symbolic
 from ..ops.shape import States, accumulate_dtype, as_dtype
@@ -135,7 +135,7 @@ class Recurrent(Stacked, role="sequence"):
         """Return the shape of the state in a list."""
         return [(self.num_layers * self.num_directions, batch, 1, self.hidden_dims)]
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
         initial_state: Any = self.initial_state

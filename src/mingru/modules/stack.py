@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..check import check_dropout, check_flags, check_list, check_type, expectation, require
 from ..ops import layout
-from ..ops.inference import Plan
+from ..ops.inference import LayerPlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from ..wrong_calls import arguments_checked
 from .layer import Composite, Layer, with_named
@@ -173,7 +173,7 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the shapes of the layers' states."""
         return [shape for layer in self.layers for shape in layer._state_shapes(batch)]  # type: ignore[operator]
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
