@@ -78,7 +78,7 @@ class LayerPlan:
         # The attributes and the children of each module, and copies of them.
         self._now: list[dict[str, Any]] = []
         self._then: list[dict[str, Any]] = []
-        self._hooks: list[dict[Any, Any]] = []
+        self.hooks: list[dict[Any, Any]] = []
         # Parameters must be the same objects: equal ones could be changed later.
         self._parameters: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
         self.is_supported = True
@@ -112,7 +112,7 @@ class LayerPlan:
         """Return whether the instructions compute what the modules would compute if they were called now."""
         return (
             self.is_supported
-            and not any(self._hooks)
+            and not any(self.hooks)
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
             and not (self.shapes and any(x is not None and x.shape != shape for x, shape in self.shapes))
@@ -150,7 +150,7 @@ class LayerPlan:
         for entries in (attributes, module._modules):
             self._now.append(entries)
             self._then.append(dict(entries))
-        self._hooks += map(attributes.get, HOOKS, repeat({}))
+        self.hooks += map(attributes.get, HOOKS, repeat({}))
         if module._parameters:
             dicts, keys, values = self._parameters
             for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
@@ -255,7 +255,8 @@ def current_plan(module: Any) -> LayerPlan:
     """Return the plan of a module, made again if the module has changed."""
     # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
     plan: LayerPlan | None = getattr(module, "_plan", None)
-    if plan is None or not plan.is_current(module):
+    # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
+    if plan is None or not (any(plan.hooks) or plan.is_current(module)):
         module._plan = plan = LayerPlan(module)
     return plan
 
