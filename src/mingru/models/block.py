@@ -25,7 +25,7 @@ from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
-from ..ops.inference import Plan
+from ..ops.inference import LayerPlan
 from .causal_conv import CausalConv, plus_convolved
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
@@ -181,7 +181,7 @@ class Block(Composite, role="sequence", planned=True):
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         plan.is_trained &= not (self.checkpoint and self.training)
         state = plan.num_states

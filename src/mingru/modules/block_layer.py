@@ -8,7 +8,7 @@ from ..check.forms import check_parameter
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.graph import is_scripting
-from ..ops.inference import Plan, plannable
+from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import RecurrentMap
 from .recurrent_layer import RecurrentLayer, RecurrentOptions
 
@@ -60,7 +60,7 @@ class BlockLayer(RecurrentLayer):
                 check_parameter(self.name, "recurrent.bias", bias, self.shapes[1])
         return weight, bias
 
-    def _write_plan(self, plan: Plan, state: int) -> None:
+    def _write_plan(self, plan: LayerPlan, state: int) -> None:
         super()._write_plan(plan, state)
         for _, own in self.maps_of_directions():
             plan.require(type(own) is RecurrentMap)

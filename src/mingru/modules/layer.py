@@ -14,7 +14,7 @@ from ..check.tables import LAYER
 from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
-from ..ops.inference import Plan, plannable
+from ..ops.inference import LayerPlan, plannable
 from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
@@ -133,7 +133,7 @@ class Layer(Marked):
         expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of a pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ from ..ops import inference
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import Plan
+from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
 from ..ops.private import is_symbolic
 from ..ops.shape import States, accumulate_dtype, as_dtype
@@ -129,7 +129,7 @@ class Recurrent(Stacked, role="sequence"):
         state: Tensor = super().initial(batch)[0]
         return state
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
         initial_state: Any = self.initial_state

@@ -10,7 +10,7 @@ from ..check.values import check_int, check_parts, check_residual, is_number, re
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
-from ..ops.inference import Plan, plannable
+from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States
 from .marked import add_marks
@@ -101,7 +101,7 @@ class RecurrentLayer(Directions):
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def _write_plan(self, plan: Plan, state: int) -> None:
+    def _write_plan(self, plan: LayerPlan, state: int) -> None:
         """Write the instructions of an inference pass."""
         plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
         if self.residual:

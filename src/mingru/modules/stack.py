@@ -13,7 +13,7 @@ from ..check.calls import arguments_checked
 from ..check.forms import Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
-from ..ops.inference import Plan
+from ..ops.inference import LayerPlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import Composite, Layer, with_named
 from .marked import add_marks
@@ -172,7 +172,7 @@ class Stack(Composite, role="sequence", planned=True):
     def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
         return [state for layer in self.layers for state in layer._states(x)]  # type: ignore[operator]
 
-    def _write_plan(self, plan: Plan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)

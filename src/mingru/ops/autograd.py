@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_recurrence
-from .backend import SCANS, Kernel, Saved, scan_backward_by, scan_by
+from .backend import SCANS, Kernel, scan_backward_by, scan_by
 from .backends import traceable
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import BLOCKS, CELLS
@@ -197,7 +197,7 @@ class Recurrence(torch.autograd.Function):
             has_moved = kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed
             own = kept.new_empty(0) if has_moved else kept
             kernel: Kernel = getattr(backend_of(choice.backend), name)
-            return kernel.backward(spec, tensors, time_first, Saved(states, own, *grad), needs)
+            return kernel.backward(spec, tensors, time_first, (states, own, *grad), needs)
 
         return None, *run_or_other(run, chosen, spec, states)
 

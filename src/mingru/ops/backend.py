@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,6 @@ from .call import FIRST_INPUT, Call, Spec, spec_of
 from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
-
-
-class Saved(NamedTuple):
-    """What a backward pass has: results of the forward pass, and their gradients."""
-
-    states: Tensor
-    kept: Tensor | None
-    grad_out: Tensor
-    grad_last: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,8 @@ class Kernel:
     like that of `call.flattened`. `keep` is None without a backward pass."""
     backward: Any
     """(spec, tensors, time_first, saved, needs) -> gradients of the tensors, or None if forward consists of
-    differentiable operations. `needs` says of each tensor whether it needs a gradient."""
+    differentiable operations. `saved`: the states, what forward kept, and the gradients of `out` and `last`. `needs`
+    says of each tensor whether it needs a gradient."""
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
@@ -60,7 +52,9 @@ def scan_by(kernel: Any, call: LinearScan) -> States:
     """Compute the linear scan by a fused kernel, which takes the parts of numbers as features."""
     spec, (a, b, h) = _real(call)
     out, last, _ = kernel.forward(spec, [h, h, call.reset, *_NOTHING, a, b], False, False)
-    return (torch.view_as_complex(out), torch.view_as_complex(last)) if call.a.is_complex() else (out, last)
+    if call.a.is_complex():
+        out, last = (torch.view_as_complex(x.contiguous()) for x in (out, last))
+    return out, last
 
 
 def scan_backward_by(kernel: Any, call: LinearScan, *saved: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +62,7 @@ def scan_backward_by(kernel: Any, call: LinearScan, *saved: Tensor) -> tuple[Ten
     spec, (a, _, h, out, *grad) = _real(call, *saved)
     # The gradients do not depend on b.
     tensors, needs = [h, h, call.reset, *_NOTHING, a, a], [True, *[False] * (FIRST_INPUT - 1), True, True]
-    of_h, *_, of_a, of_b = kernel.backward(spec, tensors, False, Saved(out, None, *grad), needs)
+    of_h, *_, of_a, of_b = kernel.backward(spec, tensors, False, (out, None, *grad), needs)
     found = of_a, of_b, of_h
     return tuple(torch.view_as_complex(x.contiguous()) for x in found) if call.a.is_complex() else found
 

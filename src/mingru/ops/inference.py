@@ -1,6 +1,6 @@
 """The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
-The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into a `Plan`. An
+The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into a `LayerPlan`. An
 instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
 change of a module or its submodules, the plan is made again. Without gradients, one operator computes all instructions,
 and checks the sizes. With gradients, `_trained` computes them one by one, each recurrence by one autograd function.
@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
     """Recurrent weight and bias."""
 
 
-class Plan:
+class LayerPlan:
     """The instructions and weights of a module, and everything from which they were made."""
 
     def __init__(self, module: Any) -> None:
@@ -78,7 +78,7 @@ class Plan:
         # The attributes and the children of each module, and copies of them.
         self._now: list[dict[str, Any]] = []
         self._then: list[dict[str, Any]] = []
-        self._hooks: list[dict[Any, Any]] = []
+        self.hooks: list[dict[Any, Any]] = []
         # Parameters must be the same objects: equal ones could be changed later.
         self._parameters: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
         self.is_supported = True
@@ -112,7 +112,7 @@ class Plan:
         """Return whether the instructions compute what the modules would compute if they were called now."""
         return (
             self.is_supported
-            and not any(self._hooks)
+            and not any(self.hooks)
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
             and not (self.shapes and any(x is not None and x.shape != shape for x, shape in self.shapes))
@@ -150,7 +150,7 @@ class Plan:
         for entries in (attributes, module._modules):
             self._now.append(entries)
             self._then.append(dict(entries))
-        self._hooks += map(attributes.get, HOOKS, repeat({}))
+        self.hooks += map(attributes.get, HOOKS, repeat({}))
         if module._parameters:
             dicts, keys, values = self._parameters
             for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
@@ -251,12 +251,13 @@ class Plan:
         self.is_scan &= operation in _SCANS
 
 
-def current_plan(module: Any) -> Plan:
+def current_plan(module: Any) -> LayerPlan:
     """Return the plan of a module, made again if the module has changed."""
     # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
-    plan: Plan | None = getattr(module, "_plan", None)
-    if plan is None or not plan.is_current(module):
-        module._plan = plan = Plan(module)
+    plan: LayerPlan | None = getattr(module, "_plan", None)
+    # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
+    if plan is None or not (any(plan.hooks) or plan.is_current(module)):
+        module._plan = plan = LayerPlan(module)
     return plan
 
 
@@ -333,13 +334,13 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     return (out, last) if last else None
 
 
-def _trained(plan: Plan, x: Tensor, states: Any, initial_states: Any, resets: Any, time_first: bool) -> Outputs | None:
+def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any, time_first: bool) -> Outputs | None:
     """Compute the instructions with gradients, or return None for tensors that the ordinary call refuses."""
-    tensors = [*states, *initial_states]
+    tensors = [*states, *initials]
     fits = {*map(_dtype_of, tensors)} == {x.dtype} and all(map(_is_cpu, [*tensors, *resets]))
     if not fits or (resets and resets[0].dtype != torch.bool):
         return None
-    befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initial_states)]
+    befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initials)]
     kept: list[Tensor] = []
     found: list[Any] = [[] for _ in states]
     x = x.unsqueeze(1) if x.dim() == 2 else x

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, Saved
+from ..backend import Backend, Kernel
 from ..block_recurrence import by_torch
 from ..call import Spec, from_flat
 from ..cells import BLOCKS, NUM_INPUTS, parts_of
@@ -70,7 +70,7 @@ def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool |
     return out.contiguous(), last, None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Saved, needs: Any) -> Any:
+def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
     if time_first:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Kernel, Saved, grads_of_start, on_one_device
+from ..backend import Backend, Kernel, grads_of_start, on_one_device
 from ..call import FIRST_INPUT, Spec
 from ..cells import BLOCKS, MIXTURES
 from ..layout import is_transposed
@@ -175,14 +175,11 @@ def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool |
     return out, as_dtype(last, given[0].dtype), None
 
 
-def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Saved, needs: Any) -> Any:
-    inputs, needs_dt = [*given[FIRST_INPUT:]], needs[3]
+def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+    inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
     tensors, how, min_decay = arguments(spec, given, time_first, None, [needs_dt])
-    grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
-    results = torch.ops.mingru.recurrence_backward(
-        inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
-    )
-    grads, *of_states, grads_of_dt = results
+    rest = grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
+    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
     of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
     return *of_start, *parts
@@ -194,7 +191,7 @@ def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep:
     return out, as_dtype(last, given[0].dtype), kept, *([states] if spec.output_gate else [])
 
 
-def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Saved, needs: Any) -> Any:
+def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     tensors, how, min_decay = arguments(spec, given, time_first, None, [needs[3], *needs[FIRST_INPUT:]])
     states, kept, grad_out, grad_last = saved
     rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, spec.eps

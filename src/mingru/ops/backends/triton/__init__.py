@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import Backend, Kernel, KernelFailure, Saved, grads_of_start, on_one_device, warn_once
+from ...backend import Backend, Kernel, KernelFailure, grads_of_start, on_one_device, warn_once
 from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
@@ -89,7 +89,7 @@ def _recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | None) -
     return out, last, None
 
 
-def _recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Saved, needs: Sequence[bool]) -> Any:
+def _recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
     call, needs_dt, (out, _, *grad) = from_flat(spec, given, time_first), needs[3], saved
     grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
@@ -117,7 +117,7 @@ def _linear_recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | 
     return out, last, pre if keep else None
 
 
-def _linear_recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Saved, needs: Sequence[bool]) -> Any:
+def _linear_recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
     call, (out, kept, *grad) = from_flat(spec, given, time_first), saved
     x, weight, bias = call.tensors
     needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
