@@ -13,17 +13,7 @@ from torch import Tensor
 
 from ..check import hints
 from ..check.forms import Form, autocast_dtypes
-from ..check.values import (
-    check_choice,
-    check_flags,
-    check_int,
-    dims,
-    expectation,
-    is_number,
-    name_of,
-    require,
-    reworded,
-)
+from ..check.values import check_choice, check_flag, check_int, dims, expectation, is_number, name_of, require, reworded
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
 from ..modules.shared import MaybeList, defaults_of, not_default
@@ -212,7 +202,7 @@ def add_pair(
 ) -> None:
     """Construct a layer with the options of `LSTM` and `LSTMCell`: the choice of the cell, and its forget bias."""
     name = name_of(type(layer))
-    check_flags(name, normalize=normalize)
+    check_flag(name, "normalize", normalize)
     require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
     # The options that only another cell has must be their defaults.
     others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}

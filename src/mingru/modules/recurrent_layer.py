@@ -6,16 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import (
-    check_bias,
-    check_flag,
-    check_flags,
-    check_int,
-    check_parts,
-    check_residual,
-    is_number,
-    require,
-)
+from ..check.values import check_bias, check_flag, check_int, check_parts, check_residual, is_number, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
@@ -42,7 +33,7 @@ class RecurrentOptions(Options):
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
     def check(self) -> None:
-        check_flags(self.name, normalize=self.normalize)
+        check_flag(self.name, "normalize", self.normalize)
         check_bias(self.name, self.bias)
         check_int(self.name, "hidden_dims", self.hidden_dims)
         super().check()
