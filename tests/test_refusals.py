@@ -115,12 +115,14 @@ def wrong(argument, letters, value, first):
         where, to = ("on the CPU or on cpu", "cpu()") if is_length else ("on cpu", "to('cpu')")
         found.append((ValueError, value.to("meta"), f"{where} like {like}", "a tensor on meta", f".{to}"))
     shapes = [value.unsqueeze(-1), *(torch.cat([value, value], dim) for dim in range(value.dim()))]
-    shapes += [value.squeeze(dim) for dim in range(value.dim()) if value.shape[dim] == 1]
     if is_first:
         at = re.sub(r"[(),]", " ", letters).split().index("3") if "3" in letters else None
         shapes = [value.flatten()[:2]] if at is None else [value.unsqueeze(-1), value.narrow(at, 0, 2)]
     must_be = letters if is_first else f"{letters} = {tuple(value.shape)}"
     found += [(ValueError, each, must_be, str(tuple(each.shape)), None) for each in shapes]
+    for dim in [dim for dim in range(value.dim()) if value.shape[dim] == 1 and not is_first]:
+        remedy = f"{argument}.unsqueeze({dim})" if letters[:2] not in ("(D", "(1") else "pass a state of this batch"
+        found.append((ValueError, value.squeeze(dim), must_be, str(tuple(value.squeeze(dim).shape)), remedy))
     if argument == "reset":
         nested, sparse = torch.nested.nested_tensor([value.float().flatten()]), value.to_sparse()
         found.append((TypeError, nested, "a tensor", "a nested tensor", "use torch.nested.to_padded_tensor"))
