@@ -36,7 +36,7 @@ def test_refusals(grad):
 
 # Tensors: the letters of each argument, as in messages. The first argument is x, and h[1] is a state in a list.
 
-SIZES = {"B": 2, "S": 5, "P": 7, "H": 4, "L": 2, "D": 1, "K": 2, "C": 3, "space": (6,), "rest": (3,)}
+SIZES = {"B": 2, "S": 5, "H": 4, "L": 2, "D": 1, "K": 2, "C": 3, "space": (6,), "rest": (3,)}
 STEPS = {"reset": "(B, S)", "dt": "(B, S)"}
 LENGTHS = {"lengths": "(B,)"}
 H = "expandable to (L * D, B, 1, H)"
@@ -58,6 +58,8 @@ def without(name, forms):
     return {key: text for key, text in forms.items() if key != name}
 
 
+ALONE = {"x": "(3,)", "h": "(H,)", "reset": "a scalar", "dt": "a scalar"}
+OF_TORCH = {"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS, "mask": "(B, S)"}
 # By the name in messages and what else tells two apart: what is called, and the letters.
 CALLS = {
     "mingru": (functional.mingru, {"gate": A, "candidate": A, **STATES}),
@@ -70,10 +72,7 @@ CALLS = {
     "MinLSTM": (mingru.MinLSTM(3, 4, 2), LAYER),
     "BlockGRU": (mingru.BlockGRU(3, 4, 2), without("dt", LAYER)),
     "MinGRUCell": (mingru.MinGRUCell(3, 4), CELL),
-    "MinGRUCell without a batch": (
-        mingru.MinGRUCell(3, 4),
-        {"x": "(3,)", "h": "(H,)", "reset": "a scalar", "dt": "a scalar"},
-    ),
+    "MinGRUCell without a batch": (mingru.MinGRUCell(3, 4), ALONE),
     "MinLSTMCell": (mingru.MinLSTMCell(3, 4), CELL),
     "BlockGRUCell": (mingru.BlockGRUCell(3, 4), without("dt", CELL)),
     "MinConv1dGRU": (mingru.MinConv1dGRU(3, 4, 1), IMAGES),
@@ -81,14 +80,11 @@ CALLS = {
     "MinConv1dGRUCell": (mingru.MinConv1dGRUCell(3, 4, 1), IMAGE),
     "Block": (Block(3, expansion=4 / 3, conv=3), {"x": "(B, S, 3)", **OF_BLOCK, **STEPS, **LENGTHS}),
     "LanguageModel": (LanguageModel(9, 3, 1, expansion=4 / 3, conv=3), {"ids": "(B, S)", **OF_MODEL, **LENGTHS}),
-    "mingru.drop_in.GRU": (
-        drop_in.GRU(3, 4, 2),
-        swapped({"input": "(B, S, 3)", "hx": "(L * D, B, H)", **STEPS, **LENGTHS, "mask": "(B, S)"}),
-    ),
+    "mingru.drop_in.GRU": (drop_in.GRU(3, 4, 2), swapped(OF_TORCH)),
     "mingru.drop_in.GRUCell": (drop_in.GRUCell(3, 4), {"input": "(B, 3)", "reset": "(B,)", "dt": "(B,)"}),
 }
-CPU = "to('cpu')"
-NO_LISTS = ((torch.zeros(2), "Tensor"), ({0: torch.zeros(2)}, "dict"), (0.5, "float"))
+# The types of its other errors are those of torch, see test_drop_in.py.
+OURS = ("reset", "lengths", "dt", "mask")
 NUMBERS = ("a tensor", torch.float32, "torch.float32 like {}", "to(torch.float32)")
 KINDS = {
     **dict.fromkeys(["reset", "mask"], ("a bool tensor", torch.bool, "of dtype torch.bool", "bool()")),
@@ -105,42 +101,36 @@ def right(argument, letters):
 
 
 def wrong(argument, letters, value, first):
-    """Return wrong values of an argument, what each must be, what came, and the remedy if there is one."""
+    """Return errors, wrong values of an argument, what each must be, what came, and the remedy if it is always one."""
     noun, dtype, of_dtype, method = KINDS.get(argument, NUMBERS)
-    is_first, of_model, is_length = argument == first, first == "ids", argument == "lengths"
-    like = "the layer's weight" if is_first else "the weights" if of_model else first
-    found = [(0.5, noun, "float", "use torch.as_tensor"), (None, noun, "NoneType", "")][: 1 + (argument == "x")]
+    is_first, is_length, weights = argument == first, argument == "lengths", "the weights" if first == "ids" else first
+    found = [(TypeError, 0.5, noun, "float", "use torch.as_tensor"), (TypeError, None, noun, "NoneType", "")]
+    found = found[: 1 + (argument == "x")]
     if argument != "t":
-        other = value.double() if dtype == torch.float32 and "floating" not in of_dtype else value.float()
-        other = value.long() if other is value else other
-        found.append((other, of_dtype.format(like), str(other.dtype), f"use {argument}.{method}"))
-    if argument not in ("t", "gate", "forget", "a", "log_a"):
-        where = f"{'on the CPU or ' * is_length}on cpu like {'the weights' if of_model else like}"
-        remedy = f"use {argument}.{'cpu()' if is_length else CPU}"
-        found.append((value.to("meta"), where, "a tensor on meta", remedy))
+        other = value.double() if of_dtype == NUMBERS[2] else value.long() if dtype == torch.float32 else value.float()
+        must_be = of_dtype.format("the layer's weight" if is_first else weights)
+        found.append((TypeError, other, must_be, str(other.dtype), f"use {argument}.{method}"))
+    if argument != "t" and not (is_first and "floating" in of_dtype):
+        like = "the layer's weight" if is_first and first != "ids" else weights
+        where, to = ("on the CPU or on cpu", "cpu()") if is_length else ("on cpu", "to('cpu')")
+        found.append((ValueError, value.to("meta"), f"{where} like {like}", "a tensor on meta", f".{to}"))
     shapes = [value.unsqueeze(-1), *(torch.cat([value, value], dim) for dim in range(value.dim()))]
-    shapes += [value.squeeze(dim) for dim in range(value.dim()) if value.shape[dim] == 1]
-    expected = f"{letters} = {tuple(value.shape)}"
     if is_first:
         at = re.sub(r"[(),]", " ", letters).split().index("3") if "3" in letters else None
         shapes = [value.flatten()[:2]] if at is None else [value.unsqueeze(-1), value.narrow(at, 0, 2)]
-        expected = letters
-    found += [(each, expected, str(tuple(each.shape)), None) for each in shapes]
+    must_be = letters if is_first else f"{letters} = {tuple(value.shape)}"
+    found += [(ValueError, each, must_be, str(tuple(each.shape)), None) for each in shapes]
+    for dim in [dim for dim in range(value.dim()) if value.shape[dim] == 1 and not is_first]:
+        remedy = f"{argument}.unsqueeze({dim})" if letters[:2] not in ("(D", "(1") else "pass a state of this batch"
+        found.append((ValueError, value.squeeze(dim), must_be, str(tuple(value.squeeze(dim).shape)), remedy))
     if argument == "reset":
-        nested, got = torch.nested.nested_tensor([value.float().flatten()]), "a tensor with the layout torch.sparse_coo"
-        found.append((value.to_sparse(), "a tensor", got, "use reset.to_dense()"))
-        found.append((nested, "a tensor", "a nested tensor", "use torch.nested.to_padded_tensor, and lengths="))
-    if argument == "dt":
-        found += [(value * time, "at least 0", str(float(time)), "") for time in (-3, math.nan)]
-    if argument == "lengths":
-        found += [(value * time, "from 0 to S = 5", str([time] * 2), "") for time in (-1, 6)]
-    return found
-
-
-def refusal(call, **given):
-    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as caught:
-        call(**given)
-    return str(caught.value)
+        nested, sparse = torch.nested.nested_tensor([value.float().flatten()]), value.to_sparse()
+        found.append((TypeError, nested, "a tensor", "a nested tensor", "use torch.nested.to_padded_tensor"))
+        got = f"a tensor with the layout {sparse.layout}"
+        found.append((TypeError, sparse, "a tensor", got, "use reset.to_dense()"))
+    values = {"dt": ("at least 0", (-3.0, math.nan)), "lengths": ("from 0 to S = 5", (-1, 6))}
+    must_be, factors = values.get(argument, ("", ()))
+    return found + [(ValueError, value * each, must_be, str([each] * 2 if is_length else each), "") for each in factors]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -150,35 +140,37 @@ def test_a_wrong_tensor(name, grad):
     call, forms = CALLS[name]
     values = {argument: right(argument, letters) for argument, letters in forms.items()}
     first, states = next(iter(forms)), [argument for argument in forms if argument.endswith("]")]
+    listed, cases = [values[state] for state in states], []
+    for argument, letters in forms.items():
+        cases += [(argument, *case) for case in wrong(argument, letters, values[argument], first)]
+    no_lists = ((ValueError, listed * 2, 2 * len(listed)), (TypeError, {0: 1}, "dict"), (TypeError, 0.5, "float"))
+    for case in no_lists if states else ():
+        cases.append((states[0][:-3], *case[:2], f"a list of {len(states)} ", case[2], None))
 
     def outcome(**changed):
-        arguments = {"mask": None, **values, **changed} if "mask" in changed else without("mask", {**values, **changed})
-        listed = {states[0][:-3]: [arguments.pop(state) for state in states]} if states else {}
-        return call(**arguments, **listed)
+        given = without("mask", values) | changed
+        of_states = {states[0][:-3]: [given.pop(state) for state in states]} if states else {}
+        return call(**{**of_states, **given})
 
     with torch.set_grad_enabled(grad):
         expected = outcome()
-        for argument, letters in forms.items():
-            for other, must_be, got, remedy in wrong(argument, letters, values[argument], first):
-                more = {"lengths": None} if argument == "mask" else {}
-                told = refusal(outcome, **more, **{argument: other})
-                end = "(; .+)?" if remedy is None else f"; .*{re.escape(remedy)}.*" if remedy else ""
-                text = rf"{name.split()[0]}: {re.escape(argument)} must be (\(B, 3\) or )?{re.escape(must_be)}"
-                assert re.fullmatch(rf"{text}.*, got {re.escape(got)}{end}", told), (told, argument, must_be, got)
+        for argument, error, other, must_be, got, remedy in cases:
+            kind = Exception if "drop_in" in name and argument not in OURS else error
+            end = "(; .+)?" if remedy is None else f"; .*{re.escape(remedy)}.*" if remedy else ""
+            text = f"{name.split()[0]}: {argument} must be "
+            pattern = rf"^{re.escape(text)}(\(B, 3\) or )?{re.escape(must_be)}.*, got {re.escape(str(got))}{end}$"
+            with pytest.raises(kind, match=pattern):
+                outcome(**{argument: other}, **({"lengths": None} if argument == "mask" else {}))
         torch.testing.assert_close(outcome(), expected, rtol=0, atol=0)
-        listed = [values[state] for state in states]
-        for other, got in ((listed[:-1], len(listed) - 1), (listed * 2, 2 * len(listed)), *NO_LISTS) if states else ():
-            given = {argument: value for argument, value in values.items() if argument not in states}
-            told = refusal(call, **given, **{states[0][:-3]: other})
-            text = rf"{name.split()[0]}: {states[0][:-3]} must be a list of {len(listed)} (tensors|states)"
-            assert re.fullmatch(f"{text}.*, got {got}", told), told
 
 
 # Options: what they must be, and values of wrong types and wrong values.
 
 NAMES = "options input_dims hidden_dims num_layers block_size dims vocab_size"
 GATES = "one of ('sigmoid', 'signed', 'rotation', 'quaternion', 'mixed')"
+FLAGS = "bias batch_first bidirectional learn_initial_state normalize recompute residual tied checkpoint"
 OPTIONS = {
+    **dict.fromkeys(FLAGS.split(), ("a bool", [0, 1, "False", 0.2, torch.tensor(True)], [])),
     **dict.fromkeys(NAMES.split(), ("an int|at least 1", [3.0, "2", True, None], [0, -1])),
     "conv": ("an int or None|at least 2", [3.0, True], [1]),
     "kernel_size": ("an int|at least 1", [3.0, None, "same"], [0]),
@@ -191,7 +183,7 @@ OPTIONS = {
     "dtype": ("a floating-point dtype", [torch.int64, torch.cfloat, "float32"], []),
     "norm": (r"one of (None, |\('(layer|group)').*", [], ["batch", True, ["rms"]]),
     "candidate": (r"one of \('positive', 'linear', 'tanh'(, None)?\)", [], ["relu", 1]),
-    "gate": (re.escape(GATES), [], ["tanh", None, 1]),
+    "gate": (f"{re.escape(GATES)}|one value, or a list of", [], ["tanh", None, 1, ["signed"] * 3]),
     "cell": (r"one of \('mingru', 'minlstm', 'blockgru'\)", [], ["gru", ["mingru"]]),
     "temperature": ("a number, at least 0", [True, None], [-0.1, math.nan, math.inf]),
     "top_k": ("an int or None|at least 1", [2.0, True], [0]),
@@ -199,29 +191,18 @@ OPTIONS = {
     "min_p": ("a number from 0 to 1", ["0.1"], [-0.1, 1.1]),
     "max_new_tokens": ("an int|at least 0", [5.0, True], [-1]),
 }
-LM = LanguageModel(9, 3, 1)
-LAYERS = mingru.MinGRU, mingru.MinLSTM, mingru.BlockGRU, mingru.MinGRUCell, mingru.MinLSTMCell, mingru.BlockGRUCell
-OF_IMAGES = mingru.MinConv2dGRU, mingru.MinConv2dGRUCell
-CONSTRUCTORS = [
-    *(partial(kind, input_dims=3, hidden_dims=4) for kind in LAYERS),
-    *(partial(kind, input_dims=4, hidden_dims=4, kernel_size=1) for kind in OF_IMAGES),
-    partial(mingru.Stack, layers=[mingru.MinGRU(3, 4)]),
-    partial(Block, dims=4),
-    partial(LanguageModel, vocab_size=9, dims=4, num_layers=2),
-    partial(LM.generate, prompts=torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=3),
-]
+REQUIRED = {"input_dims": 4, "hidden_dims": 4, "kernel_size": 1, "dims": 4, "vocab_size": 9, "num_layers": 2}
+REQUIRED |= {"layers": [mingru.MinGRU(3, 4)], "prompts": torch.zeros(2, 3, dtype=torch.int64), "max_new_tokens": 3}
+LAYERS = [type(call) for name, (call, _) in CALLS.items() if name[0] in "BLM" and " " not in name]
 
 
-@pytest.mark.parametrize("call", CONSTRUCTORS, ids=lambda call: call.func.__name__)
-def test_a_wrong_option(call):
-    name = "LanguageModel" if call.func.__name__ == "generate" else call.func.__name__
-    known = inspect.signature(call.func).parameters
-    tried = [option for option in OPTIONS if option in known]
-    assert len(tried) > 0
-    for option in tried:
+@pytest.mark.parametrize("kind", [*LAYERS, mingru.Stack, LanguageModel(9, 3, 1).generate], ids=str)
+def test_a_wrong_option(kind):
+    known, name = inspect.signature(kind).parameters, "LanguageModel" if kind.__name__ == "generate" else kind.__name__
+    given = {option: value for option, value in REQUIRED.items() if option in known}
+    for option in OPTIONS.keys() & known.keys():
         expected, types, values = OPTIONS[option]
-        for error, wrong_ones in ((TypeError, types), (ValueError, values)):
-            for value in wrong_ones:
-                with pytest.raises(error, match=rf"^{name}: {option} must be ({expected}).*, got .+$") as caught:
-                    call(**{option: value})
-                assert repr(value) in str(caught.value)
+        for error, value in [*((TypeError, each) for each in types), *((ValueError, each) for each in values)]:
+            text = rf"^{name}: {option} must be ({expected}).*, got {re.escape(repr(value))}(;|$)"
+            with pytest.raises(error, match=text):
+                kind(**given | {option: value})

@@ -176,11 +176,8 @@ def _with_dynamic_shapes(
 
     x, tables = args[0], model._tables()
     forms = next((each for each in tables if each["x"].num_dims + model.num_space_dims == x.dim()), tables[0])
-    batch, time, of_state = (
-        forms["x"].dim("B"),
-        forms["x"].dim("S"),
-        0 if model.num_space_dims > 0 else forms["h"].dim("B"),
-    )
+    batch, time = forms["x"].dim("B"), forms["x"].dim("S")
+    of_state = 0 if model.num_space_dims > 0 else forms["h"].dim("B")
     # Only x names its dimensions, because the exporter warns about a name that is used twice.
     of_x: dict[int, Any] = {} if batch is None else {batch: Dim("batch")}
     # The node of a GRU takes no resets, and without it there are as many steps as in the example.

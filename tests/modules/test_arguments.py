@@ -1,12 +1,8 @@
-"""Arguments of every class: flags are bools, and a wrong name is refused with the one that is meant.
-
-For their values: properties/test_modules.py and data/refusals.txt.
-"""
+"""Arguments of every class: a wrong name is refused with the one that is meant. Values: test_refusals.py."""
 
 import copy
 import inspect
 import pickle
-import re
 
 import pytest
 import torch
@@ -44,23 +40,6 @@ def refused(error, message):
 
 
 # Constructors
-
-
-@every_class
-def test_a_flag_is_a_bool(kind):
-    sizes, _ = CLASSES[kind]
-    parameters = inspect.signature(kind).parameters
-    flags = [name for name, each in parameters.items() if isinstance(each.default, bool)]
-    assert set(flags) >= {"residual" if kind is mingru.Stack else "bias"}
-    assert "def __init__" in inspect.getsource(kind.__init__)
-    for flag in flags:
-        has_highway = flag == "residual" and "recompute" in parameters
-        expected = "a bool or 'highway'" if has_highway else "a bool"
-        for value in (0, 1, None, "False", 0.2, torch.tensor(True)):
-            with refused(TypeError, f"{named(kind)}: {flag} must be {expected}, got {re.escape(repr(value))}.*"):
-                kind(*sizes, **{flag: value})
-        for value in (True, False):
-            assert getattr(kind(*sizes, **{flag: value}), flag) is value
 
 
 # What is meant by names of other libraries.

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import mingru
-from mingru.check import times as check
+from mingru.check import forms as check
 from mingru.functional import elapsed_times
 
 B, S, IN, H = 3, 21, 4, 6

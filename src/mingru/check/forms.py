@@ -4,9 +4,12 @@ A form is a shape in letters: B sequences, S steps, P packed steps, I features o
 directions. A part with "*" stands for any number of dimensions at the end. `tables.py` has all forms.
 """
 
+import functools
+import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +20,7 @@ from ..ops.graph import are_eager, is_autocast, is_captured, untraced
 from ..ops.layout import is_packing
 from ..ops.shape import accumulate_dtype
 from . import hints
-from .times import check_times
-from .values import check_type, dims, expectation, instead_of_a_tensor, require, unsqueeze_remedy, written
+from .values import check_type, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written
 
 Shape = Sequence[int]
 EXPANDS = "expands to "
@@ -26,19 +28,11 @@ EXPANDS = "expands to "
 SIZES = {"I": "input_dims", "H": "hidden_dims", "L": "num_layers", "D": "num_directions"}
 
 
-class Kind(NamedTuple):
-    """What a tensor contains: its dtypes in words, the dtypes, and the method that converts others."""
-
-    noun: str
-    expected: str
-    dtypes: tuple[torch.dtype, ...]
-    method: str
-
-
-MASK = Kind("a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()")
+# What a tensor contains that has no numbers: its dtypes in words, the dtypes, and the method that converts others.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-LENGTHS = Kind("an integer tensor", "of an integer dtype", INTEGERS, "long()")
-KINDS = {"reset": MASK, "mask": MASK, "lengths": LENGTHS}
+MASK = "a bool tensor", "of dtype torch.bool", (torch.bool,), "bool()"
+KINDS = {"reset": MASK, "mask": MASK, "lengths": ("an integer tensor", "of an integer dtype", INTEGERS, "long()")}
+NUMBERS: Any = "a tensor", "", (None,), ""
 # Their dtype may also be that in which a recurrence is computed.
 STATES = ("h", "initial_state", "past", "dt")
 
@@ -52,8 +46,9 @@ class Form:
         self.parts = text.removeprefix(EXPANDS).split()
         self.shape = compiled(self.parts, x.split(), of.sizes)
         self.num_dims = sum(part[0] != "*" for part in self.parts)
-        self.kind = KINDS.get(argument)
-        self.dtype = None if self.kind is None else self.kind.dtypes[0]
+        self.noun, self.expected, self.dtypes, self.method = KINDS.get(argument, NUMBERS)
+        # Lengths may be on the CPU, where they are read.
+        self.dtype, self.or_cpu = self.dtypes[0], argument == "lengths"
 
     def dim(self, letters: str) -> int | None:
         """Return the dimension that one of these letters stands for, or None if there is none."""
@@ -71,9 +66,9 @@ class Form:
             return
         if not is_tensor:
             problem = "type"
-        elif value.dtype not in self._dtypes(like):
+        elif value.dtype not in (self.dtypes if self.dtype else self._of_numbers(like)):
             problem = "dtype"
-        elif value.device != like.device and not (self.kind is LENGTHS and value.is_cpu):
+        elif value.device != like.device and not (self.or_cpu and value.is_cpu):
             problem = "device"
         elif value.shape != shape and not (self.expands and is_expandable(value.shape, shape)):
             problem = "shape"
@@ -82,32 +77,31 @@ class Form:
         self.refuse(owner, problem, value, like, shape, place)
 
     def refuse(
-        self, owner: Any, problem: str, value: Any, like: Tensor, shape: Shape = (), place: str = ""
+        self, owner: Any, problem: str, value: Any, like: Any, shape: tuple[int, ...] = (), place: str = ""
     ) -> NoReturn:
         """Raise the error about a wrong type, dtype, device or shape."""
-        noun, expected, _, method = self.kind or ("a tensor", "", (), "")
-        names, is_length, expand = owner._forms.names, self.kind is LENGTHS, "expandable to " * self.expands
+        names, remedy = owner._forms.names, ""
         name = names.get(self.argument, self.argument) + place
         like_name = "the layer's weight" if self.argument == "x" else names["like"]
-        if problem == "type":
-            expected, (got, remedy) = noun, instead_of_a_tensor(name, value)
-        elif problem == "dtype":
-            expected, got = expected or f"{like.dtype} like {like_name}", str(value.dtype)
-            remedy = hints.of_dtype(self.argument, value, f"use {name}.{method or f'to({like.dtype})'}")
-        elif problem == "device":
-            expected = f"{'on the CPU or ' * is_length}on {like.device} like {like_name}"
-            got, device = f"a tensor on {value.device}", str(like.device)
-            remedy = f"use {name}.{'cpu()' if is_length else f'to({device!r})'}"
-        else:
-            expected, got = f"{expand}{written(self.parts)} = {dims(tuple(shape))}", dims(value.shape)
-            remedy = unsqueeze_remedy(name, value, tuple(shape))
         if problem in ("type", "shape"):
-            remedy = owner._hint(self, value, shape if problem == "shape" else ()) or remedy
-        raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy))
+            remedy = owner._hint(self, value, shape if problem == "shape" else ())
+        if problem == "type":
+            expected, (got, usual) = self.noun, instead_of_a_tensor(name, value)
+        elif problem == "dtype":
+            expected, got = self.expected or f"{like.dtype} like {like_name}", str(value.dtype)
+            usual = hints.of_dtype(self.argument, value, f"use {name}.{self.method or f'to({like.dtype})'}")
+        elif problem == "device":
+            expected, got = (
+                f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}",
+                f"a tensor on {value.device}",
+            )
+            usual = f"use {name}.cpu()" if self.or_cpu else f"use {name}.to({str(like.device)!r})"
+        else:
+            expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
+            got, usual = dims(value.shape), hints.of_missing_dim(name, value, shape)
+        raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy or usual))
 
-    def _dtypes(self, like: Tensor) -> tuple[torch.dtype, ...]:
-        if self.kind is not None:
-            return self.kind.dtypes
+    def _of_numbers(self, like: Tensor) -> tuple[torch.dtype, ...]:
         others = autocast_dtypes(like) if self.argument in ("x", *STATES) else ()
         return like.dtype, *others, *([accumulate_dtype(like.dtype)] if self.is_state else ())
 
@@ -295,3 +289,43 @@ def is_expandable(shape: Shape, whole: Shape) -> bool:
 def autocast_dtypes(like: Tensor) -> tuple[torch.dtype, ...]:
     """Return the dtypes that autocast converts, if it is enabled."""
     return (torch.float32, torch.bfloat16, torch.float16) if is_autocast(like) else ()
+
+
+# Above it, an elapsed time is probably in another unit, such as nanoseconds. Also in csrc/inference.cpp.
+MOST_USUAL_TIME = 1e6
+# Gaps of so many steps in a row do not increase by chance.
+LEAST_INCREASES = 7
+# What has been called with more steps. Only the first such call tests for increases, which takes time.
+_WITH_LONG_SEQUENCES: set[str] = set()
+
+
+def check_times(name: str, dt: Tensor, time: int | None) -> None:
+    """Check the values of elapsed times; `time` is the dimension of the steps, or None for one step."""
+    least, most = (each.item() for each in torch.aminmax(dt))
+    if not least >= 0:
+        raise ValueError(expectation(name, "dt", "at least 0", str(dt[~(dt >= 0)][0].item())))
+    num_steps = 1 if time is None else dt.shape[time]
+    is_new = name not in _WITH_LONG_SEQUENCES and num_steps > LEAST_INCREASES
+    # Two events of a stream may have one time.
+    if is_new or most > MOST_USUAL_TIME or (most == 0 and num_steps > 1):
+        _check_usual(name, dt, time if is_new else None, most)
+
+
+def _check_usual(name: str, dt: Tensor, time: int | None, most: float) -> None:
+    """Warn once of elapsed times that look like a mistake; `most` is the largest, `time` the dimension of time."""
+    if most == 0:
+        _warn_once(name, "0 at all steps, which ignores x; pass the time between two steps")
+    elif MOST_USUAL_TIME < dt[dt > 0].min() < math.inf:
+        _warn_once(name, f"above {MOST_USUAL_TIME:g} at all steps, which erases the state; divide dt by a typical gap")
+    elif time is not None:
+        increases, later = dt.diff(dim=time) > 0, dt.narrow(time, 1, dt.shape[time] - 1)
+        # 0 is padding.
+        if increases.sum() >= LEAST_INCREASES and (increases | (later == 0)).all():
+            _warn_once(name, "increasing at all steps, as times are; use mingru.functional.elapsed_times")
+    if time is not None:
+        _WITH_LONG_SEQUENCES.add(name)
+
+
+@functools.cache
+def _warn_once(name: str, problem: str) -> None:
+    warnings.warn(f"{name}: dt is {problem}", RuntimeWarning, stacklevel=level_of_the_caller())

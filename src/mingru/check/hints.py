@@ -11,8 +11,6 @@ from .names import LENGTHS_OF_MASK
 from .values import written
 
 EMBED = "embed token ids first (torch.nn.Embedding)"
-
-
 # Arguments of functions that have the form of the first one.
 _SEQUENCES = ("angle", "b", "candidate", "input", "log_b")
 
@@ -31,8 +29,6 @@ def of_layers(layer: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
 
 def of_functions(forms: Any, form: Any, value: Any, shape: Sequence[int]) -> str:
     """Return the remedy for an argument of a function that has another shape, or ""."""
-    if form.argument == "x":
-        return "add a batch dimension" if isinstance(value, Tensor) else ""
     if form.argument == "h" and len(shape) == 2 and value.dim() == 1:
         return "(S, H) without a batch is read as (B, S); pass (1, S, H)"
     if form.argument not in _SEQUENCES or not shape:
@@ -62,6 +58,12 @@ def of_mask(h: Any) -> str:
 def of_ids(x: Tensor) -> str:
     """Return the remedy for token ids, if x has a dtype that an embedding accepts, or ""."""
     return EMBED if x.dtype in (torch.int64, torch.int32) else ""
+
+
+def of_missing_dim(argument: str, x: Tensor, shape: Sequence[int]) -> str:
+    """Return the remedy for a tensor that lacks one dimension of size 1 of this shape, or ""."""
+    missing = (dim for dim, size in enumerate(shape) if size == 1 and x.shape == (*shape[:dim], *shape[dim + 1 :]))
+    return next((f"use {argument}.unsqueeze({dim})" for dim in missing), "")
 
 
 def _of_pair(layer: Any, form: Any, h: Any) -> str:

@@ -83,12 +83,6 @@ def not_a_tensor(name: str, argument: str, found: Any, expected: str = "a tensor
     return TypeError(expectation(name, argument, expected, *instead_of_a_tensor(argument, found)))
 
 
-def unsqueeze_remedy(argument: str, x: Tensor, shape: tuple[int, ...]) -> str:
-    """Return the fix for a tensor that lacks one dimension of size 1 of this shape; otherwise ""."""
-    missing = (dim for dim, size in enumerate(shape) if size == 1 and x.shape == (*shape[:dim], *shape[dim + 1 :]))
-    return next((f"use {argument}.unsqueeze({dim})" for dim in missing), "")
-
-
 def level_of_the_caller() -> int:
     """Return the `stacklevel` of the innermost frame outside of this package, and of torch, which calls modules."""
     packages = (__name__.partition(".")[0], "torch")

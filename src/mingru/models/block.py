@@ -242,12 +242,12 @@ class Block(Composite, role="sequence", planned=True):
         """Raise an error if the layer would not: it sees neither the convolution's state nor what x was before."""
         check_call(self, x, None, reset, lengths, dt, self.rnn.cell)
         if h is not None:
-            check_states(self, h, self._states(x.shape), x, "tensors")
+            check_states(self, h, self._state_forms(x.shape), x, "tensors")
 
     def _weight_of_x(self) -> MaybeTensor:
         return weight_of(self.out)
 
-    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
         (table,) = BLOCK.batch_first
         return [(table["h"], self.rnn, x), (table["past"], self, x)][: self.num_states]
 

@@ -172,7 +172,7 @@ class LanguageModel(Layer):
 
     def _check_state(self, state: Any, x: Shape) -> None:
         if state is not None:
-            check_states(self, state, self.blocks._states(x), self.embedding.weight, "tensors")
+            check_states(self, state, self.blocks._state_forms(x), self.embedding.weight, "tensors")
 
     @torch.jit.unused
     @arguments_checked()

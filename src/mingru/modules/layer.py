@@ -141,14 +141,14 @@ class Layer(Marked):
         """Return the forms of all arguments, for each form of x."""
         return self._forms.batch_first if self.batch_first else self._forms.time_first
 
-    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
         """Return the form of each state, what has its sizes, and the shape of x."""
         return [(self._tables()[0]["h"], self, x)]
 
     def _state_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Return the shapes of the states of a batch, if they do not depend on x."""
         # Either of the first dimensions of x may be the batch.
-        return [form.shape(x, of) for form, of, x in self._states((batch, batch))]
+        return [form.shape(x, of) for form, of, x in self._state_forms((batch, batch))]
 
     def _weight_of_x(self) -> Tensor | None:
         """Return a tensor with the dtype and the device of x, or None if a layer inside checks them."""

@@ -169,8 +169,8 @@ class Stack(Composite, role="sequence", planned=True):
         """Return the states that replace h=None."""
         return [state for layer in self.layers for state in layer.default_states(x, batch)]  # type: ignore[operator]
 
-    def _states(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
-        return [state for layer in self.layers for state in layer._states(x)]  # type: ignore[operator]
+    def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
+        return [state for layer in self.layers for state in layer._state_forms(x)]  # type: ignore[operator]
 
     def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
