@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check.tables import CELL
+from ..check.forms import CELL
 from ..check.values import check_flag, name_of
 from ..ops.call import Layout
 from . import scripted
