@@ -1,6 +1,6 @@
 # Commands for developers and CI. PYTHON is an interpreter whose environment has the `dev` extra.
 PYTHON ?= .venv/bin/python
-FILES = src tests benchmarks examples docs/hooks.py docs/equations.py docs/signatures.py selective_copying.py conftest.py
+FILES = src tests benchmarks examples docs/hooks.py docs/equations.py selective_copying.py conftest.py
 
 .PHONY: setup format check test triton integrations slow-integrations bench gpu seeds picture modes docs sanitize wheel torch-versions
 

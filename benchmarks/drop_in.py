@@ -283,11 +283,11 @@ def train(kind, options, is_own, seed):
 
 
 def cell_of(results):
-    """Return the metrics of the seeds and the median of the seconds, or the error of a program that fails."""
+    """Return the range of the metrics and the median of the seconds, or the error of a program that fails."""
     if isinstance(results, str):
         return f"fails ({results})"
-    metrics = ", ".join(f"{metric:.0f}" if metric > 1.5 else f"{metric:.2f}" for metric, _ in results)
-    return f"{metrics}; {statistics.median(seconds for _, seconds in results):.1f} s"
+    ends = dict.fromkeys(f"{each:.0f}" if each > 1.5 else f"{each:.2f}" for each, _ in (min(results), max(results)))
+    return f"{'–'.join(ends)}; {statistics.median(seconds for _, seconds in results):.1f} s"
 
 
 def table(results):

@@ -36,6 +36,7 @@ import torch
 from measure import GRU, LINEAR, SCANS, markdown, plain_layers, where, write_json
 from minGRU_pytorch import minGRU
 from torch import nn
+from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import mingru
@@ -283,10 +284,15 @@ def deploy(args):
             paths = {name: Path(folder, f"{name}.onnx") for name in modules}
             rows = []
             for name, module in modules.items():
-                start = time.process_time()
-                export(name, module, shape, paths[name])
-                rows.append([name, f"{time.process_time() - start:.1f}", f"{paths[name].stat().st_size / 1000:.0f}"])
-            print_table(f"(B, S, I, H) = {shape}, ONNX", ["", "processor seconds of the export", "kB"], rows)
+                seconds = [processor_seconds(export, name, module, shape, paths[name])[0]]
+                sizes = ({0: Dim("batch")} | ({1: Dim("time", max=512)} if shape[1] > 1 else {}), {1: Dim.AUTO})
+                given = example(name, 2, min(shape[1], 20), *shape[2:])
+                with torch.no_grad():
+                    more, program = processor_seconds(torch.export.export, module.eval(), given, dynamic_shapes=sizes)
+                    seconds += [more, processor_seconds(torch._inductor.aoti_compile_and_package, program)[0]]
+                rows.append([name, f"{paths[name].stat().st_size / 1000:.0f}", *(f"{each:.1f}" for each in seconds)])
+            columns = ["", "kB of ONNX", "processor seconds of ONNX", "torch.export", "then AOTInductor"]
+            print_table(f"(B, S, I, H) = {shape}, exported", columns, rows)
             for threads in (1, 2):
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -303,6 +309,13 @@ def deploy(args):
                         expected = output(module(*given))
                     torch.testing.assert_close(torch.from_numpy(calls[name]()[0]), expected, rtol=1e-4, atol=1e-5)
                 yield Table(f"(B, S, I, H) = {shape}, ONNX Runtime, threads: {threads}", calls, plain=True)
+
+
+def processor_seconds(function, *args, **kwargs):
+    """Return how long a call took, and its result."""
+    start = time.process_time()
+    result = function(*args, **kwargs)
+    return time.process_time() - start, result
 
 
 def example(name, batch, count, input_dims, hidden_dims):
@@ -389,7 +402,7 @@ def equal(by_threads):
 
     def ratio(shape, name, at):
         found = [short(each[shape][name][at] / each[shape][RECOMMENDED][at]) for each in (most, *fewer)]
-        return "–".join(sorted(set(found), key=float)) + " ×"
+        return "–".join(sorted(set(found), key=float)) + "×"
 
     def row(shape, own, at):
         return [shape, f"{own[at]:.3g} ms", *(ratio(shape, name, at) for name in (GRU, "nn.LSTM", TENSORS))]

@@ -83,12 +83,11 @@ def guides_linked(html, page, files):
 
 
 def breakable(html):
-    """Let a name in a table break between its words, but not a mean from its deviation."""
+    """Let a name in a table break between its words, but not a mean from its deviation, or a number from its unit."""
 
     def in_cell(cell):
-        return re.sub("<code>[^<]+</code>", lambda code: WORDS.sub("<wbr>", code[0]), cell[0]).replace(
-            " ± ", "&nbsp;±&nbsp;"
-        )
+        text = re.sub("<code>[^<]+</code>", lambda code: WORDS.sub("<wbr>", code[0]), cell[0])
+        return re.sub(r"(?<=\d) (m?s|[kd]B)\b", r"&nbsp;\1", text.replace(" ± ", "&nbsp;±&nbsp;"))
 
     return re.sub(r"<t[dh]\b.*?</t[dh]>", in_cell, html, flags=re.DOTALL)
 

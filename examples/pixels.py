@@ -23,7 +23,7 @@ of their range, and processor seconds of one training:
     minGRU                    98.2 ± 0.2%     10 s      68.0 ± 1.9%     10 s
     mixed                     96.8 ± 0.5%     14 s      24.9 ± 9.4%     13 s
     minLSTM                   97.6 ± 0.1%      9 s      43.9 ± 2.2%      7 s
-    BlockGRU                  97.2 ± 0.4%      6 s      44.7 ± 0.8%      7 s
+    BlockGRU                  97.2 ± 0.4%      6 s      44.5 ± 0.8%      7 s
     nn.GRU                    98.0 ± 0.4%     15 s      48.2 ± 2.8%     40 s
 
 On 40 time steps, all are nearly equal, and minGRU takes two thirds of the time of nn.GRU. With --kernel 1, a time step

@@ -48,6 +48,7 @@ def test_names_become_links():
     ("html", "breaks"),
     [
         ("<td><code>nn.GRUCell</code> 1 ± 2</td>", "<td><code>nn.<wbr>GRU<wbr>Cell</code> 1&nbsp;±&nbsp;2</td>"),
+        ("<td>98; 3.5 s, 2 kB</td>", "<td>98; 3.5&nbsp;s, 2&nbsp;kB</td>"),
         ("<th><code>h_n</code> GRUCell</th>", "<th><code>h_<wbr>n</code> GRUCell</th>"),
         ("<p><code>GRUCell</code> 1 ± 2</p>", "<p><code>GRUCell</code> 1 ± 2</p>"),
     ],

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .modules.mingru import MinGRU
-from .modules.options import MinGRUOptions
 from .ops.call import spec_of
 from .ops.route import backends, choose
 
 # Of the README's model.
-OPTIONS: MinGRUOptions = {"norm": "rms", "residual": True, "gate": "mixed"}
+OPTIONS: dict[str, Any] = {"norm": "rms", "residual": True, "gate": "mixed"}
 # Batch, steps, input features, hidden features.
 SHAPE = (16, 256, 64, 64)
 

@@ -254,7 +254,6 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 def _checked(model: Any, example_inputs: Any, path: Any, kind: Any, max_steps: Any) -> tuple[Any, Path]:
     """Check the arguments, and return those of `forward` and the path of the file."""
-    require(_NAME, "kind", kind in ("sequence", "step"), "'sequence' or 'step'", repr(kind))
     wrapped = isinstance(model, torch.jit.ScriptModule) or "_orig_mod" in getattr(model, "_modules", {})
     remedy = "pass the original module, not the scripted or compiled one" if wrapped else ""
     is_module = isinstance(model, nn.Module) and not wrapped

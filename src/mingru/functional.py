@@ -155,7 +155,7 @@ def mingru(
     name = "mingru"
     check_choice(name, "kind", kind, GATES)
     (bound,) = check_min_decay(name, min_decay, [kind])
-    spec = spec_of(GATES[kind], default_candidate(kind) if activation is None else activation, False, bound)
+    spec = spec_of(GATES[kind], default_candidate(GATES[kind]) if activation is None else activation, False, bound)
     inputs: dict[str, Any] = {"gate": gate, "candidate": candidate}
     forms = ROTATION if kind == "rotation" else MINGRU
     if kind == "rotation":

@@ -54,7 +54,7 @@ def exported():
     return of
 
 
-@mode("torch.export, any batch and length", FEW)
+@mode("torch.export, any batch and length (BlockGRU: the length of the example)", FEW)
 def test_export(case, exported):
     module, program = exported(case)
     check(case, program.module(), module)

@@ -92,9 +92,9 @@ def test_bfloat16_where_a_stride_leaves_one_place(case, monkeypatch):
     assert {each.shape[-1] for each in tensors(module(*args))} == {1}
     check_errors(module, args, torch.bfloat16)
     pytest.skip(
-        "On processors with AMX, the error of torch's bfloat16 convolution can be larger than its output, also under "
-        "autocast. This happens if a stride above 1 leaves one pixel in the last spatial dimension. With "
-        "torch.backends.mkldnn.enabled = False the output is correct: https://github.com/pytorch/pytorch/issues/169688"
+        "On processors with AMX, torch's bfloat16 convolutions are wrong, also under autocast, if a stride above 1 "
+        "leaves one pixel in the last spatial dimension. With torch.backends.mkldnn.enabled = False they are right: "
+        "https://github.com/pytorch/pytorch/issues/169688"
     )
 
 

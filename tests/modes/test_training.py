@@ -283,8 +283,8 @@ def test_int8_by_torch(case):
     if set(kinds) == {WeightAndBias}:
         assert_equal(quantised(*args), expected, rtol=0, atol=0)
         pytest.skip(
-            "The linear maps of drop_in are no `nn.Linear`, so that programs that initialize each of those leave these "
-            "alone. torchao quantizes them if it is told their names, see Deployment; torch.ao.quantization does not."
+            "The linear maps of drop_in are no `nn.Linear`. torchao quantizes them if it gets their names, see "
+            "Deployment; torch.ao.quantization does not."
         )
     check_accuracy(quantised, expected, args)
 
@@ -303,9 +303,8 @@ def test_int8_by_torchao(case):
     if not linear:
         assert_equal(quantised(*args), expected, rtol=0, atol=0)
         pytest.skip(
-            "torchao's int8 quantization supports linear maps only and leaves convolutions in float32. "
-            "torch.ao.quantization quantizes convolutions if its `mapping` contains them: "
-            "https://github.com/pytorch/pytorch/issues/70480"
+            "torchao quantizes linear maps only. torch.ao.quantization quantizes convolutions too, if its `mapping` "
+            "contains them: https://github.com/pytorch/pytorch/issues/70480"
         )
     check_accuracy(quantised, expected, args)
 

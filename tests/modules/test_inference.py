@@ -34,6 +34,7 @@ DIMS = 4
 
 def outcome(function, *args, **kwargs):
     """Return what a call returns, or the type and the text of its error."""
+    torch.manual_seed(2)  # for dropout
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -46,13 +47,14 @@ def one_by_one(function, *args, **kwargs):
 
 
 def trained(function, x, *args):
-    """Return the outcome of a call, and the gradient of x."""
-    leaf = x.clone().requires_grad_()
-    found = outcome(function, leaf, *args)
+    """Return the outcome of a call, and the gradients of x and of the parameters."""
+    leaves = [x.clone().requires_grad_(), *(function.parameters() if isinstance(function, nn.Module) else [])]
+    found = outcome(function, leaves[0], *args)
     results = [each for each in tensors(found) if each.requires_grad]
     if results:
         # Squares, because the gradient of a sum after a norm is nearly 0.
-        found = [*tensors(found), *torch.autograd.grad(sum(each.square().sum() for each in results), leaf)]
+        loss = sum(each.square().sum() for each in results)
+        found = [*tensors(found), *torch.autograd.grad(loss, leaves, allow_unused=True)]
     return found
 
 
@@ -77,10 +79,13 @@ def assert_same_as_one_by_one(module, *args, tolerance=(1e-4, 1e-5), **kwargs):
             assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def is_in_one(function, *args, **kwargs):
-    """Return whether one operator computes a call without gradients."""
+def is_in_one(function, *args, trains=False, **kwargs):
+    """Return whether a call is computed by a plan, with gradients or without."""
     run, done = inference.run, []
-    with torch.no_grad(), mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]):
+    with (
+        torch.set_grad_enabled(trains),
+        mock.patch.object(inference, "run", lambda *args: done.append(run(*args)) or done[-1]),
+    ):
         function(*args, **kwargs)
     # A module that is called one by one calls those inside, which may be in one.
     return bool(done) and done[0] is not None
@@ -236,17 +241,22 @@ def edit(module, what, value):
         setattr(module.get_submodule(owner), name, copy.deepcopy(value))
 
 
-EDITS = [(name, what, value, False) for what, (name, value) in ONE_BY_ONE.items()]
+EDITS = [
+    *((name, what, value, [False, False]) for what, (name, value) in ONE_BY_ONE.items()),
+    *((*row, [True, True]) for row in STILL_IN_ONE),
+    *((name, "dropout", 0.5, [False, True]) for name in ("MinGRU", "Stack", "Block", "drop_in.GRU")),
+    ("Block", "checkpoint", True, [True, False]),
+]
 
 
 @pytest.mark.parametrize("is_first_call", [True, False])
-@pytest.mark.parametrize(("name", "what", "value", "in_one"), [*EDITS, *((*row, True) for row in STILL_IN_ONE)])
+@pytest.mark.parametrize(("name", "what", "value", "in_one"), EDITS)
 def test_edits(name, what, value, in_one, is_first_call):
     module = made(name)
     x = input_of(module) if is_first_call else planned(module)
     edit(module, what, value)
     assert_same_as_one_by_one(module, x)
-    assert (outcome(is_in_one, module, x) is True) is in_one
+    assert [outcome(is_in_one, module, x, trains=trains) is True for trains in (False, True)] == in_one
 
 
 TENSORS = nn.LayerNorm(DIMS, elementwise_affine=False)
@@ -387,13 +397,12 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
 
     def inside(context, **arguments):
         with context:
-            return is_in_one(module, x, **arguments)
+            (found,) = {is_in_one(module, x, trains=trains, **arguments) for trains in (False, True)}
+        return found
 
-    assert inside(torch.inference_mode())
-    assert not inside(torch.autocast("cpu", torch.bfloat16))
-    assert not inside(mingru.use_backend("torch"))
-    assert not inside(FlopCounterMode(display=False))
-    assert not inside(BaseTorchFunctionMode())
+    assert torch.inference_mode()(is_in_one)(module, x)
+    others = torch.autocast("cpu", torch.bfloat16), mingru.use_backend("torch"), FlopCounterMode(display=False)
+    assert not any(map(inside, (*others, BaseTorchFunctionMode())))
     # A device context changes no operation, except together with another mode.
     for device in ("cpu", "meta"):
         with torch.device(device):
@@ -412,8 +421,6 @@ def test_contexts_in_which_modules_are_called_one_by_one(name):
     assert not inside(torch.no_grad(), lengths=torch.tensor([3, 2]))
     assert not is_in_one(torch.func.vmap(lambda x: module(x.unsqueeze(0))[0]), x)
     assert not is_in_one(module.to(torch.bfloat16), x.bfloat16())
-    module = mingru.MinGRU(DIMS, DIMS, 2, dropout=0.5)
-    assert [is_in_one(module.train(mode), x) for mode in (True, False, True)] == [False, True, False]
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

@@ -82,15 +82,6 @@ def test_the_gradient_of_a_half_width_initial_state_is_summed_in_float32(backend
     assert_close(initial.grad.float(), torch.full((1, 1, 4), 80_000.0), rtol=0.01, atol=0)
 
 
-def test_a_bias_that_is_no_parameter():
-    rnn, x = mingru.MinGRU(3, 4), torch.randn(2, 5, 3)
-    expected, linear = rnn(x)[0], rnn.layers[0].linear
-    bias = linear.bias.detach().clone()
-    del linear.bias
-    linear.bias = bias
-    assert_close(rnn(x)[0], expected)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_initial_state_without_resets_has_no_gradient(backend):
     gate, candidate, h = torch.randn(3, 2, 5, 4)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .annotations import by_position, check_values, values_of
 from .names import FORGOTTEN, counterpart, unknown_argument
 from .values import check_device, name_of, not_a_tensor
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 # What a call raises for wrong arguments. Not all exceptions, because some of torch end a valid call early.
 MISTAKES = (AttributeError, RuntimeError, TypeError, ValueError)
+# Types of arguments that are no numbers of other libraries.
+PLAIN = (int, float, str)
 
 
 def explain(error: Exception, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,20 +72,26 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
     """Decorate a constructor or method so that errors about its arguments name the class of the object.
 
     Python would name the base class that defines the constructor. `remedy` replaces the list of positional arguments;
-    `function` is the name of a function, which has no self. Numbers of numpy become numbers of Python.
+    `function` is the name of a function, which has no self. Flags and names have the values of their annotations.
+    Numbers of numpy become numbers of Python.
     """
 
     def decorated(init: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(init)
+        parameters = signature.parameters.values()
+        values = {each.name: found for each in parameters if (found := values_of(each.annotation))}
 
         @functools.wraps(init)
         def run(*args: Any, **kwargs: Any) -> T:
             name = function or name_of(type(args[0]))
-            problem = misfit(name, signature, args, kwargs, remedy)
-            if problem:
-                raise TypeError(problem)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                raise TypeError(misfit(name, signature, args, kwargs, remedy)) from None
+            check_values(name, values, bound, kwargs)
             check_device(name, kwargs.get("device"))
-            return init(*map(_builtin, args), **{name: _builtin(value) for name, value in kwargs.items()})
+            given: list[Any] = [v if isinstance(v, PLAIN) else _builtin(v) for v in (*args, *kwargs.values())]
+            return init(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
         return run
 
@@ -91,7 +100,7 @@ def arguments_checked(remedy: str = "", function: str = "") -> Callable[[Callabl
 
 def _builtin(value: Any) -> Any:
     """Return a number of another library, such as a scalar of numpy, as an int or float."""
-    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real):
         return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 
@@ -109,7 +118,6 @@ def misfit(
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        by_position = [parameter.name for parameter in known if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         forgotten = FORGOTTEN.get(str(error).split("'")[-2]) if "'" in str(error) else None
-        return f"{name}: {error}; {remedy or forgotten or 'the positional arguments are ' + ', '.join(by_position)}"
+        return f"{name}: {error}; {remedy or forgotten or by_position(signature)}"
     return ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import CELLS
-from ..ops.graph import are_eager, is_autocast, is_captured
+from ..ops.graph import are_eager, is_autocast, is_captured, untraced
 from ..ops.layout import is_packing
 from ..ops.shape import accumulate_dtype
 from . import names as meant
@@ -239,6 +239,7 @@ def check_list(name: str, argument: str, values: Any, count: int, expected: str,
     require(name, argument, len(values) == count, expected, str(len(values)), remedy)
 
 
+@untraced
 def check_parameter(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Check the shape and dtype of a parameter that a caller may have replaced, and that operations would convert."""
     if x.shape != shape:

@@ -91,25 +91,13 @@ def level_of_the_caller() -> int:
     return 1 + sum(1 for _ in inner)
 
 
-def check_flags(name: str, **flags: object) -> None:
-    for argument, flag in flags.items():
-        check_flag(name, argument, flag)
-
-
-def check_flag(name: str, argument: str, flag: object, remedy: str = "", expected: str = "a bool") -> None:
+def check_flag(name: str, argument: str, flag: object, remedy: str = "") -> None:
     if not isinstance(flag, bool):
-        raise TypeError(expectation(name, argument, expected, repr(flag), remedy))
-
-
-def check_bias(name: str, bias: object) -> None:
-    """Check the `bias` of a layer. For a number, the error lists later arguments, because one was probably meant."""
-    after = "the arguments after num_layers are bias, batch_first, dropout and bidirectional; pass dropout by keyword"
-    check_flag(name, "bias", bias, after if is_number(bias) else "")
+        raise TypeError(expectation(name, argument, "a bool", repr(flag), remedy))
 
 
 def check_residual(name: str, residual: object, input_dims: int, hidden_dims: int, bidirectional: bool) -> None:
-    if not isinstance(residual, str) or residual != "highway":
-        check_flag(name, "residual", residual, expected="a bool or 'highway'")
+    if residual != "highway":
         return
     remedy = "use a layer for each direction"
     require(name, "bidirectional", not bidirectional, "False because residual is 'highway'", "True", remedy)
@@ -160,11 +148,13 @@ def check_choice(name: str, argument: str, value: object, choices: Collection[st
 
 def check_parts(name: str, argument: str, size: int, gate: str) -> None:
     """Check that the gate can divide this number of features into numbers."""
-    count, cells = multiple_of(GATES[gate]), cells_of(GATES[gate])
-    condition = "even" if count == 2 else f"divisible by {count}"
-    groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
-    groups += " in one half" if len(cells) > 1 else ""
-    require(name, argument, size % count == 0, f"{condition} because gate={gate!r} turns {groups}", str(size))
+    count = multiple_of(GATES[gate])
+    if size % count:
+        cells = cells_of(GATES[gate])
+        condition = "even" if count == 2 else f"divisible by {count}"
+        groups = "pairs of features" if count == 2 else f"groups of {count // len(cells)} features"
+        groups += " in one half" if len(cells) > 1 else ""
+        raise ValueError(expectation(name, argument, f"{condition} because gate={gate!r} turns {groups}", str(size)))
 
 
 def per_layer(

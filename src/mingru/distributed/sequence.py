@@ -210,7 +210,7 @@ class _Layers(Recurrent):
         args, kwargs = _of_part(self.mesh, self, args, kwargs)
         return super().all_states(*args, **kwargs)
 
-    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: Tensor | None) -> bool:
+    def _takes_lengths(self, x: Tensor) -> bool:
         return True  # Packed parts of sequences would have other batches on each rank.
 
 

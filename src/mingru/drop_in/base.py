@@ -3,7 +3,7 @@
 import inspect
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from ..check import names as meant
 from ..check.forms import Form, autocast_dtypes
-from ..check.values import check_choice, check_flag, check_int, dims, expectation, is_number, name_of, require, reworded
+from ..check.values import (
+    check_int,
+    dims,
+    expectation,
+    is_number,
+    name_of,
+    require,
+    reworded,
+)
 from ..modules.marked import GUARDS
 from ..modules.recurrent import Recurrent
-from ..modules.shared import MaybeList, defaults_of, not_default
+from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default
 from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
@@ -40,6 +48,14 @@ def converted(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of a class of torch as those of ours."""
     return {name: CONVERTED[name](value) if name in CONVERTED else value for name, value in arguments.items()}
 
+
+# The cells that have an option that not all cells have. With the others, it must be its default.
+CELLS_WITH = {
+    **dict.fromkeys(("normalize", "forget_bias"), ("minlstm",)),
+    **dict.fromkeys(("gate", "min_decay"), ("mingru",)),
+    "output_gate": ("mingru", "minlstm"),
+    "block_size": (BLOCKS,),
+}
 
 _raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
 
@@ -65,11 +81,17 @@ class DropIn(Recurrent):
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuntimeError(expectation(name, "dtype", "a floating-point dtype", str(dtype)))
         require(name, "dropout", not isinstance(dropout, (bool, str)), "a number from 0 to 1", repr(dropout))
-        cell, size = options["cell"], options["block_size"]
-        check_choice(name, "cell", cell, tuple(dict.fromkeys([type(self).cell, "mingru", BLOCKS])))
+        cell, size, defaults = options["cell"], options["block_size"], arguments_of_class(type(self))
         check_int(name, "block_size", size)
-        is_possible = cell == BLOCKS or size == 32
-        require(name, "block_size", is_possible, f"left out because cell is {cell!r}", repr(size))
+        for option in [option for option in options if cell not in CELLS_WITH.get(option, (cell,))]:
+            expected, remedy = f"left out because cell is {cell!r}", f"pass cell={CELLS_WITH[option][0]!r} to use it"
+            require(name, option, options[option] == defaults[option], expected, repr(options[option]), remedy)
+        if "forget_bias" in options:
+            given, bias = options["forget_bias"], options["bias"]
+            require(name, "forget_bias", is_number(given), "a number", repr(given), error=TypeError)
+            is_possible = bias or given == defaults["forget_bias"]
+            require(name, "forget_bias", is_possible, "left out because bias is False", repr(given))
+            options["forget_bias"] = given if bias and cell == "minlstm" else 0.0
         if cell == BLOCKS:
             # `patch` has one option for layers of all sizes.
             sizes = range(1, min(size, hidden_size) + 1)
@@ -195,29 +217,6 @@ class DropIn(Recurrent):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def add_pair(
-    layer: Any, init: Callable[..., None], cell: str, forget_bias: float, normalize: bool, **options: Any
-) -> None:
-    """Construct a layer with the options of `LSTM` and `LSTMCell`: the choice of the cell, and its forget bias."""
-    name = name_of(type(layer))
-    check_flag(name, "normalize", normalize)
-    require(name, "forget_bias", is_number(forget_bias), "a number", repr(forget_bias), error=TypeError)
-    # The options that only another cell has must be their defaults.
-    others: dict[str, Any] = {"normalize": True, "forget_bias": 1.0}
-    remedy = "pass cell='minlstm' to use it"
-    if cell == "minlstm":
-        others, remedy = {"gate": "sigmoid", "min_decay": 0.0}, "pass cell='mingru' to use it"
-    given = {**options, "normalize": normalize, "forget_bias": forget_bias}
-    for option, default in others.items():
-        expected, got = f"left out because cell is {cell!r}", repr(given[option])
-        require(name, option, given[option] == default, expected, got, remedy)
-    has_bias = options["bias"] or forget_bias == 1.0
-    require(name, "forget_bias", has_bias, "left out because bias is False", repr(forget_bias))
-    added = forget_bias if options["bias"] and cell == "minlstm" else 0.0
-    init(cell=cell, normalize=normalize, forget_bias=added, **options)
-    layer.forget_bias = float(forget_bias)
 
 
 def as_pair(c: Tensor, proj_size: int) -> Pair:

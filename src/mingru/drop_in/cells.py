@@ -1,26 +1,18 @@
 """minGRU and minLSTM cells with torch's interface."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
+from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_TORCH, check_call
 from ..check.values import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell
-from ..modules.options import CellOptions, OneStateOptions, PairOptions, arguments_of, constructor
+from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from .base import DropIn, Pair, add_pair, as_pair, states_of
-
-
-class GRUCellOptions(OneStateOptions, CellOptions, total=False):
-    """Options of `GRUCell`."""
-
-
-class LSTMCellOptions(PairOptions, CellOptions, total=False):
-    """Options of `LSTMCell`."""
+from .base import DropIn, Pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):
@@ -28,7 +20,6 @@ class DropInCell(DropIn, RecurrentCell):
 
     _forms = CELL_OF_TORCH
     _size_error = RuntimeError
-    _remedy_for_bias = ""
 
     def _check_scripted(self, x: Tensor, h: MaybeList, reset: MaybeTensor, dt: MaybeTensor) -> None:
         if x.dim() not in (1, 2) or x.size(-1) != self.input_size:
@@ -96,7 +87,7 @@ class GRUCell(DropInCell, role="step", planned=True):
 
     cell = "mingru"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -104,7 +95,15 @@ class GRUCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[GRUCellOptions],
+        *,
+        cell: Literal["mingru", "blockgru"] = "mingru",
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -169,7 +168,7 @@ class LSTMCell(DropInCell, role="step", planned=True):
 
     cell = "minlstm"
 
-    @constructor(forget_bias=1.0)
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -177,9 +176,20 @@ class LSTMCell(DropInCell, role="step", planned=True):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[LSTMCellOptions],
+        *,
+        cell: Literal["minlstm", "mingru", "blockgru"] = "minlstm",
+        forget_bias: float = 1.0,
+        normalize: bool = True,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
     ) -> None:
-        add_pair(self, super().__init__, **arguments_of(locals()))
+        super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)
 
     def initial(self, batch: int) -> Any:
         """Return the pair of a batch before the first step."""

@@ -1,23 +1,25 @@
 """minGRU and minLSTM layers with torch's interface: names, shapes and types of errors."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
+from ..check.calls import arguments_checked
 from ..check.forms import LAYER_OF_TORCH, check_call
 from ..check.values import check_type, dims, expectation, name_of, require
 from ..modules import scripted
 from ..modules.blockgru import BlockGRU
-from ..modules.options import GateOptions, OneStateOptions, PairOptions, StackedOptions, arguments_of, constructor
+from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, take_weights, without_dims
 from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from .base import ONE_BLOCK, DropIn, Pair, add_pair, as_pair, states_of
+from .base import ONE_BLOCK, DropIn, Pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
 
@@ -34,14 +36,6 @@ class TypedCall(Protocol[State]):
         dt: Steps | None = None,
         mask: MaybeTensor = None,
     ) -> tuple[Steps, State]: ...
-
-
-class GRUOptions(OneStateOptions, StackedOptions, GateOptions, total=False):
-    """Options of `GRU`."""
-
-
-class LSTMOptions(PairOptions, StackedOptions, GateOptions, total=False):
-    """Options of `LSTM`."""
 
 
 class DropInLayer(DropIn):
@@ -212,7 +206,7 @@ class GRU(DropInLayer, role="torch", planned=True):
 
     cell, mode = "mingru", "GRU"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -225,7 +219,18 @@ class GRU(DropInLayer, role="torch", planned=True):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[GRUOptions],
+        *,
+        cell: Literal["mingru", "blockgru"] = "mingru",
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        output_gate: OutputGate | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -233,7 +238,7 @@ class GRU(DropInLayer, role="torch", planned=True):
     def from_torch(cls, gru: nn.GRU) -> Self:
         """Return the layer that computes the same as a `torch.nn.GRU`, with its weights, trainable where those are.
 
-        It has one block of `cell="blockgru"`.
+        It has one block of `cell="blockgru"`. The two biases of r become their sum, and so do those of z.
 
         Raises:
             TypeError: `gru` is no `torch.nn.GRU`.
@@ -247,6 +252,8 @@ class GRU(DropInLayer, role="torch", planned=True):
 
     def to_torch(self) -> nn.GRU:
         """Return the `torch.nn.GRU` that computes the same, with these weights, which are 0 outside of the blocks.
+
+        Of its two biases of r, and of z, the second is 0.
 
         Raises:
             ValueError: `cell` is not "blockgru", or an option is set that `torch.nn.GRU` has not.
@@ -357,7 +364,7 @@ class LSTM(DropInLayer, role="torch", planned=True):
 
     cell, mode = "minlstm", "LSTM"
 
-    @constructor(forget_bias=1.0)
+    @arguments_checked()
     def __init__(
         self,
         input_size: int,
@@ -370,9 +377,23 @@ class LSTM(DropInLayer, role="torch", planned=True):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[LSTMOptions],
+        *,
+        cell: Literal["minlstm", "mingru", "blockgru"] = "minlstm",
+        forget_bias: float = 1.0,
+        normalize: bool = True,
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        output_gate: OutputGate | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
     ) -> None:
-        add_pair(self, super().__init__, **arguments_of(locals()))
+        super().__init__(**arguments_of(locals()))
+        self.forget_bias = float(forget_bias)
 
     def initial(self, batch: int) -> Any:
         """Return the pair of a batch before the first step."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..check.values import check_flags
+from ..check.values import check_flag
 from ..context import context_manager
 from ..ops.private import ASKED_BY_COMPILED
 from .base import converted
@@ -182,7 +182,7 @@ def patch(
         >>> [layer for layer, place in report.built]
         ["mingru.drop_in.LSTM(3, 4, norm='rms')"]
     """
-    check_flags("patch", everywhere=everywhere)
+    check_flag("patch", "everywhere", everywhere)
     running = _Patch(wanted_twins("patch", gru, lstm, num_layers, **options), everywhere, PatchReport([], []))
     stand_ins = {of_torch: _STAND_INS[of_torch] for of_torch in running.wanted}
     for of_torch in running.wanted:

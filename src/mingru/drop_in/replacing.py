@@ -31,8 +31,8 @@ def replace(
 
     The new layers keep options, device, dtype and training mode. A layer that is shared stays shared. Without options,
     a GRU becomes one block of `mingru.BlockGRU`, which computes the same with the same weights, frozen where they
-    were. An LSTM becomes such a GRU too, whose weights are new, as they are with options. Train those, with an
-    optimizer created after this call.
+    were; the two biases of r, and of z, become their sum. An LSTM becomes such a GRU too, whose weights are new, as
+    they are with options. Train those, with an optimizer created after this call.
 
     Args:
         model: Model. Layers are found among its submodules, not in plain lists and other attributes.

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +19,36 @@ from ..modules.blockgru import BlockGRU
 from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
-from ..modules.options import LayerOptions, Norm
+from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
 from ..modules.recurrent_layer import NORMS
-from ..modules.shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, weight_of
+from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting
-from ..ops.inference import InferencePlan
+from ..ops.inference import LayerPlan
 from .causal_conv import CausalConv, plus_convolved
 
 LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM, "blockgru": BlockGRU}
 # Arguments of a layer that a block sets.
 SET_BY_THE_BLOCK = ("input_dims", "hidden_dims", "num_layers", "batch_first", "residual")
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of the layer that a block passes on, for type checkers."""
+
+    bias: bool
+    bidirectional: bool
+    candidate: Candidate | None
+    gate: Gates
+    min_decay: float | Sequence[float]
+    output_gate: OutputGate | None
+    learn_initial_state: bool
+    memory: Memory | None
+    recompute: bool | None
+    forget_bias: float
+    normalize: bool
+    block_size: int
+    device: Any
+    dtype: torch.dtype | None
 
 
 class BlockOptions(LayerOptions, total=False):
@@ -126,11 +145,9 @@ class Block(Composite, role="sequence", planned=True):
             check_int(self.name, "conv", conv, "an int or None", 2)
         if mlp is not None:
             _check_ratio(self.name, "mlp", mlp, dims)
-        check_choice(self.name, "norm", norm, NORMS)
         # On two outputs, so that there is no warning as for a single layer.
         check_dropout(self.name, dropout, 2)
-        check_flag(self.name, "checkpoint", checkpoint)
-        check_layer_options(self.name, cell, options, list(defaults_of(self)))
+        check_layer_options(self.name, cell, options, list(arguments_of_class(type(self))))
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         bias = options.get("bias", True)
         check_flag(self.name, "bias", bias)
@@ -163,9 +180,9 @@ class Block(Composite, role="sequence", planned=True):
         of_conv = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in self._state_shapes(batch)[1:]]
         return [self.rnn._state(x, None, batch), *of_conv]
 
-    def _write_plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
-        plan.dropout(self)
+        plan.is_trained &= not (self.checkpoint and self.training)
         state = plan.num_states
         if self.conv is not None:
             plan.causal_conv(plan.child(self.conv, CausalConv), state + 1)
@@ -175,6 +192,7 @@ class Block(Composite, role="sequence", planned=True):
         plan.require(rnn.batch_first)
         rnn._write_plan(plan)
         plan.linear(self.out)
+        plan.dropout(self)
         plan.add()
         if self.mlp is not None:
             parts = plan.children(self.mlp, nn.Sequential, *NORMS.values(), nn.Linear, nn.GELU)
@@ -183,6 +201,7 @@ class Block(Composite, role="sequence", planned=True):
             plan.norm(parts[0])
             plan.linear(parts[1], gelu=parts[2])
             plan.linear(parts[3])
+            plan.dropout(self)
             plan.add()
         plan.num_states = state + self.num_states
 

@@ -13,9 +13,8 @@ from typing_extensions import Unpack
 
 from ..check.calls import arguments_checked
 from ..check.forms import LANGUAGE_MODEL, Shape, check_states, check_steps
-from ..check.values import check_flag, check_int, check_min_decay, check_number, per_layer, require
+from ..check.values import check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer
-from ..modules.options import arguments_of
 from ..modules.recurrent_layer import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, typed_as
 from ..modules.stack import Stack
@@ -84,14 +83,12 @@ class LanguageModel(Layer):
     def __init__(
         self, vocab_size: int, dims: int, num_layers: int, *, tied: bool = True, **block_options: Unpack[BlockOptions]
     ) -> None:
-        own_options = arguments_of(locals(), "block_options")
         super().__init__()
         options: dict[str, Any] = {**block_options}
         parameters = list(inspect.signature(LanguageModel).parameters | inspect.signature(Block).parameters)
         check_layer_options(self.name, options.get("cell", "mingru"), options, parameters)
         for argument, size in (("vocab_size", vocab_size), ("dims", dims), ("num_layers", num_layers)):
             check_int(self.name, argument, size)
-        check_flag(self.name, "tied", tied)
         bidirectional = options.get("bidirectional", False)
         remedy = "the reverse direction would read the tokens that are to be predicted"
         require(self.name, "bidirectional", bidirectional is False, "False", repr(bidirectional), remedy)
@@ -100,7 +97,8 @@ class LanguageModel(Layer):
         self.tied = tied
         # A copy, so that later changes to the caller's list have no effect.
         block_config = {name: value for name, value in options.items() if name not in factory}
-        self.config = own_options | copy.deepcopy(block_config)
+        own = {"vocab_size": vocab_size, "dims": dims, "num_layers": num_layers, "tied": tied}
+        self.config = own | copy.deepcopy(block_config)
         # First, because they check the options.
         gates = per_layer(self.name, "gate", options.pop("gate", "sigmoid"), num_layers)
         bounds = check_min_decay(self.name, options.pop("min_decay", 0.0), gates)
@@ -219,11 +217,11 @@ class LanguageModel(Layer):
             TypeError: An argument has the wrong type.
             ValueError: A prompt is empty, an id or option is out of range, or the state does not fit.
         """
-        options = arguments_of(locals(), "streamer")
         is_valid, got = streamer is None or callable(streamer), type(streamer).__name__
         require(self.name, "streamer", is_valid, "a function of the new tokens, or None", got, error=TypeError)
         new = []
-        for tokens in self.stream(**options):
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for tokens in self.stream(prompts, max_new_tokens, **sampling, stop=stop, seed=seed, state=state):
             new.append(tokens)
             if streamer is not None:
                 streamer(tokens.clone())

@@ -8,22 +8,19 @@ from ..check.forms import check_parameter
 from ..check.values import check_flag, check_int, require
 from ..ops.call import Start
 from ..ops.graph import is_scripting
-from ..ops.inference import InferencePlan, plannable
+from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import RecurrentMap
 from .recurrent_layer import RecurrentLayer, RecurrentOptions
 
 
 class BlockGRUSettings(RecurrentOptions):
-    """The options of BlockGRU. Those that only other cells have must be their defaults."""
+    """The options of BlockGRU."""
 
     def check(self) -> None:
         check_int(self.name, "block_size", self.block_size)
         check_flag(self.name, "residual", self.residual)
-        without = {"gate": ("sigmoid",), "candidate": (None, "tanh"), "min_decay": (0.0,), "output_gate": (None,)}
-        for option, allowed in without.items():
-            got = getattr(self, option)
-            expected, remedy = f"left out because cell is {self.cell!r}", "pass cell='mingru' to use it"
-            require(self.name, option, got in allowed, expected, repr(got), remedy)
+        expected, got = f"left out because cell is {self.cell!r}", self.candidate
+        require(self.name, "candidate", got in (None, "tanh"), expected, repr(got), "pass cell='mingru' to use it")
         self.candidate = "tanh"
         super().check()
         fits = self.hidden_dims <= self.block_size or self.hidden_dims % self.block_size == 0
@@ -63,7 +60,7 @@ class BlockLayer(RecurrentLayer):
                 check_parameter(self.name, "recurrent.bias", bias, self.shapes[1])
         return weight, bias
 
-    def _write_plan(self, plan: InferencePlan, state: int) -> None:
+    def _write_plan(self, plan: LayerPlan, state: int) -> None:
         super()._write_plan(plan, state)
         for _, own in self.maps_of_directions():
             plan.require(type(own) is RecurrentMap)
@@ -72,7 +69,3 @@ class BlockLayer(RecurrentLayer):
     def _with_recurrent(self, start: Start, reverse: bool) -> Start:
         weight, bias = self.recurrent_weights(reverse)
         return Start(start.h, start.initial_state, start.reset, start.dt, weight, bias)
-
-    def _marked_options(self) -> dict[str, Any]:
-        # The names of the recurrent weights tell these weights from others.
-        return {**super()._marked_options(), "candidate": None}

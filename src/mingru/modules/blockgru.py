@@ -6,13 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
+from ..check.calls import arguments_checked
 from ..check.values import check_type, require, reworded
 from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
 from .cells import RecurrentCell
-from .options import BlockGRUCellOptions, BlockGRUOptions, arguments_of, constructor
+from .options import Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import take_weights
 
@@ -93,10 +94,9 @@ class BlockGRU(Recurrent, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
     _remedy_for_weights = "use mingru.BlockGRU.from_torch"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -106,7 +106,15 @@ class BlockGRU(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **options: Unpack[BlockGRUOptions],
+        *,
+        residual: bool = False,
+        norm: Norm | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -114,7 +122,8 @@ class BlockGRU(Recurrent, planned=True):
     def to_torch(self) -> nn.GRU:
         """Return the `torch.nn.GRU` with the same weights, which are 0 outside of the blocks, and trainable as here.
 
-        It computes the same as this layer. Its state is (L * D, B, H), without the dimension of time.
+        It computes the same as this layer. Its state is (L * D, B, H), without the dimension of time. Of the two biases
+        of r, and of z, the second is 0.
 
         Raises:
             ValueError: The layer has a norm, a residual or a learned initial state, which `torch.nn.GRU` has not, or a
@@ -148,6 +157,8 @@ class BlockGRU(Recurrent, planned=True):
     @torch.enable_grad()
     def from_torch(cls, gru: nn.GRU, *, block_size: int | None = None) -> Self:
         """Return the layer with the weights of a `torch.nn.GRU`, trainable where those are.
+
+        It computes the same. The two biases of r become their sum, and so do those of z.
 
         Args:
             gru: Layer without hooks. With a `block_size` below its hidden_size, its recurrent weights must be 0 outside
@@ -234,17 +245,28 @@ class BlockGRUCell(RecurrentCell, planned=True):
     """
 
     cell = "blockgru"
-    _has_cells = True
 
-    @constructor()
+    @arguments_checked()
     def __init__(
-        self, input_dims: int, hidden_dims: int, bias: bool = True, **options: Unpack[BlockGRUCellOptions]
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        norm: Norm | None = None,
+        block_size: int = 32,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
     @classmethod
     def from_torch(cls, cell: nn.GRUCell, *, block_size: int | None = None) -> Self:
         """Return the cell with the weights of a `torch.nn.GRUCell`, trainable where those are.
+
+        It computes the same. The two biases of r become their sum, and so do those of z.
 
         Args:
             cell: Cell whose recurrent weights are 0 outside of the blocks. With one block, any cell.

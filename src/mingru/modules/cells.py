@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
+from ..check.calls import arguments_checked
 from ..check.forms import CELL
-from ..check.values import check_flag, name_of
 from ..ops.call import Layout
 from . import scripted
-from .options import MinGRUCellOptions, MinLSTMCellOptions, arguments_of, constructor
+from .options import Candidate, Gate, Memory, Norm, arguments_of
 from .recurrent import Recurrent
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 from .stacked import as_sequence
@@ -23,10 +23,8 @@ class RecurrentCell(Recurrent, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     _forms = CELL
-    _remedy_for_bias = "a cell has no num_layers; bias comes after hidden_dims"
 
     def __init__(self, **arguments: Any) -> None:
-        check_flag(name_of(type(self)), "bias", arguments["bias"], self._remedy_for_bias)
         super().__init__(**arguments, **ONE_LAYER)
 
     def forward(  # type: ignore[override]
@@ -117,9 +115,21 @@ class MinGRUCell(RecurrentCell, planned=True):
 
     cell = "mingru"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
-        self, input_dims: int, hidden_dims: int, bias: bool = True, **options: Unpack[MinGRUCellOptions]
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        min_decay: float = 0.0,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 
@@ -177,9 +187,21 @@ class MinLSTMCell(RecurrentCell, planned=True):
 
     cell = "minlstm"
 
-    @constructor(candidate="positive")
+    @arguments_checked()
     def __init__(
-        self, input_dims: int, hidden_dims: int, bias: bool = True, **options: Unpack[MinLSTMCellOptions]
+        self,
+        input_dims: int,
+        hidden_dims: int,
+        bias: bool = True,
+        *,
+        forget_bias: float = 0.0,
+        normalize: bool = True,
+        norm: Norm | None = None,
+        candidate: Candidate | None = "positive",
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
-        self.forget_bias = float(options["forget_bias"])
+        self.forget_bias = float(forget_bias)

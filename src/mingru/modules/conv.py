@@ -4,33 +4,21 @@ TorchScript compiles `forward` and the functions that it calls. A scripted modul
 raised by torch.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Unpack
 
+from ..check.calls import arguments_checked
 from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_parameter, check_states
 from ..check.values import expectation
 from ..ops.call import Layout
 from . import scripted
 from .conv_layer import ConvOptions, MinConvLayer, Sizes
-from .options import Gate, Gates, Placement, StateOptions, arguments_of, constructor
+from .options import Candidate, Gate, Gates, Memory, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
 from .stacked import Stacked, as_sequence
-
-
-class ConvLayerOptions(StateOptions, Placement, total=False):
-    """Options of a layer that are not those of its convolution."""
-
-    gate: Annotated[Gates, "sigmoid"]
-    batch_first: Annotated[bool, True]
-
-
-class ConvCellOptions(StateOptions, Placement, total=False):
-    """Options of a cell that are not those of its convolution."""
-
-    gate: Annotated[Gate, "sigmoid"]
 
 
 class MinConv(Stacked, role="sequence"):
@@ -38,7 +26,7 @@ class MinConv(Stacked, role="sequence"):
 
     _forms = OF_IMAGES
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -54,12 +42,17 @@ class MinConv(Stacked, role="sequence"):
         bidirectional: bool = False,
         residual: bool = False,
         norm: Literal["group"] | None = None,
-        **options: Unpack[ConvLayerOptions],
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        batch_first: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         checked = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
-        widths = checked.widths()
-        sizes = [input_dims, *(checked.num_directions * width for width in widths[:-1])]
-        layers = zip(sizes, widths, checked.geometries(), checked.gates, strict=True)
+        sizes = [input_dims, *(checked.num_directions * width for width in checked.widths[:-1])]
+        layers = zip(sizes, checked.widths, checked.geometries(), checked.gates, strict=True)
         super().__init__(checked, [MinConvLayer(*layer, checked) for layer in layers])
         self.num_states = num_layers * self.num_directions
 
@@ -139,7 +132,7 @@ class MinConvCell(MinConv, role="step"):
 
     _forms = CELL_OF_IMAGES
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -151,7 +144,12 @@ class MinConvCell(MinConv, role="step"):
         dilation: int | tuple[int, ...] = 1,
         bias: bool = True,
         norm: Literal["group"] | None = None,
-        **options: Unpack[ConvCellOptions],
+        candidate: Candidate | None = None,
+        gate: Gate = "sigmoid",
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
 

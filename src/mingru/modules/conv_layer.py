@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import check_flags, check_int, check_parts, dims, per_layer, require
+from ..check.values import check_int, check_parts, dims, per_layer, require
 from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
@@ -49,20 +49,14 @@ class Geometry(NamedTuple):
 class ConvOptions(Options):
     """The options of the convolutional layers."""
 
-    norms = ("group",)
-
     def check(self) -> None:
         super().check()
-        check_flags(self.name, residual=self.residual)
-        widths = self.widths()
-        for width in widths:
+        # The number of state channels of each layer.
+        self.widths = self._per_layer("hidden_dims")
+        for width in self.widths:
             check_int(self.name, "hidden_dims", width, "an int, or a list of ints with one for each layer")
-        for width, gate in zip(widths, self.gates, strict=True):
+        for width, gate in zip(self.widths, self.gates, strict=True):
             check_parts(self.name, "hidden_dims", width, gate)
-
-    def widths(self) -> list[int]:
-        """Return the number of state channels of each layer."""
-        return self._per_layer("hidden_dims")
 
     def geometries(self) -> list[Geometry]:
         """Return the sizes of the convolution of each layer."""

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.cells import BLOCKS, CELLS, GATES, zero_state
+from ..ops.cells import BLOCKS, CELLS, GATES, default_candidate, zero_state
 from .options import Options
 
 
 def default_start(options: Options) -> float:
     """Return the initial state if it is not learned: of all stacked layers, that of the layer with the largest."""
-    return max(zero_state(GATES[gate], options.candidate_of(gate)) for gate in options.gates)
+    cells = {GATES[gate] for gate in options.gates}
+    return max(zero_state(cell, options.candidate or default_candidate(cell)) for cell in cells)
 
 
 def learned_state(shape: tuple[int, ...], options: Options) -> nn.Parameter | None:

@@ -13,7 +13,7 @@ from ..check.forms import LAYER, Form, Shape, Table, check_call, usual_error
 from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
-from ..ops.inference import InferencePlan, plannable
+from ..ops.inference import LayerPlan, plannable
 from .marked import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
@@ -54,7 +54,7 @@ class Layer(Marked):
         [torch.Size([1, 10, 1, 8]), torch.Size([1, 10, 8])]
     """
 
-    # The plan of an inference pass, see `ops.inference`.
+    # See `ops.inference`.
     __slots__ = ("_plan",)
 
     name: str
@@ -78,13 +78,11 @@ class Layer(Marked):
     _device_error: type[Exception] = ValueError
     """Error for parameters on another device."""
     _planned = False
-    """Whether one operator can compute the inference pass of this class; see `ops.inference`. Subclasses are not."""
+    """Whether a plan can replace the modules inside this class; see `ops.inference`. Subclasses are not."""
     _forms = LAYER
     """What the tensors of a call must be."""
     _hint, _error_for = meant.of_layers, usual_error
     """Remedies for arguments of another type or shape, and types of errors."""
-    _has_cells = False
-    """Whether steps with gradients may be those of torch's cells; see `ops.inference`."""
 
     def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,8 +132,8 @@ class Layer(Marked):
         expected = "called on a mingru.MinGRU, MinLSTM or BlockGRU, with a padded x"
         raise TypeError(expectation(self.name, "all_states", expected, got))
 
-    def _write_plan(self, plan: InferencePlan) -> None:
-        """Write the instructions of an inference pass, if the class is `planned`; see `ops.inference`."""
+    def _write_plan(self, plan: LayerPlan) -> None:
+        """Write the instructions of a pass, if the class is `planned`; see `ops.inference`."""
         raise NotImplementedError
 
     def _tables(self) -> list[Table]:
@@ -189,11 +187,11 @@ class Layer(Marked):
             raise
 
     def _forward(self, x: Tensor, h: MaybeList, reset: MaybeTensor, lengths: MaybeTensor, dt: MaybeTensor) -> Outputs:
-        """Check the arguments of a call, and compute it: by one operator if possible, otherwise by `_compute`."""
+        """Check the arguments of a call, and compute it: by its plan if possible, otherwise by `_compute`."""
         if is_scripting():
             self._check_scripted(x, h, reset, dt)
         else:
-            if lengths is None and self._planned and (self._has_cells or not torch.is_grad_enabled()):
+            if lengths is None and self._planned:
                 done = inference.run(self, x, h, reset, not self.batch_first, dt)
                 if done is not None:
                     return done

@@ -42,11 +42,6 @@ def key_of(option: str) -> str:
     return option if option == "gate" else f"{option}_mark"
 
 
-def number_of(option: str, value: Any) -> int:
-    values = MARKS[option]
-    return values.index(value) if values else round(value * 2**53)
-
-
 def described(numbers: dict[str, int], options: Iterable[str], separator: str = " and ") -> str:
     """Return the values of these options as a constructor takes them; unknown values as numbers."""
     texts = []
@@ -67,14 +62,15 @@ def number_in(found: Any) -> int | None:
 
 def marks_in(module: Any) -> dict[str, int]:
     """Return the number of each option of a module."""
-    return {option: number_of(option, value) for option, value in module._marked_options().items()}
+    options = module._marked_options().items()
+    return {name: MARKS[name].index(value) if MARKS[name] else round(value * 2**53) for name, value in options}
 
 
 def add_marks(module: Any, device: Any) -> None:
     """Add the marks that the module does not have yet."""
     for option, number in marks_in(module).items():
-        if number and module._buffers.get(key_of(option)) is None:
-            module.register_buffer(key_of(option), torch.tensor(number, device=device))
+        if number and module._buffers.get(key := key_of(option)) is None:
+            module.register_buffer(key, torch.tensor(number, device=device))
 
 
 class Marked(nn.Module):

@@ -1,8 +1,12 @@
 """minGRU."""
 
-from typing_extensions import Unpack
+from collections.abc import Sequence
+from typing import Any
 
-from .options import MinGRUOptions, arguments_of, constructor
+import torch
+
+from ..check.calls import arguments_checked
+from .options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
 from .recurrent import Recurrent
 
 
@@ -119,7 +123,7 @@ class MinGRU(Recurrent, planned=True):
 
     cell = "mingru"
 
-    @constructor()
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -129,6 +133,17 @@ class MinGRU(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **options: Unpack[MinGRUOptions],
+        *,
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = None,
+        gate: Gates = "sigmoid",
+        min_decay: float | Sequence[float] = 0.0,
+        output_gate: OutputGate | None = None,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))

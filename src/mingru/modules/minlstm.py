@@ -1,8 +1,11 @@
 """minLSTM."""
 
-from typing_extensions import Unpack
+from typing import Any
 
-from .options import MinLSTMOptions, arguments_of, constructor
+import torch
+
+from ..check.calls import arguments_checked
+from .options import Candidate, Memory, Norm, OutputGate, Residual, arguments_of
 from .recurrent import Recurrent
 
 
@@ -86,7 +89,7 @@ class MinLSTM(Recurrent, planned=True):
 
     cell = "minlstm"
 
-    @constructor(candidate="positive")
+    @arguments_checked()
     def __init__(
         self,
         input_dims: int,
@@ -96,7 +99,18 @@ class MinLSTM(Recurrent, planned=True):
         batch_first: bool = True,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **options: Unpack[MinLSTMOptions],
+        *,
+        forget_bias: float = 0.0,
+        normalize: bool = True,
+        residual: Residual = False,
+        norm: Norm | None = None,
+        candidate: Candidate | None = "positive",
+        output_gate: OutputGate | None = None,
+        learn_initial_state: bool = False,
+        memory: Memory | None = None,
+        recompute: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(**arguments_of(locals()))
-        self.forget_bias = float(options["forget_bias"])
+        self.forget_bias = float(forget_bias)

@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import PackedSequence
 from ..check.calls import explained
 from ..check.forms import check_parameter
 from ..check.values import check_min_decay, expectation, name_of
-from ..ops import route
+from ..ops import inference
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
-from ..ops.inference import InferencePlan
+from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
+from ..ops.private import is_symbolic
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from . import scripted
 from .block_layer import BlockGRUSettings, BlockLayer
@@ -128,15 +129,15 @@ class Recurrent(Stacked, role="sequence"):
         state: Tensor = super().initial(batch)[0]
         return state
 
-    def _write_plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
         initial_state: Any = self.initial_state
         plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
-        if len(layers) > 1:
-            plan.dropout(self)
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            if index > 0:
+                plan.dropout(self)
             plan.require(layer.hidden_dims == self.hidden_dims, len(layer.maps()) == self.num_directions)
             layer._write_plan(plan, plan.num_states)
         plan.num_states += 1
@@ -192,21 +193,16 @@ class Recurrent(Stacked, role="sequence"):
         if lengths is None:
             return self._run(x, state, reset, dt, Layout(not self.batch_first))
         if not is_scripting():
-            if self._takes_lengths(x, lengths, dt):
+            if self._takes_lengths(x):
                 x, layout = with_lengths(x, lengths, not self.batch_first)
                 return self._run(x, state, reset, dt, layout)
         return self._run_packed(x, state, reset, dt, lengths)
 
-    def _takes_lengths(self, x: Tensor, lengths: Tensor, dt: MaybeTensor) -> bool:
+    def _takes_lengths(self, x: Tensor) -> bool:
         """Return whether all layers take padded sequences with lengths. Otherwise the sequences are packed."""
-        if not x.is_cpu:
-            return True  # To pack them, the CPU would wait for the lengths.
-        layers: Any = self.layers
-        more = (layer.norm is not None or layer.residual or layer.highway for layer in layers)
-        has_more = self.proj_size > 0 or any(more)
-        maps, layout = [[] if has_more else layer.maps() for layer in layers], Layout(False, None, lengths)
-        specs = [layer.spec(False) for layer in layers]
-        return all(route.takes_lengths(*each, x, dt, layout) for each in zip(specs, maps, strict=True))
+        # A GPU would have to wait for the lengths to pack them. A captured graph masks the padding, because it cannot
+        # depend on the number of valid steps. A kernel skips it, but computes only a linear map and its recurrence.
+        return not x.is_cpu or is_symbolic() or (self._planned and inference.skips_padding(self, x))
 
     def _run_packed(self, x: Tensor, state: Tensor, reset: MaybeTensor, dt: MaybeTensor, lengths: Tensor) -> Outputs:
         """Pack the valid steps once for all layers."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..check.values import check_bias, check_flag, check_int, check_parts, check_residual, is_number, require
+from ..check.values import check_int, check_parts, check_residual, is_number, require
 from ..ops.call import Layout, Start
 from ..ops.cells import BLOCKS, CELLS, GATES
 from ..ops.graph import is_scripting
-from ..ops.inference import InferencePlan, plannable
+from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States
 from .marked import add_marks
@@ -24,7 +24,6 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class RecurrentOptions(Options):
     """The options of MinGRU and MinLSTM."""
 
-    norms = tuple(NORMS)
     # Of options that not all classes have.
     gate, min_decay, normalize, forget_bias, block_size = "sigmoid", 0.0, True, 0.0, 32
     candidate: Any = None
@@ -33,32 +32,23 @@ class RecurrentOptions(Options):
     """Number of features to which each layer and direction maps its output, or 0; only `drop_in` has this option."""
 
     def check(self) -> None:
-        check_flag(self.name, "normalize", self.normalize)
-        check_bias(self.name, self.bias)
         check_int(self.name, "hidden_dims", self.hidden_dims)
         super().check()
-        if self.recompute is not None:
-            check_flag(self.name, "recompute", self.recompute, expected="a bool or None")
-        for gate in self.gates:
+        for gate in dict.fromkeys(self.gates):
             check_parts(self.name, "hidden_dims", self.hidden_dims, gate)
         check_residual(self.name, self.residual, self.input_dims, self.hidden_dims, self.bidirectional)
         gate = self.output_gate
-        is_known = gate is None or (isinstance(gate, str) and gate == "silu")
-        require(self.name, "output_gate", is_known, "'silu' or None", repr(gate))
         remedy = "gate the output yourself, by a torch.nn.Linear"
-        for option, is_used in (("residual", self.residual == "highway"), ("proj_size", self.proj_size > 0)):
+        excluding = {"residual": self.residual == "highway", "proj_size": self.proj_size > 0} if gate else {}
+        for option, is_used in excluding.items():
             expected = f"None because {option} is {getattr(self, option)!r}"
-            require(self.name, "output_gate", gate is None or not is_used, expected, repr(gate), remedy)
+            require(self.name, "output_gate", not is_used, expected, repr(gate), remedy)
         got = repr(self.forget_bias)
         require(self.name, "forget_bias", is_number(self.forget_bias), "a number", got, error=TypeError)
         require(self.name, "forget_bias", self.bias or self.forget_bias == 0, "0 because bias is False", got)
-
-    @property
-    def cells(self) -> list[str]:
-        """The cell of each layer."""
-        if self.cell == "mingru":
-            return [GATES[gate] for gate in self.gates]
-        return [self.cell if self.normalize else f"{self.cell}_unnormalized"] * self.num_layers
+        # The cell of each layer.
+        cell = self.cell if self.normalize else f"{self.cell}_unnormalized"
+        self.cells = [GATES[gate] if cell == "mingru" else cell for gate in self.gates]
 
 
 @plannable
@@ -111,14 +101,14 @@ class RecurrentLayer(Directions):
             out = out + (x if self.align is None else self.align(x))
         return out, states
 
-    def _write_plan(self, plan: InferencePlan, state: int) -> None:
+    def _write_plan(self, plan: LayerPlan, state: int) -> None:
         """Write the instructions of an inference pass."""
         plan.require(not self.highway, self.num_parts == CELLS[self.cell].num_inputs + self.has_output_gate)
         if self.residual:
             plan.keep()
         if self.norm is not None:
             plan.norm(self.norm)
-        plan.scan(self.spec(False), self.has_output_gate, state, self.maps_of_directions())
+        plan.scan(self.spec(False), self.has_output_gate, state, self.maps_of_directions(), self.recompute)
         if self.projections is not None:
             (projection,) = plan.children(self.projections, nn.ModuleList, *LINEAR_MAPS)
             plan.linear(projection)

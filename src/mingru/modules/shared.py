@@ -1,14 +1,14 @@
 """Helpers that all layers share: states that are not views, options in a repr, weights."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.cells import BLOCKS, default_candidate
+from ..ops.cells import BLOCKS, GATES, default_candidate
 from ..ops.graph import is_captured
 from ..ops.private import unsafe_view
 
@@ -51,21 +51,30 @@ def without_dims(state: Tensor, dims: list[int]) -> Tensor:
 
 def one_or_all(values: Sequence[Any]) -> Any:
     """Return the value that all layers have, or a tuple with one for each layer."""
-    return values[0] if all(value == values[0] for value in values) else tuple(values)
+    return values[0] if values.count(values[0]) == len(values) else tuple(values)
 
 
-def defaults_of(module: nn.Module) -> dict[str, Any]:
+def arguments_of_class(cls: type) -> dict[str, Any]:
     """Return the default of each argument of the constructor, from the class of this package that defines it.
 
     The default of a required argument is `inspect.Parameter.empty`. Subclasses elsewhere may have other arguments.
     """
     package = __name__.partition(".")[0]
-    own = next(cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] == package)
-    defaults = {name: each.default for name, each in inspect.signature(own).parameters.items()}
+    return _defaults(next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package))
+
+
+@functools.cache
+def _defaults(own: type) -> dict[str, Any]:
+    return {name: each.default for name, each in inspect.signature(own).parameters.items()}
+
+
+def defaults_of(module: nn.Module) -> dict[str, Any]:
+    """Return the default of each argument of the constructor; of `candidate`, the one for the module's gates."""
+    defaults = {**arguments_of_class(type(module))}
     if "candidate" in defaults and "gate" in defaults:
         gates = vars(module)["gate"]
         gates = [gates] if isinstance(gates, str) else gates
-        of_gates = [default_candidate(gate) for gate in gates]
+        of_gates = [default_candidate(GATES[gate]) for gate in gates]
         defaults["candidate"] = "tanh" if vars(module).get("cell") == BLOCKS else one_or_all(of_gates)
     return defaults
 
@@ -101,4 +110,4 @@ def take_weights(module: M, other: nn.Module) -> M:
 def reset_all(modules: Iterable[nn.Module]) -> None:
     """Re-initialize the parameters of modules, and of their children if they have no method for that."""
     for module in modules:
-        getattr(module, "reset_parameters", partial(reset_all, module.children()))()
+        getattr(module, "reset_parameters", functools.partial(reset_all, module.children()))()

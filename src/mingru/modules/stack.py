@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..check.calls import arguments_checked
 from ..check.forms import Form, Shape, check_list
-from ..check.values import check_dropout, check_flags, check_type, expectation, require
+from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
-from ..ops.inference import InferencePlan
+from ..ops.inference import LayerPlan
 from ..ops.private import PREPARE_SCRIPTABLE
 from .layer import Composite, Layer, with_named
 from .marked import add_marks
@@ -103,7 +103,6 @@ class Stack(Composite, role="sequence", planned=True):
     def __init__(self, layers: Iterable[nn.Module], *, dropout: float = 0.0, residual: bool = False) -> None:
         super().__init__()
         found: list[Any] = self._checked(layers)
-        check_flags(self.name, residual=residual)
         check_dropout(self.name, dropout, len(found))
         self.layers = nn.ModuleList(found)
         self.dropout = float(dropout)
@@ -173,16 +172,16 @@ class Stack(Composite, role="sequence", planned=True):
     def _state_forms(self, x: Shape) -> list[tuple[Form, Any, Shape]]:
         return [state for layer in self.layers for state in layer._state_forms(x)]  # type: ignore[operator]
 
-    def _write_plan(self, plan: InferencePlan) -> None:
+    def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
         layers = plan.children(self.layers, nn.ModuleList, *{type(each) for each in self.layers if each._planned})
         aligns = plan.children(self.aligns, nn.ModuleList, nn.Identity, nn.Linear)
         plan.require(len(aligns) == len(layers) == len(self._ends) - 1, self.num_states == self._ends[-1])
         plan.require(self._of_torch == [False] * len(layers))
         first = plan.num_states
-        if len(layers) > 1:
-            plan.dropout(self)
         for layer, align, end in zip(layers, aligns, self._ends[1:], strict=True):
+            if layer is not layers[0]:
+                plan.dropout(self)
             plan.require(layer.role == "sequence", layer.batch_first == self.batch_first)
             if self.residual:
                 plan.keep()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.call import Layout, Spec, Start, spec_of
-from ..ops.cells import GATES, cells_of, default_candidate, gate_biases, parts_of
+from ..ops.cells import GATES, default_candidate, gate_biases, parts_of
 from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
 from ..ops.shape import States
@@ -33,7 +33,7 @@ class Directions(Marked):
         self.cell = cell
         self.hidden_dims = hidden_dims
         self.has_output_gate: bool = getattr(options, "output_gate", None) is not None
-        self.candidate = options.candidate_of(GATE_OF.get(cell, "sigmoid"))
+        self.candidate = options.candidate or default_candidate(cell)
         self.min_decay = min_decay
         self.memories = options.memories_of(cell, min_decay)
 
@@ -44,18 +44,16 @@ class Directions(Marked):
 
     def add_gate_bias(self) -> None:
         """Add to the bias of the gates what `memory` needs."""
-        cells = cells_of(self.cell)
-        for linear in self.maps() if any(self.memories) else []:
-            rows = linear.bias.detach().view(-1, self.hidden_dims)
-            for cell, memory, own in zip(cells, self.memories, rows.chunk(len(cells), 1), strict=True):
+        for linear in self.maps() if any(self.memories.values()) else []:
+            rows = linear.bias.detach().view(-1, self.hidden_dims).chunk(len(self.memories), 1)
+            for (cell, memory), own in zip(self.memories.items(), rows, strict=True):
                 if memory is None:
                     continue
-                numbers = own[:, :: parts_of(cell)]
-                (first, last), count = memory, numbers.size(1)
-                # The logarithms have even steps.
-                steps = (first * (last / first) ** ((index + 0.5) / count) for index in range(count))
-                for index, biases in enumerate(zip(*(gate_biases(cell, each) for each in steps), strict=True)):
-                    numbers[index] += numbers.new_tensor(biases)
+                numbers, (first, last) = own[:, :: parts_of(cell)], memory
+                count, half = numbers.size(1), 0.5 / numbers.size(1)
+                steps = first * torch.logspace(half, 1 - half, count, last / first, dtype=torch.float64, device="cpu")
+                for row, biases in zip(numbers, gate_biases(cell, steps), strict=False):
+                    row.add_(biases.to(row))
 
     def maps(self) -> list[Any]:
         """Return the linear map of each direction."""
@@ -63,11 +61,10 @@ class Directions(Marked):
 
     def _marked_options(self) -> dict[str, Any]:
         """Return the options that change what the weights mean, for the marks in the state_dict."""
-        gate = GATE_OF.get(self.cell, "sigmoid")
-        is_default = self.candidate == default_candidate(gate)
+        is_default = self.candidate == default_candidate(self.cell)
         layer: Any = self
         return {
-            "gate": gate,
+            "gate": GATE_OF.get(self.cell, "sigmoid"),
             "candidate": None if is_default else self.candidate,
             "normalize": self.cell != "minlstm_unnormalized",
             "min_decay": self.min_decay,
@@ -141,7 +138,7 @@ class Stacked(Layer):
     def __init__(self, options: Options, layers: list[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        for option, value in vars(options).items():
+        for option, value in options.arguments.items():
             if option not in options.factory:
                 # A copy, so that later changes to the caller's list have no effect.
                 setattr(self, option, list(value) if isinstance(value, list) else value)

@@ -6,15 +6,18 @@ tensors before the call.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import autograd, block_recurrence, blocks, route
+from .backend import SCANS
 from .backends import traceable
 from .blocks import Map
-from .call import BATCH_FIRST, Call, Layout, Spec, Start, spec_of
+from .call import BATCH_FIRST, Call, Layout, Spec, Start
+from .call import spec_of as spec_of
 from .cells import BLOCKS, CELLS, MIXTURES
 from .graph import scripted_as
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
@@ -40,17 +43,15 @@ def linear_scan(
         reset = None if reset is None else reset.masked_fill(padding_of(lengths, b), False)
     scan = LinearScan(a, b, h, reset, reverse, 1)
 
-    def run(choice: Choice) -> States:
-        if is_tracing() or b.numel() == 0:
-            return traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
-        # Kernels convert numbers when they load them.
-        has_kernel = route.backend_of(choice.backend).scan_backward is not None
-        return autograd.scan(choice, scan if has_kernel else in_accumulation_dtype(scan))
-
-    spec = spec_of("linear_scan", "linear", reverse, 0.0)
-    out, last = route.run_or_other(run, route.choose(spec, b, backend), spec, b)
-    if lengths is not None:
-        out = without_padding(out, lengths, False)
+    spec = SCANS["linear_scan", reverse]
+    choice = route.choose(spec, b, backend)
+    if is_tracing() or b.numel() == 0:
+        out, last = traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
+    else:
+        out, last = route.run_or_other(partial(autograd.scan, call=scan), choice, spec, b)
+    out = out if lengths is None else without_padding(out, lengths, False)
+    if out.dtype == b.dtype and last.dtype == h.dtype:
+        return out, last
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
@@ -66,7 +67,7 @@ def recurrence(
 def linear_recurrence(
     spec: Spec,
     x: Tensor,
-    linear: nn.Module,
+    linear: Any,
     start: Start,
     layout: Layout,
     recompute: bool | None = None,
@@ -86,8 +87,7 @@ def linear_recurrence(
             y = norm(x)
             call = route.fused_with(linear, choice.backend, Call(spec, [y], start, layout), None, output_gate)
         if spec.cell == BLOCKS and block_recurrence.is_one_node(y, start, layout):
-            parameters: Any = linear
-            own = [y, parameters.weight, parameters.bias]
+            own = [y, linear.weight, linear.bias]
             if type(linear) not in LINEAR_MAPS or route.is_hooked(linear):
                 y = linear(y)
                 own = [y, torch.eye(y.size(-1), dtype=y.dtype, device=y.device), None]

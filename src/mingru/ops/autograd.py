@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_recurrence
-from .backend import Kernel, Needs, Saved
+from .backend import SCANS, Kernel, scan_backward_by, scan_by
 from .backends import traceable
-from .call import Call, Spec, from_flat, spec_of
+from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import BLOCKS, CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
@@ -58,9 +58,11 @@ def composed(choice: Choice, call: Call) -> States:
 def scan(choice: Choice, call: LinearScan) -> States:
     """Compute the linear scan by a backend, so that it is differentiable."""
     backend = backend_of(choice.backend)
-    if backend.differentiable:
-        assert backend.scan is not None
-        return backend.scan(call)
+    if backend.scan is not None:
+        # Kernels convert numbers when they load them.
+        call = in_accumulation_dtype(call)
+        if backend.kernel is None:
+            return backend.scan(call)
     in_compile = is_compiling() and not is_exporting()
     if in_compile and not (torch.is_grad_enabled() and any(x.requires_grad for x in call[:3])):
         # Dynamo cannot trace the functions below if no tensor requires gradients. The kernel alone has no derivatives,
@@ -84,9 +86,8 @@ class ScanInGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(choice: Choice, *call: Any) -> States:
-        run = backend_of(choice.backend).scan
-        assert run is not None
-        return run(LinearScan(*call))
+        backend = backend_of(choice.backend)
+        return scan_by(backend.kernel, LinearScan(*call)) if backend.scan is None else backend.scan(LinearScan(*call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
@@ -102,9 +103,9 @@ class ScanInGraph(torch.autograd.Function):
         batched = are_batched(*grad)
 
         def run(choice: Choice) -> tuple[Tensor | None, ...]:
-            kernel = backend_of(choice.backend).scan_backward
-            if kernel is not None and not torch.is_grad_enabled() and not batched:
-                return kernel(call, out, *grad)
+            backend = backend_of(choice.backend)
+            if backend.scan is None and not torch.is_grad_enabled() and not batched:
+                return scan_backward_by(backend.kernel, call, out, *grad)
             # Kernels have no rule for batched gradients.
             delta = adjoint(_traceable_scan if batched else partial(scan, choice), call, grad)
             grad_a = grad_h = None
@@ -114,8 +115,7 @@ class ScanInGraph(torch.autograd.Function):
                 grad_h = grad_of_h(call, delta)
             return grad_a, delta, grad_h
 
-        spec = spec_of("linear_scan", "linear", call.reverse, 0.0)
-        return None, *run_or_other(run, ctx.choice, spec, out), None, None, None
+        return None, *run_or_other(run, ctx.choice, SCANS["linear_scan", call.reverse], out), None, None, None
 
 
 class Scan(ScanInGraph):
@@ -159,65 +159,71 @@ def run_kernel(name: str, choice: Choice, call: Call, keep: bool) -> States:
         out, last = run_kernel(name, choice, Call(spec, flat, flat_start, layout), keep)
         return out.view(tensors[0].shape), last.view(start.h.shape)
     kernel: Kernel = getattr(backend_of(choice.backend), name)
+    given: list[Any] = [*flattened(start, layout), *tensors]
     if torch.is_grad_enabled() and kernel.backward is not None:
-        # A flat list, because autograd ignores tensors inside tuples. Without resets, the initial state is not used.
-        args = start.h, None if start.reset is None else start.initial_state, *start[2:], *layout[1:], *tensors
-        states: States = Recurrence.apply((name, choice, spec, layout.time_first, keep), *args)  # type: ignore[no-untyped-call]
-        return states
-    out, last, *_ = kernel.forward(call, None)
+        if start.reset is None:
+            given[1] = None  # the initial state, which nothing reads
+        # A flat list, because autograd ignores tensors inside tuples.
+        run: Callable[..., States] = Recurrence.apply if is_compiling() else apply
+        return run((name, choice, spec, layout.time_first, keep), *given)
+    out, last, *_ = kernel.forward(spec, given, layout.time_first, None)
     return out, last
+
+
+How = tuple[str, Choice, Spec, bool, bool]
 
 
 class Recurrence(torch.autograd.Function):
     """Compute a recurrence by the kernels of a backend. Second derivatives are computed by `composed`."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[str, Choice, Spec, bool, bool], *args: Any) -> States:
+    def forward(ctx: Any, how: How, *tensors: Any) -> States:
         name, choice, spec, time_first, keep = how
-        call = from_flat(spec, args, time_first)
-        out, last, kept, *states = getattr(backend_of(choice.backend), name).forward(call, keep)
-        ctx.name, ctx.choice, ctx.spec, ctx.time_first = name, choice, spec, time_first
-        ctx.is_transposed = kept is not None and is_transposed(call.tensors[0])
-        ctx.save_for_backward(*(states or [out]), kept, *args)
+        kernel: Kernel = getattr(backend_of(choice.backend), name)
+        out, last, kept, *states = kernel.forward(spec, tensors, time_first, keep)
+        ctx.how, ctx.is_transposed = how, kept is not None and is_transposed(tensors[FIRST_INPUT])
+        ctx.save_for_backward(*(states or [out]), kept, *tensors)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
-        states, kept, *args = ctx.saved_tensors
-        call, needs = from_flat(ctx.spec, args, ctx.time_first), ctx.needs_input_grad[1:]
+        (name, chosen, spec, time_first, _), (states, kept, *tensors) = ctx.how, ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
 
-        def function(choice: Choice, *args: Any) -> States:
-            call = from_flat(ctx.spec, args, ctx.time_first)
-            if call.start.reset is None:
-                # The initial state was not saved, and nothing reads it.
-                call = call._replace(start=call.start._replace(initial_state=call.start.h))
-            if ctx.name == "linear_kernel":
-                (x, weight, bias), layout = call.tensors, call.layout
-                if layout.lengths is not None:
-                    # Otherwise a NaN in the padding would reach the gradients of the weights.
-                    x = without_padding(x, layout.lengths, layout.time_first)
-                if call.spec.norm:
-                    x = normalized(x, call.spec.norm, call.spec.eps)
-                num_parts = CELLS[ctx.spec.cell].num_inputs + ctx.spec.output_gate
-                inputs = list(F.linear(x, weight, bias).chunk(num_parts, -1))
-                gate = inputs.pop() if ctx.spec.output_gate else None
-                parts = [composed(choice, part) for part in divided(call._replace(tensors=inputs))]
-                return gated(joined(parts, layout), gate)
-            return composed(choice, call)
+        def run(choice: Choice) -> Any:
+            if choice.backend != chosen.backend or torch.is_grad_enabled() or are_batched(*grad):
+                return differentiable(partial(_again, name, choice, spec, time_first), tensors, needs, grad)
+            # A saved-tensor hook may change the memory order of x, which is the order of the kept pre-activations.
+            has_moved = kept is not None and is_transposed(tensors[FIRST_INPUT]) != ctx.is_transposed
+            own = kept.new_empty(0) if has_moved else kept
+            kernel: Kernel = getattr(backend_of(choice.backend), name)
+            return kernel.backward(spec, tensors, time_first, (states, own, *grad), needs)
 
-        def run(choice: Choice) -> Sequence[Tensor | None]:
-            if choice.backend != ctx.choice.backend or torch.is_grad_enabled() or are_batched(*grad):
-                return differentiable(partial(function, choice), args, needs, grad)
-            own = kept
-            if kept is not None and is_transposed(call.tensors[0]) != ctx.is_transposed:
-                # A saved-tensor hook changed the memory order of x, which is the order of the kept pre-activations.
-                own = kept.new_empty(0)
-            need: Any = from_flat(ctx.spec, needs)
-            kernel: Kernel = getattr(backend_of(choice.backend), ctx.name)
-            found, of_kernel = kernel.backward(call, Saved(states, own, *grad), Needs(need.start, need.tensors))
-            return *found, *[None] * len(need.layout[1:]), *of_kernel
+        return None, *run_or_other(run, chosen, spec, states)
 
-        return None, *run_or_other(run, ctx.choice, ctx.spec, states)
+
+# Without what `Function.apply` does for transforms, in which no kernel runs.
+apply: Any = super(torch.autograd.Function, Recurrence).apply
+
+
+def _again(name: str, choice: Choice, spec: Spec, time_first: bool, *tensors: Any) -> States:
+    """Compute the same as a kernel by differentiable operations."""
+    call = from_flat(spec, tensors, time_first)
+    if call.start.reset is None:
+        # The initial state was not saved, and nothing reads it.
+        call = call._replace(start=call.start._replace(initial_state=call.start.h))
+    if name != "linear_kernel":
+        return composed(choice, call)
+    (x, weight, bias), layout = call.tensors, call.layout
+    if layout.lengths is not None:
+        # Otherwise a NaN in the padding would reach the gradients of the weights.
+        x = without_padding(x, layout.lengths, time_first)
+    if spec.norm:
+        x = normalized(x, spec.norm, spec.eps)
+    inputs = list(F.linear(x, weight, bias).chunk(CELLS[spec.cell].num_inputs + spec.output_gate, -1))
+    gate = inputs.pop() if spec.output_gate else None
+    parts = [composed(choice, part) for part in divided(call._replace(tensors=inputs))]
+    return gated(joined(parts, layout), gate)
 
 
 def differentiable(

@@ -4,35 +4,15 @@ import functools
 import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import BATCH_FIRST, Call, Spec, Start, spec_of
+from .call import FIRST_INPUT, Call, Spec, spec_of
 from .cells import NUM_INPUTS
 from .scan import LinearScan
 from .shape import States, as_dtype
-
-# Of the fields of a `Start`, and of the tensors of a call.
-Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
-
-
-class Saved(NamedTuple):
-    """What a backward pass has: results of the forward pass, and their gradients."""
-
-    states: Tensor
-    kept: Tensor | None
-    grad_out: Tensor
-    grad_last: Tensor
-
-
-class Needs(NamedTuple):
-    """Which gradients are needed."""
-
-    start: Any
-    """A `Start` of bools."""
-    tensors: Sequence[bool]
 
 
 @dataclass(frozen=True)
@@ -42,10 +22,13 @@ class Kernel:
     Backward computes the pre-activations again unless forward keeps them.
     """
 
-    forward: Callable[[Call, bool | None], tuple[Any, ...]]
-    """(call, keep) -> (out, last, kept), and the states if `out` is gated. `keep` is None without a backward pass."""
+    forward: Callable[[Spec, Sequence[Any], bool, bool | None], tuple[Any, ...]]
+    """(spec, tensors, time_first, keep) -> (out, last, kept), and the states if `out` is gated. The tensors are a list
+    like that of `call.flattened`. `keep` is None without a backward pass."""
     backward: Any
-    """(call, saved, needs) -> `Grads`, or None if forward consists of differentiable operations."""
+    """(spec, tensors, time_first, saved, needs) -> gradients of the tensors, or None if forward consists of
+    differentiable operations. `saved`: the states, what forward kept, and the gradients of `out` and `last`. `needs`
+    says of each tensor whether it needs a gradient."""
     packed: bool
     """If True, the kernel takes packed sequences. If False, it takes the results of `layout.padded_call`."""
     lengths: bool = False
@@ -58,22 +41,30 @@ class Kernel:
     """The cells that the kernel computes. Default: all."""
 
 
-def scan_by(kernel: Kernel, call: LinearScan) -> States:
+# The tensors between resets and inputs.
+_NOTHING = [None] * (FIRST_INPUT - 3)
+# The cells of linear scans, which compute nothing from their pre-activations a and b, for both directions.
+_CELLS = "linear_scan", "complex_linear_scan", "quaternion_linear_scan"
+SCANS = {(cell, way): spec_of(cell, "linear", way, 0.0) for cell in _CELLS for way in (False, True)}
+
+
+def scan_by(kernel: Any, call: LinearScan) -> States:
     """Compute the linear scan by a fused kernel, which takes the parts of numbers as features."""
     spec, (a, b, h) = _real(call)
-    out, last, _ = kernel.forward(Call(spec, [a, b], Start(h, h, call.reset), BATCH_FIRST), False)
-    return _like(call, out), _like(call, last)
+    out, last, _ = kernel.forward(spec, [h, h, call.reset, *_NOTHING, a, b], False, False)
+    if call.a.is_complex():
+        out, last = (torch.view_as_complex(x.contiguous()) for x in (out, last))
+    return out, last
 
 
-def scan_backward_by(kernel: Kernel, call: LinearScan, *saved: Tensor) -> tuple[Tensor, ...]:
+def scan_backward_by(kernel: Any, call: LinearScan, *saved: Tensor) -> tuple[Tensor, ...]:
     """Compute the gradients of a, b and h; `saved`: out, grad_out, grad_last."""
     spec, (a, _, h, out, *grad) = _real(call, *saved)
     # The gradients do not depend on b.
-    recurrence = Call(spec, [a, a], Start(h, h, call.reset), BATCH_FIRST)
-    no: Any = False
-    needs = Needs(Start(*[no] * len(Start._fields)), [True, True])
-    of_start, grads = kernel.backward(recurrence, Saved(out, None, *grad), needs)
-    return tuple(_like(call, x) for x in (*grads, of_start[0]) if x is not None)
+    tensors, needs = [h, h, call.reset, *_NOTHING, a, a], [True, *[False] * (FIRST_INPUT - 1), True, True]
+    of_h, *_, of_a, of_b = kernel.backward(spec, tensors, False, (out, None, *grad), needs)
+    found = of_a, of_b, of_h
+    return tuple(torch.view_as_complex(x.contiguous()) for x in found) if call.a.is_complex() else found
 
 
 def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
@@ -81,22 +72,20 @@ def _real(call: LinearScan, *others: Tensor) -> tuple[Spec, list[Tensor]]:
     cell, tensors = "linear_scan" if call.parts == 1 else "quaternion_linear_scan", [*call[:3], *others]
     if call.a.is_complex():
         cell, tensors = "complex_linear_scan", [torch.view_as_real(x.resolve_conj()) for x in tensors]
-    return spec_of(cell, "linear", call.reverse, 0.0), tensors
+    return SCANS[cell, call.reverse], tensors
 
 
-def _like(call: LinearScan, x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.contiguous()) if call.a.is_complex() else x
+def grads_of_start(tensors: Sequence[Any], of_states: Sequence[Any], grad_dt: Tensor | None) -> Sequence[Any]:
+    """Return the gradients of all tensors of a call before the inputs, but those of recurrent weights.
 
-
-def grads_of_start(start: Start, of_states: Sequence[Any], grad_dt: Tensor | None) -> Start:
-    """Return gradients as a start. `of_states`: of h and of the initial state, that for each sequence; empty or None
-    if there is none."""
-    grad_h, grad_initial_state = of_states
-    of_initial_state: Any = None
-    if start.reset is not None and grad_initial_state is not None and grad_initial_state.numel() > 0:
-        summed = grad_initial_state.sum_to_size(start.initial_state.shape)
-        of_initial_state = as_dtype(summed, start.initial_state.dtype)
-    return Start(as_dtype(grad_h, start.h.dtype), of_initial_state, None, grad_dt)
+    `of_states`: of h and of the initial state, that for each sequence; empty or None if there is none.
+    """
+    (grad_h, of_initial), (h, initial, reset, *others) = of_states, tensors[:FIRST_INPUT]
+    if reset is None or of_initial is None or of_initial.numel() == 0:
+        of_initial = None
+    else:
+        of_initial = as_dtype(of_initial.sum_to_size(initial.shape), initial.dtype)
+    return as_dtype(grad_h, h.dtype), of_initial, None, grad_dt, *[None] * (len(others) - 1)
 
 
 def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,18 +119,14 @@ def warn_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """The functions of a backend. `scan` or `recurrence` is required; all others are optional."""
+    """The functions of a backend. `scan`, `recurrence` or `kernel` is required; all others are optional."""
 
     unavailable: Callable[[], str | None] = lambda: None
     """Return the reason why the backend cannot run in this process, or None if it can."""
     unsupported: Callable[[Tensor, Spec], str | None] = lambda sequence, spec: None
     """Return the reason why the backend cannot run this spec on this tensor, or None if it can."""
     scan: Callable[[LinearScan], States] | None = None
-    """Compute the linear scan."""
-    scan_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
-    """Compute its gradients, (call, out, grad_out, grad_last) -> (grad_a, grad_b, grad_h). Default: another scan."""
-    differentiable: bool = True
-    """Whether `scan` consists of differentiable operations."""
+    """Compute the linear scan, by differentiable operations if there is no `kernel`. Default: by `kernel`."""
     recurrence: Callable[[Call], States] | None = None
     """Compute the recurrence of a `layout.padded_call` by differentiable operations. Default: by `scan`."""
     kernel: Kernel | None = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-from .call import Call, Layout, Start
+from .call import Call, Layout, Spec, Start, from_flat
 from .graph import is_old_onnx, is_onnx, is_true_for_all_sizes, without_autocast
 from .layout import in_layout, padded_call, without_padding
 from .shape import States, accumulate_dtype, as_dtype
@@ -121,11 +121,12 @@ def blocks_of(weight: Tensor, size: int) -> Tensor:
     return by_block.diagonal(0, 1, 3).permute(0, 3, 1, 2).reshape(-1, size)
 
 
-def by_torch(call: Call, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
+def by_torch(spec: Spec, given: Any, time_first: bool, keep: bool | None = None) -> tuple[Tensor, Tensor, None]:
     """Compute the recurrence of a linear map by `torch.gru`, on any device; the tensors are x, weight and bias.
 
     A sequence with resets is one sequence for each piece between them.
     """
+    call = from_flat(spec, given, time_first)
     (x, weight, bias), start, lengths = call.tensors, call.start, call.layout.lengths
     with without_autocast(x):
         if x.is_meta or (lengths is not None and not lengths.any()):

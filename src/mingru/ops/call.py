@@ -103,13 +103,17 @@ def with_steps(start: Start, reset: Tensor | None, dt: Tensor | None) -> Start:
     return Start(start.h, start.initial_state, reset, dt, start.recurrent, start.recurrent_bias)
 
 
-def flattened(start: Start, layout: Layout) -> list[Tensor | None]:
-    """Return all tensors in one list, for operators and autograd."""
+def flattened(start: Start, layout: Layout) -> list[Any]:
+    """Return all tensors in one list, for kernels and autograd, in the order of csrc/driver.h. The inputs follow."""
     return [*start, *layout[1:]]
 
 
-def from_flat(spec: Any, tensors: Sequence[Any], time_first: bool = False) -> Call:
-    """Return the call of such a list; the inputs follow the layout. `spec` may be None if nobody reads it."""
-    first = len(Start._fields)
-    last = first + len(Layout._fields) - 1
-    return Call(spec, [*tensors[last:]], Start(*tensors[:first]), Layout(time_first, *tensors[first:last]))
+# The index of the first input in such a list.
+FIRST_INPUT = len(Start._fields) + len(Layout._fields) - 1
+
+
+def from_flat(spec: Spec, tensors: Sequence[Any], time_first: bool) -> Call:
+    """Return the call of such a list."""
+    at = len(Start._fields)
+    layout = Layout(time_first, *tensors[at:FIRST_INPUT])
+    return Call(spec, [*tensors[FIRST_INPUT:]], Start(*tensors[:at]), layout)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import differentiable
+from .backend import SCANS
 from .backends import native
-from .call import Call, Layout, Start, spec_of
+from .call import Layout, Start, flattened
 from .graph import are_batched, are_eager, is_autocast, scripted_as
 from .route import is_native
 from .shape import States, as_dtype
@@ -48,8 +49,9 @@ def causal_conv(
     tensors = (x, weight, bias, state, reset, lengths)
     is_plain = is_native() and are_eager(*tensors) and x.is_cpu and x.dtype in _DTYPES and not is_autocast(x)
     own = zip((weight, bias), ((num_past + 1, x.shape[-1]), x.shape[-1:]), strict=True)
-    fits = all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)
-    if not (is_plain and fits and x.numel() > 0):
+    # Shapes come last, because a trace would record a comparison.
+    fits = is_plain and all(each is None or (each.dtype == x.dtype and each.shape == shape) for each, shape in own)
+    if not fits or x.numel() == 0:
         return composed(*tensors, num_past, adds_x)
     states: States = _Fused.apply((num_past, adds_x), *tensors)  # type: ignore[no-untyped-call]
     return states
@@ -76,8 +78,8 @@ class _Fused(torch.autograd.Function):
 def _arguments(x: Tensor, weight: Tensor, bias: Maybe, state: Tensor, reset: Maybe, lengths: Maybe) -> tuple[Any, ...]:
     """Return the first arguments of the operators."""
     layout = Layout(False, None, None if lengths is None else lengths.long().contiguous())
-    call = Call(spec_of("linear_scan", "linear", False, 0.0), [x], Start(state, state, reset), layout)
-    return x, weight, bias, *native.arguments(call)[:2]
+    given = [*flattened(Start(state, state, reset), layout), x]
+    return x, weight, bias, *native.arguments(SCANS["linear_scan", False], given, False)[:2]
 
 
 def past_and_segment(x: Tensor, state: Tensor, reset: Maybe, num_past: int) -> tuple[Tensor, Maybe]:

@@ -53,9 +53,9 @@ GATES = {
 }
 
 
-def default_candidate(gate: str) -> str:
-    """Return the default activation of the candidate: symmetric if the gate gives the state both signs."""
-    return "positive" if CELLS[GATES[gate]].has_logarithms else "tanh"
+def default_candidate(cell: str) -> str:
+    """Return the default activation of the candidate: symmetric if the state has both signs."""
+    return "positive" if CELLS[cell].has_logarithms else "tanh"
 
 
 def zero_state(cell: str, activation: str) -> float:
@@ -63,12 +63,11 @@ def zero_state(cell: str, activation: str) -> float:
     return 0.5 if activation == "positive" or not CELLS[cell].has_logarithms else 0.0
 
 
-def gate_biases(cell: str, memory: float) -> tuple[float, ...]:
+def gate_biases(cell: str, memory: Tensor) -> list[Tensor]:
     """Return the biases of the first inputs with which a state lasts 1 / (1 - |a|) = memory steps."""
-    odds = math.log(memory - 1)
-    own = {"mingru_signed": (-math.log(2 * memory - 1),), "minlstm": (odds, -odds), "minlstm_unnormalized": (odds,)}
-    own[BLOCKS] = (0.0, odds)
-    return own.get(cell, (-odds,))
+    odds = (2 * memory - 1 if cell == "mingru_signed" else memory - 1).log()
+    signs = {"minlstm": (1, -1), "minlstm_unnormalized": (1,), BLOCKS: (0, 1)}
+    return [sign * odds for sign in signs.get(cell, (-1,))]
 
 
 def parts_of(cell: str) -> int:

@@ -14,16 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from . import private
-from .private import (
-    are_functorch_transforms_active,
-    get_function_stack_at,
-    is_any_autocast_enabled,
-    is_legacy_batchedtensor,
-    is_symbolic,
-    is_tracing,
-    is_untransformed,
-    len_torch_function_stack,
-)
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
 # True for `torch.compile` and `torch.export`.
@@ -51,7 +41,7 @@ def _no(x: Tensor | None = None) -> bool:
 @scripted_as(_no)
 def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is enabled on the device of x, which a scripted module cannot know."""
-    if not is_any_autocast_enabled():
+    if not private.is_any_autocast_enabled():
         return False
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
@@ -66,13 +56,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 @scripted_as(_no)
 def is_onnx() -> bool:
     """Return whether a graph is captured for ONNX, where it needs no derivatives, and each operation takes time."""
-    return (bool(is_tracing()) or private.is_exporting()) and torch.onnx.is_in_onnx_export()
+    return (bool(private.is_tracing()) or private.is_exporting()) and torch.onnx.is_in_onnx_export()
 
 
 @scripted_as(_no)
 def is_old_onnx() -> bool:
     """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate most scripted functions."""
-    return bool(is_tracing()) and is_onnx()
+    return bool(private.is_tracing()) and is_onnx()
 
 
 def are_ordinary(*tensors: Tensor | None) -> bool:
@@ -80,12 +70,12 @@ def are_ordinary(*tensors: Tensor | None) -> bool:
 
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
-    return is_untransformed() and {*map(type, tensors)} <= _ORDINARY
+    return private.is_untransformed() and {*map(type, tensors)} <= _ORDINARY
 
 
 def are_eager(*tensors: Tensor | None) -> bool:
     """Return whether the tensors are ordinary, and no graph is captured, so that they have values."""
-    return not is_symbolic() and are_ordinary(*tensors)
+    return not private.is_symbolic() and are_ordinary(*tensors)
 
 
 def is_device_context() -> bool:
@@ -93,14 +83,15 @@ def is_device_context() -> bool:
 
     It changes nothing here, because this package passes a device to every function that creates a tensor.
     """
-    return len_torch_function_stack() == 1 and type(get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
+    is_one = private.len_torch_function_stack() == 1
+    return is_one and type(private.get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
 
 
 def are_batched(*tensors: Tensor) -> bool:
     """Return whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
     if is_compiling():
         return False
-    return are_functorch_transforms_active() or any(map(is_legacy_batchedtensor, tensors))
+    return private.are_functorch_transforms_active() or any(map(private.is_legacy_batchedtensor, tensors))
 
 
 def is_captured() -> bool:
@@ -108,7 +99,7 @@ def is_captured() -> bool:
     if is_scripting():
         return True
     else:
-        return bool(is_tracing()) or is_symbolic()
+        return bool(private.is_tracing()) or private.is_symbolic()
 
 
 def is_true_for_all_sizes(condition: bool) -> bool:
@@ -135,7 +126,7 @@ def for_trace(of_old_onnx: bool = False) -> Callable[[Callable[P, T]], Callable[
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            own = _scripted(function) if is_tracing() and is_old_onnx() == of_old_onnx else function
+            own = _scripted(function) if private.is_tracing() and is_old_onnx() == of_old_onnx else function
             return own(*args, **kwargs)
 
         # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
@@ -159,7 +150,7 @@ def untraced(check: Callable[P, None]) -> Callable[P, None]:
     @scripted_as(check)
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        state = is_tracing()
+        state = private.is_tracing()
         if not state:
             check(*args, **kwargs)
         elif private.can_pause_trace:

@@ -1,43 +1,38 @@
-"""One operator for the whole inference pass of a module: norms, linear maps, recurrences and residuals.
+"""The plan of a module: what it computes, asked once. Norms, linear maps, recurrences and residuals.
 
-The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into an `InferencePlan`.
-An instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After
-any change of a module or its submodules, the plan is made again. The operator checks the sizes.
+The method `_write_plan` of a class with `planned=True` writes the instructions of its modules into a `LayerPlan`. An
+instruction checks that the module that it replaces is exactly what it computes, and refuses every other one. After any
+change of a module or its submodules, the plan is made again. Without gradients, one operator computes all instructions,
+and checks the sizes. With gradients, `_trained` computes them one by one, each recurrence by one autograd function.
 
-With gradients, `run` computes one step of GRUs by torch's cells, for which the calls of all modules would take longer.
-It returns None whenever the modules must be called one by one: with gradients of anything else, hooks, autocast,
-transforms, graph capture, a refused module or unusual arguments. If an argument is wrong, that ordinary call raises
-the error.
+`run` returns None whenever the modules must be called one by one: with hooks, autocast, transforms, graph capture, a
+refused module or unusual arguments. If an argument is wrong, that ordinary call raises the error.
 """
 
 import math
 import operator
-from collections.abc import Sequence
-from itertools import repeat
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from itertools import product, repeat
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import route
+from . import autograd, linear_map, private, route
 from .backends import native
 from .call import Layout, Spec, Start
-from .cells import BLOCKS, CELLS
+from .cells import CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, RecurrentMap
-from .private import (
-    DisableTorchFunction,
-    has_any_global_hook,
-    is_torch_function_mode_enabled,
-    is_untransformed,
-    len_torch_dispatch_stack,
-)
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
 
 _DTYPES = (torch.float32, torch.float64)
-_CALL = nn.Module.__call__
-_forward_of, _shape_of = operator.attrgetter("forward"), operator.attrgetter("shape")
+Outputs = tuple[Tensor, list[Tensor]]
+_CALL, _SCANS = nn.Module.__call__, ("scan", "scan_both")
+_forward_of, _shape_of, _dtype_of, _is_cpu = map(operator.attrgetter, ("forward", "shape", "dtype", "is_cpu"))
+_NATIVE = route.Choice("native", False)
 FORWARDS.update({cls: cls.forward for cls in (nn.GELU, nn.Identity, nn.ModuleList, nn.Sequential, RecurrentMap)})
 
 
@@ -47,7 +42,20 @@ def plannable(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-class InferencePlan:
+class Prepared(NamedTuple):
+    """What the recurrence of one layer and direction is computed from, except x and the states."""
+
+    how: dict[Any, autograd.How]
+    """For each dtype of x, on which the default of eps depends, and order of dimensions."""
+    map: tuple[Tensor, Tensor | None]
+    """Weight and bias of the linear map."""
+    of_norm: tuple[Tensor | None, Tensor | None]
+    """Weight and bias of the norm before it."""
+    recurrent: tuple[Tensor | None, Tensor | None]
+    """Recurrent weight and bias."""
+
+
+class LayerPlan:
     """The instructions and weights of a module, and everything from which they were made."""
 
     def __init__(self, module: Any) -> None:
@@ -56,10 +64,12 @@ class InferencePlan:
         # For the batch size of the last call.
         self.state_shapes: dict[int, list[tuple[int, ...]]] = {}
         self.is_bidirectional = False
-        # Weights and biases of a GRU of one block, for each instruction that is one.
-        self.cells: list[list[Any]] = []
         # Weights, or None, with the shapes that they must have, because the operator takes others too.
         self.shapes: list[tuple[Any, tuple[int, ...]]] = []
+        # The instructions with gradients: a name, and what it computes with.
+        self.steps: list[tuple[str, Any]] = []
+        # Whether one operator can compute them, whether they hold with gradients, and whether all are recurrences.
+        self.is_operator = self.is_trained = self.is_scan = True
         self._instructions: list[tuple[int, int, int, int]] = []
         self._numbers: list[float] = []
         self._type = type(module)
@@ -68,7 +78,7 @@ class InferencePlan:
         # The attributes and the children of each module, and copies of them.
         self._now: list[dict[str, Any]] = []
         self._then: list[dict[str, Any]] = []
-        self._hooks: list[dict[Any, Any]] = []
+        self.hooks: list[dict[Any, Any]] = []
         # Parameters must be the same objects: equal ones could be changed later.
         self._parameters: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
         self.is_supported = True
@@ -80,6 +90,8 @@ class InferencePlan:
         except Exception:
             # Refused, or an attribute has a wrong type: the ordinary call then raises the error.
             self.is_supported = False
+        # Recurrences take weights of these shapes; of other modules, torch raises the errors.
+        self._shapes_of_weights = list(map(_shape_of, self.weights))
         classes = {self._type, *self._types}
         self._classes = [cls for cls in FORWARDS if cls in classes]
         self._forwards = [FORWARDS[cls] for cls in self._classes]
@@ -100,16 +112,20 @@ class InferencePlan:
         """Return whether the instructions compute what the modules would compute if they were called now."""
         return (
             self.is_supported
-            and not any(self._hooks)
+            and not any(self.hooks)
             and list(map(_forward_of, self._classes)) == self._forwards
             and nn.Module.__call__ is _CALL
             and not (self.shapes and any(x is not None and x.shape != shape for x, shape in self.shapes))
         )
 
-    def is_step_of_cells(self, shape: Sequence[int], time_first: bool) -> bool:
-        """Return whether x of this shape is one step, and the module only the cells of torch."""
-        steps = 1 if len(shape) == 2 else shape[0 if time_first else 1]
-        return steps == 1 and 0 not in shape and len(self.cells) == len(self._instructions)
+    def can_train(self, dtype: torch.dtype) -> bool:
+        """Return whether recurrences with gradients take the weights that there are now."""
+        return (
+            self.is_trained
+            and {*map(_dtype_of, self.weights)} == {dtype}
+            and all(map(_is_cpu, self.weights))
+            and list(map(_shape_of, self.weights)) == self._shapes_of_weights
+        )
 
     def require(self, *conditions: bool) -> None:
         """Refuse the module if an assumption of the instructions does not hold."""
@@ -134,7 +150,7 @@ class InferencePlan:
         for entries in (attributes, module._modules):
             self._now.append(entries)
             self._then.append(dict(entries))
-        self._hooks += map(attributes.get, HOOKS, repeat({}))
+        self.hooks += map(attributes.get, HOOKS, repeat({}))
         if module._parameters:
             dicts, keys, values = self._parameters
             for entries, key in ((attributes, "_parameters"), *zip(repeat(module._parameters), module._parameters)):
@@ -147,29 +163,28 @@ class InferencePlan:
         self.require(not any(callable(getattr(cls, name, None)) for name in attributes))
 
     def dropout(self, module: Any) -> None:
-        """Refuse dropout that is active."""
-        self.require(not (module.training and module.dropout > 0))
+        """Add dropout if it is active, which is no instruction of the operator."""
+        if module.training and module.dropout > 0:
+            self.is_operator = False
+            self.steps.append(("dropout", partial(F.dropout, p=module.dropout)))
 
     def keep(self) -> None:
         """Remember x, for `add`."""
-        self._add("keep")
+        self._add("keep", None)
 
     def add(self, linear: Any = None) -> None:
         """Add what was remembered last, or a linear map of it."""
-        if linear is None:
-            self._add("add")
-        else:
-            self._add("add_linear", self._map(linear))
+        self._add("add" if linear is None else "add_linear", linear, linear is not None and self._map(linear))
 
     def linear(self, linear: object, gelu: Any = None) -> None:
         """Add a linear map of x, and GELU of it if there is one."""
-        has_bias = self._map(linear)
+        self._add("linear" if gelu is None else "linear_gelu", linear, self._map(linear))
         if gelu is not None:
             self.require(self.child(gelu, nn.GELU).approximate == "none")
-        self._add("linear" if gelu is None else "linear_gelu", has_bias)
+            self.steps.append(("gelu", gelu))
 
     def norm(self, norm: Any) -> None:
-        self.child(norm, nn.RMSNorm, nn.LayerNorm)
+        self.child(norm, *NORMS)
         is_rms, eps = isinstance(norm, nn.RMSNorm), norm.eps
         self.require(self._weight(norm, "weight"), is_rms or self._weight(norm, "bias"))
         is_number = type(eps) is float and not math.isnan(eps)
@@ -177,26 +192,44 @@ class InferencePlan:
         # NaN is the default of RMSNorm, which depends on the dtype.
         self._numbers.append(math.nan if eps is None else eps)
         # In C++, the norm with a bias is the layer norm.
-        self._add("norm", not is_rms)
+        self._add("norm", norm, not is_rms)
 
     def causal_conv(self, conv: Any, state: int) -> None:
         """Add the convolution of x; the caller has checked its type."""
         self.require(self._weight(conv, "weight"), len(conv.weight) == conv.kernel_size)
-        self._add("causal_conv", self._weight(conv, "bias"), state)
+        self._add("causal_conv", (conv, state), self._weight(conv, "bias"), state)
 
-    def scan(self, spec: Spec, output_gate: bool, state: int, directions: list[list[Any]]) -> None:
+    def scan(
+        self, spec: Spec, output_gate: bool, state: int, directions: list[list[Any]], recompute: bool | None
+    ) -> None:
         """Add a recurrence with the linear map of each direction, and its recurrent weights if it has some."""
         # A cell without a kernel has no number.
         number = native.NUMBERS[spec.cell, spec.activation] | output_gate * native.FLAGS["output_gate"]
         self.require(spec.min_decay == 0 or (CELLS[spec.cell].not_timed is None and 0 < spec.min_decay < 1))
         has_bias, *others = [self._map(each) for own in directions for each in own]
         both = len(directions) == 2
-        if spec.cell == BLOCKS and not both and directions[0][1].weight.shape[1] * 3 == len(directions[0][1].weight):
-            self.cells.append([getattr(each, name) for name in ("weight", "bias") for each in directions[0]])
         self.require({*others} <= {has_bias})
         self._numbers.append(spec.min_decay)
         self.is_bidirectional |= both
-        self._add("scan_both" if both else "scan", has_bias, state, number)
+        spec, before = spec._replace(output_gate=output_gate), self.steps[-1][0] if self.steps else ""
+        # Kernels include the norm, unless several maps read its result.
+        norm = self.steps.pop()[1] if before == "norm" and not both else None
+        ways = zip(directions, (False, True), strict=False)
+        own = [self._prepared(spec._replace(reverse=way), norm, recompute, *modules) for modules, way in ways]
+        self._add("scan_both" if both else "scan", (own, state), has_bias, state, number)
+
+    def _prepared(self, spec: Spec, norm: Any, recompute: Any, linear: Any, recurrent: Any = None) -> Prepared:
+        """Prepare the recurrence of a norm or None, a linear map, and recurrent weights if there are some."""
+        keep, how, none = not linear_map.are_recomputed(linear.weight, recompute), {}, (None, None)
+        for dtype, time_first in product(_DTYPES, (False, True)):
+            own = spec if norm is None else linear_map.with_norm(spec, norm, dtype)
+            how[dtype, time_first] = "linear_kernel", _NATIVE, own, time_first, keep
+        of_norm = none if norm is None else linear_map.weights_of_norm(norm)
+        sizes = zip((linear.bias, *of_norm), (0, 1, 1), strict=True)
+        # Of other sizes, the modules raise the errors.
+        self.is_trained &= all(x is None or x.shape == linear.weight.shape[dim : dim + 1] for x, dim in sizes)
+        of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
+        return Prepared(how, (linear.weight, linear.bias), of_norm, of_state)
 
     def _map(self, linear: Any) -> bool:
         """Take the weights of a linear map; return whether it has a bias."""
@@ -212,51 +245,62 @@ class InferencePlan:
             self.weights.append(weight)
         return weight is not None
 
-    def _add(self, operation: str, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
+    def _add(self, operation: str, of: Any, has_bias: bool = False, state: int = 0, cell: int = 0) -> None:
         self._instructions.append((native.INSTRUCTION_NUMBERS[operation], has_bias, state, cell))
+        self.steps.append((operation, of))
+        self.is_scan &= operation in _SCANS
 
 
-def current_plan(module: Any) -> InferencePlan:
+def current_plan(module: Any) -> LayerPlan:
     """Return the plan of a module, made again if the module has changed."""
     # In a slot of the module: a plan is freed with it, and is no part of its copies and pickles.
-    plan: InferencePlan | None = getattr(module, "_plan", None)
-    if plan is None or not plan.is_current(module):
-        module._plan = plan = InferencePlan(module)
+    plan: LayerPlan | None = getattr(module, "_plan", None)
+    # With hooks, whose program may set weights before each call, the plan is not open whatever else has changed.
+    if plan is None or not (any(plan.hooks) or plan.is_current(module)):
+        module._plan = plan = LayerPlan(module)
     return plan
+
+
+def _is_plain(x: Any) -> bool:
+    """Return whether kernels compute x, and nothing sees operations: no trace, transform, dispatch mode or hook."""
+    is_plain = type(x) is Tensor and x.is_cpu and private.is_untransformed() and not is_autocast(x)
+    return is_plain and not (private.len_torch_dispatch_stack() or private.has_any_global_hook()) and route.is_native()
+
+
+def skips_padding(module: Any, x: Tensor) -> bool:
+    """Return whether a module computes only recurrences of linear maps, by kernels that take lengths."""
+    plan = current_plan(module) if _is_plain(x) else None
+    return plan is not None and plan.is_scan and plan.is_open() and plan.can_train(x.dtype)
 
 
 # None without the kernels.
 _operator: Any = getattr(getattr(torch.ops.mingru, "inference", None), "default", None)
 
 
-def run(
-    module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None
-) -> tuple[Tensor, list[Tensor]] | None:
+def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any = None) -> Outputs | None:
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if is_compiling():
         return None
-    if not is_torch_function_mode_enabled():
+    if not private.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
         return None
     # Otherwise the context would be called for every attribute of a tensor.
-    with DisableTorchFunction():
+    with private.DisableTorchFunction():
         return _run(module, x, states, reset, time_first, dt)
 
 
-def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> tuple[Tensor, list[Tensor]] | None:
-    # Operations on x must be seen by nothing: no trace, transform, dispatch mode or hook.
-    is_plain = type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES and is_untransformed() and not is_autocast(x)
-    if not is_plain or len_torch_dispatch_stack() or has_any_global_hook() or not route.is_native():
+def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any) -> Outputs | None:
+    trains = torch.is_grad_enabled()
+    if not _is_plain(x) or x.dtype not in _DTYPES or (trains and dt is not None):
         return None
     shape, plan = x.shape, current_plan(module)
     if not plan.is_open() or len(shape) != (2 if module.role == "step" else 3) or shape[-1] != module.input_dims:
         return None
+    if (0 in shape or not plan.can_train(x.dtype)) if trains else not plan.is_operator:
+        return None
     time_first = time_first and len(shape) == 3  # a cell has no time dimension
     batch = shape[1 if time_first else 0]
-    with_gradients = torch.is_grad_enabled()
-    if with_gradients and not (dt is None and plan.is_step_of_cells(shape, time_first)):
-        return None
     if states is None:
         states = module.default_states(x, batch)
     elif not isinstance(states, (list, tuple)) or {*map(type, states)} != {Tensor}:
@@ -270,8 +314,6 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     initial_states = [] if reset is None else module.default_states(x, batch)
     if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
         return None
-    if with_gradients:
-        return _by_cells(plan, x, states[0], None if reset is None else (reset, initial_states[0]), time_first)
     resets = times = []
     if reset is not None or dt is not None:
         if module.role == "step":
@@ -281,6 +323,8 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
         # As both directions see them.
         pairs = zip(start[2:4], others[2:4], strict=True)
         resets, times = ([] if pair[0] is None else [*pair] for pair in pairs)
+    if trains:
+        return _trained(plan, x, states, initial_states, resets, time_first)
     try:
         out, last = _operator(
             x, plan.weights, states, initial_states, resets, times, plan.code, plan.numbers, time_first
@@ -290,23 +334,50 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     return (out, last) if last else None
 
 
-def _by_cells(
-    plan: InferencePlan, x: Tensor, h: Tensor, reset: tuple[Tensor, Tensor] | None, time_first: bool
-) -> tuple[Tensor, list[Tensor]] | None:
-    """Compute one step with gradients, or return None for tensors that the ordinary call refuses."""
-    # Torch's cell has other errors, and none for a reset.
-    fits = all(each.dtype == x.dtype and each.is_cpu for each in (h, *plan.weights))
-    if not fits or (reset is not None and not (reset[0].dtype == torch.bool and reset[0].is_cpu)):
+def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any, time_first: bool) -> Outputs | None:
+    """Compute the instructions with gradients, or return None for tensors that the ordinary call refuses."""
+    tensors = [*states, *initials]
+    fits = {*map(_dtype_of, tensors)} == {x.dtype} and all(map(_is_cpu, [*tensors, *resets]))
+    if not fits or (resets and resets[0].dtype != torch.bool):
         return None
-    step, found, shape = x.flatten(0, -2), [], (len(plan.cells), -1, h.shape[-1])
-    befores = h.reshape(shape).unbind()
-    if reset is not None:
-        befores = torch.where(reset[0].view(-1, 1), reset[1].reshape(shape), h.reshape(shape)).unbind()
-    for (weight, recurrent, bias, own), before in zip(plan.cells, befores, strict=True):
-        of_state = None if own is None else F.pad(own, (2 * len(own), 0))
-        step = torch.gru_cell(step, before, weight, recurrent, bias, of_state)
-        found.append(step)
-    # New tensors, because outputs are not views.
-    if h.dim() == 2:
-        return step, found
-    return torch.stack([step], 0 if time_first else 1), [torch.stack([torch.stack([each], 1) for each in found])]
+    befores, starts = [*map(_layers_of, states)], [*map(_layers_of, initials)]
+    kept: list[Tensor] = []
+    found: list[Any] = [[] for _ in states]
+    x = x.unsqueeze(1) if x.dim() == 2 else x
+    for name, of in plan.steps:
+        if name in _SCANS:
+            directions, state = of
+            outs = []
+            for own, reset in zip(directions, resets or [None, None], strict=False):
+                start = None if reset is None else next(starts[state])
+                given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
+                linear = linear_map.map_with_norm(*own.map, *own.of_norm)
+                out, last = autograd.apply(own.how[x.dtype, time_first], *given, *linear)
+                outs.append(out)
+                found[state].append(last)
+            x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        elif name == "keep":
+            kept.append(x)
+        elif name in ("add", "add_linear"):
+            # x is the first, because a sum has the strides of the first, and outputs are contiguous.
+            x = x + (kept.pop() if of is None else of(kept.pop()))
+        elif name == "causal_conv":
+            conv, state = of
+            x, found[state] = conv(x, states[state], resets[0] if resets else None, adds_x=True)
+        else:
+            x = of(x)
+    return x, [_state_of(*each) for each in zip(found, states, strict=True)]
+
+
+def _layers_of(state: Tensor) -> Iterator[Tensor]:
+    """Return the state (B, 1, *) of each layer and direction."""
+    whole = state if state.dim() == 4 else state.unsqueeze(-2)
+    return iter([whole] if state.dim() == 2 else whole.unbind())
+
+
+def _state_of(found: Any, like: Tensor) -> Tensor:
+    """Return the last states of all layers as one new tensor, which is no view. That of a convolution is one."""
+    if isinstance(found, Tensor):
+        return found
+    whole = found[0] if like.dim() == 2 else torch.stack(found)
+    return whole if like.dim() == 4 else private.unsafe_view(whole, like.shape)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shape import States
+from .call import Spec
+from .shape import States, accumulate_dtype
 
 
 class WeightAndBias(nn.Module):
@@ -57,6 +58,24 @@ FORWARDS: dict[Any, Any] = {cls: vars(cls)["forward"] for cls in (*LINEAR_MAPS, 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # With fewer input features, it takes less time on the CPU to compute pre-activations again than to store them.
 _WIDE = 64
+
+
+def weights_of_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and the bias of a norm."""
+    return norm.weight, norm.bias if NORMS[type(norm)] == "layer" else None
+
+
+def with_norm(spec: Spec, norm: Any, dtype: torch.dtype) -> Spec:
+    """Return a spec that includes the norm of an x of this dtype."""
+    eps = torch.finfo(accumulate_dtype(dtype)).eps if norm.eps is None else norm.eps
+    return spec._replace(norm=NORMS[type(norm)], eps=eps)
+
+
+def map_with_norm(weight: Any, bias: Any, scale: Any, shift: Any) -> Any:
+    """Return the map with weights w and b of a norm before it: W (w x + b) + c = (W diag(w)) x + (W b + c)."""
+    if shift is not None:
+        bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)
+    return weight if scale is None else weight * scale, bias
 
 
 def normalized(x: Tensor, norm: str, eps: float) -> Tensor:

@@ -6,7 +6,7 @@ To add a backend, write a module in `backends/` that defines a `Backend`, and ad
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
 from .backends import in_log_space, in_place, native, sequential, traceable, triton
-from .call import Call, Layout, Spec, Start
+from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
-from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS
+from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
 from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
-from .shape import accumulate_dtype, as_dtype
+from .shape import as_dtype
 
 BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
 BACKENDS: dict[Any, Backend] = {
@@ -157,8 +157,7 @@ def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequenc
     except KernelFailure as failure:
         if choice.selected:
             raise
-        others = (other for other in FASTEST_FIRST if other != choice.backend)
-        name = next(other for other in others if _why_not(other, sequence, spec) is None)
+        name = next(each for each in FASTEST_FIRST if each != choice.backend and not _why_not(each, sequence, spec))
         warn_once(f"using the slower backend {name!r}. {failure}")
     return run(Choice(name, False))
 
@@ -217,39 +216,17 @@ def fused_with(
 
 
 def _with_norm(call: Call, norm: Any) -> Call | None:
-    """Return the call of a kernel that normalizes x, or None if this module does something else.
-
-    The weights w and b of the norm are in those of the map: W (w * x + b) + c = (W diag(w)) x + (W b + c).
-    """
+    """Return the call of a kernel that normalizes x, or None if this module does something else."""
     kind, (x, weight, bias) = NORMS.get(type(norm)), call.tensors
     if kind is None or is_hooked(norm):
         return None
-    scale, shift = norm.weight, norm.bias if kind == "layer" else None
-    own = [each for each in (scale, shift) if each is not None]
+    of_norm = weights_of_norm(norm)
+    own = [each for each in of_norm if each is not None]
     if not are_ordinary(*own) or any(each.dtype != x.dtype or each.shape != x.shape[-1:] for each in own):
         return None
     if norm.normalized_shape != (x.shape[-1],) or (norm.eps is None and kind == "layer"):
         return None
-    if shift is not None:
-        bias = weight @ shift if bias is None else torch.addmv(bias, weight, shift)
-    if scale is not None:
-        weight = weight * scale
-    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if norm.eps is None else norm.eps
-    return call._replace(spec=call.spec._replace(norm=kind, eps=eps), tensors=[x, weight, bias])
-
-
-def takes_lengths(spec: Spec, linears: Sequence[nn.Module], x: Tensor, dt: Tensor | None, layout: Layout) -> bool:
-    """Return whether `ops.linear_recurrence` takes padded sequences with lengths, for all these linear maps.
-
-    A captured graph masks the padding, because it cannot depend on the number of valid steps. A kernel skips it, but
-    computes only a linear map and its recurrence: if a layer computes more, `linears` must be empty.
-    """
-    if is_symbolic():
-        return True
-    if not linears or is_autocast(x):
-        return False
-    name, call = choose(spec, x).backend, Call(spec, [x], Start(x, x, None, dt), layout)
-    return all(fused_with(linear, name, call) for linear in linears)
+    return call._replace(spec=with_norm(call.spec, norm, x.dtype), tensors=[x, *map_with_norm(weight, bias, *of_norm)])
 
 
 def _autocast(*tensors: Tensor | None) -> Any:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 # The states of all steps, and the state after the last step, (B, 1, *).
 States = tuple[Tensor, Tensor]
@@ -45,33 +46,45 @@ def unflattened(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape([like.size(0), like.size(1)] + list(x.shape[1:]))  # noqa: RUF005 (not in TorchScript)
 
 
+def matrices(a: Tensor, parts: int) -> Tensor:
+    """Return the matrices M(a), (*, parts, parts), with a b = M(a) b; a itself if it has one part.
+
+    Row i and column j have the part i ^ j of a, with a sign. The first column is a.
+    """
+    if parts == 1:
+        return a
+    order, signs = [0, 1, 1, 0], [1.0, -1.0, 1.0, 1.0]
+    if parts == 4:
+        order = [0, 1, 2, 3, 1, 0, 3, 2, 2, 3, 0, 1, 3, 2, 1, 0]
+        signs = [1.0, -1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0]
+    found = a.index_select(a.dim() - 1, torch.tensor(order, device=a.device))
+    found = found * torch.tensor(signs, dtype=a.dtype, device=a.device)
+    return found.reshape(list(a.shape[:-1]) + [parts, parts])  # noqa: RUF005 (not in TorchScript)
+
+
+def product(matrix: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Return the products a b of numbers with these parts, from `matrices` of a."""
+    if parts == 1:
+        return matrix * b
+    if is_compiling():
+        # A compiler fuses the sum of so few terms.
+        return (matrix * b.unsqueeze(-2)).sum(-1)
+    return torch.matmul(matrix, b.unsqueeze(-1)).squeeze(-1)
+
+
+def plus_product(c: Tensor, matrix: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Return c + a b; see `product`."""
+    return torch.addcmul(c, matrix, b) if parts == 1 else c + product(matrix, b, parts)
+
+
 def times(a: Tensor, b: Tensor, parts: int) -> Tensor:
     """Return the products a b of numbers with these parts. Those of quaternions depend on the order."""
-    if parts == 1:
-        return a * b
-    return _plus_other_terms(a[..., :1] * b, a, b, parts)
+    return product(matrices(a, parts), b, parts)
 
 
 def plus_times(c: Tensor, a: Tensor, b: Tensor, parts: int) -> Tensor:
     """Return c + a b; see `times`."""
-    if parts == 1:
-        return torch.addcmul(c, a, b)
-    return _plus_other_terms(torch.addcmul(c, a[..., :1], b), a, b, parts)
-
-
-def _plus_other_terms(c: Tensor, a: Tensor, b: Tensor, parts: int) -> Tensor:
-    """Return c + (a - w) b, where w is the real part of a.
-
-    A term x i b of the product is (-x, x) (b_1, b_0): signs of a, and an order of b, which keeps graphs small.
-    """
-    backwards = b.flip(-1)
-    if parts == 2:
-        y = a[..., 1:]
-        return torch.addcmul(c, torch.cat([-y, y], -1), backwards)
-    x, y, z = a[..., 1:2], a[..., 2:3], a[..., 3:]
-    c = torch.addcmul(c, torch.cat([-x, x, -x, x], -1), torch.cat([backwards[..., 2:], backwards[..., :2]], -1))
-    c = torch.addcmul(c, torch.cat([-y, y, y, -y], -1), torch.cat([b[..., 2:], b[..., :2]], -1))
-    return torch.addcmul(c, torch.cat([-z, -z, z, z], -1), backwards)
+    return plus_product(c, matrices(a, parts), b, parts)
 
 
 def conjugate(a: Tensor, parts: int) -> Tensor:

@@ -11,15 +11,16 @@ so nothing cancels. The scan works in place and records no gradient; `ops.scan` 
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel, Needs, Saved
+from ..backend import Backend, Kernel
 from ..block_recurrence import by_torch
-from ..call import Call, Start
+from ..call import Spec, from_flat
 from ..cells import BLOCKS, NUM_INPUTS, parts_of
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
@@ -59,7 +60,8 @@ def _chunks_of(num_steps: int) -> list[int]:
     return [num_steps // size, size]
 
 
-def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
+def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
+    call = from_flat(spec, given, time_first)
     # In place, because the coefficients are new.
     states = _scan_in_place(as_linear_scan(padded_call(call)))
     # The padding has states, because backward needs them in the reverse direction.
@@ -68,20 +70,18 @@ def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
     return out.contiguous(), last, None
 
 
-def _recurrence_backward(given: Call, saved: Saved, needs: Needs) -> Grads:
+def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
     """Compute the coefficients again. PyTorch differentiates them, but not the scan."""
     out, _, grad_out, grad_last = saved
-    if given.layout.time_first:
+    if time_first:
         out, grad_out = out.transpose(0, 1), grad_out.transpose(0, 1)
-    start = given.start
-    wants = [*needs.start._replace(h=True, initial_state=start.reset is not None), *needs.tensors]
+    # Of h and of the initial state, which without resets is None.
+    wants = [True, given[1] is not None, *needs[2:]]
     with torch.enable_grad():
         leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_(want)
-            for x, want in zip((*start, *given.tensors), wants, strict=True)
+            None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wants, strict=True)
         ]
-        own = given._replace(start=Start(*leaves[: len(start)]), tensors=leaves[len(start) :])
-        call = as_linear_scan(padded_call(own))
+        call = as_linear_scan(padded_call(from_flat(spec, leaves, time_first)))
     with torch.no_grad():
         # Only the decays are new.
         delta = adjoint(lambda new: _scan_in_place(new._replace(b=_copy(new.b))), call, (grad_out, grad_last))
@@ -89,8 +89,7 @@ def _recurrence_backward(given: Call, saved: Saved, needs: Needs) -> Grads:
     outputs = [(x, grad) for x, grad in zip(call[:3], grads, strict=True) if x.requires_grad]
     wanted = [leaf for leaf, want in zip(leaves, wants, strict=True) if want]
     found = iter(torch.autograd.grad([x for x, _ in outputs], wanted, [grad for _, grad in outputs]))
-    grads_of_all = [next(found) if want else None for want in wants]
-    return grads_of_all[: len(start)], grads_of_all[len(start) :]
+    return [next(found) if want else None for want in wants]
 
 
 def _scan_in_place(call: LinearScan, in_chunks: bool = True) -> States:
@@ -151,4 +150,4 @@ def _chunks_in_place(a: Tensor, b: Tensor, reset: Tensor | None, h: Tensor, reve
 _CELLS = [cell for cell in NUM_INPUTS if parts_of(cell) == 1]
 _KERNEL = Kernel(_recurrence, _recurrence_backward, packed=False, cells=_CELLS)
 _OF_BLOCKS = Kernel(by_torch, None, packed=True, lengths=True, autocast=True, cells=[BLOCKS])
-BACKEND = Backend(scan=scan, differentiable=False, kernel=_KERNEL, linear_kernel=_OF_BLOCKS)
+BACKEND = Backend(scan=scan, kernel=_KERNEL, linear_kernel=_OF_BLOCKS)

@@ -6,15 +6,14 @@ Importing this module registers the operators with PyTorch's dispatcher. They ta
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Grads, Kernel, Needs, Saved, grads_of_start, on_one_device, scan_backward_by, scan_by
-from ..call import Call, Spec
+from ..backend import Backend, Kernel, grads_of_start, on_one_device
+from ..call import FIRST_INPUT, Spec
 from ..cells import BLOCKS, MIXTURES
 from ..layout import is_transposed
 from ..shape import States, accumulate_dtype, as_dtype
@@ -142,82 +141,72 @@ def _unsupported(sequence: Tensor, spec: Spec) -> str | None:
     return None
 
 
-def arguments(call: Call, keep: bool | None = None, needs: Sequence[bool] = ()) -> tuple[list[Tensor], int, float]:
+def arguments(
+    spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None = None, needs: Sequence[bool] = ()
+) -> tuple[list[Tensor], int, float]:
     """Return a call as all operators take it: its tensors, numbers and flags in one number, and `min_decay`.
 
-    `needs` says whether dt, x, weight and bias need a gradient. See csrc/call.h.
+    `given`: the tensors, with None for those that are absent, and the inputs. `needs` says whether dt, x, weight and
+    bias need a gradient. See csrc/call.h.
     """
-    spec, tensors, start, layout = call
-    dtype = accumulate_dtype(tensors[0].dtype)
-    h = as_dtype(start.h, dtype)
-    recurrent = (None if x is None else as_dtype(x, dtype).contiguous() for x in start[4:])
-    initial_state = h if start.reset is None else as_dtype(start.initial_state.expand_as(h), dtype)
-    how, tensors, optional = NUMBERS[spec[:2]], [h, initial_state], (*start[2:4], *recurrent, *layout[1:])
-    more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
+    h, initial_state, reset, dt, recurrent, recurrent_bias, *of_layout = given[:FIRST_INPUT]
+    dtype = accumulate_dtype(given[FIRST_INPUT].dtype)
+    h = h if h.dtype == dtype else h.to(dtype)
+    if recurrent is not None:
+        recurrent = recurrent.to(dtype).contiguous()
+    if recurrent_bias is not None:
+        recurrent_bias = recurrent_bias.to(dtype).contiguous()
+    tensors = [h, h if reset is None else as_dtype(initial_state.expand_as(h), dtype)]
+    how, optional = NUMBERS[spec[:2]], (reset, dt, recurrent, recurrent_bias, *of_layout)
     for bit, x in enumerate(optional, _FIRST_FLAG):
         if x is not None:
             how |= 1 << bit
             tensors.append(x)
-    for bit, flag in enumerate((spec.reverse, layout.time_first, keep, *more, *needs), _FIRST_FLAG + len(optional)):
+    more = spec.norm == "rms", spec.norm == "layer", spec.output_gate, spec.output_gate and keep is not None
+    for bit, flag in enumerate((spec.reverse, time_first, keep, *more, *needs), _FIRST_FLAG + len(optional)):
         # A branch, because `keep` is symbolic in a graph of any number of features.
         if flag:
             how |= 1 << bit
     return tensors, how, spec.min_decay
 
 
-def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
-    out, last = torch.ops.mingru.recurrence_forward(call.tensors, *arguments(call))
-    return out, as_dtype(last, call.start.h.dtype), None
+def _recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+    out, last = torch.ops.mingru.recurrence_forward([*given[FIRST_INPUT:]], *arguments(spec, given, time_first))
+    return out, as_dtype(last, given[0].dtype), None
 
 
-def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
-    inputs, needs_dt = call.tensors, needs.start.dt
-    tensors, how, min_decay = arguments(call, needs=[needs_dt])
-    grad_last = as_dtype(saved.grad_last, tensors[0].dtype)
-    given = inputs, tensors, saved.states, saved.grad_out, grad_last, how, min_decay
-    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(*given)
+def _recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+    inputs, needs_dt, (states, _, grad_out, grad_last) = [*given[FIRST_INPUT:]], needs[3], saved
+    tensors, how, min_decay = arguments(spec, given, time_first, None, [needs_dt])
+    rest = grad_out, as_dtype(grad_last, tensors[0].dtype), how, min_decay
+    grads, *of_states, grads_of_dt = torch.ops.mingru.recurrence_backward(inputs, tensors, states, *rest)
     parts = map(Tensor.view_as, grads.chunk(len(inputs), -1), inputs)
-    return grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None), [*parts]
+    of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs_dt else None)
+    return *of_start, *parts
 
 
-def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, ...]:
-    given = *call.tensors, *arguments(call, keep), call.spec.eps
-    out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*given)
-    return out, as_dtype(last, call.start.h.dtype), kept, *([states] if call.spec.output_gate else [])
+def _linear_recurrence(spec: Spec, given: Sequence[Any], time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+    all_of = *given[FIRST_INPUT:], *arguments(spec, given, time_first, keep), spec.eps
+    out, last, kept, states = torch.ops.mingru.linear_recurrence_forward(*all_of)
+    return out, as_dtype(last, given[0].dtype), kept, *([states] if spec.output_gate else [])
 
 
-def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
-    needs_dt = needs.start.dt
-    tensors, how, min_decay = arguments(call, needs=[needs_dt, *needs.tensors])
+def _linear_recurrence_backward(spec: Spec, given: Sequence[Any], time_first: bool, saved: Any, needs: Any) -> Any:
+    tensors, how, min_decay = arguments(spec, given, time_first, None, [needs[3], *needs[FIRST_INPUT:]])
     states, kept, grad_out, grad_last = saved
-    rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, call.spec.eps
-    results = torch.ops.mingru.linear_recurrence_backward(*call.tensors, tensors, states, kept, grad_out, *rest)
+    rest = as_dtype(grad_last, tensors[0].dtype), how, min_decay, spec.eps
+    results = torch.ops.mingru.linear_recurrence_backward(*given[FIRST_INPUT:], tensors, states, kept, grad_out, *rest)
     grad_x, grad_weight, grad_bias, *of_states, grads_of_dt, of_recurrent, of_bias = results
-    grads = (grad_x, grad_weight, grad_bias.squeeze(0) if needs.tensors[2] else None)
-    found = [grad if need else None for grad, need in zip(grads, needs.tensors, strict=True)]
-    grads_of_call = grads_of_start(call.start, of_states, grads_of_dt.sum(-1) if needs_dt else None)
-    if call.start.recurrent is not None:
-        own = None if call.start.recurrent_bias is None else of_bias
-        grads_of_call = grads_of_call._replace(recurrent=of_recurrent, recurrent_bias=own)
-    return grads_of_call, found
+    of_start = grads_of_start(given, of_states, grads_of_dt.sum(-1) if needs[3] else None)
+    grads = *of_start[:4], of_recurrent, of_bias, *of_start[6:], grad_x, grad_weight, grad_bias.squeeze(0)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 _CELLS = [cell for cell in CELL_NUMBERS if cell not in (*MIXTURES, BLOCKS)]
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS)
+_ALL = dict.fromkeys(("packed", "lengths", "autocast", "whole"), True)
 BACKEND = Backend(
     unavailable=lambda: _WHY_NOT,
     unsupported=_unsupported,
-    scan=partial(scan_by, _KERNEL),
-    scan_backward=partial(scan_backward_by, _KERNEL),
-    differentiable=False,
-    kernel=_KERNEL,
-    linear_kernel=Kernel(
-        _linear_recurrence,
-        _linear_recurrence_backward,
-        packed=True,
-        lengths=True,
-        autocast=True,
-        whole=True,
-        cells=CELL_NUMBERS,
-    ),
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, cells=_CELLS),
+    linear_kernel=Kernel(_linear_recurrence, _linear_recurrence_backward, **_ALL, cells=CELL_NUMBERS),
 )

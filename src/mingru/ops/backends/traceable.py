@@ -24,7 +24,7 @@ from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
 from ..private import is_exporting
 from ..scan import LinearScan
-from ..shape import States, along, empty_states, plus_times, times
+from ..shape import States, along, empty_states, matrices, plus_product, plus_times, product
 
 
 def recurrence(spec: Spec, inputs: list[Tensor], start: Start, layout: Layout) -> States:
@@ -81,7 +81,7 @@ def most_steps() -> int:
 
 def _scan(a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int) -> States:
     """Return the states (B, S, *) and the last state (B, 1, *); h (B, 1, *) is the state before the first step."""
-    num_steps = b.size(1)
+    num_steps, a = b.size(1), matrices(a, parts)
     chunk = _steps_of_a_chunk(num_steps)
     if _is_few(num_steps) or (is_old_onnx() and num_steps == 1):
         resets = [] if reset is None else _split(reset, 1, reverse)
@@ -172,23 +172,24 @@ def _step_by_step(
 
 
 def _step(a: list[Tensor], b: list[Tensor], resets: list[Tensor], h: Tensor, parts: int) -> list[Tensor]:
-    """Return the states, computed one step after the other. If there are no resets, `resets` is empty."""
+    """Return the states, computed one step after the other from `matrices`; `resets` is empty without resets."""
     states: list[Tensor] = []
     for index in range(len(b)):
         if len(resets) > 0:
             # Masked instead of multiplied by 0, so that NaN does not pass a reset.
             h = h.masked_fill(along(resets[index], h), 0.0)
-        h = plus_times(b[index], a[index], h, parts)
+        h = plus_product(b[index], a[index], h, parts)
         states.append(h)
     return states
 
 
 def _cumulative_decays(a: list[Tensor], resets: list[Tensor], parts: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the cumulative decay up to each step, and whether the steps up to it contain a reset."""
+    """Return the cumulative decay up to each step, from `matrices`, and whether the steps up to it contain a reset."""
     decays: list[Tensor] = []
     seen_reset: list[Tensor] = []
+    first = a[0] if parts == 1 else a[0].select(-1, 0)
     for index in range(len(a)):
-        decay = a[0] if index == 0 else times(a[index], decays[-1], parts)
+        decay = first if index == 0 else product(a[index], decays[-1], parts)
         if len(resets) > 0:
             decay = decay.masked_fill(along(resets[index], decay), 0.0)
             seen_reset.append(resets[0] if index == 0 else seen_reset[-1] | resets[index])
@@ -211,16 +212,18 @@ def _doubled(
     if reset is None:
         while not _reaches(distance, count, chunk):
             sources = (positions + (distance if reverse else -distance)).clamp(0, count)
-            state = plus_times(state, decay, state.index_select(1, sources), parts)
-            decay = times(decay, decay.index_select(1, sources), parts)
+            matrix = matrices(decay, parts)
+            state = plus_product(state, matrix, state.index_select(1, sources), parts)
+            decay = product(matrix, decay.index_select(1, sources), parts)
             distance *= 2
     else:
         no_reset = torch.zeros_like(reset[:, :1])
         seen = torch.cat([reset, no_reset, no_reset] if reverse else [no_reset, no_reset, reset], 1)
         while not _reaches(distance, count, chunk):
             sources = (positions + (distance if reverse else -distance)).clamp(0, count)
-            state = plus_times(state, decay, state.index_select(1, sources).masked_fill(seen, 0.0), parts)
-            decay = times(decay, decay.index_select(1, sources), parts).masked_fill(seen, 0.0)
+            matrix = matrices(decay, parts)
+            state = plus_product(state, matrix, state.index_select(1, sources).masked_fill(seen, 0.0), parts)
+            decay = product(matrix, decay.index_select(1, sources), parts).masked_fill(seen, 0.0)
             seen = seen | seen.index_select(1, sources)
             distance *= 2
     if not is_scripting():
@@ -241,7 +244,8 @@ def _carry_in(
     if not _is_few(state.size(1)):
         mask = None if seen_reset is None else along(seen_reset, state)
         return _doubled(decay, state, mask, h, reverse, parts, chunk)
-    decays, resets = _split(decay, 1, reverse)[:-1], [] if seen_reset is None else _split(seen_reset, 1, reverse)
+    resets = [] if seen_reset is None else _split(seen_reset, 1, reverse)
+    decays = _split(matrices(decay, parts), 1, reverse)[:-1]
     states = [h] + _step(decays, _split(state, 1, reverse)[:-1], resets, h, parts)  # noqa: RUF005 (not in TorchScript)
     return torch.cat(_in_order(states, reverse), 1)
 

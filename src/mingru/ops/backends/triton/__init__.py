@@ -6,6 +6,7 @@ dispatcher. States have any floating dtype, and are computed in the accumulation
 take the parts of numbers as features.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,20 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backend import (
-    Backend,
-    Grads,
-    Kernel,
-    KernelFailure,
-    Needs,
-    Saved,
-    grads_of_start,
-    on_one_device,
-    scan_backward_by,
-    scan_by,
-    warn_once,
-)
-from ...call import Call, from_flat, spec_of
+from ...backend import Backend, Kernel, KernelFailure, grads_of_start, on_one_device, warn_once
+from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
@@ -37,6 +26,7 @@ from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported
 from .plan import KEEPING
 
 __all__ = ["BACKEND", "DEVICES"]
+Given = Sequence[Any]
 
 
 _LIBRARY: Any = torch.library.Library("mingru", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -94,17 +84,17 @@ def _run(name: str, call: Call, *of_pass: Any) -> tuple[Any, ...]:
     return tuple(run(inputs, given, *of_pass[:1], [spec.cell, spec.activation], spec.min_decay, flags))
 
 
-def _recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, None]:
-    out, last = _run("forward", call)
+def _recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Tensor, Tensor, None]:
+    out, last = _run("forward", from_flat(spec, given, time_first))
     return out, last, None
 
 
-def _recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
-    out, _, *grad = saved
-    grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs.start.dt, False)
+def _recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
+    call, needs_dt, (out, _, *grad) = from_flat(spec, given, time_first), needs[3], saved
+    grads, *of_states, grad_dt, _ = _run("backward", call, [out, *grad], needs_dt, False)
     parts = grads.chunk(len(call.tensors), -1)
     of_inputs = [part.view(x.shape) for part, x in zip(parts, call.tensors, strict=True)]
-    return grads_of_start(call.start, of_states, grad_dt if needs.start.dt else None), of_inputs
+    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), *of_inputs
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -121,16 +111,16 @@ def _mapped(call: Call, kept: Tensor | None) -> tuple[Tensor, Call]:
     return pre, Call(spec, list(inputs), start, layout)
 
 
-def _linear_recurrence(call: Call, keep: bool | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    pre, mapped = _mapped(call, None)
-    out, last, _ = _recurrence(mapped, keep)
+def _linear_recurrence(spec: Spec, given: Given, time_first: bool, keep: bool | None) -> tuple[Any, ...]:
+    pre, mapped = _mapped(from_flat(spec, given, time_first), None)
+    out, last = _run("forward", mapped)
     return out, last, pre if keep else None
 
 
-def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads:
+def _linear_recurrence_backward(spec: Spec, given: Given, time_first: bool, saved: Any, needs: Sequence[bool]) -> Any:
+    call, (out, kept, *grad) = from_flat(spec, given, time_first), saved
     x, weight, bias = call.tensors
-    needs_dt, (needs_x, needs_weight, needs_bias) = needs.start.dt, needs.tensors
-    out, kept, *grad = saved
+    needs_dt, (needs_x, needs_weight, needs_bias) = needs[3], needs[FIRST_INPUT:]
     # The tensors are in the dtype in which autocast computes.
     with without_autocast(x):
         _, mapped = _mapped(call, kept if kept is not None and kept.numel() else None)
@@ -141,18 +131,14 @@ def _linear_recurrence_backward(call: Call, saved: Saved, needs: Needs) -> Grads
         grad_rows = torch.mm(matrix, weight).view(rows.shape) if needs_x else None
         grad_weight = torch.mm(matrix.t(), rows.flatten(0, -2)) if needs_weight else None
     grad_x = grad_rows if grad_rows is None or rows is x else grad_rows.transpose(0, 1)
-    found = (grad_x, grad_weight, as_dtype(grad_bias, bias.dtype) if needs_bias else None)
-    return grads_of_start(call.start, of_states, grad_dt if needs_dt else None), found
+    of_bias = as_dtype(grad_bias, bias.dtype) if needs_bias else None
+    return *grads_of_start(given, of_states, grad_dt if needs_dt else None), grad_x, grad_weight, of_bias
 
 
-_KERNEL = Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING)
 BACKEND = Backend(
     unavailable=unavailable,
     unsupported=unsupported,
-    scan=partial(scan_by, _KERNEL),
-    scan_backward=partial(scan_backward_by, _KERNEL),
-    differentiable=False,
-    kernel=_KERNEL,
+    kernel=Kernel(_recurrence, _recurrence_backward, packed=True, lengths=True, cells=KEEPING),
     linear_kernel=Kernel(
         _linear_recurrence, _linear_recurrence_backward, packed=True, lengths=True, autocast=True, cells=KEEPING
     ),
