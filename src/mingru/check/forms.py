@@ -91,11 +91,9 @@ class Form:
             expected, got = self.expected or f"{like.dtype} like {like_name}", str(value.dtype)
             usual = meant.of_dtype(self.argument, value, f"use {name}.{self.method or f'to({like.dtype})'}")
         elif problem == "device":
-            expected, got = (
-                f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}",
-                f"a tensor on {value.device}",
-            )
-            usual = f"use {name}.cpu()" if self.or_cpu else f"use {name}.to({str(like.device)!r})"
+            expected, device = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}", str(like.device)
+            got, to = f"a tensor on {value.device}", "cpu()" if self.or_cpu else f"to({device!r})"
+            usual = f"use {name}.{to}"
         else:
             expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
             got, usual = dims(value.shape), meant.of_missing_dim(name, value, shape)
