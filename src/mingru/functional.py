@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .check.calls import explained
-from .check.forms import Forms, Table, check_steps, is_expandable
-from .check.tables import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION
+from .check.forms import LINEAR_SCAN, MINGRU, MINLSTM, PARALLEL_SCAN_LOG, ROTATION, Forms, check_steps, is_expandable
 from .check.values import check_choice, check_flag, check_min_decay, dims, expectation, not_a_tensor, require, written
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
@@ -410,7 +409,7 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
     return _in_log_space.parallel_scan_log(log_a, log_b)
 
 
-def _forms_of(forms: Forms, x: Tensor, or_complex: bool = False) -> Table:
+def _forms_of(forms: Forms, x: Tensor, or_complex: bool = False) -> dict[str, Any]:
     """Return the forms of the arguments beside a sequence x."""
     (table,), name, argument = forms.batch_first, forms.name, forms.names["x"]
     _check_floating(name, argument, x, or_complex)

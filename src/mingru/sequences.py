@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .check.calls import explained
-from .check.forms import check_steps
-from .check.tables import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS
+from .check.forms import CHECK_RESETS, ELAPSED_TIMES, RESET_FROM_LENGTHS, check_steps
 from .check.values import check_flag, check_int, check_number, check_type, dims, expectation, require
 from .ops.graph import are_eager
 from .ops.layout import padding_of

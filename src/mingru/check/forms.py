@@ -1,7 +1,7 @@
 """Forms: what the tensors of a call must be, as data. Checks, errors and shapes of states are computed from them.
 
 A form is a shape in letters: B sequences, S steps, P packed steps, I features of x, H of a state, L layers, D
-directions. A part with "*" stands for any number of dimensions at the end. `tables.py` has all forms.
+directions. A part with "*" stands for any number of dimensions at the end. The forms of all calls are at the end.
 """
 
 import functools
@@ -19,7 +19,7 @@ from ..ops.cells import CELLS
 from ..ops.graph import are_eager, is_autocast, is_captured, untraced
 from ..ops.layout import is_packing
 from ..ops.shape import accumulate_dtype
-from . import hints
+from . import names as meant
 from .values import check_type, dims, expectation, instead_of_a_tensor, level_of_the_caller, require, written
 
 Shape = Sequence[int]
@@ -89,16 +89,14 @@ class Form:
             expected, (got, usual) = self.noun, instead_of_a_tensor(name, value)
         elif problem == "dtype":
             expected, got = self.expected or f"{like.dtype} like {like_name}", str(value.dtype)
-            usual = hints.of_dtype(self.argument, value, f"use {name}.{self.method or f'to({like.dtype})'}")
+            usual = meant.of_dtype(self.argument, value, f"use {name}.{self.method or f'to({like.dtype})'}")
         elif problem == "device":
-            expected, got = (
-                f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}",
-                f"a tensor on {value.device}",
-            )
-            usual = f"use {name}.cpu()" if self.or_cpu else f"use {name}.to({str(like.device)!r})"
+            expected, device = f"{'on the CPU or ' * self.or_cpu}on {like.device} like {like_name}", str(like.device)
+            got, to = f"a tensor on {value.device}", "cpu()" if self.or_cpu else f"to({device!r})"
+            usual = f"use {name}.{to}"
         else:
             expected = f"{'expandable to ' * self.expands}{written(self.parts)} = {dims(shape)}"
-            got, usual = dims(value.shape), hints.of_missing_dim(name, value, shape)
+            got, usual = dims(value.shape), meant.of_missing_dim(name, value, shape)
         raise owner._error_for(self.argument, problem)(expectation(owner.name, name, expected, got, remedy or usual))
 
     def _of_numbers(self, like: Tensor) -> tuple[torch.dtype, ...]:
@@ -133,7 +131,7 @@ class Forms:
     and which state must have the dtype of x. The forms of a function have its name, and are in the place of a layer.
     """
 
-    _hint, _error_for = hints.of_functions, usual_error
+    _hint, _error_for = meant.of_functions, usual_error
 
     def __init__(self, *tables: dict[str, str], packed: Any = None, sizes: Any = (), **names: str) -> None:
         self.names = {"I": "input_dims", "x": "x", "like": names.get("x", "x"), "name": "", "exact": "", **names}
@@ -235,7 +233,7 @@ def check_states(owner: Any, states: Any, forms: Sequence[tuple[Form, Any, Shape
 
 def check_list(name: str, argument: str, values: Any, count: int, expected: str, remedy: str = "") -> None:
     """Check that values are a list or a tuple of so many."""
-    check_type(name, argument, values, (list, tuple), expected, hints.of_mask(values) or remedy)
+    check_type(name, argument, values, (list, tuple), expected, meant.of_mask(values) or remedy)
     require(name, argument, len(values) == count, expected, str(len(values)), remedy)
 
 
@@ -329,3 +327,51 @@ def _check_usual(name: str, dt: Tensor, time: int | None, most: float) -> None:
 @functools.cache
 def _warn_once(name: str, problem: str) -> None:
     warnings.warn(f"{name}: dt is {problem}", RuntimeWarning, stacklevel=level_of_the_caller())
+
+
+# All forms.
+
+_H = "expands to L*D B 1 H"
+_STEPS = {"reset": "B S", "lengths": "B", "dt": "B S"}
+_PACKED = {"reset": "P", "dt": "P"}
+
+LAYER = Forms({"x": "B S I", "h": _H, **_STEPS}, packed={"x": "P I", "h": _H, **_PACKED})
+CELL = Forms(
+    {"x": "B I", "h": "B H", "reset": "B", "dt": "B"},
+    {"x": "I", "h": "H", "reset": "", "dt": ""},
+)
+OF_IMAGES = Forms({"x": "B S I *space", "h": "expands to B 1 H *space", "reset": "B S"})
+CELL_OF_IMAGES = Forms(
+    {"x": "B I *space", "h": "expands to B H *space", "reset": "B"},
+    {"x": "I *space", "h": "expands to H *space", "reset": ""},
+)
+PER_STEP = Forms({"x": "B S I *space", "lengths": "B"}, packed={"x": "P I"})
+# With the state of the convolution, the last K inputs of C features.
+_SIZES_OF_CONV = {"K": "conv.kernel_size - 1", "C": "input_dims"}
+BLOCK = Forms({"x": "B S I", "h": "D B 1 H", "past": "1 B K C", **_STEPS}, sizes=_SIZES_OF_CONV, I="dims", past="h")
+_OF_MODEL = {"x": "ids", "h": "state", "past": "state", "like": "the weights"}
+LANGUAGE_MODEL = Forms({"x": "B S", "h": "D B 1 H", "reset": "B S", "lengths": "B"}, **_OF_MODEL)
+
+_OF_TORCH = {"x": "input", "h": "hx", "I": "input_size", "exact": "h"}
+LAYER_OF_TORCH = Forms(
+    {"x": "B S I", "h": "L*D B H", "mask": "B S", **_STEPS},
+    {"x": "S I", "h": "L*D H", "reset": "S", "dt": "S"},
+    packed={"x": "P I", "h": "L*D B H", **_PACKED},
+    **_OF_TORCH,
+)
+CELL_OF_TORCH = Forms(
+    {"x": "B I", "h": "B H", "reset": "B", "dt": "B"}, {"x": "I", "h": "H", "reset": "", "dt": ""}, **_OF_TORCH
+)
+
+_STATES = {"h": "expands to B 1 *", "initial_state": "expands to B 1 *", **_STEPS}
+MINGRU = Forms({"x": "B S *", "candidate": "B S *", **_STATES}, name="mingru", x="gate")
+_OF_PAIRS = {"h": "expands to B 1 2*H *", "initial_state": "expands to B 1 2*H *"}
+ROTATION = Forms(
+    {"x": "B S H *", "angle": "B S H *", "candidate": "B S 2*H *", **_STEPS, **_OF_PAIRS}, name="mingru", x="gate"
+)
+MINLSTM = Forms({"x": "B S *", "input": "B S *", "candidate": "B S *", **_STATES}, name="minlstm", x="forget")
+LINEAR_SCAN = Forms({"x": "B S *", "b": "B S *", **_STATES}, name="linear_scan", x="a")
+PARALLEL_SCAN_LOG = Forms({"x": "B S *", "log_b": "B S+1 *"}, name="parallel_scan_log", x="log_a")
+ELAPSED_TIMES = Forms({"x": "B S", "first": "B", "reset": "B S", "lengths": "B"}, name="elapsed_times", x="t")
+CHECK_RESETS = Forms({"x": "B S *", "reset": "B S"}, name="check_resets")
+RESET_FROM_LENGTHS = Forms({"x": "N", "lengths": "N"}, name="reset_from_lengths")

@@ -26,8 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
-from ..check.forms import check_range
-from ..check.tables import LAYER
+from ..check.forms import LAYER, check_range
 from ..check.values import check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import hints
+from ..check import names as meant
 from ..check.forms import Form, autocast_dtypes
 from ..check.values import (
     check_int,
@@ -125,7 +125,7 @@ class DropIn(Recurrent):
     def _hint(self, form: Form, value: Any, shape: Sequence[int]) -> str:
         """Return the remedy for an argument of another type or shape."""
         if form.argument == "x":
-            return hints.of_ids(value) if isinstance(value, Tensor) else ""
+            return meant.of_ids(value) if isinstance(value, Tensor) else ""
         if form.argument != "h" or not shape:
             of_lstm = "unlike the (h, c) of an LSTM, the state is one tensor"
             return of_lstm if form.argument == "h" and isinstance(value, tuple) else ""
@@ -244,7 +244,7 @@ def _check_scripted_pair(name: str, hx: Pair, proj_size: int) -> None:
 def check_pair(name: str, hx: Any, proj_size: int) -> None:
     """Raise an error if hx is not a pair (h, c) of tensors that belong together."""
     if not isinstance(hx, (tuple, list)):
-        remedy = hints.of_mask(hx) or "h alone is passed as (h, h)"
+        remedy = meant.of_mask(hx) or "h alone is passed as (h, h)"
         raise TypeError(expectation(name, "hx", "a pair (h, c)", type(hx).__name__, remedy))
     if len(hx) != 2:
         raise RuntimeError(expectation(name, "hx", "a pair (h, c)", f"{len(hx)} values"))

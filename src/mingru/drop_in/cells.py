@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..check.calls import arguments_checked
-from ..check.forms import check_call
-from ..check.tables import CELL_OF_TORCH
+from ..check.forms import CELL_OF_TORCH, check_call
 from ..check.values import dims, expectation
 from ..modules import scripted
 from ..modules.cells import RecurrentCell

@@ -10,8 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
 from ..check.calls import arguments_checked
-from ..check.forms import check_call
-from ..check.tables import LAYER_OF_TORCH
+from ..check.forms import LAYER_OF_TORCH, check_call
 from ..check.values import check_type, dims, expectation, name_of, require
 from ..modules import scripted
 from ..modules.blockgru import BlockGRU

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from ..check.calls import arguments_checked
-from ..check.forms import Form, Shape, check_call, check_states
+from ..check.forms import BLOCK, Form, Shape, check_call, check_states
 from ..check.names import unknown_argument
-from ..check.tables import BLOCK
 from ..check.values import check_choice, check_dropout, check_flag, check_int, check_number, reworded
 from ..modules.blockgru import BlockGRU
 from ..modules.layer import Composite

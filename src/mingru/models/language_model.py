@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..check.calls import arguments_checked
-from ..check.forms import Shape, check_states, check_steps
-from ..check.tables import LANGUAGE_MODEL
+from ..check.forms import LANGUAGE_MODEL, Shape, check_states, check_steps
 from ..check.values import check_int, check_min_decay, check_number, per_layer, require
 from ..modules.layer import Layer
 from ..modules.recurrent_layer import NORMS

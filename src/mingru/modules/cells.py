@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..check.calls import arguments_checked
-from ..check.tables import CELL
+from ..check.forms import CELL
 from ..ops.call import Layout
 from . import scripted
 from .options import Candidate, Gate, Memory, Norm, arguments_of

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check.calls import arguments_checked
-from ..check.forms import check_call, check_parameter, check_states
-from ..check.tables import CELL_OF_IMAGES, OF_IMAGES
+from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_parameter, check_states
 from ..check.values import expectation
 from ..ops.call import Layout
 from . import scripted

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..check import hints
+from ..check import names as meant
 from ..check.calls import MISTAKES, explain, explained
-from ..check.forms import Form, Shape, Table, check_call, usual_error
-from ..check.tables import LAYER
+from ..check.forms import LAYER, Form, Shape, Table, check_call, usual_error
 from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
@@ -82,7 +81,7 @@ class Layer(Marked):
     """Whether a plan can replace the modules inside this class; see `ops.inference`. Subclasses are not."""
     _forms = LAYER
     """What the tensors of a call must be."""
-    _hint, _error_for = hints.of_layers, usual_error
+    _hint, _error_for = meant.of_layers, usual_error
     """Remedies for arguments of another type or shape, and types of errors."""
 
     def __init_subclass__(cls, role: str | None = None, planned: bool = False, **kwargs: object) -> None:

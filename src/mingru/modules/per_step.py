@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..check.forms import check_call
-from ..check.tables import PER_STEP
+from ..check.forms import PER_STEP, check_call
 from ..ops import layout
 from .layer import Composite
 from .scripted import data_of, with_data
