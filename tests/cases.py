@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import mingru
 from mingru import drop_in
-from mingru.ops.backends import traceable
+from mingru.ops.backends import torch_in_graphs
 
 # Input features, state features, and pixels in each spatial dimension.
 INPUT, HIDDEN, PIXELS = 3, 4, 5
@@ -547,5 +547,5 @@ def _four() -> int:
 def small_chunks() -> Iterator[None]:
     """Use chunks of 4 steps instead of 16, because exporting then takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traceable, "chunk_size", _four)
+        patch.setattr(torch_in_graphs, "chunk_size", _four)
         yield

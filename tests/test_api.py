@@ -19,8 +19,8 @@ import torch
 import mingru
 from mingru.models import block
 from mingru.modules import options
-from mingru.modules.recurrent_layer import NORMS
-from mingru.ops import private, route
+from mingru.modules.recurrent_level import NORMS
+from mingru.ops import names_of_torch, route
 from mingru.ops.activation import ACTIVATIONS
 from mingru.ops.cells import GATES
 
@@ -90,7 +90,7 @@ def test_private_names_of_torch_stand_in_one_file():
         r"|__(prepare_scriptable|script_if_tracing|original_fn)|\b_dynamo_"
     )
     files = Path(mingru.__file__).parent.rglob("*.py")
-    assert [file.name for file in files if name.search(file.read_text("utf-8"))] == ["private.py"]
+    assert [file.name for file in files if name.search(file.read_text("utf-8"))] == ["names_of_torch.py"]
 
 
 def computed(rnn, x):
@@ -112,19 +112,19 @@ def gone(path):
 def test_without_the_private_names_of_torch_results_are_the_same(monkeypatch):
     rnn, x = mingru.MinGRU(3, 4).double(), torch.randn(2, 20, 3).double()
     expected = computed(rnn, x)
-    spec = importlib.util.spec_from_file_location("without", private.__file__)
+    spec = importlib.util.spec_from_file_location("without", names_of_torch.__file__)
     without = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:
         patch.setattr(operator, "attrgetter", gone)
         spec.loader.exec_module(without)
     without.forward_ad = None
-    names = {name: value for name, value in vars(private).items() if not name.startswith("_")}
+    names = {name: value for name, value in vars(names_of_torch).items() if not name.startswith("_")}
     assert None not in names.values()
     for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "mingru"]:
         for name, value in names.items():
             if vars(module).get(name) is value:
                 monkeypatch.setattr(module, name, getattr(without, name))
-    assert not private.is_untransformed()
+    assert not names_of_torch.is_untransformed()
     torch.testing.assert_close(computed(rnn, x), expected)
     # Of these two, no right result is known.
     with pytest.raises(RuntimeError, match="forward mode over forward mode"):

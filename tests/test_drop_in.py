@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import mingru
 from mingru import drop_in
-from mingru.drop_in.base import states_of
+from mingru.drop_in.interface import states_of
 
 S, B, IN, H = 5, 2, 3, 4
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}

@@ -21,9 +21,9 @@ from .check.values import check_int, check_type, dims, not_a_tensor, require
 from .models import LanguageModel
 from .models.generation import in_eval_mode
 from .modules.layer import Layer, is_bidirectional
-from .ops.backends import in_onnx, traceable
+from .ops.backends import in_onnx, torch_in_graphs
 from .ops.cells import BLOCKS
-from .ops.private import ONNX_REGISTRATION_LOG, pytree
+from .ops.names_of_torch import ONNX_REGISTRATION_LOG, pytree
 
 __all__ = ["onnx"]
 
@@ -235,16 +235,16 @@ def _numbered(name: str, value: object) -> list[str]:
 @contextmanager
 def _exporting(max_steps: int | None) -> Iterator[None]:
     """Set the longest sequence, and silence messages about PyTorch's internals."""
-    logger, before = logging.getLogger(ONNX_REGISTRATION_LOG), vars(traceable).copy()
+    logger, before = logging.getLogger(ONNX_REGISTRATION_LOG), vars(torch_in_graphs).copy()
     logger.addFilter(_is_relevant)
-    scan = partial(in_onnx.scan, most_steps=max_steps or traceable.most_steps())
-    vars(traceable).update(scan=scan, mixed_step=in_onnx.mixed_step)
+    scan = partial(in_onnx.scan, most_steps=max_steps or torch_in_graphs.most_steps())
+    vars(torch_in_graphs).update(scan=scan, mixed_step=in_onnx.mixed_step)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        vars(traceable).update(before)
+        vars(torch_in_graphs).update(before)
         logger.removeFilter(_is_relevant)
 
 

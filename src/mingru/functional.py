@@ -16,7 +16,7 @@ from .check.values import check_choice, check_flag, check_min_decay, dims, expec
 from .modules.options import Candidate, Gate
 from .ops import activation as _activation
 from .ops.backends import in_log_space as _in_log_space
-from .ops.backends import traceable as _traceable
+from .ops.backends import torch_in_graphs as _traceable
 from .ops.call import Spec, Start, spec_of
 from .ops.cells import GATES, default_candidate, multiple_of, zero_state
 from .ops.graph import scripted_as

@@ -6,11 +6,11 @@ from torch import nn
 
 from . import convert, drop_in, models
 from .models.causal_conv import CausalConv
-from .modules.block_layer import BlockLayer
-from .modules.conv_layer import CONVOLUTIONS, Geometry, MinConvLayer
+from .modules.blockgru_level import BlockGRULevel
+from .modules.conv_level import CONVOLUTIONS, ConvLevel, Geometry
 from .modules.group_norm import GroupNorm
 from .modules.per_step import OF_TORCH, PerStep
-from .modules.recurrent_layer import NORMS, RecurrentLayer
+from .modules.recurrent_level import NORMS, RecurrentLevel
 from .ops.linear_map import RecurrentMap, WeightAndBias
 
 
@@ -36,7 +36,7 @@ def safe_globals() -> list[type]:
         MinGRU(
           3, 4
           (layers): ModuleList(
-            (0): RecurrentLayer(
+            (0): RecurrentLevel(
               (linear): Linear(in_features=3, out_features=8, bias=True)
             )
           )
@@ -46,6 +46,6 @@ def safe_globals() -> list[type]:
     public = [getattr(home, name) for home in homes for name in home.__all__]
     layers = [each for each in public if isinstance(each, type) and issubclass(each, nn.Module)]
     of_torch = [nn.Embedding, nn.ModuleList, nn.Sequential, *OF_TORCH, *CONVOLUTIONS.values(), *NORMS.values()]
-    inner = [BlockLayer, CausalConv, Geometry, GroupNorm, MinConvLayer, PerStep, RecurrentLayer]
+    inner = [BlockGRULevel, CausalConv, Geometry, GroupNorm, ConvLevel, PerStep, RecurrentLevel]
     inner += [RecurrentMap, WeightAndBias]
     return [*layers, *inner, *of_torch]

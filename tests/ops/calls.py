@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import mingru
 from mingru import ops
 from mingru.ops import Layout, Start, autograd, route, spec_of
-from mingru.ops.backends import traceable
+from mingru.ops.backends import torch_in_graphs
 from mingru.ops.cells import NUM_INPUTS, TIMED
 from mingru.ops.scan import LinearScan
 from mingru.ops.shape import accumulate_dtype, from_parts, to_parts
@@ -246,7 +246,7 @@ def run(backend, row, given):
     spec = spec_of(row.cell, row.activation, row.reverse, row.min_decay)
     if row.cell not in SCANS:
         order = Layout(row.layout == "time first", batch_sizes, lengths)
-        compute = traceable.recurrence if backend == "traceable" else ops.recurrence
+        compute = torch_in_graphs.recurrence if backend == "traceable" else ops.recurrence
         more = () if backend == "traceable" else (backend,)
         return compute(spec, list(inputs), Start(h, initial, reset, dt), order, *more)
     parts = parts_of(row.cell)

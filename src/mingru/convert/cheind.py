@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..check.values import require
+from ..modules.levels import Level
 from ..modules.minconvgru import MinConv2dGRU
 from ..modules.mingru import MinGRU
 from ..modules.stack import Stack
-from ..modules.stacked import Directions
 from .state_dict import Checkpoint
 
 LAYER, CELL = "layers.{}.gate_hidden.weight", "to_gate_hidden.weight"
@@ -148,7 +148,7 @@ def from_cheind(
         remedy = "the weights do not show it, because no layer changes the size of its input"
         require(name, "residual", residual or is_visible, "True or False", "None", remedy)
     layer = construct(residual, dropout)
-    parts: list[Any] = [part for part in layer.named_modules() if isinstance(part[1], Directions)]
+    parts: list[Any] = [part for part in layer.named_modules() if isinstance(part[1], Level)]
     keys = {
         f"{path}.{parameter}": key(index, *parameter.split("."))
         for index, (path, part) in enumerate(parts)

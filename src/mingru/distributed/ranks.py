@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..check.values import check_type, require
 from ..modules.layer import Layer
+from ..modules.levels import Level
 from ..modules.shared import MaybeList
-from ..modules.stacked import Directions
 from ..ops.call import Layout, Start
 from ..ops.shape import States
 
@@ -42,7 +42,7 @@ def outermost(name: str, module: nn.Module, mesh: Any) -> list[Any]:
     return found
 
 
-class Part(Directions):
+class Part(Level):
     """A layer that computes a part of a recurrence."""
 
     mesh: DeviceMesh

@@ -31,12 +31,12 @@ from ..check.values import check_type, require
 from ..models.block import Block
 from ..models.causal_conv import CausalConv
 from ..models.language_model import LanguageModel
-from ..modules.conv import MinConv
-from ..modules.conv_layer import MinConvLayer
+from ..modules.conv_level import ConvLevel
+from ..modules.conv_levels import ConvLevels
 from ..modules.layer import Layer
 from ..modules.per_step import PerStep
-from ..modules.recurrent import Recurrent
-from ..modules.recurrent_layer import RecurrentLayer
+from ..modules.recurrent_level import RecurrentLevel
+from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.shared import MaybeList
 from ..modules.stack import Stack
 from ..ops import route
@@ -140,7 +140,7 @@ def _check_supported(module: nn.Module) -> None:
         return
     expected = "MinGRU, MinLSTM, convolutional layers, Stack, models.Block or models.LanguageModel"
     remedy = "nobody knows how the state of another layer continues over parts"
-    is_layer = isinstance(module, (Recurrent, MinConv)) and module.role == "sequence"
+    is_layer = isinstance(module, (RecurrentLevels, ConvLevels)) and module.role == "sequence"
     # Its state is no linear function of the state before.
     is_layer = is_layer and getattr(module, "cell", None) != BLOCKS
     is_known = is_layer or isinstance(module, (Stack, PerStep, Block, LanguageModel))
@@ -185,7 +185,7 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     name, x = next(iter(given.items()))
     check_type(module.name, name, x, Tensor, f"a tensor, of which each rank of {_NAME} has a part")
     h = given.get("h", given.get("state"))
-    states = [h] if isinstance(module, Recurrent) and h is not None else h
+    states = [h] if isinstance(module, RecurrentLevels) and h is not None else h
     first: Any = module
     while first is not None:
         first._check_all(x, states, given.get("reset"), None, given.get("dt"))
@@ -201,7 +201,7 @@ def _checked(module: Any, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return steps, {"batch": batch, "dtype": x.dtype, "arguments": arguments, "lengths": of_lengths}
 
 
-class _Layers(Recurrent):
+class _Layers(RecurrentLevels):
     """Layers of which each computes the recurrence of a part."""
 
     mesh: DeviceMesh
@@ -245,7 +245,7 @@ class _Layer(Part):
         return with_steps(start, *steps)
 
 
-class _LinearLayer(_Layer, RecurrentLayer):
+class _LinearLayer(_Layer, RecurrentLevel):
     """A layer that stores x in place of its pre-activations if backward computes them again."""
 
     def _direction(self, y: Tensor, start: Start, layout: Layout, reverse: bool, found: MaybeList) -> States:
@@ -391,9 +391,9 @@ class _CausalConv(CausalConv):
 
 # Replaced methods of each class, if it has any. All ranks call them in the same order.
 _PARTS = {
-    RecurrentLayer: _LinearLayer,
-    MinConvLayer: _Layer,
-    Recurrent: _Layers,
+    RecurrentLevel: _LinearLayer,
+    ConvLevel: _Layer,
+    RecurrentLevels: _Layers,
     LanguageModel: _Model,
     CausalConv: _CausalConv,
 }

@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..check.values import require
-from ..modules.recurrent import Recurrent
-from ..modules.recurrent_layer import RecurrentLayer
-from ..modules.stacked import Directions
+from ..modules.levels import Level
+from ..modules.recurrent_level import RecurrentLevel
+from ..modules.recurrent_levels import RecurrentLevels
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import BLOCKS, MIXTURES, parts_of
 from ..ops.shape import States
@@ -82,16 +82,16 @@ class TensorParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
         layers = outermost(_NAME, module, device_mesh)
-        found: list[Any] = [each for layer in layers for each in layer.modules() if isinstance(each, Directions)]
+        found: list[Any] = [each for layer in layers for each in layer.modules() if isinstance(each, Level)]
         for each in found:
             _check_divisible(each, device_mesh.size())
         if self.is_sharded:
-            last, is_layer = found[-1], len(layers) == 1 and isinstance(layers[0], Recurrent)
+            last, is_layer = found[-1], len(layers) == 1 and isinstance(layers[0], RecurrentLevels)
             is_plain = is_layer and not last.residual and not last.highway and len(last.maps()) == 1
             expected = "Replicate() unless the module is a layer with one direction and no residual"
             require(_NAME, "output_layouts", is_plain, expected, "Shard(-1)")
         for each in found:
-            parts = each.num_parts if isinstance(each, RecurrentLayer) else 2
+            parts = each.num_parts if isinstance(each, RecurrentLevel) else 2
             for linear in each.maps():
                 derive(linear, _Rows, device_mesh)
                 linear.divide(parts, self.src_data_rank)

@@ -13,7 +13,7 @@ from ..ops.call import Call, Layout, Start, spec_of
 from ..ops.cells import BLOCKS
 from ..ops.graph import are_eager, is_autocast, is_compiling
 from ..ops.linear_map import are_recomputed
-from ..ops.private import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
+from ..ops.names_of_torch import PREPARE_SCRIPTABLE, len_torch_dispatch_stack
 from ..ops.route import Choice
 from .twins import SUBCLASS, described, is_recurrent
 

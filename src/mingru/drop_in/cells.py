@@ -12,7 +12,7 @@ from ..modules import scripted
 from ..modules.cells import RecurrentCell
 from ..modules.options import Candidate, Gate, Memory, Norm, arguments_of
 from ..modules.shared import MaybeList, MaybeTensor
-from .base import DropIn, Pair, as_pair, states_of
+from .interface import DropIn, Pair, as_pair, states_of
 
 
 class DropInCell(DropIn, RecurrentCell):

@@ -19,7 +19,7 @@ from ..modules.shared import MaybeList, MaybeTensor, Outputs, Steps, copied, tak
 from ..ops.cells import BLOCKS
 from ..ops.graph import is_captured, is_scripting, untraced
 from ..ops.shape import States
-from .base import ONE_BLOCK, DropIn, Pair, as_pair, states_of
+from .interface import ONE_BLOCK, DropIn, Pair, as_pair, states_of
 
 State = TypeVar("State", Tensor, Pair)
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from ..check.values import check_flag
 from ..context import context_manager
-from ..ops.private import ASKED_BY_COMPILED
-from .base import converted
+from ..ops.names_of_torch import ASKED_BY_COMPILED
+from .interface import converted
 from .twins import SUBCLASS, TWINS, Wanted, described, wanted_twins
 
 _HINT = "a loop that sets biases to 0 undoes forget_bias and memory: call reset_parameters() of these layers after it"

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..check.names import unknown_argument
 from ..check.values import check_flag, check_int, require
-from .base import ONE_BLOCK
 from .cells import GRUCell, LSTMCell
+from .interface import ONE_BLOCK
 from .layers import GRU, LSTM
 
 TWINS: dict[type[nn.Module], Any] = {nn.GRU: GRU, nn.GRUCell: GRUCell, nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import drop_in
 from ..drop_in.layers import DropInLayer
-from ..ops.private import pytree
+from ..ops.names_of_torch import pytree
 from . import OPTIONS, require
 
 with require("pytorch-forecasting", "pytorch-forecasting 1.8", __name__):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import drop_in
-from ..drop_in.base import Pair
+from ..drop_in.interface import Pair
 from . import OPTIONS, require
 
 with require("sb3-contrib", "sb3-contrib 2.9", __name__):

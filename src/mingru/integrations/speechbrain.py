@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import drop_in
-from ..drop_in.base import Pair
+from ..drop_in.interface import Pair
 from . import require
 
 with require("speechbrain", "speechbrain 1.1", __name__):

@@ -20,7 +20,7 @@ from ..modules.layer import Composite
 from ..modules.mingru import MinGRU
 from ..modules.minlstm import MinLSTM
 from ..modules.options import Candidate, Gates, Memory, Norm, OutputGate
-from ..modules.recurrent_layer import NORMS
+from ..modules.recurrent_level import NORMS
 from ..modules.shared import MaybeList, MaybeTensor, Outputs, arguments_of_class, not_default, weight_of
 from ..ops import layout
 from ..ops.graph import is_scripting

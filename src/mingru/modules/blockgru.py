@@ -14,11 +14,11 @@ from ..ops.block_recurrence import blocks_of, dense
 from ..ops.route import is_hooked
 from .cells import RecurrentCell
 from .options import Memory, Norm, arguments_of
-from .recurrent import Recurrent
+from .recurrent_levels import RecurrentLevels
 from .shared import take_weights
 
 
-class BlockGRU(Recurrent, planned=True):
+class BlockGRU(RecurrentLevels, planned=True):
     """Apply a stack of GRU layers whose features see each other in blocks of K to a sequence.
 
     Each layer and direction computes

@@ -9,17 +9,17 @@ from ..check.calls import arguments_checked
 from ..check.forms import CELL
 from ..ops.call import Layout
 from . import scripted
+from .levels import as_sequence
 from .options import Candidate, Gate, Memory, Norm, arguments_of
-from .recurrent import Recurrent
+from .recurrent_levels import RecurrentLevels
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
-from .stacked import as_sequence
 
 # The options of a layer that a cell does not have.
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "batch_first": True, "dropout": 0.0, "bidirectional": False}
 ONE_LAYER |= {"residual": False, "output_gate": None, "recompute": None}
 
 
-class RecurrentCell(Recurrent, role="step"):
+class RecurrentCell(RecurrentLevels, role="step"):
     """Compute one step of one layer; the base class of `MinGRUCell` and `MinLSTMCell`."""
 
     _forms = CELL

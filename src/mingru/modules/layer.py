@@ -14,7 +14,7 @@ from ..check.values import check_choice, check_int, expectation, name_of
 from ..ops import inference
 from ..ops.graph import is_compiling, is_scripting, untraced
 from ..ops.inference import LayerPlan, plannable
-from .marked import Marked
+from .marks import Marked
 from .shared import MaybeList, MaybeTensor, Outputs, reset_all, typed_as
 
 ROLES = ("sequence", "step", "torch", "custom")
@@ -109,7 +109,7 @@ class Layer(Marked):
         return self.__dict__
 
     def _marked_options(self) -> dict[str, Any]:
-        """Return the options of this module that are in `marked.MARKS`."""
+        """Return the options of this module that are in `marks.MARKS`."""
         return {}
 
     def reset_parameters(self) -> None:

@@ -1,9 +1,9 @@
 """minGRU over sequences of signals, images and volumes. Each class only sets `num_space_dims` and the docstring."""
 
-from .conv import MinConv, MinConvCell
+from .conv_levels import ConvCell, ConvLevels
 
 
-class MinConv1dGRU(MinConv):
+class MinConv1dGRU(ConvLevels):
     """Apply a stack of minGRU layers with one-dimensional convolutions to a sequence of signals.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`; `space` is a single size.
@@ -18,7 +18,7 @@ class MinConv1dGRU(MinConv):
     num_space_dims = 1
 
 
-class MinConv2dGRU(MinConv):
+class MinConv2dGRU(ConvLevels):
     """Apply a stack of minGRU layers with two-dimensional convolutions to a sequence of images.
 
     All time steps are computed in parallel: they are convolved as one batch. Each layer and direction computes, at
@@ -123,7 +123,7 @@ class MinConv2dGRU(MinConv):
     num_space_dims = 2
 
 
-class MinConv3dGRU(MinConv):
+class MinConv3dGRU(ConvLevels):
     """Apply a stack of minGRU layers with three-dimensional convolutions to a sequence of volumes.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRU`.
@@ -138,7 +138,7 @@ class MinConv3dGRU(MinConv):
     num_space_dims = 3
 
 
-class MinConv1dGRUCell(MinConvCell):
+class MinConv1dGRUCell(ConvCell):
     """Compute one step of a one-layer `MinConv1dGRU`.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRUCell`.
@@ -152,7 +152,7 @@ class MinConv1dGRUCell(MinConvCell):
     num_space_dims = 1
 
 
-class MinConv2dGRUCell(MinConvCell):
+class MinConv2dGRUCell(ConvCell):
     """Compute one step of a one-layer `MinConv2dGRU`, for loops in your own code.
 
     Arguments are explained in `mingru.MinConv2dGRU`.
@@ -198,7 +198,7 @@ class MinConv2dGRUCell(MinConvCell):
     num_space_dims = 2
 
 
-class MinConv3dGRUCell(MinConvCell):
+class MinConv3dGRUCell(ConvCell):
     """Compute one step of a one-layer `MinConv3dGRU`.
 
     Arguments, inputs and outputs are those of `mingru.MinConv2dGRUCell`.

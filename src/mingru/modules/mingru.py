@@ -7,10 +7,10 @@ import torch
 
 from ..check.calls import arguments_checked
 from .options import Candidate, Gates, Memory, Norm, OutputGate, Residual, arguments_of
-from .recurrent import Recurrent
+from .recurrent_levels import RecurrentLevels
 
 
-class MinGRU(Recurrent, planned=True):
+class MinGRU(RecurrentLevels, planned=True):
     """Apply a stack of minimal gated recurrent unit (minGRU) layers to a sequence.
 
     All time steps are computed in parallel. Each layer and direction computes

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.cells import BLOCKS, GATES, default_candidate
 from ..ops.graph import is_captured
-from ..ops.private import unsafe_view
+from ..ops.names_of_torch import unsafe_view
 
 MaybeTensor = Tensor | None
 MaybeList = list[Tensor] | None

@@ -14,9 +14,9 @@ from ..check.forms import Form, Shape, check_list
 from ..check.values import check_dropout, check_type, expectation, require
 from ..ops import layout
 from ..ops.inference import LayerPlan
-from ..ops.private import PREPARE_SCRIPTABLE
+from ..ops.names_of_torch import PREPARE_SCRIPTABLE
 from .layer import Composite, Layer, with_named
-from .marked import add_marks
+from .marks import add_marks
 from .per_step import OF_TORCH, PerStep
 from .scripted import check_returned, check_same_shape, data_of, with_data
 from .shared import MaybeList, MaybeTensor, Outputs, Steps, not_default

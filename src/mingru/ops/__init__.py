@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd, block_recurrence, blocks, route
+from . import autograd, block_recurrence, in_cache, route
 from .backend import SCANS
-from .backends import traceable
-from .blocks import Map
+from .backends import torch_in_graphs
 from .call import BATCH_FIRST, Call, Layout, Spec, Start
 from .call import spec_of as spec_of
 from .cells import BLOCKS, CELLS, MIXTURES
 from .graph import scripted_as
+from .in_cache import Map
 from .layout import divided, in_layout, joined, kept_in_padding, padded_call, padding_of, without_padding
 from .linear_map import LINEAR_MAPS, are_recomputed, gated
-from .private import is_tracing
+from .names_of_torch import is_tracing
 from .route import Choice
 from .scan import LinearScan, in_accumulation_dtype
 from .shape import States, as_dtype
@@ -46,7 +46,7 @@ def linear_scan(
     spec = SCANS["linear_scan", reverse]
     choice = route.choose(spec, b, backend)
     if is_tracing() or b.numel() == 0:
-        out, last = traceable.linear_scan(*in_accumulation_dtype(scan)[:5])
+        out, last = torch_in_graphs.linear_scan(*in_accumulation_dtype(scan)[:5])
     else:
         out, last = route.run_or_other(partial(autograd.scan, call=scan), choice, spec, b)
     out = out if lengths is None else without_padding(out, lengths, False)
@@ -55,7 +55,7 @@ def linear_scan(
     return as_dtype(out, b.dtype), as_dtype(last, h.dtype)
 
 
-@scripted_as(traceable.recurrence)
+@scripted_as(torch_in_graphs.recurrence)
 def recurrence(
     spec: Spec, inputs: Sequence[Tensor], start: Start, layout: Layout = BATCH_FIRST, backend: str = "auto"
 ) -> States:
@@ -109,19 +109,19 @@ def mapped_recurrence(spec: Spec, x: Tensor, of: Map, start: Start, layout: Layo
     """
     batch = x.shape[1 if layout.time_first else 0]
     call = Call(spec, [x], start._replace(h=start.h.expand(batch, 1, *of.state_shape)), layout)
-    sizes = blocks.sizes_of(x, of, CELLS[spec.cell].num_inputs)
+    sizes = in_cache.sizes_of(x, of, CELLS[spec.cell].num_inputs)
 
     def run(part: Call) -> States:
         return recurrence(spec, of.inputs(part.tensors[0]), part.start, layout)
 
-    return run(call) if sizes is None else blocks.in_blocks(run, call, of, sizes)
+    return run(call) if sizes is None else in_cache.in_blocks(run, call, of, sizes)
 
 
 def _run(choice: Choice, call: Call) -> States:
     if is_tracing() or call.tensors[0].numel() == 0:
-        return traceable.traced_recurrence(*call)
+        return torch_in_graphs.traced_recurrence(*call)
     if call.spec.cell in MIXTURES:
-        step = traceable.mixed_step(call)
+        step = torch_in_graphs.mixed_step(call)
         return step or joined([_run(choice, each) for each in divided(call)], call.layout)
     kernel = route.kernel_of(choice.backend, call)
     if kernel is None:

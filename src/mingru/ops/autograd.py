@@ -18,13 +18,13 @@ from torch import Tensor
 
 from . import block_recurrence
 from .backend import SCANS, Kernel, scan_backward_by, scan_by
-from .backends import traceable
+from .backends import torch_in_graphs
 from .call import FIRST_INPUT, Call, Spec, flattened, from_flat
 from .cells import BLOCKS, CELLS
 from .graph import are_batched, is_compiling, without_autocast
 from .layout import as_linear_scan, divided, in_layout, is_transposed, joined, padded_call, without_padding
 from .linear_map import gated, normalized
-from .private import is_exporting, jvp_nesting
+from .names_of_torch import is_exporting, jvp_nesting
 from .route import Choice, backend_of, run_or_other
 from .scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from .shape import States, as_dtype, conjugate, times
@@ -44,7 +44,7 @@ def composed(choice: Choice, call: Call) -> States:
         return in_layout(scan(choice, linear), call)
     if is_compiling():
         # Compilers and exported graphs may not support complex numbers.
-        return in_layout(traceable.scan(linear), call)
+        return in_layout(torch_in_graphs.scan(linear), call)
     if linear.parts == 2:
         a, b, h = (torch.view_as_complex(x.contiguous()) for x in linear[:3])
         out, last = map(torch.view_as_real, scan(choice, linear._replace(a=a, b=b, h=h, parts=1)))
@@ -74,7 +74,7 @@ def scan(choice: Choice, call: LinearScan) -> States:
 
 
 def _traceable_scan(call: LinearScan) -> States:
-    out, last = traceable.scan(in_accumulation_dtype(call))
+    out, last = torch_in_graphs.scan(in_accumulation_dtype(call))
     return as_dtype(out, call.b.dtype), as_dtype(last, call.h.dtype)
 
 

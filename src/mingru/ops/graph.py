@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import private
+from . import names_of_torch
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
 # True for `torch.compile` and `torch.export`.
@@ -28,7 +28,7 @@ def scripted_as(twin: Callable[..., object]) -> Callable[[Callable[P, T]], Calla
     """Decorate a function in whose place TorchScript compiles `twin`."""
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
-        vars(function)[private.PREPARE_SCRIPTABLE] = lambda: twin
+        vars(function)[names_of_torch.PREPARE_SCRIPTABLE] = lambda: twin
         return function
 
     return decorated
@@ -41,7 +41,7 @@ def _no(x: Tensor | None = None) -> bool:
 @scripted_as(_no)
 def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is enabled on the device of x, which a scripted module cannot know."""
-    if not private.is_any_autocast_enabled():
+    if not names_of_torch.is_any_autocast_enabled():
         return False
     # `is_autocast_enabled` raises an error for devices without autocast, such as "meta".
     kind = x.device.type
@@ -56,13 +56,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 @scripted_as(_no)
 def is_onnx() -> bool:
     """Return whether a graph is captured for ONNX, where it needs no derivatives, and each operation takes time."""
-    return (bool(private.is_tracing()) or private.is_exporting()) and torch.onnx.is_in_onnx_export()
+    return (bool(names_of_torch.is_tracing()) or names_of_torch.is_exporting()) and torch.onnx.is_in_onnx_export()
 
 
 @scripted_as(_no)
 def is_old_onnx() -> bool:
     """Return whether `torch.onnx.export(..., dynamo=False)` traces, which cannot translate most scripted functions."""
-    return bool(private.is_tracing()) and is_onnx()
+    return bool(names_of_torch.is_tracing()) and is_onnx()
 
 
 def are_ordinary(*tensors: Tensor | None) -> bool:
@@ -70,12 +70,12 @@ def are_ordinary(*tensors: Tensor | None) -> bool:
 
     Tracing, functorch transforms, forward-mode AD and tensor subclasses need the individual operators.
     """
-    return private.is_untransformed() and {*map(type, tensors)} <= _ORDINARY
+    return names_of_torch.is_untransformed() and {*map(type, tensors)} <= _ORDINARY
 
 
 def are_eager(*tensors: Tensor | None) -> bool:
     """Return whether the tensors are ordinary, and no graph is captured, so that they have values."""
-    return not private.is_symbolic() and are_ordinary(*tensors)
+    return not names_of_torch.is_symbolic() and are_ordinary(*tensors)
 
 
 def is_device_context() -> bool:
@@ -83,15 +83,15 @@ def is_device_context() -> bool:
 
     It changes nothing here, because this package passes a device to every function that creates a tensor.
     """
-    is_one = private.len_torch_function_stack() == 1
-    return is_one and type(private.get_function_stack_at(0)).__module__ == private.DEVICE_CONTEXTS
+    is_one = names_of_torch.len_torch_function_stack() == 1
+    return is_one and type(names_of_torch.get_function_stack_at(0)).__module__ == names_of_torch.DEVICE_CONTEXTS
 
 
 def are_batched(*tensors: Tensor) -> bool:
     """Return whether `vmap` or `is_grads_batched=True` maps over any of these tensors."""
     if is_compiling():
         return False
-    return private.are_functorch_transforms_active() or any(map(private.is_legacy_batchedtensor, tensors))
+    return names_of_torch.are_functorch_transforms_active() or any(map(names_of_torch.is_legacy_batchedtensor, tensors))
 
 
 def is_captured() -> bool:
@@ -99,7 +99,7 @@ def is_captured() -> bool:
     if is_scripting():
         return True
     else:
-        return bool(private.is_tracing()) or private.is_symbolic()
+        return bool(names_of_torch.is_tracing()) or names_of_torch.is_symbolic()
 
 
 def is_true_for_all_sizes(condition: bool) -> bool:
@@ -126,11 +126,11 @@ def for_trace(of_old_onnx: bool = False) -> Callable[[Callable[P, T]], Callable[
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            own = _scripted(function) if private.is_tracing() and is_old_onnx() == of_old_onnx else function
+            own = _scripted(function) if names_of_torch.is_tracing() and is_old_onnx() == of_old_onnx else function
             return own(*args, **kwargs)
 
         # TorchScript compiles the function itself, as it does for `torch.jit.script_if_tracing`.
-        vars(run).update({private.SCRIPT_IF_TRACING: True, private.ORIGINAL: function})
+        vars(run).update({names_of_torch.SCRIPT_IF_TRACING: True, names_of_torch.ORIGINAL: function})
         return run
 
     return decorated
@@ -150,14 +150,14 @@ def untraced(check: Callable[P, None]) -> Callable[P, None]:
     @scripted_as(check)
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        state = private.is_tracing()
+        state = names_of_torch.is_tracing()
         if not state:
             check(*args, **kwargs)
-        elif private.can_pause_trace:
-            private.set_tracing_state(None)
+        elif names_of_torch.can_pause_trace:
+            names_of_torch.set_tracing_state(None)
             try:
                 check(*args, **kwargs)
             finally:
-                private.set_tracing_state(state)
+                names_of_torch.set_tracing_state(state)
 
     return run

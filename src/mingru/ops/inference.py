@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, linear_map, private, route
+from . import autograd, linear_map, names_of_torch, route
 from .backends import native
 from .call import Layout, Spec, Start
 from .cells import CELLS
@@ -263,8 +263,9 @@ def current_plan(module: Any) -> LayerPlan:
 
 def _is_plain(x: Any) -> bool:
     """Return whether kernels compute x, and nothing sees operations: no trace, transform, dispatch mode or hook."""
-    is_plain = type(x) is Tensor and x.is_cpu and private.is_untransformed() and not is_autocast(x)
-    return is_plain and not (private.len_torch_dispatch_stack() or private.has_any_global_hook()) and route.is_native()
+    is_seen = names_of_torch.len_torch_dispatch_stack() or names_of_torch.has_any_global_hook()
+    is_plain = type(x) is Tensor and x.is_cpu and names_of_torch.is_untransformed() and not is_autocast(x)
+    return is_plain and not is_seen and route.is_native()
 
 
 def skips_padding(module: Any, x: Tensor) -> bool:
@@ -281,12 +282,12 @@ def run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any 
     """Return the output and the last states of a module, or None if it must be called in the ordinary way."""
     if is_compiling():
         return None
-    if not private.is_torch_function_mode_enabled():
+    if not names_of_torch.is_torch_function_mode_enabled():
         return _run(module, x, states, reset, time_first, dt)
     if not is_device_context():
         return None
     # Otherwise the context would be called for every attribute of a tensor.
-    with private.DisableTorchFunction():
+    with names_of_torch.DisableTorchFunction():
         return _run(module, x, states, reset, time_first, dt)
 
 
@@ -380,4 +381,4 @@ def _state_of(found: Any, like: Tensor) -> Tensor:
     if isinstance(found, Tensor):
         return found
     whole = found[0] if like.dim() == 2 else torch.stack(found)
-    return whole if like.dim() == 4 else private.unsafe_view(whole, like.shape)
+    return whole if like.dim() == 4 else names_of_torch.unsafe_view(whole, like.shape)

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from ..context import context_manager
 from .backend import Backend, Kernel, KernelFailure, warn_once
-from .backends import in_log_space, in_place, native, sequential, traceable, triton
+from .backends import in_log_space, native, sequential, torch_in_graphs, torch_in_place, triton
 from .call import Call, Spec
 from .cells import BLOCKS, CELLS, cells_of, parts_of
 from .graph import are_ordinary, is_autocast, is_compiling
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, map_with_norm, weights_of_norm, with_norm
-from .private import has_any_global_hook, is_exporting, is_symbolic, is_tracing
+from .names_of_torch import has_any_global_hook, is_exporting, is_symbolic, is_tracing
 from .shape import as_dtype
 
 BackendName = Literal["auto", "native", "triton", "torch", "log", "sequential"]
 BACKENDS: dict[Any, Backend] = {
     "native": native.BACKEND,
     "triton": triton.BACKEND,
-    "torch": in_place.BACKEND,
+    "torch": torch_in_place.BACKEND,
     "log": in_log_space.BACKEND,
     "sequential": sequential.BACKEND,
 }
@@ -164,7 +164,7 @@ def run_or_other(run: Callable[[Choice], T], choice: Choice, spec: Spec, sequenc
 
 def backend_of(name: str) -> Backend:
     """Return the backend of this name. While a graph is captured, "torch" is its traceable version."""
-    return traceable.BACKEND if name == "torch" and is_symbolic() else BACKENDS[name]
+    return torch_in_graphs.BACKEND if name == "torch" and is_symbolic() else BACKENDS[name]
 
 
 def kernel_of(name: str, call: Call) -> Kernel | None:

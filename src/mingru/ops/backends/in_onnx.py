@@ -1,7 +1,7 @@
 """The linear scan as nodes of ONNX, for `mingru.export.onnx`.
 
 PyTorch takes up to 20 ms for each operation of a graph whose sizes are symbols, and a scan has hundreds. So it captures
-the scan as one operator, for which its exporter then writes the nodes below. They compute what `traceable` computes.
+the scan as one operator, for which its exporter then writes the nodes below. They compute what `torch_in_graphs` does.
 The decay and the state of a step are two columns of one tensor, (P, 2, B, C, T, F): first the P parts of a number, then
 B sequences, C chunks of T steps, and F features.
 
@@ -21,7 +21,7 @@ from ..graph import is_true_for_all_sizes
 from ..layout import in_layout, padded_call
 from ..scan import LinearScan
 from ..shape import States, accumulate_dtype, along, as_dtype, from_parts, times, to_parts
-from . import traceable
+from . import torch_in_graphs
 
 # Of M(a) for quaternions. A complex number has the first two rows and columns.
 _SIGNS = ((1, -1, -1, -1), (1, 1, -1, 1), (1, 1, 1, -1), (1, -1, 1, 1))
@@ -39,7 +39,7 @@ def scan(call: LinearScan, most_steps: int) -> States:
 def _operator(
     a: Tensor, b: Tensor, h: Tensor, reset: Tensor | None, reverse: bool, parts: int, most_steps: int
 ) -> tuple[Tensor, Tensor]:
-    return traceable.scan(LinearScan(a, b, h, reset, reverse, parts))
+    return torch_in_graphs.scan(LinearScan(a, b, h, reset, reverse, parts))
 
 
 @_operator.register_fake
@@ -104,7 +104,7 @@ class _Nodes:
         self.is_fixed = isinstance(self.num_steps, int)
         self.most = self.num_steps if self.is_fixed else most_steps
         # A known number of few steps is one chunk. Otherwise the square root, which has the fewest nodes.
-        largest = traceable.chunk_size()
+        largest = torch_in_graphs.chunk_size()
         self.is_one = self.is_fixed and self.most <= largest
         root = next((size for size in range(2, largest) if self.most <= size * size), largest)
         self.size = self.most if self.is_one else root
@@ -185,7 +185,7 @@ class _Nodes:
     def _carry_in(self, totals: Any, first: Any, seen: Any, zero: Any, count: Any) -> Any:
         """Return the state before each chunk, (P, 1, B, C, 1, F), from the decays and states of whole chunks.
 
-        By recursive doubling, as in `traceable`. Before the chunks, there are h, whose decay is 0, and zeros.
+        By recursive doubling, as in `torch_in_graphs`. Before the chunks, there are h, whose decay is 0, and zeros.
         """
         op = self.op
         decay, state = self._split(totals, _COLUMNS, 2)

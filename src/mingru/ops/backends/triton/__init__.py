@@ -19,7 +19,7 @@ from ...call import FIRST_INPUT, Call, Spec, from_flat, spec_of
 from ...cells import NUM_INPUTS
 from ...graph import are_eager, without_autocast
 from ...layout import is_transposed
-from ...private import len_torch_dispatch_stack
+from ...names_of_torch import len_torch_dispatch_stack
 from ...shape import accumulate_dtype, as_dtype
 from . import fallback, launch
 from .device import DEVICES, IS_INTERPRETED, unavailable, unsupported

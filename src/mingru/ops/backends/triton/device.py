@@ -12,7 +12,7 @@ import torch
 
 from ...call import Spec
 from ...cells import BLOCKS
-from ...private import MARKED_CONSTANT
+from ...names_of_torch import MARKED_CONSTANT
 
 # Types of devices; ROCm calls itself "cuda".
 DEVICES = ("cuda", "xpu")

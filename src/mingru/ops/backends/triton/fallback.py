@@ -10,7 +10,7 @@ from ...call import Call
 from ...cells import NUM_INPUTS
 from ...scan import LinearScan, adjoint, grad_of_h, in_accumulation_dtype, previous_states
 from ...shape import States
-from .. import in_place, traceable
+from .. import torch_in_graphs, torch_in_place
 from .launch import Results, Tensors, backward_results, forward_results
 
 
@@ -31,7 +31,7 @@ def _copied(results: Tensors, found: Sequence[Any]) -> None:
 
 def forward(call: Call) -> States:
     results, is_cell = forward_results(call), call.spec.cell in NUM_INPUTS
-    _copied(results, traceable.recurrence(*call) if is_cell else in_place.scan(_scan(call)[0]))
+    _copied(results, torch_in_graphs.recurrence(*call) if is_cell else torch_in_place.scan(_scan(call)[0]))
     return results
 
 
@@ -46,13 +46,13 @@ def backward(call: Call, saved: Tensors, needs_dt: bool, needs_bias: bool) -> Re
             all_of = *inputs, h, initial_state, dt
             leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in all_of]
             own = call.start._replace(h=leaves[-3], initial_state=leaves[-2], dt=leaves[-1])
-            states = traceable.recurrence(call.spec, leaves[:-3], own, call.layout)
+            states = torch_in_graphs.recurrence(call.spec, leaves[:-3], own, call.layout)
         needed = [x for x, result in zip(leaves, wanted, strict=True) if result is not None]
         wanted = [result for result in wanted if result is not None]
         found = torch.autograd.grad(states, needed, list(saved[1:]), materialize_grads=True)
     else:
         scan, (out, grad_out, grad_last) = _scan(call, *saved)
-        delta = adjoint(in_place.scan, scan, (grad_out, grad_last))
+        delta = adjoint(torch_in_place.scan, scan, (grad_out, grad_last))
         found = delta * previous_states(scan, out.to(delta.dtype)).conj(), delta, grad_of_h(scan, delta)
     _copied(wanted[: len(found)], found)
     if of_bias is not None:

@@ -15,13 +15,13 @@ from ..check.forms import CELL_OF_IMAGES, OF_IMAGES, check_call, check_parameter
 from ..check.values import expectation
 from ..ops.call import Layout
 from . import scripted
-from .conv_layer import ConvOptions, MinConvLayer, Sizes
+from .conv_level import ConvLevel, ConvOptions, Sizes
+from .levels import Levels, as_sequence
 from .options import Candidate, Gate, Gates, Memory, arguments_of
 from .shared import MaybeList, MaybeTensor, Outputs, reshaped, typed_as
-from .stacked import Stacked, as_sequence
 
 
-class MinConv(Stacked, role="sequence"):
+class ConvLevels(Levels, role="sequence"):
     """Apply stacked layers in any number of spatial dimensions; the base class of `MinConv2dGRU` and its variants."""
 
     _forms = OF_IMAGES
@@ -53,7 +53,7 @@ class MinConv(Stacked, role="sequence"):
         checked = ConvOptions(type(self).__name__, num_space_dims=self.num_space_dims, **arguments_of(locals()))
         sizes = [input_dims, *(checked.num_directions * width for width in checked.widths[:-1])]
         layers = zip(sizes, checked.widths, checked.geometries(), checked.gates, strict=True)
-        super().__init__(checked, [MinConvLayer(*layer, checked) for layer in layers])
+        super().__init__(checked, [ConvLevel(*layer, checked) for layer in layers])
         self.num_states = num_layers * self.num_directions
 
     def forward(
@@ -127,7 +127,7 @@ class MinConv(Stacked, role="sequence"):
         return states
 
 
-class MinConvCell(MinConv, role="step"):
+class ConvCell(ConvLevels, role="step"):
     """Compute one step of one layer; the base class of `MinConv2dGRUCell` and its variants."""
 
     _forms = CELL_OF_IMAGES

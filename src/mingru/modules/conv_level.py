@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..check.values import check_int, check_parts, dims, per_layer, require
-from ..ops.blocks import Map
 from ..ops.call import Layout, Spec, Start
 from ..ops.cells import GATES
 from ..ops.graph import is_autocast, is_scripting
+from ..ops.in_cache import Map
 from ..ops.shape import States, accumulate_dtype, unflattened
 from .group_norm import GroupNorm
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
-from .marked import add_marks
+from .levels import Level
+from .marks import add_marks
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs
-from .stacked import Directions
 
 # A list has one entry for each layer, a tuple one number for each spatial dimension.
 Sizes = int | tuple[int, ...] | list[Any]
@@ -88,7 +88,7 @@ class ConvOptions(Options):
         return numbers
 
 
-class MinConvLayer(Directions):
+class ConvLevel(Level):
     """Apply norm, convolution, recurrence and residual of one layer, in one direction or both."""
 
     def __init__(self, input_dims: int, hidden_dims: int, geometry: Geometry, gate: str, options: ConvOptions) -> None:

@@ -22,7 +22,7 @@ from ..backend import Backend
 from ..call import Call, Layout, LayoutTuple, Spec, SpecTuple, Start, StartTuple, call_of
 from ..graph import for_trace, is_old_onnx, is_scripting, is_true_for_all_sizes
 from ..layout import as_linear_scan, divided, in_layout, joined, padded_call
-from ..private import is_exporting
+from ..names_of_torch import is_exporting
 from ..scan import LinearScan
 from ..shape import States, along, empty_states, matrices, plus_product, plus_times, product
 

@@ -22,13 +22,13 @@ from ..check.values import (
     require,
     reworded,
 )
-from ..modules.marked import GUARDS
-from ..modules.recurrent import Recurrent
+from ..modules.marks import GUARDS
+from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default
 from ..ops.cells import BLOCKS
 from ..ops.graph import scripted_as, untraced
 from ..ops.linear_map import WeightAndBias
-from ..ops.private import is_any_autocast_enabled
+from ..ops.names_of_torch import is_any_autocast_enabled
 
 Pair = tuple[Tensor, Tensor]
 
@@ -60,7 +60,7 @@ CELLS_WITH = {
 _raised_as = partial(reworded, names={"input_dims": "input_size", "hidden_dims": "hidden_size"})
 
 
-class DropIn(Recurrent):
+class DropIn(RecurrentLevels):
     """Base class of all: torch's names, repr and types of errors, and 0 as the initial state."""
 
     _device_error = RuntimeError

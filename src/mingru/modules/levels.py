@@ -14,18 +14,18 @@ from ..ops.layout import in_reverse
 from ..ops.linear_map import gated
 from ..ops.shape import States
 from .layer import Layer
-from .marked import Marked, key_of
+from .marks import Marked, key_of
 from .options import Options
 from .shared import MaybeList, MaybeTensor, Outputs, defaults_of, not_default, one_or_all, reset_all, weight_of
 
-Self = TypeVar("Self", bound="Stacked")
+Self = TypeVar("Self", bound="Levels")
 # Models of transformers initialize each module and each parameter without this attribute, and then set it.
 INITIALIZED = "_is_hf_initialized"
 
 GATE_OF = {cell: gate for gate, cell in GATES.items()}
 
 
-class Directions(Marked):
+class Level(Marked):
     """The recurrence of one layer, in one direction or both. Subclasses compute the pre-activations."""
 
     def __init__(self, cell: str, hidden_dims: int, min_decay: float, options: Options) -> None:
@@ -122,7 +122,7 @@ class Directions(Marked):
         return in_reverse(start, layout)
 
 
-class Stacked(Layer):
+class Levels(Layer):
     """Apply stacked layers of one cell type. `Options` become attributes."""
 
     __jit_unused_properties__: tuple[str, ...] = (INITIALIZED,)

@@ -13,10 +13,10 @@ from ..ops.graph import is_scripting
 from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import LINEAR_MAPS
 from ..ops.shape import States
-from .marked import add_marks
+from .levels import Level
+from .marks import add_marks
 from .options import Options
 from .shared import MaybeList, Outputs
-from .stacked import Directions
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -52,7 +52,7 @@ class RecurrentOptions(Options):
 
 
 @plannable
-class RecurrentLayer(Directions):
+class RecurrentLevel(Level):
     """Apply norm, linear map, recurrence, output gate and residual of one layer, in one direction or both."""
 
     def __init__(

@@ -10,10 +10,10 @@ from ..ops.call import Start
 from ..ops.graph import is_scripting
 from ..ops.inference import LayerPlan, plannable
 from ..ops.linear_map import RecurrentMap
-from .recurrent_layer import RecurrentLayer, RecurrentOptions
+from .recurrent_level import RecurrentLevel, RecurrentOptions
 
 
-class BlockGRUSettings(RecurrentOptions):
+class BlockGRUOptions(RecurrentOptions):
     """The options of BlockGRU."""
 
     def check(self) -> None:
@@ -29,11 +29,11 @@ class BlockGRUSettings(RecurrentOptions):
 
 
 @plannable
-class BlockLayer(RecurrentLayer):
+class BlockGRULevel(RecurrentLevel):
     """A layer whose recurrence has recurrent weights."""
 
     def __init__(
-        self, cell: str, input_dims: int, min_decay: float, options: BlockGRUSettings, linear: type[nn.Module]
+        self, cell: str, input_dims: int, min_decay: float, options: BlockGRUOptions, linear: type[nn.Module]
     ) -> None:
         super().__init__(cell, input_dims, min_decay, options, linear)
         self.name = options.name

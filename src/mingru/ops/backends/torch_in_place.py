@@ -1,4 +1,4 @@
-"""The `"torch"` backend: tensor operations in linear space, on any device. `traceable` is its version for graphs.
+"""The `"torch"` backend: tensor operations in linear space, on any device. `torch_in_graphs` is its version for graphs.
 
 The sequence is split into C chunks of T steps, where T is about the square root of S. All chunks are processed in
 parallel, one step at a time, each from a state of 0; the cumulative decay P is computed too. Then the C carries are
@@ -25,12 +25,12 @@ from ..cells import BLOCKS, NUM_INPUTS, parts_of
 from ..layout import as_linear_scan, in_layout, padded_call
 from ..scan import LinearScan, adjoint, grad_of_h, previous_states
 from ..shape import States, along
-from . import traceable
+from . import torch_in_graphs
 
 
 def scan(call: LinearScan) -> States:
     if call.parts > 1:
-        return traceable.scan(call)
+        return torch_in_graphs.scan(call)
     owned = call._replace(a=_copy(call.a), b=_copy(call.b))
     return _scan_in_place(owned, in_chunks=not _may_overflow(call.a))
 

@@ -20,19 +20,19 @@ from ..ops.cells import BLOCKS, CELLS
 from ..ops.graph import is_autocast, is_captured, is_scripting
 from ..ops.inference import LayerPlan
 from ..ops.layout import pack, packing_of, unpack, with_lengths, without_padding
-from ..ops.private import is_symbolic
+from ..ops.names_of_torch import is_symbolic
 from ..ops.shape import States, accumulate_dtype, as_dtype
 from . import scripted
-from .block_layer import BlockGRUSettings, BlockLayer
+from .blockgru_level import BlockGRULevel, BlockGRUOptions
 from .initial_state import default_start, learned_state, reset_initial_state, start_option
-from .marked import GUARDS, add_marks
+from .levels import Levels
+from .marks import GUARDS, add_marks
 from .options import Options
-from .recurrent_layer import RecurrentLayer, RecurrentOptions
+from .recurrent_level import RecurrentLevel, RecurrentOptions
 from .shared import MaybeList, MaybeTensor, Outputs, Steps, one_or_all, reshaped
-from .stacked import Stacked
 
 
-class Recurrent(Stacked, role="sequence"):
+class RecurrentLevels(Levels, role="sequence"):
     """Apply stacked layers of one cell type; the base class of `MinGRU` and `MinLSTM`."""
 
     cell: str
@@ -46,7 +46,7 @@ class Recurrent(Stacked, role="sequence"):
 
     def __init__(self, **arguments: Any) -> None:
         is_block = arguments.get("cell", self.cell) == BLOCKS
-        kinds: Any = (BlockGRUSettings, BlockLayer) if is_block else (RecurrentOptions, RecurrentLayer)
+        kinds: Any = (BlockGRUOptions, BlockGRULevel) if is_block else (RecurrentOptions, RecurrentLevel)
         kind, layer_kind = kinds
         options = kind(name_of(type(self)), **{"cell": self.cell, **arguments})
         bounds = check_min_decay(options.name, options.min_decay, options.gates)
@@ -131,7 +131,7 @@ class Recurrent(Stacked, role="sequence"):
 
     def _write_plan(self, plan: LayerPlan) -> None:
         """Write the instructions of an inference pass."""
-        layers = plan.children(self.layers, nn.ModuleList, RecurrentLayer, BlockLayer)
+        layers = plan.children(self.layers, nn.ModuleList, RecurrentLevel, BlockGRULevel)
         initial_state: Any = self.initial_state
         plan.require(initial_state is None or initial_state.shape == self._shape_of_initial_state())
         plan.require(len(layers) == self.num_layers)
