@@ -303,11 +303,7 @@ def values(four, pairs):
 
 CHECKS = {
     "quick": [
-        *(
-            rows(some(LAYERS, 4)),
-            rows(some(LAYERS, 12), torch.float32),
-            rows(some(WITHOUT_NORM, 8), torch.bfloat16),
-        ),
+        *(rows(some(LAYERS, 4)), rows(some(LAYERS, 12), torch.float32), rows(some(WITHOUT_NORM, 8), torch.bfloat16)),
         *(beside_data_parallel(with_ddp), beside_data_parallel(with_fsdp), refusals, values),
         *(features, sharded_outputs, features_refused, checkpoints),
     ],

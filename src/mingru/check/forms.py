@@ -336,10 +336,7 @@ _STEPS = {"reset": "B S", "lengths": "B", "dt": "B S"}
 _PACKED = {"reset": "P", "dt": "P"}
 
 LAYER = Forms({"x": "B S I", "h": _H, **_STEPS}, packed={"x": "P I", "h": _H, **_PACKED})
-CELL = Forms(
-    {"x": "B I", "h": "B H", "reset": "B", "dt": "B"},
-    {"x": "I", "h": "H", "reset": "", "dt": ""},
-)
+CELL = Forms({"x": "B I", "h": "B H", "reset": "B", "dt": "B"}, {"x": "I", "h": "H", "reset": "", "dt": ""})
 OF_IMAGES = Forms({"x": "B S I *space", "h": "expands to B 1 H *space", "reset": "B S"})
 CELL_OF_IMAGES = Forms(
     {"x": "B I *space", "h": "expands to B H *space", "reset": "B"},

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from ..check import names as meant
 from ..check.forms import Form, autocast_dtypes
-from ..check.values import (
-    check_int,
-    dims,
-    expectation,
-    is_number,
-    name_of,
-    require,
-    reworded,
-)
+from ..check.values import check_int, dims, expectation, is_number, name_of, require, reworded
 from ..modules.marks import GUARDS
 from ..modules.recurrent_levels import RecurrentLevels
 from ..modules.shared import MaybeList, arguments_of_class, defaults_of, not_default
