@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole, seconds = _above_0(int, "a whole number"), _above_0(float, "a number")
     parser.add_argument("--threads", type=whole, help="number of CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=_device, default="cpu", help="device to run on (default: %(default)s)")
-    parser.add_argument("--seconds", type=seconds, default=3.0, help="seconds for each pass (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="seconds for each pass (default: %(default)s)")
     text = f"batch, steps, input and hidden features; can be repeated (default: {SHAPE})"
     parser.add_argument("--shape", type=whole, nargs=4, action="append", metavar=("B", "S", "I", "H"), help=text)
     args = parser.parse_args(arguments)
