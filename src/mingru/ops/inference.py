@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import autograd, linear_map, names_of_torch, route
 from .backends import native
 from .call import Layout, Spec, Start
-from .cells import CELLS
+from .cells import BLOCKS, CELLS
 from .graph import is_autocast, is_compiling, is_device_context
 from .layout import in_reverse
 from .linear_map import FORWARDS, HOOKS, LINEAR_MAPS, NORMS, RecurrentMap
@@ -53,6 +53,8 @@ class Prepared(NamedTuple):
     """Weight and bias of the norm before it."""
     recurrent: tuple[Tensor | None, Tensor | None]
     """Recurrent weight and bias."""
+    is_of_torch: bool
+    """Whether it is a GRU of torch, whose cell computes one step with gradients in less time than the kernel."""
 
 
 class LayerPlan:
@@ -229,7 +231,8 @@ class LayerPlan:
         # Of other sizes, the modules raise the errors.
         self.is_trained &= all(x is None or x.shape == linear.weight.shape[dim : dim + 1] for x, dim in sizes)
         of_state = none if recurrent is None else (recurrent.weight, recurrent.bias)
-        return Prepared(how, (linear.weight, linear.bias), of_norm, of_state)
+        is_one_block = spec.cell == BLOCKS and 3 * recurrent.weight.shape[1] == len(recurrent.weight)
+        return Prepared(how, (linear.weight, linear.bias), of_norm, of_state, is_one_block and norm is None)
 
     def _map(self, linear: Any) -> bool:
         """Take the weights of a linear map; return whether it has a bias."""
@@ -353,7 +356,10 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
                 start = None if reset is None else next(starts[state])
                 given = next(befores[state]), start, reset, None, *own.recurrent, None, None, x
                 linear = linear_map.map_with_norm(*own.map, *own.of_norm)
-                out, last = autograd.apply(own.how[x.dtype, time_first], *given, *linear)
+                if own.is_of_torch and x.shape[0 if time_first else 1] == 1:
+                    out, last = _by_cell(own, given[0], start, reset, x, time_first)
+                else:
+                    out, last = autograd.apply(own.how[x.dtype, time_first], *given, *linear)
                 outs.append(out)
                 found[state].append(last)
             x = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -368,6 +374,20 @@ def _trained(plan: LayerPlan, x: Tensor, states: Any, initials: Any, resets: Any
         else:
             x = of(x)
     return x, [_state_of(*each) for each in zip(found, states, strict=True)]
+
+
+def _by_cell(
+    own: Prepared, h: Tensor, start: Tensor | None, reset: Tensor | None, x: Tensor, time_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute one step by the cell of torch. The output and the last state are no views."""
+    if start is not None and reset is not None:
+        h = torch.where(reset.view(-1, 1, 1), start, h)
+    weight: Any
+    weight, bias = own.recurrent
+    of_state = None if bias is None else F.pad(bias, (2 * len(bias), 0))
+    step = torch.gru_cell(x.flatten(0, 1), h.squeeze(1), own.map[0], weight, own.map[1], of_state)
+    last = torch.stack([step], 1)
+    return torch.stack([step]) if time_first else last, last
 
 
 def _layers_of(state: Tensor) -> Iterator[Tensor]:
