@@ -316,10 +316,10 @@ def _run(module: Any, x: Any, states: Any, reset: Any, time_first: bool, dt: Any
     if list(map(_shape_of, states)) != shapes:
         return None
     initial_states = [] if reset is None else module.default_states(x, batch)
-    if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
-        return None
     resets = times = []
     if reset is not None or dt is not None:
+        if not all(each is None or (type(each) is Tensor and each.shape == shape[:-1]) for each in (reset, dt)):
+            return None
         if module.role == "step":
             reset, dt = (None if each is None else each.unsqueeze(-1) for each in (reset, dt))
         start = Start(x, x, reset, dt)
