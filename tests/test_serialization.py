@@ -68,7 +68,7 @@ def test_whole_modules_of_other_versions_say_what_to_do(case, grad):
     for module in model.modules():
         vars(module).pop("has_output_gate", None)
     model = pickle.loads(pickle.dumps(model))
-    message = r"Layer has no attribute 'has_output_gate', as after torch\.load .*; save its state_dict"
+    message = r"Level has no attribute 'has_output_gate', as after torch\.load .*; save its state_dict"
     with pytest.raises(AttributeError, match=message) as raised, torch.set_grad_enabled(grad):
         case.call(model, **case.given())
     assert str(raised.value).count("has no attribute") == 1
